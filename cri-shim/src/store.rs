@@ -1,0 +1,239 @@
+//! The metadata store: one `redb` file under `--root`.
+//!
+//! Memory is what the server works from; the store is read once, at start, and written through.
+//! All writes go through one thread that puts whatever waits into one transaction, so that ten
+//! pods created at once share one fsync. A change is durable when [`Store::commit`] returns.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+
+/// The rooms of the store. Keys are ids; values JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table(&'static str);
+
+impl Table {
+    pub const SANDBOXES: Table = Table("sandboxes");
+    pub const CONTAINERS: Table = Table("containers");
+    pub const IMAGES: Table = Table("images");
+    pub const LAYERS: Table = Table("layers");
+    /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
+    pub const LEASES: Table = Table("leases");
+    pub const ADDRESSES: Table = Table("addresses");
+
+    fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
+        TableDefinition::new(self.0)
+    }
+}
+
+/// One change of a commit.
+#[derive(Debug)]
+pub struct Change {
+    table: Table,
+    key: String,
+    value: Option<Vec<u8>>,
+}
+
+impl Change {
+    /// Sets `key` to `value`.
+    pub fn put<T: Serialize>(table: Table, key: &str, value: &T) -> Result<Self, StoreError> {
+        let value = serde_json::to_vec(value).map_err(|source| StoreError::Value {
+            table: table.0,
+            key: key.to_owned(),
+            source,
+        })?;
+        Ok(Change {
+            table,
+            key: key.to_owned(),
+            value: Some(value),
+        })
+    }
+
+    /// Removes `key`; it need not be there.
+    pub fn delete(table: Table, key: &str) -> Self {
+        Change {
+            table,
+            key: key.to_owned(),
+            value: None,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("open the metadata store {path}: {source}")]
+    Open {
+        path: PathBuf,
+        source: redb::DatabaseError,
+    },
+    #[error("read table {table} of the metadata store: {source}")]
+    Read {
+        table: &'static str,
+        source: Box<redb::Error>,
+    },
+    #[error("the entry {key} in table {table} of the metadata store: {source}")]
+    Value {
+        table: &'static str,
+        key: String,
+        source: serde_json::Error,
+    },
+    #[error("write to the metadata store: {0}")]
+    Write(Arc<redb::Error>),
+    #[error("write to the metadata store: its writer has stopped")]
+    Stopped,
+}
+
+struct Commit {
+    changes: Vec<Change>,
+    done: oneshot::Sender<Result<(), StoreError>>,
+}
+
+/// A handle to the store; clones share one file and one writer.
+#[derive(Clone)]
+pub struct Store {
+    database: Arc<Database>,
+    writer: mpsc::Sender<Commit>,
+}
+
+/// What the store may cache, in bytes: it is read once.
+const CACHE_BYTES: usize = 256 << 10;
+
+/// The most commits that share a transaction.
+const BATCH: usize = 256;
+
+impl Store {
+    /// Opens or creates the file; its directory must be there.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|source| StoreError::Open {
+                path: path.to_owned(),
+                source,
+            })?;
+        let database = Arc::new(database);
+        let (writer, commits) = mpsc::channel();
+        let for_writer = Arc::clone(&database);
+        std::thread::Builder::new()
+            .name("store".into())
+            .stack_size(256 << 10)
+            .spawn(move || write_loop(&for_writer, &commits))
+            .map_err(|error| StoreError::Write(Arc::new(redb::Error::Io(error))))?;
+        Ok(Store { database, writer })
+    }
+
+    /// Every entry of a table, in the order of the keys.
+    pub fn load<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
+        let read = |error: redb::Error| StoreError::Read {
+            table: table.0,
+            source: Box::new(error),
+        };
+        let transaction = self
+            .database
+            .begin_read()
+            .map_err(|error| read(error.into()))?;
+        let opened = match transaction.open_table(table.definition()) {
+            Ok(opened) => opened,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(error) => return Err(read(error.into())),
+        };
+        let mut entries = Vec::new();
+        for entry in opened.iter().map_err(|error| read(error.into()))? {
+            let (key, value) = entry.map_err(|error| read(error.into()))?;
+            let key = key.value().to_owned();
+            let value =
+                serde_json::from_slice(value.value()).map_err(|source| StoreError::Value {
+                    table: table.0,
+                    key: key.clone(),
+                    source,
+                })?;
+            entries.push((key, value));
+        }
+        Ok(entries)
+    }
+
+    /// Makes all the changes or none, and returns when they are on the disk.
+    pub async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let (done, answer) = oneshot::channel();
+        self.writer
+            .send(Commit { changes, done })
+            .map_err(|_| StoreError::Stopped)?;
+        answer.await.map_err(|_| StoreError::Stopped)?
+    }
+}
+
+fn write_loop(database: &Database, commits: &mpsc::Receiver<Commit>) {
+    while let Ok(first) = commits.recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH {
+            match commits.try_recv() {
+                Ok(next) => batch.push(next),
+                Err(_) => break,
+            }
+        }
+        let result = write(database, &batch).map_err(Arc::new);
+        for commit in batch {
+            // A caller that has gone is no reason to undo the work of the others.
+            let _ = commit.done.send(result.clone().map_err(StoreError::Write));
+        }
+    }
+}
+
+fn write(database: &Database, batch: &[Commit]) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    for change in batch.iter().flat_map(|commit| &commit.changes) {
+        let mut table = transaction.open_table(change.table.definition())?;
+        match &change.value {
+            Some(value) => table.insert(change.key.as_str(), value.as_slice())?,
+            None => table.remove(change.key.as_str())?,
+        };
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_commit_is_there_after_opening_again() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = std::env::temp_dir().join(format!("rrun-store-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        let path = dir.join("meta.redb");
+        {
+            let store = Store::open(&path)?;
+            assert!(store.load::<String>(Table::IMAGES)?.is_empty());
+            store
+                .commit(vec![
+                    Change::put(Table::IMAGES, "a", &"one")?,
+                    Change::put(Table::IMAGES, "b", &"two")?,
+                ])
+                .await?;
+            store
+                .commit(vec![Change::delete(Table::IMAGES, "a")])
+                .await?;
+        }
+        // The writer lets go of the file when the last handle is gone.
+        let mut tries = 0;
+        let store = loop {
+            match Store::open(&path) {
+                Ok(store) => break store,
+                Err(error) if tries == 100 => return Err(error.into()),
+                Err(_) => std::thread::sleep(std::time::Duration::from_millis(10)),
+            }
+            tries += 1;
+        };
+        assert_eq!(
+            store.load::<String>(Table::IMAGES)?,
+            vec![("b".to_owned(), "two".to_owned())]
+        );
+        std::fs::remove_dir_all(&dir)?;
+        Ok(())
+    }
+}
