@@ -3,5 +3,17 @@
 //! ARCHITECTURE.md tells which room holds what. Nothing here depends on the OCI runtime's
 //! crate: runtimes are run by their command line.
 
+pub mod config;
+pub mod container;
+pub mod events;
+pub mod image;
+pub mod layer;
 pub mod monitor;
+pub mod monitor_client;
+pub mod network;
+pub mod reconcile;
+pub mod sandbox;
+pub mod services;
+pub mod stats;
 pub mod store;
+pub mod streaming;

@@ -1,0 +1,1 @@
+//! What GetContainerEvents sends.

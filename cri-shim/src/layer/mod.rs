@@ -1,0 +1,1 @@
+//! Layers: from a stream to an overlay lower directory.

@@ -1,0 +1,1 @@
+//! The CRI server's side of the protocol with the monitors.

@@ -1,0 +1,1 @@
+//! After a start: the store and what the kernel has, brought together.

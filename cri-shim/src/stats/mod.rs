@@ -1,0 +1,1 @@
+//! What cgroups count, as the CRI reports it.

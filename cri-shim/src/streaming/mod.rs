@@ -1,0 +1,1 @@
+//! Exec's pipes.
