@@ -1,0 +1,52 @@
+# Sourced, not run: the cache that every set-up script builds into.
+#
+#   cache_key WORD…              the key: a hash over the words and the calling script itself
+#   cache_entry NAME KEY BUILD   prints the path of the entry NAME-KEY; if it is not there,
+#                                runs the function BUILD with an empty directory to fill
+#   say / die                    progress with elapsed seconds, on stderr
+#
+# An entry is built under a temporary name and renamed when complete, so an interrupted build
+# never counts; under a lock, so two callers never build the same thing twice.
+# Entries live in RRUN_CACHE (default ~/.cache/rrun); those unused for two weeks are dropped
+# when a newer one of the same name is built.
+
+export RRUN_CACHE=${RRUN_CACHE:-${HOME:-/root}/.cache/rrun}
+
+say() { printf '[%4ds] %s\n' "$SECONDS" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+cache_key() {
+    { cat -- "$(readlink -f -- "$0")"; printf '%s\0' "$@"; } | sha256sum | cut -c1-12
+}
+
+cache_entry() {
+    local name=$1 key=$2 build=$3
+    local dest=$RRUN_CACHE/$name-$key lock partial
+    mkdir -p "$RRUN_CACHE"
+    if [[ ! -e $dest ]]; then
+        exec {lock}>"$RRUN_CACHE/.$name.lock"
+        flock -n "$lock" || { say "waiting for another build of $name"; flock "$lock"; }
+        if [[ ! -e $dest ]]; then
+            say "building $name-$key"
+            # Under the lock, whatever has this name was left by a build that died.
+            rm -rf --one-file-system "$RRUN_CACHE/.partial-$name"
+            partial=$RRUN_CACHE/.partial-$name
+            mkdir "$partial"
+            # The lock must not outlive us in a daemon that the build leaves behind.
+            ("$build" "$partial" {lock}>&-) >&2
+            mv "$partial" "$dest"
+            find "$RRUN_CACHE" -mindepth 1 -maxdepth 1 -name "$name-????????????" \
+                -mtime +14 -exec rm -rf --one-file-system {} +
+            say "built $name-$key"
+        fi
+        exec {lock}>&-
+    fi
+    touch -c "$dest"
+    printf '%s\n' "$dest"
+}
+
+# cache_peek NAME KEY: the path of the entry if it is there, else fails.
+cache_peek() {
+    local dest=$RRUN_CACHE/$1-$2
+    [[ -e $dest ]] && printf '%s\n' "$dest"
+}

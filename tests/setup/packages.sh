@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the tests want on this machine (root needed). A quick no-op
+# when they are there.
+set -euo pipefail
+. "$(dirname -- "$0")/cache.sh"
+. "$(dirname -- "$0")/mirror.sh"
+
+# debootstrap: the test root. e2fsprogs: guest disks. The rest: building busybox, running views.
+PACKAGES=(debootstrap e2fsprogs cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
+    util-linux iproute2 kmod strace ca-certificates)
+
+missing() {
+    local package
+    for package in "$@"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
+            echo "$package"
+    done
+}
+
+case $(uname -m) in
+    x86_64) qemu=qemu-system-x86 ;;
+    aarch64) qemu=qemu-system-arm ;;
+    *) die "no guest machine is known for $(uname -m)" ;;
+esac
+
+apt_get() {
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+        --no-install-recommends "$@" >&2 </dev/null
+}
+
+exec {lock}>/run/lock/rrun-packages
+flock "$lock"
+
+wanted=$(missing "${PACKAGES[@]}")
+if [[ -n $wanted ]]; then
+    say "installing: ${wanted//$'\n'/ }"
+    apt_get update
+    # One word per line, none with a blank in it.
+    # shellcheck disable=SC2086
+    apt_get install $wanted
+fi
+
+# QEMU 7.2 of Debian 12 dies of a double fault in current kernels; 10 from its backports does not.
+qemu_major() { dpkg-query -W -f '${Version}' "$qemu" 2>/dev/null | sed 's/^[0-9]*://; s/\..*//'; }
+if [[ $(qemu_major) -lt 10 ]]; then
+    codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    if ! apt-get indextargets --format '$(RELEASE)' | grep -qx "$codename-backports"; then
+        say "adding $codename-backports to apt's sources"
+        printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s-backports main\n' \
+            "$(debian_mirror)" "$codename" >/etc/apt/sources.list.d/rrun-tests-backports.list
+        apt_get update
+    fi
+    say "installing $qemu from $codename-backports"
+    apt_get install -t "$codename-backports" "$qemu"
+fi

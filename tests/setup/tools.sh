@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# The programs that test rrun from outside, built from their own sources by their own build tools.
+#
+#   tests/setup/tools.sh [--peek] cri       crictl and critest
+#   tests/setup/tools.sh [--peek] kubelet   the kubelet
+#   tests/setup/tools.sh [--peek] youki     youki, a peer that only the benchmark needs
+#
+# Prints the directory with the binaries. --peek builds nothing and fails if it is not there.
+set -euo pipefail
+. "$(dirname -- "$0")/cache.sh"
+
+CRI_TOOLS=v1.36.0
+KUBERNETES=v1.36.3
+YOUKI=0.7.0
+
+export GOFLAGS=-mod=mod CGO_ENABLED=0
+
+# A scratch module: `go install PKG@VERSION` wants a version list, which a minimal proxy lacks.
+scratch_module() {
+    SCRATCH=$(mktemp -d)
+    trap 'rm -rf "$SCRATCH"' EXIT
+    cd "$SCRATCH"
+    go mod init scratch
+}
+
+build_cri() {
+    local out=$1
+    scratch_module
+    go mod edit -require "sigs.k8s.io/cri-tools@$CRI_TOOLS"
+    say "crictl $CRI_TOOLS"
+    nice -n 15 go build -trimpath -o "$out/crictl" \
+        -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=${CRI_TOOLS#v}" \
+        sigs.k8s.io/cri-tools/cmd/crictl
+    say "critest $CRI_TOOLS"
+    nice -n 15 go test -c -trimpath -o "$out/critest" \
+        -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=${CRI_TOOLS#v}" \
+        sigs.k8s.io/cri-tools/cmd/critest
+}
+
+build_kubelet() {
+    local out=$1 staged
+    scratch_module
+    go mod edit -require "k8s.io/kubernetes@$KUBERNETES"
+    # Inside that module its libraries are directories; outside they are modules of their own,
+    # of the same release with the major version 0.
+    staged=$(go mod download -json "k8s.io/kubernetes@$KUBERNETES" | jq -r .GoMod)
+    sed -nE 's#^\s*(replace )?(k8s\.io/[a-z-]+) => \./staging/.*#\2#p' "$staged" | sort -u |
+        while read -r module; do
+            go mod edit -replace "$module=$module@v0.${KUBERNETES#v1.}"
+        done
+    say "kubelet $KUBERNETES (some minutes)"
+    nice -n 15 go build -trimpath -o "$out/kubelet" \
+        -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$KUBERNETES" \
+        k8s.io/kubernetes/cmd/kubelet
+}
+
+build_youki() {
+    local out=$1
+    say "youki $YOUKI (some minutes)"
+    nice -n 15 env CARGO_TARGET_DIR="$out/target" \
+        cargo install youki --version "$YOUKI" --locked --no-default-features --features v2 --root "$out/root"
+    mv "$out/root/bin/youki" "$out/youki"
+    rm -rf "$out/target" "$out/root"
+}
+
+peek=
+[[ ${1-} == --peek ]] && { peek=1; shift; }
+tool=${1-}
+case $tool in
+    cri) version=$CRI_TOOLS ;;
+    kubelet) version=$KUBERNETES ;;
+    youki) version=$YOUKI ;;
+    *) die "usage: ${0##*/} [--peek] cri|kubelet|youki" ;;
+esac
+# Keyed by its own recipe and version only: a change to another tool's does not rebuild this one.
+key=$({ declare -f "build_$tool" scratch_module; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
+if [[ -n $peek ]]; then
+    cache_peek "tools-$tool" "$key"
+else
+    cache_entry "tools-$tool" "$key" "build_$tool"
+fi
