@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs inside either view, just before the command: what both have in common.
+#
+#   tests/setup/inside.sh CMD…
+#
+# Expects RRUN_TEST_VIEW and the paths of the views: /src, /out, /images, /tools.
+set -euo pipefail
+
+ip link set lo up
+# A way out for those that want a default route (kubelet, etcd): nobody lives behind it.
+if ! ip link show uplink0 >/dev/null 2>&1; then
+    ip link add uplink0 type dummy 2>/dev/null || {
+        ip link add uplink0 type veth peer name uplink1
+        ip link set uplink1 up
+    }
+    ip address add 192.0.2.2/24 dev uplink0
+    ip link set uplink0 up
+    ip route add default via 192.0.2.1
+fi
+echo 1 >/proc/sys/net/ipv4/ip_forward
+ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
+
+path=/usr/local/bin
+for tool in /tools/*/; do
+    [[ -d $tool ]] && path+=:${tool%/}
+done
+export PATH=$path:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME=/root LANG=C.UTF-8 TERM=${TERM:-linux}
+cd /root
+exec "$@"
