@@ -1,0 +1,117 @@
+//! Network namespaces, pinned by a bind mount so that they live without a process in them.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::NetworkError;
+
+/// Enough for a few system calls and a netlink reply; the default of 2 MiB is only address space,
+/// but mapping and unmapping it costs.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Makes a new network namespace with its loopback up and pins it at `path`, a new file in a
+/// directory that must be there.
+///
+/// A namespace can only be made by the thread that moves into it, and a thread of the async
+/// runtime must not move: a thread of its own makes it and ends. Blocks for well under a
+/// millisecond. If a step fails nothing stays at `path`; a namespace pinned there already is left
+/// alone and is an error.
+pub fn create(path: &Path) -> Result<(), NetworkError> {
+    // O_EXCL: a second pod never lands in the first one's namespace.
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o444)
+        .open(path)
+        .map_err(|source| failed("create the pin of a network namespace", path, source))?;
+    let result = on_own_thread("a network namespace", || {
+        unshare(CloneFlags::CLONE_NEWNET)
+            .map_err(|errno| failed("make a network namespace for", path, errno.into()))?;
+        mount(
+            Some("/proc/thread-self/ns/net"),
+            path,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .map_err(|errno| failed("pin a network namespace at", path, errno.into()))
+    });
+    if result.is_err() {
+        // The first error is what counts.
+        let _ = remove(path);
+    }
+    result
+}
+
+/// Unpins the namespace at `path`: unmounts it and removes the file. Right also when nothing is
+/// there. With the last process and socket gone the kernel takes the namespace apart on a thread
+/// of its own, which nobody waits for.
+pub fn remove(path: &Path) -> Result<(), NetworkError> {
+    loop {
+        // A namespace mounted twice over the same file, by a crash at the wrong moment, goes too.
+        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // EINVAL: a file, but no mount on it.
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
+            Err(errno) => {
+                return Err(failed("unmount the network namespace", path, errno.into()));
+            }
+        }
+    }
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed(
+            "remove the pin of a network namespace",
+            path,
+            source,
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Runs `work` inside the namespace pinned at `path`, on a thread that ends with it.
+pub fn within<T: Send>(
+    path: &Path,
+    work: impl FnOnce() -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    let namespace =
+        File::open(path).map_err(|source| failed("open the network namespace", path, source))?;
+    on_own_thread("work in a network namespace", || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)
+            .map_err(|errno| failed("enter the network namespace", path, errno.into()))?;
+        work()
+    })
+}
+
+/// Runs `work` on a new thread, so that what it changes of itself ends with it.
+fn on_own_thread<T: Send>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("netns".into())
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, work)
+            .map_err(|source| NetworkError::Thread { what, source })?
+            .join()
+            .unwrap_or_else(|_| {
+                Err(NetworkError::Thread {
+                    what,
+                    source: io::Error::other("it panicked"),
+                })
+            })
+    })
+}
+
+fn failed(action: &'static str, path: &Path, source: io::Error) -> NetworkError {
+    NetworkError::Namespace {
+        action,
+        path: PathBuf::from(path),
+        source,
+    }
+}
