@@ -74,7 +74,7 @@ build_root() {
     for service in containerd docker-registry podman podman-restart podman-auto-update \
         podman-clean-transient apt-daily apt-daily-upgrade dpkg-db-backup e2scrub_all \
         e2scrub_reap fstrim nftables systemd-networkd systemd-timesyncd systemd-pstore \
-        networkd-dispatcher; do
+        networkd-dispatcher netavark-dhcp-proxy getty@tty1; do
         find "$root/etc/systemd/system" -name "$service.*" -type l -delete
     done
 
