@@ -4,7 +4,8 @@
 //! length (at most [`MAX_MESSAGE`]) and that many bytes of JSON; descriptors travel as
 //! `SCM_RIGHTS` with the message's first byte. One connection carries one operation: the client
 //! sends one [`Request`], the monitor answers with one [`Reply`], or, where said below, with
-//! several, and then closes. Connections are cheap; nothing is multiplexed.
+//! several, and then closes. Connections are cheap; nothing is multiplexed. What is no message
+//! closes the connection, and so does a client that does not read what it asked for.
 //!
 //! The CRI server may die between any two bytes. An operation that the monitor has begun runs to
 //! its end all the same, except an exec, which dies with its connection.
@@ -48,7 +49,9 @@ pub enum Request {
     /// monitor owns. Answered by [`Reply::Created`] or [`Reply::Error`]; after an error nothing
     /// of the container is left with the monitor or the runtime.
     Create(Create),
-    /// Runs `RUNTIME… start ID`. Answered by [`Reply::Done`] or [`Reply::Error`].
+    /// Runs `RUNTIME… start ID`. Answered by [`Reply::Done`] or [`Reply::Error`]. After an error
+    /// the container is still there, for a Delete; its first process may have ended, which is an
+    /// [`Event::Exited`]. That event never comes before the answer to Start.
     Start { id: String },
     /// Sends a signal to the container's first process, or to every process of the container
     /// (`all`; by `cgroup.kill` when the signal is SIGKILL). Done, too, if there is nothing left
@@ -57,8 +60,11 @@ pub enum Request {
     /// Runs `RUNTIME… update --resources - ID` with this JSON (the runtime specification's
     /// LinuxResources).
     Update { id: String, resources: String },
-    /// Kills and forgets the container, runs `RUNTIME… delete --force ID` and removes its exit
-    /// record. Done if the monitor knows no such container.
+    /// Kills and forgets the container, runs `RUNTIME… delete --force ID` (if that has not been
+    /// done at its end already) and removes its exit record. Done if the monitor knows no such
+    /// container; waits for a Create that is still under way, and joins a Delete that is. An
+    /// error says what could not be removed; the container is then still known, as exited, and
+    /// another Delete tries again.
     Delete { id: String },
     /// Runs `RUNTIME… exec` in the container. Descriptors: without `terminal` three, the
     /// process's stdin, stdout and stderr. With `terminal` none, and [`Reply::Started`] carries
@@ -91,6 +97,11 @@ pub struct Create {
     pub stdin: bool,
     /// Close stdin after the first attached client goes.
     pub stdin_once: bool,
+    /// The container's processes are processes of this kernel (rrun, runc, crun), so that a
+    /// signal to the pid is a signal to the container, which saves a `RUNTIME… kill`. False for
+    /// runtimes that put a kernel of their own between (runsc, kata).
+    #[serde(default)]
+    pub native: bool,
 }
 
 /// See [`Request::Exec`].
@@ -171,7 +182,8 @@ pub enum Phase {
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// The container's first process ended. Its log is complete, its record on disk, its cgroup
-    /// empty.
+    /// empty. `RUNTIME… delete` runs after this event, so that nobody waits for it: the empty
+    /// cgroup is gone for certain when [`Request::Delete`] has been answered.
     Exited { id: String, exit: ExitRecord },
     /// The kernel killed a process of the container for want of memory (`memory.events`,
     /// `oom_kill`); the container may live on.
