@@ -25,6 +25,10 @@ for tool in /tools/*/; do
     [[ -d $tool ]] && path+=:${tool%/}
 done
 export PATH=$path:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
+[[ -e /etc/crictl.yaml ]] || cat >/etc/crictl.yaml <<'END'
+runtime-endpoint: unix:///run/rrun/rrun-cri.sock
+timeout: 60
+END
 export HOME=/root LANG=C.UTF-8 TERM=${TERM:-linux}
 cd /root
 exec "$@"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The test images, made of busybox without any network: a registry's directory with all of them,
+# and two archives. tests/images/make.sh lists them. Prints the directory; --peek builds nothing
+# and fails if it is not there.
+#
+#   tests/images/build.sh [--peek]
+set -euo pipefail
+HERE=$(readlink -f -- "$(dirname -- "$0")")
+. "$HERE/../setup/cache.sh"
+
+build_images() {
+    local out=$1
+    cp -a "$("$HERE/../setup/busybox.sh")" "$out/busybox"
+    # critest's test of no_new_privs runs this set-uid program.
+    gcc -static -Os -s -x c -o "$out/nnp" - <<'END'
+#include <stdio.h>
+#include <unistd.h>
+int main(void) { printf("Effective uid: %d\n", (int)geteuid()); return 0; }
+END
+    say "making and pushing the test images"
+    "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh
+    rm -rf "$out/busybox" "$out/nnp"
+}
+
+key=$({ cat "$HERE"/{build,make,oci}.sh "$HERE/../setup/busybox.sh"; uname -m; } | sha256sum | cut -c1-12)
+if [[ ${1-} == --peek ]]; then
+    cache_peek images "$key"
+else
+    cache_entry images "$key" build_images
+fi

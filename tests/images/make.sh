@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Makes every test image and pushes it to a registry whose directory is then kept. Runs in the
+# native view, for tests/images/build.sh: /out holds busybox/ and nnp, and receives registry/ and
+# archives/.
+set -euo pipefail
+HERE=$(dirname -- "$(readlink -f -- "$0")")
+. "$HERE/oci.sh"
+
+tree=$(mktemp -d)
+oci_layout "$tree/layout"
+
+# What every image stands on: busybox and the files that a small distribution has.
+base=$tree/base
+mkdir -p "$base"/{dev,proc,sys,etc,home,root,run,var/{run,log,www,spool/mail}} "$base/tmp"
+cp -a /out/busybox/. "$base/"
+chmod 700 "$base/root"
+chmod 1777 "$base/tmp"
+cat >"$base/etc/passwd" <<'END'
+root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/usr/sbin:/bin/false
+bin:x:2:2:bin:/bin:/bin/false
+www-data:x:33:33:www-data:/var/www:/bin/false
+nobody:x:65534:65534:nobody:/home:/bin/false
+END
+cat >"$base/etc/group" <<'END'
+root:x:0:
+daemon:x:1:
+bin:x:2:
+www-data:x:33:
+nogroup:x:65534:
+END
+base=$(oci_layer "$base")
+
+path='"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]'
+busybox="{$path,\"Cmd\":[\"sh\"]}"
+
+# file NAME MODE: standard input as the only file of a layer; prints the layer.
+file() {
+    local dir
+    dir=$(mktemp -d "$tree/file.XXXX")
+    mkdir -p "$dir/$(dirname "$1")"
+    cat >"$dir/$1"
+    chmod "$2" "$dir/$1"
+    oci_layer "$dir"
+}
+
+# incompressible SEED MEGABYTES: the same bytes for the same seed.
+incompressible() {
+    openssl enc -aes-128-ctr -nosalt -pbkdf2 -pass "pass:$1" -in /dev/zero 2>/dev/null |
+        head -c "$2M" || true
+}
+
+# The demonstration: a web server on port 5000 in five layers, three of them large enough for a
+# parallel pull to show.
+page=$(echo 'hello from rrun' | file www/index.html 644)
+health=$(echo ok | file www/healthz 644)
+bulk=()
+for seed in one two three; do
+    bulk+=("$(incompressible "$seed" 2 | file "www/bulk-$seed" 644)")
+done
+oci_image demo/web:1 "{$path,\"Cmd\":[\"httpd\",\"-f\",\"-v\",\"-p\",\"5000\",\"-h\",\"/www\"],
+    \"WorkingDir\":\"/www\",\"ExposedPorts\":{\"5000/tcp\":{}}}" "$base" "$page" "$health" "${bulk[@]}"
+oci_image demo/busybox:latest "$busybox" "$base"
+oci_image library/busybox:latest "$busybox" "$base"
+
+# critest's images. Its web server must be found as `nginx` with its pid in a file, have "master
+# process" in its command line, and end when told.
+web_server() {
+    local port=$1
+    file usr/sbin/nginx 755 <<END
+#!/bin/sh
+echo \$\$ >/var/run/nginx.pid
+httpd -f -p $port -h /www &
+trap 'kill \$!; exit 0' TERM INT QUIT
+wait
+END
+}
+nginx="{$path,\"Cmd\":[\"/usr/sbin/nginx\",\"master process\"]}"
+oci_image e2e-test-images/busybox:1.29-2 "$busybox" "$base"
+oci_image e2e-test-images/nginx:1.14-2 "$nginx" "$base" "$page" "$(web_server 80)"
+oci_image k8s-staging-cri-tools/hostnet-nginx-amd64:latest "$nginx" "$base" "$page" "$(web_server 12003)"
+oci_image k8s-staging-cri-tools/hostnet-nginx-arm64:latest "$nginx" "$base" "$page" "$(web_server 12003)"
+starter=$(file usr/sbin/start-httpd 755 <<'END'
+#!/bin/sh
+echo "httpd: resuming normal operations"
+exec httpd -f -p 80 -h /www
+END
+)
+oci_image e2e-test-images/httpd:2.4.39-4 "{$path,\"Cmd\":[\"/usr/sbin/start-httpd\"]}" \
+    "$base" "$page" "$starter"
+oci_image e2e-test-images/nonewprivs:1.3 "{$path,\"Cmd\":[\"/nnp\"]}" "$base" "$(file nnp 4755 </out/nnp)"
+
+# A layer of its own for each image that must not share its digest with another.
+for name in test-image-1:latest test-image-2:latest test-image-3:latest test-image-latest:latest \
+    test-image-tag:test test-image-tag:all; do
+    oci_image "k8s-staging-cri-tools/$name" "$busybox" "$base" "$(echo "$name" | file etc/image 644)"
+done
+tags=$(echo test-image-tags | file etc/image 644)
+for tag in 1 2 3; do
+    oci_image "k8s-staging-cri-tools/test-image-tags:$tag" "$busybox" "$base" "$tags"
+done
+while read -r name user; do
+    oci_image "k8s-staging-cri-tools/$name:latest" "{$path,\"Cmd\":[\"sh\"],\"User\":\"$user\"}" "$base" \
+        "$(echo "$name" | file etc/image 644)"
+done <<'END'
+test-image-user-uid 1002
+test-image-user-username www-data
+test-image-user-uid-group 1003:100
+test-image-user-username-group www-data:100
+END
+accounts=$tree/accounts
+mkdir -p "$accounts/etc"
+tar -xzOf "$tree/layout/blobs/sha256/$(jq -r '.descriptor.digest[7:]' <<<"$base")" ./etc/passwd >"$accounts/etc/passwd"
+tar -xzOf "$tree/layout/blobs/sha256/$(jq -r '.descriptor.digest[7:]' <<<"$base")" ./etc/group >"$accounts/etc/group"
+echo 'default-user:x:1000:1000::/home/default-user:/bin/sh' >>"$accounts/etc/passwd"
+printf 'default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n' >>"$accounts/etc/group"
+oci_image k8s-staging-cri-tools/test-image-predefined-group:latest \
+    "{$path,\"Cmd\":[\"sh\"],\"User\":\"1000\"}" "$base" "$(oci_layer "$accounts")"
+oci_image pause:3.9 "{$path,\"Entrypoint\":[\"sleep\",\"2147483647\"]}" "$base" "$(echo pause | file etc/image 644)"
+
+# Served by the real thing once, and kept as it stores them.
+mkdir -p /out/registry /out/archives
+REGISTRY_DATA=/out/registry "$HERE/registry.sh" start
+skopeo() { command skopeo --insecure-policy "$@"; }
+jq -r '.manifests[].annotations["org.opencontainers.image.ref.name"]' "$tree/layout/index.json" |
+    while read -r name; do
+        skopeo copy --quiet --dest-tls-verify=false --preserve-digests "oci:$tree/layout:$name" \
+            "docker://127.0.0.1:5000/$name" </dev/null
+    done
+skopeo copy --quiet "oci:$tree/layout:demo/web:1" oci-archive:/out/archives/demo-web.oci.tar:localhost/demo/web:1
+skopeo copy --quiet "oci:$tree/layout:demo/busybox:latest" \
+    docker-archive:/out/archives/demo-busybox.docker.tar:localhost/demo/busybox:latest
+"$HERE/registry.sh" stop
+rm -rf "$tree"

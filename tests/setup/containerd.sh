@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The peer: containerd with runc and the CNI bridge plugin, set up as in a cluster, in either view.
+#
+#   tests/setup/containerd.sh start [REGISTRY-PORT]    returns when it answers; default port 5000
+#   tests/setup/containerd.sh stop
+#
+# It answers on unix:///run/containerd/containerd.sock and logs to /out/containerd.log. Images of
+# registry.k8s.io and the other names in tests/images/registry.sh come from the local registry,
+# which is started apart. Its network configuration lies in a directory of its own, so that
+# rrun-cri beside it keeps its embedded network. crictl: `crictl -r unix:///run/containerd/containerd.sock`.
+set -euo pipefail
+
+socket=/run/containerd/containerd.sock
+pid_file=/run/containerd-test.pid
+
+start() {
+    local port=${1:-5000} restrict=false disable=false tries
+    # Lowering oom_score_adj takes CAP_SYS_RESOURCE, which some hosts keep to themselves.
+    [[ $((0x$(awk '/^CapEff/ { print $2 }' /proc/self/status) >> 24 & 1)) -eq 1 ]] || restrict=true
+    # Without controllers (the native view on a host with cgroup v1) runc fails on the CPU weight
+    # that containerd sets for every pod.
+    grep -qw cpu /sys/fs/cgroup/cgroup.controllers || disable=true
+    mkdir -p /etc/containerd/cni
+    "$(dirname -- "$0")/../images/registry.sh" mirrors /etc/containerd/certs.d "$port"
+    cat >/etc/containerd/config.toml <<END
+version = 3
+
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = '/etc/containerd/certs.d'
+
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = 'registry.k8s.io/pause:3.9'
+
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = $restrict
+  disable_cgroup = $disable
+
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ['/usr/lib/cni']
+  conf_dir = '/etc/containerd/cni'
+
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = 'io.containerd.runc.v2'
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+    BinaryName = '/usr/sbin/runc'
+    SystemdCgroup = $([[ $RRUN_TEST_VIEW == vm-systemd ]] && echo true || echo false)
+END
+    cat >/etc/containerd/cni/10-bridge.conflist <<'END'
+{
+  "cniVersion": "1.0.0",
+  "name": "containerd",
+  "plugins": [
+    {
+      "type": "bridge", "bridge": "cni-containerd", "isGateway": true, "ipMasq": true,
+      "ipam": {
+        "type": "host-local",
+        "ranges": [[{"subnet": "10.88.0.0/16"}]],
+        "routes": [{"dst": "0.0.0.0/0"}]
+      }
+    },
+    {"type": "portmap", "capabilities": {"portMappings": true}}
+  ]
+}
+END
+    setsid containerd >/out/containerd.log 2>&1 </dev/null &
+    echo $! >"$pid_file"
+    for ((tries = 0; tries < 600; tries++)); do
+        ctr --connect-timeout 1s version >/dev/null 2>&1 && return
+        kill -0 "$(<"$pid_file")" 2>/dev/null || break
+        sleep 0.1
+    done
+    echo "containerd does not answer on $socket:" >&2
+    tail -n 20 /out/containerd.log >&2
+    exit 1
+}
+
+stop() {
+    [[ -f $pid_file ]] || return 0
+    kill "$(<"$pid_file")" 2>/dev/null || true
+    rm -f "$pid_file"
+}
+
+case ${1-} in
+    start | stop) "$@" ;;
+    *) echo "usage: containerd.sh start [REGISTRY-PORT] | stop" >&2; exit 2 ;;
+esac
