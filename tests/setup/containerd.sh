@@ -14,12 +14,12 @@ socket=/run/containerd/containerd.sock
 pid_file=/run/containerd-test.pid
 
 start() {
-    local port=${1:-5000} restrict=false disable=false tries
+    local port=${1:-5000} restrict=false runc=/usr/sbin/runc tries
     # Lowering oom_score_adj takes CAP_SYS_RESOURCE, which some hosts keep to themselves.
     [[ $((0x$(awk '/^CapEff/ { print $2 }' /proc/self/status) >> 24 & 1)) -eq 1 ]] || restrict=true
-    # Without controllers (the native view on a host with cgroup v1) runc fails on the CPU weight
-    # that containerd sets for every pod.
-    grep -qw cpu /sys/fs/cgroup/cgroup.controllers || disable=true
+    # The native view of a host with cgroup v1.
+    grep -qw cpu /sys/fs/cgroup/cgroup.controllers ||
+        runc=$(readlink -f -- "$(dirname -- "$0")")/runc-without-limits
     mkdir -p /etc/containerd/cni
     "$(dirname -- "$0")/../images/registry.sh" mirrors /etc/containerd/certs.d "$port"
     cat >/etc/containerd/config.toml <<END
@@ -33,7 +33,6 @@ version = 3
 
 [plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = $restrict
-  disable_cgroup = $disable
 
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ['/usr/lib/cni']
@@ -42,7 +41,7 @@ version = 3
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = 'io.containerd.runc.v2'
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
-    BinaryName = '/usr/sbin/runc'
+    BinaryName = '$runc'
     SystemdCgroup = $([[ $RRUN_TEST_VIEW == vm-systemd ]] && echo true || echo false)
 END
     cat >/etc/containerd/cni/10-bridge.conflist <<'END'
