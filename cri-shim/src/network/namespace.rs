@@ -2,17 +2,25 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::NetworkError;
+use super::netlink::{Batch, Socket};
+use super::{NetworkError, link};
 
 /// Enough for a few system calls and a netlink reply; the default of 2 MiB is only address space,
 /// but mapping and unmapping it costs.
 const STACK_BYTES: usize = 128 << 10;
+
+/// The loopback is the first interface of every namespace.
+const LOOPBACK_INDEX: u32 = 1;
+
+/// What statfs(2) says of a file that stands for a namespace.
+const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
 
 /// Makes a new network namespace with its loopback up and pins it at `path`, a new file in a
 /// directory that must be there.
@@ -29,7 +37,7 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
         .mode(0o444)
         .open(path)
         .map_err(|source| failed("create the pin of a network namespace", path, source))?;
-    let result = on_own_thread("a network namespace", || {
+    let result = on_own_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET)
             .map_err(|errno| failed("make a network namespace for", path, errno.into()))?;
         mount(
@@ -39,7 +47,11 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
             MsFlags::MS_BIND,
             None::<&str>,
         )
-        .map_err(|errno| failed("pin a network namespace at", path, errno.into()))
+        .map_err(|errno| failed("pin a network namespace at", path, errno.into()))?;
+        let mut socket = Socket::route()?;
+        let mut batch = Batch::default();
+        link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
+        socket.execute(&batch).map(drop)
     });
     if result.is_err() {
         // The first error is what counts.
@@ -73,39 +85,48 @@ pub fn remove(path: &Path) -> Result<(), NetworkError> {
     }
 }
 
-/// Runs `work` inside the namespace pinned at `path`, on a thread that ends with it.
-pub fn within<T: Send>(
-    path: &Path,
-    work: impl FnOnce() -> Result<T, NetworkError> + Send,
-) -> Result<T, NetworkError> {
-    let namespace =
-        File::open(path).map_err(|source| failed("open the network namespace", path, source))?;
-    on_own_thread("work in a network namespace", || {
-        setns(&namespace, CloneFlags::CLONE_NEWNET)
-            .map_err(|errno| failed("enter the network namespace", path, errno.into()))?;
-        work()
-    })
+/// Whether a network namespace is pinned at `path`; after a reboot, or a crash at the wrong moment,
+/// it is an ordinary file.
+pub fn is_pinned(path: &Path) -> bool {
+    open(path).is_ok()
+}
+
+/// Opens the namespace pinned at `path`.
+pub(super) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
+    let action = "open the network namespace";
+    let file = File::open(path).map_err(|source| failed(action, path, source))?;
+    let found = rustix::fs::fstatfs(&file).map_err(|errno| failed(action, path, errno.into()))?;
+    if found.f_type != NSFS_MAGIC {
+        return Err(NetworkError::NotPinned {
+            path: path.to_owned(),
+        });
+    }
+    Ok(file.into())
+}
+
+/// Moves the calling thread, for good, into `namespace`, which was opened at `path`.
+pub(super) fn enter(namespace: BorrowedFd, path: &Path) -> Result<(), NetworkError> {
+    setns(namespace, CloneFlags::CLONE_NEWNET)
+        .map_err(|errno| failed("enter the network namespace", path, errno.into()))
 }
 
 /// Runs `work` on a new thread, so that what it changes of itself ends with it.
-fn on_own_thread<T: Send>(
-    what: &'static str,
+pub(super) fn on_own_thread<T: Send>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
     std::thread::scope(|scope| {
-        std::thread::Builder::new()
-            .name("netns".into())
-            .stack_size(STACK_BYTES)
+        thread()
             .spawn_scoped(scope, work)
-            .map_err(|source| NetworkError::Thread { what, source })?
+            .map_err(NetworkError::Thread)?
             .join()
-            .unwrap_or_else(|_| {
-                Err(NetworkError::Thread {
-                    what,
-                    source: io::Error::other("it panicked"),
-                })
-            })
+            .unwrap_or_else(|_| Err(NetworkError::ThreadDied))
     })
+}
+
+fn thread() -> std::thread::Builder {
+    std::thread::Builder::new()
+        .name("netns".into())
+        .stack_size(STACK_BYTES)
 }
 
 fn failed(action: &'static str, path: &Path, source: io::Error) -> NetworkError {

@@ -1,0 +1,343 @@
+//! Links, addresses and routes: the rtnetlink messages of this room. See rtnetlink(7) and the
+//! kernel's `linux/if_link.h`.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libc::{
+    IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFALIAS, IFLA_IFNAME,
+    IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND, IFLA_LINKINFO,
+    IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PRIORITY,
+    RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE,
+};
+use nix::errno::Errno;
+
+use super::address::Ipv4Range;
+use super::netlink::{
+    Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
+};
+use super::{NetworkError, POD_INTERFACE};
+
+const VETH_INFO_PEER: u16 = 1;
+const IFLA_BR_FORWARD_DELAY: u16 = 1;
+const IFLA_BRPORT_HAIRPIN: u16 = 4;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+
+const LINK_HEADER_BYTES: usize = 16;
+const ADDRESS_HEADER_BYTES: usize = 8;
+const ROUTE_HEADER_BYTES: usize = 12;
+
+const AF_UNSPEC: u8 = libc::AF_UNSPEC as u8;
+const AF_INET: u8 = libc::AF_INET as u8;
+const AF_INET6: u16 = libc::AF_INET6 as u16;
+const IFF_UP: u32 = libc::IFF_UP as u32;
+
+/// A hardware address.
+pub(super) type Mac = [u8; 6];
+
+/// The hardware address that belongs to an IPv4 address: when the address goes to another pod,
+/// what a neighbour has cached stays right. `02` is for locally administered ones, `0a:58` are the
+/// first bytes that Kubernetes' networks have always used for this.
+pub(super) fn mac_of(address: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = address.octets();
+    [0x0a, 0x58, a, b, c, d]
+}
+
+/// What a dump or a query tells of a link.
+pub(super) struct Link {
+    pub index: u32,
+    pub name: String,
+    pub up: bool,
+    pub mtu: u32,
+    pub master: Option<u32>,
+    /// `veth`, `bridge`; nothing for a physical one.
+    pub kind: Option<String>,
+    pub alias: Option<String>,
+    pub mac: Option<Mac>,
+}
+
+impl Link {
+    fn parse(reply: &Reply) -> Option<Link> {
+        let [_, _, _, _, i0, i1, i2, i3, f0, f1, f2, f3, ..] =
+            reply.header::<LINK_HEADER_BYTES>()?;
+        let attributes = reply.attributes(LINK_HEADER_BYTES);
+        let info = attributes.nest(IFLA_LINKINFO);
+        Some(Link {
+            index: u32::from_ne_bytes([i0, i1, i2, i3]),
+            name: attributes.string(IFLA_IFNAME)?.to_owned(),
+            up: u32::from_ne_bytes([f0, f1, f2, f3]) & IFF_UP != 0,
+            mtu: attributes.u32(IFLA_MTU)?,
+            master: attributes.u32(IFLA_MASTER),
+            kind: info.string(IFLA_INFO_KIND).map(str::to_owned),
+            alias: attributes.string(IFLA_IFALIAS).map(str::to_owned),
+            mac: attributes.array(IFLA_ADDRESS),
+        })
+    }
+}
+
+/// The link called `name`, if there is one.
+pub(super) fn find(socket: &mut Socket, name: &str) -> Result<Option<Link>, NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("look for the interface {name}");
+    batch.message(action, RTM_GETLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, name);
+    });
+    match socket.execute(&batch) {
+        Ok(replies) => Ok(replies.iter().find_map(Link::parse)),
+        Err(error) if error.is(Errno::ENODEV) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Every link of the namespace.
+pub(super) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
+    let mut batch = Batch::default();
+    batch.message("list the interfaces", RTM_GETLINK, NLM_F_DUMP, |body| {
+        body.header(&link_header(0, 0));
+    });
+    Ok(socket
+        .execute(&batch)?
+        .iter()
+        .filter_map(Link::parse)
+        .collect())
+}
+
+/// Makes a bridge whose hardware address stays the same whatever becomes its port.
+pub(super) fn create_bridge(
+    socket: &mut Socket,
+    name: &str,
+    mac: Mac,
+    mtu: u32,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("create the bridge {name}");
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    batch.message(action, RTM_NEWLINK, flags, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, name);
+        body.bytes(IFLA_ADDRESS, &mac);
+        body.u32(IFLA_MTU, mtu);
+        body.nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, "bridge");
+            info.nest(IFLA_INFO_DATA, |data| data.u32(IFLA_BR_FORWARD_DELAY, 0));
+        });
+    });
+    socket.execute(&batch).map(drop)
+}
+
+/// Sets a link up. It makes no IPv6 address of its own accord, and so detects no duplicates.
+pub(super) fn set_up(batch: &mut Batch, index: u32, name: &str) {
+    let action = format!("set the interface {name} up");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(index, IFF_UP));
+        body.nest(IFLA_AF_SPEC, |families| {
+            families.nest(AF_INET6, |inet6| {
+                inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+            });
+        });
+    });
+}
+
+/// A pod's two interfaces.
+pub(super) struct VethPair<'a> {
+    /// The name of the node's end.
+    pub host: &'a str,
+    /// What people see beside it in `ip link`.
+    pub alias: &'a str,
+    pub bridge: u32,
+    pub mtu: u32,
+    /// The hardware address of the pod's end.
+    pub mac: Mac,
+}
+
+/// Makes the pair with both ends where they belong from the first moment: the pod's in its
+/// namespace under its name, the node's on the bridge and up. Nothing is moved or renamed, which
+/// would make the kernel wait for RCU.
+pub(super) fn create_veth(
+    socket: &mut Socket,
+    pair: &VethPair,
+    netns: BorrowedFd,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("create the veth pair {}", pair.host);
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    batch.message(action, RTM_NEWLINK, flags, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, pair.host);
+        body.u32(IFLA_MTU, pair.mtu);
+        body.u32(IFLA_MASTER, pair.bridge);
+        body.nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, "veth");
+            info.nest(IFLA_INFO_DATA, |data| {
+                data.nest(VETH_INFO_PEER, |peer| {
+                    peer.header(&link_header(0, 0));
+                    peer.string(IFLA_IFNAME, POD_INTERFACE);
+                    peer.bytes(IFLA_NET_NS_FD, &netns.as_raw_fd().to_ne_bytes());
+                    peer.bytes(IFLA_ADDRESS, &pair.mac);
+                    peer.u32(IFLA_MTU, pair.mtu);
+                });
+            });
+        });
+    });
+    port_message(&mut batch, pair.host, pair.alias);
+    socket.execute(&batch).map(drop)
+}
+
+/// Puts the node's end of a pair back on a bridge that was made anew.
+pub(super) fn join_bridge(
+    socket: &mut Socket,
+    host: &str,
+    alias: &str,
+    bridge: u32,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("put {host} on the bridge");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, host);
+        body.u32(IFLA_MASTER, bridge);
+    });
+    port_message(&mut batch, host, alias);
+    socket.execute(&batch).map(drop)
+}
+
+/// What the kernel takes only of a port that is there: hairpin, so that a pod reaches itself by
+/// way of the node; its alias; no IPv6 address of its own; up.
+fn port_message(batch: &mut Batch, host: &str, alias: &str) {
+    let action = format!("set up the bridge port {host}");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(0, IFF_UP));
+        body.string(IFLA_IFNAME, host);
+        body.bytes(IFLA_IFALIAS, alias.as_bytes());
+        body.nest(IFLA_AF_SPEC, |families| {
+            families.nest(AF_INET6, |inet6| {
+                inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+            });
+        });
+        body.nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_SLAVE_KIND, "bridge");
+            info.nest(IFLA_INFO_SLAVE_DATA, |port| {
+                port.bytes(IFLA_BRPORT_HAIRPIN, &[1]);
+            });
+        });
+    });
+}
+
+/// Deletes a link; it need not be there. The other end of a pair goes with it.
+pub(super) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("delete the interface {name}");
+    batch.message(action, RTM_DELLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, name);
+    });
+    match socket.execute(&batch) {
+        Err(error) if !error.is(Errno::ENODEV) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Gives a link an IPv4 address; it may have it already.
+pub(super) fn add_address(
+    batch: &mut Batch,
+    index: u32,
+    name: &str,
+    address: Ipv4Addr,
+    range: Ipv4Range,
+) {
+    let action = format!("add the address {address}/{} to {name}", range.prefix());
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+    batch.message(action, RTM_NEWADDR, flags, |body| {
+        let [i0, i1, i2, i3] = index.to_ne_bytes();
+        let scope = libc::RT_SCOPE_UNIVERSE;
+        body.header(&[AF_INET, range.prefix(), 0, scope, i0, i1, i2, i3]);
+        body.bytes(IFA_LOCAL, &address.octets());
+        body.bytes(IFA_ADDRESS, &address.octets());
+        body.bytes(IFA_BROADCAST, &range.broadcast().octets());
+    });
+}
+
+/// The IPv4 addresses, with the length of their prefix, of the link `index`.
+pub(super) fn addresses(
+    socket: &mut Socket,
+    index: u32,
+) -> Result<Vec<(Ipv4Addr, u8)>, NetworkError> {
+    let mut batch = Batch::default();
+    batch.message("list the addresses", RTM_GETADDR, NLM_F_DUMP, |body| {
+        body.header(&[AF_INET, 0, 0, 0, 0, 0, 0, 0]);
+    });
+    let replies = socket.execute(&batch)?;
+    Ok(replies
+        .iter()
+        .filter_map(|reply| {
+            let [_, prefix, _, _, i0, i1, i2, i3] = reply.header::<ADDRESS_HEADER_BYTES>()?;
+            let local = reply.attributes(ADDRESS_HEADER_BYTES).array(IFA_LOCAL)?;
+            let found = u32::from_ne_bytes([i0, i1, i2, i3]);
+            (found == index).then_some((Ipv4Addr::from_octets(local), prefix))
+        })
+        .collect())
+}
+
+/// Makes `gateway` the way to everywhere else.
+pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: Ipv4Addr) {
+    let action = format!("add the default route by {gateway}");
+    // NLM_F_REPLACE: the same route may be there already.
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+    batch.message(action, RTM_NEWROUTE, flags, |body| {
+        let mut header = [0; ROUTE_HEADER_BYTES];
+        header[0] = AF_INET;
+        header[4] = libc::RT_TABLE_MAIN;
+        header[5] = libc::RTPROT_BOOT;
+        header[6] = libc::RT_SCOPE_UNIVERSE;
+        header[7] = libc::RTN_UNICAST;
+        body.header(&header);
+        body.bytes(RTA_GATEWAY, &gateway.octets());
+        body.u32(RTA_OIF, index);
+    });
+}
+
+/// An IPv4 route of the main table.
+pub(super) struct Route {
+    pub destination: Ipv4Addr,
+    pub prefix: u8,
+    /// The link that it leads out of, if it is a single one.
+    pub link: Option<u32>,
+    pub metric: u32,
+}
+
+/// The IPv4 routes of the main table.
+pub(super) fn routes(socket: &mut Socket) -> Result<Vec<Route>, NetworkError> {
+    let mut batch = Batch::default();
+    batch.message("list the routes", RTM_GETROUTE, NLM_F_DUMP, |body| {
+        let mut header = [0; ROUTE_HEADER_BYTES];
+        header[0] = AF_INET;
+        body.header(&header);
+    });
+    let replies = socket.execute(&batch)?;
+    Ok(replies
+        .iter()
+        .filter_map(|reply| {
+            let [_, prefix, _, _, table, ..] = reply.header::<ROUTE_HEADER_BYTES>()?;
+            let attributes = reply.attributes(ROUTE_HEADER_BYTES);
+            let destination = attributes.array(RTA_DST).unwrap_or_default();
+            (table == libc::RT_TABLE_MAIN).then(|| Route {
+                destination: Ipv4Addr::from_octets(destination),
+                prefix,
+                link: attributes.u32(RTA_OIF),
+                metric: attributes.u32(RTA_PRIORITY).unwrap_or(0),
+            })
+        })
+        .collect())
+}
+
+/// A `struct ifinfomsg` that sets `flags`.
+fn link_header(index: u32, flags: u32) -> [u8; LINK_HEADER_BYTES] {
+    let mut header = [0; LINK_HEADER_BYTES];
+    header[0] = AF_UNSPEC;
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..16].copy_from_slice(&flags.to_ne_bytes());
+    header
+}

@@ -1,0 +1,416 @@
+//! Netlink as this room needs it: several messages in one `sendmsg`, each one's answer read back.
+//!
+//! A request is carried out by the kernel inside the `sendmsg` of the thread that asks, waits for
+//! the RTNL included, so an async socket would only hide that a thread blocks. A blocking socket
+//! that lives as long as its requests is faster, and the same one serves rtnetlink and nf_tables.
+//! See netlink(7), rtnetlink(7).
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+
+use super::NetworkError;
+
+const HEADER_BYTES: usize = 16;
+const ALIGNMENT: usize = 4;
+const NLA_F_NESTED: u16 = 1 << 15;
+/// The rest of an attribute's type after the flags for nesting and byte order.
+const NLA_TYPE_MASK: u16 = 0x3fff;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+pub(super) const NLM_F_REQUEST: u16 = 0x1;
+pub(super) const NLM_F_ACK: u16 = 0x4;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_REPLACE: u16 = 0x100;
+pub(super) const NLM_F_EXCL: u16 = 0x200;
+pub(super) const NLM_F_CREATE: u16 = 0x400;
+pub(super) const NLM_F_APPEND: u16 = 0x800;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// In an error message: the kernel left out the request that it answers.
+const NLM_F_CAPPED: u16 = 0x100;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// The largest part of a dump that the kernel sends at once.
+const RECEIVE_BYTES: usize = 32 << 10;
+
+/// How often a dump is begun anew because the table changed under it.
+const DUMP_TRIES: usize = 16;
+
+/// Messages to be sent together. The kernel carries them out in order, and, unlike a transaction,
+/// goes on after one that failed.
+#[derive(Default)]
+pub(super) struct Batch {
+    bytes: Vec<u8>,
+    /// What each message does, in the words of an error. Its index is the sequence number.
+    actions: Vec<String>,
+    /// How many of the messages are answered by an acknowledgement or a dump's end.
+    answers: usize,
+}
+
+impl Batch {
+    /// Adds a message of `kind`; `flags` besides NLM_F_REQUEST.
+    pub(super) fn message(
+        &mut self,
+        action: impl Into<String>,
+        kind: u16,
+        flags: u16,
+        body: impl FnOnce(&mut Body),
+    ) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 4]);
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        let flags = flags | NLM_F_REQUEST;
+        self.bytes.extend_from_slice(&flags.to_ne_bytes());
+        let sequence = u32::try_from(self.actions.len()).unwrap_or(u32::MAX);
+        self.bytes.extend_from_slice(&sequence.to_ne_bytes());
+        self.bytes.extend_from_slice(&[0; 4]);
+        body(&mut Body(&mut self.bytes));
+        let length = u32::try_from(self.bytes.len() - start).unwrap_or(u32::MAX);
+        if let Some(field) = self.bytes.get_mut(start..start + 4) {
+            field.copy_from_slice(&length.to_ne_bytes());
+        }
+        self.actions.push(action.into());
+        if flags & (NLM_F_ACK | NLM_F_DUMP) != 0 {
+            self.answers += 1;
+        }
+    }
+}
+
+/// The inside of a message: its fixed header and its attributes.
+pub(super) struct Body<'a>(&'a mut Vec<u8>);
+
+impl Body<'_> {
+    /// The fixed header of the message's family.
+    pub(super) fn header(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+        self.pad();
+    }
+
+    pub(super) fn bytes(&mut self, kind: u16, value: &[u8]) {
+        self.attribute(kind, |body| body.0.extend_from_slice(value));
+    }
+
+    pub(super) fn u32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_ne_bytes());
+    }
+
+    /// nf_tables wants its numbers in network byte order.
+    pub(super) fn be32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    /// A string with the NUL that the kernel wants.
+    pub(super) fn string(&mut self, kind: u16, value: &str) {
+        self.attribute(kind, |body| {
+            body.0.extend_from_slice(value.as_bytes());
+            body.0.push(0);
+        });
+    }
+
+    pub(super) fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body)) {
+        self.attribute(kind | NLA_F_NESTED, inside);
+    }
+
+    fn attribute(&mut self, kind: u16, inside: impl FnOnce(&mut Body)) {
+        let start = self.0.len();
+        self.0.extend_from_slice(&[0; 2]);
+        self.0.extend_from_slice(&kind.to_ne_bytes());
+        inside(&mut Body(self.0));
+        // A length that does not fit, which nothing here comes near, is refused by the kernel.
+        let length = u16::try_from(self.0.len() - start).unwrap_or(u16::MAX);
+        if let Some(field) = self.0.get_mut(start..start + 2) {
+            field.copy_from_slice(&length.to_ne_bytes());
+        }
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.0.resize(self.0.len().next_multiple_of(ALIGNMENT), 0);
+    }
+}
+
+/// A message that the kernel answered with, other than an acknowledgement.
+pub(super) struct Reply {
+    body: Vec<u8>,
+}
+
+impl Reply {
+    /// The first `N` bytes: the fixed header of the family.
+    pub(super) fn header<const N: usize>(&self) -> Option<[u8; N]> {
+        self.body.first_chunk().copied()
+    }
+
+    /// The attributes after a fixed header of `header_bytes`.
+    pub(super) fn attributes(&self, header_bytes: usize) -> Attributes<'_> {
+        Attributes(self.body.get(header_bytes..).unwrap_or_default())
+    }
+}
+
+/// Walks attributes: their type without the flags, and their value.
+#[derive(Clone)]
+pub(super) struct Attributes<'a>(pub(super) &'a [u8]);
+
+impl<'a> Attributes<'a> {
+    pub(super) fn get(&self, wanted: u16) -> Option<&'a [u8]> {
+        self.clone()
+            .find_map(|(kind, value)| (kind == wanted).then_some(value))
+    }
+
+    pub(super) fn nest(&self, wanted: u16) -> Attributes<'a> {
+        Attributes(self.get(wanted).unwrap_or_default())
+    }
+
+    pub(super) fn u32(&self, wanted: u16) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.array(wanted)?))
+    }
+
+    /// A value of exactly `N` bytes.
+    pub(super) fn array<const N: usize>(&self, wanted: u16) -> Option<[u8; N]> {
+        self.get(wanted)?.try_into().ok()
+    }
+
+    /// A string up to its NUL.
+    pub(super) fn string(&self, wanted: u16) -> Option<&'a str> {
+        let value = self.get(wanted)?;
+        let end = value.iter().position(|byte| *byte == 0);
+        std::str::from_utf8(&value[..end.unwrap_or(value.len())]).ok()
+    }
+}
+
+impl<'a> Iterator for Attributes<'a> {
+    type Item = (u16, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let length = usize::from(u16::from_ne_bytes(*self.0.first_chunk()?));
+        let kind = u16::from_ne_bytes(self.0.get(2..4)?.try_into().ok()?);
+        let value = self.0.get(4..length)?;
+        let next = length.next_multiple_of(ALIGNMENT).min(self.0.len());
+        self.0 = self.0.get(next..)?;
+        Some((kind & NLA_TYPE_MASK, value))
+    }
+}
+
+/// A netlink socket in the network namespace of the thread that opened it.
+pub(super) struct Socket {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// For links, addresses and routes.
+    pub(super) fn route() -> Result<Self, NetworkError> {
+        Self::open(None, "open an rtnetlink socket")
+    }
+
+    /// For nf_tables.
+    pub(super) fn netfilter() -> Result<Self, NetworkError> {
+        Self::open(Some(netlink::NETFILTER), "open an nf_tables socket")
+    }
+
+    fn open(
+        protocol: Option<rustix::net::Protocol>,
+        action: &'static str,
+    ) -> Result<Self, NetworkError> {
+        let fd = rustix::net::socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            protocol,
+        )
+        .map_err(|errno| NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error())))?;
+        // The kernel says why in words, and does not send the request back. Without either the
+        // socket serves as well.
+        set_option(&fd, libc::NETLINK_EXT_ACK);
+        set_option(&fd, libc::NETLINK_CAP_ACK);
+        Ok(Socket {
+            fd,
+            buffer: vec![0; RECEIVE_BYTES],
+        })
+    }
+
+    /// For what is still asked by ioctl(2).
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Sends the messages and waits for every answer. The error is that of the first message that
+    /// failed.
+    pub(super) fn execute(&mut self, batch: &Batch) -> Result<Vec<Reply>, NetworkError> {
+        if batch.actions.is_empty() {
+            return Ok(Vec::new());
+        }
+        for _ in 0..DUMP_TRIES {
+            if let Some(replies) = self.execute_once(batch)? {
+                return Ok(replies);
+            }
+        }
+        Err(NetworkError::kernel(last_action(batch), Errno::EINTR))
+    }
+
+    /// `None` is a dump that was interrupted by a change.
+    fn execute_once(&mut self, batch: &Batch) -> Result<Option<Vec<Reply>>, NetworkError> {
+        let sent = rustix::net::send(&self.fd, &batch.bytes, SendFlags::empty());
+        sent.map_err(|errno| {
+            NetworkError::kernel(last_action(batch), Errno::from_raw(errno.raw_os_error()))
+        })?;
+        let mut replies = Vec::new();
+        let mut failure = None;
+        let mut interrupted = false;
+        let mut answers = 0;
+        while answers < batch.answers {
+            // Nothing waits here: the answers were queued while `send` ran, and a dump goes on as
+            // it is read.
+            let received = rustix::net::recv(&self.fd, &mut self.buffer[..], RecvFlags::DONTWAIT);
+            let (length, _) = match received {
+                Ok(received) => received,
+                // An acknowledgement is missing, but what failed is known.
+                Err(rustix::io::Errno::AGAIN) if failure.is_some() => break,
+                Err(errno) => {
+                    let errno = Errno::from_raw(errno.raw_os_error());
+                    return Err(NetworkError::kernel(last_action(batch), errno));
+                }
+            };
+            let received = self.buffer.get(..length).unwrap_or_default();
+            for message in Messages(received) {
+                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                match message.kind {
+                    NLMSG_ERROR | NLMSG_DONE => {
+                        answers += 1;
+                        if let Some(error) = message.error(batch) {
+                            failure.get_or_insert(error);
+                        }
+                    }
+                    _ => replies.push(Reply {
+                        body: message.body.to_vec(),
+                    }),
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok((!interrupted).then_some(replies)),
+        }
+    }
+}
+
+fn last_action(batch: &Batch) -> &str {
+    batch.actions.last().map_or("send netlink messages", |a| a)
+}
+
+fn set_option(fd: &OwnedFd, option: libc::c_int) {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer and the length are those of `on`, which outlives the call.
+    unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_NETLINK,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
+}
+
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    body: &'a [u8],
+}
+
+impl Message<'_> {
+    /// What an NLMSG_ERROR or NLMSG_DONE says, if it is not that all went well.
+    fn error(&self, batch: &Batch) -> Option<NetworkError> {
+        let code = i32::from_ne_bytes(*self.body.first_chunk()?);
+        if code == 0 {
+            return None;
+        }
+        let request = match (self.kind, self.flags & NLM_F_CAPPED) {
+            (NLMSG_DONE, _) => 0,
+            (_, 0) => {
+                let length = self.body.get(4..8)?.try_into().ok()?;
+                usize::try_from(u32::from_ne_bytes(length)).ok()?
+            }
+            _ => HEADER_BYTES,
+        };
+        let attributes = Attributes(self.body.get(4 + request..).unwrap_or_default());
+        let detail = attributes.string(NLMSGERR_ATTR_MSG);
+        let action = usize::try_from(self.sequence)
+            .ok()
+            .and_then(|index| batch.actions.get(index))
+            .map_or_else(|| last_action(batch), String::as_str);
+        Some(NetworkError::Kernel {
+            action: action.to_owned(),
+            errno: Errno::from_raw(code.saturating_neg()),
+            detail: detail
+                .map(|detail| format!(": {detail}"))
+                .unwrap_or_default(),
+        })
+    }
+}
+
+struct Messages<'a>(&'a [u8]);
+
+impl<'a> Iterator for Messages<'a> {
+    type Item = Message<'a>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let header: &[u8; HEADER_BYTES] = self.0.first_chunk()?;
+        let [l0, l1, l2, l3, k0, k1, f0, f1, s0, s1, s2, s3, ..] = *header;
+        let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).ok()?;
+        let body = self.0.get(HEADER_BYTES..length)?;
+        let next = length.next_multiple_of(ALIGNMENT).min(self.0.len());
+        self.0 = self.0.get(next..)?;
+        Some(Message {
+            kind: u16::from_ne_bytes([k0, k1]),
+            flags: u16::from_ne_bytes([f0, f1]),
+            sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
+            body,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_padded_and_nest() {
+        let mut batch = Batch::default();
+        batch.message("say", 7, NLM_F_ACK, |body| {
+            body.header(&[9]);
+            body.string(1, "abcd");
+            body.nest(2, |inside| {
+                inside.u32(3, 42);
+                inside.bytes(4, &[1, 2, 3]);
+            });
+        });
+        assert_eq!(batch.bytes.len() % ALIGNMENT, 0);
+        assert_eq!(batch.answers, 1);
+        let message = Messages(&batch.bytes).next();
+        let body = message.map(|message| message.body.to_vec());
+        let reply = Reply {
+            body: body.unwrap_or_default(),
+        };
+        assert_eq!(reply.header::<4>(), Some([9, 0, 0, 0]));
+        let attributes = reply.attributes(4);
+        assert_eq!(attributes.string(1), Some("abcd"));
+        assert_eq!(attributes.nest(2).u32(3), Some(42));
+        assert_eq!(attributes.nest(2).get(4), Some(&[1, 2, 3][..]));
+        assert_eq!(attributes.clone().count(), 2);
+    }
+
+    #[test]
+    fn lengths_that_lie_end_the_walk() {
+        assert_eq!(Attributes(&[3, 0, 1, 0]).next(), None);
+        assert_eq!(Attributes(&[200, 0, 1, 0, 0, 0, 0, 0]).next(), None);
+        assert_eq!(Attributes(&[4, 0, 1]).next(), None);
+        assert!(Messages(&[255; 20]).next().is_none());
+        let mut zero_length = [0; 32];
+        assert!(Messages(&zero_length).next().is_none());
+        zero_length[0] = 15;
+        assert!(Messages(&zero_length).next().is_none());
+    }
+}
