@@ -1,4 +1,7 @@
-/* The containers' program: does nothing, or with any argument waits to be killed. */
+/*
+ * The containers' program: does nothing, or with any argument waits to be killed. Its exit status
+ * is one that nobody else has, so that a runtime that never ran it is found out.
+ */
 #include <unistd.h>
 
 int main(int argc, char **argv)
@@ -6,5 +9,5 @@ int main(int argc, char **argv)
 	(void)argv;
 	while (argc > 1)
 		pause();
-	return 0;
+	return 42;
 }

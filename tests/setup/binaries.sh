@@ -4,7 +4,7 @@
 # most recent build among the target directory's profiles is taken, which is what someone who has
 # just run `cargo build` means.
 
-BINARIES=(rrun rrun-cri rrun-monitor rrun-e2e)
+BINARIES=(rrun rrun-cri rrun-monitor rrun-e2e rrun-bench)
 
 binary_path() {
     local name=$1 dir newest='' target

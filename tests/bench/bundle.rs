@@ -1,0 +1,151 @@
+//! The bundles that are measured: what `runc spec` writes, changed as little as can be.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::ValueEnum;
+use serde_json::{Map, Value, json};
+
+use crate::Result;
+
+/// What is asked of the runtimes beyond the plain configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Variant {
+    /// `runc spec` without its device rules and, as it has it, without seccomp
+    Plain,
+    /// `runc spec` as it is: with device rules, which become an eBPF program
+    Devices,
+    /// Plain, in a user namespace
+    Userns,
+    /// Plain, with a filter of 60 system calls
+    Seccomp,
+}
+
+/// Makes a bundle whose container runs `/bin/nothing ARGUMENTS`.
+pub fn make(
+    directory: &Path,
+    nothing: &Path,
+    arguments: &[&str],
+    variant: Variant,
+) -> Result<PathBuf> {
+    let rootfs = directory.join("rootfs");
+    for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
+        fs::create_dir_all(rootfs.join(dir))?;
+    }
+    let program = rootfs.join("bin/nothing");
+    fs::copy(nothing, &program).map_err(|error| format!("{}: {error}", nothing.display()))?;
+    let config = directory.join("config.json");
+    let _ = fs::remove_file(&config);
+    let said = Command::new("runc")
+        .arg("spec")
+        .current_dir(directory)
+        .output()
+        .map_err(|error| format!("runc spec: {error}"))?;
+    if !said.status.success() {
+        return Err(format!("runc spec: {}", String::from_utf8_lossy(&said.stderr)).into());
+    }
+    let mut spec: Value = serde_json::from_slice(&fs::read(&config)?)?;
+    change(&mut spec, arguments, variant);
+    fs::write(&config, serde_json::to_vec_pretty(&spec)?)?;
+    Ok(directory.to_owned())
+}
+
+fn change(spec: &mut Value, arguments: &[&str], variant: Variant) {
+    let mut args = vec!["/bin/nothing"];
+    args.extend(arguments);
+    if let Some(process) = object(spec, "process") {
+        process.insert("args".to_owned(), json!(args));
+        process.insert("terminal".to_owned(), json!(false));
+    }
+    let Some(linux) = object(spec, "linux") else {
+        return;
+    };
+    linux.remove("seccomp");
+    if variant != Variant::Devices {
+        linux.remove("resources");
+    }
+    match variant {
+        Variant::Plain | Variant::Devices => {}
+        Variant::Userns => {
+            let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            linux.insert("uidMappings".to_owned(), map.clone());
+            linux.insert("gidMappings".to_owned(), map);
+            if let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
+                namespaces.push(json!({ "type": "user" }));
+            }
+        }
+        Variant::Seccomp => {
+            let refused = json!([{ "names": FILTERED, "action": "SCMP_ACT_ERRNO" }]);
+            let filter = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": refused });
+            linux.insert("seccomp".to_owned(), filter);
+        }
+    }
+}
+
+fn object<'a>(value: &'a mut Value, name: &str) -> Option<&'a mut Map<String, Value>> {
+    value.get_mut(name).and_then(Value::as_object_mut)
+}
+
+const FILTERED: &[&str] = &[
+    "acct",
+    "add_key",
+    "adjtimex",
+    "bpf",
+    "clock_adjtime",
+    "clock_settime",
+    "delete_module",
+    "fanotify_init",
+    "finit_module",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "fspick",
+    "get_mempolicy",
+    "init_module",
+    "io_uring_enter",
+    "io_uring_register",
+    "io_uring_setup",
+    "ioperm",
+    "iopl",
+    "kcmp",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "lookup_dcookie",
+    "mbind",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "move_pages",
+    "name_to_handle_at",
+    "nfsservctl",
+    "open_by_handle_at",
+    "open_tree",
+    "perf_event_open",
+    "personality",
+    "pivot_root",
+    "process_vm_readv",
+    "process_vm_writev",
+    "ptrace",
+    "quotactl",
+    "quotactl_fd",
+    "reboot",
+    "request_key",
+    "set_mempolicy",
+    "setdomainname",
+    "sethostname",
+    "setns",
+    "settimeofday",
+    "swapoff",
+    "swapon",
+    "syslog",
+    "umount2",
+    "unshare",
+    "uselib",
+    "userfaultfd",
+    "ustat",
+    "vhangup",
+    "vm86",
+    "vmsplice",
+];

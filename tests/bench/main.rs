@@ -1,0 +1,49 @@
+//! Benchmarks: rrun beside its peers, all of them measured in one run, taking turns. Runs as root
+//! in a view (`tests/bench/run` starts it there). Nothing is asserted about time.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod bundle;
+mod launch;
+mod oci;
+mod report;
+mod samples;
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T = ()> = std::result::Result<T, Error>;
+
+#[derive(Parser)]
+#[command(name = "rrun-bench")]
+struct Arguments {
+    /// Where floor, launch and nothing are, built by tests/bench/run
+    #[arg(long, global = true, default_value = "/out/bin")]
+    programs: PathBuf,
+    /// Where the raw figures go
+    #[arg(long, global = true, default_value = "/out")]
+    results: PathBuf,
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Subcommand)]
+enum Benchmark {
+    /// OCI runtimes: `run`, create + start + delete, `exec` of a program that does nothing
+    Oci(oci::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match &arguments.benchmark {
+        Benchmark::Oci(options) => oci::run(options, &arguments.programs, &arguments.results),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rrun-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

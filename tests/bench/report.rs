@@ -1,0 +1,131 @@
+//! What a benchmark leaves: tables on the terminal, raw figures as JSON in files.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::Result;
+
+/// A table of text; the first column is aligned left, all others right.
+pub struct Table {
+    title: String,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
+        let head = columns.iter().map(|&column| column.to_owned()).collect();
+        Table {
+            title: title.into(),
+            rows: vec![head],
+        }
+    }
+
+    pub fn row(&mut self, name: &str, cells: impl IntoIterator<Item = String>) {
+        let mut row = vec![name.to_owned()];
+        row.extend(cells);
+        self.rows.push(row);
+    }
+
+    pub fn text(&self) -> String {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let mut text = format!("\n{}\n", self.title);
+        for row in &self.rows {
+            let mut line = String::new();
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                let _ = match column {
+                    0 => write!(line, "  {cell:<width$}"),
+                    _ => write!(line, "  {cell:>width$}"),
+                };
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// A figure with as many decimals as are worth reading, or a dash for none.
+pub fn figure(value: Option<f64>) -> String {
+    match value {
+        None => "–".to_owned(),
+        Some(value) if value >= 100.0 => format!("{value:.0}"),
+        Some(value) if value >= 10.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.2}"),
+    }
+}
+
+/// `value` as a multiple of `base`.
+pub fn ratio(value: Option<f64>, base: Option<f64>) -> String {
+    figure(
+        value
+            .zip(base)
+            .filter(|(_, base)| *base > 0.0)
+            .map(|(value, base)| value / base),
+    )
+}
+
+/// What the figures were measured on.
+pub fn machine() -> Value {
+    let first_line = |path: &str, start: &str| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(start))
+            .unwrap_or_default();
+        line.rsplit(": ")
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
+    json!({
+        "kernel": first_line("/proc/sys/kernel/osrelease", ""),
+        "processor": first_line("/proc/cpuinfo", "model name"),
+        "processors": std::thread::available_parallelism().map_or(0, usize::from),
+        "load": first_line("/proc/loadavg", ""),
+        "view": std::env::var("RRUN_TEST_VIEW").unwrap_or_default(),
+    })
+}
+
+/// Prints a table and adds it to `results`/tables.txt, so that it outlives the terminal.
+pub fn show(results: &Path, table: &Table) -> Result {
+    use std::io::Write as _;
+    let text = table.text();
+    print!("{text}");
+    let path = results.join("tables.txt");
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(file.write_all(text.as_bytes())?)
+}
+
+pub fn write_json(path: &Path, value: &Value) -> Result {
+    let text = serde_json::to_string_pretty(value)?;
+    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new("T", &["", "wall", "ratio"]);
+        table.row("crun", ["6.60".to_owned(), ratio(Some(6.6), Some(2.2))]);
+        assert_eq!(
+            table.text(),
+            "\nT\n        wall  ratio\n  crun  6.60   3.00\n"
+        );
+        assert_eq!(ratio(None, Some(1.0)), "–");
+    }
+}
