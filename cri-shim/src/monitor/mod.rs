@@ -1,6 +1,26 @@
 //! One `rrun-monitor` process per pod: the parent of its containers.
 //!
 //! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
+//! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
+//! set. What it does for a container is in `container`, `ending` and `exec`; what it needs from
+//! the kernel and the runtime in `runtime`, `logs`, `console`, `cgroup` and `exit`.
 
+mod cgroup;
+mod connection;
+mod console;
+mod container;
+mod descendants;
+mod ending;
+mod errno;
+mod exec;
+mod exit;
+mod journal;
+mod logs;
+mod pod_init;
 pub mod protocol;
+mod runtime;
+mod serve;
+mod startup;
 pub mod wire;
+
+pub use startup::run;

@@ -69,8 +69,8 @@ pub enum Request {
     /// Runs `RUNTIME… exec` in the container. Descriptors: without `terminal` three, the
     /// process's stdin, stdout and stderr. With `terminal` none, and [`Reply::Started`] carries
     /// the pty's master. Answered by [`Reply::Started`] or [`Reply::Error`], then by
-    /// [`Reply::Exited`]. If the client closes first, the process, and every process it started
-    /// that is still in its session, is killed.
+    /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
+    /// descends from it or is in its session. `process` must have the same `terminal` as this.
     Exec(Exec),
     /// Opens the container's log again at its path, after a rotation. Lines read after the
     /// answer are in the new file.

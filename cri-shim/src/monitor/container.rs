@@ -1,0 +1,542 @@
+//! A container's life while its first process lives: create, start, kill, update.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::EventFlags;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::cgroup::{self, OomCount};
+use super::connection::ClientId;
+use super::console::Console;
+use super::ending::{Cleanup, Deletion, Ending};
+use super::errno::kernel_said;
+use super::journal::note;
+use super::logs::{Buffers, Log, Pumped, Stream};
+use super::protocol::{Create, ExitRecord, Failure, FailureKind, Reply};
+use super::runtime::{Call, Stdio, memory_file};
+use super::serve::{Monitor, Purpose, Source};
+
+/// How often each stream is read at a container's end: a pipe holds much less, and a process
+/// outside the container that writes on must not keep us.
+const MAX_DRAIN: usize = 64;
+
+pub struct Container {
+    /// Ids can come back; this does not.
+    pub serial: u64,
+    pub spec: Create,
+    pub state: State,
+    pub pid: i32,
+    /// A `start` is under way.
+    pub(super) starting: bool,
+    pub(super) output: Output,
+    /// Our side of its stdin, for attach (a terminal's master does for both). Attach will hand
+    /// over to a connection that carries frames; until then it is only held open.
+    _stdin: Option<OwnedFd>,
+    console: Option<Console>,
+    pub(super) memory: Option<OomCount>,
+    pub(super) oom_killed: bool,
+    pub(super) deletion: Option<Deletion>,
+}
+
+pub enum State {
+    Creating,
+    Created,
+    /// `start` has been done.
+    Running,
+    /// The first process is gone.
+    Ending(Ending),
+    Exited {
+        exit: ExitRecord,
+        cleanup: Cleanup,
+    },
+}
+
+/// The container's output and where it goes.
+pub(super) struct Output {
+    log: Log,
+    /// A pipe, or a terminal's master.
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+/// The ends of the container's stdio that the runtime gets.
+struct Given {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+impl Output {
+    pub(super) fn pump(&mut self, stream: Stream, buffers: &mut Buffers) -> Pumped {
+        let fd = match stream {
+            Stream::Stdout => &self.stdout,
+            Stream::Stderr => &self.stderr,
+        };
+        match fd {
+            Some(fd) => self.log.pump(fd, stream, buffers),
+            None => Pumped::End,
+        }
+    }
+
+    pub(super) fn close(&mut self, stream: Stream) {
+        match stream {
+            Stream::Stdout => self.stdout = None,
+            Stream::Stderr => self.stderr = None,
+        }
+    }
+
+    /// Takes what is there, and closes.
+    pub(super) fn drain(&mut self, buffers: &mut Buffers) {
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            for _ in 0..MAX_DRAIN {
+                if self.pump(stream, buffers) != Pumped::Data {
+                    break;
+                }
+            }
+            self.log.finish(stream, buffers);
+        }
+        (self.stdout, self.stderr) = (None, None);
+    }
+}
+
+/// A process id from the file that a runtime wrote.
+pub fn read_pid(path: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(path).ok()?;
+    text.trim().parse().ok().filter(|pid| *pid > 1)
+}
+
+/// The runtime's binary, for sentences.
+fn program(command: &[String]) -> &str {
+    command.first().map_or("the runtime", String::as_str)
+}
+
+impl Container {
+    pub fn id(&self) -> &str {
+        &self.spec.id
+    }
+
+    pub fn is_alive_as(&self, pid: i32) -> bool {
+        self.pid == pid && matches!(self.state, State::Created | State::Running)
+    }
+
+    pub fn next_check(&self) -> Option<Instant> {
+        match (&self.state, &self.deletion) {
+            (State::Ending(ending), _) => ending.next_look(),
+            (State::Created | State::Running, Some(deletion)) => Some(deletion.give_up()),
+            _ => None,
+        }
+    }
+
+    fn pid_file(&self) -> std::path::PathBuf {
+        self.spec.bundle.join("init.pid")
+    }
+
+    /// Makes the stdio and starts the runtime on it.
+    fn begin(spec: Create, serial: u64, timeout: Duration) -> Result<(Self, Call), String> {
+        let id = spec.id.clone();
+        let failed = |what: &str, error: std::io::Error| {
+            format!("{what} of container {id}: {}", kernel_said(&error))
+        };
+        let log = Log::open(spec.log.clone()).map_err(|error| {
+            let path = spec.log.as_deref().unwrap_or(Path::new("")).display();
+            failed(&format!("open the log {path}"), error)
+        })?;
+        let mut container = Container {
+            serial,
+            state: State::Creating,
+            pid: 0,
+            starting: false,
+            output: Output {
+                log,
+                stdout: None,
+                stderr: None,
+            },
+            _stdin: None,
+            console: None,
+            memory: None,
+            oom_killed: false,
+            deletion: None,
+            spec,
+        };
+        let given = if container.spec.terminal {
+            let console = Console::open(serial)
+                .map_err(|errno| failed("make the console socket", errno.into()))?;
+            container.console = Some(console);
+            None
+        } else {
+            let given = container.make_pipes();
+            Some(given.map_err(|errno| failed("make the stdio", errno.into()))?)
+        };
+        let stdio = given.as_ref().map_or(Stdio::Log, |given| {
+            Stdio::Container([
+                given.stdin.as_fd(),
+                given.stdout.as_fd(),
+                given.stderr.as_fd(),
+            ])
+        });
+        let pid_file = container.pid_file();
+        let console_path = container.console.as_ref().map(Console::path);
+        let mut arguments: Vec<&OsStr> = vec![
+            "--bundle".as_ref(),
+            container.spec.bundle.as_os_str(),
+            "--pid-file".as_ref(),
+            pid_file.as_ref(),
+        ];
+        if let Some(path) = &console_path {
+            arguments.extend(["--console-socket".as_ref(), path.as_os_str()]);
+        }
+        arguments.push(container.spec.id.as_ref());
+        let command = &container.spec.runtime;
+        let call = Call::start(command, "create", &arguments, &stdio, None, timeout)
+            .map_err(|error| failed(&format!("run {} for the create", program(command)), error))?;
+        Ok((container, call))
+    }
+
+    fn make_pipes(&mut self) -> Result<Given, Errno> {
+        let stdin = if self.spec.stdin {
+            let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
+            rustix::io::ioctl_fionbio(&ours, true)?;
+            self._stdin = Some(ours);
+            theirs
+        } else {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            rustix::fs::open("/dev/null", flags, Mode::empty())?
+        };
+        let (stdout_ours, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (stderr_ours, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+        // Only our ends: the container's must block.
+        rustix::io::ioctl_fionbio(&stdout_ours, true)?;
+        rustix::io::ioctl_fionbio(&stderr_ours, true)?;
+        self.output.stdout = Some(stdout_ours);
+        self.output.stderr = Some(stderr_ours);
+        Ok(Given {
+            stdin,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// Kills all that there is of the container. The first process's end will tell.
+    pub(super) fn kill_all(&self) {
+        if let Err(error) = cgroup::kill(&self.spec.cgroup) {
+            note(&format!(
+                "kill the cgroup of {}: {}",
+                self.id(),
+                kernel_said(&error)
+            ));
+        }
+        if self.is_alive_as(self.pid) {
+            self.signal_init(libc::SIGKILL);
+        }
+    }
+
+    /// Signals the first process. Its pid is certain: only we could have reaped it.
+    fn signal_init(&self, signal: i32) -> bool {
+        let pid = rustix::process::Pid::from_raw(self.pid);
+        match (pid, cgroup::checked(signal)) {
+            (Some(pid), Some(signal)) => rustix::process::kill_process(pid, signal).is_ok(),
+            _ => false,
+        }
+    }
+}
+
+impl Monitor {
+    pub(super) fn container(&mut self, serial: u64) -> Option<&mut Container> {
+        self.containers.iter_mut().find(|c| c.serial == serial)
+    }
+
+    fn serial_of(&self, id: &str) -> Option<u64> {
+        let container = self.containers.iter().find(|c| c.id() == id)?;
+        Some(container.serial)
+    }
+
+    pub(super) fn not_found(&mut self, client: ClientId, id: &str) {
+        let message = format!("there is no container {id} in this pod");
+        self.fail(client, FailureKind::NotFound, message);
+    }
+
+    pub(super) fn create(&mut self, client: ClientId, spec: Create) {
+        let id = spec.id.clone();
+        if self.serial_of(&id).is_some() || self.is_shutting_down() {
+            let message = format!("create container {id}: it exists, or the pod is being ended");
+            return self.fail(client, FailureKind::WrongState, message);
+        }
+        let serial = self.number();
+        match Container::begin(spec, serial, self.timeout) {
+            Ok((container, call)) => {
+                self.containers.push(container);
+                let purpose = Purpose::Create { serial, client };
+                self.calls.insert(call.pid, (call, purpose));
+            }
+            Err(message) => self.fail(client, FailureKind::Monitor, message),
+        }
+    }
+
+    pub(super) fn create_ended(&mut self, serial: u64, client: ClientId, call: &Call, code: i32) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        let console = container.console.take();
+        let pid = read_pid(&container.pid_file());
+        let _ = std::fs::remove_file(container.pid_file());
+        let failure = match pid {
+            Some(pid) if code == 0 => {
+                container.pid = pid;
+                match console.map(|console| console.receive()).transpose() {
+                    Ok(None) => None,
+                    Ok(Some(master)) => {
+                        let _ = rustix::io::ioctl_fionbio(&master, true);
+                        container.output.stdout = Some(master);
+                        None
+                    }
+                    Err(errno) => Some(Failure {
+                        kind: FailureKind::Monitor,
+                        message: format!(
+                            "take the terminal of container {}: {}",
+                            container.id(),
+                            kernel_said(&errno.into())
+                        ),
+                    }),
+                }
+            }
+            _ => {
+                let stderr = container.output.stderr.as_ref().map(AsFd::as_fd);
+                let message = match code {
+                    0 => "the runtime made a container, but did not tell its pid".into(),
+                    _ => call.reason(code, stderr),
+                };
+                Some(Failure {
+                    kind: FailureKind::Runtime,
+                    message,
+                })
+            }
+        };
+        match failure {
+            Some(failure) => self.undo_create(serial, client, failure),
+            None => self.created(serial, client),
+        }
+    }
+
+    fn created(&mut self, serial: u64, client: ClientId) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        container.state = State::Created;
+        container.memory = OomCount::open(&container.spec.cgroup);
+        let pid = container.pid;
+        let deleted = container.deletion.is_some();
+        if deleted {
+            container.kill_all();
+        }
+        self.watch_container(serial);
+        self.reply(client, &Reply::Created { pid });
+        if let Some(code) = self.claim(pid) {
+            self.init_ended(serial, code);
+        }
+    }
+
+    fn watch_container(&mut self, serial: u64) {
+        let Some(container) = self.containers.iter().find(|c| c.serial == serial) else {
+            return;
+        };
+        let watches = [
+            (
+                container.output.stdout.as_ref().map(AsFd::as_fd),
+                Source::Stdout(serial),
+                EventFlags::IN,
+            ),
+            (
+                container.output.stderr.as_ref().map(AsFd::as_fd),
+                Source::Stderr(serial),
+                EventFlags::IN,
+            ),
+            (
+                container.memory.as_ref().map(OomCount::as_fd),
+                Source::Memory(serial),
+                EventFlags::PRI,
+            ),
+        ];
+        for (fd, source, flags) in watches {
+            if let Some(fd) = fd
+                && let Err(errno) = self.watch(fd, source, flags)
+            {
+                let said = kernel_said(&errno.into());
+                note(&format!("watch {source:?} of {}: {said}", container.id()));
+            }
+        }
+    }
+
+    /// After a failed create: the runtime's own cleaning up can't be relied upon, least of all
+    /// if it was killed.
+    fn undo_create(&mut self, serial: u64, client: ClientId, failure: Failure) {
+        let timeout = self.timeout;
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        container.kill_all();
+        match container.delete_call(timeout) {
+            Ok(call) => {
+                let purpose = Purpose::Undo {
+                    serial,
+                    client,
+                    failure,
+                };
+                self.calls.insert(call.pid, (call, purpose));
+            }
+            Err(_) => self.undo_ended(serial, client, failure),
+        }
+    }
+
+    pub(super) fn undo_ended(&mut self, serial: u64, client: ClientId, failure: Failure) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        let _ = cgroup::kill(&container.spec.cgroup);
+        let _ = cgroup::remove(&container.spec.cgroup);
+        self.reply(client, &Reply::Error(failure));
+        self.forget(serial);
+    }
+
+    pub(super) fn start(&mut self, client: ClientId, id: &str) {
+        let timeout = self.timeout;
+        let Some(container) = self.containers.iter_mut().find(|c| c.id() == id) else {
+            return self.not_found(client, id);
+        };
+        if !matches!(container.state, State::Created) || container.starting {
+            let message = format!("start container {id}: it is not in the created state");
+            return self.fail(client, FailureKind::WrongState, message);
+        }
+        let serial = container.serial;
+        let command = &container.spec.runtime;
+        match Call::start(command, "start", &[id.as_ref()], &Stdio::Log, None, timeout) {
+            Ok(call) => {
+                container.starting = true;
+                let purpose = Purpose::Start { serial, client };
+                self.calls.insert(call.pid, (call, purpose));
+            }
+            Err(error) => {
+                let (program, said) = (program(command), kernel_said(&error));
+                let message = format!("run {program} to start container {id}: {said}");
+                self.fail(client, FailureKind::Monitor, message);
+            }
+        }
+    }
+
+    pub(super) fn start_ended(&mut self, serial: u64, client: ClientId, call: &Call, code: i32) {
+        if let Some(container) = self.container(serial) {
+            container.starting = false;
+            if code == 0 && matches!(container.state, State::Created) {
+                container.state = State::Running;
+            }
+        }
+        match code {
+            0 => self.reply(client, &Reply::Done),
+            _ => self.fail(client, FailureKind::Runtime, call.reason(code, None)),
+        }
+        self.continue_ending(serial);
+    }
+
+    pub(super) fn kill(&mut self, client: ClientId, id: &str, signal: i32, all: bool) {
+        let Some(container) = self.containers.iter().find(|c| c.id() == id) else {
+            return self.not_found(client, id);
+        };
+        if cgroup::checked(signal).is_none() {
+            let message = format!("kill container {id}: there is no signal {signal}");
+            return self.fail(client, FailureKind::Monitor, message);
+        }
+        match container.state {
+            State::Creating => {
+                let message = format!("kill container {id}: it is still being created");
+                return self.fail(client, FailureKind::WrongState, message);
+            }
+            State::Ending(_) | State::Exited { .. } => return self.reply(client, &Reply::Done),
+            State::Created | State::Running => {}
+        }
+        if all && signal == libc::SIGKILL {
+            container.kill_all();
+        } else if container.spec.native && !all {
+            container.signal_init(signal);
+        } else {
+            let number = signal.to_string();
+            let arguments: &[&OsStr] = match all {
+                true => &["--all".as_ref(), id.as_ref(), number.as_ref()],
+                false => &[id.as_ref(), number.as_ref()],
+            };
+            let command = container.spec.runtime.clone();
+            return self.plain_call(client, id, &command, "kill", arguments, None);
+        }
+        self.reply(client, &Reply::Done);
+    }
+
+    pub(super) fn update(&mut self, client: ClientId, id: &str, resources: &str) {
+        let Some(container) = self.containers.iter().find(|c| c.id() == id) else {
+            return self.not_found(client, id);
+        };
+        if !matches!(container.state, State::Created | State::Running) {
+            let message = format!("update container {id}: it is not running");
+            return self.fail(client, FailureKind::WrongState, message);
+        }
+        let command = container.spec.runtime.clone();
+        let arguments: &[&OsStr] = &["--resources".as_ref(), "-".as_ref(), id.as_ref()];
+        self.plain_call(client, id, &command, "update", arguments, Some(resources));
+    }
+
+    fn plain_call(
+        &mut self,
+        client: ClientId,
+        id: &str,
+        command: &[String],
+        verb: &'static str,
+        arguments: &[&OsStr],
+        input: Option<&str>,
+    ) {
+        let started = input
+            .map(|text| memory_file("input", text.as_bytes()))
+            .transpose()
+            .and_then(|file| {
+                let stdio = match &file {
+                    Some(file) => Stdio::Input(file.as_fd()),
+                    None => Stdio::Log,
+                };
+                Call::start(command, verb, arguments, &stdio, None, self.timeout)
+            });
+        match started {
+            Ok(call) => {
+                let purpose = Purpose::Plain { client };
+                self.calls.insert(call.pid, (call, purpose));
+            }
+            Err(error) => {
+                let (program, said) = (program(command), kernel_said(&error));
+                let message = format!("run {program} to {verb} container {id}: {said}");
+                self.fail(client, FailureKind::Monitor, message);
+            }
+        }
+    }
+
+    pub(super) fn reopen_log(&mut self, client: ClientId, id: &str) {
+        let Some(container) = self.containers.iter_mut().find(|c| c.id() == id) else {
+            return self.not_found(client, id);
+        };
+        match container.output.log.reopen() {
+            Ok(()) => self.reply(client, &Reply::Done),
+            Err(error) => {
+                let path = container
+                    .spec
+                    .log
+                    .as_deref()
+                    .unwrap_or(Path::new(""))
+                    .display();
+                let message = format!(
+                    "open the log {path} of container {id} again: {}",
+                    kernel_said(&error)
+                );
+                self.fail(client, FailureKind::Monitor, message);
+            }
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! A container's end, and its removal.
+//!
+//! The end has three steps: the first process is reaped; when nothing is left in the cgroup, the
+//! log is completed, the record written and everybody told; then the runtime cleans up. Nobody
+//! who waits for the exit waits for that last step.
+
+use std::time::{Duration, Instant};
+
+use super::cgroup;
+use super::connection::ClientId;
+use super::container::{Container, State};
+use super::errno::kernel_said;
+use super::exit;
+use super::journal::note;
+use super::logs::{Pumped, Stream};
+use super::protocol::{Event, ExitRecord, FailureKind, Reply};
+use super::runtime::{Call, Stdio};
+use super::serve::{Monitor, Purpose};
+
+/// How long the rest of a container may take to die after it was killed.
+const DYING: Duration = Duration::from_secs(10);
+
+/// The first and the longest pause between two looks at a cgroup that is not empty yet.
+const MIN_PAUSE: Duration = Duration::from_millis(1);
+const MAX_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a runtime that starts a container which has ended meanwhile may still take.
+const HURRY: Duration = Duration::from_secs(10);
+
+/// The first process is gone; is the rest?
+pub struct Ending {
+    code: i32,
+    finished_at: i64,
+    /// When what was left in the cgroup is given up, once it has been killed.
+    give_up: Option<Instant>,
+    pause: Duration,
+    next_look: Option<Instant>,
+}
+
+impl Ending {
+    pub fn next_look(&self) -> Option<Instant> {
+        self.next_look
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleanup {
+    Running,
+    Done,
+    Failed,
+}
+
+/// Those who asked for the container's removal.
+pub struct Deletion {
+    clients: Vec<ClientId>,
+    /// When they are told that its first process does not die.
+    give_up: Instant,
+}
+
+impl Deletion {
+    pub fn give_up(&self) -> Instant {
+        self.give_up
+    }
+}
+
+impl Container {
+    pub(super) fn delete_call(&self, timeout: Duration) -> std::io::Result<Call> {
+        let arguments = ["--force".as_ref(), self.spec.id.as_ref()];
+        let command = &self.spec.runtime;
+        Call::start(command, "delete", &arguments, &Stdio::Log, None, timeout)
+    }
+}
+
+impl Monitor {
+    pub(super) fn output_ready(&mut self, serial: u64, stream: Stream) {
+        let Some(container) = self.containers.iter_mut().find(|c| c.serial == serial) else {
+            return;
+        };
+        if container.output.pump(stream, &mut self.buffers) == Pumped::End {
+            container.output.close(stream);
+        }
+    }
+
+    pub(super) fn memory_ready(&mut self, serial: u64) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        match container.memory.as_mut().map(|memory| memory.rose()) {
+            None | Some(Ok(false)) => {}
+            Some(Ok(true)) => {
+                container.oom_killed = true;
+                let id = container.id().to_owned();
+                self.publish(Event::OutOfMemory { id });
+            }
+            Some(Err(_)) => container.memory = None,
+        }
+    }
+
+    /// The first process has been reaped.
+    pub(super) fn init_ended(&mut self, serial: u64, code: i32) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        let starting = container.starting;
+        container.state = State::Ending(Ending {
+            code,
+            finished_at: exit::now(),
+            give_up: None,
+            pause: MIN_PAUSE,
+            next_look: None,
+        });
+        if starting {
+            for (call, purpose) in self.calls.values_mut() {
+                if matches!(purpose, Purpose::Start { serial: of, .. } if *of == serial) {
+                    call.hurry(HURRY);
+                }
+            }
+        }
+        self.continue_ending(serial);
+    }
+
+    /// Goes on with a container's end as far as that is possible now.
+    pub(super) fn continue_ending(&mut self, serial: u64) {
+        // The count must be read while the cgroup is there, and told before the end is.
+        self.memory_ready(serial);
+        let Some(container) = self.containers.iter_mut().find(|c| c.serial == serial) else {
+            return;
+        };
+        // The answer to Start comes first.
+        let State::Ending(ending) = &mut container.state else {
+            return;
+        };
+        if container.starting {
+            return;
+        }
+        if cgroup::populated(&container.spec.cgroup) {
+            let now = Instant::now();
+            let cgroup = &container.spec.cgroup;
+            let give_up = *ending.give_up.get_or_insert_with(|| {
+                if let Err(error) = cgroup::kill(cgroup) {
+                    note(&format!(
+                        "kill all in {}: {}",
+                        cgroup.display(),
+                        kernel_said(&error)
+                    ));
+                }
+                now + DYING
+            });
+            if now < give_up {
+                ending.next_look = Some(now + ending.pause);
+                ending.pause = (ending.pause * 2).min(MAX_PAUSE);
+                return;
+            }
+            let seconds = DYING.as_secs();
+            note(&format!(
+                "processes in {} are alive {seconds} s after they were killed",
+                cgroup.display()
+            ));
+        }
+        container.output.drain(&mut self.buffers);
+        container.memory = None;
+        let exit = ExitRecord {
+            code: ending.code,
+            oom_killed: container.oom_killed,
+            finished_at: ending.finished_at,
+        };
+        if let Err(error) = exit::record(&container.spec.bundle, &exit) {
+            let bundle = container.spec.bundle.display();
+            let said = kernel_said(&error);
+            note(&format!("write the exit record in {bundle}: {said}"));
+        }
+        let id = container.id().to_owned();
+        container.state = State::Exited {
+            exit: exit.clone(),
+            cleanup: Cleanup::Running,
+        };
+        self.publish(Event::Exited { id, exit });
+        self.clean_up(serial);
+    }
+
+    /// Runs the runtime's `delete`, which also runs the poststop hooks.
+    fn clean_up(&mut self, serial: u64) {
+        let timeout = self.timeout;
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        match container.delete_call(timeout) {
+            Ok(call) => {
+                container.set_cleanup(Cleanup::Running);
+                self.calls
+                    .insert(call.pid, (call, Purpose::Delete { serial }));
+            }
+            Err(error) => {
+                let reason = format!("run the runtime: {}", kernel_said(&error));
+                self.cleaned_up(serial, Some(&reason));
+            }
+        }
+    }
+
+    pub(super) fn delete_ended(&mut self, serial: u64, call: &Call, code: i32) {
+        let failure = (code != 0).then(|| call.reason(code, None));
+        self.cleaned_up(serial, failure.as_deref());
+    }
+
+    /// A runtime that fails to delete, or is not there any more, must not keep a container for
+    /// ever: without processes and without a cgroup it is gone as far as the node goes. It has a
+    /// second chance when the container's deletion is asked for.
+    fn cleaned_up(&mut self, serial: u64, failure: Option<&str>) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        if let Some(reason) = failure {
+            note(&format!("delete container {}: {reason}", container.id()));
+        }
+        let _ = cgroup::kill(&container.spec.cgroup);
+        let removed = cgroup::remove(&container.spec.cgroup);
+        let Some(deletion) = container.deletion.take() else {
+            container.set_cleanup(match failure.is_none() && removed.is_ok() {
+                true => Cleanup::Done,
+                false => Cleanup::Failed,
+            });
+            return;
+        };
+        if let Err(error) = removed {
+            let (id, path) = (container.id(), container.spec.cgroup.display());
+            let said = kernel_said(&error);
+            let message = format!("delete container {id}: remove its cgroup {path}: {said}");
+            container.set_cleanup(Cleanup::Failed);
+            for client in deletion.clients {
+                self.fail(client, FailureKind::Runtime, message.as_str());
+            }
+            return;
+        }
+        container.deletion = Some(deletion);
+        self.forget(serial);
+    }
+
+    /// Removes all that the monitor has of a container, and tells those who asked for it.
+    pub(super) fn forget(&mut self, serial: u64) {
+        let Some(at) = self.containers.iter().position(|c| c.serial == serial) else {
+            return;
+        };
+        let container = self.containers.remove(at);
+        exit::forget(&container.spec.bundle);
+        for client in container.deletion.map(|d| d.clients).unwrap_or_default() {
+            self.reply(client, &Reply::Done);
+        }
+    }
+
+    pub(super) fn delete(&mut self, client: ClientId, id: &str) {
+        let give_up = Instant::now() + self.timeout;
+        let Some(container) = self.containers.iter_mut().find(|c| c.id() == id) else {
+            return self.reply(client, &Reply::Done);
+        };
+        let serial = container.serial;
+        let deletion = container.deletion.get_or_insert_with(|| Deletion {
+            clients: Vec::new(),
+            give_up,
+        });
+        deletion.clients.push(client);
+        match container.state {
+            // What is under way goes on from where it ends.
+            State::Creating | State::Ending(_) => {}
+            State::Created | State::Running => container.kill_all(),
+            State::Exited { cleanup, .. } => match cleanup {
+                Cleanup::Running => {}
+                Cleanup::Done => self.forget(serial),
+                Cleanup::Failed => self.clean_up(serial),
+            },
+        }
+    }
+
+    /// A container's time has come: see [`Container::next_check`].
+    pub(super) fn container_due(&mut self, serial: u64) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        if matches!(container.state, State::Ending(_)) {
+            return self.continue_ending(serial);
+        }
+        let Some(deletion) = container.deletion.take() else {
+            return;
+        };
+        let (id, pid) = (container.id(), container.pid);
+        let message = format!("delete container {id}: its first process {pid} does not die");
+        note(&message);
+        for client in deletion.clients {
+            self.fail(client, FailureKind::Monitor, message.as_str());
+        }
+    }
+}
+
+impl Container {
+    fn set_cleanup(&mut self, to: Cleanup) {
+        if let State::Exited { cleanup, .. } = &mut self.state {
+            *cleanup = to;
+        }
+    }
+}

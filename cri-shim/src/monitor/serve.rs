@@ -1,0 +1,475 @@
+//! The monitor's loop: one epoll over the listening socket, its clients, SIGCHLD, and the
+//! containers' output and out-of-memory counts.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::sys::signalfd::SignalFd;
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use rustix::process::WaitOptions;
+
+use super::connection::{ClientId, Connection, Input, Role};
+use super::container::{Container, State};
+use super::errno::kernel_said;
+use super::exec::Running;
+use super::exit;
+use super::journal::note;
+use super::logs::{Buffers, Stream};
+use super::protocol::{ContainerState, Event, Failure, FailureKind, Hello, Phase, Reply, Request};
+use super::runtime::{Call, Lateness};
+
+/// The most clients at once; more wait in the socket's backlog.
+const MAX_CLIENTS: usize = 256;
+
+/// How long no client is accepted after descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// The most exit statuses that are kept for runtimes still to tell whose they are.
+const MAX_UNCLAIMED: usize = 4096;
+
+/// What a descriptor in the epoll set belongs to. The number goes into the kernel's 64 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Listener,
+    Signals,
+    Client(ClientId),
+    Stdout(u64),
+    Stderr(u64),
+    Memory(u64),
+}
+
+impl Source {
+    fn pack(self) -> epoll::EventData {
+        let (kind, number) = match self {
+            Source::Listener => (0, 0),
+            Source::Signals => (1, 0),
+            Source::Client(number) => (2, number),
+            Source::Stdout(number) => (3, number),
+            Source::Stderr(number) => (4, number),
+            Source::Memory(number) => (5, number),
+        };
+        epoll::EventData::new_u64(number << 3 | kind)
+    }
+
+    fn unpack(data: epoll::EventData) -> Option<Self> {
+        let number = data.u64() >> 3;
+        Some(match data.u64() & 7 {
+            0 => Source::Listener,
+            1 => Source::Signals,
+            2 => Source::Client(number),
+            3 => Source::Stdout(number),
+            4 => Source::Stderr(number),
+            5 => Source::Memory(number),
+            _ => return None,
+        })
+    }
+}
+
+/// What a runtime call is for, and who waits for it. Containers go by their serial number here,
+/// since an id can come back.
+pub enum Purpose {
+    Create {
+        serial: u64,
+        client: ClientId,
+    },
+    /// The cleaning up after a failed create.
+    Undo {
+        serial: u64,
+        client: ClientId,
+        failure: Failure,
+    },
+    Start {
+        serial: u64,
+        client: ClientId,
+    },
+    /// Kill and update: only the client wants to know.
+    Plain {
+        client: ClientId,
+    },
+    Exec(super::exec::Starting),
+    /// The cleaning up after a container's end.
+    Delete {
+        serial: u64,
+    },
+}
+
+pub struct Monitor {
+    /// Our directory, absolute, for paths that others use; it is our working directory, too.
+    pub(super) dir: PathBuf,
+    pub(super) timeout: Duration,
+    pub(super) pid1: Option<i32>,
+    pub(super) containers: Vec<Container>,
+    pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
+    pub(super) execs: BTreeMap<i32, Running>,
+    pub(super) buffers: Buffers,
+    epoll: OwnedFd,
+    signals: SignalFd,
+    listener: OwnedFd,
+    /// When clients are accepted again, if they are not now.
+    deaf_until: Option<Instant>,
+    clients: BTreeMap<ClientId, Connection>,
+    /// Children that ended before a runtime told whose they are.
+    unclaimed: VecDeque<(i32, i32)>,
+    serial: u64,
+    shutdown: Option<ClientId>,
+}
+
+impl Monitor {
+    pub fn new(
+        dir: PathBuf,
+        timeout: Duration,
+        pid1: Option<i32>,
+        signals: SignalFd,
+        listener: OwnedFd,
+    ) -> Result<Self, Errno> {
+        let monitor = Monitor {
+            dir,
+            timeout,
+            pid1,
+            containers: Vec::new(),
+            calls: BTreeMap::new(),
+            execs: BTreeMap::new(),
+            buffers: Buffers::new(),
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            signals,
+            listener,
+            deaf_until: None,
+            clients: BTreeMap::new(),
+            unclaimed: VecDeque::new(),
+            serial: 0,
+            shutdown: None,
+        };
+        monitor.watch(&monitor.listener, Source::Listener, epoll::EventFlags::IN)?;
+        monitor.watch(&monitor.signals, Source::Signals, epoll::EventFlags::IN)?;
+        Ok(monitor)
+    }
+
+    /// Works until a client's Shutdown.
+    pub fn run(&mut self) -> Result<(), Errno> {
+        let mut space = [const { MaybeUninit::uninit() }; 32];
+        loop {
+            let timeout = self.timeout();
+            let events = match epoll::wait(&self.epoll, &mut space, timeout.as_ref()) {
+                Ok((events, _)) => &*events,
+                Err(Errno::INTR) => &[],
+                Err(errno) => return Err(errno),
+            };
+            let mut children = false;
+            for event in events {
+                match Source::unpack(event.data) {
+                    Some(Source::Listener) => self.accept(),
+                    Some(Source::Signals) => children = true,
+                    Some(Source::Client(client)) => self.client_ready(client, event.flags),
+                    Some(Source::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
+                    Some(Source::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
+                    Some(Source::Memory(serial)) => self.memory_ready(serial),
+                    None => {}
+                }
+            }
+            if children {
+                self.reap();
+            }
+            self.look_at_clocks();
+            if let Some(client) = self.shutdown
+                && self.calls.is_empty()
+            {
+                self.reply(client, &Reply::Done);
+                return Ok(());
+            }
+        }
+    }
+
+    /// A number that is never given twice.
+    pub(super) fn number(&mut self) -> u64 {
+        self.serial += 1;
+        self.serial
+    }
+
+    pub(super) fn watch(
+        &self,
+        fd: impl AsFd,
+        source: Source,
+        flags: epoll::EventFlags,
+    ) -> Result<(), Errno> {
+        epoll::add(&self.epoll, fd, source.pack(), flags)
+    }
+
+    // Clients.
+
+    fn accept(&mut self) {
+        while self.clients.len() < MAX_CLIENTS {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = match rustix::net::accept_with(&self.listener, flags) {
+                Ok(socket) => socket,
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(Errno::AGAIN) => return,
+                Err(errno) => {
+                    note(&format!("accept a client: {}", kernel_said(&errno.into())));
+                    break;
+                }
+            };
+            let client = self.number();
+            let flags = epoll::EventFlags::IN;
+            if self.watch(&socket, Source::Client(client), flags).is_ok() {
+                self.clients.insert(client, Connection::new(socket));
+                // The request is mostly there already.
+                self.client_ready(client, flags);
+            }
+        }
+        let none = epoll::EventFlags::empty();
+        let _ = epoll::modify(&self.epoll, &self.listener, Source::Listener.pack(), none);
+        self.deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
+    }
+
+    fn client_ready(&mut self, client: ClientId, flags: epoll::EventFlags) {
+        let Some(connection) = self.clients.get_mut(&client) else {
+            return;
+        };
+        if flags.contains(epoll::EventFlags::OUT) && !connection.flush() {
+            return self.drop_client(client);
+        }
+        let input = connection.read();
+        match input {
+            Input::Partial => self.watch_client(client),
+            Input::Closed => self.drop_client(client),
+            Input::Request(request) => {
+                let fds = connection.take_fds();
+                self.answer(client, request, fds);
+            }
+        }
+    }
+
+    /// Asks for readiness to write while there is something to.
+    fn watch_client(&mut self, client: ClientId) {
+        if let Some(connection) = self.clients.get(&client) {
+            let mut flags = epoll::EventFlags::IN;
+            if connection.has_output() {
+                flags |= epoll::EventFlags::OUT;
+            }
+            let data = Source::Client(client).pack();
+            let _ = epoll::modify(&self.epoll, connection.socket(), data, flags);
+        }
+    }
+
+    fn drop_client(&mut self, client: ClientId) {
+        if self.clients.remove(&client).is_some() {
+            self.exec_client_gone(client);
+        }
+    }
+
+    pub(super) fn has_client(&self, client: ClientId) -> bool {
+        self.clients.contains_key(&client)
+    }
+
+    /// Sends the one answer that ends a connection. A client that has gone needs none.
+    pub(super) fn reply(&mut self, client: ClientId, reply: &Reply) {
+        self.send(client, Role::Answered, reply, Vec::new());
+    }
+
+    pub(super) fn fail(&mut self, client: ClientId, kind: FailureKind, message: impl Into<String>) {
+        let message = message.into();
+        self.reply(client, &Reply::Error(Failure { kind, message }));
+    }
+
+    pub(super) fn send(&mut self, client: ClientId, role: Role, reply: &Reply, fds: Vec<OwnedFd>) {
+        let Some(connection) = self.clients.get_mut(&client) else {
+            return;
+        };
+        connection.role = role;
+        if !connection.send(reply, fds) {
+            self.drop_client(client);
+        } else if connection.has_output() {
+            self.watch_client(client);
+        }
+    }
+
+    pub(super) fn publish(&mut self, event: Event) {
+        let subscribers: Vec<ClientId> = self
+            .clients
+            .iter()
+            .filter(|(_, connection)| connection.role == Role::Subscriber)
+            .map(|(client, _)| *client)
+            .collect();
+        let reply = Reply::Event(event);
+        for client in subscribers {
+            self.send(client, Role::Subscriber, &reply, Vec::new());
+        }
+    }
+
+    fn answer(&mut self, client: ClientId, request: Request, fds: Vec<OwnedFd>) {
+        match request {
+            Request::Subscribe => {
+                let hello = Reply::Hello(self.hello());
+                self.send(client, Role::Subscriber, &hello, Vec::new());
+            }
+            Request::Create(create) => self.create(client, create),
+            Request::Start { id } => self.start(client, &id),
+            Request::Kill { id, signal, all } => self.kill(client, &id, signal, all),
+            Request::Update { id, resources } => self.update(client, &id, &resources),
+            Request::Delete { id } => self.delete(client, &id),
+            Request::Exec(exec) => self.exec(client, &exec, &fds),
+            Request::ReopenLog { id } => self.reopen_log(client, &id),
+            Request::Shutdown => self.shut_down(client),
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        let containers = self.containers.iter().filter_map(|container| {
+            let phase = match &container.state {
+                State::Creating => return None,
+                State::Created => Phase::Created,
+                State::Running | State::Ending(_) => Phase::Running,
+                State::Exited { exit, .. } => Phase::Exited(exit.clone()),
+            };
+            Some(ContainerState {
+                id: container.id().to_owned(),
+                pid: container.pid,
+                phase,
+            })
+        });
+        Hello {
+            pid: std::process::id().cast_signed(),
+            pid1: self.pid1,
+            containers: containers.collect(),
+        }
+    }
+
+    fn shut_down(&mut self, client: ClientId) {
+        let alive = self
+            .containers
+            .iter()
+            .find(|container| !matches!(container.state, State::Exited { .. }));
+        match alive {
+            Some(container) => {
+                let message = format!("end the monitor: container {} is alive", container.id());
+                self.fail(client, FailureKind::WrongState, message);
+            }
+            None => self.shutdown = Some(client),
+        }
+    }
+
+    pub(super) fn is_shutting_down(&self) -> bool {
+        self.shutdown.is_some()
+    }
+
+    // Children.
+
+    fn reap(&mut self) {
+        while let Ok(Some(_)) = self.signals.read_signal() {}
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+            self.child_ended(pid.as_raw_nonzero().get(), exit::code(status));
+        }
+        if self.calls.is_empty() {
+            self.unclaimed.clear();
+        }
+    }
+
+    fn child_ended(&mut self, pid: i32, code: i32) {
+        if let Some((call, purpose)) = self.calls.remove(&pid) {
+            self.call_ended(&call, purpose, code);
+        } else if let Some(running) = self.execs.remove(&pid) {
+            self.exec_ended(&running, code);
+        } else if let Some(container) = self.containers.iter().find(|c| c.is_alive_as(pid)) {
+            let serial = container.serial;
+            self.init_ended(serial, code);
+        } else if self.pid1 == Some(pid) {
+            note("the first process of the pod's PID namespace ended, and all in it");
+            self.pid1 = None;
+        } else if !self.calls.is_empty() {
+            if self.unclaimed.len() >= MAX_UNCLAIMED {
+                self.unclaimed.pop_front();
+            }
+            self.unclaimed.push_back((pid, code));
+        }
+    }
+
+    /// The exit status of a child that ended before we knew what it was.
+    pub(super) fn claim(&mut self, pid: i32) -> Option<i32> {
+        let at = self
+            .unclaimed
+            .iter()
+            .rposition(|(ended, _)| *ended == pid)?;
+        self.unclaimed.remove(at).map(|(_, code)| code)
+    }
+
+    fn call_ended(&mut self, call: &Call, purpose: Purpose, code: i32) {
+        match purpose {
+            Purpose::Create { serial, client } => self.create_ended(serial, client, call, code),
+            Purpose::Undo {
+                serial,
+                client,
+                failure,
+            } => self.undo_ended(serial, client, failure),
+            Purpose::Start { serial, client } => self.start_ended(serial, client, call, code),
+            Purpose::Plain { client } if code == 0 => self.reply(client, &Reply::Done),
+            Purpose::Plain { client } => {
+                self.fail(client, FailureKind::Runtime, call.reason(code, None));
+            }
+            Purpose::Exec(starting) => self.exec_started(starting, call, code),
+            Purpose::Delete { serial } => self.delete_ended(serial, call, code),
+        }
+    }
+
+    // Time.
+
+    fn timeout(&self) -> Option<Timespec> {
+        let calls = self
+            .calls
+            .values()
+            .filter_map(|(call, _)| call.next_check());
+        let containers = self.containers.iter().filter_map(Container::next_check);
+        let clients = self.clients.values().filter_map(Connection::deadline);
+        let next = calls
+            .chain(containers)
+            .chain(clients)
+            .chain(self.deaf_until)
+            .min()?;
+        let left = next.saturating_duration_since(Instant::now());
+        Timespec::try_from(left).ok()
+    }
+
+    fn look_at_clocks(&mut self) {
+        let now = Instant::now();
+        if self.deaf_until.is_some_and(|until| now >= until) {
+            self.deaf_until = None;
+            let (data, flags) = (Source::Listener.pack(), epoll::EventFlags::IN);
+            let _ = epoll::modify(&self.epoll, &self.listener, data, flags);
+        }
+        for (call, _) in self.calls.values_mut() {
+            let (pid, verb) = (call.pid, call.verb);
+            match call.check(now) {
+                Lateness::None => {}
+                Lateness::Slow(seconds) => {
+                    note(&format!("waiting for {verb} by runtime {pid}: {seconds} s"));
+                }
+                Lateness::Expired(seconds) => {
+                    note(&format!("killed {verb} by runtime {pid} after {seconds} s"));
+                }
+            }
+        }
+        let late = |connection: &Connection| connection.deadline().is_some_and(|at| now >= at);
+        let late: Vec<ClientId> = self
+            .clients
+            .iter()
+            .filter(|(_, connection)| late(connection))
+            .map(|(client, _)| *client)
+            .collect();
+        for client in late {
+            self.drop_client(client);
+        }
+        let due: Vec<u64> = self
+            .containers
+            .iter()
+            .filter(|container| container.next_check().is_some_and(|at| now >= at))
+            .map(|container| container.serial)
+            .collect();
+        for serial in due {
+            self.container_due(serial);
+        }
+    }
+}
