@@ -9,6 +9,7 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 ROOT=$("$HERE/root.sh")
 "$HERE/busybox.sh" >/dev/null
 images=$("$HERE/../images/build.sh")
+[[ $(uname -m) != x86_64 ]] || "$HERE/arm64.sh" >/dev/null
 tools=()
 for name in cri kubelet; do
     tools+=("$("$HERE/tools.sh" "$name")")

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A Debian root with a Rust that has the standard library of both architectures, and a C
+# cross-compiler for what dependencies compile: for checking on x86-64 that everything compiles for
+# arm64, where rustup can not fetch it. Prints its directory. Takes about 2 minutes.
+#
+#   tests/setup/arm64.sh
+set -euo pipefail
+. "$(dirname -- "$0")/cache.sh"
+. "$(dirname -- "$0")/mirror.sh"
+
+SUITE=sid
+PACKAGES=(cargo rustc gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+
+build_arm64() {
+    local root=$1 apt=$1/tmp/apt
+    "$(dirname -- "$0")/packages.sh"
+    say "debootstrap $SUITE with Rust (about 2 minutes)"
+    nice -n 15 debootstrap --variant=minbase --include="$(IFS=,; echo "${PACKAGES[*]}")" \
+        "$SUITE" "$root" "$(debian_mirror)" >"$RRUN_CACHE/arm64.log" 2>&1 ||
+        { tail -n 20 "$RRUN_CACHE/arm64.log"; die "debootstrap failed, see $RRUN_CACHE/arm64.log"; }
+    mkdir -p "$apt"/{lists,cache}
+    printf 'deb [arch=arm64] %s %s main\n' "$(debian_mirror)" "$SUITE" >"$apt/sources.list"
+    local options=(-qq -o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$apt/lists" -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root
+        -o APT::Architecture=arm64 -o APT::Architectures=arm64)
+    apt-get "${options[@]}" update
+    (cd "$apt" && apt-get "${options[@]}" download libstd-rust-dev)
+    dpkg-deb -x "$apt"/libstd-rust-dev_*.deb "$apt/unpacked"
+    cp -a "$apt/unpacked/usr/lib/rustlib/aarch64-unknown-linux-gnu" "$root/usr/lib/rustlib/"
+    rm -rf "$apt" "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,man,locale}
+    mkdir -p "$root"/{cargo,src,target}
+}
+
+cache_entry arm64 "$(cache_key)" build_arm64
