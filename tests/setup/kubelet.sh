@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# kubelet on its own (no API server), in either view: runs the pods whose manifests lie in a directory.
+#
+#   tests/setup/kubelet.sh start CRI-SOCKET [MANIFEST-DIR]    returns when it answers
+#   tests/setup/kubelet.sh stop
+#
+# CRI-SOCKET is a path or unix:// address; MANIFEST-DIR defaults to /etc/kubernetes/manifests and is
+# looked at every second. http://127.0.0.1:10255/pods and /healthz answer without credentials. Logs
+# to /out/kubelet.log; its own state is /var/lib/kubelet. The cgroup driver is the runtime's.
+set -euo pipefail
+
+pid_file=/run/kubelet-test.pid
+
+start() {
+    local socket=$1 manifests=${2:-/etc/kubernetes/manifests} driver=cgroupfs tries
+    [[ $socket == *://* ]] || socket=unix://$socket
+    [[ $RRUN_TEST_VIEW != vm-systemd ]] || driver=systemd
+    mkdir -p "$manifests" /var/lib/kubelet /var/log/pods
+    # The image service's address is the runtime's. Nothing here is reachable from elsewhere.
+    cat >/var/lib/kubelet/config.yaml <<END
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+containerRuntimeEndpoint: $socket
+staticPodPath: $manifests
+fileCheckFrequency: 1s
+syncFrequency: 10s
+cgroupDriver: $driver
+failSwapOn: false
+readOnlyPort: 10255
+address: 127.0.0.1
+authentication:
+  anonymous: {enabled: true}
+  webhook: {enabled: false}
+authorization: {mode: AlwaysAllow}
+enableServer: true
+imageGCHighThresholdPercent: 100
+evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}
+resolvConf: /etc/resolv.conf
+END
+    setsid kubelet --config /var/lib/kubelet/config.yaml --v "${KUBELET_VERBOSITY:-2}" \
+        >>/out/kubelet.log 2>&1 </dev/null &
+    echo $! >"$pid_file"
+    for ((tries = 0; tries < 600; tries++)); do
+        curl -fs -o /dev/null http://127.0.0.1:10255/pods && return
+        kill -0 "$(<"$pid_file")" 2>/dev/null || break
+        sleep 0.1
+    done
+    echo "kubelet does not answer on port 10255:" >&2
+    tail -n 20 /out/kubelet.log >&2
+    exit 1
+}
+
+# Its containers stay, as they do on a node.
+stop() {
+    [[ -f $pid_file ]] || return 0
+    local pid tries
+    pid=$(<"$pid_file")
+    kill "$pid" 2>/dev/null || true
+    for ((tries = 0; tries < 300; tries++)); do
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    rm -f "$pid_file"
+}
+
+case ${1-} in
+    start) [[ $# -ge 2 ]] || { echo "usage: kubelet.sh start CRI-SOCKET [MANIFEST-DIR]" >&2; exit 2; }; "$@" ;;
+    stop) stop ;;
+    *) echo "usage: kubelet.sh start CRI-SOCKET [MANIFEST-DIR] | stop" >&2; exit 2 ;;
+esac
