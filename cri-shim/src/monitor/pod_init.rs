@@ -1,22 +1,53 @@
 //! The first process of a pod's PID namespace, when the pod's containers share one.
 //!
 //! It does nothing, and dies with the monitor. Its children, the orphans of the containers, are
-//! reaped by the kernel. The containers can see it in /proc, so it has nothing to look at: no
-//! descriptors, no capabilities, an empty root of its own.
+//! reaped by the kernel. The containers see it in /proc, and one with CAP_SYS_PTRACE could take
+//! it over: so it has no descriptors, no capabilities, an empty root and an empty network, and
+//! /proc/1/exe is our binary on a mount that can't be written.
 
 use std::ffi::CStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::DumpableBehavior;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use super::errno::kernel_said;
 use super::startup::close_from;
 
 /// What `ps` in a container shows.
 const NAME: &CStr = c"rrun-pod";
 
-/// Starts it, in a new PID namespace, and returns its pid here.
-pub fn start() -> Result<i32, Errno> {
-    let flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+/// The argument that makes a monitor's binary this process.
+pub const ARGUMENT: &str = "--pod-init";
+const ARGUMENT_C: &CStr = c"--pod-init";
+
+/// What it says when nothing of the node is left within its reach.
+const READY: &[u8] = b"ready";
+
+/// How long it may take to get there.
+const DEADLINE: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
+
+/// Where its empty root is mounted for a moment; any directory does.
+const ROOT: &str = "/proc";
+
+/// Starts it, in a new PID namespace, and returns its pid here when it is ready.
+pub fn start() -> std::io::Result<i32> {
+    // The binary's mount is in our mount namespace, not in the one that the child will be in.
+    let binary = read_only_binary()?;
+    let (from_child, to_us) = pipe_with(PipeFlags::CLOEXEC)?;
+    let flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWNET;
     // SAFETY: clone_args is plain numbers, for which zero means absent.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     arguments.flags = u64::try_from(flags).unwrap_or_default();
@@ -31,20 +62,125 @@ pub fn start() -> Result<i32, Errno> {
         )
     };
     match pid {
-        0 => be_init(),
-        1.. => i32::try_from(pid).map_err(|_| Errno::OVERFLOW),
-        _ => Err(Errno::from_raw_os_error(nix::errno::Errno::last_raw())),
+        0 => become_init(&binary, &to_us),
+        1.. => {
+            drop(to_us);
+            await_ready(&from_child)?;
+            i32::try_from(pid).map_err(std::io::Error::other)
+        }
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-fn be_init() -> ! {
+/// Our own executable, on a mount that nobody else has and nobody can write to.
+fn read_only_binary() -> std::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
+    // SAFETY: mount_attr is plain numbers, for which zero means no change.
+    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
+    attributes.attr_set = libc::MOUNT_ATTR_RDONLY;
+    // SAFETY: the descriptor, the string and the structure outlive the call; the size is the
+    // structure's.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match set {
+        0 => Ok(tree),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
+    let mut said = Vec::new();
+    let mut file = File::from(from_child.try_clone()?);
+    let mut chunk = [0; 256];
+    while said.len() < 4096 {
+        let mut ready = [PollFd::new(from_child, PollFlags::IN)];
+        match poll(&mut ready, Some(&DEADLINE)) {
+            Ok(0) => return Err(Errno::TIMEDOUT.into()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        match file.read(&mut chunk)? {
+            0 => break,
+            count => said.extend_from_slice(chunk.get(..count).unwrap_or_default()),
+        }
+    }
+    match said.as_slice() {
+        READY => Ok(()),
+        other => {
+            let said = String::from_utf8_lossy(other).into_owned();
+            Err(std::io::Error::other(said))
+        }
+    }
+}
+
+/// In the child: a new program, so that nothing of the monitor's memory is in it.
+fn become_init(binary: &OwnedFd, to_monitor: &OwnedFd) -> ! {
     let death = rustix::process::Signal::KILL;
     let _ = rustix::process::set_parent_process_death_signal(Some(death));
+    if nix::unistd::dup2_stdout(to_monitor.as_fd()).is_ok() {
+        let arguments = [NAME, ARGUMENT_C];
+        let environment: [&CStr; 0] = [];
+        let flags = AtFlags::AT_EMPTY_PATH;
+        let Err(errno) = nix::unistd::execveat(binary, c"", &arguments, &environment, flags);
+        say(format!("execute it: {}", kernel_said(&errno.into())).as_bytes());
+    }
+    // SAFETY: the process is a copy of the monitor, whose destructors are not to run here.
+    unsafe { libc::_exit(1) }
+}
+
+fn say(what: &[u8]) {
+    let mut stdout = std::io::stdout();
+    let _ = stdout.write_all(what).and_then(|()| stdout.flush());
+}
+
+/// The whole life of the new program. Returns only if it could not isolate itself.
+pub fn run() {
+    match isolate() {
+        Ok(()) => say(READY),
+        Err((step, error)) => return say(format!("{step}: {}", kernel_said(&error)).as_bytes()),
+    }
     close_from(0);
-    let _ = rustix::thread::set_name(NAME);
-    // SAFETY: no handler is installed. With SIGCHLD ignored the kernel reaps for us (wait(2)).
-    let _ = unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) };
     loop {
         nix::unistd::pause();
     }
+}
+
+fn isolate() -> Result<(), (&'static str, std::io::Error)> {
+    let at = |step| move |errno: Errno| (step, std::io::Error::from(errno));
+    rustix::thread::set_name(NAME).map_err(at("set its name"))?;
+    // SAFETY: no handler is installed. With SIGCHLD ignored the kernel reaps for us (wait(2)).
+    unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }
+        .map_err(|errno| ("ignore SIGCHLD", errno.into()))?;
+    empty_root().map_err(at("make an empty root"))?;
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, none).map_err(at("drop its capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(at("be closed to ptrace"))
+}
+
+fn empty_root() -> Result<(), Errno> {
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    rustix::mount::mount_change("/", private)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
+    rustix::mount::mount("tmpfs", ROOT, "tmpfs", flags, c"mode=0555,nr_inodes=2")?;
+    let root = rustix::fs::open(ROOT, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::process::fchdir(&root)?;
+    rustix::process::pivot_root(".", ".")?;
+    // The old root is on top of the new one now, and the working directory below it.
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/")
 }

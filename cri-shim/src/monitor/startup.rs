@@ -75,6 +75,14 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Start
 
 /// The whole life of a monitor; returns when it was told to end.
 pub fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
+    let mut arguments = arguments.peekable();
+    if arguments
+        .peek()
+        .is_some_and(|name| name == pod_init::ARGUMENT)
+    {
+        pod_init::run();
+        return Ok(());
+    }
     let arguments = parse(arguments)?;
     let what = format!("enter {}", arguments.dir.display());
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
