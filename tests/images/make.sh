@@ -50,7 +50,7 @@ incompressible() {
         head -c "$2M" || true
 }
 
-# The demonstration: a web server on port 5000 in five layers, three of them large enough for a
+# The demonstration: a web server on port 5000 in seven layers, three of them large enough for a
 # parallel pull to show.
 page=$(echo 'hello from rrun' | file www/index.html 644)
 health=$(echo ok | file www/healthz 644)
@@ -58,8 +58,17 @@ bulk=()
 for seed in one two three; do
     bulk+=("$(incompressible "$seed" 2 | file "www/bulk-$seed" 644)")
 done
-oci_image demo/web:1 "{$path,\"Cmd\":[\"httpd\",\"-f\",\"-v\",\"-p\",\"5000\",\"-h\",\"/www\"],
-    \"WorkingDir\":\"/www\",\"ExposedPorts\":{\"5000/tcp\":{}}}" "$base" "$page" "$health" "${bulk[@]}"
+# As process 1 httpd would not hear SIGTERM, and every stop would take its whole grace period.
+server=$(file usr/bin/web 755 <<'END'
+#!/bin/sh
+httpd -f -v -p "${PORT:-5000}" -h /www &
+trap 'kill $!; exit 0' TERM INT
+echo "serving /www on port ${PORT:-5000}"
+wait
+END
+)
+oci_image demo/web:1 "{$path,\"Cmd\":[\"web\"],\"WorkingDir\":\"/www\",
+    \"ExposedPorts\":{\"5000/tcp\":{}}}" "$base" "$server" "$page" "$health" "${bulk[@]}"
 oci_image demo/busybox:latest "$busybox" "$base"
 oci_image library/busybox:latest "$busybox" "$base"
 

@@ -7,7 +7,7 @@ set -euo pipefail
 
 # debootstrap: the test root. e2fsprogs: guest disks. The rest: building busybox, running views.
 PACKAGES=(debootstrap e2fsprogs cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
-    util-linux iproute2 kmod strace ca-certificates)
+    util-linux procps iproute2 kmod strace ca-certificates)
 
 missing() {
     local package
@@ -28,6 +28,10 @@ apt_get() {
         --no-install-recommends "$@" >&2 </dev/null
 }
 
+for command in go cargo rustc; do
+    command -v "$command" >/dev/null || die "$command is not in PATH: Go and Rust come before make setup"
+done
+
 exec {lock}>/run/lock/rrun-packages
 flock "$lock"
 
@@ -44,6 +48,12 @@ fi
 qemu_major() { dpkg-query -W -f '${Version}' "$qemu" 2>/dev/null | sed 's/^[0-9]*://; s/\..*//'; }
 if [[ $(qemu_major) -lt 10 ]]; then
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    candidate=$(apt-cache policy "$qemu" | awk '$1 == "Candidate:" { sub(/^[0-9]*:/, "", $2); print $2 }')
+    if [[ ${candidate%%.*} =~ ^[0-9]+$ && ${candidate%%.*} -ge 10 ]]; then
+        say "installing $qemu"
+        apt_get install "$qemu"
+        exit
+    fi
     if ! apt-get indextargets --format '$(RELEASE)' | grep -qx "$codename-backports"; then
         say "adding $codename-backports to apt's sources"
         printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s-backports main\n' \

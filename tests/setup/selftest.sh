@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# What the two views promise, held: in the manner of cargo's tests, for tests/run.
+set -uo pipefail
+HERE=$(readlink -f -- "$(dirname -- "$0")")
+native=$HERE/../native/run
+guest=$HERE/../vm/run
+OUT=$(mktemp -d)
+trap 'rm -rf "$OUT"' EXIT
+
+the_native_view_passes_the_exit_status_on() {
+    "$native" --out "$OUT" -- sh -c 'exit 42'
+    [[ $? -eq 42 ]]
+}
+
+the_native_view_is_gone_with_its_command() {
+    local marker=selftest-$$
+    "$native" --out "$OUT" -- sh -c "mkdir /sys/fs/cgroup/$marker && mount -t tmpfs $marker /mnt &&
+        ip link add br-$$ type bridge && touch /run/$marker /var/lib/rrun/$marker && setsid sleep 1000.$$ &
+        sleep 0.3" || return 1
+    # Looked for where the view's own root would have put them on the host.
+    ! ip link show "br-$$" 2>/dev/null &&
+        ! pgrep -f "sleep 1000[.]$$" &&
+        [[ ! -e /run/$marker && ! -e /var/lib/rrun/$marker ]] &&
+        ! grep -q "$marker" /proc/self/mountinfo &&
+        ! unshare --mount bash -c "mount -t cgroup2 none /mnt && find /mnt -name $marker | grep ."
+}
+
+the_native_view_can_not_write_to_the_checkout() {
+    "$native" --out "$OUT" -- sh -c '! touch /src/selftest 2>/dev/null'
+}
+
+what_a_command_leaves_in_out_comes_back() {
+    "$native" --out "$OUT" -- sh -c 'echo native >/out/native' && [[ $(<"$OUT/native") == native ]] &&
+        "$guest" --timeout 120 --out "$OUT" -- sh -c 'echo guest >/out/guest' && [[ $(<"$OUT/guest") == guest ]]
+}
+
+the_guest_has_every_controller_and_passes_the_exit_status_on() {
+    "$guest" --timeout 120 --out "$OUT" -- bash -c '
+        for controller in cpu cpuset io memory pids hugetlb; do
+            grep -qw $controller /sys/fs/cgroup/cgroup.subtree_control || exit 1
+        done
+        exit 43'
+    [[ $? -eq 43 ]]
+}
+
+the_guest_boots_systemd_when_asked() {
+    "$guest" --systemd --timeout 180 --out "$OUT" -- bash -c '
+        [[ $(</proc/1/comm) == systemd ]] && busctl --quiet status org.freedesktop.systemd1 >/dev/null &&
+            [[ $RRUN_TEST_VIEW == vm-systemd ]] && exit 44'
+    [[ $? -eq 44 ]]
+}
+
+the_guest_is_switched_off_at_its_deadline() {
+    "$guest" --timeout 12 --out "$OUT" -- sleep 1000
+    [[ $? -eq 124 ]]
+}
+
+passed=0 failed=0
+for name in $(declare -F | awk '/ the_| what_/ { print $3 }'); do
+    if output=$("$name" 2>&1); then
+        passed=$((passed + 1))
+        echo "test testbed::$name ... ok"
+    else
+        failed=$((failed + 1))
+        printf '%s\n' "$output"
+        echo "test testbed::$name ... FAILED"
+    fi
+done
+[[ $failed -eq 0 ]] && result=ok || result=FAILED
+printf '\ntest result: %s. %d passed; %d failed; 0 ignored\n' "$result" "$passed" "$failed"
+[[ $failed -eq 0 ]]
