@@ -1,0 +1,198 @@
+//! cgroup v2 directories: made for pods, read for statistics, killed and removed at the end.
+//! Limits are the OCI runtime's business.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FsWord, statfs};
+
+use crate::error::{During, Error, Result, kernel};
+
+/// Where the hierarchy is mounted.
+pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
+
+/// statfs(2).
+const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
+
+/// One sentence if this host has no cgroup v2.
+pub fn check() -> Result<(), String> {
+    match statfs(MOUNT_POINT) {
+        Ok(found) if found.f_type == CGROUP2_SUPER_MAGIC => Ok(()),
+        Ok(_) => Err(format!(
+            "{MOUNT_POINT} is not a cgroup2 file system: rrun needs cgroup v2 (the unified hierarchy)"
+        )),
+        Err(errno) => Err(format!(
+            "look at {MOUNT_POINT}: {}: rrun needs cgroup v2 (the unified hierarchy)",
+            kernel(&errno.into())
+        )),
+    }
+}
+
+/// The directory of a cgroup path such as `/kubepods/burstable/pod1`.
+pub fn directory(cgroup: &str) -> PathBuf {
+    Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
+}
+
+/// Refuses what is no path of the cgroupfs driver.
+pub fn check_parent(cgroup: &str) -> Result<()> {
+    if cgroup.ends_with(".slice") && !cgroup.contains('/') {
+        return Err(Error::invalid(format!(
+            "the pod's cgroup parent {cgroup:?} is a systemd slice, but the cgroup driver is cgroupfs"
+        )));
+    }
+    if !cgroup.starts_with('/') || cgroup.split('/').any(|part| part == "..") {
+        return Err(Error::invalid(format!(
+            "the pod's cgroup parent {cgroup:?} is not an absolute cgroup path"
+        )));
+    }
+    Ok(())
+}
+
+/// Makes the cgroup and the ones above it, with every controller handed down. Returns the
+/// directories made, outermost first.
+pub fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
+    let mut made = Vec::new();
+    let mut path = PathBuf::from(MOUNT_POINT);
+    for part in cgroup.split('/').filter(|part| !part.is_empty()) {
+        hand_down(&path);
+        path.push(part);
+        match std::fs::create_dir(&path) {
+            Ok(()) => made.push(path.clone()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                remove_dirs(&made);
+                return Err(error).during(|| format!("make the cgroup {}", path.display()));
+            }
+        }
+    }
+    Ok(made)
+}
+
+/// Makes every controller that `dir` has available to its children. What the kernel refuses here
+/// (a controller in use by realtime threads, a parent with processes) shows when a limit is set.
+fn hand_down(dir: &Path) {
+    let (Ok(there), Ok(handed)) = (
+        std::fs::read_to_string(dir.join("cgroup.controllers")),
+        std::fs::read_to_string(dir.join("cgroup.subtree_control")),
+    ) else {
+        return;
+    };
+    for controller in there.split_ascii_whitespace() {
+        if handed.split_ascii_whitespace().any(|had| had == controller) {
+            continue;
+        }
+        let written = std::fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+        if let Err(error) = written {
+            log::debug!(
+                "hand {controller} down in {}: {}",
+                dir.display(),
+                kernel(&error)
+            );
+        }
+    }
+}
+
+/// Removes directories made by [`create`], innermost first, as far as they are empty.
+pub fn remove_dirs(made: &[PathBuf]) {
+    for dir in made.iter().rev() {
+        if std::fs::remove_dir(dir).is_err() {
+            return;
+        }
+    }
+}
+
+/// Kills every process in the cgroup and below, waits for their end and removes it and what is
+/// below. Done if it is not there.
+pub async fn destroy(dir: &Path) -> Result<()> {
+    match std::fs::write(dir.join("cgroup.kill"), "1") {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).during(|| format!("kill the cgroup {}", dir.display())),
+    }
+    let mut pause = Duration::from_millis(1);
+    // A process in an uninterruptible sleep can take long to die; rmdir says EBUSY until then.
+    for _ in 0..100 {
+        match remove_tree(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(100));
+            }
+            Err(error) => {
+                return Err(error).during(|| format!("remove the cgroup {}", dir.display()));
+            }
+        }
+    }
+    Err(Error::internal(format!(
+        "remove the cgroup {}: its processes do not die",
+        dir.display()
+    )))
+}
+
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a process is in the cgroup or below.
+pub fn is_populated(dir: &Path) -> bool {
+    read(dir, "cgroup.events").is_some_and(|events| key(&events, "populated") == Some(1))
+}
+
+/// A file of the cgroup, if it is there: a controller may be missing. The kernel writes these,
+/// none is larger than a page or two.
+pub fn read(dir: &Path, file: &str) -> Option<String> {
+    let file = std::fs::File::open(dir.join(file)).ok()?;
+    let mut text = vec![0; 16 << 10];
+    let length = file.read_at(&mut text, 0).ok()?;
+    text.truncate(length);
+    String::from_utf8(text).ok()
+}
+
+/// A file with one number; `None` also for `max`.
+pub fn number(dir: &Path, file: &str) -> Option<u64> {
+    read(dir, file)?.trim().parse().ok()
+}
+
+/// The value of `name` in a flat keyed file.
+pub fn key(text: &str, name: &str) -> Option<u64> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+        .and_then(|value| value.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flat_keyed_files_are_read_by_whole_keys() {
+        let text = "inactive_file 5\nfile 7\n";
+        assert_eq!(key(text, "file"), Some(7));
+        assert_eq!(key(text, "inactive_file"), Some(5));
+        assert_eq!(key(text, "inactive"), None);
+    }
+
+    #[test]
+    fn a_parent_must_be_a_path_without_dots() {
+        assert!(check_parent("/kubepods/pod1").is_ok());
+        assert!(check_parent("kubepods-pod1.slice").is_err_and(|e| e.sentence().contains("slice")));
+        assert!(check_parent("/a/../..").is_err());
+        assert!(check_parent("a").is_err());
+    }
+}

@@ -1,0 +1,120 @@
+//! Work that its caller may give up on and ask for again.
+//!
+//! The work runs in a task of its own, so a client that cancels cancels nothing; whoever asks for
+//! the same key meanwhile waits for the same work and gets the same answer.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+use crate::error::{Error, Result};
+
+type Answer<T> = watch::Receiver<Option<Result<T>>>;
+
+/// The work under way, by key.
+pub struct InFlight<T> {
+    work: Arc<Mutex<HashMap<String, Answer<T>>>>,
+}
+
+impl<T> Default for InFlight<T> {
+    fn default() -> Self {
+        InFlight {
+            work: Arc::default(),
+        }
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> InFlight<T> {
+    /// The answer of the work under `key`, which `begin` starts if there is none under way.
+    pub async fn join<F>(&self, key: &str, begin: impl FnOnce() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let mut answer = {
+            let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+            match work.get(key) {
+                Some(answer) => answer.clone(),
+                None => {
+                    let (done, answer) = watch::channel(None);
+                    work.insert(key.to_owned(), answer.clone());
+                    let entry = Entry {
+                        work: Arc::clone(&self.work),
+                        key: key.to_owned(),
+                    };
+                    let future = begin();
+                    tokio::spawn(async move {
+                        let result = future.await;
+                        // First out of the table, then told: who comes between begins anew and
+                        // finds what has been made.
+                        drop(entry);
+                        let _ = done.send(Some(result));
+                    });
+                    answer
+                }
+            }
+        };
+        let told = answer
+            .wait_for(Option::is_some)
+            .await
+            .map(|told| told.clone());
+        match told {
+            Ok(Some(result)) => result,
+            _ => Err(Error::internal(format!("{key}: the work was aborted"))),
+        }
+    }
+}
+
+/// Takes the key out of the table, however the work ends.
+struct Entry<T> {
+    work: Arc<Mutex<HashMap<String, Answer<T>>>>,
+    key: String,
+}
+
+impl<T> Drop for Entry<T> {
+    fn drop(&mut self) {
+        self.work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_retry_joins_and_a_caller_that_gave_up_cancels_nothing() {
+        let flights = Arc::new(InFlight::<u32>::default());
+        let begun = Arc::new(AtomicU32::new(0));
+        let go = Arc::new(Notify::new());
+        let call = || {
+            let (flights, begun, go) = (flights.clone(), begun.clone(), go.clone());
+            async move {
+                flights
+                    .join("pod", || async move {
+                        let n = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                        go.notified().await;
+                        Ok(n)
+                    })
+                    .await
+            }
+        };
+        let first = tokio::spawn(call());
+        while begun.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        first.abort();
+        let second = tokio::spawn(call());
+        tokio::task::yield_now().await;
+        go.notify_one();
+        assert_eq!(second.await.ok().and_then(Result::ok), Some(1));
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+    }
+}
