@@ -1,1 +1,446 @@
 //! The command line and the configuration file.
+//!
+//! Each source is a [`Partial`]; they are laid over each other (file, drop-ins in the order of
+//! their names, command line) and over the defaults give a [`Config`].
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::kernel;
+
+/// Read unless `--config` names another; need not be there.
+pub const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
+
+/// What `rrun-cri config default` prints.
+pub const DEFAULT_TEXT: &str = include_str!("config_default.toml");
+
+/// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    Cgroupfs,
+    Systemd,
+}
+
+/// One `[runtime.NAME]`: an OCI runtime that a pod's RuntimeClass can choose.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuntimeHandler {
+    /// The binary; a bare name is looked up beside rrun-cri and in PATH.
+    pub path: PathBuf,
+    /// Global options, before the subcommand.
+    #[serde(default)]
+    pub options: Vec<String>,
+    /// Its containers' processes are processes of the node's kernel: a signal to them needs no
+    /// help from the runtime. False for runtimes with a kernel of their own (runsc, kata).
+    #[serde(default = "yes")]
+    pub native: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// `[network]`: the embedded network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkPart {
+    pub bridge: Option<String>,
+    pub range: Option<crate::network::Ipv4Range>,
+    pub masquerade: Option<bool>,
+    pub mtu: Option<u32>,
+}
+
+/// What one source says; unset keys leave the rest as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields)]
+pub struct Partial {
+    /// What outlives a reboot: images, layers, writable layers, the store
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// What a reboot may take: sockets, bundles, namespaces
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// The CRI socket
+    #[arg(long, value_name = "unix://PATH")]
+    pub listen: Option<String>,
+    /// Where CNI configurations are; with none there the embedded network is used
+    #[arg(long, value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where CNI plugins are
+    #[arg(long, value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The certs.d tree of hosts.toml files
+    #[arg(long, value_name = "DIR")]
+    pub registry_config_path: Option<PathBuf>,
+    /// Who keeps the cgroup tree
+    #[arg(long, value_enum)]
+    pub cgroup_driver: Option<CgroupDriver>,
+    /// Where exec, attach and port-forward streams are served
+    #[arg(long, value_name = "ADDR")]
+    pub stream_listen: Option<SocketAddr>,
+    /// Where Prometheus metrics are served; by default nowhere
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Log what is done, not only what goes wrong
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub debug: Option<bool>,
+    #[arg(skip)]
+    pub monitor: Option<PathBuf>,
+    #[arg(skip)]
+    pub default_runtime: Option<String>,
+    #[arg(skip)]
+    pub restrict_oom_score_adj: Option<bool>,
+    #[arg(skip)]
+    pub default_cgroup_parent: Option<String>,
+    #[arg(skip)]
+    #[serde(default)]
+    pub runtime: BTreeMap<String, RuntimeHandler>,
+    #[arg(skip)]
+    #[serde(default)]
+    pub network: NetworkPart,
+}
+
+/// What the server runs with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub root: PathBuf,
+    pub state: PathBuf,
+    /// The path of the CRI's unix socket.
+    pub socket: PathBuf,
+    pub cni_conf_dir: PathBuf,
+    pub cni_bin_dir: PathBuf,
+    pub registry_config_path: PathBuf,
+    pub cgroup_driver: CgroupDriver,
+    pub stream_listen: SocketAddr,
+    pub debug: bool,
+    pub monitor: PathBuf,
+    pub default_runtime: String,
+    pub restrict_oom_score_adj: bool,
+    /// The cgroup under which pods without a cgroup parent get theirs, `/rrun`.
+    pub default_cgroup_parent: String,
+    pub runtimes: BTreeMap<String, RuntimeHandler>,
+    pub network: NetworkPart,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    #[error("read the configuration {file}: {reason}")]
+    Read { file: PathBuf, reason: String },
+    #[error("{file}, line {line}, {key}: {reason}")]
+    Parse {
+        file: PathBuf,
+        line: usize,
+        key: String,
+        reason: String,
+    },
+    #[error("{key}: {reason}")]
+    Value { key: &'static str, reason: String },
+}
+
+impl Partial {
+    /// Parses one file's text; `file` is for the error.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start).min(text.len());
+            let before = text.get(..at).unwrap_or(text);
+            let number = before.matches('\n').count();
+            let line = text.lines().nth(number).unwrap_or_default();
+            let key = line.split('=').next().unwrap_or_default().trim();
+            ConfigError::Parse {
+                file: file.to_owned(),
+                line: number + 1,
+                key: key.to_owned(),
+                reason: error.message().replace('\n', ", "),
+            }
+        })
+    }
+
+    /// Lays `over` over this one.
+    fn overlaid(self, over: Partial) -> Partial {
+        let mut runtime = self.runtime;
+        runtime.extend(over.runtime);
+        Partial {
+            root: over.root.or(self.root),
+            state: over.state.or(self.state),
+            listen: over.listen.or(self.listen),
+            cni_conf_dir: over.cni_conf_dir.or(self.cni_conf_dir),
+            cni_bin_dir: over.cni_bin_dir.or(self.cni_bin_dir),
+            registry_config_path: over.registry_config_path.or(self.registry_config_path),
+            cgroup_driver: over.cgroup_driver.or(self.cgroup_driver),
+            stream_listen: over.stream_listen.or(self.stream_listen),
+            metrics_listen: over.metrics_listen.or(self.metrics_listen),
+            debug: over.debug.or(self.debug),
+            monitor: over.monitor.or(self.monitor),
+            default_runtime: over.default_runtime.or(self.default_runtime),
+            restrict_oom_score_adj: over.restrict_oom_score_adj.or(self.restrict_oom_score_adj),
+            default_cgroup_parent: over.default_cgroup_parent.or(self.default_cgroup_parent),
+            runtime,
+            network: NetworkPart {
+                bridge: over.network.bridge.or(self.network.bridge),
+                range: over.network.range.or(self.network.range),
+                masquerade: over.network.masquerade.or(self.network.masquerade),
+                mtu: over.network.mtu.or(self.network.mtu),
+            },
+        }
+    }
+
+    fn finished(self) -> Result<Config, ConfigError> {
+        let value = |key, reason: String| ConfigError::Value { key, reason };
+        let listen = self
+            .listen
+            .unwrap_or_else(|| "unix:///run/rrun/rrun-cri.sock".to_owned());
+        let socket = match listen.strip_prefix("unix://") {
+            Some(path) if path.starts_with('/') => PathBuf::from(path),
+            _ => {
+                let reason = format!("{listen:?} is not unix:// and an absolute path");
+                return Err(value("listen", reason));
+            }
+        };
+        let absolute = |key, path: PathBuf| {
+            if path.is_absolute() {
+                Ok(path)
+            } else {
+                let reason = format!("{} is not an absolute path", path.display());
+                Err(value(key, reason))
+            }
+        };
+        let cgroup_driver = self.cgroup_driver.unwrap_or(CgroupDriver::Cgroupfs);
+        if cgroup_driver == CgroupDriver::Systemd {
+            let reason = "systemd is not implemented yet, use cgroupfs".to_owned();
+            return Err(value("cgroup_driver", reason));
+        }
+        if self.metrics_listen.is_some() {
+            let reason = "metrics are not implemented yet".to_owned();
+            return Err(value("metrics_listen", reason));
+        }
+        let mut runtimes = self.runtime;
+        runtimes
+            .entry("rrun".to_owned())
+            .or_insert_with(|| RuntimeHandler {
+                path: "rrun".into(),
+                options: Vec::new(),
+                native: true,
+            });
+        for handler in runtimes.values_mut() {
+            handler.path = found(&handler.path);
+        }
+        let default_runtime = self.default_runtime.unwrap_or_else(|| "rrun".to_owned());
+        if !runtimes.contains_key(&default_runtime) {
+            let reason = format!("there is no [runtime.{default_runtime}]");
+            return Err(value("default_runtime", reason));
+        }
+        let default_cgroup_parent = self
+            .default_cgroup_parent
+            .unwrap_or_else(|| "/rrun".to_owned());
+        if !default_cgroup_parent.starts_with('/') || default_cgroup_parent.contains("..") {
+            let reason = format!("{default_cgroup_parent:?} is not an absolute cgroup path");
+            return Err(value("default_cgroup_parent", reason));
+        }
+        let dir = |key, given: Option<PathBuf>, default: &str| {
+            absolute(key, given.unwrap_or_else(|| default.into()))
+        };
+        Ok(Config {
+            root: dir("root", self.root, "/var/lib/rrun")?,
+            state: dir("state", self.state, "/run/rrun")?,
+            socket,
+            cni_conf_dir: dir("cni_conf_dir", self.cni_conf_dir, "/etc/cni/net.d")?,
+            cni_bin_dir: dir("cni_bin_dir", self.cni_bin_dir, "/opt/cni/bin")?,
+            registry_config_path: dir(
+                "registry_config_path",
+                self.registry_config_path,
+                "/etc/rrun/certs.d",
+            )?,
+            cgroup_driver,
+            stream_listen: self
+                .stream_listen
+                .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+            debug: self.debug.unwrap_or(false),
+            monitor: found(&self.monitor.unwrap_or_else(|| "rrun-monitor".into())),
+            default_runtime,
+            restrict_oom_score_adj: self.restrict_oom_score_adj.unwrap_or(false),
+            default_cgroup_parent: default_cgroup_parent.trim_end_matches('/').to_owned(),
+            runtimes,
+            network: self.network,
+        })
+    }
+}
+
+impl Config {
+    /// Reads `file` (or the default one, if it is there), the drop-ins in `config.d` beside it,
+    /// and lays the command line over them.
+    pub fn load(file: Option<&Path>, flags: Partial) -> Result<Config, ConfigError> {
+        let main = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let mut all = match read(main)? {
+            Some(text) => Partial::parse(main, &text)?,
+            None if file.is_some() => {
+                return Err(ConfigError::Read {
+                    file: main.to_owned(),
+                    reason: "no such file".to_owned(),
+                });
+            }
+            None => Partial::default(),
+        };
+        let beside = main.parent().unwrap_or(Path::new("/")).join("config.d");
+        for drop_in in drop_ins(&beside)? {
+            if let Some(text) = read(&drop_in)? {
+                all = all.overlaid(Partial::parse(&drop_in, &text)?);
+            }
+        }
+        all.overlaid(flags).finished()
+    }
+
+    /// The handler's command: binary, `--root` and options. `None`: no such handler.
+    pub fn runtime_command(&self, handler: &str) -> Option<Vec<String>> {
+        let name = self.handler_name(handler);
+        let runtime = self.runtimes.get(name)?;
+        let root = self.state.join("runtime").join(name);
+        let mut command = vec![
+            runtime.path.to_string_lossy().into_owned(),
+            "--root".to_owned(),
+            root.to_string_lossy().into_owned(),
+        ];
+        command.extend(runtime.options.iter().cloned());
+        Some(command)
+    }
+
+    /// Whether the handler's containers are processes of the node's kernel.
+    pub fn is_native(&self, handler: &str) -> bool {
+        let handler = self.runtimes.get(self.handler_name(handler));
+        handler.is_none_or(|handler| handler.native)
+    }
+
+    /// The name of the handler that a pod asks for; empty is the default one.
+    pub fn handler_name<'a>(&'a self, handler: &'a str) -> &'a str {
+        if handler.is_empty() {
+            &self.default_runtime
+        } else {
+            handler
+        }
+    }
+}
+
+fn read(file: &Path) -> Result<Option<String>, ConfigError> {
+    match std::fs::read_to_string(file) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ConfigError::Read {
+            file: file.to_owned(),
+            reason: kernel(&error),
+        }),
+    }
+}
+
+fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let failed = |error: std::io::Error| ConfigError::Read {
+        file: dir.to_owned(),
+        reason: kernel(&error),
+    };
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        if path.extension() == Some(OsStr::new("toml")) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// A bare program name is looked for beside this program, then in PATH; if it is in neither it
+/// stays bare, and running it says so.
+fn found(program: &Path) -> PathBuf {
+    if program.components().count() != 1 || program.is_absolute() {
+        return program.to_owned();
+    }
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(Path::to_owned));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .map(|dir| dir.join(program))
+        .find(|candidate| candidate.is_file())
+        .unwrap_or_else(|| program.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Partial, ConfigError> {
+        Partial::parse(Path::new("/etc/rrun/config.toml"), text)
+    }
+
+    #[test]
+    fn the_printed_default_is_the_default() -> Result<(), ConfigError> {
+        // Commented lines `# key = value` are the defaults: parsed, they must change nothing.
+        let uncommented: String = DEFAULT_TEXT
+            .lines()
+            .map(|line| match line.strip_prefix("# ") {
+                Some(rest) if rest.starts_with('[') || rest.contains(" = ") => rest,
+                _ if line.starts_with('#') => "",
+                _ => line,
+            })
+            .collect::<Vec<_>>()
+            .join("\n");
+        let from_text = parse(&uncommented)?.finished()?;
+        let mut default = Partial::default().finished()?;
+        default.network = from_text.network.clone();
+        assert_eq!(from_text, default);
+        assert_eq!(parse(DEFAULT_TEXT)?, Partial::default());
+        Ok(())
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_file_and_line() {
+        let error = parse("root = \"/r\"\n\nrooot = 1\n").map_err(|error| error.to_string());
+        let Err(error) = error else {
+            panic!("an unknown key was taken");
+        };
+        assert!(
+            error.starts_with("/etc/rrun/config.toml, line 3, rooot: unknown field"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_bad_value_is_named_with_file_line_and_key() {
+        let error = parse("debug = true\ncgroup_driver = \"none\"\n");
+        assert!(
+            matches!(error, Err(ConfigError::Parse { line: 2, ref key, .. }) if key == "cgroup_driver"),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn a_later_source_wins_and_handlers_add_up() -> Result<(), ConfigError> {
+        let file = parse("root = \"/a\"\nstate = \"/s\"\n[runtime.runc]\npath = \"/bin/runc\"\n")?;
+        let drop_in = parse("root = \"/b\"\n[runtime.crun]\npath = \"/bin/crun\"\n")?;
+        let config = file.overlaid(drop_in).finished()?;
+        assert_eq!(config.root, Path::new("/b"));
+        assert_eq!(config.state, Path::new("/s"));
+        assert_eq!(
+            config.runtimes.keys().collect::<Vec<_>>(),
+            ["crun", "rrun", "runc"]
+        );
+        assert_eq!(
+            config
+                .runtime_command("runc")
+                .map(|command| command.join(" ")),
+            Some("/bin/runc --root /s/runtime/runc".to_owned())
+        );
+        assert_eq!(config.runtime_command("none"), None);
+        Ok(())
+    }
+}
