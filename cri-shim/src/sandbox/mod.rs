@@ -1,1 +1,148 @@
 //! A pod's life.
+//!
+//! [`run`] makes everything that the containers of a pod share; [`stop`] gives it back, and ends
+//! in removal. [`files`] are what containers see in /etc and /dev/shm, [`namespaces`] says who
+//! shares what, [`watch`] follows the pod's monitor, [`status`] is the CRI's view.
+
+pub mod files;
+pub mod namespaces;
+pub mod run;
+pub mod status;
+pub mod stop;
+pub mod watch;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rrun_proto::v1::{LinuxContainerResources, PodSandboxConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::monitor_client::{MonitorClient, SOCKET_NAME};
+use crate::node::Node;
+use crate::store::{Change, Table};
+
+/// One pod. What can change is in `state`, which is never locked across I/O.
+pub struct Sandbox {
+    pub id: String,
+    pub config: PodSandboxConfig,
+    /// As the pod asked; empty is the default handler.
+    pub handler: String,
+    /// Nanoseconds since the epoch.
+    pub created_at: i64,
+    /// The pod's cgroup, under which its containers' are: `/kubepods/pod1`.
+    pub cgroup: String,
+    /// The directories of it that this server made, outermost first.
+    pub cgroups_made: Vec<PathBuf>,
+    pub monitor: MonitorClient,
+    state: Mutex<State>,
+    /// Held while the record is written, so that the last state wins; true once it is deleted.
+    record: tokio::sync::Mutex<bool>,
+}
+
+/// What changes in a pod's life.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    pub ready: bool,
+    /// The primary address first; none in the node's network.
+    pub addresses: Vec<IpAddr>,
+    /// The monitor's process, 0 once it is gone.
+    pub monitor: i32,
+    /// The first process of the pod's PID namespace.
+    pub pid1: Option<i32>,
+    /// The monitor was told to end: its silence is no accident.
+    pub retired: bool,
+    /// As last told by RunPodSandbox or UpdatePodSandboxResources.
+    pub resources: Option<LinuxContainerResources>,
+    pub overhead: Option<LinuxContainerResources>,
+}
+
+/// The pod in the store, and in its directory while it is being made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    #[serde(with = "crate::record")]
+    pub config: PodSandboxConfig,
+    pub handler: String,
+    pub created_at: i64,
+    pub cgroup: String,
+    pub cgroups_made: Vec<PathBuf>,
+    pub ready: bool,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Sandbox {
+    pub fn from_record(node: &Node, record: Record) -> Self {
+        let linux = record.config.linux.as_ref();
+        let state = State {
+            ready: record.ready,
+            addresses: record.addresses,
+            resources: linux.and_then(|linux| linux.resources.clone()),
+            overhead: linux.and_then(|linux| linux.overhead.clone()),
+            ..State::default()
+        };
+        Sandbox {
+            monitor: MonitorClient::new(node.sandbox_dir(&record.id).join(SOCKET_NAME)),
+            id: record.id,
+            config: record.config,
+            handler: record.handler,
+            created_at: record.created_at,
+            cgroup: record.cgroup,
+            cgroups_made: record.cgroups_made,
+            state: Mutex::new(state),
+            record: tokio::sync::Mutex::new(false),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn to_record(&self) -> Record {
+        let state = self.state();
+        let mut config = self.config.clone();
+        if let Some(linux) = &mut config.linux {
+            linux.resources.clone_from(&state.resources);
+            linux.overhead.clone_from(&state.overhead);
+        }
+        Record {
+            id: self.id.clone(),
+            config,
+            handler: self.handler.clone(),
+            created_at: self.created_at,
+            cgroup: self.cgroup.clone(),
+            cgroups_made: self.cgroups_made.clone(),
+            ready: state.ready,
+            addresses: state.addresses.clone(),
+        }
+    }
+
+    /// Writes the pod's state to the store.
+    pub async fn save(&self, node: &Node) -> Result<()> {
+        let deleted = self.record.lock().await;
+        if *deleted {
+            return Ok(());
+        }
+        let change = Change::put(Table::SANDBOXES, &self.id, &self.to_record())
+            .map_err(|error| Error::internal(error.to_string()))?;
+        let written = node.store.commit(vec![change]).await;
+        written.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// Takes the pod out of the store, for good.
+    pub async fn delete_record(&self, node: &Node) -> Result<()> {
+        let mut deleted = self.record.lock().await;
+        *deleted = true;
+        let change = Change::delete(Table::SANDBOXES, &self.id);
+        let written = node.store.commit(vec![change]).await;
+        written.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// `pod NAMESPACE/NAME (ID)`, for the log and for errors.
+    pub fn name(&self) -> String {
+        let metadata = self.config.metadata.clone().unwrap_or_default();
+        let short = crate::node::short(&self.id);
+        format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
+    }
+}

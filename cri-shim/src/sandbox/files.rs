@@ -1,0 +1,130 @@
+//! The files of a pod: its directory, what its containers see in /etc, and /dev/shm.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rrun_proto::v1::DnsConfig;
+
+use crate::error::{During, Result};
+
+/// Bytes; what Docker and containerd give.
+const SHM_SIZE: &str = "64m";
+
+/// The most that is copied of a file of the node's /etc.
+const COPY_LIMIT: u64 = 1 << 20;
+
+/// Makes a directory that only root reads; parents too.
+pub fn private_dir(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .during(|| format!("make the directory {}", path.display()))
+}
+
+pub fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).during(|| format!("write {}", path.display()))
+}
+
+/// Mounts the /dev/shm that the containers of the pod share.
+pub fn mount_shm(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let data = format!("mode=1777,size={SHM_SIZE}");
+    mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str()))
+        .map_err(io::Error::from)
+        .during(|| format!("mount a tmpfs on {}", path.display()))
+}
+
+/// Unmounts whatever is mounted on `path`, every layer of it. Right also when nothing is.
+pub fn unmount(path: &Path) -> Result<()> {
+    loop {
+        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
+            Err(errno) => {
+                return Err(io::Error::from(errno))
+                    .during(|| format!("unmount {}", path.display()));
+            }
+        }
+    }
+}
+
+/// Removes a directory and what is in it. Right also when nothing is there.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).during(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// resolv.conf(5) of the pod's DNS configuration; without one, the node's.
+pub fn resolv_conf(dns: Option<&DnsConfig>) -> String {
+    let Some(dns) = dns.filter(|dns| **dns != DnsConfig::default()) else {
+        return of_node("/etc/resolv.conf");
+    };
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        let _ = writeln!(text, "search {}", dns.searches.join(" "));
+    }
+    for server in &dns.servers {
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    if !dns.options.is_empty() {
+        let _ = writeln!(text, "options {}", dns.options.join(" "));
+    }
+    text
+}
+
+/// hosts(5) of a pod with a network of its own. Kubelet mounts its own over it.
+pub fn hosts(hostname: &str, address: Option<IpAddr>) -> String {
+    let mut text = String::from(
+        "127.0.0.1\tlocalhost\n\
+         ::1\tlocalhost ip6-localhost ip6-loopback\n\
+         fe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+    );
+    if let (Some(address), false) = (address, hostname.is_empty()) {
+        let _ = writeln!(text, "{address}\t{hostname}");
+    }
+    text
+}
+
+/// A file of the node for pods in the node's network; empty if there is none.
+pub fn of_node(path: &str) -> String {
+    let mut text = String::new();
+    if let Ok(file) = std::fs::File::open(path) {
+        let _ = io::Read::read_to_string(&mut io::Read::take(file, COPY_LIMIT), &mut text);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolv_conf_has_a_line_per_server() {
+        let dns = DnsConfig {
+            servers: vec!["10.0.0.10".into(), "fd00::a".into()],
+            searches: vec!["a.svc".into(), "svc".into()],
+            options: vec!["ndots:5".into()],
+        };
+        assert_eq!(
+            resolv_conf(Some(&dns)),
+            "search a.svc svc\nnameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n"
+        );
+    }
+
+    #[test]
+    fn the_pods_name_has_the_pods_address() {
+        let address = Some(IpAddr::from([10, 88, 0, 5]));
+        assert!(hosts("web", address).ends_with("10.88.0.5\tweb\n"));
+        assert!(!hosts("", address).contains("10.88"));
+    }
+}

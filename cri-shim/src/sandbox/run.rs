@@ -1,0 +1,257 @@
+//! RunPodSandbox: everything that the containers of a pod share, or nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata};
+
+use super::namespaces::{self, Sharing};
+use super::{Record, Sandbox, files, stop, watch};
+use crate::cgroup;
+use crate::error::{During, Error, Result};
+use crate::monitor::protocol::Pod;
+use crate::monitor_client;
+use crate::network::namespace as netns;
+use crate::node::{Node, new_id, now};
+use crate::slow::{blocking, slow};
+
+/// The host name's limit, sethostname(2).
+const HOST_NAME_MAX: usize = 64;
+
+/// How long a monitor may take to come up.
+const MONITOR_START: Duration = Duration::from_secs(30);
+
+/// What two calls for the same pod have in common.
+pub fn key(metadata: &PodSandboxMetadata) -> String {
+    let PodSandboxMetadata {
+        name,
+        uid,
+        namespace,
+        attempt,
+    } = metadata;
+    format!("run pod {namespace:?}/{name:?} uid {uid:?} attempt {attempt}")
+}
+
+/// Runs a pod and returns its id; of one that is ready already for the same metadata, that one's.
+pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> Result<String> {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    if let Some(there) = node.sandbox_named(&metadata)
+        && there.state().ready
+    {
+        return Ok(there.id.clone());
+    }
+    let sharing = check(&node, &config, &handler)?;
+    let id = new_id()?;
+    let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
+        Some(parent) if !parent.is_empty() => parent.trim_end_matches('/').to_owned(),
+        _ => format!("{}/{id}", node.config.default_cgroup_parent),
+    };
+    let record = Record {
+        id,
+        config,
+        handler,
+        created_at: now(),
+        cgroup,
+        cgroups_made: Vec::new(),
+        ready: false,
+        addresses: Vec::new(),
+    };
+    // A kill at any later instruction finds the pod by its directory, and what it owns in there.
+    let mut sandbox = {
+        let (node, record) = (Arc::clone(&node), record.clone());
+        blocking(format!("make the files of {}", record.id), move || {
+            prepare(&node, record, sharing)
+        })
+        .await
+    };
+    if let Ok(made) = &mut sandbox
+        && let Err(error) = connect(&node, made, sharing).await
+    {
+        sandbox = Err(error);
+    }
+    let sandbox = match sandbox {
+        Ok(sandbox) => Arc::new(sandbox),
+        Err(error) => {
+            let rest = Sandbox::from_record(&node, left_behind(&node, record));
+            if let Err(more) = stop::unmake(&node, &rest).await {
+                log::error!("{}: clean up after a failure: {more}", rest.name());
+            }
+            return Err(error).during(|| format!("run {}", rest.name()));
+        }
+    };
+    sandbox.state().ready = true;
+    if let Err(error) = slow(format!("{}: save it", sandbox.name()), sandbox.save(&node)).await {
+        if let Err(more) = stop::unmake(&node, &sandbox).await {
+            log::error!("{}: clean up after a failure: {more}", sandbox.name());
+        }
+        return Err(error);
+    }
+    node.add_sandbox(Arc::clone(&sandbox));
+    watch::begin(&node, &sandbox);
+    crate::container::status::publish_sandbox(
+        &node,
+        &sandbox,
+        rrun_proto::v1::ContainerEventType::ContainerStartedEvent,
+    );
+    log::info!("{}: ready", sandbox.name());
+    Ok(sandbox.id.clone())
+}
+
+fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharing> {
+    if node.config.runtime_command(handler).is_none() {
+        return Err(Error::invalid(format!(
+            "there is no runtime handler {handler:?} in the configuration"
+        )));
+    }
+    let metadata = config.metadata.as_ref();
+    let Some(metadata) = metadata.filter(|metadata| !metadata.name.is_empty()) else {
+        return Err(Error::invalid("the pod's configuration has no metadata"));
+    };
+    let sharing = namespaces::sharing(config)?;
+    namespaces::check_sysctls(config, sharing)?;
+    if let Some(linux) = &config.linux
+        && !linux.cgroup_parent.is_empty()
+    {
+        cgroup::check_parent(&linux.cgroup_parent)?;
+    }
+    if config.hostname.len() > HOST_NAME_MAX || config.hostname.contains(['\0', '\n', '/']) {
+        let name = &metadata.name;
+        return Err(Error::invalid(format!(
+            "the hostname {:?} of pod {name} is no host name of at most {HOST_NAME_MAX} bytes",
+            config.hostname
+        )));
+    }
+    if sharing.own_network && config.port_mappings.iter().any(|port| port.host_port > 0) {
+        return Err(Error::unimplemented(
+            "the pod maps host ports (port_mappings), which the embedded network does not do yet",
+        ));
+    }
+    Ok(sharing)
+}
+
+/// The record as far as making the pod had come.
+fn left_behind(node: &Node, record: Record) -> Record {
+    let path = node.sandbox_dir(&record.id).join("pod.json");
+    std::fs::read(path)
+        .ok()
+        .and_then(|json| serde_json::from_slice(&json).ok())
+        .unwrap_or(record)
+}
+
+/// Directory, files, cgroup and network namespace. Blocks.
+fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox> {
+    let dir = node.sandbox_dir(&record.id);
+    files::private_dir(&dir.join("containers"))?;
+    let intent = dir.join("pod.json");
+    write_record(&intent, &record)?;
+    record.cgroups_made = cgroup::create(&record.cgroup)?;
+    write_record(&intent, &record)?;
+
+    let config = &record.config;
+    if !config.log_directory.is_empty() {
+        std::fs::create_dir_all(&config.log_directory)
+            .during(|| format!("make the pod's log directory {}", config.log_directory))?;
+    }
+    let hostname = if config.hostname.is_empty() || !sharing.own_network {
+        files::of_node("/etc/hostname")
+    } else {
+        format!("{}\n", config.hostname)
+    };
+    files::write(&dir.join("hostname"), &hostname)?;
+    files::write(
+        &dir.join("resolv.conf"),
+        &files::resolv_conf(config.dns_config.as_ref()),
+    )?;
+    if !sharing.own_network {
+        files::write(&dir.join("hosts"), &files::of_node("/etc/hosts"))?;
+    }
+    if sharing.own_ipc {
+        files::mount_shm(&dir.join("shm"))?;
+    }
+    if sharing.own_network {
+        netns::create(&node.netns(&record.id))
+            .map_err(|error| Error::internal(error.to_string()))?;
+    }
+    Ok(Sandbox::from_record(node, record))
+}
+
+fn write_record(path: &Path, record: &Record) -> Result<()> {
+    let json = serde_json::to_string(record)
+        .map_err(|error| Error::internal(format!("encode the pod's record: {error}")))?;
+    files::write(path, &json)
+}
+
+/// Monitor and network, side by side.
+async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> Result<()> {
+    let name = sandbox.name();
+    let (monitor, network) = tokio::join!(
+        slow(
+            format!("{name}: start its monitor"),
+            start_monitor(node, sandbox, sharing)
+        ),
+        slow(
+            format!("{name}: connect its network"),
+            attach(node, sandbox, sharing)
+        ),
+    );
+    let (pid, pid1) = monitor?;
+    let addresses = network?;
+    let hostname = &sandbox.config.hostname;
+    if sharing.own_network {
+        let hosts = files::hosts(hostname, addresses.first().copied());
+        files::write(&node.sandbox_dir(&sandbox.id).join("hosts"), &hosts)?;
+    }
+    let netns = node.netns(&sandbox.id);
+    let config = sandbox.config.clone();
+    blocking(format!("{name}: set its sysctls"), move || {
+        namespaces::write_sysctls(&config, sharing, &netns, pid)
+    })
+    .await?;
+    let mut state = sandbox.state();
+    state.monitor = pid;
+    state.pid1 = pid1;
+    state.addresses = addresses;
+    Ok(())
+}
+
+async fn start_monitor(
+    node: &Node,
+    sandbox: &Sandbox,
+    sharing: Sharing,
+) -> Result<(i32, Option<i32>)> {
+    let hostname = &sandbox.config.hostname;
+    let pod = Pod {
+        id: sandbox.id.clone(),
+        // The node's network goes with the node's name.
+        hostname: (sharing.own_network && !hostname.is_empty()).then(|| hostname.clone()),
+        new_ipc: sharing.own_ipc,
+        shared_pid: sharing.shared_pid,
+    };
+    let dir = node.sandbox_dir(&sandbox.id);
+    monitor_client::spawn(&dir, &pod, &node.config.monitor)
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?;
+    // Its answer means that the namespaces are there.
+    match tokio::time::timeout(MONITOR_START, sandbox.monitor.subscribe()).await {
+        Ok(Ok((hello, _events))) => Ok((hello.pid, hello.pid1)),
+        Ok(Err(error)) => Err(Error::internal(error.to_string())),
+        Err(_) => Err(Error::internal(format!(
+            "the monitor {} did not come up within {} s",
+            node.config.monitor.display(),
+            MONITOR_START.as_secs()
+        ))),
+    }
+}
+
+async fn attach(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Vec<std::net::IpAddr>> {
+    if !sharing.own_network {
+        return Ok(Vec::new());
+    }
+    let attached = node
+        .network
+        .attach(&sandbox.id, &node.netns(&sandbox.id))
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?;
+    Ok(attached.addresses)
+}
