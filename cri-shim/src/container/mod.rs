@@ -1,1 +1,259 @@
 //! A container's life.
+//!
+//! [`create`] makes it: its writable layer mounted over the image's layers ([`rootfs`]), its OCI
+//! configuration ([`spec`], of [`mounts`], [`capabilities`], [`devices`], [`resources`] and the
+//! [`user`] it runs as), and the runtime's `create` through the pod's monitor. [`start`], [`stop`]
+//! and [`remove`] are the rest; [`status`] is the CRI's view.
+
+pub mod capabilities;
+pub mod create;
+pub mod devices;
+pub mod mounts;
+pub mod remove;
+pub mod resources;
+pub mod rootfs;
+pub mod signal;
+pub mod spec;
+pub mod start;
+pub mod status;
+pub mod stop;
+pub mod user;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rrun_proto::v1::{ContainerConfig, ContainerEventType, LinuxContainerResources};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::error::{Error, Result};
+use crate::monitor::protocol::ExitRecord;
+use crate::node::{Node, now};
+use crate::sandbox::Sandbox;
+use crate::store::{Change, Table};
+use user::User;
+
+/// One container. What can change is in `state`.
+pub struct Container {
+    pub id: String,
+    pub sandbox: Arc<Sandbox>,
+    pub config: ContainerConfig,
+    /// The image's id, `sha256:…`.
+    pub image_id: String,
+    /// The image with its digest.
+    pub image_ref: String,
+    /// Nanoseconds since the epoch.
+    pub created_at: i64,
+    pub user: User,
+    /// What StopContainer sends first.
+    pub stop_signal: i32,
+    state: watch::Sender<State>,
+    /// Held while the record is written, so that the last state wins; true once it is deleted.
+    record: tokio::sync::Mutex<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    Created,
+    Running,
+    Exited,
+}
+
+/// What changes in a container's life. Times are nanoseconds since the epoch, 0 for not yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub phase: Phase,
+    /// The first process, while it lives.
+    pub pid: i32,
+    pub started_at: i64,
+    pub finished_at: i64,
+    pub exit_code: i32,
+    pub reason: String,
+    pub message: String,
+    /// The monitor and the runtime may know it still.
+    pub in_runtime: bool,
+    #[serde(with = "crate::record")]
+    pub resources: LinuxContainerResources,
+}
+
+/// The container in the store, and in its bundle while it is being made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub sandbox: String,
+    #[serde(with = "crate::record")]
+    pub config: ContainerConfig,
+    pub image_id: String,
+    pub image_ref: String,
+    pub created_at: i64,
+    pub user: User,
+    pub stop_signal: i32,
+    pub state: State,
+}
+
+impl Container {
+    pub fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
+        Container {
+            id: record.id,
+            sandbox,
+            config: record.config,
+            image_id: record.image_id,
+            image_ref: record.image_ref,
+            created_at: record.created_at,
+            user: record.user,
+            stop_signal: record.stop_signal,
+            state: watch::Sender::new(record.state),
+            record: tokio::sync::Mutex::new(false),
+        }
+    }
+
+    pub fn to_record(&self) -> Record {
+        Record {
+            id: self.id.clone(),
+            sandbox: self.sandbox.id.clone(),
+            config: self.config.clone(),
+            image_id: self.image_id.clone(),
+            image_ref: self.image_ref.clone(),
+            created_at: self.created_at,
+            user: self.user.clone(),
+            stop_signal: self.stop_signal,
+            state: self.state(),
+        }
+    }
+
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.state.borrow().phase
+    }
+
+    /// Changes the state; waiting calls look at it again.
+    pub fn change(&self, change: impl FnOnce(&mut State)) {
+        self.state.send_modify(change);
+    }
+
+    /// Waits for the container's end.
+    pub async fn wait_exited(&self) {
+        let mut state = self.state.subscribe();
+        // The sender is in `self`: it can't close.
+        let _ = state.wait_for(|state| state.phase == Phase::Exited).await;
+    }
+
+    /// Writes the container's state to the store.
+    pub async fn save(&self, node: &Node) -> Result<()> {
+        let deleted = self.record.lock().await;
+        if *deleted {
+            return Ok(());
+        }
+        let change = Change::put(Table::CONTAINERS, &self.id, &self.to_record())
+            .map_err(|error| Error::internal(error.to_string()))?;
+        let written = node.store.commit(vec![change]).await;
+        written.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// Takes the container out of the store, for good.
+    pub async fn delete_record(&self, node: &Node) -> Result<()> {
+        let mut deleted = self.record.lock().await;
+        *deleted = true;
+        let change = Change::delete(Table::CONTAINERS, &self.id);
+        let written = node.store.commit(vec![change]).await;
+        written.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// Saves without anyone waiting: what is lost by a kill before that is in the monitor.
+    fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
+        let (container, node) = (Arc::clone(self), Arc::clone(node));
+        tokio::spawn(async move {
+            if let Err(error) = container.save(&node).await {
+                log::error!("{}: {error}", container.name());
+            }
+        });
+    }
+
+    /// The monitor says that it runs.
+    pub fn is_running(self: &Arc<Self>, node: &Arc<Node>, pid: i32) {
+        let mut changed = false;
+        self.change(|state| {
+            changed = state.phase == Phase::Created;
+            if changed {
+                state.phase = Phase::Running;
+                state.started_at = now();
+            }
+            if state.phase == Phase::Running {
+                state.pid = pid;
+            }
+        });
+        if changed {
+            self.save_soon(node);
+        }
+    }
+
+    /// The monitor says how it ended.
+    pub fn has_exited(self: &Arc<Self>, node: &Arc<Node>, exit: &ExitRecord) {
+        let reason = if exit.oom_killed {
+            "OOMKilled"
+        } else if exit.code == 0 {
+            "Completed"
+        } else {
+            "Error"
+        };
+        self.ended(node, exit.code, exit.finished_at, reason, "");
+    }
+
+    /// Records an end, unless there is one already.
+    pub fn ended(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        code: i32,
+        at: i64,
+        reason: &str,
+        message: &str,
+    ) {
+        let mut changed = false;
+        self.change(|state| {
+            if state.phase != Phase::Exited {
+                changed = true;
+                state.phase = Phase::Exited;
+                state.pid = 0;
+                state.exit_code = code;
+                state.finished_at = at;
+                reason.clone_into(&mut state.reason);
+                message.clone_into(&mut state.message);
+            }
+        });
+        if changed {
+            log::info!("{}: ended with code {code}, {reason}", self.name());
+            self.save_soon(node);
+            status::publish(node, self, ContainerEventType::ContainerStoppedEvent);
+        }
+    }
+
+    /// The container's cgroup, as the runtime is told.
+    pub fn cgroup(&self) -> String {
+        format!("{}/{}", self.sandbox.cgroup, self.id)
+    }
+
+    pub fn cgroup_dir(&self) -> PathBuf {
+        crate::cgroup::directory(&self.cgroup())
+    }
+
+    /// Where its log goes; `None` without a log directory or path.
+    pub fn log_path(&self) -> Option<PathBuf> {
+        log_path(&self.sandbox.config.log_directory, &self.config.log_path)
+    }
+
+    /// `container NAME (ID) of pod …`, for the log and for errors.
+    pub fn name(&self) -> String {
+        let name = self.config.metadata.as_ref().map(|m| m.name.as_str());
+        let short = crate::node::short(&self.id);
+        let pod = self.sandbox.name();
+        format!("container {} ({short}) of {pod}", name.unwrap_or_default())
+    }
+}
+
+fn log_path(directory: &str, path: &str) -> Option<PathBuf> {
+    (!directory.is_empty() && !path.is_empty()).then(|| Path::new(directory).join(path))
+}

@@ -1,0 +1,303 @@
+//! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rrun_proto::v1::{ContainerConfig, ContainerEventType, NamespaceMode};
+
+use super::spec::{Namespaces, Parts, PidNamespace};
+use super::user::{Accounts, User};
+use super::{
+    Container, Phase, Record, State, capabilities, devices, mounts, remove, resources, rootfs,
+    signal, spec, status,
+};
+use crate::error::{During, Error, Result};
+use crate::image::Image;
+use crate::monitor::protocol::Create;
+use crate::node::{Node, new_id, now};
+use crate::sandbox::files::{private_dir, write};
+use crate::sandbox::{Sandbox, namespaces};
+use crate::slow::{blocking, slow};
+
+/// What two calls for the same container have in common.
+pub fn key(sandbox: &str, config: &ContainerConfig) -> String {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    let (name, attempt) = (metadata.name, metadata.attempt);
+    format!("create container {name:?} attempt {attempt} in pod {sandbox}")
+}
+
+/// Makes the container and returns its id; of one that was made for the same metadata and has
+/// not been started, that one's.
+pub async fn create(
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    config: ContainerConfig,
+) -> Result<String> {
+    let same = |container: &Arc<Container>| {
+        container.config.metadata == config.metadata && container.phase() == Phase::Created
+    };
+    if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
+        return Ok(there.id.clone());
+    }
+    check(&config)?;
+    must_be_ready(&sandbox)?;
+    let name = config.image.as_ref().map(|image| image.image.as_str());
+    let name = name.unwrap_or_default();
+    let image = node
+        .images
+        .find(name)
+        .ok_or_else(|| Error::not_found(format!("the image {name:?} is not on this node")))?;
+    let resources = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.clone());
+    let record = Record {
+        id: new_id()?,
+        sandbox: sandbox.id.clone(),
+        image_id: image.id.clone(),
+        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+        created_at: now(),
+        user: User::default(),
+        stop_signal: signal::stop_signal(
+            config.stop_signal(),
+            image.config.stop_signal.as_deref(),
+        )?,
+        state: State {
+            phase: Phase::Created,
+            pid: 0,
+            started_at: 0,
+            finished_at: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            in_runtime: true,
+            resources: resources.unwrap_or_default(),
+        },
+        config,
+    };
+    let made = make(&node, &sandbox, record.clone(), &image).await;
+    match made {
+        Ok(container) => {
+            node.add_container(Arc::clone(&container));
+            status::publish(&node, &container, ContainerEventType::ContainerCreatedEvent);
+            log::info!("{}: created", container.name());
+            Ok(container.id.clone())
+        }
+        Err(error) => {
+            let rest = Arc::new(Container::from_record(Arc::clone(&sandbox), record));
+            if let Err(more) = remove::unmake(&node, &rest).await {
+                log::error!("{}: clean up after a failure: {more}", rest.name());
+            }
+            Err(error).during(|| format!("create {}", rest.name()))
+        }
+    }
+}
+
+fn check(config: &ContainerConfig) -> Result<()> {
+    let metadata = config.metadata.as_ref();
+    if metadata.is_none_or(|metadata| metadata.name.is_empty()) {
+        return Err(Error::invalid(
+            "the container's configuration has no metadata",
+        ));
+    }
+    if config.log_path.split('/').any(|part| part == "..") {
+        return Err(Error::invalid(format!(
+            "the log path {:?} leaves the pod's log directory",
+            config.log_path
+        )));
+    }
+    spec::check(config)
+}
+
+fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
+    if sandbox.state().ready {
+        return Ok(());
+    }
+    Err(Error::wrong_state(format!(
+        "{} is not ready: no container can be made in it",
+        sandbox.name()
+    )))
+}
+
+async fn make(
+    node: &Arc<Node>,
+    sandbox: &Arc<Sandbox>,
+    mut record: Record,
+    image: &Arc<Image>,
+) -> Result<Arc<Container>> {
+    let pod = sandbox.name();
+    let bundle = node.bundle(&sandbox.id, &record.id);
+    // A kill at any later instruction finds the container by its bundle, and what it owns in
+    // there.
+    private_dir(&bundle)?;
+    let intent = serde_json::to_string(&record)
+        .map_err(|error| Error::internal(format!("encode the container's record: {error}")))?;
+    write(&bundle.join("container.json"), &intent)?;
+
+    let lease = node.images.lease(&record.id, &image.id);
+    let lower = slow(format!("{pod}: keep the image {}", image.id), lease)
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let pid = pid_namespace(node, sandbox, &record.config)?;
+    let job = {
+        let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
+        let (record, bundle) = (record.clone(), bundle.clone());
+        move || prepare(&node, &sandbox, &record, &image, &bundle, &lower, pid)
+    };
+    let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
+    record.user = blocking(what, job).await?;
+
+    let container = Arc::new(Container::from_record(Arc::clone(sandbox), record));
+    if let Some(log) = container.log_path()
+        && let Some(dir) = log.parent()
+    {
+        std::fs::create_dir_all(dir)
+            .during(|| format!("make the log directory {}", dir.display()))?;
+    }
+    let runtime = node
+        .config
+        .runtime_command(&sandbox.handler)
+        .ok_or_else(|| Error::internal(format!("no runtime handler {:?}", sandbox.handler)))?;
+    let config = &container.config;
+    let request = Create {
+        id: container.id.clone(),
+        bundle,
+        runtime,
+        cgroup: container.cgroup_dir(),
+        log: container.log_path(),
+        terminal: config.tty,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        native: node.config.is_native(&sandbox.handler),
+    };
+    // The record says what the bundle says; should only one of the two come to be, a start after
+    // a kill removes it.
+    let (created, saved) = tokio::join!(
+        slow(
+            format!("{pod}: the runtime's create"),
+            sandbox.monitor.create(request)
+        ),
+        slow(format!("{pod}: save a container"), container.save(node)),
+    );
+    let outcome = match (created, saved) {
+        (Ok(pid), Ok(())) => {
+            container.change(|state| state.pid = pid);
+            must_be_ready(sandbox)
+        }
+        (Err(error), _) => Err(Error::internal(error.to_string())),
+        (_, Err(error)) => Err(error),
+    };
+    if let Err(error) = outcome {
+        container.delete_record(node).await?;
+        return Err(error);
+    }
+    Ok(container)
+}
+
+fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<PidNamespace> {
+    let of = |pid: i32| PidNamespace::Join(format!("/proc/{pid}/ns/pid").into());
+    match spec::pid_mode(config) {
+        (NamespaceMode::Pod, _) => {
+            let pid1 = sandbox.state().pid1;
+            Ok(pid1.map_or(PidNamespace::New, of))
+        }
+        (NamespaceMode::Container, _) => Ok(PidNamespace::New),
+        (NamespaceMode::Node, _) => Ok(PidNamespace::Node),
+        (NamespaceMode::Target, target) => {
+            let target = node.container(&target)?;
+            if target.sandbox.id != sandbox.id {
+                return Err(Error::invalid(format!(
+                    "the container's PID namespace target {} is in another pod",
+                    target.id
+                )));
+            }
+            let state = target.state();
+            match state.phase {
+                Phase::Running => Ok(of(state.pid)),
+                _ => Err(Error::wrong_state(format!(
+                    "the container's PID namespace target {} is not running",
+                    target.id
+                ))),
+            }
+        }
+    }
+}
+
+/// Mounts the root filesystem and writes config.json. Blocks.
+fn prepare(
+    node: &Node,
+    sandbox: &Sandbox,
+    record: &Record,
+    image: &Image,
+    bundle: &Path,
+    lower: &[std::path::PathBuf],
+    pid: PidNamespace,
+) -> Result<User> {
+    let config = &record.config;
+    let target = bundle.join("rootfs");
+    let writable = node.writable_layer(&record.id);
+    private_dir(&writable)?;
+    rootfs::Overlay {
+        lower,
+        writable: &writable,
+        target: &target,
+        base: &node.config.root,
+    }
+    .mount()?;
+
+    let context = spec::context(config);
+    let user = Accounts::read(&target)?.resolve(Some(&context), &image.config.user)?;
+    rootfs::make_working_dir(&target, spec::working_dir(config, &image.config)?)?;
+    mounts::make_sources(&config.mounts)?;
+
+    let sharing = namespaces::sharing(&sandbox.config)?;
+    let monitor = sandbox.state().monitor;
+    let of_monitor = |kind: &str| format!("/proc/{monitor}/ns/{kind}").into();
+    let hostname = sandbox.config.hostname.as_str();
+    let own_uts = sharing.own_network && !hostname.is_empty();
+    let node_name = crate::sandbox::files::of_node("/proc/sys/kernel/hostname");
+    let pod_dir = node.sandbox_dir(&sandbox.id);
+    let around = mounts::Surroundings {
+        pod: &pod_dir,
+        privileged: context.privileged,
+        readonly_rootfs: context.readonly_rootfs,
+        own_ipc: sharing.own_ipc,
+    };
+    let pod_cgroup = crate::cgroup::directory(&sandbox.cgroup);
+    let asked = &record.state.resources;
+    let spec = spec::spec(Parts {
+        config,
+        image: &image.config,
+        user: &user,
+        hostname: if own_uts { hostname } else { node_name.trim() },
+        rootfs: &target,
+        cgroup: &format!("{}/{}", sandbox.cgroup, record.id),
+        namespaces: Namespaces {
+            network: sharing.own_network.then(|| node.netns(&sandbox.id)),
+            ipc: sharing.own_ipc.then(|| of_monitor("ipc")),
+            uts: own_uts.then(|| of_monitor("uts")),
+            pid,
+        },
+        capabilities: capabilities::sets(
+            context.capabilities.as_ref(),
+            context.privileged,
+            &capabilities::ours(),
+        )?,
+        devices: devices::devices(&config.devices, context.privileged)?,
+        mounts: mounts::mounts(&config.mounts, &around)?,
+        root_propagation: mounts::root_propagation(&config.mounts),
+        resources: resources::to_json(asked, resources::Controllers::of(&pod_cgroup))?,
+        oom_score_adj: oom_score_adj(asked.oom_score_adj, node.config.restrict_oom_score_adj),
+    })?;
+    write(&bundle.join("config.json"), &spec.to_string())?;
+    Ok(user)
+}
+
+/// Where the server may not lower it, no lower than its own.
+fn oom_score_adj(asked: i64, restrict: bool) -> i64 {
+    if !restrict {
+        return asked;
+    }
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    asked.max(own.trim().parse().unwrap_or_default())
+}

@@ -1,0 +1,249 @@
+//! A container's root filesystem: an overlay of the image's layers and a writable one.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use pathrs::Root;
+use rustix::fs::CWD;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount,
+};
+
+use crate::error::{During, Error, Result, kernel};
+use crate::sandbox::files::private_dir;
+
+/// The directories of one overlay.
+pub struct Overlay<'a> {
+    /// The image's layers, uppermost first.
+    pub lower: &'a [PathBuf],
+    /// `ROOT/containers/CID`: gets `upper` and `work`.
+    pub writable: &'a Path,
+    /// Where it is mounted; made if it is not there.
+    pub target: &'a Path,
+    /// A directory that all the others are in, for kernels where paths must be short.
+    pub base: &'a Path,
+}
+
+impl Overlay<'_> {
+    /// Mounts it. Blocks.
+    pub fn mount(&self) -> Result<()> {
+        let (upper, work) = (self.writable.join("upper"), self.writable.join("work"));
+        private_dir(&upper)?;
+        private_dir(&work)?;
+        // The upper directory's mode is the root directory's as containers see it.
+        let mode = match self.lower.first() {
+            Some(top) => std::fs::metadata(top)
+                .during(|| format!("look at the layer {}", top.display()))?
+                .permissions(),
+            None => std::fs::Permissions::from_mode(0o755),
+        };
+        std::fs::set_permissions(&upper, mode)
+            .during(|| format!("set the mode of {}", upper.display()))?;
+        private_dir(self.target)?;
+        let what = || format!("mount the root filesystem on {}", self.target.display());
+        if self.lower.is_empty() {
+            return mount(
+                Some(&upper),
+                self.target,
+                None::<&str>,
+                MsFlags::MS_BIND,
+                None::<&str>,
+            )
+            .map_err(io::Error::from)
+            .during(what);
+        }
+        match self.by_descriptor(&upper, &work) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.by_relative_paths(self.base),
+            Err(error) => Err(error),
+        }
+        .during(what)
+    }
+
+    /// By the mount API that takes one layer at a time, Linux 6.8. False: this kernel lacks it.
+    fn by_descriptor(&self, upper: &Path, work: &Path) -> Result<bool> {
+        let context = match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(context) => context,
+            Err(rustix::io::Errno::NOSYS) => return Ok(false),
+            Err(errno) => return Err(errno).during(|| "fsopen overlay".to_owned()),
+        };
+        let context = context.as_fd();
+        for (number, layer) in self.lower.iter().enumerate() {
+            match fsconfig_set_string(context, "lowerdir+", layer) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::INVAL) if number == 0 => return Ok(false),
+                Err(errno) => {
+                    return Err(said(
+                        context,
+                        errno,
+                        &format!("the layer {}", layer.display()),
+                    ));
+                }
+            }
+        }
+        let set = |key: &str, path: &Path| {
+            fsconfig_set_string(context, key, path)
+                .map_err(|errno| said(context, errno, &format!("{key}={}", path.display())))
+        };
+        set("upperdir", upper)?;
+        set("workdir", work)?;
+        // A container does not outlive the machine, its writable layer need not either: without
+        // this the unmounting of each container syncs the whole file system.
+        fsconfig_set_flag(context, "volatile").map_err(|errno| said(context, errno, "volatile"))?;
+        fsconfig_create(context).map_err(|errno| said(context, errno, "create it"))?;
+        let mounted = fsmount(
+            context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )
+        .map_err(|errno| said(context, errno, "fsmount"))?;
+        move_mount(
+            mounted,
+            "",
+            CWD,
+            self.target,
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .during(|| "attach it".to_owned())?;
+        Ok(true)
+    }
+
+    /// By mount(2), whose options must fit into a page: from a thread whose working directory is
+    /// `base`, by paths relative to that.
+    fn by_relative_paths(&self, base: &Path) -> Result<()> {
+        let relative = |path: &Path| {
+            let short = path.strip_prefix(base).unwrap_or(path);
+            // Separators inside a path are escaped, overlayfs.rst.
+            short
+                .to_string_lossy()
+                .replace('\\', "\\\\")
+                .replace(':', "\\:")
+                .replace(',', "\\,")
+        };
+        let lower: Vec<String> = self.lower.iter().map(|layer| relative(layer)).collect();
+        let data = format!(
+            "lowerdir={},upperdir={},workdir={},volatile",
+            lower.join(":"),
+            relative(&self.writable.join("upper")),
+            relative(&self.writable.join("work")),
+        );
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("overlay".into())
+                .spawn_scoped(scope, || {
+                    unshare(CloneFlags::CLONE_FS)
+                        .map_err(io::Error::from)
+                        .during(|| "give a thread its own working directory".to_owned())?;
+                    std::env::set_current_dir(base)
+                        .during(|| format!("go to {}", base.display()))?;
+                    mount(
+                        Some("overlay"),
+                        self.target,
+                        Some("overlay"),
+                        MsFlags::empty(),
+                        Some(data.as_str()),
+                    )
+                    .map_err(io::Error::from)
+                    .during(|| format!("overlay of {} layers", self.lower.len()))
+                })
+                .during(|| "start a thread".to_owned())?;
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::internal("the mounting thread panicked")))
+        })
+    }
+}
+
+/// What overlayfs wrote into the context's log says more than its errno, fsopen(2).
+fn said(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error {
+    let mut log = [0_u8; 512];
+    let line = match rustix::io::read(context, &mut log) {
+        Ok(length) => String::from_utf8_lossy(log.get(..length).unwrap_or_default()).into_owned(),
+        Err(_) => String::new(),
+    };
+    let line = line.trim_start_matches(['e', 'w', 'i', ' ']).trim();
+    let errno = kernel(&errno.into());
+    if line.is_empty() {
+        Error::internal(format!("{what}: {errno}"))
+    } else {
+        Error::internal(format!("{what}: {errno}: {line}"))
+    }
+}
+
+/// Makes the working directory inside the root filesystem, where an image may lack it. Blocks.
+pub fn make_working_dir(rootfs: &Path, dir: &str) -> Result<()> {
+    let inside = dir.trim_start_matches('/');
+    if inside.is_empty() {
+        return Ok(());
+    }
+    let failed = |error: pathrs::error::Error| {
+        Error::invalid(format!(
+            "the working directory {dir:?} in the image: {error}"
+        ))
+    };
+    let root = Root::open(rootfs).map_err(failed)?;
+    if root.resolve(inside).is_ok() {
+        return Ok(());
+    }
+    root.mkdir_all(inside, &std::fs::Permissions::from_mode(0o755))
+        .map_err(failed)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Mounts two layers both ways and looks at what wins.
+    #[test]
+    fn the_uppermost_layer_wins_by_either_interface() -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return Ok(());
+        }
+        let base = std::env::temp_dir().join(format!("rrun-overlay-{}", std::process::id()));
+        let (top, bottom) = (base.join("layers/2"), base.join("layers/1"));
+        for dir in [&top, &bottom] {
+            std::fs::create_dir_all(dir)?;
+        }
+        std::fs::write(top.join("file"), "top")?;
+        std::fs::write(bottom.join("file"), "bottom")?;
+        std::fs::write(bottom.join("other"), "bottom")?;
+        let lower = [top, bottom];
+        let (writable, target) = (base.join("c"), base.join("rootfs"));
+        let overlay = Overlay {
+            lower: &lower,
+            writable: &writable,
+            target: &target,
+            base: &base,
+        };
+        let mut failed = None;
+        for old in [false, true] {
+            let mounted = if old {
+                overlay.by_relative_paths(&base)
+            } else {
+                overlay.mount()
+            };
+            if let Err(error) = mounted {
+                failed = Some(error);
+                break;
+            }
+            let read = |name: &str| std::fs::read_to_string(target.join(name));
+            let (file, other) = (read("file"), read("other"));
+            crate::sandbox::files::unmount(&target)?;
+            // A volatile layer is not mounted again: that is what its mark is for.
+            std::fs::remove_dir_all(&writable)?;
+            for dir in ["upper", "work"] {
+                std::fs::create_dir_all(writable.join(dir))?;
+            }
+            assert_eq!((file?.as_str(), other?.as_str()), ("top", "bottom"));
+        }
+        std::fs::remove_dir_all(&base)?;
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+}

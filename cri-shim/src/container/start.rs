@@ -1,0 +1,87 @@
+//! StartContainer and UpdateContainerResources.
+
+use std::sync::Arc;
+
+use rrun_proto::v1::{ContainerEventType, LinuxContainerResources};
+
+use super::{Container, Phase, resources, status};
+use crate::error::{During, Error, Result};
+use crate::node::{Node, now};
+use crate::slow::slow;
+
+/// The exit code of what could not be started, as containerd's users know it.
+const START_FAILED: i32 = 128;
+
+/// Starts the container's process. One that runs already is as it should be.
+pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
+    let name = container.name();
+    match container.phase() {
+        Phase::Created => {}
+        Phase::Running => return Ok(()),
+        Phase::Exited => return Err(Error::wrong_state(format!("{name} has exited already"))),
+    }
+    if !container.sandbox.state().ready {
+        let pod = container.sandbox.name();
+        return Err(Error::wrong_state(format!("{pod} is not ready")));
+    }
+    let started = slow(
+        format!("{name}: the runtime's start"),
+        container.sandbox.monitor.start(&container.id),
+    )
+    .await;
+    if let Err(error) = started {
+        let error = error.to_string();
+        container.change(|state| {
+            state.phase = Phase::Exited;
+            state.pid = 0;
+            state.started_at = 0;
+            state.finished_at = now();
+            state.exit_code = START_FAILED;
+            "StartError".clone_into(&mut state.reason);
+            state.message.clone_from(&error);
+        });
+        container.save(&node).await?;
+        status::publish(&node, &container, ContainerEventType::ContainerStoppedEvent);
+        return Err(Error::internal(error)).during(|| format!("start {name}"));
+    }
+    container.change(|state| {
+        state.started_at = now();
+        // It can have ended by now.
+        if state.phase == Phase::Created {
+            state.phase = Phase::Running;
+        }
+    });
+    status::publish(&node, &container, ContainerEventType::ContainerStartedEvent);
+    log::info!("{name}: started");
+    container.save(&node).await
+}
+
+/// Changes the limits of a container that lives.
+pub async fn update(
+    node: Arc<Node>,
+    container: Arc<Container>,
+    asked: LinuxContainerResources,
+) -> Result<()> {
+    let name = container.name();
+    if container.phase() == Phase::Exited {
+        return Err(Error::wrong_state(format!("{name} has exited already")));
+    }
+    let dir = container.cgroup_dir();
+    let controllers = resources::Controllers::of(&dir);
+    let all = resources::updated(&container.state().resources, &asked);
+    let mut changed = asked;
+    // Memory and swap are one number to the specification: one can't change without the other.
+    if changed.memory_limit_in_bytes == 0 && changed.memory_swap_limit_in_bytes != 0 {
+        changed.memory_limit_in_bytes = all.memory_limit_in_bytes;
+    }
+    resources::check_use(&dir, &changed).during(|| format!("update {name}"))?;
+    let json = resources::to_json(&changed, controllers)?.to_string();
+    slow(
+        format!("{name}: the runtime's update"),
+        container.sandbox.monitor.update(&container.id, json),
+    )
+    .await
+    .map_err(|error| Error::internal(format!("update {name}: {error}")))?;
+    container.change(|state| state.resources = all);
+    container.save(&node).await
+}
