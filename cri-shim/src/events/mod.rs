@@ -1,1 +1,33 @@
 //! What GetContainerEvents sends.
+
+use rrun_proto::v1::ContainerEventResponse;
+use tokio::sync::broadcast;
+
+/// Events that a subscriber may lag behind before it loses some; kubelet then lists anew.
+const BACKLOG: usize = 256;
+
+/// Everyone who listens to container events.
+pub struct Bus {
+    sender: broadcast::Sender<ContainerEventResponse>,
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Bus {
+            sender: broadcast::Sender::new(BACKLOG),
+        }
+    }
+}
+
+impl Bus {
+    /// Sends what `event` makes, which nobody pays for while nobody listens.
+    pub fn publish(&self, event: impl FnOnce() -> ContainerEventResponse) {
+        if self.sender.receiver_count() > 0 {
+            let _ = self.sender.send(event());
+        }
+    }
+
+    pub fn subscribe(&self) -> broadcast::Receiver<ContainerEventResponse> {
+        self.sender.subscribe()
+    }
+}

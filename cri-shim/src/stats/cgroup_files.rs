@@ -1,0 +1,122 @@
+//! The files of a cgroup v2 directory as messages of the CRI, cgroup-v2.rst.
+
+use std::path::Path;
+
+use rrun_proto::v1::{CpuUsage, IoUsage, MemoryUsage, PsiData, PsiStats, SwapUsage};
+
+use super::value;
+use crate::cgroup::{key, number, read};
+use crate::node::now;
+
+/// `cpu.stat` has the usage even without the controller.
+pub fn cpu(dir: &Path) -> Option<CpuUsage> {
+    let stat = read(dir, "cpu.stat")?;
+    let used = key(&stat, "usage_usec")?;
+    Some(CpuUsage {
+        timestamp: now(),
+        usage_core_nano_seconds: value(used.saturating_mul(1000)),
+        usage_nano_cores: None,
+        psi: pressure(dir, "cpu.pressure"),
+    })
+}
+
+pub fn memory(dir: &Path) -> Option<MemoryUsage> {
+    let usage = number(dir, "memory.current")?;
+    let stat = read(dir, "memory.stat").unwrap_or_default();
+    let counted = |name| key(&stat, name).unwrap_or_default();
+    // As cAdvisor has it: what the kernel could not get back without writing or swapping.
+    let working_set = usage.saturating_sub(counted("inactive_file"));
+    let major = counted("pgmajfault");
+    Some(MemoryUsage {
+        timestamp: now(),
+        working_set_bytes: value(working_set),
+        available_bytes: number(dir, "memory.max")
+            .and_then(|limit| value(limit.saturating_sub(working_set))),
+        usage_bytes: value(usage),
+        rss_bytes: value(counted("anon")),
+        page_faults: value(counted("pgfault").saturating_sub(major)),
+        major_page_faults: value(major),
+        psi: pressure(dir, "memory.pressure"),
+    })
+}
+
+pub fn swap(dir: &Path) -> Option<SwapUsage> {
+    let usage = number(dir, "memory.swap.current")?;
+    Some(SwapUsage {
+        timestamp: now(),
+        swap_available_bytes: number(dir, "memory.swap.max")
+            .and_then(|limit| value(limit.saturating_sub(usage))),
+        swap_usage_bytes: value(usage),
+    })
+}
+
+pub fn io(dir: &Path) -> Option<IoUsage> {
+    Some(IoUsage {
+        timestamp: now(),
+        psi: Some(pressure(dir, "io.pressure")?),
+    })
+}
+
+/// Processes in the cgroup and in those right below, where the pids controller does not count.
+pub fn processes(dir: &Path) -> Option<u64> {
+    let count = |dir: &Path| {
+        let processes = read(dir, "cgroup.procs")?;
+        u64::try_from(processes.lines().count()).ok()
+    };
+    let mut all = count(dir)?;
+    for entry in std::fs::read_dir(dir).ok()?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            all += count(&entry.path()).unwrap_or_default();
+        }
+    }
+    Some(all)
+}
+
+/// A pressure file, psi.rst; none if the kernel does not keep it.
+fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
+    parse_pressure(&read(dir, file)?)
+}
+
+fn parse_pressure(text: &str) -> Option<PsiStats> {
+    let line = |kind: &str| {
+        let line = text.lines().find(|line| line.starts_with(kind))?;
+        let mut data = PsiData::default();
+        for pair in line.split_ascii_whitespace().skip(1) {
+            let (name, number) = pair.split_once('=')?;
+            match name {
+                "avg10" => data.avg10 = number.parse().ok()?,
+                "avg60" => data.avg60 = number.parse().ok()?,
+                "avg300" => data.avg300 = number.parse().ok()?,
+                // Microseconds in the file.
+                "total" => data.total = number.parse::<u64>().ok()?.saturating_mul(1000),
+                _ => {}
+            }
+        }
+        Some(data)
+    };
+    let some = line("some")?;
+    Some(PsiStats {
+        full: line("full"),
+        some: Some(some),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pressure_is_told_in_nanoseconds() {
+        let text = "some avg10=1.50 avg60=0.25 avg300=0.00 total=12\n\
+                    full avg10=0.00 avg60=0.00 avg300=0.00 total=3\n";
+        let Some(psi) = parse_pressure(text) else {
+            panic!("not parsed");
+        };
+        assert_eq!(
+            psi.some.map(|data| (data.avg10, data.total)),
+            Some((1.5, 12_000))
+        );
+        assert_eq!(psi.full.map(|data| data.total), Some(3_000));
+        assert_eq!(parse_pressure(""), None);
+    }
+}
