@@ -3,17 +3,25 @@
 //! ARCHITECTURE.md tells which room holds what. Nothing here depends on the OCI runtime's
 //! crate: runtimes are run by their command line.
 
+pub mod cgroup;
 pub mod config;
 pub mod container;
+pub mod error;
 pub mod events;
 pub mod image;
+pub mod in_flight;
+pub mod journal;
 pub mod layer;
 pub mod monitor;
 pub mod monitor_client;
 pub mod network;
+pub mod node;
 pub mod reconcile;
+pub mod record;
 pub mod sandbox;
+pub mod server;
 pub mod services;
+pub mod slow;
 pub mod stats;
 pub mod store;
 pub mod streaming;

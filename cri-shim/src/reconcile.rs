@@ -1,1 +1,215 @@
 //! After a start: the store and what the kernel has, brought together.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
+use crate::container::{self, Container, Phase, remove};
+use crate::error::{During, Error, Result};
+use crate::monitor_client::MonitorError;
+use crate::network::namespace as netns;
+use crate::node::{Node, now};
+use crate::sandbox::{self, Sandbox, files, stop, watch};
+use crate::store::Table;
+
+/// Loads what the store has, asks every monitor how its containers are, and removes what belongs
+/// to nobody.
+pub async fn run(node: &Arc<Node>) -> Result<()> {
+    let read = |error: crate::store::StoreError| Error::internal(error.to_string());
+    let sandboxes: Vec<(String, sandbox::Record)> =
+        node.store.load(Table::SANDBOXES).map_err(read)?;
+    for (_, record) in sandboxes {
+        node.add_sandbox(Arc::new(Sandbox::from_record(node, record)));
+    }
+    let containers: Vec<(String, container::Record)> =
+        node.store.load(Table::CONTAINERS).map_err(read)?;
+    let mut homeless = Vec::new();
+    for (id, record) in containers {
+        match node.sandbox(&record.sandbox) {
+            Ok(sandbox) => node.add_container(Arc::new(Container::from_record(sandbox, record))),
+            Err(_) => homeless.push(id),
+        }
+    }
+    join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
+    for id in homeless {
+        let change = crate::store::Change::delete(Table::CONTAINERS, &id);
+        node.store.commit(vec![change]).await.map_err(read)?;
+    }
+    remove_orphans(node).await?;
+    let live: HashSet<String> = node
+        .sandboxes()
+        .iter()
+        .filter(|sandbox| sandbox.state().ready)
+        .map(|sandbox| sandbox.id.clone())
+        .collect();
+    let network = node.network.reconcile(&live).await;
+    if let Err(error) = network {
+        log::error!("bring the pods' network and the store together: {error}");
+    }
+    Ok(())
+}
+
+/// Brings one pod of the store and its monitor together. What fails is logged: one bad pod must
+/// not keep the others from being served.
+async fn meet(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+    if !sandbox.state().ready {
+        sandbox.state().retired = true;
+    }
+    let result = match sandbox.monitor.subscribe().await {
+        Ok((hello, _)) => {
+            let known: HashSet<String> =
+                hello.containers.iter().map(|one| one.id.clone()).collect();
+            watch::apply(node, sandbox, hello);
+            if !sandbox.state().retired {
+                watch::begin(node, sandbox);
+            }
+            forget_half_made(node, sandbox, &known).await
+        }
+        Err(error) => lost(node, sandbox, &error).await,
+    };
+    if let Err(error) = result {
+        log::error!("{}: {error}", sandbox.name());
+    }
+}
+
+/// A record was written and a kill came before the runtime's create: nobody has its id.
+async fn forget_half_made(
+    node: &Arc<Node>,
+    sandbox: &Sandbox,
+    known: &HashSet<String>,
+) -> Result<()> {
+    for container in node.containers_of(&sandbox.id) {
+        if known.contains(&container.id) || !container.state().in_runtime {
+            continue;
+        }
+        if container.phase() == Phase::Created {
+            remove::remove(node, &container).await?;
+        } else {
+            container.ended(node, 137, now(), "Unknown", "its monitor does not know it");
+        }
+    }
+    Ok(())
+}
+
+/// No monitor answers: a reboot, or it died while there was no server.
+async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, error: &MonitorError) -> Result<()> {
+    let containers = node.containers_of(&sandbox.id);
+    let live = containers.iter().any(|one| one.state().in_runtime);
+    if sandbox.state().ready || live {
+        watch::lost(node, sandbox, error).await?;
+    }
+    Ok(())
+}
+
+/// What no record names: of calls that a kill cut short.
+async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
+    let state = &node.config.state;
+    for id in entries(&state.join("pods"))? {
+        let known = node.sandbox(&id).ok().filter(|sandbox| sandbox.id == id);
+        let pod = match known {
+            Some(pod) => pod,
+            None => match half_made_sandbox(node, &id) {
+                Some(pod) => Arc::new(pod),
+                None => continue,
+            },
+        };
+        for bundle in entries(&node.sandbox_dir(&id).join("containers"))? {
+            if node.container(&bundle).is_ok_and(|one| one.id == bundle) {
+                continue;
+            }
+            log::info!("{}: remove the half-made container {bundle}", pod.name());
+            let container = half_made_container(node, &pod, &bundle);
+            if let Err(error) = remove::unmake(node, &Arc::new(container)).await {
+                log::error!("{}: {error}", pod.name());
+            }
+        }
+        if node.sandbox(&id).is_err() {
+            log::info!("{}: remove it, it was half made", pod.name());
+            if let Err(error) = stop::unmake(node, &pod).await {
+                log::error!("{}: {error}", pod.name());
+            }
+        }
+    }
+    for id in entries(&state.join("netns"))? {
+        if node.sandbox(&id).is_err() {
+            let removed = netns::remove(&node.netns(&id));
+            removed.map_err(|error| Error::internal(error.to_string()))?;
+        }
+    }
+    let mut owners = entries(&node.config.root.join("containers"))?;
+    owners.extend(node.images.leases());
+    for id in owners {
+        if node.container(&id).is_err() {
+            files::remove_tree(&node.writable_layer(&id))?;
+            let released = node.images.release(&id).await;
+            released.map_err(|error| Error::internal(error.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> Result<Vec<String>> {
+    let what = || format!("read the directory {}", dir.display());
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).during(what),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        if let Ok(name) = entry.during(what)?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// The pod as its directory tells of it; without a record there, nothing but the directory was
+/// made.
+fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
+    let dir = node.sandbox_dir(id);
+    let record = std::fs::read(dir.join("pod.json"))
+        .ok()
+        .and_then(|json| serde_json::from_slice::<sandbox::Record>(&json).ok());
+    match record {
+        Some(record) => Some(Sandbox::from_record(node, record)),
+        None => {
+            if let Err(error) = files::remove_tree(&dir) {
+                log::error!("{error}");
+            }
+            None
+        }
+    }
+}
+
+/// The container as its bundle tells of it, or with nothing but its id.
+fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
+    let path = node.bundle(&sandbox.id, id).join("container.json");
+    let record = std::fs::read(path)
+        .ok()
+        .and_then(|json| serde_json::from_slice::<container::Record>(&json).ok())
+        .unwrap_or_else(|| container::Record {
+            id: id.to_owned(),
+            sandbox: sandbox.id.clone(),
+            config: Default::default(),
+            image_id: String::new(),
+            image_ref: String::new(),
+            created_at: 0,
+            user: Default::default(),
+            stop_signal: libc::SIGTERM,
+            state: container::State {
+                phase: Phase::Created,
+                pid: 0,
+                started_at: 0,
+                finished_at: 0,
+                exit_code: 0,
+                reason: String::new(),
+                message: String::new(),
+                in_runtime: true,
+                resources: Default::default(),
+            },
+        });
+    Container::from_record(Arc::clone(sandbox), record)
+}

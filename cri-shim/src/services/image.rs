@@ -1,0 +1,196 @@
+//! ImageService.
+
+use std::sync::Arc;
+
+use rrun_proto::v1::image_service_server::ImageService;
+use rrun_proto::v1::{
+    self as cri, FilesystemIdentifier, FilesystemUsage, ImageFilter, ImageFsInfoRequest,
+    ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Int64Value,
+    ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest,
+    RemoveImageResponse, StreamImagesRequest, StreamImagesResponse, UInt64Value,
+};
+use tonic::{Code, Request, Response, Status};
+
+use super::{Answers, answer, in_chunks};
+use crate::error::{Error, Result};
+use crate::image::{self, Auth, ImageError, Kind};
+use crate::node::{Node, now};
+use crate::slow::slow;
+
+pub struct Image {
+    pub(super) node: Arc<Node>,
+}
+
+impl From<ImageError> for Error {
+    fn from(error: ImageError) -> Self {
+        let code = match error.kind() {
+            Kind::NotFound => Code::NotFound,
+            Kind::InvalidArgument => Code::InvalidArgument,
+            Kind::Unauthenticated => Code::Unauthenticated,
+            Kind::PermissionDenied => Code::PermissionDenied,
+            Kind::Unavailable => Code::Unavailable,
+            Kind::DataLoss => Code::DataLoss,
+            Kind::ResourceExhausted => Code::ResourceExhausted,
+            Kind::Unimplemented => Code::Unimplemented,
+            Kind::Internal => Code::Internal,
+        };
+        Error::new(code, error.to_string())
+    }
+}
+
+/// The CRI's view of an image.
+fn message(image: &image::Image) -> cri::Image {
+    let user = image.config.user.split(':').next().unwrap_or_default();
+    let uid = user.parse::<i64>().ok();
+    cri::Image {
+        id: image.id.clone(),
+        repo_tags: image.repo_tags.clone(),
+        repo_digests: image.repo_digests.clone(),
+        size: image.size.max(1),
+        uid: uid.map(|value| Int64Value { value }),
+        username: if uid.is_some() {
+            String::new()
+        } else {
+            user.to_owned()
+        },
+        spec: None,
+        pinned: image.pinned,
+    }
+}
+
+fn name(spec: Option<ImageSpec>) -> Result<String> {
+    let name = spec.unwrap_or_default().image;
+    if name.is_empty() {
+        return Err(Error::invalid("the request names no image"));
+    }
+    Ok(name)
+}
+
+impl Image {
+    fn list(&self, filter: Option<ImageFilter>) -> Vec<cri::Image> {
+        let wanted = filter
+            .and_then(|filter| filter.image)
+            .unwrap_or_default()
+            .image;
+        if wanted.is_empty() {
+            let all = self.node.images.list();
+            return all.iter().map(|image| message(image)).collect();
+        }
+        let found = self.node.images.find(&wanted);
+        found.iter().map(|image| message(image)).collect()
+    }
+
+    async fn pull(&self, request: PullImageRequest) -> Result<PullImageResponse> {
+        let name = name(request.image)?;
+        let auth = match request.auth {
+            Some(auth) => Auth::from_cri(
+                &auth.username,
+                &auth.password,
+                &auth.auth,
+                &auth.identity_token,
+                &auth.registry_token,
+            )?,
+            None => None,
+        };
+        let pull = self.node.images.pull(&name, auth);
+        let image = slow(format!("pull {name}"), pull).await?;
+        Ok(PullImageResponse {
+            image_ref: image.id.clone(),
+        })
+    }
+
+    async fn remove(&self, request: RemoveImageRequest) -> Result<RemoveImageResponse> {
+        let name = name(request.image)?;
+        let node = Arc::clone(&self.node);
+        let key = format!("remove image {name}");
+        let removal = self.node.doing.join(&key, || async move {
+            node.images.remove(&name).await?;
+            Ok(())
+        });
+        slow(&key, removal).await?;
+        Ok(RemoveImageResponse {})
+    }
+
+    fn status(&self, request: ImageStatusRequest) -> Result<ImageStatusResponse> {
+        let name = name(request.image)?;
+        let found = self.node.images.find(&name);
+        let mut response = ImageStatusResponse::default();
+        if let Some(image) = found {
+            response.image = Some(message(&image));
+            if request.verbose {
+                let record = serde_json::to_string(&*image).unwrap_or_default();
+                response.info.insert("info".to_owned(), record);
+            }
+        }
+        Ok(response)
+    }
+
+    fn fs_info(&self) -> ImageFsInfoResponse {
+        let usage = self.node.images.fs_usage();
+        let filesystem = |path: &std::path::Path, bytes, inodes| FilesystemUsage {
+            timestamp: now(),
+            fs_id: Some(FilesystemIdentifier {
+                mountpoint: path.to_string_lossy().into_owned(),
+            }),
+            used_bytes: Some(UInt64Value { value: bytes }),
+            inodes_used: Some(UInt64Value { value: inodes }),
+        };
+        // Both are under --root, on one file system: told apart they would make kubelet count
+        // the same bytes for two.
+        let images = filesystem(&usage.path, usage.bytes, usage.inodes);
+        ImageFsInfoResponse {
+            container_filesystems: vec![images.clone()],
+            image_filesystems: vec![images],
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Image {
+    async fn list_images(
+        &self,
+        request: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        let images = self.list(request.into_inner().filter);
+        Ok(Response::new(ListImagesResponse { images }))
+    }
+
+    type StreamImagesStream = Answers<StreamImagesResponse>;
+
+    async fn stream_images(
+        &self,
+        request: Request<StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        let images = self.list(request.into_inner().filter);
+        let answers = in_chunks(images, |images| StreamImagesResponse { images });
+        Ok(Response::new(answers))
+    }
+
+    async fn image_status(
+        &self,
+        request: Request<ImageStatusRequest>,
+    ) -> Result<Response<ImageStatusResponse>, Status> {
+        answer("ImageStatus", self.status(request.into_inner()))
+    }
+
+    async fn pull_image(
+        &self,
+        request: Request<PullImageRequest>,
+    ) -> Result<Response<PullImageResponse>, Status> {
+        answer("PullImage", self.pull(request.into_inner()).await)
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<RemoveImageRequest>,
+    ) -> Result<Response<RemoveImageResponse>, Status> {
+        answer("RemoveImage", self.remove(request.into_inner()).await)
+    }
+
+    async fn image_fs_info(
+        &self,
+        _request: Request<ImageFsInfoRequest>,
+    ) -> Result<Response<ImageFsInfoResponse>, Status> {
+        Ok(Response::new(self.fs_info()))
+    }
+}
