@@ -1,0 +1,597 @@
+//! Reads tar archives in every dialect that layers come in: old, ustar, GNU, pax.
+//!
+//! The `tar` crate's headers, but not its entries: those read extended headers of any size into
+//! memory and know no pax sparse files. Nothing here trusts a number from the archive.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+
+use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
+
+const BLOCK: usize = 512;
+
+/// The most bytes of one extended header: pax records or a GNU long name.
+const EXTENDED_BYTES: u64 = 1 << 20;
+
+/// The most pieces of one sparse file.
+const SPARSE_PIECES: usize = 1 << 18;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error(transparent)]
+    Stream(#[from] io::Error),
+    #[error("{0}")]
+    Malformed(String),
+}
+
+fn malformed<T>(what: impl Into<String>) -> Result<T, ArchiveError> {
+    Err(ArchiveError::Malformed(what.into()))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    File,
+    Directory,
+    Symlink,
+    HardLink,
+    CharacterDevice,
+    BlockDevice,
+    Fifo,
+}
+
+/// One file of the archive; its content is read from the [`Archive`] before the next entry.
+#[derive(Debug)]
+pub struct Entry {
+    pub kind: Kind,
+    /// Bytes as the archive has them: not always UTF-8, not always relative, never with a NUL.
+    pub path: Vec<u8>,
+    pub link: Vec<u8>,
+    /// Permissions with set-uid, set-gid and sticky bits.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Seconds since 1970, nanoseconds.
+    pub mtime: (i64, u32),
+    /// Major and minor number.
+    pub device: (u32, u32),
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub content: Content,
+}
+
+/// Where the bytes of a file go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content {
+    /// The file's length in bytes.
+    pub length: u64,
+    /// (offset, length) of what the archive holds, ascending; the rest are holes.
+    pub pieces: Vec<(u64, u64)>,
+}
+
+pub struct Archive<R> {
+    reader: R,
+    /// What is left of the current entry's content.
+    body: u64,
+    padding: u64,
+    global: Pax,
+}
+
+#[derive(Clone, Default)]
+struct Pax {
+    records: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// GNU sparse 0.0 repeats its keys: the numbers in their order.
+    sparse: Vec<u64>,
+}
+
+impl<R: Read> Archive<R> {
+    pub fn new(reader: R) -> Self {
+        Archive {
+            reader,
+            body: 0,
+            padding: 0,
+            global: Pax::default(),
+        }
+    }
+
+    /// The stream that the archive is read from.
+    pub fn into_inner(self) -> R {
+        self.reader
+    }
+
+    /// The next file, or `None` at the end of the archive.
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
+        let mut pax = self.global.clone();
+        let mut long_name = None;
+        let mut long_link = None;
+        loop {
+            let Some(header) = self.next_header()? else {
+                return Ok(None);
+            };
+            let flag = header.as_old().linkflag[0];
+            let Some(size) = field(&header.as_old().size, header.entry_size()) else {
+                return malformed("the size field of a header is no number");
+            };
+            match flag {
+                b'x' | b'X' => {
+                    let records = self.extended(size)?;
+                    pax.parse(&records)?;
+                }
+                b'g' => {
+                    let records = self.extended(size)?;
+                    self.global.parse(&records)?;
+                    pax.parse(&records)?;
+                }
+                b'L' => long_name = Some(until_nul(self.extended(size)?)),
+                b'K' => long_link = Some(until_nul(self.extended(size)?)),
+                // A volume's label: no file.
+                b'V' => self.open_body(size),
+                _ => {
+                    return self
+                        .entry(&header, flag, size, pax, long_name, long_link)
+                        .map(Some);
+                }
+            }
+        }
+    }
+
+    /// Reads of the current entry's content; 0 at its end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
+        let most = usize::try_from(self.body).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        if most == 0 {
+            return Ok(0);
+        }
+        let count = self.reader.read(&mut buffer[..most])?;
+        if count == 0 {
+            return malformed("the archive ends in the middle of a file");
+        }
+        self.body -= count as u64;
+        Ok(count)
+    }
+
+    fn open_body(&mut self, size: u64) {
+        self.body = size;
+        self.padding = (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64;
+    }
+
+    fn skip_body(&mut self) -> Result<(), ArchiveError> {
+        let mut buffer = [0; 8192];
+        while self.read(&mut buffer)? > 0 {}
+        self.body = std::mem::take(&mut self.padding);
+        while self.read(&mut buffer)? > 0 {}
+        Ok(())
+    }
+
+    /// The next header block, its checksum verified.
+    fn next_header(&mut self) -> Result<Option<Header>, ArchiveError> {
+        self.skip_body()?;
+        let mut header = Header::new_old();
+        let block = header.as_mut_bytes();
+        let mut filled = 0;
+        while filled < BLOCK {
+            match self.reader.read(&mut block[filled..])? {
+                0 if filled == 0 => return Ok(None),
+                0 => return malformed("the archive ends in the middle of a header"),
+                count => filled += count,
+            }
+        }
+        if block.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let sum: u32 = block[..148]
+            .iter()
+            .chain(&block[156..])
+            .map(|byte| u32::from(*byte))
+            .sum::<u32>()
+            + 8 * u32::from(b' ');
+        if header.cksum().ok() != Some(sum) {
+            return malformed(
+                "a header's checksum is wrong: this is no tar archive, or a broken one",
+            );
+        }
+        Ok(Some(header))
+    }
+
+    /// The content of an extended header.
+    fn extended(&mut self, size: u64) -> Result<Vec<u8>, ArchiveError> {
+        if size > EXTENDED_BYTES {
+            return malformed(format!(
+                "an extended header of {size} bytes, of which {EXTENDED_BYTES} are the most that is read"
+            ));
+        }
+        self.open_body(size);
+        let mut content = Vec::new();
+        let mut buffer = [0; 8192];
+        loop {
+            match self.read(&mut buffer)? {
+                0 => return Ok(content),
+                count => content.extend_from_slice(&buffer[..count]),
+            }
+        }
+    }
+
+    fn entry(
+        &mut self,
+        header: &Header,
+        flag: u8,
+        size: u64,
+        pax: Pax,
+        long_name: Option<Vec<u8>>,
+        long_link: Option<Vec<u8>>,
+    ) -> Result<Entry, ArchiveError> {
+        let path = pax
+            .get("GNU.sparse.name")
+            .or_else(|| pax.get("path"))
+            .map(<[u8]>::to_vec)
+            .or(long_name)
+            .unwrap_or_else(|| header.path_bytes().into_owned());
+        let link = pax
+            .get("linkpath")
+            .map(<[u8]>::to_vec)
+            .or(long_link)
+            .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
+            .unwrap_or_default();
+        if path.contains(&0) || link.contains(&0) {
+            return malformed("a file name with a NUL in it");
+        }
+        let kind = match flag {
+            // What is no directory by its flag is one by its name in archives older than ustar.
+            b'0' | b'\0' | b'7' | b'S' if path.ends_with(b"/") => Kind::Directory,
+            b'0' | b'\0' | b'7' | b'S' => Kind::File,
+            b'1' => Kind::HardLink,
+            b'2' => Kind::Symlink,
+            b'3' => Kind::CharacterDevice,
+            b'4' => Kind::BlockDevice,
+            b'5' | b'D' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => {
+                return malformed(format!(
+                    "{} is an entry of the unknown type {:?}",
+                    String::from_utf8_lossy(&path),
+                    char::from(other)
+                ));
+            }
+        };
+        let number = |name: &str, in_header: Option<u64>| match pax.get(name) {
+            Some(value) => decimal(value),
+            None => in_header,
+        };
+        let id = |name: &str, in_header| {
+            // The last number is chown's "leave it".
+            match number(name, in_header).and_then(|id| u32::try_from(id).ok()) {
+                Some(id) if id != u32::MAX => Ok(id),
+                _ => malformed(format!(
+                    "{} has a {name} that is no user or group number",
+                    String::from_utf8_lossy(&path)
+                )),
+            }
+        };
+        let uid = id("uid", field(&header.as_old().uid, header.uid()))?;
+        let gid = id("gid", field(&header.as_old().gid, header.gid()))?;
+        let Some(stored) = number("size", Some(size)) else {
+            return malformed("a pax size that is no number");
+        };
+        let mtime = pax
+            .get("mtime")
+            .and_then(time)
+            .unwrap_or((header.mtime().map_or(0, u64::cast_signed), 0));
+        let device = match kind {
+            Kind::CharacterDevice | Kind::BlockDevice => (
+                header.device_major().ok().flatten().unwrap_or(0),
+                header.device_minor().ok().flatten().unwrap_or(0),
+            ),
+            _ => (0, 0),
+        };
+        let mode = header.mode().unwrap_or(0) & 0o7777;
+        let content = match kind {
+            Kind::File => {
+                // The rest of an old GNU sparse map stands between header and content.
+                let old = if flag == b'S' {
+                    Some(self.old_sparse(header)?)
+                } else {
+                    None
+                };
+                self.open_body(stored);
+                match old {
+                    Some(content) => content,
+                    None => self.pax_sparse(&pax, stored)?,
+                }
+            }
+            Kind::Directory if flag == b'D' => {
+                self.open_body(stored);
+                Content::none()
+            }
+            // A length there tells of another file's content.
+            _ => Content::none(),
+        };
+        if kind == Kind::File {
+            content.check(self.body)?;
+        }
+        let xattrs = pax
+            .records
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value)))
+            .collect();
+        Ok(Entry {
+            kind,
+            path,
+            link,
+            mode,
+            uid,
+            gid,
+            mtime,
+            device,
+            xattrs,
+            content,
+        })
+    }
+
+    /// GNU tar's own sparse format: pieces in the header and in blocks that follow it.
+    fn old_sparse(&mut self, header: &Header) -> Result<Content, ArchiveError> {
+        let Some(gnu) = header.as_gnu() else {
+            return malformed("a sparse file in an archive that is not GNU tar's");
+        };
+        let length = gnu
+            .real_size()
+            .or_else(|_| malformed("a sparse file's size is no number"))?;
+        let mut pieces = Vec::new();
+        add_pieces(&mut pieces, &gnu.sparse)?;
+        let mut extended = gnu.is_extended();
+        while extended {
+            let mut block = GnuExtSparseHeader::new();
+            self.reader.read_exact(block.as_mut_bytes())?;
+            add_pieces(&mut pieces, &block.sparse)?;
+            extended = block.is_extended();
+        }
+        Ok(Content { length, pieces })
+    }
+
+    /// The three sparse formats that GNU tar writes into pax archives; the last has its map at
+    /// the beginning of the content.
+    fn pax_sparse(&mut self, pax: &Pax, stored: u64) -> Result<Content, ArchiveError> {
+        let bad = || ArchiveError::Malformed("a sparse file's map can't be read".into());
+        let length = match pax
+            .get("GNU.sparse.realsize")
+            .or_else(|| pax.get("GNU.sparse.size"))
+        {
+            Some(length) => decimal(length).ok_or_else(bad)?,
+            None => {
+                return Ok(Content {
+                    length: stored,
+                    pieces: vec![(0, stored)],
+                });
+            }
+        };
+        let numbers: Vec<u64> = if pax.get("GNU.sparse.major") == Some(b"1") {
+            let mut read = 0;
+            let count = self.map_line(&mut read)?;
+            let count = usize::try_from(count).map_err(|_| bad())?;
+            if count > SPARSE_PIECES {
+                return Err(bad());
+            }
+            let mut numbers = Vec::new();
+            for _ in 0..count * 2 {
+                numbers.push(self.map_line(&mut read)?);
+            }
+            let mut rest = (BLOCK - read % BLOCK) % BLOCK;
+            let mut block = [0; BLOCK];
+            while rest > 0 {
+                match self.read(&mut block[..rest])? {
+                    0 => return Err(bad()),
+                    count => rest -= count,
+                }
+            }
+            numbers
+        } else if let Some(map) = pax.get("GNU.sparse.map") {
+            map.split(|byte| *byte == b',')
+                .filter(|number| !number.is_empty())
+                .map(|number| decimal(number).ok_or_else(bad))
+                .collect::<Result<_, _>>()?
+        } else {
+            pax.sparse.clone()
+        };
+        let pieces = numbers
+            .chunks_exact(2)
+            .filter_map(|pair| match pair {
+                [_, 0] => None,
+                [offset, length] => Some((*offset, *length)),
+                _ => None,
+            })
+            .collect();
+        Ok(Content { length, pieces })
+    }
+
+    /// One decimal number and its line end from the beginning of a sparse file's content.
+    fn map_line(&mut self, read: &mut usize) -> Result<u64, ArchiveError> {
+        let mut digits = Vec::new();
+        loop {
+            let mut byte = [0];
+            if self.read(&mut byte)? == 0 || digits.len() > 20 {
+                return malformed("a sparse file's map can't be read");
+            }
+            *read += 1;
+            if byte[0] == b'\n' {
+                return decimal(&digits).ok_or_else(|| {
+                    ArchiveError::Malformed("a sparse file's map can't be read".into())
+                });
+            }
+            digits.push(byte[0]);
+        }
+    }
+}
+
+impl Content {
+    fn none() -> Self {
+        Content {
+            length: 0,
+            pieces: Vec::new(),
+        }
+    }
+
+    /// The pieces must follow one another inside the file and be just what is stored.
+    fn check(&self, stored: u64) -> Result<(), ArchiveError> {
+        let mut end = 0;
+        let mut sum: u64 = 0;
+        for (offset, length) in &self.pieces {
+            let next = offset.checked_add(*length);
+            match next {
+                Some(next) if *offset >= end && next <= self.length => end = next,
+                _ => return malformed("a sparse file's pieces overlap or lie outside of it"),
+            }
+            sum = sum.saturating_add(*length);
+        }
+        if sum != stored {
+            return malformed("a sparse file's pieces are not what the archive holds of it");
+        }
+        Ok(())
+    }
+}
+
+fn add_pieces(
+    pieces: &mut Vec<(u64, u64)>,
+    headers: &[GnuSparseHeader],
+) -> Result<(), ArchiveError> {
+    for header in headers.iter().filter(|header| !header.is_empty()) {
+        let (Ok(offset), Ok(length)) = (header.offset(), header.length()) else {
+            return malformed("a sparse file's map can't be read");
+        };
+        if pieces.len() >= SPARSE_PIECES {
+            return malformed("a sparse file of too many pieces");
+        }
+        if length > 0 {
+            pieces.push((offset, length));
+        }
+    }
+    Ok(())
+}
+
+impl Pax {
+    fn get(&self, key: &str) -> Option<&[u8]> {
+        self.records.get(key.as_bytes()).map(Vec::as_slice)
+    }
+
+    /// Adds the records `LENGTH KEY=VALUE\n` (POSIX, pax: extended header).
+    fn parse(&mut self, mut records: &[u8]) -> Result<(), ArchiveError> {
+        let bad = || ArchiveError::Malformed("a pax header can't be read".into());
+        while records.first().is_some_and(|byte| *byte != 0) {
+            let space = records
+                .iter()
+                .position(|byte| *byte == b' ')
+                .ok_or_else(bad)?;
+            let length = decimal(&records[..space]).ok_or_else(bad)?;
+            let length = usize::try_from(length).map_err(|_| bad())?;
+            let record = records
+                .get(space + 1..length)
+                .and_then(|record| record.strip_suffix(b"\n"))
+                .ok_or_else(bad)?;
+            let equals = record
+                .iter()
+                .position(|byte| *byte == b'=')
+                .ok_or_else(bad)?;
+            let (key, value) = (&record[..equals], &record[equals + 1..]);
+            if key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes" {
+                if self.sparse.len() >= 2 * SPARSE_PIECES {
+                    return Err(bad());
+                }
+                self.sparse.push(decimal(value).ok_or_else(bad)?);
+            } else if value.is_empty() && !key.starts_with(b"SCHILY.xattr.") {
+                self.records.remove(key);
+            } else {
+                self.records.insert(key.to_vec(), value.to_vec());
+            }
+            records = records.get(length..).unwrap_or_default();
+        }
+        let size: usize = self
+            .records
+            .iter()
+            .map(|(key, value)| key.len() + value.len())
+            .sum();
+        if size as u64 > EXTENDED_BYTES {
+            return Err(bad());
+        }
+        Ok(())
+    }
+}
+
+/// A number field of a header; an empty one is zero.
+fn field(raw: &[u8], parsed: io::Result<u64>) -> Option<u64> {
+    if raw.iter().all(|byte| matches!(byte, 0 | b' ')) {
+        return Some(0);
+    }
+    parsed.ok()
+}
+
+fn until_nul(mut name: Vec<u8>) -> Vec<u8> {
+    if let Some(nul) = name.iter().position(|byte| *byte == 0) {
+        name.truncate(nul);
+    }
+    name
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    if !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// A pax time: seconds with a fraction, negative before 1970.
+fn time(value: &[u8]) -> Option<(i64, u32)> {
+    let text = std::str::from_utf8(value).ok()?;
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let seconds: i64 = whole.parse().ok()?;
+    let mut nanos: u32 = 0;
+    let mut digits = fraction.bytes();
+    for _ in 0..9 {
+        let digit = match digits.next() {
+            Some(digit) if digit.is_ascii_digit() => u32::from(digit - b'0'),
+            Some(_) => return None,
+            None => 0,
+        };
+        nanos = nanos * 10 + digit;
+    }
+    if whole.starts_with('-') && nanos > 0 {
+        return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanos));
+    }
+    Some((seconds, nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_fractions_and_may_lie_before_1970() {
+        assert_eq!(time(b"12.5"), Some((12, 500_000_000)));
+        assert_eq!(time(b"-1.25"), Some((-2, 750_000_000)));
+        assert_eq!(time(b"7"), Some((7, 0)));
+        assert_eq!(time(b"x"), None);
+    }
+
+    #[test]
+    fn pax_records_are_read_and_broken_ones_refused() {
+        let mut pax = Pax::default();
+        assert!(pax.parse(b"9 path=a\n16 linkpath=b/c\n").is_ok());
+        assert_eq!(pax.get("path"), Some(b"a".as_slice()));
+        assert_eq!(pax.get("linkpath"), Some(b"b/c".as_slice()));
+        assert!(pax.parse(b"99 path=a\n").is_err());
+        assert!(pax.parse(b"0 path=a\n").is_err());
+        assert!(pax.parse(b"path=a\n").is_err());
+        assert!(pax.parse(b"18446744073709551615 path=a\n").is_err());
+    }
+
+    #[test]
+    fn a_headers_checksum_is_verified() {
+        let garbage = [b'a'; 1024];
+        assert!(Archive::new(&garbage[..]).next_entry().is_err());
+    }
+
+    #[test]
+    fn an_extended_header_has_a_bound() {
+        let mut header = Header::new_ustar();
+        header.set_entry_type(tar::EntryType::XHeader);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        let error = Archive::new(&header.as_bytes()[..]).next_entry();
+        assert!(error.is_err_and(|e| e.to_string().contains("extended header")));
+    }
+}

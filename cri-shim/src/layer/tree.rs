@@ -1,0 +1,295 @@
+//! A directory tree made from names that a stranger chose.
+//!
+//! Every path is resolved by the kernel with the tree's root as `/` (openat2(2),
+//! RESOLVE_IN_ROOT): a symbolic link that the archive planted leads nowhere else. Nobody but the
+//! unpacking thread writes here, and nothing runs from here, before the layer is whole.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
+    XattrFlags,
+};
+use rustix::io::Errno;
+
+use super::LayerError;
+
+/// linux/limits.h: PATH_MAX and NAME_MAX.
+const PATH_BYTES: usize = 4095;
+const NAME_BYTES: usize = 255;
+
+/// The directories that an archive may use without listing them and whose names are remembered.
+const IMPLIED: usize = 4096;
+
+/// The kernel answers EAGAIN when something was renamed anywhere while it followed `..`.
+const OPENAT2_TRIES: usize = 64;
+
+pub const OPAQUE: &str = "trusted.overlay.opaque";
+
+/// The name of a file below the root: no empty part, no `.`, no `..`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(Vec<u8>);
+
+impl Name {
+    /// From an archive's path, taken as relative to the root even if it begins with `/`.
+    pub fn parse(path: &[u8]) -> Result<Self, LayerError> {
+        let mut clean = Vec::with_capacity(path.len());
+        for part in path.split(|byte| *byte == b'/') {
+            match part {
+                b"" | b"." => continue,
+                b".." => {
+                    return Err(LayerError::malformed(
+                        path,
+                        "its name leads upwards with ..",
+                    ));
+                }
+                _ if part.len() > NAME_BYTES => {
+                    return Err(LayerError::malformed(
+                        path,
+                        "a part of its name is longer than 255 bytes",
+                    ));
+                }
+                _ => {
+                    if !clean.is_empty() {
+                        clean.push(b'/');
+                    }
+                    clean.extend_from_slice(part);
+                }
+            }
+        }
+        if clean.len() > PATH_BYTES {
+            return Err(LayerError::malformed(
+                path,
+                "its name is longer than 4095 bytes",
+            ));
+        }
+        Ok(Name(clean))
+    }
+
+    pub fn is_root(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The directory and the last part; the root has neither.
+    pub fn split(&self) -> (&[u8], &[u8]) {
+        match self.0.iter().rposition(|byte| *byte == b'/') {
+            Some(slash) => (&self.0[..slash], &self.0[slash + 1..]),
+            None => (&[], &self.0),
+        }
+    }
+
+    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.split(|byte| *byte == b'/')
+    }
+}
+
+pub struct Tree {
+    root: OwnedFd,
+    /// The directory of the last entry, since the next is most often its neighbour; with the
+    /// times it must have again when we leave it, for making a file in it changes them.
+    current: Option<(Vec<u8>, OwnedFd, Timestamps)>,
+    /// Directories that were used before or without being listed.
+    pub implied: Vec<Vec<u8>>,
+    /// Files and directories made.
+    pub inodes: u64,
+}
+
+impl Tree {
+    pub fn new(root: OwnedFd) -> Self {
+        Tree {
+            root,
+            current: None,
+            implied: Vec::new(),
+            inodes: 0,
+        }
+    }
+
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Opens what is there, links followed inside the root.
+    pub fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+        let path: &[u8] = if path.is_empty() { b"." } else { path };
+        for _ in 1..OPENAT2_TRIES {
+            match self.try_open(path, flags) {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
+                other => return other,
+            }
+        }
+        self.try_open(path, flags)
+    }
+
+    fn try_open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+        rustix::fs::openat2(
+            &self.root,
+            path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV,
+        )
+    }
+
+    /// Opens the directory that an entry goes into and keeps it open; makes it, and those above
+    /// it, if the archive did not.
+    pub fn enter(&mut self, directory: &[u8]) -> Result<BorrowedFd<'_>, LayerError> {
+        if self
+            .current
+            .as_ref()
+            .is_none_or(|(path, ..)| path != directory)
+        {
+            self.leave()?;
+            let opened = match self.open(directory, OFlags::RDONLY | OFlags::DIRECTORY) {
+                Err(Errno::NOENT | Errno::NOTDIR) => self.make_implied(directory)?,
+                other => {
+                    other.map_err(|e| LayerError::system("open the directory", directory, e))?
+                }
+            };
+            let times = times_of(&opened)
+                .map_err(|e| LayerError::system("look at the directory", directory, e))?;
+            self.current = Some((directory.to_vec(), opened, times));
+        }
+        match &self.current {
+            Some((_, directory, _)) => Ok(directory.as_fd()),
+            None => Ok(self.root.as_fd()),
+        }
+    }
+
+    /// Closes the current directory and gives it its times back.
+    pub fn leave(&mut self) -> Result<(), LayerError> {
+        if let Some((path, directory, times)) = self.current.take() {
+            rustix::fs::futimens(&directory, &times)
+                .map_err(|e| LayerError::system("set the times of", &path, e))?;
+        }
+        Ok(())
+    }
+
+    fn make_implied(&mut self, directory: &[u8]) -> Result<OwnedFd, LayerError> {
+        let fail = |e| LayerError::system("make the directory", directory, e);
+        let mut end = 0;
+        let mut above = self
+            .open(b"", OFlags::RDONLY | OFlags::DIRECTORY)
+            .map_err(fail)?;
+        loop {
+            let rest = directory.get(end..).unwrap_or_default();
+            let start = end + usize::from(rest.first() == Some(&b'/'));
+            let Some(rest) = directory.get(start..).filter(|rest| !rest.is_empty()) else {
+                return Ok(above);
+            };
+            let length = rest
+                .iter()
+                .position(|byte| *byte == b'/')
+                .unwrap_or(rest.len());
+            end = start + length;
+            let (prefix, part) = (&directory[..end], &directory[start..end]);
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+            let opened = match self.open(prefix, flags) {
+                Ok(opened) => opened,
+                Err(error @ (Errno::NOENT | Errno::NOTDIR)) => {
+                    let times = times_of(&above).map_err(fail)?;
+                    let whiteout = is_whiteout(&above, part);
+                    if whiteout {
+                        rustix::fs::unlinkat(&above, part, AtFlags::empty()).map_err(fail)?;
+                    } else if error == Errno::NOTDIR {
+                        return Err(LayerError::malformed(
+                            directory,
+                            "a part of its name is a file, not a directory",
+                        ));
+                    }
+                    match rustix::fs::mkdirat(&above, part, Mode::from_raw_mode(0o755)) {
+                        Ok(()) => self.inodes += 1,
+                        Err(Errno::EXIST) => {
+                            return Err(LayerError::malformed(
+                                directory,
+                                "a part of its name is a symbolic link that leads nowhere",
+                            ));
+                        }
+                        Err(error) => return Err(fail(error)),
+                    }
+                    let opened = self.open(prefix, flags).map_err(fail)?;
+                    if whiteout {
+                        make_opaque(&opened).map_err(fail)?;
+                    } else if self.implied.len() < IMPLIED {
+                        self.implied.push(prefix.to_vec());
+                    }
+                    rustix::fs::futimens(&above, &times).map_err(fail)?;
+                    opened
+                }
+                Err(error) => return Err(fail(error)),
+            };
+            above = opened;
+        }
+    }
+}
+
+/// Tells overlayfs that nothing of the directory shows from the layers below
+/// (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
+pub fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
+    rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
+}
+
+/// overlayfs's sign for "gone": a character device 0/0.
+pub fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
+    rustix::fs::mknodat(
+        directory,
+        name,
+        FileType::CharacterDevice,
+        Mode::empty(),
+        rustix::fs::makedev(0, 0),
+    )
+}
+
+pub fn is_whiteout(directory: impl AsFd, name: &[u8]) -> bool {
+    look_at(directory, name).is_some_and(|stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+    })
+}
+
+/// What is there under that name, a link itself and not where it leads.
+pub fn look_at(directory: impl AsFd, name: &[u8]) -> Option<Stat> {
+    rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()
+}
+
+fn times_of(file: impl AsFd) -> Result<Timestamps, Errno> {
+    let stat = rustix::fs::fstat(file)?;
+    Ok(modified(stat.st_mtime, stat.st_mtime_nsec as u32))
+}
+
+/// Times that set the modification and leave the access alone.
+pub fn modified(seconds: i64, nanoseconds: u32) -> Timestamps {
+    Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: Timespec {
+            tv_sec: seconds,
+            tv_nsec: i64::from(nanoseconds),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_relative_to_the_root_and_never_lead_upwards() -> Result<(), LayerError> {
+        assert_eq!(Name::parse(b"/a//./b/")?.as_bytes(), b"a/b");
+        assert!(Name::parse(b"./")?.is_root());
+        assert_eq!(
+            Name::parse(b"a/b/c")?.split(),
+            (b"a/b".as_slice(), b"c".as_slice())
+        );
+        for bad in [b"../a".as_slice(), b"a/../b", b"..", b"/.."] {
+            assert!(Name::parse(bad).is_err());
+        }
+        assert!(Name::parse(&[b'x'; 256]).is_err());
+        assert!(Name::parse(&b"x/".repeat(3000)).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,436 @@
+//! Writes an archive's entries into a tree, as an overlay lower directory wants them.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use super::archive::{Archive, Entry, Kind};
+use super::tree::{Name, Tree, is_whiteout, look_at, make_opaque, make_whiteout, modified};
+use super::{Bounds, LayerError, removal};
+
+/// The prefixes of the OCI image specification (layer.md, "Whiteouts").
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE_WHITEOUT: &[u8] = b".wh..wh..opq";
+/// aufs kept notes under such names; they are no files of the image.
+const AUFS: &[u8] = b".wh..wh.";
+
+/// What came of an archive.
+#[derive(Debug, Default)]
+pub struct Unpacked {
+    /// Bytes on the disk, in blocks of 4 KiB.
+    pub bytes: u64,
+    pub inodes: u64,
+    /// Directories that the archive used and did not list: they have no owner and mode of their
+    /// own, and should look like those of the layers below.
+    pub implied: Vec<Vec<u8>>,
+    /// The layer hides everything below it.
+    pub opaque_root: bool,
+}
+
+pub fn unpack<R: Read>(
+    archive: &mut Archive<R>,
+    root: OwnedFd,
+    bounds: &Bounds,
+) -> Result<Unpacked, LayerError> {
+    let mut unpacking = Unpacking {
+        tree: Tree::new(root),
+        bytes: 0,
+        opaque_root: false,
+        buffer: vec![0; 64 << 10],
+    };
+    let mut entries: u64 = 0;
+    while let Some(entry) = archive.next_entry()? {
+        entries += 1;
+        if entries > bounds.entries || unpacking.tree.inodes > bounds.entries {
+            return Err(LayerError::Bound(format!(
+                "it holds more than {} files, which is the bound",
+                bounds.entries
+            )));
+        }
+        unpacking.place(archive, &entry)?;
+    }
+    unpacking.tree.leave()?;
+    Ok(Unpacked {
+        bytes: unpacking.bytes,
+        inodes: unpacking.tree.inodes + 1,
+        implied: unpacking.tree.implied,
+        opaque_root: unpacking.opaque_root,
+    })
+}
+
+struct Unpacking {
+    tree: Tree,
+    bytes: u64,
+    opaque_root: bool,
+    buffer: Vec<u8>,
+}
+
+impl Unpacking {
+    fn place<R: Read>(
+        &mut self,
+        archive: &mut Archive<R>,
+        entry: &Entry,
+    ) -> Result<(), LayerError> {
+        let name = Name::parse(&entry.path)?;
+        if name.is_root() {
+            return self.place_root(entry);
+        }
+        let (directory, last) = name.split();
+        if last == OPAQUE_WHITEOUT {
+            return self.hide_all(directory);
+        }
+        if name.parts().any(|part| part.starts_with(AUFS)) {
+            return Ok(());
+        }
+        if let Some(hidden) = last.strip_prefix(WHITEOUT) {
+            return self.hide(&name, directory, hidden);
+        }
+        match entry.kind {
+            Kind::Directory => self.place_directory(entry, &name),
+            Kind::File => self.place_file(archive, entry, &name),
+            Kind::HardLink => self.place_hard_link(entry, &name),
+            Kind::Symlink => {
+                if entry.link.is_empty() || entry.link.len() > 4095 {
+                    return Err(LayerError::malformed(
+                        &entry.path,
+                        "a symbolic link without a target, or with one too long",
+                    ));
+                }
+                let parent = self.tree.enter(directory)?;
+                replacing(parent, last, || {
+                    rustix::fs::symlinkat(entry.link.as_slice(), parent, last)
+                })
+                .map_err(|e| LayerError::system("make the symbolic link", &entry.path, e))?;
+                self.finish_node(entry, &name)
+            }
+            Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo => {
+                let kind = match entry.kind {
+                    Kind::CharacterDevice => FileType::CharacterDevice,
+                    Kind::BlockDevice => FileType::BlockDevice,
+                    _ => FileType::Fifo,
+                };
+                let device = rustix::fs::makedev(entry.device.0, entry.device.1);
+                let parent = self.tree.enter(directory)?;
+                replacing(parent, last, || {
+                    rustix::fs::mknodat(parent, last, kind, Mode::from_raw_mode(0o600), device)
+                })
+                .map_err(|e| LayerError::system("make the device", &entry.path, e))?;
+                self.finish_node(entry, &name)
+            }
+        }
+    }
+
+    fn place_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
+        if entry.kind != Kind::Directory {
+            return Err(LayerError::malformed(
+                &entry.path,
+                "the root of the layer is not a directory",
+            ));
+        }
+        self.tree.leave()?;
+        let root = self.tree.root();
+        dress(root, entry)
+    }
+
+    /// `.wh..wh..opq`: nothing of the layers below shows in `directory`.
+    fn hide_all(&mut self, directory: &[u8]) -> Result<(), LayerError> {
+        if directory.is_empty() {
+            // overlayfs does not ask for the attribute at a layer's root: whoever mounts must
+            // leave the layers below out.
+            self.opaque_root = true;
+            return Ok(());
+        }
+        let opened = self.tree.enter(directory)?;
+        make_opaque(opened)
+            .map_err(|e| LayerError::system("make opaque the directory", directory, e))
+    }
+
+    /// `.wh.NAME`: NAME of the layers below is gone. What this layer itself has under that name
+    /// stays, whichever of the two comes first in the archive.
+    fn hide(&mut self, name: &Name, directory: &[u8], hidden: &[u8]) -> Result<(), LayerError> {
+        if matches!(hidden, b"" | b"." | b"..") {
+            return Err(LayerError::malformed(
+                name.as_bytes(),
+                "a whiteout of nothing",
+            ));
+        }
+        let parent = self.tree.enter(directory)?;
+        let fail = |e| LayerError::system("make the whiteout", name.as_bytes(), e);
+        match make_whiteout(parent, hidden) {
+            Ok(()) => self.tree.inodes += 1,
+            Err(Errno::EXIST) => {
+                let is_directory = look_at(parent, hidden).is_some_and(|stat| {
+                    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+                });
+                if is_directory {
+                    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+                    let opened =
+                        rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
+                            .map_err(fail)?;
+                    make_opaque(&opened).map_err(fail)?;
+                }
+            }
+            Err(error) => return Err(fail(error)),
+        }
+        Ok(())
+    }
+
+    fn place_directory(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
+        let (directory, last) = name.split();
+        let parent = self.tree.enter(directory)?;
+        let fail = |e| LayerError::system("make the directory", &entry.path, e);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut made = true;
+        let mut hides = false;
+        match rustix::fs::mkdirat(parent, last, Mode::from_raw_mode(0o700)) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => {
+                let there = look_at(parent, last).ok_or_else(|| fail(Errno::NOENT))?;
+                if FileType::from_raw_mode(there.st_mode) == FileType::Directory {
+                    made = false;
+                } else {
+                    hides = is_whiteout(parent, last);
+                    rustix::fs::unlinkat(parent, last, AtFlags::empty()).map_err(fail)?;
+                    rustix::fs::mkdirat(parent, last, Mode::from_raw_mode(0o700)).map_err(fail)?;
+                }
+            }
+            Err(error) => return Err(fail(error)),
+        }
+        let opened = rustix::fs::openat(parent, last, flags, Mode::empty()).map_err(fail)?;
+        if hides {
+            make_opaque(&opened).map_err(fail)?;
+        }
+        dress(&opened, entry)?;
+        if made {
+            self.tree.inodes += 1;
+            self.bytes += 4096;
+        }
+        // It is listed after all.
+        self.tree
+            .implied
+            .retain(|implied| implied != name.as_bytes());
+        Ok(())
+    }
+
+    fn place_file<R: Read>(
+        &mut self,
+        archive: &mut Archive<R>,
+        entry: &Entry,
+        name: &Name,
+    ) -> Result<(), LayerError> {
+        let (directory, last) = name.split();
+        let parent = self.tree.enter(directory)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        let file = replacing(parent, last, || {
+            rustix::fs::openat(
+                parent,
+                last,
+                flags | OFlags::CLOEXEC,
+                Mode::from_raw_mode(0o600),
+            )
+        })
+        .map_err(|e| LayerError::system("make the file", &entry.path, e))?;
+        self.tree.inodes += 1;
+        let fail = |e| LayerError::system("write the file", &entry.path, e);
+        let mut end = 0;
+        for (offset, length) in &entry.content.pieces {
+            let mut at = *offset;
+            let mut left = *length;
+            while left > 0 {
+                let most = usize::try_from(left)
+                    .unwrap_or(usize::MAX)
+                    .min(self.buffer.len());
+                let count = archive.read(&mut self.buffer[..most])?;
+                if count == 0 {
+                    return Err(LayerError::malformed(
+                        &entry.path,
+                        "the archive holds less of it than it says",
+                    ));
+                }
+                let mut chunk = &self.buffer[..count];
+                while !chunk.is_empty() {
+                    match rustix::io::pwrite(&file, chunk, at) {
+                        Ok(0) => return Err(fail(Errno::IO)),
+                        Ok(written) => {
+                            at += written as u64;
+                            chunk = &chunk[written..];
+                        }
+                        Err(Errno::INTR) => {}
+                        Err(error) => return Err(fail(error)),
+                    }
+                }
+                left -= count as u64;
+            }
+            self.bytes += length.next_multiple_of(4096);
+            end = at;
+        }
+        if end != entry.content.length {
+            rustix::fs::ftruncate(&file, entry.content.length).map_err(fail)?;
+        }
+        dress(&file, entry)
+    }
+
+    fn place_hard_link(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
+        let target = Name::parse(&entry.link)?;
+        if target.is_root() || target == *name {
+            return Err(LayerError::malformed(
+                &entry.path,
+                "a hard link to the root or to itself",
+            ));
+        }
+        let missing = || {
+            LayerError::malformed(
+                &entry.path,
+                "a hard link to a file that the layer does not hold",
+            )
+        };
+        let (target_directory, target_last) = target.split();
+        let target_parent = match self
+            .tree
+            .open(target_directory, OFlags::PATH | OFlags::DIRECTORY)
+        {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Err(missing()),
+            other => {
+                other.map_err(|e| LayerError::system("open the directory", target_directory, e))?
+            }
+        };
+        match look_at(&target_parent, target_last) {
+            None => return Err(missing()),
+            Some(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
+                return Err(LayerError::malformed(
+                    &entry.path,
+                    "a hard link to a directory",
+                ));
+            }
+            Some(_) => {}
+        }
+        let (directory, last) = name.split();
+        let parent = self.tree.enter(directory)?;
+        // Without a flag linkat does not follow a link at the end.
+        replacing(parent, last, || {
+            rustix::fs::linkat(&target_parent, target_last, parent, last, AtFlags::empty())
+        })
+        .map_err(|e| match e {
+            Errno::NOENT => missing(),
+            error => LayerError::system("make the hard link", &entry.path, error),
+        })
+    }
+
+    /// Owner, mode, attributes and time of what can't be opened: links and devices.
+    fn finish_node(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
+        self.tree.inodes += 1;
+        let (directory, last) = name.split();
+        let parent = self.tree.enter(directory)?;
+        let fail = |what, e| LayerError::system(what, &entry.path, e);
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        rustix::fs::chownat(
+            parent,
+            last,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(|e| fail("set the owner of", e))?;
+        if entry.kind != Kind::Symlink {
+            rustix::fs::chmodat(
+                parent,
+                last,
+                Mode::from_raw_mode(entry.mode),
+                AtFlags::empty(),
+            )
+            .map_err(|e| fail("set the mode of", e))?;
+        }
+        if !entry.xattrs.is_empty() {
+            // The last part is not followed; the directory is named by its descriptor.
+            let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
+            path.extend_from_slice(last);
+            set_xattrs(entry, |key, value| {
+                rustix::fs::lsetxattr(path.as_slice(), key, value, XattrFlags::empty())
+            })?;
+        }
+        rustix::fs::utimensat(
+            parent,
+            last,
+            &modified(entry.mtime.0, entry.mtime.1),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(|e| fail("set the times of", e))
+    }
+}
+
+/// Runs `make`; if the name is taken, by an earlier entry of the same archive, clears it first.
+fn replacing<T>(
+    parent: impl AsFd,
+    name: &[u8],
+    mut make: impl FnMut() -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    match make() {
+        Err(Errno::EXIST) => {
+            removal::remove(parent, name)?;
+            make()
+        }
+        other => other,
+    }
+}
+
+/// Owner, mode, attributes and time of an open file. In this order: chown(2) clears set-uid bits
+/// and capabilities.
+fn dress(file: impl AsFd, entry: &Entry) -> Result<(), LayerError> {
+    let file = file.as_fd();
+    let fail = |what, e| LayerError::system(what, &entry.path, e);
+    rustix::fs::fchown(
+        file,
+        Some(Uid::from_raw(entry.uid)),
+        Some(Gid::from_raw(entry.gid)),
+    )
+    .map_err(|e| fail("set the owner of", e))?;
+    rustix::fs::fchmod(file, Mode::from_raw_mode(entry.mode))
+        .map_err(|e| fail("set the mode of", e))?;
+    set_xattrs(entry, |key, value| {
+        rustix::fs::fsetxattr(file, key, value, XattrFlags::empty())
+    })?;
+    rustix::fs::futimens(file, &modified(entry.mtime.0, entry.mtime.1))
+        .map_err(|e| fail("set the times of", e))
+}
+
+fn set_xattrs(
+    entry: &Entry,
+    set: impl Fn(&[u8], &[u8]) -> Result<(), Errno>,
+) -> Result<(), LayerError> {
+    for (key, value) in &entry.xattrs {
+        // These steer overlayfs: with them a layer could show files of other layers or hide
+        // what is there. They are ours to set.
+        if key.starts_with(b"trusted.overlay.") || key.starts_with(b"user.overlay.") {
+            continue;
+        }
+        match set(key, value) {
+            Ok(()) => {}
+            // A file system without such attributes, a label of a security module that is not
+            // here, a user attribute on a link: the file is good without.
+            Err(Errno::NOTSUP) => {}
+            Err(Errno::PERM | Errno::INVAL) if key != b"security.capability" => {}
+            Err(error) => {
+                let what = format!("set the attribute {} of", String::from_utf8_lossy(key));
+                return Err(LayerError::system(&what, &entry.path, error));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl From<super::archive::ArchiveError> for LayerError {
+    fn from(error: super::archive::ArchiveError) -> Self {
+        match error {
+            super::archive::ArchiveError::Stream(error) => LayerError::Stream(error),
+            super::archive::ArchiveError::Malformed(what) => LayerError::Malformed(what),
+        }
+    }
+}
+
+impl From<io::Error> for LayerError {
+    fn from(error: io::Error) -> Self {
+        LayerError::Stream(error)
+    }
+}
