@@ -1,9 +1,14 @@
 //! Images: references, registries, pulls, records.
 
 mod auth;
+mod challenge;
 mod error;
 mod hosts;
+mod manifest;
 mod record;
+mod reference;
+mod registry;
+mod source;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

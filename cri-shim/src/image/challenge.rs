@@ -1,0 +1,102 @@
+//! What a registry's `WWW-Authenticate` asks for (RFC 9110, section 11; the distribution
+//! project's token specification).
+
+/// One way to authenticate that a registry offers.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Challenge {
+    Basic,
+    Bearer {
+        realm: String,
+        service: Option<String>,
+        scope: Option<String>,
+    },
+}
+
+/// The first challenge in the header that can be met, bearer tokens before passwords.
+pub fn choose<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
+    let mut basic = None;
+    for header in headers {
+        let (scheme, parameters) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
+        if scheme.eq_ignore_ascii_case("basic") {
+            basic = Some(Challenge::Basic);
+        } else if scheme.eq_ignore_ascii_case("bearer") {
+            let parameters = parameters_of(parameters);
+            let get = |name: &str| {
+                parameters
+                    .iter()
+                    .find(|(key, _)| key.eq_ignore_ascii_case(name))
+                    .map(|(_, value)| value.clone())
+            };
+            if let Some(realm) = get("realm") {
+                return Some(Challenge::Bearer {
+                    realm,
+                    service: get("service"),
+                    scope: get("scope"),
+                });
+            }
+        }
+    }
+    basic
+}
+
+/// `key="value",key=value`, with backslashes before quotes.
+fn parameters_of(text: &str) -> Vec<(String, String)> {
+    let mut parameters = Vec::new();
+    let mut rest = text.chars().peekable();
+    loop {
+        let mut key = String::new();
+        while let Some(c) = rest.next_if(|c| *c != '=') {
+            if c != ',' && !c.is_whitespace() {
+                key.push(c);
+            }
+        }
+        if rest.next().is_none() {
+            return parameters;
+        }
+        let mut value = String::new();
+        if rest.next_if_eq(&'"').is_some() {
+            while let Some(c) = rest.next() {
+                match c {
+                    '"' => break,
+                    '\\' => value.extend(rest.next()),
+                    _ => value.push(c),
+                }
+            }
+        } else {
+            while let Some(c) = rest.next_if(|c| *c != ',') {
+                value.push(c);
+            }
+        }
+        parameters.push((key, value));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bearer_challenge_names_realm_service_and_scope() {
+        let header = r#"Bearer realm="https://auth.example/token?a=b,c",service="r.example",scope="repository:app:pull""#;
+        assert_eq!(
+            choose(["Basic realm=\"x\"", header].into_iter()),
+            Some(Challenge::Bearer {
+                realm: "https://auth.example/token?a=b,c".into(),
+                service: Some("r.example".into()),
+                scope: Some("repository:app:pull".into()),
+            })
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_is_no_challenge() {
+        assert_eq!(
+            choose(["Negotiate", "", "Bearer", "Bearer ="].into_iter()),
+            None
+        );
+        assert_eq!(
+            choose(["basic realm=\"r\""].into_iter()),
+            Some(Challenge::Basic)
+        );
+    }
+}

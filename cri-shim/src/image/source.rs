@@ -1,0 +1,212 @@
+//! All the endpoints that may have an image, asked in their order, again and again for a while.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::auth::Auth;
+use super::error::{ImageError, Kind};
+use super::hosts::Registries;
+use super::manifest::DOCUMENT_BYTES;
+use super::reference::{Name, Target};
+use super::registry::{Failure, Registry};
+use crate::layer::digest_of;
+
+/// Pauses before the second and each later round over all endpoints.
+const PAUSES: [Duration; 3] = [
+    Duration::from_millis(300),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+];
+
+/// How often a blob may break off altogether.
+const BREAKS: usize = 20;
+
+/// Where one pull gets its image from.
+pub struct Source {
+    registries: Vec<Arc<Registry>>,
+}
+
+impl Source {
+    /// Blocks on the disk: configuration and certificates.
+    pub fn open(
+        configured: &Registries,
+        name: &Name,
+        auth: Option<&Auth>,
+    ) -> Result<Self, ImageError> {
+        let registries = configured
+            .endpoints(&name.registry)?
+            .into_iter()
+            .map(|endpoint| {
+                Registry::new(endpoint, &name.registry, &name.repository, auth.cloned())
+                    .map(Arc::new)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Source { registries })
+    }
+
+    /// The manifest or index that a tag or digest names, with its digest.
+    pub async fn manifest(&self, target: &Target) -> Result<(Bytes, String), ImageError> {
+        let (wanted, resolve) = match target {
+            Target::Tag(tag) => (tag, true),
+            Target::Digest(digest) => (digest, false),
+        };
+        self.round(resolve, async |registry| {
+            let body = registry.manifest(wanted, DOCUMENT_BYTES).await?;
+            let digest = digest_of(&body);
+            if !resolve && digest != *wanted {
+                return Err(mismatch(registry, "the manifest", wanted, &digest));
+            }
+            Ok((body, digest))
+        })
+        .await
+    }
+
+    /// A small blob, verified.
+    pub async fn document(&self, wanted: &str, size: u64) -> Result<Bytes, ImageError> {
+        if size > DOCUMENT_BYTES {
+            return Err(ImageError::new(
+                Kind::DataLoss,
+                format!(
+                    "the image's configuration is to have {size} bytes, of which {DOCUMENT_BYTES} are the most that is read"
+                ),
+            ));
+        }
+        self.round(false, async |registry| {
+            let body = registry.document(wanted, size).await?;
+            let digest = digest_of(&body);
+            if digest != wanted {
+                return Err(mismatch(
+                    registry,
+                    "the image's configuration",
+                    wanted,
+                    &digest,
+                ));
+            }
+            Ok(body)
+        })
+        .await
+    }
+
+    /// Sends a blob's bytes to `to`, each once and in order, from wherever they can be had; goes
+    /// on where a connection broke off. `progress` is told how many bytes came.
+    pub async fn blob(
+        &self,
+        digest: &str,
+        to: &mpsc::Sender<Bytes>,
+        progress: impl Fn(u64),
+    ) -> Result<(), ImageError> {
+        let mut offset = 0;
+        for broken in 0.. {
+            let begun = offset;
+            let Err((error, came)) = self.blob_from(digest, offset, to, &progress).await else {
+                return Ok(());
+            };
+            offset = came;
+            if broken >= BREAKS || offset == begun {
+                return Err(error);
+            }
+            log::info!("{error}; goes on at byte {offset}");
+        }
+        Ok(())
+    }
+
+    /// One round of connections for the rest of a blob; on failure tells how far it came.
+    async fn blob_from(
+        &self,
+        digest: &str,
+        offset: u64,
+        to: &mpsc::Sender<Bytes>,
+        progress: &impl Fn(u64),
+    ) -> Result<(), (ImageError, u64)> {
+        let mut blob = self
+            .round(false, async |registry| registry.blob(digest, offset).await)
+            .await
+            .map_err(|error| (error, offset))?;
+        let mut at = offset;
+        // A registry without ranges begins anew.
+        let mut skip = offset.saturating_sub(blob.begins);
+        loop {
+            let mut chunk = match blob.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => return Ok(()),
+                Err(failure) => return Err((failure.error, at)),
+            };
+            let skipped = skip.min(chunk.len() as u64);
+            skip -= skipped;
+            let _ = chunk.split_to(usize::try_from(skipped).unwrap_or(chunk.len()));
+            if chunk.is_empty() {
+                continue;
+            }
+            at += chunk.len() as u64;
+            progress(chunk.len() as u64);
+            // The receiver has gone when the layer proved bad: it knows why.
+            if to.send(chunk).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Asks each endpoint in turn, and all of them again after a pause as long as one of them
+    /// failed in a way that may pass.
+    async fn round<T>(
+        &self,
+        resolve: bool,
+        ask: impl AsyncFn(&Arc<Registry>) -> Result<T, Failure>,
+    ) -> Result<T, ImageError> {
+        let mut pauses = PAUSES.iter();
+        loop {
+            let mut retry = false;
+            let mut wait = Duration::ZERO;
+            let mut last: Option<ImageError> = None;
+            for registry in &self.registries {
+                let endpoint = registry.endpoint();
+                if !(if resolve {
+                    endpoint.resolve
+                } else {
+                    endpoint.pull
+                }) {
+                    continue;
+                }
+                match ask(registry).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => {
+                        log::debug!("{}", failure.error);
+                        retry |= failure.retry;
+                        wait = wait.max(failure.wait.unwrap_or_default());
+                        // What the registry itself says outweighs a mirror that lacks the image.
+                        let outweighs = last.as_ref().is_none_or(|last| {
+                            last.kind() == Kind::NotFound || failure.error.kind() != Kind::NotFound
+                        });
+                        if outweighs {
+                            last = Some(failure.error);
+                        }
+                    }
+                }
+            }
+            let error = last.unwrap_or_else(|| {
+                ImageError::new(
+                    Kind::InvalidArgument,
+                    "hosts.toml names no host with the capability that is needed",
+                )
+            });
+            match pauses.next() {
+                Some(pause) if retry => tokio::time::sleep(wait.max(*pause)).await,
+                _ => return Err(error),
+            }
+        }
+    }
+}
+
+fn mismatch(registry: &Registry, what: &str, wanted: &str, came: &str) -> Failure {
+    ImageError::new(
+        Kind::DataLoss,
+        format!(
+            "registry {}: {what} has the digest {came}, not {wanted}",
+            registry.endpoint().host
+        ),
+    )
+    .into()
+}
