@@ -157,13 +157,20 @@ impl Store {
         Ok(entries)
     }
 
-    /// Makes all the changes or none, and returns when they are on the disk.
-    pub async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+    /// Makes all the changes or none; the answer comes when they are on the disk.
+    ///
+    /// The changes are queued by the call itself, not when its future is polled: who calls while
+    /// holding the lock over what is in memory has both in one order, and awaits without it.
+    pub fn commit(
+        &self,
+        changes: Vec<Change>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
         let (done, answer) = oneshot::channel();
-        self.writer
-            .send(Commit { changes, done })
-            .map_err(|_| StoreError::Stopped)?;
-        answer.await.map_err(|_| StoreError::Stopped)?
+        let queued = self.writer.send(Commit { changes, done });
+        async move {
+            queued.map_err(|_| StoreError::Stopped)?;
+            answer.await.map_err(|_| StoreError::Stopped)?
+        }
     }
 }
 
