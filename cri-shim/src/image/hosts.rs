@@ -124,8 +124,13 @@ fn is_loopback(authority: &str) -> bool {
 #[derive(Deserialize)]
 struct File {
     server: Option<String>,
-    #[serde(flatten)]
-    of_server: Settings,
+    // The settings of the server, not flattened: that would lose the line of a mistake.
+    capabilities: Option<Vec<String>>,
+    skip_verify: Option<bool>,
+    ca: Option<toml::Value>,
+    client: Option<toml::Value>,
+    header: Option<toml::Table>,
+    override_path: Option<bool>,
     #[serde(default)]
     host: toml::Table,
 }
@@ -140,8 +145,27 @@ struct Settings {
     override_path: Option<bool>,
 }
 
+/// What is wrong in a file: its line, the key there, and the parser's words.
+fn mistake(text: &str, error: &toml::de::Error) -> String {
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else {
+        return error.message().to_owned();
+    };
+    let line = before.matches('\n').count();
+    let key = text.lines().nth(line).unwrap_or_default();
+    let key = key.split('=').next().unwrap_or_default().trim();
+    format!("line {} ({key}): {}", line + 1, error.message())
+}
+
 fn parse(registry: &str, path: &Path, text: &str) -> Result<Vec<Endpoint>, ImageError> {
-    let file: File = toml::from_str(text).map_err(|error| refuse(path, error.message()))?;
+    let file: File = toml::from_str(text).map_err(|error| refuse(path, &mistake(text, &error)))?;
+    let of_server = Settings {
+        capabilities: file.capabilities,
+        skip_verify: file.skip_verify,
+        ca: file.ca,
+        client: file.client,
+        header: file.header,
+        override_path: file.override_path,
+    };
     let mut endpoints = Vec::new();
     for (url, settings) in file.host {
         let settings: Settings = settings.try_into().map_err(|error: toml::de::Error| {
@@ -155,7 +179,7 @@ fn parse(registry: &str, path: &Path, text: &str) -> Result<Vec<Endpoint>, Image
             .strip_suffix("/v2")
             .map_or(upstream.clone(), str::to_owned)
     });
-    let last = endpoint(registry, path, &server, file.of_server)?;
+    let last = endpoint(registry, path, &server, of_server)?;
     if endpoints.iter().all(|endpoint| endpoint.base != last.base) {
         endpoints.push(last);
     }

@@ -1,17 +1,28 @@
 //! Images: references, registries, pulls, records.
+//!
+//! `pull` tells a pull's story: `source` asks the `registry` endpoints that `hosts` names for the
+//! `manifest`, `fetch` brings each layer, and the `catalog` holds what is here.
 
 mod auth;
+mod catalog;
 mod challenge;
 mod error;
+mod fetch;
 mod hosts;
 mod manifest;
+mod pull;
 mod record;
 mod reference;
 mod registry;
 mod source;
 
+use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Semaphore;
 
 pub use auth::Auth;
 pub use error::{ImageError, Kind};
@@ -19,6 +30,8 @@ pub use hosts::Registries;
 pub use record::{Image, ImageConfig, LayerName};
 
 use crate::store::Store;
+use catalog::{Catalog, EMPTY_LAYER, Lease, directory};
+use reference::Name;
 
 /// Bounds on a pull.
 #[derive(Clone, Debug)]
@@ -60,13 +73,22 @@ pub struct Images {
 
 struct Inner {
     root: PathBuf,
-    _store: Store,
-    _registries: Registries,
-    _limits: Limits,
+    store: Store,
+    registries: Registries,
+    limits: Limits,
+    catalog: Mutex<Catalog>,
+    pulls: Mutex<HashMap<pull::Key, pull::Joined>>,
+    /// By diff ID.
+    fetches: Mutex<HashMap<String, pull::Fetching>>,
+    /// One for each layer that may be fetched at once.
+    slots: Arc<Semaphore>,
+    next_layer: AtomicU64,
 }
 
-fn not_yet() -> ImageError {
-    ImageError::new(Kind::Unimplemented, "images are not there yet")
+/// What is locked here is only read and changed, never waited under; a panic in between can't
+/// leave it half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Images {
@@ -78,12 +100,29 @@ impl Images {
         registries: Registries,
         limits: Limits,
     ) -> Result<Self, ImageError> {
+        for dir in [root.join("layers"), root.join("ingest")] {
+            make_private(&dir)?;
+        }
+        let empty = directory(root, EMPTY_LAYER).join("fs");
+        std::fs::create_dir_all(&empty).map_err(|error| failed("make", &empty, &error))?;
+        let (mut catalog, mut changes) = Catalog::load(&store, root)?;
+        let (_, swept) = catalog.sweep();
+        changes.extend(swept);
+        // Their directories go below, like everything that no record names. Were the store not
+        // to learn of it, the next start would find the directories gone and do the same.
+        drop(store.commit(changes));
+        let next = remove_leavings(root, &catalog)?;
         Ok(Images {
             inner: Arc::new(Inner {
                 root: root.to_owned(),
-                _store: store,
-                _registries: registries,
-                _limits: limits,
+                store,
+                registries,
+                slots: Arc::new(Semaphore::new(limits.parallel_layers.max(1))),
+                limits,
+                catalog: Mutex::new(catalog),
+                pulls: Mutex::default(),
+                fetches: Mutex::default(),
+                next_layer: AtomicU64::new(next),
             }),
         })
     }
@@ -95,52 +134,180 @@ impl Images {
         reference: &str,
         auth: Option<Auth>,
     ) -> Result<Arc<Image>, ImageError> {
-        let _ = (reference, auth);
-        Err(not_yet())
+        let name = Name::parse(reference)?;
+        pull::join(&self.inner, name, auth).await
     }
 
     /// The image of that name, digest reference, id, or unique beginning of an id.
     pub fn find(&self, name: &str) -> Option<Arc<Image>> {
-        let _ = name;
-        None
+        lock(&self.inner.catalog).find(name)
     }
 
     /// Every image, in the order of their ids.
     pub fn list(&self) -> Vec<Arc<Image>> {
-        Vec::new()
+        lock(&self.inner.catalog).list()
     }
 
     /// Removes the image that `name` finds, with all its names; none there is no error. Layers
     /// under a lease stay until it is released.
     pub async fn remove(&self, name: &str) -> Result<(), ImageError> {
-        let _ = name;
-        Err(not_yet())
+        let written = {
+            let mut catalog = lock(&self.inner.catalog);
+            let Some(image) = catalog.find(name) else {
+                return Ok(());
+            };
+            let changes = catalog.remove(&image.id);
+            log::info!("remove image {}", image.id);
+            self.inner.store.commit(changes)
+        };
+        written.await?;
+        self.inner.sweep().await
     }
 
     /// Keeps the layers of an image for `owner` (a container's id), over restarts, until
     /// [`Images::release`]. Returns the overlay lower directories, uppermost first. Asked again
-    /// for the same owner and image, answers the same.
+    /// for the same owner and image, answers the same, be the image there or not.
     pub async fn lease(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
-        let _ = (owner, image_id);
-        Err(not_yet())
+        let root = &self.inner.root;
+        let (lowers, written) = {
+            let mut catalog = lock(&self.inner.catalog);
+            let before = catalog
+                .lease(owner)
+                .filter(|lease| lease.image == image_id)
+                .cloned();
+            let (lease, known) = match before {
+                Some(lease) => (lease, true),
+                None => {
+                    let image = catalog.image(image_id).ok_or_else(|| {
+                        ImageError::new(
+                            Kind::NotFound,
+                            format!("the image {image_id} is not here; pull it first"),
+                        )
+                    })?;
+                    let lease = Lease {
+                        image: image_id.to_owned(),
+                        layers: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
+                    };
+                    (lease, false)
+                }
+            };
+            let lowers = catalog
+                .lowers(lease.layers.iter().map(String::as_str), root)
+                .ok_or_else(|| {
+                    ImageError::new(
+                        Kind::DataLoss,
+                        format!("layers of the image {image_id} are gone; pull it again"),
+                    )
+                })?;
+            if known {
+                return Ok(lowers);
+            }
+            let changes = catalog.add_lease(owner, lease)?;
+            (lowers, self.inner.store.commit(changes))
+        };
+        if let Err(error) = written.await {
+            lock(&self.inner.catalog).remove_lease(owner);
+            return Err(error.into());
+        }
+        Ok(lowers)
     }
 
     /// Lets go of what `owner` leased; nothing leased is no error.
     pub async fn release(&self, owner: &str) -> Result<(), ImageError> {
-        let _ = owner;
-        Ok(())
+        let written = {
+            let mut catalog = lock(&self.inner.catalog);
+            let changes = catalog.remove_lease(owner);
+            if changes.is_empty() {
+                return Ok(());
+            }
+            self.inner.store.commit(changes)
+        };
+        written.await?;
+        self.inner.sweep().await
     }
 
     /// Owners of all leases, for the reconciliation after a start.
     pub fn leases(&self) -> Vec<String> {
-        Vec::new()
+        lock(&self.inner.catalog).owners()
     }
 
+    /// What the unpacked layers take, by accounting: nothing is walked.
     pub fn fs_usage(&self) -> FsUsage {
+        let (bytes, inodes) = lock(&self.inner.catalog).usage();
         FsUsage {
             path: self.inner.root.join("layers"),
-            bytes: 0,
-            inodes: 0,
+            bytes,
+            inodes,
         }
     }
+}
+
+impl Inner {
+    /// Removes the layers that nobody needs, first from the store and then from the disk.
+    async fn sweep(&self) -> Result<(), ImageError> {
+        let (layers, written) = {
+            let (layers, changes) = lock(&self.catalog).sweep();
+            if layers.is_empty() {
+                return Ok(());
+            }
+            (layers, self.store.commit(changes))
+        };
+        written.await?;
+        let root = self.root.clone();
+        let removed = tokio::task::spawn_blocking(move || {
+            for layer in layers {
+                fetch::remove(&directory(&root, layer.number));
+            }
+        });
+        removed
+            .await
+            .map_err(|error| ImageError::new(Kind::Internal, format!("remove layers: {error}")))
+    }
+}
+
+fn failed(what: &str, path: &Path, error: &io::Error) -> ImageError {
+    ImageError::new(
+        Kind::Internal,
+        format!("{what} {}: {error}", path.display()),
+    )
+}
+
+/// Nobody but root may look into layers: set-uid programs of every image lie there.
+fn make_private(dir: &Path) -> Result<(), ImageError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::create_dir_all(dir).map_err(|error| failed("make", dir, &error))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+        .map_err(|error| failed("set the mode of", dir, &error))
+}
+
+/// Empties `ingest/`, removes the layers that no record names, and returns the first number that
+/// no directory has.
+fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
+    let read = |dir: &Path| -> Result<Vec<PathBuf>, ImageError> {
+        std::fs::read_dir(dir)
+            .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
+            .map_err(|error| failed("read", dir, &error))
+    };
+    for path in read(&root.join("ingest"))? {
+        log::info!("remove what a broken-off pull left: {}", path.display());
+        fetch::remove(&path);
+    }
+    let numbers = catalog.numbers();
+    let mut last = numbers.iter().copied().max().unwrap_or(EMPTY_LAYER);
+    for path in read(&root.join("layers"))? {
+        let number = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse::<u64>().ok());
+        match number {
+            Some(EMPTY_LAYER) => {}
+            Some(number) if numbers.contains(&number) => {}
+            _ => {
+                log::info!("remove a layer that no record names: {}", path.display());
+                fetch::remove(&path);
+                last = last.max(number.unwrap_or(EMPTY_LAYER));
+            }
+        }
+    }
+    Ok(last + 1)
 }

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::auth::Auth;
@@ -53,13 +55,17 @@ impl Source {
             Target::Tag(tag) => (tag, true),
             Target::Digest(digest) => (digest, false),
         };
-        self.round(resolve, async |registry| {
-            let body = registry.manifest(wanted, DOCUMENT_BYTES).await?;
-            let digest = digest_of(&body);
-            if !resolve && digest != *wanted {
-                return Err(mismatch(registry, "the manifest", wanted, &digest));
+        self.round(resolve, |registry| {
+            let wanted = wanted.clone();
+            async move {
+                let body = registry.manifest(&wanted, DOCUMENT_BYTES).await?;
+                let digest = digest_of(&body);
+                if !resolve && digest != wanted {
+                    return Err(mismatch(&registry, "the manifest", &wanted, &digest));
+                }
+                Ok((body, digest))
             }
-            Ok((body, digest))
+            .boxed()
         })
         .await
     }
@@ -74,18 +80,22 @@ impl Source {
                 ),
             ));
         }
-        self.round(false, async |registry| {
-            let body = registry.document(wanted, size).await?;
-            let digest = digest_of(&body);
-            if digest != wanted {
-                return Err(mismatch(
-                    registry,
-                    "the image's configuration",
-                    wanted,
-                    &digest,
-                ));
+        self.round(false, |registry| {
+            let wanted = wanted.to_owned();
+            async move {
+                let body = registry.document(&wanted, size).await?;
+                let digest = digest_of(&body);
+                if digest != wanted {
+                    return Err(mismatch(
+                        &registry,
+                        "the image's configuration",
+                        &wanted,
+                        &digest,
+                    ));
+                }
+                Ok(body)
             }
-            Ok(body)
+            .boxed()
         })
         .await
     }
@@ -95,13 +105,15 @@ impl Source {
     pub async fn blob(
         &self,
         digest: &str,
+        size: u64,
         to: &mpsc::Sender<Bytes>,
         progress: impl Fn(u64),
     ) -> Result<(), ImageError> {
         let mut offset = 0;
         for broken in 0.. {
             let begun = offset;
-            let Err((error, came)) = self.blob_from(digest, offset, to, &progress).await else {
+            let rest = self.blob_from(digest, size, offset, to, &progress).await;
+            let Err((error, came)) = rest else {
                 return Ok(());
             };
             offset = came;
@@ -117,12 +129,16 @@ impl Source {
     async fn blob_from(
         &self,
         digest: &str,
+        size: u64,
         offset: u64,
         to: &mpsc::Sender<Bytes>,
         progress: &impl Fn(u64),
     ) -> Result<(), (ImageError, u64)> {
         let mut blob = self
-            .round(false, async |registry| registry.blob(digest, offset).await)
+            .round(false, |registry| {
+                let digest = digest.to_owned();
+                async move { registry.blob(&digest, offset).await }.boxed()
+            })
             .await
             .map_err(|error| (error, offset))?;
         let mut at = offset;
@@ -131,6 +147,14 @@ impl Source {
         loop {
             let mut chunk = match blob.chunk().await {
                 Ok(Some(chunk)) => chunk,
+                // An answer without a length just ends when it breaks off.
+                Ok(None) if at < size => {
+                    let error = ImageError::new(
+                        Kind::DataLoss,
+                        format!("the answer ended after {at} of {size} bytes"),
+                    );
+                    return Err((error, at));
+                }
                 Ok(None) => return Ok(()),
                 Err(failure) => return Err((failure.error, at)),
             };
@@ -154,7 +178,7 @@ impl Source {
     async fn round<T>(
         &self,
         resolve: bool,
-        ask: impl AsyncFn(&Arc<Registry>) -> Result<T, Failure>,
+        ask: impl Fn(Arc<Registry>) -> BoxFuture<'static, Result<T, Failure>>,
     ) -> Result<T, ImageError> {
         let mut pauses = PAUSES.iter();
         loop {
@@ -170,7 +194,7 @@ impl Source {
                 }) {
                     continue;
                 }
-                match ask(registry).await {
+                match ask(Arc::clone(registry)).await {
                     Ok(answer) => return Ok(answer),
                     Err(failure) => {
                         log::debug!("{}", failure.error);

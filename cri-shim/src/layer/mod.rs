@@ -5,6 +5,7 @@
 
 mod archive;
 mod decompress;
+mod implied;
 mod removal;
 mod tree;
 mod unpack;
@@ -19,6 +20,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
+pub use implied::adopt;
 pub use removal::remove_path;
 pub use unpack::Unpacked;
 
@@ -135,6 +137,15 @@ pub fn unpack(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Writes everything on the file system that holds `path` to the disk: one wait for all layers of
+/// an image, where fsync(2) would be one for each file.
+pub fn sync(path: &Path) -> Result<(), LayerError> {
+    let fail = |e| LayerError::system("write to the disk", path.as_os_str().as_encoded_bytes(), e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(fail)?;
+    rustix::fs::syncfs(directory).map_err(fail)
 }
 
 /// Decompresses and unpacks; returns the digest of the archive too.

@@ -1,0 +1,318 @@
+//! A pull from its beginning to the record in the store.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared, WeakShared, try_join_all};
+
+use super::auth::Auth;
+use super::catalog::directory;
+use super::error::{ImageError, Kind};
+use super::fetch::{self, Fetched};
+use super::manifest::{self, Document};
+use super::record::{Image, LayerName};
+use super::reference::{Name, Target};
+use super::source::Source;
+use super::{Inner, lock};
+use crate::layer::{self, Bounds, Promise};
+
+/// A wait that is worth a line in the log.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub type Pulled = Result<Arc<Image>, ImageError>;
+
+/// One pull that any number of callers wait for.
+pub type Joined = Shared<BoxFuture<'static, Pulled>>;
+
+/// One layer's fetch; it stops when no pull wants it any more.
+pub type Fetching = WeakShared<BoxFuture<'static, Result<Arc<Fetched>, ImageError>>>;
+
+/// What makes two pulls the same: with other credentials it is another, or the first to ask
+/// would vouch for the second.
+pub type Key = (Name, Option<Auth>);
+
+/// Starts a pull, or joins the one under way.
+pub fn join(inner: &Arc<Inner>, name: Name, auth: Option<Auth>) -> Joined {
+    let key = (name, auth);
+    let mut pulls = lock(&inner.pulls);
+    if let Some(joined) = pulls.get(&key) {
+        return joined.clone();
+    }
+    let task = tokio::spawn(run(Arc::clone(inner), key.clone()));
+    let joined = async move {
+        task.await.unwrap_or_else(|error| {
+            Err(ImageError::new(
+                Kind::Internal,
+                format!("the pull ended too soon: {error}"),
+            ))
+        })
+    }
+    .boxed()
+    .shared();
+    pulls.insert(key, joined.clone());
+    joined
+}
+
+async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
+    let reference = key.0.canonical();
+    let begun = Instant::now();
+    log::info!("pull {reference}: begun");
+    let result = pull(&inner, &key)
+        .await
+        .map_err(|error| error.context(format_args!("pull {reference}")));
+    match &result {
+        Ok(image) => log::info!(
+            "pull {reference}: done in {:.1} s, image {}, {} bytes compressed",
+            begun.elapsed().as_secs_f64(),
+            image.id,
+            image.size
+        ),
+        Err(error) => log::warn!("{error}"),
+    }
+    lock(&inner.pulls).remove(&key);
+    result
+}
+
+async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
+    let source = {
+        let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
+        let opened =
+            tokio::task::spawn_blocking(move || Source::open(&configured, &name, auth.as_ref()));
+        Arc::new(opened.await.map_err(|error| {
+            ImageError::new(Kind::Internal, format!("read the configuration: {error}"))
+        })??)
+    };
+    let (top, digest) = patiently("its manifest", source.manifest(&name.target)).await?;
+    let (document, manifest_size) = match manifest::parse(&top)? {
+        Document::Image(manifest) => (manifest, top.len()),
+        Document::Index(chosen) => {
+            let (bytes, _) =
+                patiently("its manifest", source.manifest(&Target::Digest(chosen))).await?;
+            match manifest::parse(&bytes)? {
+                Document::Image(manifest) => (manifest, bytes.len()),
+                Document::Index(_) => {
+                    return Err(ImageError::new(
+                        Kind::DataLoss,
+                        "the index names another index",
+                    ));
+                }
+            }
+        }
+    };
+    let descriptor = &document.config;
+    let bytes = source.document(&descriptor.digest, descriptor.size);
+    let bytes = patiently("its configuration", bytes).await?;
+    let configuration = manifest::parse_configuration(&bytes)?;
+    let promises = manifest::promises(&document, &configuration.diff_ids)?;
+    let image = Image {
+        id: descriptor.digest.clone(),
+        repo_tags: Vec::new(),
+        repo_digests: Vec::new(),
+        size: promises
+            .iter()
+            .map(|layer| layer.size)
+            .fold(manifest_size as u64 + descriptor.size, u64::saturating_add),
+        config: configuration.config,
+        layers: promises
+            .iter()
+            .map(|promise| LayerName {
+                diff_id: promise.diff_id.clone(),
+                digest: promise.digest.clone(),
+                size: promise.size,
+            })
+            .collect(),
+        created: configuration.created,
+        pinned: false,
+    };
+    let diff_ids: Vec<&str> = promises.iter().map(|p| p.diff_id.as_str()).collect();
+    lock(&inner.catalog).hold(diff_ids.iter().copied());
+    let published = match bring_layers(inner, &source, &promises).await {
+        Ok(()) => publish(inner, image, name, &digest).await,
+        Err(error) => Err(error),
+    };
+    lock(&inner.catalog).let_go(diff_ids.iter().copied());
+    if published.is_err() {
+        inner.sweep().await?;
+    }
+    published
+}
+
+/// Has every layer unpacked and on the disk.
+async fn bring_layers(
+    inner: &Arc<Inner>,
+    source: &Arc<Source>,
+    promises: &[Promise],
+) -> Result<(), ImageError> {
+    let total: u64 = promises.iter().map(|layer| layer.size).sum();
+    let progress = Arc::new(AtomicU64::new(0));
+    let all = try_join_all(
+        promises
+            .iter()
+            .map(|promise| bring_layer(inner, source, promise, &progress)),
+    );
+    let mut all = std::pin::pin!(all);
+    let fetched = loop {
+        tokio::select! {
+            fetched = &mut all => break fetched?,
+            () = tokio::time::sleep(PATIENCE) => log::info!(
+                "still pulling {} layers: {} of at most {total} bytes came",
+                promises.len(),
+                progress.load(Ordering::Relaxed),
+            ),
+        }
+    };
+    let numbers: Option<Vec<u64>> = {
+        let catalog = lock(&inner.catalog);
+        promises
+            .iter()
+            .map(|promise| catalog.layer(&promise.diff_id).map(|layer| layer.number))
+            .collect()
+    };
+    let numbers = numbers.ok_or_else(|| {
+        ImageError::new(Kind::Internal, "a layer vanished while it was being pulled")
+    })?;
+    if lock(&inner.catalog).all_recorded(promises.iter().map(|p| p.diff_id.as_str())) {
+        return Ok(());
+    }
+    let root = inner.root.clone();
+    let settled = tokio::task::spawn_blocking(move || settle(&root, &numbers, &fetched));
+    settled
+        .await
+        .map_err(|error| ImageError::new(Kind::Internal, format!("write layers: {error}")))?
+}
+
+/// One layer: it is here, or someone is fetching it, or we do. `None` if it was here.
+async fn bring_layer(
+    inner: &Arc<Inner>,
+    source: &Arc<Source>,
+    promise: &Promise,
+    progress: &Arc<AtomicU64>,
+) -> Result<Option<Arc<Fetched>>, ImageError> {
+    // Who joined another's fetch, with another's registry and credentials, tries it alone once
+    // that has failed.
+    loop {
+        let (fetching, ours) = {
+            // A fetch that ends adds its layer before it leaves this table.
+            let mut fetches = lock(&inner.fetches);
+            if lock(&inner.catalog).layer(&promise.diff_id).is_some() {
+                return Ok(None);
+            }
+            match fetches.get(&promise.diff_id).and_then(WeakShared::upgrade) {
+                Some(fetching) => (fetching, false),
+                None => {
+                    let fetching = begin(inner, source, promise, progress);
+                    if let Some(weak) = fetching.downgrade() {
+                        fetches.insert(promise.diff_id.clone(), weak);
+                    }
+                    (fetching, true)
+                }
+            }
+        };
+        match fetching.await {
+            Err(error) if ours => return Err(error),
+            Err(error) => log::info!("{error}; tried again for another image"),
+            Ok(fetched) => return Ok(Some(fetched)),
+        }
+    }
+}
+
+fn begin(
+    inner: &Arc<Inner>,
+    source: &Arc<Source>,
+    promise: &Promise,
+    progress: &Arc<AtomicU64>,
+) -> Shared<BoxFuture<'static, Result<Arc<Fetched>, ImageError>>> {
+    let (source, promise) = (Arc::clone(source), promise.clone());
+    let progress = Arc::clone(progress);
+    let bounds = Bounds {
+        bytes: inner.limits.layer_bytes,
+        entries: inner.limits.layer_entries,
+    };
+    let number = inner.next_layer.fetch_add(1, Ordering::Relaxed);
+    let (root, slots) = (inner.root.clone(), Arc::clone(&inner.slots));
+    let inner: Weak<Inner> = Arc::downgrade(inner);
+    async move {
+        let slot = slots.acquire_owned().await;
+        let diff_id = promise.diff_id.clone();
+        let result = fetch::fetch(
+            source,
+            root.clone(),
+            number,
+            promise,
+            bounds,
+            move |bytes| {
+                progress.fetch_add(bytes, Ordering::Relaxed);
+            },
+        )
+        .await;
+        drop(slot);
+        match (inner.upgrade(), &result) {
+            (Some(inner), Ok(fetched)) => {
+                lock(&inner.catalog).add_layer(&diff_id, fetched.layer.clone());
+                lock(&inner.fetches).remove(&diff_id);
+            }
+            (Some(inner), Err(_)) => {
+                lock(&inner.fetches).remove(&diff_id);
+            }
+            (None, _) => fetch::remove(&directory(&root, number)),
+        }
+        result.map(Arc::new)
+    }
+    .boxed()
+    .shared()
+}
+
+/// Gives directories that a layer did not list the looks of those below, and brings everything
+/// to the disk: from here on the store may speak of it.
+fn settle(
+    root: &Path,
+    numbers: &[u64],
+    fetched: &[Option<Arc<Fetched>>],
+) -> Result<(), ImageError> {
+    let path = |number: &u64| directory(root, *number).join("fs");
+    for (index, fetched) in fetched.iter().enumerate() {
+        let Some(fetched) = fetched.as_ref().filter(|f| !f.implied.is_empty()) else {
+            continue;
+        };
+        let below: Vec<_> = numbers
+            .get(..index)
+            .unwrap_or_default()
+            .iter()
+            .rev()
+            .map(path)
+            .collect();
+        layer::adopt(&path(&fetched.layer.number), &fetched.implied, &below)?;
+    }
+    layer::sync(root)?;
+    Ok(())
+}
+
+async fn publish(inner: &Arc<Inner>, image: Image, name: &Name, digest: &str) -> Pulled {
+    let (image, before, written) = {
+        let mut catalog = lock(&inner.catalog);
+        let before = catalog.image(&image.id).cloned();
+        let (image, changes) = catalog.publish(image, name, digest)?;
+        // Queued under the lock, awaited without it.
+        (image, before, inner.store.commit(changes))
+    };
+    if let Err(error) = written.await {
+        // What the store does not know must not be seen.
+        lock(&inner.catalog).restore(&image.id, before);
+        return Err(error.into());
+    }
+    Ok(image)
+}
+
+/// Waits, and says so when it takes long.
+async fn patiently<T>(what: &str, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(PATIENCE) => log::info!("still waiting for {what}"),
+        }
+    }
+}

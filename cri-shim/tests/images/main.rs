@@ -1,0 +1,51 @@
+//! Images from a real registry, and from registries that lie.
+
+mod build;
+mod node;
+mod pulls;
+
+use std::future::Future;
+
+use libtest_mimic::{Arguments, Trial};
+
+use build::Failure;
+
+/// A test that runs on a small runtime of its own.
+fn trial<F>(name: &'static str, test: fn() -> F) -> Trial
+where
+    F: Future<Output = Result<(), Failure>> + 'static,
+{
+    Trial::test(name, move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        runtime
+            .block_on(test())
+            .map_err(|error| error.to_string().into())
+    })
+}
+
+/// The same test, left out aloud when something is missing.
+fn unless(missing: Option<&str>, trial: Trial) -> Trial {
+    match missing {
+        Some(reason) => {
+            eprintln!("skipped: {}: {reason}", trial.name());
+            trial.with_ignored_flag(true)
+        }
+        None => trial,
+    }
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let root = rustix::process::geteuid().is_root();
+    let not_root = (!root).then_some("needs root, for owners, devices and mounts");
+    let no_registry = node::missing();
+    let no_registry = not_root.or(no_registry.as_deref());
+    let trials = pulls::trials()
+        .into_iter()
+        .map(|trial| unless(no_registry, trial))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
