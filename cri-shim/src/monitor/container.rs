@@ -192,8 +192,16 @@ impl Container {
         }
         arguments.push(container.spec.id.as_ref());
         let command = &container.spec.runtime;
-        let call = Call::start(command, "create", &arguments, &stdio, None, timeout)
-            .map_err(|error| failed(&format!("run {} for the create", program(command)), error))?;
+        let call = Call::start(
+            command,
+            "create",
+            &container.spec.id,
+            &arguments,
+            &stdio,
+            None,
+            timeout,
+        )
+        .map_err(|error| failed(&format!("run {} for the create", program(command)), error))?;
         Ok((container, call))
     }
 
@@ -413,7 +421,15 @@ impl Monitor {
         }
         let serial = container.serial;
         let command = &container.spec.runtime;
-        match Call::start(command, "start", &[id.as_ref()], &Stdio::Log, None, timeout) {
+        match Call::start(
+            command,
+            "start",
+            id,
+            &[id.as_ref()],
+            &Stdio::Log,
+            None,
+            timeout,
+        ) {
             Ok(call) => {
                 container.starting = true;
                 let purpose = Purpose::Start { serial, client };
@@ -503,7 +519,7 @@ impl Monitor {
                     Some(file) => Stdio::Input(file.as_fd()),
                     None => Stdio::Log,
                 };
-                Call::start(command, verb, arguments, &stdio, None, self.timeout)
+                Call::start(command, verb, id, arguments, &stdio, None, self.timeout)
             });
         match started {
             Ok(call) => {

@@ -67,7 +67,15 @@ impl Container {
     pub(super) fn delete_call(&self, timeout: Duration) -> std::io::Result<Call> {
         let arguments = ["--force".as_ref(), self.spec.id.as_ref()];
         let command = &self.spec.runtime;
-        Call::start(command, "delete", &arguments, &Stdio::Log, None, timeout)
+        Call::start(
+            command,
+            "delete",
+            &self.spec.id,
+            &arguments,
+            &Stdio::Log,
+            None,
+            timeout,
+        )
     }
 }
 

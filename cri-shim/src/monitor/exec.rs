@@ -177,6 +177,14 @@ fn start(
         arguments.extend(["--console-socket".as_ref(), path.as_os_str()]);
     }
     arguments.push(exec.id.as_ref());
-    let call = Call::start(command, "exec", &arguments, &stdio, Some(process), timeout)?;
+    let call = Call::start(
+        command,
+        "exec",
+        &exec.id,
+        &arguments,
+        &stdio,
+        Some(process),
+        timeout,
+    )?;
     Ok((call, console))
 }

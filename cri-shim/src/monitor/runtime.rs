@@ -54,8 +54,8 @@ pub enum Stdio<'a> {
 /// A runtime that is running.
 pub struct Call {
     pub pid: i32,
-    /// The subcommand, for sentences.
-    pub verb: &'static str,
+    /// The subcommand and the container, for sentences.
+    what: String,
     log: File,
     started: Instant,
     deadline: Instant,
@@ -75,10 +75,12 @@ pub enum Lateness {
 }
 
 impl Call {
-    /// Starts `command… --log … VERB arguments…`; `input` is kept until the call is dropped.
+    /// Starts `command… --log … VERB arguments…` for the container with this id; `input` is kept
+    /// until the call is dropped.
     pub fn start(
         command: &[String],
         verb: &'static str,
+        id: &str,
         arguments: &[&OsStr],
         stdio: &Stdio<'_>,
         input: Option<OwnedFd>,
@@ -107,7 +109,7 @@ impl Call {
         let now = Instant::now();
         Ok(Call {
             pid,
-            verb,
+            what: format!("{verb} of container {id}"),
             log,
             started: now,
             deadline: now + timeout,
@@ -115,6 +117,10 @@ impl Call {
             expired: false,
             _input: input,
         })
+    }
+
+    pub fn what(&self) -> &str {
+        &self.what
     }
 
     /// When somebody should call [`Call::check`] again.
@@ -159,7 +165,7 @@ impl Call {
     pub fn reason(&self, code: i32, stderr: Option<BorrowedFd<'_>>) -> String {
         if self.expired {
             let seconds = self.started.elapsed().as_secs();
-            return format!("{} by the runtime was killed after {seconds} s", self.verb);
+            return format!("{}: the runtime was killed after {seconds} s", self.what);
         }
         let mut log = vec![0; MAX_REASON_INPUT as usize];
         let length = self.log.metadata().map_or(0, |data| data.len());
@@ -178,8 +184,8 @@ impl Call {
             }
         }
         format!(
-            "{} by the runtime ended with status {code} and gave no reason",
-            self.verb
+            "{}: the runtime ended with status {code} and gave no reason",
+            self.what
         )
     }
 }
@@ -291,6 +297,7 @@ mod tests {
         let call = Call::start(
             &command,
             "start",
+            "a",
             &[],
             &Stdio::Log,
             None,

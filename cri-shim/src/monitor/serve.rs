@@ -441,14 +441,18 @@ impl Monitor {
             let _ = epoll::modify(&self.epoll, &self.listener, data, flags);
         }
         for (call, _) in self.calls.values_mut() {
-            let (pid, verb) = (call.pid, call.verb);
-            match call.check(now) {
+            let (late, pid, what) = (call.check(now), call.pid, call.what());
+            match late {
                 Lateness::None => {}
                 Lateness::Slow(seconds) => {
-                    note(&format!("waiting for {verb} by runtime {pid}: {seconds} s"));
+                    note(&format!(
+                        "{what}: waiting for the runtime, process {pid}, for {seconds} s"
+                    ));
                 }
                 Lateness::Expired(seconds) => {
-                    note(&format!("killed {verb} by runtime {pid} after {seconds} s"));
+                    note(&format!(
+                        "{what}: killed the runtime, process {pid}, after {seconds} s"
+                    ));
                 }
             }
         }
