@@ -11,6 +11,23 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 build_images() {
     local out=$1
     cp -a "$("$HERE/../setup/busybox.sh")" "$out/busybox"
+    # containerd's pods need one: it waits, reaps what it inherits and ends when told. (A shell or
+    # busybox would be mistaken by critest for a process of the container's.)
+    gcc -static -Os -s -x c -o "$out/pause" - <<'END'
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static void end(int signal) { (void)signal; _exit(0); }
+static void reap(int signal) { (void)signal; while (waitpid(-1, 0, WNOHANG) > 0) ; }
+int main(void)
+{
+    signal(SIGTERM, end);
+    signal(SIGINT, end);
+    signal(SIGCHLD, reap);
+    for (;;)
+        pause();
+}
+END
     # critest's test of no_new_privs runs this set-uid program.
     gcc -static -Os -s -x c -o "$out/nnp" - <<'END'
 #include <stdio.h>
@@ -18,8 +35,8 @@ build_images() {
 int main(void) { printf("Effective uid: %d\n", (int)geteuid()); return 0; }
 END
     say "making and pushing the test images"
-    "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh
-    rm -rf "$out/busybox" "$out/nnp"
+    RRUN_MAKING_IMAGES=1 "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh
+    rm -rf "$out/busybox" "$out/nnp" "$out/pause"
 }
 
 key=$({ cat "$HERE"/{build,make,oci}.sh "$HERE/../setup/busybox.sh"; uname -m; } | sha256sum | cut -c1-12)

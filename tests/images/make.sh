@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes every test image and pushes it to a registry whose directory is then kept. Runs in the
-# native view, for tests/images/build.sh: /out holds busybox/ and nnp, and receives registry/ and
+# native view, for tests/images/build.sh: /out holds busybox/, nnp and pause, and receives registry/ and
 # archives/.
 set -euo pipefail
 HERE=$(dirname -- "$(readlink -f -- "$0")")
@@ -125,7 +125,7 @@ echo 'default-user:x:1000:1000::/home/default-user:/bin/sh' >>"$accounts/etc/pas
 printf 'default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n' >>"$accounts/etc/group"
 oci_image k8s-staging-cri-tools/test-image-predefined-group:latest \
     "{$path,\"Cmd\":[\"sh\"],\"User\":\"1000\"}" "$base" "$(oci_layer "$accounts")"
-oci_image pause:3.9 "{$path,\"Entrypoint\":[\"sleep\",\"2147483647\"]}" "$base" "$(echo pause | file etc/image 644)"
+oci_image pause:3.9 "{$path,\"Entrypoint\":[\"/pause\"]}" "$(file pause 755 </out/pause)"
 
 # Served by the real thing once, and kept as it stores them.
 mkdir -p /out/registry /out/archives
