@@ -1,1 +1,35 @@
+//! rrun, an OCI runtime: it makes, starts, enters and removes containers as the
+//! specification at <https://github.com/opencontainers/runtime-spec> describes them, with
+//! runc's command line.
+//!
+//! The modules in the order of the story: a command ([`commands`]) reads the configuration
+//! ([`config`]), [`birth`] makes cgroup and process, [`init`] is that process's way to its
+//! program, [`gate`] is where it waits for `start`, [`entry`] is how others join it later.
 
+pub mod arguments;
+pub mod birth;
+pub mod capabilities;
+pub mod cgroup;
+pub mod channel;
+pub mod commands;
+pub mod config;
+pub mod devices;
+pub mod entry;
+pub mod error;
+pub mod foreground;
+pub mod gate;
+pub mod hooks;
+pub mod init;
+pub mod log;
+pub mod mount_options;
+pub mod mounts;
+pub mod namespaces;
+pub mod process;
+pub mod removal;
+pub mod rootfs;
+pub mod signals;
+pub mod state;
+pub mod syscalls;
+pub mod sysctl;
+pub mod terminal;
+pub mod time;

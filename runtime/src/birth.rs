@@ -1,0 +1,277 @@
+//! The birth of a container, from the side of rrun, its parent.
+//!
+//! One clone3(2) makes the first process: in its cgroup, whose limits are in place, and in
+//! all its new namespaces. While that process builds its own surroundings (see
+//! [`crate::init`]), this one writes down that it exists, and does for it what only the
+//! host's side can do. If anything fails, everything made so far is unmade.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+use crate::cgroup::{self, Cgroup};
+use crate::channel::{self, Channel, Message};
+use crate::config::{Config, id_map};
+use crate::error::{Context, Error, Result};
+use crate::init::{Descriptors, Init, unshare_time};
+use crate::namespaces::flag;
+use crate::state::{self, State, Status, process_stat};
+use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
+use crate::time::rfc3339_nanos;
+use crate::{gate, hooks, log, refuse};
+
+/// How a container is to be made, beside its configuration.
+pub struct Request<'a> {
+    pub root: &'a Path,
+    pub id: &'a str,
+    pub config: &'a Config,
+    /// Whether its program waits for `start`.
+    pub waits: bool,
+    pub console_socket: Option<OwnedFd>,
+    pub pid_file: Option<&'a Path>,
+    pub no_pivot: bool,
+    pub new_keyring: bool,
+    pub descriptors: Descriptors,
+}
+
+/// A container that was made.
+pub struct Born {
+    pub state: State,
+    pub directory: PathBuf,
+    pub pidfd: OwnedFd,
+    /// The master side of its terminal, if that was not sent to a console socket.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// What has to be unmade if a later step fails.
+struct Unmade<'a> {
+    id: &'a str,
+    directory: PathBuf,
+    cgroup: Option<PathBuf>,
+    child: Option<OwnedFd>,
+    hooks: Option<(&'a Hooks, String)>,
+    kept: bool,
+}
+
+impl Drop for Unmade<'_> {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        if let Some(child) = &self.child {
+            end_child(child);
+        }
+        if let Some(path) = &self.cgroup
+            && let Err(error) = cgroup::remove(path)
+        {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Err(error) = state::release(&self.directory) {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Some((hooks, state)) = &self.hooks {
+            hooks::run_all("poststop", hooks.poststop().as_ref(), state);
+        }
+    }
+}
+
+/// Kills a child and takes its status, so that nothing is left of it.
+pub fn end_child(pidfd: &OwnedFd) {
+    let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+    while let Err(rustix::io::Errno::INTR) =
+        waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)
+    {}
+}
+
+/// Makes a container. When this returns, its program is executed, or waits for `start`.
+pub fn create(request: Request<'_>) -> Result<Born> {
+    let config = request.config;
+    let directory = state::claim(request.root, request.id)?;
+    let mut unmade = Unmade {
+        id: request.id,
+        directory: directory.clone(),
+        cgroup: None,
+        child: None,
+        hooks: None,
+        kept: false,
+    };
+    let mut state = new_state(&request)?;
+    // Before the cgroup is made: whatever happens, `delete` will know where it is.
+    state.save(&directory)?;
+    let cgroup = Cgroup::create(&state.cgroup)?;
+    unmade.cgroup = Some(state.cgroup.clone());
+    cgroup.apply(&config.resources)?;
+
+    let new_user = config.namespaces.is_new(Type::User);
+    let joins = config.namespaces.open_joins()?;
+    for join in joins.iter().filter(|join| join.before_birth(new_user)) {
+        join.enter()?;
+    }
+    let mut flags = config.namespaces.new & !flag(Type::Cgroup);
+    if !config.time_offsets.is_empty() {
+        unshare_time(&config.time_offsets)?;
+        flags &= !flag(Type::Time);
+    }
+    let gate = if request.waits {
+        Some(gate::build(&directory)?)
+    } else {
+        None
+    };
+    let (channel, childs_end) = channel::pair()?;
+
+    let (pid, pidfd) = match clone3(flags, Some(cgroup.as_fd())) {
+        Ok(Cloned::Child) => {
+            // The parent's things to unmake are not the child's.
+            std::mem::forget(unmade);
+            drop(channel);
+            Init {
+                config,
+                state: &state,
+                channel: childs_end,
+                joins,
+                console_socket: request.console_socket,
+                gate,
+                no_pivot: request.no_pivot,
+                new_keyring: request.new_keyring,
+                descriptors: request.descriptors,
+            }
+            .run()
+        }
+        Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
+        Err(errno) => {
+            return Err(errno).doing(|| {
+                format!(
+                    "make the container's first process in cgroup {} (clone3)",
+                    state.cgroup.display()
+                )
+            });
+        }
+    };
+    drop(childs_end);
+    drop(gate);
+    let pidfd = &*unmade.child.insert(pidfd);
+
+    state.pid = pid;
+    state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
+    state.save(&directory)?;
+
+    unmade.hooks = Some((&config.hooks, state.for_hooks(Status::Stopped)));
+    let terminal = accompany(
+        &channel,
+        &state,
+        &request.config.hooks,
+        config,
+        request.waits,
+    )
+    .map_err(|error| explain_death(error, pidfd))?;
+    if let Some(path) = request.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    unmade.kept = true;
+    let Some(pidfd) = unmade.child.take() else {
+        refuse!("the container's first process is lost");
+    };
+    Ok(Born {
+        state,
+        directory,
+        pidfd,
+        terminal,
+    })
+}
+
+fn new_state(request: &Request<'_>) -> Result<State> {
+    let config = request.config;
+    Ok(State {
+        oci_version: config.oci_version.clone(),
+        id: request.id.to_owned(),
+        pid: 0,
+        start_time: 0,
+        bundle: config.bundle.clone(),
+        rootfs: config.rootfs.clone(),
+        created: rfc3339_nanos(SystemTime::now()),
+        owner: "root".to_owned(),
+        annotations: config.annotations.clone().into_iter().collect(),
+        cgroup: cgroup::path_for(&config.cgroups_path, request.id)?,
+        namespaces: config.namespaces.own_flags(),
+        new_pid_namespace: config.namespaces.is_new(Type::Pid),
+        process: config.process_spec.clone(),
+        hooks: config.hooks.clone(),
+    })
+}
+
+/// Does for the child what it asks for, until it is ready (if it then waits) or has become
+/// its program. Returns the terminal, if it hands one over.
+fn accompany(
+    channel: &Channel,
+    state: &State,
+    hooks: &Hooks,
+    config: &Config,
+    waits: bool,
+) -> Result<Option<OwnedFd>> {
+    let mut terminal = None;
+    let mut ready = false;
+    loop {
+        match channel.receive()? {
+            Message::MapIds => {
+                map_ids(state.pid, config)?;
+                config
+                    .process
+                    .apply_oom_score_adj(&format!("/proc/{}", state.pid))?;
+                config.process.apply_rlimits(state.pid)?;
+                channel.go_on()?;
+            }
+            Message::RunHooks => {
+                let shown = state.for_hooks(Status::Creating);
+                #[allow(deprecated)] // prestart is: callers use it all the same
+                hooks::run("prestart", hooks.prestart().as_ref(), &shown)?;
+                hooks::run("createRuntime", hooks.create_runtime().as_ref(), &shown)?;
+                channel.go_on()?;
+            }
+            Message::Terminal(master) => terminal = Some(master),
+            Message::Ready if waits => return Ok(terminal),
+            Message::Ready => ready = true,
+            Message::Closed if ready => return Ok(terminal),
+            Message::Closed => {
+                refuse!("the container's first process died while it was being made")
+            }
+            Message::Failed(error) => return Err(error),
+        }
+    }
+}
+
+/// If the process died without a word, says of what.
+pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
+        Ok(Some(status)) => match status.terminating_signal() {
+            Some(libc::SIGKILL) => error.while_doing(
+                "killed by SIGKILL, perhaps because its memory limit is too low to start in",
+            ),
+            Some(signal) => error.while_doing(format!("killed by signal {signal}")),
+            None => error,
+        },
+        _ => error,
+    }
+}
+
+fn map_ids(pid: i32, config: &Config) -> Result<()> {
+    for (file, field, mappings) in [
+        ("uid_map", "linux.uidMappings", &config.uid_mappings),
+        ("gid_map", "linux.gidMappings", &config.gid_mappings),
+    ] {
+        // All lines in one write; see user_namespaces(7).
+        std::fs::write(format!("/proc/{pid}/{file}"), id_map(mappings))
+            .doing(|| format!("set {field}"))?;
+    }
+    Ok(())
+}
+
+/// Writes a process id to where the caller asked for it, without a newline, as runc does.
+pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}"));
+    state::write_replacing(&new, path, pid.to_string().as_bytes(), 0o666)
+}

@@ -1,0 +1,297 @@
+//! `linux.resources`: which controllers the limits need, and the limits themselves, which
+//! libcgroups converts and writes.
+
+use std::path::Path;
+
+use libcgroups::common::{CgroupManager as _, ControllerOpt};
+use libcgroups::v2::manager::Manager;
+use oci_spec::runtime::LinuxResources;
+
+use super::{Cgroup, MOUNT_POINT, read, write};
+use crate::error::{Error, Result};
+use crate::refuse;
+
+/// # Errors
+/// What cgroup v2 does not have, or this version does not support, by its field.
+pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
+    let escapes = path
+        .components()
+        .any(|component| matches!(component, std::path::Component::ParentDir));
+    if escapes || path == Path::new("/") {
+        refuse!(
+            "linux.cgroupsPath: {} is no place for a container",
+            path.display()
+        );
+    }
+    if let Some(text) = path
+        .to_str()
+        .filter(|text| text.contains(':') && !path.is_absolute())
+    {
+        refuse!(
+            "linux.cgroupsPath: {text} is in the form of the systemd cgroup driver, which this version of rrun has not"
+        );
+    }
+    if let Some(memory) = resources.memory() {
+        let absent = [
+            ("kernel", memory.kernel().is_some_and(|limit| limit > 0)),
+            (
+                "kernelTCP",
+                memory.kernel_tcp().is_some_and(|limit| limit > 0),
+            ),
+            ("swappiness", memory.swappiness().is_some()),
+            (
+                "disableOOMKiller",
+                memory.disable_oom_killer() == Some(true),
+            ),
+        ];
+        for (field, present) in absent {
+            if present {
+                refuse!("linux.resources.memory.{field}: cgroup v2 has no such thing");
+            }
+        }
+    }
+    if resources.network().as_ref().is_some_and(|network| {
+        network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
+    }) {
+        refuse!("linux.resources.network: cgroup v2 has no such thing");
+    }
+    for key in resources.unified().iter().flatten().map(|(key, _)| key) {
+        if key.contains('/') || !key.contains('.') {
+            refuse!("linux.resources.unified: {key} is no name of a cgroup's file");
+        }
+        if key.starts_with("cgroup.")
+            && !matches!(key.as_str(), "cgroup.max.depth" | "cgroup.max.descendants")
+        {
+            refuse!("linux.resources.unified: {key} is not a limit, and is rrun's own to write");
+        }
+    }
+    super::devices::validate(resources.devices().as_deref().unwrap_or_default())
+}
+
+/// The controllers that the limits need, each with the field that needs it.
+fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
+    let mut needed: Vec<(String, String)> = Vec::new();
+    let mut add = |controller: &str, field: &str| {
+        if !needed.iter().any(|(known, _)| known == controller) {
+            needed.push((controller.to_owned(), format!("linux.resources.{field}")));
+        }
+    };
+    if let Some(memory) = resources.memory() {
+        let set = |limit: Option<i64>| limit.is_some_and(|limit| limit != 0);
+        if set(memory.limit()) {
+            add("memory", "memory.limit");
+        } else if set(memory.reservation()) {
+            add("memory", "memory.reservation");
+        } else if set(memory.swap()) {
+            add("memory", "memory.swap");
+        }
+    }
+    if let Some(cpu) = resources.cpu() {
+        if cpu.quota().is_some() || cpu.period().is_some() || cpu.burst().is_some() {
+            add("cpu", "cpu.quota");
+        } else if cpu.shares().is_some_and(|shares| shares != 0) {
+            add("cpu", "cpu.shares");
+        } else if cpu.idle().is_some() {
+            add("cpu", "cpu.idle");
+        }
+        let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
+        if set(cpu.cpus()) {
+            add("cpuset", "cpu.cpus");
+        } else if set(cpu.mems()) {
+            add("cpuset", "cpu.mems");
+        }
+    }
+    if resources.pids().is_some() {
+        add("pids", "pids.limit");
+    }
+    if let Some(io) = resources.block_io() {
+        let set = io.weight().is_some_and(|weight| weight != 0)
+            || io.weight_device().is_some()
+            || io.throttle_read_bps_device().is_some()
+            || io.throttle_write_bps_device().is_some()
+            || io.throttle_read_iops_device().is_some()
+            || io.throttle_write_iops_device().is_some();
+        if set {
+            add("io", "blockIO");
+        }
+    }
+    if resources
+        .hugepage_limits()
+        .as_ref()
+        .is_some_and(|limits| !limits.is_empty())
+    {
+        add("hugetlb", "hugepageLimits");
+    }
+    if resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|limits| !limits.is_empty())
+    {
+        add("rdma", "rdma");
+    }
+    for key in resources.unified().iter().flatten().map(|(key, _)| key) {
+        if let Some((controller, _)) = key.split_once('.').filter(|(name, _)| *name != "cgroup") {
+            add(controller, &format!("unified {key}"));
+        }
+    }
+    needed
+}
+
+/// Puts limits in place in a cgroup that exists.
+pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
+    let needed = needed(resources);
+    if needed.is_empty() {
+        return Ok(());
+    }
+    enable(cgroup.path(), &needed)?;
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::new(format!(
+            "set limits of cgroup {}: {error}",
+            cgroup.path().display()
+        ))
+    };
+    let relative = cgroup
+        .path()
+        .strip_prefix(MOUNT_POINT)
+        .unwrap_or(cgroup.path());
+    let manager = Manager::new(MOUNT_POINT.into(), relative.to_owned()).map_err(|e| failed(&e))?;
+    manager
+        .apply(&ControllerOpt {
+            resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        })
+        .map_err(|error| failed(&error))?;
+    // The one controller that libcgroups leaves out.
+    for (device, limit) in resources.rdma().iter().flatten() {
+        let mut line = device.clone();
+        if let Some(handles) = limit.hca_handles() {
+            line.push_str(&format!(" hca_handle={handles}"));
+        }
+        if let Some(objects) = limit.hca_objects() {
+            line.push_str(&format!(" hca_object={objects}"));
+        }
+        write(cgroup, "rdma.max", &line).map_err(|errno| {
+            failed(&format!(
+                "write {line} to rdma.max: {}",
+                crate::error::errno_text(errno.raw_os_error())
+            ))
+        })?;
+    }
+    Ok(())
+}
+
+/// Hands the controllers down from the root of the hierarchy to the cgroup.
+///
+/// Mostly they are there already, because other containers have the same parent.
+fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
+    let missing_in = |path: &Path, file: &str| -> Vec<&(String, String)> {
+        let present = read(path, file).unwrap_or_default();
+        needed
+            .iter()
+            .filter(|(controller, _)| !present.split(' ').any(|name| name == controller))
+            .collect()
+    };
+    if missing_in(path, "cgroup.controllers").is_empty() {
+        return Ok(());
+    }
+    let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
+    let mut ancestor = Path::new(MOUNT_POINT).to_owned();
+    for component in relative.components() {
+        if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers").first() {
+            refuse!(
+                "{field}: needs the {controller} controller, which {} has not",
+                ancestor.display()
+            );
+        }
+        let missing = missing_in(&ancestor, "cgroup.subtree_control");
+        if !missing.is_empty() {
+            let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();
+            std::fs::write(ancestor.join("cgroup.subtree_control"), line.join(" ")).map_err(
+                |error| {
+                    Error::new(format!(
+                        "hand {} down from cgroup {}: {}",
+                        line.join(" "),
+                        ancestor.display(),
+                        crate::error::Reason::reason(&error)
+                    ))
+                },
+            )?;
+        }
+        ancestor.push(component);
+    }
+    Ok(())
+}
+
+/// # Errors
+/// A memory limit below what is in use: setting it would make the kernel kill.
+pub fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
+    let limit = resources
+        .memory()
+        .as_ref()
+        .and_then(|memory| memory.limit());
+    let Some(limit) = limit.filter(|limit| *limit > 0) else {
+        return Ok(());
+    };
+    let used = read(path, "memory.current")
+        .ok()
+        .and_then(|text| text.parse::<i64>().ok())
+        .unwrap_or(0);
+    if used > limit {
+        refuse!(
+            "memory.limit: {limit} bytes are less than the {used} bytes in use in cgroup {}",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_resources(json: &str) -> LinuxResources {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn every_limit_asks_for_its_controller_once() {
+        let resources = read_resources(
+            r#"{"memory":{"limit":1},"cpu":{"shares":102,"quota":50000,"cpus":"0"},
+                "pids":{"limit":5},"unified":{"memory.min":"1","hugetlb.2MB.max":"0"}}"#,
+        );
+        let mut controllers: Vec<String> = needed(&resources)
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        controllers.sort();
+        assert_eq!(controllers, ["cpu", "cpuset", "hugetlb", "memory", "pids"]);
+        assert!(
+            needed(&read_resources(
+                r#"{"memory":{"limit":0},"cpu":{"shares":0}}"#
+            ))
+            .is_empty()
+        );
+    }
+
+    #[test]
+    fn what_cgroup_v2_lacks_is_refused_by_name() {
+        for (json, field) in [
+            (r#"{"memory":{"swappiness":0}}"#, "memory.swappiness"),
+            (
+                r#"{"memory":{"disableOOMKiller":true}}"#,
+                "memory.disableOOMKiller",
+            ),
+            (r#"{"network":{"classID":1}}"#, "network"),
+            (r#"{"unified":{"cgroup.procs":"1"}}"#, "cgroup.procs"),
+            (r#"{"unified":{"../memory.max":"1"}}"#, "../memory.max"),
+        ] {
+            let error = validate(Path::new("/a"), &read_resources(json)).unwrap_err();
+            assert!(error.to_string().contains(field), "{error}");
+        }
+        let none = LinuxResources::default();
+        assert!(validate(Path::new("system.slice:rrun:a"), &none).is_err());
+        assert!(validate(Path::new("/a/../../b"), &none).is_err());
+    }
+}

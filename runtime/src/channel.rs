@@ -1,0 +1,169 @@
+//! The talk between a process being made into a container's and its parent, rrun.
+//!
+//! One socket pair, one message a record. It closes by itself when the program is executed
+//! (close-on-exec) or the process dies, so that neither side waits for a dead one.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::refuse;
+
+/// The longest sentence that is carried.
+const LIMIT: usize = 16 << 10;
+
+const MAP_IDS: u8 = b'M';
+const RUN_HOOKS: u8 = b'H';
+const TERMINAL: u8 = b'T';
+const READY: u8 = b'R';
+const FAILED: u8 = b'F';
+const GO_ON: u8 = b'G';
+
+/// What the new process has to say.
+pub enum Message {
+    /// It is in its new user namespace and waits for the mappings.
+    MapIds,
+    /// All is mounted, the old root still there; it waits for the hooks to be run.
+    RunHooks,
+    /// The master side of its terminal.
+    Terminal(OwnedFd),
+    /// Nothing is left to do but to execute the program.
+    Ready,
+    /// It could not go on.
+    Failed(Error),
+    /// It executed the program, or died.
+    Closed,
+}
+
+/// One end of the socket pair.
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+/// Parent's end, child's end.
+pub fn pair() -> Result<(Channel, Channel)> {
+    let (parent, child) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(|| "make a socket pair")?;
+    Ok((Channel { fd: parent }, Channel { fd: child }))
+}
+
+impl Channel {
+    fn send(&self, message: &[u8]) -> Result<()> {
+        rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL)
+            .doing(|| "report to the parent process")?;
+        Ok(())
+    }
+
+    /// From the child: asks, and waits for the answer.
+    fn ask(&self, question: u8) -> Result<()> {
+        self.send(&[question])?;
+        let mut answer = [0u8; 1];
+        loop {
+            match rustix::net::recv(&self.fd, &mut answer, RecvFlags::empty()) {
+                Ok((_, 1)) if answer == [GO_ON] => return Ok(()),
+                Err(Errno::INTR) => {}
+                Ok(_) => refuse!("the parent process is gone"),
+                Err(errno) => return Err(errno).doing(|| "wait for the parent process"),
+            }
+        }
+    }
+
+    pub fn ask_for_id_maps(&self) -> Result<()> {
+        self.ask(MAP_IDS)
+    }
+
+    pub fn ask_for_hooks(&self) -> Result<()> {
+        self.ask(RUN_HOOKS)
+    }
+
+    pub fn ready(&self) -> Result<()> {
+        self.send(&[READY])
+    }
+
+    pub fn terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
+        send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
+            .doing(|| "hand the terminal to the parent process")
+    }
+
+    pub fn failed(&self, error: &Error) {
+        let mut message = vec![FAILED, error.kind().to_byte()];
+        message.extend(error.to_string().bytes().take(LIMIT - 2));
+        // If nobody listens, nobody wants to know.
+        let _ = self.send(&message);
+    }
+
+    /// From the parent: the answer to a question.
+    pub fn go_on(&self) -> Result<()> {
+        rustix::net::send(&self.fd, &[GO_ON], SendFlags::NOSIGNAL)
+            .doing(|| "answer the container's first process")?;
+        Ok(())
+    }
+
+    /// From the parent: the next message.
+    pub fn receive(&self) -> Result<Message> {
+        let mut buffer = vec![0u8; LIMIT];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            match recvmsg(
+                &self.fd,
+                &mut [IoSliceMut::new(&mut buffer)],
+                &mut ancillary,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(Message::Closed),
+                result => break result.doing(|| "wait for the container's first process")?,
+            }
+        };
+        let descriptor = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        let message = buffer.get(..received.bytes).unwrap_or_default();
+        Ok(match (message, descriptor) {
+            ([], _) => Message::Closed,
+            ([MAP_IDS], _) => Message::MapIds,
+            ([RUN_HOOKS], _) => Message::RunHooks,
+            ([READY], _) => Message::Ready,
+            ([TERMINAL], Some(master)) => Message::Terminal(master),
+            ([FAILED, kind, sentence @ ..], _) => Message::Failed(
+                Error::new(String::from_utf8_lossy(sentence)).with_kind(Kind::from_byte(*kind)),
+            ),
+            _ => refuse!("the container's first process sent what it can not have sent"),
+        })
+    }
+}
+
+/// Sends a descriptor with some bytes over a unix socket.
+pub fn send_descriptor(
+    socket: BorrowedFd<'_>,
+    descriptor: BorrowedFd<'_>,
+    bytes: &[u8],
+) -> std::result::Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor];
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(Errno::NOBUFS);
+    }
+    sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}

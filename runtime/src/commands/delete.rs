@@ -1,0 +1,23 @@
+use super::{Command, Globals};
+use crate::arguments::{Arguments, switch};
+use crate::error::Result;
+use crate::removal;
+
+pub const COMMAND: Command = Command {
+    name: "delete",
+    usage: "[options] <container-id>",
+    about: "remove all that belongs to a stopped container",
+    flags: &[switch(
+        "force",
+        Some('f'),
+        "kill the container first; it is no error if there is none",
+    )],
+    rest_is_foreign: false,
+    call: delete,
+};
+
+fn delete(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    removal::delete(&globals.root, id, arguments.is_set("force"))?;
+    Ok(0)
+}

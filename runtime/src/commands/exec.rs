@@ -1,0 +1,209 @@
+use std::path::Path;
+
+use oci_spec::runtime::Process as SpecProcess;
+
+use super::{Command, Globals, console_socket, descriptors};
+use crate::arguments::{Arguments, switch, value};
+use crate::capabilities;
+use crate::config::read_bounded;
+use crate::entry::{self, Request};
+use crate::error::{Error, Kind, Result};
+use crate::foreground::Forwarding;
+use crate::process::Process;
+use crate::refuse;
+use crate::state::{State, Status};
+use crate::terminal::connect_console;
+
+pub const COMMAND: Command = Command {
+    name: "exec",
+    usage: "[options] <container-id> <program> [arguments...]  or  --process process.json <container-id>",
+    about: "execute a further program in a running container",
+    flags: &[
+        value(
+            "console-socket",
+            None,
+            "unix socket that is sent the master side of the terminal",
+        ),
+        value("cwd", None, "working directory in the container"),
+        value(
+            "env",
+            Some('e'),
+            "environment variable, name=value; may be given more than once",
+        ),
+        switch("tty", Some('t'), "give it a terminal"),
+        value("user", Some('u'), "user id, and group id after a colon"),
+        value(
+            "additional-gids",
+            Some('g'),
+            "further group id; may be given more than once",
+        ),
+        value(
+            "process",
+            Some('p'),
+            "file with the process as JSON, as in config.json",
+        ),
+        switch(
+            "detach",
+            Some('d'),
+            "return when the program runs, and leave it",
+        ),
+        value("pid-file", None, "file to write the process id to"),
+        value("process-label", None, "SELinux label (not in this version)"),
+        value("apparmor", None, "AppArmor profile (not in this version)"),
+        switch("no-new-privs", None, "set no_new_privs"),
+        value(
+            "cap",
+            Some('c'),
+            "capability to add; may be given more than once",
+        ),
+        value(
+            "preserve-fds",
+            None,
+            "hand this many further descriptors to the program",
+        ),
+        value(
+            "cgroup",
+            None,
+            "cgroup below the container's own to run it in",
+        ),
+        switch(
+            "ignore-paused",
+            None,
+            "do so even if the container is paused",
+        ),
+    ],
+    rest_is_foreign: true,
+    call: exec,
+};
+
+fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    match execute(globals, arguments) {
+        // As runc does: what a shell would exit with where there is no such program, and
+        // a status that no program of the container's own is likely to have otherwise.
+        Err(error) => {
+            crate::log::fatal(&error.to_string());
+            Ok(match error.kind() {
+                Kind::ProgramNotFound => 127,
+                Kind::ProgramNotExecutable => 126,
+                _ => 255,
+            })
+        }
+        ok => ok,
+    }
+}
+
+fn execute(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let Some((id, words)) = arguments.positional.split_first() else {
+        refuse!("a container id is needed as argument");
+    };
+    let descriptors = descriptors(arguments)?;
+    let state = State::load(&globals.root, id)?;
+    let not_running =
+        |status: Status| Error::new(format!("cannot exec in a {} container", status.as_str()));
+    let Some(init) = state.open_process()? else {
+        return Err(not_running(Status::Stopped));
+    };
+    if crate::cgroup::is_frozen(&state.cgroup) && !arguments.is_set("ignore-paused") {
+        refuse!("cannot exec in a paused container (use --ignore-paused to override)");
+    }
+    let process = process(arguments, words, &state)?;
+    let detach = arguments.is_set("detach");
+    let console_socket = match (process.terminal, detach, console_socket(arguments)) {
+        (true, _, Some(path)) => Some(connect_console(path)?),
+        (true, true, None) => {
+            refuse!("a terminal needs, with --detach, --console-socket to send it to")
+        }
+        (false, _, Some(_)) => refuse!("--console-socket: no terminal is asked for"),
+        (_, _, None) => None,
+    };
+    let forwarding = if detach {
+        None
+    } else {
+        Some(Forwarding::start()?)
+    };
+    let entered = entry::enter(Request {
+        state: &state,
+        init,
+        process,
+        // Before cgroup v2, each controller could have another: `[<controller>:]<path>`.
+        sub_cgroup: arguments
+            .value("cgroup")
+            .map(|text| text.strip_prefix(':').unwrap_or(text)),
+        console_socket,
+        pid_file: arguments.value("pid-file").map(Path::new),
+        descriptors,
+    })?;
+    match (forwarding, entered.terminal) {
+        (None, _) => Ok(0),
+        (Some(forwarding), Some(master)) => forwarding.relay(&entered.pidfd, master),
+        (Some(forwarding), None) => forwarding.wait(&entered.pidfd),
+    }
+}
+
+fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Process> {
+    let mut spec = match arguments.value("process") {
+        Some(path) => {
+            let bytes = read_bounded(Path::new(path))?;
+            serde_json::from_slice::<SpecProcess>(&bytes)
+                .map_err(|error| Error::new(format!("parse {path}: {error}")))?
+        }
+        None => from_flags(arguments, words, &state.process)?,
+    };
+    if spec.capabilities().is_none() {
+        spec.set_capabilities(state.process.capabilities().clone());
+    }
+    let mut process = Process::from_spec(&spec)?;
+    for name in arguments.values("cap") {
+        let mask = capabilities::bit(name).map_err(|error| error.while_doing("--cap"))?;
+        process.capabilities.add(mask);
+    }
+    Ok(process)
+}
+
+/// The container's own process, with what the flags say put in its place.
+fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Result<SpecProcess> {
+    if words.is_empty() {
+        refuse!("exec needs a program to execute, or --process");
+    }
+    for name in ["process-label", "apparmor"] {
+        if arguments.value(name).is_some_and(|text| !text.is_empty()) {
+            refuse!("--{name}: not supported by this version of rrun");
+        }
+    }
+    let mut spec = own.clone();
+    spec.set_args(Some(words.to_vec()));
+    spec.set_terminal(Some(arguments.is_set("tty")));
+    if let Some(cwd) = arguments.value("cwd") {
+        spec.set_cwd(cwd.into());
+    }
+    let mut env = own.env().clone().unwrap_or_default();
+    env.extend(arguments.values("env").map(str::to_owned));
+    spec.set_env(Some(env));
+    if arguments.is_set("no-new-privs") {
+        spec.set_no_new_privileges(Some(true));
+    }
+    let id = |text: &str| {
+        text.parse::<u32>()
+            .map_err(|_| Error::new(format!("{text} is no user or group id")))
+    };
+    let user = spec.user_mut();
+    if let Some(text) = arguments.value("user") {
+        let (uid, gid) = text
+            .split_once(':')
+            .map_or((text, None), |(u, g)| (u, Some(g)));
+        user.set_uid(id(uid)?);
+        if let Some(gid) = gid {
+            user.set_gid(id(gid)?);
+        }
+    }
+    let groups = arguments
+        .values("additional-gids")
+        .map(id)
+        .collect::<Result<Vec<u32>>>()?;
+    if !groups.is_empty() {
+        let mut all = user.additional_gids().clone().unwrap_or_default();
+        all.extend(groups);
+        user.set_additional_gids(Some(all));
+    }
+    Ok(spec)
+}

@@ -1,0 +1,51 @@
+use serde_json::json;
+
+use super::{Command, Globals, print};
+use crate::arguments::Arguments;
+use crate::error::{Error, Result};
+use crate::state::OCI_VERSION;
+use crate::{capabilities, mount_options, namespaces};
+
+pub const COMMAND: Command = Command {
+    name: "features",
+    usage: "",
+    about: "print what this runtime supports as JSON",
+    flags: &[],
+    rest_is_foreign: false,
+    call: features,
+};
+
+fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
+    let capabilities: Vec<String> = (0..=40).map(capabilities::name).collect();
+    // See features-linux.md of the runtime specification.
+    let features = json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": OCI_VERSION,
+        "hooks": [
+            "prestart", "createRuntime", "createContainer", "startContainer", "poststart",
+            "poststop",
+        ],
+        "mountOptions": mount_options::known(),
+        "linux": {
+            "namespaces": namespaces::TYPES.map(|(_, name)| name),
+            "capabilities": capabilities,
+            "cgroup": {
+                "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": true,
+            },
+            "seccomp": { "enabled": false },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false },
+            "intelRdt": { "enabled": false },
+            "memoryPolicy": {},
+            "mountExtensions": { "idmap": { "enabled": false } },
+            "netDevices": { "enabled": false },
+        },
+        "annotations": {
+            "io.rrun.version": env!("CARGO_PKG_VERSION"),
+        },
+    });
+    let text = serde_json::to_string_pretty(&features)
+        .map_err(|error| Error::new(format!("print the features: {error}")))?;
+    print(&format!("{text}\n"));
+    Ok(0)
+}

@@ -1,0 +1,57 @@
+use std::os::fd::AsFd;
+
+use rustix::io::Errno;
+
+use super::{Command, Globals};
+use crate::arguments::{Arguments, switch};
+use crate::error::{Context, Error, Result};
+use crate::state::State;
+use crate::syscalls::{kill as send, pidfd_send_signal};
+use crate::{cgroup, refuse, signals};
+
+pub const COMMAND: Command = Command {
+    name: "kill",
+    usage: "[options] <container-id> [signal]",
+    about: "send a signal (default: SIGTERM) to a container's first process",
+    flags: &[switch(
+        "all",
+        Some('a'),
+        "send it to all processes of the container",
+    )],
+    rest_is_foreign: false,
+    call: kill,
+};
+
+fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let (id, signal) = match arguments.positional.as_slice() {
+        [id] => (id, "SIGTERM"),
+        [id, signal] => (id, signal.as_str()),
+        _ => refuse!("kill takes a container id and, if need be, a signal"),
+    };
+    let signal = signals::number(signal)?;
+    let state = State::load(&globals.root, id)?;
+    let doing = || format!("send signal {signal} to container {id}");
+    let process = state.open_process()?;
+    // Without a PID namespace of its own, what the first process leaves behind lives on.
+    let all = arguments.is_set("all") || (signal == libc::SIGKILL && !state.new_pid_namespace);
+    if all && signal == libc::SIGKILL {
+        cgroup::kill_all(&state.cgroup)?;
+        if process.is_some() || arguments.is_set("all") {
+            return Ok(0);
+        }
+    } else if arguments.is_set("all") {
+        for pid in cgroup::all_pids(&state.cgroup)? {
+            match send(pid, signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(errno) => return Err(errno).doing(doing),
+            }
+        }
+        return Ok(0);
+    }
+    let not_running = || Error::new(format!("{}: container not running", doing()));
+    let process = process.ok_or_else(not_running)?;
+    match pidfd_send_signal(process.as_fd(), signal) {
+        Err(Errno::SRCH) => Err(not_running()),
+        result => result.doing(doing).map(|()| 0),
+    }
+}

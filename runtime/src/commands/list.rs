@@ -1,0 +1,107 @@
+use std::io::ErrorKind;
+use std::path::Path;
+
+use super::{Command, Globals, print};
+use crate::arguments::{Arguments, switch, value};
+use crate::error::{Context, Error, Result};
+use crate::state::{State, Status, directory, validate_id};
+use crate::{log, refuse};
+
+pub const COMMAND: Command = Command {
+    name: "list",
+    usage: "[options]",
+    about: "list the containers under --root",
+    flags: &[
+        value("format", Some('f'), "table or json (default: table)"),
+        switch("quiet", Some('q'), "only the ids"),
+    ],
+    rest_is_foreign: false,
+    call: list,
+};
+
+fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let containers = containers(&globals.root)?;
+    if arguments.is_set("quiet") {
+        for (state, _) in &containers {
+            print(&format!("{}\n", state.id));
+        }
+        return Ok(0);
+    }
+    match arguments.value("format").unwrap_or("table") {
+        "json" => {
+            let shown: Vec<_> = containers
+                .iter()
+                .map(|(state, status)| state.shown(*status))
+                .collect();
+            let text = if shown.is_empty() {
+                "null".to_owned() // what runc prints
+            } else {
+                serde_json::to_string(&shown)
+                    .map_err(|error| Error::new(format!("print the list: {error}")))?
+            };
+            print(&format!("{text}\n"));
+        }
+        "table" => print(&table(&containers)),
+        other => refuse!("invalid format {other:?}: it is table or json"),
+    }
+    Ok(0)
+}
+
+fn containers(root: &Path) -> Result<Vec<(State, Status)>> {
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).doing(|| format!("read --root {}", root.display())),
+    };
+    let mut ids: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| validate_id(name).is_ok())
+        .collect();
+    ids.sort_unstable();
+    let mut containers = Vec::new();
+    for id in ids {
+        let found = State::load(root, &id)
+            .and_then(|state| Ok((state.status(&directory(root, &id)?)?, state)));
+        match found {
+            Ok((status, state)) => containers.push((state, status)),
+            // One that can not be read, or goes away meanwhile, does not hide the others.
+            Err(error) => log::warning(&error.to_string()),
+        }
+    }
+    Ok(containers)
+}
+
+fn table(containers: &[(State, Status)]) -> String {
+    let mut rows = vec![["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned)];
+    for (state, status) in containers {
+        let shown = state.shown(*status);
+        rows.push([
+            state.id.clone(),
+            shown.pid.to_string(),
+            shown.status.to_owned(),
+            state.bundle.display().to_string(),
+            state.created.clone(),
+            state.owner.clone(),
+        ]);
+    }
+    let width = |column: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..6).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        text.push_str(cells.join("   ").trim_end());
+        text.push('\n');
+    }
+    text
+}

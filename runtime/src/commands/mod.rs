@@ -1,0 +1,238 @@
+//! The commands, one file each. Every one translates its arguments, calls what does the
+//! work, and translates the outcome.
+
+mod create;
+mod delete;
+mod exec;
+mod features;
+mod kill;
+mod list;
+mod pause;
+mod ps;
+mod resume;
+mod run;
+mod spec;
+mod start;
+mod state;
+mod update;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use crate::arguments::{Arguments, Flag, describe, switch, value};
+use crate::error::{Context, Error, Result};
+use crate::init::Descriptors;
+use crate::{log, refuse};
+
+/// One command: how it is called, and what does it.
+pub struct Command {
+    pub name: &'static str,
+    pub usage: &'static str,
+    pub about: &'static str,
+    pub flags: &'static [Flag],
+    /// Whether what follows the id belongs to another program.
+    pub rest_is_foreign: bool,
+    pub call: fn(&Globals, &Arguments) -> Result<u8>,
+}
+
+/// What the flags before the command's name say.
+pub struct Globals {
+    /// Where states are kept.
+    pub root: PathBuf,
+}
+
+const COMMANDS: [&Command; 14] = [
+    &create::COMMAND,
+    &start::COMMAND,
+    &state::COMMAND,
+    &kill::COMMAND,
+    &delete::COMMAND,
+    &run::COMMAND,
+    &exec::COMMAND,
+    &ps::COMMAND,
+    &list::COMMAND,
+    &pause::COMMAND,
+    &resume::COMMAND,
+    &update::COMMAND,
+    &spec::COMMAND,
+    &features::COMMAND,
+];
+
+const GLOBAL_FLAGS: &[Flag] = &[
+    value(
+        "root",
+        None,
+        "directory for the state of containers (default: /run/rrun)",
+    ),
+    value(
+        "log",
+        None,
+        "file to append the log to (default: standard error)",
+    ),
+    value(
+        "log-format",
+        None,
+        "format of the log, text or json (default: text)",
+    ),
+    switch("debug", None, "log more"),
+    switch(
+        "systemd-cgroup",
+        None,
+        "let systemd make the cgroups (not in this version)",
+    ),
+    value(
+        "rootless",
+        None,
+        "true, false or auto; accepted for runc's callers, has no effect",
+    ),
+    value("criu", None, "accepted for runc's callers, has no effect"),
+    switch("help", Some('h'), "show this text"),
+    switch("version", Some('v'), "show the version"),
+];
+
+const DEFAULT_ROOT: &str = "/run/rrun";
+
+/// The whole program: returns the status to exit with.
+pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
+    match called(words) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            log::fatal(&error.to_string());
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn called(words: impl Iterator<Item = OsString>) -> Result<u8> {
+    let mut words = words
+        .skip(1)
+        .map(|word| {
+            word.into_string()
+                .map_err(|word| Error::new(format!("argument {word:?} is not UTF-8")))
+        })
+        .collect::<Result<Vec<String>>>()?
+        .into_iter();
+    let globals = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
+    let format = match globals.value("log-format") {
+        None | Some("text") => log::Format::Text,
+        Some("json") => log::Format::Json,
+        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
+    };
+    log::open(globals.value("log"), format, globals.is_set("debug"))?;
+    if globals.is_set("version") {
+        print(&version());
+        return Ok(0);
+    }
+    let Some((name, rest)) = globals.positional.split_first() else {
+        print(&help());
+        return Ok(0);
+    };
+    if globals.is_set("help") || name == "help" || name == "h" {
+        print(&help());
+        return Ok(0);
+    }
+    let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
+        refuse!("no such command: {name}");
+    };
+    if wants_help(command, rest) {
+        print(&command_help(command));
+        return Ok(0);
+    }
+    if globals.is_set("systemd-cgroup") {
+        refuse!("--systemd-cgroup: the systemd cgroup driver is not in this version of rrun");
+    }
+    let root = globals.value("root").unwrap_or(DEFAULT_ROOT);
+    let globals = Globals {
+        root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
+    };
+    let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
+    (command.call)(&globals, &arguments)
+}
+
+fn wants_help(command: &Command, rest: &[String]) -> bool {
+    let own = if command.rest_is_foreign {
+        1
+    } else {
+        rest.len()
+    };
+    rest.iter()
+        .take(own)
+        .take_while(|word| *word != "--")
+        .any(|word| word == "--help" || word == "-h")
+}
+
+/// Writes to standard output; a reader that went away is no error.
+pub fn print(text: &str) {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn version() -> String {
+    format!(
+        "rrun version {}\nspec: {}\n",
+        env!("CARGO_PKG_VERSION"),
+        crate::state::OCI_VERSION
+    )
+}
+
+fn help() -> String {
+    let mut text = String::from(
+        "NAME:\n   rrun - OCI container runtime\n\nUSAGE:\n   rrun [global options] command [command options] [arguments...]\n\nCOMMANDS:\n",
+    );
+    for command in COMMANDS {
+        text.push_str(&format!("   {:<9} {}\n", command.name, command.about));
+    }
+    text.push_str("\nGLOBAL OPTIONS:\n");
+    text.push_str(&describe(GLOBAL_FLAGS));
+    text
+}
+
+fn command_help(command: &Command) -> String {
+    let mut text = format!(
+        "NAME:\n   rrun {} - {}\n\nUSAGE:\n   rrun {} {}\n",
+        command.name, command.about, command.name, command.usage
+    );
+    if !command.flags.is_empty() {
+        text.push_str("\nOPTIONS:\n");
+        text.push_str(&describe(command.flags));
+    }
+    text
+}
+
+/// The bundle that --bundle names, or the working directory.
+fn bundle(arguments: &Arguments) -> &Path {
+    Path::new(arguments.value("bundle").unwrap_or("."))
+}
+
+/// Descriptors for the program: LISTEN_FDS of the environment and --preserve-fds.
+///
+/// # Errors
+/// One that is not open: a descriptor of rrun's own could take its number.
+fn descriptors(arguments: &Arguments) -> Result<Descriptors> {
+    use std::os::fd::BorrowedFd;
+    let listen = std::env::var("LISTEN_FDS")
+        .ok()
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0);
+    let preserve = arguments.number("preserve-fds")?.unwrap_or(0);
+    let descriptors = Descriptors { listen, preserve };
+    for number in 3..descriptors.first_closed() {
+        // SAFETY: the number is only asked about, and fcntl refuses one that is not open.
+        let asked = unsafe { BorrowedFd::borrow_raw(number as i32) };
+        match rustix::io::fcntl_getfd(asked) {
+            Ok(flags) if !flags.contains(rustix::io::FdFlags::CLOEXEC) => {}
+            _ => refuse!(
+                "descriptor {number} can not be preserved (--preserve-fds, LISTEN_FDS): it is not open"
+            ),
+        }
+    }
+    Ok(descriptors)
+}
+
+fn console_socket(arguments: &Arguments) -> Option<&str> {
+    arguments
+        .value("console-socket")
+        .filter(|path| !path.is_empty())
+}

@@ -1,0 +1,24 @@
+use super::{Command, Globals};
+use crate::arguments::Arguments;
+use crate::error::Result;
+use crate::state::{State, Status, directory};
+use crate::{cgroup, refuse};
+
+pub const COMMAND: Command = Command {
+    name: "pause",
+    usage: "<container-id>",
+    about: "freeze all processes of a container",
+    flags: &[],
+    rest_is_foreign: false,
+    call: pause,
+};
+
+fn pause(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let state = State::load(&globals.root, id)?;
+    match state.status(&directory(&globals.root, id)?)? {
+        Status::Running | Status::Created => cgroup::freeze(&state.cgroup, true)?,
+        status => refuse!("cannot pause container {id}: it is {}", status.as_str()),
+    }
+    Ok(0)
+}

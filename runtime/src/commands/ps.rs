@@ -1,0 +1,82 @@
+use super::{Command, Globals, print};
+use crate::arguments::{Arguments, value};
+use crate::error::{Context, Error, Result};
+use crate::state::State;
+use crate::{cgroup, refuse};
+
+pub const COMMAND: Command = Command {
+    name: "ps",
+    usage: "[options] <container-id> [options of ps(1)]",
+    about: "list the processes of a container",
+    flags: &[value("format", Some('f'), "table or json (default: table)")],
+    rest_is_foreign: true,
+    call: ps,
+};
+
+fn ps(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let Some((id, options)) = arguments.positional.split_first() else {
+        refuse!("a container id is needed as argument");
+    };
+    let state = State::load(&globals.root, id)?;
+    let pids = cgroup::all_pids(&state.cgroup)?;
+    match arguments.value("format").unwrap_or("table") {
+        "json" => {
+            let text = serde_json::to_string(&pids)
+                .map_err(|error| Error::new(format!("print the processes: {error}")))?;
+            print(&format!("{text}\n"));
+        }
+        "table" => print(&table(&pids, options)?),
+        other => refuse!("invalid format {other:?}: it is table or json"),
+    }
+    Ok(0)
+}
+
+/// What the host's ps(1) says, without the lines of other processes.
+fn table(pids: &[i32], options: &[String]) -> Result<String> {
+    let mut command = std::process::Command::new("ps");
+    if options.is_empty() {
+        command.arg("-ef");
+    } else {
+        command.args(options);
+    }
+    let output = command.output().doing(|| "run ps")?;
+    if !output.status.success() {
+        refuse!("run ps: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    filtered(&text, pids).ok_or_else(|| Error::new("run ps: its output has no column PID"))
+}
+
+fn filtered(text: &str, pids: &[i32]) -> Option<String> {
+    let mut lines = text.lines();
+    let heading = lines.next()?;
+    let column = heading.split_whitespace().position(|word| word == "PID")?;
+    let mut kept = format!("{heading}\n");
+    for line in lines {
+        let pid = line
+            .split_whitespace()
+            .nth(column)
+            .and_then(|word| word.parse().ok());
+        if pid.is_some_and(|pid: i32| pids.contains(&pid)) {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    Some(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_containers_lines_are_kept() {
+        let text =
+            "UID   PID PPID CMD\nroot    1    0 init\nroot   42    1 sh -c x 7\nroot    7    1 y\n";
+        assert_eq!(
+            filtered(text, &[42]).unwrap(),
+            "UID   PID PPID CMD\nroot   42    1 sh -c x 7\n"
+        );
+        assert!(filtered("no heading\n", &[1]).is_none());
+    }
+}

@@ -1,0 +1,24 @@
+use super::{Command, Globals};
+use crate::arguments::Arguments;
+use crate::error::Result;
+use crate::state::{State, Status, directory};
+use crate::{cgroup, refuse};
+
+pub const COMMAND: Command = Command {
+    name: "resume",
+    usage: "<container-id>",
+    about: "let the processes of a paused container go on",
+    flags: &[],
+    rest_is_foreign: false,
+    call: resume,
+};
+
+fn resume(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let state = State::load(&globals.root, id)?;
+    match state.status(&directory(&globals.root, id)?)? {
+        Status::Paused => cgroup::freeze(&state.cgroup, false)?,
+        status => refuse!("cannot resume container {id}: it is {}", status.as_str()),
+    }
+    Ok(0)
+}

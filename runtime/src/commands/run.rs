@@ -1,0 +1,103 @@
+use std::path::Path;
+
+use super::{Command, Globals, bundle, console_socket, descriptors};
+use crate::arguments::{Arguments, switch, value};
+use crate::birth::{self, Request};
+use crate::config::Config;
+use crate::error::Result;
+use crate::foreground::Forwarding;
+use crate::state::Status;
+use crate::terminal::connect_console;
+use crate::{hooks, refuse, removal};
+
+pub const COMMAND: Command = Command {
+    name: "run",
+    usage: "[options] <container-id>",
+    about: "create and start a container, and remove it when it ends",
+    flags: &[
+        value(
+            "bundle",
+            Some('b'),
+            "directory with config.json (default: the working directory)",
+        ),
+        value(
+            "console-socket",
+            None,
+            "unix socket that is sent the master side of the terminal",
+        ),
+        switch(
+            "detach",
+            Some('d'),
+            "return when the container runs, and leave it",
+        ),
+        switch("keep", None, "do not remove the container when it ends"),
+        value("pid-file", None, "file to write the process id to"),
+        switch(
+            "no-subreaper",
+            None,
+            "accepted for runc's callers, has no effect",
+        ),
+        switch(
+            "no-pivot",
+            None,
+            "move the root instead of pivot_root, for a root on a ramdisk",
+        ),
+        switch("no-new-keyring", None, "keep the caller's session keyring"),
+        value(
+            "preserve-fds",
+            None,
+            "hand this many further descriptors to the container",
+        ),
+    ],
+    rest_is_foreign: false,
+    call: run,
+};
+
+fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    crate::state::validate_id(id)?;
+    let descriptors = descriptors(arguments)?;
+    let config = Config::load(bundle(arguments))?;
+    let detach = arguments.is_set("detach");
+    let console_socket = match (config.process.terminal, detach, console_socket(arguments)) {
+        (true, true, Some(path)) => Some(connect_console(path)?),
+        (true, true, None) => {
+            refuse!(
+                "process.terminal: with --detach, needs --console-socket to send the terminal to"
+            )
+        }
+        (_, false, Some(_)) | (false, _, Some(_)) => {
+            refuse!("--console-socket: needs process.terminal and --detach")
+        }
+        (_, _, None) => None,
+    };
+    let forwarding = if detach {
+        None
+    } else {
+        Some(Forwarding::start()?)
+    };
+    let born = birth::create(Request {
+        root: &globals.root,
+        id,
+        config: &config,
+        waits: false,
+        console_socket,
+        pid_file: arguments.value("pid-file").map(Path::new),
+        no_pivot: arguments.is_set("no-pivot"),
+        new_keyring: !arguments.is_set("no-new-keyring"),
+        descriptors,
+    })?;
+    let shown = born.state.for_hooks(Status::Running);
+    hooks::run_all("poststart", config.hooks.poststart().as_ref(), &shown);
+    let Some(forwarding) = forwarding else {
+        return Ok(0);
+    };
+    let status = match born.terminal {
+        Some(master) => forwarding.relay(&born.pidfd, master)?,
+        None => forwarding.wait(&born.pidfd)?,
+    };
+    if !arguments.is_set("keep") {
+        removal::destroy(&born.directory, &born.state)?;
+    }
+    Ok(status)
+}

@@ -1,0 +1,29 @@
+use super::{Command, Globals};
+use crate::arguments::Arguments;
+use crate::error::Result;
+use crate::state::{State, Status, directory};
+use crate::{gate, hooks, refuse};
+
+pub const COMMAND: Command = Command {
+    name: "start",
+    usage: "<container-id>",
+    about: "execute the program of a created container",
+    flags: &[],
+    rest_is_foreign: false,
+    call: start,
+};
+
+fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let state = State::load(&globals.root, id)?;
+    let directory = directory(&globals.root, id)?;
+    match state.status(&directory)? {
+        Status::Created => gate::open(&directory, id)?,
+        Status::Stopped => refuse!("cannot start container {id} that has stopped"),
+        Status::Running => refuse!("cannot start container {id} that is already running"),
+        status => refuse!("cannot start container {id} in state {}", status.as_str()),
+    }
+    let shown = state.for_hooks(Status::Running);
+    hooks::run_all("poststart", state.hooks.poststart().as_ref(), &shown);
+    Ok(0)
+}

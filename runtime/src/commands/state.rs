@@ -1,0 +1,24 @@
+use super::{Command, Globals, print};
+use crate::arguments::Arguments;
+use crate::error::{Error, Result};
+use crate::state::{State, directory};
+
+pub const COMMAND: Command = Command {
+    name: "state",
+    usage: "<container-id>",
+    about: "print the state of a container as JSON",
+    flags: &[],
+    rest_is_foreign: false,
+    call: state,
+};
+
+fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let state = State::load(&globals.root, id)?;
+    let status = state.status(&directory(&globals.root, id)?)?;
+    let mut text = serde_json::to_string_pretty(&state.shown(status))
+        .map_err(|error| Error::new(format!("print state of {id}: {error}")))?;
+    text.push('\n');
+    print(&text);
+    Ok(0)
+}

@@ -1,0 +1,198 @@
+use std::io::Read as _;
+use std::path::Path;
+
+use oci_spec::runtime::LinuxResources;
+use serde_json::{Map, Value, json};
+
+use super::{Command, Globals};
+use crate::arguments::{Arguments, value};
+use crate::cgroup;
+use crate::config::read_bounded;
+use crate::error::{Context, Error, Result};
+use crate::refuse;
+use crate::state::{State, Status, directory};
+
+pub const COMMAND: Command = Command {
+    name: "update",
+    usage: "[options] <container-id>",
+    about: "change the limits of a container",
+    flags: &[
+        value(
+            "resources",
+            Some('r'),
+            "file with linux.resources as JSON, - for standard input; other options are then ignored",
+        ),
+        value("blkio-weight", None, "weight of block I/O, 10 to 1000"),
+        value(
+            "cpu-period",
+            None,
+            "period of the CPU limit, in microseconds",
+        ),
+        value(
+            "cpu-quota",
+            None,
+            "CPU time in each period, in microseconds; -1 for no limit",
+        ),
+        value(
+            "cpu-burst",
+            None,
+            "unused CPU time that may be saved up, in microseconds",
+        ),
+        value(
+            "cpu-share",
+            None,
+            "weight beside other containers (cgroup v1 shares)",
+        ),
+        value("cpu-rt-period", None, "not in cgroup v2"),
+        value("cpu-rt-runtime", None, "not in cgroup v2"),
+        value("cpuset-cpus", None, "CPUs to use"),
+        value("cpuset-mems", None, "memory nodes to use"),
+        value("cpu-idle", None, "1 to run only when nothing else does"),
+        value("kernel-memory", None, "not in cgroup v2"),
+        value("kernel-memory-tcp", None, "not in cgroup v2"),
+        value("memory", None, "memory limit in bytes; -1 for none"),
+        value(
+            "memory-reservation",
+            None,
+            "memory that is reclaimed last, in bytes",
+        ),
+        value(
+            "memory-swap",
+            None,
+            "memory and swap together, in bytes; -1 for no limit",
+        ),
+        value("pids-limit", None, "processes and threads; -1 for no limit"),
+        value("l3-cache-schema", None, "Intel RDT (not in this version)"),
+        value("mem-bw-schema", None, "Intel RDT (not in this version)"),
+    ],
+    rest_is_foreign: false,
+    call: update,
+};
+
+fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let state = State::load(&globals.root, id)?;
+    let status = state.status(&directory(&globals.root, id)?)?;
+    if matches!(status, Status::Stopped | Status::Creating) {
+        refuse!("cannot update container {id}: it is {}", status.as_str());
+    }
+    let resources = match arguments.value("resources") {
+        Some(path) => from_file(path)?,
+        None => from_flags(arguments)?,
+    };
+    cgroup::validate(Path::new("/update"), &resources)?;
+    let checked = resources
+        .memory()
+        .as_ref()
+        .and_then(|memory| memory.check_before_update());
+    if checked == Some(true) {
+        cgroup::check_memory_above_use(&state.cgroup, &resources)?;
+    }
+    cgroup::update(&state.cgroup, &resources)?;
+    Ok(0)
+}
+
+fn from_file(path: &str) -> Result<LinuxResources> {
+    let bytes = if path == "-" {
+        let mut bytes = Vec::new();
+        std::io::stdin()
+            .take(1 << 20)
+            .read_to_end(&mut bytes)
+            .doing(|| "read resources from standard input")?;
+        bytes
+    } else {
+        read_bounded(Path::new(path))?
+    };
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::new(format!("parse resources from {path}: {error}")))
+}
+
+/// The flags, put into the form of the file. Sizes may end in k, m or g.
+fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
+    let (mut memory, mut cpu) = (Map::new(), Map::new());
+    for (flag, field) in [
+        ("memory", "limit"),
+        ("memory-reservation", "reservation"),
+        ("memory-swap", "swap"),
+        ("kernel-memory", "kernel"),
+        ("kernel-memory-tcp", "kernelTCP"),
+    ] {
+        if let Some(text) = arguments.value(flag).filter(|text| !text.is_empty()) {
+            memory.insert(field.to_owned(), json!(size(flag, text)?));
+        }
+    }
+    for (flag, field) in [
+        ("cpu-period", "period"),
+        ("cpu-quota", "quota"),
+        ("cpu-burst", "burst"),
+        ("cpu-share", "shares"),
+        ("cpu-idle", "idle"),
+        ("cpu-rt-period", "realtimePeriod"),
+        ("cpu-rt-runtime", "realtimeRuntime"),
+    ] {
+        if let Some(number) = arguments.number::<i64>(flag)? {
+            cpu.insert(field.to_owned(), json!(number));
+        }
+    }
+    for (flag, field) in [("cpuset-cpus", "cpus"), ("cpuset-mems", "mems")] {
+        if let Some(list) = arguments.value(flag).filter(|list| !list.is_empty()) {
+            cpu.insert(field.to_owned(), json!(list));
+        }
+    }
+    for flag in ["l3-cache-schema", "mem-bw-schema"] {
+        if arguments.value(flag).is_some_and(|text| !text.is_empty()) {
+            refuse!("--{flag}: not supported by this version of rrun");
+        }
+    }
+    let mut all = Map::new();
+    if !memory.is_empty() {
+        all.insert("memory".to_owned(), Value::Object(memory));
+    }
+    if !cpu.is_empty() {
+        all.insert("cpu".to_owned(), Value::Object(cpu));
+    }
+    if let Some(limit) = arguments.number::<i64>("pids-limit")? {
+        all.insert("pids".to_owned(), json!({ "limit": limit }));
+    }
+    if let Some(weight) = arguments.number::<u16>("blkio-weight")? {
+        all.insert("blockIO".to_owned(), json!({ "weight": weight }));
+    }
+    serde_json::from_value(Value::Object(all))
+        .map_err(|error| Error::new(format!("the limits on the command line: {error}")))
+}
+
+fn size(flag: &str, text: &str) -> Result<i64> {
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let factor = match lower.strip_prefix(digits).unwrap_or_default() {
+        "" | "b" => Some(1i64),
+        "k" | "kb" | "kib" => Some(1 << 10),
+        "m" | "mb" | "mib" => Some(1 << 20),
+        "g" | "gb" | "gib" => Some(1 << 30),
+        "t" | "tb" | "tib" => Some(1 << 40),
+        _ => None,
+    };
+    factor
+        .and_then(|factor| digits.parse::<i64>().ok()?.checked_mul(factor))
+        .ok_or_else(|| Error::new(format!("invalid value \"{text}\" for flag -{flag}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_with_and_without_units() {
+        for (text, bytes) in [
+            ("-1", -1),
+            ("1024", 1024),
+            ("64m", 64 << 20),
+            ("2GiB", 2 << 30),
+        ] {
+            assert_eq!(size("memory", text).unwrap(), bytes);
+        }
+        for text in ["", "m", "1x", "9999999999g"] {
+            assert!(size("memory", text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! config.json: read whole, and checked whole, before anything on the system is touched.
+
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxIdMapping, LinuxNamespaceType as Type, LinuxResources, Spec,
+};
+
+use crate::devices::{self, Device};
+use crate::error::{Context, Error, Result};
+use crate::mount_options::{self, SLAVE};
+use crate::mounts::Mount;
+use crate::namespaces::Namespaces;
+use crate::process::Process;
+use crate::{cgroup, hooks, refuse, sysctl};
+
+/// The most of a config.json that is read; the largest that occur have some 100 kB.
+const SIZE_LIMIT: u64 = 16 << 20;
+
+/// What config.json asks for, checked, and in the form in which it is used.
+pub struct Config {
+    /// The bundle's directory, absolute and without links.
+    pub bundle: PathBuf,
+    /// The root file system on the host, absolute.
+    pub rootfs: PathBuf,
+    pub root_readonly: bool,
+    /// Propagation of the container's root, and whether it is recursive; `None` if not said.
+    pub root_propagation: Option<(u64, bool)>,
+    pub oci_version: String,
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
+    pub annotations: HashMap<String, String>,
+    pub namespaces: Namespaces,
+    pub uid_mappings: Vec<LinuxIdMapping>,
+    pub gid_mappings: Vec<LinuxIdMapping>,
+    /// Content for timens_offsets, see time_namespaces(7).
+    pub time_offsets: String,
+    pub mounts: Vec<Mount>,
+    pub devices: Vec<Device>,
+    pub masked_paths: Vec<String>,
+    pub readonly_paths: Vec<String>,
+    pub sysctl: HashMap<String, String>,
+    pub cgroups_path: PathBuf,
+    pub resources: LinuxResources,
+    pub hooks: Hooks,
+    pub process: Process,
+    /// The process as it was written, from which `exec` takes what it is not told.
+    pub process_spec: oci_spec::runtime::Process,
+}
+
+/// Reads a file of at most [`SIZE_LIMIT`] bytes.
+pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+    let doing = || format!("read {}", path.display());
+    let file = std::fs::File::open(path).doing(doing)?;
+    let mut bytes = Vec::with_capacity(16 << 10);
+    let read = file
+        .take(SIZE_LIMIT + 1)
+        .read_to_end(&mut bytes)
+        .doing(doing)?;
+    if read as u64 > SIZE_LIMIT {
+        refuse!(
+            "read {}: is larger than {} MB",
+            path.display(),
+            SIZE_LIMIT >> 20
+        );
+    }
+    Ok(bytes)
+}
+
+impl Config {
+    /// Reads and checks the config.json of a bundle.
+    pub fn load(bundle: &Path) -> Result<Config> {
+        let bundle = bundle
+            .canonicalize()
+            .doing(|| format!("open bundle {}", bundle.display()))?;
+        let path = bundle.join("config.json");
+        let bytes = read_bounded(&path)?;
+        let spec: Spec = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))?;
+        Config::from_spec(bundle, spec).map_err(|error| error.while_doing("config.json"))
+    }
+
+    fn from_spec(bundle: PathBuf, mut spec: Spec) -> Result<Config> {
+        check_version(spec.version())?;
+        let Some(mut linux) = spec.linux_mut().take() else {
+            refuse!("linux: is missing");
+        };
+        refuse_unsupported(&spec, &linux)?;
+        let Some(process_spec) = spec.process_mut().take() else {
+            refuse!("process: is missing");
+        };
+        let Some(root) = spec.root().as_ref() else {
+            refuse!("root: is missing");
+        };
+        let rootfs = bundle.join(root.path());
+        let rootfs = rootfs
+            .canonicalize()
+            .doing(|| format!("root.path {}", rootfs.display()))?;
+        if !rootfs.is_dir() {
+            refuse!("root.path: {} is not a directory", rootfs.display());
+        }
+        if rootfs == Path::new("/") {
+            refuse!("root.path: the host's root can not be a container's");
+        }
+
+        let namespaces = Namespaces::from_spec(linux.namespaces().as_deref().unwrap_or_default())?;
+        let config = Config {
+            rootfs,
+            root_readonly: root.readonly().unwrap_or(false),
+            root_propagation: match linux.rootfs_propagation().as_deref() {
+                None | Some("") => None,
+                Some(name) => Some(mount_options::propagation(name).ok_or_else(|| {
+                    Error::new(format!("linux.rootfsPropagation: {name} is unknown"))
+                })?),
+            },
+            oci_version: spec.version().clone(),
+            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+            domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
+            annotations: spec.annotations_mut().take().unwrap_or_default(),
+            uid_mappings: linux.uid_mappings_mut().take().unwrap_or_default(),
+            gid_mappings: linux.gid_mappings_mut().take().unwrap_or_default(),
+            time_offsets: time_offsets(&linux),
+            mounts: spec
+                .mounts()
+                .iter()
+                .flatten()
+                .enumerate()
+                .map(|(index, mount)| Mount::from_spec(index, mount, &bundle))
+                .collect::<Result<_>>()?,
+            devices: devices::from_spec(linux.devices().as_deref().unwrap_or_default())?,
+            masked_paths: linux.masked_paths_mut().take().unwrap_or_default(),
+            readonly_paths: linux.readonly_paths_mut().take().unwrap_or_default(),
+            sysctl: linux.sysctl_mut().take().unwrap_or_default(),
+            cgroups_path: linux.cgroups_path().clone().unwrap_or_default(),
+            resources: linux.resources_mut().take().unwrap_or_default(),
+            hooks: spec.hooks_mut().take().unwrap_or_default(),
+            process: Process::from_spec(&process_spec)?,
+            process_spec,
+            namespaces,
+            bundle,
+        };
+        config.check_together()?;
+        Ok(config)
+    }
+
+    /// What is only wrong beside something else.
+    fn check_together(&self) -> Result<()> {
+        let namespaces = &self.namespaces;
+        if !namespaces.own(Type::Mount) {
+            refuse!("linux.namespaces: a mount namespace is needed");
+        }
+        if self.hostname.is_some() && !namespaces.own(Type::Uts) {
+            refuse!("hostname: would be set for the host, because there is no UTS namespace");
+        }
+        if self.domainname.is_some() && !namespaces.own(Type::Uts) {
+            refuse!("domainname: would be set for the host, because there is no UTS namespace");
+        }
+        let mapped = !self.uid_mappings.is_empty() && !self.gid_mappings.is_empty();
+        if namespaces.is_new(Type::User) && !mapped {
+            refuse!("linux.uidMappings, linux.gidMappings: are needed for a new user namespace");
+        }
+        let any_mapping = !self.uid_mappings.is_empty() || !self.gid_mappings.is_empty();
+        if any_mapping && !namespaces.own(Type::User) {
+            refuse!("linux.uidMappings: there is no user namespace that could have mappings");
+        }
+        if namespaces.is_joined(Type::User) {
+            refuse!(
+                "linux.namespaces: entering a user namespace by path is not supported by this version of rrun"
+            );
+        }
+        if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
+            refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
+        }
+        sysctl::validate(&self.sysctl, namespaces)?;
+        hooks::validate(&self.hooks)?;
+        cgroup::validate(&self.cgroups_path, &self.resources)
+    }
+
+    /// Whether the container's /dev is ours to fill: not if it is bound from elsewhere.
+    pub fn fills_dev(&self) -> bool {
+        !self
+            .mounts
+            .iter()
+            .any(|mount| mount.is_bind() && mount.destination == Path::new("/dev"))
+    }
+
+    /// Whether mounts are meant to leave the container by its root.
+    pub fn root_is_shared(&self) -> bool {
+        matches!(self.root_propagation, Some((kind, _)) if kind == mount_options::SHARED)
+    }
+
+    /// The propagation to set on the container's root at the end, if it differs from what
+    /// it has by then.
+    pub fn final_propagation(&self) -> Option<(u64, bool)> {
+        self.root_propagation.filter(|(kind, _)| *kind != SLAVE)
+    }
+}
+
+/// Versions 1.x, with or without a suffix such as `-dev`.
+fn check_version(version: &str) -> Result<()> {
+    let mut parts = version.split(['.', '-', '+']);
+    let number = |part: Option<&str>| part.and_then(|part| part.parse::<u32>().ok());
+    match (
+        number(parts.next()),
+        number(parts.next()),
+        number(parts.next()),
+    ) {
+        (Some(1), Some(_), Some(_)) => Ok(()),
+        (Some(_), Some(_), Some(_)) => {
+            refuse!("ociVersion: {version} is not a version 1 of the specification")
+        }
+        _ if version.is_empty() => refuse!("ociVersion: is missing"),
+        _ => refuse!("ociVersion: {version} is not a version"),
+    }
+}
+
+fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
+    let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let unsupported = [
+        ("vm", spec.vm().is_some()),
+        ("linux.seccomp", linux.seccomp().is_some()),
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.mountLabel", named(linux.mount_label())),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        ("linux.personality", linux.personality().is_some()),
+        (
+            "linux.netDevices",
+            linux
+                .net_devices()
+                .as_ref()
+                .is_some_and(|devices| !devices.is_empty()),
+        ),
+    ];
+    for (field, present) in unsupported {
+        if present {
+            refuse!("{field}: not supported by this version of rrun");
+        }
+    }
+    Ok(())
+}
+
+fn time_offsets(linux: &Linux) -> String {
+    let mut text = String::new();
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        let (secs, nanos) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        text.push_str(&format!("{clock} {secs} {nanos}\n"));
+    }
+    text
+}
+
+/// Lines for uid_map or gid_map, see user_namespaces(7).
+pub fn id_map(mappings: &[LinuxIdMapping]) -> String {
+    mappings
+        .iter()
+        .map(|map| format!("{} {} {}\n", map.container_id(), map.host_id(), map.size()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_versions_1_are_accepted() {
+        for version in ["1.0.0", "1.0.2-dev", "1.3.0", "1.2.1+dev"] {
+            assert!(check_version(version).is_ok(), "{version}");
+        }
+        for version in ["", "2.0.0", "0.9.9", "1.0", "x.y.z", "one"] {
+            let error = check_version(version).unwrap_err().to_string();
+            assert!(error.starts_with("ociVersion"), "{error}");
+        }
+    }
+
+    #[test]
+    fn fields_that_contradict_each_other_or_are_not_supported_are_named() {
+        let directory = std::env::temp_dir().join(format!("rrun-config-{}", std::process::id()));
+        std::fs::create_dir_all(directory.join("rootfs")).unwrap();
+        let process = r#""process":{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/"}"#;
+        for (rest, words) in [
+            (r#""linux":{"namespaces":[]}"#.to_owned(), "process"),
+            (
+                format!(r#"{process},"linux":{{"namespaces":[]}}"#),
+                "linux.namespaces",
+            ),
+            (
+                format!(
+                    r#"{process},"hostname":"x","linux":{{"namespaces":[{{"type":"mount"}}]}}"#
+                ),
+                "hostname",
+            ),
+            (
+                format!(
+                    r#"{process},"linux":{{"namespaces":[{{"type":"mount"}}],"seccomp":{{"defaultAction":"SCMP_ACT_ALLOW"}}}}"#
+                ),
+                "linux.seccomp",
+            ),
+            (process.to_owned(), "linux"),
+        ] {
+            let json = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},{rest}}}"#);
+            std::fs::write(directory.join("config.json"), json).unwrap();
+            let error = Config::load(&directory).err().unwrap().to_string();
+            assert!(error.contains(&format!("config.json: {words}")), "{error}");
+        }
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+}

@@ -1,0 +1,173 @@
+//! A further process for a container that runs, as `exec` makes it.
+//!
+//! Born by clone3(2) in the container's cgroup; the descriptor of the container's first
+//! process then leads into all of its namespaces with one setns(2).
+
+use std::convert::Infallible;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use crate::birth::{end_child, explain_death, write_pid_file};
+use crate::channel::{self, Channel, Message};
+use crate::error::{Context, Error, Result};
+use crate::init::{Descriptors, NeverReturn, end, execute, settle};
+use crate::namespaces::flag;
+use crate::process::Process;
+use crate::rootfs::Rootfs;
+use crate::state::State;
+use crate::syscalls::{self, Cloned, clone3};
+use crate::terminal::Terminal;
+use crate::{cgroup, refuse};
+
+use oci_spec::runtime::LinuxNamespaceType as Type;
+
+/// What is to be run where.
+pub struct Request<'a> {
+    pub state: &'a State,
+    /// The container's first process.
+    pub init: OwnedFd,
+    pub process: Process,
+    /// A cgroup below the container's own, from its root.
+    pub sub_cgroup: Option<&'a str>,
+    pub console_socket: Option<OwnedFd>,
+    pub pid_file: Option<&'a Path>,
+    pub descriptors: Descriptors,
+}
+
+/// A process that has become its program.
+pub struct Entered {
+    pub pidfd: OwnedFd,
+    /// The master side of its terminal, if that was not sent to a console socket.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// Makes the process. When this returns, it has executed its program.
+pub fn enter(mut request: Request<'_>) -> Result<Entered> {
+    let state = request.state;
+    let pid_namespace = flag(Type::Pid);
+    if state.namespaces & pid_namespace != 0 {
+        join(&request.init, pid_namespace)?;
+    }
+    let cgroup_path = match request.sub_cgroup {
+        Some(inner) => cgroup::below(&state.cgroup, inner)?,
+        None => state.cgroup.clone(),
+    };
+    let (channel, childs_end) = channel::pair()?;
+    let (pid, pidfd) = match born_in(&cgroup_path, state, request.sub_cgroup.is_none())? {
+        Cloned::Child => {
+            drop(channel);
+            run(&mut request, childs_end)
+        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
+    drop(childs_end);
+    drop(request.console_socket.take());
+    let finished = accompany(&channel, &request, pid)
+        .map_err(|error| explain_death(error, &pidfd))
+        .and_then(|terminal| {
+            if let Some(path) = request.pid_file {
+                write_pid_file(path, pid)?;
+            }
+            Ok(terminal)
+        });
+    match finished {
+        Ok(terminal) => Ok(Entered { pidfd, terminal }),
+        Err(error) => {
+            end_child(&pidfd);
+            Err(error)
+        }
+    }
+}
+
+/// Forks into a cgroup. If the container has divided its own among cgroups below, it can
+/// take no processes; then the one that the first process is in has to do.
+fn born_in(path: &Path, state: &State, may_follow: bool) -> Result<Cloned> {
+    let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
+    let directory = cgroup::open(path)?;
+    match clone3(0, Some(directory.as_fd())) {
+        Err(Errno::BUSY | Errno::OPNOTSUPP) if may_follow => {
+            let path = cgroup::of_process(state.pid)?;
+            let directory = cgroup::open(&path)?;
+            clone3(0, Some(directory.as_fd())).doing(|| doing(&path))
+        }
+        result => result.doing(|| doing(path)),
+    }
+}
+
+fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
+    let types = ThreadNameSpaceType::from_bits_retain(namespaces as u32);
+    move_into_thread_name_spaces(init.as_fd(), types)
+        .doing(|| "enter the namespaces of the container's first process")
+}
+
+fn run(request: &mut Request<'_>, channel: Channel) -> ! {
+    let _guard = NeverReturn;
+    let Err(error) = live(request, &channel);
+    channel.failed(&error);
+    end()
+}
+
+fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
+    let state = request.state;
+    syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
+    rustix::process::setsid().doing(|| "become a session leader")?;
+    let new_user = state.namespaces & flag(Type::User) != 0;
+    if new_user {
+        // The host's rights are needed for these; the parent sets them.
+        channel.ask_for_id_maps()?;
+    } else {
+        request.process.apply_oom_score_adj("/proc/self")?;
+    }
+    join(&request.init, state.namespaces & !flag(Type::Pid))?;
+    if new_user {
+        crate::init::become_root_of_namespace()?;
+    } else {
+        request.process.apply_rlimits(0)?;
+    }
+    if request.process.terminal {
+        let root = rustix::fs::open(
+            "/",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .doing(|| "open the container's root")?;
+        let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
+        match &request.console_socket {
+            Some(socket) => terminal.send_master(socket.as_fd())?,
+            None => channel.terminal(terminal.master.as_fd())?,
+        }
+        terminal.take()?;
+    }
+    request
+        .process
+        .complete_environment(request.descriptors.listen)?;
+    let program = settle(&request.process, request.descriptors)?;
+    channel.ready()?;
+    Err(execute(&program, &request.process))
+}
+
+fn accompany(channel: &Channel, request: &Request<'_>, pid: i32) -> Result<Option<OwnedFd>> {
+    let mut terminal = None;
+    let mut ready = false;
+    loop {
+        match channel.receive()? {
+            Message::MapIds => {
+                request
+                    .process
+                    .apply_oom_score_adj(&format!("/proc/{pid}"))?;
+                request.process.apply_rlimits(pid)?;
+                channel.go_on()?;
+            }
+            Message::Terminal(master) => terminal = Some(master),
+            Message::Ready => ready = true,
+            Message::Closed if ready => return Ok(terminal),
+            Message::Closed => refuse!("the process died while it was being made"),
+            Message::Failed(error) => return Err(error),
+            Message::RunHooks => return Err(Error::new("exec runs no hooks")),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What went wrong, as one sentence for the person who reads it.
+//!
+//! Every error that reaches a user has the form `what was being done, to what: what the
+//! kernel said (ENAME)`. The sentence is built where the failure happens, because only
+//! there all its parts are known; from there on it is only carried, also across the pipe
+//! from a container's first process to its parent.
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a caller may need to tell apart; everything else is in the sentence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Anything that has no kind of its own.
+    General,
+    /// No container of that id under this root.
+    NoSuchContainer,
+    /// The program to run is not in the container (a shell would exit with 127).
+    ProgramNotFound,
+    /// The program is there but can not be executed (a shell would exit with 126).
+    ProgramNotExecutable,
+}
+
+impl Kind {
+    /// The byte that stands for this kind in a message from child to parent.
+    pub fn to_byte(self) -> u8 {
+        match self {
+            Kind::General => 0,
+            Kind::NoSuchContainer => 1,
+            Kind::ProgramNotFound => 2,
+            Kind::ProgramNotExecutable => 3,
+        }
+    }
+
+    /// The inverse of [`Kind::to_byte`]; what is unknown is [`Kind::General`].
+    pub fn from_byte(byte: u8) -> Kind {
+        match byte {
+            1 => Kind::NoSuchContainer,
+            2 => Kind::ProgramNotFound,
+            3 => Kind::ProgramNotExecutable,
+            _ => Kind::General,
+        }
+    }
+}
+
+/// One sentence, and its kind.
+#[derive(Debug, thiserror::Error)]
+#[error("{sentence}")]
+pub struct Error {
+    sentence: String,
+    kind: Kind,
+}
+
+impl Error {
+    pub fn new(sentence: impl Into<String>) -> Error {
+        Error {
+            sentence: sentence.into(),
+            kind: Kind::General,
+        }
+    }
+
+    pub fn with_kind(mut self, kind: Kind) -> Error {
+        self.kind = kind;
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Puts what was being done around what went wrong inside it.
+    pub fn while_doing(mut self, doing: impl fmt::Display) -> Error {
+        self.sentence = format!("{doing}: {}", self.sentence);
+        self
+    }
+}
+
+/// `Operation not permitted (EPERM)` from an errno.
+pub fn errno_text(raw: i32) -> String {
+    let errno = Errno::from_raw(raw);
+    if errno == Errno::UnknownErrno {
+        return format!("errno {raw}");
+    }
+    format!("{} ({errno:?})", errno.desc())
+}
+
+/// Something that carries the reason of a failure, mostly an errno.
+pub trait Reason {
+    fn reason(&self) -> String;
+}
+
+impl Reason for rustix::io::Errno {
+    fn reason(&self) -> String {
+        errno_text(self.raw_os_error())
+    }
+}
+
+impl Reason for std::io::Error {
+    fn reason(&self) -> String {
+        self.raw_os_error()
+            .map_or_else(|| self.to_string(), errno_text)
+    }
+}
+
+impl Reason for Error {
+    fn reason(&self) -> String {
+        self.sentence.clone()
+    }
+}
+
+/// Turns a kernel's refusal into a sentence.
+pub trait Context<T> {
+    /// `doing` is evaluated only on failure: `mount proc on /proc`.
+    fn doing<D: fmt::Display>(self, doing: impl FnOnce() -> D) -> Result<T>;
+}
+
+impl<T, E: Reason> Context<T> for std::result::Result<T, E> {
+    fn doing<D: fmt::Display>(self, doing: impl FnOnce() -> D) -> Result<T> {
+        self.map_err(|error| Error::new(format!("{}: {}", doing(), error.reason())))
+    }
+}
+
+/// `return Err(Error::new(format!(…)))`.
+#[macro_export]
+macro_rules! refuse {
+    ($($arg:tt)*) => {
+        return Err($crate::error::Error::new(format!($($arg)*)))
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_errno_becomes_words_and_its_name() {
+        let failed: std::result::Result<(), _> = Err(rustix::io::Errno::PERM);
+        let error = failed.doing(|| "mount proc on /proc").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "mount proc on /proc: Operation not permitted (EPERM)"
+        );
+    }
+
+    #[test]
+    fn a_kind_survives_the_way_from_child_to_parent() {
+        for kind in [
+            Kind::General,
+            Kind::NoSuchContainer,
+            Kind::ProgramNotFound,
+            Kind::ProgramNotExecutable,
+        ] {
+            assert_eq!(Kind::from_byte(kind.to_byte()), kind);
+        }
+    }
+}

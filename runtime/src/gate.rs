@@ -1,0 +1,135 @@
+//! The gate between `create` and `start`.
+//!
+//! The first process of a created container waits at a listening unix socket in the
+//! container's directory; `start` connects to it. In place of the FIFO that runc and crun
+//! use, because it tells more: nobody can connect to a process that is gone, of two
+//! starters only one is let in, and the same connection carries the error back if the
+//! program then can not be executed. Its closing by close-on-exec is the sign of success.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with,
+    bind, connect, listen, recv, send, socket_with,
+};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::state::GATE;
+
+const GO: &[u8] = b"G";
+const LET_IN: u8 = b'L';
+/// Longest error that is carried.
+const LIMIT: usize = 16 << 10;
+
+fn socket() -> Result<OwnedFd> {
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(|| "make a unix socket")
+}
+
+/// Calls `with` with the socket's address. A path too long for one (108 bytes) is reached
+/// through a descriptor of its directory.
+fn at_address<T>(
+    directory: &Path,
+    with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
+) -> std::result::Result<T, Errno> {
+    if let Ok(address) = SocketAddrUnix::new(directory.join(GATE)) {
+        return with(&address);
+    }
+    let directory = rustix::fs::open(
+        directory,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
+    with(&SocketAddrUnix::new(format!(
+        "/proc/self/fd/{number}/{GATE}"
+    ))?)
+}
+
+/// Sets the gate up, closed, in a container's directory.
+pub fn build(directory: &Path) -> Result<OwnedFd> {
+    let socket = socket()?;
+    at_address(directory, |address| bind(&socket, address))
+        .and_then(|()| listen(&socket, 8))
+        .doing(|| format!("make socket {}", directory.join(GATE).display()))?;
+    Ok(socket)
+}
+
+/// From the container's first process: waits until a starter is there, and lets it in.
+pub fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
+    loop {
+        let starter = match acceptfrom_with(gate, SocketFlags::CLOEXEC) {
+            Ok((starter, _)) => starter,
+            Err(Errno::INTR | Errno::CONNABORTED) => continue,
+            Err(errno) => return Err(errno).doing(|| "wait for start"),
+        };
+        let mut word = [0u8; 1];
+        let said = recv(&starter, &mut word, RecvFlags::empty());
+        // A starter that went away before it said so has not started anything.
+        if matches!(said, Ok((_, 1))) && word == *GO {
+            let _ = send(&starter, &[LET_IN], SendFlags::NOSIGNAL);
+            return Ok(starter);
+        }
+    }
+}
+
+/// From the container's first process: tells the starter that it came to nothing.
+pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
+    let mut message = vec![error.kind().to_byte()];
+    message.extend(error.to_string().bytes().take(LIMIT - 1));
+    let _ = send(starter, &message, SendFlags::NOSIGNAL);
+}
+
+/// From `start`: has the container's program executed, and returns when it is.
+///
+/// # Errors
+/// The container is not waiting to be started; or what prevented the execution.
+pub fn open(directory: &Path, id: &str) -> Result<()> {
+    let not_created = || {
+        Error::new(format!(
+            "cannot start container {id}: it is not in state created"
+        ))
+    };
+    let socket = socket()?;
+    let path = directory.join(GATE);
+    match at_address(directory, |address| connect(&socket, address)) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Err(not_created()),
+        Err(Errno::CONNREFUSED) => {
+            // Its process is gone, or past the gate with a starter that died on the way.
+            let _ = rustix::fs::unlink(&path);
+            return Err(not_created());
+        }
+        Err(errno) => return Err(errno).doing(|| format!("connect to {}", path.display())),
+    }
+    send(&socket, GO, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
+    let mut buffer = vec![0u8; LIMIT];
+    let mut let_in = false;
+    loop {
+        match recv(socket.as_fd(), &mut *buffer, RecvFlags::empty()) {
+            Err(Errno::INTR) => {}
+            Ok((_, length)) if length > 0 => match buffer.get(..length).unwrap_or_default() {
+                [LET_IN] if !let_in => {
+                    let_in = true;
+                    let _ = rustix::fs::unlink(&path);
+                }
+                [kind, sentence @ ..] => {
+                    return Err(Error::new(String::from_utf8_lossy(sentence))
+                        .with_kind(Kind::from_byte(*kind)));
+                }
+                [] => {}
+            },
+            // Closed: by executing the program, if it had let us in.
+            _ if let_in => return Ok(()),
+            _ => return Err(not_created()),
+        }
+    }
+}

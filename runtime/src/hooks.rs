@@ -1,0 +1,133 @@
+//! Programs that a configuration has run at six points of a container's life.
+//!
+//! See config.md, "POSIX-platform Hooks". Each gets the container's state on standard
+//! input; a failure of any but the last two kinds undoes the container.
+
+use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::{Hook, Hooks};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::error::{Context, Result};
+use crate::{log, refuse};
+
+/// How long a hook may run that says nothing about it; the specification sets no limit, but
+/// nothing here waits for ever.
+const UNSAID_TIMEOUT: Duration = Duration::from_secs(3600);
+/// After this, the log says what is being waited for.
+const SLOW: Duration = Duration::from_secs(10);
+
+/// # Errors
+/// A hook whose path is not absolute, or whose timeout is not positive.
+pub fn validate(hooks: &Hooks) -> Result<()> {
+    #[allow(deprecated)] // prestart is: callers use it all the same
+    let lists = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (name, list) in lists {
+        for (index, hook) in list.iter().flatten().enumerate() {
+            if !hook.path().is_absolute() {
+                refuse!(
+                    "hooks.{name}[{index}].path: {} is not an absolute path",
+                    hook.path().display()
+                );
+            }
+            if hook.timeout().is_some_and(|seconds| seconds <= 0) {
+                refuse!("hooks.{name}[{index}].timeout: must be more than 0");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs hooks one after the other, until one fails.
+pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str) -> Result<()> {
+    for (index, hook) in hooks.into_iter().flatten().enumerate() {
+        run_one(hook, state).map_err(|error| {
+            error.while_doing(format!(
+                "run hooks.{name}[{index}] {}",
+                hook.path().display()
+            ))
+        })?;
+    }
+    Ok(())
+}
+
+/// The same, but a failure is only logged, as it is to be for poststart and poststop.
+pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
+    for (index, hook) in hooks.into_iter().flatten().enumerate() {
+        if let Err(error) = run_one(hook, state) {
+            log::warning(&format!(
+                "run hooks.{name}[{index}] {}: {error}",
+                hook.path().display()
+            ));
+        }
+    }
+}
+
+fn run_one(hook: &Hook, state: &str) -> Result<()> {
+    let mut command = Command::new(hook.path());
+    if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
+        command.arg0(name).args(rest);
+    }
+    command.env_clear().stdin(Stdio::piped());
+    for variable in hook.env().iter().flatten() {
+        if let Some((name, value)) = variable.split_once('=') {
+            command.env(name, value);
+        }
+    }
+    let mut child = command.spawn().doing(|| "start it")?;
+    if let Some(mut input) = child.stdin.take() {
+        // A hook that does not read its input is no failed hook.
+        let _ = input.write_all(state.as_bytes());
+    }
+    let timeout = hook
+        .timeout()
+        .and_then(|seconds| u64::try_from(seconds).ok())
+        .map_or(UNSAID_TIMEOUT, Duration::from_secs);
+    let pid = Pid::from_raw(child.id() as i32);
+    if let Some(pid) = pid {
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "watch it")?;
+        let deadline = Instant::now() + timeout;
+        let mut told = false;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let _ = child.kill();
+                let _ = child.wait();
+                refuse!(
+                    "it did not end within {} s and was killed",
+                    timeout.as_secs()
+                );
+            }
+            let wait = left.min(SLOW);
+            let wait = Timespec {
+                tv_sec: wait.as_secs() as _,
+                tv_nsec: wait.subsec_nanos() as _,
+            };
+            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&wait)) {
+                Ok(0) if !told => {
+                    told = true;
+                    log::warning(&format!("still waiting for hook {}", hook.path().display()));
+                }
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => break,
+                Err(errno) => return Err(errno).doing(|| "wait for it"),
+            }
+        }
+    }
+    let status = child.wait().doing(|| "wait for it")?;
+    if !status.success() {
+        refuse!("it ended with {status}");
+    }
+    Ok(())
+}

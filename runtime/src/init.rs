@@ -1,0 +1,403 @@
+//! The life of a container's first process, from its birth to the program that it becomes.
+//!
+//! It runs as a copy of rrun, alone in its new namespaces and in its cgroup, and does its
+//! own making in the order in which the kernel has to see it. What fails is one sentence,
+//! sent to the parent, and the end.
+
+use std::convert::Infallible;
+use std::os::fd::{AsFd, OwnedFd};
+
+use oci_spec::runtime::LinuxNamespaceType as Type;
+use rustix::fs::{Gid, Mode, Uid};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
+use rustix::thread::UnshareFlags;
+
+use crate::channel::Channel;
+use crate::config::Config;
+use crate::error::{Context, Error, Result};
+use crate::mount_options::READ_ONLY;
+use crate::mounts::{self, attach_root};
+use crate::namespaces::OpenJoin;
+use crate::process::{Process, enter_cwd};
+use crate::rootfs::Rootfs;
+use crate::state::{State, Status};
+use crate::syscalls::{self, MountAttr, mount_setattr};
+use crate::terminal::Terminal;
+use crate::{devices, gate, hooks, log, sysctl};
+
+/// What the first process needs to know beside its configuration.
+pub struct Init<'a> {
+    pub config: &'a Config,
+    pub state: &'a State,
+    pub channel: Channel,
+    /// Existing namespaces that are left for it to enter.
+    pub joins: Vec<OpenJoin>,
+    /// Where the terminal's master side goes, if not to the parent.
+    pub console_socket: Option<OwnedFd>,
+    /// The closed gate at which it waits for `start`; without one it does not wait.
+    pub gate: Option<OwnedFd>,
+    pub no_pivot: bool,
+    pub new_keyring: bool,
+    pub descriptors: Descriptors,
+}
+
+/// Which descriptors of rrun's caller the program gets beside the standard three.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Descriptors {
+    /// Sockets announced by LISTEN_FDS.
+    pub listen: u32,
+    /// Those asked for with --preserve-fds.
+    pub preserve: u32,
+}
+
+impl Descriptors {
+    /// The first that the program does not get.
+    pub fn first_closed(self) -> u32 {
+        3u32.saturating_add(self.listen)
+            .saturating_add(self.preserve)
+    }
+}
+
+/// Ends the process without running anything of its parent's that it was born with.
+pub fn end() -> ! {
+    // SAFETY: _exit runs no handlers, flushes nothing, and does not return.
+    unsafe { libc::_exit(1) }
+}
+
+/// Ends the process on any way out of its story, so that a copy of rrun never returns into
+/// the parent's code.
+pub struct NeverReturn;
+
+impl Drop for NeverReturn {
+    fn drop(&mut self) {
+        end()
+    }
+}
+
+impl Init<'_> {
+    /// Tells the story to its end.
+    pub fn run(mut self) -> ! {
+        let _guard = NeverReturn;
+        let Err(error) = self.live();
+        self.channel.failed(&error);
+        end()
+    }
+
+    fn live(&mut self) -> Result<Infallible> {
+        let config = self.config;
+        let new_user = config.namespaces.is_new(Type::User);
+        syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
+        rustix::process::setsid().doing(|| "become a session leader")?;
+        rustix::process::umask(Mode::empty());
+
+        self.enter_namespaces(new_user)?;
+        let rootfs = self.build_root(new_user)?;
+        let terminal = self.make_terminal(&rootfs)?;
+        self.run_hooks()?;
+        // The last that needs the host's /proc.
+        sysctl::apply(&config.sysctl)?;
+        if !new_user {
+            config.process.apply_oom_score_adj("/proc/self")?;
+        }
+        self.finish_root(&rootfs)?;
+        self.change_root(&rootfs)?;
+        drop(rootfs);
+        if let Some(terminal) = terminal {
+            terminal.take()?;
+        }
+
+        if self.new_keyring {
+            join_keyring(&self.state.id)?;
+        }
+        let mut process = config.process.clone();
+        if !new_user {
+            process.apply_rlimits(0)?;
+        }
+        process.complete_environment(self.descriptors.listen)?;
+        let program = settle(&process, self.descriptors)?;
+        self.channel.ready()?;
+
+        let starter = match &self.gate {
+            Some(gate) => Some(gate::wait(gate.as_fd())?),
+            None => None,
+        };
+        self.gate = None;
+        let error = match self.start_container_hooks() {
+            Ok(()) => execute(&program, &process),
+            Err(error) => error,
+        };
+        if let Some(starter) = starter {
+            gate::failed(starter.as_fd(), &error);
+            end();
+        }
+        Err(error)
+    }
+
+    fn enter_namespaces(&self, new_user: bool) -> Result<()> {
+        let config = self.config;
+        for join in self
+            .joins
+            .iter()
+            .filter(|join| !join.before_birth(new_user))
+        {
+            join.enter()?;
+        }
+        if new_user {
+            self.channel.ask_for_id_maps()?;
+            become_root_of_namespace()?;
+        }
+        // Not made at birth: the kernel would take the cgroup that the parent is in for its
+        // root (copy_cgroup_ns looks at the process that calls clone3).
+        if config.namespaces.is_new(Type::Cgroup) {
+            rustix_unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;
+        }
+        if config.namespaces.is_new(Type::Network) {
+            syscalls::loopback_up().doing(|| "bring the loopback interface up")?;
+        }
+        if let Some(name) = &config.hostname {
+            rustix::system::sethostname(name.as_bytes())
+                .doing(|| format!("set hostname {name}"))?;
+        }
+        if let Some(name) = &config.domainname {
+            rustix::system::setdomainname(name.as_bytes())
+                .doing(|| format!("set domainname {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Mounts everything on the root, which is not the root yet.
+    fn build_root(&self, new_user: bool) -> Result<Rootfs> {
+        let config = self.config;
+        // Without a cgroup namespace, only its own cgroup is shown to the container.
+        let cgroup = (!config.namespaces.own(Type::Cgroup)).then_some(&*self.state.cgroup);
+
+        // What is to be shared with the host must be taken while it still is.
+        let mut taken: Vec<Option<OwnedFd>> = Vec::new();
+        if config.root_is_shared() {
+            for mount in &config.mounts {
+                let detached = mount
+                    .is_bind()
+                    .then(|| mount.detached(cgroup))
+                    .transpose()?;
+                taken.push(detached);
+            }
+        }
+        // From here on nothing that is mounted reaches the host; what the host mounts
+        // still reaches those that ask for it (rslave).
+        rustix::mount::mount_change(
+            "/",
+            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+        )
+        .doing(|| "cut the mounts off from the host's (make / a slave)")?;
+
+        let rootfs = attach_root(&config.rootfs)?;
+        for (index, mount) in config.mounts.iter().enumerate() {
+            let detached = match taken.get_mut(index).and_then(Option::take) {
+                Some(detached) => detached,
+                None => mount.detached(cgroup)?,
+            };
+            mount.attach(&rootfs, &detached)?;
+        }
+        if config.fills_dev() {
+            devices::make(&rootfs, &config.devices, new_user)?;
+        }
+        Ok(rootfs)
+    }
+
+    fn make_terminal(&self, rootfs: &Rootfs) -> Result<Option<Terminal>> {
+        if !self.config.process.terminal {
+            return Ok(None);
+        }
+        let terminal = Terminal::open(rootfs, self.config.process.console_size)?;
+        terminal.mount_console(rootfs)?;
+        match &self.console_socket {
+            Some(socket) => terminal.send_master(socket.as_fd())?,
+            None => self.channel.terminal(terminal.master.as_fd())?,
+        }
+        Ok(Some(terminal))
+    }
+
+    fn run_hooks(&self) -> Result<()> {
+        let config = self.config;
+        #[allow(deprecated)] // prestart is: callers use it all the same
+        let before = [config.hooks.prestart(), config.hooks.create_runtime()];
+        if before
+            .iter()
+            .any(|list| list.as_ref().is_some_and(|list| !list.is_empty()))
+        {
+            self.channel.ask_for_hooks()?;
+        }
+        if let Some(list) = config
+            .hooks
+            .create_container()
+            .as_ref()
+            .filter(|list| !list.is_empty())
+        {
+            hooks::run(
+                "createContainer",
+                Some(list),
+                &self.hook_state(Status::Creating),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn start_container_hooks(&self) -> Result<()> {
+        match self
+            .config
+            .hooks
+            .start_container()
+            .as_ref()
+            .filter(|list| !list.is_empty())
+        {
+            Some(list) => hooks::run(
+                "startContainer",
+                Some(list),
+                &self.hook_state(Status::Created),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// The state for hooks, with this process's id as the host knows it.
+    fn hook_state(&self, status: Status) -> String {
+        let mut state = self.state.clone();
+        if state.pid == 0 {
+            state.pid = own_pid_on_host().unwrap_or(0);
+        }
+        state.for_hooks(status)
+    }
+
+    /// Protects what is mounted.
+    fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
+        let config = self.config;
+        mounts::make_read_only(rootfs, &config.readonly_paths)?;
+        mounts::mask(rootfs, &config.masked_paths)?;
+        if config.root_readonly {
+            mount_setattr(rootfs.as_fd(), false, &READ_ONLY)
+                .doing(|| "make the root read-only (root.readonly)")?;
+        }
+        Ok(())
+    }
+
+    fn change_root(&self, rootfs: &Rootfs) -> Result<()> {
+        let doing = || format!("change the root to {}", self.config.rootfs.display());
+        rustix::process::fchdir(rootfs).doing(doing)?;
+        if self.no_pivot {
+            rustix::mount::move_mount(
+                rootfs,
+                "",
+                rustix::fs::CWD,
+                "/",
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+            )
+            .and_then(|()| rustix::process::chroot("."))
+            .doing(doing)?;
+        } else {
+            // The old root ends up on top of the new one, from where it is taken off.
+            rustix::process::pivot_root(".", ".").doing(|| {
+                format!(
+                    "{} (pivot_root; on a ramdisk, --no-pivot is needed)",
+                    doing()
+                )
+            })?;
+            rustix::mount::unmount(".", UnmountFlags::DETACH).doing(doing)?;
+        }
+        rustix::process::chdir("/").doing(doing)?;
+        if let Some((propagation, recursive)) = self.config.final_propagation() {
+            let attr = MountAttr {
+                propagation,
+                ..MountAttr::default()
+            };
+            mount_setattr(rootfs.as_fd(), recursive, &attr)
+                .doing(|| "set the root's propagation (linux.rootfsPropagation)")?;
+        }
+        Ok(())
+    }
+}
+
+fn rustix_unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
+    // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
+    // with anyone; the process is single-threaded.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
+/// In a new user namespace, user 0 has to be become by a system call.
+pub fn become_root_of_namespace() -> Result<()> {
+    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .doing(|| "become group 0 of the user namespace")?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .doing(|| "become user 0 of the user namespace")
+}
+
+/// This process's id in the PID namespace of the host's /proc.
+fn own_pid_on_host() -> Option<i32> {
+    let link = rustix::fs::readlink("/proc/self", Vec::new()).ok()?;
+    link.to_str().ok()?.parse().ok()
+}
+
+fn join_keyring(id: &str) -> Result<()> {
+    match syscalls::join_session_keyring(&format!("_ses.{id}")) {
+        // A kernel without keyrings has no keys to protect.
+        Err(Errno::NOSYS) => {
+            log::warning("no session keyring is made: the kernel has no keyrings");
+            Ok(())
+        }
+        result => result.doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
+    }
+}
+
+/// Everything between the container's root and the program: the working directory, the
+/// user, and the descriptors. Returns the program's path.
+pub fn settle(process: &Process, descriptors: Descriptors) -> Result<std::ffi::CString> {
+    process.own_stdio();
+    rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
+    // With all rights first: the directory may be root's alone. Without them then, because
+    // a network file system may know only the user.
+    let entered = match enter_cwd(&process.cwd) {
+        Err(_) if !process.cwd.exists() => {
+            let made = std::fs::create_dir_all(&process.cwd)
+                .doing(|| format!("make process.cwd {}", process.cwd.display()));
+            made.and_then(|()| enter_cwd(&process.cwd))
+        }
+        entered => entered,
+    };
+    process.become_user()?;
+    if entered.is_err() {
+        enter_cwd(&process.cwd)?;
+    }
+    if process.no_new_privileges {
+        rustix::thread::set_no_new_privs(true).doing(|| "set process.noNewPrivileges")?;
+    }
+    let program = process.find_program()?;
+    syscalls::close_range_cloexec(descriptors.first_closed())
+        .doing(|| "mark descriptors close-on-exec")?;
+    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
+    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
+    Ok(program)
+}
+
+/// Becomes the program; returns only with the reason why not.
+pub fn execute(program: &std::ffi::CString, process: &Process) -> Error {
+    use crate::error::{Kind, Reason as _};
+    let errno = syscalls::execve(program, &process.args, &process.env);
+    let kind = match errno {
+        Errno::NOENT => Kind::ProgramNotFound,
+        _ => Kind::ProgramNotExecutable,
+    };
+    Error::new(format!(
+        "exec {}: {}",
+        program.to_string_lossy(),
+        errno.reason()
+    ))
+    .with_kind(kind)
+}
+
+/// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
+/// that can be done only before the first process is in it.
+pub fn unshare_time(offsets: &str) -> Result<()> {
+    rustix_unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
+    std::fs::write("/proc/self/timens_offsets", offsets).doing(|| "set linux.timeOffsets")
+}

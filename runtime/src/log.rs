@@ -1,0 +1,106 @@
+//! The log that `--log`, `--log-format` and `--debug` speak of, line for line as runc
+//! writes it, because its callers read the last error out of it.
+
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::sync::OnceLock;
+use std::time::SystemTime;
+
+use crate::error::{Context, Result};
+use crate::time::rfc3339_seconds;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+struct Log {
+    /// `None` is standard error.
+    file: Option<File>,
+    format: Format,
+    debug: bool,
+}
+
+static LOG: OnceLock<Log> = OnceLock::new();
+
+/// Opens the log file, if one is named. Called once, at the start.
+pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
+    let file = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
+        None => None,
+        Some(path) => Some(
+            OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(path)
+                .doing(|| format!("open log file {path}"))?,
+        ),
+    };
+    let _ = LOG.set(Log {
+        file,
+        format,
+        debug,
+    });
+    Ok(())
+}
+
+/// Logs the error that ends this program. It also appears on standard error as it is,
+/// unless the log itself goes there.
+pub fn fatal(sentence: &str) {
+    write("error", sentence);
+    if LOG.get().is_some_and(|log| log.file.is_some()) {
+        let _ = writeln!(std::io::stderr(), "{sentence}");
+    }
+}
+
+pub fn warning(sentence: &str) {
+    write("warning", sentence);
+}
+
+pub fn debug(sentence: impl FnOnce() -> String) {
+    if LOG.get().is_some_and(|log| log.debug) {
+        write("debug", &sentence());
+    }
+}
+
+fn write(level: &str, message: &str) {
+    let format = LOG.get().map_or(Format::Text, |log| log.format);
+    let line = line(format, level, message, &rfc3339_seconds(SystemTime::now()));
+    // Nobody is left to be told of a log that can not be written.
+    let _ = match LOG.get().and_then(|log| log.file.as_ref()) {
+        Some(mut file) => file.write_all(line.as_bytes()),
+        None => std::io::stderr().write_all(line.as_bytes()),
+    };
+}
+
+fn line(format: Format, level: &str, message: &str, time: &str) -> String {
+    let quoted = serde_json::Value::from(message).to_string();
+    let mut line = String::with_capacity(quoted.len() + 64);
+    let _ = match format {
+        Format::Json => writeln!(
+            line,
+            "{{\"level\":\"{level}\",\"msg\":{quoted},\"time\":\"{time}\"}}"
+        ),
+        Format::Text => writeln!(line, "time=\"{time}\" level={level} msg={quoted}"),
+    };
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_have_the_shape_that_callers_of_runc_parse() {
+        let time = "2026-11-21T10:39:48Z";
+        assert_eq!(
+            line(Format::Json, "error", "a \"b\"\n", time),
+            "{\"level\":\"error\",\"msg\":\"a \\\"b\\\"\\n\",\"time\":\"2026-11-21T10:39:48Z\"}\n"
+        );
+        assert_eq!(
+            line(Format::Text, "warning", "x", time),
+            "time=\"2026-11-21T10:39:48Z\" level=warning msg=\"x\"\n"
+        );
+    }
+}

@@ -1,0 +1,390 @@
+//! The mounts of a container, made and moved by file descriptor.
+//!
+//! A mount is first made detached, complete with all its attributes (fsopen, open_tree,
+//! mount_setattr), and only then moved to a place that openat2 found (move_mount). At no
+//! moment is it visible with less protection than was asked for.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Mount as SpecMount;
+use rustix::fs::{AtFlags, CWD, FileType};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
+
+use crate::error::{Context, Error, Reason as _, Result};
+use crate::mount_options::{self, Bind, Options};
+use crate::refuse;
+use crate::rootfs::{Rootfs, Target, cleaned};
+use crate::syscalls::{MountAttr, mount_setattr};
+
+/// linux/magic.h
+pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+
+/// Files in /proc that may be bound over, as lxcfs does to show a container its limits.
+const PROC_FILES: &[&str] = &[
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/net/dev",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
+];
+
+/// One entry of `mounts`, checked.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    index: usize,
+    pub destination: PathBuf,
+    /// The file system's type; for a bind mount only a word.
+    typ: String,
+    source: PathBuf,
+    pub options: Options,
+}
+
+impl Mount {
+    /// # Errors
+    /// What is missing or not supported, by the name of its field.
+    pub fn from_spec(index: usize, spec: &SpecMount, bundle: &Path) -> Result<Mount> {
+        let field = format!("mounts[{index}]");
+        let destination = cleaned(spec.destination());
+        if destination == Path::new("/") {
+            refuse!("{field}.destination: the root itself can not be mounted over");
+        }
+        if spec.uid_mappings().is_some() || spec.gid_mappings().is_some() {
+            refuse!("{field}.uidMappings: not supported by this version of rrun");
+        }
+        let options = spec.options().iter().flatten().map(String::as_str);
+        let mut options = mount_options::parse(options)
+            .map_err(|error| error.while_doing(format!("{field}.options")))?;
+        let mut typ = spec.typ().clone().unwrap_or_default();
+        if typ == "bind" && options.bind == Bind::No {
+            options.bind = Bind::Alone;
+        }
+        if options.bind == Bind::No && typ.is_empty() {
+            refuse!("{field}.type: is missing, and there is no option bind");
+        }
+        if typ == "cgroup" {
+            typ = "cgroup2".to_owned();
+        }
+        let mut source = spec.source().clone().unwrap_or_default();
+        if options.bind != Bind::No {
+            if source.as_os_str().is_empty() {
+                refuse!("{field}.source: is missing");
+            }
+            // Relative to the bundle, says config.md.
+            source = bundle.join(source);
+        }
+        Ok(Mount {
+            index,
+            destination,
+            typ,
+            source,
+            options,
+        })
+    }
+
+    fn sentence(&self) -> String {
+        let what = if self.is_bind() {
+            self.source.display().to_string()
+        } else {
+            self.typ.clone()
+        };
+        format!(
+            "mount {what} on {} (mounts[{}])",
+            self.destination.display(),
+            self.index
+        )
+    }
+
+    pub fn is_bind(&self) -> bool {
+        self.options.bind != Bind::No
+    }
+
+    /// Makes the mount, attached nowhere. `cgroup` is the container's own cgroup directory
+    /// if it has no cgroup namespace, and is shown in place of the whole hierarchy.
+    pub fn detached(&self, cgroup: Option<&Path>) -> Result<OwnedFd> {
+        let mount = match (self.is_bind(), cgroup) {
+            (true, _) => self.bound(&self.source),
+            (false, Some(cgroup)) if self.typ == "cgroup2" => {
+                clone_tree(cgroup, false).map_err(|errno| Error::new(errno.reason()))
+            }
+            (false, _) => self.of_file_system(),
+        }
+        .map_err(|error| error.while_doing(self.sentence()))?;
+        self.set_attributes(&mount)
+            .map_err(|error| error.while_doing(self.sentence()))?;
+        Ok(mount)
+    }
+
+    fn bound(&self, source: &Path) -> Result<OwnedFd> {
+        if let Some((name, _)) = self.options.data.first() {
+            refuse!("option {name} is unknown for a bind mount");
+        }
+        clone_tree(source, self.options.bind == Bind::Recursive)
+            .map_err(|errno| Error::new(errno.reason()))
+    }
+
+    fn of_file_system(&self) -> Result<OwnedFd> {
+        let fs =
+            rustix::mount::fsopen(&*self.typ, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
+                match errno {
+                    Errno::NODEV => {
+                        Error::new(format!("the kernel has no file system {}", self.typ))
+                    }
+                    errno => Error::new(errno.reason()),
+                }
+            })?;
+        let explained = |errno: Errno| Error::new(format!("{}{}", errno.reason(), said(&fs)));
+        if !self.source.as_os_str().is_empty() {
+            rustix::mount::fsconfig_set_string(&fs, "source", &self.source).map_err(explained)?;
+        }
+        for (key, value) in &self.options.data {
+            match value {
+                Some(value) => rustix::mount::fsconfig_set_string(&fs, &**key, &**value),
+                None => rustix::mount::fsconfig_set_flag(&fs, &**key),
+            }
+            .map_err(|errno| explained(errno).while_doing(format!("option {key}")))?;
+        }
+        rustix::mount::fsconfig_create(&fs).map_err(explained)?;
+        let attributes = MountAttrFlags::from_bits_retain(self.options.attr.attr_set as u32);
+        rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(explained)
+    }
+
+    fn set_attributes(&self, mount: &OwnedFd) -> Result<()> {
+        let unchanged = MountAttr::default();
+        if self.is_bind() && self.options.attr != unchanged {
+            mount_setattr(mount.as_fd(), false, &self.options.attr).doing(|| "set its options")?;
+        }
+        if self.options.recursive_attr != unchanged {
+            mount_setattr(mount.as_fd(), true, &self.options.recursive_attr)
+                .doing(|| "set its recursive options")?;
+        }
+        for (propagation, recursive) in &self.options.propagation {
+            let attr = MountAttr {
+                propagation: *propagation,
+                ..unchanged
+            };
+            mount_setattr(mount.as_fd(), *recursive, &attr).doing(|| "set its propagation")?;
+        }
+        Ok(())
+    }
+
+    /// Moves a mount that [`Mount::detached`] made to its place in the container.
+    pub fn attach(&self, rootfs: &Rootfs, mount: &OwnedFd) -> Result<()> {
+        self.place(rootfs, mount)
+            .map_err(|error| error.while_doing(self.sentence()))
+    }
+
+    fn place(&self, rootfs: &Rootfs, mount: &OwnedFd) -> Result<()> {
+        let is_kernels = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
+        let target = if is_kernels {
+            // Others look for the kernel's own files here; a link would make them look
+            // somewhere else (CVE-2019-19921).
+            rootfs.plain_directory(&self.destination)?
+        } else {
+            let stat = rustix::fs::fstat(mount).doing(|| "stat the source")?;
+            let kind = match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => Target::Directory,
+                _ => Target::File,
+            };
+            let target = rootfs.mount_target(&self.destination, kind)?;
+            self.refuse_inside_proc(&target)?;
+            target
+        };
+        move_mount(mount, &target).doing(|| "attach it")
+    }
+
+    /// Nothing of the container's may stand where the kernel's own files are looked for
+    /// (CVE-2019-16884), however the way leads there.
+    fn refuse_inside_proc(&self, target: &OwnedFd) -> Result<()> {
+        let inside = self.destination.starts_with("/proc")
+            || rustix::fs::fstatfs(target)
+                .doing(|| "ask for the file system of the mount point")?
+                .f_type as u64
+                == PROC_SUPER_MAGIC;
+        if !inside
+            || PROC_FILES
+                .iter()
+                .any(|file| self.destination == Path::new(file))
+        {
+            return Ok(());
+        }
+        if self.destination == Path::new("/proc") {
+            // The host's own /proc, or another's, may be bound there.
+            let source = rustix::fs::statfs(&self.source)
+                .doing(|| format!("ask for the file system of {}", self.source.display()))?;
+            if self.is_bind() && source.f_type as u64 == PROC_SUPER_MAGIC {
+                return Ok(());
+            }
+        }
+        refuse!("nothing may be mounted inside /proc")
+    }
+}
+
+/// What the file system had to say about a refusal, if anything.
+fn said(fs: &OwnedFd) -> String {
+    let mut buffer = [0u8; 512];
+    match rustix::io::read(fs, &mut buffer) {
+        Ok(length) if length > 2 => {
+            let text = String::from_utf8_lossy(buffer.get(2..length).unwrap_or_default());
+            format!(" ({})", text.trim())
+        }
+        _ => String::new(),
+    }
+}
+
+/// A detached copy of the mount at a path of the host, with those below it if `recursive`.
+pub fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    rustix::mount::open_tree(CWD, path, flags)
+}
+
+/// A detached copy of the mount that a descriptor refers to.
+pub fn clone_descriptor(fd: impl AsFd, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    rustix::mount::open_tree(fd, "", flags)
+}
+
+/// Moves a mount onto what `target` refers to.
+pub fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<(), Errno> {
+    rustix::mount::move_mount(
+        mount,
+        "",
+        target,
+        "",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+    )
+}
+
+/// A new, empty, read-only tmpfs, attached nowhere.
+fn empty_tmpfs() -> std::result::Result<OwnedFd, Errno> {
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&fs, "nr_blocks", "1")?;
+    rustix::mount::fsconfig_create(&fs)?;
+    rustix::mount::fsmount(
+        &fs,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )
+}
+
+/// Puts the container's root where it will be found, as a mount of its own, which
+/// pivot_root(2) wants, and cut off from the mount that it lies in.
+pub fn attach_root(path: &Path) -> Result<Rootfs> {
+    let sentence = || format!("make root.path {} a mount of its own", path.display());
+    let root = clone_tree(path, true).doing(sentence)?;
+    rustix::mount::move_mount(
+        &root,
+        "",
+        CWD,
+        path,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .doing(sentence)?;
+    Ok(Rootfs::new(root))
+}
+
+/// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
+/// /dev/null. What does not exist needs no hiding.
+pub fn mask(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+    let mut empty: Option<OwnedFd> = None;
+    for path in paths {
+        let doing = || format!("mask {path} (linux.maskedPaths)");
+        let target = match rootfs.open(&cleaned(Path::new(path)), rustix::fs::OFlags::PATH) {
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            result => result.doing(doing)?,
+        };
+        let stat = rustix::fs::fstat(&target).doing(doing)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            // One empty directory serves for all. It can be copied only once it is attached.
+            let cover = match &empty {
+                Some(attached) => clone_descriptor(attached, false),
+                None => empty_tmpfs(),
+            }
+            .doing(doing)?;
+            move_mount(&cover, &target).doing(doing)?;
+            empty.get_or_insert(cover);
+        } else {
+            // The host's, because the container's could be a link to a file of the host's
+            // choosing (CVE-2025-31133).
+            let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
+            let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
+            if stat.st_rdev != rustix::fs::makedev(1, 3) {
+                refuse!("{}: the host's /dev/null is not the null device", doing());
+            }
+            move_mount(&null, &target).doing(doing)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes `linux.readonlyPaths` read-only, with all that is mounted below them.
+pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+    for path in paths {
+        let doing = || format!("make {path} read-only (linux.readonlyPaths)");
+        let target = match rootfs.open(&cleaned(Path::new(path)), rustix::fs::OFlags::PATH) {
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            result => result.doing(doing)?,
+        };
+        let copy = clone_descriptor(&target, true).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &mount_options::READ_ONLY).doing(doing)?;
+        move_mount(&copy, &target).doing(doing)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Mount> {
+        Mount::from_spec(
+            3,
+            &serde_json::from_str(json).unwrap(),
+            Path::new("/bundle"),
+        )
+    }
+
+    #[test]
+    fn a_relative_source_is_in_the_bundle_and_the_destination_is_cleaned() {
+        let mount = read(r#"{"destination":"/a/../b","source":"vol","options":["bind"]}"#).unwrap();
+        assert_eq!(mount.source, Path::new("/bundle/vol"));
+        assert_eq!(mount.destination, Path::new("/b"));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_place() {
+        for (json, words) in [
+            (
+                r#"{"destination":"/../","type":"tmpfs"}"#,
+                "mounts[3].destination",
+            ),
+            (r#"{"destination":"/a"}"#, "mounts[3].type"),
+            (r#"{"destination":"/a","type":"bind"}"#, "mounts[3].source"),
+            (
+                r#"{"destination":"/a","type":"tmpfs","options":["tmpcopyup"]}"#,
+                "mounts[3].options",
+            ),
+        ] {
+            let error = read(json).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}

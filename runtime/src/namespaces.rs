@@ -1,0 +1,182 @@
+//! Which namespaces a container gets: new ones, or existing ones by path.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::LinkNameSpaceType;
+
+use crate::error::{Context, Result};
+use crate::refuse;
+
+/// An existing namespace to enter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    pub typ: Type,
+    pub path: PathBuf,
+}
+
+/// A namespace's file, open, and what it is to be.
+#[derive(Debug)]
+pub struct OpenJoin {
+    typ: Type,
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+/// The namespaces of a container. What is in neither list it shares with rrun's caller.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// `CLONE_NEW*` of those that are made for it.
+    pub new: u64,
+    /// Those that exist already.
+    pub join: Vec<Join>,
+}
+
+/// The `CLONE_NEW*` flag of a type of namespace.
+pub fn flag(typ: Type) -> u64 {
+    typ as u64
+}
+
+/// Every type, with its name in the specification.
+pub const TYPES: [(Type, &str); 8] = [
+    (Type::Cgroup, "cgroup"),
+    (Type::Ipc, "ipc"),
+    (Type::Mount, "mount"),
+    (Type::Network, "network"),
+    (Type::Pid, "pid"),
+    (Type::Time, "time"),
+    (Type::User, "user"),
+    (Type::Uts, "uts"),
+];
+
+impl Namespaces {
+    /// # Errors
+    /// A type that is there twice, or a path that is not absolute.
+    pub fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
+        let mut namespaces = Namespaces::default();
+        for (index, namespace) in spec.iter().enumerate() {
+            let typ = namespace.typ();
+            if namespaces.own(typ) {
+                refuse!("linux.namespaces[{index}].type: {typ} is there twice");
+            }
+            match namespace
+                .path()
+                .clone()
+                .filter(|path| !path.as_os_str().is_empty())
+            {
+                None => namespaces.new |= flag(typ),
+                Some(path) if path.is_absolute() => namespaces.join.push(Join { typ, path }),
+                Some(path) => refuse!(
+                    "linux.namespaces[{index}].path: {} is not an absolute path",
+                    path.display()
+                ),
+            }
+        }
+        Ok(namespaces)
+    }
+
+    /// Whether one of this type is made for the container.
+    pub fn is_new(&self, typ: Type) -> bool {
+        self.new & flag(typ) != 0
+    }
+
+    /// Whether an existing one of this type is entered.
+    pub fn is_joined(&self, typ: Type) -> bool {
+        self.join.iter().any(|join| join.typ == typ)
+    }
+
+    /// Whether the container is in another namespace of this type than rrun's caller.
+    pub fn own(&self, typ: Type) -> bool {
+        self.is_new(typ) || self.is_joined(typ)
+    }
+
+    /// The `CLONE_NEW*` flags of all that are not rrun's caller's.
+    pub fn own_flags(&self) -> u64 {
+        self.join
+            .iter()
+            .fold(self.new, |flags, join| flags | flag(join.typ))
+    }
+
+    /// Opens the files of those to be entered, while the host's paths are still valid.
+    pub fn open_joins(&self) -> Result<Vec<OpenJoin>> {
+        self.join
+            .iter()
+            .map(|join| {
+                let fd = rustix::fs::open(
+                    &join.path,
+                    OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
+                    Mode::empty(),
+                )
+                .doing(|| format!("open {} namespace {}", join.typ, join.path.display()))?;
+                Ok(OpenJoin {
+                    typ: join.typ,
+                    path: join.path.clone(),
+                    fd,
+                })
+            })
+            .collect()
+    }
+}
+
+impl OpenJoin {
+    /// Whether the process that is still on the host enters it, so that its child is born
+    /// in it, or the child does so itself.
+    ///
+    /// A PID or time namespace holds only for children. With a new user namespace the child
+    /// has no rights over what belongs to the host's, so that its parent must enter the
+    /// rest as well. Otherwise the parent stays what it is, for hooks are run by it.
+    pub fn before_birth(&self, new_user_namespace: bool) -> bool {
+        match self.typ {
+            Type::Pid | Type::Time => true,
+            Type::User | Type::Mount => false,
+            _ => new_user_namespace,
+        }
+    }
+
+    pub fn enter(&self) -> Result<()> {
+        let link = match self.typ {
+            Type::Cgroup => LinkNameSpaceType::ControlGroup,
+            Type::Ipc => LinkNameSpaceType::InterProcessCommunication,
+            Type::Mount => LinkNameSpaceType::Mount,
+            Type::Network => LinkNameSpaceType::Network,
+            Type::Pid => LinkNameSpaceType::ProcessID,
+            Type::Time => LinkNameSpaceType::Time,
+            Type::User => LinkNameSpaceType::User,
+            Type::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
+        };
+        // The kernel checks that the file is a namespace, and of that type.
+        rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
+            .doing(|| format!("enter {} namespace {}", self.typ, self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Namespaces> {
+        Namespaces::from_spec(&serde_json::from_str::<Vec<LinuxNamespace>>(json).unwrap())
+    }
+
+    #[test]
+    fn new_and_joined_ones_are_told_apart() {
+        let namespaces = read(
+            r#"[{"type":"pid"},{"type":"network","path":"/run/netns/a"},{"type":"mount","path":""}]"#,
+        )
+        .unwrap();
+        assert_eq!(
+            namespaces.new,
+            (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64
+        );
+        assert!(namespaces.is_joined(Type::Network) && !namespaces.is_new(Type::Network));
+        assert!(!namespaces.own(Type::Uts));
+    }
+
+    #[test]
+    fn one_that_is_there_twice_is_refused() {
+        let error = read(r#"[{"type":"pid"},{"type":"pid","path":"/x"}]"#).unwrap_err();
+        assert!(error.to_string().contains("linux.namespaces[1]"), "{error}");
+    }
+}

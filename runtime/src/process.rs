@@ -1,0 +1,421 @@
+//! The process that a configuration asks for: its arguments, environment, user, limits.
+//! One of these is a container's first process, others enter by `exec`.
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{PosixRlimitType, Process as SpecProcess};
+use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
+
+use crate::capabilities::Sets;
+use crate::error::{Context, Error, Kind, Result};
+use crate::refuse;
+use crate::syscalls;
+
+/// Where programs are looked for when the environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The most of a container's /etc/passwd that is read; it is the container's to write.
+const PASSWD_LIMIT: u64 = 4 << 20;
+
+/// `RLIMIT_*` number, soft and hard limit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Rlimit {
+    name: &'static str,
+    resource: u32,
+    soft: u64,
+    hard: u64,
+}
+
+/// A process to be, checked and in the form that the system calls want.
+#[derive(Clone, Debug)]
+pub struct Process {
+    pub args: Vec<CString>,
+    pub env: Vec<CString>,
+    pub cwd: PathBuf,
+    pub terminal: bool,
+    /// Rows and columns of the terminal, if they are asked for.
+    pub console_size: Option<(u16, u16)>,
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+    pub umask: Option<u32>,
+    /// None at all if the configuration says nothing about them.
+    pub capabilities: Sets,
+    pub no_new_privileges: bool,
+    pub oom_score_adj: Option<i32>,
+    rlimits: Vec<Rlimit>,
+}
+
+impl Process {
+    /// # Errors
+    /// What is missing, contradictory or not supported, by the name of its field.
+    pub fn from_spec(spec: &SpecProcess) -> Result<Process> {
+        let strings = |field: &str, list: Option<&Vec<String>>| {
+            list.into_iter()
+                .flatten()
+                .map(|text| {
+                    CString::new(text.as_str())
+                        .map_err(|_| Error::new(format!("process.{field}: a value contains NUL")))
+                })
+                .collect::<Result<Vec<CString>>>()
+        };
+        let args = strings("args", spec.args().as_ref())?;
+        if args.is_empty() {
+            refuse!("process.args: must have at least the program to run");
+        }
+        if !spec.cwd().is_absolute() {
+            refuse!(
+                "process.cwd: {} is not an absolute path",
+                spec.cwd().display()
+            );
+        }
+        refuse_unsupported(spec)?;
+        let user = spec.user();
+        if let Some(umask) = user.umask().filter(|umask| *umask > 0o777) {
+            refuse!("process.user.umask: {umask:o} is not a file mode");
+        }
+        let capabilities = spec
+            .capabilities()
+            .as_ref()
+            .map(Sets::from_spec)
+            .unwrap_or_default();
+        capabilities.validate()?;
+        if let Some(adj) = spec
+            .oom_score_adj()
+            .filter(|adj| !(-1000..=1000).contains(adj))
+        {
+            refuse!("process.oomScoreAdj: {adj} is not between -1000 and 1000");
+        }
+        let size = |wanted: u64| {
+            u16::try_from(wanted)
+                .map_err(|_| Error::new(format!("process.consoleSize: {wanted} is too large")))
+        };
+        Ok(Process {
+            args,
+            env: strings("env", spec.env().as_ref())?,
+            cwd: spec.cwd().clone(),
+            terminal: spec.terminal().unwrap_or(false),
+            console_size: spec
+                .console_size()
+                .map(|console| Ok::<_, Error>((size(console.height())?, size(console.width())?)))
+                .transpose()?,
+            uid: user.uid(),
+            gid: user.gid(),
+            groups: user.additional_gids().clone().unwrap_or_default(),
+            umask: user.umask(),
+            capabilities,
+            no_new_privileges: spec.no_new_privileges().unwrap_or(false),
+            oom_score_adj: spec.oom_score_adj(),
+            rlimits: rlimits(spec)?,
+        })
+    }
+
+    /// Sets the resource limits of `pid`, 0 being this process.
+    pub fn apply_rlimits(&self, pid: i32) -> Result<()> {
+        for limit in &self.rlimits {
+            syscalls::setrlimit(pid, limit.resource, limit.soft, limit.hard).doing(|| {
+                format!(
+                    "set process.rlimits {} to soft {} and hard {}",
+                    limit.name, limit.soft, limit.hard
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Sets the OOM score adjustment of a process through its directory in /proc.
+    ///
+    /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
+    /// was set before; such a refusal is an error, for it would make the process a likelier
+    /// victim than was asked for.
+    pub fn apply_oom_score_adj(&self, proc_directory: &str) -> Result<()> {
+        let Some(adj) = self.oom_score_adj else {
+            return Ok(());
+        };
+        let path = format!("{proc_directory}/oom_score_adj");
+        rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(|file| rustix::io::write(&file, adj.to_string().as_bytes()))
+            .doing(|| format!("set process.oomScoreAdj to {adj}"))?;
+        Ok(())
+    }
+
+    /// Takes on group and user ids and capabilities, for good. Nothing privileged can be
+    /// done afterwards.
+    pub fn become_user(&self) -> Result<()> {
+        self.capabilities.drop_bounding()?;
+        let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        match rustix::thread::set_thread_groups(&groups) {
+            // A user namespace may forbid setgroups; then none can be had, which is only
+            // wrong if some are asked for.
+            Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
+            result => {
+                result.doing(|| format!("set process.user.additionalGids to {:?}", self.groups))?
+            }
+        }
+        let (gid, uid) = (Gid::from_raw(self.gid), Uid::from_raw(self.uid));
+        rustix::thread::set_thread_res_gid(gid, gid, gid)
+            .doing(|| format!("become process.user.gid {}", self.gid))?;
+        if self.uid != 0 {
+            rustix::thread::set_keep_capabilities(true)
+                .doing(|| "keep capabilities over the change of user")?;
+        }
+        rustix::thread::set_thread_res_uid(uid, uid, uid)
+            .doing(|| format!("become process.user.uid {}", self.uid))?;
+        self.capabilities.apply()
+    }
+
+    /// Adds HOME to the environment, as /etc/passwd of the current root has it, if it is
+    /// not there. Sockets handed over are announced as systemd does it.
+    pub fn complete_environment(&mut self, listen_fds: u32) -> Result<()> {
+        let has =
+            |env: &[CString], name: &[u8]| env.iter().any(|var| var.to_bytes().starts_with(name));
+        if !has(&self.env, b"HOME=") {
+            let home = home_of(self.uid).unwrap_or_else(|| "/".to_owned());
+            self.env.extend(CString::new(format!("HOME={home}")).ok());
+        }
+        if listen_fds > 0 {
+            self.env
+                .extend(CString::new(format!("LISTEN_FDS={listen_fds}")).ok());
+            let pid = rustix::process::getpid().as_raw_nonzero();
+            self.env
+                .extend(CString::new(format!("LISTEN_PID={pid}")).ok());
+        }
+        Ok(())
+    }
+
+    /// Finds the program that `args[0]` names, in the current root, with the PATH of the
+    /// process's own environment.
+    pub fn find_program(&self) -> Result<CString> {
+        let Some(name) = self.args.first() else {
+            refuse!("process.args: must have at least the program to run");
+        };
+        let shown = name.to_string_lossy();
+        if name.as_bytes().contains(&b'/') {
+            return match executable(name) {
+                Ok(()) => Ok(name.clone()),
+                Err(rustix::io::Errno::NOENT) => Err(Error::new(format!(
+                    "exec {shown}: no such file in the container"
+                ))
+                .with_kind(Kind::ProgramNotFound)),
+                Err(errno) => Err(errno)
+                    .doing(|| format!("exec {shown}"))
+                    .map_err(|error: Error| error.with_kind(Kind::ProgramNotExecutable)),
+            };
+        }
+        let path = self
+            .env
+            .iter()
+            .find_map(|var| var.to_str().ok()?.strip_prefix("PATH="))
+            .unwrap_or(DEFAULT_PATH);
+        let mut refused = None;
+        for directory in path.split(':') {
+            // An empty element means the working directory.
+            let directory = if directory.is_empty() { "." } else { directory };
+            let Ok(candidate) = CString::new(format!("{directory}/{shown}")) else {
+                continue;
+            };
+            match executable(&candidate) {
+                Ok(()) => return Ok(candidate),
+                Err(rustix::io::Errno::ACCESS) => refused = Some(candidate),
+                Err(_) => {}
+            }
+        }
+        if let Some(candidate) = refused {
+            return Err(Error::new(format!(
+                "exec {}: Permission denied (EACCES)",
+                candidate.to_string_lossy()
+            ))
+            .with_kind(Kind::ProgramNotExecutable));
+        }
+        Err(Error::new(format!(
+            "exec {shown}: executable file not found in the container's PATH ({path})"
+        ))
+        .with_kind(Kind::ProgramNotFound))
+    }
+
+    /// Makes standard input, output and error belong to the process's user, so that it can
+    /// open them again through /dev/stdout.
+    pub fn own_stdio(&self) {
+        if self.uid == 0 {
+            return;
+        }
+        for fd in [
+            rustix::stdio::stdin(),
+            rustix::stdio::stdout(),
+            rustix::stdio::stderr(),
+        ] {
+            let Ok(stat) = rustix::fs::fstat(fd) else {
+                continue;
+            };
+            let is_null = stat.st_rdev == rustix::fs::makedev(1, 3);
+            if !is_null && stat.st_uid != self.uid {
+                // A file system that does not allow it (read-only, foreign ids) is no
+                // reason to refuse the process.
+                let _ = rustix::fs::fchown(fd, Some(Uid::from_raw(self.uid)), None);
+            }
+        }
+    }
+}
+
+/// Whether the file can be executed by this process, as far as can be told before.
+fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
+    use rustix::io::Errno;
+    let stat = rustix::fs::stat(path)?;
+    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        rustix::fs::FileType::RegularFile => {}
+        rustix::fs::FileType::Directory => return Err(Errno::ISDIR),
+        _ => return Err(Errno::ACCESS),
+    }
+    rustix::fs::accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+}
+
+fn home_of(uid: u32) -> Option<String> {
+    use std::io::Read as _;
+    // The file is the container's: no waiting for a FIFO's other end, no endless device.
+    let fd = rustix::fs::open(
+        "/etc/passwd",
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY,
+        Mode::empty(),
+    )
+    .ok()?;
+    let stat = rustix::fs::fstat(&fd).ok()?;
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
+        return None;
+    }
+    let mut text = String::new();
+    std::fs::File::from(fd)
+        .take(PASSWD_LIMIT)
+        .read_to_string(&mut text)
+        .ok()?;
+    home_in_passwd(&text, uid)
+}
+
+fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let own = fields.nth(2)?.parse::<u32>().ok()? == uid;
+        let home = fields.nth(2)?;
+        (own && !home.is_empty() && !home.contains('\0')).then(|| home.to_owned())
+    })
+}
+
+fn refuse_unsupported(spec: &SpecProcess) -> Result<()> {
+    let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let unsupported = [
+        ("apparmorProfile", named(spec.apparmor_profile())),
+        ("selinuxLabel", named(spec.selinux_label())),
+        ("commandLine", named(spec.command_line())),
+        ("ioPriority", spec.io_priority().is_some()),
+        ("scheduler", spec.scheduler().is_some()),
+        ("execCPUAffinity", spec.exec_cpu_affinity().is_some()),
+    ];
+    for (field, present) in unsupported {
+        if present {
+            refuse!("process.{field}: not supported by this version of rrun");
+        }
+    }
+    Ok(())
+}
+
+fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
+    let mut limits: Vec<Rlimit> = Vec::new();
+    for limit in spec.rlimits().iter().flatten() {
+        let (name, resource) = match limit.typ() {
+            PosixRlimitType::RlimitCpu => ("RLIMIT_CPU", libc::RLIMIT_CPU),
+            PosixRlimitType::RlimitFsize => ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE),
+            PosixRlimitType::RlimitData => ("RLIMIT_DATA", libc::RLIMIT_DATA),
+            PosixRlimitType::RlimitStack => ("RLIMIT_STACK", libc::RLIMIT_STACK),
+            PosixRlimitType::RlimitCore => ("RLIMIT_CORE", libc::RLIMIT_CORE),
+            PosixRlimitType::RlimitRss => ("RLIMIT_RSS", libc::RLIMIT_RSS),
+            PosixRlimitType::RlimitNproc => ("RLIMIT_NPROC", libc::RLIMIT_NPROC),
+            PosixRlimitType::RlimitNofile => ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE),
+            PosixRlimitType::RlimitMemlock => ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK),
+            PosixRlimitType::RlimitAs => ("RLIMIT_AS", libc::RLIMIT_AS),
+            PosixRlimitType::RlimitLocks => ("RLIMIT_LOCKS", libc::RLIMIT_LOCKS),
+            PosixRlimitType::RlimitSigpending => ("RLIMIT_SIGPENDING", libc::RLIMIT_SIGPENDING),
+            PosixRlimitType::RlimitMsgqueue => ("RLIMIT_MSGQUEUE", libc::RLIMIT_MSGQUEUE),
+            PosixRlimitType::RlimitNice => ("RLIMIT_NICE", libc::RLIMIT_NICE),
+            PosixRlimitType::RlimitRtprio => ("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO),
+            PosixRlimitType::RlimitRttime => ("RLIMIT_RTTIME", libc::RLIMIT_RTTIME),
+        };
+        if limits.iter().any(|other| other.name == name) {
+            refuse!("process.rlimits: {name} is there twice");
+        }
+        if limit.soft() > limit.hard() {
+            refuse!(
+                "process.rlimits: {name} has a soft limit ({}) above its hard one ({})",
+                limit.soft(),
+                limit.hard()
+            );
+        }
+        limits.push(Rlimit {
+            name,
+            resource,
+            soft: limit.soft(),
+            hard: limit.hard(),
+        });
+    }
+    Ok(limits)
+}
+
+/// Creates the working directory if it is missing and enters it, in the current root.
+///
+/// # Errors
+/// Also if the directory turns out to lie outside the root: a descriptor of the host that
+/// leaked in could otherwise be named through /proc/self/fd (CVE-2024-21626).
+pub fn enter_cwd(cwd: &Path) -> Result<()> {
+    rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
+    let current = rustix::process::getcwd(Vec::new())
+        .doing(|| format!("ask where process.cwd {} is", cwd.display()))?;
+    if current.as_bytes().first() != Some(&b'/') {
+        refuse!(
+            "enter process.cwd {}: it lies outside the container",
+            cwd.display()
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn home_comes_from_the_line_with_the_uid() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\n";
+        assert_eq!(home_in_passwd(passwd, 33).as_deref(), Some("/var/www"));
+        assert_eq!(home_in_passwd(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(home_in_passwd(passwd, 1).as_deref(), None);
+    }
+
+    fn spec(json: &str) -> Result<Process> {
+        Process::from_spec(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn what_is_missing_or_unsupported_is_named() {
+        for (json, field) in [
+            (r#"{"user":{"uid":0,"gid":0},"cwd":"/"}"#, "process.args"),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"x"}"#,
+                "process.cwd",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","apparmorProfile":"p"}"#,
+                "process.apparmorProfile",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","oomScoreAdj":1001}"#,
+                "process.oomScoreAdj",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","rlimits":[{"type":"RLIMIT_NOFILE","soft":2,"hard":1}]}"#,
+                "RLIMIT_NOFILE",
+            ),
+        ] {
+            let error = spec(json).unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

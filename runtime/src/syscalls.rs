@@ -1,0 +1,287 @@
+//! System calls that neither rustix nor nix offers yet, each with a safe face.
+
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+
+/// linux/sched.h; the constant in libc has a type that can not hold it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct clone_args` of clone3(2), as of Linux 5.7 (`cgroup` is its last field).
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Which of the two processes returned from [`clone3`].
+pub enum Cloned {
+    /// In the new process.
+    Child,
+    /// In the old one; `pid` is the new process's id in the caller's PID namespace.
+    Parent { pid: i32, pidfd: OwnedFd },
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
+    if returned < 0 {
+        Err(last_errno())
+    } else {
+        Ok(returned)
+    }
+}
+
+/// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), born inside
+/// `cgroup` if one is given. See clone3(2).
+///
+/// The caller must be single-threaded; then the child is an ordinary copy of it, in which
+/// any code may run. `CLONE_VM` and its like must not be among the flags.
+pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
+    const SHARING: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
+    if flags & SHARING != 0 {
+        return Err(Errno::INVAL);
+    }
+    let mut pidfd: libc::c_int = -1;
+    let mut args = CloneArgs {
+        flags: flags | libc::CLONE_PIDFD as u64,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    if let Some(fd) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = fd.as_raw_fd() as u64;
+    }
+    // SAFETY: args is a valid clone_args of the length given and outlives the call. No memory
+    // is shared with the child, and this program never starts a thread, so that the copy
+    // is in a consistent state (no lock is held by a thread that the child lacks).
+    let pid = check(unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<CloneArgs>(),
+        )
+    })?;
+    if pid == 0 {
+        return Ok(Cloned::Child);
+    }
+    // SAFETY: on success the kernel has stored a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Cloned::Parent {
+        pid: pid as i32,
+        pidfd,
+    })
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MountAttr {
+    pub attr_set: u64,
+    pub attr_clr: u64,
+    pub propagation: u64,
+    pub userns_fd: u64,
+}
+
+/// Changes the attributes of the mount that `mount` refers to, and of all below it if
+/// `recursive`. See mount_setattr(2).
+pub fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attr: &MountAttr,
+) -> Result<(), Errno> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a NUL-terminated string, attr a valid mount_attr of the length given.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags as libc::c_uint,
+            attr as *const MountAttr,
+            std::mem::size_of::<MountAttr>(),
+        )
+    })?;
+    Ok(())
+}
+
+/// Marks every open descriptor from `first` on close-on-exec. See close_range(2).
+pub fn close_range_cloexec(first: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed; setting a flag invalidates no descriptor.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    })?;
+    Ok(())
+}
+
+/// Gives this process a new, empty session keyring of that name, so that it no longer
+/// holds its parent's keys. See keyctl(2), `KEYCTL_JOIN_SESSION_KEYRING`.
+pub fn join_session_keyring(name: &str) -> Result<(), Errno> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the name is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })?;
+    Ok(())
+}
+
+/// Sends signal number `signal` (0 only checks) to the process behind `pidfd`.
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+    // SAFETY: a null siginfo is allowed and means an ordinary kill(2).
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })?;
+    Ok(())
+}
+
+/// Sends signal number `signal` to a process by its id. See kill(2).
+pub fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed.
+    check(libc::c_long::from(unsafe { libc::kill(pid, signal) }))?;
+    Ok(())
+}
+
+/// Gives a signal back its default disposition.
+pub fn default_signal(signal: i32) -> Result<(), Errno> {
+    // SAFETY: SIG_DFL is no function of ours that a signal could run at the wrong time.
+    let previous = unsafe { libc::signal(signal, libc::SIG_DFL) };
+    if previous == libc::SIG_ERR {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
+/// Blocks exactly the signals in `mask`; returns those that were blocked before.
+pub fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
+    // SAFETY: an all-zero sigset_t is a valid value of that plain type.
+    let mut previous: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: both point to valid sets for the duration of the call.
+    let returned = unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask, &raw mut previous) };
+    check(libc::c_long::from(returned))?;
+    Ok(previous)
+}
+
+/// The set of no signals, or of those given.
+pub fn signal_set(signals: &[i32]) -> libc::sigset_t {
+    // SAFETY: sigemptyset initialises the set, sigaddset only refuses invalid numbers.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        set
+    }
+}
+
+/// A descriptor from which the signals in `mask` can be read. See signalfd(2).
+pub fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
+    // SAFETY: mask points to a valid set; -1 asks for a new descriptor.
+    let fd = check(libc::c_long::from(unsafe {
+        libc::signalfd(-1, mask, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    }))?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// The number of the next signal pending in a [`signalfd`], if there is one.
+pub fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
+    let mut info = [0u8; std::mem::size_of::<libc::signalfd_siginfo>()];
+    match rustix::io::read(fd, &mut info) {
+        // ssi_signo is the first field, 32 bits wide.
+        Ok(read) if read == info.len() => {
+            let [a, b, c, d, ..] = info;
+            Some(u32::from_ne_bytes([a, b, c, d]) as i32)
+        }
+        _ => None,
+    }
+}
+
+/// Replaces this process's program; returns only if that failed. See execve(2).
+pub fn execve(path: &CString, args: &[CString], env: &[CString]) -> Errno {
+    let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    let mut envp: Vec<*const libc::c_char> = env.iter().map(|var| var.as_ptr()).collect();
+    envp.push(std::ptr::null());
+    // SAFETY: all strings are NUL-terminated and both arrays end with a null pointer.
+    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
+    last_errno()
+}
+
+/// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
+pub fn setrlimit(pid: i32, resource: u32, soft: u64, hard: u64) -> Result<(), Errno> {
+    let limit = libc::rlimit64 {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: limit is valid for reads; a null old limit is allowed.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            pid,
+            resource,
+            &raw const limit,
+            std::ptr::null_mut::<libc::rlimit64>(),
+        )
+    })?;
+    Ok(())
+}
+
+/// The terminal becomes this session's controlling terminal. See ioctl_tty(2).
+pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: TIOCSCTTY takes an integer, no pointer.
+    let returned = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY as _, 0) };
+    check(libc::c_long::from(returned))?;
+    Ok(())
+}
+
+/// Brings the loopback interface of the current network namespace up.
+pub fn loopback_up() -> Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: an all-zero ifreq is a valid value of that plain type.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo\0") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which request is.
+    let returned = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw mut request,
+        )
+    };
+    check(libc::c_long::from(returned))?;
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! A container's terminal: a pseudo-terminal out of its own devpts, whose master side goes
+//! to whoever holds the console socket. See pty(7).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::pty::OpenptFlags;
+use rustix::termios::Winsize;
+
+use crate::channel::send_descriptor;
+use crate::error::{Context, Result};
+use crate::mounts::{clone_descriptor, move_mount};
+use crate::refuse;
+use crate::rootfs::{Rootfs, Target};
+use crate::syscalls::set_controlling_terminal;
+
+/// linux/magic.h
+const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
+
+pub struct Terminal {
+    pub master: OwnedFd,
+    pub slave: OwnedFd,
+    /// Its name in the container, `/dev/pts/0`.
+    name: String,
+}
+
+/// Connects to the socket that is to receive the master side.
+pub fn connect_console(path: &str) -> Result<OwnedFd> {
+    let doing = || format!("connect to console socket {path}");
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(doing)?;
+    let address = SocketAddrUnix::new(path).doing(doing)?;
+    connect(&socket, &address).doing(doing)?;
+    Ok(socket)
+}
+
+impl Terminal {
+    /// A new one, from the devpts that is mounted in the container.
+    pub fn open(rootfs: &Rootfs, size: Option<(u16, u16)>) -> Result<Terminal> {
+        let doing = || "open /dev/pts/ptmx in the container (process.terminal)";
+        let master = rootfs
+            .open(
+                Path::new("/dev/pts/ptmx"),
+                OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK,
+            )
+            .doing(doing)?;
+        // A container's image may have put anything there (CVE-2025-52565).
+        let stat = rustix::fs::fstat(&master).doing(doing)?;
+        let is_ptmx = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && stat.st_rdev == rustix::fs::makedev(5, 2)
+            && rustix::fs::fstatfs(&master).doing(doing)?.f_type as u64 == DEVPTS_SUPER_MAGIC;
+        if !is_ptmx {
+            refuse!("{}: it is not a terminal multiplexer on devpts", doing());
+        }
+        rustix::fs::fcntl_setfl(&master, OFlags::empty()).doing(doing)?;
+        rustix::pty::unlockpt(&master).doing(|| "unlock the terminal")?;
+        let slave = rustix::pty::ioctl_tiocgptpeer(
+            &master,
+            OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
+        )
+        .doing(|| "open the terminal's slave side")?;
+        if let Some((rows, columns)) = size {
+            let size = Winsize {
+                ws_row: rows,
+                ws_col: columns,
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            };
+            rustix::termios::tcsetwinsize(&master, size)
+                .doing(|| "set the terminal's size (process.consoleSize)")?;
+        }
+        let name = rustix::pty::ptsname(&master, Vec::new()).map_or_else(
+            |_| "/dev/pts".to_owned(),
+            |name| name.to_string_lossy().into_owned(),
+        );
+        Ok(Terminal {
+            master,
+            slave,
+            name,
+        })
+    }
+
+    /// Shows the slave side as /dev/console.
+    pub fn mount_console(&self, rootfs: &Rootfs) -> Result<()> {
+        let doing = || "mount the terminal on /dev/console";
+        let target = rootfs.mount_target(Path::new("/dev/console"), Target::File)?;
+        let slave = clone_descriptor(&self.slave, false).doing(doing)?;
+        move_mount(&slave, &target).doing(doing)
+    }
+
+    /// Sends the master side away, as runc does: with its name as the message.
+    pub fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        send_descriptor(socket, self.master.as_fd(), self.name.as_bytes())
+            .doing(|| "send the terminal over the console socket")
+    }
+
+    /// Makes the slave side this session's terminal and standard input, output and error.
+    pub fn take(&self) -> Result<()> {
+        set_controlling_terminal(self.slave.as_fd()).doing(|| "take the terminal")?;
+        let doing = || "make the terminal standard input, output and error";
+        rustix::stdio::dup2_stdin(&self.slave).doing(doing)?;
+        rustix::stdio::dup2_stdout(&self.slave).doing(doing)?;
+        rustix::stdio::dup2_stderr(&self.slave).doing(doing)
+    }
+}
