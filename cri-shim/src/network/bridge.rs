@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -37,6 +37,26 @@ struct Standing {
     rules: Generation,
 }
 
+/// A pod whose interface is there.
+pub(super) struct Connected {
+    namespace: OwnedFd,
+    /// Where it is pinned, for errors.
+    netns: PathBuf,
+}
+
+impl Connected {
+    /// Asks the kernel from inside the pod's namespace.
+    fn inside<T: Send>(
+        &self,
+        ask: impl FnOnce(&mut Socket) -> Result<T, NetworkError> + Send,
+    ) -> Result<T, NetworkError> {
+        namespace::on_own_thread(|| {
+            namespace::enter(self.namespace.as_fd(), &self.netns)?;
+            ask(&mut Socket::route()?)
+        })
+    }
+}
+
 impl Bridge {
     pub(super) fn new(config: NetworkConfig) -> Self {
         Bridge {
@@ -51,52 +71,63 @@ impl Bridge {
         self.repair_standing(&mut self.standing(), pods).map(drop)
     }
 
-    /// Connects `pod`'s namespace, or completes what is there already.
+    /// Makes `pod`'s pair of interfaces, or finds it. It has no address yet.
     pub(super) fn connect(
         &self,
         pod: &str,
         address: Ipv4Addr,
         netns: &Path,
         pods: &[String],
-    ) -> Result<(), NetworkError> {
-        let namespace = namespace::open(netns)?;
+    ) -> Result<Connected, NetworkError> {
+        let connected = Connected {
+            namespace: namespace::open(netns)?,
+            netns: netns.to_owned(),
+        };
         let standing = self.whole(pods)?;
         let mut socket = Socket::route()?;
-        let result = self.connect_to(
-            standing,
-            &mut socket,
-            pod,
-            address,
-            namespace.as_fd(),
-            netns,
-        );
-        match result {
-            // Nothing tells that somebody deletes the bridge, but that its index is no longer one.
-            Err(error) if self.is_gone(&mut socket, standing) => {
+        let mac = link::mac_of(address);
+        match self.make_pair(standing, &mut socket, pod, mac, &connected) {
+            // Nothing tells that somebody deleted the bridge, but that it is not there.
+            Err(_) if self.is_gone(&mut socket, standing) => {
                 let standing = self.repair_standing(&mut self.standing(), pods)?;
-                self.connect_to(
-                    standing,
-                    &mut socket,
-                    pod,
-                    address,
-                    namespace.as_fd(),
-                    netns,
-                )
-                .map_err(|again| {
-                    if again.is(Errno::EINVAL) {
-                        error
-                    } else {
-                        again
-                    }
-                })
+                self.make_pair(standing, &mut socket, pod, mac, &connected)?;
             }
-            result => result,
+            result => result?,
         }
+        Ok(connected)
     }
 
-    /// Deletes the node's end of `pod`'s pair, and with it the pod's.
-    pub(super) fn disconnect(&self, pod: &str) -> Result<(), NetworkError> {
-        link::delete(&mut Socket::route()?, &host_interface(pod))
+    /// Gives the pod's interface its address and the pod its default route. Done again it changes
+    /// nothing.
+    pub(super) fn configure(
+        &self,
+        connected: &Connected,
+        address: Ipv4Addr,
+    ) -> Result<(), NetworkError> {
+        let range = self.config.range;
+        connected.inside(|socket| {
+            let index = rustix::net::netdevice::name_to_index(socket.fd(), POD_INTERFACE);
+            let index = index.map_err(|errno| {
+                let action = format!("look for {POD_INTERFACE} in a pod's network namespace");
+                NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
+            })?;
+            let mut batch = Batch::default();
+            link::set_up(&mut batch, index, POD_INTERFACE);
+            link::add_address(&mut batch, index, POD_INTERFACE, address, range);
+            link::add_default_route(&mut batch, index, range.gateway());
+            socket.execute(&batch).map(drop)
+        })
+    }
+
+    /// Deletes the node's ends of the pods' pairs, and with them the pods'. They need not be
+    /// there.
+    pub(super) fn disconnect(&self, pods: &[String]) -> Result<(), NetworkError> {
+        let mut socket = Socket::route()?;
+        let names: Vec<String> = pods.iter().map(|pod| host_interface(pod)).collect();
+        if let [name] = names.as_slice() {
+            return link::delete(&mut socket, name);
+        }
+        link::delete_together(&mut socket, &names)
     }
 
     /// Deletes every interface of ours but those of `keep`.
@@ -238,14 +269,13 @@ impl Bridge {
         nftables::generation(&mut socket)
     }
 
-    fn connect_to(
+    fn make_pair(
         &self,
         standing: Standing,
         socket: &mut Socket,
         pod: &str,
-        address: Ipv4Addr,
-        namespace: BorrowedFd,
-        netns: &Path,
+        mac: link::Mac,
+        connected: &Connected,
     ) -> Result<(), NetworkError> {
         let host = host_interface(pod);
         let pair = link::VethPair {
@@ -253,51 +283,25 @@ impl Bridge {
             alias: &self.alias(pod),
             bridge: standing.index,
             mtu: standing.mtu,
-            mac: link::mac_of(address),
+            mac,
         };
+        let namespace = connected.namespace.as_fd();
         match link::create_veth(socket, &pair, namespace) {
-            Err(error) if error.is(Errno::EEXIST) => {
-                if link::find(socket, &host)?.is_none() {
-                    return Err(NetworkError::InterfaceTaken {
-                        netns: netns.to_owned(),
-                    });
-                }
-                let inside = namespace::on_own_thread(|| {
-                    namespace::enter(namespace, netns)?;
-                    link::find(&mut Socket::route()?, POD_INTERFACE)
-                })?;
-                // The pair leads elsewhere, or half of it is made from before a crash.
-                if inside.and_then(|link| link.mac) != Some(pair.mac) {
-                    link::delete(socket, &host)?;
-                    link::create_veth(socket, &pair, namespace)?;
-                } else {
-                    link::join_bridge(socket, &host, pair.alias, standing.index)?;
-                }
-            }
-            result => result?,
+            Err(error) if error.is(Errno::EEXIST) => {}
+            result => return result,
         }
-        namespace::on_own_thread(|| {
-            namespace::enter(namespace, netns)?;
-            self.configure_inside(address)
-        })
-    }
-
-    /// The calling thread is in the pod's namespace. Done again it changes nothing.
-    fn configure_inside(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
-        let mut socket = Socket::route()?;
-        let index =
-            rustix::net::netdevice::name_to_index(socket.fd(), POD_INTERFACE).map_err(|errno| {
-                NetworkError::kernel(
-                    "look for eth0 in the pod's network namespace",
-                    Errno::from_raw(errno.raw_os_error()),
-                )
-            })?;
-        let range = self.config.range;
-        let mut batch = Batch::default();
-        link::set_up(&mut batch, index, POD_INTERFACE);
-        link::add_address(&mut batch, index, POD_INTERFACE, address, range);
-        link::add_default_route(&mut batch, index, range.gateway());
-        socket.execute(&batch).map(drop)
+        if link::find(socket, &host)?.is_none() {
+            return Err(NetworkError::InterfaceTaken {
+                netns: connected.netns.clone(),
+            });
+        }
+        let inside = connected.inside(|socket| link::find(socket, POD_INTERFACE))?;
+        if inside.and_then(|link| link.mac) == Some(mac) {
+            return link::join_bridge(socket, &host, pair.alias, standing.index);
+        }
+        // The pair leads elsewhere: to a namespace that was lost.
+        link::delete(socket, &host)?;
+        link::create_veth(socket, &pair, namespace)
     }
 
     fn is_gone(&self, socket: &mut Socket, standing: Standing) -> bool {

@@ -16,10 +16,11 @@ mod link;
 pub mod namespace;
 mod netlink;
 mod nftables;
+mod teardown;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,7 @@ pub use error::NetworkError;
 use crate::store::{Change, Store, Table};
 use address::Addresses;
 use bridge::Bridge;
+use teardown::Teardown;
 
 /// The name of a pod's interface inside its namespace.
 pub const POD_INTERFACE: &str = "eth0";
@@ -140,6 +142,7 @@ struct Inner {
     inherited: Mutex<HashSet<String>>,
     /// One at a time for a pod; the entry is there while somebody has it or waits.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    teardown: Teardown,
 }
 
 impl Network {
@@ -166,40 +169,60 @@ impl Network {
                 store,
                 inherited: Mutex::new(inherited),
                 turns: Mutex::default(),
+                teardown: Teardown::default(),
             }),
         })
     }
 
+    /// Gives the pod its address, ahead of [`Network::attach`], which would do it otherwise. It
+    /// lasts as long as a commit to the store, and shares its transaction with a commit of the
+    /// caller's that is under way.
+    pub async fn reserve(&self, pod: &str) -> Result<(), NetworkError> {
+        let (inner, pod) = (Arc::clone(&self.inner), pod.to_owned());
+        finish(async move {
+            let _turn = Inner::turn(&inner, &pod).await;
+            lock(&inner.inherited).remove(&pod);
+            let known = lock(&inner.addresses).of(&pod);
+            if known.is_some() {
+                return Ok(());
+            }
+            inner.take_address(&pod)?;
+            let committed = inner.commit_address(&pod).await;
+            if committed.is_err() {
+                lock(&inner.addresses).free(&pod);
+            }
+            committed
+        })
+        .await
+    }
+
     /// Connects the namespace pinned at `netns`. For a pod that is connected, gives the same
     /// answer again. A caller that goes away does not stop it half-way; if it fails, nothing of it
-    /// stays.
+    /// stays but an address that was reserved before.
     pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Attachment, NetworkError> {
         let (inner, pod, netns) = (Arc::clone(&self.inner), pod.to_owned(), netns.to_owned());
         finish(async move {
-            let _turn = inner.turn(&pod).await;
+            let turn = Inner::turn(&inner, &pod).await;
             lock(&inner.inherited).remove(&pod);
             let known = lock(&inner.addresses).of(&pod);
             let address = match known {
                 Some(address) => address,
-                None => inner.take_address(&pod).await?,
+                None => inner.take_address(&pod)?,
             };
-            let connected = {
-                let (inner, pod) = (Arc::clone(&inner), pod.clone());
-                blocking(move || inner.bridge.connect(&pod, address, &netns, &inner.pods())).await
-            };
-            if let Err(error) = connected {
-                if known.is_none() {
-                    // What can't be undone now, reconcile or a detach undoes.
-                    let _ = inner.disconnect(&pod).await;
+            match inner.connect(&pod, address, netns, known.is_some()).await {
+                Ok(()) => Ok(Attachment {
+                    addresses: vec![address.into()],
+                    interface: POD_INTERFACE.to_owned(),
+                    mac: link::mac_of(address),
+                    gateway: Some(inner.config.range.gateway()),
+                }),
+                Err(error) => {
+                    if known.is_none() {
+                        Teardown::add(&inner, turn);
+                    }
+                    Err(error)
                 }
-                return Err(error);
             }
-            Ok(Attachment {
-                addresses: vec![address.into()],
-                interface: POD_INTERFACE.to_owned(),
-                mac: link::mac_of(address),
-                gateway: Some(inner.config.range.gateway()),
-            })
         })
         .await
     }
@@ -207,14 +230,27 @@ impl Network {
     /// Takes the pod's interface and address away. Right also when nothing is there, when only
     /// half of it is, and when the namespace, which the embedded network does not need for this,
     /// is lost.
+    ///
+    /// Returns at once: for 10 to 20 ms the kernel waits until no processor has the interface in
+    /// hand, and nobody has to wait with it. [`Network::settled`] does; an attach of the same pod
+    /// does; and if the server dies meanwhile, [`Network::reconcile`] completes it.
     pub async fn detach(&self, pod: &str, _netns: Option<&Path>) -> Result<(), NetworkError> {
         let (inner, pod) = (Arc::clone(&self.inner), pod.to_owned());
         finish(async move {
-            let _turn = inner.turn(&pod).await;
-            lock(&inner.inherited).remove(&pod);
-            inner.disconnect(&pod).await
+            // If it goes already, and nobody waits to attach it again, all is done.
+            if inner.is_awaited(&pod) || !inner.teardown.has(&pod) {
+                let turn = Inner::turn(&inner, &pod).await;
+                lock(&inner.inherited).remove(&pod);
+                Teardown::add(&inner, turn);
+            }
+            Ok(())
         })
         .await
+    }
+
+    /// Waits until everything that was detached is gone from the kernel and the store.
+    pub async fn settled(&self) {
+        self.inner.teardown.settled().await;
     }
 
     /// After a start: removes interfaces and addresses of pods that are not in `live_pods`, only
@@ -228,6 +264,7 @@ impl Network {
         for pod in dead {
             self.detach(&pod, None).await?;
         }
+        self.settled().await;
         let inner = Arc::clone(&self.inner);
         let mut keep = live_pods.clone();
         blocking(move || {
@@ -255,65 +292,82 @@ impl Network {
 }
 
 impl Inner {
-    async fn turn(&self, pod: &str) -> Turn<'_> {
+    async fn turn(self: &Arc<Self>, pod: &str) -> Turn {
         let turn = Arc::clone(lock(&self.turns).entry(pod.to_owned()).or_default());
         Turn {
-            inner: self,
+            inner: Arc::clone(self),
             pod: pod.to_owned(),
             held: Some(turn.lock_owned().await),
         }
+    }
+
+    /// Whether somebody waits for a turn at the pod.
+    fn is_awaited(&self, pod: &str) -> bool {
+        // The map has one, whoever has the turn another.
+        lock(&self.turns)
+            .get(pod)
+            .is_some_and(|turn| Arc::strong_count(turn) > 2)
     }
 
     fn pods(&self) -> Vec<String> {
         lock(&self.addresses).pods().map(str::to_owned).collect()
     }
 
-    /// Gives the pod an address; the store knows before anybody uses it.
-    async fn take_address(&self, pod: &str) -> Result<Ipv4Addr, NetworkError> {
+    fn take_address(&self, pod: &str) -> Result<Ipv4Addr, NetworkError> {
         let range = self.config.range;
-        let address = lock(&self.addresses)
+        lock(&self.addresses)
             .take(pod)
-            .map_err(|_| NetworkError::Exhausted { range })?;
-        let record = Record::Given {
-            pod: pod.to_owned(),
-        };
-        let committed = async {
-            self.store
-                .commit(vec![
-                    Change::put(Table::ADDRESSES, &address.to_string(), &record)?,
-                    Change::put(Table::ADDRESSES, LAST_KEY, &Record::Last { last: address })?,
-                ])
-                .await
-        };
-        if let Err(error) = committed.await {
-            lock(&self.addresses).free(pod);
-            return Err(error.into());
-        }
-        Ok(address)
+            .map_err(|_| NetworkError::Exhausted { range })
     }
 
-    /// First the interface, then the address: it is not given again while it is in use.
-    async fn disconnect(self: &Arc<Self>, pod: &str) -> Result<(), NetworkError> {
-        let (inner, of) = (Arc::clone(self), pod.to_owned());
-        blocking(move || inner.bridge.disconnect(&of)).await?;
+    /// Returns when the store knows of the pod's address.
+    async fn commit_address(&self, pod: &str) -> Result<(), NetworkError> {
         let Some(address) = lock(&self.addresses).of(pod) else {
             return Ok(());
         };
-        let gone = Change::delete(Table::ADDRESSES, &address.to_string());
-        self.store.commit(vec![gone]).await?;
-        lock(&self.addresses).free(pod);
-        Ok(())
+        let record = Record::Given {
+            pod: pod.to_owned(),
+        };
+        let changes = vec![
+            Change::put(Table::ADDRESSES, &address.to_string(), &record)?,
+            Change::put(Table::ADDRESSES, LAST_KEY, &Record::Last { last: address })?,
+        ];
+        Ok(self.store.commit(changes).await?)
+    }
+
+    /// The pair is made while the store writes; the address is not used before it has.
+    async fn connect(
+        self: &Arc<Self>,
+        pod: &str,
+        address: Ipv4Addr,
+        netns: PathBuf,
+        committed: bool,
+    ) -> Result<(), NetworkError> {
+        let (inner, of) = (Arc::clone(self), pod.to_owned());
+        let making = blocking(move || {
+            let pods = inner.pods();
+            inner.bridge.connect(&of, address, &netns, &pods)
+        });
+        let (made, committed) = tokio::join!(making, async {
+            match committed {
+                true => Ok(()),
+                false => self.commit_address(pod).await,
+            }
+        });
+        committed?;
+        let (inner, made) = (Arc::clone(self), made?);
+        blocking(move || inner.bridge.configure(&made, address)).await
     }
 }
 
 /// The right to work on a pod.
-struct Turn<'a> {
-    inner: &'a Inner,
+struct Turn {
+    inner: Arc<Inner>,
     pod: String,
     held: Option<OwnedMutexGuard<()>>,
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Turn {
     fn drop(&mut self) {
         let mut turns = lock(&self.inner.turns);
         self.held = None;

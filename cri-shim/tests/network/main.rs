@@ -78,6 +78,14 @@ const TESTS: &[(&str, Test)] = &[
         detach_ends_without_a_namespace,
     ),
     (
+        "attach_right_after_detach_wins",
+        attach_right_after_detach_wins,
+    ),
+    (
+        "a_reserved_address_is_the_pods",
+        a_reserved_address_is_the_pods,
+    ),
+    (
         "a_failed_attach_leaves_nothing",
         a_failed_attach_leaves_nothing,
     ),
@@ -236,6 +244,7 @@ fn detach_leaves_nothing(node: &Node) -> Result<(), Failed> {
     node.remove(&network, "pod")?;
     node.remove(&network, "pod")?;
     node.wait(network.detach("never seen", None))?;
+    node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }
@@ -245,6 +254,46 @@ fn detach_ends_without_a_namespace(node: &Node) -> Result<(), Failed> {
     node.pod(&network, "pod")?;
     namespace::remove(&node.netns("pod"))?;
     node.wait(network.detach("pod", Some(&node.netns("pod"))))?;
+    node.wait(network.settled());
+    drop(network);
+    node.nothing_of_pods_is_left()
+}
+
+fn attach_right_after_detach_wins(node: &Node) -> Result<(), Failed> {
+    let network = node.network()?;
+    let netns = node.netns("pod");
+    node.pod(&network, "pod")?;
+    for _ in 0..10 {
+        node.wait(async {
+            network.detach("pod", None).await?;
+            network.detach("pod", None).await?;
+            network.attach("pod", &netns).await
+        })?;
+        node.wait(network.settled());
+        ping(&netns, OUTSIDE)?;
+    }
+    // A caller that gives up on its attach and detaches: nothing comes of it afterwards.
+    node.wait(async {
+        network.detach("pod", None).await?;
+        let attach = network.attach("pod", &netns);
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(1), attach).await;
+        network.detach("pod", None).await
+    })?;
+    node.wait(network.settled());
+    namespace::remove(&netns)?;
+    drop(network);
+    node.nothing_of_pods_is_left()
+}
+
+fn a_reserved_address_is_the_pods(node: &Node) -> Result<(), Failed> {
+    let network = node.network()?;
+    node.wait(network.reserve("pod"))?;
+    node.wait(network.reserve("pod"))?;
+    node.pod(&network, "other")?;
+    let pod = node.pod(&network, "pod")?;
+    expect_eq(address(&pod)?, Ipv4Addr::new(10, 88, 0, 2))?;
+    node.remove(&network, "other")?;
+    node.remove(&network, "pod")?;
     drop(network);
     node.nothing_of_pods_is_left()
 }
@@ -270,6 +319,7 @@ fn a_failed_attach_leaves_nothing(node: &Node) -> Result<(), Failed> {
     let links = inside(&node.netns("taken"), || ip("link show eth0"))?;
     expect(links.contains("eth0"), "the other's interface stays")?;
     namespace::remove(&node.netns("taken"))?;
+    node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }
@@ -334,6 +384,7 @@ fn fifty_pods_ten_at_a_time(node: &Node) -> Result<(), Failed> {
             namespace::remove(&node.netns(pod))?;
         }
     }
+    node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }
@@ -384,6 +435,7 @@ fn a_bridge_name_in_use_is_refused(node: &Node) -> Result<(), Failed> {
     )?;
     ip("link delete rrun0")?;
     namespace::remove(&node.netns("pod"))?;
+    node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }

@@ -42,6 +42,9 @@ pub fn leave_the_host() -> Result<(), String> {
         .map_err(|_| "ip(8) of iproute2 does not work here".to_owned())
 }
 
+/// What a whole test may take.
+const DEADLINE: Duration = Duration::from_secs(120);
+
 pub struct Node {
     pub dir: PathBuf,
     outside: PathBuf,
@@ -52,11 +55,18 @@ impl Node {
     /// Runs `test` on a thread that has moved to a new node. Threads and processes that it starts
     /// are on that node too.
     pub fn run(test: fn(&Node) -> Result<(), Failed>) -> Result<(), Failed> {
-        let thread = std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET)?;
-            test(&Node::new()?)
+        let (done, result) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let run = || {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                test(&Node::new()?)
+            };
+            let _ = done.send(run());
         });
-        thread.join().map_err(|_| Failed::from("it panicked"))?
+        match result.recv_timeout(DEADLINE) {
+            Ok(result) => result,
+            Err(error) => Err(format!("it hangs or panicked: {error}").into()),
+        }
     }
 
     fn new() -> Result<Node, Failed> {
@@ -121,6 +131,7 @@ impl Node {
     /// The pod's end.
     pub fn remove(&self, network: &Network, pod: &str) -> Result<(), NetworkError> {
         self.wait(network.detach(pod, Some(&self.netns(pod))))?;
+        self.wait(network.settled());
         namespace::remove(&self.netns(pod))
     }
 
