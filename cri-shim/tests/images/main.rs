@@ -1,5 +1,6 @@
 //! Images from a real registry, and from registries that lie.
 
+mod archives;
 mod build;
 mod node;
 mod pulls;
@@ -43,9 +44,11 @@ fn main() {
     let not_root = (!root).then_some("needs root, for owners, devices and mounts");
     let no_registry = node::missing();
     let no_registry = not_root.or(no_registry.as_deref());
-    let trials = pulls::trials()
-        .into_iter()
-        .map(|trial| unless(no_registry, trial))
+    let archives = archives::trials().into_iter();
+    let pulls = pulls::trials().into_iter();
+    let trials = archives
+        .map(|trial| unless(not_root, trial))
+        .chain(pulls.map(|trial| unless(no_registry, trial)))
         .collect();
     libtest_mimic::run(&arguments, trials).exit();
 }
