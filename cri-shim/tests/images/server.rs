@@ -1,0 +1,169 @@
+//! A registry that does what a test wants: breaks off, lies, refuses.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::build::{Failure, Image, digest};
+
+/// One request as it came.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    pub path: String,
+    pub range: Option<u64>,
+    pub authorization: Option<String>,
+}
+
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Vec<u8>,
+    /// Bytes after which the connection breaks off, although more was announced.
+    pub cut: Option<usize>,
+    /// A pause between pieces of 16 KiB.
+    pub slow: Duration,
+}
+
+impl Answer {
+    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
+        Answer {
+            status,
+            headers: Vec::new(),
+            body: body.into(),
+            cut: None,
+            slow: Duration::ZERO,
+        }
+    }
+
+    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    pub fn ranged(mut self, request: &Request) -> Self {
+        if let Some(offset) = request.range {
+            self.status = 206;
+            self.body = self.body.split_off(offset as usize);
+        }
+        self
+    }
+}
+
+type Seen = Arc<Mutex<Vec<Request>>>;
+
+pub struct Server {
+    pub port: u16,
+    seen: Seen,
+}
+
+impl Server {
+    /// Serves until the test's process ends. `answer` is asked first; what it leaves is served
+    /// from the images, each under its name with the tag 1.
+    pub fn start(
+        images: &[(&str, &Image)],
+        answer: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Result<Self, Failure> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let port = listener.local_addr()?.port();
+        let mut content = HashMap::new();
+        for (name, image) in images {
+            for blob in &image.blobs {
+                content.insert(format!("/v2/{name}/blobs/{}", digest(blob)), blob.clone());
+            }
+            let manifest = image.blobs.last().ok_or("no manifest")?;
+            for target in ["1", image.manifest.as_str()] {
+                content.insert(format!("/v2/{name}/manifests/{target}"), manifest.clone());
+            }
+        }
+        let seen = Seen::default();
+        let (content, answer) = (Arc::new(content), Arc::new(answer));
+        let log = Arc::clone(&seen);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (content, answer, log) = (content.clone(), answer.clone(), log.clone());
+                std::thread::spawn(move || {
+                    let Some(request) = read(&stream) else {
+                        return;
+                    };
+                    if let Ok(mut log) = log.lock() {
+                        log.push(request.clone());
+                    }
+                    let path = request.path.split('?').next().unwrap_or_default();
+                    let answer = answer(&request).unwrap_or_else(|| match content.get(path) {
+                        Some(body) => Answer::new(200, body.clone()).ranged(&request),
+                        None => Answer::new(
+                            404,
+                            r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#,
+                        ),
+                    });
+                    let _ = write(stream, &answer);
+                });
+            }
+        });
+        Ok(Server { port, seen })
+    }
+
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn seen(&self) -> Vec<Request> {
+        self.seen
+            .lock()
+            .map(|seen| seen.clone())
+            .unwrap_or_default()
+    }
+
+    pub fn count(&self, part: &str) -> usize {
+        self.seen().iter().filter(|r| r.path.contains(part)).count()
+    }
+}
+
+fn read(stream: &TcpStream) -> Option<Request> {
+    let mut request = Request::default();
+    let mut lines = BufReader::new(stream).lines();
+    let first = lines.next()?.ok()?;
+    request.path = first.split(' ').nth(1)?.to_owned();
+    for line in lines {
+        let line = line.ok()?;
+        if line.is_empty() {
+            break;
+        }
+        let (name, value) = line.split_once(':')?;
+        match name.to_ascii_lowercase().as_str() {
+            "range" => {
+                let start = value.trim().strip_prefix("bytes=")?.strip_suffix('-')?;
+                request.range = start.parse().ok();
+            }
+            "authorization" => request.authorization = Some(value.trim().to_owned()),
+            _ => {}
+        }
+    }
+    Some(request)
+}
+
+fn write(mut stream: TcpStream, answer: &Answer) -> std::io::Result<()> {
+    write!(
+        stream,
+        "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
+        answer.status,
+        answer.body.len()
+    )?;
+    for (name, value) in &answer.headers {
+        write!(stream, "{name}: {value}\r\n")?;
+    }
+    stream.write_all(b"\r\n")?;
+    let end = answer
+        .cut
+        .unwrap_or(answer.body.len())
+        .min(answer.body.len());
+    for piece in answer.body[..end].chunks(16 << 10) {
+        stream.write_all(piece)?;
+        if !answer.slow.is_zero() {
+            std::thread::sleep(answer.slow);
+        }
+    }
+    Ok(())
+}
