@@ -53,6 +53,25 @@ pub fn check_parent(cgroup: &str) -> Result<()> {
 /// Makes the cgroup and the ones above it, with every controller handed down. Returns the
 /// directories made, outermost first.
 pub fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
+    // A parent can go when the last pod in it does, just before the next one is made.
+    let mut tries = 0;
+    loop {
+        match make(cgroup) {
+            Err(Gone) if tries < 10 => tries += 1,
+            Err(Gone) => {
+                return Err(Error::internal(format!(
+                    "make the cgroup {cgroup}: its parents are removed again and again"
+                )));
+            }
+            Ok(result) => return result,
+        }
+    }
+}
+
+/// A parent went while a cgroup was made in it.
+struct Gone;
+
+fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, Gone> {
     let mut made = Vec::new();
     let mut path = PathBuf::from(MOUNT_POINT);
     for part in cgroup.split('/').filter(|part| !part.is_empty()) {
@@ -63,11 +82,15 @@ pub fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => {
                 remove_dirs(&made);
-                return Err(error).during(|| format!("make the cgroup {}", path.display()));
+                if error.kind() == io::ErrorKind::NotFound {
+                    return Err(Gone);
+                }
+                let what = || format!("make the cgroup {}", path.display());
+                return Ok(Err(error).during(what));
             }
         }
     }
-    Ok(made)
+    Ok(Ok(made))
 }
 
 /// Makes every controller that `dir` has available to its children. What the kernel refuses here
@@ -97,8 +120,9 @@ fn hand_down(dir: &Path) {
 /// Removes directories made by [`create`], innermost first, as far as they are empty.
 pub fn remove_dirs(made: &[PathBuf]) {
     for dir in made.iter().rev() {
-        if std::fs::remove_dir(dir).is_err() {
-            return;
+        match std::fs::remove_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return,
+            _ => {}
         }
     }
 }

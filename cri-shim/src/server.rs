@@ -6,6 +6,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
@@ -23,7 +24,10 @@ use crate::store::Store;
 use crate::{reconcile, services};
 
 /// How long calls under way may take to end after SIGTERM.
-const LAST_CALLS: std::time::Duration = std::time::Duration::from_secs(5);
+const LAST_CALLS: Duration = Duration::from_secs(5);
+
+/// How long a server that was killed may hold its locks.
+const LAST_BREATH: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Result<()> {
@@ -46,8 +50,8 @@ async fn serve(config: Config) -> Result<()> {
     }
     private_dir(&config.root.join("containers"))?;
     // Held until the process ends.
-    let _root = lock(&config.root)?;
-    let _state = lock(&config.state)?;
+    let _root = lock(&config.root).await?;
+    let _state = lock(&config.state).await?;
     let socket = config.socket.clone();
     let listener = listen(&socket).await?;
 
@@ -110,8 +114,9 @@ fn network_config(config: &Config) -> NetworkConfig {
     }
 }
 
-/// Keeps a second server off this directory.
-fn lock(dir: &Path) -> Result<File> {
+/// Keeps a second server off this directory. One that was killed is given time to end: its lock
+/// goes only with the last of its memory.
+async fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let what = || format!("lock {}", path.display());
     let mut file = OpenOptions::new()
@@ -121,16 +126,22 @@ fn lock(dir: &Path) -> Result<File> {
         .mode(0o600)
         .open(&path)
         .during(what)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(Error::internal(format!(
-                "another rrun-cri uses {}: {} is locked",
-                dir.display(),
-                path.display()
-            )));
+    let begin = Instant::now();
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LAST_BREATH => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::internal(format!(
+                    "another rrun-cri uses {}: {} is locked",
+                    dir.display(),
+                    path.display()
+                )));
+            }
+            Err(errno) => return Err(errno).during(what),
         }
-        Err(errno) => return Err(errno).during(what),
     }
     file.set_len(0).during(what)?;
     writeln!(file, "{}", std::process::id()).during(what)?;

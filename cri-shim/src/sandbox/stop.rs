@@ -136,6 +136,8 @@ pub async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
     if sandbox.cgroup == own {
         let dir = cgroup::directory(&sandbox.cgroup);
         slow(format!("{name}: remove its cgroup"), cgroup::destroy(&dir)).await?;
+        // The last one out; with pods in it the kernel refuses.
+        cgroup::remove_dirs(&[cgroup::directory(&node.config.default_cgroup_parent)]);
     }
     let made = sandbox.cgroups_made.clone();
     let dir = node.sandbox_dir(&sandbox.id);
