@@ -24,7 +24,7 @@ use crate::monitor::wire::{self, WireError};
 pub const SOCKET_NAME: &str = "monitor.sock";
 pub const CONFIGURATION_NAME: &str = "monitor.json";
 
-/// How long a request may take that runs no runtime.
+/// How long a request may take that waits for no runtime.
 const PROMPT: Duration = Duration::from_secs(10);
 
 /// How long one may take that does: the monitor gives each runtime call two minutes, and cleans
@@ -90,7 +90,9 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
 
     let listener = match bind(&socket) {
         Err(rustix::io::Errno::ADDRINUSE) => {
-            if connect(&socket).await.is_ok() {
+            // One whose backlog is full is alive, too.
+            let connecting = tokio::time::timeout(PROMPT, connect(&socket)).await;
+            if !matches!(connecting, Ok(Err(_))) {
                 return Err(SpawnError::Alive(socket));
             }
             std::fs::remove_file(&socket).map_err(failed("remove the old", &socket))?;
@@ -261,7 +263,7 @@ impl MonitorClient {
 
     /// [`Request::Shutdown`].
     pub async fn shutdown(&self) -> Result<(), MonitorError> {
-        self.ask_done("shutdown", &Request::Shutdown, PROMPT).await
+        self.ask_done("shutdown", &Request::Shutdown, RUNTIME).await
     }
 
     /// [`Request::Exec`]. `stdio` is stdin, stdout and stderr, and none with `exec.terminal`. The
@@ -273,7 +275,7 @@ impl MonitorClient {
     ) -> Result<ExecHandle, MonitorError> {
         let deadline = Instant::now() + RUNTIME;
         let mut connection = self
-            .send("exec", &Request::Exec(exec), stdio, deadline)
+            .send("exec", &Request::Exec(exec), stdio, (deadline, RUNTIME))
             .await?;
         match self
             .receive("exec", &mut connection, Some((deadline, RUNTIME)))
@@ -293,7 +295,7 @@ impl MonitorClient {
     pub async fn subscribe(&self) -> Result<(Hello, Events), MonitorError> {
         let deadline = Instant::now() + PROMPT;
         let mut connection = self
-            .send("subscribe", &Request::Subscribe, &[], deadline)
+            .send("subscribe", &Request::Subscribe, &[], (deadline, PROMPT))
             .await?;
         match self
             .receive("subscribe", &mut connection, Some((deadline, PROMPT)))
@@ -329,7 +331,7 @@ impl MonitorClient {
         limit: Duration,
     ) -> Result<Reply, MonitorError> {
         let deadline = Instant::now() + limit;
-        let mut connection = self.send(name, request, &[], deadline).await?;
+        let mut connection = self.send(name, request, &[], (deadline, limit)).await?;
         self.receive(name, &mut connection, Some((deadline, limit)))
             .await
     }
@@ -339,7 +341,7 @@ impl MonitorClient {
         name: &'static str,
         request: &Request,
         fds: &[BorrowedFd<'_>],
-        deadline: Instant,
+        (deadline, limit): (Instant, Duration),
     ) -> Result<Connection, MonitorError> {
         let bytes = wire::encode(request).map_err(|error| self.broken(name, &error))?;
         let sending = async {
@@ -355,7 +357,7 @@ impl MonitorClient {
         };
         let stream = timeout_at(deadline, sending)
             .await
-            .map_err(|_| self.late(name, PROMPT))?
+            .map_err(|_| self.late(name, limit))?
             .map_err(|error| self.gone(&error))?;
         Ok(Connection {
             stream,

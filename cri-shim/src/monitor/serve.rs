@@ -230,12 +230,14 @@ impl Monitor {
         let Some(connection) = self.clients.get_mut(&client) else {
             return;
         };
-        if flags.contains(epoll::EventFlags::OUT) && !connection.flush() {
+        let writable = flags.contains(epoll::EventFlags::OUT);
+        if writable && !connection.flush() {
             return self.drop_client(client);
         }
         let input = connection.read();
         match input {
-            Input::Partial => self.watch_client(client),
+            Input::Partial if writable => self.watch_client(client),
+            Input::Partial => {}
             Input::Closed => self.drop_client(client),
             Input::Request(request) => {
                 let fds = connection.take_fds();
@@ -259,6 +261,8 @@ impl Monitor {
     fn drop_client(&mut self, client: ClientId) {
         if self.clients.remove(&client).is_some() {
             self.exec_client_gone(client);
+            // There is room for another.
+            self.deaf_until = self.deaf_until.map(|_| Instant::now());
         }
     }
 
