@@ -1,1 +1,75 @@
-fn main() {}
+//! End-to-end tests: the real binaries, on a real kernel, under real clients. As root, on a
+//! machine or in a view of one that may be made a mess of: `tests/native/run` or `tests/vm/run`.
+//!
+//! Each test that passes has left nothing behind: the machine is looked at before and after.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+mod bundle;
+mod inside;
+mod leavings;
+mod machine;
+mod needs;
+mod rrun_bad_input;
+mod rrun_lifecycle;
+mod rrun_limits;
+mod rrun_mounts;
+mod rrun_namespaces;
+mod rrun_process;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args();
+    let name = args.next().unwrap_or_default();
+    if name.ends_with("/inside")
+        || name == "inside"
+        || std::env::var_os("RRUN_E2E_INSIDE").is_some()
+    {
+        let code = inside::main(&args.collect::<Vec<_>>());
+        return ExitCode::from(u8::try_from(code).unwrap_or(99));
+    }
+    let mut arguments = Arguments::from_args();
+    // The tests share a machine, and each looks for what it left on it.
+    arguments.test_threads = Some(1);
+
+    if !arguments.list {
+        bundle::prepare();
+    }
+
+    let trials = [
+        rrun_lifecycle::TESTS,
+        rrun_namespaces::TESTS,
+        rrun_mounts::TESTS,
+        rrun_process::TESTS,
+        rrun_bad_input::TESTS,
+        rrun_limits::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .map(trial)
+    .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn trial(test: &'static needs::Test) -> Trial {
+    let name = test.name.trim_start_matches("rrun_e2e::");
+    Trial::ignorable_test(name, || run(test))
+}
+
+fn run(test: &needs::Test) -> Result<Completion, Failed> {
+    if let Some(lacking) = test.needs.iter().find_map(|need| need.lacking()) {
+        return Ok(Completion::ignored_with(lacking));
+    }
+    let before = leavings::Machine::look();
+    (test.run)()?;
+    let left = before.leavings();
+    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    let lost = before.losses();
+    ensure!(
+        lost.is_empty(),
+        "took away what was not its own:\n  {}",
+        lost.join("\n  ")
+    );
+    Ok(Completion::Completed)
+}

@@ -1,0 +1,293 @@
+//! The program that runs inside the containers of these tests: this same file, under the name
+//! `inside`. It needs no image, shell or library, and tells what it sees or does what it is told.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::{Value, json};
+
+type Error = Box<dyn std::error::Error>;
+
+/// `inside COMMAND ARG…`. The exit code is the command's; 99 says that it was no known one.
+pub fn main(args: &[String]) -> i32 {
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["report"] => report(),
+        ["exit", code] => return code.parse().unwrap_or(99),
+        ["echo", words @ ..] => say(&words.join(" ")),
+        ["stderr", words @ ..] => {
+            eprintln!("{}", words.join(" "));
+            Ok(())
+        }
+        ["sleep", seconds] => seconds.parse().map_err(Error::from).map(|seconds| {
+            std::thread::sleep(Duration::from_secs_f64(seconds));
+        }),
+        ["cat"] => std::io::copy(&mut std::io::stdin(), &mut std::io::stdout())
+            .map(|_| ())
+            .map_err(Error::from),
+        ["cat", files @ ..] => cat(files),
+        ["ls", dir] => list(dir),
+        ["stat", path] => stat(path),
+        ["write", path, text] => fs::write(path, text).map_err(Error::from),
+        ["mkdir", path] => fs::create_dir(path).map_err(Error::from),
+        ["wait"] => wait(),
+        ["deaf"] => deaf(),
+        ["spin", seconds] => seconds.parse().map_err(Error::from).map(spin),
+        ["allocate", megabytes] => megabytes.parse().map_err(Error::from).and_then(allocate),
+        ["forks", most] => most.parse().map_err(Error::from).and_then(forks),
+        ["orphan", seconds] => orphan(seconds),
+        ["count", milliseconds] => milliseconds.parse().map_err(Error::from).and_then(count),
+        ["burst", lines] => lines.parse().map_err(Error::from).and_then(burst),
+        ["later", seconds, code] => {
+            std::thread::sleep(Duration::from_secs_f64(seconds.parse().unwrap_or(0.0)));
+            return code.parse().unwrap_or(99);
+        }
+        _ => return 99,
+    };
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("{}: {error}", words.join(" "));
+            1
+        }
+    }
+}
+
+fn say(line: &str) -> Result<(), Error> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
+
+fn text(path: &str) -> String {
+    fs::read_to_string(path)
+        .unwrap_or_default()
+        .trim_end()
+        .to_owned()
+}
+
+fn links(dir: &str) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if let Ok(target) = fs::read_link(entry.path()) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            all.insert(name, target.to_string_lossy().into_owned());
+        }
+    }
+    all
+}
+
+/// Everything about this process that a runtime has a hand in.
+fn report() -> Result<(), Error> {
+    let status: BTreeMap<String, String> = text("/proc/self/status")
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+        .collect();
+    let limits: BTreeMap<&str, Value> = [
+        ("RLIMIT_NOFILE", Resource::RLIMIT_NOFILE),
+        ("RLIMIT_NPROC", Resource::RLIMIT_NPROC),
+        ("RLIMIT_CORE", Resource::RLIMIT_CORE),
+        ("RLIMIT_STACK", Resource::RLIMIT_STACK),
+    ]
+    .into_iter()
+    .filter_map(|(name, which)| {
+        getrlimit(which)
+            .ok()
+            .map(|pair| (name, json!([pair.0, pair.1])))
+    })
+    .collect();
+    // The directory being read is a descriptor of its own, and gone when it has been.
+    let mut descriptors = links("/proc/self/fd");
+    descriptors.retain(|_, target| !target.ends_with("/fd"));
+    let terminals = [0, 1, 2].map(|descriptor| {
+        fs::read_link(format!("/proc/self/fd/{descriptor}"))
+            .is_ok_and(|path| path.starts_with("/dev/pts") || path.starts_with("/dev/console"))
+    });
+    let name = nix::sys::utsname::uname()?;
+    let groups: Vec<u32> = nix::unistd::getgroups()?
+        .iter()
+        .map(|gid| gid.as_raw())
+        .collect();
+    let node = name.nodename().to_string_lossy().into_owned();
+    say(&json!({
+        "pid": std::process::id(),
+        "parent": nix::unistd::getppid().as_raw(),
+        "session": nix::unistd::getsid(None).map(|pid| pid.as_raw()).unwrap_or(-1),
+        "uid": nix::unistd::getuid().as_raw(),
+        "gid": nix::unistd::getgid().as_raw(),
+        "groups": groups,
+        "cwd": std::env::current_dir().unwrap_or_default(),
+        "args": std::env::args().collect::<Vec<_>>(),
+        "env": std::env::vars().collect::<BTreeMap<_, _>>(),
+        "status": status,
+        "limits": limits,
+        "hostname": node,
+        "domainname": name.domainname().to_string_lossy(),
+        "oom_score_adj": text("/proc/self/oom_score_adj"),
+        "fds": descriptors,
+        "namespaces": links("/proc/self/ns"),
+        "uid_map": text("/proc/self/uid_map").split_whitespace().collect::<Vec<_>>(),
+        "gid_map": text("/proc/self/gid_map").split_whitespace().collect::<Vec<_>>(),
+        "mounts": text("/proc/self/mountinfo").lines().collect::<Vec<_>>(),
+        "cgroup": text("/proc/self/cgroup"),
+        "exe": fs::read_link("/proc/self/exe").unwrap_or_default(),
+        "tty": terminals,
+    })
+    .to_string())
+}
+
+fn cat(files: &[&str]) -> Result<(), Error> {
+    for file in files {
+        let bytes = fs::read(file).map_err(|error| format!("{file}: {error}"))?;
+        std::io::stdout().write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+fn list(dir: &str) -> Result<(), Error> {
+    let mut names: Vec<_> = fs::read_dir(dir)?
+        .flatten()
+        .map(|entry| entry.file_name())
+        .collect();
+    names.sort();
+    names
+        .iter()
+        .try_for_each(|name| say(&name.to_string_lossy()))
+}
+
+fn stat(path: &str) -> Result<(), Error> {
+    let file = fs::symlink_metadata(path)?;
+    let kind = file.file_type();
+    let kind = match () {
+        () if kind.is_dir() => "directory",
+        () if kind.is_symlink() => "link",
+        () if kind.is_char_device() => "character device",
+        () if kind.is_block_device() => "block device",
+        () if kind.is_fifo() => "fifo",
+        () if kind.is_socket() => "socket",
+        () => "file",
+    };
+    say(&json!({
+        "kind": kind,
+        "mode": format!("{:o}", file.mode() & 0o7777),
+        "uid": file.uid(),
+        "gid": file.gid(),
+        "device": [nix::libc::major(file.rdev()), nix::libc::minor(file.rdev())],
+    })
+    .to_string())
+}
+
+/// Waits for a signal, says which, and ends well if it was SIGTERM. The first process of a PID
+/// namespace gets only signals that it asks for.
+fn wait() -> Result<(), Error> {
+    let mut set = SigSet::empty();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGUSR1,
+    ] {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    say("ready")?;
+    loop {
+        let signal = set.wait()?;
+        say(signal.as_str())?;
+        if signal == Signal::SIGTERM {
+            return Ok(());
+        }
+    }
+}
+
+/// Hears no signal but SIGKILL.
+fn deaf() -> Result<(), Error> {
+    SigSet::all().thread_block()?;
+    say("ready")?;
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn spin(seconds: f64) {
+    let started = Instant::now();
+    let mut turns = 0u64;
+    while started.elapsed().as_secs_f64() < seconds {
+        for _ in 0..10_000 {
+            turns = std::hint::black_box(turns.wrapping_add(1));
+        }
+    }
+}
+
+/// Takes memory a megabyte at a time and says so, then waits for its end.
+fn allocate(megabytes: usize) -> Result<(), Error> {
+    let mut kept = Vec::new();
+    for taken in 1..=megabytes {
+        let mut block = vec![0u8; 1 << 20];
+        block.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+        kept.push(std::hint::black_box(block));
+        if taken % 8 == 0 || taken == megabytes {
+            say(&format!("{taken} MB"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes as many children as it is let, at most this many, and says how many there were.
+fn forks(most: usize) -> Result<(), Error> {
+    let mut children = Vec::new();
+    let mut refusal = None;
+    for _ in 0..most {
+        let child = std::process::Command::new("/proc/self/exe")
+            .args(["sleep", "60"])
+            .env("RRUN_E2E_INSIDE", "1")
+            .spawn();
+        match child {
+            Ok(child) => children.push(child),
+            Err(error) => {
+                refusal = Some(error);
+                break;
+            }
+        }
+    }
+    let told = refusal.map_or("none refused".to_owned(), |error| error.to_string());
+    let result = say(&format!("{} children, {told}", children.len()));
+    for mut child in children {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    result
+}
+
+/// Ends at once and leaves a child behind that has neither parent nor session in common with it.
+fn orphan(seconds: &str) -> Result<(), Error> {
+    let child = std::process::Command::new("/proc/self/exe")
+        .args(["sleep", seconds])
+        .env("RRUN_E2E_INSIDE", "1")
+        .spawn()?;
+    say(&child.id().to_string())
+}
+
+/// Numbered lines for ever, one each so many milliseconds.
+fn count(milliseconds: u64) -> Result<(), Error> {
+    for number in 1u64.. {
+        say(&format!("line {number}"))?;
+        std::thread::sleep(Duration::from_millis(milliseconds));
+    }
+    Ok(())
+}
+
+/// Numbered lines as fast as they are read.
+fn burst(lines: u64) -> Result<(), Error> {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for number in 1..=lines {
+        writeln!(out, "line {number}")?;
+    }
+    Ok(out.flush()?)
+}

@@ -1,0 +1,68 @@
+//! A test, and what it needs of the machine: what lacks is told, and counted as skipped.
+
+use std::path::Path;
+
+use crate::machine::{Result, program_path};
+
+/// One test. Its name reads as a sentence of the specification.
+pub struct Test {
+    pub name: &'static str,
+    pub needs: &'static [Need],
+    pub run: fn() -> Result,
+}
+
+/// A test by its function: `test!(name)` or `test!(name, Need, Need)`.
+#[macro_export]
+macro_rules! test {
+    ($function:ident $(, $need:expr)* $(,)?) => {
+        $crate::needs::Test {
+            name: concat!(module_path!(), "::", stringify!($function)),
+            needs: &[$($need),*],
+            run: $function,
+        }
+    };
+}
+
+/// Something that not every machine has.
+#[derive(Clone, Copy, Debug)]
+pub enum Need {
+    /// A cgroup v2 controller, handed down to the root's children or ready to be.
+    Controller(&'static str),
+    /// A program in PATH.
+    Program(&'static str),
+    /// A file or directory.
+    File(&'static str),
+    /// A machine of its own (RRUN_TEST_VIEW is `vm` or `vm-systemd`): the test does what must not
+    /// be done to somebody's host.
+    Guest,
+    /// The runtime under test must be rrun itself: what is asserted goes beyond what runc does.
+    Rrun,
+}
+
+impl Need {
+    /// Why this is not to be had here; `None` if it is.
+    pub fn lacking(self) -> Option<String> {
+        match self {
+            Need::Controller(name) => {
+                let there = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+                let there = there.unwrap_or_default();
+                (!there
+                    .split_whitespace()
+                    .any(|controller| controller == name))
+                .then(|| format!("no cgroup v2 controller {name} here"))
+            }
+            Need::Program(name) => program_path(name)
+                .is_none()
+                .then(|| format!("no program {name} in PATH")),
+            Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
+            Need::Guest => {
+                let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
+                (!view.starts_with("vm")).then(|| "runs in the guest machine only".to_owned())
+            }
+            Need::Rrun => {
+                let runtime = crate::bundle::runtime_program();
+                (!runtime.ends_with("rrun")).then(|| format!("goes beyond what {runtime} does"))
+            }
+        }
+    }
+}

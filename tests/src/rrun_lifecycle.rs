@@ -1,0 +1,586 @@
+//! A container's life by the runtime's command line.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::bundle::Bundle;
+use crate::machine::{Result, wait_for};
+use crate::needs::{Need, Test};
+use crate::{ensure, ensure_eq, test};
+
+pub const TESTS: &[Test] = &[
+    test!(run_gives_the_programs_output_and_exit_code),
+    test!(run_passes_standard_input_on),
+    test!(run_gives_128_and_the_number_for_a_signal),
+    test!(run_passes_sigterm_on_to_the_program),
+    test!(a_created_container_waits_for_start),
+    test!(a_created_container_can_be_deleted),
+    test!(a_stopped_container_keeps_its_state_until_delete),
+    test!(state_has_what_the_specification_says),
+    test!(a_detached_run_leaves_the_container_running),
+    test!(pid_file_has_the_first_processs_id),
+    test!(kill_knows_signals_by_name_and_number),
+    test!(kill_all_reaches_every_process),
+    test!(delete_force_ends_a_running_container),
+    test!(delete_force_of_nothing_is_no_error),
+    test!(delete_leaves_no_orphan_behind),
+    test!(list_shows_containers_as_table_json_and_ids),
+    test!(ps_shows_processes_as_table_and_json),
+    test!(exec_gives_the_programs_output_and_exit_code),
+    test!(exec_has_the_containers_namespaces_and_environment),
+    test!(exec_takes_user_directory_and_environment),
+    test!(exec_takes_a_process_from_a_file),
+    test!(exec_detached_writes_the_pid_file),
+    test!(exec_into_a_created_container_works),
+    test!(spec_writes_a_configuration_that_runs),
+    test!(features_says_what_is_there),
+    test!(two_containers_live_side_by_side),
+    test!(the_log_file_gets_the_error_as_json),
+    test!(a_bundle_elsewhere_is_found_by_its_option),
+    test!(version_has_runcs_first_lines, Need::Rrun),
+];
+
+fn run_gives_the_programs_output_and_exit_code() -> Result {
+    let mut bundle = Bundle::new(&["echo", "hello", "world"])?;
+    ensure_eq!(bundle.run()?.stdout, "hello world\n", "standard output");
+    let output = bundle.args(&["stderr", "alas"]).run()?;
+    ensure!(
+        output.stderr.contains("alas"),
+        "standard error:\n{}",
+        output.told()
+    );
+    bundle.args(&["exit", "42"]).call(&["run"])?.exits(42)?;
+    Ok(())
+}
+
+fn run_passes_standard_input_on() -> Result {
+    let bundle = Bundle::new(&["cat"])?;
+    let output = bundle
+        .call(&["run"])?
+        .stdin("some text\nof two lines")
+        .ok()?;
+    ensure_eq!(
+        output.stdout,
+        "some text\nof two lines",
+        "what cat gave back"
+    );
+    Ok(())
+}
+
+fn run_gives_128_and_the_number_for_a_signal() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    let running = bundle.run_beside()?;
+    bundle.call(&["kill"])?.arg("KILL").ok()?;
+    ensure_eq!(running.end()?.code, 128 + 9, "exit code of run");
+    Ok(())
+}
+
+fn run_passes_sigterm_on_to_the_program() -> Result {
+    let bundle = Bundle::new(&["wait"])?;
+    let mut running = bundle.run_beside()?;
+    wait_for("the program's first line", || {
+        Ok(running.stdout().contains("ready").then_some(()))
+    })?;
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    let output = running.end()?;
+    ensure_eq!(
+        (output.code, output.stdout.as_str()),
+        (0, "ready\nSIGTERM\n"),
+        "run after SIGTERM"
+    );
+    Ok(())
+}
+
+fn a_created_container_waits_for_start() -> Result {
+    let mut bundle = Bundle::new(&["write", "/data/ran", "yes"])?;
+    bundle.set("/root/readonly", json!(false));
+    bundle.call(&["create"])?.ok()?;
+    ensure_eq!(bundle.status()?, "created", "status after create");
+    let pid = bundle.pid()?;
+    ensure!(
+        fs::exists(format!("/proc/{pid}"))?,
+        "no process {pid} after create"
+    );
+    ensure!(
+        !bundle.rootfs().join("data/ran").exists(),
+        "the program ran before start"
+    );
+    bundle.call(&["start"])?.ok()?;
+    bundle.wait_status("stopped")?;
+    ensure_eq!(
+        fs::read_to_string(bundle.rootfs().join("data/ran"))?,
+        "yes",
+        "what it wrote"
+    );
+    bundle.delete()?;
+    bundle.runtime(&["state", bundle.id()]).exits(1)?;
+    Ok(())
+}
+
+fn a_created_container_can_be_deleted() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["create"])?.ok()?;
+    let pid = bundle.pid()?;
+    bundle.delete()?;
+    wait_for("its process to go", || {
+        Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
+    })
+}
+
+fn a_stopped_container_keeps_its_state_until_delete() -> Result {
+    let bundle = Bundle::new(&["exit", "3"])?;
+    bundle.start()?;
+    bundle.wait_status("stopped")?;
+    ensure_eq!(bundle.pid()?, 0, "pid of a stopped container");
+    bundle.call(&["start"])?.exits(1)?;
+    bundle.delete()?;
+    bundle.call(&["delete"])?.exits(1)?;
+    Ok(())
+}
+
+fn state_has_what_the_specification_says() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set("/annotations", json!({ "org.example.answer": "42" }));
+    bundle.start()?;
+    let state = bundle.state()?;
+    ensure!(
+        state["ociVersion"]
+            .as_str()
+            .is_some_and(|v| v.starts_with("1.")),
+        "{state}"
+    );
+    ensure_eq!(state["id"], json!(bundle.id()), "id");
+    ensure_eq!(state["status"], "running", "status");
+    ensure_eq!(state["bundle"], json!(bundle.path()), "bundle");
+    ensure_eq!(
+        state["annotations"]["org.example.answer"],
+        "42",
+        "annotation"
+    );
+    ensure!(state["pid"].as_i64().is_some_and(|pid| pid > 1), "{state}");
+    // runc's own beyond the specification, which podman and docker read.
+    ensure_eq!(state["rootfs"], json!(bundle.rootfs()), "rootfs");
+    ensure!(
+        state["created"]
+            .as_str()
+            .is_some_and(|time| time.ends_with('Z')),
+        "{state}"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn a_detached_run_leaves_the_container_running() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["run", "--detach"])?.ok()?;
+    ensure_eq!(bundle.status()?, "running", "status after run --detach");
+    bundle.call(&["kill"])?.arg("KILL").ok()?;
+    bundle.wait_status("stopped")?;
+    bundle.delete()?;
+    Ok(())
+}
+
+fn pid_file_has_the_first_processs_id() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    let file = bundle.join("pid");
+    let path = file.to_string_lossy();
+    bundle.call(&["create", "--pid-file", &path])?.ok()?;
+    // Without a newline, as runc writes it and podman reads it.
+    ensure_eq!(
+        fs::read_to_string(&file)?,
+        bundle.pid()?.to_string(),
+        "pid file"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn kill_knows_signals_by_name_and_number() -> Result {
+    let bundle = Bundle::new(&["wait"])?;
+    let mut running = bundle.run_beside()?;
+    wait_for("the program's first line", || {
+        Ok(running.stdout().contains("ready").then_some(()))
+    })?;
+    for (signal, heard) in [("USR1", 1), ("SIGUSR1", 2), ("usr1", 3), ("10", 4)] {
+        bundle.call(&["kill"])?.arg(signal).ok()?;
+        wait_for(&format!("kill {signal} to be heard"), || {
+            Ok((running.stdout().matches("SIGUSR1").count() == heard).then_some(()))
+        })?;
+    }
+    // SIGTERM is the default.
+    bundle.call(&["kill"])?.ok()?;
+    ensure_eq!(running.end()?.code, 0, "exit code after SIGTERM");
+    Ok(())
+}
+
+fn kill_all_reaches_every_process() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    // Without a PID namespace the kernel ends nobody else when the first process ends.
+    bundle.without_namespace("pid");
+    bundle.start()?;
+    bundle.exec(&["--detach"], &["sleep", "600"]).ok()?;
+    ensure_eq!(
+        bundle.cgroup_file("cgroup.procs")?.lines().count(),
+        2,
+        "processes"
+    );
+    bundle.call(&["kill", "--all"])?.arg("KILL").ok()?;
+    wait_for("the cgroup to be empty", || {
+        Ok(bundle
+            .cgroup_file("cgroup.events")?
+            .contains("populated 0")
+            .then_some(()))
+    })?;
+    bundle.wait_status("stopped")?;
+    bundle.delete()?;
+    Ok(())
+}
+
+fn delete_force_ends_a_running_container() -> Result {
+    let bundle = Bundle::new(&["deaf"])?;
+    bundle.start()?;
+    let pid = bundle.pid()?;
+    bundle.end()?;
+    ensure!(!bundle.cgroup().exists(), "its cgroup is still there");
+    wait_for("its process to go", || {
+        Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
+    })
+}
+
+fn delete_force_of_nothing_is_no_error() -> Result {
+    let bundle = Bundle::new(&["exit", "0"])?;
+    bundle.end()?;
+    Ok(())
+}
+
+fn delete_leaves_no_orphan_behind() -> Result {
+    let mut bundle = Bundle::new(&["orphan", "600"])?;
+    bundle.without_namespace("pid");
+    bundle.start()?;
+    bundle.wait_status("stopped")?;
+    bundle.end()?;
+    ensure!(!bundle.cgroup().exists(), "its cgroup is still there");
+    Ok(())
+}
+
+fn list_shows_containers_as_table_json_and_ids() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    ensure_eq!(
+        bundle.runtime(&["list", "--quiet"]).ok()?.text(),
+        "",
+        "ids of no containers"
+    );
+    bundle.start()?;
+    let pid = bundle.pid()?.to_string();
+    let table = bundle.runtime(&["list"]).ok()?.stdout;
+    let head: Vec<&str> = table
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    ensure_eq!(
+        head,
+        ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"],
+        "the table's head"
+    );
+    let row = table.lines().nth(1).unwrap_or_default();
+    for part in [
+        bundle.id(),
+        &pid,
+        "running",
+        &bundle.path().to_string_lossy(),
+        "root",
+    ] {
+        ensure!(row.contains(part), "no {part} in {row:?}");
+    }
+    let listed = bundle.runtime(&["list", "--format", "json"]).ok()?.json()?;
+    ensure_eq!(listed[0]["id"], json!(bundle.id()), "id in JSON");
+    ensure_eq!(listed[0]["status"], "running", "status in JSON");
+    ensure_eq!(listed[0]["owner"], "root", "owner in JSON");
+    ensure_eq!(listed[0]["pid"].to_string(), pid, "pid in JSON");
+    ensure_eq!(
+        bundle.runtime(&["list", "-q"]).ok()?.text(),
+        bundle.id(),
+        "ids"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn ps_shows_processes_as_table_and_json() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    bundle.exec(&["--detach"], &["sleep", "500"]).ok()?;
+    let pids = bundle.call(&["ps", "--format", "json"])?.ok()?.json()?;
+    ensure_eq!(pids.as_array().map(Vec::len), Some(2), "processes in JSON");
+    ensure!(
+        pids[0] == bundle.pid()? || pids[1] == bundle.pid()?,
+        "{pids} without the first one"
+    );
+    let table = bundle.call(&["ps"])?.ok()?;
+    let head: Vec<&str> = table
+        .stdout
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    ensure!(
+        head.contains(&"PID") && head.contains(&"CMD"),
+        "{}",
+        table.told()
+    );
+    table.says("inside sleep 600")?.says("inside sleep 500")?;
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_gives_the_programs_output_and_exit_code() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    ensure_eq!(
+        bundle.exec(&[], &["echo", "from", "inside"]).ok()?.text(),
+        "from inside",
+        "output"
+    );
+    bundle.exec(&[], &["exit", "7"]).exits(7)?;
+    let output = bundle.exec(&[], &["cat"]).stdin("given").ok()?;
+    ensure_eq!(output.stdout, "given", "what cat gave back");
+    ensure_eq!(bundle.status()?, "running", "status after exec");
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_has_the_containers_namespaces_and_environment() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.add("/process/env", json!("ANSWER=42"));
+    bundle.start()?;
+    let report = bundle.exec(&[], &["report"]).ok()?.json()?;
+    let pid = bundle.pid()?;
+    for kind in ["pid", "net", "ipc", "uts", "mnt", "cgroup", "user"] {
+        let there = fs::read_link(format!("/proc/{pid}/ns/{kind}"))?;
+        ensure_eq!(
+            report["namespaces"][kind],
+            json!(there),
+            "{kind} namespace of exec"
+        );
+    }
+    ensure_eq!(report["env"]["ANSWER"], "42", "the container's environment");
+    ensure_eq!(report["cgroup"], "0::/", "cgroup of exec");
+    ensure_eq!(report["hostname"], "rrun-e2e", "host name");
+    ensure_eq!(report["status"]["NoNewPrivs"], "1", "no_new_privs of exec");
+    ensure_eq!(
+        report["fds"].as_object().map(|fds| fds.len()),
+        Some(3),
+        "descriptors of exec"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_takes_user_directory_and_environment() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let options = [
+        "--user",
+        "1234:5678",
+        "--cwd",
+        "/tmp",
+        "--env",
+        "A=b",
+        "--env",
+        "C=d",
+    ];
+    let report = bundle.exec(&options, &["report"]).ok()?.json()?;
+    ensure_eq!(report["uid"], 1234, "uid");
+    ensure_eq!(report["gid"], 5678, "gid");
+    ensure_eq!(report["cwd"], "/tmp", "directory");
+    ensure_eq!(
+        (&report["env"]["A"], &report["env"]["C"]),
+        (&json!("b"), &json!("d")),
+        "A and C"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_takes_a_process_from_a_file() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let mut process = bundle.config["process"].clone();
+    process["args"] = json!(["/bin/inside", "report"]);
+    process["cwd"] = json!("/data");
+    process["user"] = json!({ "uid": 7, "gid": 8, "additionalGids": [9, 10] });
+    process["env"] = json!(["ONLY=this"]);
+    let file = bundle.join("process.json");
+    fs::write(&file, process.to_string())?;
+    let report = bundle
+        .runtime(&["exec", "--process"])
+        .arg(&file)
+        .arg(bundle.id())
+        .ok()?
+        .json()?;
+    ensure_eq!(
+        (&report["uid"], &report["gid"]),
+        (&json!(7), &json!(8)),
+        "user and group"
+    );
+    ensure_eq!(report["groups"], json!([9, 10]), "groups");
+    ensure_eq!(report["cwd"], "/data", "directory");
+    ensure_eq!(report["env"]["ONLY"], "this", "environment");
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_detached_writes_the_pid_file() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let file = bundle.join("exec.pid");
+    bundle
+        .exec(
+            &["--detach", "--pid-file", &file.to_string_lossy()],
+            &["sleep", "600"],
+        )
+        .ok()?;
+    let pid = fs::read_to_string(&file)?;
+    let procs = bundle.cgroup_file("cgroup.procs")?;
+    ensure!(
+        procs.lines().any(|line| line == pid),
+        "{pid} is not among {procs}"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_into_a_created_container_works() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["create"])?.ok()?;
+    bundle.exec(&[], &["exit", "0"]).ok()?;
+    bundle.end()?;
+    Ok(())
+}
+
+fn spec_writes_a_configuration_that_runs() -> Result {
+    let mut bundle = Bundle::new(&[])?;
+    bundle.runtime(&["spec"]).ok()?;
+    let mut config: Value = serde_json::from_slice(&fs::read(bundle.join("config.json"))?)?;
+    ensure_eq!(
+        config["process"]["terminal"],
+        json!(true),
+        "terminal in spec"
+    );
+    ensure_eq!(config["root"]["path"], "rootfs", "root in spec");
+    // It does not overwrite one.
+    bundle.runtime(&["spec"]).exits(1)?;
+    config["process"]["terminal"] = json!(false);
+    config["linux"]["cgroupsPath"] = bundle.config["linux"]["cgroupsPath"].clone();
+    bundle.config = config;
+    ensure_eq!(bundle.args(&["echo", "ran"]).run()?.text(), "ran", "output");
+    Ok(())
+}
+
+fn features_says_what_is_there() -> Result {
+    let bundle = Bundle::new(&[])?;
+    let features = bundle.runtime(&["features"]).ok()?.json()?;
+    for key in ["ociVersionMin", "ociVersionMax"] {
+        ensure!(features[key].is_string(), "no {key} in {features}");
+    }
+    let has = |pointer: &str, what: &str| {
+        let all = features.pointer(pointer).and_then(Value::as_array);
+        all.is_some_and(|all| all.iter().any(|one| one == what))
+    };
+    for kind in ["pid", "network", "ipc", "uts", "mount", "cgroup", "user"] {
+        ensure!(
+            has("/linux/namespaces", kind),
+            "no namespace {kind} in features"
+        );
+    }
+    ensure!(
+        has("/linux/capabilities", "CAP_SYS_ADMIN"),
+        "no CAP_SYS_ADMIN in features"
+    );
+    ensure!(has("/mountOptions", "ro"), "no mount option ro in features");
+    ensure_eq!(
+        features["linux"]["cgroup"]["v2"],
+        json!(true),
+        "cgroup v2 in features"
+    );
+    Ok(())
+}
+
+fn two_containers_live_side_by_side() -> Result {
+    let one = Bundle::new(&["sleep", "600"])?;
+    let other = Bundle::new(&["sleep", "600"])?;
+    one.start()?;
+    other.start()?;
+    for (kind, differ) in [("mnt", true), ("pid", true), ("net", true), ("user", false)] {
+        let ns = |pid| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+        ensure_eq!(
+            ns(one.pid()?)? != ns(other.pid()?)?,
+            differ,
+            "{kind} namespaces differ"
+        );
+    }
+    one.end()?;
+    ensure_eq!(
+        other.status()?,
+        "running",
+        "status of the one after the other's end"
+    );
+    other.end()?;
+    Ok(())
+}
+
+fn the_log_file_gets_the_error_as_json() -> Result {
+    let bundle = Bundle::new(&["exit", "0"])?;
+    let log = bundle.join("log.json");
+    let output = bundle
+        .runtime(&[
+            "--log",
+            &log.to_string_lossy(),
+            "--log-format",
+            "json",
+            "state",
+            "nobody",
+        ])
+        .exits(1)?;
+    let text = fs::read_to_string(&log)?;
+    let line: Value = serde_json::from_str(text.lines().last().unwrap_or_default())
+        .map_err(|error| format!("{error} in log {text:?}\n{}", output.told()))?;
+    ensure_eq!(line["level"], "error", "level");
+    ensure!(
+        line["msg"]
+            .as_str()
+            .is_some_and(|text| text.contains("exist")),
+        "{line}"
+    );
+    ensure!(line["time"].is_string(), "{line}");
+    Ok(())
+}
+
+fn a_bundle_elsewhere_is_found_by_its_option() -> Result {
+    let bundle = Bundle::new(&["echo", "found"])?;
+    bundle.write_config()?;
+    let path = bundle.path().to_string_lossy();
+    let output = bundle
+        .runtime(&["run", "--bundle", &path, bundle.id()])
+        .dir("/".as_ref())
+        .ok()?;
+    ensure_eq!(output.text(), "found", "output");
+    Ok(())
+}
+
+/// containerd and podman show the first, and read the `spec:` line.
+fn version_has_runcs_first_lines() -> Result {
+    let bundle = Bundle::new(&[])?;
+    let output = bundle.runtime(&["--version"]).ok()?;
+    ensure!(
+        output.stdout.starts_with("rrun version "),
+        "{}",
+        output.told()
+    );
+    output.says("\nspec: 1.")?;
+    Ok(())
+}

@@ -1,0 +1,380 @@
+//! cgroup limits, by their effect on a real kernel.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::bundle::Bundle;
+use crate::machine::{Result, wait_for};
+use crate::needs::{Need, Test};
+use crate::{ensure, ensure_eq, test};
+
+const CPU: Need = Need::Controller("cpu");
+const CPUSET: Need = Need::Controller("cpuset");
+const MEMORY: Need = Need::Controller("memory");
+const PIDS: Need = Need::Controller("pids");
+
+pub const TESTS: &[Test] = &[
+    test!(half_a_cpu_of_quota_yields_half_a_cpu, CPU),
+    test!(requests_of_two_to_one_split_a_cpu_two_to_one, CPU, CPUSET),
+    test!(
+        unified_weights_of_two_to_one_split_a_cpu_two_to_one,
+        CPU,
+        CPUSET
+    ),
+    test!(shares_become_weights_by_the_current_conversion, CPU),
+    test!(an_allocation_over_the_limit_is_killed, MEMORY),
+    test!(an_allocation_under_the_limit_lives, MEMORY),
+    test!(a_memory_request_is_protected_memory, MEMORY),
+    test!(the_swap_limit_is_swap_alone, MEMORY),
+    test!(the_pids_limit_stops_a_fork_bomb, PIDS),
+    test!(any_unified_key_is_written, MEMORY, PIDS),
+    test!(a_cpuset_holds_the_process_to_its_cpus, CPUSET),
+    test!(limits_hold_from_the_first_instruction, MEMORY, PIDS),
+    test!(exec_is_held_by_the_containers_limits, PIDS),
+    test!(
+        an_update_takes_effect_on_the_running_container,
+        CPU,
+        MEMORY,
+        PIDS
+    ),
+    test!(a_cgroup_path_below_others_is_made_and_unmade, PIDS),
+    test!(a_unified_key_of_no_controller_is_refused),
+];
+
+/// CPU time used, in microseconds.
+fn usage(bundle: &Bundle) -> Result<u64> {
+    bundle.cgroup_count("cpu.stat", "usage_usec")
+}
+
+/// Which part of one CPU these containers used over five seconds.
+fn shares_over_five_seconds(bundles: &[&Bundle]) -> Result<Vec<f64>> {
+    // Past their start, and the first whole period of the quota.
+    std::thread::sleep(Duration::from_secs(1));
+    let started = Instant::now();
+    let before = bundles
+        .iter()
+        .map(|bundle| usage(bundle))
+        .collect::<Result<Vec<_>>>()?;
+    std::thread::sleep(Duration::from_secs(5));
+    let wall = started.elapsed().as_micros() as f64;
+    let after = bundles
+        .iter()
+        .map(|bundle| usage(bundle))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(before
+        .iter()
+        .zip(after)
+        .map(|(before, after)| (after - before) as f64 / wall)
+        .collect())
+}
+
+fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
+    let mut bundle = Bundle::new(&["spin", "600"])?;
+    bundle.set(
+        "/linux/resources/cpu",
+        json!({ "quota": 50_000, "period": 100_000 }),
+    );
+    bundle.start()?;
+    let used = shares_over_five_seconds(&[&bundle])?[0];
+    ensure!(
+        (0.45..=0.55).contains(&used),
+        "used {:.1} % of a CPU, not 50 ± 5",
+        used * 100.0
+    );
+    ensure!(
+        bundle.cgroup_count("cpu.stat", "nr_throttled")? > 0,
+        "was never throttled"
+    );
+    println!(
+        "    50 % quota: used {:.1} % of a CPU over 5 s",
+        used * 100.0
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+/// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
+fn split(first: serde_json::Value, second: serde_json::Value) -> Result<f64> {
+    let bundles = [first, second]
+        .into_iter()
+        .map(|resources| {
+            let mut bundle = Bundle::new(&["spin", "600"])?;
+            bundle.set("/linux/resources", resources);
+            bundle.set("/linux/resources/cpu/cpus", json!("0"));
+            bundle.start()?;
+            Ok(bundle)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let used = shares_over_five_seconds(&bundles.iter().collect::<Vec<_>>())?;
+    for bundle in &bundles {
+        bundle.end()?;
+    }
+    Ok(used[0] / (used[0] + used[1]))
+}
+
+fn requests_of_two_to_one_split_a_cpu_two_to_one() -> Result {
+    // Requests of 1000m and 500m as kubelet gives them. The conversion bends the ratio a little:
+    // weights 100 and 59.
+    let part = split(
+        json!({ "cpu": { "shares": 1024 } }),
+        json!({ "cpu": { "shares": 512 } }),
+    )?;
+    println!(
+        "    requests 2:1: {:.1} % and {:.1} %",
+        part * 100.0,
+        100.0 - part * 100.0
+    );
+    ensure!(
+        (2.0 / 3.0 * 0.9..=2.0 / 3.0 * 1.1).contains(&part),
+        "the first got {:.1} %, not two thirds ± 10 %",
+        part * 100.0
+    );
+    Ok(())
+}
+
+fn unified_weights_of_two_to_one_split_a_cpu_two_to_one() -> Result {
+    let part = split(
+        json!({ "unified": { "cpu.weight": "200" } }),
+        json!({ "unified": { "cpu.weight": "100" } }),
+    )?;
+    println!(
+        "    weights 2:1: {:.1} % and {:.1} %",
+        part * 100.0,
+        100.0 - part * 100.0
+    );
+    let ratio = part / (1.0 - part);
+    ensure!(
+        (1.8..=2.2).contains(&ratio),
+        "the split is {ratio:.2} to 1, not 2 ± 10 %"
+    );
+    Ok(())
+}
+
+fn shares_become_weights_by_the_current_conversion() -> Result {
+    for (shares, weight) in [(2, "1"), (102, "17"), (1024, "100"), (262_144, "10000")] {
+        let mut bundle = Bundle::new(&["sleep", "600"])?;
+        bundle.set("/linux/resources/cpu", json!({ "shares": shares }));
+        bundle.start()?;
+        ensure_eq!(
+            bundle.cgroup_file("cpu.weight")?,
+            weight,
+            "weight of {shares} shares"
+        );
+        bundle.end()?;
+    }
+    Ok(())
+}
+
+fn an_allocation_over_the_limit_is_killed() -> Result {
+    let mut bundle = Bundle::new(&["allocate", "256"])?;
+    bundle.set(
+        "/linux/resources/memory",
+        json!({ "limit": 48 << 20, "swap": 48 << 20 }),
+    );
+    let output = bundle.call(&["run"])?.exits(128 + 9)?;
+    ensure!(
+        output.stdout.contains("8 MB"),
+        "it got nothing at all:\n{}",
+        output.told()
+    );
+    ensure!(
+        !output.stdout.contains("56 MB"),
+        "it got over its limit:\n{}",
+        output.told()
+    );
+
+    bundle.start()?;
+    bundle.wait_status("stopped")?;
+    ensure!(
+        bundle.cgroup_count("memory.events", "oom_kill")? > 0,
+        "no oom_kill is counted"
+    );
+    bundle.delete()?;
+    Ok(())
+}
+
+fn an_allocation_under_the_limit_lives() -> Result {
+    let mut bundle = Bundle::new(&["allocate", "24"])?;
+    bundle.set("/linux/resources/memory", json!({ "limit": 64 << 20 }));
+    bundle.run()?.says("24 MB")?;
+    Ok(())
+}
+
+fn a_memory_request_is_protected_memory() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set(
+        "/linux/resources",
+        json!({
+            "memory": { "limit": 64 << 20, "reservation": 32 << 20 },
+            "unified": { "memory.min": "16777216" },
+        }),
+    );
+    bundle.start()?;
+    ensure_eq!(
+        bundle.cgroup_file("memory.max")?,
+        "67108864",
+        "memory.max of the limit"
+    );
+    ensure_eq!(
+        bundle.cgroup_file("memory.low")?,
+        "33554432",
+        "memory.low of the reservation"
+    );
+    ensure_eq!(
+        bundle.cgroup_file("memory.min")?,
+        "16777216",
+        "memory.min of the unified key"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+/// The specification's swap is memory and swap together, as cgroup v1 had it.
+fn the_swap_limit_is_swap_alone() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set(
+        "/linux/resources/memory",
+        json!({ "limit": 64 << 20, "swap": 96 << 20 }),
+    );
+    bundle.start()?;
+    if let Ok(swap) = bundle.cgroup_file("memory.swap.max") {
+        ensure_eq!(swap, (32u64 << 20).to_string(), "memory.swap.max");
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn the_pids_limit_stops_a_fork_bomb() -> Result {
+    let mut bundle = Bundle::new(&["forks", "100"])?;
+    bundle.set("/linux/resources/pids", json!({ "limit": 10 }));
+    bundle
+        .run()?
+        .says("9 children, Resource temporarily unavailable")?;
+    Ok(())
+}
+
+fn any_unified_key_is_written() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set(
+        "/linux/resources/unified",
+        json!({
+            "memory.high": "50331648", "pids.max": "77", "memory.oom.group": "1",
+        }),
+    );
+    bundle.start()?;
+    for (key, value) in [
+        ("memory.high", "50331648"),
+        ("pids.max", "77"),
+        ("memory.oom.group", "1"),
+    ] {
+        ensure_eq!(bundle.cgroup_file(key)?, value, "{key}");
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn a_cpuset_holds_the_process_to_its_cpus() -> Result {
+    let mut bundle = Bundle::new(&[])?;
+    bundle.set("/linux/resources/cpu", json!({ "cpus": "0" }));
+    ensure_eq!(
+        bundle.report()?["status"]["Cpus_allowed_list"],
+        "0",
+        "CPUs allowed"
+    );
+    Ok(())
+}
+
+fn limits_hold_from_the_first_instruction() -> Result {
+    let mut bundle = Bundle::new(&[
+        "cat",
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/pids.max",
+    ])?;
+    bundle.set(
+        "/linux/resources",
+        json!({
+            "memory": { "limit": 64 << 20 }, "pids": { "limit": 33 },
+        }),
+    );
+    ensure_eq!(
+        bundle.run()?.text(),
+        "67108864\n33",
+        "the limits that it sees"
+    );
+    Ok(())
+}
+
+fn exec_is_held_by_the_containers_limits() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set("/linux/resources/pids", json!({ "limit": 10 }));
+    bundle.start()?;
+    let output = bundle.exec(&[], &["forks", "100"]).ok()?;
+    output.says("8 children, Resource temporarily unavailable")?;
+    bundle.end()?;
+    Ok(())
+}
+
+fn an_update_takes_effect_on_the_running_container() -> Result {
+    let mut bundle = Bundle::new(&["spin", "600"])?;
+    bundle.set(
+        "/linux/resources",
+        json!({
+            "cpu": { "quota": 10_000, "period": 100_000 }, "memory": { "limit": 64 << 20 },
+        }),
+    );
+    bundle.start()?;
+    let update = json!({
+        "cpu": { "quota": 50_000, "period": 100_000, "shares": 102 },
+        "memory": { "limit": 96 << 20 }, "pids": { "limit": 44 },
+    });
+    bundle
+        .runtime(&["update", "--resources", "-", bundle.id()])
+        .stdin(update.to_string())
+        .ok()?;
+    for (key, value) in [
+        ("cpu.max", "50000 100000"),
+        ("cpu.weight", "17"),
+        ("memory.max", "100663296"),
+        ("pids.max", "44"),
+    ] {
+        ensure_eq!(bundle.cgroup_file(key)?, value, "{key} after the update");
+    }
+    let used = shares_over_five_seconds(&[&bundle])?[0];
+    ensure!(
+        (0.45..=0.55).contains(&used),
+        "used {:.1} % of a CPU, not 50 ± 5",
+        used * 100.0
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn a_cgroup_path_below_others_is_made_and_unmade() -> Result {
+    let above = format!("/sys/fs/cgroup/e2e-above-{}", std::process::id());
+    fs::create_dir(&above)?;
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    let path = format!("{}/container", above.trim_start_matches("/sys/fs/cgroup"));
+    bundle.set("/linux/cgroupsPath", json!(path));
+    bundle.set("/linux/resources/pids", json!({ "limit": 33 }));
+    bundle.start()?;
+    ensure_eq!(bundle.cgroup_file("pids.max")?, "33", "pids.max");
+    bundle.end()?;
+    wait_for("the container's group to go", || {
+        Ok((!bundle.cgroup().exists()).then_some(()))
+    })?;
+    Ok(fs::remove_dir(&above)?)
+}
+
+fn a_unified_key_of_no_controller_is_refused() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    bundle.set("/linux/resources/unified", json!({ "no.such.key": "1" }));
+    let output = bundle.call(&["run"])?.exits(1)?;
+    ensure!(
+        output.stderr.contains("no.such.key"),
+        "the key is not named:\n{}",
+        output.told()
+    );
+    Ok(())
+}
