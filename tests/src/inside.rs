@@ -135,7 +135,8 @@ fn report() -> Result<(), Error> {
         "uid_map": text("/proc/self/uid_map").split_whitespace().collect::<Vec<_>>(),
         "gid_map": text("/proc/self/gid_map").split_whitespace().collect::<Vec<_>>(),
         "mounts": text("/proc/self/mountinfo").lines().collect::<Vec<_>>(),
-        "cgroup": text("/proc/self/cgroup"),
+        // The line of version 2: a host may have hierarchies of version 1 besides.
+        "cgroup": text("/proc/self/cgroup").lines().find(|line| line.starts_with("0::")),
         "exe": fs::read_link("/proc/self/exe").unwrap_or_default(),
         "tty": terminals,
     })

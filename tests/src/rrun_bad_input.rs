@@ -123,7 +123,7 @@ fn a_missing_root_file_system_is_refused() -> Result {
     bundle
         .set("/root/path", json!("rootfs/bin/inside"))
         .write_config()?;
-    refused(&bundle, &["rootfs"])
+    refused(&bundle, &["rootfs", "not a directory"])
 }
 
 fn an_illegal_id_is_refused() -> Result {

@@ -266,11 +266,6 @@ fn delete_leaves_no_orphan_behind() -> Result {
 
 fn list_shows_containers_as_table_json_and_ids() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
-    ensure_eq!(
-        bundle.runtime(&["list", "--quiet"]).ok()?.text(),
-        "",
-        "ids of no containers"
-    );
     bundle.start()?;
     let pid = bundle.pid()?.to_string();
     let table = bundle.runtime(&["list"]).ok()?.stdout;
@@ -306,6 +301,11 @@ fn list_shows_containers_as_table_json_and_ids() -> Result {
         "ids"
     );
     bundle.end()?;
+    ensure_eq!(
+        bundle.runtime(&["list", "--quiet"]).ok()?.text(),
+        "",
+        "ids after the end"
+    );
     Ok(())
 }
 

@@ -216,7 +216,13 @@ fn a_user_namespace_maps_ids() -> Result {
 
 fn a_user_namespace_owns_the_other_namespaces() -> Result {
     let mut bundle = in_user_namespace(&["write", "/proc/sys/net/ipv4/ip_forward", "1"])?;
-    // Only the owner of the network namespace may.
+    // A capability over the network namespace is one that its owner's user namespace gives.
+    for set in ["bounding", "permitted", "effective"] {
+        bundle.add(
+            &format!("/process/capabilities/{set}"),
+            json!("CAP_NET_ADMIN"),
+        );
+    }
     bundle.set("/linux/readonlyPaths", json!([]));
     bundle.run()?;
     let mut bundle = in_user_namespace(&["report"])?;
