@@ -1,7 +1,7 @@
 //! What a test may leave behind: nothing. The machine is looked at before and after, and the
 //! difference of the two sets is the complaint.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,21 +29,27 @@ const NOT_OURS: &[&str] = &[
     "/var/lib/systemd",
 ];
 
-pub struct Machine(BTreeSet<String>);
+pub struct Machine {
+    things: BTreeSet<String>,
+    /// By their number: the parent's number, and what they are.
+    processes: BTreeMap<u32, (u32, String)>,
+}
 
 impl Machine {
     pub fn look() -> Self {
         let mut all = BTreeSet::new();
         cgroups(Path::new("/sys/fs/cgroup"), &mut all);
         mounts(&mut all);
-        processes(&mut all);
         for (tree, depth) in TREES {
             files(Path::new(tree), *depth, &mut all);
         }
         for name in names(Path::new("/sys/class/net")) {
             all.insert(format!("interface {name}"));
         }
-        Machine(all)
+        Machine {
+            things: all,
+            processes: processes(),
+        }
     }
 
     /// What is there now and was not when this was looked at; waits a little for it to go.
@@ -51,7 +57,8 @@ impl Machine {
         let started = Instant::now();
         loop {
             let now = Machine::look();
-            let left: Vec<String> = now.0.difference(&self.0).cloned().collect();
+            let mut left: Vec<String> = now.things.difference(&self.things).cloned().collect();
+            left.extend(self.new_processes(&now));
             if left.is_empty() || started.elapsed() > GRACE {
                 return left;
             }
@@ -59,13 +66,25 @@ impl Machine {
         }
     }
 
+    /// A child of what was there before is its parent's affair (the guest's init has a loop with
+    /// a sleep in it); children of PID 1 are whoever was orphaned.
+    fn new_processes(&self, now: &Machine) -> Vec<String> {
+        let own = std::process::id();
+        now.processes
+            .iter()
+            .filter(|(pid, _)| !self.processes.contains_key(pid))
+            .filter(|(_, (parent, _))| {
+                *parent <= 1 || *parent == own || !self.processes.contains_key(parent)
+            })
+            .map(|(pid, (_, what))| format!("process {pid} {what}"))
+            .collect()
+    }
+
     /// What was there when this was looked at and is there no more. (A test must not tidy away
     /// what was not its own either.)
     pub fn losses(&self) -> Vec<String> {
-        let now = Machine::look();
-        self.0
-            .difference(&now.0)
-            .filter(|line| !line.starts_with("process"))
+        self.things
+            .difference(&Machine::look().things)
             .cloned()
             .collect()
     }
@@ -118,13 +137,14 @@ fn mounts(all: &mut BTreeSet<String>) {
     }
 }
 
-fn processes(all: &mut BTreeSet<String>) {
+fn processes() -> BTreeMap<u32, (u32, String)> {
     const KERNEL_THREAD: u64 = 0x0020_0000;
-    let own = std::process::id().to_string();
-    for pid in names(Path::new("/proc")) {
-        if pid == own || !pid.bytes().all(|byte| byte.is_ascii_digit()) {
-            continue;
-        }
+    let mut all = BTreeMap::new();
+    let own = std::process::id();
+    for pid in names(Path::new("/proc"))
+        .iter()
+        .filter_map(|name| name.parse().ok())
+    {
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
             continue;
         };
@@ -135,20 +155,26 @@ fn processes(all: &mut BTreeSet<String>) {
         let name = head.split_once('(').map_or("", |(_, name)| name);
         let mut fields = rest.split_whitespace();
         let state = fields.next().unwrap_or_default();
+        let parent = fields
+            .next()
+            .and_then(|parent| parent.parse().ok())
+            .unwrap_or_default();
         let flags: u64 = fields
-            .nth(5)
+            .nth(4)
             .and_then(|flags| flags.parse().ok())
             .unwrap_or_default();
         let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let group = group.trim_end().trim_start_matches("0::");
-        if flags & KERNEL_THREAD != 0 || !ours(Path::new(&format!("/sys/fs/cgroup{group}"))) {
+        let of_the_machine = !ours(Path::new(&format!("/sys/fs/cgroup{group}")));
+        if pid == own || flags & KERNEL_THREAD != 0 || of_the_machine {
             continue;
         }
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         let dead = if state == "Z" { ", a zombie" } else { "" };
-        all.insert(format!("process {pid} ({name}{dead}) {line}"));
+        all.insert(pid, (parent, format!("({name}{dead}) {line}")));
     }
+    all
 }
 
 fn files(dir: &Path, depth: usize, all: &mut BTreeSet<String>) {
