@@ -374,3 +374,16 @@ impl Drop for Directory {
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
+
+static NOTES: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+/// A figure worth reading, shown after all tests; nothing may depend on it.
+pub fn note(text: String) {
+    if let Ok(mut notes) = NOTES.lock() {
+        notes.push(text);
+    }
+}
+
+pub fn notes() -> Vec<String> {
+    NOTES.lock().map(|notes| notes.clone()).unwrap_or_default()
+}

@@ -8,10 +8,12 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 mod bundle;
+mod crictl_story;
 mod inside;
 mod leavings;
 mod machine;
 mod needs;
+mod node;
 mod rrun_bad_input;
 mod rrun_lifecycle;
 mod rrun_limits;
@@ -44,12 +46,17 @@ fn main() -> ExitCode {
         rrun_process::TESTS,
         rrun_bad_input::TESTS,
         rrun_limits::TESTS,
+        crictl_story::TESTS,
     ]
     .into_iter()
     .flatten()
     .map(trial)
     .collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    for note in machine::notes() {
+        println!("note: {note}");
+    }
+    conclusion.exit_code()
 }
 
 fn trial(test: &'static needs::Test) -> Trial {

@@ -35,6 +35,8 @@ pub enum Need {
     /// A machine of its own (RRUN_TEST_VIEW is `vm` or `vm-systemd`): the test does what must not
     /// be done to somebody's host.
     Guest,
+    /// The CRI server under test, and what it runs.
+    CriServer,
     /// The runtime under test must be rrun itself: what is asserted goes beyond what runc does.
     Rrun,
 }
@@ -51,13 +53,19 @@ impl Need {
                     .any(|controller| controller == name))
                 .then(|| format!("no cgroup v2 controller {name} here"))
             }
-            Need::Program(name) => program_path(name)
-                .is_none()
-                .then(|| format!("no program {name} in PATH")),
+            Need::Program(name) => no_program(name),
             Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
             Need::Guest => {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
                 (!view.starts_with("vm")).then(|| "runs in the guest machine only".to_owned())
+            }
+            Need::CriServer => {
+                let server = crate::node::server_program();
+                let programs = match server.as_str() {
+                    "rrun-cri" => vec!["rrun-cri", "rrun-monitor", "rrun"],
+                    other => vec![other],
+                };
+                programs.into_iter().find_map(no_program)
             }
             Need::Rrun => {
                 let runtime = crate::bundle::runtime_program();
@@ -65,4 +73,10 @@ impl Need {
             }
         }
     }
+}
+
+fn no_program(name: &str) -> Option<String> {
+    program_path(name)
+        .is_none()
+        .then(|| format!("no program {name} in PATH"))
 }

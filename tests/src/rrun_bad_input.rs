@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, runtime_program};
-use crate::machine::{Output, Result, wait_for};
+use crate::machine::{Output, Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, test};
 
@@ -433,7 +433,9 @@ fn what_is_not_implemented_is_refused_by_name() -> Result {
         bundle.set(pointer, value).write_config()?;
         let output = bundle.runtime(&["run", bundle.id()]).end()?;
         if output.code == 0 {
-            println!("    {word} is no longer refused: test its effect instead");
+            note(format!(
+                "{word} is no longer refused: test its effect instead"
+            ));
             continue;
         }
         complaint(&output, &[word])?;

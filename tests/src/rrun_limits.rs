@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::bundle::Bundle;
-use crate::machine::{Result, wait_for};
+use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -87,10 +87,10 @@ fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
         bundle.cgroup_count("cpu.stat", "nr_throttled")? > 0,
         "was never throttled"
     );
-    println!(
-        "    50 % quota: used {:.1} % of a CPU over 5 s",
+    note(format!(
+        "50 % quota: used {:.1} % of a CPU over 5 s",
         used * 100.0
-    );
+    ));
     bundle.end()?;
     Ok(())
 }
@@ -121,11 +121,11 @@ fn requests_of_two_to_one_split_a_cpu_two_to_one() -> Result {
         json!({ "cpu": { "shares": 1024 } }),
         json!({ "cpu": { "shares": 512 } }),
     )?;
-    println!(
-        "    requests 2:1: {:.1} % and {:.1} %",
+    note(format!(
+        "requests 2:1: {:.1} % and {:.1} %",
         part * 100.0,
         100.0 - part * 100.0
-    );
+    ));
     ensure!(
         (2.0 / 3.0 * 0.9..=2.0 / 3.0 * 1.1).contains(&part),
         "the first got {:.1} %, not two thirds ± 10 %",
@@ -139,11 +139,11 @@ fn unified_weights_of_two_to_one_split_a_cpu_two_to_one() -> Result {
         json!({ "unified": { "cpu.weight": "200" } }),
         json!({ "unified": { "cpu.weight": "100" } }),
     )?;
-    println!(
-        "    weights 2:1: {:.1} % and {:.1} %",
+    note(format!(
+        "weights 2:1: {:.1} % and {:.1} %",
         part * 100.0,
         100.0 - part * 100.0
-    );
+    ));
     let ratio = part / (1.0 - part);
     ensure!(
         (1.8..=2.2).contains(&ratio),
