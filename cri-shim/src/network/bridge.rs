@@ -29,6 +29,9 @@ pub(super) struct Bridge {
     standing: Mutex<Option<Standing>>,
 }
 
+/// Tells which pods have an interface. Only a bridge that is made anew asks.
+type Pods<'a> = &'a dyn Fn() -> Vec<String>;
+
 /// A bridge that was whole when it was looked at.
 #[derive(Clone, Copy)]
 struct Standing {
@@ -67,7 +70,7 @@ impl Bridge {
 
     /// Looks at everything, and makes what is missing. `pods` are those that have an interface: if
     /// the bridge had to be made anew, they are put back on it.
-    pub(super) fn repair(&self, pods: &[String]) -> Result<(), NetworkError> {
+    pub(super) fn repair(&self, pods: Pods) -> Result<(), NetworkError> {
         self.repair_standing(&mut self.standing(), pods).map(drop)
     }
 
@@ -77,7 +80,7 @@ impl Bridge {
         pod: &str,
         address: Ipv4Addr,
         netns: &Path,
-        pods: &[String],
+        pods: Pods,
     ) -> Result<Connected, NetworkError> {
         let connected = Connected {
             namespace: namespace::open(netns)?,
@@ -152,7 +155,7 @@ impl Bridge {
 
     /// The bridge, made or repaired if need be. If nothing has changed since the last time this is
     /// one question to the kernel and one file read.
-    fn whole(&self, pods: &[String]) -> Result<Standing, NetworkError> {
+    fn whole(&self, pods: Pods) -> Result<Standing, NetworkError> {
         let known = *self.standing();
         if let Some(standing) = known
             && nftables::generation(&mut Socket::netfilter()?)? == standing.rules
@@ -168,7 +171,7 @@ impl Bridge {
     fn repair_standing(
         &self,
         known: &mut MutexGuard<Option<Standing>>,
-        pods: &[String],
+        pods: Pods,
     ) -> Result<Standing, NetworkError> {
         **known = None;
         let mut socket = Socket::route()?;
@@ -186,11 +189,7 @@ impl Bridge {
         Ok(standing)
     }
 
-    fn repair_bridge(
-        &self,
-        socket: &mut Socket,
-        pods: &[String],
-    ) -> Result<(u32, u32), NetworkError> {
+    fn repair_bridge(&self, socket: &mut Socket, pods: Pods) -> Result<(u32, u32), NetworkError> {
         let NetworkConfig { bridge, range, .. } = &self.config;
         let routes = link::routes(socket)?;
         let found = link::find(socket, bridge)?;
@@ -246,8 +245,8 @@ impl Bridge {
     }
 
     /// Puts the pods that lost their bridge on the new one.
-    fn rejoin(&self, socket: &mut Socket, bridge: u32, pods: &[String]) {
-        for pod in pods {
+    fn rejoin(&self, socket: &mut Socket, bridge: u32, pods: Pods) {
+        for pod in &pods() {
             // A pod whose pair is not there is attached or detached right now, or after this.
             let _ = link::join_bridge(socket, &host_interface(pod), &self.alias(pod), bridge);
         }
@@ -362,14 +361,11 @@ fn uplink_mtu(
         .filter(|route| route.prefix == 0 && route.link != bridge)
         .min_by_key(|route| route.metric)
         .and_then(|route| route.link);
-    let links = match uplink {
-        Some(_) => link::list(socket)?,
-        None => Vec::new(),
+    let link = match uplink {
+        Some(uplink) => link::at(socket, uplink)?,
+        None => None,
     };
-    Ok(links
-        .iter()
-        .find(|link| Some(link.index) == uplink)
-        .map_or(DEFAULT_MTU, |link| link.mtu))
+    Ok(link.map_or(DEFAULT_MTU, |link| link.mtu))
 }
 
 #[cfg(test)]

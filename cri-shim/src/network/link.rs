@@ -3,6 +3,7 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
 
 use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
@@ -15,7 +16,7 @@ use nix::errno::Errno;
 
 use super::address::Ipv4Range;
 use super::netlink::{
-    Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
+    Batch, Body, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
 };
 use super::{NetworkError, POD_INTERFACE};
 
@@ -82,11 +83,27 @@ impl Link {
 
 /// The link called `name`, if there is one.
 pub(super) fn find(socket: &mut Socket, name: &str) -> Result<Option<Link>, NetworkError> {
-    let mut batch = Batch::default();
     let action = format!("look for the interface {name}");
+    query(socket, action, 0, Some(name))
+}
+
+/// The link `index`, if there is one.
+pub(super) fn at(socket: &mut Socket, index: u32) -> Result<Option<Link>, NetworkError> {
+    query(socket, format!("look for interface {index}"), index, None)
+}
+
+fn query(
+    socket: &mut Socket,
+    action: String,
+    index: u32,
+    name: Option<&str>,
+) -> Result<Option<Link>, NetworkError> {
+    let mut batch = Batch::default();
     batch.message(action, RTM_GETLINK, NLM_F_ACK, |body| {
-        body.header(&link_header(0, 0));
-        body.string(IFLA_IFNAME, name);
+        body.header(&link_header(index, 0));
+        if let Some(name) = name {
+            body.string(IFLA_IFNAME, name);
+        }
     });
     match socket.execute(&batch) {
         Ok(replies) => Ok(replies.iter().find_map(Link::parse)),
@@ -131,15 +148,25 @@ pub(super) fn create_bridge(
     socket.execute(&batch).map(drop)
 }
 
-/// Sets a link up. It makes no IPv6 address of its own accord, and so detects no duplicates.
+/// Sets a link up.
 pub(super) fn set_up(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} up");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(index, IFF_UP));
-        body.nest(IFLA_AF_SPEC, |families| {
-            families.nest(AF_INET6, |inet6| {
-                inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
-            });
+        no_ipv6_address(body);
+    });
+}
+
+/// Keeps the kernel from making an IPv6 address of its own accord, which it would look for
+/// duplicates of, a second long.
+fn no_ipv6_address(body: &mut Body) {
+    // A kernel without IPv6 refuses to hear of it.
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        return;
+    }
+    body.nest(IFLA_AF_SPEC, |families| {
+        families.nest(AF_INET6, |inet6| {
+            inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
         });
     });
 }
@@ -215,11 +242,7 @@ fn port_message(batch: &mut Batch, host: &str, alias: &str) {
         body.header(&link_header(0, IFF_UP));
         body.string(IFLA_IFNAME, host);
         body.bytes(IFLA_IFALIAS, alias.as_bytes());
-        body.nest(IFLA_AF_SPEC, |families| {
-            families.nest(AF_INET6, |inet6| {
-                inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
-            });
-        });
+        no_ipv6_address(body);
         body.nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_SLAVE_KIND, "bridge");
             info.nest(IFLA_INFO_SLAVE_DATA, |port| {

@@ -278,7 +278,7 @@ impl Network {
     /// them, also for the pods that are there.
     pub async fn ready(&self) -> Result<(), String> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || inner.bridge.repair(&inner.pods()))
+        blocking(move || inner.bridge.repair(&|| inner.pods()))
             .await
             .map_err(|error| error.to_string())
     }
@@ -344,10 +344,7 @@ impl Inner {
         committed: bool,
     ) -> Result<(), NetworkError> {
         let (inner, of) = (Arc::clone(self), pod.to_owned());
-        let making = blocking(move || {
-            let pods = inner.pods();
-            inner.bridge.connect(&of, address, &netns, &pods)
-        });
+        let making = blocking(move || inner.bridge.connect(&of, address, &netns, &|| inner.pods()));
         let (made, committed) = tokio::join!(making, async {
             match committed {
                 true => Ok(()),

@@ -7,10 +7,9 @@ mod traffic;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use rrun_cri::network::{Attachment, Network, NetworkConfig, namespace};
+use rrun_cri::network::{Attachment, NetworkConfig, namespace};
 
 use node::{NODE, Node, OUTSIDE, UPLINK_MTU, inside, ip, program};
 use traffic::{PAGE, fetch, ping};
@@ -529,17 +528,4 @@ fn expect_eq<T: PartialEq + std::fmt::Debug>(found: T, wanted: T) -> Result<(), 
         return Ok(());
     }
     Err(Failed::from(format!("found {found:?}, wanted {wanted:?}")))
-}
-
-/// For the crash test: everything of a network that is gone.
-fn reconcile_all(node: &Node, network: &Network, pods: &[String]) -> Result<(), Failed> {
-    node.wait(network.reconcile(&HashSet::new()))?;
-    for pod in pods {
-        remove_pin(&node.netns(pod))?;
-    }
-    Ok(())
-}
-
-fn remove_pin(path: &Path) -> Result<(), Failed> {
-    Ok(namespace::remove(path)?)
 }
