@@ -10,9 +10,13 @@
 # Entries live in RRUN_CACHE (default ~/.cache/rrun); those unused for two weeks are dropped
 # when a newer one of the same name is built.
 
-export RRUN_CACHE=${RRUN_CACHE:-${HOME:-/root}/.cache/rrun}
+# Go and cargo will not run without one.
+export HOME=${HOME:-$(getent passwd "$EUID" | cut -d: -f6)}
+export RRUN_CACHE=${RRUN_CACHE:-$HOME/.cache/rrun}
+# Seconds count from the outermost script's start.
+export RRUN_STARTED=${RRUN_STARTED:-$EPOCHSECONDS}
 
-say() { printf '[%4ds] %s\n' "$SECONDS" "$*" >&2; }
+say() { printf '[%4ds] %s\n' "$((EPOCHSECONDS - RRUN_STARTED))" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 cache_key() {
