@@ -7,8 +7,14 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bundle;
+mod cri;
+mod critest;
+mod exec_sync;
 mod launch;
+mod memory;
 mod oci;
+mod pods;
+mod pull;
 mod report;
 mod samples;
 
@@ -32,12 +38,15 @@ struct Arguments {
 enum Benchmark {
     /// OCI runtimes: `run`, create + start + delete, `exec` of a program that does nothing
     Oci(oci::Options),
+    /// CRI servers: critest's benchmark, a pod's life, ExecSync, pulls, memory
+    Cri(cri::Options),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.benchmark {
         Benchmark::Oci(options) => oci::run(options, &arguments.programs, &arguments.results),
+        Benchmark::Cri(options) => cri::run(options, &arguments.results),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

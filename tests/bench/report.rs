@@ -1,5 +1,6 @@
 //! What a benchmark leaves: tables on the terminal, raw figures as JSON in files.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -7,6 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::samples::Samples;
 
 /// A table of text; the first column is aligned left, all others right.
 pub struct Table {
@@ -70,6 +72,89 @@ pub fn ratio(value: Option<f64>, base: Option<f64>) -> String {
             .filter(|(_, base)| *base > 0.0)
             .map(|(value, base)| value / base),
     )
+}
+
+/// Several quantities of several servers; the table has a ratio to the first server.
+pub struct Comparison {
+    title: String,
+    names: Vec<String>,
+    quantities: Vec<String>,
+    values: BTreeMap<(String, String), Vec<f64>>,
+}
+
+impl Comparison {
+    pub fn new(title: impl Into<String>, names: &[String], quantities: &[&str]) -> Self {
+        let quantities = quantities
+            .iter()
+            .map(|&quantity| quantity.to_owned())
+            .collect();
+        Comparison {
+            title: title.into(),
+            names: names.to_vec(),
+            quantities,
+            values: BTreeMap::new(),
+        }
+    }
+
+    /// One value of each quantity, in their order.
+    pub fn add(&mut self, name: &str, values: &[f64]) {
+        for (quantity, &value) in self.quantities.clone().iter().zip(values) {
+            self.add_one(name, quantity, value);
+        }
+    }
+
+    pub fn add_one(&mut self, name: &str, quantity: &str, value: f64) {
+        self.values
+            .entry((name.to_owned(), quantity.to_owned()))
+            .or_default()
+            .push(value);
+    }
+
+    fn samples(&self, name: &str, quantity: &str) -> Samples {
+        let values = self.values.get(&(name.to_owned(), quantity.to_owned()));
+        Samples::new(values.cloned().unwrap_or_default())
+    }
+
+    pub fn table(&self) -> Table {
+        let mut columns = vec![String::new()];
+        for (number, name) in self.names.iter().enumerate() {
+            columns.push(name.clone());
+            columns.push("p90".to_owned());
+            if number > 0 {
+                columns.push(format!(
+                    "× {}",
+                    self.names.first().map_or("", String::as_str)
+                ));
+            }
+        }
+        let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+        let mut table = Table::new(self.title.clone(), &columns);
+        for quantity in &self.quantities {
+            let mut cells = Vec::new();
+            let first = self
+                .names
+                .first()
+                .and_then(|name| self.samples(name, quantity).median());
+            for (number, name) in self.names.iter().enumerate() {
+                let samples = self.samples(name, quantity);
+                cells.push(figure(samples.median()));
+                cells.push(figure(samples.quantile(0.9)));
+                if number > 0 {
+                    cells.push(ratio(samples.median(), first));
+                }
+            }
+            table.row(quantity, cells);
+        }
+        table
+    }
+
+    pub fn raw(&self) -> Value {
+        let mut raw: BTreeMap<&str, BTreeMap<&str, &Vec<f64>>> = BTreeMap::new();
+        for ((name, quantity), values) in &self.values {
+            raw.entry(name).or_default().insert(quantity, values);
+        }
+        json!(raw)
+    }
 }
 
 /// What the figures were measured on.

@@ -1,0 +1,404 @@
+//! CRI servers side by side: rrun-cri and containerd, under critest's benchmark and a client of
+//! our own, in turns.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rrun_proto::v1::image_service_client::ImageServiceClient;
+use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
+use rrun_proto::v1::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
+    LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest,
+    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, VersionRequest,
+};
+use serde_json::{Map, Value, json};
+use tonic::transport::Channel;
+
+use crate::{Result, critest, exec_sync, memory, pods, pull, report};
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// The servers: NAME=unix:///PATH; figures are compared with the first one's
+    #[arg(long = "server", required = true)]
+    servers: Vec<String>,
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "critest,pods,exec,pull,memory"
+    )]
+    parts: Vec<Part>,
+    /// How many pods of each kind for each server
+    #[arg(long, default_value_t = 30)]
+    pub rounds: usize,
+    /// How many pods stay for the memory figures
+    #[arg(long, default_value_t = 20)]
+    pub pods: usize,
+    /// What the containers run: an image with a shell, true and sleep
+    #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2")]
+    pub image: String,
+    /// What is pulled and removed
+    #[arg(long, default_value = "127.0.0.1:5000/demo/web:1")]
+    pub pulled: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// critest -benchmark: pods with a network of their own
+    Critest,
+    /// A pod's life by a client of our own, with the node's network and with their own
+    Pods,
+    /// ExecSync of `true`
+    Exec,
+    /// Pull and removal of an image from the local registry
+    Pull,
+    /// Memory per pod, and of the servers
+    Memory,
+}
+
+/// A server, connected.
+pub struct Server {
+    pub name: String,
+    pub address: String,
+    runtime: RuntimeServiceClient<Channel>,
+    images: ImageServiceClient<Channel>,
+}
+
+/// A pod that runs, and its container.
+pub struct Pod {
+    pub id: String,
+    pub config: PodSandboxConfig,
+    pub container: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    Node,
+    Own,
+}
+
+/// Nothing here is expected to take this long; it keeps a stuck server from hanging the run.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+pub fn run(options: &Options, results: &Path) -> Result {
+    let executor = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    executor.block_on(measure(options, results))
+}
+
+async fn measure(options: &Options, results: &Path) -> Result {
+    let mut servers = Vec::new();
+    let mut skipped = Vec::new();
+    for server in &options.servers {
+        let (name, address) = server
+            .split_once('=')
+            .ok_or("--server wants NAME=unix:///PATH")?;
+        match Server::connect(name, address, options).await {
+            Ok((server, version)) => {
+                println!("  {name}: {version}");
+                servers.push(server);
+            }
+            Err(error) => skipped.push(format!("{name}: {error}")),
+        }
+    }
+    let mut raw = Map::new();
+    raw.insert("machine".to_owned(), report::machine());
+    for &part in &options.parts {
+        let outcome = match part {
+            Part::Critest => critest::run(options, &servers, results).await,
+            Part::Pods => pods::run(options, &mut servers, results).await,
+            Part::Exec => exec_sync::run(options, &mut servers, results).await,
+            Part::Pull => pull::run(options, &mut servers, results).await,
+            Part::Memory => memory::run(options, &mut servers, results).await,
+        };
+        match outcome {
+            Ok((figures, mut left_out)) => {
+                raw.insert(format!("{part:?}").to_lowercase(), figures);
+                skipped.append(&mut left_out);
+            }
+            Err(error) => skipped.push(format!("{part:?}: {error}")),
+        }
+    }
+    println!();
+    match skipped.as_slice() {
+        [] => println!("  nothing skipped"),
+        skipped => println!(
+            "  {} SKIPPED:\n    {}",
+            skipped.len(),
+            skipped.join("\n    ")
+        ),
+    }
+    raw.insert("skipped".to_owned(), json!(skipped));
+    report::write_json(&results.join("cri.json"), &Value::Object(raw))
+}
+
+/// The wall time of a call in milliseconds, and its answer.
+pub async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
+    let started = Instant::now();
+    let answer = call.await?;
+    Ok((started.elapsed().as_secs_f64() * 1e3, answer))
+}
+
+/// Milliseconds of CPU that this view has used, this program's own left out: what the servers and
+/// all that they started used. (cpu.stat counts times without any controller.)
+pub fn cpu_of_others() -> Result<f64> {
+    let path = "/sys/fs/cgroup/cpu.stat";
+    let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    let all = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "));
+    let all: f64 = all.ok_or("no usage_usec in cpu.stat")?.parse()?;
+    let own = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
+    let own = [own.user_time(), own.system_time()]
+        .iter()
+        .map(|time| time.tv_sec() as f64 * 1e6 + time.tv_usec() as f64)
+        .sum::<f64>();
+    Ok((all - own) / 1e3)
+}
+
+impl Server {
+    async fn connect(name: &str, address: &str, options: &Options) -> Result<(Self, String)> {
+        let channel = Channel::from_shared(address.to_owned())?
+            .connect_timeout(Duration::from_secs(5))
+            .timeout(DEADLINE)
+            .connect()
+            .await
+            .map_err(|error| format!("{address}: {error:?}"))?;
+        let mut server = Server {
+            name: name.to_owned(),
+            address: address.to_owned(),
+            runtime: RuntimeServiceClient::new(channel.clone()),
+            images: ImageServiceClient::new(channel).max_decoding_message_size(16 << 20),
+        };
+        let version = server
+            .runtime
+            .version(VersionRequest::default())
+            .await?
+            .into_inner();
+        server.pull(&options.image).await?;
+        Ok((
+            server,
+            format!("{} {}", version.runtime_name, version.runtime_version),
+        ))
+    }
+
+    pub async fn pull(&mut self, image: &str) -> Result {
+        let request = PullImageRequest {
+            image: Some(image_spec(image)),
+            ..Default::default()
+        };
+        self.images
+            .pull_image(request)
+            .await
+            .map_err(|status| told("PullImage", &status))?;
+        Ok(())
+    }
+
+    pub async fn remove_image(&mut self, image: &str) -> Result {
+        let request = RemoveImageRequest {
+            image: Some(image_spec(image)),
+        };
+        self.images
+            .remove_image(request)
+            .await
+            .map_err(|status| told("RemoveImage", &status))?;
+        Ok(())
+    }
+
+    pub async fn run_pod(&mut self, config: &PodSandboxConfig) -> Result<String> {
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            ..Default::default()
+        };
+        let answer = self.runtime.run_pod_sandbox(request).await;
+        Ok(answer
+            .map_err(|status| told("RunPodSandbox", &status))?
+            .into_inner()
+            .pod_sandbox_id)
+    }
+
+    pub async fn create(
+        &mut self,
+        pod: &str,
+        config: &PodSandboxConfig,
+        image: &str,
+        command: &[&str],
+    ) -> Result<String> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.to_owned(),
+            config: Some(ContainerConfig {
+                metadata: Some(ContainerMetadata {
+                    name: "bench".to_owned(),
+                    attempt: 0,
+                }),
+                image: Some(image_spec(image)),
+                command: command.iter().map(|&word| word.to_owned()).collect(),
+                log_path: "bench/0.log".to_owned(),
+                linux: Some(LinuxContainerConfig::default()),
+                ..Default::default()
+            }),
+            sandbox_config: Some(config.clone()),
+        };
+        let answer = self.runtime.create_container(request).await;
+        Ok(answer
+            .map_err(|status| told("CreateContainer", &status))?
+            .into_inner()
+            .container_id)
+    }
+
+    pub async fn start(&mut self, container: &str) -> Result {
+        let request = StartContainerRequest {
+            container_id: container.to_owned(),
+        };
+        let answer = self.runtime.start_container(request).await;
+        answer.map_err(|status| told("StartContainer", &status))?;
+        Ok(())
+    }
+
+    /// Runs a program in a container; it must succeed.
+    pub async fn exec(&mut self, container: &str, command: &[&str]) -> Result {
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            timeout: 60,
+        };
+        let answer = self.runtime.exec_sync(request).await;
+        match answer
+            .map_err(|status| told("ExecSync", &status))?
+            .into_inner()
+            .exit_code
+        {
+            0 => Ok(()),
+            code => Err(format!("ExecSync: {} exited with {code}", command.join(" ")).into()),
+        }
+    }
+
+    pub async fn stop(&mut self, container: &str) -> Result {
+        let request = StopContainerRequest {
+            container_id: container.to_owned(),
+            timeout: 30,
+        };
+        let answer = self.runtime.stop_container(request).await;
+        answer.map_err(|status| told("StopContainer", &status))?;
+        Ok(())
+    }
+
+    pub async fn remove(&mut self, container: &str) -> Result {
+        let request = RemoveContainerRequest {
+            container_id: container.to_owned(),
+        };
+        let answer = self.runtime.remove_container(request).await;
+        answer.map_err(|status| told("RemoveContainer", &status))?;
+        Ok(())
+    }
+
+    pub async fn stop_pod(&mut self, pod: &str) -> Result {
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        let answer = self.runtime.stop_pod_sandbox(request).await;
+        answer.map_err(|status| told("StopPodSandbox", &status))?;
+        Ok(())
+    }
+
+    pub async fn remove_pod(&mut self, pod: &str) -> Result {
+        let request = RemovePodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        let answer = self.runtime.remove_pod_sandbox(request).await;
+        answer.map_err(|status| told("RemovePodSandbox", &status))?;
+        Ok(())
+    }
+
+    /// A pod with one running container.
+    pub async fn start_pod(
+        &mut self,
+        network: Network,
+        image: &str,
+        command: &[&str],
+    ) -> Result<Pod> {
+        let config = pod_config(network)?;
+        let id = self.run_pod(&config).await?;
+        let container = self.create(&id, &config, image, command).await?;
+        self.start(&container).await?;
+        Ok(Pod {
+            id,
+            config,
+            container,
+        })
+    }
+
+    pub async fn end_pod(&mut self, pod: &Pod) -> Result {
+        self.stop_pod(&pod.id).await?;
+        self.remove_pod(&pod.id).await?;
+        match &pod.config.log_directory {
+            directory if directory.is_empty() => Ok(()),
+            directory => Ok(fs::remove_dir_all(directory)?),
+        }
+    }
+}
+
+fn told(call: &str, status: &tonic::Status) -> String {
+    format!("{call}: {:?}: {}", status.code(), status.message())
+}
+
+fn image_spec(image: &str) -> ImageSpec {
+    ImageSpec {
+        image: image.to_owned(),
+        ..Default::default()
+    }
+}
+
+/// A pod that nobody has had before.
+pub fn pod_config(network: Network) -> Result<PodSandboxConfig> {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
+    let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let name = format!("bench-{}-{number}", std::process::id());
+    let log_directory = format!("/tmp/rrun-bench-logs/{name}");
+    fs::create_dir_all(Path::new(&log_directory).join("bench"))?;
+    let mode = match network {
+        Network::Node => NamespaceMode::Node,
+        Network::Own => NamespaceMode::Pod,
+    };
+    let namespaces = NamespaceOption {
+        network: mode.into(),
+        pid: NamespaceMode::Container.into(),
+        ipc: NamespaceMode::Pod.into(),
+        ..Default::default()
+    };
+    Ok(PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.clone(),
+            uid: name.clone(),
+            namespace: "bench".to_owned(),
+            attempt: 0,
+        }),
+        hostname: match network {
+            Network::Node => String::new(),
+            Network::Own => name,
+        },
+        log_directory,
+        linux: Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(namespaces),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    })
+}
+
+/// Waits to be killed.
+pub const SLEEP: &[&str] = &["sleep", "86399"];
+
+/// Ends at once when it is told to.
+pub const OBEDIENT: &[&str] = &[
+    "sh",
+    "-c",
+    "trap 'exit 0' TERM; while :; do sleep 86399 & wait $!; done",
+];

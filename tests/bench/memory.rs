@@ -1,0 +1,172 @@
+//! Memory: what a pod costs beside its workload, and what the servers take.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::cri::{Network, Options, SLEEP, Server};
+use crate::report::{self, Table, figure, ratio};
+
+/// Proportional set sizes of all processes but the workload's, by program, and resident set sizes.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    /// In kB. Memory that n processes share counts a n-th in each.
+    pss: BTreeMap<String, f64>,
+    rss: BTreeMap<String, f64>,
+}
+
+pub async fn run(
+    options: &Options,
+    servers: &mut [Server],
+    results: &Path,
+) -> Result<(Value, Vec<String>)> {
+    let title = format!(
+        "memory with {} pods of one container each (MB)",
+        options.pods
+    );
+    let columns = [
+        "",
+        "PSS a pod",
+        "× first",
+        "of it helpers",
+        "of it the server",
+        "server RSS idle",
+        "server RSS then",
+        "by program, a pod",
+    ];
+    let mut table = Table::new(title, &columns);
+    let mut skipped = Vec::new();
+    let mut raw = BTreeMap::new();
+    let mut first = None;
+    for server in servers.iter_mut() {
+        let (before, after) = match measure(server, options).await {
+            Ok(both) => both,
+            Err(error) => {
+                skipped.push(format!("{} memory: {error}", server.name));
+                continue;
+            }
+        };
+        let per_pod = |name: &str| {
+            let of = |memory: &Memory| memory.pss.get(name).copied().unwrap_or(0.0);
+            (of(&after) - of(&before)) / options.pods as f64 / 1024.0
+        };
+        let grown: Vec<(&str, f64)> = after
+            .pss
+            .keys()
+            .filter(|name| !OTHERS.contains(&name.as_str()))
+            .map(|name| (name.as_str(), per_pod(name)))
+            .filter(|(_, megabytes)| megabytes.abs() > 0.004)
+            .collect();
+        let total: f64 = grown.iter().map(|(_, megabytes)| megabytes).sum();
+        let of_server = per_pod(&server.name);
+        first = first.or(Some(total));
+        let rss = |memory: &Memory| memory.rss.get(&server.name).map(|kb| kb / 1024.0);
+        let programs: Vec<_> = grown
+            .iter()
+            .map(|(name, megabytes)| format!("{name} {megabytes:.2}"))
+            .collect();
+        table.row(
+            &server.name,
+            [
+                figure(Some(total)),
+                ratio(Some(total), first),
+                figure(Some(total - of_server)),
+                figure(Some(of_server)),
+                figure(rss(&before)),
+                figure(rss(&after)),
+                programs.join(", "),
+            ],
+        );
+        raw.insert(
+            server.name.clone(),
+            json!({
+                "pss_kb_without_pods": before.pss, "pss_kb_with_pods": after.pss,
+                "rss_kb_without_pods": before.rss, "rss_kb_with_pods": after.rss,
+            }),
+        );
+    }
+    report::show(results, &table)?;
+    Ok((json!(raw), skipped))
+}
+
+/// In the view, but no part of a server.
+const OTHERS: &[&str] = &["rrun-bench", "docker-registry", "bash"];
+
+async fn measure(server: &mut Server, options: &Options) -> Result<(Memory, Memory)> {
+    // What the first pod brings into memory once is not any pod's.
+    let pod = server
+        .start_pod(Network::Own, &options.image, SLEEP)
+        .await?;
+    server.end_pod(&pod).await?;
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let before = look()?;
+    let mut pods = Vec::new();
+    let mut outcome = Ok(());
+    for _ in 0..options.pods {
+        match server.start_pod(Network::Own, &options.image, SLEEP).await {
+            Ok(pod) => pods.push(pod),
+            Err(error) => {
+                outcome = Err(error);
+                break;
+            }
+        }
+    }
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let after = look();
+    for pod in &pods {
+        server.end_pod(pod).await?;
+    }
+    outcome?;
+    Ok((before, after?))
+}
+
+fn look() -> Result<Memory> {
+    let mut memory = Memory::default();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let process = entry.path();
+        if !entry
+            .file_name()
+            .to_string_lossy()
+            .bytes()
+            .all(|byte| byte.is_ascii_digit())
+        {
+            continue;
+        }
+        // A process may end at any moment.
+        let (Ok(name), Ok(arguments), Ok(sizes)) = (
+            fs::read_to_string(process.join("comm")),
+            fs::read(process.join("cmdline")),
+            fs::read_to_string(process.join("smaps_rollup")),
+        ) else {
+            continue;
+        };
+        if arguments == [SLEEP.join("\0").as_bytes(), b"\0"].concat() {
+            continue;
+        }
+        let name = name.trim_end().to_owned();
+        *memory.pss.entry(name.clone()).or_default() += size(&sizes, "Pss:");
+        *memory.rss.entry(name).or_default() += size(&sizes, "Rss:");
+    }
+    Ok(memory)
+}
+
+/// A line of smaps_rollup, in kB.
+fn size(sizes: &str, name: &str) -> f64 {
+    let line = sizes.lines().find_map(|line| line.strip_prefix(name));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    word.and_then(|word| word.parse().ok()).unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_line_of_smaps_rollup_is_read_in_kilobytes() {
+        let text =
+            "7f-7f ---p 00000000 00:00 0 [rollup]\nRss:   1464 kB\nPss:    77 kB\nPss_Anon: 3 kB\n";
+        assert_eq!(super::size(text, "Pss:"), 77.0);
+        assert_eq!(super::size(text, "Swap:"), 0.0);
+    }
+}

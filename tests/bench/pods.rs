@@ -1,0 +1,86 @@
+//! A pod's life, call by call.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::cri::{Network, OBEDIENT, Options, Server, cpu_of_others, pod_config, timed};
+use crate::report::{self, Comparison};
+
+const CALLS: &[&str] = &[
+    "RunPodSandbox",
+    "CreateContainer",
+    "StartContainer",
+    "StopContainer",
+    "RemoveContainer",
+    "StopPodSandbox",
+    "RemovePodSandbox",
+    "all of them",
+    "CPU of the node",
+];
+
+pub async fn run(
+    options: &Options,
+    servers: &mut [Server],
+    results: &Path,
+) -> Result<(Value, Vec<String>)> {
+    let mut raw = json!({});
+    let mut skipped = Vec::new();
+    for (network, title) in [
+        (
+            Network::Node,
+            "a pod's life, the node's network (our own client; milliseconds)",
+        ),
+        (
+            Network::Own,
+            "a pod's life, a network of its own (our own client; milliseconds)",
+        ),
+    ] {
+        let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
+        let mut comparison = Comparison::new(title, &names, CALLS);
+        let mut out_of_it = vec![false; servers.len()];
+        for round in 0..options.rounds + 2 {
+            for (server, out) in servers
+                .iter_mut()
+                .zip(&mut out_of_it)
+                .filter(|(_, out)| !**out)
+            {
+                match life(server, network, &options.image).await {
+                    // The first ones warm up.
+                    Ok(times) if round >= 2 => comparison.add(&server.name, &times),
+                    Ok(_) => {}
+                    Err(error) => {
+                        skipped.push(format!("{} {network:?} network: {error}", server.name));
+                        *out = true;
+                    }
+                }
+            }
+        }
+        report::show(results, &comparison.table())?;
+        if let Some(raw) = raw.as_object_mut() {
+            raw.insert(format!("{network:?}").to_lowercase(), comparison.raw());
+        }
+    }
+    Ok((raw, skipped))
+}
+
+async fn life(server: &mut Server, network: Network, image: &str) -> Result<Vec<f64>> {
+    let config = pod_config(network)?;
+    let cpu = cpu_of_others()?;
+    let (run, pod) = timed(server.run_pod(&config)).await?;
+    let (create, container) = timed(server.create(&pod, &config, image, OBEDIENT)).await?;
+    let (start, ()) = timed(server.start(&container)).await?;
+    // Not a signal that comes before the program is ready for it.
+    server.exec(&container, &["true"]).await?;
+    let (stop, ()) = timed(server.stop(&container)).await?;
+    let (remove, ()) = timed(server.remove(&container)).await?;
+    let (stop_pod, ()) = timed(server.stop_pod(&pod)).await?;
+    let (remove_pod, ()) = timed(server.remove_pod(&pod)).await?;
+    let cpu = cpu_of_others()? - cpu;
+    std::fs::remove_dir_all(&config.log_directory)?;
+    let mut times = vec![run, create, start, stop, remove, stop_pod, remove_pod];
+    times.push(times.iter().sum());
+    times.push(cpu);
+    Ok(times)
+}
