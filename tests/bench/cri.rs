@@ -15,7 +15,7 @@ use rrun_proto::v1::{
     StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, VersionRequest,
 };
 use serde_json::{Map, Value, json};
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::{Result, critest, exec_sync, memory, pods, pull, report};
 
@@ -105,6 +105,9 @@ async fn measure(options: &Options, results: &Path) -> Result {
             Err(error) => skipped.push(format!("{name}: {error}")),
         }
     }
+    if servers.is_empty() {
+        return Err(format!("no server answers: {}", skipped.join("; ")).into());
+    }
     let mut raw = Map::new();
     raw.insert("machine".to_owned(), report::machine());
     for &part in &options.parts {
@@ -162,7 +165,7 @@ pub fn cpu_of_others() -> Result<f64> {
 
 impl Server {
     async fn connect(name: &str, address: &str, options: &Options) -> Result<(Self, String)> {
-        let channel = Channel::from_shared(address.to_owned())?
+        let channel = Endpoint::from_shared(address.to_owned())?
             .connect_timeout(Duration::from_secs(5))
             .timeout(DEADLINE)
             .connect()
