@@ -15,8 +15,10 @@ mod memory;
 mod oci;
 mod pods;
 mod pull;
+mod ready;
 mod report;
 mod samples;
+mod service;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T = ()> = std::result::Result<T, Error>;
@@ -40,6 +42,8 @@ enum Benchmark {
     Oci(oci::Options),
     /// CRI servers: critest's benchmark, a pod's life, ExecSync, pulls, memory
     Cri(cri::Options),
+    /// kubelet: from manifests to Ready, in the guest machine
+    Ready(ready::Options),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
     let result = match &arguments.benchmark {
         Benchmark::Oci(options) => oci::run(options, &arguments.programs, &arguments.results),
         Benchmark::Cri(options) => cri::run(options, &arguments.results),
+        Benchmark::Ready(options) => ready::run(options, &arguments.results),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

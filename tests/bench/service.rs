@@ -1,0 +1,71 @@
+//! Servers that are started and stopped by scripts of the test set-up.
+
+use std::fs::File;
+use std::process::{Command, Stdio};
+
+use crate::Result;
+
+/// Where the checkout is in a view.
+const SOURCE: &str = "/src";
+
+/// Something that runs until it is dropped.
+pub struct Service {
+    script: String,
+    stop: Vec<String>,
+    /// Where it answers, if its script tells.
+    pub address: String,
+}
+
+impl Service {
+    /// registry, containerd or rrun-cri.
+    pub fn start(name: &str) -> Result<Self> {
+        Self::by("tests/bench/server", &["start", name], &["stop", name])
+    }
+
+    /// kubelet, for the server at this address; it looks for manifests in this directory.
+    pub fn kubelet(address: &str, manifests: &str) -> Result<Self> {
+        Self::by(
+            "tests/setup/kubelet.sh",
+            &["start", address, manifests],
+            &["stop"],
+        )
+    }
+
+    fn by(script: &str, start: &[&str], stop: &[&str]) -> Result<Self> {
+        let stop = stop.iter().map(|&word| word.to_owned()).collect();
+        let service = Service {
+            script: format!("{SOURCE}/{script}"),
+            stop,
+            address: String::new(),
+        };
+        let address = service.call(start)?;
+        Ok(Service { address, ..service })
+    }
+
+    /// What the script says in its last line.
+    fn call<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Result<String> {
+        // A file, not a pipe, which a server would hold open.
+        let said = std::env::temp_dir().join(format!("rrun-bench-service-{}", std::process::id()));
+        let status = Command::new(&self.script)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(File::create(&said)?)
+            .stderr(std::fs::OpenOptions::new().append(true).open(&said)?)
+            .status()
+            .map_err(|error| format!("{}: {error}", self.script))?;
+        let text = std::fs::read_to_string(&said)?;
+        let _ = std::fs::remove_file(&said);
+        match status.success() {
+            true => Ok(text.lines().last().unwrap_or_default().trim().to_owned()),
+            false => Err(text.trim().replace('\n', " | ").into()),
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if let Err(error) = self.call(&self.stop) {
+            eprintln!("{} {}: {error}", self.script, self.stop.join(" "));
+        }
+    }
+}
