@@ -95,11 +95,23 @@ pub fn run(options: &Options, results: &Path) -> Result {
 async fn measure(options: &Options, results: &Path) -> Result {
     let mut servers = Vec::new();
     let mut skipped = Vec::new();
+    let mut services = vec![Service::start("registry")?];
     for server in &options.servers {
-        let (name, address) = server
-            .split_once('=')
-            .ok_or("--server wants NAME=unix:///PATH")?;
-        match Server::connect(name, address, options).await {
+        let (name, address) = match server.split_once('=') {
+            Some((name, address)) => (name, address.to_owned()),
+            None => match Service::start(server) {
+                Ok(service) => {
+                    let address = service.address.clone();
+                    services.push(service);
+                    (server.as_str(), address)
+                }
+                Err(error) => {
+                    skipped.push(format!("{server}: {error}"));
+                    continue;
+                }
+            },
+        };
+        match Server::connect(name, &address, options).await {
             Ok((server, version)) => {
                 println!("  {name}: {version}");
                 servers.push(server);

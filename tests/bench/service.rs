@@ -33,13 +33,13 @@ impl Service {
 
     fn by(script: &str, start: &[&str], stop: &[&str]) -> Result<Self> {
         let stop = stop.iter().map(|&word| word.to_owned()).collect();
-        let service = Service {
+        let mut service = Service {
             script: format!("{SOURCE}/{script}"),
             stop,
             address: String::new(),
         };
-        let address = service.call(start)?;
-        Ok(Service { address, ..service })
+        service.address = service.call(start)?;
+        Ok(service)
     }
 
     /// What the script says in its last line.
