@@ -28,7 +28,7 @@ pub struct Fetched {
 }
 
 /// Fetches, verifies and unpacks one layer into `layers/NUMBER`. Dropped before its end, it
-/// leaves nothing.
+/// leaves nothing; after it the layer is the caller's.
 pub async fn fetch(
     source: Arc<Source>,
     root: PathBuf,
@@ -44,11 +44,8 @@ pub async fn fetch(
         .name(format!("layer-{number}"))
         .stack_size(512 << 10)
         .spawn(move || {
-            let result = receive(chunks, &root, number, &for_thread, &bounds);
-            if let Err(Ok(_)) = done.send(result) {
-                // Nobody waits any more: the layer belongs to nobody.
-                remove(&directory(&root, number));
-            }
+            // If nobody waits any more the answer is dropped, and the layer removed with it.
+            let _ = done.send(receive(chunks, &root, number, &for_thread, &bounds));
         })
         .map_err(|error| {
             ImageError::new(
@@ -67,15 +64,18 @@ pub async fn fetch(
     });
     let named = |error: ImageError| error.context(format_args!("layer {}", promise.digest));
     match (sent, unpacked) {
-        (Ok(()), Ok(unpacked)) => Ok(Fetched {
-            layer: Layer {
-                number,
-                bytes: unpacked.bytes,
-                inodes: unpacked.inodes,
-                opaque_root: unpacked.opaque_root,
-            },
-            implied: unpacked.implied,
-        }),
+        (Ok(()), Ok(placed)) => {
+            let unpacked = placed.keep();
+            Ok(Fetched {
+                layer: Layer {
+                    number,
+                    bytes: unpacked.bytes,
+                    inodes: unpacked.inodes,
+                    opaque_root: unpacked.opaque_root,
+                },
+                implied: unpacked.implied,
+            })
+        }
         // What broke on this side stopped the sending, not the other way round.
         (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {
             Err(named(error.into()))
@@ -91,7 +91,7 @@ fn receive(
     number: u64,
     promise: &Promise,
     bounds: &Bounds,
-) -> Result<Unpacked, LayerError> {
+) -> Result<Placed, LayerError> {
     let ingest = root.join("ingest").join(number.to_string());
     let fail = |what: &str, error: io::Error| LayerError::System {
         what: format!("{what} {}", ingest.display()),
@@ -103,14 +103,43 @@ fn receive(
         current: Bytes::new(),
     };
     let result = layer::unpack(chunks, &ingest.join("fs"), promise, bounds).and_then(|unpacked| {
-        std::fs::rename(&ingest, directory(root, number))
+        let path = directory(root, number);
+        std::fs::rename(&ingest, &path)
             .map_err(|error| fail("move to its place the layer in", error))?;
-        Ok(unpacked)
+        Ok(Placed {
+            path: Some(path),
+            unpacked,
+        })
     });
     if result.is_err() {
         remove(&ingest);
     }
     result
+}
+
+/// A layer in its place that belongs to nobody yet; it goes when it is dropped.
+struct Placed {
+    path: Option<PathBuf>,
+    unpacked: Unpacked,
+}
+
+impl Placed {
+    fn keep(mut self) -> Unpacked {
+        self.path = None;
+        std::mem::take(&mut self.unpacked)
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        if let Some(path) = self.path.take() {
+            // It may be dropped where nothing must block.
+            let removal = std::thread::Builder::new().spawn(move || remove(&path));
+            if let Err(error) = removal {
+                log::warn!("start a thread to remove a layer: {error}");
+            }
+        }
+    }
 }
 
 /// Removes a directory that nobody names; what can't be removed now is at the next start.

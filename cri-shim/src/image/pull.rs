@@ -77,6 +77,7 @@ async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
 }
 
 async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
+    let reference = name.canonical();
     let source = {
         let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
         let opened =
@@ -85,12 +86,17 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
             ImageError::new(Kind::Internal, format!("read the configuration: {error}"))
         })??)
     };
-    let (top, digest) = patiently("its manifest", source.manifest(&name.target)).await?;
+    let (top, digest) =
+        patiently(&reference, "its manifest", source.manifest(&name.target)).await?;
     let (document, manifest_size) = match manifest::parse(&top)? {
         Document::Image(manifest) => (manifest, top.len()),
         Document::Index(chosen) => {
-            let (bytes, _) =
-                patiently("its manifest", source.manifest(&Target::Digest(chosen))).await?;
+            let (bytes, _) = patiently(
+                &reference,
+                "its manifest",
+                source.manifest(&Target::Digest(chosen)),
+            )
+            .await?;
             match manifest::parse(&bytes)? {
                 Document::Image(manifest) => (manifest, bytes.len()),
                 Document::Index(_) => {
@@ -104,7 +110,7 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     };
     let descriptor = &document.config;
     let bytes = source.document(&descriptor.digest, descriptor.size);
-    let bytes = patiently("its configuration", bytes).await?;
+    let bytes = patiently(&reference, "its configuration", bytes).await?;
     let configuration = manifest::parse_configuration(&bytes)?;
     let promises = manifest::promises(&document, &configuration.diff_ids)?;
     let image = Image {
@@ -129,12 +135,14 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     };
     let diff_ids: Vec<&str> = promises.iter().map(|p| p.diff_id.as_str()).collect();
     lock(&inner.catalog).hold(diff_ids.iter().copied());
-    let published = match bring_layers(inner, &source, &promises).await {
+    let published = match bring_layers(inner, &source, &promises, &reference).await {
         Ok(()) => publish(inner, image, name, &digest).await,
         Err(error) => Err(error),
     };
     lock(&inner.catalog).let_go(diff_ids.iter().copied());
     if published.is_err() {
+        // Fetches that nobody wants any more have ended; so do the layers that came.
+        lock(&inner.fetches).retain(|_, fetching| fetching.upgrade().is_some());
         inner.sweep().await?;
     }
     published
@@ -145,8 +153,11 @@ async fn bring_layers(
     inner: &Arc<Inner>,
     source: &Arc<Source>,
     promises: &[Promise],
+    reference: &str,
 ) -> Result<(), ImageError> {
-    let total: u64 = promises.iter().map(|layer| layer.size).sum();
+    let total = promises
+        .iter()
+        .fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
     let progress = Arc::new(AtomicU64::new(0));
     let all = try_join_all(
         promises
@@ -158,7 +169,7 @@ async fn bring_layers(
         tokio::select! {
             fetched = &mut all => break fetched?,
             () = tokio::time::sleep(PATIENCE) => log::info!(
-                "still pulling {} layers: {} of at most {total} bytes came",
+                "pull {reference}: {} layers, {} of at most {total} bytes have come",
                 promises.len(),
                 progress.load(Ordering::Relaxed),
             ),
@@ -307,12 +318,12 @@ async fn publish(inner: &Arc<Inner>, image: Image, name: &Name, digest: &str) ->
 }
 
 /// Waits, and says so when it takes long.
-async fn patiently<T>(what: &str, work: impl Future<Output = T>) -> T {
+async fn patiently<T>(reference: &str, what: &str, work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     loop {
         tokio::select! {
             done = &mut work => return done,
-            () = tokio::time::sleep(PATIENCE) => log::info!("still waiting for {what}"),
+            () = tokio::time::sleep(PATIENCE) => log::info!("pull {reference}: still waiting for {what}"),
         }
     }
 }

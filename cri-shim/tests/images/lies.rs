@@ -70,7 +70,7 @@ async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
     let Err(error) = node.images.pull(reference, None).await else {
         return Err("the pull should have failed".into());
     };
-    assert_eq!(node.leavings()?, Vec::<PathBuf>::new(), "{error}");
+    node.becomes_clean().await?;
     assert!(node.images.list().is_empty());
     assert!(error.to_string().contains(reference), "{error}");
     Ok(error)

@@ -94,6 +94,17 @@ impl Node {
         Ok(found)
     }
 
+    /// Waits until nothing is left: other layers of a failed pull end in threads of their own.
+    pub async fn becomes_clean(&self) -> Result<(), Failure> {
+        for _ in 0..1000 {
+            if self.leavings()?.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Err(format!("left: {:?}", self.leavings()?).into())
+    }
+
     pub fn hosts(&self, registry: &str, text: &str) -> Result<(), Failure> {
         let dir = self.root().join("certs.d").join(registry);
         std::fs::create_dir_all(&dir)?;
@@ -126,14 +137,15 @@ pub fn free_port() -> Result<u16, Failure> {
 }
 
 impl Registry {
-    pub fn start(auth: &str) -> Result<Self, Failure> {
+    /// `http` is added to the section of that name.
+    pub fn start(http: &str) -> Result<Self, Failure> {
         let dir = Dir::new()?;
         let port = free_port()?;
         let config = dir.0.join("config.yml");
         std::fs::write(
             &config,
             format!(
-                "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\nhttp: {{addr: \"127.0.0.1:{port}\", secret: x}}\n{auth}\n",
+                "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\nhttp: {{addr: \"127.0.0.1:{port}\", secret: x{http}}}\n",
                 dir.0.join("data").display()
             ),
         )?;
@@ -150,7 +162,7 @@ impl Registry {
             _dir: dir,
         };
         for _ in 0..500 {
-            if registry.answers() {
+            if registry.answers(!http.is_empty()) {
                 return Ok(registry);
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -158,10 +170,13 @@ impl Registry {
         Err("docker-registry does not answer".into())
     }
 
-    fn answers(&self) -> bool {
+    fn answers(&self, tls: bool) -> bool {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) else {
             return false;
         };
+        if tls {
+            return true;
+        }
         let mut answer = [0; 8];
         stream
             .write_all(b"GET /v2/ HTTP/1.0\r\n\r\n")

@@ -2,12 +2,14 @@
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::process::Command;
 
 use libtest_mimic::Trial;
+use rrun_cri::image::Kind;
 use serde_json::json;
 
 use crate::build::{Archive, Compression, Failure, Image, image};
-use crate::node::{Node, Registry};
+use crate::node::{Dir, Node, Registry};
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -21,6 +23,8 @@ pub fn trials() -> Vec<Trial> {
         trial("an_image_is_there_after_a_restart", restart),
         trial("a_leased_layer_outlives_its_image", leased),
         trial("pulls_of_one_reference_are_one", joined),
+        trial("tls_is_verified_by_the_authority_of_hosts_toml", tls),
+        trial("an_image_of_a_hundred_layers_is_pulled", hundred),
     ]
 }
 
@@ -159,5 +163,76 @@ async fn joined() -> Result<(), Failure> {
         assert_eq!(image?.id, built.id);
     }
     assert_eq!(node.leavings()?.len(), 3);
+    Ok(())
+}
+
+/// An authority and a certificate for 127.0.0.1, by openssl.
+fn certificates(dir: &Dir) -> Result<(), Failure> {
+    let script = r#"
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
+            -subj /CN=test-ca -keyout ca.key -out ca.pem
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
+            -subj /CN=registry -keyout key.pem -out req.pem
+        echo subjectAltName=IP:127.0.0.1 > ext
+        openssl x509 -req -in req.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
+            -extfile ext -out cert.pem"#;
+    let output = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(&dir.0)
+        .output()?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into());
+    }
+    Ok(())
+}
+
+async fn tls() -> Result<(), Failure> {
+    let keys = Dir::new()?;
+    certificates(&keys)?;
+    let path = keys.0.display();
+    let registry = Registry::start(&format!(
+        ", tls: {{certificate: {path}/cert.pem, key: {path}/key.pem}}"
+    ))?;
+    let reference = registry.push(&three_layers(), "app:1", &["--preserve-digests"])?;
+    let node = Node::new()?;
+    let server = format!("server = \"https://{}\"\n", registry.host());
+    node.hosts(&registry.host(), &server)?;
+    let Err(error) = node.images.pull(&reference, None).await else {
+        return Err("an unknown authority was trusted".into());
+    };
+    assert_eq!(error.kind(), Kind::Unavailable);
+    assert!(error.to_string().contains("certificate"), "{error}");
+    node.hosts(
+        &registry.host(),
+        &format!("{server}ca = \"{path}/ca.pem\"\n"),
+    )?;
+    node.images.pull(&reference, None).await?;
+    node.images.remove(&reference).await?;
+    node.hosts(&registry.host(), &format!("{server}skip_verify = true\n"))?;
+    node.images.pull(&reference, None).await?;
+    Ok(())
+}
+
+async fn hundred() -> Result<(), Failure> {
+    let registry = Registry::start("")?;
+    let layers: Vec<_> = (0..100)
+        .map(|n| {
+            let archive = Archive::new().file(&format!("file-{n}"), "x");
+            (archive.end(), Compression::Gzip)
+        })
+        .collect();
+    let reference = registry.push(&image(&layers, json!({})), "tall:1", &[])?;
+    let node = Node::new()?;
+    let image = node.images.pull(&reference, None).await?;
+    let lowers = node.images.lease("c", &image.id).await?;
+    assert_eq!(lowers.len(), 100);
+    assert!(lowers[0].join("file-99").is_file() && lowers[99].join("file-0").is_file());
+    // mount(2) takes a page of options; from the layers' directory the names are short.
+    let short: usize = lowers
+        .iter()
+        .filter_map(|lower| lower.strip_prefix(node.root().join("layers")).ok())
+        .map(|lower| lower.as_os_str().len() + 1)
+        .sum();
+    assert!(short < 4000);
     Ok(())
 }
