@@ -43,7 +43,7 @@ pub fn leave_the_host() -> Result<(), String> {
 }
 
 /// What a whole test may take.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 pub struct Node {
     pub dir: PathBuf,
