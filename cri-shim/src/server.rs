@@ -8,14 +8,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::Server;
+use tokio::sync::watch;
+use tonic::service::Routes;
 
 use crate::config::Config;
-use crate::error::{During, Error, Result};
+use crate::error::{During, Error, Result, kernel};
 use crate::image::{Images, Limits, Registries};
 use crate::network::{Network, NetworkConfig};
 use crate::node::Node;
@@ -69,18 +72,13 @@ async fn serve(config: Config) -> Result<()> {
     let node = Arc::new(Node::new(config, store, images, network));
     reconcile::run(&node).await?;
 
-    let service = Server::builder()
-        .add_service(services::runtime(Arc::clone(&node)))
-        .add_service(services::image(Arc::clone(&node)));
+    let routes = Routes::new(services::runtime(Arc::clone(&node)))
+        .add_service(services::image(Arc::clone(&node)))
+        .prepare();
     let mut terminate = signal(SignalKind::terminate()).during(|| "wait for SIGTERM".to_owned())?;
     let mut interrupt = signal(SignalKind::interrupt()).during(|| "wait for SIGINT".to_owned())?;
-    let (end, ended) = tokio::sync::oneshot::channel();
-    let serving = tokio::spawn(service.serve_with_incoming_shutdown(
-        UnixListenerStream::new(listener),
-        async {
-            let _ = ended.await;
-        },
-    ));
+    let (end, ending) = watch::channel(false);
+    let accepting = tokio::spawn(accept(listener, routes, ending));
     notify("READY=1");
     log::info!(
         "rrun-cri {} serves {} with {} pods and {} containers",
@@ -94,13 +92,60 @@ async fn serve(config: Config) -> Result<()> {
         _ = interrupt.recv() => log::info!("SIGINT: ends, containers live on"),
     }
     notify("STOPPING=1");
-    let _ = end.send(());
-    // Streams of events have no end of their own.
-    if let Ok(Ok(Err(error))) = tokio::time::timeout(LAST_CALLS, serving).await {
-        return Err(Error::internal(format!("serve the CRI: {error}")));
-    }
     let _ = std::fs::remove_file(&socket);
+    let _ = end.send(true);
+    // Connections hold the other end. Streams of events have no end of their own.
+    let _ = tokio::time::timeout(LAST_CALLS, async {
+        let _ = accepting.await;
+        end.closed().await;
+    })
+    .await;
     Ok(())
+}
+
+/// Serves each connection in a task until `ending` turns true.
+///
+/// Not by tonic's own server, for one reason: that ends a call itself when the client's deadline
+/// (`grpc-timeout`) passes, with the status Cancelled, racing with the client, which then sees
+/// that instead of DeadlineExceeded.
+async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Receiver<bool>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = turned(&mut ending) => return,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: some will be closed.
+                log::error!("accept a connection: {}", kernel(&error));
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(routes.clone());
+        let mut ending = ending.clone();
+        tokio::spawn(async move {
+            let connection = http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service);
+            let mut connection = std::pin::pin!(connection);
+            let result = tokio::select! {
+                result = connection.as_mut() => result,
+                () = turned(&mut ending) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = result {
+                log::debug!("a connection ended: {error}");
+            }
+        });
+    }
+}
+
+/// Waits until it is true, or nobody is left to make it so.
+async fn turned(ending: &mut watch::Receiver<bool>) {
+    let _ = ending.wait_for(|ending| *ending).await;
 }
 
 fn network_config(config: &Config) -> NetworkConfig {

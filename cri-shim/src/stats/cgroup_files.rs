@@ -20,14 +20,20 @@ pub fn cpu(dir: &Path) -> Option<CpuUsage> {
     })
 }
 
-pub fn memory(dir: &Path) -> Option<MemoryUsage> {
-    let usage = number(dir, "memory.current")?;
+/// Without the controller nothing is counted, but a reader of ours wants to know when.
+pub fn memory(dir: &Path) -> MemoryUsage {
+    let Some(usage) = number(dir, "memory.current") else {
+        return MemoryUsage {
+            timestamp: now(),
+            ..MemoryUsage::default()
+        };
+    };
     let stat = read(dir, "memory.stat").unwrap_or_default();
     let counted = |name| key(&stat, name).unwrap_or_default();
     // As cAdvisor has it: what the kernel could not get back without writing or swapping.
     let working_set = usage.saturating_sub(counted("inactive_file"));
     let major = counted("pgmajfault");
-    Some(MemoryUsage {
+    MemoryUsage {
         timestamp: now(),
         working_set_bytes: value(working_set),
         available_bytes: number(dir, "memory.max")
@@ -37,7 +43,7 @@ pub fn memory(dir: &Path) -> Option<MemoryUsage> {
         page_faults: value(counted("pgfault").saturating_sub(major)),
         major_page_faults: value(major),
         psi: pressure(dir, "memory.pressure"),
-    })
+    }
 }
 
 pub fn swap(dir: &Path) -> Option<SwapUsage> {

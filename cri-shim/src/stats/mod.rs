@@ -103,7 +103,7 @@ pub fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats
     ContainerStats {
         attributes: Some(attributes),
         cpu: cpu(&node.stats, &container.id, &dir),
-        memory: cgroup_files::memory(&dir),
+        memory: Some(cgroup_files::memory(&dir)),
         writable_layer: Some(writable_layer(node, container, writable)),
         swap: cgroup_files::swap(&dir),
         io: cgroup_files::io(&dir),
@@ -144,7 +144,7 @@ pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxStats {
         attributes: Some(attributes),
         linux: Some(LinuxPodSandboxStats {
             cpu: cpu(&node.stats, &sandbox.id, &dir),
-            memory: cgroup_files::memory(&dir),
+            memory: Some(cgroup_files::memory(&dir)),
             network: network.map(|counted| NetworkUsage {
                 timestamp: now(),
                 default_interface: Some(NetworkInterfaceUsage {
