@@ -177,7 +177,9 @@ impl ImageService for Image {
         &self,
         request: Request<PullImageRequest>,
     ) -> Result<Response<PullImageResponse>, Status> {
-        answer("PullImage", self.pull(request.into_inner()).await)
+        // The pull has told the log, once for all who wait for it.
+        let pulled = self.pull(request.into_inner()).await;
+        Ok(Response::new(pulled?))
     }
 
     async fn remove_image(
