@@ -195,7 +195,7 @@ impl Process {
             return match executable(name) {
                 Ok(()) => Ok(name.clone()),
                 Err(rustix::io::Errno::NOENT) => Err(Error::new(format!(
-                    "exec {shown}: no such file in the container"
+                    "exec {shown}: no such file or directory in the container"
                 ))
                 .with_kind(Kind::ProgramNotFound)),
                 Err(errno) => Err(errno)
