@@ -214,7 +214,8 @@ impl Node {
             "hostname": name,
             "log_directory": self.join("logs").join(name),
             "labels": { "app": name },
-            "linux": {},
+            // As kubelet has it; the default of the CRI is one PID namespace for all.
+            "linux": { "security_context": { "namespace_options": { "pid": 1 } } },
         })
     }
 
@@ -233,7 +234,7 @@ impl Node {
             "command": command,
             "log_path": format!("{name}.log"),
             "mounts": [{ "container_path": "/inside", "host_path": inside, "readonly": true }],
-            "linux": {},
+            "linux": { "security_context": { "namespace_options": { "pid": 1 } } },
         })
     }
 
@@ -313,6 +314,8 @@ impl Node {
             ]
             .into_iter()
             .flat_map(|dir| below(&self.join(dir)))
+            // The empty lower directory that an image without layers has.
+            .filter(|path| !path.ends_with("/layers/0"))
             .collect();
             ensure!(
                 left.is_empty(),
@@ -352,6 +355,7 @@ impl Drop for Node {
         }
         let _ = registry(&["stop", PORT]);
         let _ = fs::remove_dir_all("/var/lib/registry/5000");
+        let _ = fs::remove_dir("/var/lib/registry");
         // The node's own, which outlives its pods and its server as it should.
         for interface in ["rrun0", "cni0"] {
             if Path::new("/sys/class/net").join(interface).exists() {
