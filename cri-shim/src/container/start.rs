@@ -1,38 +1,49 @@
 //! StartContainer and UpdateContainerResources.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rrun_proto::v1::{ContainerEventType, LinuxContainerResources};
 
-use super::{Container, Phase, resources, status};
+use super::{Container, resources, status};
 use crate::error::{During, Error, Result};
+use crate::monitor::protocol::{FailureKind, Phase};
+use crate::monitor_client::MonitorError;
 use crate::node::{Node, now};
+use crate::sandbox::watch;
 use crate::slow::slow;
 
 /// The exit code of what could not be started, as containerd's users know it.
 const START_FAILED: i32 = 128;
 
+/// Between two questions whether a start that somebody else asked for has ended.
+const AGAIN: Duration = Duration::from_millis(20);
+
 /// Starts the container's process. One that runs already is as it should be.
 pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     let name = container.name();
     match container.phase() {
-        Phase::Created => {}
-        Phase::Running => return Ok(()),
-        Phase::Exited => return Err(Error::wrong_state(format!("{name} has exited already"))),
+        super::Phase::Created => {}
+        super::Phase::Running => return Ok(()),
+        super::Phase::Exited => {
+            return Err(Error::wrong_state(format!("{name} has exited already")));
+        }
     }
     if !container.sandbox.state().ready {
         let pod = container.sandbox.name();
         return Err(Error::wrong_state(format!("{pod} is not ready")));
     }
-    let started = slow(
-        format!("{name}: the runtime's start"),
-        container.sandbox.monitor.start(&container.id),
-    )
-    .await;
+    let starting = ask(&node, &container);
+    let started = slow(format!("{name}: the runtime's start"), starting).await;
     if let Err(error) = started {
         let error = error.to_string();
+        // What the runtime would not start must not be left waiting for it.
+        let monitor = &container.sandbox.monitor;
+        if let Err(error) = monitor.kill(&container.id, libc::SIGKILL, true).await {
+            log::warn!("{name}: kill it after a failed start: {error}");
+        }
         container.change(|state| {
-            state.phase = Phase::Exited;
+            state.phase = super::Phase::Exited;
             state.pid = 0;
             state.started_at = 0;
             state.finished_at = now();
@@ -45,15 +56,41 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
         return Err(Error::internal(error)).during(|| format!("start {name}"));
     }
     container.change(|state| {
-        state.started_at = now();
+        if state.started_at == 0 {
+            state.started_at = now();
+        }
         // It can have ended by now.
-        if state.phase == Phase::Created {
-            state.phase = Phase::Running;
+        if state.phase == super::Phase::Created {
+            state.phase = super::Phase::Running;
         }
     });
     status::publish(&node, &container, ContainerEventType::ContainerStartedEvent);
     log::info!("{name}: started");
     container.save(&node).await
+}
+
+/// Asks the monitor. A server that was killed may have asked it before: then what came of that is
+/// the answer.
+async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), MonitorError> {
+    let monitor = &container.sandbox.monitor;
+    loop {
+        match monitor.start(&container.id).await {
+            Err(MonitorError::Failed(failure)) if failure.kind == FailureKind::WrongState => {
+                let (hello, _) = monitor.subscribe().await?;
+                let told = hello.containers.iter().find(|one| one.id == container.id);
+                match told.map(|one| &one.phase) {
+                    // The other start is under way.
+                    Some(Phase::Created) => tokio::time::sleep(AGAIN).await,
+                    Some(_) => {
+                        watch::apply(node, &container.sandbox, hello);
+                        return Ok(());
+                    }
+                    None => return Err(MonitorError::Failed(failure)),
+                }
+            }
+            answer => return answer,
+        }
+    }
 }
 
 /// Changes the limits of a container that lives.
@@ -63,7 +100,7 @@ pub async fn update(
     asked: LinuxContainerResources,
 ) -> Result<()> {
     let name = container.name();
-    if container.phase() == Phase::Exited {
+    if container.phase() == super::Phase::Exited {
         return Err(Error::wrong_state(format!("{name} has exited already")));
     }
     let dir = container.cgroup_dir();
