@@ -16,6 +16,7 @@ pub mod config;
 pub mod devices;
 pub mod entry;
 pub mod error;
+pub mod executable;
 pub mod foreground;
 pub mod gate;
 pub mod hooks;

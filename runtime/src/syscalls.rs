@@ -232,6 +232,29 @@ pub fn execve(path: &CString, args: &[CString], env: &[CString]) -> Errno {
     last_errno()
 }
 
+/// Replaces this process's program by the file that `file` refers to, with the environment
+/// that it has; returns only if that failed. See execveat(2).
+pub fn execveat(file: BorrowedFd<'_>, args: &[CString]) -> Errno {
+    unsafe extern "C" {
+        static environ: *const *const libc::c_char;
+    }
+    let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    // SAFETY: the path and all arguments are NUL-terminated, the array ends with a null
+    // pointer; environ is the C library's, and nothing changes it in this program.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            environ,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    last_errno()
+}
+
 /// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
 pub fn setrlimit(pid: i32, resource: u32, soft: u64, hard: u64) -> Result<(), Errno> {
     let limit = libc::rlimit64 {

@@ -8,7 +8,7 @@ use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 
 use super::{Cgroup, MOUNT_POINT, read, write};
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::refuse;
 
 /// # Errors
@@ -50,6 +50,19 @@ pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
             }
         }
     }
+    if let Some((swap, limit)) = resources.memory().as_ref().and_then(|memory| {
+        let swap = memory.swap().filter(|swap| *swap > 0)?;
+        Some((swap, memory.limit().unwrap_or(0)))
+    }) {
+        if limit <= 0 {
+            refuse!("linux.resources.memory.swap: {swap} is a limit, but memory.limit is none");
+        }
+        if swap < limit {
+            refuse!(
+                "linux.resources.memory.swap: {swap} is less than memory.limit ({limit}), which it includes"
+            );
+        }
+    }
     if resources.network().as_ref().is_some_and(|network| {
         network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
     }) {
@@ -87,7 +100,9 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
         }
     }
     if let Some(cpu) = resources.cpu() {
-        if cpu.quota().is_some() || cpu.period().is_some() || cpu.burst().is_some() {
+        let quota = cpu.quota().is_some_and(|quota| quota != 0);
+        let period = cpu.period().is_some_and(|period| period != 0);
+        if quota || period || cpu.burst().is_some() {
             add("cpu", "cpu.quota");
         } else if cpu.shares().is_some_and(|shares| shares != 0) {
             add("cpu", "cpu.shares");
@@ -154,6 +169,8 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         .path()
         .strip_prefix(MOUNT_POINT)
         .unwrap_or(cgroup.path());
+    let swap = swap_max(resources);
+    let resources = &for_libcgroups(resources);
     let manager = Manager::new(MOUNT_POINT.into(), relative.to_owned()).map_err(|e| failed(&e))?;
     manager
         .apply(&ControllerOpt {
@@ -163,6 +180,18 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             freezer_state: None,
         })
         .map_err(|error| failed(&error))?;
+    if let Some(limit) = swap {
+        match write(cgroup, "memory.swap.max", &limit) {
+            // A kernel without swap accounting has no swap to forbid.
+            Err(rustix::io::Errno::NOENT) if limit == "0" || limit == "max" => {}
+            result => result.doing(|| {
+                format!(
+                    "set linux.resources.memory.swap of cgroup {} (memory.swap.max {limit})",
+                    cgroup.path().display()
+                )
+            })?,
+        }
+    }
     // The one controller that libcgroups leaves out.
     for (device, limit) in resources.rdma().iter().flatten() {
         let mut line = device.clone();
@@ -180,6 +209,35 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// What libcgroups is to write: all but what it would get wrong.
+///
+/// It takes a zero for a value where the specification means that nothing is said, and a
+/// swap limit equal to the memory limit, which forbids swap, for none; see [`swap_max`].
+fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
+    let mut resources = resources.clone();
+    if let Some(memory) = resources.memory_mut() {
+        memory.set_swap(None);
+    }
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_period(cpu.period().filter(|period| *period != 0));
+        cpu.set_quota(cpu.quota().filter(|quota| *quota != 0));
+        cpu.set_cpus(cpu.cpus().clone().filter(|list| !list.is_empty()));
+        cpu.set_mems(cpu.mems().clone().filter(|list| !list.is_empty()));
+    }
+    resources
+}
+
+/// Content of memory.swap.max. In the specification swap is memory and swap together, as in
+/// cgroup v1; in cgroup v2 it is swap alone.
+fn swap_max(resources: &LinuxResources) -> Option<String> {
+    let memory = resources.memory().as_ref()?;
+    match (memory.swap()?, memory.limit().unwrap_or(0)) {
+        (0, _) => None,
+        (..0, _) => Some("max".to_owned()),
+        (swap, limit) => Some((swap - limit.max(0)).to_string()),
+    }
 }
 
 /// Hands the controllers down from the root of the hierarchy to the cgroup.
@@ -273,6 +331,22 @@ mod tests {
             ))
             .is_empty()
         );
+    }
+
+    #[test]
+    fn swap_is_what_may_be_used_beside_memory() {
+        for (json, content) in [
+            (r#"{"memory":{"limit":100,"swap":100}}"#, Some("0")),
+            (r#"{"memory":{"limit":100,"swap":150}}"#, Some("50")),
+            (r#"{"memory":{"limit":100,"swap":-1}}"#, Some("max")),
+            (r#"{"memory":{"limit":100}}"#, None),
+        ] {
+            let resources = read_resources(json);
+            assert_eq!(swap_max(&resources).as_deref(), content, "{json}");
+            assert!(validate(Path::new("/a"), &resources).is_ok());
+        }
+        let less = read_resources(r#"{"memory":{"limit":100,"swap":50}}"#);
+        assert!(validate(Path::new("/a"), &less).is_err());
     }
 
     #[test]

@@ -73,6 +73,7 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: true,
+    enters_container: true,
     call: exec,
 };
 

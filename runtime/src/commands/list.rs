@@ -16,6 +16,7 @@ pub const COMMAND: Command = Command {
         switch("quiet", Some('q'), "only the ids"),
     ],
     rest_is_foreign: false,
+    enters_container: false,
     call: list,
 };
 

@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result};
 use crate::init::Descriptors;
-use crate::{log, refuse};
+use crate::{executable, log, refuse};
 
 /// One command: how it is called, and what does it.
 pub struct Command {
@@ -33,6 +33,8 @@ pub struct Command {
     pub flags: &'static [Flag],
     /// Whether what follows the id belongs to another program.
     pub rest_is_foreign: bool,
+    /// Whether a copy of this process becomes one of a container's.
+    pub enters_container: bool,
     pub call: fn(&Globals, &Arguments) -> Result<u8>,
 }
 
@@ -147,6 +149,9 @@ fn called(words: impl Iterator<Item = OsString>) -> Result<u8> {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
+    if command.enters_container {
+        executable::protect()?;
+    }
     (command.call)(&globals, &arguments)
 }
 

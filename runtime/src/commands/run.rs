@@ -50,6 +50,7 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: false,
+    enters_container: true,
     call: run,
 };
 

@@ -27,6 +27,7 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: false,
+    enters_container: false,
     call: spec,
 };
 

@@ -66,6 +66,7 @@ pub const COMMAND: Command = Command {
         value("mem-bw-schema", None, "Intel RDT (not in this version)"),
     ],
     rest_is_foreign: false,
+    enters_container: false,
     call: update,
 };
 

@@ -1,0 +1,72 @@
+//! rrun's own executable, kept out of containers' hands.
+//!
+//! A process of rrun's that is about to become a container's is, until its execve(2),
+//! visible in the container as one whose /proc/PID/exe is rrun on the host; and if the
+//! container makes it execute `/proc/self/exe` (or a script that names it as its
+//! interpreter), rrun itself runs in there. Whoever opens that link can, once nobody
+//! executes the file any more, write to it (CVE-2019-5736).
+//!
+//! A link in /proc/PID/exe leads to a file *by a mount*: the one it was executed from. So
+//! rrun executes itself once more, from a private copy of the mount that is read-only and
+//! attached nowhere. Opening for writing through it gives EROFS, for every user and with
+//! every capability; nobody can make it writable again, because mount_setattr(2) and
+//! mount(2) refuse a mount that is not in the caller's own mount namespace, and it ends
+//! with the last process that was executed from it. The file's contents are not copied.
+//!
+//! If rrun was executed from a read-only mount already, there is nothing to do; a caller
+//! that starts many containers can save the second execve that way.
+
+use std::ffi::CString;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt as _;
+
+use rustix::fs::{Access, AtFlags, CWD};
+use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
+use rustix::process::DumpableBehavior;
+
+use crate::error::{Context, Error, Result};
+use crate::mount_options::READ_ONLY;
+use crate::syscalls::{execveat, mount_setattr};
+
+const LINK: &str = "/proc/self/exe";
+
+/// Makes sure that this process was executed from a read-only mount, if need be by
+/// executing it again, and that no process of a container may look into it: neither at
+/// its memory nor at its descriptors (CVE-2016-9962).
+pub fn protect() -> Result<()> {
+    match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
+        Err(Errno::ROFS) => {}
+        // Also if it is not writable for another reason: that could change.
+        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => return Err(execute_again()),
+        result => result.doing(|| format!("look at {LINK}"))?,
+    }
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .doing(|| "forbid other processes to look into this one")
+}
+
+/// Returns only with the reason why it could not be done.
+fn execute_again() -> Error {
+    let doing =
+        || "execute rrun from a read-only mount, to keep its file out of the container's hands";
+    let copy = rustix::mount::open_tree(
+        CWD,
+        LINK,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    );
+    let copy = match copy.doing(doing) {
+        Ok(copy) => copy,
+        Err(error) => return error,
+    };
+    if let Err(error) = mount_setattr(copy.as_fd(), false, &READ_ONLY).doing(doing) {
+        return error;
+    }
+    let args: Vec<CString> = std::env::args_os()
+        .filter_map(|arg| CString::new(arg.as_bytes()).ok())
+        .collect();
+    let errno = execveat(copy.as_fd(), &args);
+    match Err::<(), Errno>(errno).doing(doing) {
+        Ok(()) => Error::new(doing()),
+        Err(error) => error,
+    }
+}
