@@ -61,7 +61,7 @@ done
 # As process 1 httpd would not hear SIGTERM, and every stop would take its whole grace period.
 server=$(file usr/bin/web 755 <<'END'
 #!/bin/sh
-httpd -f -v -p "${PORT:-5000}" -h /www &
+httpd -f -vv -p "${PORT:-5000}" -h /www &
 trap 'kill $!; exit 0' TERM INT
 echo "serving /www on port ${PORT:-5000}"
 wait
