@@ -40,6 +40,8 @@ pub async fn create(
         return Ok(there.id.clone());
     }
     check(&config)?;
+    // Counted first: who finds the pod ready afterwards is waited for by its removal.
+    let _creating = sandbox.begin_create();
     must_be_ready(&sandbox)?;
     let name = config.image.as_ref().map(|image| image.image.as_str());
     let name = name.unwrap_or_default();

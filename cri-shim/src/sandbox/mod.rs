@@ -37,6 +37,8 @@ pub struct Sandbox {
     pub cgroups_made: Vec<PathBuf>,
     pub monitor: MonitorClient,
     state: Mutex<State>,
+    /// Containers being made; the pod's removal waits for them.
+    pub creating: tokio::sync::watch::Sender<usize>,
     /// Held while the record is written, so that the last state wins; true once it is deleted.
     record: tokio::sync::Mutex<bool>,
 }
@@ -91,6 +93,7 @@ impl Sandbox {
             cgroup: record.cgroup,
             cgroups_made: record.cgroups_made,
             state: Mutex::new(state),
+            creating: tokio::sync::watch::Sender::new(0),
             record: tokio::sync::Mutex::new(false),
         }
     }
@@ -139,10 +142,25 @@ impl Sandbox {
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
+    /// Counts a container as being made until the guard goes.
+    pub fn begin_create(&self) -> Creating<'_> {
+        self.creating.send_modify(|count| *count += 1);
+        Creating(self)
+    }
+
     /// `pod NAMESPACE/NAME (ID)`, for the log and for errors.
     pub fn name(&self) -> String {
         let metadata = self.config.metadata.clone().unwrap_or_default();
         let short = crate::node::short(&self.id);
         format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
+    }
+}
+
+/// See [`Sandbox::begin_create`].
+pub struct Creating<'a>(&'a Sandbox);
+
+impl Drop for Creating<'_> {
+    fn drop(&mut self) {
+        self.0.creating.send_modify(|count| *count -= 1);
     }
 }

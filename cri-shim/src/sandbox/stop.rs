@@ -1,6 +1,7 @@
 //! StopPodSandbox and RemovePodSandbox. Each step is right also when it has been done before.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use rrun_proto::v1::ContainerEventType;
@@ -14,6 +15,9 @@ use crate::monitor_client::MonitorError;
 use crate::network::namespace as netns;
 use crate::node::Node;
 use crate::slow::{blocking, slow};
+
+/// How long a pod's removal waits for containers being made in it.
+const CREATIONS: Duration = Duration::from_secs(60);
 
 /// Stops what runs in the pod and gives its network back.
 pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
@@ -42,6 +46,7 @@ pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
 /// Stops the pod, removes its containers, and then all that is left of it.
 pub async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     stop(Arc::clone(&node), Arc::clone(&sandbox)).await?;
+    creations_ended(&sandbox).await?;
     let containers = node.containers_of(&sandbox.id);
     let removals = containers
         .iter()
@@ -53,6 +58,24 @@ pub async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     container::status::publish_sandbox(&node, &sandbox, ContainerEventType::ContainerDeletedEvent);
     log::info!("{}: removed", sandbox.name());
     Ok(())
+}
+
+/// Waits for containers that were begun before the pod was stopped; each finds out and unmakes
+/// itself.
+async fn creations_ended(sandbox: &Sandbox) -> Result<()> {
+    let name = sandbox.name();
+    let mut creating = sandbox.creating.subscribe();
+    let ended = creating.wait_for(|count| *count == 0);
+    let ended = slow(
+        format!("{name}: the end of a CreateContainer in it"),
+        tokio::time::timeout(CREATIONS, ended),
+    );
+    match ended.await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::wrong_state(format!(
+            "remove {name}: a container is still being made in it, most likely by a volume that hangs"
+        ))),
+    }
 }
 
 fn first_error(results: Vec<Result<()>>) -> Result<()> {
