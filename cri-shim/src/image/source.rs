@@ -32,7 +32,9 @@ pub struct Source {
 }
 
 impl Source {
-    /// Blocks on the disk: configuration and certificates.
+    /// Credentials are shown to every endpoint that asks for them, as containerd does it: a mirror
+    /// is where the operator says the registry is. Blocks on the disk: configuration and
+    /// certificates.
     pub fn open(
         configured: &Registries,
         name: &Name,
