@@ -179,7 +179,7 @@ async fn make(
             format!("{pod}: the runtime's create"),
             sandbox.monitor.create(request)
         ),
-        slow(format!("{pod}: save a container"), container.save(node)),
+        container.save(node),
     );
     let outcome = match (created, saved) {
         (Ok(pid), Ok(())) => {

@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::monitor::protocol::ExitRecord;
 use crate::node::{Node, now};
 use crate::sandbox::Sandbox;
+use crate::slow::slow;
 use crate::store::{Change, Table};
 use user::User;
 
@@ -150,7 +151,8 @@ impl Container {
         }
         let change = Change::put(Table::CONTAINERS, &self.id, &self.to_record())
             .map_err(|error| Error::internal(error.to_string()))?;
-        let written = node.store.commit(vec![change]).await;
+        let commit = node.store.commit(vec![change]);
+        let written = slow(format!("{}: write its record", self.name()), commit).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
@@ -159,7 +161,8 @@ impl Container {
         let mut deleted = self.record.lock().await;
         *deleted = true;
         let change = Change::delete(Table::CONTAINERS, &self.id);
-        let written = node.store.commit(vec![change]).await;
+        let commit = node.store.commit(vec![change]);
+        let written = slow(format!("{}: write its record", self.name()), commit).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 

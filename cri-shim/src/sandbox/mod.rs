@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::monitor_client::{MonitorClient, SOCKET_NAME};
 use crate::node::Node;
+use crate::slow::slow;
 use crate::store::{Change, Table};
 
 /// One pod. What can change is in `state`, which is never locked across I/O.
@@ -129,7 +130,8 @@ impl Sandbox {
         }
         let change = Change::put(Table::SANDBOXES, &self.id, &self.to_record())
             .map_err(|error| Error::internal(error.to_string()))?;
-        let written = node.store.commit(vec![change]).await;
+        let commit = node.store.commit(vec![change]);
+        let written = slow(format!("{}: write its record", self.name()), commit).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
@@ -138,7 +140,8 @@ impl Sandbox {
         let mut deleted = self.record.lock().await;
         *deleted = true;
         let change = Change::delete(Table::SANDBOXES, &self.id);
-        let written = node.store.commit(vec![change]).await;
+        let commit = node.store.commit(vec![change]);
+        let written = slow(format!("{}: write its record", self.name()), commit).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 

@@ -81,7 +81,7 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         }
     };
     sandbox.state().ready = true;
-    if let Err(error) = slow(format!("{}: save it", sandbox.name()), sandbox.save(&node)).await {
+    if let Err(error) = sandbox.save(&node).await {
         if let Err(more) = stop::unmake(&node, &sandbox).await {
             log::error!("{}: clean up after a failure: {more}", sandbox.name());
         }

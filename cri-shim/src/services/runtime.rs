@@ -353,7 +353,7 @@ fn not_yet<T>(method: &str, what: &str) -> Result<Response<T>, Status> {
     answer(
         method,
         Err(Error::unimplemented(format!(
-            "{method}: rrun-cri does not {what} yet"
+            "rrun-cri does not {what} yet"
         ))),
     )
 }
@@ -559,14 +559,14 @@ impl RuntimeService for Runtime {
     }
 
     async fn exec(&self, _request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
-        not_yet("Exec", "stream exec (ExecSync works: crictl exec -s)")
+        not_yet("Exec", "serve interactive exec (crictl exec -s works)")
     }
 
     async fn attach(
         &self,
         _request: Request<AttachRequest>,
     ) -> Result<Response<AttachResponse>, Status> {
-        not_yet("Attach", "stream attach")
+        not_yet("Attach", "serve attach")
     }
 
     async fn port_forward(
