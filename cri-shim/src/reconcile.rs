@@ -103,7 +103,8 @@ async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, error: &MonitorError) ->
     Ok(())
 }
 
-/// What no record names: of calls that a kill cut short.
+/// What no record names: of calls that a kill cut short. What can't be removed is told and left
+/// for the next start.
 async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     let state = &node.config.state;
     for id in entries(&state.join("pods"))? {
@@ -133,18 +134,22 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
         }
     }
     for id in entries(&state.join("netns"))? {
-        if node.sandbox(&id).is_err() {
-            let removed = netns::remove(&node.netns(&id));
-            removed.map_err(|error| Error::internal(error.to_string()))?;
+        if node.sandbox(&id).is_err()
+            && let Err(error) = netns::remove(&node.netns(&id))
+        {
+            log::error!("{error}");
         }
     }
     let mut owners = entries(&node.config.root.join("containers"))?;
     owners.extend(node.images.leases());
     for id in owners {
         if node.container(&id).is_err() {
-            files::remove_tree(&node.writable_layer(&id))?;
-            let released = node.images.release(&id).await;
-            released.map_err(|error| Error::internal(error.to_string()))?;
+            if let Err(error) = files::remove_tree(&node.writable_layer(&id)) {
+                log::error!("{error}");
+            }
+            if let Err(error) = node.images.release(&id).await {
+                log::error!("let go of the image of {id}: {error}");
+            }
         }
     }
     Ok(())
