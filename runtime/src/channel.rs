@@ -13,7 +13,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Result};
 use crate::refuse;
 
 /// The longest sentence that is carried.
@@ -98,8 +98,8 @@ impl Channel {
     }
 
     pub fn failed(&self, error: &Error) {
-        let mut message = vec![FAILED, error.kind().to_byte()];
-        message.extend(error.to_string().bytes().take(LIMIT - 2));
+        let mut message = vec![FAILED];
+        message.extend(error.to_string().bytes().take(LIMIT - 1));
         // If nobody listens, nobody wants to know.
         let _ = self.send(&message);
     }
@@ -139,9 +139,9 @@ impl Channel {
             ([RUN_HOOKS], _) => Message::RunHooks,
             ([READY], _) => Message::Ready,
             ([TERMINAL], Some(master)) => Message::Terminal(master),
-            ([FAILED, kind, sentence @ ..], _) => Message::Failed(
-                Error::new(String::from_utf8_lossy(sentence)).with_kind(Kind::from_byte(*kind)),
-            ),
+            ([FAILED, sentence @ ..], _) => {
+                Message::Failed(Error::new(String::from_utf8_lossy(sentence)))
+            }
             _ => refuse!("the container's first process sent what it can not have sent"),
         })
     }

@@ -18,32 +18,6 @@ pub enum Kind {
     General,
     /// No container of that id under this root.
     NoSuchContainer,
-    /// The program to run is not in the container (a shell would exit with 127).
-    ProgramNotFound,
-    /// The program is there but can not be executed (a shell would exit with 126).
-    ProgramNotExecutable,
-}
-
-impl Kind {
-    /// The byte that stands for this kind in a message from child to parent.
-    pub fn to_byte(self) -> u8 {
-        match self {
-            Kind::General => 0,
-            Kind::NoSuchContainer => 1,
-            Kind::ProgramNotFound => 2,
-            Kind::ProgramNotExecutable => 3,
-        }
-    }
-
-    /// The inverse of [`Kind::to_byte`]; what is unknown is [`Kind::General`].
-    pub fn from_byte(byte: u8) -> Kind {
-        match byte {
-            1 => Kind::NoSuchContainer,
-            2 => Kind::ProgramNotFound,
-            3 => Kind::ProgramNotExecutable,
-            _ => Kind::General,
-        }
-    }
 }
 
 /// One sentence, and its kind.
@@ -143,17 +117,5 @@ mod tests {
             error.to_string(),
             "mount proc on /proc: Operation not permitted (EPERM)"
         );
-    }
-
-    #[test]
-    fn a_kind_survives_the_way_from_child_to_parent() {
-        for kind in [
-            Kind::General,
-            Kind::NoSuchContainer,
-            Kind::ProgramNotFound,
-            Kind::ProgramNotExecutable,
-        ] {
-            assert_eq!(Kind::from_byte(kind.to_byte()), kind);
-        }
     }
 }

@@ -16,11 +16,12 @@ use rustix::net::{
     bind, connect, listen, recv, send, socket_with,
 };
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Result};
 use crate::state::GATE;
 
 const GO: &[u8] = b"G";
 const LET_IN: u8 = b'L';
+const FAILED: u8 = b'F';
 /// Longest error that is carried.
 const LIMIT: usize = 16 << 10;
 
@@ -83,7 +84,7 @@ pub fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
 
 /// From the container's first process: tells the starter that it came to nothing.
 pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
-    let mut message = vec![error.kind().to_byte()];
+    let mut message = vec![FAILED];
     message.extend(error.to_string().bytes().take(LIMIT - 1));
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
 }
@@ -121,11 +122,10 @@ pub fn open(directory: &Path, id: &str) -> Result<()> {
                     let_in = true;
                     let _ = rustix::fs::unlink(&path);
                 }
-                [kind, sentence @ ..] => {
-                    return Err(Error::new(String::from_utf8_lossy(sentence))
-                        .with_kind(Kind::from_byte(*kind)));
+                [FAILED, sentence @ ..] => {
+                    return Err(Error::new(String::from_utf8_lossy(sentence)));
                 }
-                [] => {}
+                _ => {}
             },
             // Closed: by executing the program, if it had let us in.
             _ if let_in => return Ok(()),

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::mount_options::READ_ONLY;
 use crate::mounts::{self, attach_root};
 use crate::namespaces::OpenJoin;
-use crate::process::{Process, enter_cwd};
+use crate::process::{Process, enter_cwd, no_program};
 use crate::rootfs::Rootfs;
 use crate::state::{State, Status};
 use crate::syscalls::{self, MountAttr, mount_setattr};
@@ -381,18 +381,15 @@ pub fn settle(process: &Process, descriptors: Descriptors) -> Result<std::ffi::C
 
 /// Becomes the program; returns only with the reason why not.
 pub fn execute(program: &std::ffi::CString, process: &Process) -> Error {
-    use crate::error::{Kind, Reason as _};
     let errno = syscalls::execve(program, &process.args, &process.env);
-    let kind = match errno {
-        Errno::NOENT => Kind::ProgramNotFound,
-        _ => Kind::ProgramNotExecutable,
-    };
-    Error::new(format!(
-        "exec {}: {}",
-        program.to_string_lossy(),
-        errno.reason()
-    ))
-    .with_kind(kind)
+    let path = program.to_string_lossy();
+    match errno {
+        // It was there a moment ago.
+        Errno::NOENT => Error::new(format!(
+            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
+        )),
+        errno => no_program(&path, errno),
+    }
 }
 
 /// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):

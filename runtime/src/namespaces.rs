@@ -51,6 +51,14 @@ pub const TYPES: [(Type, &str); 8] = [
     (Type::Uts, "uts"),
 ];
 
+/// A type's name in the specification.
+fn name(typ: Type) -> &'static str {
+    TYPES
+        .iter()
+        .find(|(known, _)| *known == typ)
+        .map_or("namespace", |(_, name)| name)
+}
+
 impl Namespaces {
     /// # Errors
     /// A type that is there twice, or a path that is not absolute.
@@ -59,7 +67,10 @@ impl Namespaces {
         for (index, namespace) in spec.iter().enumerate() {
             let typ = namespace.typ();
             if namespaces.own(typ) {
-                refuse!("linux.namespaces[{index}].type: {typ} is there twice");
+                refuse!(
+                    "linux.namespaces[{index}].type: {} is there twice",
+                    name(typ)
+                );
             }
             match namespace
                 .path()
@@ -109,7 +120,7 @@ impl Namespaces {
                     OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
                     Mode::empty(),
                 )
-                .doing(|| format!("open {} namespace {}", join.typ, join.path.display()))?;
+                .doing(|| format!("open {} namespace {}", name(join.typ), join.path.display()))?;
                 Ok(OpenJoin {
                     typ: join.typ,
                     path: join.path.clone(),
@@ -148,7 +159,7 @@ impl OpenJoin {
         };
         // The kernel checks that the file is a namespace, and of that type.
         rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
-            .doing(|| format!("enter {} namespace {}", self.typ, self.path.display()))
+            .doing(|| format!("enter {} namespace {}", name(self.typ), self.path.display()))
     }
 }
 

@@ -8,7 +8,7 @@ use oci_spec::runtime::{PosixRlimitType, Process as SpecProcess};
 use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
 use crate::capabilities::Sets;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Result, errno_text};
 use crate::refuse;
 use crate::syscalls;
 
@@ -186,6 +186,9 @@ impl Process {
 
     /// Finds the program that `args[0]` names, in the current root, with the PATH of the
     /// process's own environment.
+    ///
+    /// # Errors
+    /// In runc's words, which its callers look for.
     pub fn find_program(&self) -> Result<CString> {
         let Some(name) = self.args.first() else {
             refuse!("process.args: must have at least the program to run");
@@ -194,13 +197,7 @@ impl Process {
         if name.as_bytes().contains(&b'/') {
             return match executable(name) {
                 Ok(()) => Ok(name.clone()),
-                Err(rustix::io::Errno::NOENT) => Err(Error::new(format!(
-                    "exec {shown}: no such file or directory in the container"
-                ))
-                .with_kind(Kind::ProgramNotFound)),
-                Err(errno) => Err(errno)
-                    .doing(|| format!("exec {shown}"))
-                    .map_err(|error: Error| error.with_kind(Kind::ProgramNotExecutable)),
+                Err(errno) => Err(no_program(&shown, errno)),
             };
         }
         let path = self
@@ -221,17 +218,12 @@ impl Process {
                 Err(_) => {}
             }
         }
-        if let Some(candidate) = refused {
-            return Err(Error::new(format!(
-                "exec {}: Permission denied (EACCES)",
-                candidate.to_string_lossy()
-            ))
-            .with_kind(Kind::ProgramNotExecutable));
-        }
-        Err(Error::new(format!(
-            "exec {shown}: executable file not found in the container's PATH ({path})"
-        ))
-        .with_kind(Kind::ProgramNotFound))
+        Err(match refused {
+            Some(found) => no_program(&found.to_string_lossy(), rustix::io::Errno::ACCESS),
+            None => Error::new(format!(
+                "exec: \"{shown}\": executable file not found in $PATH ({path})"
+            )),
+        })
     }
 
     /// Makes standard input, output and error belong to the process's user, so that it can
@@ -256,6 +248,20 @@ impl Process {
             }
         }
     }
+}
+
+/// Why a program can not be executed, in runc's words with the kernel's name beside them.
+pub fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
+    use rustix::io::Errno;
+    Error::new(match errno {
+        Errno::NOENT => {
+            format!("exec: \"{path}\": stat {path}: no such file or directory (ENOENT)")
+        }
+        Errno::ACCESS => format!("exec: \"{path}\": permission denied (EACCES)"),
+        Errno::ISDIR => format!("exec: \"{path}\": is a directory (EISDIR)"),
+        Errno::NOEXEC => format!("exec: \"{path}\": exec format error (ENOEXEC)"),
+        errno => format!("exec: \"{path}\": {}", errno_text(errno.raw_os_error())),
+    })
 }
 
 /// Whether the file can be executed by this process, as far as can be told before.

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, Kind, Result};
 use crate::state::{self, State, Status};
 use crate::syscalls::pidfd_send_signal;
-use crate::{cgroup, hooks, refuse};
+use crate::{cgroup, hooks, log, refuse};
 
 /// How long a killed first process may take to die.
 const DEAD_WITHIN: Duration = Duration::from_secs(10);
@@ -29,6 +29,12 @@ pub fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
             }
             return if force { Ok(()) } else { Err(error) };
         }
+        Err(error) if force => {
+            log::warning(&format!(
+                "{error}; removing what is known of {id} all the same"
+            ));
+            return remove_damaged(&directory);
+        }
         Err(error) => return Err(error),
     };
     let status = state.status(&directory)?;
@@ -41,6 +47,16 @@ pub fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
         ),
     }
     destroy(&directory, &state)
+}
+
+/// Removes a container whose state can not be read. What names its cgroup may still be in
+/// there; everything else that lives is in that.
+fn remove_damaged(directory: &Path) -> Result<()> {
+    match State::cgroup_of_damaged(directory) {
+        Some(cgroup) => cgroup::remove(&cgroup)?,
+        None => log::warning("the state no longer names the cgroup, which may be left behind"),
+    }
+    state::release(directory)
 }
 
 /// Removes all that belongs to a container, killing it if need be.

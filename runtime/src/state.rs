@@ -128,7 +128,7 @@ pub fn claim(root: &Path, id: &str) -> Result<PathBuf> {
         made = rustix::fs::mkdir(&directory, mode);
     }
     match made {
-        Err(Errno::EXIST) => refuse!("container with id {id} exists already"),
+        Err(Errno::EXIST) => refuse!("container with given ID already exists: {id}"),
         result => result.doing(|| format!("make directory {}", directory.display()))?,
     }
     Ok(directory)
@@ -155,13 +155,19 @@ impl State {
         let bytes = match read_bounded(&path) {
             Ok(bytes) => bytes,
             Err(_) if !path.exists() => {
-                return Err(Error::new(format!("container {id} does not exist"))
+                return Err(Error::new(format!("container does not exist: {id}"))
                     .with_kind(Kind::NoSuchContainer));
             }
             Err(error) => return Err(error),
         };
         serde_json::from_slice(&bytes)
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
+    }
+
+    /// What is to be found of the cgroup in a state that is no longer JSON.
+    pub fn cgroup_of_damaged(directory: &Path) -> Option<PathBuf> {
+        let bytes = read_bounded(&directory.join(FILE)).ok()?;
+        cgroup_in(&String::from_utf8_lossy(&bytes))
     }
 
     pub fn save(&self, directory: &Path) -> Result<()> {
@@ -246,6 +252,17 @@ impl State {
     }
 }
 
+fn cgroup_in(text: &str) -> Option<PathBuf> {
+    let (_, rest) = text.split_once("\"cgroup\":\"")?;
+    let (path, _) = rest.split_once('"')?;
+    let path = Path::new(path);
+    let plain = path
+        .components()
+        .all(|part| !matches!(part, std::path::Component::ParentDir));
+    // Half a path could be another cgroup's; nothing but a full one below the mount will do.
+    (plain && path.parent()?.starts_with(crate::cgroup::MOUNT_POINT)).then(|| path.to_owned())
+}
+
 /// Writes a file beside its place and renames it there.
 pub fn write_replacing(new: &Path, path: &Path, content: &[u8], mode: u32) -> Result<()> {
     let doing = || format!("write {}", path.display());
@@ -299,6 +316,24 @@ mod tests {
         let own = process_stat(std::process::id() as i32).unwrap().unwrap();
         assert!(own.0 > 0 && !own.1);
         assert_eq!(process_stat(i32::MAX).unwrap(), None);
+    }
+
+    #[test]
+    fn a_cgroup_is_found_in_a_damaged_state_only_as_a_whole() {
+        let found = |text| cgroup_in(text);
+        assert_eq!(
+            found(r#"{{"cgroup":"/sys/fs/cgroup/a/b","x"#).as_deref(),
+            Some(Path::new("/sys/fs/cgroup/a/b"))
+        );
+        for text in [
+            r#"{"cgroup":"/sys/fs/cgroup/a"#,
+            r#"{"cgroup":"/sys/fs/cgroup""#,
+            r#"{"cgroup":"/sys/fs/cgroup/../../../etc""#,
+            r#"{"cgroup":"/home""#,
+            "",
+        ] {
+            assert_eq!(found(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::arguments::{Arguments, switch, value};
 use crate::capabilities;
 use crate::config::read_bounded;
 use crate::entry::{self, Request};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::foreground::Forwarding;
 use crate::process::Process;
 use crate::refuse;
@@ -79,15 +79,10 @@ pub const COMMAND: Command = Command {
 
 fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     match execute(globals, arguments) {
-        // As runc does: what a shell would exit with where there is no such program, and
-        // a status that no program of the container's own is likely to have otherwise.
+        // runc's status for what is no status of the program's own.
         Err(error) => {
             crate::log::fatal(&error.to_string());
-            Ok(match error.kind() {
-                Kind::ProgramNotFound => 127,
-                Kind::ProgramNotExecutable => 126,
-                _ => 255,
-            })
+            Ok(255)
         }
         ok => ok,
     }
