@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, not run: writes images as an OCI layout, with tar, gzip and jq alone, so that the same
 # input gives the same digests.
 #

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, not run: binary_path NAME prints which build of one of our binaries a view gets.
 #
 # RRUN_BIN_DIR (directories, separated by colons) is searched in order if it is set; else the

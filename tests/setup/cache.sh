@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, not run: the cache that every set-up script builds into.
 #
 #   cache_key WORD…              the key: a hash over the words and the calling script itself

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, not run: debian_mirror prints the Debian archive that apt is configured with, so that
 # no script writes one down.
 

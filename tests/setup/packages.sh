@@ -7,7 +7,7 @@ set -euo pipefail
 
 # debootstrap: the test root. e2fsprogs: guest disks. The rest: building busybox, running views.
 PACKAGES=(debootstrap e2fsprogs cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
-    util-linux procps iproute2 kmod strace ca-certificates)
+    util-linux procps iproute2 kmod strace shellcheck ca-certificates)
 
 missing() {
     local package
@@ -18,8 +18,8 @@ missing() {
 }
 
 case $(uname -m) in
-    x86_64) qemu=qemu-system-x86 ;;
-    aarch64) qemu=qemu-system-arm ;;
+    x86_64) qemu='qemu-system-x86' ;;
+    aarch64) qemu='qemu-system-arm' ;;
     *) die "no guest machine is known for $(uname -m)" ;;
 esac
 
