@@ -58,6 +58,8 @@ fn containers(root: &Path) -> Result<Vec<(State, Status)>> {
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| validate_id(name).is_ok())
+        // The default root is the CRI server's state directory, too: not all in it are containers.
+        .filter(|name| root.join(name).join("state.json").exists())
         .collect();
     ids.sort_unstable();
     let mut containers = Vec::new();
