@@ -22,7 +22,10 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## release binaries, static: rrun, rrun-cri, rrun-monitor
-	$(STATIC) build --locked --release --target $(TARGET) -p rrun -p rrun-cri
+	$(STATIC) build --locked --release --target $(TARGET) -p rrun-cri
+	@target=$$(tests/setup/rust-target.sh); set -x; \
+	$(STATIC) build --locked --release --target $$target -p rrun; \
+	[[ $$target == $(TARGET) ]] || install -m 755 $(CARGO_TARGET_DIR)/$$target/release/rrun $(RELEASE)/rrun
 	@ls -l $(RELEASE)/{rrun,rrun-cri,rrun-monitor}
 
 debug: ## the same and the end-to-end tests, quicker to build, for tests/native/run and tests/vm/run

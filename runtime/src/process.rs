@@ -22,7 +22,7 @@ const PASSWD_LIMIT: u64 = 4 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rlimit {
     name: &'static str,
-    resource: u32,
+    resource: i64,
     soft: u64,
     hard: u64,
 }
@@ -357,7 +357,8 @@ fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
         }
         limits.push(Rlimit {
             name,
-            resource,
+            // Unsigned in glibc's headers, signed in musl's.
+            resource: i64::from(resource),
             soft: limit.soft(),
             hard: limit.hard(),
         });

@@ -256,7 +256,7 @@ pub fn execveat(file: BorrowedFd<'_>, args: &[CString]) -> Errno {
 }
 
 /// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
-pub fn setrlimit(pid: i32, resource: u32, soft: u64, hard: u64) -> Result<(), Errno> {
+pub fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
