@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use crate::cgroup::{self, Cgroup};
 use crate::channel::{self, Channel, Message};
 use crate::config::{Config, id_map};
 use crate::error::{Context, Error, Result};
-use crate::init::{Descriptors, Init, unshare_time};
-use crate::namespaces::flag;
+use crate::init::{Descriptors, Init, NeverReturn, end, unshare_time};
+use crate::mounts::Taken;
+use crate::namespaces::{OpenJoin, flag};
 use crate::state::{self, State, Status, process_stat};
 use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
 use crate::time::rfc3339_nanos;
@@ -105,16 +106,22 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     unmade.cgroup = Some(state.cgroup.clone());
     cgroup.apply(&config.resources)?;
 
-    let new_user = config.namespaces.is_new(Type::User);
-    let joins = config.namespaces.open_joins()?;
-    for join in joins.iter().filter(|join| join.before_birth(new_user)) {
-        join.enter()?;
-    }
     let mut flags = config.namespaces.new & !flag(Type::Cgroup);
     if !config.time_offsets.is_empty() {
         unshare_time(&config.time_offsets)?;
         flags &= !flag(Type::Time);
     }
+    // In another user namespace, the process could not reach the host's files.
+    let user = config.namespaces.own(Type::User);
+    let taken = if user {
+        Taken::from_host(config, true)?
+    } else {
+        Taken::default()
+    };
+    let joins = config.namespaces.open_joins()?;
+    let (for_newborn, before): (Vec<OpenJoin>, Vec<OpenJoin>) = joins
+        .into_iter()
+        .partition(|join| !join.is_for_children() && (!user || join.is_for_the_newborn()));
     let gate = if request.waits {
         Some(gate::build(&directory)?)
     } else {
@@ -122,8 +129,22 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     };
     let (channel, childs_end) = channel::pair()?;
 
-    let (pid, pidfd) = match clone3(flags, Some(cgroup.as_fd())) {
-        Ok(Cloned::Child) => {
+    let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
+    let born = if user && !before.is_empty() {
+        born_by_go_between(flags, &cgroup, before, &channel, &childs_end)?
+    } else {
+        for join in &before {
+            join.enter()?;
+        }
+        clone3(flags, Some(cgroup.as_fd())).doing(|| {
+            format!(
+                "make the container's first process {} (clone3)",
+                in_cgroup()
+            )
+        })?
+    };
+    let (pid, pidfd) = match born {
+        Cloned::Child => {
             // The parent's things to unmake are not the child's.
             std::mem::forget(unmade);
             drop(channel);
@@ -131,25 +152,20 @@ pub fn create(request: Request<'_>) -> Result<Born> {
                 config,
                 state: &state,
                 channel: childs_end,
-                joins,
+                joins: for_newborn,
+                taken,
                 console_socket: request.console_socket,
                 gate,
                 no_pivot: request.no_pivot,
                 new_keyring: request.new_keyring,
                 descriptors: request.descriptors,
+                host_pid: None,
             }
             .run()
         }
-        Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
-        Err(errno) => {
-            return Err(errno).doing(|| {
-                format!(
-                    "make the container's first process in cgroup {} (clone3)",
-                    state.cgroup.display()
-                )
-            });
-        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
+    drop(taken);
     drop(childs_end);
     drop(gate);
     let pidfd = &*unmade.child.insert(pidfd);
@@ -180,6 +196,58 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         pidfd,
         terminal,
     })
+}
+
+/// Has the first process made by another, which enters the namespaces `before` first.
+///
+/// Only needed beside a user namespace. New namespaces belong to the user namespace of the
+/// process that makes them, and existing ones can be entered only by who has rights over
+/// theirs: nothing but the order host, others, user, birth will do. This process can not
+/// go that way itself, for it would not come back to the host's rights, which it needs.
+fn born_by_go_between(
+    flags: u64,
+    cgroup: &Cgroup,
+    mut before: Vec<OpenJoin>,
+    channel: &Channel,
+    childs_end: &Channel,
+) -> Result<Cloned> {
+    let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
+        Cloned::Parent { pidfd, .. } => pidfd,
+        Cloned::Child => {
+            let guard = NeverReturn;
+            before.sort_by_key(OpenJoin::is_user);
+            let born = before.iter().try_for_each(OpenJoin::enter).and_then(|()| {
+                clone3(flags | libc::CLONE_PARENT as u64, Some(cgroup.as_fd()))
+                    .doing(|| "make the container's first process beside this one (clone3)")
+            });
+            match born {
+                Ok(Cloned::Child) => {
+                    std::mem::forget(guard);
+                    return Ok(Cloned::Child);
+                }
+                // If the parent is gone, the process made will find that out itself.
+                Ok(Cloned::Parent { pid, .. }) => {
+                    let _ = childs_end.born(pid);
+                }
+                Err(error) => childs_end.failed(&error),
+            }
+            end()
+        }
+    };
+    let answer = channel.receive();
+    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    match answer? {
+        Message::Born(pid) => {
+            let doing = || format!("open process {pid}");
+            let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
+            // It is a child of this process, which has not waited for it: no other can
+            // have its id yet.
+            let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
+            Ok(Cloned::Parent { pid, pidfd })
+        }
+        Message::Failed(error) => Err(error),
+        _ => refuse!("the process that was to enter the namespaces died"),
+    }
 }
 
 fn new_state(request: &Request<'_>) -> Result<State> {
@@ -216,7 +284,9 @@ fn accompany(
     loop {
         match channel.receive()? {
             Message::MapIds => {
-                map_ids(state.pid, config)?;
+                if config.namespaces.is_new(Type::User) {
+                    map_ids(state.pid, config)?;
+                }
                 config
                     .process
                     .apply_oom_score_adj(&format!("/proc/{}", state.pid))?;
@@ -230,6 +300,7 @@ fn accompany(
                 hooks::run("createRuntime", hooks.create_runtime().as_ref(), &shown)?;
                 channel.go_on()?;
             }
+            Message::Born(_) => refuse!("the container's first process told of another"),
             Message::Terminal(master) => terminal = Some(master),
             Message::Ready if waits => return Ok(terminal),
             Message::Ready => ready = true,

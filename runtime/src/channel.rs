@@ -23,12 +23,16 @@ const MAP_IDS: u8 = b'M';
 const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
+const BORN: u8 = b'B';
 const FAILED: u8 = b'F';
 const GO_ON: u8 = b'G';
 
 /// What the new process has to say.
 pub enum Message {
-    /// It is in its new user namespace and waits for the mappings.
+    /// From a go-between: the process that it made beside itself.
+    Born(i32),
+    /// It is in its user namespace and waits for the mappings,
+    /// and for what its user has no right to do for itself.
     MapIds,
     /// All is mounted, the old root still there; it waits for the hooks to be run.
     RunHooks,
@@ -78,6 +82,11 @@ impl Channel {
                 Err(errno) => return Err(errno).doing(|| "wait for the parent process"),
             }
         }
+    }
+
+    pub fn born(&self, pid: i32) -> Result<()> {
+        let [a, b, c, d] = pid.to_ne_bytes();
+        self.send(&[BORN, a, b, c, d])
     }
 
     pub fn ask_for_id_maps(&self) -> Result<()> {
@@ -135,6 +144,7 @@ impl Channel {
         let message = buffer.get(..received.bytes).unwrap_or_default();
         Ok(match (message, descriptor) {
             ([], _) => Message::Closed,
+            ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
             ([MAP_IDS], _) => Message::MapIds,
             ([RUN_HOOKS], _) => Message::RunHooks,
             ([READY], _) => Message::Ready,

@@ -165,11 +165,6 @@ impl Config {
         if any_mapping && !namespaces.own(Type::User) {
             refuse!("linux.uidMappings: there is no user namespace that could have mappings");
         }
-        if namespaces.is_joined(Type::User) {
-            refuse!(
-                "linux.namespaces: entering a user namespace by path is not supported by this version of rrun"
-            );
-        }
         if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
             refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
         }

@@ -167,7 +167,9 @@ fn accompany(channel: &Channel, request: &Request<'_>, pid: i32) -> Result<Optio
             Message::Closed if ready => return Ok(terminal),
             Message::Closed => refuse!("the process died while it was being made"),
             Message::Failed(error) => return Err(error),
-            Message::RunHooks => return Err(Error::new("exec runs no hooks")),
+            Message::Born(_) | Message::RunHooks => {
+                return Err(Error::new("the process asked for what exec does not do"));
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 
-use oci_spec::runtime::LinuxNamespaceType as Type;
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
@@ -17,7 +17,7 @@ use crate::channel::Channel;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::mount_options::READ_ONLY;
-use crate::mounts::{self, attach_root};
+use crate::mounts::{self, Taken, attach_root, take_root};
 use crate::namespaces::OpenJoin;
 use crate::process::{Process, enter_cwd, no_program};
 use crate::rootfs::Rootfs;
@@ -33,6 +33,8 @@ pub struct Init<'a> {
     pub channel: Channel,
     /// Existing namespaces that are left for it to enter.
     pub joins: Vec<OpenJoin>,
+    /// What was taken of the host's files for it.
+    pub taken: Taken,
     /// Where the terminal's master side goes, if not to the parent.
     pub console_socket: Option<OwnedFd>,
     /// The closed gate at which it waits for `start`; without one it does not wait.
@@ -40,6 +42,8 @@ pub struct Init<'a> {
     pub no_pivot: bool,
     pub new_keyring: bool,
     pub descriptors: Descriptors,
+    /// Its id in the host's PID namespace, once it has looked.
+    pub host_pid: Option<i32>,
 }
 
 /// Which descriptors of rrun's caller the program gets beside the standard three.
@@ -86,7 +90,7 @@ impl Init<'_> {
 
     fn live(&mut self) -> Result<Infallible> {
         let config = self.config;
-        let new_user = config.namespaces.is_new(Type::User);
+        let new_user = config.namespaces.own(Type::User);
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
         rustix::process::umask(Mode::empty());
@@ -136,11 +140,7 @@ impl Init<'_> {
 
     fn enter_namespaces(&self, new_user: bool) -> Result<()> {
         let config = self.config;
-        for join in self
-            .joins
-            .iter()
-            .filter(|join| !join.before_birth(new_user))
-        {
+        for join in &self.joins {
             join.enter()?;
         }
         if new_user {
@@ -167,21 +167,14 @@ impl Init<'_> {
     }
 
     /// Mounts everything on the root, which is not the root yet.
-    fn build_root(&self, new_user: bool) -> Result<Rootfs> {
+    fn build_root(&mut self, new_user: bool) -> Result<Rootfs> {
         let config = self.config;
         // Without a cgroup namespace, only its own cgroup is shown to the container.
         let cgroup = (!config.namespaces.own(Type::Cgroup)).then_some(&*self.state.cgroup);
 
         // What is to be shared with the host must be taken while it still is.
-        let mut taken: Vec<Option<OwnedFd>> = Vec::new();
-        if config.root_is_shared() {
-            for mount in &config.mounts {
-                let detached = mount
-                    .is_bind()
-                    .then(|| mount.detached(cgroup))
-                    .transpose()?;
-                taken.push(detached);
-            }
+        if config.root_is_shared() && self.taken.mounts.is_empty() {
+            self.taken = Taken::from_host(config, false)?;
         }
         // From here on nothing that is mounted reaches the host; what the host mounts
         // still reaches those that ask for it (rslave).
@@ -191,11 +184,15 @@ impl Init<'_> {
         )
         .doing(|| "cut the mounts off from the host's (make / a slave)")?;
 
-        let rootfs = attach_root(&config.rootfs)?;
+        let root = match self.taken.root.take() {
+            Some(root) => root,
+            None => take_root(&config.rootfs)?,
+        };
+        let rootfs = attach_root(root)?;
         for (index, mount) in config.mounts.iter().enumerate() {
-            let detached = match taken.get_mut(index).and_then(Option::take) {
+            let detached = match self.taken.mounts.get_mut(index).and_then(Option::take) {
                 Some(detached) => detached,
-                None => mount.detached(cgroup)?,
+                None => mount.detached(cgroup, false)?,
             };
             mount.attach(&rootfs, &detached)?;
         }
@@ -218,8 +215,12 @@ impl Init<'_> {
         Ok(Some(terminal))
     }
 
-    fn run_hooks(&self) -> Result<()> {
+    fn run_hooks(&mut self) -> Result<()> {
         let config = self.config;
+        if config.hooks != Hooks::default() {
+            // While /proc is the host's.
+            self.host_pid = own_pid_on_host();
+        }
         #[allow(deprecated)] // prestart is: callers use it all the same
         let before = [config.hooks.prestart(), config.hooks.create_runtime()];
         if before
@@ -263,9 +264,7 @@ impl Init<'_> {
     /// The state for hooks, with this process's id as the host knows it.
     fn hook_state(&self, status: Status) -> String {
         let mut state = self.state.clone();
-        if state.pid == 0 {
-            state.pid = own_pid_on_host().unwrap_or(0);
-        }
+        state.pid = self.host_pid.unwrap_or(state.pid);
         state.for_hooks(status)
     }
 

@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, CWD, FileType};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
 
+use crate::config::Config;
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::mount_options::{self, Bind, Options};
 use crate::refuse;
@@ -107,8 +108,9 @@ impl Mount {
     }
 
     /// Makes the mount, attached nowhere. `cgroup` is the container's own cgroup directory
-    /// if it has no cgroup namespace, and is shown in place of the whole hierarchy.
-    pub fn detached(&self, cgroup: Option<&Path>) -> Result<OwnedFd> {
+    /// if it has no cgroup namespace, and is shown in place of the whole hierarchy. With
+    /// `cut_off`, what is mounted below a bind mount later on does not reach the host.
+    pub fn detached(&self, cgroup: Option<&Path>, cut_off: bool) -> Result<OwnedFd> {
         let mount = match (self.is_bind(), cgroup) {
             (true, _) => self.bound(&self.source),
             (false, Some(cgroup)) if self.typ == "cgroup2" => {
@@ -117,6 +119,9 @@ impl Mount {
             (false, _) => self.of_file_system(),
         }
         .map_err(|error| error.while_doing(self.sentence()))?;
+        if cut_off && self.is_bind() {
+            make_slave(&mount).doing(|| self.sentence())?;
+        }
         self.set_attributes(&mount)
             .map_err(|error| error.while_doing(self.sentence()))?;
         Ok(mount)
@@ -285,19 +290,57 @@ fn empty_tmpfs() -> std::result::Result<OwnedFd, Errno> {
     )
 }
 
-/// Puts the container's root where it will be found, as a mount of its own, which
-/// pivot_root(2) wants, and cut off from the mount that it lies in.
-pub fn attach_root(path: &Path) -> Result<Rootfs> {
+/// Parts of the host's file system that were taken, as detached mounts, before the
+/// container's first process lost sight of them or the right to reach them.
+#[derive(Default)]
+pub struct Taken {
+    pub root: Option<OwnedFd>,
+    /// For each of the container's mounts.
+    pub mounts: Vec<Option<OwnedFd>>,
+}
+
+impl Taken {
+    /// Takes the sources of all bind mounts, and the root if `with_root`.
+    pub fn from_host(config: &Config, with_root: bool) -> Result<Taken> {
+        // What the configuration shares with the host stays as it is.
+        let cut_off = !config.root_is_shared();
+        let mounts = config
+            .mounts
+            .iter()
+            .map(|mount| {
+                mount
+                    .is_bind()
+                    .then(|| mount.detached(None, cut_off))
+                    .transpose()
+            })
+            .collect::<Result<_>>()?;
+        let root = with_root.then(|| take_root(&config.rootfs)).transpose()?;
+        Ok(Taken { root, mounts })
+    }
+}
+
+/// A copy of the mount that the root lies in, from the root on, and of those below it;
+/// what is mounted on it does not reach the host.
+pub fn take_root(path: &Path) -> Result<OwnedFd> {
     let sentence = || format!("make root.path {} a mount of its own", path.display());
     let root = clone_tree(path, true).doing(sentence)?;
-    rustix::mount::move_mount(
-        &root,
-        "",
-        CWD,
-        path,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )
-    .doing(sentence)?;
+    make_slave(&root).doing(sentence)?;
+    Ok(root)
+}
+
+fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
+    let attr = MountAttr {
+        propagation: mount_options::SLAVE,
+        ..MountAttr::default()
+    };
+    mount_setattr(mount.as_fd(), true, &attr)
+}
+
+/// Attaches the root, which pivot_root(2) wants to be a mount in this namespace: on top of
+/// the old root, which every process can reach, and which it will take the place of.
+pub fn attach_root(root: OwnedFd) -> Result<Rootfs> {
+    rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .doing(|| "mount the container's root")?;
     Ok(Rootfs::new(root))
 }
 

@@ -132,18 +132,20 @@ impl Namespaces {
 }
 
 impl OpenJoin {
-    /// Whether the process that is still on the host enters it, so that its child is born
-    /// in it, or the child does so itself.
-    ///
-    /// A PID or time namespace holds only for children. With a new user namespace the child
-    /// has no rights over what belongs to the host's, so that its parent must enter the
-    /// rest as well. Otherwise the parent stays what it is, for hooks are run by it.
-    pub fn before_birth(&self, new_user_namespace: bool) -> bool {
-        match self.typ {
-            Type::Pid | Type::Time => true,
-            Type::User | Type::Mount => false,
-            _ => new_user_namespace,
-        }
+    /// Whether it holds only for children, so that the parent must enter it.
+    pub fn is_for_children(&self) -> bool {
+        matches!(self.typ, Type::Pid | Type::Time)
+    }
+
+    /// Whether the new process enters it itself in any case. In its mount namespace the
+    /// host's paths are gone, and in its cgroup namespace it could not be born into a
+    /// cgroup outside of that.
+    pub fn is_for_the_newborn(&self) -> bool {
+        matches!(self.typ, Type::Mount | Type::Cgroup)
+    }
+
+    pub fn is_user(&self) -> bool {
+        self.typ == Type::User
     }
 
     pub fn enter(&self) -> Result<()> {

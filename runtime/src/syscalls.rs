@@ -48,6 +48,8 @@ fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
 /// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), born inside
 /// `cgroup` if one is given. See clone3(2).
 ///
+/// With `CLONE_PARENT` among the flags, the new process is its caller's sibling instead.
+///
 /// The caller must be single-threaded; then the child is an ordinary copy of it, in which
 /// any code may run. `CLONE_VM` and its like must not be among the flags.
 pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
@@ -55,11 +57,13 @@ pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errn
     if flags & SHARING != 0 {
         return Err(Errno::INVAL);
     }
+    let beside = flags & libc::CLONE_PARENT as u64 != 0;
     let mut pidfd: libc::c_int = -1;
     let mut args = CloneArgs {
         flags: flags | libc::CLONE_PIDFD as u64,
         pidfd: &raw mut pidfd as u64,
-        exit_signal: libc::SIGCHLD as u64,
+        // A sibling's end is told as its maker's end will be.
+        exit_signal: if beside { 0 } else { libc::SIGCHLD as u64 },
         ..CloneArgs::default()
     };
     if let Some(fd) = cgroup {
