@@ -17,7 +17,7 @@ const CALLS: &[&str] = &[
     "StopPodSandbox",
     "RemovePodSandbox",
     "all of them",
-    "CPU of the node",
+    "CPU of the node, an exec too",
 ];
 
 pub async fn run(
