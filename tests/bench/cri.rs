@@ -9,12 +9,14 @@ use rrun_proto::v1::image_service_client::ImageServiceClient;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
-    LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest,
-    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, VersionRequest,
+    LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    PodSandboxState, PullImageRequest, RemoveContainerRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, VersionRequest,
 };
 use serde_json::{Map, Value, json};
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::service::Service;
@@ -172,6 +174,28 @@ pub fn pull_once(address: &str, image: &str) -> Result {
     executor.block_on(async { Server::open(address, address).await?.pull(image).await })
 }
 
+/// How many pods a server has that run.
+pub fn running_pods(address: &str) -> Result<usize> {
+    let executor = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    executor.block_on(async {
+        let mut server = Server::open(address, address).await?;
+        let pods = server
+            .runtime
+            .list_pod_sandbox(ListPodSandboxRequest::default())
+            .await;
+        let pods = pods
+            .map_err(|status| told("ListPodSandbox", &status))?
+            .into_inner()
+            .items;
+        Ok(pods
+            .iter()
+            .filter(|pod| pod.state() == PodSandboxState::SandboxReady)
+            .count())
+    })
+}
+
 /// The wall time of a call in milliseconds, and its answer.
 pub async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
     let started = Instant::now();
@@ -231,11 +255,19 @@ impl Server {
             image: Some(image_spec(image)),
             ..Default::default()
         };
-        self.images
-            .pull_image(request)
-            .await
-            .map_err(|status| told("PullImage", &status))?;
-        Ok(())
+        let started = Instant::now();
+        loop {
+            match self.images.pull_image(request.clone()).await {
+                Ok(_) => return Ok(()),
+                // containerd answers before it is ready.
+                Err(status)
+                    if status.code() == Code::Unavailable && started.elapsed() < DEADLINE =>
+                {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                Err(status) => return Err(told("PullImage", &status).into()),
+            }
+        }
     }
 
     pub async fn remove_image(&mut self, image: &str) -> Result {
