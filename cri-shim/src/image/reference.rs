@@ -1,7 +1,5 @@
 //! Names of images, as Docker normalises them.
 
-use oci_spec::distribution::Reference;
-
 use super::error::{ImageError, Kind};
 
 /// What a reference points to inside its repository.
@@ -22,31 +20,69 @@ pub struct Name {
     pub target: Target,
 }
 
+/// The most bytes of a repository's name, and of a tag (distribution's reference.go).
+const REPOSITORY_BYTES: usize = 255;
+const TAG_BYTES: usize = 128;
+
+/// Docker Hub, and the name it had once.
+const HUB: &str = "docker.io";
+const OLD_HUB: &str = "index.docker.io";
+
 impl Name {
+    /// By hand: the regular expression that other implementations share, compiled, would be two
+    /// thirds of this server's memory.
     pub fn parse(reference: &str) -> Result<Self, ImageError> {
-        let refuse = |why: String| {
+        let refuse = |why: &str| {
             let shown: String = reference.chars().take(300).collect();
             ImageError::new(
                 Kind::InvalidArgument,
                 format!("the image reference {shown:?} can't be read: {why}"),
             )
         };
-        let parsed: Reference = reference
-            .parse()
-            .map_err(|error| refuse(format!("{error}")))?;
-        let target = match (parsed.digest(), parsed.tag()) {
+        let (rest, digest) = match reference.split_once('@') {
+            Some((rest, digest)) => (rest, Some(digest)),
+            None => (reference, None),
+        };
+        // A colon before the last slash is a port's.
+        let after_slash = rest.rfind('/').map_or(0, |slash| slash + 1);
+        let colon = rest.rfind(':').filter(|colon| *colon >= after_slash);
+        let (name, tag) = match colon.and_then(|colon| rest.split_at_checked(colon)) {
+            Some((name, tag)) => (name, Some(tag.trim_start_matches(':'))),
+            None => (rest, None),
+        };
+        let (registry, path) = match name.split_once('/') {
+            Some((first, path)) if is_registry(first) => (first, path),
+            _ => (HUB, name),
+        };
+        let registry = if registry == OLD_HUB { HUB } else { registry };
+        let repository = if registry == HUB && !path.contains('/') {
+            format!("library/{path}")
+        } else {
+            path.to_owned()
+        };
+        if !is_host(registry) {
+            return Err(refuse("its registry is no host name"));
+        }
+        if repository.len() > REPOSITORY_BYTES || !path.split('/').all(is_component) {
+            return Err(refuse(
+                "its name is not of lower-case letters, digits and separators between them",
+            ));
+        }
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(refuse("its tag is not of letters, digits, _, . and -"));
+        }
+        let target = match (digest, tag) {
             (Some(digest), _) if is_digest(digest) => Target::Digest(digest.to_owned()),
             (Some(_), _) => {
                 return Err(refuse(
-                    "its digest is not sha256: and 64 lower-case hexadecimal digits".into(),
+                    "its digest is not sha256: and 64 lower-case hexadecimal digits",
                 ));
             }
-            (None, Some(tag)) => Target::Tag(tag.to_owned()),
-            (None, None) => Target::Tag("latest".to_owned()),
+            (None, tag) => Target::Tag(tag.unwrap_or("latest").to_owned()),
         };
         Ok(Name {
-            registry: parsed.registry().to_owned(),
-            repository: parsed.repository().to_owned(),
+            registry: registry.to_owned(),
+            repository,
             target,
         })
     }
@@ -63,6 +99,54 @@ impl Name {
     pub fn with_digest(&self, digest: &str) -> String {
         format!("{}/{}@{digest}", self.registry, self.repository)
     }
+}
+
+/// Whether a reference's first part is a registry and not the beginning of a name on Docker Hub.
+fn is_registry(first: &str) -> bool {
+    first == "localhost"
+        || first.contains(['.', ':'])
+        || first.contains(|c: char| c.is_ascii_uppercase())
+}
+
+/// Dotted labels or an IPv6 address in brackets, and perhaps a port.
+fn is_host(text: &str) -> bool {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let is_label = |label: &str| {
+        let bytes = label.as_bytes();
+        let ends = [bytes.first(), bytes.last()];
+        ends.iter()
+            .all(|end| end.is_some_and(u8::is_ascii_alphanumeric))
+            && bytes
+                .iter()
+                .all(|b| b.is_ascii_alphanumeric() || *b == b'-')
+    };
+    let address = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host = match address {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => host.split('.').all(is_label),
+    };
+    host && port.is_none_or(|port| port.parse::<u16>().is_ok())
+}
+
+/// Lower-case letters and digits with `.`, `_`, `__` or any number of `-` between them.
+fn is_component(text: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let separators = text.split(is_plain).filter(|between| !between.is_empty());
+    text.starts_with(is_plain)
+        && text.ends_with(is_plain)
+        && separators.into_iter().all(|between| {
+            matches!(between, "." | "_" | "__") || between.bytes().all(|b| b == b'-')
+        })
+}
+
+fn is_tag(text: &str) -> bool {
+    let is_word = |b: &u8| b.is_ascii_alphanumeric() || *b == b'_';
+    text.len() <= TAG_BYTES
+        && text.as_bytes().first().is_some_and(is_word)
+        && text.bytes().all(|b| is_word(&b) || b == b'.' || b == b'-')
 }
 
 /// Whether `text` is a sha256 digest, the one algorithm that registries use.
@@ -95,6 +179,21 @@ mod tests {
     }
 
     #[test]
+    fn a_registry_is_told_by_dot_colon_or_capital() {
+        let parts = |text| {
+            let name = Name::parse(text);
+            name.map(|name| (name.registry, name.repository)).ok()
+        };
+        let is = |registry: &str, repository: &str| Some((registry.into(), repository.into()));
+        assert_eq!(parts("a.b/c"), is("a.b", "c"));
+        assert_eq!(parts("A/c"), is("A", "c"));
+        assert_eq!(parts("a/b/c"), is("docker.io", "a/b/c"));
+        assert_eq!(parts("localhost/c:2"), is("localhost", "c"));
+        assert_eq!(parts("[::1]:5000/c"), is("[::1]:5000", "c"));
+        assert_eq!(parts("a--b__c.d_e"), is("docker.io", "library/a--b__c.d_e"));
+    }
+
+    #[test]
     fn a_digest_wins_over_a_tag() {
         let hex = "a".repeat(64);
         let name = Name::parse(&format!("r.example/app:1@sha256:{hex}"));
@@ -113,6 +212,16 @@ mod tests {
             "r.example/app@sha256:xyz",
             "a/../b",
             "-",
+            "a..b",
+            "a___b",
+            "a_-b",
+            "a/",
+            "/a",
+            "a:",
+            "a:-x",
+            "a:b:c",
+            "a.b:port/c",
+            "-a.b/c",
         ] {
             let error = Name::parse(bad);
             assert!(
