@@ -12,6 +12,7 @@ pub mod image;
 pub mod in_flight;
 pub mod journal;
 pub mod layer;
+pub mod memory;
 pub mod monitor;
 pub mod monitor_client;
 pub mod network;

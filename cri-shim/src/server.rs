@@ -24,7 +24,7 @@ use crate::network::{Network, NetworkConfig};
 use crate::node::Node;
 use crate::sandbox::files::private_dir;
 use crate::store::Store;
-use crate::{reconcile, services};
+use crate::{memory, reconcile, services};
 
 /// How long calls under way may take to end after SIGTERM.
 const LAST_CALLS: Duration = Duration::from_secs(5);
@@ -34,10 +34,12 @@ const LAST_BREATH: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Result<()> {
+    memory::one_heap();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
     // has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .thread_stack_size(memory::STACK)
         .thread_name("rrun-cri")
         .enable_all()
         .build()

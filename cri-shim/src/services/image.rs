@@ -14,6 +14,7 @@ use tonic::{Code, Request, Response, Status};
 use super::{Answers, answer, in_chunks};
 use crate::error::{Error, Result};
 use crate::image::{self, Auth, ImageError, Kind};
+use crate::memory;
 use crate::node::{Node, now};
 use crate::slow::slow;
 
@@ -94,6 +95,7 @@ impl Image {
         };
         let pull = self.node.images.pull(&name, auth);
         let image = slow(format!("pull {name}"), pull).await?;
+        memory::give_back();
         Ok(PullImageResponse {
             image_ref: image.id.clone(),
         })
