@@ -97,11 +97,6 @@ impl Run {
         self
     }
 
-    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
-        self.command.env(name, value);
-        self
-    }
-
     pub fn dir(mut self, dir: &Path) -> Self {
         self.command.current_dir(dir);
         self

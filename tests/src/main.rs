@@ -8,8 +8,12 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 mod bundle;
+mod cgroup_use;
+mod cri_calls;
+mod cri_restart;
 mod crictl_story;
 mod inside;
+mod kubelet;
 mod leavings;
 mod machine;
 mod needs;
@@ -47,6 +51,9 @@ fn main() -> ExitCode {
         rrun_bad_input::TESTS,
         rrun_limits::TESTS,
         crictl_story::TESTS,
+        cri_calls::TESTS,
+        cri_restart::TESTS,
+        kubelet::TESTS,
     ]
     .into_iter()
     .flatten()

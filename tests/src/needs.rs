@@ -32,8 +32,7 @@ pub enum Need {
     Program(&'static str),
     /// A file or directory.
     File(&'static str),
-    /// A machine of its own (RRUN_TEST_VIEW is `vm` or `vm-systemd`): the test does what must not
-    /// be done to somebody's host.
+    /// A machine of its own, with cgroups kept by files (RRUN_TEST_VIEW is `vm`).
     Guest,
     /// The CRI server under test, and what it runs.
     CriServer,
@@ -57,7 +56,7 @@ impl Need {
             Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
             Need::Guest => {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
-                (!view.starts_with("vm")).then(|| "runs in the guest machine only".to_owned())
+                (view != "vm").then(|| "wants the guest machine, with a tiny init".to_owned())
             }
             Need::CriServer => {
                 let server = crate::node::server_program();

@@ -91,10 +91,6 @@ impl Node {
         self.join("cri.sock")
     }
 
-    pub fn server_pid(&self) -> Result<i32> {
-        Ok(self.server.as_ref().ok_or("the server does not run")?.pid())
-    }
-
     pub fn log(&mut self) -> String {
         let now = self
             .server
@@ -156,6 +152,16 @@ impl Node {
     /// Ends the server as a crash would; nothing else.
     pub fn kill_server(&mut self) -> Result {
         self.stop_server(Signal::SIGKILL).map(|_| ())
+    }
+
+    /// Ends the server as an upgrade would.
+    pub fn terminate_server(&mut self) -> Result {
+        let code = self.stop_server(Signal::SIGTERM)?;
+        ensure!(
+            code == 0 || !is_rrun(),
+            "the server ended with {code} after SIGTERM"
+        );
+        Ok(())
     }
 
     fn stop_server(&mut self, signal: Signal) -> Result<i32> {

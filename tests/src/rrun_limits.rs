@@ -1,11 +1,12 @@
 //! cgroup limits, by their effect on a real kernel.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 use serde_json::json;
 
 use crate::bundle::Bundle;
+use crate::cgroup_use::{held_to, parts_of_a_cpu};
 use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -43,33 +44,6 @@ pub const TESTS: &[Test] = &[
     test!(a_unified_key_of_no_controller_is_refused),
 ];
 
-/// CPU time used, in microseconds.
-fn usage(bundle: &Bundle) -> Result<u64> {
-    bundle.cgroup_count("cpu.stat", "usage_usec")
-}
-
-/// Which part of one CPU these containers used over five seconds.
-fn shares_over_five_seconds(bundles: &[&Bundle]) -> Result<Vec<f64>> {
-    // Past their start, and the first whole period of the quota.
-    std::thread::sleep(Duration::from_secs(1));
-    let started = Instant::now();
-    let before = bundles
-        .iter()
-        .map(|bundle| usage(bundle))
-        .collect::<Result<Vec<_>>>()?;
-    std::thread::sleep(Duration::from_secs(5));
-    let wall = started.elapsed().as_micros() as f64;
-    let after = bundles
-        .iter()
-        .map(|bundle| usage(bundle))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(before
-        .iter()
-        .zip(after)
-        .map(|(before, after)| (after - before) as f64 / wall)
-        .collect())
-}
-
 fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
     let mut bundle = Bundle::new(&["spin", "600"])?;
     bundle.set(
@@ -77,12 +51,7 @@ fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
         json!({ "quota": 50_000, "period": 100_000 }),
     );
     bundle.start()?;
-    let used = shares_over_five_seconds(&[&bundle])?[0];
-    ensure!(
-        (0.45..=0.55).contains(&used),
-        "used {:.1} % of a CPU, not 50 ± 5",
-        used * 100.0
-    );
+    let used = held_to(0.5, &bundle.cgroup())?;
     ensure!(
         bundle.cgroup_count("cpu.stat", "nr_throttled")? > 0,
         "was never throttled"
@@ -107,7 +76,8 @@ fn split(first: serde_json::Value, second: serde_json::Value) -> Result<f64> {
             Ok(bundle)
         })
         .collect::<Result<Vec<_>>>()?;
-    let used = shares_over_five_seconds(&bundles.iter().collect::<Vec<_>>())?;
+    let groups: Vec<_> = bundles.iter().map(Bundle::cgroup).collect();
+    let used = parts_of_a_cpu(&groups.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
     for bundle in &bundles {
         bundle.end()?;
     }
@@ -341,12 +311,7 @@ fn an_update_takes_effect_on_the_running_container() -> Result {
     ] {
         ensure_eq!(bundle.cgroup_file(key)?, value, "{key} after the update");
     }
-    let used = shares_over_five_seconds(&[&bundle])?[0];
-    ensure!(
-        (0.45..=0.55).contains(&used),
-        "used {:.1} % of a CPU, not 50 ± 5",
-        used * 100.0
-    );
+    held_to(0.5, &bundle.cgroup())?;
     bundle.end()?;
     Ok(())
 }
