@@ -1,6 +1,5 @@
 //! The five capability sets of a process. See capabilities(7).
 
-use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set,
@@ -8,6 +7,7 @@ use rustix::thread::{
 
 use crate::error::{Context, Error, Result};
 use crate::refuse;
+use crate::spec::Capabilities;
 
 /// Capability sets as bit masks, bit n being capability number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,56 +19,56 @@ pub struct Sets {
     pub ambient: u64,
 }
 
-/// The kernel's numbers, in their order (linux/capability.h).
-const BY_NUMBER: [Capability; 41] = [
-    Capability::Chown,
-    Capability::DacOverride,
-    Capability::DacReadSearch,
-    Capability::Fowner,
-    Capability::Fsetid,
-    Capability::Kill,
-    Capability::Setgid,
-    Capability::Setuid,
-    Capability::Setpcap,
-    Capability::LinuxImmutable,
-    Capability::NetBindService,
-    Capability::NetBroadcast,
-    Capability::NetAdmin,
-    Capability::NetRaw,
-    Capability::IpcLock,
-    Capability::IpcOwner,
-    Capability::SysModule,
-    Capability::SysRawio,
-    Capability::SysChroot,
-    Capability::SysPtrace,
-    Capability::SysPacct,
-    Capability::SysAdmin,
-    Capability::SysBoot,
-    Capability::SysNice,
-    Capability::SysResource,
-    Capability::SysTime,
-    Capability::SysTtyConfig,
-    Capability::Mknod,
-    Capability::Lease,
-    Capability::AuditWrite,
-    Capability::AuditControl,
-    Capability::Setfcap,
-    Capability::MacOverride,
-    Capability::MacAdmin,
-    Capability::Syslog,
-    Capability::WakeAlarm,
-    Capability::BlockSuspend,
-    Capability::AuditRead,
-    Capability::Perfmon,
-    Capability::Bpf,
-    Capability::CheckpointRestore,
+/// Without CAP_, in the order of the kernel's numbers (linux/capability.h).
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 
 /// `CAP_SYS_ADMIN` of a number.
 pub fn name(number: usize) -> String {
-    BY_NUMBER.get(number).map_or_else(
+    NAMES.get(number).map_or_else(
         || format!("capability {number}"),
-        |capability| format!("CAP_{capability}"),
+        |name| format!("CAP_{name}"),
     )
 }
 
@@ -76,20 +76,19 @@ pub fn name(number: usize) -> String {
 pub fn bit(name: &str) -> Result<u64> {
     let upper = name.to_ascii_uppercase();
     let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    BY_NUMBER
+    NAMES
         .iter()
-        .position(|capability| capability.to_string() == short)
+        .position(|known| *known == short)
         .map(|number| 1 << number)
         .ok_or_else(|| Error::new(format!("unknown capability {name}")))
 }
 
-fn mask(set: Option<&Capabilities>) -> u64 {
-    let Some(set) = set else { return 0 };
-    BY_NUMBER
-        .iter()
-        .enumerate()
-        .filter(|(_, capability)| set.contains(capability))
-        .fold(0, |mask, (number, _)| mask | 1 << number)
+fn mask(field: &str, names: Option<&Vec<String>>) -> Result<u64> {
+    names.into_iter().flatten().try_fold(0, |mask, name| {
+        let bit = bit(name)
+            .map_err(|error| error.while_doing(format!("process.capabilities.{field}")))?;
+        Ok(mask | bit)
+    })
 }
 
 /// The names of the capabilities in a mask, for a sentence.
@@ -102,14 +101,16 @@ fn names(mask: u64) -> String {
 }
 
 impl Sets {
-    pub fn from_spec(capabilities: &LinuxCapabilities) -> Sets {
-        Sets {
-            bounding: mask(capabilities.bounding().as_ref()),
-            effective: mask(capabilities.effective().as_ref()),
-            permitted: mask(capabilities.permitted().as_ref()),
-            inheritable: mask(capabilities.inheritable().as_ref()),
-            ambient: mask(capabilities.ambient().as_ref()),
-        }
+    /// # Errors
+    /// A name that stands for no capability, with its field.
+    pub fn from_spec(capabilities: &Capabilities) -> Result<Sets> {
+        Ok(Sets {
+            bounding: mask("bounding", capabilities.bounding.as_ref())?,
+            effective: mask("effective", capabilities.effective.as_ref())?,
+            permitted: mask("permitted", capabilities.permitted.as_ref())?,
+            inheritable: mask("inheritable", capabilities.inheritable.as_ref())?,
+            ambient: mask("ambient", capabilities.ambient.as_ref())?,
+        })
     }
 
     /// Whether the sets can be had together.

@@ -4,9 +4,7 @@ use std::collections::HashMap;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{
-    Hooks, Linux, LinuxIdMapping, LinuxNamespaceType as Type, LinuxResources, Spec,
-};
+use oci_spec::runtime::{Hooks, LinuxIdMapping, LinuxNamespaceType as Type, LinuxResources};
 
 use crate::devices::{self, Device};
 use crate::error::{Context, Error, Result};
@@ -14,6 +12,7 @@ use crate::mount_options::{self, SLAVE};
 use crate::mounts::Mount;
 use crate::namespaces::Namespaces;
 use crate::process::Process;
+use crate::spec::{self, Linux, Spec};
 use crate::{cgroup, hooks, refuse, sysctl};
 
 /// The most of a config.json that is read; the largest that occur have some 100 kB.
@@ -47,7 +46,7 @@ pub struct Config {
     pub hooks: Hooks,
     pub process: Process,
     /// The process as it was written, from which `exec` takes what it is not told.
-    pub process_spec: oci_spec::runtime::Process,
+    pub process_spec: spec::Process,
 }
 
 /// Reads a file of at most [`SIZE_LIMIT`] bytes.
@@ -83,18 +82,18 @@ impl Config {
     }
 
     fn from_spec(bundle: PathBuf, mut spec: Spec) -> Result<Config> {
-        check_version(spec.version())?;
-        let Some(mut linux) = spec.linux_mut().take() else {
+        check_version(&spec.oci_version)?;
+        let Some(mut linux) = spec.linux.take() else {
             refuse!("linux: is missing");
         };
         refuse_unsupported(&spec, &linux)?;
-        let Some(process_spec) = spec.process_mut().take() else {
+        let Some(process_spec) = spec.process.take() else {
             refuse!("process: is missing");
         };
-        let Some(root) = spec.root().as_ref() else {
+        let Some(root) = spec.root.as_ref() else {
             refuse!("root: is missing");
         };
-        let rootfs = bundle.join(root.path());
+        let rootfs = bundle.join(&root.path);
         let rootfs = rootfs
             .canonicalize()
             .doing(|| format!("root.path {}", rootfs.display()))?;
@@ -105,37 +104,37 @@ impl Config {
             refuse!("root.path: the host's root can not be a container's");
         }
 
-        let namespaces = Namespaces::from_spec(linux.namespaces().as_deref().unwrap_or_default())?;
+        let namespaces = Namespaces::from_spec(linux.namespaces.as_deref().unwrap_or_default())?;
         let config = Config {
             rootfs,
-            root_readonly: root.readonly().unwrap_or(false),
-            root_propagation: match linux.rootfs_propagation().as_deref() {
+            root_readonly: root.readonly.unwrap_or(false),
+            root_propagation: match linux.rootfs_propagation.as_deref() {
                 None | Some("") => None,
                 Some(name) => Some(mount_options::propagation(name).ok_or_else(|| {
                     Error::new(format!("linux.rootfsPropagation: {name} is unknown"))
                 })?),
             },
-            oci_version: spec.version().clone(),
-            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
-            domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
-            annotations: spec.annotations_mut().take().unwrap_or_default(),
-            uid_mappings: linux.uid_mappings_mut().take().unwrap_or_default(),
-            gid_mappings: linux.gid_mappings_mut().take().unwrap_or_default(),
+            oci_version: spec.oci_version.clone(),
+            hostname: spec.hostname.clone().filter(|name| !name.is_empty()),
+            domainname: spec.domainname.clone().filter(|name| !name.is_empty()),
+            annotations: spec.annotations.take().unwrap_or_default(),
+            uid_mappings: linux.uid_mappings.take().unwrap_or_default(),
+            gid_mappings: linux.gid_mappings.take().unwrap_or_default(),
             time_offsets: time_offsets(&linux),
             mounts: spec
-                .mounts()
+                .mounts
                 .iter()
                 .flatten()
                 .enumerate()
                 .map(|(index, mount)| Mount::from_spec(index, mount, &bundle))
                 .collect::<Result<_>>()?,
-            devices: devices::from_spec(linux.devices().as_deref().unwrap_or_default())?,
-            masked_paths: linux.masked_paths_mut().take().unwrap_or_default(),
-            readonly_paths: linux.readonly_paths_mut().take().unwrap_or_default(),
-            sysctl: linux.sysctl_mut().take().unwrap_or_default(),
-            cgroups_path: linux.cgroups_path().clone().unwrap_or_default(),
-            resources: linux.resources_mut().take().unwrap_or_default(),
-            hooks: spec.hooks_mut().take().unwrap_or_default(),
+            devices: devices::from_spec(linux.devices.as_deref().unwrap_or_default())?,
+            masked_paths: linux.masked_paths.take().unwrap_or_default(),
+            readonly_paths: linux.readonly_paths.take().unwrap_or_default(),
+            sysctl: linux.sysctl.take().unwrap_or_default(),
+            cgroups_path: linux.cgroups_path.clone().unwrap_or_default(),
+            resources: linux.resources.take().unwrap_or_default(),
+            hooks: spec.hooks.take().unwrap_or_default(),
             process: Process::from_spec(&process_spec)?,
             process_spec,
             namespaces,
@@ -214,16 +213,16 @@ fn check_version(version: &str) -> Result<()> {
 fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
     let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let unsupported = [
-        ("vm", spec.vm().is_some()),
-        ("linux.seccomp", linux.seccomp().is_some()),
-        ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ("linux.mountLabel", named(linux.mount_label())),
-        ("linux.memoryPolicy", linux.memory_policy().is_some()),
-        ("linux.personality", linux.personality().is_some()),
+        ("vm", spec.vm.is_some()),
+        ("linux.seccomp", linux.seccomp.is_some()),
+        ("linux.intelRdt", linux.intel_rdt.is_some()),
+        ("linux.mountLabel", named(&linux.mount_label)),
+        ("linux.memoryPolicy", linux.memory_policy.is_some()),
+        ("linux.personality", linux.personality.is_some()),
         (
             "linux.netDevices",
             linux
-                .net_devices()
+                .net_devices
                 .as_ref()
                 .is_some_and(|devices| !devices.is_empty()),
         ),
@@ -238,8 +237,8 @@ fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
 
 fn time_offsets(linux: &Linux) -> String {
     let mut text = String::new();
-    for (clock, offset) in linux.time_offsets().iter().flatten() {
-        let (secs, nanos) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+    for (clock, offset) in linux.time_offsets.iter().flatten() {
+        let (secs, nanos) = (offset.secs.unwrap_or(0), offset.nanosecs.unwrap_or(0));
         text.push_str(&format!("{clock} {secs} {nanos}\n"));
     }
     text

@@ -16,9 +16,8 @@
 //! If rrun was executed from a read-only mount already, there is nothing to do; a caller
 //! that starts many containers can save the second execve that way.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt as _;
 
 use rustix::fs::{Access, AtFlags, CWD};
 use rustix::io::Errno;
@@ -27,18 +26,45 @@ use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Result};
 use crate::mount_options::READ_ONLY;
-use crate::syscalls::{execveat, mount_setattr};
+use crate::refuse;
+use crate::syscalls::{execveat, ignore_signal, mount_setattr};
 
 const LINK: &str = "/proc/self/exe";
+
+/// What every program has to do at its start that opens files.
+///
+/// A descriptor of rrun's own must never get one of the numbers 0 to 2, or it would become
+/// a container's standard input, output or error. And a reader that went away is to be an
+/// error to the writer, not its end.
+pub fn prepare() -> Result<()> {
+    use rustix::fs::{Mode, OFlags};
+    loop {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .doing(|| "open /dev/null")?;
+        if std::os::fd::AsRawFd::as_raw_fd(&null) > 2 {
+            break;
+        }
+        // Stays open, and is no exception among those of the caller's.
+        rustix::io::fcntl_setfd(&null, rustix::io::FdFlags::empty())
+            .doing(|| "keep /dev/null open")?;
+        std::mem::forget(null);
+    }
+    ignore_signal(libc::SIGPIPE).doing(|| "ignore SIGPIPE")
+}
 
 /// Makes sure that this process was executed from a read-only mount, if need be by
 /// executing it again, and that no process of a container may look into it: neither at
 /// its memory nor at its descriptors (CVE-2016-9962).
-pub fn protect() -> Result<()> {
+pub fn protect(words: &[&'static CStr]) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        refuse!("containers can be made and entered only by root in this version of rrun");
+    }
     match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
         Err(Errno::ROFS) => {}
         // Also if it is not writable for another reason: that could change.
-        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => return Err(execute_again()),
+        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => {
+            return Err(execute_again(words));
+        }
         result => result.doing(|| format!("look at {LINK}"))?,
     }
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -46,7 +72,7 @@ pub fn protect() -> Result<()> {
 }
 
 /// Returns only with the reason why it could not be done.
-fn execute_again() -> Error {
+fn execute_again(words: &[&'static CStr]) -> Error {
     let doing =
         || "execute rrun from a read-only mount, to keep its file out of the container's hands";
     let copy = rustix::mount::open_tree(
@@ -61,10 +87,7 @@ fn execute_again() -> Error {
     if let Err(error) = mount_setattr(copy.as_fd(), false, &READ_ONLY).doing(doing) {
         return error;
     }
-    let args: Vec<CString> = std::env::args_os()
-        .filter_map(|arg| CString::new(arg.as_bytes()).ok())
-        .collect();
-    let errno = execveat(copy.as_fd(), &args);
+    let errno = execveat(copy.as_fd(), words);
     match Err::<(), Errno>(errno).doing(doing) {
         Ok(()) => Error::new(doing()),
         Err(error) => error,

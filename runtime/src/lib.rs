@@ -29,6 +29,7 @@ pub mod process;
 pub mod removal;
 pub mod rootfs;
 pub mod signals;
+pub mod spec;
 pub mod state;
 pub mod syscalls;
 pub mod sysctl;

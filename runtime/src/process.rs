@@ -4,13 +4,12 @@
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{PosixRlimitType, Process as SpecProcess};
 use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
 use crate::capabilities::Sets;
 use crate::error::{Context, Error, Result, errno_text};
-use crate::refuse;
-use crate::syscalls;
+use crate::spec::Process as SpecProcess;
+use crate::{refuse, syscalls};
 
 /// Where programs are looked for when the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -60,29 +59,30 @@ impl Process {
                 })
                 .collect::<Result<Vec<CString>>>()
         };
-        let args = strings("args", spec.args().as_ref())?;
+        let args = strings("args", spec.args.as_ref())?;
         if args.is_empty() {
             refuse!("process.args: must have at least the program to run");
         }
-        if !spec.cwd().is_absolute() {
+        if !spec.cwd.is_absolute() {
             refuse!(
                 "process.cwd: {} is not an absolute path",
-                spec.cwd().display()
+                spec.cwd.display()
             );
         }
         refuse_unsupported(spec)?;
-        let user = spec.user();
-        if let Some(umask) = user.umask().filter(|umask| *umask > 0o777) {
+        let user = &spec.user;
+        if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
             refuse!("process.user.umask: {umask:o} is not a file mode");
         }
         let capabilities = spec
-            .capabilities()
+            .capabilities
             .as_ref()
             .map(Sets::from_spec)
+            .transpose()?
             .unwrap_or_default();
         capabilities.validate()?;
         if let Some(adj) = spec
-            .oom_score_adj()
+            .oom_score_adj
             .filter(|adj| !(-1000..=1000).contains(adj))
         {
             refuse!("process.oomScoreAdj: {adj} is not between -1000 and 1000");
@@ -93,20 +93,20 @@ impl Process {
         };
         Ok(Process {
             args,
-            env: strings("env", spec.env().as_ref())?,
-            cwd: spec.cwd().clone(),
-            terminal: spec.terminal().unwrap_or(false),
+            env: strings("env", spec.env.as_ref())?,
+            cwd: spec.cwd.clone(),
+            terminal: spec.terminal,
             console_size: spec
-                .console_size()
-                .map(|console| Ok::<_, Error>((size(console.height())?, size(console.width())?)))
+                .console_size
+                .map(|console| Ok::<_, Error>((size(console.height)?, size(console.width)?)))
                 .transpose()?,
-            uid: user.uid(),
-            gid: user.gid(),
-            groups: user.additional_gids().clone().unwrap_or_default(),
-            umask: user.umask(),
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.additional_gids.clone().unwrap_or_default(),
+            umask: user.umask,
             capabilities,
-            no_new_privileges: spec.no_new_privileges().unwrap_or(false),
-            oom_score_adj: spec.oom_score_adj(),
+            no_new_privileges: spec.no_new_privileges,
+            oom_score_adj: spec.oom_score_adj,
             rlimits: rlimits(spec)?,
         })
     }
@@ -309,12 +309,12 @@ fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
 fn refuse_unsupported(spec: &SpecProcess) -> Result<()> {
     let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let unsupported = [
-        ("apparmorProfile", named(spec.apparmor_profile())),
-        ("selinuxLabel", named(spec.selinux_label())),
-        ("commandLine", named(spec.command_line())),
-        ("ioPriority", spec.io_priority().is_some()),
-        ("scheduler", spec.scheduler().is_some()),
-        ("execCPUAffinity", spec.exec_cpu_affinity().is_some()),
+        ("apparmorProfile", named(&spec.apparmor_profile)),
+        ("selinuxLabel", named(&spec.selinux_label)),
+        ("commandLine", named(&spec.command_line)),
+        ("ioPriority", spec.io_priority.is_some()),
+        ("scheduler", spec.scheduler.is_some()),
+        ("execCPUAffinity", spec.exec_cpu_affinity.is_some()),
     ];
     for (field, present) in unsupported {
         if present {
@@ -324,43 +324,47 @@ fn refuse_unsupported(spec: &SpecProcess) -> Result<()> {
     Ok(())
 }
 
+/// Name and number; C libraries differ in the numbers' type.
+const RLIMITS: [(&str, i64); 16] = [
+    ("RLIMIT_CPU", libc::RLIMIT_CPU as i64),
+    ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE as i64),
+    ("RLIMIT_DATA", libc::RLIMIT_DATA as i64),
+    ("RLIMIT_STACK", libc::RLIMIT_STACK as i64),
+    ("RLIMIT_CORE", libc::RLIMIT_CORE as i64),
+    ("RLIMIT_RSS", libc::RLIMIT_RSS as i64),
+    ("RLIMIT_NPROC", libc::RLIMIT_NPROC as i64),
+    ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE as i64),
+    ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK as i64),
+    ("RLIMIT_AS", libc::RLIMIT_AS as i64),
+    ("RLIMIT_LOCKS", libc::RLIMIT_LOCKS as i64),
+    ("RLIMIT_SIGPENDING", libc::RLIMIT_SIGPENDING as i64),
+    ("RLIMIT_MSGQUEUE", libc::RLIMIT_MSGQUEUE as i64),
+    ("RLIMIT_NICE", libc::RLIMIT_NICE as i64),
+    ("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO as i64),
+    ("RLIMIT_RTTIME", libc::RLIMIT_RTTIME as i64),
+];
+
 fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
     let mut limits: Vec<Rlimit> = Vec::new();
-    for limit in spec.rlimits().iter().flatten() {
-        let (name, resource) = match limit.typ() {
-            PosixRlimitType::RlimitCpu => ("RLIMIT_CPU", libc::RLIMIT_CPU),
-            PosixRlimitType::RlimitFsize => ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE),
-            PosixRlimitType::RlimitData => ("RLIMIT_DATA", libc::RLIMIT_DATA),
-            PosixRlimitType::RlimitStack => ("RLIMIT_STACK", libc::RLIMIT_STACK),
-            PosixRlimitType::RlimitCore => ("RLIMIT_CORE", libc::RLIMIT_CORE),
-            PosixRlimitType::RlimitRss => ("RLIMIT_RSS", libc::RLIMIT_RSS),
-            PosixRlimitType::RlimitNproc => ("RLIMIT_NPROC", libc::RLIMIT_NPROC),
-            PosixRlimitType::RlimitNofile => ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE),
-            PosixRlimitType::RlimitMemlock => ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK),
-            PosixRlimitType::RlimitAs => ("RLIMIT_AS", libc::RLIMIT_AS),
-            PosixRlimitType::RlimitLocks => ("RLIMIT_LOCKS", libc::RLIMIT_LOCKS),
-            PosixRlimitType::RlimitSigpending => ("RLIMIT_SIGPENDING", libc::RLIMIT_SIGPENDING),
-            PosixRlimitType::RlimitMsgqueue => ("RLIMIT_MSGQUEUE", libc::RLIMIT_MSGQUEUE),
-            PosixRlimitType::RlimitNice => ("RLIMIT_NICE", libc::RLIMIT_NICE),
-            PosixRlimitType::RlimitRtprio => ("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO),
-            PosixRlimitType::RlimitRttime => ("RLIMIT_RTTIME", libc::RLIMIT_RTTIME),
+    for limit in spec.rlimits.iter().flatten() {
+        let Some((name, resource)) = RLIMITS.iter().find(|(name, _)| *name == limit.typ) else {
+            refuse!("process.rlimits: {} is no resource limit", limit.typ);
         };
-        if limits.iter().any(|other| other.name == name) {
+        if limits.iter().any(|other| other.name == *name) {
             refuse!("process.rlimits: {name} is there twice");
         }
-        if limit.soft() > limit.hard() {
+        if limit.soft > limit.hard {
             refuse!(
                 "process.rlimits: {name} has a soft limit ({}) above its hard one ({})",
-                limit.soft(),
-                limit.hard()
+                limit.soft,
+                limit.hard
             );
         }
         limits.push(Rlimit {
             name,
-            // Unsigned in glibc's headers, signed in musl's.
-            resource: i64::from(resource),
-            soft: limit.soft(),
-            hard: limit.hard(),
+            resource: *resource,
+            soft: limit.soft,
+            hard: limit.hard,
         });
     }
     Ok(limits)

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Process};
+use oci_spec::runtime::Hooks;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::read_bounded;
 use crate::error::{Context, Error, Kind, Result};
 use crate::refuse;
+use crate::spec::Process;
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::gate`].
 pub const GATE: &str = "start";

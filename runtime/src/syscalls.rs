@@ -1,6 +1,6 @@
 //! System calls that neither rustix nor nix offers yet, each with a safe face.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
@@ -169,14 +169,23 @@ pub fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Gives a signal back its default disposition.
-pub fn default_signal(signal: i32) -> Result<(), Errno> {
-    // SAFETY: SIG_DFL is no function of ours that a signal could run at the wrong time.
-    let previous = unsafe { libc::signal(signal, libc::SIG_DFL) };
+fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), Errno> {
+    // SAFETY: called with SIG_DFL and SIG_IGN only, which are no functions of ours that a
+    // signal could run at the wrong time.
+    let previous = unsafe { libc::signal(signal, disposition) };
     if previous == libc::SIG_ERR {
         return Err(last_errno());
     }
     Ok(())
+}
+
+/// Gives a signal back its default disposition.
+pub fn default_signal(signal: i32) -> Result<(), Errno> {
+    set_disposition(signal, libc::SIG_DFL)
+}
+
+pub fn ignore_signal(signal: i32) -> Result<(), Errno> {
+    set_disposition(signal, libc::SIG_IGN)
 }
 
 /// Blocks exactly the signals in `mask`; returns those that were blocked before.
@@ -238,7 +247,7 @@ pub fn execve(path: &CString, args: &[CString], env: &[CString]) -> Errno {
 
 /// Replaces this process's program by the file that `file` refers to, with the environment
 /// that it has; returns only if that failed. See execveat(2).
-pub fn execveat(file: BorrowedFd<'_>, args: &[CString]) -> Errno {
+pub fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
     unsafe extern "C" {
         static environ: *const *const libc::c_char;
     }

@@ -37,7 +37,6 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: false,
-    enters_container: true,
     call: create,
 };
 

@@ -13,7 +13,6 @@ pub const COMMAND: Command = Command {
         "kill the container first; it is no error if there is none",
     )],
     rest_is_foreign: false,
-    enters_container: false,
     call: delete,
 };
 

@@ -1,7 +1,5 @@
 use std::path::Path;
 
-use oci_spec::runtime::Process as SpecProcess;
-
 use super::{Command, Globals, console_socket, descriptors};
 use crate::arguments::{Arguments, switch, value};
 use crate::capabilities;
@@ -11,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::foreground::Forwarding;
 use crate::process::Process;
 use crate::refuse;
+use crate::spec::Process as SpecProcess;
 use crate::state::{State, Status};
 use crate::terminal::connect_console;
 
@@ -73,7 +72,6 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: true,
-    enters_container: true,
     call: exec,
 };
 
@@ -145,8 +143,8 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
         }
         None => from_flags(arguments, words, &state.process)?,
     };
-    if spec.capabilities().is_none() {
-        spec.set_capabilities(state.process.capabilities().clone());
+    if spec.capabilities.is_none() {
+        spec.capabilities = state.process.capabilities.clone();
     }
     let mut process = Process::from_spec(&spec)?;
     for name in arguments.values("cap") {
@@ -167,29 +165,29 @@ fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Res
         }
     }
     let mut spec = own.clone();
-    spec.set_args(Some(words.to_vec()));
-    spec.set_terminal(Some(arguments.is_set("tty")));
+    spec.args = Some(words.to_vec());
+    spec.terminal = arguments.is_set("tty");
     if let Some(cwd) = arguments.value("cwd") {
-        spec.set_cwd(cwd.into());
+        spec.cwd = cwd.into();
     }
-    let mut env = own.env().clone().unwrap_or_default();
-    env.extend(arguments.values("env").map(str::to_owned));
-    spec.set_env(Some(env));
+    spec.env
+        .get_or_insert_default()
+        .extend(arguments.values("env").map(str::to_owned));
     if arguments.is_set("no-new-privs") {
-        spec.set_no_new_privileges(Some(true));
+        spec.no_new_privileges = true;
     }
     let id = |text: &str| {
         text.parse::<u32>()
             .map_err(|_| Error::new(format!("{text} is no user or group id")))
     };
-    let user = spec.user_mut();
+    let user = &mut spec.user;
     if let Some(text) = arguments.value("user") {
         let (uid, gid) = text
             .split_once(':')
             .map_or((text, None), |(u, g)| (u, Some(g)));
-        user.set_uid(id(uid)?);
+        user.uid = id(uid)?;
         if let Some(gid) = gid {
-            user.set_gid(id(gid)?);
+            user.gid = id(gid)?;
         }
     }
     let groups = arguments
@@ -197,9 +195,7 @@ fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Res
         .map(id)
         .collect::<Result<Vec<u32>>>()?;
     if !groups.is_empty() {
-        let mut all = user.additional_gids().clone().unwrap_or_default();
-        all.extend(groups);
-        user.set_additional_gids(Some(all));
+        user.additional_gids.get_or_insert_default().extend(groups);
     }
     Ok(spec)
 }

@@ -12,7 +12,6 @@ pub const COMMAND: Command = Command {
     about: "print what this runtime supports as JSON",
     flags: &[],
     rest_is_foreign: false,
-    enters_container: false,
     call: features,
 };
 

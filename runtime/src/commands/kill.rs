@@ -19,7 +19,6 @@ pub const COMMAND: Command = Command {
         "send it to all processes of the container",
     )],
     rest_is_foreign: false,
-    enters_container: false,
     call: kill,
 };
 

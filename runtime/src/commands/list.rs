@@ -16,7 +16,6 @@ pub const COMMAND: Command = Command {
         switch("quiet", Some('q'), "only the ids"),
     ],
     rest_is_foreign: false,
-    enters_container: false,
     call: list,
 };
 

@@ -16,9 +16,8 @@ mod start;
 mod state;
 mod update;
 
-use std::ffi::OsString;
+use std::ffi::{CStr, c_char, c_int};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result};
@@ -33,8 +32,6 @@ pub struct Command {
     pub flags: &'static [Flag],
     /// Whether what follows the id belongs to another program.
     pub rest_is_foreign: bool,
-    /// Whether a copy of this process becomes one of a container's.
-    pub enters_container: bool,
     pub call: fn(&Globals, &Arguments) -> Result<u8>,
 }
 
@@ -95,23 +92,44 @@ const GLOBAL_FLAGS: &[Flag] = &[
 
 const DEFAULT_ROOT: &str = "/run/rrun";
 
+/// The words of the command line, from main's arguments.
+///
+/// # Safety
+/// `words` must point to `count` pointers to strings that end with NUL and live as long as
+/// the program.
+pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
+    (0..usize::try_from(count).unwrap_or(0))
+        // SAFETY: the caller vouches for so many pointers to such strings.
+        .map(|at| unsafe { CStr::from_ptr(*words.add(at)) })
+        .collect()
+}
+
 /// The whole program: returns the status to exit with.
-pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
+pub fn main(words: Vec<&'static CStr>) -> u8 {
     match called(words) {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => code,
         Err(error) => {
             log::fatal(&error.to_string());
-            ExitCode::from(1)
+            1
         }
     }
 }
 
-fn called(words: impl Iterator<Item = OsString>) -> Result<u8> {
+fn called(words: Vec<&'static CStr>) -> Result<u8> {
+    executable::prepare()?;
+    // Before anything that would have to be done once more after it. A word that only
+    // looks like one of these commands does no harm.
+    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
+    if words.iter().any(enters) {
+        executable::protect(&words)?;
+    }
     let mut words = words
+        .into_iter()
         .skip(1)
         .map(|word| {
-            word.into_string()
-                .map_err(|word| Error::new(format!("argument {word:?} is not UTF-8")))
+            word.to_str()
+                .map(str::to_owned)
+                .map_err(|_| Error::new(format!("argument {word:?} is not UTF-8")))
         })
         .collect::<Result<Vec<String>>>()?
         .into_iter();
@@ -149,9 +167,6 @@ fn called(words: impl Iterator<Item = OsString>) -> Result<u8> {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
-    if command.enters_container {
-        executable::protect()?;
-    }
     (command.call)(&globals, &arguments)
 }
 

@@ -10,7 +10,6 @@ pub const COMMAND: Command = Command {
     about: "freeze all processes of a container",
     flags: &[],
     rest_is_foreign: false,
-    enters_container: false,
     call: pause,
 };
 

@@ -10,7 +10,6 @@ pub const COMMAND: Command = Command {
     about: "list the processes of a container",
     flags: &[value("format", Some('f'), "table or json (default: table)")],
     rest_is_foreign: true,
-    enters_container: false,
     call: ps,
 };
 

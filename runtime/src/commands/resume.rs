@@ -10,7 +10,6 @@ pub const COMMAND: Command = Command {
     about: "let the processes of a paused container go on",
     flags: &[],
     rest_is_foreign: false,
-    enters_container: false,
     call: resume,
 };
 

@@ -27,7 +27,6 @@ pub const COMMAND: Command = Command {
         ),
     ],
     rest_is_foreign: false,
-    enters_container: false,
     call: spec,
 };
 
@@ -151,9 +150,9 @@ mod tests {
     #[test]
     fn the_example_is_a_configuration() {
         let mut value = super::example();
-        serde_json::from_value::<oci_spec::runtime::Spec>(value.clone()).unwrap();
+        serde_json::from_value::<crate::spec::Spec>(value.clone()).unwrap();
         super::make_rootless(&mut value);
-        let spec: oci_spec::runtime::Spec = serde_json::from_value(value).unwrap();
-        assert!(spec.linux().as_ref().unwrap().uid_mappings().is_some());
+        let spec: crate::spec::Spec = serde_json::from_value(value).unwrap();
+        assert!(spec.linux.unwrap().uid_mappings.is_some());
     }
 }

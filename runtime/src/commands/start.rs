@@ -10,7 +10,6 @@ pub const COMMAND: Command = Command {
     about: "execute the program of a created container",
     flags: &[],
     rest_is_foreign: false,
-    enters_container: false,
     call: start,
 };
 

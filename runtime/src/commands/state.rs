@@ -9,7 +9,6 @@ pub const COMMAND: Command = Command {
     about: "print the state of a container as JSON",
     flags: &[],
     rest_is_foreign: false,
-    enters_container: false,
     call: state,
 };
 

@@ -66,7 +66,6 @@ pub const COMMAND: Command = Command {
         value("mem-bw-schema", None, "Intel RDT (not in this version)"),
     ],
     rest_is_foreign: false,
-    enters_container: false,
     call: update,
 };
 

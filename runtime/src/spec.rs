@@ -1,0 +1,135 @@
+//! The parts of config.json whose types are rrun's own.
+//!
+//! The others are `oci-spec`'s. These are not, because to read a process its types bring a
+//! regular expression engine along, and types for every other platform: together half of
+//! the program. What is not supported is only seen to be there, and refused by name.
+//!
+//! Unknown properties are passed over, as the specification wants ("Extensibility").
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{
+    Hooks, LinuxDevice, LinuxIdMapping, LinuxNamespace, LinuxResources, Mount,
+};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Spec {
+    #[serde(default)]
+    pub oci_version: String,
+    pub root: Option<Root>,
+    pub mounts: Option<Vec<Mount>>,
+    pub process: Option<Process>,
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
+    pub hooks: Option<Hooks>,
+    pub annotations: Option<HashMap<String, String>>,
+    pub linux: Option<Linux>,
+    pub vm: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+pub struct Root {
+    pub path: PathBuf,
+    pub readonly: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Linux {
+    pub namespaces: Option<Vec<LinuxNamespace>>,
+    pub uid_mappings: Option<Vec<LinuxIdMapping>>,
+    pub gid_mappings: Option<Vec<LinuxIdMapping>>,
+    pub time_offsets: Option<HashMap<String, TimeOffset>>,
+    pub devices: Option<Vec<LinuxDevice>>,
+    pub cgroups_path: Option<PathBuf>,
+    pub resources: Option<LinuxResources>,
+    pub rootfs_propagation: Option<String>,
+    pub masked_paths: Option<Vec<String>>,
+    pub readonly_paths: Option<Vec<String>>,
+    pub sysctl: Option<HashMap<String, String>>,
+    pub mount_label: Option<String>,
+    pub seccomp: Option<IgnoredAny>,
+    pub intel_rdt: Option<IgnoredAny>,
+    pub memory_policy: Option<IgnoredAny>,
+    pub personality: Option<IgnoredAny>,
+    pub net_devices: Option<HashMap<String, IgnoredAny>>,
+}
+
+#[derive(Deserialize)]
+pub struct TimeOffset {
+    pub secs: Option<i64>,
+    pub nanosecs: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Process {
+    pub terminal: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console_size: Option<ConsoleSize>,
+    pub user: User,
+    pub args: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<Vec<String>>,
+    pub cwd: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capabilities: Option<Capabilities>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rlimits: Option<Vec<Rlimit>>,
+    pub no_new_privileges: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oom_score_adj: Option<i32>,
+    #[serde(skip_serializing)]
+    pub apparmor_profile: Option<String>,
+    #[serde(skip_serializing)]
+    pub selinux_label: Option<String>,
+    #[serde(skip_serializing)]
+    pub command_line: Option<String>,
+    #[serde(skip_serializing)]
+    pub io_priority: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub scheduler: Option<IgnoredAny>,
+    #[serde(skip_serializing, rename = "execCPUAffinity")]
+    pub exec_cpu_affinity: Option<IgnoredAny>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub struct ConsoleSize {
+    pub height: u64,
+    pub width: u64,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub umask: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub additional_gids: Option<Vec<u32>>,
+}
+
+/// Names of capabilities, as `CAP_CHOWN`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Capabilities {
+    pub bounding: Option<Vec<String>>,
+    pub effective: Option<Vec<String>>,
+    pub permitted: Option<Vec<String>>,
+    pub inheritable: Option<Vec<String>>,
+    pub ambient: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Rlimit {
+    /// `RLIMIT_NOFILE` and the like.
+    #[serde(rename = "type")]
+    pub typ: String,
+    pub soft: u64,
+    pub hard: u64,
+}
