@@ -82,7 +82,7 @@ impl Kubelet {
                         "timeoutSeconds": 10,
                     },
                     "livenessProbe": {
-                        "exec": { "command": ["cat", "/www/healthz"] }, "periodSeconds": 2,
+                        "exec": { "command": ["cat", "/www/healthz"] }, "periodSeconds": 5,
                         "timeoutSeconds": 20, "failureThreshold": 5,
                     },
                 }],

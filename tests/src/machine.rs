@@ -276,12 +276,13 @@ impl Running {
     }
 
     pub fn end_within(mut self, deadline: Duration) -> Result<Output> {
+        let asked = Instant::now();
         let mut pause = Duration::from_millis(1);
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if self.started.elapsed() > deadline {
+            if asked.elapsed() > deadline {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let output = self.output(-1);

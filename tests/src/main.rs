@@ -10,6 +10,9 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 mod bundle;
 mod cgroup_use;
 mod cri_calls;
+mod cri_containers;
+mod cri_limits;
+mod cri_pods;
 mod cri_restart;
 mod crictl_story;
 mod inside;
@@ -51,6 +54,9 @@ fn main() -> ExitCode {
         rrun_bad_input::TESTS,
         rrun_limits::TESTS,
         crictl_story::TESTS,
+        cri_pods::TESTS,
+        cri_containers::TESTS,
+        cri_limits::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
         kubelet::TESTS,

@@ -1,0 +1,11 @@
+# fish completion for rrun. What it offers is what `rrun --help` says.
+
+function __rrun_commands
+    rrun --help 2>/dev/null | string replace -rf '^   ([a-z]+) +(.*)$' '$1\t$2' | string match -rv '^-'
+end
+
+complete -c rrun -f -n __fish_use_subcommand -a '(__rrun_commands)'
+complete -c rrun -n 'not __fish_use_subcommand' -a '(rrun list --quiet 2>/dev/null)'
+complete -c rrun -l root -r -d 'directory for the state of containers'
+complete -c rrun -l log -r -d 'file to append the log to'
+complete -c rrun -l log-format -x -a 'text json' -d 'format of the log'
