@@ -23,6 +23,7 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
     for (_, record) in sandboxes {
         node.add_sandbox(Arc::new(Sandbox::from_record(node, record)));
     }
+    adopt_sandboxes(node)?;
     let containers: Vec<(String, container::Record)> =
         node.store.load(Table::CONTAINERS).map_err(read)?;
     let mut homeless = Vec::new();
@@ -32,6 +33,7 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
             Err(_) => homeless.push(id),
         }
     }
+    adopt_containers(node)?;
     join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
     for id in homeless {
         let change = crate::store::Change::delete(Table::CONTAINERS, &id);
@@ -47,6 +49,51 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("bring the pods' network and the store together: {error}");
+    }
+    Ok(())
+}
+
+/// Pods that were made, and written down, when a kill came before the store had them.
+fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
+    for id in entries(&node.config.state.join("pods"))? {
+        let path = node.sandbox_dir(&id).join(sandbox::RECORD);
+        if node.sandbox(&id).is_err()
+            && let Some(record) = files::read_record::<sandbox::Record>(&path)
+            && record.ready
+        {
+            let sandbox = Arc::new(Sandbox::from_record(node, record));
+            node.add_sandbox(Arc::clone(&sandbox));
+            sandbox.save_soon(node);
+        }
+    }
+    Ok(())
+}
+
+/// Containers likewise, and starts that the store did not come to know of.
+fn adopt_containers(node: &Arc<Node>) -> Result<()> {
+    for sandbox in node.sandboxes() {
+        for id in entries(&node.sandbox_dir(&sandbox.id).join("containers"))? {
+            let path = node.bundle(&sandbox.id, &id).join(container::RECORD);
+            let Some(record) = files::read_record::<container::Record>(&path) else {
+                continue;
+            };
+            match node.container(&id) {
+                Ok(known) => known.change(|state| {
+                    if state.started_at == 0 && record.state.started_at != 0 {
+                        state.started_at = record.state.started_at;
+                        if state.phase == Phase::Created {
+                            state.phase = Phase::Running;
+                        }
+                    }
+                }),
+                Err(_) if record.made => {
+                    let made = Arc::new(Container::from_record(Arc::clone(&sandbox), record));
+                    node.add_container(Arc::clone(&made));
+                    made.save_soon(node);
+                }
+                Err(_) => {}
+            }
+        }
     }
     Ok(())
 }
@@ -175,10 +222,7 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
 /// made.
 fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
     let dir = node.sandbox_dir(id);
-    let record = std::fs::read(dir.join("pod.json"))
-        .ok()
-        .and_then(|json| serde_json::from_slice::<sandbox::Record>(&json).ok());
-    match record {
+    match files::read_record(&dir.join(sandbox::RECORD)) {
         Some(record) => Some(Sandbox::from_record(node, record)),
         None => {
             if let Err(error) = files::remove_tree(&dir) {
@@ -191,30 +235,28 @@ fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
 
 /// The container as its bundle tells of it, or with nothing but its id.
 fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
-    let path = node.bundle(&sandbox.id, id).join("container.json");
-    let record = std::fs::read(path)
-        .ok()
-        .and_then(|json| serde_json::from_slice::<container::Record>(&json).ok())
-        .unwrap_or_else(|| container::Record {
-            id: id.to_owned(),
-            sandbox: sandbox.id.clone(),
-            config: Default::default(),
-            image_id: String::new(),
-            image_ref: String::new(),
-            created_at: 0,
-            user: Default::default(),
-            stop_signal: libc::SIGTERM,
-            state: container::State {
-                phase: Phase::Created,
-                pid: 0,
-                started_at: 0,
-                finished_at: 0,
-                exit_code: 0,
-                reason: String::new(),
-                message: String::new(),
-                in_runtime: true,
-                resources: Default::default(),
-            },
-        });
+    let path = node.bundle(&sandbox.id, id).join(container::RECORD);
+    let record = files::read_record(&path).unwrap_or_else(|| container::Record {
+        id: id.to_owned(),
+        sandbox: sandbox.id.clone(),
+        config: Default::default(),
+        image_id: String::new(),
+        image_ref: String::new(),
+        created_at: 0,
+        user: Default::default(),
+        stop_signal: libc::SIGTERM,
+        state: container::State {
+            phase: Phase::Created,
+            pid: 0,
+            started_at: 0,
+            finished_at: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            in_runtime: true,
+            resources: Default::default(),
+        },
+        made: false,
+    });
     Container::from_record(Arc::clone(sandbox), record)
 }

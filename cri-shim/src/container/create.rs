@@ -1,6 +1,6 @@
 //! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rrun_proto::v1::{ContainerConfig, ContainerEventType, NamespaceMode};
@@ -8,14 +8,14 @@ use rrun_proto::v1::{ContainerConfig, ContainerEventType, NamespaceMode};
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
-    Container, Phase, Record, State, capabilities, devices, mounts, remove, resources, rootfs,
-    signal, spec, status,
+    Container, Phase, RECORD, Record, State, capabilities, devices, mounts, remove, resources,
+    rootfs, signal, spec, status,
 };
 use crate::error::{During, Error, Result};
 use crate::image::Image;
 use crate::monitor::protocol::Create;
 use crate::node::{Node, new_id, now};
-use crate::sandbox::files::{private_dir, write};
+use crate::sandbox::files::{private_dir, write, write_record};
 use crate::sandbox::{Sandbox, namespaces};
 use crate::slow::{blocking, slow};
 
@@ -76,11 +76,13 @@ pub async fn create(
             resources: resources.unwrap_or_default(),
         },
         config,
+        made: false,
     };
     let made = make(&node, &sandbox, record.clone(), &image).await;
     match made {
         Ok(container) => {
             node.add_container(Arc::clone(&container));
+            container.save_soon(&node);
             status::publish(&node, &container, ContainerEventType::ContainerCreatedEvent);
             log::info!("{}: created", container.name());
             Ok(container.id.clone())
@@ -124,7 +126,7 @@ fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
 async fn make(
     node: &Arc<Node>,
     sandbox: &Arc<Sandbox>,
-    mut record: Record,
+    record: Record,
     image: &Arc<Image>,
 ) -> Result<Arc<Container>> {
     let pod = sandbox.name();
@@ -132,14 +134,34 @@ async fn make(
     // A kill at any later instruction finds the container by its bundle, and what it owns in
     // there.
     private_dir(&bundle)?;
-    let intent = serde_json::to_string(&record)
-        .map_err(|error| Error::internal(format!("encode the container's record: {error}")))?;
-    write(&bundle.join("container.json"), &intent)?;
+    write_record(&bundle.join(RECORD), &record)?;
 
-    let lease = node.images.lease(&record.id, &image.id);
-    let lower = slow(format!("{pod}: keep the image {}", image.id), lease)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+    // While the lease is written to the disk the rest goes on: asked a second time, it answers at
+    // once.
+    let id = record.id.clone();
+    let lease = async {
+        let leased = node.images.lease(&id, &image.id).await;
+        leased.map_err(Error::from)
+    };
+    let lease = slow(format!("{pod}: keep the image {}", image.id), lease);
+    let (leased, made) = tokio::join!(lease, assemble(node, sandbox, record, image, bundle));
+    leased?;
+    let container = made?;
+    must_be_ready(sandbox)?;
+    container.write_down(node)?;
+    Ok(container)
+}
+
+/// Everything but the lease's way to the disk.
+async fn assemble(
+    node: &Arc<Node>,
+    sandbox: &Arc<Sandbox>,
+    mut record: Record,
+    image: &Arc<Image>,
+    bundle: PathBuf,
+) -> Result<Arc<Container>> {
+    let pod = sandbox.name();
+    let lower = node.images.lease(&record.id, &image.id).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
@@ -150,12 +172,6 @@ async fn make(
     record.user = blocking(what, job).await?;
 
     let container = Arc::new(Container::from_record(Arc::clone(sandbox), record));
-    if let Some(log) = container.log_path()
-        && let Some(dir) = log.parent()
-    {
-        std::fs::create_dir_all(dir)
-            .during(|| format!("make the log directory {}", dir.display()))?;
-    }
     let runtime = node
         .config
         .runtime_command(&sandbox.handler)
@@ -172,27 +188,14 @@ async fn make(
         stdin_once: config.stdin_once,
         native: node.config.is_native(&sandbox.handler),
     };
-    // The record says what the bundle says; should only one of the two come to be, a start after
-    // a kill removes it.
-    let (created, saved) = tokio::join!(
-        slow(
-            format!("{pod}: the runtime's create"),
-            sandbox.monitor.create(request)
-        ),
-        container.save(node),
+    let created = slow(
+        format!("{pod}: the runtime's create"),
+        sandbox.monitor.create(request),
     );
-    let outcome = match (created, saved) {
-        (Ok(pid), Ok(())) => {
-            container.change(|state| state.pid = pid);
-            must_be_ready(sandbox)
-        }
-        (Err(error), _) => Err(Error::internal(error.to_string())),
-        (_, Err(error)) => Err(error),
-    };
-    if let Err(error) = outcome {
-        container.delete_record(node).await?;
-        return Err(error);
-    }
+    let pid = created
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?;
+    container.change(|state| state.pid = pid);
     Ok(container)
 }
 
@@ -232,10 +235,15 @@ fn prepare(
     record: &Record,
     image: &Image,
     bundle: &Path,
-    lower: &[std::path::PathBuf],
+    lower: &[PathBuf],
     pid: PidNamespace,
 ) -> Result<User> {
     let config = &record.config;
+    let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
+    if let Some(dir) = log.as_deref().and_then(Path::parent) {
+        std::fs::create_dir_all(dir)
+            .during(|| format!("make the log directory {}", dir.display()))?;
+    }
     let target = bundle.join("rootfs");
     let writable = node.writable_layer(&record.id);
     private_dir(&writable)?;

@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::monitor::protocol::ExitRecord;
 use crate::node::{Node, now};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, files};
 use crate::slow::slow;
 use crate::store::{Change, Table};
 use user::User;
@@ -91,7 +91,12 @@ pub struct Record {
     pub user: User,
     pub stop_signal: i32,
     pub state: State,
+    /// The runtime's create has succeeded: what is in the bundle is a container.
+    pub made: bool,
 }
+
+/// The name of the record in a container's bundle.
+pub const RECORD: &str = "container.json";
 
 impl Container {
     pub fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
@@ -120,6 +125,7 @@ impl Container {
             user: self.user.clone(),
             stop_signal: self.stop_signal,
             state: self.state(),
+            made: true,
         }
     }
 
@@ -141,6 +147,13 @@ impl Container {
         let mut state = self.state.subscribe();
         // The sender is in `self`: it can't close.
         let _ = state.wait_for(|state| state.phase == Phase::Exited).await;
+    }
+
+    /// `BUNDLE/container.json`: the container as it is being made and, once made and once started,
+    /// as it is, until the store has it; as with [`Sandbox::write_down`].
+    pub fn write_down(&self, node: &Node) -> Result<()> {
+        let bundle = node.bundle(&self.sandbox.id, &self.id);
+        files::write_record(&bundle.join(RECORD), &self.to_record())
     }
 
     /// Writes the container's state to the store.
@@ -166,8 +179,9 @@ impl Container {
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
-    /// Saves without anyone waiting: what is lost by a kill before that is in the monitor.
-    fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
+    /// Saves without anyone waiting: what is lost by a kill before that has been written down, or
+    /// is known to the monitor.
+    pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (container, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
             if let Err(error) = container.save(&node).await {

@@ -24,8 +24,10 @@ const DELETE: Duration = Duration::from_secs(120);
 /// kubelet's.
 pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     stop::stop(node, container, 0).await?;
-    unmake(node, container).await?;
-    container.delete_record(node).await?;
+    remove_files(node, container).await?;
+    // One transaction, most likely.
+    let (released, deleted) = tokio::join!(release(node, container), container.delete_record(node));
+    released.and(deleted)?;
     node.forget_container(&container.id);
     node.stats.forget(&container.id);
     status::publish(node, container, ContainerEventType::ContainerDeletedEvent);
@@ -35,6 +37,17 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
 
 /// Removes everything that was ever made for the container but its record.
 pub async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+    remove_files(node, container).await?;
+    release(node, container).await
+}
+
+async fn release(node: &Node, container: &Container) -> Result<()> {
+    let name = container.name();
+    let released = node.images.release(&container.id);
+    Ok(slow(format!("{name}: let go of its image"), released).await?)
+}
+
+async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     delete_from_runtime(node, container).await?;
     let name = container.name();
     let bundle = node.bundle(&container.sandbox.id, &container.id);
@@ -44,11 +57,7 @@ pub async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
         remove_tree(&bundle)?;
         remove_tree(&writable)
     })
-    .await?;
-    let released = node.images.release(&container.id);
-    slow(format!("{name}: let go of its image"), released)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))
+    .await
 }
 
 /// Lets the monitor and the runtime forget the container, killing what is left of it.

@@ -66,7 +66,9 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     });
     status::publish(&node, &container, ContainerEventType::ContainerStartedEvent);
     log::info!("{name}: started");
-    container.save(&node).await
+    container.write_down(&node)?;
+    container.save_soon(&node);
+    Ok(())
 }
 
 /// Asks the monitor. A server that was killed may have asked it before: then what came of that is

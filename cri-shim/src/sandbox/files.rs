@@ -30,6 +30,22 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).during(|| format!("write {}", path.display()))
 }
 
+/// Writes a record that a kill at any instruction leaves whole, in its old or its new form.
+pub fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Result<()> {
+    let what = || format!("write the record {}", path.display());
+    let json = serde_json::to_vec(record)
+        .map_err(io::Error::from)
+        .during(what)?;
+    let new = path.with_extension("json.new");
+    std::fs::write(&new, json).during(what)?;
+    std::fs::rename(&new, path).during(what)
+}
+
+/// A record as [`write_record`] left it; `None` if there is none.
+pub fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
 /// Mounts the /dev/shm that the containers of the pod share.
 pub fn mount_shm(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;

@@ -13,7 +13,7 @@ pub mod watch;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rrun_proto::v1::{LinuxContainerResources, PodSandboxConfig};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,9 @@ use crate::monitor_client::{MonitorClient, SOCKET_NAME};
 use crate::node::Node;
 use crate::slow::slow;
 use crate::store::{Change, Table};
+
+/// The name of the record in a pod's directory.
+pub const RECORD: &str = "pod.json";
 
 /// One pod. What can change is in `state`, which is never locked across I/O.
 pub struct Sandbox {
@@ -120,6 +123,23 @@ impl Sandbox {
             ready: state.ready,
             addresses: state.addresses.clone(),
         }
+    }
+
+    /// `STATE/pods/POD/pod.json`: the pod as it is being made, and, once it says `ready`, as it is,
+    /// until the store has it. It is what a kill of the server leaves; a reboot, after which there
+    /// is no pod, takes it along.
+    pub fn write_down(&self, node: &Node) -> Result<()> {
+        files::write_record(&node.sandbox_dir(&self.id).join(RECORD), &self.to_record())
+    }
+
+    /// Writes the pod to the store without anyone waiting for the disk; it has been written down.
+    pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
+        let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
+        tokio::spawn(async move {
+            if let Err(error) = sandbox.save(&node).await {
+                log::error!("{}: {error}", sandbox.name());
+            }
+        });
     }
 
     /// Writes the pod's state to the store.

@@ -1,13 +1,12 @@
 //! RunPodSandbox: everything that the containers of a pod share, or nothing.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata};
 
 use super::namespaces::{self, Sharing};
-use super::{Record, Sandbox, files, stop, watch};
+use super::{RECORD, Record, Sandbox, files, stop, watch};
 use crate::cgroup;
 use crate::error::{During, Error, Result};
 use crate::monitor::protocol::Pod;
@@ -57,14 +56,23 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         ready: false,
         addresses: Vec::new(),
     };
-    // A kill at any later instruction finds the pod by its directory, and what it owns in there.
-    let mut sandbox = {
+    let name = format!("pod {}", record.id);
+    let files = {
         let (node, record) = (Arc::clone(&node), record.clone());
-        blocking(format!("make the files of {}", record.id), move || {
+        blocking(format!("{name}: make its files"), move || {
             prepare(&node, record, sharing)
         })
-        .await
     };
+    // The address is written to the disk meanwhile.
+    let address = async {
+        if sharing.own_network {
+            let reserved = node.network.reserve(&record.id).await;
+            reserved.map_err(|error| Error::internal(error.to_string()))?;
+        }
+        Ok(())
+    };
+    let (files, address) = tokio::join!(files, slow(format!("{name}: its address"), address));
+    let mut sandbox = files.and_then(|sandbox| address.map(|()| sandbox));
     if let Ok(made) = &mut sandbox
         && let Err(error) = connect(&node, made, sharing).await
     {
@@ -81,13 +89,14 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         }
     };
     sandbox.state().ready = true;
-    if let Err(error) = sandbox.save(&node).await {
+    if let Err(error) = sandbox.write_down(&node) {
         if let Err(more) = stop::unmake(&node, &sandbox).await {
             log::error!("{}: clean up after a failure: {more}", sandbox.name());
         }
         return Err(error);
     }
     node.add_sandbox(Arc::clone(&sandbox));
+    sandbox.save_soon(&node);
     watch::begin(&node, &sandbox);
     crate::container::status::publish_sandbox(
         &node,
@@ -132,21 +141,18 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
 
 /// The record as far as making the pod had come.
 fn left_behind(node: &Node, record: Record) -> Record {
-    let path = node.sandbox_dir(&record.id).join("pod.json");
-    std::fs::read(path)
-        .ok()
-        .and_then(|json| serde_json::from_slice(&json).ok())
-        .unwrap_or(record)
+    files::read_record(&node.sandbox_dir(&record.id).join(RECORD)).unwrap_or(record)
 }
 
 /// Directory, files, cgroup and network namespace. Blocks.
 fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox> {
     let dir = node.sandbox_dir(&record.id);
     files::private_dir(&dir.join("containers"))?;
-    let intent = dir.join("pod.json");
-    write_record(&intent, &record)?;
+    // A kill at any later instruction finds the pod by its directory, and what it owns in there.
+    let intent = dir.join(RECORD);
+    files::write_record(&intent, &record)?;
     record.cgroups_made = cgroup::create(&record.cgroup)?;
-    write_record(&intent, &record)?;
+    files::write_record(&intent, &record)?;
 
     let config = &record.config;
     if !config.log_directory.is_empty() {
@@ -174,12 +180,6 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
             .map_err(|error| Error::internal(error.to_string()))?;
     }
     Ok(Sandbox::from_record(node, record))
-}
-
-fn write_record(path: &Path, record: &Record) -> Result<()> {
-    let json = serde_json::to_string(record)
-        .map_err(|error| Error::internal(format!("encode the pod's record: {error}")))?;
-    files::write(path, &json)
 }
 
 /// Monitor and network, side by side.

@@ -114,10 +114,18 @@ fn handle(node: &Arc<Node>, sandbox: &Sandbox, event: Event) {
 /// The monitor is gone and was not told to go: its containers can't be looked after any more.
 /// They end, as they would have if their runtime's shim had died elsewhere.
 pub async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, why: &MonitorError) -> Result<()> {
-    log::error!(
-        "{}: {why}; its containers are stopped, the pod is not ready",
-        sandbox.name()
-    );
+    if node.sandbox_dir(&sandbox.id).is_dir() {
+        log::error!(
+            "{}: {why}; its containers are stopped, the pod is not ready",
+            sandbox.name()
+        );
+    } else {
+        // After a reboot, or after a kill in the middle of its removal.
+        log::info!(
+            "{}: nothing of it is there, it is not ready",
+            sandbox.name()
+        );
+    }
     {
         let mut state = sandbox.state();
         state.ready = false;
