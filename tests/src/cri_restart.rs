@@ -7,7 +7,7 @@ use rrun_proto::v1::{
     ContainerFilter, ContainerState, CreateContainerRequest, ListContainersRequest,
     RunPodSandboxRequest, StartContainerRequest,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cri_calls::{Calls, container, line_numbers, pod, without_gap};
 use crate::machine::Result;
@@ -205,8 +205,7 @@ fn a_server_killed_at_its_work_leaves_nothing_half_done() -> Result {
                 .into_iter()
                 .flatten()
                 .filter(|pod| {
-                    pod["metadata"]["name"] == Value::from(name.as_str())
-                        && pod["state"] == "SANDBOX_READY"
+                    pod["metadata"]["name"] == name.as_str() && pod["state"] == "SANDBOX_READY"
                 });
             ensure_eq!(ready.count(), 1, "Ready pods of round {round}");
         }

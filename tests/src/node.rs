@@ -55,10 +55,7 @@ pub fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
     };
     let ended = node.end();
     let log = tail(&node.log(), 6000);
-    for failed in [result, ended]
-        .into_iter()
-        .filter_map(std::result::Result::err)
-    {
+    if let Err(failed) = result.and(ended) {
         let message = failed.message().unwrap_or_default();
         return Err(format!("{message}\n{pods}\n{} wrote:\n{log}", server_program()).into());
     }
