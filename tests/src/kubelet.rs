@@ -333,10 +333,6 @@ fn removal_leaves_nothing(node: &Node, kubelet: &Kubelet) -> Result {
     wait_within(PATIENCE, "kubelet's pods to be gone", || {
         Ok(kubelet.pods()?.is_empty().then_some(()))
     })?;
-    note(format!(
-        "kubelet's pods were gone {:.1} s after their manifests",
-        started.elapsed().as_secs_f64()
-    ));
     wait_within(PATIENCE, "everything of the pods to be gone", || {
         let mut left: Vec<String> = groups_below(Path::new("/sys/fs/cgroup/kubepods"))
             .into_iter()
@@ -359,6 +355,10 @@ fn removal_leaves_nothing(node: &Node, kubelet: &Kubelet) -> Result {
         }
         Ok(Some(()))
     })?;
+    note(format!(
+        "everything of the pods was gone {:.1} s after their manifests",
+        started.elapsed().as_secs_f64()
+    ));
     wait_for("the pods' interfaces to be gone", || {
         let names = fs::read_dir("/sys/class/net")?.flatten();
         let left: Vec<_> = names
