@@ -71,6 +71,7 @@ async fn serve(config: Config) -> Result<()> {
     .map_err(|error| internal(&error))?;
     let network =
         Network::open(store.clone(), network_config(&config)).map_err(|error| internal(&error))?;
+    tell_unused(&config);
     let node = Arc::new(Node::new(config, store, images, network));
     reconcile::run(&node).await?;
 
@@ -148,6 +149,23 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
 /// Waits until it is true, or nobody is left to make it so.
 async fn turned(ending: &mut watch::Receiver<bool>) {
     let _ = ending.wait_for(|ending| *ending).await;
+}
+
+/// What is configured and not yet looked at must not seem to work.
+fn tell_unused(config: &Config) {
+    let Ok(entries) = std::fs::read_dir(&config.cni_conf_dir) else {
+        return;
+    };
+    let kinds = ["conf", "conflist", "json"];
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let kind = path.extension().and_then(|kind| kind.to_str());
+        if kind.is_some_and(|kind| kinds.contains(&kind)) {
+            log::warn!(
+                "{} is not used: rrun-cri does not run CNI plugins yet, pods get the embedded network",
+                path.display()
+            );
+        }
+    }
 }
 
 fn network_config(config: &Config) -> NetworkConfig {
