@@ -90,6 +90,8 @@ fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, Gone> {
             }
         }
     }
+    // To the containers, too: what one without limits uses is counted by the controllers.
+    hand_down(&path);
     Ok(Ok(made))
 }
 
