@@ -22,6 +22,7 @@ mod machine;
 mod needs;
 mod node;
 mod rrun_bad_input;
+mod rrun_hooks;
 mod rrun_lifecycle;
 mod rrun_limits;
 mod rrun_mounts;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         rrun_namespaces::TESTS,
         rrun_mounts::TESTS,
         rrun_process::TESTS,
+        rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
         rrun_limits::TESTS,
         crictl_story::TESTS,

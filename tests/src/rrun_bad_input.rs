@@ -401,11 +401,6 @@ fn what_is_not_implemented_is_refused_by_name() -> Result {
             "seccomp",
         ),
         (
-            "/hooks",
-            json!({ "createRuntime": [{ "path": "/bin/true" }] }),
-            "hooks",
-        ),
-        (
             "/process/apparmorProfile",
             json!("some-profile"),
             "apparmorProfile",
