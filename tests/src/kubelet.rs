@@ -360,9 +360,11 @@ fn removal_leaves_nothing(node: &Node, kubelet: &Kubelet) -> Result {
         started.elapsed().as_secs_f64()
     ));
     wait_for("the pods' interfaces to be gone", || {
+        // CNI calls the host's ends veth…, rrun-cri rr and twelve digits; its bridge stays.
         let names = fs::read_dir("/sys/class/net")?.flatten();
+        let names = names.map(|name| name.file_name().to_string_lossy().into_owned());
         let left: Vec<_> = names
-            .filter(|name| name.file_name().to_string_lossy().contains("veth"))
+            .filter(|name| name.contains("veth") || name.starts_with("rr") && name != "rrun0")
             .collect();
         ensure!(left.is_empty(), "{left:?}");
         Ok(Some(()))
