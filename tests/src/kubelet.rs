@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 use crate::cgroup_use::held_to;
 use crate::machine::{Result, command, note, wait_for, wait_within};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{
+    CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_pods_interface, is_rrun, on_a_node,
+};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[test!(
@@ -360,11 +362,9 @@ fn removal_leaves_nothing(node: &Node, kubelet: &Kubelet) -> Result {
         started.elapsed().as_secs_f64()
     ));
     wait_for("the pods' interfaces to be gone", || {
-        // CNI calls the host's ends veth…, rrun-cri rr and twelve digits; its bridge stays.
         let names = fs::read_dir("/sys/class/net")?.flatten();
-        let names = names.map(|name| name.file_name().to_string_lossy().into_owned());
         let left: Vec<_> = names
-            .filter(|name| name.contains("veth") || name.starts_with("rr") && name != "rrun0")
+            .filter(|name| is_pods_interface(&name.file_name().to_string_lossy()))
             .collect();
         ensure!(left.is_empty(), "{left:?}");
         Ok(Some(()))

@@ -327,7 +327,7 @@ impl Node {
             );
             let interfaces: Vec<String> = below(Path::new("/sys/class/net"))
                 .into_iter()
-                .filter(|name| name.contains("veth"))
+                .filter(|path| is_pods_interface(path.trim_start_matches("/sys/class/net/")))
                 .collect();
             ensure!(interfaces.is_empty(), "interfaces are left: {interfaces:?}");
         }
@@ -338,6 +338,11 @@ impl Node {
         );
         Ok(())
     }
+}
+
+/// The node's end of a pod's link: CNI calls it veth…, rrun-cri rr and twelve digits.
+pub fn is_pods_interface(name: &str) -> bool {
+    name.contains("veth") || name.starts_with("rr") && name != "rrun0"
 }
 
 fn below(dir: &Path) -> Vec<String> {
