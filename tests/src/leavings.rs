@@ -94,6 +94,7 @@ impl Machine {
 const PEERS: &[&str] = &[
     "/run/containerd",
     "/run/e2e-cni",
+    "/run/netns",
     "/run/xtables.lock",
     "/var/lib/cni",
     "/var/lib/containerd",
