@@ -5,8 +5,8 @@
 //! pods created at once share one fsync. A change is durable when [`Store::commit`] returns.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::Serialize;
@@ -171,6 +171,50 @@ impl Store {
             queued.map_err(|_| StoreError::Stopped)?;
             answer.await.map_err(|_| StoreError::Stopped)?
         }
+    }
+}
+
+/// An entry that is written each time its object changes, until it is deleted for good.
+pub struct Entry {
+    table: Table,
+    key: String,
+    deleted: Mutex<bool>,
+}
+
+impl Entry {
+    pub fn new(table: Table, key: &str) -> Self {
+        Entry {
+            table,
+            key: key.to_owned(),
+            deleted: Mutex::new(false),
+        }
+    }
+
+    /// Writes what `value` gives; nothing once the entry is deleted. Of two calls the later one's
+    /// value stays.
+    pub async fn save<T: Serialize>(
+        &self,
+        store: &Store,
+        value: impl FnOnce() -> T,
+    ) -> Result<(), StoreError> {
+        let written = {
+            let deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+            if *deleted {
+                return Ok(());
+            }
+            store.commit(vec![Change::put(self.table, &self.key, &value())?])
+        };
+        written.await
+    }
+
+    /// Takes the entry out of the store, for good.
+    pub async fn delete(&self, store: &Store) -> Result<(), StoreError> {
+        let written = {
+            let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+            *deleted = true;
+            store.commit(vec![Change::delete(self.table, &self.key)])
+        };
+        written.await
     }
 }
 

@@ -31,7 +31,7 @@ use crate::monitor::protocol::ExitRecord;
 use crate::node::{Node, now};
 use crate::sandbox::{Sandbox, files};
 use crate::slow::slow;
-use crate::store::{Change, Table};
+use crate::store::{Entry, Table};
 use user::User;
 
 /// One container. What can change is in `state`.
@@ -49,8 +49,8 @@ pub struct Container {
     /// What StopContainer sends first.
     pub stop_signal: i32,
     state: watch::Sender<State>,
-    /// Held while the record is written, so that the last state wins; true once it is deleted.
-    record: tokio::sync::Mutex<bool>,
+    /// The record in the store.
+    record: Entry,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +101,7 @@ pub const RECORD: &str = "container.json";
 impl Container {
     pub fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
         Container {
+            record: Entry::new(Table::CONTAINERS, &record.id),
             id: record.id,
             sandbox,
             config: record.config,
@@ -110,7 +111,6 @@ impl Container {
             user: record.user,
             stop_signal: record.stop_signal,
             state: watch::Sender::new(record.state),
-            record: tokio::sync::Mutex::new(false),
         }
     }
 
@@ -158,24 +158,15 @@ impl Container {
 
     /// Writes the container's state to the store.
     pub async fn save(&self, node: &Node) -> Result<()> {
-        let deleted = self.record.lock().await;
-        if *deleted {
-            return Ok(());
-        }
-        let change = Change::put(Table::CONTAINERS, &self.id, &self.to_record())
-            .map_err(|error| Error::internal(error.to_string()))?;
-        let commit = node.store.commit(vec![change]);
-        let written = slow(format!("{}: write its record", self.name()), commit).await;
+        let saved = self.record.save(&node.store, || self.to_record());
+        let written = slow(format!("{}: write its record", self.name()), saved).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
     /// Takes the container out of the store, for good.
     pub async fn delete_record(&self, node: &Node) -> Result<()> {
-        let mut deleted = self.record.lock().await;
-        *deleted = true;
-        let change = Change::delete(Table::CONTAINERS, &self.id);
-        let commit = node.store.commit(vec![change]);
-        let written = slow(format!("{}: write its record", self.name()), commit).await;
+        let deleted = self.record.delete(&node.store);
+        let written = slow(format!("{}: write its record", self.name()), deleted).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 

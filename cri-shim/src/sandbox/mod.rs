@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::monitor_client::{MonitorClient, SOCKET_NAME};
 use crate::node::Node;
 use crate::slow::slow;
-use crate::store::{Change, Table};
+use crate::store::{Entry, Table};
 
 /// The name of the record in a pod's directory.
 pub const RECORD: &str = "pod.json";
@@ -43,8 +43,8 @@ pub struct Sandbox {
     state: Mutex<State>,
     /// Containers being made; the pod's removal waits for them.
     pub creating: tokio::sync::watch::Sender<usize>,
-    /// Held while the record is written, so that the last state wins; true once it is deleted.
-    record: tokio::sync::Mutex<bool>,
+    /// The record in the store.
+    record: Entry,
 }
 
 /// What changes in a pod's life.
@@ -90,6 +90,7 @@ impl Sandbox {
         };
         Sandbox {
             monitor: MonitorClient::new(node.sandbox_dir(&record.id).join(SOCKET_NAME)),
+            record: Entry::new(Table::SANDBOXES, &record.id),
             id: record.id,
             config: record.config,
             handler: record.handler,
@@ -98,7 +99,6 @@ impl Sandbox {
             cgroups_made: record.cgroups_made,
             state: Mutex::new(state),
             creating: tokio::sync::watch::Sender::new(0),
-            record: tokio::sync::Mutex::new(false),
         }
     }
 
@@ -144,24 +144,15 @@ impl Sandbox {
 
     /// Writes the pod's state to the store.
     pub async fn save(&self, node: &Node) -> Result<()> {
-        let deleted = self.record.lock().await;
-        if *deleted {
-            return Ok(());
-        }
-        let change = Change::put(Table::SANDBOXES, &self.id, &self.to_record())
-            .map_err(|error| Error::internal(error.to_string()))?;
-        let commit = node.store.commit(vec![change]);
-        let written = slow(format!("{}: write its record", self.name()), commit).await;
+        let saved = self.record.save(&node.store, || self.to_record());
+        let written = slow(format!("{}: write its record", self.name()), saved).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
     /// Takes the pod out of the store, for good.
     pub async fn delete_record(&self, node: &Node) -> Result<()> {
-        let mut deleted = self.record.lock().await;
-        *deleted = true;
-        let change = Change::delete(Table::SANDBOXES, &self.id);
-        let commit = node.store.commit(vec![change]);
-        let written = slow(format!("{}: write its record", self.name()), commit).await;
+        let deleted = self.record.delete(&node.store);
+        let written = slow(format!("{}: write its record", self.name()), deleted).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
