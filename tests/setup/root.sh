@@ -11,7 +11,7 @@ set -euo pipefail
 . "$(dirname -- "$0")/mirror.sh"
 
 # By what they are for: peers of rrun; peers of rrun-cri; images; network; looking around;
-# PID 1 of the guest; measuring.
+# PID 1 of the guest; callers of rrun and what confines; terminals, volumes, registries; measuring.
 PACKAGES=(
     runc crun
     containerd podman conmon containernetworking-plugins
@@ -19,6 +19,8 @@ PACKAGES=(
     nftables iptables iproute2 iputils-ping netcat-openbsd curl ca-certificates
     jq strace procps psmisc kmod less util-linux file
     systemd-sysv dbus
+    docker.io docker-cli uidmap passt apparmor python3-seccomp
+    tmux socat conntrack fuse3 attr zstd openssl apache2-utils
     hyperfine
 )
 # The peers' and clients' versions are sid's of the day; the guest's kernel is a known one, since
@@ -71,7 +73,7 @@ build_root() {
     unpack_kernel "$root"
 
     # Tests start what they need; at boot nothing comes up by itself.
-    for service in containerd docker-registry podman podman-restart podman-auto-update \
+    for service in containerd docker apparmor apache-htcacheclean docker-registry podman podman-restart podman-auto-update \
         podman-clean-transient apt-daily apt-daily-upgrade dpkg-db-backup e2scrub_all \
         e2scrub_reap fstrim nftables systemd-networkd systemd-timesyncd systemd-pstore \
         networkd-dispatcher netavark-dhcp-proxy getty@tty1; do
