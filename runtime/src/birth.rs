@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid
 
 use crate::cgroup::{self, Cgroup};
 use crate::channel::{self, Channel, Message};
-use crate::config::{Config, id_map};
+use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::init::{Descriptors, Init, NeverReturn, end, unshare_time};
 use crate::mounts::Taken;
@@ -111,13 +111,8 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         unshare_time(&config.time_offsets)?;
         flags &= !flag(Type::Time);
     }
-    // In another user namespace, the process could not reach the host's files.
     let user = config.namespaces.own(Type::User);
-    let taken = if user {
-        Taken::from_host(config, true)?
-    } else {
-        Taken::default()
-    };
+    let taken = Taken::before_birth(config)?;
     let joins = config.namespaces.open_joins()?;
     let (for_newborn, before): (Vec<OpenJoin>, Vec<OpenJoin>) = joins
         .into_iter()
@@ -285,7 +280,7 @@ fn accompany(
         match channel.receive()? {
             Message::MapIds => {
                 if config.namespaces.is_new(Type::User) {
-                    map_ids(state.pid, config)?;
+                    config.id_maps.write(state.pid, "linux.")?;
                 }
                 config
                     .process
@@ -326,18 +321,6 @@ pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
         },
         _ => error,
     }
-}
-
-fn map_ids(pid: i32, config: &Config) -> Result<()> {
-    for (file, field, mappings) in [
-        ("uid_map", "linux.uidMappings", &config.uid_mappings),
-        ("gid_map", "linux.gidMappings", &config.gid_mappings),
-    ] {
-        // All lines in one write; see user_namespaces(7).
-        std::fs::write(format!("/proc/{pid}/{file}"), id_map(mappings))
-            .doing(|| format!("set {field}"))?;
-    }
-    Ok(())
 }
 
 /// Writes a process id to where the caller asked for it, without a newline, as runc does.

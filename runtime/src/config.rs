@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxIdMapping, LinuxNamespaceType as Type, LinuxResources};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type, LinuxResources};
 
 use crate::devices::{self, Device};
 use crate::error::{Context, Error, Result};
+use crate::idmap::IdMaps;
 use crate::mount_options::{self, SLAVE};
 use crate::mounts::Mount;
 use crate::namespaces::Namespaces;
@@ -32,8 +33,8 @@ pub struct Config {
     pub domainname: Option<String>,
     pub annotations: HashMap<String, String>,
     pub namespaces: Namespaces,
-    pub uid_mappings: Vec<LinuxIdMapping>,
-    pub gid_mappings: Vec<LinuxIdMapping>,
+    /// Of its new user namespace.
+    pub id_maps: IdMaps,
     /// Content for timens_offsets, see time_namespaces(7).
     pub time_offsets: String,
     pub mounts: Vec<Mount>,
@@ -118,8 +119,11 @@ impl Config {
             hostname: spec.hostname.clone().filter(|name| !name.is_empty()),
             domainname: spec.domainname.clone().filter(|name| !name.is_empty()),
             annotations: spec.annotations.take().unwrap_or_default(),
-            uid_mappings: linux.uid_mappings.take().unwrap_or_default(),
-            gid_mappings: linux.gid_mappings.take().unwrap_or_default(),
+            id_maps: IdMaps::from_spec(
+                "linux.",
+                linux.uid_mappings.as_deref().unwrap_or_default(),
+                linux.gid_mappings.as_deref().unwrap_or_default(),
+            )?,
             time_offsets: time_offsets(&linux),
             mounts: spec
                 .mounts
@@ -156,13 +160,14 @@ impl Config {
         if self.domainname.is_some() && !namespaces.own(Type::Uts) {
             refuse!("domainname: would be set for the host, because there is no UTS namespace");
         }
-        let mapped = !self.uid_mappings.is_empty() && !self.gid_mappings.is_empty();
-        if namespaces.is_new(Type::User) && !mapped {
+        if namespaces.is_new(Type::User) && !self.id_maps.is_complete() {
             refuse!("linux.uidMappings, linux.gidMappings: are needed for a new user namespace");
         }
-        let any_mapping = !self.uid_mappings.is_empty() || !self.gid_mappings.is_empty();
-        if any_mapping && !namespaces.own(Type::User) {
+        if !self.id_maps.is_empty() && !namespaces.own(Type::User) {
             refuse!("linux.uidMappings: there is no user namespace that could have mappings");
+        }
+        for mount in &self.mounts {
+            mount.check_idmap(namespaces.own(Type::User))?;
         }
         if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
             refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
@@ -242,14 +247,6 @@ fn time_offsets(linux: &Linux) -> String {
         text.push_str(&format!("{clock} {secs} {nanos}\n"));
     }
     text
-}
-
-/// Lines for uid_map or gid_map, see user_namespaces(7).
-pub fn id_map(mappings: &[LinuxIdMapping]) -> String {
-    mappings
-        .iter()
-        .map(|map| format!("{} {} {}\n", map.container_id(), map.host_id(), map.size()))
-        .collect()
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::channel::Channel;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::mount_options::READ_ONLY;
-use crate::mounts::{self, Taken, attach_root, take_root};
+use crate::mounts::{self, Mount, Taken, attach_root, take_root};
 use crate::namespaces::OpenJoin;
 use crate::process::{Process, enter_cwd, no_program};
 use crate::rootfs::Rootfs;
@@ -173,8 +173,8 @@ impl Init<'_> {
         let cgroup = (!config.namespaces.own(Type::Cgroup)).then_some(&*self.state.cgroup);
 
         // What is to be shared with the host must be taken while it still is.
-        if config.root_is_shared() && self.taken.mounts.is_empty() {
-            self.taken = Taken::from_host(config, false)?;
+        if config.root_is_shared() {
+            self.taken.take(config, Mount::is_bind)?;
         }
         // From here on nothing that is mounted reaches the host; what the host mounts
         // still reaches those that ask for it (rslave).
@@ -192,7 +192,7 @@ impl Init<'_> {
         for (index, mount) in config.mounts.iter().enumerate() {
             let detached = match self.taken.mounts.get_mut(index).and_then(Option::take) {
                 Some(detached) => detached,
-                None => mount.detached(cgroup, false)?,
+                None => mount.detached(cgroup, false, None)?,
             };
             mount.attach(&rootfs, &detached)?;
         }

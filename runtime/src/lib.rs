@@ -20,6 +20,7 @@ pub mod executable;
 pub mod foreground;
 pub mod gate;
 pub mod hooks;
+pub mod idmap;
 pub mod init;
 pub mod log;
 pub mod mount_options;

@@ -19,6 +19,8 @@ const ATTR_NOATIME: u64 = 0x0000_0010;
 const ATTR_STRICTATIME: u64 = 0x0000_0020;
 const ATTR_NODIRATIME: u64 = 0x0000_0080;
 const ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
+/// The mount maps ids as the user namespace does that goes with it.
+pub const ATTR_IDMAP: u64 = 0x0010_0000;
 
 const MS_UNBINDABLE: u64 = libc::MS_UNBINDABLE;
 const MS_PRIVATE: u64 = libc::MS_PRIVATE;
@@ -75,7 +77,7 @@ const SUPERBLOCK: &[&str] = &[
 ];
 
 /// Those that are not there yet, and are refused rather than ignored.
-const UNSUPPORTED: &[&str] = &["idmap", "ridmap", "tmpcopyup", "remount", "move"];
+const UNSUPPORTED: &[&str] = &["tmpcopyup", "remount", "move"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bind {
@@ -95,6 +97,8 @@ pub struct Options {
     pub attr: MountAttr,
     /// Attributes of the mount and of all below it.
     pub recursive_attr: MountAttr,
+    /// Whether ids are to be mapped, and if so, whether in all mounts below as well.
+    pub idmap: Option<bool>,
     /// Propagation types, in the order given, each with whether it is recursive.
     pub propagation: Vec<(u64, bool)>,
     /// Parameters of the file system, with and without value.
@@ -110,6 +114,7 @@ pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
         bind: Bind::No,
         attr: MountAttr::default(),
         recursive_attr: MountAttr::default(),
+        idmap: None,
         propagation: Vec::new(),
         data: Vec::new(),
     };
@@ -133,6 +138,8 @@ pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
             match option {
                 "bind" => parsed.bind = Bind::Alone,
                 "rbind" => parsed.bind = Bind::Recursive,
+                "idmap" => parsed.idmap = Some(false),
+                "ridmap" => parsed.idmap = Some(true),
                 "" | "defaults" => {}
                 _ => parsed.data.push(match option.split_once('=') {
                     Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
@@ -162,7 +169,9 @@ pub fn propagation(name: &str) -> Option<(u64, bool)> {
 
 /// All the names above, for `rrun features`.
 pub fn known() -> Vec<String> {
-    let mut names: Vec<String> = ["bind", "rbind", "defaults"].map(str::to_owned).to_vec();
+    let mut names: Vec<String> = ["bind", "rbind", "defaults", "idmap", "ridmap"]
+        .map(str::to_owned)
+        .to_vec();
     for (name, ..) in ATTRIBUTES {
         names.push((*name).to_owned());
         names.push(format!("r{name}"));
@@ -239,7 +248,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        let error = parse(["idmap"].into_iter()).unwrap_err().to_string();
-        assert!(error.contains("idmap"), "{error}");
+        let error = parse(["remount"].into_iter()).unwrap_err().to_string();
+        assert!(error.contains("remount"), "{error}");
     }
 }

@@ -4,16 +4,17 @@
 //! mount_setattr), and only then moved to a place that openat2 found (move_mount). At no
 //! moment is it visible with less protection than was asked for.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Mount as SpecMount;
+use oci_spec::runtime::{LinuxNamespaceType as Type, Mount as SpecMount};
 use rustix::fs::{AtFlags, CWD, FileType};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
 
 use crate::config::Config;
 use crate::error::{Context, Error, Reason as _, Result};
+use crate::idmap::{self, IdMaps};
 use crate::mount_options::{self, Bind, Options};
 use crate::refuse;
 use crate::rootfs::{Rootfs, Target, cleaned};
@@ -46,6 +47,9 @@ pub struct Mount {
     typ: String,
     source: PathBuf,
     pub options: Options,
+    /// How ids are mapped; if they are to be (`options.idmap`) and this is empty, as in the
+    /// container's user namespace.
+    id_maps: IdMaps,
 }
 
 impl Mount {
@@ -56,9 +60,6 @@ impl Mount {
         let destination = cleaned(spec.destination());
         if destination == Path::new("/") {
             refuse!("{field}.destination: the root itself can not be mounted over");
-        }
-        if spec.uid_mappings().is_some() || spec.gid_mappings().is_some() {
-            refuse!("{field}.uidMappings: not supported by this version of rrun");
         }
         let options = spec.options().iter().flatten().map(String::as_str);
         let mut options = mount_options::parse(options)
@@ -72,6 +73,21 @@ impl Mount {
         }
         if typ == "cgroup" {
             typ = "cgroup2".to_owned();
+        }
+        let id_maps = IdMaps::from_spec(
+            &format!("{field}."),
+            spec.uid_mappings().as_deref().unwrap_or_default(),
+            spec.gid_mappings().as_deref().unwrap_or_default(),
+        )?;
+        if !id_maps.is_empty() {
+            if !id_maps.is_complete() {
+                refuse!("{field}.uidMappings, gidMappings: one can not be without the other");
+            }
+            // Not recursive unless it is said, as with runc.
+            options.idmap.get_or_insert(false);
+        }
+        if options.idmap.is_some() && options.bind == Bind::No {
+            refuse!("{field}: ids can be mapped only in a bind mount");
         }
         let mut source = spec.source().clone().unwrap_or_default();
         if options.bind != Bind::No {
@@ -87,7 +103,24 @@ impl Mount {
             typ,
             source,
             options,
+            id_maps,
         })
+    }
+
+    /// # Errors
+    /// If the mapping is to be the container's, which has none.
+    pub fn check_idmap(&self, own_user_namespace: bool) -> Result<()> {
+        if self.is_idmapped() && self.id_maps.is_empty() && !own_user_namespace {
+            refuse!(
+                "mounts[{}].options: idmap needs uidMappings and gidMappings, because the container has no user namespace whose mappings it could use",
+                self.index
+            );
+        }
+        Ok(())
+    }
+
+    pub fn is_idmapped(&self) -> bool {
+        self.options.idmap.is_some()
     }
 
     fn sentence(&self) -> String {
@@ -109,8 +142,14 @@ impl Mount {
 
     /// Makes the mount, attached nowhere. `cgroup` is the container's own cgroup directory
     /// if it has no cgroup namespace, and is shown in place of the whole hierarchy. With
-    /// `cut_off`, what is mounted below a bind mount later on does not reach the host.
-    pub fn detached(&self, cgroup: Option<&Path>, cut_off: bool) -> Result<OwnedFd> {
+    /// `cut_off`, what is mounted below a bind mount later on does not reach the host. Ids
+    /// are mapped as in the user namespace `ids`.
+    pub fn detached(
+        &self,
+        cgroup: Option<&Path>,
+        cut_off: bool,
+        ids: Option<&OwnedFd>,
+    ) -> Result<OwnedFd> {
         let mount = match (self.is_bind(), cgroup) {
             (true, _) => self.bound(&self.source),
             (false, Some(cgroup)) if self.typ == "cgroup2" => {
@@ -121,6 +160,10 @@ impl Mount {
         .map_err(|error| error.while_doing(self.sentence()))?;
         if cut_off && self.is_bind() {
             make_slave(&mount).doing(|| self.sentence())?;
+        }
+        if let Some(namespace) = ids {
+            self.map_ids(&mount, namespace)
+                .map_err(|error| error.while_doing(self.sentence()))?;
         }
         self.set_attributes(&mount)
             .map_err(|error| error.while_doing(self.sentence()))?;
@@ -159,6 +202,22 @@ impl Mount {
         rustix::mount::fsconfig_create(&fs).map_err(explained)?;
         let attributes = MountAttrFlags::from_bits_retain(self.options.attr.attr_set as u32);
         rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(explained)
+    }
+
+    fn map_ids(&self, mount: &OwnedFd, namespace: &OwnedFd) -> Result<()> {
+        let attr = MountAttr {
+            attr_set: mount_options::ATTR_IDMAP,
+            userns_fd: namespace.as_raw_fd() as u64,
+            ..MountAttr::default()
+        };
+        mount_setattr(mount.as_fd(), self.options.idmap == Some(true), &attr).map_err(|errno| {
+            let hint = match errno {
+                Errno::INVAL => ": its file system may not support that",
+                Errno::PERM => ": its ids may be mapped already",
+                _ => "",
+            };
+            Error::new(format!("map its ids: {}{hint}", errno.reason()))
+        })
     }
 
     fn set_attributes(&self, mount: &OwnedFd) -> Result<()> {
@@ -300,22 +359,44 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// Takes the sources of all bind mounts, and the root if `with_root`.
-    pub fn from_host(config: &Config, with_root: bool) -> Result<Taken> {
+    /// Takes what the container's first process could not: in another user namespace, it
+    /// could not reach the host's files; and ids are mapped only by who has all rights over
+    /// the file system.
+    pub fn before_birth(config: &Config) -> Result<Taken> {
+        let mut taken = Taken::default();
+        if config.namespaces.own(Type::User) {
+            taken.take(config, Mount::is_bind)?;
+            taken.root = Some(take_root(&config.rootfs)?);
+        } else if config.mounts.iter().any(Mount::is_idmapped) {
+            taken.take(config, Mount::is_idmapped)?;
+        }
+        Ok(taken)
+    }
+
+    /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
+    pub fn take(&mut self, config: &Config, wanted: fn(&Mount) -> bool) -> Result<()> {
         // What the configuration shares with the host stays as it is.
         let cut_off = !config.root_is_shared();
-        let mounts = config
-            .mounts
-            .iter()
-            .map(|mount| {
-                mount
-                    .is_bind()
-                    .then(|| mount.detached(None, cut_off))
-                    .transpose()
-            })
-            .collect::<Result<_>>()?;
-        let root = with_root.then(|| take_root(&config.rootfs)).transpose()?;
-        Ok(Taken { root, mounts })
+        let mut namespaces = idmap::Namespaces::default();
+        self.mounts.resize_with(config.mounts.len(), || None);
+        for (mount, taken) in config.mounts.iter().zip(&mut self.mounts) {
+            if taken.is_some() || !wanted(mount) {
+                continue;
+            }
+            let ids = mount
+                .is_idmapped()
+                .then(|| {
+                    if mount.id_maps.is_empty() {
+                        namespaces.of_container(&config.namespaces, &config.id_maps)
+                    } else {
+                        namespaces.with(&mount.id_maps)
+                    }
+                })
+                .transpose()
+                .map_err(|error| error.while_doing(mount.sentence()))?;
+            *taken = Some(mount.detached(None, cut_off, ids)?);
+        }
+        Ok(())
     }
 }
 

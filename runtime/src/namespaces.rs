@@ -1,7 +1,7 @@
 //! Which namespaces a container gets: new ones, or existing ones by path.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
 use rustix::fs::{Mode, OFlags};
@@ -108,6 +108,14 @@ impl Namespaces {
         self.join
             .iter()
             .fold(self.new, |flags, join| flags | flag(join.typ))
+    }
+
+    /// The file of the one of this type to be entered.
+    pub fn joined_path(&self, typ: Type) -> Option<&Path> {
+        self.join
+            .iter()
+            .find(|join| join.typ == typ)
+            .map(|join| &*join.path)
     }
 
     /// Opens the files of those to be entered, while the host's paths are still valid.

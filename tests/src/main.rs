@@ -23,6 +23,7 @@ mod needs;
 mod node;
 mod rrun_bad_input;
 mod rrun_hooks;
+mod rrun_idmapped_mounts;
 mod rrun_lifecycle;
 mod rrun_limits;
 mod rrun_mounts;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         rrun_lifecycle::TESTS,
         rrun_namespaces::TESTS,
         rrun_mounts::TESTS,
+        rrun_idmapped_mounts::TESTS,
         rrun_process::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,

@@ -37,7 +37,7 @@ fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
             "memoryPolicy": {},
-            "mountExtensions": { "idmap": { "enabled": false } },
+            "mountExtensions": { "idmap": { "enabled": true } },
             "netDevices": { "enabled": false },
         },
         "annotations": {
