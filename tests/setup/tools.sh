@@ -3,6 +3,8 @@
 #
 #   tests/setup/tools.sh [--peek] cri       crictl and critest
 #   tests/setup/tools.sh [--peek] kubelet   the kubelet
+#   tests/setup/tools.sh [--peek] kubelet-old   the kubelet of an older minor that is still supported
+#   tests/setup/tools.sh [--peek] cluster   etcd and the rest of a Kubernetes cluster, kubectl, agnhost
 #   tests/setup/tools.sh [--peek] youki     youki, a peer that only the benchmark needs
 #
 # Prints the directory with the binaries. --peek builds nothing and fails if it is not there.
@@ -11,14 +13,18 @@ set -euo pipefail
 
 CRI_TOOLS=v1.36.0
 KUBERNETES=v1.36.3
+KUBERNETES_OLD=v1.35.4
+ETCD=v3.6.5
 YOUKI=0.7.0
 
+SCRATCHES=()
 export GOFLAGS=-mod=mod CGO_ENABLED=0
 
 # A scratch module: `go install PKG@VERSION` wants a version list, which a minimal proxy lacks.
 scratch_module() {
     SCRATCH=$(mktemp -d)
-    trap 'rm -rf "$SCRATCH"' EXIT
+    SCRATCHES+=("$SCRATCH")
+    trap 'rm -rf "${SCRATCHES[@]}"' EXIT
     cd "$SCRATCH"
     go mod init scratch
 }
@@ -37,21 +43,47 @@ build_cri() {
         sigs.k8s.io/cri-tools/cmd/critest
 }
 
-build_kubelet() {
-    local out=$1 staged
+# kubernetes_module VERSION: a scratch module that can build what is in Kubernetes' own.
+kubernetes_module() {
+    local version=$1 staged
     scratch_module
-    go mod edit -require "k8s.io/kubernetes@$KUBERNETES"
+    go mod edit -require "k8s.io/kubernetes@$version"
     # Inside that module its libraries are directories; outside they are modules of their own,
     # of the same release with the major version 0.
-    staged=$(go mod download -json "k8s.io/kubernetes@$KUBERNETES" | jq -r .GoMod)
+    staged=$(go mod download -json "k8s.io/kubernetes@$version" | jq -r .GoMod)
     sed -nE 's#^\s*(replace )?(k8s\.io/[a-z-]+) => \./staging/.*#\2#p' "$staged" | sort -u |
         while read -r module; do
-            go mod edit -replace "$module=$module@v0.${KUBERNETES#v1.}"
+            go mod edit -replace "$module=$module@v0.${version#v1.}"
         done
-    say "kubelet $KUBERNETES (some minutes)"
-    nice -n 15 go build -trimpath -o "$out/kubelet" \
-        -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$KUBERNETES" \
-        k8s.io/kubernetes/cmd/kubelet
+}
+
+# kubernetes_program OUT VERSION PACKAGE
+kubernetes_program() {
+    say "${3##*/} $2 (some minutes)"
+    nice -n 15 go build -trimpath -o "$1/${3##*/}" \
+        -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$2" "k8s.io/kubernetes/$3"
+}
+
+build_kubelet() {
+    kubernetes_module "$KUBERNETES"
+    kubernetes_program "$1" "$KUBERNETES" cmd/kubelet
+}
+
+build_kubelet-old() {
+    kubernetes_module "$KUBERNETES_OLD"
+    kubernetes_program "$1" "$KUBERNETES_OLD" cmd/kubelet
+}
+
+build_cluster() {
+    local out=$1 program
+    kubernetes_module "$KUBERNETES"
+    for program in cmd/kube-{apiserver,controller-manager,scheduler,proxy} cmd/kubectl test/images/agnhost; do
+        kubernetes_program "$out" "$KUBERNETES" "$program"
+    done
+    scratch_module
+    go mod edit -require "go.etcd.io/etcd/server/v3@$ETCD"
+    say "etcd $ETCD"
+    nice -n 15 go build -trimpath -o "$out/etcd" -ldflags '-s -w' go.etcd.io/etcd/server/v3
 }
 
 build_youki() {
@@ -69,11 +101,13 @@ tool=${1-}
 case $tool in
     cri) version=$CRI_TOOLS ;;
     kubelet) version=$KUBERNETES ;;
+    kubelet-old) version=$KUBERNETES_OLD ;;
+    cluster) version="$KUBERNETES $ETCD" ;;
     youki) version=$YOUKI ;;
-    *) die "usage: ${0##*/} [--peek] cri|kubelet|youki" ;;
+    *) die "usage: ${0##*/} [--peek] cri|kubelet|kubelet-old|cluster|youki" ;;
 esac
 # Keyed by its own recipe and version only: a change to another tool's does not rebuild this one.
-key=$({ declare -f "build_$tool" scratch_module; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
+key=$({ declare -f "build_$tool" scratch_module kubernetes_module kubernetes_program; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
 if [[ -n $peek ]]; then
     cache_peek "tools-$tool" "$key"
 else
