@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test images, made of busybox without any network: a registry's directory with all of them,
+# The test images, made of busybox and, for one application, of Debian's python3-flask: a registry's directory with all of them,
 # and two archives. tests/images/make.sh lists them. Prints the directory; --peek builds nothing
 # and fails if it is not there.
 #
@@ -34,12 +34,13 @@ END
 #include <unistd.h>
 int main(void) { printf("Effective uid: %d\n", (int)geteuid()); return 0; }
 END
+    cp -a "$("$HERE/flask.sh")" "$out/flask"
     say "making and pushing the test images"
     RRUN_MAKING_IMAGES=1 "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh
-    rm -rf "$out/busybox" "$out/nnp" "$out/pause"
+    rm -rf "$out/busybox" "$out/flask" "$out/nnp" "$out/pause"
 }
 
-key=$({ cat "$HERE"/{build,make,oci}.sh "$HERE/../setup/busybox.sh"; uname -m; } | sha256sum | cut -c1-12)
+key=$({ cat "$HERE"/{build,make,oci,flask}.sh "$HERE/app.py" "$HERE/../setup/busybox.sh"; uname -m; } | sha256sum | cut -c1-12)
 if [[ ${1-} == --peek ]]; then
     cache_peek images "$key"
 else

@@ -72,6 +72,17 @@ oci_image demo/web:1 "{$path,\"Cmd\":[\"web\"],\"WorkingDir\":\"/www\",
 oci_image demo/busybox:latest "$busybox" "$base"
 oci_image library/busybox:latest "$busybox" "$base"
 
+# The application that kubelet's tests run, in two versions: a Flask service on port 5000.
+flask_base=$(oci_layer /out/flask/base)
+flask_install=$(oci_layer /out/flask/install)
+flask_app=$(file srv/app.py 644 <"$HERE/app.py")
+for version in 1 2; do
+    oci_image "demo/flask:$version" "{\"Env\":[\"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\",
+        \"APP_VERSION=$version\",\"PYTHONUNBUFFERED=1\"],\"Cmd\":[\"python3\",\"/srv/app.py\"],
+        \"WorkingDir\":\"/srv\",\"User\":\"www-data\",\"ExposedPorts\":{\"5000/tcp\":{}}}" \
+        "$flask_base" "$flask_install" "$flask_app"
+done
+
 # critest's images. Its web server must be found as `nginx` with its pid in a file, have "master
 # process" in its command line, and end when told.
 web_server() {
