@@ -38,6 +38,8 @@ busybox="{$path,\"Cmd\":[\"sh\"]}"
 file() {
     local dir
     dir=$(mktemp -d "$tree/file.XXXX")
+    # The layer's top is the container's root: not only root's.
+    chmod 755 "$dir"
     mkdir -p "$dir/$(dirname "$1")"
     cat >"$dir/$1"
     chmod "$2" "$dir/$1"
