@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use crate::error::kernel;
+use crate::image::{Limits, Pins};
 
 /// Read unless `--config` names another; need not be there.
 pub const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
@@ -53,6 +55,49 @@ pub struct NetworkPart {
     pub range: Option<crate::network::Ipv4Range>,
     pub masquerade: Option<bool>,
     pub mtu: Option<u32>,
+}
+
+/// `[image]`: what may be pulled, and what is kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImagePart {
+    pub parallel_layers: Option<usize>,
+    pub layer_bytes: Option<u64>,
+    pub layer_files: Option<u64>,
+    pub silence_seconds: Option<u64>,
+    pub pinned: Option<Vec<String>>,
+}
+
+impl ImagePart {
+    fn overlaid(self, over: ImagePart) -> ImagePart {
+        ImagePart {
+            parallel_layers: over.parallel_layers.or(self.parallel_layers),
+            layer_bytes: over.layer_bytes.or(self.layer_bytes),
+            layer_files: over.layer_files.or(self.layer_files),
+            silence_seconds: over.silence_seconds.or(self.silence_seconds),
+            pinned: over.pinned.or(self.pinned),
+        }
+    }
+
+    fn limits(&self) -> Result<Limits, ConfigError> {
+        let zeros = [
+            ("image.parallel_layers", self.parallel_layers == Some(0)),
+            ("image.layer_bytes", self.layer_bytes == Some(0)),
+            ("image.layer_files", self.layer_files == Some(0)),
+            ("image.silence_seconds", self.silence_seconds == Some(0)),
+        ];
+        if let Some((key, _)) = zeros.into_iter().find(|(_, zero)| *zero) {
+            let reason = "0 would let nothing be pulled".to_owned();
+            return Err(ConfigError::Value { key, reason });
+        }
+        let default = Limits::default();
+        Ok(Limits {
+            parallel_layers: self.parallel_layers.unwrap_or(default.parallel_layers),
+            layer_bytes: self.layer_bytes.unwrap_or(default.layer_bytes),
+            layer_entries: self.layer_files.unwrap_or(default.layer_entries),
+            silence: self.silence_seconds.map_or(default.silence, Duration::from_secs),
+        })
+    }
 }
 
 /// What one source says; unset keys leave the rest as it is.
@@ -103,6 +148,9 @@ pub struct Partial {
     #[arg(skip)]
     #[serde(default)]
     pub network: NetworkPart,
+    #[arg(skip)]
+    #[serde(default)]
+    pub image: ImagePart,
 }
 
 /// What the server runs with.
@@ -125,6 +173,9 @@ pub struct Config {
     pub default_cgroup_parent: String,
     pub runtimes: BTreeMap<String, RuntimeHandler>,
     pub network: NetworkPart,
+    /// Bounds on pulls.
+    pub images: Limits,
+    pub pins: Pins,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -180,6 +231,7 @@ impl Partial {
             restrict_oom_score_adj: over.restrict_oom_score_adj.or(self.restrict_oom_score_adj),
             default_cgroup_parent: over.default_cgroup_parent.or(self.default_cgroup_parent),
             runtime,
+            image: self.image.overlaid(over.image),
             network: NetworkPart {
                 bridge: over.network.bridge.or(self.network.bridge),
                 range: over.network.range.or(self.network.range),
@@ -266,6 +318,8 @@ impl Partial {
             default_cgroup_parent: default_cgroup_parent.trim_end_matches('/').to_owned(),
             runtimes,
             network: self.network,
+            images: self.image.limits()?,
+            pins: Pins::new(self.image.pinned.as_deref().unwrap_or_default()),
         })
     }
 }

@@ -13,13 +13,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tonic::service::Routes;
 
 use crate::config::Config;
 use crate::error::{During, Error, Result, kernel};
-use crate::image::{Images, Limits, Registries};
+use crate::image::{Images, Registries};
 use crate::network::{Network, NetworkConfig};
 use crate::node::Node;
 use crate::sandbox::files::private_dir;
@@ -66,7 +66,7 @@ async fn serve(config: Config) -> Result<()> {
         &config.root,
         store.clone(),
         Registries::new(&config.registry_config_path),
-        Limits::default(),
+        config.images.clone(),
     )
     .map_err(|error| internal(&error))?;
     let network =
@@ -80,6 +80,7 @@ async fn serve(config: Config) -> Result<()> {
         .prepare();
     let mut terminate = signal(SignalKind::terminate()).during(|| "wait for SIGTERM".to_owned())?;
     let mut interrupt = signal(SignalKind::interrupt()).during(|| "wait for SIGINT".to_owned())?;
+    let hangup = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
     let (end, ending) = watch::channel(false);
     let accepting = tokio::spawn(accept(listener, routes, ending));
     notify("READY=1");
@@ -90,10 +91,12 @@ async fn serve(config: Config) -> Result<()> {
         node.sandboxes().len(),
         node.containers().len()
     );
+    let preload = tokio::spawn(preload(Arc::clone(&node), hangup));
     tokio::select! {
         _ = terminate.recv() => log::info!("SIGTERM: ends, containers live on"),
         _ = interrupt.recv() => log::info!("SIGINT: ends, containers live on"),
     }
+    preload.abort();
     notify("STOPPING=1");
     let _ = std::fs::remove_file(&socket);
     let _ = end.send(true);
@@ -149,6 +152,18 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
 /// Waits until it is true, or nobody is left to make it so.
 async fn turned(ending: &mut watch::Receiver<bool>) {
     let _ = ending.wait_for(|ending| *ending).await;
+}
+
+/// Imports the archives in `ROOT/preload`, now and at each SIGHUP.
+async fn preload(node: Arc<Node>, mut hangup: Signal) {
+    loop {
+        node.images.preload().await;
+        memory::give_back();
+        if hangup.recv().await.is_none() {
+            return;
+        }
+        log::info!("SIGHUP: looks for images to import");
+    }
 }
 
 /// What is configured and not yet looked at must not seem to work.

@@ -22,6 +22,10 @@ impl Table {
     pub const CONTAINERS: Table = Table("containers");
     pub const IMAGES: Table = Table("images");
     pub const LAYERS: Table = Table("layers");
+    /// Images' whole configurations, for those who inspect them.
+    pub const CONFIGURATIONS: Table = Table("configurations");
+    /// Archives that were imported, by their file names.
+    pub const PRELOADS: Table = Table("preloads");
     /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
     pub const LEASES: Table = Table("leases");
     pub const ADDRESSES: Table = Table("addresses");
@@ -155,6 +159,37 @@ impl Store {
             entries.push((key, value));
         }
         Ok(entries)
+    }
+
+    /// One entry of a table, for what is too large to be kept in memory.
+    pub fn get<T: DeserializeOwned>(
+        &self,
+        table: Table,
+        key: &str,
+    ) -> Result<Option<T>, StoreError> {
+        let read = |error: redb::Error| StoreError::Read {
+            table: table.0,
+            source: Box::new(error),
+        };
+        let transaction = self
+            .database
+            .begin_read()
+            .map_err(|error| read(error.into()))?;
+        let opened = match transaction.open_table(table.definition()) {
+            Ok(opened) => opened,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(error) => return Err(read(error.into())),
+        };
+        let Some(value) = opened.get(key).map_err(|error| read(error.into()))? else {
+            return Ok(None);
+        };
+        serde_json::from_slice(value.value())
+            .map(Some)
+            .map_err(|source| StoreError::Value {
+                table: table.0,
+                key: key.to_owned(),
+                source,
+            })
     }
 
     /// Makes all the changes or none; the answer comes when they are on the disk.

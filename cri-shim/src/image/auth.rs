@@ -7,18 +7,35 @@ use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 
 use super::error::{ImageError, Kind};
 
-/// How to prove to a registry who is asking. Never printed.
+/// How to prove to a registry who is asking, and to which. Never printed.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub enum Auth {
+pub struct Auth {
+    pub(super) credential: Credential,
+    /// The one host that may see it; `None`: whoever answers for the registry.
+    server: Option<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) enum Credential {
     Basic {
         username: String,
         password: String,
     },
+    /// An OAuth2 refresh token, for the token server only (`identity_token`).
+    Identity(String),
     /// A bearer token that goes to the registry as it is (`registry_token`).
     Bearer(String),
 }
 
 impl Auth {
+    /// A bearer token that goes to the registry as it is.
+    pub fn bearer(token: &str) -> Self {
+        Auth {
+            credential: Credential::Bearer(token.to_owned()),
+            server: None,
+        }
+    }
+
     /// From the fields of the CRI's `AuthConfig`, in the order in which containerd looks at them;
     /// `None` if all are empty.
     pub fn from_cri(
@@ -27,18 +44,58 @@ impl Auth {
         auth: &str,
         identity_token: &str,
         registry_token: &str,
+        server_address: &str,
     ) -> Result<Option<Self>, ImageError> {
-        if !username.is_empty() {
-            return Ok(Some(Auth::Basic {
+        let credential =
+            Credential::from_cri(username, password, auth, identity_token, registry_token)?;
+        Ok(credential.map(|credential| Auth {
+            credential,
+            server: Some(host_of(server_address)).filter(|host| !host.is_empty()),
+        }))
+    }
+
+    /// Whether an endpoint may see this: it is the server that the credentials are for, or
+    /// answers for the registry that they are for.
+    pub(super) fn is_for(&self, endpoint: &str, registry: &str) -> bool {
+        let Some(server) = &self.server else {
+            return true;
+        };
+        let server = normal(server);
+        server == normal(endpoint) || server == normal(registry)
+    }
+}
+
+/// Docker Hub goes by three names.
+fn normal(host: &str) -> &str {
+    match host {
+        "index.docker.io" | "registry-1.docker.io" => "docker.io",
+        other => other,
+    }
+}
+
+/// `https://index.docker.io/v1/` and `index.docker.io` are the same server.
+fn host_of(address: &str) -> String {
+    let rest = address.split_once("://").map_or(address, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or_default().to_owned()
+}
+
+impl Credential {
+    fn from_cri(
+        username: &str,
+        password: &str,
+        auth: &str,
+        identity_token: &str,
+        registry_token: &str,
+    ) -> Result<Option<Self>, ImageError> {
+        // Some token brokers put a placeholder for the user's name beside an identity token.
+        if !username.is_empty() && (!password.is_empty() || identity_token.is_empty()) {
+            return Ok(Some(Credential::Basic {
                 username: username.to_owned(),
                 password: password.to_owned(),
             }));
         }
         if !identity_token.is_empty() {
-            return Err(ImageError::new(
-                Kind::Unimplemented,
-                "the registry credential is an identity token, which rrun can't use yet: give a user name and password or a registry token",
-            ));
+            return Ok(Some(Credential::Identity(identity_token.to_owned())));
         }
         if !auth.is_empty() {
             let unreadable = || {
@@ -53,14 +110,14 @@ impl Auth {
                 .map_err(|_| unreadable())?;
             let decoded = String::from_utf8(decoded).map_err(|_| unreadable())?;
             let (username, password) = decoded.split_once(':').ok_or_else(unreadable)?;
-            return Ok(Some(Auth::Basic {
+            return Ok(Some(Credential::Basic {
                 username: username.to_owned(),
                 // Docker's own tools pad with NULs.
                 password: password.trim_end_matches('\0').to_owned(),
             }));
         }
         if !registry_token.is_empty() {
-            return Ok(Some(Auth::Bearer(registry_token.to_owned())));
+            return Ok(Some(Credential::Bearer(registry_token.to_owned())));
         }
         Ok(None)
     }
@@ -68,9 +125,16 @@ impl Auth {
 
 impl fmt::Debug for Auth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.credential.fmt(f)
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Auth::Basic { .. } => "Basic(…)",
-            Auth::Bearer(_) => "Bearer(…)",
+            Credential::Basic { .. } => "Basic(…)",
+            Credential::Identity(_) => "Identity(…)",
+            Credential::Bearer(_) => "Bearer(…)",
         })
     }
 }
@@ -79,31 +143,63 @@ impl fmt::Debug for Auth {
 mod tests {
     use super::*;
 
+    fn credential(fields: [&str; 5]) -> Option<Credential> {
+        let [username, password, auth, identity, registry] = fields;
+        Credential::from_cri(username, password, auth, identity, registry)
+            .ok()
+            .flatten()
+    }
+
     #[test]
     fn the_auth_field_is_base64_of_user_and_password() {
-        let auth = Auth::from_cri("", "", "bWU6c2VjOnJldA==", "", "");
         assert_eq!(
-            auth.ok().flatten(),
-            Some(Auth::Basic {
+            credential(["", "", "bWU6c2VjOnJldA==", "", ""]),
+            Some(Credential::Basic {
                 username: "me".into(),
                 password: "sec:ret".into()
             })
         );
-        let refused = Auth::from_cri("", "", "c2VjcmV0", "", "").map_err(|e| e.to_string());
+        let refused = Auth::from_cri("", "", "c2VjcmV0", "", "", "").map_err(|e| e.to_string());
         assert!(refused.is_err_and(|e| !e.contains("secret")));
     }
 
     #[test]
     fn nothing_given_is_anonymous() {
-        assert!(matches!(Auth::from_cri("", "", "", "", ""), Ok(None)));
+        assert!(matches!(Auth::from_cri("", "", "", "", "", ""), Ok(None)));
+        assert!(matches!(
+            Auth::from_cri("", "", "", "", "", "https://r.example"),
+            Ok(None)
+        ));
+    }
+
+    #[test]
+    fn an_identity_token_outweighs_a_name_without_a_password() {
+        let identity = Some(Credential::Identity("t".into()));
+        assert_eq!(credential(["<token>", "", "", "t", ""]), identity);
+        assert_eq!(credential(["", "", "", "t", "r"]), identity);
+    }
+
+    #[test]
+    fn credentials_go_to_the_server_that_they_are_for() -> Result<(), ImageError> {
+        let auth = |server| Auth::from_cri("me", "x", "", "", "", server);
+        let is_for = |server, endpoint: &str, registry: &str| {
+            auth(server).map(|auth| auth.is_some_and(|auth| auth.is_for(endpoint, registry)))
+        };
+        assert!(is_for("", "m.example", "r.example")?);
+        assert!(is_for("https://r.example/v2/", "m.example", "r.example")?);
+        assert!(is_for("m.example:5000", "m.example:5000", "r.example")?);
+        assert!(is_for(
+            "https://index.docker.io/v1/",
+            "registry-1.docker.io",
+            "docker.io"
+        )?);
+        assert!(!is_for("other.example", "m.example", "r.example")?);
+        Ok(())
     }
 
     #[test]
     fn credentials_are_not_printed() {
-        let auth = Auth::Basic {
-            username: "me".into(),
-            password: "secret".into(),
-        };
-        assert_eq!(format!("{auth:?}"), "Basic(…)");
+        let auth = Auth::bearer("secret");
+        assert_eq!(format!("{auth:?}"), "Bearer(…)");
     }
 }

@@ -117,12 +117,13 @@ impl Catalog {
         }
     }
 
-    /// Makes a pulled image known under `name`. A tag that another image had moves to this one.
+    /// Makes an image that has come known under `names`, and by the digest of its manifest. A tag
+    /// that another image had moves to this one.
     pub fn publish(
         &mut self,
         mut image: Image,
-        name: &Name,
-        digest: &str,
+        names: &[Name],
+        digest: Option<&str>,
     ) -> Result<(Arc<Image>, Vec<Change>), ImageError> {
         let mut changes = Vec::new();
         if let Some(known) = self.images.get(&image.id) {
@@ -130,17 +131,21 @@ impl Catalog {
             image.repo_digests.clone_from(&known.repo_digests);
             image.pinned = known.pinned;
         }
-        if let Target::Tag(_) = name.target {
-            let tag = name.canonical();
-            if let Some(other) = self.names.get(&tag).filter(|id| **id != image.id)
-                && let Some(other) = self.images.get_mut(other)
-            {
-                Arc::make_mut(other).repo_tags.retain(|known| *known != tag);
-                changes.push(Change::put(Table::IMAGES, &other.id, other.as_ref())?);
+        for name in names {
+            if let Target::Tag(_) = name.target {
+                let tag = name.canonical();
+                if let Some(other) = self.names.get(&tag).filter(|id| **id != image.id)
+                    && let Some(other) = self.images.get_mut(other)
+                {
+                    Arc::make_mut(other).repo_tags.retain(|known| *known != tag);
+                    changes.push(Change::put(Table::IMAGES, &other.id, other.as_ref())?);
+                }
+                add(&mut image.repo_tags, tag);
             }
-            add(&mut image.repo_tags, tag);
+            if let Some(digest) = digest {
+                add(&mut image.repo_digests, name.with_digest(digest));
+            }
         }
-        add(&mut image.repo_digests, name.with_digest(digest));
         for layer in &image.layers {
             if self.unrecorded.contains(&layer.diff_id)
                 && let Some(record) = self.layers.get(&layer.diff_id)
@@ -163,7 +168,10 @@ impl Catalog {
             return Vec::new();
         }
         self.names.retain(|_, named| named != id);
-        vec![Change::delete(Table::IMAGES, id)]
+        vec![
+            Change::delete(Table::IMAGES, id),
+            Change::delete(Table::CONFIGURATIONS, id),
+        ]
     }
 
     /// Undoes a [`Catalog::publish`] that did not reach the store.
@@ -295,6 +303,18 @@ impl Catalog {
         self.layers.values().map(|layer| layer.number).collect()
     }
 
+    /// What an image takes on the disk, in bytes, layers that it shares with others included.
+    pub fn bytes_of(&self, image: &Image) -> u64 {
+        let mut counted = HashSet::new();
+        image
+            .layers
+            .iter()
+            .filter(|layer| counted.insert(&layer.diff_id))
+            .filter_map(|layer| self.layers.get(&layer.diff_id))
+            .map(|layer| layer.bytes)
+            .sum()
+    }
+
     /// Bytes and inodes of all layers.
     pub fn usage(&self) -> (u64, u64) {
         self.layers.values().fold((0, 0), |(bytes, inodes), layer| {
@@ -358,8 +378,8 @@ mod tests {
     fn a_moved_tag_leaves_the_old_image_its_digest() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2"]);
         let name = Name::parse("r.example/app:1")?;
-        catalog.publish(image("a", &["1"]), &name, &id("e"))?;
-        catalog.publish(image("b", &["2"]), &name, &id("f"))?;
+        catalog.publish(image("a", &["1"]), &[name.clone()], Some(&id("e")))?;
+        catalog.publish(image("b", &["2"]), &[name], Some(&id("f")))?;
         let found = catalog
             .find("r.example/app:1")
             .map(|image| image.id.clone());
@@ -372,10 +392,10 @@ mod tests {
     #[test]
     fn ids_may_be_shortened_as_long_as_they_are_unique() -> Result<(), ImageError> {
         let mut catalog = with_layers(&[]);
-        catalog.publish(image("a", &[]), &Name::parse("x:1")?, &id("e"))?;
+        catalog.publish(image("a", &[]), &[Name::parse("x:1")?], Some(&id("e")))?;
         let mut second = image("b", &[]);
         second.id = format!("sha256:aab{}", "0".repeat(61));
-        catalog.publish(second, &Name::parse("x:2")?, &id("f"))?;
+        catalog.publish(second, &[Name::parse("x:2")?], Some(&id("f")))?;
         assert!(catalog.find("aa").is_none());
         assert!(catalog.find("aaa").is_some());
         assert!(catalog.find("sha256:aab").is_some());
@@ -388,7 +408,7 @@ mod tests {
     #[test]
     fn a_layer_stays_while_an_image_a_lease_or_a_pull_names_it() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2", "3"]);
-        catalog.publish(image("a", &["1", "2"]), &Name::parse("x")?, &id("e"))?;
+        catalog.publish(image("a", &["1", "2"]), &[Name::parse("x")?], Some(&id("e")))?;
         catalog.hold([id("3").as_str()].into_iter());
         assert!(catalog.sweep().0.is_empty());
         catalog.add_lease(

@@ -1,4 +1,4 @@
-//! One layer's way from the registry to its directory.
+//! One layer's way from where it comes from to its directory.
 //!
 //! The network's side is a future; decompression, hashing and unpacking have a thread of their
 //! own, with a short queue between the two, so that a slow disk slows the sender down instead of
@@ -12,13 +12,21 @@ use bytes::{Buf, Bytes};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
+use super::archive::Archive;
 use super::catalog::{Layer, directory};
 use super::error::{ImageError, Kind};
+use super::partial::{self, Partial};
 use super::source::Source;
 use crate::layer::{self, Bounds, LayerError, Promise, Unpacked};
 
 /// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
 const QUEUE: usize = 8;
+
+/// Where an image's layers come from.
+pub enum Origin {
+    Registry(Source),
+    Archive(Archive),
+}
 
 /// A layer that has just been unpacked.
 #[derive(Clone, Debug)]
@@ -27,25 +35,120 @@ pub struct Fetched {
     pub implied: Vec<Vec<u8>>,
 }
 
+/// A layer that is to come, and where it goes.
+#[derive(Clone)]
+pub struct Wanted {
+    pub root: PathBuf,
+    pub number: u64,
+    pub promise: Promise,
+    pub bounds: Bounds,
+}
+
 /// Fetches, verifies and unpacks one layer into `layers/NUMBER`. Dropped before its end, it
-/// leaves nothing; after it the layer is the caller's.
+/// leaves nothing but the beginning of a large blob, for the next try; after it the layer is the
+/// caller's.
 pub async fn fetch(
-    source: Arc<Source>,
-    root: PathBuf,
-    number: u64,
-    promise: Promise,
-    bounds: Bounds,
+    origin: Arc<Origin>,
+    wanted: Wanted,
     progress: impl Fn(u64),
 ) -> Result<Fetched, ImageError> {
+    let digest = wanted.promise.digest.clone();
+    let fetched = match &*origin {
+        Origin::Registry(source) => download(source, &wanted, progress).await,
+        Origin::Archive(archive) => extract(archive, wanted, progress).await,
+    };
+    fetched.map_err(|error| error.context(format_args!("layer {digest}")))
+}
+
+async fn extract(
+    archive: &Archive,
+    wanted: Wanted,
+    progress: impl Fn(u64),
+) -> Result<Fetched, ImageError> {
+    let size = wanted.promise.size;
+    let mut reader = archive.blob(&wanted.promise.digest)?;
+    let unpacked = on_a_thread(wanted.number, move || receive(&mut reader, &wanted))?;
+    let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
+    progress(size);
+    Ok(fetched.keep())
+}
+
+async fn download(
+    source: &Source,
+    wanted: &Wanted,
+    progress: impl Fn(u64),
+) -> Result<Fetched, ImageError> {
+    // What was kept of an earlier try may be what is wrong.
+    let (had, error) = match attempt(source, wanted, &progress).await {
+        Ok(fetched) => return Ok(fetched),
+        Err(failure) => failure,
+    };
+    if had == 0 || error.kind() != Kind::DataLoss {
+        return Err(error);
+    }
+    log::info!("layer {}: {error}; begins anew", wanted.promise.digest);
+    partial::discard(&wanted.root, &wanted.promise.digest);
+    let second = attempt(source, wanted, |_| ()).await;
+    second.map_err(|(_, error)| error)
+}
+
+/// One try; a failure tells as well how many bytes there were from an earlier one.
+async fn attempt(
+    source: &Source,
+    wanted: &Wanted,
+    progress: impl Fn(u64),
+) -> Result<Fetched, (u64, ImageError)> {
     let (to_thread, chunks) = mpsc::channel(QUEUE);
+    let (tell, told) = oneshot::channel();
+    let promise = &wanted.promise;
+    let for_thread = wanted.clone();
+    let unpacked = on_a_thread(wanted.number, move || {
+        let Promise { digest, size, .. } = &for_thread.promise;
+        let mut arriving = Arriving::new(chunks, Partial::open(&for_thread.root, digest, *size));
+        let _ = tell.send(arriving.replay);
+        let result = receive(&mut arriving, &for_thread);
+        arriving.end(result.as_ref().err(), *size);
+        result
+    });
+    let unpacked = unpacked.map_err(|error| (0, error))?;
+    let had = told.await.unwrap_or(0);
+    progress(had);
+    let sent = if had == promise.size {
+        Ok(())
+    } else {
+        source
+            .blob(&promise.digest, promise.size, had, &to_thread, progress)
+            .await
+    };
+    drop(to_thread);
+    let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
+    match (sent, unpacked) {
+        (Ok(()), Ok(placed)) => Ok(placed.keep()),
+        // What broke on this side stopped the sending, not the other way round.
+        (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {
+            Err((had, error.into()))
+        }
+        (Err(error), _) => Err((had, error)),
+        (_, Err(error)) => Err((had, error.into())),
+    }
+}
+
+fn ended_early() -> LayerError {
+    LayerError::Stream(io::Error::other("the thread that unpacked it ended"))
+}
+
+/// Runs what blocks on a thread of its own. If nobody waits any more its answer is dropped, and
+/// the layer removed with it.
+fn on_a_thread(
+    number: u64,
+    work: impl FnOnce() -> Result<Placed, LayerError> + Send + 'static,
+) -> Result<oneshot::Receiver<Result<Placed, LayerError>>, ImageError> {
     let (done, unpacked) = oneshot::channel();
-    let for_thread = promise.clone();
     std::thread::Builder::new()
         .name(format!("layer-{number}"))
         .stack_size(512 << 10)
         .spawn(move || {
-            // If nobody waits any more the answer is dropped, and the layer removed with it.
-            let _ = done.send(receive(chunks, &root, number, &for_thread, &bounds));
+            let _ = done.send(work());
         })
         .map_err(|error| {
             ImageError::new(
@@ -53,64 +156,30 @@ pub async fn fetch(
                 format!("start a thread for a layer: {error}"),
             )
         })?;
-    let sent = source
-        .blob(&promise.digest, promise.size, &to_thread, progress)
-        .await;
-    drop(to_thread);
-    let unpacked = unpacked.await.unwrap_or_else(|_| {
-        Err(LayerError::Stream(io::Error::other(
-            "the thread that unpacked it ended",
-        )))
-    });
-    let named = |error: ImageError| error.context(format_args!("layer {}", promise.digest));
-    match (sent, unpacked) {
-        (Ok(()), Ok(placed)) => {
-            let unpacked = placed.keep();
-            Ok(Fetched {
-                layer: Layer {
-                    number,
-                    bytes: unpacked.bytes,
-                    inodes: unpacked.inodes,
-                    opaque_root: unpacked.opaque_root,
-                },
-                implied: unpacked.implied,
-            })
-        }
-        // What broke on this side stopped the sending, not the other way round.
-        (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {
-            Err(named(error.into()))
-        }
-        (Err(error), _) => Err(named(error)),
-        (_, Err(error)) => Err(named(error.into())),
-    }
+    Ok(unpacked)
 }
 
-fn receive(
-    chunks: mpsc::Receiver<Bytes>,
-    root: &Path,
-    number: u64,
-    promise: &Promise,
-    bounds: &Bounds,
-) -> Result<Placed, LayerError> {
-    let ingest = root.join("ingest").join(number.to_string());
+fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError> {
+    let number = wanted.number;
+    let ingest = wanted.root.join("ingest").join(number.to_string());
     let fail = |what: &str, error: io::Error| LayerError::System {
         what: format!("{what} {}", ingest.display()),
         errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
     };
     std::fs::create_dir(&ingest).map_err(|error| fail("make the directory", error))?;
-    let chunks = Chunks {
-        chunks,
-        current: Bytes::new(),
-    };
-    let result = layer::unpack(chunks, &ingest.join("fs"), promise, bounds).and_then(|unpacked| {
-        let path = directory(root, number);
-        std::fs::rename(&ingest, &path)
-            .map_err(|error| fail("move to its place the layer in", error))?;
-        Ok(Placed {
-            path: Some(path),
-            unpacked,
-        })
-    });
+    let into = ingest.join("fs");
+    let result = layer::unpack(compressed, &into, &wanted.promise, &wanted.bounds).and_then(
+        |unpacked| {
+            let path = directory(&wanted.root, number);
+            std::fs::rename(&ingest, &path)
+                .map_err(|error| fail("move to its place the layer in", error))?;
+            Ok(Placed {
+                path: Some(path),
+                number,
+                unpacked,
+            })
+        },
+    );
     if result.is_err() {
         remove(&ingest);
     }
@@ -120,13 +189,23 @@ fn receive(
 /// A layer in its place that belongs to nobody yet; it goes when it is dropped.
 struct Placed {
     path: Option<PathBuf>,
+    number: u64,
     unpacked: Unpacked,
 }
 
 impl Placed {
-    fn keep(mut self) -> Unpacked {
+    fn keep(mut self) -> Fetched {
         self.path = None;
-        std::mem::take(&mut self.unpacked)
+        let unpacked = std::mem::take(&mut self.unpacked);
+        Fetched {
+            layer: Layer {
+                number: self.number,
+                bytes: unpacked.bytes,
+                inodes: unpacked.inodes,
+                opaque_root: unpacked.opaque_root,
+            },
+            implied: unpacked.implied,
+        }
     }
 }
 
@@ -149,17 +228,78 @@ pub fn remove(path: &Path) {
     }
 }
 
-struct Chunks {
+/// A blob as it comes: first what was kept of it, then what the network brings, kept as well.
+struct Arriving {
     chunks: mpsc::Receiver<Bytes>,
     current: Bytes,
+    partial: Option<Partial>,
+    /// Bytes that an earlier try left.
+    replay: u64,
+    replayed: u64,
+    /// Bytes from the network.
+    came: u64,
+    /// The network has no more.
+    ended: bool,
 }
 
-impl Read for Chunks {
+impl Arriving {
+    fn new(chunks: mpsc::Receiver<Bytes>, partial: Option<Partial>) -> Self {
+        Arriving {
+            chunks,
+            current: Bytes::new(),
+            replay: partial.as_ref().map_or(0, Partial::length),
+            partial,
+            replayed: 0,
+            came: 0,
+            ended: false,
+        }
+    }
+
+    /// Keeps what has come if all that is wrong is that the rest has not.
+    fn end(self, error: Option<&LayerError>, size: u64) {
+        let broke_off = self.ended && self.replay + self.came < size;
+        let ours = matches!(error, Some(LayerError::System { .. } | LayerError::Bound(_)));
+        let keep = error.is_some() && broke_off && !ours;
+        if let Some(partial) = self.partial.filter(|partial| !keep || partial.length() == 0) {
+            partial.remove();
+        }
+    }
+
+    fn keep(&mut self) {
+        self.came += self.current.len() as u64;
+        if let Some(partial) = &mut self.partial
+            && let Err(error) = partial.append(&self.current)
+        {
+            // The layer itself may still find room.
+            log::warn!("keep what has come of a layer: {error}");
+            if let Some(partial) = self.partial.take() {
+                partial.remove();
+            }
+        }
+    }
+}
+
+impl Read for Arriving {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.replayed < self.replay
+            && let Some(partial) = &self.partial
+        {
+            let left = usize::try_from(self.replay - self.replayed).unwrap_or(usize::MAX);
+            let most = left.min(buffer.len());
+            let count = partial.read_at(&mut buffer[..most], self.replayed)?;
+            self.replayed += count as u64;
+            return Ok(count);
+        }
         while self.current.is_empty() {
             match self.chunks.blocking_recv() {
-                Some(chunk) => self.current = chunk,
-                None => return Ok(0),
+                Some(chunk) => {
+                    self.current = chunk;
+                    self.keep();
+                }
+                None => {
+                    self.ended = true;
+                    return Ok(0);
+                }
             }
         }
         let count = buffer.len().min(self.current.len());

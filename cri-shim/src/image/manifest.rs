@@ -26,7 +26,38 @@ const LAYERS: usize = 500;
 pub struct Descriptor {
     pub digest: String,
     pub size: u64,
+    #[serde(default)]
+    media_type: String,
     platform: Option<Platform>,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Descriptor {
+    /// What an image layout calls the image: its full name where containerd or Docker wrote it,
+    /// else what stands where the specification wants it (OCI image-spec, annotations.md).
+    pub fn name(&self) -> Option<&str> {
+        let annotations = self.annotations.as_ref()?;
+        ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
+            .iter()
+            .find_map(|key| annotations.get(*key))
+            .map(String::as_str)
+    }
+
+    /// Nothing says that it is not for this machine.
+    pub fn may_fit(&self) -> bool {
+        let machine = architecture();
+        self.platform.as_ref().is_none_or(|platform| {
+            let (os, architecture) = (platform.os.as_str(), platform.architecture.as_str());
+            matches!(os, "" | "linux") && (architecture.is_empty() || architecture == machine)
+        })
+    }
+
+    /// It is Windows' base layer, which has to be fetched from Microsoft (Docker's schema 2), or
+    /// what OCI made of that.
+    fn is_foreign(&self) -> bool {
+        self.media_type.contains(".foreign.") || self.media_type.contains(".nondistributable.")
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -76,11 +107,26 @@ pub fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
         ));
     }
     match raw {
+        // Who read it as the one would run something else than who read it as the other
+        // (CVE-2021-41190).
+        Raw {
+            manifests: Some(_),
+            layers: Some(_),
+            ..
+        } => Err(broken(
+            "the manifest claims to be both an image and an index of images",
+        )),
         Raw {
             config: Some(config),
             layers: Some(layers),
             ..
         } => {
+            if layers.iter().any(Descriptor::is_foreign) {
+                return Err(ImageError::new(
+                    Kind::Unimplemented,
+                    "the image has a foreign layer, which is not in its registry: such layers are those of Windows, and not for linux",
+                ));
+            }
             if layers.len() > LAYERS {
                 return Err(broken(format!(
                     "the image has {} layers, of which overlayfs takes {LAYERS}",
@@ -95,7 +141,7 @@ pub fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
         Raw {
             manifests: Some(manifests),
             ..
-        } => choose(&manifests, architecture()).map(Document::Index),
+        } => choose(&manifests, &Machine::this()).map(Document::Index),
         _ => Err(broken(
             "the manifest names neither a configuration with layers nor other manifests",
         )),
@@ -121,31 +167,76 @@ pub fn architecture() -> &'static str {
     }
 }
 
+/// What this machine can run.
+struct Machine {
+    architecture: &'static str,
+    /// x86-64's level, `v1` to `v4` (psABI), or ARM's version; the best first.
+    variants: &'static [&'static str],
+    /// The older architecture that it runs as well.
+    compatible: &'static str,
+}
+
+impl Machine {
+    fn this() -> Self {
+        match architecture() {
+            "amd64" => Machine {
+                architecture: "amd64",
+                variants: x86_64_levels(),
+                compatible: "386",
+            },
+            "arm64" => Machine {
+                architecture: "arm64",
+                variants: &["v8"],
+                compatible: "arm",
+            },
+            other => Machine {
+                architecture: other,
+                variants: &[],
+                compatible: "",
+            },
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn x86_64_levels() -> &'static [&'static str] {
+    use std::arch::is_x86_feature_detected as has;
+    let v2 = has!("sse4.2") && has!("ssse3") && has!("popcnt") && has!("cmpxchg16b");
+    let v3 = v2 && has!("avx2") && has!("bmi1") && has!("bmi2") && has!("fma") && has!("movbe");
+    match (v2, v3) {
+        (_, true) => &["v3", "v2", "v1"],
+        (true, false) => &["v2", "v1"],
+        (false, false) => &["v1"],
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn x86_64_levels() -> &'static [&'static str] {
+    &[]
+}
+
 /// The manifest for this machine. Attestations stand in an index as `unknown/unknown` and are
-/// never it; a CPU variant is welcome only if it is the one that all such machines have.
-fn choose(manifests: &[Descriptor], architecture: &str) -> Result<String, ImageError> {
-    let fits = |descriptor: &&Descriptor| {
-        descriptor
-            .platform
-            .as_ref()
-            .is_some_and(|platform| platform.os == "linux" && platform.architecture == architecture)
+/// never it. What all such machines run comes before what only some of them do.
+fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageError> {
+    let of = |architecture: &'static str| {
+        manifests.iter().filter_map(move |descriptor| {
+            let platform = descriptor.platform.as_ref()?;
+            let fits = platform.os == "linux" && platform.architecture == architecture;
+            let variant = platform.variant.as_deref().unwrap_or_default();
+            fits.then_some((descriptor, variant))
+        })
     };
-    let plain = |descriptor: &&Descriptor| {
-        matches!(
-            descriptor
-                .platform
-                .as_ref()
-                .and_then(|platform| platform.variant.as_deref()),
-            None | Some("" | "v8" | "v1")
-        )
+    let plain = |(_, variant): &(&Descriptor, &str)| matches!(*variant, "" | "v8" | "v1");
+    let of_variant = |wanted: &&'static str| {
+        of(machine.architecture).find(|(_, variant)| variant == wanted)
     };
-    let chosen = manifests
-        .iter()
-        .filter(fits)
+    let chosen = of(machine.architecture)
         .find(plain)
-        .or_else(|| manifests.iter().find(fits))
+        .or_else(|| machine.variants.iter().find_map(of_variant))
+        .or_else(|| of(machine.compatible).max_by_key(|(_, variant)| *variant))
+        .map(|(descriptor, _)| descriptor)
         // An index of one image that nobody told the platform of.
-        .or_else(|| match manifests {
+        .or(match manifests {
             [only] if only.platform.is_none() => Some(only),
             _ => None,
         });
@@ -156,9 +247,20 @@ fn choose(manifests: &[Descriptor], architecture: &str) -> Result<String, ImageE
         }
         None => Err(ImageError::new(
             Kind::NotFound,
-            format!("the image is not built for linux/{architecture}"),
+            format!("the image is not built for linux/{}", machine.architecture),
         )),
     }
+}
+
+/// An image layout's index.json: each image, with the name that the layout gives it.
+pub fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
+    let raw: Raw = serde_json::from_slice(bytes)
+        .map_err(|error| broken(format!("its index.json can't be read: {error}")))?;
+    let manifests = raw.manifests.unwrap_or_default();
+    for descriptor in &manifests {
+        check_digest(&descriptor.digest)?;
+    }
+    Ok(manifests)
 }
 
 /// What a configuration says, as far as it matters here.
@@ -192,7 +294,7 @@ struct RawConfig {
     working_dir: Option<String>,
     volumes: Option<BTreeMap<String, serde_json::Value>>,
     stop_signal: Option<String>,
-    labels: Option<BTreeMap<String, String>>,
+    labels: Option<BTreeMap<String, Option<String>>>,
 }
 
 pub fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
@@ -221,7 +323,12 @@ pub fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
             working_dir: config.working_dir.unwrap_or_default(),
             volumes: config.volumes.unwrap_or_default().into_keys().collect(),
             stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
-            labels: config.labels.unwrap_or_default(),
+            labels: config
+                .labels
+                .unwrap_or_default()
+                .into_iter()
+                .map(|(key, value)| (key, value.unwrap_or_default()))
+                .collect(),
         },
         created: raw.created,
         diff_ids,
@@ -265,10 +372,22 @@ mod tests {
         })
     }
 
-    fn chosen(entries: &[serde_json::Value], architecture: &str) -> Option<String> {
+    fn chosen(
+        entries: &[serde_json::Value],
+        architecture: &'static str,
+        variants: &'static [&'static str],
+    ) -> Option<String> {
         let entries: Vec<Descriptor> =
             serde_json::from_value(serde_json::Value::from(entries.to_vec())).ok()?;
-        choose(&entries, architecture).ok()
+        let machine = Machine {
+            architecture,
+            variants,
+            compatible: match architecture {
+                "amd64" => "386",
+                _ => "arm",
+            },
+        };
+        choose(&entries, &machine).ok()
     }
 
     #[test]
@@ -280,9 +399,51 @@ mod tests {
             entry("d", "linux", "amd64", None),
             entry("e", "linux", "arm64", Some("v8")),
         ];
-        assert_eq!(chosen(&index, "amd64"), Some(digest("d")));
-        assert_eq!(chosen(&index, "arm64"), Some(digest("e")));
-        assert_eq!(chosen(&index, "riscv64"), None);
+        let amd64: &[&str] = &["v3", "v2", "v1"];
+        assert_eq!(chosen(&index, "amd64", amd64), Some(digest("d")));
+        assert_eq!(chosen(&index, "arm64", &["v8"]), Some(digest("e")));
+        assert_eq!(chosen(&index, "riscv64", &[]), None);
+    }
+
+    #[test]
+    fn a_variant_is_taken_only_where_it_runs() {
+        let index = [
+            entry("a", "linux", "amd64", Some("v4")),
+            entry("b", "linux", "amd64", Some("v2")),
+            entry("c", "linux", "amd64", Some("v3")),
+            entry("d", "linux", "386", None),
+        ];
+        let levels: &[&str] = &["v3", "v2", "v1"];
+        assert_eq!(chosen(&index, "amd64", levels), Some(digest("c")));
+        assert_eq!(chosen(&index, "amd64", &["v2", "v1"]), Some(digest("b")));
+        assert_eq!(chosen(&index, "amd64", &["v1"]), Some(digest("d")));
+        assert_eq!(chosen(&index[..1], "amd64", levels), None);
+    }
+
+    fn refusal(manifest: &serde_json::Value) -> Option<String> {
+        let parsed = parse(manifest.to_string().as_bytes());
+        parsed.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_image_and_index_at_once_is_refused() {
+        let manifest = serde_json::json!({"schemaVersion": 2, "layers": [], "manifests": [],
+            "config": {"digest": digest("a"), "size": 1}});
+        assert!(refusal(&manifest).is_some_and(|why| why.contains("both")));
+    }
+
+    #[test]
+    fn foreign_layers_are_refused_by_their_name() {
+        for kind in [
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        ] {
+            let manifest = serde_json::json!({"schemaVersion": 2,
+                "config": {"digest": digest("a"), "size": 1},
+                "layers": [{"digest": digest("b"), "size": 1, "mediaType": kind,
+                            "urls": ["https://elsewhere.example/layer"]}]});
+            assert!(refusal(&manifest).is_some_and(|why| why.contains("foreign layer")));
+        }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Images: references, registries, pulls, records.
 //!
 //! `pull` tells a pull's story: `source` asks the `registry` endpoints that `hosts` names for the
-//! `manifest`, `fetch` brings each layer, and the `catalog` holds what is here.
+//! `manifest`, `fetch` brings each layer, and the `catalog` holds what is here. `preload` brings
+//! images from an `archive` instead.
 
+mod archive;
 mod auth;
 mod catalog;
 mod challenge;
@@ -10,6 +12,9 @@ mod error;
 mod fetch;
 mod hosts;
 mod manifest;
+mod partial;
+mod pin;
+mod preload;
 mod pull;
 mod record;
 mod reference;
@@ -19,22 +24,24 @@ mod source;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
 pub use auth::Auth;
 pub use error::{ImageError, Kind};
 pub use hosts::Registries;
+pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
 
-use crate::store::Store;
+use crate::store::{Store, Table};
 use catalog::{Catalog, EMPTY_LAYER, Lease, directory};
 use reference::Name;
 
 /// Bounds on a pull.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Layers downloaded and unpacked at once, over all pulls.
     pub parallel_layers: usize,
@@ -42,6 +49,8 @@ pub struct Limits {
     pub layer_bytes: u64,
     /// The most files that one layer may hold.
     pub layer_entries: u64,
+    /// How long a registry may send nothing in the middle of an answer.
+    pub silence: Duration,
 }
 
 impl Default for Limits {
@@ -50,6 +59,7 @@ impl Default for Limits {
             parallel_layers: 3,
             layer_bytes: 64 << 30,
             layer_entries: 4 << 20,
+            silence: Duration::from_secs(30),
         }
     }
 }
@@ -83,6 +93,10 @@ struct Inner {
     /// One for each layer that may be fetched at once.
     slots: Arc<Semaphore>,
     next_layer: AtomicU64,
+    /// Held while archives are imported.
+    preloading: tokio::sync::Mutex<()>,
+    /// Someone will look for partial blobs that nobody came back for.
+    sweeping_partials: AtomicBool,
 }
 
 /// What is locked here is only read and changed, never waited under; a panic in between can't
@@ -123,6 +137,8 @@ impl Images {
                 pulls: Mutex::default(),
                 fetches: Mutex::default(),
                 next_layer: AtomicU64::new(next),
+                preloading: tokio::sync::Mutex::default(),
+                sweeping_partials: AtomicBool::new(false),
             }),
         })
     }
@@ -146,6 +162,18 @@ impl Images {
     /// Every image, in the order of their ids.
     pub fn list(&self) -> Vec<Arc<Image>> {
         lock(&self.inner.catalog).list()
+    }
+
+    /// What an image takes on the disk, in bytes. Not what its registry says of it, for nothing
+    /// compressed is kept: who removes images to make room counts on these bytes.
+    pub fn bytes_of(&self, image: &Image) -> u64 {
+        lock(&self.inner.catalog).bytes_of(image)
+    }
+
+    /// The whole configuration of an image as its builder wrote it (OCI image-spec, config.md).
+    /// Blocks on the disk.
+    pub fn configuration(&self, id: &str) -> Result<Option<serde_json::Value>, ImageError> {
+        Ok(self.inner.store.get(Table::CONFIGURATIONS, id)?)
     }
 
     /// Removes the image that `name` finds, with all its names; none there is no error. Layers
@@ -243,6 +271,21 @@ impl Images {
 }
 
 impl Inner {
+    /// Removes, once they are old enough, the partial blobs that nobody has come back for.
+    fn sweep_partials_later(&self) {
+        if self.sweeping_partials.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let root = self.root.clone();
+        let _ = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(partial::KEPT).await;
+                let root = root.clone();
+                let _ = tokio::task::spawn_blocking(move || partial::sweep(&root)).await;
+            }
+        });
+    }
+
     /// Removes the layers that nobody needs, first from the store and then from the disk.
     async fn sweep(&self) -> Result<(), ImageError> {
         let (layers, written) = {
@@ -280,7 +323,7 @@ fn make_private(dir: &Path) -> Result<(), ImageError> {
         .map_err(|error| failed("set the mode of", dir, &error))
 }
 
-/// Empties `ingest/`, removes the layers that no record names, and returns the first number that
+/// Empties `ingest/` but for what a pull can go on from, removes the layers that no record names, and returns the first number that
 /// no directory has.
 fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
     let read = |dir: &Path| -> Result<Vec<PathBuf>, ImageError> {
@@ -289,6 +332,9 @@ fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
             .map_err(|error| failed("read", dir, &error))
     };
     for path in read(&root.join("ingest"))? {
+        if partial::is_fresh(&path) {
+            continue;
+        }
         log::info!("remove what a broken-off pull left: {}", path.display());
         fetch::remove(&path);
     }

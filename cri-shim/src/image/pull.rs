@@ -5,22 +5,52 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared, try_join_all};
 
 use super::auth::Auth;
 use super::catalog::directory;
 use super::error::{ImageError, Kind};
-use super::fetch::{self, Fetched};
-use super::manifest::{self, Document};
+use super::fetch::{self, Fetched, Origin, Wanted};
+use super::manifest::{self, Document, Manifest};
 use super::record::{Image, LayerName};
 use super::reference::{Name, Target};
 use super::source::Source;
 use super::{Inner, lock};
 use crate::layer::{self, Bounds, Promise};
+use crate::store::{Change, Table};
 
 /// A wait that is worth a line in the log.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a pull's progress is looked at.
+const GLANCE: Duration = Duration::from_millis(500);
+
+/// When a pull's progress is worth a line in the log: after ten seconds, or a tenth of the bytes.
+struct Milestones {
+    total: u64,
+    told: (u64, Instant),
+}
+
+impl Milestones {
+    fn new(total: u64) -> Self {
+        Milestones {
+            total,
+            told: (0, Instant::now()),
+        }
+    }
+
+    fn passed(&mut self, come: u64, now: Instant) -> bool {
+        let (before, then) = self.told;
+        let tenths = |bytes: u64| bytes.saturating_mul(10) / self.total.max(1);
+        let passed = tenths(come) > tenths(before) || now.duration_since(then) >= PATIENCE;
+        if passed {
+            self.told = (come, now);
+        }
+        passed
+    }
+}
 
 pub type Pulled = Result<Arc<Image>, ImageError>;
 
@@ -78,13 +108,19 @@ async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
 
 async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     let reference = name.canonical();
-    let source = {
+    let origin = {
         let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
-        let opened =
-            tokio::task::spawn_blocking(move || Source::open(&configured, &name, auth.as_ref()));
-        Arc::new(opened.await.map_err(|error| {
+        let silence = inner.limits.silence;
+        let opened = tokio::task::spawn_blocking(move || {
+            Source::open(&configured, &name, auth.as_ref(), silence)
+        });
+        let source = opened.await.map_err(|error| {
             ImageError::new(Kind::Internal, format!("read the configuration: {error}"))
-        })??)
+        })??;
+        Arc::new(Origin::Registry(source))
+    };
+    let Origin::Registry(source) = &*origin else {
+        return Err(ImageError::new(Kind::Internal, "a pull is from a registry"));
     };
     let (top, digest) =
         patiently(&reference, "its manifest", source.manifest(&name.target)).await?;
@@ -110,33 +146,87 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     };
     let descriptor = &document.config;
     let bytes = source.document(&descriptor.digest, descriptor.size);
-    let bytes = patiently(&reference, "its configuration", bytes).await?;
-    let configuration = manifest::parse_configuration(&bytes)?;
-    let promises = manifest::promises(&document, &configuration.diff_ids)?;
-    let image = Image {
-        id: descriptor.digest.clone(),
-        repo_tags: Vec::new(),
-        repo_digests: Vec::new(),
-        size: promises
-            .iter()
-            .map(|layer| layer.size)
-            .fold(manifest_size as u64 + descriptor.size, u64::saturating_add),
-        config: configuration.config,
-        layers: promises
-            .iter()
-            .map(|promise| LayerName {
-                diff_id: promise.diff_id.clone(),
-                digest: promise.digest.clone(),
-                size: promise.size,
-            })
-            .collect(),
-        created: configuration.created,
-        pinned: false,
-    };
+    let configuration = patiently(&reference, "its configuration", bytes).await?;
+    let found = Found::of_manifest(&document, manifest_size as u64, configuration)?;
+    let names = std::slice::from_ref(name);
+    bring(inner, &origin, found, names, Some(&digest), &reference).await
+}
+
+/// An image of which all is known but its layers are yet to come.
+pub struct Found {
+    image: Image,
+    promises: Vec<Promise>,
+    configuration: Bytes,
+}
+
+impl Found {
+    /// `manifest_size` bytes of manifest count for the image's size.
+    pub fn of_manifest(
+        document: &Manifest,
+        manifest_size: u64,
+        configuration: Bytes,
+    ) -> Result<Self, ImageError> {
+        let diff_ids = manifest::parse_configuration(&configuration)?.diff_ids;
+        let promises = manifest::promises(document, &diff_ids)?;
+        let id = document.config.digest.clone();
+        Found::new(id, promises, manifest_size, configuration)
+    }
+
+    /// `id` is the digest of `configuration`.
+    pub fn new(
+        id: String,
+        promises: Vec<Promise>,
+        manifest_size: u64,
+        configuration: Bytes,
+    ) -> Result<Self, ImageError> {
+        let parsed = manifest::parse_configuration(&configuration)?;
+        let image = Image {
+            id,
+            repo_tags: Vec::new(),
+            repo_digests: Vec::new(),
+            size: promises.iter().map(|layer| layer.size).fold(
+                manifest_size.saturating_add(configuration.len() as u64),
+                u64::saturating_add,
+            ),
+            config: parsed.config,
+            layers: promises
+                .iter()
+                .map(|promise| LayerName {
+                    diff_id: promise.diff_id.clone(),
+                    digest: promise.digest.clone(),
+                    size: promise.size,
+                })
+                .collect(),
+            created: parsed.created,
+            pinned: false,
+        };
+        Ok(Found {
+            image,
+            promises,
+            configuration,
+        })
+    }
+}
+
+/// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
+/// the digest of its manifest. `told` is what the log calls it.
+pub async fn bring(
+    inner: &Arc<Inner>,
+    origin: &Arc<Origin>,
+    found: Found,
+    names: &[Name],
+    digest: Option<&str>,
+    told: &str,
+) -> Pulled {
+    let Found {
+        image,
+        promises,
+        configuration,
+    } = found;
     let diff_ids: Vec<&str> = promises.iter().map(|p| p.diff_id.as_str()).collect();
     lock(&inner.catalog).hold(diff_ids.iter().copied());
-    let published = match bring_layers(inner, &source, &promises, &reference).await {
-        Ok(()) => publish(inner, image, name, &digest).await,
+    let published = match bring_layers(inner, origin, &promises, told).await {
+        Ok(()) => publish(inner, image, names, digest, &configuration).await,
         Err(error) => Err(error),
     };
     lock(&inner.catalog).let_go(diff_ids.iter().copied());
@@ -144,6 +234,7 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
         // Fetches that nobody wants any more have ended; so do the layers that came.
         lock(&inner.fetches).retain(|_, fetching| fetching.upgrade().is_some());
         inner.sweep().await?;
+        inner.sweep_partials_later();
     }
     published
 }
@@ -151,9 +242,9 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
 /// Has every layer unpacked and on the disk.
 async fn bring_layers(
     inner: &Arc<Inner>,
-    source: &Arc<Source>,
+    origin: &Arc<Origin>,
     promises: &[Promise],
-    reference: &str,
+    told: &str,
 ) -> Result<(), ImageError> {
     let total = promises
         .iter()
@@ -162,17 +253,22 @@ async fn bring_layers(
     let all = try_join_all(
         promises
             .iter()
-            .map(|promise| bring_layer(inner, source, promise, &progress)),
+            .map(|promise| bring_layer(inner, origin, promise, &progress)),
     );
     let mut all = std::pin::pin!(all);
+    let mut milestones = Milestones::new(total);
     let fetched = loop {
         tokio::select! {
             fetched = &mut all => break fetched?,
-            () = tokio::time::sleep(PATIENCE) => log::info!(
-                "pull {reference}: {} layers, {} of at most {total} bytes have come",
-                promises.len(),
-                progress.load(Ordering::Relaxed),
-            ),
+            () = tokio::time::sleep(GLANCE) => {
+                let come = progress.load(Ordering::Relaxed);
+                if milestones.passed(come, Instant::now()) {
+                    log::info!(
+                        "pull {told}: {} layers, {come} of at most {total} bytes have come",
+                        promises.len(),
+                    );
+                }
+            }
         }
     };
     let numbers: Option<Vec<u64>> = {
@@ -198,7 +294,7 @@ async fn bring_layers(
 /// One layer: it is here, or someone is fetching it, or we do. `None` if it was here.
 async fn bring_layer(
     inner: &Arc<Inner>,
-    source: &Arc<Source>,
+    origin: &Arc<Origin>,
     promise: &Promise,
     progress: &Arc<AtomicU64>,
 ) -> Result<Option<Arc<Fetched>>, ImageError> {
@@ -214,7 +310,7 @@ async fn bring_layer(
             match fetches.get(&promise.diff_id).and_then(WeakShared::upgrade) {
                 Some(fetching) => (fetching, false),
                 None => {
-                    let fetching = begin(inner, source, promise, progress);
+                    let fetching = begin(inner, origin, promise, progress);
                     if let Some(weak) = fetching.downgrade() {
                         fetches.insert(promise.diff_id.clone(), weak);
                     }
@@ -232,32 +328,30 @@ async fn bring_layer(
 
 fn begin(
     inner: &Arc<Inner>,
-    source: &Arc<Source>,
+    origin: &Arc<Origin>,
     promise: &Promise,
     progress: &Arc<AtomicU64>,
 ) -> Shared<BoxFuture<'static, Result<Arc<Fetched>, ImageError>>> {
-    let (source, promise) = (Arc::clone(source), promise.clone());
+    let origin = Arc::clone(origin);
     let progress = Arc::clone(progress);
-    let bounds = Bounds {
-        bytes: inner.limits.layer_bytes,
-        entries: inner.limits.layer_entries,
+    let wanted = Wanted {
+        root: inner.root.clone(),
+        number: inner.next_layer.fetch_add(1, Ordering::Relaxed),
+        promise: promise.clone(),
+        bounds: Bounds {
+            bytes: inner.limits.layer_bytes,
+            entries: inner.limits.layer_entries,
+        },
     };
-    let number = inner.next_layer.fetch_add(1, Ordering::Relaxed);
-    let (root, slots) = (inner.root.clone(), Arc::clone(&inner.slots));
+    let slots = Arc::clone(&inner.slots);
     let inner: Weak<Inner> = Arc::downgrade(inner);
     async move {
         let slot = slots.acquire_owned().await;
-        let diff_id = promise.diff_id.clone();
-        let result = fetch::fetch(
-            source,
-            root.clone(),
-            number,
-            promise,
-            bounds,
-            move |bytes| {
-                progress.fetch_add(bytes, Ordering::Relaxed);
-            },
-        )
+        let diff_id = wanted.promise.diff_id.clone();
+        let placed = directory(&wanted.root, wanted.number);
+        let result = fetch::fetch(origin, wanted, move |bytes| {
+            progress.fetch_add(bytes, Ordering::Relaxed);
+        })
         .await;
         drop(slot);
         match (inner.upgrade(), &result) {
@@ -268,7 +362,7 @@ fn begin(
             (Some(inner), Err(_)) => {
                 lock(&inner.fetches).remove(&diff_id);
             }
-            (None, _) => fetch::remove(&directory(&root, number)),
+            (None, _) => fetch::remove(&placed),
         }
         result.map(Arc::new)
     }
@@ -301,11 +395,21 @@ fn settle(
     Ok(())
 }
 
-async fn publish(inner: &Arc<Inner>, image: Image, name: &Name, digest: &str) -> Pulled {
+async fn publish(
+    inner: &Arc<Inner>,
+    image: Image,
+    names: &[Name],
+    digest: Option<&str>,
+    configuration: &[u8],
+) -> Pulled {
+    // Whole, for people who inspect it; nothing here works from it.
+    let whole: serde_json::Value = serde_json::from_slice(configuration).unwrap_or_default();
+    let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;
     let (image, before, written) = {
         let mut catalog = lock(&inner.catalog);
         let before = catalog.image(&image.id).cloned();
-        let (image, changes) = catalog.publish(image, name, digest)?;
+        let (image, mut changes) = catalog.publish(image, names, digest)?;
+        changes.push(whole);
         // Queued under the lock, awaited without it.
         (image, before, inner.store.commit(changes))
     };
@@ -325,5 +429,24 @@ async fn patiently<T>(reference: &str, what: &str, work: impl Future<Output = T>
             done = &mut work => return done,
             () = tokio::time::sleep(PATIENCE) => log::info!("pull {reference}: still waiting for {what}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_told_by_tenths_and_every_ten_seconds() {
+        let mut milestones = Milestones::new(1000);
+        let begin = Instant::now();
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        assert!(!milestones.passed(99, after(1)));
+        assert!(milestones.passed(150, after(2)));
+        assert!(!milestones.passed(199, after(3)));
+        assert!(milestones.passed(500, after(4)));
+        assert!(!milestones.passed(500, after(13)));
+        assert!(milestones.passed(500, after(14)));
+        assert!(!Milestones::new(0).passed(0, begin));
     }
 }

@@ -9,24 +9,28 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 
-use super::auth::Auth;
+use super::auth::Credential;
 use super::challenge::{self, Challenge};
 use super::error::{ImageError, Kind};
 use super::hosts::Endpoint;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a connection may be silent in the middle of an answer.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Redirections that are followed for one answer.
+const REDIRECTIONS: usize = 10;
 
 /// The most bytes of a token server's answer, and of a failure's explanation.
 const TOKEN_BYTES: u64 = 1 << 20;
 const EXPLANATION_BYTES: u64 = 16 << 10;
+
+/// How long an explanation may take to arrive.
+const EXPLANATION_TIME: Duration = Duration::from_secs(5);
 
 /// The longest that a registry may ask us to wait.
 const RETRY_AFTER_MOST: Duration = Duration::from_secs(10);
@@ -53,12 +57,16 @@ impl From<ImageError> for Failure {
 /// One repository at one endpoint, for the time of one pull.
 pub struct Registry {
     client: Client,
+    /// For other servers that the registry sends us to: without the certificate that says who we
+    /// are.
+    elsewhere: Client,
+    silence: Duration,
     endpoint: Endpoint,
     repository: String,
     /// The registry that a mirror is to answer for.
     namespace: Option<String>,
     headers: HeaderMap,
-    auth: Option<Auth>,
+    credential: Option<Credential>,
     /// What was last accepted; found out at the first challenge.
     authorization: std::sync::Mutex<Option<HeaderValue>>,
 }
@@ -69,12 +77,18 @@ impl Registry {
         endpoint: Endpoint,
         registry: &str,
         repository: &str,
-        auth: Option<Auth>,
+        credential: Option<Credential>,
+        silence: Duration,
     ) -> Result<Self, ImageError> {
         // Who installed one before us chose the same or knew better.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let refuse = |what: String| ImageError::new(Kind::InvalidArgument, what);
-        let client = build_client(&endpoint)?;
+        let client = build_client(&endpoint, silence, true)?;
+        let elsewhere = if endpoint.client.is_empty() {
+            client.clone()
+        } else {
+            build_client(&endpoint, silence, false)?
+        };
         let mut headers = HeaderMap::new();
         for (name, value) in &endpoint.headers {
             let (Ok(key), Ok(mut value)) = (
@@ -89,8 +103,8 @@ impl Registry {
             value.set_sensitive(true);
             headers.append(key, value);
         }
-        let authorization = match &auth {
-            Some(Auth::Bearer(token)) => {
+        let authorization = match &credential {
+            Some(Credential::Bearer(token)) => {
                 Some(secret(&format!("Bearer {token}")).ok_or_else(|| {
                     refuse("the registry token holds characters that can't be sent".into())
                 })?)
@@ -99,11 +113,13 @@ impl Registry {
         };
         Ok(Registry {
             client,
+            elsewhere,
+            silence,
             namespace: endpoint.mirror.then(|| registry.to_owned()),
             endpoint,
             repository: repository.to_owned(),
             headers,
-            auth,
+            credential,
             authorization: std::sync::Mutex::new(authorization),
         })
     }
@@ -116,7 +132,7 @@ impl Registry {
     pub async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
         let url = self.url("manifests", target)?;
         let response = self.get(url, Some(super::manifest::ACCEPT), 0).await?;
-        bounded(response, most, "the manifest")
+        bounded(response, most, "the manifest", self.silence)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -132,6 +148,7 @@ impl Registry {
         Ok(Blob {
             response,
             begins,
+            silence: self.silence,
             host: self.endpoint.host.clone(),
         })
     }
@@ -139,7 +156,7 @@ impl Registry {
     /// A small blob as a whole.
     pub async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
         let blob = self.blob(digest, 0).await?;
-        bounded(blob.response, most, "the image's configuration")
+        bounded(blob.response, most, "the image's configuration", self.silence)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -183,23 +200,23 @@ impl Registry {
         accept: Option<&'static str>,
         offset: u64,
     ) -> Result<Response, Failure> {
-        let request = || -> RequestBuilder {
-            let mut request = self.client.get(url.clone()).headers(self.headers.clone());
-            if let Some(accept) = accept {
-                request = request.header(ACCEPT, accept);
-            }
-            if offset > 0 {
-                request = request.header(RANGE, format!("bytes={offset}-"));
-            }
-            request
-        };
-        let known = self.authorization.lock().ok().and_then(|auth| auth.clone());
-        let mut first = request();
-        if let Some(known) = known {
-            first = first.header(AUTHORIZATION, known);
+        let mut public = HeaderMap::new();
+        if let Some(accept) = accept {
+            public.insert(ACCEPT, HeaderValue::from_static(accept));
         }
-        let response = first.send().await.map_err(transport)?;
-        if response.status() != StatusCode::UNAUTHORIZED {
+        if offset > 0
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={offset}-"))
+        {
+            public.insert(RANGE, range);
+        }
+        let mut private = self.headers.clone();
+        let known = self.authorization.lock().ok().and_then(|auth| auth.clone());
+        if let Some(known) = known {
+            private.insert(AUTHORIZATION, known);
+        }
+        let (response, at_home) = self.follow(&url, &public, &private).await?;
+        // Whoever we were sent to has no claim to our credentials.
+        if response.status() != StatusCode::UNAUTHORIZED || !at_home {
             return accepted(response).await;
         }
         let asked = challenge::choose(
@@ -215,23 +232,65 @@ impl Registry {
         if let Ok(mut known) = self.authorization.lock() {
             *known = Some(authorization.clone());
         }
-        let second = request().header(AUTHORIZATION, authorization);
-        accepted(second.send().await.map_err(transport)?).await
+        private.insert(AUTHORIZATION, authorization);
+        accepted(self.follow(&url, &public, &private).await?.0).await
+    }
+
+    /// Asks, and goes where the registry sends us. `private` headers, which may prove who we are,
+    /// go to this endpoint alone; once elsewhere there is no way back to them. Tells besides
+    /// whether it was this endpoint that answered.
+    async fn follow(
+        &self,
+        url: &Url,
+        public: &HeaderMap,
+        private: &HeaderMap,
+    ) -> Result<(Response, bool), Failure> {
+        let mut at = url.clone();
+        let mut at_home = true;
+        for _ in 0..=REDIRECTIONS {
+            let request = if at_home {
+                self.client.get(at.clone()).headers(private.clone())
+            } else {
+                self.elsewhere.get(at.clone())
+            };
+            let response = request
+                .headers(public.clone())
+                .send()
+                .await
+                .map_err(|error| transport(error, self.silence))?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok((response, at_home));
+            }
+            let next = response
+                .headers()
+                .get(LOCATION)
+                .and_then(|location| location.to_str().ok())
+                .and_then(|location| at.join(location).ok())
+                .filter(|next| matches!(next.scheme(), "http" | "https"))
+                .ok_or_else(|| astray("it sends us to an address that can't be read"))?;
+            if at.scheme() == "https" && next.scheme() == "http" {
+                return Err(astray("it sends us from https to plain http"));
+            }
+            at_home &= next.origin() == url.origin();
+            at = next;
+        }
+        Err(astray("it sends us from one address to the next"))
     }
 
     /// What to send to a registry that asks `challenge`; `None` if we have nothing for it.
     async fn meet(&self, challenge: Option<Challenge>) -> Result<Option<HeaderValue>, Failure> {
-        match (challenge, &self.auth) {
-            (Some(Challenge::Basic), Some(Auth::Basic { username, password })) => {
+        match (challenge, &self.credential) {
+            (Some(Challenge::Basic), Some(Credential::Basic { username, password })) => {
                 Ok(Some(basic(username, password)))
             }
+            (Some(Challenge::Bearer { .. }), Some(Credential::Bearer(_))) => Ok(None),
             (
                 Some(Challenge::Bearer {
                     realm,
                     service,
                     scope,
                 }),
-                None | Some(Auth::Basic { .. }),
+                _,
             ) => self.token(&realm, service, scope).await.map(Some),
             _ => Ok(None),
         }
@@ -254,21 +313,41 @@ impl Registry {
             return Err(broken("is reached neither by http nor https"));
         }
         let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
-        {
-            let mut query = url.query_pairs_mut();
-            if let Some(service) = &service {
-                query.append_pair("service", service);
-            }
-            query.append_pair("scope", &scope);
+        // Over TLS we were given the credentials, over TLS they go on.
+        let exposed = url.scheme() == "http" && self.endpoint.base.starts_with("https:");
+        if exposed && self.credential.is_some() {
+            return Err(broken("is reached without TLS and would see the password"));
         }
-        let mut request = self.client.get(url.clone());
-        if let Some(Auth::Basic { username, password }) = &self.auth {
-            // Over TLS we were given the credentials, over TLS they go on.
-            if url.scheme() == "http" && self.endpoint.base.starts_with("https:") {
-                return Err(broken("is reached without TLS and would see the password"));
-            }
-            request = request.header(AUTHORIZATION, basic(username, password));
+        let at_home = Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin());
+        let client = if at_home { &self.client } else { &self.elsewhere };
+        let mut fields = vec![("scope", scope.as_str())];
+        if let Some(service) = &service {
+            fields.push(("service", service));
         }
+        let request = match &self.credential {
+            // RFC 6749, section 6; the distribution project's OAuth2 token specification.
+            Some(Credential::Identity(token)) => {
+                fields.extend([
+                    ("grant_type", "refresh_token"),
+                    ("client_id", "rrun"),
+                    ("refresh_token", token),
+                ]);
+                let body = form(&fields).ok_or_else(|| broken("can't be asked"))?;
+                client
+                    .post(url.clone())
+                    .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                    .body(body)
+            }
+            other => {
+                url.query_pairs_mut().extend_pairs(&fields);
+                match other {
+                    Some(Credential::Basic { username, password }) => client
+                        .get(url.clone())
+                        .header(AUTHORIZATION, basic(username, password)),
+                    _ => client.get(url.clone()),
+                }
+            }
+        };
         let named = |failure: Failure| Failure {
             error: failure.error.context(format_args!(
                 "its token server {}",
@@ -276,9 +355,12 @@ impl Registry {
             )),
             ..failure
         };
-        let response = request.send().await.map_err(transport).map_err(named)?;
+        let response = request
+            .send()
+            .await
+            .map_err(|error| named(transport(error, self.silence)))?;
         let response = accepted(response).await.map_err(named)?;
-        let body = bounded(response, TOKEN_BYTES, "the token")
+        let body = bounded(response, TOKEN_BYTES, "the token", self.silence)
             .await
             .map_err(named)?;
         #[derive(Deserialize)]
@@ -302,6 +384,7 @@ pub struct Blob {
     response: Response,
     /// The offset of the first byte that comes.
     pub begins: u64,
+    silence: Duration,
     host: String,
 }
 
@@ -309,7 +392,7 @@ impl Blob {
     /// The next bytes, `None` at the end.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
         self.response.chunk().await.map_err(|error| {
-            let failure = transport(error);
+            let failure = transport(error, self.silence);
             Failure {
                 error: failure
                     .error
@@ -320,7 +403,13 @@ impl Blob {
     }
 }
 
-fn build_client(endpoint: &Endpoint) -> Result<Client, ImageError> {
+/// A client that follows no redirection by itself: the library would strip the headers that it
+/// knows to be secret from a request to another host, and send those of hosts.toml along.
+fn build_client(
+    endpoint: &Endpoint,
+    silence: Duration,
+    with_identity: bool,
+) -> Result<Client, ImageError> {
     let read = |path: &std::path::Path| {
         std::fs::read(path).map_err(|error| {
             ImageError::new(
@@ -341,7 +430,8 @@ fn build_client(endpoint: &Endpoint) -> Result<Client, ImageError> {
     };
     let mut builder = Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(SILENCE_TIMEOUT)
+        .read_timeout(silence)
+        .redirect(reqwest::redirect::Policy::none())
         .user_agent(concat!("rrun/", env!("CARGO_PKG_VERSION")));
     let mut authorities = Vec::new();
     for path in &endpoint.ca {
@@ -358,7 +448,7 @@ fn build_client(endpoint: &Endpoint) -> Result<Client, ImageError> {
     if endpoint.skip_verify {
         builder = builder.tls_danger_accept_invalid_certs(true);
     }
-    if let Some((certificate, key)) = endpoint.client.first() {
+    if let Some((certificate, key)) = endpoint.client.first().filter(|_| with_identity) {
         let mut pem = read(certificate)?;
         if let Some(key) = key {
             pem.push(b'\n');
@@ -389,6 +479,17 @@ fn basic(username: &str, password: &str) -> HeaderValue {
     secret(&format!("Basic {encoded}")).unwrap_or_else(|| HeaderValue::from_static("Basic"))
 }
 
+/// The fields as a form's body.
+fn form(fields: &[(&str, &str)]) -> Option<String> {
+    let mut url = Url::parse("http://form/").ok()?;
+    url.query_pairs_mut().extend_pairs(fields);
+    url.query().map(str::to_owned)
+}
+
+fn astray(why: &str) -> Failure {
+    ImageError::new(Kind::Unavailable, why).into()
+}
+
 /// Passes a success on and makes a sentence of everything else.
 async fn accepted(response: Response) -> Result<Response, Failure> {
     let status = response.status();
@@ -400,6 +501,7 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
         403 => Kind::PermissionDenied,
         404 => Kind::NotFound,
         408 | 429 | 500.. => Kind::Unavailable,
+        416 => Kind::DataLoss,
         _ => Kind::Internal,
     };
     let wait = response
@@ -407,7 +509,15 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
         .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok()?.trim().parse().ok())
         .map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MOST));
-    let body = bounded(response, EXPLANATION_BYTES, "an explanation").await;
+    let body = bounded(
+        response,
+        EXPLANATION_BYTES,
+        "an explanation",
+        EXPLANATION_TIME,
+    );
+    // The status is what counts: a stalled explanation is done without.
+    let body = tokio::time::timeout(EXPLANATION_TIME, body).await;
+    let body = body.unwrap_or_else(|_| Ok(Bytes::new()));
     let said = body.map(|body| explanation(&body)).unwrap_or_default();
     let reason = status.canonical_reason().unwrap_or("no known status");
     let colon = if said.is_empty() { "" } else { ": " };
@@ -453,9 +563,18 @@ fn clean(text: &str) -> String {
 }
 
 /// Reads a body that may have `most` bytes.
-async fn bounded(mut response: Response, most: u64, what: &str) -> Result<Bytes, Failure> {
+async fn bounded(
+    mut response: Response,
+    most: u64,
+    what: &str,
+    silence: Duration,
+) -> Result<Bytes, Failure> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(transport)? {
+    loop {
+        let chunk = response.chunk().await;
+        let Some(chunk) = chunk.map_err(|error| transport(error, silence))? else {
+            break;
+        };
         if body.len() as u64 + chunk.len() as u64 > most {
             return Err(ImageError::new(
                 Kind::DataLoss,
@@ -469,7 +588,7 @@ async fn bounded(mut response: Response, most: u64, what: &str) -> Result<Bytes,
 }
 
 /// A failure below HTTP. The address is left out: behind a redirection it can hold a signature.
-fn transport(error: reqwest::Error) -> Failure {
+fn transport(error: reqwest::Error, silence: Duration) -> Failure {
     let what = if error.is_connect() {
         "connect"
     } else if error.is_body() || error.is_decode() {
@@ -480,7 +599,7 @@ fn transport(error: reqwest::Error) -> Failure {
     let why = if error.is_timeout() && error.is_connect() {
         format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())
     } else if error.is_timeout() {
-        format!("nothing came for {} s", SILENCE_TIMEOUT.as_secs())
+        format!("nothing came for {} s", silence.as_secs())
     } else {
         cause(&error)
     };

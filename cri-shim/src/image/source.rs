@@ -32,20 +32,29 @@ pub struct Source {
 }
 
 impl Source {
-    /// Credentials are shown to every endpoint that asks for them, as containerd does it: a mirror
-    /// is where the operator says the registry is. Blocks on the disk: configuration and
-    /// certificates.
+    /// Credentials that name no server are shown to every endpoint that asks for them, as
+    /// containerd does it: a mirror is where the operator says the registry is. A connection may
+    /// be silent for `silence`. Blocks on the disk: configuration and certificates.
     pub fn open(
         configured: &Registries,
         name: &Name,
         auth: Option<&Auth>,
+        silence: Duration,
     ) -> Result<Self, ImageError> {
         let registries = configured
             .endpoints(&name.registry)?
             .into_iter()
             .map(|endpoint| {
-                Registry::new(endpoint, &name.registry, &name.repository, auth.cloned())
-                    .map(Arc::new)
+                let auth = auth.filter(|auth| auth.is_for(&endpoint.host, &name.registry));
+                let credential = auth.map(|auth| auth.credential.clone());
+                Registry::new(
+                    endpoint,
+                    &name.registry,
+                    &name.repository,
+                    credential,
+                    silence,
+                )
+                .map(Arc::new)
             })
             .collect::<Result<_, _>>()?;
         Ok(Source { registries })
@@ -102,16 +111,16 @@ impl Source {
         .await
     }
 
-    /// Sends a blob's bytes to `to`, each once and in order, from wherever they can be had; goes
-    /// on where a connection broke off. `progress` is told how many bytes came.
+    /// Sends a blob's bytes from `offset` on to `to`, each once and in order, from wherever they
+    /// can be had; goes on where a connection broke off. `progress` is told how many bytes came.
     pub async fn blob(
         &self,
         digest: &str,
         size: u64,
+        mut offset: u64,
         to: &mpsc::Sender<Bytes>,
         progress: impl Fn(u64),
     ) -> Result<(), ImageError> {
-        let mut offset = 0;
         for broken in 0.. {
             let begun = offset;
             let rest = self.blob_from(digest, size, offset, to, &progress).await;

@@ -92,6 +92,12 @@ impl<R: Read> Archive<R> {
         }
     }
 
+    /// The stream that the archive is read from; right after [`Archive::next_entry`] it stands
+    /// where the entry's content begins.
+    pub fn reader(&self) -> &R {
+        &self.reader
+    }
+
     /// The stream that the archive is read from.
     pub fn into_inner(self) -> R {
         self.reader
@@ -425,6 +431,11 @@ impl Content {
             length: 0,
             pieces: Vec::new(),
         }
+    }
+
+    /// Whether the archive holds less than the whole file, or a map of it before its content.
+    pub fn is_sparse(&self) -> bool {
+        self.length > 0 && self.pieces != [(0, self.length)]
     }
 
     /// The pieces must follow one another inside the file and be just what is stored.

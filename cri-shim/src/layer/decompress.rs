@@ -23,16 +23,36 @@ pub fn decoder<'a>(compressed: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>>
     }
     let magic = first[..filled].to_vec();
     let whole = BufReader::with_capacity(BUFFER, io::Cursor::new(magic.clone()).chain(compressed));
-    Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
-        // A frame, or a skippable frame before the first.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
-            Box::new(zstd(whole)?)
-        }
-        [0xfd, b'7', b'z', b'X', b'Z', 0] => return Err(unsupported("xz")),
-        [b'B', b'Z', b'h', ..] => return Err(unsupported("bzip2")),
-        _ => Box::new(whole),
+    Ok(match Format::of(&magic)? {
+        Format::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
+        Format::Zstd => Box::new(zstd(whole)?),
+        Format::Plain => Box::new(whole),
     })
+}
+
+#[derive(PartialEq)]
+enum Format {
+    Gzip,
+    Zstd,
+    Plain,
+}
+
+impl Format {
+    fn of(magic: &[u8]) -> io::Result<Self> {
+        match magic {
+            [0x1f, 0x8b, ..] => Ok(Format::Gzip),
+            // A frame, or a skippable frame before the first.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Format::Zstd),
+            [0xfd, b'7', b'z', b'X', b'Z', 0] => Err(unsupported("xz")),
+            [b'B', b'Z', b'h', ..] => Err(unsupported("bzip2")),
+            _ => Ok(Format::Plain),
+        }
+    }
+}
+
+/// Whether what begins with these bytes, six or all, is not compressed.
+pub fn is_plain(first: &[u8]) -> io::Result<bool> {
+    Ok(Format::of(first)? == Format::Plain)
 }
 
 fn zstd<'a>(whole: impl BufRead + 'a) -> io::Result<impl Read + 'a> {
@@ -45,7 +65,7 @@ fn unsupported(format: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::Unsupported,
         format!(
-            "the layer is compressed with {format}; gzip, zstd and uncompressed layers can be used"
+            "it is compressed with {format}; gzip, zstd and what is not compressed can be used"
         ),
     )
 }

@@ -3,7 +3,7 @@
 //! One pass does it all: what arrives is hashed, decompressed, hashed again and unpacked, and
 //! nothing counts before both digests are right.
 
-mod archive;
+pub(crate) mod archive;
 mod decompress;
 mod implied;
 mod removal;
@@ -20,6 +20,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
+pub(crate) use decompress::{decoder, is_plain};
 pub use implied::adopt;
 pub use removal::remove_path;
 pub use unpack::Unpacked;
@@ -187,6 +188,14 @@ fn drain(reader: &mut impl Read, most: u64) -> io::Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// The digest of all that `reader` yields.
+pub(crate) fn digest_of_all(reader: &mut impl Read) -> io::Result<String> {
+    let exceeded = Cell::new(false);
+    let mut hashing = Hashing::new(reader, u64::MAX, &exceeded);
+    drain(&mut hashing, u64::MAX)?;
+    Ok(hashing.digest())
 }
 
 /// `sha256:` and the hexadecimal digest of `bytes`.

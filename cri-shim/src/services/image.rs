@@ -9,6 +9,7 @@ use rrun_proto::v1::{
     ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest,
     RemoveImageResponse, StreamImagesRequest, StreamImagesResponse, UInt64Value,
 };
+use serde_json::json;
 use tonic::{Code, Request, Response, Status};
 
 use super::{Answers, answer, in_chunks};
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::image::{self, Auth, ImageError, Kind};
 use crate::memory;
 use crate::node::{Node, now};
-use crate::slow::slow;
+use crate::slow::{blocking, slow};
 
 pub struct Image {
     pub(super) node: Arc<Node>,
@@ -40,14 +41,14 @@ impl From<ImageError> for Error {
 }
 
 /// The CRI's view of an image.
-fn message(image: &image::Image) -> cri::Image {
+fn message(node: &Node, image: &image::Image) -> cri::Image {
     let user = image.config.user.split(':').next().unwrap_or_default();
     let uid = user.parse::<i64>().ok();
     cri::Image {
         id: image.id.clone(),
         repo_tags: image.repo_tags.clone(),
         repo_digests: image.repo_digests.clone(),
-        size: image.size.max(1),
+        size: node.images.bytes_of(image).max(1),
         uid: uid.map(|value| Int64Value { value }),
         username: if uid.is_some() {
             String::new()
@@ -55,7 +56,7 @@ fn message(image: &image::Image) -> cri::Image {
             user.to_owned()
         },
         spec: None,
-        pinned: image.pinned,
+        pinned: image.pinned || node.config.pins.hold(image),
     }
 }
 
@@ -75,10 +76,11 @@ impl Image {
             .image;
         if wanted.is_empty() {
             let all = self.node.images.list();
-            return all.iter().map(|image| message(image)).collect();
+            return all.iter().map(|image| message(&self.node, image)).collect();
         }
         let found = self.node.images.find(&wanted);
-        found.iter().map(|image| message(image)).collect()
+        let message = |image: &Arc<image::Image>| message(&self.node, image);
+        found.iter().map(message).collect()
     }
 
     async fn pull(&self, request: PullImageRequest) -> Result<PullImageResponse> {
@@ -90,6 +92,7 @@ impl Image {
                 &auth.auth,
                 &auth.identity_token,
                 &auth.registry_token,
+                &auth.server_address,
             )?,
             None => None,
         };
@@ -113,18 +116,31 @@ impl Image {
         Ok(RemoveImageResponse {})
     }
 
-    fn status(&self, request: ImageStatusRequest) -> Result<ImageStatusResponse> {
+    async fn status(&self, request: ImageStatusRequest) -> Result<ImageStatusResponse> {
         let name = name(request.image)?;
         let found = self.node.images.find(&name);
         let mut response = ImageStatusResponse::default();
         if let Some(image) = found {
-            response.image = Some(message(&image));
+            response.image = Some(message(&self.node, &image));
             if request.verbose {
-                let record = serde_json::to_string(&*image).unwrap_or_default();
-                response.info.insert("info".to_owned(), record);
+                let info = self.info(&image).await?;
+                response.info.insert("info".to_owned(), info);
             }
         }
         Ok(response)
+    }
+
+    /// What `crictl inspecti` shows below the status; `imageSpec` is where containerd has it.
+    async fn info(&self, image: &image::Image) -> Result<String> {
+        let (images, id) = (self.node.images.clone(), image.id.clone());
+        let what = format!("read the configuration of the image {id}");
+        let configuration = blocking(what, move || images.configuration(&id)).await?;
+        let info = json!({
+            "imageSpec": configuration,
+            "compressedSize": image.size,
+            "layers": image.layers,
+        });
+        Ok(info.to_string())
     }
 
     fn fs_info(&self) -> ImageFsInfoResponse {
@@ -172,7 +188,7 @@ impl ImageService for Image {
         &self,
         request: Request<ImageStatusRequest>,
     ) -> Result<Response<ImageStatusResponse>, Status> {
-        answer("ImageStatus", self.status(request.into_inner()))
+        answer("ImageStatus", self.status(request.into_inner()).await)
     }
 
     async fn pull_image(

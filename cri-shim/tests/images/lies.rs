@@ -302,7 +302,7 @@ async fn bearer() -> Result<(), Failure> {
     assert_eq!(token_server.seen().len(), 2);
     // One that goes there as it is.
     let node = Node::new()?;
-    let auth = Some(Auth::Bearer("good".into()));
+    let auth = Some(Auth::bearer("good"));
     node.images
         .pull(&format!("{}/app:1", server.host()), auth)
         .await?;
@@ -320,7 +320,7 @@ async fn basic() -> Result<(), Failure> {
     })?;
     let reference = format!("{}/app:1", server.host());
     let node = Node::new()?;
-    let with = |password: &str| Auth::from_cri("me", password, "", "", "");
+    let with = |password: &str| Auth::from_cri("me", password, "", "", "", "");
     let error = failure(&node, &reference).await?;
     assert_eq!(error.kind(), Kind::Unauthenticated, "{error}");
     let Err(error) = node.images.pull(&reference, with("wrong-word")?).await else {
@@ -418,7 +418,7 @@ async fn other_credentials() -> Result<(), Failure> {
     let node = Node::new()?;
     let known = node
         .images
-        .pull(&reference, Auth::from_cri("me", "x", "", "", "")?);
+        .pull(&reference, Auth::from_cri("me", "x", "", "", "", "")?);
     let stranger = node.images.pull(&reference, None);
     let (known, stranger) = tokio::join!(known, stranger);
     known?;

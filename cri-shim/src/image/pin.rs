@@ -1,0 +1,78 @@
+//! Images that the node can't do without: kubelet's garbage collection leaves them.
+
+use super::record::Image;
+use super::reference::Name;
+
+/// Patterns of names. Kubelet asks which images are pinned and spares those; who removes one by
+/// its name means it, as with containerd and CRI-O.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pins {
+    patterns: Vec<String>,
+}
+
+impl Pins {
+    /// Names, in which `*` stands for anything. Short ones are those of Docker Hub, as everywhere.
+    pub fn new(patterns: &[String]) -> Self {
+        let full = |pattern: &String| match Name::parse(pattern) {
+            Ok(name) => name.canonical(),
+            Err(_) => pattern.clone(),
+        };
+        Pins {
+            patterns: patterns.iter().map(full).collect(),
+        }
+    }
+
+    pub fn hold(&self, image: &Image) -> bool {
+        let mut names = image.repo_tags.iter().chain(&image.repo_digests);
+        names.any(|name| self.patterns.iter().any(|pattern| matches(pattern, name)))
+    }
+}
+
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or_default()) else {
+        return false;
+    };
+    let parts: Vec<&str> = parts.collect();
+    let Some((last, middle)) = parts.split_last() else {
+        return rest.is_empty();
+    };
+    for part in middle {
+        match rest.find(part).and_then(|at| rest.get(at + part.len()..)) {
+            Some(after) => rest = after,
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (pattern, name, is) in [
+            ("r.io/pause:3.9", "r.io/pause:3.9", true),
+            ("r.io/pause:3.9", "r.io/pause:3.91", false),
+            ("r.io/pause:*", "r.io/pause:3.91", true),
+            ("r.io/pause*", "r.io/pause@sha256:0", true),
+            ("*", "anything", true),
+            ("*pause*", "r.io/pause:1", true),
+            ("r.io/*/app:*", "r.io/a/b/app:1", true),
+            ("r.io/*/app:*", "r.io/app:1", false),
+            ("a*a", "a", false),
+            ("", "a", false),
+        ] {
+            assert_eq!(matches(pattern, name), is, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn short_names_are_those_of_docker_hub() {
+        assert_eq!(
+            Pins::new(&["busybox".to_owned(), "*pause*".to_owned()]).patterns,
+            ["docker.io/library/busybox:latest", "*pause*"]
+        );
+    }
+}
