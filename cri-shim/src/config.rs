@@ -95,7 +95,9 @@ impl ImagePart {
             parallel_layers: self.parallel_layers.unwrap_or(default.parallel_layers),
             layer_bytes: self.layer_bytes.unwrap_or(default.layer_bytes),
             layer_entries: self.layer_files.unwrap_or(default.layer_entries),
-            silence: self.silence_seconds.map_or(default.silence, Duration::from_secs),
+            silence: self
+                .silence_seconds
+                .map_or(default.silence, Duration::from_secs),
         })
     }
 }

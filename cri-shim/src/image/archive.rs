@@ -118,10 +118,7 @@ impl Archive {
         if ours.is_empty() {
             return Err(ImageError::new(
                 Kind::NotFound,
-                format!(
-                    "it holds no image for linux/{}",
-                    manifest::architecture()
-                ),
+                format!("it holds no image for linux/{}", manifest::architecture()),
             ));
         }
         ours.into_iter()
@@ -173,7 +170,10 @@ impl Archive {
                     .map(|(path, diff_id)| self.docker_layer(path, diff_id))
                     .collect::<Result<_, _>>()?;
                 let tags = image.repo_tags.unwrap_or_default();
-                let names = tags.iter().map(|tag| Name::parse(tag)).collect::<Result<_, _>>()?;
+                let names = tags
+                    .iter()
+                    .map(|tag| Name::parse(tag))
+                    .collect::<Result<_, _>>()?;
                 Ok(Saved {
                     names,
                     digest: None,

@@ -378,7 +378,11 @@ mod tests {
     fn a_moved_tag_leaves_the_old_image_its_digest() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2"]);
         let name = Name::parse("r.example/app:1")?;
-        catalog.publish(image("a", &["1"]), &[name.clone()], Some(&id("e")))?;
+        catalog.publish(
+            image("a", &["1"]),
+            std::slice::from_ref(&name),
+            Some(&id("e")),
+        )?;
         catalog.publish(image("b", &["2"]), &[name], Some(&id("f")))?;
         let found = catalog
             .find("r.example/app:1")
@@ -408,7 +412,11 @@ mod tests {
     #[test]
     fn a_layer_stays_while_an_image_a_lease_or_a_pull_names_it() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2", "3"]);
-        catalog.publish(image("a", &["1", "2"]), &[Name::parse("x")?], Some(&id("e")))?;
+        catalog.publish(
+            image("a", &["1", "2"]),
+            &[Name::parse("x")?],
+            Some(&id("e")),
+        )?;
         catalog.hold([id("3").as_str()].into_iter());
         assert!(catalog.sweep().0.is_empty());
         catalog.add_lease(

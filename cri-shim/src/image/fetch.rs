@@ -168,8 +168,8 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
     };
     std::fs::create_dir(&ingest).map_err(|error| fail("make the directory", error))?;
     let into = ingest.join("fs");
-    let result = layer::unpack(compressed, &into, &wanted.promise, &wanted.bounds).and_then(
-        |unpacked| {
+    let result =
+        layer::unpack(compressed, &into, &wanted.promise, &wanted.bounds).and_then(|unpacked| {
             let path = directory(&wanted.root, number);
             std::fs::rename(&ingest, &path)
                 .map_err(|error| fail("move to its place the layer in", error))?;
@@ -178,8 +178,7 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
                 number,
                 unpacked,
             })
-        },
-    );
+        });
     if result.is_err() {
         remove(&ingest);
     }
@@ -258,9 +257,15 @@ impl Arriving {
     /// Keeps what has come if all that is wrong is that the rest has not.
     fn end(self, error: Option<&LayerError>, size: u64) {
         let broke_off = self.ended && self.replay + self.came < size;
-        let ours = matches!(error, Some(LayerError::System { .. } | LayerError::Bound(_)));
+        let ours = matches!(
+            error,
+            Some(LayerError::System { .. } | LayerError::Bound(_))
+        );
         let keep = error.is_some() && broke_off && !ours;
-        if let Some(partial) = self.partial.filter(|partial| !keep || partial.length() == 0) {
+        if let Some(partial) = self
+            .partial
+            .filter(|partial| !keep || partial.length() == 0)
+        {
             partial.remove();
         }
     }

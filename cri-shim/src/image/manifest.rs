@@ -38,10 +38,13 @@ impl Descriptor {
     /// else what stands where the specification wants it (OCI image-spec, annotations.md).
     pub fn name(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
-        ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
-            .iter()
-            .find_map(|key| annotations.get(*key))
-            .map(String::as_str)
+        [
+            "io.containerd.image.name",
+            "org.opencontainers.image.ref.name",
+        ]
+        .iter()
+        .find_map(|key| annotations.get(*key))
+        .map(String::as_str)
     }
 
     /// Nothing says that it is not for this machine.
@@ -227,9 +230,8 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
         })
     };
     let plain = |(_, variant): &(&Descriptor, &str)| matches!(*variant, "" | "v8" | "v1");
-    let of_variant = |wanted: &&'static str| {
-        of(machine.architecture).find(|(_, variant)| variant == wanted)
-    };
+    let of_variant =
+        |wanted: &&'static str| of(machine.architecture).find(|(_, variant)| variant == wanted);
     let chosen = of(machine.architecture)
         .find(plain)
         .or_else(|| machine.variants.iter().find_map(of_variant))

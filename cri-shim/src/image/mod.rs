@@ -277,7 +277,7 @@ impl Inner {
             return;
         }
         let root = self.root.clone();
-        let _ = tokio::spawn(async move {
+        tokio::spawn(async move {
             loop {
                 tokio::time::sleep(partial::KEPT).await;
                 let root = root.clone();

@@ -156,9 +156,14 @@ impl Registry {
     /// A small blob as a whole.
     pub async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
         let blob = self.blob(digest, 0).await?;
-        bounded(blob.response, most, "the image's configuration", self.silence)
-            .await
-            .map_err(|failure| self.named(failure))
+        bounded(
+            blob.response,
+            most,
+            "the image's configuration",
+            self.silence,
+        )
+        .await
+        .map_err(|failure| self.named(failure))
     }
 
     fn url(&self, kind: &str, what: &str) -> Result<Url, Failure> {
@@ -318,8 +323,13 @@ impl Registry {
         if exposed && self.credential.is_some() {
             return Err(broken("is reached without TLS and would see the password"));
         }
-        let at_home = Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin());
-        let client = if at_home { &self.client } else { &self.elsewhere };
+        let at_home =
+            Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin());
+        let client = if at_home {
+            &self.client
+        } else {
+            &self.elsewhere
+        };
         let mut fields = vec![("scope", scope.as_str())];
         if let Some(service) = &service {
             fields.push(("service", service));
