@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid
 
 use crate::cgroup::{self, Cgroup};
 use crate::channel::{self, Channel, Message};
+use crate::claim::Claim;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::init::{Descriptors, Init, NeverReturn, end, unshare_time};
@@ -41,7 +42,6 @@ pub struct Request<'a> {
 /// A container that was made.
 pub struct Born {
     pub state: State,
-    pub directory: PathBuf,
     pub pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
     pub terminal: Option<OwnedFd>,
@@ -50,7 +50,7 @@ pub struct Born {
 /// What has to be unmade if a later step fails.
 struct Unmade<'a> {
     id: &'a str,
-    directory: PathBuf,
+    claim: Option<Claim>,
     cgroup: Option<PathBuf>,
     child: Option<OwnedFd>,
     hooks: Option<(&'a Hooks, String)>,
@@ -70,7 +70,7 @@ impl Drop for Unmade<'_> {
         {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
-        if let Err(error) = state::release(&self.directory) {
+        if let Some(Err(error)) = self.claim.take().map(Claim::release) {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
         if let Some((hooks, state)) = &self.hooks {
@@ -90,18 +90,19 @@ pub fn end_child(pidfd: &OwnedFd) {
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
 pub fn create(request: Request<'_>) -> Result<Born> {
     let config = request.config;
-    let directory = state::claim(request.root, request.id)?;
     let mut unmade = Unmade {
         id: request.id,
-        directory: directory.clone(),
+        claim: None,
         cgroup: None,
         child: None,
         hooks: None,
         kept: false,
     };
+    let claim = &*unmade.claim.insert(Claim::new(request.root, request.id)?);
     let mut state = new_state(&request)?;
     // Before the cgroup is made: whatever happens, `delete` will know where it is.
-    state.save(&directory)?;
+    claim.name_cgroup(&state.cgroup)?;
+    state.save(claim)?;
     let cgroup = Cgroup::create(&state.cgroup)?;
     unmade.cgroup = Some(state.cgroup.clone());
     cgroup.apply(&config.resources)?;
@@ -118,15 +119,16 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         .into_iter()
         .partition(|join| !join.is_for_children() && (!user || join.is_for_the_newborn()));
     let gate = if request.waits {
-        Some(gate::build(&directory)?)
+        Some(gate::build(claim.directory())?)
     } else {
         None
     };
     let (channel, childs_end) = channel::pair()?;
+    let mut childs_end = Some(childs_end);
 
     let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
     let born = if user && !before.is_empty() {
-        born_by_go_between(flags, &cgroup, before, &channel, &childs_end)?
+        born_by_go_between(flags, &cgroup, before, &channel, &mut childs_end)?
     } else {
         for join in &before {
             join.enter()?;
@@ -140,9 +142,12 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     };
     let (pid, pidfd) = match born {
         Cloned::Child => {
-            // The parent's things to unmake are not the child's.
-            std::mem::forget(unmade);
+            // The parent's things to unmake are not the child's; nor is the lock, which
+            // would otherwise be held for as long as it lives.
+            unmade.kept = true;
+            drop(unmade);
             drop(channel);
+            let Some(childs_end) = childs_end else { end() };
             Init {
                 config,
                 state: &state,
@@ -167,19 +172,22 @@ pub fn create(request: Request<'_>) -> Result<Born> {
 
     state.pid = pid;
     state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
-    state.save(&directory)?;
+    state.save(claim)?;
 
     unmade.hooks = Some((&config.hooks, state.for_hooks(Status::Stopped)));
-    let terminal = accompany(
-        &channel,
-        &state,
-        &request.config.hooks,
-        config,
-        request.waits,
-    )
-    .map_err(|error| explain_death(error, pidfd))?;
+    let terminal = accompany(&channel, &state, config, pidfd, request.waits)
+        .map_err(|error| explain_death(error, pidfd))?;
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
+    }
+    if request.waits {
+        gate::announce(claim)?;
+    }
+    if !claim.is_linked()? {
+        refuse!(
+            "container {} was removed while it was being made",
+            request.id
+        );
     }
     unmade.kept = true;
     let Some(pidfd) = unmade.child.take() else {
@@ -187,7 +195,6 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     };
     Ok(Born {
         state,
-        directory,
         pidfd,
         terminal,
     })
@@ -204,10 +211,14 @@ fn born_by_go_between(
     cgroup: &Cgroup,
     mut before: Vec<OpenJoin>,
     channel: &Channel,
-    childs_end: &Channel,
+    childs_end: &mut Option<Channel>,
 ) -> Result<Cloned> {
     let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
-        Cloned::Parent { pidfd, .. } => pidfd,
+        Cloned::Parent { pidfd, .. } => {
+            // Or the channel would not close when the others die.
+            *childs_end = None;
+            pidfd
+        }
         Cloned::Child => {
             let guard = NeverReturn;
             before.sort_by_key(OpenJoin::is_user);
@@ -222,9 +233,15 @@ fn born_by_go_between(
                 }
                 // If the parent is gone, the process made will find that out itself.
                 Ok(Cloned::Parent { pid, .. }) => {
-                    let _ = childs_end.born(pid);
+                    if let Some(channel) = childs_end {
+                        let _ = channel.born(pid);
+                    }
                 }
-                Err(error) => childs_end.failed(&error),
+                Err(error) => {
+                    if let Some(channel) = childs_end {
+                        channel.failed(&error);
+                    }
+                }
             }
             end()
         }
@@ -270,10 +287,11 @@ fn new_state(request: &Request<'_>) -> Result<State> {
 fn accompany(
     channel: &Channel,
     state: &State,
-    hooks: &Hooks,
     config: &Config,
+    pidfd: &OwnedFd,
     waits: bool,
 ) -> Result<Option<OwnedFd>> {
+    let hooks = &config.hooks;
     let mut terminal = None;
     let mut ready = false;
     loop {
@@ -291,8 +309,13 @@ fn accompany(
             Message::RunHooks => {
                 let shown = state.for_hooks(Status::Creating);
                 #[allow(deprecated)] // prestart is: callers use it all the same
-                hooks::run("prestart", hooks.prestart().as_ref(), &shown)?;
-                hooks::run("createRuntime", hooks.create_runtime().as_ref(), &shown)?;
+                hooks::run("prestart", hooks.prestart().as_ref(), &shown, Some(pidfd))?;
+                hooks::run(
+                    "createRuntime",
+                    hooks.create_runtime().as_ref(),
+                    &shown,
+                    Some(pidfd),
+                )?;
                 channel.go_on()?;
             }
             Message::Born(_) => refuse!("the container's first process told of another"),
@@ -327,5 +350,11 @@ pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
 pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}"));
-    state::write_replacing(&new, path, pid.to_string().as_bytes(), 0o666)
+    state::write_replacing(
+        rustix::fs::CWD,
+        &new,
+        path,
+        pid.to_string().as_bytes(),
+        0o666,
+    )
 }

@@ -16,8 +16,9 @@ use rustix::net::{
     bind, connect, listen, recv, send, socket_with,
 };
 
+use crate::claim::Claim;
 use crate::error::{Context, Error, Result};
-use crate::state::GATE;
+use crate::state::{GATE, GATE_SHUT};
 
 const GO: &[u8] = b"G";
 const LET_IN: u8 = b'L';
@@ -39,9 +40,10 @@ fn socket() -> Result<OwnedFd> {
 /// through a descriptor of its directory.
 fn at_address<T>(
     directory: &Path,
+    name: &str,
     with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
 ) -> std::result::Result<T, Errno> {
-    if let Ok(address) = SocketAddrUnix::new(directory.join(GATE)) {
+    if let Ok(address) = SocketAddrUnix::new(directory.join(name)) {
         return with(&address);
     }
     let directory = rustix::fs::open(
@@ -51,17 +53,24 @@ fn at_address<T>(
     )?;
     let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
     with(&SocketAddrUnix::new(format!(
-        "/proc/self/fd/{number}/{GATE}"
+        "/proc/self/fd/{number}/{name}"
     ))?)
 }
 
-/// Sets the gate up, closed, in a container's directory.
+/// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.
 pub fn build(directory: &Path) -> Result<OwnedFd> {
     let socket = socket()?;
-    at_address(directory, |address| bind(&socket, address))
+    at_address(directory, GATE_SHUT, |address| bind(&socket, address))
         .and_then(|()| listen(&socket, 8))
-        .doing(|| format!("make socket {}", directory.join(GATE).display()))?;
+        .doing(|| format!("make socket {}", directory.join(GATE_SHUT).display()))?;
     Ok(socket)
+}
+
+/// Lets starters find it: the container is made, its first process waits. A starter that
+/// came before would have to wait for that, and nobody knows how long.
+pub fn announce(claim: &Claim) -> Result<()> {
+    rustix::fs::renameat(claim, GATE_SHUT, claim, GATE)
+        .doing(|| format!("name socket {}", claim.directory().join(GATE).display()))
 }
 
 /// From the container's first process: waits until a starter is there, and lets it in.
@@ -101,7 +110,7 @@ pub fn open(directory: &Path, id: &str) -> Result<()> {
     };
     let socket = socket()?;
     let path = directory.join(GATE);
-    match at_address(directory, |address| connect(&socket, address)) {
+    match at_address(directory, GATE, |address| connect(&socket, address)) {
         Ok(()) => {}
         Err(Errno::NOENT) => return Err(not_created()),
         Err(Errno::CONNREFUSED) => {

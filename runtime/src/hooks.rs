@@ -4,6 +4,7 @@
 //! input; a failure of any but the last two kinds undoes the container.
 
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -49,10 +50,16 @@ pub fn validate(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// Runs hooks one after the other, until one fails.
-pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str) -> Result<()> {
+/// Runs hooks one after the other, until one fails, or until the container's first process,
+/// if that is given, is dead: nobody needs them then.
+pub fn run(
+    name: &str,
+    hooks: Option<&Vec<Hook>>,
+    state: &str,
+    container: Option<&OwnedFd>,
+) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state).map_err(|error| {
+        run_one(hook, state, container).map_err(|error| {
             error.while_doing(format!(
                 "run hooks.{name}[{index}] {}",
                 hook.path().display()
@@ -65,7 +72,7 @@ pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str) -> Result<()> {
 /// The same, but a failure is only logged, as it is to be for poststart and poststop.
 pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(error) = run_one(hook, state) {
+        if let Err(error) = run_one(hook, state, None) {
             log::warning(&format!(
                 "run hooks.{name}[{index}] {}: {error}",
                 hook.path().display()
@@ -74,7 +81,7 @@ pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     }
 }
 
-fn run_one(hook: &Hook, state: &str) -> Result<()> {
+fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> {
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
         command.arg0(name).args(rest);
@@ -114,12 +121,21 @@ fn run_one(hook: &Hook, state: &str) -> Result<()> {
                 tv_sec: wait.as_secs() as _,
                 tv_nsec: wait.subsec_nanos() as _,
             };
-            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&wait)) {
+            let mut watched = vec![PollFd::new(&pidfd, PollFlags::IN)];
+            watched.extend(container.map(|container| PollFd::new(container, PollFlags::IN)));
+            let polled = poll(&mut watched, Some(&wait));
+            let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            match polled {
                 Ok(0) if !told => {
                     told = true;
                     log::warning(&format!("still waiting for hook {}", hook.path().display()));
                 }
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) if !dead(0) && dead(1) => {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    refuse!("the container's first process died meanwhile");
+                }
                 Ok(_) => break,
                 Err(errno) => return Err(errno).doing(|| "wait for it"),
             }

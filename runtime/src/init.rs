@@ -239,6 +239,7 @@ impl Init<'_> {
                 "createContainer",
                 Some(list),
                 &self.hook_state(Status::Creating),
+                None,
             )?;
         }
         Ok(())
@@ -256,6 +257,7 @@ impl Init<'_> {
                 "startContainer",
                 Some(list),
                 &self.hook_state(Status::Created),
+                None,
             ),
             None => Ok(()),
         }

@@ -11,6 +11,7 @@ pub mod birth;
 pub mod capabilities;
 pub mod cgroup;
 pub mod channel;
+pub mod claim;
 pub mod commands;
 pub mod config;
 pub mod devices;

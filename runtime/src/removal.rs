@@ -7,6 +7,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use crate::claim::{self, Claim, Held};
 use crate::error::{Context, Error, Kind, Result};
 use crate::state::{self, State, Status};
 use crate::syscalls::pidfd_send_signal;
@@ -19,48 +20,109 @@ const DEAD_WITHIN: Duration = Duration::from_secs(10);
 /// if there is none.
 pub fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
     let directory = state::directory(root, id)?;
+    if !force && let Ok(state) = State::load(root, id) {
+        // Not only once whoever makes it is done.
+        check_removable(&state, &directory)?;
+    }
+    let none = || Error::new(format!("container does not exist: {id}"));
+    let held = Claim::hold(&directory, || {
+        if force {
+            // Who makes it can not go on then, and gives it up.
+            end_unheld(root, id);
+        }
+    })?;
+    let claim = match held {
+        Held::Claim(claim) => claim,
+        Held::Nothing if force => return Ok(()),
+        Held::Nothing => return Err(none().with_kind(Kind::NoSuchContainer)),
+        Held::Busy if force => return remove_unheld(root, id),
+        Held::Busy => {
+            refuse!("cannot delete container {id}: another process is making or removing it")
+        }
+    };
     let state = match State::load(root, id) {
         Ok(state) => state,
+        // What is left of a `create` that was killed before it could say what it makes.
         Err(error) if error.kind() == Kind::NoSuchContainer => {
-            // A directory without a state is what is left of a `create` that was killed
-            // before it made anything else.
-            if force || directory.exists() {
-                state::release(&directory)?;
-            }
+            remove_damaged(claim)?;
             return if force { Ok(()) } else { Err(error) };
         }
         Err(error) if force => {
             log::warning(&format!(
                 "{error}; removing what is known of {id} all the same"
             ));
-            return remove_damaged(&directory);
+            return remove_damaged(claim);
         }
         Err(error) => return Err(error),
     };
-    let status = state.status(&directory)?;
-    match status {
-        Status::Stopped | Status::Created => {}
-        _ if force => {}
-        _ => refuse!(
-            "cannot delete container {id} that is not stopped: {}",
+    if !force {
+        check_removable(&state, &directory)?;
+    }
+    destroy(claim, &state)
+}
+
+fn check_removable(state: &State, directory: &Path) -> Result<()> {
+    match state.status(directory)? {
+        Status::Stopped | Status::Created => Ok(()),
+        status => refuse!(
+            "cannot delete container {} that is not stopped: {}",
+            state.id,
             status.as_str()
         ),
     }
-    destroy(&directory, &state)
 }
 
-/// Removes a container whose state can not be read. What names its cgroup may still be in
-/// there; everything else that lives is in that.
-fn remove_damaged(directory: &Path) -> Result<()> {
-    match State::cgroup_of_damaged(directory) {
-        Some(cgroup) => cgroup::remove(&cgroup)?,
-        None => log::warning("the state no longer names the cgroup, which may be left behind"),
+/// Removes a container whose first process has ended, unless somebody else did.
+pub fn after_end(root: &Path, state: &State) -> Result<()> {
+    match Claim::hold(&state::directory(root, &state.id)?, || {})? {
+        Held::Claim(claim) => destroy(claim, state),
+        Held::Nothing => Ok(()),
+        Held::Busy => refuse!(
+            "cannot delete container {}: another process is removing it",
+            state.id
+        ),
     }
-    state::release(directory)
+}
+
+/// Kills what lives of a container that another process is making.
+fn end_unheld(root: &Path, id: &str) {
+    let directory = root.join(id);
+    if let Some(cgroup) = claim::named_cgroup(&directory)
+        && let Err(error) = cgroup::kill_all(&cgroup)
+    {
+        log::warning(&error.to_string());
+    }
+}
+
+/// Removes a container whose maker hangs, in a hook for example. Its directory goes before
+/// its cgroup: the maker looks for the directory last of all, and unmakes everything if it
+/// is gone; and what it had made before then is in the cgroup.
+fn remove_unheld(root: &Path, id: &str) -> Result<()> {
+    log::warning(&format!(
+        "another process has been making or removing container {id} for a while; removing it all the same"
+    ));
+    let directory = state::directory(root, id)?;
+    let cgroup = claim::named_cgroup(&directory);
+    match std::fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).doing(|| format!("remove {}", directory.display()));
+        }
+        _ => {}
+    }
+    cgroup.map_or(Ok(()), |cgroup| cgroup::remove(&cgroup))
+}
+
+/// Removes a container whose state can not be read. Everything of it that lives is in its
+/// cgroup.
+fn remove_damaged(claim: Claim) -> Result<()> {
+    if let Some(cgroup) = claim::named_cgroup(claim.directory()) {
+        cgroup::remove(&cgroup)?;
+    }
+    claim.release()
 }
 
 /// Removes all that belongs to a container, killing it if need be.
-pub fn destroy(directory: &Path, state: &State) -> Result<()> {
+fn destroy(claim: Claim, state: &State) -> Result<()> {
     if let Some(process) = state.open_process()? {
         let doing = || format!("kill the first process of {} ({})", state.id, state.pid);
         match pidfd_send_signal(process.as_fd(), libc::SIGKILL) {
@@ -81,7 +143,7 @@ pub fn destroy(directory: &Path, state: &State) -> Result<()> {
         }
     }
     cgroup::remove(&state.cgroup)?;
-    state::release(directory)?;
+    claim.release()?;
     hooks::run_all(
         "poststop",
         state.hooks.poststop().as_ref(),

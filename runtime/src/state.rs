@@ -4,15 +4,16 @@
 //! (written beside, then renamed), so that a reader sees an old state or a new one.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
+use crate::claim::Claim;
 use crate::config::read_bounded;
 use crate::error::{Context, Error, Kind, Result};
 use crate::refuse;
@@ -20,8 +21,10 @@ use crate::spec::Process;
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::gate`].
 pub const GATE: &str = "start";
-const FILE: &str = "state.json";
-const FILE_NEW: &str = "state.json.new";
+/// Where it stands until the container is made, and can be started.
+pub const GATE_SHUT: &str = "start.shut";
+pub const FILE: &str = "state.json";
+pub const FILE_NEW: &str = "state.json.new";
 
 /// The version of the runtime specification that `state` and `spec` speak.
 pub const OCI_VERSION: &str = "1.3.0";
@@ -114,41 +117,6 @@ pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
     Ok(root.join(id))
 }
 
-/// Claims an id by making its directory.
-pub fn claim(root: &Path, id: &str) -> Result<PathBuf> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    let directory = directory(root, id)?;
-    let mode = Mode::from_raw_mode(0o700);
-    let mut made = rustix::fs::mkdir(&directory, mode);
-    if made == Err(Errno::NOENT) {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(root)
-            .doing(|| format!("make --root directory {}", root.display()))?;
-        made = rustix::fs::mkdir(&directory, mode);
-    }
-    match made {
-        Err(Errno::EXIST) => refuse!("container with given ID already exists: {id}"),
-        result => result.doing(|| format!("make directory {}", directory.display()))?,
-    }
-    Ok(directory)
-}
-
-/// Gives an id back, with all that was written under it.
-pub fn release(directory: &Path) -> Result<()> {
-    for name in [FILE, GATE, FILE_NEW] {
-        match rustix::fs::unlink(directory.join(name)) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            result => result.doing(|| format!("remove {}", directory.join(name).display()))?,
-        }
-    }
-    match rustix::fs::rmdir(directory) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        result => result.doing(|| format!("remove {}", directory.display())),
-    }
-}
-
 impl State {
     pub fn load(root: &Path, id: &str) -> Result<State> {
         let directory = directory(root, id)?;
@@ -165,21 +133,11 @@ impl State {
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
     }
 
-    /// What is to be found of the cgroup in a state that is no longer JSON.
-    pub fn cgroup_of_damaged(directory: &Path) -> Option<PathBuf> {
-        let bytes = read_bounded(&directory.join(FILE)).ok()?;
-        cgroup_in(&String::from_utf8_lossy(&bytes))
-    }
-
-    pub fn save(&self, directory: &Path) -> Result<()> {
+    pub fn save(&self, claim: &Claim) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
-        write_replacing(
-            &directory.join(FILE_NEW),
-            &directory.join(FILE),
-            &text,
-            0o600,
-        )
+        write_replacing(claim, Path::new(FILE_NEW), Path::new(FILE), &text, 0o600)
+            .map_err(|error| error.while_doing(format!("write state of {}", self.id)))
     }
 
     /// A descriptor of the first process, if that very process still exists (it may be a
@@ -222,8 +180,11 @@ impl State {
         if crate::cgroup::is_frozen(&self.cgroup) {
             return Ok(Status::Paused);
         }
-        match rustix::fs::stat(directory.join(GATE)) {
-            Ok(_) => Ok(Status::Created),
+        if rustix::fs::access(directory.join(GATE), Access::EXISTS).is_ok() {
+            return Ok(Status::Created);
+        }
+        match rustix::fs::access(directory.join(GATE_SHUT), Access::EXISTS) {
+            Ok(()) => Ok(Status::Creating),
             Err(_) => Ok(Status::Running),
         }
     }
@@ -253,21 +214,17 @@ impl State {
     }
 }
 
-fn cgroup_in(text: &str) -> Option<PathBuf> {
-    let (_, rest) = text.split_once("\"cgroup\":\"")?;
-    let (path, _) = rest.split_once('"')?;
-    let path = Path::new(path);
-    let plain = path
-        .components()
-        .all(|part| !matches!(part, std::path::Component::ParentDir));
-    // Half a path could be another cgroup's; nothing but a full one below the mount will do.
-    (plain && path.parent()?.starts_with(crate::cgroup::MOUNT_POINT)).then(|| path.to_owned())
-}
-
-/// Writes a file beside its place and renames it there.
-pub fn write_replacing(new: &Path, path: &Path, content: &[u8], mode: u32) -> Result<()> {
+/// Writes a file beside its place and renames it there. Both paths count from `directory`.
+pub fn write_replacing(
+    directory: impl AsFd,
+    new: &Path,
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+) -> Result<()> {
     let doing = || format!("write {}", path.display());
-    let file = rustix::fs::open(
+    let file = rustix::fs::openat(
+        &directory,
         new,
         OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW,
         Mode::from_raw_mode(mode),
@@ -278,7 +235,7 @@ pub fn write_replacing(new: &Path, path: &Path, content: &[u8], mode: u32) -> Re
         let written = rustix::io::write(&file, rest).doing(doing)?;
         rest = rest.get(written..).unwrap_or_default();
     }
-    rustix::fs::rename(new, path).doing(doing)
+    rustix::fs::renameat(&directory, new, &directory, path).doing(doing)
 }
 
 /// When a process was started, and whether it is a zombie; `None` if there is none.
@@ -317,24 +274,6 @@ mod tests {
         let own = process_stat(std::process::id() as i32).unwrap().unwrap();
         assert!(own.0 > 0 && !own.1);
         assert_eq!(process_stat(i32::MAX).unwrap(), None);
-    }
-
-    #[test]
-    fn a_cgroup_is_found_in_a_damaged_state_only_as_a_whole() {
-        let found = |text| cgroup_in(text);
-        assert_eq!(
-            found(r#"{{"cgroup":"/sys/fs/cgroup/a/b","x"#).as_deref(),
-            Some(Path::new("/sys/fs/cgroup/a/b"))
-        );
-        for text in [
-            r#"{"cgroup":"/sys/fs/cgroup/a"#,
-            r#"{"cgroup":"/sys/fs/cgroup""#,
-            r#"{"cgroup":"/sys/fs/cgroup/../../../etc""#,
-            r#"{"cgroup":"/home""#,
-            "",
-        ] {
-            assert_eq!(found(text), None, "{text}");
-        }
     }
 
     #[test]

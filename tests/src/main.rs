@@ -24,11 +24,13 @@ mod node;
 mod rrun_bad_input;
 mod rrun_hooks;
 mod rrun_idmapped_mounts;
+mod rrun_killed;
 mod rrun_lifecycle;
 mod rrun_limits;
 mod rrun_mounts;
 mod rrun_namespaces;
 mod rrun_process;
+mod rrun_races;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -56,6 +58,8 @@ fn main() -> ExitCode {
         rrun_process::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
+        rrun_killed::TESTS,
+        rrun_races::TESTS,
         rrun_limits::TESTS,
         crictl_story::TESTS,
         cri_pods::TESTS,

@@ -97,7 +97,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => forwarding.wait(&born.pidfd)?,
     };
     if !arguments.is_set("keep") {
-        removal::destroy(&born.directory, &born.state)?;
+        removal::after_end(&globals.root, &born.state)?;
     }
     Ok(status)
 }
