@@ -1,8 +1,9 @@
 //! A container's life while its first process lives: create, start, kill, update.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -40,6 +41,10 @@ pub struct Container {
     console: Option<Console>,
     pub(super) memory: Option<OomCount>,
     pub(super) oom_killed: bool,
+    /// When it was last told that the kernel killed one of its processes for want of memory.
+    pub(super) oom_told: Option<Instant>,
+    /// Who waits for its log to be opened again.
+    pub(super) reopening: Vec<ClientId>,
     pub(super) deletion: Option<Deletion>,
 }
 
@@ -58,10 +63,12 @@ pub enum State {
 
 /// The container's output and where it goes.
 pub(super) struct Output {
-    log: Log,
+    pub(super) log: Log,
     /// A pipe, or a terminal's master.
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    /// Which of them are not looked at while the log's file takes nothing.
+    resting: Vec<Stream>,
 }
 
 /// The ends of the container's stdio that the runtime gets.
@@ -83,6 +90,27 @@ impl Output {
         }
     }
 
+    pub(super) fn stream(&self, stream: Stream) -> Option<BorrowedFd<'_>> {
+        let fd = match stream {
+            Stream::Stdout => &self.stdout,
+            Stream::Stderr => &self.stderr,
+        };
+        fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// A stream is not looked at until the log's file takes more.
+    pub(super) fn rest(&mut self, stream: Stream) {
+        self.resting.push(stream);
+    }
+
+    /// The streams to look at again, once there is room in the log.
+    pub(super) fn rested(&mut self) -> Vec<Stream> {
+        if self.resting.is_empty() || !self.log.has_room() {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.resting)
+    }
+
     pub(super) fn close(&mut self, stream: Stream) {
         match stream {
             Stream::Stdout => self.stdout = None,
@@ -98,9 +126,10 @@ impl Output {
                     break;
                 }
             }
-            self.log.finish(stream, buffers);
+            self.log.finish(stream);
         }
         (self.stdout, self.stderr) = (None, None);
+        self.resting.clear();
     }
 }
 
@@ -137,15 +166,18 @@ impl Container {
     }
 
     /// Makes the stdio and starts the runtime on it.
-    fn begin(spec: Create, serial: u64, timeout: Duration) -> Result<(Self, Call), String> {
+    fn begin(
+        spec: Create,
+        serial: u64,
+        timeout: Duration,
+        logs: &Arc<OwnedFd>,
+    ) -> Result<(Self, Call), String> {
         let id = spec.id.clone();
         let failed = |what: &str, error: std::io::Error| {
             format!("{what} of container {id}: {}", kernel_said(&error))
         };
-        let log = Log::open(spec.log.clone()).map_err(|error| {
-            let path = spec.log.as_deref().unwrap_or(Path::new("")).display();
-            failed(&format!("open the log {path}"), error)
-        })?;
+        let log = Log::open(spec.log.clone(), logs)
+            .map_err(|error| failed("start the thread for the log", error))?;
         let mut container = Container {
             serial,
             state: State::Creating,
@@ -155,11 +187,14 @@ impl Container {
                 log,
                 stdout: None,
                 stderr: None,
+                resting: Vec::new(),
             },
             _stdin: None,
             console: None,
             memory: None,
             oom_killed: false,
+            oom_told: None,
+            reopening: Vec::new(),
             deletion: None,
             spec,
         };
@@ -229,6 +264,22 @@ impl Container {
         })
     }
 
+    /// Why the log could not be opened, if that is known. Where the file system hangs it is not,
+    /// and the container waits for its log with its first line.
+    fn log_failure(&self) -> Option<Failure> {
+        let file = self.output.log.file.as_ref()?;
+        let errno = file.opened()?.err()?;
+        Some(Failure {
+            kind: FailureKind::Monitor,
+            message: format!(
+                "open the log {} of container {}: {}",
+                file.path().display(),
+                self.id(),
+                kernel_said(&errno.into())
+            ),
+        })
+    }
+
     /// Kills all that there is of the container. The first process's end will tell.
     pub(super) fn kill_all(&self) {
         if let Err(error) = cgroup::kill(&self.spec.cgroup) {
@@ -275,7 +326,7 @@ impl Monitor {
             return self.fail(client, FailureKind::WrongState, message);
         }
         let serial = self.number();
-        match Container::begin(spec, serial, self.timeout) {
+        match Container::begin(spec, serial, self.timeout, &self.logs) {
             Ok((container, call)) => {
                 self.containers.push(container);
                 let purpose = Purpose::Create { serial, client };
@@ -324,6 +375,7 @@ impl Monitor {
                 })
             }
         };
+        let failure = failure.or_else(|| container.log_failure());
         match failure {
             Some(failure) => self.undo_create(serial, client, failure),
             None => self.created(serial, client),
@@ -538,20 +590,11 @@ impl Monitor {
         let Some(container) = self.containers.iter_mut().find(|c| c.id() == id) else {
             return self.not_found(client, id);
         };
-        match container.output.log.reopen() {
-            Ok(()) => self.reply(client, &Reply::Done),
-            Err(error) => {
-                let path = container
-                    .spec
-                    .log
-                    .as_deref()
-                    .unwrap_or(Path::new(""))
-                    .display();
-                let message = format!(
-                    "open the log {path} of container {id} again: {}",
-                    kernel_said(&error)
-                );
-                self.fail(client, FailureKind::Monitor, message);
+        match &container.output.log.file {
+            None => self.reply(client, &Reply::Done),
+            Some(file) => {
+                file.reopen();
+                container.reopening.push(client);
             }
         }
     }

@@ -4,7 +4,10 @@
 //! log is completed, the record written and everybody told; then the runtime cleans up. Nobody
 //! who waits for the exit waits for that last step.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
+
+use rustix::event::epoll::EventFlags;
 
 use super::cgroup;
 use super::connection::ClientId;
@@ -15,10 +18,17 @@ use super::journal::note;
 use super::logs::{Pumped, Stream};
 use super::protocol::{Event, ExitRecord, FailureKind, Reply};
 use super::runtime::{Call, Stdio};
-use super::serve::{Monitor, Purpose};
+use super::serve::{Monitor, Purpose, Source};
 
 /// How long the rest of a container may take to die after it was killed.
 const DYING: Duration = Duration::from_secs(10);
+
+/// How long a container's end waits for its log. A file system that takes longer hangs; the log
+/// is completed when it does so no more.
+const LOGGING: Duration = Duration::from_secs(5);
+
+/// Of kills for want of memory that follow upon each other only the first is told.
+const OOM_PAUSE: Duration = Duration::from_secs(10);
 
 /// The first and the longest pause between two looks at a cgroup that is not empty yet.
 const MIN_PAUSE: Duration = Duration::from_millis(1);
@@ -35,6 +45,8 @@ pub struct Ending {
     give_up: Option<Instant>,
     pause: Duration,
     next_look: Option<Instant>,
+    /// When the log is waited for no longer, once all has been read that goes into it.
+    log_until: Option<Instant>,
 }
 
 impl Ending {
@@ -84,8 +96,75 @@ impl Monitor {
         let Some(container) = self.containers.iter_mut().find(|c| c.serial == serial) else {
             return;
         };
+        if !container.output.log.has_room() {
+            container.output.rest(stream);
+            let serial = container.serial;
+            let container = self.containers.iter().find(|c| c.serial == serial);
+            if let Some(fd) = container.and_then(|container| container.output.stream(stream)) {
+                self.unwatch(fd);
+            }
+            return;
+        }
         if container.output.pump(stream, &mut self.buffers) == Pumped::End {
             container.output.close(stream);
+        }
+    }
+
+    /// Some log has done what was waited for: taken lines, been opened again, been completed.
+    pub(super) fn logs_ready(&mut self) {
+        let _ = rustix::io::read(&self.logs, &mut [0_u8; 8]);
+        let serials: Vec<u64> = self.containers.iter().map(|c| c.serial).collect();
+        for serial in serials {
+            self.log_reopened(serial);
+            self.continue_output(serial);
+            self.continue_ending(serial);
+        }
+    }
+
+    fn continue_output(&mut self, serial: u64) {
+        let streams = self
+            .container(serial)
+            .map(|container| container.output.rested());
+        let Some(container) = self.containers.iter().find(|c| c.serial == serial) else {
+            return;
+        };
+        for stream in streams.unwrap_or_default() {
+            let source = match stream {
+                Stream::Stdout => Source::Stdout(serial),
+                Stream::Stderr => Source::Stderr(serial),
+            };
+            if let Some(fd) = container.output.stream(stream) {
+                let _ = self.watch(fd, source, EventFlags::IN);
+            }
+        }
+    }
+
+    fn log_reopened(&mut self, serial: u64) {
+        let Some(container) = self.container(serial) else {
+            return;
+        };
+        if container.reopening.is_empty() {
+            return;
+        }
+        let Some(file) = &container.output.log.file else {
+            return;
+        };
+        let Some(reopened) = file.reopened() else {
+            return;
+        };
+        let path = file.path().display();
+        let failure = reopened.err().map(|errno| {
+            let said = kernel_said(&errno.into());
+            format!(
+                "open the log {path} of container {} again: {said}",
+                container.id()
+            )
+        });
+        for client in std::mem::take(&mut container.reopening) {
+            match &failure {
+                None => self.reply(client, &Reply::Done),
+                Some(message) => self.fail(client, FailureKind::Monitor, message.as_str()),
+            }
         }
     }
 
@@ -97,6 +176,11 @@ impl Monitor {
             None | Some(Ok(false)) => {}
             Some(Ok(true)) => {
                 container.oom_killed = true;
+                let now = Instant::now();
+                let told = container.oom_told.replace(now);
+                if told.is_some_and(|told| now < told + OOM_PAUSE) {
+                    return;
+                }
                 let id = container.id().to_owned();
                 self.publish(Event::OutOfMemory { id });
             }
@@ -116,6 +200,7 @@ impl Monitor {
             give_up: None,
             pause: MIN_PAUSE,
             next_look: None,
+            log_until: None,
         });
         if starting {
             for (call, purpose) in self.calls.values_mut() {
@@ -165,8 +250,28 @@ impl Monitor {
                 cgroup.display()
             ));
         }
-        container.output.drain(&mut self.buffers);
-        container.memory = None;
+        let now = Instant::now();
+        let log_until = *ending.log_until.get_or_insert_with(|| {
+            container.output.drain(&mut self.buffers);
+            container.memory = None;
+            now + LOGGING
+        });
+        if !container.output.log.is_written() {
+            if now < log_until {
+                ending.next_look = Some(log_until);
+                return;
+            }
+            note(&format!(
+                "container {}: its end is told, though its log is not written: the file system of {} hangs",
+                container.spec.id,
+                container
+                    .spec
+                    .log
+                    .as_deref()
+                    .unwrap_or(Path::new(""))
+                    .display()
+            ));
+        }
         let exit = ExitRecord {
             code: ending.code,
             oom_killed: container.oom_killed,

@@ -1,28 +1,23 @@
 //! The container's log in the CRI's format: `TIME STREAM TAG LINE`, one line each, TAG being F
 //! for a whole line and P for a part of one.
 //!
-//! Lines are found in place in one buffer that all containers share, and go to the file many at
-//! a time, with one write(2): neither a reader nor a rotation ever sees half a line.
+//! Lines are found in place in one buffer that all containers share, and go to the log's file
+//! many at a time: neither a reader nor a rotation ever sees half a line.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Seek, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::errno::kernel_said;
 use super::exit;
+use super::log_file::LogFile;
 
 /// A line longer than this is cut into parts: containerd's and CRI-O's bound.
 const MAX_LINE: usize = 16 << 10;
 
 /// One read takes at most this: a pipe's capacity.
 const INPUT: usize = 64 << 10;
-
-/// One write takes at most this, and at least a line of [`MAX_LINE`] with its header.
-const OUTPUT: usize = 96 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stream {
@@ -81,18 +76,16 @@ impl Timestamp {
     }
 }
 
-/// What all containers of the pod share while one of them is read. Two allocations that are
-/// large enough to be mappings of their own, of which only touched pages are memory.
+/// What all containers of the pod share while one of them is read: large, but only touched pages
+/// are memory.
 pub struct Buffers {
     input: Vec<u8>,
-    output: Vec<u8>,
 }
 
 impl Buffers {
     pub fn new() -> Self {
         Buffers {
             input: vec![0; INPUT],
-            output: Vec::with_capacity(OUTPUT),
         }
     }
 }
@@ -116,47 +109,36 @@ pub enum Pumped {
 
 /// One container's log.
 pub struct Log {
-    path: Option<PathBuf>,
-    file: Option<File>,
+    /// `None` throws everything away.
+    pub file: Option<LogFile>,
     /// The beginnings of lines whose end has not come yet, at most [`MAX_LINE`] long.
     stdout: Vec<u8>,
     stderr: Vec<u8>,
-    /// Lines that could not be written since the last that could, and why.
-    lost: u64,
-    reason: Option<Errno>,
-    /// Half a line stands at the end of the file.
-    torn: bool,
-}
-
-fn open(path: &Path) -> std::io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.append(true).create(true).mode(0o640).open(path)
 }
 
 impl Log {
-    /// Opens the log, or, with no path, one that throws everything away.
-    pub fn open(path: Option<PathBuf>) -> std::io::Result<Self> {
+    /// Has the log opened, or, with no path, throws everything away. `wake` as in
+    /// [`LogFile::open`].
+    pub fn open(path: Option<PathBuf>, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
+        let file = path.map(|path| LogFile::open(path, wake)).transpose()?;
         Ok(Log {
-            file: path.as_deref().map(open).transpose()?,
-            path,
+            file,
             stdout: Vec::new(),
             stderr: Vec::new(),
-            lost: 0,
-            reason: None,
-            torn: false,
         })
     }
 
-    /// Opens the log again at its path. The old file goes on if that fails.
-    pub fn reopen(&mut self) -> std::io::Result<()> {
-        if let Some(path) = &self.path {
-            self.file = Some(open(path)?);
-            self.torn = false;
-        }
-        Ok(())
+    /// Whether a look at a stream could find something. If not, the loop is woken when it could.
+    pub fn has_room(&self) -> bool {
+        self.file.as_ref().is_none_or(LogFile::has_room)
     }
 
-    /// Reads from one of the container's streams once, and writes the lines that are whole.
+    /// Whether all is in the file. If not, the loop is woken when it is.
+    pub fn is_written(&self) -> bool {
+        self.file.as_ref().is_none_or(LogFile::is_written)
+    }
+
+    /// Reads from one of the container's streams once, and passes the lines that are whole on.
     pub fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
         let held = self.held(stream);
         let length = held.len();
@@ -172,21 +154,27 @@ impl Log {
             // A pty's way to say that nobody has its other side open.
             Err(_) => return Pumped::End,
         };
-        if self.file.is_some() {
-            self.write_lines(stream, length + count, buffers);
+        let (file, held) = match stream {
+            Stream::Stdout => (&self.file, &mut self.stdout),
+            Stream::Stderr => (&self.file, &mut self.stderr),
+        };
+        if let Some(file) = file {
+            let input = buffers.input.get(..length + count).unwrap_or_default();
+            file.append(|waiting| push_lines(waiting, held, stream, input));
         }
         Pumped::Data
     }
 
     /// Writes what is left of a line that will never end.
-    pub fn finish(&mut self, stream: Stream, buffers: &mut Buffers) {
+    pub fn finish(&mut self, stream: Stream) {
         let held = std::mem::take(self.held(stream));
-        if held.is_empty() {
-            return;
+        if let (false, Some(file)) = (held.is_empty(), &self.file) {
+            file.append(|waiting| {
+                let mut batch = Batch::new(stream, waiting);
+                batch.push(b'P', &held);
+                batch.lines
+            });
         }
-        let mut batch = Batch::new(stream, &mut buffers.output);
-        batch.push(b'P', &held);
-        self.flush(&mut batch);
     }
 
     fn held(&mut self, stream: Stream) -> &mut Vec<u8> {
@@ -195,124 +183,32 @@ impl Log {
             Stream::Stderr => &mut self.stderr,
         }
     }
+}
 
-    fn write_lines(&mut self, stream: Stream, length: usize, buffers: &mut Buffers) {
-        let mut rest = buffers.input.get(..length).unwrap_or_default();
-        let mut batch = Batch::new(stream, &mut buffers.output);
-        loop {
-            let end = memchr::memchr(b'\n', rest);
-            let line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);
-            let mut line = line;
-            while let Some((part, more)) = line.split_at_checked(MAX_LINE)
-                && !more.is_empty()
-            {
-                self.push(&mut batch, b'P', part);
-                line = more;
-            }
-            let Some(end) = end else {
-                let held = self.held(stream);
-                held.clear();
-                held.extend_from_slice(line);
-                if line.is_empty() && held.capacity() > 256 {
-                    *held = Vec::new();
-                }
-                break;
-            };
-            self.push(&mut batch, b'F', line);
-            rest = rest.get(end + 1..).unwrap_or_default();
-        }
-        self.flush(&mut batch);
-    }
-
-    fn push(&mut self, batch: &mut Batch<'_>, tag: u8, line: &[u8]) {
-        if !batch.fits(line) {
-            self.flush(batch);
-        }
-        batch.push(tag, line);
-    }
-
-    /// Writes a batch. What can't be written is dropped and counted, and the count is the first
-    /// thing that is written when writing works again: a full disk must not stop the container.
-    fn flush(&mut self, batch: &mut Batch<'_>) {
-        if batch.lines > 0
-            && let Some(file) = self.file.as_mut()
+/// Formats what was read, behind what was held from before; the rest without an end is held.
+fn push_lines(waiting: &mut Vec<u8>, held: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
+    let mut rest = input;
+    let mut batch = Batch::new(stream, waiting);
+    loop {
+        let end = memchr::memchr(b'\n', rest);
+        let mut line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);
+        while let Some((part, more)) = line.split_at_checked(MAX_LINE)
+            && !more.is_empty()
         {
-            if self.lost > 0 || self.torn {
-                let notice = notice(self.torn, self.lost, self.reason);
-                match write_whole(file, &notice) {
-                    Ok(()) => (self.lost, self.torn) = (0, false),
-                    Err(failed) => {
-                        self.torn |= failed.torn;
-                        self.lost += batch.lines;
-                        batch.clear();
-                        return;
-                    }
-                }
+            batch.push(b'P', part);
+            line = more;
+        }
+        let Some(end) = end else {
+            held.clear();
+            held.extend_from_slice(line);
+            if line.is_empty() && held.capacity() > 256 {
+                *held = Vec::new();
             }
-            if let Err(failed) = write_whole(file, batch.output) {
-                self.torn |= failed.torn;
-                self.lost += batch.lines.saturating_sub(failed.lines);
-                self.reason = Some(failed.errno);
-            }
-        }
-        batch.clear();
+            return batch.lines;
+        };
+        batch.push(b'F', line);
+        rest = rest.get(end + 1..).unwrap_or_default();
     }
-}
-
-fn notice(torn: bool, lost: u64, reason: Option<Errno>) -> Vec<u8> {
-    let mut line = Vec::new();
-    if torn {
-        line.push(b'\n');
-    }
-    if lost > 0 {
-        line.extend_from_slice(Timestamp::now().text());
-        let reason = reason.map_or(String::new(), |errno: Errno| {
-            format!(": {}", kernel_said(&errno.into()))
-        });
-        let text = format!(" stderr F rrun-monitor: {lost} lines of this log are lost{reason}\n");
-        line.extend_from_slice(text.as_bytes());
-    }
-    line
-}
-
-struct WriteFailed {
-    errno: Errno,
-    /// Whole lines that did get into the file.
-    lines: u64,
-    /// The part of a line that got there could not be taken back.
-    torn: bool,
-}
-
-/// Writes all the bytes, or whole lines of them.
-fn write_whole(file: &mut File, bytes: &[u8]) -> Result<(), WriteFailed> {
-    let mut written = 0;
-    let errno = loop {
-        let rest = bytes.get(written..).unwrap_or_default();
-        if rest.is_empty() {
-            return Ok(());
-        }
-        match file.write(rest) {
-            Ok(0) => break Errno::NOSPC,
-            Ok(count) => written += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => break Errno::from_io_error(&error).unwrap_or(Errno::IO),
-        }
-    };
-    let done = bytes.get(..written).unwrap_or_default();
-    let whole = memchr::memrchr(b'\n', done).map_or(0, |at| at + 1);
-    let torn = written > whole && !take_back(file, (written - whole) as u64);
-    Err(WriteFailed {
-        errno,
-        lines: memchr::memchr_iter(b'\n', done).count() as u64,
-        torn,
-    })
-}
-
-/// Cuts the last bytes off a file that only we append to.
-fn take_back(file: &mut File, count: u64) -> bool {
-    file.stream_position()
-        .and_then(|end| file.set_len(end.saturating_sub(count)))
-        .is_ok()
 }
 
 /// Lines on their way to the file, all with the time at which they were read.
@@ -329,7 +225,6 @@ impl<'a> Batch<'a> {
         if stream == Stream::Stderr {
             header[31..37].copy_from_slice(b"stderr");
         }
-        output.clear();
         Batch {
             header,
             output,
@@ -337,21 +232,13 @@ impl<'a> Batch<'a> {
         }
     }
 
-    fn fits(&self, line: &[u8]) -> bool {
-        self.output.len() + self.header.len() + line.len() < OUTPUT
-    }
-
     fn push(&mut self, tag: u8, line: &[u8]) {
         self.header[38] = tag;
+        self.output.reserve(self.header.len() + line.len() + 1);
         self.output.extend_from_slice(&self.header);
         self.output.extend_from_slice(line);
         self.output.push(b'\n');
         self.lines += 1;
-    }
-
-    fn clear(&mut self) {
-        self.output.clear();
-        self.lines = 0;
     }
 }
 
@@ -366,7 +253,9 @@ mod tests {
             std::thread::current().id()
         ));
         let mut buffers = Buffers::new();
-        let mut log = Log::open(Some(dir.clone())).unwrap();
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let wake = Arc::new(rustix::event::eventfd(0, flags).unwrap());
+        let mut log = Log::open(Some(dir.clone()), &wake).unwrap();
         let (read, write) = rustix::pipe::pipe().unwrap();
         for chunk in chunks {
             rustix::io::write(&write, chunk).unwrap();
@@ -374,7 +263,10 @@ mod tests {
         }
         drop(write);
         assert_eq!(log.pump(&read, Stream::Stdout, &mut buffers), Pumped::End);
-        log.finish(Stream::Stdout, &mut buffers);
+        log.finish(Stream::Stdout);
+        while !log.is_written() {
+            rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
+        }
         let text = std::fs::read_to_string(&dir).unwrap();
         std::fs::remove_file(&dir).unwrap();
         text.lines().map(|line| line[31..].to_owned()).collect()
@@ -432,25 +324,5 @@ mod tests {
     fn many_short_lines_fill_more_than_one_write() {
         let input = b"\n".repeat(INPUT);
         assert_eq!(written(&[&input]).len(), INPUT);
-    }
-
-    #[test]
-    fn lost_lines_are_counted_where_the_log_goes_on() {
-        let mut buffers = Buffers::new();
-        let mut log = Log::open(Some("/dev/full".into())).unwrap();
-        let (read, write) = rustix::pipe::pipe().unwrap();
-        rustix::io::write(&write, b"a\nb\nc\n").unwrap();
-        log.pump(&read, Stream::Stdout, &mut buffers);
-        assert_eq!(log.lost, 3);
-        let path = std::env::temp_dir().join(format!("rrun-lost-{}", std::process::id()));
-        log.path = Some(path.clone());
-        log.reopen().unwrap();
-        rustix::io::write(&write, b"d\n").unwrap();
-        log.pump(&read, Stream::Stdout, &mut buffers);
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let lines: Vec<_> = text.lines().map(|line| &line[31..]).collect();
-        assert!(lines[0].starts_with("stderr F rrun-monitor: 3 lines of this log are lost: "));
-        assert_eq!(lines[1], "stdout F d");
     }
 }

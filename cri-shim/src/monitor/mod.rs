@@ -3,7 +3,7 @@
 //! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
 //! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
 //! set. What it does for a container is in `container`, `ending` and `exec`; what it needs from
-//! the kernel and the runtime in `runtime`, `logs`, `console`, `cgroup` and `exit`.
+//! the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
 
 mod cgroup;
 mod connection;
@@ -15,6 +15,7 @@ mod errno;
 mod exec;
 mod exit;
 mod journal;
+mod log_file;
 mod logs;
 mod pod_init;
 pub mod protocol;

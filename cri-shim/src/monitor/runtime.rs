@@ -197,26 +197,46 @@ struct LogLine {
     msg: String,
 }
 
-/// The last error in a log of JSON lines, or the last line that is none.
+/// The last error in a log of JSON lines, or what stands at its end that is none: all lines of it,
+/// since the first of several says what was being done and the last, often, only where.
 fn last_word(log: &[u8]) -> Option<String> {
-    let mut plain = None;
+    let mut plain: Vec<String> = Vec::new();
+    let mut told = false;
     for line in log.rsplit(|byte| *byte == b'\n') {
         match serde_json::from_slice::<LogLine>(line) {
             Ok(entry) if matches!(entry.level.as_str(), "error" | "fatal" | "panic") => {
-                return Some(bounded(&entry.msg));
+                let lines: Vec<&str> = entry.msg.lines().map(str::trim).collect();
+                return Some(bounded(&joined(&lines)));
             }
-            Ok(_) => {}
-            Err(_) if plain.is_none() => {
-                let text = String::from_utf8_lossy(line);
-                let text = text.trim();
+            Ok(_) => told = !plain.is_empty(),
+            // The beginning of a JSON line may be cut off.
+            Err(_) if told || line.ends_with(b"\"}") => {}
+            Err(_) => {
+                let text = String::from_utf8_lossy(line).trim().to_owned();
                 if !text.is_empty() {
-                    plain = Some(bounded(text));
+                    plain.push(text);
                 }
             }
-            Err(_) => {}
         }
     }
-    plain
+    plain.reverse();
+    (!plain.is_empty()).then(|| bounded(&joined(&plain)))
+}
+
+/// Several lines as one.
+fn joined<T: AsRef<str>>(lines: &[T]) -> String {
+    let mut all = String::new();
+    for line in lines
+        .iter()
+        .map(AsRef::as_ref)
+        .filter(|line| !line.is_empty())
+    {
+        if !all.is_empty() {
+            all.push_str(if all.ends_with(':') { " " } else { "; " });
+        }
+        all.push_str(line);
+    }
+    all
 }
 
 fn bounded(text: &str) -> String {
@@ -276,12 +296,21 @@ mod tests {
     }
 
     #[test]
-    fn without_an_error_the_last_plain_line_is_the_reason() {
+    fn without_an_error_the_last_plain_lines_are_the_reason() {
         assert_eq!(
-            last_word(b"{\"level\":\"info\",\"msg\":\"x\"}\npanic: oh\n  \n").unwrap(),
-            "panic: oh"
+            last_word(b"before\n{\"level\":\"info\",\"msg\":\"x\"}\npanic: oh\n\n  dear\n")
+                .unwrap(),
+            "panic: oh; dear"
         );
         assert!(last_word(b"").is_none());
+    }
+
+    #[test]
+    fn an_error_of_several_lines_is_told_whole() {
+        let log = br#"{"level":"error","msg":"update cpu.max:\n  write: invalid\n"}
+{"level":"warning","msg":"bye"}
+"#;
+        assert_eq!(last_word(log).unwrap(), "update cpu.max: write: invalid");
     }
 
     #[test]

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signalfd::SignalFd;
-use rustix::event::{Timespec, epoll};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use rustix::process::WaitOptions;
@@ -41,6 +42,8 @@ pub enum Source {
     Stdout(u64),
     Stderr(u64),
     Memory(u64),
+    /// A log has done what it was waited for.
+    Logs,
 }
 
 impl Source {
@@ -52,6 +55,7 @@ impl Source {
             Source::Stdout(number) => (3, number),
             Source::Stderr(number) => (4, number),
             Source::Memory(number) => (5, number),
+            Source::Logs => (6, 0),
         };
         epoll::EventData::new_u64(number << 3 | kind)
     }
@@ -65,6 +69,7 @@ impl Source {
             3 => Source::Stdout(number),
             4 => Source::Stderr(number),
             5 => Source::Memory(number),
+            6 => Source::Logs,
             _ => return None,
         })
     }
@@ -107,6 +112,8 @@ pub struct Monitor {
     pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
     pub(super) execs: BTreeMap<i32, Running>,
     pub(super) buffers: Buffers,
+    /// An eventfd by which the logs' threads wake this one.
+    pub(super) logs: Arc<OwnedFd>,
     epoll: OwnedFd,
     signals: SignalFd,
     listener: OwnedFd,
@@ -127,6 +134,7 @@ impl Monitor {
         signals: SignalFd,
         listener: OwnedFd,
     ) -> Result<Self, Errno> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let monitor = Monitor {
             dir,
             timeout,
@@ -135,6 +143,7 @@ impl Monitor {
             calls: BTreeMap::new(),
             execs: BTreeMap::new(),
             buffers: Buffers::new(),
+            logs: Arc::new(eventfd(0, flags)?),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             signals,
             listener,
@@ -146,6 +155,7 @@ impl Monitor {
         };
         monitor.watch(&monitor.listener, Source::Listener, epoll::EventFlags::IN)?;
         monitor.watch(&monitor.signals, Source::Signals, epoll::EventFlags::IN)?;
+        monitor.watch(&monitor.logs, Source::Logs, epoll::EventFlags::IN)?;
         Ok(monitor)
     }
 
@@ -168,6 +178,7 @@ impl Monitor {
                     Some(Source::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
                     Some(Source::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
                     Some(Source::Memory(serial)) => self.memory_ready(serial),
+                    Some(Source::Logs) => self.logs_ready(),
                     None => {}
                 }
             }
@@ -197,6 +208,11 @@ impl Monitor {
         flags: epoll::EventFlags,
     ) -> Result<(), Errno> {
         epoll::add(&self.epoll, fd, source.pack(), flags)
+    }
+
+    /// Looks at a descriptor no more.
+    pub(super) fn unwatch(&self, fd: impl AsFd) {
+        let _ = epoll::delete(&self.epoll, fd);
     }
 
     // Clients.

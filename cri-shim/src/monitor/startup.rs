@@ -104,6 +104,8 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(StartError::io("become the child subreaper"))?;
     enter_namespaces(&pod)?;
+    // The logs' threads need none of their own.
+    crate::memory::one_heap();
     let pid1 = match pod.shared_pid {
         true => Some(pod_init::start().map_err(StartError::io("start the pod's first process"))?),
         false => None,
