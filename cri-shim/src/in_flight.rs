@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
@@ -16,12 +17,22 @@ type Answer<T> = watch::Receiver<Option<Result<T>>>;
 /// The work under way, by key.
 pub struct InFlight<T> {
     work: Arc<Mutex<HashMap<String, Answer<T>>>>,
+    /// How long a caller waits; the work goes on.
+    patience: Duration,
 }
 
 impl<T> Default for InFlight<T> {
     fn default() -> Self {
+        InFlight::within(Duration::MAX)
+    }
+}
+
+impl<T> InFlight<T> {
+    /// Work that nobody waits for longer, not even who has no deadline of his own.
+    pub fn within(patience: Duration) -> Self {
         InFlight {
             work: Arc::default(),
+            patience,
         }
     }
 }
@@ -55,11 +66,17 @@ impl<T: Clone + Send + Sync + 'static> InFlight<T> {
                 }
             }
         };
-        let told = answer
-            .wait_for(Option::is_some)
-            .await
-            .map(|told| told.clone());
-        match told {
+        let told = tokio::time::timeout(self.patience, answer.wait_for(Option::is_some)).await;
+        let Ok(told) = told else {
+            return Err(Error::new(
+                tonic::Code::DeadlineExceeded,
+                format!(
+                    "{key}: it has not ended within {} s and goes on; the same call again joins it",
+                    self.patience.as_secs()
+                ),
+            ));
+        };
+        match told.map(|told| told.clone()) {
             Ok(Some(result)) => result,
             _ => Err(Error::internal(format!("{key}: the work was aborted"))),
         }

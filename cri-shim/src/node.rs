@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rrun_proto::v1::PodSandboxMetadata;
 
 use crate::config::Config;
 use crate::container::Container;
+use crate::container::trash::Trash;
 use crate::error::{During, Error, Result};
 use crate::events::Bus;
 use crate::image::Images;
@@ -18,6 +19,9 @@ use crate::sandbox::Sandbox;
 use crate::stats::Cache;
 use crate::store::Store;
 
+/// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
+const MAKING: Duration = Duration::from_secs(5 * 60);
+
 /// Everything that a call needs.
 pub struct Node {
     pub config: Config,
@@ -26,6 +30,8 @@ pub struct Node {
     pub network: Network,
     pub events: Bus,
     pub stats: Cache,
+    /// Where removed writable layers go.
+    pub trash: Arc<Trash>,
     /// Calls that make something, by what they make; the answer is an id.
     pub making: InFlight<String>,
     /// Calls that change or end something, by what they do.
@@ -42,13 +48,14 @@ struct Index {
 impl Node {
     pub fn new(config: Config, store: Store, images: Images, network: Network) -> Self {
         Node {
+            trash: Arc::new(Trash::new(&config.root)),
             config,
             store,
             images,
             network,
             events: Bus::default(),
             stats: Cache::default(),
-            making: InFlight::default(),
+            making: InFlight::within(MAKING),
             doing: InFlight::default(),
             index: Mutex::default(),
         }

@@ -34,12 +34,14 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
         }
     }
     adopt_containers(node)?;
+    lease_again(node);
     join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
     for id in homeless {
         let change = crate::store::Change::delete(Table::CONTAINERS, &id);
         node.store.commit(vec![change]).await.map_err(read)?;
     }
     remove_orphans(node).await?;
+    node.trash.empty_soon();
     let live: HashSet<String> = node
         .sandboxes()
         .iter()
@@ -96,6 +98,15 @@ fn adopt_containers(node: &Arc<Node>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Leases that a kill kept from the store: it has the removal of an image only after them.
+fn lease_again(node: &Node) {
+    for container in node.containers() {
+        if let Err(error) = node.images.lease_soon(&container.id, &container.image_id) {
+            log::warn!("{}: keep its image: {error}", container.name());
+        }
+    }
 }
 
 /// Brings one pod of the store and its monitor together. What fails is logged: one bad pod must
@@ -191,7 +202,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     owners.extend(node.images.leases());
     for id in owners {
         if node.container(&id).is_err() {
-            if let Err(error) = files::remove_tree(&node.writable_layer(&id)) {
+            if let Err(error) = node.trash.put(&node.writable_layer(&id), &id) {
                 log::error!("{error}");
             }
             if let Err(error) = node.images.release(&id).await {

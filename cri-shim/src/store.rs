@@ -100,8 +100,39 @@ struct Commit {
 /// A handle to the store; clones share one file and one writer.
 #[derive(Clone)]
 pub struct Store {
-    database: Arc<Database>,
+    file: Arc<StoreFile>,
     writer: mpsc::Sender<Commit>,
+}
+
+/// The database, opened anew after a failure: redb takes nothing more once a write has failed
+/// (a full disk), and repairs itself when it is opened.
+struct StoreFile {
+    path: PathBuf,
+    /// Held while the disk is read or written, by the writer and, before there is any other
+    /// work, by whoever loads.
+    database: Mutex<Option<Database>>,
+}
+
+impl StoreFile {
+    fn open(&self) -> Result<Database, redb::DatabaseError> {
+        Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(&self.path)
+    }
+
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
+        let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        let opened = match database.take() {
+            Some(opened) => opened,
+            None => self.open()?,
+        };
+        let result = work(&opened)?;
+        *database = Some(opened);
+        Ok(result)
+    }
 }
 
 /// What the store may cache, in bytes: it is read once.
@@ -113,22 +144,26 @@ const BATCH: usize = 256;
 impl Store {
     /// Opens or creates the file; its directory must be there.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(|source| StoreError::Open {
-                path: path.to_owned(),
-                source,
-            })?;
-        let database = Arc::new(database);
+        let file = StoreFile {
+            path: path.to_owned(),
+            database: Mutex::default(),
+        };
+        let database = file.open().map_err(|source| StoreError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+        let file = Arc::new(StoreFile {
+            database: Mutex::new(Some(database)),
+            ..file
+        });
         let (writer, commits) = mpsc::channel();
-        let for_writer = Arc::clone(&database);
+        let for_writer = Arc::clone(&file);
         std::thread::Builder::new()
             .name("store".into())
             .stack_size(256 << 10)
             .spawn(move || write_loop(&for_writer, &commits))
             .map_err(|error| StoreError::Write(Arc::new(redb::Error::Io(error))))?;
-        Ok(Store { database, writer })
+        Ok(Store { file, writer })
     }
 
     /// Every entry of a table, in the order of the keys.
@@ -137,28 +172,17 @@ impl Store {
             table: table.0,
             source: Box::new(error),
         };
-        let transaction = self
-            .database
-            .begin_read()
-            .map_err(|error| read(error.into()))?;
-        let opened = match transaction.open_table(table.definition()) {
-            Ok(opened) => opened,
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(read(error.into())),
-        };
-        let mut entries = Vec::new();
-        for entry in opened.iter().map_err(|error| read(error.into()))? {
-            let (key, value) = entry.map_err(|error| read(error.into()))?;
-            let key = key.value().to_owned();
-            let value =
-                serde_json::from_slice(value.value()).map_err(|source| StoreError::Value {
-                    table: table.0,
-                    key: key.clone(),
-                    source,
-                })?;
-            entries.push((key, value));
-        }
-        Ok(entries)
+        let entries = self.file.with(|database| entries(database, table));
+        let entries = entries.map_err(read)?;
+        let parsed = entries.into_iter().map(|(key, value)| {
+            let value = serde_json::from_slice(&value).map_err(|source| StoreError::Value {
+                table: table.0,
+                key: key.clone(),
+                source,
+            })?;
+            Ok((key, value))
+        });
+        parsed.collect()
     }
 
     /// One entry of a table, for what is too large to be kept in memory.
@@ -253,7 +277,23 @@ impl Entry {
     }
 }
 
-fn write_loop(database: &Database, commits: &mpsc::Receiver<Commit>) {
+/// Keys and values of a table.
+fn entries(database: &Database, table: Table) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let opened = match transaction.open_table(table.definition()) {
+        Ok(opened) => opened,
+        Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut entries = Vec::new();
+    for entry in opened.iter()? {
+        let (key, value) = entry?;
+        entries.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(entries)
+}
+
+fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
     while let Ok(first) = commits.recv() {
         let mut batch = vec![first];
         while batch.len() < BATCH {
@@ -262,7 +302,8 @@ fn write_loop(database: &Database, commits: &mpsc::Receiver<Commit>) {
                 Err(_) => break,
             }
         }
-        let result = write(database, &batch).map_err(Arc::new);
+        let result = file.with(|database| write(database, &batch));
+        let result = result.map_err(Arc::new);
         for commit in batch {
             // A caller that has gone is no reason to undo the work of the others.
             let _ = commit.done.send(result.clone().map_err(StoreError::Write));

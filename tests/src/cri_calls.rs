@@ -91,7 +91,7 @@ impl Calls {
     }
 
     /// Runs all of these at the same time.
-    fn together<T: Send + 'static>(
+    pub fn together<T: Send + 'static>(
         &self,
         work: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
     ) -> Result<Vec<T>> {

@@ -43,6 +43,10 @@ pub fn main(args: &[String]) -> i32 {
         ["orphan", seconds] => orphan(seconds),
         ["count", milliseconds] => milliseconds.parse().map_err(Error::from).and_then(count),
         ["burst", lines] => lines.parse().map_err(Error::from).and_then(burst),
+        ["tell", lines, code] => {
+            let told = lines.parse().map_err(Error::from).and_then(burst);
+            return told.map_or(98, |()| code.parse().unwrap_or(99));
+        }
         ["later", seconds, code] => {
             std::thread::sleep(Duration::from_secs_f64(seconds.parse().unwrap_or(0.0)));
             return code.parse().unwrap_or(99);

@@ -47,6 +47,41 @@ pub fn deadline() -> Duration {
     Duration::from_secs(if guest { 120 } else { 30 })
 }
 
+/// How often something random is tried: seldom, or, for `make test-full` (RRUN_TEST_FULL), as
+/// often as the specification has it.
+pub fn rounds(few: u64, many: u64) -> u64 {
+    if std::env::var_os("RRUN_TEST_FULL").is_some() {
+        many
+    } else {
+        few
+    }
+}
+
+/// Numbers of no pattern: xorshift64 from the clock. The seed is told with a failure.
+pub struct Dice {
+    pub seed: u64,
+    state: u64,
+}
+
+impl Dice {
+    pub fn new() -> Self {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let seed = since.map_or(1, |since| since.subsec_nanos()) | 1;
+        Dice {
+            seed: seed.into(),
+            state: u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        }
+    }
+
+    /// From 0 to below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state % end
+    }
+}
+
 /// Where PATH has this program.
 pub fn program_path(name: &str) -> Option<PathBuf> {
     if name.contains('/') {

@@ -11,9 +11,11 @@ mod bundle;
 mod cgroup_use;
 mod cri_calls;
 mod cri_containers;
+mod cri_hangs;
 mod cri_limits;
 mod cri_pods;
 mod cri_restart;
+mod cri_wedge;
 mod crictl_story;
 mod inside;
 mod kubelet;
@@ -67,6 +69,8 @@ fn main() -> ExitCode {
         cri_limits::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
+        cri_wedge::TESTS,
+        cri_hangs::TESTS,
         kubelet::TESTS,
     ]
     .into_iter()

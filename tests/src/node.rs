@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::ensure;
-use crate::machine::{Directory, Result, Run, Running, command, deadline, tail, wait_for};
+use crate::machine::{Directory, Output, Result, Run, Running, command, deadline, tail, wait_for};
 use crate::needs::Need;
 
 /// What every test of the CRI needs.
@@ -223,9 +223,19 @@ impl Node {
     }
 
     pub fn runp(&self, pod: &Value) -> Result<String> {
-        let name = pod["metadata"]["name"].as_str().unwrap_or("pod");
-        let file = self.file(&format!("pod-{name}"), pod)?;
+        let file = self.pod_file(pod)?;
         self.asks(&["runp", &file])
+    }
+
+    /// `runp`, whatever comes of it.
+    pub fn try_runp(&self, pod: &Value) -> Result<Output> {
+        let file = self.pod_file(pod)?;
+        self.crictl(&["runp", &file]).end()
+    }
+
+    fn pod_file(&self, pod: &Value) -> Result<String> {
+        let name = pod["metadata"]["name"].as_str().unwrap_or("pod");
+        self.file(&format!("pod-{name}"), pod)
     }
 
     /// A container's configuration, of the image [`BUSYBOX`] with the tests' own program in it.
@@ -242,13 +252,40 @@ impl Node {
     }
 
     pub fn create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
+        let create = self.create_command(pod_id, pod, container)?;
+        Ok(create.ok()?.text().to_owned())
+    }
+
+    /// `create`, whatever comes of it.
+    pub fn try_create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Output> {
+        self.create_command(pod_id, pod, container)?.end()
+    }
+
+    /// `create`, under way.
+    pub fn start_create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Running> {
+        self.create_command(pod_id, pod, container)?.start()
+    }
+
+    /// `logs --reopen`, under way.
+    pub fn start_reopen(&self, container: &str) -> Result<Running> {
+        self.crictl(&["logs", "--reopen", container]).start()
+    }
+
+    fn create_command(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Run> {
         let name = container["metadata"]["name"]
             .as_str()
             .unwrap_or("container");
         let container = self.file(&format!("container-{name}"), container)?;
-        let name = pod["metadata"]["name"].as_str().unwrap_or("pod");
-        let pod = self.file(&format!("pod-{name}"), pod)?;
-        self.asks(&["create", pod_id, &container, &pod])
+        let pod = self.pod_file(pod)?;
+        Ok(self.crictl(&["create", pod_id, &container, &pod]))
+    }
+
+    /// Unmounts all that the server has mounted, as a reboot does.
+    pub fn unmount_all(&self) -> Result {
+        for point in mounts_below(self.directory.path()) {
+            nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH)?;
+        }
+        Ok(())
     }
 
     /// `create` and `start`: the container's id.

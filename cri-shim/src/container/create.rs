@@ -26,15 +26,16 @@ pub fn key(sandbox: &str, config: &ContainerConfig) -> String {
     format!("create container {name:?} attempt {attempt} in pod {sandbox}")
 }
 
-/// Makes the container and returns its id; of one that was made for the same metadata and has
-/// not been started, that one's.
+/// Makes the container and returns its id; of one that was made for the same metadata and has not
+/// ended, that one's. (kubelet counts `attempt` up before it asks for another one; peers answer
+/// that the name is reserved.)
 pub async fn create(
     node: Arc<Node>,
     sandbox: Arc<Sandbox>,
     config: ContainerConfig,
 ) -> Result<String> {
     let same = |container: &Arc<Container>| {
-        container.config.metadata == config.metadata && container.phase() == Phase::Created
+        container.config.metadata == config.metadata && container.phase() != Phase::Exited
     };
     if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
         return Ok(there.id.clone());
@@ -129,30 +130,18 @@ async fn make(
     record: Record,
     image: &Arc<Image>,
 ) -> Result<Arc<Container>> {
-    let pod = sandbox.name();
     let bundle = node.bundle(&sandbox.id, &record.id);
     // A kill at any later instruction finds the container by its bundle, and what it owns in
     // there.
     private_dir(&bundle)?;
     write_record(&bundle.join(RECORD), &record)?;
 
-    // While the lease is written to the disk the rest goes on: asked a second time, it answers at
-    // once.
-    let id = record.id.clone();
-    let lease = async {
-        let leased = node.images.lease(&id, &image.id).await;
-        leased.map_err(Error::from)
-    };
-    let lease = slow(format!("{pod}: keep the image {}", image.id), lease);
-    let (leased, made) = tokio::join!(lease, assemble(node, sandbox, record, image, bundle));
-    leased?;
-    let container = made?;
+    let container = assemble(node, sandbox, record, image, bundle).await?;
     must_be_ready(sandbox)?;
     container.write_down(node)?;
     Ok(container)
 }
 
-/// Everything but the lease's way to the disk.
 async fn assemble(
     node: &Arc<Node>,
     sandbox: &Arc<Sandbox>,
@@ -161,7 +150,7 @@ async fn assemble(
     bundle: PathBuf,
 ) -> Result<Arc<Container>> {
     let pod = sandbox.name();
-    let lower = node.images.lease(&record.id, &image.id).await?;
+    let lower = node.images.lease_soon(&record.id, &image.id)?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));

@@ -3,7 +3,7 @@
 //! [`create`] makes it: its writable layer mounted over the image's layers ([`rootfs`]), its OCI
 //! configuration ([`spec`], of [`mounts`], [`capabilities`], [`devices`], [`resources`] and the
 //! [`user`] it runs as), and the runtime's `create` through the pod's monitor. [`start`], [`stop`]
-//! and [`remove`] are the rest; [`status`] is the CRI's view.
+//! and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's view.
 
 pub mod capabilities;
 pub mod create;
@@ -17,6 +17,7 @@ pub mod spec;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod trash;
 pub mod user;
 
 use std::path::{Path, PathBuf};

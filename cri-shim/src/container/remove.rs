@@ -52,10 +52,11 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let name = container.name();
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     let writable = node.writable_layer(&container.id);
+    let (trash, id) = (Arc::clone(&node.trash), container.id.clone());
     blocking(format!("{name}: remove its files"), move || {
         unmount(&bundle.join("rootfs"))?;
         remove_tree(&bundle)?;
-        remove_tree(&writable)
+        trash.put(&writable, &id)
     })
     .await
 }

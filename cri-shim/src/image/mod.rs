@@ -24,6 +24,7 @@ mod source;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -36,9 +37,12 @@ pub use hosts::Registries;
 pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
 
-use crate::store::{Store, Table};
+use crate::store::{Store, StoreError, Table};
 use catalog::{Catalog, EMPTY_LAYER, Lease, directory};
 use reference::Name;
+
+/// What is on its way to the disk.
+type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
 /// Bounds on a pull.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -196,48 +200,72 @@ impl Images {
     /// [`Images::release`]. Returns the overlay lower directories, uppermost first. Asked again
     /// for the same owner and image, answers the same, be the image there or not.
     pub async fn lease(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
-        let root = &self.inner.root;
-        let (lowers, written) = {
-            let mut catalog = lock(&self.inner.catalog);
-            let before = catalog
-                .lease(owner)
-                .filter(|lease| lease.image == image_id)
-                .cloned();
-            let (lease, known) = match before {
-                Some(lease) => (lease, true),
-                None => {
-                    let image = catalog.image(image_id).ok_or_else(|| {
-                        ImageError::new(
-                            Kind::NotFound,
-                            format!("the image {image_id} is not here; pull it first"),
-                        )
-                    })?;
-                    let lease = Lease {
-                        image: image_id.to_owned(),
-                        layers: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
-                    };
-                    (lease, false)
-                }
-            };
-            let lowers = catalog
-                .lowers(lease.layers.iter().map(String::as_str), root)
-                .ok_or_else(|| {
-                    ImageError::new(
-                        Kind::DataLoss,
-                        format!("layers of the image {image_id} are gone; pull it again"),
-                    )
-                })?;
-            if known {
-                return Ok(lowers);
-            }
-            let changes = catalog.add_lease(owner, lease)?;
-            (lowers, self.inner.store.commit(changes))
-        };
-        if let Err(error) = written.await {
+        let (lowers, written) = self.begin_lease(owner, image_id)?;
+        if let Some(written) = written
+            && let Err(error) = written.await
+        {
             lock(&self.inner.catalog).remove_lease(owner);
             return Err(error.into());
         }
         Ok(lowers)
+    }
+
+    /// As [`Images::lease`], with nobody waiting for the disk: whoever restarts the server takes
+    /// the lease again for what is still there. What is removed later is removed from the store
+    /// later.
+    pub fn lease_soon(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
+        let (lowers, written) = self.begin_lease(owner, image_id)?;
+        if let Some(written) = written {
+            let owner = owner.to_owned();
+            tokio::spawn(async move {
+                if let Err(error) = written.await {
+                    log::error!("write down that {owner} keeps its image: {error}");
+                }
+            });
+        }
+        Ok(lowers)
+    }
+
+    fn begin_lease(
+        &self,
+        owner: &str,
+        image_id: &str,
+    ) -> Result<(Vec<PathBuf>, Option<Written>), ImageError> {
+        let root = &self.inner.root;
+        let mut catalog = lock(&self.inner.catalog);
+        let before = catalog
+            .lease(owner)
+            .filter(|lease| lease.image == image_id)
+            .cloned();
+        let (lease, known) = match before {
+            Some(lease) => (lease, true),
+            None => {
+                let image = catalog.image(image_id).ok_or_else(|| {
+                    ImageError::new(
+                        Kind::NotFound,
+                        format!("the image {image_id} is not here; pull it first"),
+                    )
+                })?;
+                let lease = Lease {
+                    image: image_id.to_owned(),
+                    layers: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
+                };
+                (lease, false)
+            }
+        };
+        let lowers = catalog
+            .lowers(lease.layers.iter().map(String::as_str), root)
+            .ok_or_else(|| {
+                ImageError::new(
+                    Kind::DataLoss,
+                    format!("layers of the image {image_id} are gone; pull it again"),
+                )
+            })?;
+        if known {
+            return Ok((lowers, None));
+        }
+        let changes = catalog.add_lease(owner, lease)?;
+        Ok((lowers, Some(Box::pin(self.inner.store.commit(changes)))))
     }
 
     /// Lets go of what `owner` leased; nothing leased is no error.

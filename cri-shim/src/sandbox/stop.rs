@@ -17,7 +17,7 @@ use crate::node::Node;
 use crate::slow::{blocking, slow};
 
 /// How long a pod's removal waits for containers being made in it.
-const CREATIONS: Duration = Duration::from_secs(60);
+const CREATIONS: Duration = Duration::from_secs(10);
 
 /// Stops what runs in the pod and gives its network back.
 pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
