@@ -272,6 +272,9 @@ fn a_read_only_state_directory_is_told_and_leaves_nothing() -> Result {
             MsFlags::MS_BIND | MsFlags::MS_REC,
             none,
         )?;
+        // Of what is unmounted here nobody else is to lose anything.
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        mount(none, &state, none, private, none)?;
         let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let result: Result = (|| {
             mount(none, &state, none, read_only, none)?;

@@ -57,7 +57,9 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     }
     container.change(|state| {
         if state.started_at == 0 {
-            state.started_at = now();
+            // Its end may have been told first.
+            let ended = Some(state.finished_at).filter(|ended| *ended != 0);
+            state.started_at = ended.map_or(now(), |ended| ended.min(now()));
         }
         // It can have ended by now.
         if state.phase == super::Phase::Created {
