@@ -108,9 +108,7 @@ pub struct Store {
 /// (a full disk), and repairs itself when it is opened.
 struct StoreFile {
     path: PathBuf,
-    /// Held while the disk is read or written, by the writer and, before there is any other
-    /// work, by whoever loads.
-    database: Mutex<Option<Database>>,
+    database: Mutex<Option<Arc<Database>>>,
 }
 
 impl StoreFile {
@@ -124,14 +122,24 @@ impl StoreFile {
         &self,
         work: impl FnOnce(&Database) -> Result<T, redb::Error>,
     ) -> Result<T, redb::Error> {
-        let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
-        let opened = match database.take() {
-            Some(opened) => opened,
-            None => self.open()?,
+        let opened = {
+            let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*database {
+                Some(opened) => Arc::clone(opened),
+                None => Arc::clone(database.insert(Arc::new(self.open()?))),
+            }
         };
-        let result = work(&opened)?;
-        *database = Some(opened);
-        Ok(result)
+        let result = work(&opened);
+        if result.is_err() {
+            let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+            if database
+                .as_ref()
+                .is_some_and(|now| Arc::ptr_eq(now, &opened))
+            {
+                *database = None;
+            }
+        }
+        result
     }
 }
 
@@ -153,7 +161,7 @@ impl Store {
             source,
         })?;
         let file = Arc::new(StoreFile {
-            database: Mutex::new(Some(database)),
+            database: Mutex::new(Some(Arc::new(database))),
             ..file
         });
         let (writer, commits) = mpsc::channel();
@@ -195,25 +203,15 @@ impl Store {
             table: table.0,
             source: Box::new(error),
         };
-        let transaction = self
-            .database
-            .begin_read()
-            .map_err(|error| read(error.into()))?;
-        let opened = match transaction.open_table(table.definition()) {
-            Ok(opened) => opened,
-            Err(TableError::TableDoesNotExist(_)) => return Ok(None),
-            Err(error) => return Err(read(error.into())),
-        };
-        let Some(value) = opened.get(key).map_err(|error| read(error.into()))? else {
-            return Ok(None);
-        };
-        serde_json::from_slice(value.value())
-            .map(Some)
-            .map_err(|source| StoreError::Value {
+        let value = self.file.with(|database| value(database, table, key));
+        let parsed = value.map_err(read)?.map(|value| {
+            serde_json::from_slice(&value).map_err(|source| StoreError::Value {
                 table: table.0,
                 key: key.to_owned(),
                 source,
             })
+        });
+        parsed.transpose()
     }
 
     /// Makes all the changes or none; the answer comes when they are on the disk.
@@ -291,6 +289,16 @@ fn entries(database: &Database, table: Table) -> Result<Vec<(String, Vec<u8>)>, 
         entries.push((key.value().to_owned(), value.value().to_vec()));
     }
     Ok(entries)
+}
+
+/// One entry of a table.
+fn value(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>, redb::Error> {
+    let transaction = database.begin_read()?;
+    match transaction.open_table(table.definition()) {
+        Ok(opened) => Ok(opened.get(key)?.map(|value| value.value().to_vec())),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
