@@ -23,7 +23,7 @@ use crate::namespaces::{OpenJoin, flag};
 use crate::state::{self, State, Status, process_stat};
 use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
 use crate::time::rfc3339_nanos;
-use crate::{gate, hooks, log, refuse};
+use crate::{gate, hooks, log, net_devices, refuse, resctrl};
 
 /// How a container is to be made, beside its configuration.
 pub struct Request<'a> {
@@ -54,6 +54,7 @@ struct Unmade<'a> {
     cgroup: Option<PathBuf>,
     child: Option<OwnedFd>,
     hooks: Option<(&'a Hooks, String)>,
+    resctrl: resctrl::Made,
     kept: bool,
 }
 
@@ -68,6 +69,9 @@ impl Drop for Unmade<'_> {
         if let Some(path) = &self.cgroup
             && let Err(error) = cgroup::remove(path)
         {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Err(error) = self.resctrl.remove() {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
         if let Some(Err(error)) = self.claim.take().map(Claim::release) {
@@ -96,6 +100,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         cgroup: None,
         child: None,
         hooks: None,
+        resctrl: resctrl::Made::default(),
         kept: false,
     };
     let claim = &*unmade.claim.insert(Claim::new(request.root, request.id)?);
@@ -175,8 +180,15 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     state.save(claim)?;
 
     unmade.hooks = Some((&config.hooks, state.for_hooks(Status::Stopped)));
-    let terminal = accompany(&channel, &state, config, pidfd, request.waits)
-        .map_err(|error| explain_death(error, pidfd))?;
+    let terminal = accompany(
+        &channel,
+        &mut state,
+        &request,
+        claim,
+        pidfd,
+        &mut unmade.resctrl,
+    )
+    .map_err(|error| explain_death(error, pidfd))?;
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
     }
@@ -278,6 +290,10 @@ fn new_state(request: &Request<'_>) -> Result<State> {
         namespaces: config.namespaces.own_flags(),
         new_pid_namespace: config.namespaces.is_new(Type::Pid),
         process: config.process_spec.clone(),
+        personality: config.personality.clone(),
+        memory_policy: config.memory_policy.clone(),
+        keeps_keyring: !request.new_keyring,
+        resctrl: resctrl::Made::default(),
         hooks: config.hooks.clone(),
     })
 }
@@ -286,24 +302,36 @@ fn new_state(request: &Request<'_>) -> Result<State> {
 /// its program. Returns the terminal, if it hands one over.
 fn accompany(
     channel: &Channel,
-    state: &State,
-    config: &Config,
+    state: &mut State,
+    request: &Request<'_>,
+    claim: &Claim,
     pidfd: &OwnedFd,
-    waits: bool,
+    made: &mut resctrl::Made,
 ) -> Result<Option<OwnedFd>> {
+    let (config, waits) = (request.config, request.waits);
     let hooks = &config.hooks;
     let mut terminal = None;
     let mut ready = false;
     loop {
         match channel.receive()? {
-            Message::MapIds => {
+            Message::HostSide => {
                 if config.namespaces.is_new(Type::User) {
                     config.id_maps.write(state.pid, "linux.")?;
                 }
-                config
-                    .process
-                    .apply_oom_score_adj(&format!("/proc/{}", state.pid))?;
-                config.process.apply_rlimits(state.pid)?;
+                if config.namespaces.own(Type::User) {
+                    config
+                        .process
+                        .apply_oom_score_adj(&format!("/proc/{}", state.pid))?;
+                    config.process.apply_limits(state.pid)?;
+                }
+                net_devices::attach(&config.net_devices, state.pid)?;
+                if let Some(resctrl) = &config.resctrl {
+                    let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
+                    // First it is known what `delete` has to remove, or the undoing.
+                    state.save(claim)?;
+                    *made = state.resctrl.clone();
+                    applied?;
+                }
                 channel.go_on()?;
             }
             Message::RunHooks => {

@@ -19,7 +19,7 @@ use crate::refuse;
 /// The longest sentence that is carried.
 const LIMIT: usize = 16 << 10;
 
-const MAP_IDS: u8 = b'M';
+const HOST_SIDE: u8 = b'M';
 const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
@@ -31,9 +31,9 @@ const GO_ON: u8 = b'G';
 pub enum Message {
     /// From a go-between: the process that it made beside itself.
     Born(i32),
-    /// It is in its user namespace and waits for the mappings,
-    /// and for what its user has no right to do for itself.
-    MapIds,
+    /// It is in its namespaces and waits for what only the host's side can do: the mappings
+    /// of a user namespace and what that has no right to, network devices, resctrl.
+    HostSide,
     /// All is mounted, the old root still there; it waits for the hooks to be run.
     RunHooks,
     /// The master side of its terminal.
@@ -89,8 +89,8 @@ impl Channel {
         self.send(&[BORN, a, b, c, d])
     }
 
-    pub fn ask_for_id_maps(&self) -> Result<()> {
-        self.ask(MAP_IDS)
+    pub fn ask_for_host_side(&self) -> Result<()> {
+        self.ask(HOST_SIDE)
     }
 
     pub fn ask_for_hooks(&self) -> Result<()> {
@@ -145,7 +145,7 @@ impl Channel {
         Ok(match (message, descriptor) {
             ([], _) => Message::Closed,
             ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
-            ([MAP_IDS], _) => Message::MapIds,
+            ([HOST_SIDE], _) => Message::HostSide,
             ([RUN_HOOKS], _) => Message::RunHooks,
             ([READY], _) => Message::Ready,
             ([TERMINAL], Some(master)) => Message::Terminal(master),

@@ -1,6 +1,6 @@
 //! config.json: read whole, and checked whole, before anything on the system is touched.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
@@ -12,9 +12,11 @@ use crate::idmap::IdMaps;
 use crate::mount_options::{self, SLAVE};
 use crate::mounts::Mount;
 use crate::namespaces::Namespaces;
+use crate::net_devices::{self, NetDevice};
 use crate::process::Process;
+use crate::resctrl::Resctrl;
 use crate::spec::{self, Linux, Spec};
-use crate::{cgroup, hooks, refuse, sysctl};
+use crate::{cgroup, hooks, lsm, refuse, sysctl};
 
 /// The most of a config.json that is read; the largest that occur have some 100 kB.
 const SIZE_LIMIT: u64 = 16 << 20;
@@ -48,6 +50,12 @@ pub struct Config {
     pub process: Process,
     /// The process as it was written, from which `exec` takes what it is not told.
     pub process_spec: spec::Process,
+    /// SELinux label of what is mounted.
+    pub mount_label: Option<String>,
+    pub net_devices: Vec<NetDevice>,
+    pub resctrl: Option<Resctrl>,
+    pub personality: Option<spec::Personality>,
+    pub memory_policy: Option<spec::MemoryPolicy>,
 }
 
 /// Reads a file of at most [`SIZE_LIMIT`] bytes.
@@ -105,7 +113,11 @@ impl Config {
             refuse!("root.path: the host's root can not be a container's");
         }
 
+        let mut process = Process::from_spec(&process_spec)?;
+        process.inherit(linux.personality.as_ref(), linux.memory_policy.as_ref())?;
         let namespaces = Namespaces::from_spec(linux.namespaces.as_deref().unwrap_or_default())?;
+        let mount_label = mount_label(&linux)?;
+        let none = BTreeMap::new();
         let config = Config {
             rootfs,
             root_readonly: root.readonly.unwrap_or(false),
@@ -130,7 +142,9 @@ impl Config {
                 .iter()
                 .flatten()
                 .enumerate()
-                .map(|(index, mount)| Mount::from_spec(index, mount, &bundle))
+                .map(|(index, mount)| {
+                    Ok(Mount::from_spec(index, mount, &bundle)?.with_label(mount_label.as_ref()))
+                })
                 .collect::<Result<_>>()?,
             devices: devices::from_spec(linux.devices.as_deref().unwrap_or_default())?,
             masked_paths: linux.masked_paths.take().unwrap_or_default(),
@@ -139,8 +153,17 @@ impl Config {
             cgroups_path: linux.cgroups_path.clone().unwrap_or_default(),
             resources: linux.resources.take().unwrap_or_default(),
             hooks: spec.hooks.take().unwrap_or_default(),
-            process: Process::from_spec(&process_spec)?,
+            process,
             process_spec,
+            mount_label,
+            net_devices: net_devices::from_spec(linux.net_devices.as_ref().unwrap_or(&none))?,
+            resctrl: linux
+                .intel_rdt
+                .as_ref()
+                .map(Resctrl::from_spec)
+                .transpose()?,
+            personality: linux.personality.take(),
+            memory_policy: linux.memory_policy.take(),
             namespaces,
             bundle,
         };
@@ -172,6 +195,9 @@ impl Config {
         if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
             refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
         }
+        if !self.net_devices.is_empty() && !namespaces.own(Type::Network) {
+            refuse!("linux.netDevices: there is no network namespace to move devices to");
+        }
         sysctl::validate(&self.sysctl, namespaces)?;
         hooks::validate(&self.hooks)?;
         cgroup::validate(&self.cgroups_path, &self.resources)
@@ -183,6 +209,12 @@ impl Config {
             .mounts
             .iter()
             .any(|mount| mount.is_bind() && mount.destination == Path::new("/dev"))
+    }
+
+    /// Whether the first process has to wait for what only rrun can do from the host's side:
+    /// id maps and what a user namespace has no right to, network devices, resctrl.
+    pub fn needs_host_side(&self) -> bool {
+        self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
     }
 
     /// Whether mounts are meant to leave the container by its root.
@@ -216,21 +248,9 @@ fn check_version(version: &str) -> Result<()> {
 }
 
 fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
-    let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let unsupported = [
         ("vm", spec.vm.is_some()),
         ("linux.seccomp", linux.seccomp.is_some()),
-        ("linux.intelRdt", linux.intel_rdt.is_some()),
-        ("linux.mountLabel", named(&linux.mount_label)),
-        ("linux.memoryPolicy", linux.memory_policy.is_some()),
-        ("linux.personality", linux.personality.is_some()),
-        (
-            "linux.netDevices",
-            linux
-                .net_devices
-                .as_ref()
-                .is_some_and(|devices| !devices.is_empty()),
-        ),
     ];
     for (field, present) in unsupported {
         if present {
@@ -238,6 +258,23 @@ fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// # Errors
+/// A label, if SELinux is not enabled.
+fn mount_label(linux: &Linux) -> Result<Option<String>> {
+    let label = linux.mount_label.clone().filter(|label| !label.is_empty());
+    if let Some(label) = &label {
+        if label.contains(['\0', '\n']) {
+            refuse!("linux.mountLabel: {label:?} is no label");
+        }
+        if !lsm::has_selinux() {
+            refuse!(
+                "linux.mountLabel: {label} can not be had, SELinux is not enabled in this kernel"
+            );
+        }
+    }
+    Ok(label)
 }
 
 fn time_offsets(linux: &Linux) -> String {

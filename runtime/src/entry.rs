@@ -14,7 +14,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use crate::birth::{end_child, explain_death, write_pid_file};
 use crate::channel::{self, Channel, Message};
 use crate::error::{Context, Error, Result};
-use crate::init::{Descriptors, NeverReturn, end, execute, settle};
+use crate::init::{Descriptors, NeverReturn, end, execute, join_keyring, settle};
 use crate::namespaces::flag;
 use crate::process::Process;
 use crate::rootfs::Rootfs;
@@ -57,6 +57,7 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
         None => state.cgroup.clone(),
     };
     let (channel, childs_end) = channel::pair()?;
+    request.process.scheduling.apply_initial_affinity()?;
     let (pid, pidfd) = match born_in(&cgroup_path, state, request.sub_cgroup.is_none())? {
         Cloned::Child => {
             drop(channel);
@@ -118,15 +119,21 @@ fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
     let new_user = state.namespaces & flag(Type::User) != 0;
     if new_user {
         // The host's rights are needed for these; the parent sets them.
-        channel.ask_for_id_maps()?;
+        channel.ask_for_host_side()?;
     } else {
         request.process.apply_oom_score_adj("/proc/self")?;
     }
+    request.process.scheduling.apply_final_affinity()?;
+    // While /proc is the host's.
+    let labels = request.process.labels.open()?;
     join(&request.init, state.namespaces & !flag(Type::Pid))?;
     if new_user {
         crate::init::become_root_of_namespace()?;
     } else {
-        request.process.apply_rlimits(0)?;
+        request.process.apply_limits(0)?;
+    }
+    if !state.keeps_keyring {
+        join_keyring(&state.id, &labels)?;
     }
     if request.process.terminal {
         let root = rustix::fs::open(
@@ -145,7 +152,7 @@ fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
     request
         .process
         .complete_environment(request.descriptors.listen)?;
-    let program = settle(&request.process, request.descriptors)?;
+    let program = settle(&request.process, &labels, request.descriptors)?;
     channel.ready()?;
     Err(execute(&program, &request.process))
 }
@@ -155,11 +162,11 @@ fn accompany(channel: &Channel, request: &Request<'_>, pid: i32) -> Result<Optio
     let mut ready = false;
     loop {
         match channel.receive()? {
-            Message::MapIds => {
+            Message::HostSide => {
                 request
                     .process
                     .apply_oom_score_adj(&format!("/proc/{pid}"))?;
-                request.process.apply_rlimits(pid)?;
+                request.process.apply_limits(pid)?;
                 channel.go_on()?;
             }
             Message::Terminal(master) => terminal = Some(master),

@@ -16,15 +16,17 @@ use rustix::thread::UnshareFlags;
 use crate::channel::Channel;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
+use crate::lsm::OpenLabels;
 use crate::mount_options::READ_ONLY;
 use crate::mounts::{self, Mount, Taken, attach_root, take_root};
 use crate::namespaces::OpenJoin;
 use crate::process::{Process, enter_cwd, no_program};
 use crate::rootfs::Rootfs;
+use crate::scheduling::leave_callers_cpus;
 use crate::state::{State, Status};
 use crate::syscalls::{self, MountAttr, mount_setattr};
 use crate::terminal::Terminal;
-use crate::{devices, gate, hooks, log, sysctl};
+use crate::{devices, gate, hooks, log, namespaces, sysctl};
 
 /// What the first process needs to know beside its configuration.
 pub struct Init<'a> {
@@ -99,8 +101,9 @@ impl Init<'_> {
         let rootfs = self.build_root(new_user)?;
         let terminal = self.make_terminal(&rootfs)?;
         self.run_hooks()?;
-        // The last that needs the host's /proc.
+        // The last that need the host's /proc.
         sysctl::apply(&config.sysctl)?;
+        let labels = config.process.labels.open()?;
         if !new_user {
             config.process.apply_oom_score_adj("/proc/self")?;
         }
@@ -112,14 +115,15 @@ impl Init<'_> {
         }
 
         if self.new_keyring {
-            join_keyring(&self.state.id)?;
+            make_keyring(self.state, &labels)?;
         }
         let mut process = config.process.clone();
         if !new_user {
-            process.apply_rlimits(0)?;
+            process.apply_limits(0)?;
         }
+        leave_callers_cpus();
         process.complete_environment(self.descriptors.listen)?;
-        let program = settle(&process, self.descriptors)?;
+        let program = settle(&process, &labels, self.descriptors)?;
         self.channel.ready()?;
 
         let starter = match &self.gate {
@@ -143,8 +147,10 @@ impl Init<'_> {
         for join in &self.joins {
             join.enter()?;
         }
+        if config.needs_host_side() {
+            self.channel.ask_for_host_side()?;
+        }
         if new_user {
-            self.channel.ask_for_id_maps()?;
             become_root_of_namespace()?;
         }
         // Not made at birth: the kernel would take the cgroup that the parent is in for its
@@ -274,7 +280,7 @@ impl Init<'_> {
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
         mounts::make_read_only(rootfs, &config.readonly_paths)?;
-        mounts::mask(rootfs, &config.masked_paths)?;
+        mounts::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
         if config.root_readonly {
             mount_setattr(rootfs.as_fd(), false, &READ_ONLY)
                 .doing(|| "make the root read-only (root.readonly)")?;
@@ -339,20 +345,52 @@ fn own_pid_on_host() -> Option<i32> {
     link.to_str().ok()?.parse().ok()
 }
 
-fn join_keyring(id: &str) -> Result<()> {
-    match syscalls::join_session_keyring(&format!("_ses.{id}")) {
-        // A kernel without keyrings has no keys to protect.
-        Err(Errno::NOSYS) => {
-            log::warning("no session keyring is made: the kernel has no keyrings");
-            Ok(())
-        }
-        result => result.doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
-    }
+/// Gives the container's first process a session keyring in place of that of rrun's caller,
+/// whose keys are none of the container's business.
+fn make_keyring(state: &State, labels: &OpenLabels) -> Result<()> {
+    // linux/keyctl.h. All that the possessor may do, and its user may see, read and link it,
+    // which is what a new one comes with.
+    const DEFAULT: u32 = 0x3f00_0000 | 0x0001_0000 | 0x0002_0000 | 0x0010_0000;
+    const USER_MAY_SEARCH: u32 = 0x0008_0000;
+    const OTHERS_MAY_SEARCH: u32 = 0x0000_0008;
+    let Some(keyring) = join_keyring(&state.id, labels)? else {
+        return Ok(());
+    };
+    // What exec brings finds it by its name.
+    let search = if state.namespaces & namespaces::flag(Type::User) != 0 {
+        OTHERS_MAY_SEARCH
+    } else {
+        USER_MAY_SEARCH
+    };
+    syscalls::set_key_permissions(keyring, DEFAULT | search)
+        .doing(|| "let the container's other processes find the session keyring")
+}
+
+/// Joins the container's session keyring, which is made if it is not there.
+pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
+    labels.label_keyring(
+        || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
+            // A kernel without keyrings has no keys to protect.
+            Err(Errno::NOSYS) => {
+                log::warning("no session keyring is made: the kernel has no keyrings");
+                Ok(None)
+            }
+            result => result
+                .map(Some)
+                .doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
+        },
+    )
 }
 
 /// Everything between the container's root and the program: the working directory, the
 /// user, and the descriptors. Returns the program's path.
-pub fn settle(process: &Process, descriptors: Descriptors) -> Result<std::ffi::CString> {
+pub fn settle(
+    process: &Process,
+    labels: &OpenLabels,
+    descriptors: Descriptors,
+) -> Result<std::ffi::CString> {
+    labels.apply()?;
+    process.apply_inherited()?;
     process.own_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
     // With all rights first: the directory may be root's alone. Without them then, because

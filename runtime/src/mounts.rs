@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType as Type, Mount as SpecMount};
-use rustix::fs::{AtFlags, CWD, FileType};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
 
@@ -47,6 +47,8 @@ pub struct Mount {
     typ: String,
     source: PathBuf,
     pub options: Options,
+    /// SELinux label of the files (linux.mountLabel).
+    label: Option<String>,
     /// How ids are mapped; if they are to be (`options.idmap`) and this is empty, as in the
     /// container's user namespace.
     id_maps: IdMaps,
@@ -104,6 +106,7 @@ impl Mount {
             source,
             options,
             id_maps,
+            label: None,
         })
     }
 
@@ -121,6 +124,11 @@ impl Mount {
 
     pub fn is_idmapped(&self) -> bool {
         self.options.idmap.is_some()
+    }
+
+    pub fn with_label(mut self, label: Option<&String>) -> Mount {
+        self.label = label.cloned();
+        self
     }
 
     fn sentence(&self) -> String {
@@ -199,9 +207,20 @@ impl Mount {
             }
             .map_err(|errno| explained(errno).while_doing(format!("option {key}")))?;
         }
+        // The others have labels of the policy's own, file by file, or one set afterwards.
+        let whole = !matches!(&*self.typ, "proc" | "sysfs" | "cgroup2" | "mqueue");
+        if let Some(label) = self.label.as_ref().filter(|_| whole) {
+            rustix::mount::fsconfig_set_string(&fs, "context", label.as_str())
+                .map_err(|errno| explained(errno).while_doing("label it (linux.mountLabel)"))?;
+        }
         rustix::mount::fsconfig_create(&fs).map_err(explained)?;
         let attributes = MountAttrFlags::from_bits_retain(self.options.attr.attr_set as u32);
-        rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(explained)
+        let mount = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .map_err(explained)?;
+        if let Some(label) = self.label.as_ref().filter(|_| self.typ == "mqueue") {
+            set_label(&mount, label).doing(|| "label it (linux.mountLabel)")?;
+        }
+        Ok(mount)
     }
 
     fn map_ids(&self, mount: &OwnedFd, namespace: &OwnedFd) -> Result<()> {
@@ -334,9 +353,24 @@ pub fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<()
     )
 }
 
+/// Gives the root of a mount an SELinux label.
+fn set_label(mount: &OwnedFd, label: &str) -> std::result::Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(mount, ".", flags, Mode::empty())?;
+    rustix::fs::fsetxattr(
+        &root,
+        "security.selinux",
+        label.as_bytes(),
+        XattrFlags::empty(),
+    )
+}
+
 /// A new, empty, read-only tmpfs, attached nowhere.
-fn empty_tmpfs() -> std::result::Result<OwnedFd, Errno> {
+fn empty_tmpfs(label: Option<&str>) -> std::result::Result<OwnedFd, Errno> {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    if let Some(label) = label {
+        rustix::mount::fsconfig_set_string(&fs, "context", label)?;
+    }
     rustix::mount::fsconfig_set_string(&fs, "nr_blocks", "1")?;
     rustix::mount::fsconfig_create(&fs)?;
     rustix::mount::fsmount(
@@ -427,7 +461,7 @@ pub fn attach_root(root: OwnedFd) -> Result<Rootfs> {
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.
-pub fn mask(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let doing = || format!("mask {path} (linux.maskedPaths)");
@@ -440,7 +474,7 @@ pub fn mask(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
             // One empty directory serves for all. It can be copied only once it is attached.
             let cover = match &empty {
                 Some(attached) => clone_descriptor(attached, false),
-                None => empty_tmpfs(),
+                None => empty_tmpfs(label),
             }
             .doing(doing)?;
             move_mount(&cover, &target).doing(doing)?;

@@ -8,7 +8,11 @@ use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
 use crate::capabilities::Sets;
 use crate::error::{Context, Error, Result, errno_text};
-use crate::spec::Process as SpecProcess;
+use crate::lsm::Labels;
+use crate::memory_policy::MemoryPolicy;
+use crate::personality::Personality;
+use crate::scheduling::Scheduling;
+use crate::spec::{self, Process as SpecProcess};
 use crate::{refuse, syscalls};
 
 /// Where programs are looked for when the environment has no PATH.
@@ -44,6 +48,10 @@ pub struct Process {
     pub no_new_privileges: bool,
     pub oom_score_adj: Option<i32>,
     rlimits: Vec<Rlimit>,
+    pub scheduling: Scheduling,
+    pub labels: Labels,
+    personality: Option<Personality>,
+    memory_policy: Option<MemoryPolicy>,
 }
 
 impl Process {
@@ -69,7 +77,6 @@ impl Process {
                 spec.cwd.display()
             );
         }
-        refuse_unsupported(spec)?;
         let user = &spec.user;
         if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
             refuse!("process.user.umask: {umask:o} is not a file mode");
@@ -108,11 +115,38 @@ impl Process {
             no_new_privileges: spec.no_new_privileges,
             oom_score_adj: spec.oom_score_adj,
             rlimits: rlimits(spec)?,
+            scheduling: Scheduling::from_spec(spec)?,
+            labels: Labels::from_spec(spec)?,
+            personality: None,
+            memory_policy: None,
         })
     }
 
-    /// Sets the resource limits of `pid`, 0 being this process.
-    pub fn apply_rlimits(&self, pid: i32) -> Result<()> {
+    /// Takes on what the container has for all of its processes.
+    pub fn inherit(
+        &mut self,
+        personality: Option<&spec::Personality>,
+        memory_policy: Option<&spec::MemoryPolicy>,
+    ) -> Result<()> {
+        self.personality = personality.map(Personality::from_spec).transpose()?;
+        self.memory_policy = memory_policy.map(MemoryPolicy::from_spec).transpose()?;
+        Ok(())
+    }
+
+    /// Sets what needs no privilege and must be set by the process itself.
+    pub fn apply_inherited(&self) -> Result<()> {
+        if let Some(personality) = self.personality {
+            personality.apply()?;
+        }
+        match &self.memory_policy {
+            Some(policy) => policy.apply(),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
+    pub fn apply_limits(&self, pid: i32) -> Result<()> {
+        self.scheduling.apply(pid)?;
         for limit in &self.rlimits {
             syscalls::setrlimit(pid, limit.resource, limit.soft, limit.hard).doing(|| {
                 format!(
@@ -306,24 +340,6 @@ fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
     })
 }
 
-fn refuse_unsupported(spec: &SpecProcess) -> Result<()> {
-    let named = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
-    let unsupported = [
-        ("apparmorProfile", named(&spec.apparmor_profile)),
-        ("selinuxLabel", named(&spec.selinux_label)),
-        ("commandLine", named(&spec.command_line)),
-        ("ioPriority", spec.io_priority.is_some()),
-        ("scheduler", spec.scheduler.is_some()),
-        ("execCPUAffinity", spec.exec_cpu_affinity.is_some()),
-    ];
-    for (field, present) in unsupported {
-        if present {
-            refuse!("process.{field}: not supported by this version of rrun");
-        }
-    }
-    Ok(())
-}
-
 /// Name and number; C libraries differ in the numbers' type.
 const RLIMITS: [(&str, i64); 16] = [
     ("RLIMIT_CPU", libc::RLIMIT_CPU as i64),
@@ -405,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_unsupported_is_named() {
+    fn what_is_missing_or_not_to_be_had_is_named() {
         for (json, field) in [
             (r#"{"user":{"uid":0,"gid":0},"cwd":"/"}"#, "process.args"),
             (
@@ -413,7 +429,7 @@ mod tests {
                 "process.cwd",
             ),
             (
-                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","apparmorProfile":"p"}"#,
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","apparmorProfile":"a\nb"}"#,
                 "process.apparmorProfile",
             ),
             (

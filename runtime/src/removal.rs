@@ -143,6 +143,7 @@ fn destroy(claim: Claim, state: &State) -> Result<()> {
         }
     }
     cgroup::remove(&state.cgroup)?;
+    state.resctrl.remove()?;
     claim.release()?;
     hooks::run_all(
         "poststop",

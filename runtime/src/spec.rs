@@ -6,7 +6,7 @@
 //!
 //! Unknown properties are passed over, as the specification wants ("Extensibility").
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
@@ -53,10 +53,45 @@ pub struct Linux {
     pub sysctl: Option<HashMap<String, String>>,
     pub mount_label: Option<String>,
     pub seccomp: Option<IgnoredAny>,
-    pub intel_rdt: Option<IgnoredAny>,
-    pub memory_policy: Option<IgnoredAny>,
-    pub personality: Option<IgnoredAny>,
-    pub net_devices: Option<HashMap<String, IgnoredAny>>,
+    pub intel_rdt: Option<IntelRdt>,
+    pub memory_policy: Option<MemoryPolicy>,
+    pub personality: Option<Personality>,
+    pub net_devices: Option<BTreeMap<String, NetDevice>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IntelRdt {
+    #[serde(rename = "closID")]
+    pub clos_id: String,
+    pub schemata: Option<Vec<String>>,
+    pub l3_cache_schema: String,
+    pub mem_bw_schema: String,
+    pub enable_monitoring: bool,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct MemoryPolicy {
+    pub mode: String,
+    /// As in cpuset(7), "List format".
+    #[serde(default)]
+    pub nodes: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flags: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Personality {
+    pub domain: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flags: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct NetDevice {
+    /// The name in the container, if it is another.
+    #[serde(default)]
+    pub name: String,
 }
 
 #[derive(Deserialize)]
@@ -83,18 +118,48 @@ pub struct Process {
     pub no_new_privileges: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oom_score_adj: Option<i32>,
-    #[serde(skip_serializing)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub apparmor_profile: Option<String>,
-    #[serde(skip_serializing)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub selinux_label: Option<String>,
-    #[serde(skip_serializing)]
-    pub command_line: Option<String>,
-    #[serde(skip_serializing)]
-    pub io_priority: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub scheduler: Option<IgnoredAny>,
-    #[serde(skip_serializing, rename = "execCPUAffinity")]
-    pub exec_cpu_affinity: Option<IgnoredAny>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_priority: Option<IoPriority>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scheduler: Option<Scheduler>,
+    #[serde(skip_serializing_if = "Option::is_none", rename = "execCPUAffinity")]
+    pub exec_cpu_affinity: Option<CpuAffinity>,
+}
+
+/// Names and numbers of sched_setattr(2).
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Scheduler {
+    /// `SCHED_OTHER` and the like.
+    pub policy: String,
+    pub nice: i32,
+    pub priority: i32,
+    pub flags: Option<Vec<String>>,
+    /// Nanoseconds, as the two that follow.
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct IoPriority {
+    /// `IOPRIO_CLASS_BE` and the like.
+    pub class: String,
+    pub priority: i32,
+}
+
+/// CPUs of a process that enters by `exec`, each as in cpuset(7), "List format".
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct CpuAffinity {
+    pub initial: String,
+    #[serde(rename = "final")]
+    pub last: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]

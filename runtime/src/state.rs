@@ -17,7 +17,8 @@ use crate::claim::Claim;
 use crate::config::read_bounded;
 use crate::error::{Context, Error, Kind, Result};
 use crate::refuse;
-use crate::spec::Process;
+use crate::resctrl::Made;
+use crate::spec::{MemoryPolicy, Personality, Process};
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::gate`].
 pub const GATE: &str = "start";
@@ -54,6 +55,16 @@ pub struct State {
     pub new_pid_namespace: bool,
     /// From which exec takes what it is not told.
     pub process: Process,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub personality: Option<Personality>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_policy: Option<MemoryPolicy>,
+    /// Whether its processes keep their callers' session keyring.
+    #[serde(default)]
+    pub keeps_keyring: bool,
+    /// Its groups in resctrl.
+    #[serde(default, skip_serializing_if = "Made::is_empty")]
+    pub resctrl: Made,
     #[serde(default)]
     pub hooks: Hooks,
 }

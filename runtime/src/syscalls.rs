@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
+use crate::number_list::NumberSet;
+
 /// linux/sched.h; the constant in libc has a type that can not hold it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
@@ -137,13 +139,21 @@ pub fn close_range_cloexec(first: u32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Gives this process a new, empty session keyring of that name, so that it no longer
-/// holds its parent's keys. See keyctl(2), `KEYCTL_JOIN_SESSION_KEYRING`.
-pub fn join_session_keyring(name: &str) -> Result<(), Errno> {
+/// Gives this process the session keyring of that name, or a new one, so that it no longer
+/// holds its parent's keys. Returns the keyring's number. See keyctl(2),
+/// `KEYCTL_JOIN_SESSION_KEYRING`.
+pub fn join_session_keyring(name: &str) -> Result<i64, Errno> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let name = CString::new(name).map_err(|_| Errno::INVAL)?;
     // SAFETY: the name is a NUL-terminated string that outlives the call.
-    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })?;
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
+}
+
+/// Says who may do what with a key. See keyctl(2), `KEYCTL_SETPERM`.
+pub fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
+    const KEYCTL_SETPERM: libc::c_int = 5;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, key, permissions) })?;
     Ok(())
 }
 
@@ -284,6 +294,93 @@ pub fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Er
             std::ptr::null_mut::<libc::rlimit64>(),
         )
     })?;
+    Ok(())
+}
+
+/// `struct sched_attr` of sched_setattr(2), as of Linux 5.3.
+#[repr(C)]
+#[derive(Clone, Debug)]
+pub struct SchedAttr {
+    pub size: u32,
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    /// Nanoseconds, as the two that follow.
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+    pub util_min: u32,
+    pub util_max: u32,
+}
+
+impl Default for SchedAttr {
+    fn default() -> SchedAttr {
+        SchedAttr {
+            size: std::mem::size_of::<SchedAttr>() as u32,
+            policy: 0,
+            flags: 0,
+            nice: 0,
+            priority: 0,
+            runtime: 0,
+            deadline: 0,
+            period: 0,
+            util_min: 0,
+            util_max: 0,
+        }
+    }
+}
+
+/// Sets scheduling policy and attributes of a process, 0 being this one.
+pub fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
+    // SAFETY: attr is a valid sched_attr whose first field is its length.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attr), 0) })?;
+    Ok(())
+}
+
+/// Sets the I/O scheduling class and priority of a process, 0 being this one. See
+/// ioprio_set(2).
+pub fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, ioprio) })?;
+    Ok(())
+}
+
+/// Binds this process to the CPUs of the set; those that do not exist do not matter, if one
+/// does.
+pub fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
+    let words = cpus.words();
+    // SAFETY: the mask is valid for reads of the length given, in bytes.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            0,
+            std::mem::size_of_val(words),
+            words.as_ptr(),
+        )
+    })?;
+    Ok(())
+}
+
+/// Sets the NUMA memory policy of this process. See set_mempolicy(2).
+pub fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> {
+    let words = nodes.map(NumberSet::words).unwrap_or_default();
+    let (mask, length) = match words {
+        [] => (std::ptr::null(), 0),
+        // The kernel reads a bit less than it is told, for reasons of its own.
+        words => (words.as_ptr(), words.len() * u64::BITS as usize + 1),
+    };
+    // SAFETY: the mask is null, or valid for reads of the length given less one, in bits.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, length) })?;
+    Ok(())
+}
+
+/// Sets this process's execution domain. See personality(2).
+pub fn personality(persona: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed.
+    let previous = unsafe { libc::personality(libc::c_ulong::from(persona)) };
+    check(libc::c_long::from(previous))?;
     Ok(())
 }
 

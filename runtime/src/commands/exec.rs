@@ -47,8 +47,8 @@ pub const COMMAND: Command = Command {
             "return when the program runs, and leave it",
         ),
         value("pid-file", None, "file to write the process id to"),
-        value("process-label", None, "SELinux label (not in this version)"),
-        value("apparmor", None, "AppArmor profile (not in this version)"),
+        value("process-label", None, "SELinux label of the program"),
+        value("apparmor", None, "AppArmor profile of the program"),
         switch("no-new-privs", None, "set no_new_privs"),
         value(
             "cap",
@@ -143,10 +143,9 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
         }
         None => from_flags(arguments, words, &state.process)?,
     };
-    if spec.capabilities.is_none() {
-        spec.capabilities = state.process.capabilities.clone();
-    }
+    take_from_container(&mut spec, &state.process);
     let mut process = Process::from_spec(&spec)?;
+    process.inherit(state.personality.as_ref(), state.memory_policy.as_ref())?;
     for name in arguments.values("cap") {
         let mask = capabilities::bit(name).map_err(|error| error.while_doing("--cap"))?;
         process.capabilities.add(mask);
@@ -154,21 +153,39 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
     Ok(process)
 }
 
+/// What a process given by --process says nothing about is as the container's own is.
+fn take_from_container(spec: &mut SpecProcess, own: &SpecProcess) {
+    fn take<T: Clone>(here: &mut Option<T>, own: &Option<T>) {
+        if here.is_none() {
+            here.clone_from(own);
+        }
+    }
+    take(&mut spec.capabilities, &own.capabilities);
+    take(&mut spec.apparmor_profile, &own.apparmor_profile);
+    take(&mut spec.selinux_label, &own.selinux_label);
+    take(&mut spec.rlimits, &own.rlimits);
+    take(&mut spec.io_priority, &own.io_priority);
+    take(&mut spec.scheduler, &own.scheduler);
+    take(&mut spec.exec_cpu_affinity, &own.exec_cpu_affinity);
+}
+
 /// The container's own process, with what the flags say put in its place.
 fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Result<SpecProcess> {
     if words.is_empty() {
         refuse!("exec needs a program to execute, or --process");
-    }
-    for name in ["process-label", "apparmor"] {
-        if arguments.value(name).is_some_and(|text| !text.is_empty()) {
-            refuse!("--{name}: not supported by this version of rrun");
-        }
     }
     let mut spec = own.clone();
     spec.args = Some(words.to_vec());
     spec.terminal = arguments.is_set("tty");
     if let Some(cwd) = arguments.value("cwd") {
         spec.cwd = cwd.into();
+    }
+    let named = |flag: &str| arguments.value(flag).filter(|name| !name.is_empty());
+    if let Some(profile) = named("apparmor") {
+        spec.apparmor_profile = Some(profile.to_owned());
+    }
+    if let Some(label) = named("process-label") {
+        spec.selinux_label = Some(label.to_owned());
     }
     spec.env
         .get_or_insert_default()
