@@ -20,6 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::init::{Descriptors, Init, NeverReturn, end, unshare_time};
 use crate::mounts::Taken;
 use crate::namespaces::{OpenJoin, flag};
+use crate::notify_socket::{self, Manager, NotifySocket};
 use crate::state::{self, State, Status, process_stat};
 use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
 use crate::time::rfc3339_nanos;
@@ -37,6 +38,8 @@ pub struct Request<'a> {
     pub no_pivot: bool,
     pub new_keyring: bool,
     pub descriptors: Descriptors,
+    /// The service manager's socket, if the container is to have one to it.
+    pub notify: Option<Manager>,
 }
 
 /// A container that was made.
@@ -45,6 +48,8 @@ pub struct Born {
     pub pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
     pub terminal: Option<OwnedFd>,
+    /// Where it says that it is ready, unless it waits for `start`.
+    pub notify: Option<NotifySocket>,
 }
 
 /// What has to be unmade if a later step fails.
@@ -108,6 +113,13 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     // Before the cgroup is made: whatever happens, `delete` will know where it is.
     claim.name_cgroup(&state.cgroup)?;
     state.save(claim)?;
+    let mut notify = None;
+    if let Some(manager) = &request.notify {
+        notify_socket::make_directory(claim.directory())?;
+        if !request.waits {
+            notify = NotifySocket::bind(claim.directory(), manager)?;
+        }
+    }
     let cgroup = Cgroup::create(&state.cgroup)?;
     unmade.cgroup = Some(state.cgroup.clone());
     cgroup.apply(&config.resources)?;
@@ -209,6 +221,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         state,
         pidfd,
         terminal,
+        notify,
     })
 }
 

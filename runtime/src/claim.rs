@@ -14,8 +14,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
-use crate::refuse;
-use crate::state;
+use crate::{notify_socket, refuse, state};
 
 /// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
 /// state's file, what lives of the container can be found.
@@ -141,7 +140,15 @@ impl Claim {
             // Another's may stand at its path by now.
             return Ok(());
         }
-        match rustix::fs::rmdir(&self.directory) {
+        let removed = match rustix::fs::rmdir(&self.directory) {
+            // Few containers have a notification socket.
+            Err(Errno::NOTEMPTY) => {
+                notify_socket::release(&self.directory)?;
+                rustix::fs::rmdir(&self.directory)
+            }
+            removed => removed,
+        };
+        match removed {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             result => result.doing(|| format!("remove {}", self.directory.display())),
         }

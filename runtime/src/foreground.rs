@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
 use crate::error::{Context, Result};
+use crate::log;
+use crate::notify_socket::NotifySocket;
 use crate::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd};
 
 /// Signals that are for the container's process, taken by a descriptor.
@@ -16,6 +18,8 @@ use crate::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_se
 /// them for itself.
 pub struct Forwarding {
     signals: OwnedFd,
+    /// Where the container says that it is ready.
+    pub notify: Option<NotifySocket>,
 }
 
 impl Forwarding {
@@ -41,6 +45,7 @@ impl Forwarding {
         set_signal_mask(&set).doing(|| "block signals to forward them")?;
         Ok(Forwarding {
             signals: signalfd(&set).doing(|| "make a descriptor for signals")?,
+            notify: None,
         })
     }
 
@@ -56,19 +61,32 @@ impl Forwarding {
         }
     }
 
+    /// As long as rrun is in the foreground, it is what the service manager watches.
+    fn pass_on_notification(&self) {
+        if let Some(notify) = &self.notify
+            && let Err(error) = notify.pass_on(rustix::process::getpid().as_raw_nonzero().get())
+        {
+            log::warning(&error.to_string());
+        }
+    }
+
     /// Waits for the end of a child and returns its status as a shell would: its exit
     /// status, or 128 and the number of the signal that killed it.
     pub fn wait(&self, pidfd: &OwnedFd) -> Result<u8> {
         loop {
-            let mut watched = [
+            let mut watched = vec![
                 PollFd::new(pidfd, PollFlags::IN),
                 PollFd::new(&self.signals, PollFlags::IN),
             ];
+            if let Some(notify) = &self.notify {
+                watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
+            }
             match poll(&mut watched, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
             }
             self.forward(pidfd);
+            self.pass_on_notification();
             if let Some(status) = ended(pidfd)? {
                 return Ok(status);
             }
@@ -168,6 +186,9 @@ impl Forwarding {
             if input_open {
                 watched.push(PollFd::new(&stdin, PollFlags::IN));
             }
+            if let Some(notify) = &self.notify {
+                watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
+            }
             // After its end, only what is still on the way is waited for.
             let timeout = status.map(|_| rustix::event::Timespec {
                 tv_sec: 0,
@@ -179,7 +200,9 @@ impl Forwarding {
                 Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
             };
             let readable = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            let (from_master, from_signals, input) = (readable(0), readable(1), readable(3));
+            let (from_master, from_signals) = (readable(0), readable(1));
+            let input = input_open && readable(3);
+            self.pass_on_notification();
             if let (Some(status), 0) = (status, ready) {
                 return Ok(status);
             }

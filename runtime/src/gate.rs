@@ -36,9 +36,9 @@ fn socket() -> Result<OwnedFd> {
     .doing(|| "make a unix socket")
 }
 
-/// Calls `with` with the socket's address. A path too long for one (108 bytes) is reached
-/// through a descriptor of its directory.
-fn at_address<T>(
+/// Calls `with` with the address of the socket `name` in a directory. A path too long for
+/// one (108 bytes) is reached through a descriptor of its directory.
+pub fn at_address<T>(
     directory: &Path,
     name: &str,
     with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,

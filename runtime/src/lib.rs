@@ -30,6 +30,7 @@ pub mod mount_options;
 pub mod mounts;
 pub mod namespaces;
 pub mod net_devices;
+pub mod notify_socket;
 pub mod number_list;
 pub mod personality;
 pub mod process;

@@ -131,6 +131,20 @@ impl Mount {
         self
     }
 
+    /// A bind mount of rrun's own, behind those of the configuration.
+    pub fn read_only_bind(index: usize, source: &Path, destination: &Path) -> Result<Mount> {
+        let options = ["bind", "nosuid", "noexec", "nodev", "ro"];
+        Ok(Mount {
+            index,
+            destination: destination.to_owned(),
+            typ: "bind".to_owned(),
+            source: source.to_owned(),
+            options: mount_options::parse(options.into_iter())?,
+            id_maps: IdMaps::default(),
+            label: None,
+        })
+    }
+
     fn sentence(&self) -> String {
         let what = if self.is_bind() {
             self.source.display().to_string()

@@ -143,8 +143,45 @@ fn report() -> Result<(), Error> {
         "cgroup": text("/proc/self/cgroup").lines().find(|line| line.starts_with("0::")),
         "exe": fs::read_link("/proc/self/exe").unwrap_or_default(),
         "tty": terminals,
+        "stat": text("/proc/self/stat").rsplit_once(") ").map(|(_, rest)| {
+            rest.split(' ').map(str::to_owned).collect::<Vec<_>>()
+        }),
+        "io_priority": io_priority(),
+        "personality": text("/proc/self/personality"),
+        "machine": name.machine().to_string_lossy(),
+        "memory_policy": text("/proc/self/numa_maps").lines().next()
+            .and_then(|line| line.split(' ').nth(1).map(str::to_owned)),
+        "keyring": keyring(),
+        "label": text("/proc/self/attr/current"),
     })
     .to_string())
+}
+
+/// ioprio_get(2): class and priority.
+fn io_priority() -> [i64; 2] {
+    const WHO_PROCESS: i32 = 1;
+    // SAFETY: no memory is passed.
+    let value = unsafe { nix::libc::syscall(nix::libc::SYS_ioprio_get, WHO_PROCESS, 0) };
+    [value >> 13, value & 0x1fff]
+}
+
+/// keyctl(2): `type;uid;gid;permissions;name` of the session keyring.
+fn keyring() -> String {
+    const KEYCTL_DESCRIBE: i32 = 6;
+    const SESSION_KEYRING: i32 = -3;
+    let mut text = [0u8; 256];
+    // SAFETY: the buffer is writable for the length given.
+    let length = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_keyctl,
+            KEYCTL_DESCRIBE,
+            SESSION_KEYRING,
+            text.as_mut_ptr(),
+            text.len(),
+        )
+    };
+    let length = usize::try_from(length).unwrap_or(0).saturating_sub(1);
+    String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned()
 }
 
 fn cat(files: &[&str]) -> Result<(), Error> {

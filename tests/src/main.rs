@@ -27,12 +27,17 @@ mod rrun_bad_input;
 mod rrun_hooks;
 mod rrun_idmapped_mounts;
 mod rrun_killed;
+mod rrun_labels;
 mod rrun_lifecycle;
 mod rrun_limits;
 mod rrun_mounts;
 mod rrun_namespaces;
+mod rrun_net_devices;
+mod rrun_notify;
 mod rrun_process;
 mod rrun_races;
+mod rrun_rootless;
+mod rrun_scheduling;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -58,6 +63,11 @@ fn main() -> ExitCode {
         rrun_mounts::TESTS,
         rrun_idmapped_mounts::TESTS,
         rrun_process::TESTS,
+        rrun_scheduling::TESTS,
+        rrun_labels::TESTS,
+        rrun_net_devices::TESTS,
+        rrun_notify::TESTS,
+        rrun_rootless::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
         rrun_killed::TESTS,

@@ -5,7 +5,9 @@ use crate::arguments::{Arguments, switch, value};
 use crate::birth::{self, Request};
 use crate::config::Config;
 use crate::error::Result;
+use crate::notify_socket::{self, Manager};
 use crate::refuse;
+use crate::state::directory;
 use crate::terminal::connect_console;
 
 pub const COMMAND: Command = Command {
@@ -44,13 +46,17 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     crate::state::validate_id(id)?;
     let descriptors = descriptors(arguments)?;
-    let config = Config::load(bundle(arguments))?;
+    let mut config = Config::load(bundle(arguments))?;
     let console_socket = match (config.process.terminal, console_socket(arguments)) {
         (true, Some(path)) => Some(connect_console(path)?),
         (true, None) => refuse!("process.terminal: needs --console-socket to send the terminal to"),
         (false, Some(_)) => refuse!("--console-socket: process.terminal is not set"),
         (false, None) => None,
     };
+    let notify = Manager::from_environment()?;
+    if notify.is_some() {
+        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
+    }
     birth::create(Request {
         root: &globals.root,
         id,
@@ -61,6 +67,7 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         no_pivot: arguments.is_set("no-pivot"),
         new_keyring: !arguments.is_set("no-new-keyring"),
         descriptors,
+        notify,
     })?;
     Ok(0)
 }

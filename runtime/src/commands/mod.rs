@@ -232,10 +232,10 @@ fn bundle(arguments: &Arguments) -> &Path {
 /// One that is not open: a descriptor of rrun's own could take its number.
 fn descriptors(arguments: &Arguments) -> Result<Descriptors> {
     use std::os::fd::BorrowedFd;
-    let listen = std::env::var("LISTEN_FDS")
-        .ok()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0);
+    let number = |name| -> Option<u32> { std::env::var(name).ok()?.parse().ok() };
+    // Meant for another process if it says so; see sd_listen_fds(3).
+    let meant = number("LISTEN_PID") == Some(std::process::id());
+    let listen = number("LISTEN_FDS").filter(|_| meant).unwrap_or(0);
     let preserve = arguments.number("preserve-fds")?.unwrap_or(0);
     let descriptors = Descriptors { listen, preserve };
     for number in 3..descriptors.first_closed() {

@@ -6,7 +6,8 @@ use crate::birth::{self, Request};
 use crate::config::Config;
 use crate::error::Result;
 use crate::foreground::Forwarding;
-use crate::state::Status;
+use crate::notify_socket::{self, Manager};
+use crate::state::{Status, directory};
 use crate::terminal::connect_console;
 use crate::{hooks, refuse, removal};
 
@@ -57,7 +58,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     crate::state::validate_id(id)?;
     let descriptors = descriptors(arguments)?;
-    let config = Config::load(bundle(arguments))?;
+    let mut config = Config::load(bundle(arguments))?;
     let detach = arguments.is_set("detach");
     let console_socket = match (config.process.terminal, detach, console_socket(arguments)) {
         (true, true, Some(path)) => Some(connect_console(path)?),
@@ -71,6 +72,10 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         }
         (_, _, None) => None,
     };
+    let notify = Manager::from_environment()?;
+    if notify.is_some() {
+        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
+    }
     let forwarding = if detach {
         None
     } else {
@@ -86,12 +91,17 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         no_pivot: arguments.is_set("no-pivot"),
         new_keyring: !arguments.is_set("no-new-keyring"),
         descriptors,
+        notify,
     })?;
     let shown = born.state.for_hooks(Status::Running);
     hooks::run_all("poststart", config.hooks.poststart().as_ref(), &shown);
-    let Some(forwarding) = forwarding else {
+    let Some(mut forwarding) = forwarding else {
+        if let Some(notify) = born.notify {
+            notify.wait(born.state.pid, &born.pidfd)?;
+        }
         return Ok(0);
     };
+    forwarding.notify = born.notify;
     let status = match born.terminal {
         Some(master) => forwarding.relay(&born.pidfd, master)?,
         None => forwarding.wait(&born.pidfd)?,

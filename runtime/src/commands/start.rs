@@ -1,6 +1,7 @@
 use super::{Command, Globals};
 use crate::arguments::Arguments;
 use crate::error::Result;
+use crate::notify_socket::{Manager, NotifySocket};
 use crate::state::{State, Status, directory};
 use crate::{gate, hooks, refuse};
 
@@ -17,6 +18,11 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     let state = State::load(&globals.root, id)?;
     let directory = directory(&globals.root, id)?;
+    // Bound before there is anyone who could say something.
+    let notify = match Manager::from_environment()? {
+        Some(manager) => NotifySocket::bind(&directory, &manager)?,
+        None => None,
+    };
     match state.status(&directory)? {
         Status::Created => gate::open(&directory, id)?,
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
@@ -25,5 +31,10 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     }
     let shown = state.for_hooks(Status::Running);
     hooks::run_all("poststart", state.hooks.poststart().as_ref(), &shown);
+    if let Some(notify) = notify
+        && let Some(process) = state.open_process()?
+    {
+        notify.wait(state.pid, &process)?;
+    }
     Ok(0)
 }

@@ -1,0 +1,2 @@
+use crate::needs::Test;
+pub const TESTS: &[Test] = &[];
