@@ -17,13 +17,15 @@ pub const TESTS: &[Test] = &[
 /// runc has it since 1.4, crun not.
 const NEEDS: Need = Need::Rrun;
 
-/// A device of the host's that goes when this is dropped, if it is still there.
-struct Dummy(&'static str);
+/// One end of a pair of the host's, both of which go when this is dropped.
+struct Device;
 
-impl Dummy {
-    fn new(name: &'static str) -> Result<Dummy> {
-        ip(&["link", "add", name, "type", "dummy"])?;
-        let made = Dummy(name);
+const PEER: &str = "e2e-peer0";
+
+impl Device {
+    fn new(name: &str) -> Result<Device> {
+        ip(&["link", "add", name, "type", "veth", "peer", "name", PEER])?;
+        let made = Device;
         ip(&["address", "add", "192.0.2.7/24", "dev", name])?;
         ip(&["address", "add", "2001:db8::7/64", "dev", name, "nodad"])?;
         ip(&["link", "set", name, "up"])?;
@@ -31,9 +33,9 @@ impl Dummy {
     }
 }
 
-impl Drop for Dummy {
+impl Drop for Device {
     fn drop(&mut self) {
-        let _ = command("ip", ["link", "delete", self.0]).end();
+        let _ = command("ip", ["link", "delete", PEER]).end();
     }
 }
 
@@ -66,7 +68,7 @@ fn addresses(device: &Value) -> Vec<String> {
 }
 
 fn moved(bundle: &mut Bundle) -> Result {
-    let _device = Dummy::new("e2e-moved0")?;
+    let _device = Device::new("e2e-moved0")?;
     bundle.set(
         "/linux/netDevices",
         json!({ "e2e-moved0": { "name": "net7" } }),
@@ -113,7 +115,7 @@ fn a_device_that_is_not_there_is_told_by_its_name() -> Result {
 }
 
 fn devices_need_a_network_namespace() -> Result {
-    let _device = Dummy::new("e2e-stays0")?;
+    let _device = Device::new("e2e-stays0")?;
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle
         .without_namespace("network")
