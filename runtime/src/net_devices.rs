@@ -103,9 +103,10 @@ impl NetDevice {
         let index = host
             .index_of(&self.host)?
             .ok_or_else(|| Error::new("there is no such device on the host"))?;
+        // Before it is taken down, which takes the IPv6 ones off.
+        let addresses = host.addresses(index)?;
         // Nothing of the host's is to use it while it is half gone.
         host.set_up(index, false).doing(|| "take it down")?;
-        let addresses = host.addresses(index)?;
         let mut request = Request::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
         request.link(index, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(&self.inside));
