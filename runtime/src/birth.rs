@@ -6,13 +6,13 @@
 //! host's side can do. If anything fails, everything made so far is unmade.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
-use crate::cgroup::{self, Cgroup};
+use crate::cgroup::{self, Cgroup, Place};
 use crate::channel::{self, Channel, Message};
 use crate::claim::Claim;
 use crate::config::Config;
@@ -37,6 +37,8 @@ pub struct Request<'a> {
     pub pid_file: Option<&'a Path>,
     pub no_pivot: bool,
     pub new_keyring: bool,
+    /// Whether systemd makes the cgroup.
+    pub systemd_cgroup: bool,
     pub descriptors: Descriptors,
     /// The service manager's socket, if the container is to have one to it.
     pub notify: Option<Manager>,
@@ -56,7 +58,7 @@ pub struct Born {
 struct Unmade<'a> {
     id: &'a str,
     claim: Option<Claim>,
-    cgroup: Option<PathBuf>,
+    cgroup: Option<&'a Place>,
     child: Option<OwnedFd>,
     hooks: Option<(&'a Hooks, String)>,
     resctrl: resctrl::Made,
@@ -71,8 +73,8 @@ impl Drop for Unmade<'_> {
         if let Some(child) = &self.child {
             end_child(child);
         }
-        if let Some(path) = &self.cgroup
-            && let Err(error) = cgroup::remove(path)
+        if let Some(place) = &self.cgroup
+            && let Err(error) = cgroup::remove(&place.path, place.unit())
         {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
@@ -99,6 +101,7 @@ pub fn end_child(pidfd: &OwnedFd) {
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
 pub fn create(request: Request<'_>) -> Result<Born> {
     let config = request.config;
+    let place = Place::new(config, request.id, request.systemd_cgroup)?;
     let mut unmade = Unmade {
         id: request.id,
         claim: None,
@@ -109,7 +112,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         kept: false,
     };
     let claim = &*unmade.claim.insert(Claim::new(request.root, request.id)?);
-    let mut state = new_state(&request)?;
+    let mut state = new_state(&request, &place);
     // Before the cgroup is made: whatever happens, `delete` will know where it is.
     claim.name_cgroup(&state.cgroup)?;
     state.save(claim)?;
@@ -120,8 +123,8 @@ pub fn create(request: Request<'_>) -> Result<Born> {
             notify = NotifySocket::bind(claim.directory(), manager)?;
         }
     }
-    let cgroup = Cgroup::create(&state.cgroup)?;
-    unmade.cgroup = Some(state.cgroup.clone());
+    let mut cgroup = place.create(request.id, &config.resources)?;
+    unmade.cgroup = Some(&place);
     cgroup.apply(&config.resources)?;
 
     let mut flags = config.namespaces.new & !flag(Type::Cgroup);
@@ -186,6 +189,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     drop(childs_end);
     drop(gate);
     let pidfd = &*unmade.child.insert(pidfd);
+    cgroup.inhabited(&config.resources)?;
 
     state.pid = pid;
     state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
@@ -287,9 +291,9 @@ fn born_by_go_between(
     }
 }
 
-fn new_state(request: &Request<'_>) -> Result<State> {
+fn new_state(request: &Request<'_>, place: &Place) -> State {
     let config = request.config;
-    Ok(State {
+    State {
         oci_version: config.oci_version.clone(),
         id: request.id.to_owned(),
         pid: 0,
@@ -299,7 +303,8 @@ fn new_state(request: &Request<'_>) -> Result<State> {
         created: rfc3339_nanos(SystemTime::now()),
         owner: "root".to_owned(),
         annotations: config.annotations.clone().into_iter().collect(),
-        cgroup: cgroup::path_for(&config.cgroups_path, request.id)?,
+        cgroup: place.path.clone(),
+        unit: place.unit().map(str::to_owned),
         namespaces: config.namespaces.own_flags(),
         new_pid_namespace: config.namespaces.is_new(Type::Pid),
         process: config.process_spec.clone(),
@@ -308,7 +313,7 @@ fn new_state(request: &Request<'_>) -> Result<State> {
         keeps_keyring: !request.new_keyring,
         resctrl: resctrl::Made::default(),
         hooks: config.hooks.clone(),
-    })
+    }
 }
 
 /// Does for the child what it asks for, until it is ready (if it then waits) or has become

@@ -109,14 +109,14 @@ fn remove_unheld(root: &Path, id: &str) -> Result<()> {
         }
         _ => {}
     }
-    cgroup.map_or(Ok(()), |cgroup| cgroup::remove(&cgroup))
+    cgroup.map_or(Ok(()), |cgroup| cgroup::remove(&cgroup, None))
 }
 
 /// Removes a container whose state can not be read. Everything of it that lives is in its
 /// cgroup.
 fn remove_damaged(claim: Claim) -> Result<()> {
     if let Some(cgroup) = claim::named_cgroup(claim.directory()) {
-        cgroup::remove(&cgroup)?;
+        cgroup::remove(&cgroup, None)?;
     }
     claim.release()
 }
@@ -142,7 +142,7 @@ fn destroy(claim: Claim, state: &State) -> Result<()> {
             )));
         }
     }
-    cgroup::remove(&state.cgroup)?;
+    cgroup::remove(&state.cgroup, state.unit.as_deref())?;
     state.resctrl.remove()?;
     claim.release()?;
     hooks::run_all(

@@ -49,6 +49,9 @@ pub struct State {
     pub annotations: BTreeMap<String, String>,
     /// The cgroup's directory on the host.
     pub cgroup: PathBuf,
+    /// The unit of systemd that the cgroup is, if systemd made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
     /// `CLONE_NEW*` of the namespaces that are not the host's, for exec to enter.
     pub namespaces: u64,
     /// Whether its PID namespace ends with its first process.

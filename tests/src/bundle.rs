@@ -19,6 +19,8 @@ pub struct Bundle {
     /// What config.json will say; written by each [`Bundle::call`].
     pub config: Value,
     id: String,
+    /// Given before every command.
+    flags: Vec<&'static str>,
 }
 
 /// The program of inside.rs: hard-linked into each root file system, so that each costs nothing.
@@ -88,9 +90,24 @@ impl Bundle {
             directory,
             config,
             id,
+            flags: Vec::new(),
         };
         bundle.args(args);
         Ok(bundle)
+    }
+
+    /// The same under the systemd cgroup driver, as a scope in this slice.
+    pub fn in_slice(slice: &str, args: &[&str]) -> Result<Self> {
+        let mut bundle = Bundle::new(args)?;
+        let path = format!("{slice}:e2e:{}", bundle.id);
+        bundle.set("/linux/cgroupsPath", json!(path));
+        bundle.flags = vec!["--systemd-cgroup"];
+        Ok(bundle)
+    }
+
+    /// The unit of systemd that a container of [`Bundle::in_slice`] is.
+    pub fn unit(&self) -> String {
+        format!("e2e-{}.scope", self.id)
     }
 
     pub fn id(&self) -> &str {
@@ -120,7 +137,19 @@ impl Bundle {
         let path = self.config["linux"]["cgroupsPath"]
             .as_str()
             .unwrap_or_default();
-        PathBuf::from("/sys/fs/cgroup").join(path.trim_start_matches('/'))
+        let root = PathBuf::from("/sys/fs/cgroup");
+        match path.split_once(':') {
+            // a-b.slice is in a.slice.
+            Some((slice, _)) => {
+                let name = slice.trim_end_matches(".slice");
+                let ends = name.match_indices('-').map(|(at, _)| at);
+                let slices = ends
+                    .chain([name.len()])
+                    .map(|end| format!("{}.slice", &name[..end]));
+                root.join(slices.collect::<PathBuf>()).join(self.unit())
+            }
+            None => root.join(path.trim_start_matches('/')),
+        }
     }
 
     pub fn cgroup_file(&self, name: &str) -> Result<String> {
@@ -203,6 +232,7 @@ impl Bundle {
     pub fn runtime(&self, args: &[&str]) -> Run {
         command(&runtime_program(), ["--root"])
             .arg(self.root())
+            .args(&self.flags)
             .args(args)
             .dir(self.path())
     }

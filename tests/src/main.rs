@@ -38,6 +38,7 @@ mod rrun_process;
 mod rrun_races;
 mod rrun_rootless;
 mod rrun_scheduling;
+mod rrun_systemd;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         rrun_killed::TESTS,
         rrun_races::TESTS,
         rrun_limits::TESTS,
+        rrun_systemd::TESTS,
         crictl_story::TESTS,
         cri_pods::TESTS,
         cri_containers::TESTS,

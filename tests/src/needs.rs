@@ -34,6 +34,8 @@ pub enum Need {
     File(&'static str),
     /// A machine of its own, with cgroups kept by files (RRUN_TEST_VIEW is `vm`).
     Guest,
+    /// systemd as PID 1 (`tests/vm/run --systemd`).
+    Systemd,
     /// The CRI server under test, and what it runs.
     CriServer,
     /// The runtime under test must be rrun itself: what is asserted goes beyond what runc does.
@@ -58,6 +60,8 @@ impl Need {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
                 (view != "vm").then(|| "wants the guest machine, with a tiny init".to_owned())
             }
+            Need::Systemd => (!Path::new("/run/systemd/private").exists())
+                .then(|| "no systemd is PID 1 here".to_owned()),
             Need::CriServer => {
                 let server = crate::node::server_program();
                 let programs = match server.as_str() {

@@ -12,6 +12,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 use rustix::io::Errno;
 
 use super::Cgroup;
+use crate::dbus::{Property, Value};
 use crate::error::{Context, Error, Result};
 use crate::refuse;
 
@@ -315,6 +316,86 @@ fn attach(cgroup: &Cgroup, program: &OwnedFd) -> std::result::Result<(), Errno> 
     .map(|_| ())
 }
 
+/// The rules as systemd's properties DevicePolicy and DeviceAllow, which know no exception
+/// to what they allow: they may allow more than the program does, never less.
+pub fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
+    let mut rules = rules(spec)?;
+    rules.extend(DEFAULTS);
+    let mut allowed: Vec<Rule> = Vec::new();
+    let mut policy = "strict";
+    for rule in rules {
+        match (rule.allow, rule.kind) {
+            (allow, None) => {
+                policy = if allow { "auto" } else { "strict" };
+                allowed.clear();
+            }
+            (true, Some(_)) => allowed.push(rule),
+            (false, Some(_)) => allowed.retain(|known| {
+                (known.kind, known.major, known.minor) != (rule.kind, rule.major, rule.minor)
+                    || known.access & !rule.access != 0
+            }),
+        }
+    }
+    if policy == "auto" {
+        allowed.clear();
+    }
+    let needs_names = |rule: &Rule| rule.major.is_some() && rule.minor.is_none();
+    let drivers = if allowed.iter().any(needs_names) {
+        std::fs::read_to_string("/proc/devices").doing(|| "read /proc/devices")?
+    } else {
+        String::new()
+    };
+    let entries = allowed
+        .iter()
+        .filter_map(|rule| Some((rule.node(&drivers)?, rule.letters())))
+        .collect();
+    Ok([
+        ("DevicePolicy".to_owned(), Value::Text(policy.to_owned())),
+        ("DeviceAllow".to_owned(), Value::Pairs(entries)),
+    ])
+}
+
+impl Rule {
+    /// The device as systemd's DeviceAllow has it; `None` if no driver has that number.
+    fn node(&self, drivers: &str) -> Option<String> {
+        let kind = if self.kind == Some(BLOCK) {
+            "block"
+        } else {
+            "char"
+        };
+        Some(match (self.major, self.minor) {
+            (Some(major), Some(minor)) => format!("/dev/{kind}/{major}:{minor}"),
+            (Some(major), None) => format!("{kind}-{}", driver(drivers, kind, major)?),
+            (None, _) => format!("{kind}-*"),
+        })
+    }
+
+    fn letters(&self) -> String {
+        [(READ, 'r'), (WRITE, 'w'), (MKNOD, 'm')]
+            .into_iter()
+            .filter(|(right, _)| self.access & right != 0)
+            .map(|(_, letter)| letter)
+            .collect()
+    }
+}
+
+/// The name of the driver of a major number in the text of /proc/devices.
+fn driver<'a>(drivers: &'a str, kind: &str, major: i32) -> Option<&'a str> {
+    let heading = match kind {
+        "block" => "Block devices:",
+        _ => "Character devices:",
+    };
+    drivers
+        .lines()
+        .skip_while(|line| *line != heading)
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .find_map(|line| {
+            let (number, name) = line.trim().split_once(' ')?;
+            (number.parse() == Ok(major)).then_some(name)
+        })
+}
+
 /// Enforces the rules on a cgroup and all below it.
 pub fn apply(cgroup: &Cgroup, spec: &[LinuxDeviceCgroup]) -> Result<()> {
     let mut rules = rules(spec)?;
@@ -379,6 +460,42 @@ mod tests {
         assert!(decides(&code, BLOCK, MKNOD, 8, 0));
         assert!(!decides(&code, BLOCK, READ, 8, 0));
         assert!(!decides(&code, CHAR, READ, 1, 1));
+    }
+
+    #[test]
+    fn systemd_is_told_what_is_allowed() {
+        let told = |json: &str| {
+            let [(_, policy), (_, Value::Pairs(allowed))] =
+                properties(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
+            else {
+                panic!("DeviceAllow is no list of pairs");
+            };
+            (policy, allowed)
+        };
+        let entry = |node: &str, access: &str| (node.to_owned(), access.to_owned());
+        let (policy, allowed) = told(
+            r#"[{"allow":true,"type":"c","major":10,"minor":1,"access":"rw"},
+                {"allow":false},
+                {"allow":true,"type":"b","major":8,"minor":0,"access":"r"}]"#,
+        );
+        assert_eq!(policy, Value::Text("strict".to_owned()));
+        assert_eq!(
+            allowed.get(..3).unwrap(),
+            [
+                entry("/dev/block/8:0", "r"),
+                entry("char-*", "m"),
+                entry("block-*", "m")
+            ]
+        );
+        assert!(allowed.contains(&entry("/dev/char/1:3", "rwm")));
+        assert_eq!(
+            told(r#"[{"allow":true,"type":"a"}]"#).0,
+            Value::Text("auto".to_owned())
+        );
+        let drivers = "Character devices:\n  1 mem\n136 pts\n\nBlock devices:\n  1 ramdisk\n";
+        assert_eq!(driver(drivers, "char", 136), Some("pts"));
+        assert_eq!(driver(drivers, "block", 1), Some("ramdisk"));
+        assert_eq!(driver(drivers, "block", 136), None);
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //! Documentation/admin-guide/cgroup-v2.rst.
 
 mod devices;
+mod properties;
 mod resources;
+mod systemd;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,8 +18,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::{log, refuse};
+use systemd::{Placeholder, Scope};
 
 pub use resources::{check_memory_above_use, validate};
 
@@ -32,6 +36,57 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 pub struct Cgroup {
     path: PathBuf,
     fd: OwnedFd,
+    /// Until the container's own process is born: see [`systemd`].
+    placeholder: Option<Placeholder>,
+}
+
+/// Where a container's cgroup will be, and who makes it.
+pub struct Place {
+    pub path: PathBuf,
+    scope: Option<Scope>,
+}
+
+impl Place {
+    /// By the cgroupfs driver, or the systemd driver if `by_systemd`.
+    pub fn new(config: &Config, id: &str, by_systemd: bool) -> Result<Place> {
+        let cgroups_path = &config.cgroups_path;
+        if by_systemd {
+            let scope = Scope::from_spec(cgroups_path, id, &config.annotations)?;
+            return Ok(Place {
+                path: Path::new(MOUNT_POINT).join(scope.path()?),
+                scope: Some(scope),
+            });
+        }
+        if !cgroups_path.is_absolute() && cgroups_path.to_string_lossy().contains(':') {
+            refuse!(
+                "linux.cgroupsPath: {} is in the form of the systemd cgroup driver, which needs --systemd-cgroup",
+                cgroups_path.display()
+            );
+        }
+        Ok(Place {
+            path: path_for(cgroups_path, id)?,
+            scope: None,
+        })
+    }
+
+    /// The unit of systemd that the cgroup is, if it is one.
+    pub fn unit(&self) -> Option<&str> {
+        self.scope.as_ref().map(|scope| scope.unit.as_str())
+    }
+
+    /// Makes the cgroup. [`Cgroup::apply`] has to follow.
+    pub fn create(&self, id: &str, resources: &LinuxResources) -> Result<Cgroup> {
+        let Some(scope) = &self.scope else {
+            return Cgroup::create(&self.path);
+        };
+        check_unified()?;
+        let placeholder = scope.start(id, properties::from(resources, true)?)?;
+        Ok(Cgroup {
+            path: self.path.clone(),
+            fd: open(&self.path)?,
+            placeholder: Some(placeholder),
+        })
+    }
 }
 
 /// Reads one file of a cgroup, without the last newline.
@@ -113,6 +168,7 @@ impl Cgroup {
         let cgroup = Cgroup {
             path: path.to_owned(),
             fd,
+            placeholder: None,
         };
         let magic = rustix::fs::fstatfs(&cgroup.fd).doing(doing)?.f_type as u64;
         if magic != CGROUP2_SUPER_MAGIC {
@@ -150,7 +206,24 @@ impl Cgroup {
     /// Puts all limits and the device rules in place.
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
         resources::apply(self, resources)?;
-        devices::apply(self, resources.devices().as_deref().unwrap_or_default())
+        devices::apply(self, resources.devices().as_deref().unwrap_or_default())?;
+        if self.placeholder.is_some() && resources::takes_one_process(resources) {
+            self.set_pids_max("2")?;
+        }
+        Ok(())
+    }
+
+    /// To be called when the first process is in the cgroup, which then keeps it alive.
+    pub fn inhabited(&mut self, resources: &LinuxResources) -> Result<()> {
+        if self.placeholder.take().is_some() && resources::takes_one_process(resources) {
+            self.set_pids_max("1")?;
+        }
+        Ok(())
+    }
+
+    fn set_pids_max(&self, limit: &str) -> Result<()> {
+        write(self, "pids.max", limit)
+            .doing(|| format!("set pids.max of cgroup {}", self.path.display()))
     }
 }
 
@@ -180,13 +253,23 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
     .doing(|| format!("open cgroup {}", path.display()))
 }
 
-/// Changes limits of an existing container.
-pub fn update(path: &Path, resources: &LinuxResources) -> Result<()> {
+/// Changes limits of an existing container, whose cgroup may be a unit of systemd. Device
+/// rules are changed if there are any.
+pub fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Result<()> {
     let cgroup = Cgroup {
         path: path.to_owned(),
         fd: open(path)?,
+        placeholder: None,
     };
-    resources::apply(&cgroup, resources)
+    let with_devices = resources.devices().is_some();
+    if let Some(unit) = unit {
+        systemd::set(unit, &properties::from(resources, with_devices)?)?;
+    }
+    resources::apply(&cgroup, resources)?;
+    if with_devices {
+        devices::apply(&cgroup, resources.devices().as_deref().unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 pub fn is_frozen(path: &Path) -> bool {
@@ -260,11 +343,18 @@ pub fn kill_all(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a cgroup and those below it, killing what is still in them.
+/// Removes a cgroup and those below it, killing what is still in them, and the unit of
+/// systemd that it may be.
 ///
 /// # Errors
 /// If a process does not die within some seconds.
-pub fn remove(path: &Path) -> Result<()> {
+pub fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
+    if let Some(unit) = unit {
+        // systemd would first ask politely, and wait.
+        kill_all(path)?;
+        wait_for_event(path, "populated 0", EMPTY_WITHIN)?;
+        systemd::stop(unit)?;
+    }
     match rustix::fs::rmdir(path) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         // Processes, or cgroups below.

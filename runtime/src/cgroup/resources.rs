@@ -23,14 +23,6 @@ pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
             path.display()
         );
     }
-    if let Some(text) = path
-        .to_str()
-        .filter(|text| text.contains(':') && !path.is_absolute())
-    {
-        refuse!(
-            "linux.cgroupsPath: {text} is in the form of the systemd cgroup driver, which this version of rrun has not"
-        );
-    }
     if let Some(memory) = resources.memory() {
         let absent = [
             ("kernel", memory.kernel().is_some_and(|limit| limit > 0)),
@@ -231,13 +223,48 @@ fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
 
 /// Content of memory.swap.max. In the specification swap is memory and swap together, as in
 /// cgroup v1; in cgroup v2 it is swap alone.
-fn swap_max(resources: &LinuxResources) -> Option<String> {
+pub(super) fn swap_max(resources: &LinuxResources) -> Option<String> {
     let memory = resources.memory().as_ref()?;
     match (memory.swap()?, memory.limit().unwrap_or(0)) {
         (0, _) => None,
         (..0, _) => Some("max".to_owned()),
         (swap, limit) => Some((swap - limit.max(0)).to_string()),
     }
+}
+
+/// Whether the limit on processes leaves room for a single one.
+pub(super) fn takes_one_process(resources: &LinuxResources) -> bool {
+    let unified = resources
+        .unified()
+        .as_ref()
+        .and_then(|all| all.get("pids.max"));
+    match unified {
+        Some(limit) => matches!(limit.trim(), "0" | "1"),
+        None => matches!(
+            resources.pids().as_ref().map(|pids| pids.limit()),
+            Some(0 | 1)
+        ),
+    }
+}
+
+/// cpu.weight (1 to 10000) from `cpu.shares` (2 to 262144), so that the smallest, the
+/// default (1024 and 100) and the largest of both meet. The same curve as libcgroups and
+/// runc have.
+pub(super) fn cpu_weight(shares: u64) -> u64 {
+    match shares {
+        ..=2 => 1,
+        262_144.. => 10_000,
+        shares => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            (10f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
+        }
+    }
+}
+
+/// io.weight (1 to 10000) from `blockIO.weight` (10 to 1000).
+pub(super) fn io_weight(weight: u16) -> u64 {
+    1 + u64::from(weight.clamp(10, 1000) - 10) * 9999 / 990
 }
 
 /// Hands the controllers down from the root of the hierarchy to the cgroup.
@@ -350,6 +377,23 @@ mod tests {
     }
 
     #[test]
+    fn weights_meet_at_both_ends_and_at_the_default() {
+        for (shares, weight) in [
+            (0, 1),
+            (2, 1),
+            (102, 17),
+            (1024, 100),
+            (262_144, 10_000),
+            (u64::MAX, 10_000),
+        ] {
+            assert_eq!(cpu_weight(shares), weight, "{shares}");
+        }
+        for (given, weight) in [(10, 1), (500, 4950), (1000, 10_000)] {
+            assert_eq!(io_weight(given), weight, "{given}");
+        }
+    }
+
+    #[test]
     fn what_cgroup_v2_lacks_is_refused_by_name() {
         for (json, field) in [
             (r#"{"memory":{"swappiness":0}}"#, "memory.swappiness"),
@@ -365,7 +409,6 @@ mod tests {
             assert!(error.to_string().contains(field), "{error}");
         }
         let none = LinuxResources::default();
-        assert!(validate(Path::new("system.slice:rrun:a"), &none).is_err());
         assert!(validate(Path::new("/a/../../b"), &none).is_err());
     }
 }

@@ -66,6 +66,7 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         pid_file: arguments.value("pid-file").map(Path::new),
         no_pivot: arguments.is_set("no-pivot"),
         new_keyring: !arguments.is_set("no-new-keyring"),
+        systemd_cgroup: globals.systemd_cgroup,
         descriptors,
         notify,
     })?;

@@ -30,7 +30,7 @@ fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
             "namespaces": namespaces::TYPES.map(|(_, name)| name),
             "capabilities": capabilities,
             "cgroup": {
-                "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": true,
+                "v1": false, "v2": true, "systemd": true, "systemdUser": true, "rdma": true,
             },
             "seccomp": { "enabled": false },
             "apparmor": { "enabled": false },

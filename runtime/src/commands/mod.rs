@@ -39,6 +39,8 @@ pub struct Command {
 pub struct Globals {
     /// Where states are kept.
     pub root: PathBuf,
+    /// Whether systemd makes the cgroups of new containers.
+    pub systemd_cgroup: bool,
 }
 
 const COMMANDS: [&Command; 14] = [
@@ -78,7 +80,7 @@ const GLOBAL_FLAGS: &[Flag] = &[
     switch(
         "systemd-cgroup",
         None,
-        "let systemd make the cgroups (not in this version)",
+        "have systemd make the cgroups; cgroupsPath is slice:prefix:name",
     ),
     value(
         "rootless",
@@ -159,12 +161,10 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         print(&command_help(command));
         return Ok(0);
     }
-    if globals.is_set("systemd-cgroup") {
-        refuse!("--systemd-cgroup: the systemd cgroup driver is not in this version of rrun");
-    }
     let root = globals.value("root").unwrap_or(DEFAULT_ROOT);
     let globals = Globals {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
+        systemd_cgroup: globals.is_set("systemd-cgroup"),
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
     (command.call)(&globals, &arguments)

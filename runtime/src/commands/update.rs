@@ -88,7 +88,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if checked == Some(true) {
         cgroup::check_memory_above_use(&state.cgroup, &resources)?;
     }
-    cgroup::update(&state.cgroup, &resources)?;
+    cgroup::update(&state.cgroup, state.unit.as_deref(), &resources)?;
     Ok(0)
 }
 

@@ -1,0 +1,296 @@
+//! `linux.resources` as properties of a systemd unit, so that systemd knows of the limits and
+//! keeps them when it writes a cgroup's files anew. What it has no property for is written to
+//! the files alone. See systemd.resource-control(5).
+
+use oci_spec::runtime::{LinuxResources, LinuxThrottleDevice};
+
+use super::resources::{cpu_weight, io_weight, swap_max};
+use super::{devices, systemd};
+use crate::dbus::{Property, Value};
+use crate::error::{Error, Result};
+
+/// systemd's "infinity".
+const NONE: u64 = u64::MAX;
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// The first version of systemd that knows cpu.idle (as a weight of zero).
+const KNOWS_IDLE: u32 = 252;
+
+/// # Errors
+/// A value that can not be understood, by its field.
+pub fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Property>> {
+    let mut all = Properties::default();
+    all.memory(resources);
+    all.cpu(resources)?;
+    all.io(resources);
+    if let Some(pids) = resources.pids() {
+        all.number(
+            "TasksMax",
+            match pids.limit() {
+                0 => 1,
+                limit => u64::try_from(limit).unwrap_or(NONE),
+            },
+        );
+    }
+    for (key, value) in resources.unified().iter().flatten() {
+        all.unified(key, value)?;
+    }
+    if with_devices {
+        all.0.extend(devices::properties(
+            resources.devices().as_deref().unwrap_or_default(),
+        )?);
+    }
+    Ok(all.0)
+}
+
+#[derive(Default)]
+struct Properties(Vec<Property>);
+
+impl Properties {
+    /// A later one overrides an earlier one, as a later write to a file would.
+    fn set(&mut self, name: &str, value: Value) {
+        self.0.retain(|(known, _)| known != name);
+        self.0.push((name.to_owned(), value));
+    }
+
+    fn number(&mut self, name: &str, value: u64) {
+        self.set(name, Value::U64(value));
+    }
+
+    fn memory(&mut self, resources: &LinuxResources) {
+        let Some(memory) = resources.memory() else {
+            return;
+        };
+        let limit = |value: i64| u64::try_from(value).unwrap_or(NONE);
+        if let Some(value) = memory.limit().filter(|value| *value != 0) {
+            self.number("MemoryMax", limit(value));
+        }
+        if let Some(value) = memory.reservation().filter(|value| *value != 0) {
+            self.number("MemoryLow", limit(value));
+        }
+        if let Some(value) = swap_max(resources) {
+            self.number("MemorySwapMax", value.parse().unwrap_or(NONE));
+        }
+    }
+
+    fn cpu(&mut self, resources: &LinuxResources) -> Result<()> {
+        let Some(cpu) = resources.cpu() else {
+            return Ok(());
+        };
+        if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+            self.number("CPUWeight", cpu_weight(shares));
+        }
+        if let Some(idle) = cpu.idle() {
+            self.idle(idle == 1)?;
+        }
+        let quota = cpu.quota().unwrap_or(0);
+        let period = cpu.period().unwrap_or(0);
+        if quota != 0 || period != 0 {
+            self.quota(u64::try_from(quota).ok().filter(|quota| *quota > 0), period);
+        }
+        for (name, list) in [
+            ("AllowedCPUs", cpu.cpus()),
+            ("AllowedMemoryNodes", cpu.mems()),
+        ] {
+            if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
+                let field = if name == "AllowedCPUs" {
+                    "cpus"
+                } else {
+                    "mems"
+                };
+                self.bits(name, &format!("linux.resources.cpu.{field}"), list)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A weight of zero is what systemd calls a unit that runs only when nothing else does.
+    fn idle(&mut self, idle: bool) -> Result<()> {
+        if idle && systemd::version()? >= KNOWS_IDLE {
+            self.number("CPUWeight", 0);
+        }
+        Ok(())
+    }
+
+    /// systemd counts in µs a second, and in whole hundredths of a CPU: rounded up, so that
+    /// the file, which is written after it and exactly, is never more than it allows.
+    fn quota(&mut self, quota: Option<u64>, period: u64) {
+        let per_second = quota.map_or(NONE, |quota| {
+            let period = if period == 0 { DEFAULT_PERIOD } else { period };
+            (quota.saturating_mul(1_000_000) / period).next_multiple_of(10_000)
+        });
+        if period != 0 {
+            self.number("CPUQuotaPeriodUSec", period);
+        }
+        self.number("CPUQuotaPerSecUSec", per_second);
+    }
+
+    fn bits(&mut self, name: &str, field: &str, list: &str) -> Result<()> {
+        let bits = bits(list).ok_or_else(|| {
+            Error::new(format!(
+                "{field}: {list} is no list of numbers and ranges, as 0-3,7"
+            ))
+        })?;
+        self.set(name, Value::Bytes(bits));
+        Ok(())
+    }
+
+    fn io(&mut self, resources: &LinuxResources) {
+        let Some(io) = resources.block_io() else {
+            return;
+        };
+        if let Some(weight) = io.weight().filter(|weight| *weight != 0) {
+            self.number("IOWeight", io_weight(weight));
+        }
+        let mut throttle = |name: &str, devices: &Option<Vec<LinuxThrottleDevice>>| {
+            let rates: Vec<(String, u64)> = devices
+                .iter()
+                .flatten()
+                .map(|device| {
+                    let path = format!("/dev/block/{}:{}", device.major(), device.minor());
+                    // A rate of zero takes the limit away.
+                    (
+                        path,
+                        Some(device.rate())
+                            .filter(|rate| *rate != 0)
+                            .unwrap_or(NONE),
+                    )
+                })
+                .collect();
+            if !rates.is_empty() {
+                self.set(name, Value::Rates(rates));
+            }
+        };
+        throttle("IOReadBandwidthMax", io.throttle_read_bps_device());
+        throttle("IOWriteBandwidthMax", io.throttle_write_bps_device());
+        throttle("IOReadIOPSMax", io.throttle_read_iops_device());
+        throttle("IOWriteIOPSMax", io.throttle_write_iops_device());
+    }
+
+    fn unified(&mut self, key: &str, value: &str) -> Result<()> {
+        let value = value.trim();
+        let wrong = || {
+            Error::new(format!(
+                "linux.resources.unified {key}: {value} is no value of that file"
+            ))
+        };
+        let number = |text: &str| match text {
+            "max" => Ok(NONE),
+            text => text.parse::<u64>().map_err(|_| wrong()),
+        };
+        let property = match key {
+            "memory.max" => "MemoryMax",
+            "memory.high" => "MemoryHigh",
+            "memory.low" => "MemoryLow",
+            "memory.min" => "MemoryMin",
+            "memory.swap.max" => "MemorySwapMax",
+            "pids.max" => "TasksMax",
+            "cpu.weight" => "CPUWeight",
+            "cpu.idle" => {
+                self.idle(value == "1")?;
+                return Ok(());
+            }
+            "cpu.max" => {
+                let (quota, period) = value.split_once(' ').unwrap_or((value, "0"));
+                let quota = Some(number(quota)?).filter(|quota| *quota != NONE);
+                self.quota(quota, period.trim().parse().map_err(|_| wrong())?);
+                return Ok(());
+            }
+            "cpuset.cpus" | "cpuset.mems" => {
+                let name = match key {
+                    "cpuset.cpus" => "AllowedCPUs",
+                    _ => "AllowedMemoryNodes",
+                };
+                return self.bits(name, &format!("linux.resources.unified {key}"), value);
+            }
+            _ => return Ok(()),
+        };
+        let value = number(value)?;
+        self.number(property, value);
+        Ok(())
+    }
+}
+
+/// A list such as `0-3,7` as a bit mask, the lowest byte first.
+fn bits(list: &str) -> Option<Vec<u8>> {
+    /// More than any kernel has CPUs.
+    const LIMIT: usize = 1 << 16;
+    let mut mask = Vec::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.trim().parse().ok()?;
+        let last: usize = last.trim().parse().ok()?;
+        if first > last || last >= LIMIT {
+            return None;
+        }
+        for bit in first..=last {
+            if mask.len() <= bit / 8 {
+                mask.resize(bit / 8 + 1, 0u8);
+            }
+            if let Some(byte) = mask.get_mut(bit / 8) {
+                *byte |= 1 << (bit % 8);
+            }
+        }
+    }
+    Some(mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(json: &str) -> Vec<Property> {
+        let mut all = from(&serde_json::from_str(json).unwrap(), false).unwrap();
+        all.sort_by(|(first, _), (second, _)| first.cmp(second));
+        all
+    }
+
+    #[test]
+    fn limits_become_properties() {
+        let number = |name: &str, value| (name.to_owned(), Value::U64(value));
+        assert_eq!(
+            found(
+                r#"{"memory":{"limit":200,"swap":300,"reservation":100},
+                    "cpu":{"shares":1024,"quota":15500,"period":100000,"cpus":"0-2,9"},
+                    "pids":{"limit":-1},"unified":{"memory.min":"7","memory.high":"max"}}"#
+            ),
+            [
+                ("AllowedCPUs".to_owned(), Value::Bytes(vec![0b111, 0b10])),
+                number("CPUQuotaPerSecUSec", 160_000),
+                number("CPUQuotaPeriodUSec", 100_000),
+                number("CPUWeight", 100),
+                number("MemoryHigh", NONE),
+                number("MemoryLow", 100),
+                number("MemoryMax", 200),
+                number("MemoryMin", 7),
+                number("MemorySwapMax", 100),
+                number("TasksMax", NONE),
+            ]
+        );
+        assert_eq!(
+            found(r#"{"unified":{"cpu.max":"50000 100000","hugetlb.2MB.max":"0"}}"#),
+            [
+                number("CPUQuotaPerSecUSec", 500_000),
+                number("CPUQuotaPeriodUSec", 100_000),
+            ]
+        );
+        assert_eq!(
+            found(r#"{"cpu":{"quota":-1}}"#),
+            [number("CPUQuotaPerSecUSec", NONE)]
+        );
+        assert!(found(r#"{"cpu":{"cpus":"","shares":0},"memory":{"limit":0}}"#).is_empty());
+    }
+
+    #[test]
+    fn what_is_no_value_is_refused_by_its_field() {
+        for (json, field) in [
+            (r#"{"cpu":{"cpus":"3-1"}}"#, "linux.resources.cpu.cpus"),
+            (r#"{"cpu":{"mems":"x"}}"#, "linux.resources.cpu.mems"),
+            (r#"{"unified":{"memory.max":"much"}}"#, "memory.max"),
+        ] {
+            let resources = serde_json::from_str(json).unwrap();
+            let error = from(&resources, false).unwrap_err();
+            assert!(error.to_string().contains(field), "{error}");
+        }
+    }
+}
