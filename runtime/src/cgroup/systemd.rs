@@ -167,7 +167,8 @@ fn expand(slice: &str) -> Result<PathBuf> {
 /// properties of units have. `TimeoutStopSec` is for people; on the bus it counts in µs.
 fn annotated(name: &str, value: &str) -> Option<Property> {
     let parsed = gvariant(value.trim())?;
-    let Some(seconds) = name.strip_suffix("Sec") else {
+    let seconds = name.strip_suffix("Sec");
+    let Some(seconds) = seconds.filter(|rest| !rest.ends_with('U')) else {
         return Some((name.to_owned(), parsed));
     };
     let number = match parsed {
