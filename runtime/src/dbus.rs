@@ -340,7 +340,9 @@ impl Bus {
         for digit in rustix::process::geteuid().as_raw().to_string().bytes() {
             hello.extend(format!("{digit:02x}").bytes());
         }
-        hello.extend(b"\r\n");
+        // In one go with the rest, and not with the first call: what systemd reads together
+        // with BEGIN, it leaves lying until more comes.
+        hello.extend(b"\r\nBEGIN\r\n");
         bus.stream.write_all(&hello).doing(|| "authenticate")?;
         let deadline = Instant::now() + WITHIN;
         let mut answer = Vec::new();
@@ -355,9 +357,6 @@ impl Bus {
                 String::from_utf8_lossy(&answer).trim_end()
             );
         }
-        bus.stream
-            .write_all(b"BEGIN\r\n")
-            .doing(|| "authenticate")?;
         Ok(bus)
     }
 

@@ -206,7 +206,11 @@ impl Cgroup {
     /// Puts all limits and the device rules in place.
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
         resources::apply(self, resources)?;
-        devices::apply(self, resources.devices().as_deref().unwrap_or_default())?;
+        devices::apply(
+            self,
+            resources.devices().as_deref().unwrap_or_default(),
+            false,
+        )?;
         if self.placeholder.is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("2")?;
         }
@@ -267,7 +271,11 @@ pub fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Re
     }
     resources::apply(&cgroup, resources)?;
     if with_devices {
-        devices::apply(&cgroup, resources.devices().as_deref().unwrap_or_default())?;
+        devices::apply(
+            &cgroup,
+            resources.devices().as_deref().unwrap_or_default(),
+            true,
+        )?;
     }
     Ok(())
 }
