@@ -21,6 +21,7 @@ use crate::init::{Descriptors, Init, NeverReturn, end, unshare_time};
 use crate::mounts::Taken;
 use crate::namespaces::{OpenJoin, flag};
 use crate::notify_socket::{self, Manager, NotifySocket};
+use crate::seccomp::Agent;
 use crate::state::{self, State, Status, process_stat};
 use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
 use crate::time::rfc3339_nanos;
@@ -102,6 +103,11 @@ pub fn end_child(pidfd: &OwnedFd) {
 pub fn create(request: Request<'_>) -> Result<Born> {
     let config = request.config;
     let place = Place::new(config, request.id, request.systemd_cgroup)?;
+    // An agent that is not there is found out before anything is made.
+    let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) => Some(listener.connect()?),
+        None => None,
+    };
     let mut unmade = Unmade {
         id: request.id,
         claim: None,
@@ -167,6 +173,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
             unmade.kept = true;
             drop(unmade);
             drop(channel);
+            drop(agent);
             let Some(childs_end) = childs_end else { end() };
             Init {
                 config,
@@ -203,6 +210,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         claim,
         pidfd,
         &mut unmade.resctrl,
+        agent,
     )
     .map_err(|error| explain_death(error, pidfd))?;
     if let Some(path) = request.pid_file {
@@ -313,6 +321,7 @@ fn new_state(request: &Request<'_>, place: &Place) -> State {
         keeps_keyring: !request.new_keyring,
         resctrl: resctrl::Made::default(),
         hooks: config.hooks.clone(),
+        seccomp: config.seccomp.clone(),
     }
 }
 
@@ -325,6 +334,7 @@ fn accompany(
     claim: &Claim,
     pidfd: &OwnedFd,
     made: &mut resctrl::Made,
+    mut agent: Option<Agent<'_>>,
 ) -> Result<Option<OwnedFd>> {
     let (config, waits) = (request.config, request.waits);
     let hooks = &config.hooks;
@@ -366,6 +376,13 @@ fn accompany(
             }
             Message::Born(_) => refuse!("the container's first process told of another"),
             Message::Terminal(master) => terminal = Some(master),
+            Message::Listener(number) => {
+                if let Some(agent) = agent.take() {
+                    let shown = state.for_others(Status::Creating);
+                    agent.tell(pidfd.as_fd(), state.pid, number, shown)?;
+                }
+                channel.go_on()?;
+            }
             Message::Ready if waits => return Ok(terminal),
             Message::Ready => ready = true,
             Message::Closed if ready => return Ok(terminal),

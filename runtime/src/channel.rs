@@ -24,6 +24,7 @@ const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
 const BORN: u8 = b'B';
+const LISTENER: u8 = b'S';
 const FAILED: u8 = b'F';
 const GO_ON: u8 = b'G';
 
@@ -38,6 +39,8 @@ pub enum Message {
     RunHooks,
     /// The master side of its terminal.
     Terminal(OwnedFd),
+    /// It has loaded its seccomp filter, whose listener is this descriptor of its own.
+    Listener(i32),
     /// Nothing is left to do but to execute the program.
     Ready,
     /// It could not go on.
@@ -73,6 +76,10 @@ impl Channel {
     /// From the child: asks, and waits for the answer.
     fn ask(&self, question: u8) -> Result<()> {
         self.send(&[question])?;
+        self.wait_for_answer()
+    }
+
+    fn wait_for_answer(&self) -> Result<()> {
         let mut answer = [0u8; 1];
         loop {
             match rustix::net::recv(&self.fd, &mut answer, RecvFlags::empty()) {
@@ -95,6 +102,17 @@ impl Channel {
 
     pub fn ask_for_hooks(&self) -> Result<()> {
         self.ask(RUN_HOOKS)
+    }
+
+    /// Says where the seccomp listener is, and waits until the parent has it.
+    ///
+    /// By write(2), the one call of which the agent behind the listener, who does not have
+    /// it yet, is never asked.
+    pub fn hand_listener_over(&self, number: i32) -> Result<()> {
+        let [a, b, c, d] = number.to_ne_bytes();
+        rustix::io::write(&self.fd, &[LISTENER, a, b, c, d])
+            .doing(|| "hand the seccomp listener to the parent process")?;
+        self.wait_for_answer()
     }
 
     pub fn ready(&self) -> Result<()> {
@@ -146,6 +164,7 @@ impl Channel {
             ([], _) => Message::Closed,
             ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
             ([HOST_SIDE], _) => Message::HostSide,
+            ([LISTENER, a, b, c, d], _) => Message::Listener(i32::from_ne_bytes([*a, *b, *c, *d])),
             ([RUN_HOOKS], _) => Message::RunHooks,
             ([READY], _) => Message::Ready,
             ([TERMINAL], Some(master)) => Message::Terminal(master),

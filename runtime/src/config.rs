@@ -15,6 +15,7 @@ use crate::namespaces::Namespaces;
 use crate::net_devices::{self, NetDevice};
 use crate::process::Process;
 use crate::resctrl::Resctrl;
+use crate::seccomp::Filter;
 use crate::spec::{self, Linux, Spec};
 use crate::{cgroup, hooks, lsm, refuse, sysctl};
 
@@ -47,6 +48,7 @@ pub struct Config {
     pub cgroups_path: PathBuf,
     pub resources: LinuxResources,
     pub hooks: Hooks,
+    pub seccomp: Option<Filter>,
     pub process: Process,
     /// The process as it was written, from which `exec` takes what it is not told.
     pub process_spec: spec::Process,
@@ -153,6 +155,10 @@ impl Config {
             cgroups_path: linux.cgroups_path.clone().unwrap_or_default(),
             resources: linux.resources.take().unwrap_or_default(),
             hooks: spec.hooks.take().unwrap_or_default(),
+            seccomp: match &linux.seccomp {
+                Some(profile) => Filter::from_profile(profile)?,
+                None => None,
+            },
             process,
             process_spec,
             mount_label,
@@ -250,7 +256,6 @@ fn check_version(version: &str) -> Result<()> {
 fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
     let unsupported = [
         ("vm", spec.vm.is_some()),
-        ("linux.seccomp", linux.seccomp.is_some()),
     ];
     for (field, present) in unsupported {
         if present {
@@ -320,7 +325,7 @@ mod tests {
             ),
             (
                 format!(
-                    r#"{process},"linux":{{"namespaces":[{{"type":"mount"}}],"seccomp":{{"defaultAction":"SCMP_ACT_ALLOW"}}}}"#
+                    r#"{process},"linux":{{"namespaces":[{{"type":"mount"}}],"seccomp":{{"defaultAction":"SCMP_ACT_NO"}}}}"#
                 ),
                 "linux.seccomp",
             ),

@@ -18,7 +18,8 @@ use crate::init::{Descriptors, NeverReturn, end, execute, join_keyring, settle};
 use crate::namespaces::flag;
 use crate::process::Process;
 use crate::rootfs::Rootfs;
-use crate::state::State;
+use crate::seccomp::Agent;
+use crate::state::{State, Status};
 use crate::syscalls::{self, Cloned, clone3};
 use crate::terminal::Terminal;
 use crate::{cgroup, refuse};
@@ -48,6 +49,10 @@ pub struct Entered {
 /// Makes the process. When this returns, it has executed its program.
 pub fn enter(mut request: Request<'_>) -> Result<Entered> {
     let state = request.state;
+    let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) => Some(listener.connect()?),
+        None => None,
+    };
     let pid_namespace = flag(Type::Pid);
     if state.namespaces & pid_namespace != 0 {
         join(&request.init, pid_namespace)?;
@@ -61,13 +66,14 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
     let (pid, pidfd) = match born_in(&cgroup_path, state, request.sub_cgroup.is_none())? {
         Cloned::Child => {
             drop(channel);
+            drop(agent);
             run(&mut request, childs_end)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
     drop(childs_end);
     drop(request.console_socket.take());
-    let finished = accompany(&channel, &request, pid)
+    let finished = accompany(&channel, &request, pid, agent, &pidfd)
         .map_err(|error| explain_death(error, &pidfd))
         .and_then(|terminal| {
             if let Some(path) = request.pid_file {
@@ -152,12 +158,19 @@ fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
     request
         .process
         .complete_environment(request.descriptors.listen)?;
-    let program = settle(&request.process, &labels, request.descriptors)?;
+    let filter = state.seccomp.as_ref();
+    let program = settle(&request.process, &labels, request.descriptors, filter, channel)?;
     channel.ready()?;
-    Err(execute(&program, &request.process))
+    Err(execute(&program, &request.process, filter))
 }
 
-fn accompany(channel: &Channel, request: &Request<'_>, pid: i32) -> Result<Option<OwnedFd>> {
+fn accompany(
+    channel: &Channel,
+    request: &Request<'_>,
+    pid: i32,
+    mut agent: Option<Agent<'_>>,
+    pidfd: &OwnedFd,
+) -> Result<Option<OwnedFd>> {
     let mut terminal = None;
     let mut ready = false;
     loop {
@@ -170,6 +183,13 @@ fn accompany(channel: &Channel, request: &Request<'_>, pid: i32) -> Result<Optio
                 channel.go_on()?;
             }
             Message::Terminal(master) => terminal = Some(master),
+            Message::Listener(number) => {
+                if let Some(agent) = agent.take() {
+                    let shown = request.state.for_others(Status::Running);
+                    agent.tell(pidfd.as_fd(), pid, number, shown)?;
+                }
+                channel.go_on()?;
+            }
             Message::Ready => ready = true,
             Message::Closed if ready => return Ok(terminal),
             Message::Closed => refuse!("the process died while it was being made"),

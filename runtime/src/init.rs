@@ -5,7 +5,7 @@
 //! sent to the parent, and the end.
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, Mode, Uid};
@@ -23,6 +23,7 @@ use crate::namespaces::OpenJoin;
 use crate::process::{Process, enter_cwd, no_program};
 use crate::rootfs::Rootfs;
 use crate::scheduling::leave_callers_cpus;
+use crate::seccomp::{Filter, Moment};
 use crate::state::{State, Status};
 use crate::syscalls::{self, MountAttr, mount_setattr};
 use crate::terminal::Terminal;
@@ -123,7 +124,8 @@ impl Init<'_> {
         }
         leave_callers_cpus();
         process.complete_environment(self.descriptors.listen)?;
-        let program = settle(&process, &labels, self.descriptors)?;
+        let filter = config.seccomp.as_ref();
+        let program = settle(&process, &labels, self.descriptors, filter, &self.channel)?;
         self.channel.ready()?;
 
         let starter = match &self.gate {
@@ -132,7 +134,7 @@ impl Init<'_> {
         };
         self.gate = None;
         let error = match self.start_container_hooks() {
-            Ok(()) => execute(&program, &process),
+            Ok(()) => execute(&program, &process, filter),
             Err(error) => error,
         };
         if let Some(starter) = starter {
@@ -388,7 +390,17 @@ pub fn settle(
     process: &Process,
     labels: &OpenLabels,
     descriptors: Descriptors,
+    filter: Option<&Filter>,
+    channel: &Channel,
 ) -> Result<std::ffi::CString> {
+    let load_at = |moment: Moment| match filter {
+        Some(filter) if filter.moment(process.no_new_privileges) == moment => {
+            filter.load()?.map_or(Ok(()), |listener| {
+                channel.hand_listener_over(listener.as_raw_fd())
+            })
+        }
+        _ => Ok(()),
+    };
     labels.apply()?;
     process.apply_inherited()?;
     process.own_stdio();
@@ -403,7 +415,13 @@ pub fn settle(
         }
         entered => entered,
     };
-    process.become_user()?;
+    // A filter may be loaded from here on: what follows has to pass through it, and is the
+    // less the better.
+    syscalls::close_range_cloexec(descriptors.first_closed())
+        .doing(|| "mark descriptors close-on-exec")?;
+    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
+    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
+    process.become_user(|| load_at(Moment::Privileged))?;
     if entered.is_err() {
         enter_cwd(&process.cwd)?;
     }
@@ -411,15 +429,18 @@ pub fn settle(
         rustix::thread::set_no_new_privs(true).doing(|| "set process.noNewPrivileges")?;
     }
     let program = process.find_program()?;
-    syscalls::close_range_cloexec(descriptors.first_closed())
-        .doing(|| "mark descriptors close-on-exec")?;
-    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
-    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
+    load_at(Moment::Settled)?;
     Ok(program)
 }
 
 /// Becomes the program; returns only with the reason why not.
-pub fn execute(program: &std::ffi::CString, process: &Process) -> Error {
+pub fn execute(program: &std::ffi::CString, process: &Process, filter: Option<&Filter>) -> Error {
+    if let Some(filter) = filter
+        && filter.moment(process.no_new_privileges) == Moment::Last
+        && let Err(error) = filter.load()
+    {
+        return error;
+    }
     let errno = syscalls::execve(program, &process.args, &process.env);
     let path = program.to_string_lossy();
     match errno {
@@ -427,6 +448,9 @@ pub fn execute(program: &std::ffi::CString, process: &Process) -> Error {
         Errno::NOENT => Error::new(format!(
             "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
         )),
+        Errno::PERM if filter.is_some() => {
+            no_program(&path, errno).while_doing("execve, which linux.seccomp may forbid")
+        }
         errno => no_program(&path, errno),
     }
 }

@@ -39,6 +39,7 @@ pub mod removal;
 pub mod resctrl;
 pub mod rootfs;
 pub mod scheduling;
+pub mod seccomp;
 pub mod signals;
 pub mod spec;
 pub mod state;

@@ -175,8 +175,8 @@ impl Process {
     }
 
     /// Takes on group and user ids and capabilities, for good. Nothing privileged can be
-    /// done afterwards.
-    pub fn become_user(&self) -> Result<()> {
+    /// done afterwards; what still wants privileges is done by `last_privileged`.
+    pub fn become_user(&self, last_privileged: impl FnOnce() -> Result<()>) -> Result<()> {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {
@@ -194,6 +194,7 @@ impl Process {
             rustix::thread::set_keep_capabilities(true)
                 .doing(|| "keep capabilities over the change of user")?;
         }
+        last_privileged()?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)
             .doing(|| format!("become process.user.uid {}", self.uid))?;
         self.capabilities.apply()

@@ -52,7 +52,7 @@ pub struct Linux {
     pub readonly_paths: Option<Vec<String>>,
     pub sysctl: Option<HashMap<String, String>>,
     pub mount_label: Option<String>,
-    pub seccomp: Option<IgnoredAny>,
+    pub seccomp: Option<crate::seccomp::Profile>,
     pub intel_rdt: Option<IntelRdt>,
     pub memory_policy: Option<MemoryPolicy>,
     pub personality: Option<Personality>,

@@ -18,6 +18,7 @@ use crate::config::read_bounded;
 use crate::error::{Context, Error, Kind, Result};
 use crate::refuse;
 use crate::resctrl::Made;
+use crate::seccomp::Filter;
 use crate::spec::{MemoryPolicy, Personality, Process};
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::gate`].
@@ -70,6 +71,9 @@ pub struct State {
     pub resctrl: Made,
     #[serde(default)]
     pub hooks: Hooks,
+    /// With which exec's processes are filtered too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seccomp: Option<Filter>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,13 +222,19 @@ impl State {
         }
     }
 
-    /// The state as a hook gets it on its standard input.
-    pub fn for_hooks(&self, status: Status) -> String {
+    /// The state as hooks and seccomp agents get it: with the process id even while the
+    /// container is being made.
+    pub fn for_others(&self, status: Status) -> Shown<'_> {
         let mut shown = self.shown(status);
         if status == Status::Creating {
             shown.pid = self.pid;
         }
-        serde_json::to_string(&shown).unwrap_or_default()
+        shown
+    }
+
+    /// The state as a hook gets it on its standard input.
+    pub fn for_hooks(&self, status: Status) -> String {
+        serde_json::to_string(&self.for_others(status)).unwrap_or_default()
     }
 }
 

@@ -392,6 +392,55 @@ pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Whether the kernel would take a seccomp filter with these `SECCOMP_FILTER_FLAG_*`.
+///
+/// It looks at the flags before it looks for the filter, and there is none at address 0.
+pub fn has_seccomp_flags(flags: u32) -> bool {
+    // SAFETY: a null filter is not read; the kernel answers EFAULT.
+    let returned = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            std::ptr::null::<libc::sock_fprog>(),
+        )
+    };
+    returned < 0 && last_errno() == Errno::FAULT
+}
+
+/// Has this process's calls filtered from now on. Gives a descriptor if the flags ask for a
+/// listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
+pub fn load_seccomp_filter(
+    program: &[crate::seccomp::Instruction],
+    flags: u32,
+) -> Result<Option<OwnedFd>, Errno> {
+    /// `struct sock_fprog` of linux/filter.h.
+    #[repr(C)]
+    struct Program {
+        length: libc::c_ushort,
+        instructions: *const crate::seccomp::Instruction,
+    }
+    let program = Program {
+        length: program.len().try_into().map_err(|_| Errno::INVAL)?,
+        instructions: program.as_ptr(),
+    };
+    // SAFETY: the program has as many instructions as it says, each laid out as the kernel's
+    // struct sock_filter, and outlives the call.
+    let returned = check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })?;
+    if flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32 == 0 {
+        return Ok(None);
+    }
+    // SAFETY: with that flag, the kernel returns a new descriptor that nobody else owns.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(returned as i32) }))
+}
+
 /// Brings the loopback interface of the current network namespace up.
 pub fn loopback_up() -> Result<(), Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};

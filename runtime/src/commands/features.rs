@@ -4,7 +4,7 @@ use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
 use crate::state::OCI_VERSION;
-use crate::{capabilities, mount_options, namespaces};
+use crate::{capabilities, mount_options, namespaces, seccomp};
 
 pub const COMMAND: Command = Command {
     name: "features",
@@ -17,6 +17,8 @@ pub const COMMAND: Command = Command {
 
 fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
     let capabilities: Vec<String> = (0..=40).map(capabilities::name).collect();
+    let flags = seccomp::FLAGS.iter().map(|(name, _)| *name);
+    let supported: Vec<&str> = flags.filter(|name| seccomp::supports(name)).collect();
     // See features-linux.md of the runtime specification.
     let features = json!({
         "ociVersionMin": "1.0.0",
@@ -32,7 +34,14 @@ fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
             "cgroup": {
                 "v1": false, "v2": true, "systemd": true, "systemdUser": true, "rdma": true,
             },
-            "seccomp": { "enabled": false },
+            "seccomp": {
+                "enabled": true,
+                "actions": seccomp::ACTIONS.map(|(name, _)| name),
+                "operators": seccomp::OPERATORS,
+                "archs": seccomp::architecture::NAMES,
+                "knownFlags": seccomp::FLAGS.map(|(name, _)| name),
+                "supportedFlags": supported,
+            },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },

@@ -1,0 +1,234 @@
+//! Classic BPF, written from its end to its beginning.
+//!
+//! A conditional jump reaches 255 instructions forward, and nothing reaches back. Written
+//! backwards, every place that is jumped to exists already, and what is too far away gets a
+//! stepping stone (a jump without condition, or a copy of the return) close by.
+//! See the kernel's Documentation/networking/filter.rst and seccomp_filter.rst.
+
+/// `BPF_MAXINSNS` of linux/bpf_common.h.
+pub const LIMIT: usize = 4096;
+
+/// Offsets in `struct seccomp_data` (linux/seccomp.h).
+pub const NUMBER: u32 = 0;
+pub const ARCHITECTURE: u32 = 4;
+
+const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
+const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
+const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+
+/// What a conditional jump asks of the accumulator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Test {
+    Equal = 0x15,          // BPF_JMP | BPF_JEQ | BPF_K
+    Greater = 0x25,        // BPF_JMP | BPF_JGT | BPF_K
+    GreaterOrEqual = 0x35, // BPF_JMP | BPF_JGE | BPF_K
+}
+
+/// `struct sock_filter` of linux/filter.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    pub code: u16,
+    pub if_true: u8,
+    pub if_false: u8,
+    pub value: u32,
+}
+
+/// A place in the program, counted from its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place(usize);
+
+/// Where to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// The filter's answer, `SECCOMP_RET_*` with its data.
+    Return(u32),
+    At(Place),
+}
+
+/// A program in the making.
+#[derive(Default)]
+pub struct Program {
+    /// The last instruction first.
+    reversed: Vec<Instruction>,
+    /// For answers and far places, where the latest stepping stone to them is.
+    stones: Vec<(Goal, Place)>,
+}
+
+/// How far a stepping stone may be: a conditional jump has two, and either may have to be
+/// laid after the other was found near enough.
+const REACH: usize = 250;
+
+impl Program {
+    fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Place {
+        self.reversed.push(Instruction {
+            code,
+            if_true,
+            if_false,
+            value,
+        });
+        Place(self.reversed.len() - 1)
+    }
+
+    /// How many instructions lie between the next one and `place`.
+    fn distance(&self, place: Place) -> usize {
+        self.reversed.len() - 1 - place.0
+    }
+
+    fn lay_stone(&mut self, goal: Goal) -> Place {
+        let place = match goal {
+            Goal::Return(answer) => self.push(RETURN, 0, 0, answer),
+            Goal::At(place) => {
+                let distance = self.distance(place) as u32;
+                self.push(JUMP, 0, 0, distance)
+            }
+        };
+        match self.stones.iter_mut().find(|(known, _)| *known == goal) {
+            Some((_, stone)) => *stone = place,
+            None => self.stones.push((goal, place)),
+        }
+        place
+    }
+
+    /// A place from which, or at which, the goal is reached, within a jump's reach.
+    fn near(&mut self, goal: Goal) -> Place {
+        if let Goal::At(place) = goal
+            && self.distance(place) <= REACH
+        {
+            return place;
+        }
+        let stone = self.stones.iter().find(|(known, _)| *known == goal);
+        match stone.map(|(_, stone)| *stone) {
+            Some(stone) if self.distance(stone) <= REACH => stone,
+            _ => self.lay_stone(goal),
+        }
+    }
+
+    /// Goes on at one goal or the other, by the accumulator.
+    pub fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
+        if if_true == if_false {
+            return if_true;
+        }
+        let (if_true, if_false) = (self.near(if_true), self.near(if_false));
+        // Both are at most REACH and a stone away.
+        let (if_true, if_false) = (self.distance(if_true), self.distance(if_false));
+        Goal::At(self.push(test as u16, if_true as u8, if_false as u8, value))
+    }
+
+    /// Has the program go on at `goal` after what will be written before it.
+    fn fall_into(&mut self, goal: Goal) {
+        match goal {
+            Goal::At(place) if self.reversed.len() == place.0 + 1 => {}
+            goal => {
+                self.lay_stone(goal);
+            }
+        }
+    }
+
+    /// Loads a word of `seccomp_data` into the accumulator, keeps the bits in `mask`, and
+    /// goes on at `goal`.
+    pub fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
+        self.fall_into(goal);
+        if mask != u32::MAX {
+            self.push(AND, 0, 0, mask);
+        }
+        Goal::At(self.push(LOAD, 0, 0, offset))
+    }
+
+    /// The program that begins at `goal`.
+    pub fn finish(mut self, goal: Goal) -> Vec<Instruction> {
+        self.fall_into(goal);
+        self.reversed.reverse();
+        self.reversed
+    }
+}
+
+impl Instruction {
+    /// As one number, for the container's state.
+    pub fn pack(self) -> u64 {
+        u64::from(self.code) << 48
+            | u64::from(self.if_true) << 40
+            | u64::from(self.if_false) << 32
+            | u64::from(self.value)
+    }
+
+    pub fn unpack(packed: u64) -> Instruction {
+        Instruction {
+            code: (packed >> 48) as u16,
+            if_true: (packed >> 40) as u8,
+            if_false: (packed >> 32) as u8,
+            value: packed as u32,
+        }
+    }
+}
+
+/// What the kernel would do with a program and a system call.
+#[cfg(test)]
+pub fn interpret(program: &[Instruction], architecture: u32, number: u32, args: &[u64; 6]) -> u32 {
+    let mut data = Vec::new();
+    data.extend(number.to_le_bytes());
+    data.extend(architecture.to_le_bytes());
+    data.extend([0; 8]);
+    args.iter().for_each(|arg| data.extend(arg.to_le_bytes()));
+    let (mut at, mut accumulator) = (0, 0u32);
+    loop {
+        let Instruction {
+            code,
+            if_true,
+            if_false,
+            value,
+        } = program[at];
+        at += 1;
+        let mut branch = |holds: bool| at += usize::from(if holds { if_true } else { if_false });
+        match code {
+            LOAD => {
+                let word = &data[value as usize..value as usize + 4];
+                accumulator = u32::from_le_bytes(word.try_into().unwrap());
+            }
+            AND => accumulator &= value,
+            JUMP => at += value as usize,
+            RETURN => return value,
+            0x15 => branch(accumulator == value),
+            0x25 => branch(accumulator > value),
+            0x35 => branch(accumulator >= value),
+            other => panic!("instruction {other:#x} is not one of ours"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn far_goals_are_reached_over_stepping_stones() {
+        let mut program = Program::default();
+        let mut goal = Goal::Return(0);
+        for number in 0..2000 {
+            goal = program.branch(Test::Equal, number, Goal::Return(number + 7), goal);
+        }
+        let start = program.load(NUMBER, u32::MAX, goal);
+        // One that jumps over all of it.
+        let far = program.branch(Test::Equal, 1, Goal::Return(7), start);
+        let far = program.load(ARCHITECTURE, u32::MAX, far);
+        let program = program.finish(far);
+        for number in [0, 1, 255, 256, 1999] {
+            assert_eq!(interpret(&program, 0, number, &[0; 6]), number + 7);
+        }
+        assert_eq!(interpret(&program, 0, 2000, &[0; 6]), 0);
+        assert_eq!(interpret(&program, 1, 1999, &[0; 6]), 7);
+    }
+
+    #[test]
+    fn packed_and_unpacked_is_the_same() {
+        let instruction = Instruction {
+            code: 0x15,
+            if_true: 255,
+            if_false: 1,
+            value: 0xdead_beef,
+        };
+        assert_eq!(Instruction::unpack(instruction.pack()), instruction);
+    }
+}

@@ -1,0 +1,83 @@
+//! The agent that decides about the calls with SCMP_ACT_NOTIFY.
+//! See config-linux.md of the runtime specification, "The Container Process State".
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+use serde::{Deserialize, Serialize};
+
+use crate::channel::send_descriptor;
+use crate::error::{Context, Error, Result};
+use crate::state::{OCI_VERSION, Shown};
+
+/// Where the agent listens, and what it is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Listener {
+    /// Path of a unix socket on the host.
+    pub path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<String>,
+}
+
+/// A connection to the agent, good for one process.
+pub struct Agent<'a> {
+    listener: &'a Listener,
+    connection: OwnedFd,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ProcessState<'a> {
+    oci_version: &'a str,
+    fds: [&'a str; 1],
+    pid: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<&'a str>,
+    state: Shown<'a>,
+}
+
+impl Listener {
+    pub fn connect(&self) -> Result<Agent<'_>> {
+        let doing = || format!("connect to linux.seccomp.listenerPath {}", self.path);
+        let connection = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .doing(doing)?;
+        let address = SocketAddrUnix::new(&*self.path).doing(doing)?;
+        connect(&connection, &address).doing(doing)?;
+        Ok(Agent {
+            listener: self,
+            connection,
+        })
+    }
+}
+
+impl Agent<'_> {
+    /// Takes the listener out of the process that loaded its filter, where it has that
+    /// number, and hands it to the agent.
+    ///
+    /// The process itself could not send it: the filter may ask the agent about that.
+    pub fn tell(
+        self,
+        process: BorrowedFd<'_>,
+        pid: i32,
+        number: i32,
+        state: Shown<'_>,
+    ) -> Result<()> {
+        let doing = || format!("hand the seccomp listener to {}", self.listener.path);
+        let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
+        let message = serde_json::to_vec(&ProcessState {
+            oci_version: OCI_VERSION,
+            fds: ["seccompFd"],
+            pid,
+            metadata: self.listener.metadata.as_deref(),
+            state,
+        })
+        .map_err(|error| Error::new(format!("{}: {error}", doing())))?;
+        send_descriptor(self.connection.as_fd(), descriptor.as_fd(), &message).doing(doing)
+    }
+}

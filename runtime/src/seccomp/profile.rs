@@ -1,0 +1,422 @@
+//! `linux.seccomp` as config.json has it, and what is checked of it.
+//! See config-linux.md of the runtime specification, "Seccomp".
+
+use serde::de::{Deserialize, Deserializer, Visitor};
+
+use super::architecture::{self, Architecture, NATIVE};
+use super::table::Syscall;
+use crate::error::Result;
+use crate::refuse;
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Profile {
+    #[serde(default)]
+    pub default_action: String,
+    pub default_errno_ret: Option<u32>,
+    pub architectures: Option<Vec<String>>,
+    pub flags: Option<Vec<String>>,
+    pub listener_path: Option<String>,
+    pub listener_metadata: Option<String>,
+    pub syscalls: Option<Vec<Entry>>,
+}
+
+/// An entry of `linux.seccomp.syscalls`.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Entry {
+    #[serde(default)]
+    pub names: Vec<Name>,
+    #[serde(default)]
+    pub action: String,
+    pub errno_ret: Option<u32>,
+    pub args: Option<Vec<Arg>>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Arg {
+    pub index: u32,
+    pub value: u64,
+    #[serde(default)]
+    pub value_two: u64,
+    #[serde(default)]
+    pub op: String,
+}
+
+/// Looked up while it is read: a profile has hundreds of them.
+pub enum Name {
+    Known(Syscall),
+    /// Of another architecture, or newer than rrun.
+    Unknown(String),
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct ByName;
+        impl Visitor<'_> for ByName {
+            type Value = Name;
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("the name of a system call")
+            }
+            fn visit_str<E>(self, name: &str) -> std::result::Result<Name, E> {
+                Ok(Syscall::by_name(name)
+                    .map_or_else(|| Name::Unknown(name.to_owned()), Name::Known))
+            }
+        }
+        deserializer.deserialize_str(ByName)
+    }
+}
+
+/// Every action's name in alphabetical order, and the filter's answer (linux/seccomp.h).
+pub const ACTIONS: [(&str, u32); 9] = [
+    ("SCMP_ACT_ALLOW", libc::SECCOMP_RET_ALLOW),
+    ("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO),
+    ("SCMP_ACT_KILL", libc::SECCOMP_RET_KILL_THREAD),
+    ("SCMP_ACT_KILL_PROCESS", libc::SECCOMP_RET_KILL_PROCESS),
+    ("SCMP_ACT_KILL_THREAD", libc::SECCOMP_RET_KILL_THREAD),
+    ("SCMP_ACT_LOG", libc::SECCOMP_RET_LOG),
+    ("SCMP_ACT_NOTIFY", libc::SECCOMP_RET_USER_NOTIF),
+    ("SCMP_ACT_TRACE", libc::SECCOMP_RET_TRACE),
+    ("SCMP_ACT_TRAP", libc::SECCOMP_RET_TRAP),
+];
+
+/// Every operator's name, in alphabetical order.
+pub const OPERATORS: [&str; 7] = [
+    "SCMP_CMP_EQ",
+    "SCMP_CMP_GE",
+    "SCMP_CMP_GT",
+    "SCMP_CMP_LE",
+    "SCMP_CMP_LT",
+    "SCMP_CMP_MASKED_EQ",
+    "SCMP_CMP_NE",
+];
+
+/// The largest errno that a system call can return (linux/err.h, `MAX_ERRNO`).
+const LARGEST_ERRNO: u32 = 4095;
+
+/// What an argument is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    Equal(u64),
+    NotEqual(u64),
+    Less(u64),
+    LessOrEqual(u64),
+    Greater(u64),
+    GreaterOrEqual(u64),
+    /// The bits of the argument that are in `mask` are those of `value`.
+    Masked {
+        mask: u64,
+        value: u64,
+    },
+}
+
+/// A condition on an argument, the first being number 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Condition {
+    pub argument: u32,
+    pub comparison: Comparison,
+}
+
+/// For some calls, what to answer if all conditions hold.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub answer: u32,
+    pub conditions: Vec<Condition>,
+}
+
+/// A profile, checked.
+pub struct Checked {
+    /// `SECCOMP_RET_*` with its data.
+    pub default: u32,
+    /// What is filtered for, this kernel's own architecture included.
+    pub architectures: Vec<Architecture>,
+    pub rules: Vec<Rule>,
+    /// Which of the rules, by their place, are for which calls, in the profile's order.
+    pub calls: Vec<(Syscall, u16)>,
+    /// Every call that the profile names, whatever it says of it.
+    pub named: Vec<Syscall>,
+    /// Calls that some other process is asked about.
+    pub notifies: bool,
+}
+
+fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
+    let Some((_, answer)) = ACTIONS.iter().find(|(name, _)| *name == action) else {
+        if action.is_empty() {
+            refuse!("{field}: is missing");
+        }
+        refuse!("{field}: {action} is unknown");
+    };
+    // "errnoRet" or "defaultErrnoRet", in the same object.
+    let errno_field = || {
+        field.strip_suffix("defaultAction").map_or_else(
+            || field.replace(".action", ".errnoRet"),
+            |object| format!("{object}defaultErrnoRet"),
+        )
+    };
+    let largest = match *answer {
+        libc::SECCOMP_RET_ERRNO => LARGEST_ERRNO,
+        libc::SECCOMP_RET_TRACE => libc::SECCOMP_RET_DATA,
+        _ => match errno {
+            None => return Ok(*answer),
+            Some(_) => refuse!("{}: {action} has no errno", errno_field()),
+        },
+    };
+    match errno.unwrap_or(libc::EPERM as u32) {
+        errno if errno <= largest => Ok(answer | errno),
+        errno => refuse!("{}: {errno} is more than {largest}", errno_field()),
+    }
+}
+
+fn condition(field: impl Fn() -> String, arg: &Arg) -> Result<Condition> {
+    if arg.index > 5 {
+        refuse!(
+            "{}.index: {}: the last argument is number 5",
+            field(),
+            arg.index
+        );
+    }
+    let comparison = match arg.op.as_str() {
+        "SCMP_CMP_EQ" => Comparison::Equal(arg.value),
+        "SCMP_CMP_NE" => Comparison::NotEqual(arg.value),
+        "SCMP_CMP_LT" => Comparison::Less(arg.value),
+        "SCMP_CMP_LE" => Comparison::LessOrEqual(arg.value),
+        "SCMP_CMP_GT" => Comparison::Greater(arg.value),
+        "SCMP_CMP_GE" => Comparison::GreaterOrEqual(arg.value),
+        "SCMP_CMP_MASKED_EQ" => Comparison::Masked {
+            mask: arg.value,
+            value: arg.value_two,
+        },
+        "" => refuse!("{}.op: is missing", field()),
+        op => refuse!("{}.op: {op} is unknown", field()),
+    };
+    Ok(Condition {
+        argument: arg.index,
+        comparison,
+    })
+}
+
+impl Profile {
+    /// runc's callers write an empty object where they mean no seccomp at all.
+    pub fn is_empty(&self) -> bool {
+        self.default_action.is_empty() && self.syscalls.as_ref().is_none_or(Vec::is_empty)
+    }
+
+    /// # Errors
+    /// What is unknown or contradictory, by the name of its field.
+    pub fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<Checked> {
+        self.check_for(NATIVE, unknown)
+    }
+
+    pub fn check_for(
+        &self,
+        native: Architecture,
+        unknown: &mut dyn FnMut(&str),
+    ) -> Result<Checked> {
+        let default = answer(
+            "linux.seccomp.defaultAction",
+            &self.default_action,
+            self.default_errno_ret,
+        )?;
+        if default == libc::SECCOMP_RET_USER_NOTIF {
+            refuse!(
+                "linux.seccomp.defaultAction: SCMP_ACT_NOTIFY: nobody could be asked about the write(2) by which rrun says where to ask"
+            );
+        }
+        let mut checked = Checked {
+            default,
+            architectures: self.architectures(native)?,
+            rules: Vec::new(),
+            calls: Vec::with_capacity(512),
+            named: Vec::with_capacity(512),
+            notifies: false,
+        };
+        for (index, entry) in self.syscalls.iter().flatten().enumerate() {
+            entry.check(index, &mut checked, unknown)?;
+        }
+        if checked.rules.len() > usize::from(u16::MAX) {
+            refuse!("linux.seccomp.syscalls: are too many");
+        }
+        Ok(checked)
+    }
+
+    fn architectures(&self, native: Architecture) -> Result<Vec<Architecture>> {
+        let mut all = vec![native];
+        for (index, name) in self.architectures.iter().flatten().enumerate() {
+            match Architecture::by_name(name) {
+                Some(architecture) if !architecture.runs_on(native) => {}
+                Some(architecture) if all.contains(&architecture) => {}
+                Some(architecture) => all.push(architecture),
+                // No program of those can run here.
+                None if architecture::NAMES.contains(&name.as_str()) => {}
+                None => refuse!("linux.seccomp.architectures[{index}]: {name} is unknown"),
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Entry {
+    fn check(
+        &self,
+        index: usize,
+        checked: &mut Checked,
+        unknown: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        let field = || format!("linux.seccomp.syscalls[{index}]");
+        let answer = match &self.errno_ret {
+            // Without the field's name, which is only wanted for a refusal.
+            None if self.action == "SCMP_ACT_ALLOW" => libc::SECCOMP_RET_ALLOW,
+            errno => answer(&format!("{}.action", field()), &self.action, *errno)?,
+        };
+        let conditions = self
+            .args
+            .iter()
+            .flatten()
+            .enumerate()
+            .map(|(arg, it)| condition(|| format!("{}.args[{arg}]", field()), it))
+            .collect::<Result<Vec<Condition>>>()?;
+        let first = checked.rules.len();
+        if answer != checked.default {
+            checked.notifies |= answer == libc::SECCOMP_RET_USER_NOTIF && !self.names.is_empty();
+            // As in runc: conditions on different arguments must all hold, but of those on
+            // the same argument any one will do, and then all of them count alone.
+            let repeated = conditions.iter().enumerate().any(|(at, condition)| {
+                conditions
+                    .iter()
+                    .take(at)
+                    .any(|earlier| earlier.argument == condition.argument)
+            });
+            if repeated {
+                checked.rules.extend(conditions.iter().map(|one| Rule {
+                    answer,
+                    conditions: vec![*one],
+                }));
+            } else {
+                checked.rules.push(Rule { answer, conditions });
+            }
+        }
+        let rules = first..checked.rules.len();
+        for (at, name) in self.names.iter().enumerate() {
+            match name {
+                Name::Unknown(name) if name.is_empty() => {
+                    refuse!("{}.names[{at}]: is empty", field())
+                }
+                Name::Unknown(name) => unknown(name),
+                Name::Known(syscall) => {
+                    if answer == libc::SECCOMP_RET_USER_NOTIF && syscall.name() == "write" {
+                        refuse!(
+                            "{}.names[{at}]: write can not have SCMP_ACT_NOTIFY: by it rrun says where to ask",
+                            field()
+                        );
+                    }
+                    checked.named.push(*syscall);
+                    let calls = rules.clone().map(|rule| (*syscall, rule as u16));
+                    checked.calls.extend(calls);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(json: &str) -> String {
+        let profile: Profile = serde_json::from_str(json).unwrap();
+        match profile.check(&mut |_| {}) {
+            Ok(_) => panic!("{json} was accepted"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_or_contradictory_is_named() {
+        let call = |inner: &str| {
+            format!(
+                r#"{{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{{"names":["write"]{inner}}}]}}"#
+            )
+        };
+        for (json, words) in [
+            (
+                r#"{"defaultErrnoRet":1}"#.to_owned(),
+                "defaultAction: is missing",
+            ),
+            (
+                r#"{"defaultAction":"SCMP_ACT_BAN"}"#.to_owned(),
+                "defaultAction: SCMP_ACT_BAN",
+            ),
+            (
+                r#"{"defaultAction":"SCMP_ACT_ALLOW","defaultErrnoRet":1}"#.to_owned(),
+                "linux.seccomp.defaultErrnoRet: SCMP_ACT_ALLOW has no errno",
+            ),
+            (
+                r#"{"defaultAction":"SCMP_ACT_ERRNO","defaultErrnoRet":4096}"#.to_owned(),
+                "defaultErrnoRet: 4096",
+            ),
+            (
+                r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#.to_owned(),
+                "defaultAction: SCMP_ACT_NOTIFY",
+            ),
+            (
+                r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86","VAX"]}"#
+                    .to_owned(),
+                "architectures[1]: VAX",
+            ),
+            (call(""), "syscalls[0].action: is missing"),
+            (
+                call(r#","action":"SCMP_ACT_NOTIFY""#),
+                "syscalls[0].names[0]: write",
+            ),
+            (
+                call(r#","action":"SCMP_ACT_KILL","errnoRet":3"#),
+                "syscalls[0].errnoRet: SCMP_ACT_KILL has no errno",
+            ),
+            (
+                call(
+                    r#","action":"SCMP_ACT_KILL","args":[{"index":6,"value":0,"op":"SCMP_CMP_EQ"}]"#,
+                ),
+                "syscalls[0].args[0].index: 6",
+            ),
+            (
+                call(r#","action":"SCMP_ACT_KILL","args":[{"index":1,"value":0,"op":"EQ"}]"#),
+                "syscalls[0].args[0].op: EQ",
+            ),
+        ] {
+            let told = refusal(&json);
+            assert!(told.contains(words), "{json}: {told}");
+        }
+    }
+
+    #[test]
+    fn every_architecture_of_the_specification_is_accepted() {
+        let json = serde_json::json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "architectures": architecture::NAMES,
+        });
+        let profile: Profile = serde_json::from_value(json).unwrap();
+        let checked = profile
+            .check_for(Architecture::X86_64, &mut |_| {})
+            .unwrap();
+        assert_eq!(
+            checked.architectures,
+            [Architecture::X86_64, Architecture::X32, Architecture::X86]
+        );
+    }
+
+    #[test]
+    fn unknown_calls_are_passed_over_and_told() {
+        let json = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
+            {"names":["fly","read"],"action":"SCMP_ACT_LOG"}]}"#;
+        let profile: Profile = serde_json::from_str(json).unwrap();
+        let mut told = Vec::new();
+        let checked = profile
+            .check(&mut |name| told.push(name.to_owned()))
+            .unwrap();
+        assert_eq!(
+            (told.as_slice(), checked.calls.len()),
+            (&["fly".to_owned()][..], 1)
+        );
+    }
+}
