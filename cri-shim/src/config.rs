@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::container::seccomp::Asked;
 use crate::error::kernel;
 use crate::image::{Limits, Pins};
 
@@ -143,6 +144,8 @@ pub struct Partial {
     #[arg(skip)]
     pub restrict_oom_score_adj: Option<bool>,
     #[arg(skip)]
+    pub unset_seccomp_profile: Option<String>,
+    #[arg(skip)]
     pub default_cgroup_parent: Option<String>,
     #[arg(skip)]
     #[serde(default)]
@@ -171,6 +174,8 @@ pub struct Config {
     pub monitor: PathBuf,
     pub default_runtime: String,
     pub restrict_oom_score_adj: bool,
+    /// What containers get that ask for no seccomp profile.
+    pub unset_seccomp_profile: Asked,
     /// The cgroup under which pods without a cgroup parent get theirs, `/rrun`.
     pub default_cgroup_parent: String,
     pub runtimes: BTreeMap<String, RuntimeHandler>,
@@ -231,6 +236,7 @@ impl Partial {
             monitor: over.monitor.or(self.monitor),
             default_runtime: over.default_runtime.or(self.default_runtime),
             restrict_oom_score_adj: over.restrict_oom_score_adj.or(self.restrict_oom_score_adj),
+            unset_seccomp_profile: over.unset_seccomp_profile.or(self.unset_seccomp_profile),
             default_cgroup_parent: over.default_cgroup_parent.or(self.default_cgroup_parent),
             runtime,
             image: self.image.overlaid(over.image),
@@ -295,6 +301,9 @@ impl Partial {
             let reason = format!("{default_cgroup_parent:?} is not an absolute cgroup path");
             return Err(value("default_cgroup_parent", reason));
         }
+        let unset_seccomp_profile = self.unset_seccomp_profile.unwrap_or_default();
+        let unset_seccomp_profile = Asked::parse(&unset_seccomp_profile)
+            .map_err(|reason| value("unset_seccomp_profile", reason))?;
         let dir = |key, given: Option<PathBuf>, default: &str| {
             absolute(key, given.unwrap_or_else(|| default.into()))
         };
@@ -317,6 +326,7 @@ impl Partial {
             monitor: found(&self.monitor.unwrap_or_else(|| "rrun-monitor".into())),
             default_runtime,
             restrict_oom_score_adj: self.restrict_oom_score_adj.unwrap_or(false),
+            unset_seccomp_profile,
             default_cgroup_parent: default_cgroup_parent.trim_end_matches('/').to_owned(),
             runtimes,
             network: self.network,

@@ -97,7 +97,9 @@ impl Config {
         let Some(mut linux) = spec.linux.take() else {
             refuse!("linux: is missing");
         };
-        refuse_unsupported(&spec, &linux)?;
+        if spec.vm.is_some() {
+            refuse!("vm: rrun makes no virtual machines");
+        }
         let Some(process_spec) = spec.process.take() else {
             refuse!("process: is missing");
         };
@@ -251,18 +253,6 @@ fn check_version(version: &str) -> Result<()> {
         _ if version.is_empty() => refuse!("ociVersion: is missing"),
         _ => refuse!("ociVersion: {version} is not a version"),
     }
-}
-
-fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<()> {
-    let unsupported = [
-        ("vm", spec.vm.is_some()),
-    ];
-    for (field, present) in unsupported {
-        if present {
-            refuse!("{field}: not supported by this version of rrun");
-        }
-    }
-    Ok(())
 }
 
 /// # Errors

@@ -159,7 +159,13 @@ fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
         .process
         .complete_environment(request.descriptors.listen)?;
     let filter = state.seccomp.as_ref();
-    let program = settle(&request.process, &labels, request.descriptors, filter, channel)?;
+    let program = settle(
+        &request.process,
+        &labels,
+        request.descriptors,
+        filter,
+        channel,
+    )?;
     channel.ready()?;
     Err(execute(&program, &request.process, filter))
 }

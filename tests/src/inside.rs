@@ -42,6 +42,10 @@ pub fn main(args: &[String]) -> i32 {
         ["forks", most] => most.parse().map_err(Error::from).and_then(forks),
         ["orphan", seconds] => orphan(seconds),
         ["count", milliseconds] => milliseconds.parse().map_err(Error::from).and_then(count),
+        ["call", numbers @ ..] => call(numbers),
+        ["call32", numbers @ ..] => call32(numbers),
+        ["call-in-thread", numbers @ ..] => call_in_thread(numbers),
+        ["call-and-catch", numbers @ ..] => call_and_catch(numbers),
         ["burst", lines] => lines.parse().map_err(Error::from).and_then(burst),
         ["tell", lines, code] => {
             let told = lines.parse().map_err(Error::from).and_then(burst);
@@ -332,4 +336,82 @@ fn burst(lines: u64) -> Result<(), Error> {
         writeln!(out, "line {number}")?;
     }
     Ok(out.flush()?)
+}
+
+/// A system call's number and its arguments, missing ones being 0.
+fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], Error> {
+    let mut all = [0; 7];
+    for (place, number) in all.iter_mut().zip(numbers) {
+        *place = number.parse::<u64>()? as i64;
+    }
+    Ok(all)
+}
+
+/// Makes a system call and says what came of it: a number, or an errno by its name.
+fn call(numbers: &[&str]) -> Result<(), Error> {
+    let [number, a, b, c, d, e, f] = words_of_call(numbers)?;
+    // SAFETY: the tests make calls without pointers, or with null ones.
+    let returned = unsafe { nix::libc::syscall(number, a, b, c, d, e, f) };
+    say(&match returned {
+        -1 => format!("{:?}", nix::errno::Errno::last()),
+        number => number.to_string(),
+    })
+}
+
+/// The same by the entry of 32-bit programs, with at most one argument.
+#[cfg(target_arch = "x86_64")]
+fn call32(numbers: &[&str]) -> Result<(), Error> {
+    let [number, argument, ..] = words_of_call(numbers)?;
+    let returned: i64;
+    // SAFETY: as above; rbx, which the compiler keeps for itself, has its value back after.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, {argument}",
+            "int 0x80",
+            "xchg rbx, {argument}",
+            argument = inout(reg) argument => _,
+            inout("rax") number => returned,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    say(&match returned as i32 {
+        errno @ ..=-1 => format!("{:?}", nix::errno::Errno::from_raw(-errno)),
+        number => number.to_string(),
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn call32(_numbers: &[&str]) -> Result<(), Error> {
+    Err("only x86-64 has that entry".into())
+}
+
+/// Makes the call in a thread of its own, and says whether the process outlived it.
+fn call_in_thread(numbers: &[&str]) -> Result<(), Error> {
+    let [number, a, ..] = words_of_call(numbers)?;
+    // SAFETY: as above. Nobody joins the thread, which may be killed in the middle of it.
+    std::thread::spawn(move || unsafe { nix::libc::syscall(number, a) });
+    let tasks = || fs::read_dir("/proc/self/task").map(Iterator::count);
+    while tasks()? > 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    say("survived")
+}
+
+/// Makes the call with a handler for SIGSYS in place.
+fn call_and_catch(numbers: &[&str]) -> Result<(), Error> {
+    extern "C" fn caught(_signal: nix::libc::c_int) {
+        // SAFETY: both may be called in a signal handler.
+        unsafe {
+            nix::libc::write(1, c"caught SIGSYS".as_ptr().cast(), 13);
+            nix::libc::_exit(0);
+        }
+    }
+    // SAFETY: the handler does only what a handler may.
+    unsafe {
+        nix::sys::signal::signal(
+            Signal::SIGSYS,
+            nix::sys::signal::SigHandler::Handler(caught),
+        )?;
+    }
+    call(numbers)
 }

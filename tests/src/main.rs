@@ -38,6 +38,7 @@ mod rrun_process;
 mod rrun_races;
 mod rrun_rootless;
 mod rrun_scheduling;
+mod rrun_seccomp;
 mod rrun_systemd;
 
 fn main() -> ExitCode {
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         rrun_net_devices::TESTS,
         rrun_notify::TESTS,
         rrun_rootless::TESTS,
+        rrun_seccomp::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
         rrun_killed::TESTS,

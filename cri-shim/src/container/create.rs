@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rrun_proto::v1::{ContainerConfig, ContainerEventType, NamespaceMode};
 
+use super::seccomp::Asked;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
@@ -228,6 +229,14 @@ fn prepare(
     pid: PidNamespace,
 ) -> Result<User> {
     let config = &record.config;
+    let context = spec::context(config);
+    let capabilities = capabilities::sets(
+        context.capabilities.as_ref(),
+        context.privileged,
+        &capabilities::ours(),
+    )?;
+    let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
+    let seccomp = seccomp.profile(&capabilities)?;
     let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
     if let Some(dir) = log.as_deref().and_then(Path::parent) {
         std::fs::create_dir_all(dir)
@@ -244,7 +253,6 @@ fn prepare(
     }
     .mount()?;
 
-    let context = spec::context(config);
     let user = Accounts::read(&target)?.resolve(Some(&context), &image.config.user)?;
     rootfs::make_working_dir(&target, spec::working_dir(config, &image.config)?)?;
     mounts::make_sources(&config.mounts)?;
@@ -277,16 +285,13 @@ fn prepare(
             uts: own_uts.then(|| of_monitor("uts")),
             pid,
         },
-        capabilities: capabilities::sets(
-            context.capabilities.as_ref(),
-            context.privileged,
-            &capabilities::ours(),
-        )?,
+        capabilities,
         devices: devices::devices(&config.devices, context.privileged)?,
         mounts: mounts::mounts(&config.mounts, &around)?,
         root_propagation: mounts::root_propagation(&config.mounts),
         resources: resources::to_json(asked, resources::Controllers::of(&pod_cgroup))?,
         oom_score_adj: oom_score_adj(asked.oom_score_adj, node.config.restrict_oom_score_adj),
+        seccomp,
     })?;
     write(&bundle.join("config.json"), &spec.to_string())?;
     Ok(user)

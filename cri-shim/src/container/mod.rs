@@ -1,9 +1,10 @@
 //! A container's life.
 //!
 //! [`create`] makes it: its writable layer mounted over the image's layers ([`rootfs`]), its OCI
-//! configuration ([`spec`], of [`mounts`], [`capabilities`], [`devices`], [`resources`] and the
-//! [`user`] it runs as), and the runtime's `create` through the pod's monitor. [`start`], [`stop`]
-//! and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's view.
+//! configuration ([`spec`], of [`mounts`], [`capabilities`], [`devices`], [`resources`],
+//! [`seccomp`] and the [`user`] it runs as), and the runtime's `create` through the pod's monitor.
+//! [`start`], [`stop`] and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's
+//! view.
 
 pub mod capabilities;
 pub mod create;
@@ -12,6 +13,8 @@ pub mod mounts;
 pub mod remove;
 pub mod resources;
 pub mod rootfs;
+pub mod seccomp;
+mod seccomp_default;
 pub mod signal;
 pub mod spec;
 pub mod start;

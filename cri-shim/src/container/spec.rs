@@ -73,6 +73,8 @@ pub struct Parts<'a> {
     /// `linux.resources` without devices.
     pub resources: Value,
     pub oom_score_adj: i64,
+    /// `linux.seccomp`.
+    pub seccomp: Option<Value>,
 }
 
 /// Refuses what this server can't do yet, by the field's name.
@@ -91,12 +93,6 @@ pub fn check(config: &ContainerConfig) -> Result<()> {
         let kind = profile.as_ref().map(SecurityProfile::profile_type);
         kind.filter(|kind| *kind != ProfileType::Unconfined)
     };
-    if let Some(kind) = confined(&context.seccomp) {
-        return Err(Error::unimplemented(format!(
-            "the container asks for the seccomp profile {} (linux.security_context.seccomp), which rrun does not do yet",
-            kind.as_str_name()
-        )));
-    }
     // Without AppArmor in the kernel its default profile is nothing at all.
     let apparmor = Path::new("/sys/kernel/security/apparmor").exists();
     match confined(&context.apparmor) {
@@ -239,6 +235,9 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
     if !parts.devices.nodes.is_empty() {
         linux["devices"] = json!(parts.devices.nodes);
     }
+    if let Some(profile) = parts.seccomp {
+        linux["seccomp"] = profile;
+    }
     if let Some(propagation) = parts.root_propagation {
         linux["rootfsPropagation"] = json!(propagation);
     }
@@ -308,6 +307,7 @@ mod tests {
             root_propagation: None,
             resources: resources::to_json(&resources, resources::Controllers::default())?,
             oom_score_adj: 0,
+            seccomp: None,
         })
     }
 
@@ -396,25 +396,5 @@ mod tests {
             json!(["CAP_CHOWN"])
         );
         Ok(())
-    }
-
-    #[test]
-    fn a_seccomp_profile_is_refused_by_its_field() {
-        let profile = |kind: ProfileType| ContainerConfig {
-            linux: Some(LinuxContainerConfig {
-                security_context: Some(LinuxContainerSecurityContext {
-                    seccomp: Some(SecurityProfile {
-                        profile_type: kind.into(),
-                        localhost_ref: String::new(),
-                    }),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let refused = check(&profile(ProfileType::RuntimeDefault));
-        assert!(refused.is_err_and(|e| e.sentence().contains("security_context.seccomp")));
-        assert!(check(&profile(ProfileType::Unconfined)).is_ok());
     }
 }

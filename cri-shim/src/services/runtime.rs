@@ -1,6 +1,7 @@
 //! RuntimeService.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::StreamExt;
@@ -65,6 +66,9 @@ impl Runtime {
                     "path": handler.path, "options": handler.options,
                 }))).collect::<BTreeMap<_, _>>(),
                 "restrictOomScoreAdj": config.restrict_oom_score_adj,
+                "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
+                // seccomp(2), "/proc interfaces": not there in kernels without it.
+                "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
                 "pods": self.node.sandboxes().len(),
                 "containers": self.node.containers().len(),
             });
