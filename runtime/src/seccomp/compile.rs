@@ -122,8 +122,16 @@ struct Compiler<'a> {
     program: Program,
     /// The profile's, and what is made of them for calls that come through another.
     rules: Vec<Rule>,
-    /// Rules to try one after the other, with the place of their code once it is written.
-    chains: Vec<(Vec<u16>, Option<Goal>)>,
+    chains: Vec<Chain>,
+}
+
+/// Rules to try one after the other.
+struct Chain {
+    rules: Vec<u16>,
+    /// Whether arguments are compared as 64 bits.
+    wide: bool,
+    /// Where its code is, once that is written.
+    code: Option<Goal>,
 }
 
 /// # Errors
@@ -171,9 +179,7 @@ impl Compiler<'_> {
             }
         }
         ranges.from(SKIPPED, Decision::Answer(self.profile.default));
-        // Arguments of different widths want different code.
-        self.chains.iter_mut().for_each(|(_, code)| *code = None);
-        let goal = self.search(&ranges.0, architecture.is_wide());
+        let goal = self.search(&ranges.0);
         match goal {
             Goal::Return(_) => goal,
             goal => self.program.load(NUMBER, u32::MAX, goal),
@@ -203,7 +209,7 @@ impl Compiler<'_> {
             while let Some(border) = borders.next_if(|border| border <= number) {
                 ranges.from(border, unnamed.decision(border));
             }
-            let decision = self.decide(of_one);
+            let decision = self.decide(of_one, architecture.is_wide());
             ranges.from(*number, decision);
             ranges.from(number + 1, unnamed.decision(number + 1));
         }
@@ -248,7 +254,7 @@ impl Compiler<'_> {
     }
 
     /// What all rules for one call come to.
-    fn decide(&mut self, rules: &[(u32, u16)]) -> Decision {
+    fn decide(&mut self, rules: &[(u32, u16)], wide: bool) -> Decision {
         let rule = |place: &u16| self.rules.get(usize::from(*place));
         // One that asks nothing covers all others, as with libseccomp.
         let always = rules
@@ -261,60 +267,62 @@ impl Compiler<'_> {
         // For the same reason, one that asks less comes before one that asks more.
         let mut chain: Vec<u16> = rules.iter().map(|(_, place)| *place).collect();
         chain.sort_by_key(|place| rule(place).map_or(0, |rule| rule.conditions.len()));
-        let known = self.chains.iter().position(|(known, _)| *known == chain);
+        let same = |known: &Chain| known.rules == chain && known.wide == wide;
+        let known = self.chains.iter().position(same);
         Decision::Chain(known.unwrap_or_else(|| {
-            self.chains.push((chain, None));
+            self.chains.push(Chain {
+                rules: chain,
+                wide,
+                code: None,
+            });
             self.chains.len() - 1
         }))
     }
 
     /// The code that finds the decision for the number in the accumulator.
-    fn search(&mut self, ranges: &[(u32, Decision)], wide: bool) -> Goal {
+    fn search(&mut self, ranges: &[(u32, Decision)]) -> Goal {
         match ranges {
             [] => Goal::Return(self.profile.default),
             [(_, Decision::Answer(answer))] => Goal::Return(*answer),
-            [(_, Decision::Chain(chain))] => self.chain(*chain, wide),
+            [(_, Decision::Chain(chain))] => self.chain(*chain),
             // One number in the midst of others.
             [(_, around), (number, decision), (next, after)]
                 if around == after && *next == number + 1 =>
             {
-                let around = self.search(&[(0, *around)], wide);
-                let goal = self.search(&[(*number, *decision)], wide);
+                let around = self.search(&[(0, *around)]);
+                let goal = self.search(&[(*number, *decision)]);
                 self.program.branch(Test::Equal, *number, goal, around)
             }
             ranges => {
                 let (lower, upper) = ranges.split_at(ranges.len() / 2);
                 let first = upper.first().map_or(0, |(first, _)| *first);
-                let upper = self.search(upper, wide);
-                let lower = self.search(lower, wide);
+                let upper = self.search(upper);
+                let lower = self.search(lower);
                 self.program
                     .branch(Test::GreaterOrEqual, first, upper, lower)
             }
         }
     }
 
-    fn chain(&mut self, chain: usize, wide: bool) -> Goal {
-        let Some((rules, code)) = self.chains.get(chain) else {
+    fn chain(&mut self, chain: usize) -> Goal {
+        let Some(chain) = self.chains.get_mut(chain) else {
             return Goal::Return(self.profile.default);
         };
-        if let Some(goal) = code {
-            return *goal;
+        if let Some(goal) = chain.code {
+            return goal;
         }
-        let rules = rules.clone();
         let mut goal = Goal::Return(self.profile.default);
-        for place in rules.iter().rev() {
+        for place in chain.rules.iter().rev() {
             let Some(rule) = self.rules.get(usize::from(*place)) else {
                 continue;
             };
             let otherwise = goal;
             goal = Goal::Return(rule.answer);
             for condition in rule.conditions.iter().rev() {
-                goal = compare(&mut self.program, *condition, wide, goal, otherwise);
+                goal = compare(&mut self.program, *condition, chain.wide, goal, otherwise);
             }
         }
-        if let Some((_, code)) = self.chains.get_mut(chain) {
-            *code = Some(goal);
-        }
+        chain.code = Some(goal);
         goal
     }
 }

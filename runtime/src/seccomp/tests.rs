@@ -220,11 +220,13 @@ fn arguments_are_compared_as_64_bits() {
                     // Those of 32-bit programs are 32 bits wide.
                     let (low, low_value) = (arg & 0xffff_ffff, value & 0xffff_ffff);
                     args[index as usize] = low;
-                    assert_eq!(
-                        filter.call(X86, "ioctl", &args),
-                        answer(holds(low, low_value)),
-                        "{low:#x} {op} {low_value:#x} (32 bits)"
-                    );
+                    for narrow in [X86, X32] {
+                        assert_eq!(
+                            filter.call(narrow, "ioctl", &args),
+                            answer(holds(low, low_value)),
+                            "{low:#x} {op} {low_value:#x} ({narrow:?})"
+                        );
+                    }
                 }
             }
         }
