@@ -12,6 +12,10 @@ mod cgroup_use;
 mod cri_calls;
 mod cri_containers;
 mod cri_hangs;
+mod cri_images;
+mod cri_images_faults;
+mod cri_images_preload;
+mod cri_images_registries;
 mod cri_limits;
 mod cri_pods;
 mod cri_restart;
@@ -85,6 +89,10 @@ fn main() -> ExitCode {
         cri_restart::TESTS,
         cri_wedge::TESTS,
         cri_hangs::TESTS,
+        cri_images::TESTS,
+        cri_images_registries::TESTS,
+        cri_images_faults::TESTS,
+        cri_images_preload::TESTS,
         kubelet::TESTS,
     ]
     .into_iter()

@@ -161,6 +161,13 @@ impl Node {
         Ok(())
     }
 
+    /// Sends the server a signal that it lives through.
+    pub fn signal_server(&self, signal: Signal) {
+        if let Some(server) = &self.server {
+            server.signal(signal);
+        }
+    }
+
     fn stop_server(&mut self, signal: Signal) -> Result<i32> {
         let Some(mut server) = self.server.take() else {
             return Ok(0);

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub fn trials() -> Vec<Trial> {
         trial("a_bomb_is_stopped_at_the_bound", bomb),
         trial("a_directory_that_is_not_listed_looks_as_below", implied),
         trial("killed_in_a_pull_nothing_is_left_after_the_restart", killed),
+        trial("a_large_blob_goes_on_after_a_restart", resumed),
+        trial("a_spoilt_beginning_is_fetched_again", spoilt),
     ]
 }
 
@@ -62,11 +65,11 @@ fn noisy(name: &str, length: usize) -> (Vec<u8>, Compression) {
     (archive.end(), Compression::Gzip)
 }
 
-fn simple() -> Image {
+pub fn simple() -> Image {
     image(&[noisy("a", 300_000), noisy("b", 200_000)], json!({}))
 }
 
-async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
+pub async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
     let Err(error) = node.images.pull(reference, None).await else {
         return Err("the pull should have failed".into());
     };
@@ -496,6 +499,65 @@ async fn implied() -> Result<(), Failure> {
     let tmp = std::fs::metadata(lowers[0].join("tmp"))?;
     assert_eq!((tmp.mode() & 0o7777, tmp.uid(), tmp.gid()), (0o1777, 3, 4));
     assert_eq!(tmp.mtime(), 77);
+    Ok(())
+}
+
+/// An image with one layer that is worth keeping the beginning of.
+fn large() -> Image {
+    image(&[noisy("large", 9 << 20)], json!({}))
+}
+
+/// The name of what is kept of a blob.
+fn partial(dir: &Dir, digest: &str) -> PathBuf {
+    let hex = digest.trim_start_matches("sha256:");
+    dir.0.join("ingest").join(format!("{hex}.partial"))
+}
+
+async fn resumed() -> Result<(), Failure> {
+    let built = large();
+    let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    let server = Server::start(&[("app", &built)], move |request| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        // The first connection breaks off, and so does each that tries to go on, until the server
+        // has been started again.
+        let mut answer = Answer::new(200, whole.clone()).ranged(request);
+        match counted.fetch_add(1, Ordering::Relaxed) {
+            0 => answer.cut = Some(5 << 20),
+            1 => answer.cut = Some(0),
+            _ => {}
+        }
+        Some(answer)
+    })?;
+    let reference = format!("{}/app:1", server.host());
+    let node = Node::new()?;
+    assert!(node.images.pull(&reference, None).await.is_err());
+    let kept = partial(&node.dir, &built.layers[0]);
+    assert_eq!(std::fs::metadata(&kept)?.len(), 5 << 20);
+    let node = node.restart()?;
+    assert!(node.images.list().is_empty());
+    node.images.pull(&reference, None).await?;
+    let ranges: Vec<_> = server.seen().into_iter().filter_map(|r| r.range).collect();
+    assert_eq!(ranges.last(), Some(&(5 << 20)));
+    assert!(!kept.exists());
+    assert_eq!(node.leavings()?.len(), 1);
+    Ok(())
+}
+
+async fn spoilt() -> Result<(), Failure> {
+    let built = large();
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let reference = format!("{}/app:1", server.host());
+    for length in [1 << 20, built.blobs[0].len(), built.blobs[0].len() + 1] {
+        let node = Node::new()?;
+        std::fs::write(partial(&node.dir, &built.layers[0]), vec![7; length])?;
+        let image = node.images.pull(&reference, None).await?;
+        assert_eq!(image.id, built.id);
+        assert_eq!(node.leavings()?.len(), 1);
+    }
     Ok(())
 }
 

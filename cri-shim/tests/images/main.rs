@@ -2,6 +2,7 @@
 
 mod archives;
 mod build;
+mod credentials;
 mod lies;
 mod node;
 mod pulls;
@@ -45,13 +46,30 @@ fn main() {
     let arguments = Arguments::from_args();
     let root = rustix::process::geteuid().is_root();
     let not_root = (!root).then_some("needs root, for owners, devices and mounts");
-    let no_registry = node::missing();
+    let no_registry = node::missing(&["docker-registry", "skopeo"]);
     let no_registry = not_root.or(no_registry.as_deref());
-    let archives = archives::trials().into_iter().chain(lies::trials());
+    let no_openssl = node::missing(&["openssl"]);
+    let no_openssl = no_registry.or(no_openssl.as_deref());
+    let no_tar = node::no_gnu_tar();
+    let no_tar = not_root.or(no_tar.as_deref());
+    let archives = archives::trials()
+        .into_iter()
+        .chain(lies::trials())
+        .chain(credentials::trials());
     let pulls = pulls::trials().into_iter();
     let trials = archives
         .map(|trial| unless(not_root, trial))
         .chain(pulls.map(|trial| unless(no_registry, trial)))
+        .chain(
+            archives::trials_of_gnu_tar()
+                .into_iter()
+                .map(|trial| unless(no_tar, trial)),
+        )
+        .chain(
+            pulls::trials_of_tls()
+                .into_iter()
+                .map(|trial| unless(no_openssl, trial)),
+        )
         .collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

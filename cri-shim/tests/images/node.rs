@@ -120,16 +120,21 @@ pub struct Registry {
     _dir: Dir,
 }
 
-pub fn missing() -> Option<String> {
-    for program in ["docker-registry", "skopeo"] {
-        let found = std::env::var_os("PATH").is_some_and(|path| {
-            std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
-        });
-        if !found {
-            return Some(format!("{program} is not installed"));
-        }
-    }
-    None
+/// What a test needs and this machine lacks.
+pub fn missing(programs: &[&str]) -> Option<String> {
+    let found = |program: &&str| {
+        std::env::var_os("PATH")
+            .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+    };
+    let lacking = programs.iter().find(|program| !found(program))?;
+    Some(format!("{lacking} is not installed"))
+}
+
+/// Busybox's tar writes one dialect, and no sparse files.
+pub fn no_gnu_tar() -> Option<String> {
+    let version = Command::new("tar").arg("--version").output();
+    let is_gnu = version.is_ok_and(|out| out.stdout.starts_with(b"tar (GNU tar)"));
+    (!is_gnu).then(|| "tar is not GNU tar".to_owned())
 }
 
 pub fn free_port() -> Result<u16, Failure> {

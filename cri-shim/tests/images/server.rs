@@ -1,12 +1,12 @@
 //! A registry that does what a test wants: breaks off, lies, refuses.
 
 use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::build::{Failure, Image, digest};
+use super::build::{Failure, Image, digest};
 
 /// One request as it came.
 #[derive(Clone, Debug, Default)]
@@ -14,6 +14,9 @@ pub struct Request {
     pub path: String,
     pub range: Option<u64>,
     pub authorization: Option<String>,
+    /// All header lines, names in lower case.
+    pub headers: Vec<(String, String)>,
+    pub body: String,
 }
 
 pub struct Answer {
@@ -123,16 +126,25 @@ impl Server {
 
 fn read(stream: &TcpStream) -> Option<Request> {
     let mut request = Request::default();
-    let mut lines = BufReader::new(stream).lines();
-    let first = lines.next()?.ok()?;
+    let mut reader = BufReader::new(stream);
+    let mut first = String::new();
+    reader.read_line(&mut first).ok()?;
     request.path = first.split(' ').nth(1)?.to_owned();
-    for line in lines {
-        let line = line.ok()?;
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let line = line.trim_end();
         if line.is_empty() {
             break;
         }
         let (name, value) = line.split_once(':')?;
-        match name.to_ascii_lowercase().as_str() {
+        let name = name.to_ascii_lowercase();
+        request
+            .headers
+            .push((name.clone(), value.trim().to_owned()));
+        match name.as_str() {
+            "content-length" => length = value.trim().parse().ok()?,
             "range" => {
                 let start = value.trim().strip_prefix("bytes=")?.strip_suffix('-')?;
                 request.range = start.parse().ok();
@@ -141,6 +153,7 @@ fn read(stream: &TcpStream) -> Option<Request> {
             _ => {}
         }
     }
+    reader.take(length).read_to_string(&mut request.body).ok()?;
     Some(request)
 }
 

@@ -1,0 +1,199 @@
+//! Images as crictl shows and removes them; what the tests of registries and faults share.
+
+use rrun_proto::v1::{AuthConfig, ImageSpec, PullImageRequest};
+use serde_json::{Value, json};
+
+use crate::cri_calls::Calls;
+use crate::machine::Result;
+use crate::needs::Test;
+use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::{ensure, ensure_eq, test};
+
+// Images made by hand and a registry that misbehaves are those of the library's tests.
+#[allow(dead_code, reason = "what only the library's tests want of it")]
+#[path = "../../cri-shim/tests/images/build.rs"]
+pub mod build;
+#[allow(dead_code, reason = "what only the library's tests want of it")]
+#[path = "../../cri-shim/tests/images/server.rs"]
+pub mod server;
+
+pub const TESTS: &[Test] = &[
+    test!(
+        an_image_is_inspected_with_its_configuration,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        an_images_size_is_what_it_takes_on_the_disk,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        pinned_images_say_so_and_outlive_a_prune,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        an_image_in_use_can_be_removed_under_its_container,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+];
+
+/// PullImage as kubelet asks for it: the image's reference, or what went wrong.
+pub fn pull(
+    calls: &Calls,
+    image: &str,
+    auth: Option<AuthConfig>,
+) -> Result<std::result::Result<String, tonic::Status>> {
+    let mut client = calls.image();
+    let request = PullImageRequest {
+        image: Some(ImageSpec {
+            image: image.to_owned(),
+            ..ImageSpec::default()
+        }),
+        auth,
+        ..PullImageRequest::default()
+    };
+    let answer = calls.wait(async move { client.pull_image(request).await })?;
+    Ok(answer.map(|answer| answer.into_inner().image_ref))
+}
+
+fn an_image_is_inspected_with_its_configuration() -> Result {
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let image = node.json(&["inspecti", WEB])?;
+        let spec = &image["info"]["imageSpec"];
+        ensure_eq!(spec["config"]["Cmd"], json!(["web"]), "the command");
+        ensure_eq!(spec["config"]["WorkingDir"], "/www", "the directory");
+        let layers = spec["rootfs"]["diff_ids"].as_array().map_or(0, Vec::len);
+        ensure_eq!(layers, 6, "layers");
+        if is_rrun() {
+            node.kill_server()?;
+            node.start_server()?;
+            let again = node.json(&["inspecti", WEB])?;
+            ensure_eq!(again["info"], image["info"], "after a restart");
+        }
+        let named = "gcr.io/k8s-staging-cri-tools/test-image-user-username:latest";
+        node.pull(named)?;
+        let image = node.json(&["inspecti", named])?["status"].clone();
+        ensure_eq!(image["username"], "www-data", "the user");
+        ensure_eq!(image["uid"], Value::Null, "the user's number");
+        let numbered = "gcr.io/k8s-staging-cri-tools/test-image-user-uid-group:latest";
+        node.pull(numbered)?;
+        let image = node.json(&["inspecti", numbered])?["status"].clone();
+        ensure_eq!(image["uid"]["value"], "1003", "the user's number");
+        Ok(())
+    })
+}
+
+fn number(value: &Value) -> Result<u64> {
+    let number = value.as_str().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| format!("{value} is no number").into())
+}
+
+fn an_images_size_is_what_it_takes_on_the_disk() -> Result {
+    if !is_rrun() {
+        return Ok(());
+    }
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let used = node.json(&["imagefsinfo"])?;
+        let used = number(&used["status"]["imageFilesystems"][0]["usedBytes"]["value"])?;
+        let size = number(&node.json(&["inspecti", WEB])?["status"]["size"])?;
+        ensure_eq!(size, used, "the size of the only image");
+        let du = crate::machine::command("du", ["-s", "-B1"])
+            .arg(node.join("root/layers"))
+            .ok()?;
+        let on_disk: u64 = du.stdout.split_whitespace().next().unwrap_or("0").parse()?;
+        ensure!(
+            size.abs_diff(on_disk) * 20 < on_disk,
+            "the image has {size} bytes, on the disk are {on_disk}"
+        );
+        // What it shares with others counts once for the file system.
+        node.pull(BUSYBOX)?;
+        let both = node.json(&["imagefsinfo"])?;
+        let both = number(&both["status"]["imageFilesystems"][0]["usedBytes"]["value"])?;
+        ensure_eq!(both, used, "used bytes with an image of the same layers");
+        Ok(())
+    })
+}
+
+/// Whether the list of images says of this one that it is pinned.
+fn is_pinned(node: &Node, name: &str) -> Result<bool> {
+    let list = node.json(&["images"])?;
+    let images = list["images"].as_array().cloned().unwrap_or_default();
+    let image = images
+        .iter()
+        .find(|image| image["repoTags"][0] == name)
+        .ok_or_else(|| format!("{name} is not in {list}"))?;
+    Ok(image["pinned"] == true)
+}
+
+fn pinned_images_say_so_and_outlive_a_prune() -> Result {
+    if !is_rrun() {
+        return Ok(());
+    }
+    on_a_node(|node| {
+        let drop_ins = node.join("config.d");
+        std::fs::create_dir(&drop_ins)?;
+        std::fs::write(
+            drop_ins.join("pins.toml"),
+            "[image]\npinned = [\"127.0.0.1:5000/demo/w*:1\"]\n",
+        )?;
+        node.terminate_server()?;
+        node.start_server()?;
+        node.pull(WEB)?;
+        node.pull(BUSYBOX)?;
+        ensure!(is_pinned(node, WEB)?, "{WEB} is not pinned");
+        ensure!(!is_pinned(node, BUSYBOX)?, "{BUSYBOX} is pinned");
+        node.asks(&["rmi", "--prune"])?;
+        ensure_eq!(
+            node.asks(&["images", "--quiet"])?.lines().count(),
+            1,
+            "images after the prune"
+        );
+        // Who names it means it.
+        node.asks(&["rmi", WEB])?;
+        ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images at the end");
+        Ok(())
+    })
+}
+
+fn an_image_in_use_can_be_removed_under_its_container() -> Result {
+    if !is_rrun() {
+        return Ok(());
+    }
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("user");
+        let pod_id = node.runp(&pod)?;
+        let container = node.container("user", &["sleep", "1000"]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        node.asks(&["rmi", BUSYBOX])?;
+        ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images");
+        node.kill_server()?;
+        node.start_server()?;
+        let read = node.asks(&["exec", "--sync", &id, "cat", "/etc/passwd"])?;
+        ensure!(
+            read.contains("root"),
+            "the container lost its files: {read}"
+        );
+        node.asks(&["rmp", "--force", &pod_id])?;
+        let left = std::fs::read_dir(node.join("root/layers"))?.count();
+        ensure_eq!(
+            left,
+            1,
+            "layers after the container's end, the empty one too"
+        );
+        Ok(())
+    })
+}
