@@ -75,7 +75,7 @@ fn an_image_is_inspected_with_its_configuration() -> Result {
         ensure_eq!(spec["config"]["Cmd"], json!(["web"]), "the command");
         ensure_eq!(spec["config"]["WorkingDir"], "/www", "the directory");
         let layers = spec["rootfs"]["diff_ids"].as_array().map_or(0, Vec::len);
-        ensure_eq!(layers, 6, "layers");
+        ensure_eq!(layers, 7, "layers");
         if is_rrun() {
             node.kill_server()?;
             node.start_server()?;

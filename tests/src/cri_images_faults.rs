@@ -52,6 +52,24 @@ fn one_layer(archive: Archive) -> Image {
     image(&[(archive.end(), Compression::Gzip)], json!({}))
 }
 
+/// An image with a layer of about this many bytes, compressed or not.
+fn noisy(length: usize) -> Image {
+    let mut state = 1_u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 56) as u8
+    })
+    .take(length)
+    .collect();
+    one_layer(Archive::new().item(&Item {
+        path: b"noise",
+        content: &noise,
+        ..ITEM
+    }))
+}
+
 /// Neither layers nor what was under way is left, and no image is listed.
 fn is_clean(node: &Node) -> Result {
     ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images");
@@ -217,19 +235,18 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
         )?;
         node.terminate_server()?;
         node.start_server()?;
-        let built = one_layer(Archive::new().file("file", "content"));
-        let server = serve(&[("app", &built)], |request| {
-            if request.path.contains("/manifests/") {
-                return None;
-            }
-            let mut answer = Answer::new(200, vec![b'x'; 100 << 10]);
+        let built = noisy(100 << 10);
+        let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
+        let asked = layer.clone();
+        let server = serve(&[("app", &built)], move |request| {
+            let mut answer = Answer::new(200, whole.clone());
             answer.slow = Duration::from_secs(60);
-            Some(answer)
+            request.path.ends_with(&layer).then_some(answer)
         })?;
         let stalled = format!("{}/app:1", server.host());
         let hanging = node.crictl(&["pull", &stalled]).start()?;
         wait_for("the stalled registry to be asked", || {
-            Ok((server.count("/blobs/") > 0).then_some(()))
+            Ok((server.count(&asked) > 0).then_some(()))
         })?;
         node.pull(crate::node::BUSYBOX)?;
         node.asks(&["rmi", crate::node::BUSYBOX])?;
@@ -249,20 +266,7 @@ fn a_pull_goes_on_after_the_server_was_killed() -> Result {
         return Ok(());
     }
     on_a_node(|node| {
-        let mut state = 1_u64;
-        let noise: Vec<u8> = std::iter::repeat_with(|| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            (state >> 56) as u8
-        })
-        .take(9 << 20)
-        .collect();
-        let built = one_layer(Archive::new().item(&Item {
-            path: b"noise",
-            content: &noise,
-            ..ITEM
-        }));
+        let built = noisy(9 << 20);
         let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
         let asked = AtomicUsize::new(0);
         let server = serve(&[("app", &built)], move |request| {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, Read, Seek as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -282,6 +282,7 @@ fn decompressed(file: &File, scratch: &Path, most: u64) -> Result<File, ImageErr
             .read(&mut buffer)
             .map_err(|error| unreadable(&error))?;
         let Some(chunk) = buffer.get(..count).filter(|chunk| !chunk.is_empty()) else {
+            into.rewind().map_err(|error| here("go back in", error))?;
             return Ok(into);
         };
         sum += count as u64;
