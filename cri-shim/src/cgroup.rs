@@ -1,6 +1,8 @@
 //! cgroup v2 directories: made for pods, read for statistics, killed and removed at the end.
 //! Limits are the OCI runtime's business.
 
+pub mod slice;
+
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -8,6 +10,7 @@ use std::time::Duration;
 
 use rustix::fs::{FsWord, statfs};
 
+use crate::config::CgroupDriver;
 use crate::error::{During, Error, Result, kernel};
 
 /// Where the hierarchy is mounted.
@@ -35,19 +38,35 @@ pub fn directory(cgroup: &str) -> PathBuf {
     Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
 }
 
-/// Refuses what is no path of the cgroupfs driver.
-pub fn check_parent(cgroup: &str) -> Result<()> {
-    if cgroup.ends_with(".slice") && !cgroup.contains('/') {
+/// The cgroup path of a pod with this parent, in the form of the driver.
+pub fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
+    if driver == CgroupDriver::Systemd {
+        // Kubelet sends the slice's name, others its path.
+        let name = parent.rsplit('/').next().unwrap_or(parent);
+        return slice::path(if slice::is_slice(name) { name } else { parent });
+    }
+    if slice::is_slice(parent) {
         return Err(Error::invalid(format!(
-            "the pod's cgroup parent {cgroup:?} is a systemd slice, but the cgroup driver is cgroupfs"
+            "the pod's cgroup parent {parent:?} is a systemd slice, but the cgroup driver is cgroupfs"
         )));
     }
-    if !cgroup.starts_with('/') || cgroup.split('/').any(|part| part == "..") {
+    if !parent.starts_with('/') || parent.split('/').any(|part| part == "..") {
         return Err(Error::invalid(format!(
-            "the pod's cgroup parent {cgroup:?} is not an absolute cgroup path"
+            "the pod's cgroup parent {parent:?} is not an absolute cgroup path"
         )));
     }
-    Ok(())
+    Ok(parent.trim_end_matches('/').to_owned())
+}
+
+/// The cgroup path of a pod that names no parent: its own, in the one that is configured for such.
+pub fn own(parent: &str, pod: &str) -> String {
+    match parent.strip_suffix(".slice") {
+        Some(prefix) => {
+            let name = prefix.rsplit('/').next().unwrap_or(prefix);
+            format!("{parent}/{name}-{pod}.slice")
+        }
+        None => format!("{parent}/{pod}"),
+    }
 }
 
 /// Makes the cgroup and the ones above it, with every controller handed down. Returns the
@@ -117,6 +136,11 @@ fn hand_down(dir: &Path) {
             );
         }
     }
+}
+
+/// The directory, or, while systemd has not made it, the nearest one above that is there.
+pub fn nearest(dir: &Path) -> &Path {
+    dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir)
 }
 
 /// Removes directories made by [`create`], innermost first, as far as they are empty.
@@ -215,10 +239,22 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_must_be_a_path_without_dots() {
-        assert!(check_parent("/kubepods/pod1").is_ok());
-        assert!(check_parent("kubepods-pod1.slice").is_err_and(|e| e.sentence().contains("slice")));
-        assert!(check_parent("/a/../..").is_err());
-        assert!(check_parent("a").is_err());
+    fn a_parent_has_the_drivers_form() -> Result<()> {
+        let files = |parent| of_pod(CgroupDriver::Cgroupfs, parent);
+        assert_eq!(files("/kubepods/pod1/")?, "/kubepods/pod1");
+        assert!(files("kubepods-pod1.slice").is_err_and(|e| e.sentence().contains("slice")));
+        assert!(files("/a/../..").is_err());
+        assert!(files("a").is_err());
+        assert_eq!(own("/rrun", "1"), "/rrun/1");
+        assert_eq!(
+            own("/a.slice/a-b.slice", "1"),
+            "/a.slice/a-b.slice/a-b-1.slice"
+        );
+        let systemd = |parent| of_pod(CgroupDriver::Systemd, parent);
+        let expected = "/kubepods.slice/kubepods-pod1.slice";
+        assert_eq!(systemd("kubepods-pod1.slice")?, expected);
+        assert_eq!(systemd(expected)?, expected);
+        assert!(systemd("/kubepods/pod1").is_err_and(|e| e.sentence().contains("slice")));
+        Ok(())
     }
 }

@@ -3,6 +3,8 @@
 //! Each source is a [`Partial`]; they are laid over each other (file, drop-ins in the order of
 //! their names, command line) and over the defaults give a [`Config`].
 
+mod rlimit;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::net::SocketAddr;
@@ -11,9 +13,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::cgroup::{self, slice};
 use crate::container::seccomp::Asked;
 use crate::error::kernel;
 use crate::image::{Limits, Pins};
+
+pub use rlimit::Rlimit;
 
 /// Read unless `--config` names another; need not be there.
 pub const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
@@ -42,6 +47,20 @@ pub struct RuntimeHandler {
     /// help from the runtime. False for runtimes with a kernel of their own (runsc, kata).
     #[serde(default = "yes")]
     pub native: bool,
+    /// Which annotations of a pod, and of a container, its runtime is told; `*` and `?` stand for
+    /// any characters.
+    #[serde(default)]
+    pub pod_annotations: Vec<String>,
+    #[serde(default)]
+    pub container_annotations: Vec<String>,
+}
+
+impl RuntimeHandler {
+    /// A sentence if the binary is not there.
+    pub fn missing(&self) -> Option<String> {
+        let path = self.path.display();
+        (!self.path.is_file()).then(|| format!("there is no runtime at {path}"))
+    }
 }
 
 fn yes() -> bool {
@@ -148,6 +167,10 @@ pub struct Partial {
     #[arg(skip)]
     pub default_cgroup_parent: Option<String>,
     #[arg(skip)]
+    pub cdi_spec_dirs: Option<Vec<PathBuf>>,
+    #[arg(skip)]
+    pub rlimits: Option<Vec<Rlimit>>,
+    #[arg(skip)]
     #[serde(default)]
     pub runtime: BTreeMap<String, RuntimeHandler>,
     #[arg(skip)]
@@ -176,8 +199,12 @@ pub struct Config {
     pub restrict_oom_score_adj: bool,
     /// What containers get that ask for no seccomp profile.
     pub unset_seccomp_profile: Asked,
-    /// The cgroup under which pods without a cgroup parent get theirs, `/rrun`.
+    /// The cgroup under which pods without a cgroup parent get theirs: `/rrun`, or `/rrun.slice`.
     pub default_cgroup_parent: String,
+    /// Where the Container Device Interface's files are, the weightiest directory last.
+    pub cdi_spec_dirs: Vec<PathBuf>,
+    /// What every container's first process gets.
+    pub rlimits: Vec<Rlimit>,
     pub runtimes: BTreeMap<String, RuntimeHandler>,
     pub network: NetworkPart,
     /// Bounds on pulls.
@@ -238,6 +265,8 @@ impl Partial {
             restrict_oom_score_adj: over.restrict_oom_score_adj.or(self.restrict_oom_score_adj),
             unset_seccomp_profile: over.unset_seccomp_profile.or(self.unset_seccomp_profile),
             default_cgroup_parent: over.default_cgroup_parent.or(self.default_cgroup_parent),
+            cdi_spec_dirs: over.cdi_spec_dirs.or(self.cdi_spec_dirs),
+            rlimits: over.rlimits.or(self.rlimits),
             runtime,
             image: self.image.overlaid(over.image),
             network: NetworkPart {
@@ -269,11 +298,13 @@ impl Partial {
                 Err(value(key, reason))
             }
         };
-        let cgroup_driver = self.cgroup_driver.unwrap_or(CgroupDriver::Cgroupfs);
-        if cgroup_driver == CgroupDriver::Systemd {
-            let reason = "systemd is not implemented yet, use cgroupfs".to_owned();
-            return Err(value("cgroup_driver", reason));
-        }
+        let cgroup_driver = self.cgroup_driver.unwrap_or_else(|| {
+            if slice::is_systemd_booted() {
+                CgroupDriver::Systemd
+            } else {
+                CgroupDriver::Cgroupfs
+            }
+        });
         if self.metrics_listen.is_some() {
             let reason = "metrics are not implemented yet".to_owned();
             return Err(value("metrics_listen", reason));
@@ -285,6 +316,8 @@ impl Partial {
                 path: "rrun".into(),
                 options: Vec::new(),
                 native: true,
+                pod_annotations: Vec::new(),
+                container_annotations: Vec::new(),
             });
         for handler in runtimes.values_mut() {
             handler.path = found(&handler.path);
@@ -294,12 +327,19 @@ impl Partial {
             let reason = format!("there is no [runtime.{default_runtime}]");
             return Err(value("default_runtime", reason));
         }
-        let default_cgroup_parent = self
-            .default_cgroup_parent
-            .unwrap_or_else(|| "/rrun".to_owned());
-        if !default_cgroup_parent.starts_with('/') || default_cgroup_parent.contains("..") {
-            let reason = format!("{default_cgroup_parent:?} is not an absolute cgroup path");
-            return Err(value("default_cgroup_parent", reason));
+        let default_cgroup_parent = match (self.default_cgroup_parent, cgroup_driver) {
+            (Some(parent), _) => parent,
+            (None, CgroupDriver::Cgroupfs) => "/rrun".to_owned(),
+            (None, CgroupDriver::Systemd) => "rrun.slice".to_owned(),
+        };
+        let default_cgroup_parent = cgroup::of_pod(cgroup_driver, &default_cgroup_parent)
+            .map_err(|error| value("default_cgroup_parent", error.to_string()))?;
+        let cdi_spec_dirs = match self.cdi_spec_dirs {
+            Some(dirs) => dirs,
+            None => vec!["/etc/cdi".into(), "/var/run/cdi".into()],
+        };
+        for dir in &cdi_spec_dirs {
+            absolute("cdi_spec_dirs", dir.clone())?;
         }
         let unset_seccomp_profile = self.unset_seccomp_profile.unwrap_or_default();
         let unset_seccomp_profile = Asked::parse(&unset_seccomp_profile)
@@ -327,7 +367,9 @@ impl Partial {
             default_runtime,
             restrict_oom_score_adj: self.restrict_oom_score_adj.unwrap_or(false),
             unset_seccomp_profile,
-            default_cgroup_parent: default_cgroup_parent.trim_end_matches('/').to_owned(),
+            default_cgroup_parent,
+            cdi_spec_dirs,
+            rlimits: self.rlimits.unwrap_or_default(),
             runtimes,
             network: self.network,
             images: self.image.limits()?,
@@ -360,8 +402,9 @@ impl Config {
         all.overlaid(flags).finished()
     }
 
-    /// The handler's command: binary, `--root` and options. `None`: no such handler.
-    pub fn runtime_command(&self, handler: &str) -> Option<Vec<String>> {
+    /// The handler's command for the containers of a pod with this cgroup: binary, `--root` and
+    /// options. `None`: no such handler.
+    pub fn runtime_command(&self, handler: &str, pod_cgroup: &str) -> Option<Vec<String>> {
         let name = self.handler_name(handler);
         let runtime = self.runtimes.get(name)?;
         let root = self.state.join("runtime").join(name);
@@ -370,8 +413,17 @@ impl Config {
             "--root".to_owned(),
             root.to_string_lossy().into_owned(),
         ];
+        // The driver that the pod was made with, whatever it is now.
+        if slice::is_slice(pod_cgroup) {
+            command.push("--systemd-cgroup".to_owned());
+        }
         command.extend(runtime.options.iter().cloned());
         Some(command)
+    }
+
+    /// The handler of this name; empty is the default one.
+    pub fn runtime(&self, handler: &str) -> Option<&RuntimeHandler> {
+        self.runtimes.get(self.handler_name(handler))
     }
 
     /// Whether the handler's containers are processes of the node's kernel.
@@ -463,6 +515,9 @@ mod tests {
         let from_text = parse(&uncommented)?.finished()?;
         let mut default = Partial::default().finished()?;
         default.network = from_text.network.clone();
+        // These depend on the machine.
+        default.cgroup_driver = from_text.cgroup_driver;
+        default.default_cgroup_parent = from_text.default_cgroup_parent.clone();
         assert_eq!(from_text, default);
         assert_eq!(parse(DEFAULT_TEXT)?, Partial::default());
         Ok(())
@@ -502,11 +557,18 @@ mod tests {
         );
         assert_eq!(
             config
-                .runtime_command("runc")
+                .runtime_command("runc", "/rrun/p")
                 .map(|command| command.join(" ")),
             Some("/bin/runc --root /s/runtime/runc".to_owned())
         );
-        assert_eq!(config.runtime_command("none"), None);
+        assert_eq!(config.runtime_command("none", ""), None);
+        let in_slice = config
+            .runtime_command("runc", "/a.slice")
+            .unwrap_or_default();
+        assert_eq!(
+            in_slice.last().map(String::as_str),
+            Some("--systemd-cgroup")
+        );
         Ok(())
     }
 }

@@ -12,6 +12,7 @@ use crate::container::Container;
 use crate::container::trash::Trash;
 use crate::error::{During, Error, Result};
 use crate::events::Bus;
+use crate::handlers::Handlers;
 use crate::image::Images;
 use crate::in_flight::InFlight;
 use crate::network::Network;
@@ -32,6 +33,7 @@ pub struct Node {
     pub stats: Cache,
     /// Where removed writable layers go.
     pub trash: Arc<Trash>,
+    pub handlers: Handlers,
     /// Calls that make something, by what they make; the answer is an id.
     pub making: InFlight<String>,
     /// Calls that change or end something, by what they do.
@@ -49,6 +51,7 @@ impl Node {
     pub fn new(config: Config, store: Store, images: Images, network: Network) -> Self {
         Node {
             trash: Arc::new(Trash::new(&config.root)),
+            handlers: Handlers::new(&config),
             config,
             store,
             images,

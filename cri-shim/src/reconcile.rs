@@ -201,8 +201,10 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     let mut owners = entries(&node.config.root.join("containers"))?;
     owners.extend(node.images.leases());
     for id in owners {
-        if node.container(&id).is_err() {
-            if let Err(error) = node.trash.put(&node.writable_layer(&id), &id) {
+        // An image volume's is the container's with a number.
+        let (container, _) = id.split_once(':').unwrap_or((&id, ""));
+        if node.container(container).is_err() {
+            if let Err(error) = node.trash.put(&node.writable_layer(container), container) {
                 log::error!("{error}");
             }
             if let Err(error) = node.images.release(&id).await {

@@ -85,6 +85,7 @@ impl Fixture {
             hostname: None,
             new_ipc: false,
             shared_pid: false,
+            users: None,
         };
         monitor_client::spawn(&dir, &pod, &binary).await.unwrap();
         let client = MonitorClient::new(dir.join(monitor_client::SOCKET_NAME));

@@ -1,23 +1,28 @@
 //! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rrun_proto::v1::{ContainerConfig, ContainerEventType, NamespaceMode};
+use rrun_proto::v1::{
+    ContainerConfig, ContainerEventType, LinuxContainerSecurityContext, NamespaceMode,
+};
 
 use super::seccomp::Asked;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
-    Container, Phase, RECORD, Record, State, capabilities, devices, mounts, remove, resources,
-    rootfs, signal, spec, status,
+    Container, Phase, RECORD, Record, State, annotations, capabilities, cdi, devices, idmap,
+    image_volume, mounts, propagation, remove, resources, rootfs, signal, spec, status, volumes,
 };
+use crate::cgroup::slice;
 use crate::error::{During, Error, Result};
+use crate::handlers::Features;
 use crate::image::Image;
 use crate::monitor::protocol::Create;
 use crate::node::{Node, new_id, now};
-use crate::sandbox::files::{private_dir, write, write_record};
-use crate::sandbox::{Sandbox, namespaces};
+use crate::sandbox::files::{let_through, private_dir, write, write_record};
+use crate::sandbox::{Sandbox, namespaces, users};
 use crate::slow::{blocking, slow};
 
 /// What two calls for the same container have in common.
@@ -41,7 +46,7 @@ pub async fn create(
     if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
         return Ok(there.id.clone());
     }
-    check(&config)?;
+    check(&config, &sandbox)?;
     // Counted first: who finds the pod ready afterwards is waited for by its removal.
     let _creating = sandbox.begin_create();
     must_be_ready(&sandbox)?;
@@ -99,7 +104,7 @@ pub async fn create(
     }
 }
 
-fn check(config: &ContainerConfig) -> Result<()> {
+fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
     let metadata = config.metadata.as_ref();
     if metadata.is_none_or(|metadata| metadata.name.is_empty()) {
         return Err(Error::invalid(
@@ -112,7 +117,40 @@ fn check(config: &ContainerConfig) -> Result<()> {
             config.log_path
         )));
     }
+    let context = spec::context(config);
+    let pod = sandbox
+        .config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
+    if context.privileged && !pod.is_some_and(|pod| pod.privileged) {
+        return Err(Error::invalid(
+            "the container is privileged (linux.security_context.privileged), and its pod is not",
+        ));
+    }
+    check_namespaces(&context, sandbox)?;
     spec::check(config)
+}
+
+/// What the container says of namespaces that are the pod's must be what the pod has.
+fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) -> Result<()> {
+    let Some(options) = &context.namespace_options else {
+        return Ok(());
+    };
+    let users = users::mappings(&sandbox.config)?;
+    if let Some(asked) = &options.userns_options
+        && users::read(asked)? != users
+    {
+        return Err(Error::invalid(
+            "the container's user namespace (userns_options) is not that of its pod",
+        ));
+    }
+    if users.is_some() && options.pid() == NamespaceMode::Node {
+        return Err(Error::invalid(
+            "the container is in its pod's user namespace and in the node's PID namespace, which do not go together",
+        ));
+    }
+    Ok(())
 }
 
 fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
@@ -152,19 +190,27 @@ async fn assemble(
 ) -> Result<Arc<Container>> {
     let pod = sandbox.name();
     let lower = node.images.lease_soon(&record.id, &image.id)?;
+    let images = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
+    let features = node.handlers.features(&node.config, &sandbox.handler).await;
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
         let (record, bundle) = (record.clone(), bundle.clone());
-        move || prepare(&node, &sandbox, &record, &image, &bundle, &lower, pid)
+        let from = From {
+            image,
+            lower,
+            images,
+            pid,
+            features,
+        };
+        move || prepare(&node, &sandbox, &record, &bundle, from)
     };
     let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
     record.user = blocking(what, job).await?;
 
     let container = Arc::new(Container::from_record(Arc::clone(sandbox), record));
-    let runtime = node
-        .config
-        .runtime_command(&sandbox.handler)
+    let runtime = container
+        .runtime_command(node)
         .ok_or_else(|| Error::internal(format!("no runtime handler {:?}", sandbox.handler)))?;
     let config = &container.config;
     let request = Create {
@@ -218,16 +264,26 @@ fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Re
     }
 }
 
+/// What a container is made from, beside its request.
+struct From {
+    image: Arc<Image>,
+    /// The image's layers, uppermost first.
+    lower: Vec<PathBuf>,
+    /// Images among the mounts.
+    images: Vec<image_volume::Found>,
+    pid: PidNamespace,
+    features: Features,
+}
+
 /// Mounts the root filesystem and writes config.json. Blocks.
 fn prepare(
     node: &Node,
     sandbox: &Sandbox,
     record: &Record,
-    image: &Image,
     bundle: &Path,
-    lower: &[PathBuf],
-    pid: PidNamespace,
+    from: From,
 ) -> Result<User> {
+    let image = from.image;
     let config = &record.config;
     let context = spec::context(config);
     let capabilities = capabilities::sets(
@@ -245,23 +301,53 @@ fn prepare(
     let target = bundle.join("rootfs");
     let writable = node.writable_layer(&record.id);
     private_dir(&writable)?;
+    let mappings = users::mappings(&sandbox.config)?;
+    let root = mappings.as_ref().map(|users| users.root());
+    let holder = sandbox.namespaces();
+    let users = match root {
+        Some((_, gid)) => {
+            let_through(&[], &[bundle], gid)?;
+            Some(idmap::users_of(holder)?)
+        }
+        None => None,
+    };
     rootfs::Overlay {
-        lower,
+        lower: &from.lower,
         writable: &writable,
         target: &target,
         base: &node.config.root,
+        users: users.as_ref().map(AsFd::as_fd),
     }
     .mount()?;
+    let root = root.unwrap_or_default();
 
     let user = Accounts::read(&target)?.resolve(Some(&context), &image.config.user)?;
-    rootfs::make_working_dir(&target, spec::working_dir(config, &image.config)?)?;
-    mounts::make_sources(&config.mounts)?;
+    rootfs::make_working_dir(&target, spec::working_dir(config, &image.config)?, root)?;
+    let mut asked_mounts = config.mounts.clone();
+    mounts::make_sources(&asked_mounts)?;
+    propagation::check(&asked_mounts)?;
+    image_volume::mount(
+        node,
+        bundle,
+        &from.images,
+        users.as_ref(),
+        &mut asked_mounts,
+    )?;
+    let volumes = writable.join("volumes");
+    let volumes = volumes::make(
+        &image.config.volumes,
+        &asked_mounts,
+        &target,
+        &volumes,
+        root,
+    )?;
+    asked_mounts.extend(volumes);
+    let devices = cdi::find(&node.config.cdi_spec_dirs, config)?;
 
     let sharing = namespaces::sharing(&sandbox.config)?;
-    let monitor = sandbox.state().monitor;
-    let of_monitor = |kind: &str| format!("/proc/{monitor}/ns/{kind}").into();
+    let of_holder = |kind: &str| PathBuf::from(format!("/proc/{holder}/ns/{kind}"));
     let hostname = sandbox.config.hostname.as_str();
-    let own_uts = sharing.own_network && !hostname.is_empty();
+    let own_uts = sharing.own_uts;
     let node_name = crate::sandbox::files::of_node("/proc/sys/kernel/hostname");
     let pod_dir = node.sandbox_dir(&sandbox.id);
     let around = mounts::Surroundings {
@@ -269,30 +355,42 @@ fn prepare(
         privileged: context.privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: sharing.own_ipc,
+        features: from.features,
     };
     let pod_cgroup = crate::cgroup::directory(&sandbox.cgroup);
+    let cgroup = match slice::is_slice(&sandbox.cgroup) {
+        true => slice::for_runtime(&sandbox.cgroup, &record.id),
+        false => format!("{}/{}", sandbox.cgroup, record.id),
+    };
     let asked = &record.state.resources;
-    let spec = spec::spec(Parts {
+    let handler = node.config.runtime(&sandbox.handler);
+    let mut spec = spec::spec(Parts {
         config,
         image: &image.config,
         user: &user,
         hostname: if own_uts { hostname } else { node_name.trim() },
         rootfs: &target,
-        cgroup: &format!("{}/{}", sandbox.cgroup, record.id),
+        cgroup: &cgroup,
         namespaces: Namespaces {
             network: sharing.own_network.then(|| node.netns(&sandbox.id)),
-            ipc: sharing.own_ipc.then(|| of_monitor("ipc")),
-            uts: own_uts.then(|| of_monitor("uts")),
-            pid,
+            ipc: sharing.own_ipc.then(|| of_holder("ipc")),
+            uts: own_uts.then(|| of_holder("uts")),
+            pid: from.pid,
+            users: mappings.map(|users| (of_holder("user"), users)),
         },
         capabilities,
         devices: devices::devices(&config.devices, context.privileged)?,
-        mounts: mounts::mounts(&config.mounts, &around)?,
-        root_propagation: mounts::root_propagation(&config.mounts),
+        mounts: mounts::mounts(&asked_mounts, &around)?,
+        root_propagation: mounts::root_propagation(&asked_mounts),
         resources: resources::to_json(asked, resources::Controllers::of(&pod_cgroup))?,
         oom_score_adj: oom_score_adj(asked.oom_score_adj, node.config.restrict_oom_score_adj),
         seccomp,
+        rlimits: &node.config.rlimits,
+        annotations: handler.map_or_else(Default::default, |handler| {
+            annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
+        }),
     })?;
+    devices.apply(&mut spec, context.privileged)?;
     write(&bundle.join("config.json"), &spec.to_string())?;
     Ok(user)
 }

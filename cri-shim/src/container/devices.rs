@@ -129,6 +129,19 @@ impl Devices {
     }
 }
 
+/// The specification's entry for a device of the node, under another path.
+pub fn node_of(host: &Path, container: &Path) -> Result<Value> {
+    let metadata =
+        std::fs::metadata(host).during(|| format!("look at the device {}", host.display()))?;
+    match kind(&metadata) {
+        Some(kind) => Ok(node(container, kind, &metadata)),
+        None => Err(Error::invalid(format!(
+            "{} is no device of the node",
+            host.display()
+        ))),
+    }
+}
+
 fn kind(metadata: &std::fs::Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     if kind.is_block_device() {

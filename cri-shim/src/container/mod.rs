@@ -6,10 +6,15 @@
 //! [`start`], [`stop`] and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's
 //! view.
 
+pub mod annotations;
 pub mod capabilities;
+pub mod cdi;
 pub mod create;
 pub mod devices;
+pub mod idmap;
+pub mod image_volume;
 pub mod mounts;
+pub mod propagation;
 pub mod remove;
 pub mod resources;
 pub mod rootfs;
@@ -22,6 +27,7 @@ pub mod status;
 pub mod stop;
 pub mod trash;
 pub mod user;
+pub mod volumes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,6 +36,7 @@ use rrun_proto::v1::{ContainerConfig, ContainerEventType, LinuxContainerResource
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::cgroup::{self, slice};
 use crate::error::{Error, Result};
 use crate::monitor::protocol::ExitRecord;
 use crate::node::{Node, now};
@@ -243,13 +250,19 @@ impl Container {
         }
     }
 
-    /// The container's cgroup, as the runtime is told.
-    pub fn cgroup(&self) -> String {
-        format!("{}/{}", self.sandbox.cgroup, self.id)
+    pub fn cgroup_dir(&self) -> PathBuf {
+        let pod = &self.sandbox.cgroup;
+        let path = match slice::is_slice(pod) {
+            true => slice::scope(pod, &self.id),
+            false => format!("{pod}/{}", self.id),
+        };
+        cgroup::directory(&path)
     }
 
-    pub fn cgroup_dir(&self) -> PathBuf {
-        crate::cgroup::directory(&self.cgroup())
+    /// The command of the pod's runtime handler, without a subcommand.
+    pub fn runtime_command(&self, node: &Node) -> Option<Vec<String>> {
+        let (handler, cgroup) = (&self.sandbox.handler, &self.sandbox.cgroup);
+        node.config.runtime_command(handler, cgroup)
     }
 
     /// Where its log goes; `None` without a log directory or path.

@@ -3,10 +3,11 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use rrun_proto::v1::{Mount, MountPropagation};
+use rrun_proto::v1::{IdMapping, Mount, MountPropagation};
 use serde_json::{Value, json};
 
 use crate::error::{During, Error, Result};
+use crate::handlers::Features;
 
 /// What the mounts depend on beside the request's own.
 pub struct Surroundings<'a> {
@@ -16,6 +17,8 @@ pub struct Surroundings<'a> {
     pub readonly_rootfs: bool,
     /// The pod has an IPC namespace, and so a /dev/shm, of its own.
     pub own_ipc: bool,
+    /// Of the pod's runtime handler.
+    pub features: Features,
 }
 
 /// The specification's `mounts`, in the order in which to mount them.
@@ -78,7 +81,7 @@ pub fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<Value>> 
         bind(&format!("/etc/{name}"), &around.pod.join(name), writable);
     }
     for mount in asked {
-        let (destination, value) = one(mount)?;
+        let (destination, value) = one(mount, around)?;
         // The request's mount takes the place of ours.
         all.retain(|(there, _)| *there != destination);
         all.push((destination, value));
@@ -88,22 +91,27 @@ pub fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<Value>> 
     Ok(all.into_iter().map(|(_, mount)| mount).collect())
 }
 
-fn one(mount: &Mount) -> Result<(PathBuf, Value)> {
+fn one(mount: &Mount, around: &Surroundings<'_>) -> Result<(PathBuf, Value)> {
     let path = &mount.container_path;
     let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?} {why}")));
-    if mount
-        .image
-        .as_ref()
-        .is_some_and(|image| !image.image.is_empty())
-    {
-        return Err(Error::unimplemented(format!(
-            "the mount at {path:?} is of an image, which rrun-cri does not do yet"
-        )));
+    let mapped = !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty();
+    if mapped {
+        if mount.uid_mappings.is_empty() || mount.gid_mappings.is_empty() {
+            return refuse("has only one of uidMappings and gidMappings");
+        }
+        if !around.features.mapped_mounts {
+            return refuse(
+                "maps ids (uidMappings, gidMappings), which the pod's runtime handler does not do by what its features say",
+            );
+        }
     }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(Error::unimplemented(format!(
-            "the mount at {path:?} maps ids, which rrun-cri does not do yet"
-        )));
+    if mount.recursive_read_only && !around.features.recursive_read_only {
+        return refuse(
+            "is recursive_read_only, which the pod's runtime handler does not do by what its features say",
+        );
+    }
+    if mount.selinux_relabel && Path::new("/sys/fs/selinux/enforce").exists() {
+        return refuse("is to be relabelled (selinux_relabel), which rrun-cri does not do yet");
     }
     if !mount.host_path.starts_with('/') {
         return refuse("has no absolute host_path");
@@ -128,16 +136,33 @@ fn one(mount: &Mount) -> Result<(PathBuf, Value)> {
         MountPropagation::PropagationBidirectional => "rshared",
     };
     let destination = cleaned(path);
-    let value = json!({
+    if destination == Path::new("/") {
+        return refuse("would cover the whole root filesystem");
+    }
+    let mut value = json!({
         "destination": destination, "type": "bind", "source": mount.host_path,
         "options": ["rbind", propagation, access],
     });
+    if mapped {
+        value["uidMappings"] = id_mappings(&mount.uid_mappings);
+        value["gidMappings"] = id_mappings(&mount.gid_mappings);
+    }
     Ok((destination, value))
+}
+
+/// The specification's form of ranges of ids.
+pub fn id_mappings(ranges: &[IdMapping]) -> Value {
+    let one = |range: &IdMapping| {
+        json!({
+            "containerID": range.container_id, "hostID": range.host_id, "size": range.length,
+        })
+    };
+    ranges.iter().map(one).collect()
 }
 
 /// An absolute path without `.`, `..` and doubled slashes, as text: the runtime resolves it in
 /// the root filesystem.
-fn cleaned(path: &str) -> PathBuf {
+pub fn cleaned(path: &str) -> PathBuf {
     let mut clean = PathBuf::from("/");
     for part in Path::new(path).components() {
         match part {
@@ -191,6 +216,10 @@ mod tests {
             privileged: false,
             readonly_rootfs: false,
             own_ipc: true,
+            features: Features {
+                recursive_read_only: true,
+                ..Features::default()
+            },
         }
     }
 

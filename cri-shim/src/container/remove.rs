@@ -8,7 +8,7 @@ use std::time::Duration;
 use rrun_proto::v1::ContainerEventType;
 use tokio::process::Command;
 
-use super::{Container, Phase, status, stop};
+use super::{Container, Phase, image_volume, status, stop};
 use crate::cgroup;
 use crate::error::{During, Error, Result};
 use crate::monitor::protocol::ExitRecord;
@@ -43,8 +43,13 @@ pub async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
 
 async fn release(node: &Node, container: &Container) -> Result<()> {
     let name = container.name();
-    let released = node.images.release(&container.id);
-    Ok(slow(format!("{name}: let go of its image"), released).await?)
+    let owners = std::iter::once(container.id.clone())
+        .chain((0..container.config.mounts.len()).map(|at| image_volume::owner(&container.id, at)));
+    for owner in owners {
+        let released = node.images.release(&owner);
+        slow(format!("{name}: let go of its image"), released).await?;
+    }
+    Ok(())
 }
 
 async fn remove_files(node: &Node, container: &Container) -> Result<()> {
@@ -55,6 +60,7 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let (trash, id) = (Arc::clone(&node.trash), container.id.clone());
     blocking(format!("{name}: remove its files"), move || {
         unmount(&bundle.join("rootfs"))?;
+        image_volume::unmount(&bundle)?;
         remove_tree(&bundle)?;
         trash.put(&writable, &id)
     })
@@ -86,7 +92,7 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
     let dir = container.cgroup_dir();
     let name = container.name();
     slow(format!("{name}: kill its cgroup"), cgroup::destroy(&dir)).await?;
-    let Some(runtime) = node.config.runtime_command(&container.sandbox.handler) else {
+    let Some(runtime) = container.runtime_command(node) else {
         return Ok(());
     };
     let Some((program, options)) = runtime.split_first() else {

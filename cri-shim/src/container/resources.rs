@@ -17,12 +17,17 @@ pub struct Controllers {
 }
 
 impl Controllers {
-    /// Those of a cgroup directory that is not the root's.
+    /// Those of a pod's cgroup, or of the nearest above it that systemd has made.
     pub fn of(dir: &Path) -> Self {
+        let dir = cgroup::nearest(dir);
         let there = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
+        let has = |wanted: &str| there.split_ascii_whitespace().any(|name| name == wanted);
+        // The root has no such files; a slice of systemd's does.
+        let below = dir.join("system.slice");
+        let swap = [dir, &below].map(|dir| dir.join("memory.swap.max").exists());
         Controllers {
-            hugetlb: there.split_ascii_whitespace().any(|name| name == "hugetlb"),
-            swap: dir.join("memory.swap.max").exists(),
+            hugetlb: has("hugetlb"),
+            swap: has("memory") && swap.contains(&true),
         }
     }
 }
@@ -49,6 +54,18 @@ pub fn to_json(asked: &LinuxContainerResources, controllers: Controllers) -> Res
         all.insert("cpu".to_owned(), Value::Object(cpu));
     }
     let limit = asked.memory_limit_in_bytes;
+    let swap = asked.memory_swap_limit_in_bytes;
+    if swap > 0 && (limit <= 0 || swap < limit) {
+        return Err(Error::invalid(format!(
+            "memory_swap_limit_in_bytes is {swap}, memory and swap together, and memory_limit_in_bytes {limit}: it can't be less"
+        )));
+    }
+    if !(-1000..=1000).contains(&asked.oom_score_adj) {
+        return Err(Error::invalid(format!(
+            "oom_score_adj is {}, it can be from -1000 to 1000",
+            asked.oom_score_adj
+        )));
+    }
     // Unless it says otherwise a container with a memory limit does not swap beyond it.
     let swap = match asked.memory_swap_limit_in_bytes {
         0 => limit,

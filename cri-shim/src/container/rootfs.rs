@@ -14,6 +14,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
+use super::idmap;
 use crate::error::{During, Error, Result, kernel};
 use crate::sandbox::files::private_dir;
 
@@ -27,6 +28,8 @@ pub struct Overlay<'a> {
     pub target: &'a Path,
     /// A directory that all the others are in, for kernels where paths must be short.
     pub base: &'a Path,
+    /// The user namespace of the pod, if it has one of its own.
+    pub users: Option<BorrowedFd<'a>>,
 }
 
 impl Overlay<'_> {
@@ -56,6 +59,12 @@ impl Overlay<'_> {
             )
             .map_err(io::Error::from)
             .during(what);
+        }
+        if self.users.is_some() {
+            let tree = idmap::overlay(self.lower, Some(self.writable), self.users, self.target);
+            return tree
+                .and_then(|tree| idmap::attach(tree.as_fd(), self.target))
+                .during(what);
         }
         match self.by_descriptor(&upper, &work) {
             Ok(true) => Ok(()),
@@ -175,8 +184,9 @@ fn said(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error 
     }
 }
 
-/// Makes the working directory inside the root filesystem, where an image may lack it. Blocks.
-pub fn make_working_dir(rootfs: &Path, dir: &str) -> Result<()> {
+/// Makes the working directory inside the root filesystem, where an image may lack it, for the
+/// root of the container (ids of the node). Blocks.
+pub fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> Result<()> {
     let inside = dir.trim_start_matches('/');
     if inside.is_empty() {
         return Ok(());
@@ -190,8 +200,8 @@ pub fn make_working_dir(rootfs: &Path, dir: &str) -> Result<()> {
     if root.resolve(inside).is_ok() {
         return Ok(());
     }
-    root.mkdir_all(inside, &std::fs::Permissions::from_mode(0o755))
-        .map_err(failed)?;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    idmap::as_owner(owner, || root.mkdir_all(inside, &mode)).map_err(failed)?;
     Ok(())
 }
 
@@ -221,6 +231,7 @@ mod tests {
             writable: &writable,
             target: &target,
             base: &base,
+            users: None,
         };
         let mut failed = None;
         for old in [false, true] {

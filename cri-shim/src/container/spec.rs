@@ -1,5 +1,6 @@
 //! A container's OCI configuration, config.json of the runtime specification, from the CRI's.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::security_profile::ProfileType;
@@ -10,9 +11,12 @@ use serde_json::{Value, json};
 
 use super::capabilities::Sets;
 use super::devices::Devices;
+use super::mounts;
 use super::user::User;
+use crate::config::Rlimit;
 use crate::error::{Error, Result};
 use crate::image::ImageConfig;
+use crate::sandbox::users::Mappings;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -47,6 +51,8 @@ pub struct Namespaces {
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
     pub pid: PidNamespace,
+    /// The pod's own user namespace, and whose its ids are.
+    pub users: Option<(PathBuf, Mappings)>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -75,14 +81,28 @@ pub struct Parts<'a> {
     pub oom_score_adj: i64,
     /// `linux.seccomp`.
     pub seccomp: Option<Value>,
+    pub rlimits: &'a [Rlimit],
+    /// What the handler's patterns let through.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// Refuses what this server can't do yet, by the field's name.
 pub fn check(config: &ContainerConfig) -> Result<()> {
-    if !config.cdi_devices.is_empty() {
-        return Err(Error::unimplemented(
-            "the container asks for CDI devices (CDI_devices), which rrun-cri does not do yet",
+    if config.windows.is_some() {
+        return Err(Error::invalid(
+            "the container has a configuration for Windows (windows)",
         ));
+    }
+    for env in &config.envs {
+        let key = &env.key;
+        if key.is_empty() || key.contains(['=', '\0']) || env.value.contains(&0) {
+            return Err(Error::invalid(format!(
+                "the environment variable {key:?} has a name or a value that can't be"
+            )));
+        }
+    }
+    for mount in &config.mounts {
+        super::image_volume::check(mount)?;
     }
     let context = context(config);
     if context.privileged {
@@ -205,9 +225,13 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
     }
 
     let mut namespaces = vec![json!({ "type": "mount" })];
-    // The privileged see the node's cgroups, as with containerd.
-    if !context.privileged {
+    // The privileged see the node's cgroups, as with containerd; but the root of a user namespace
+    // can only mount those of a cgroup namespace of its own.
+    if !context.privileged || parts.namespaces.users.is_some() {
         namespaces.push(json!({ "type": "cgroup" }));
+    }
+    if let Some((path, _)) = &parts.namespaces.users {
+        namespaces.push(json!({ "type": "user", "path": path }));
     }
     let joined = [
         ("network", &parts.namespaces.network),
@@ -238,12 +262,18 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
     if let Some(profile) = parts.seccomp {
         linux["seccomp"] = profile;
     }
+    if let Some((_, users)) = &parts.namespaces.users {
+        linux["uidMappings"] = mounts::id_mappings(&users.uids);
+        linux["gidMappings"] = mounts::id_mappings(&users.gids);
+    }
     if let Some(propagation) = parts.root_propagation {
         linux["rootfsPropagation"] = json!(propagation);
     }
     if !context.privileged {
+        // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which
+        // it takes only with a user namespace.
         let or_default = |asked: &[String], default: &[&str]| {
-            if asked.is_empty() {
+            if asked.is_empty() && parts.namespaces.users.is_none() {
                 json!(default)
             } else {
                 json!(asked)
@@ -252,20 +282,27 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
         linux["maskedPaths"] = or_default(&context.masked_paths, &MASKED);
         linux["readonlyPaths"] = or_default(&context.readonly_paths, &READONLY);
     }
-    Ok(json!({
+    if !parts.rlimits.is_empty() {
+        process["rlimits"] = parts.rlimits.iter().map(Rlimit::to_json).collect();
+    }
+    let mut spec = json!({
         "ociVersion": "1.2.0",
         "root": { "path": parts.rootfs, "readonly": context.readonly_rootfs },
         "process": process,
         "mounts": parts.mounts,
         "linux": linux,
-    }))
+    });
+    if !parts.annotations.is_empty() {
+        spec["annotations"] = json!(parts.annotations);
+    }
+    Ok(spec)
 }
 
 #[cfg(test)]
 mod tests {
     use rrun_proto::v1::{KeyValue, LinuxContainerConfig};
 
-    use super::super::{capabilities, mounts, resources};
+    use super::super::{capabilities, resources};
     use super::*;
 
     fn image() -> ImageConfig {
@@ -285,6 +322,7 @@ mod tests {
             privileged,
             readonly_rootfs: false,
             own_ipc: true,
+            features: crate::handlers::Features::default(),
         };
         let linux = config.linux.clone().unwrap_or_default();
         let resources = linux.resources.unwrap_or_default();
@@ -300,6 +338,7 @@ mod tests {
                 ipc: Some("/proc/7/ns/ipc".into()),
                 uts: None,
                 pid: PidNamespace::New,
+                users: None,
             },
             capabilities: capabilities::sets(None, privileged, &["CHOWN"].into())?,
             devices: Devices::default(),
@@ -308,6 +347,8 @@ mod tests {
             resources: resources::to_json(&resources, resources::Controllers::default())?,
             oom_score_adj: 0,
             seccomp: None,
+            rlimits: &[],
+            annotations: BTreeMap::new(),
         })
     }
 

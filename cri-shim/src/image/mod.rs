@@ -121,7 +121,7 @@ impl Images {
         for dir in [root.join("layers"), root.join("ingest")] {
             make_private(&dir)?;
         }
-        let empty = directory(root, EMPTY_LAYER).join("fs");
+        let empty = empty_layer(root);
         std::fs::create_dir_all(&empty).map_err(|error| failed("make", &empty, &error))?;
         let (mut catalog, mut changes) = Catalog::load(&store, root)?;
         let (_, swept) = catalog.sweep();
@@ -334,6 +334,11 @@ impl Inner {
             .await
             .map_err(|error| ImageError::new(Kind::Internal, format!("remove layers: {error}")))
     }
+}
+
+/// The overlay lower directory with nothing in it.
+pub fn empty_layer(root: &Path) -> PathBuf {
+    directory(root, EMPTY_LAYER).join("fs")
 }
 
 fn failed(what: &str, path: &Path, error: &io::Error) -> ImageError {

@@ -1,4 +1,6 @@
-//! The first process of a pod's PID namespace, when the pod's containers share one.
+//! The first process of a pod's PID namespace, when the pod's containers share one; with a user
+//! namespace the process that holds all of the pod's namespaces, since only those that are made
+//! inside of it belong to it, user_namespaces(7).
 //!
 //! It does nothing, and dies with the monitor. Its children, the orphans of the containers, are
 //! reaped by the kernel. The containers see it in /proc, and one with CAP_SYS_PTRACE could take
@@ -8,7 +10,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal};
@@ -21,6 +23,7 @@ use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::errno::kernel_said;
+use super::protocol::{Pod, Users};
 use super::startup::close_from;
 
 /// What `ps` in a container shows.
@@ -33,6 +36,9 @@ const ARGUMENT_C: &CStr = c"--pod-init";
 /// What it says when nothing of the node is left within its reach.
 const READY: &[u8] = b"ready";
 
+/// What it waits for.
+const GO: &[u8] = b"!";
+
 /// How long it may take to get there.
 const DEADLINE: Timespec = Timespec {
     tv_sec: 10,
@@ -42,12 +48,25 @@ const DEADLINE: Timespec = Timespec {
 /// Where its empty root is mounted for a moment; any directory does.
 const ROOT: &str = "/proc";
 
-/// Starts it, in a new PID namespace, and returns its pid here when it is ready.
-pub fn start() -> std::io::Result<i32> {
+/// Starts it, in the namespaces that it is to hold, and returns its pid here when it is ready.
+pub fn start(pod: &Pod) -> std::io::Result<i32> {
     // The binary's mount is in our mount namespace, not in the one that the child will be in.
     let binary = read_only_binary()?;
     let (from_child, to_us) = pipe_with(PipeFlags::CLOEXEC)?;
-    let flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWNET;
+    let (from_us, to_child) = pipe_with(PipeFlags::CLOEXEC)?;
+    let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWNET;
+    if pod.shared_pid {
+        flags |= libc::CLONE_NEWPID;
+    }
+    if pod.users.is_some() {
+        flags |= libc::CLONE_NEWUSER;
+        if pod.new_ipc {
+            flags |= libc::CLONE_NEWIPC;
+        }
+        if pod.hostname.is_some() {
+            flags |= libc::CLONE_NEWUTS;
+        }
+    }
     // SAFETY: clone_args is plain numbers, for which zero means absent.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     arguments.flags = u64::try_from(flags).unwrap_or_default();
@@ -62,39 +81,42 @@ pub fn start() -> std::io::Result<i32> {
         )
     };
     match pid {
-        0 => become_init(&binary, &to_us),
+        0 => {
+            drop(to_child);
+            become_init(pod, &binary, &from_us, &to_us)
+        }
         1.. => {
-            drop(to_us);
+            drop((to_us, from_us));
+            let pid = i32::try_from(pid).map_err(std::io::Error::other)?;
+            if let Some(users) = &pod.users {
+                map_ids(pid, users)?;
+            }
+            rustix::io::write(&to_child, GO)?;
             await_ready(&from_child)?;
-            i32::try_from(pid).map_err(std::io::Error::other)
+            Ok(pid)
         }
         _ => Err(std::io::Error::last_os_error()),
     }
+}
+
+/// Each map in one write, which is all that the kernel takes. A failure ends us, and the child
+/// with us.
+fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
+    for (name, map) in [("uid_map", &users.uid_map), ("gid_map", &users.gid_map)] {
+        std::fs::write(format!("/proc/{pid}/{name}"), map).map_err(|error| {
+            let said = kernel_said(&error);
+            std::io::Error::other(format!("write {:?} to its {name}: {said}", map.trim_end()))
+        })?;
+    }
+    Ok(())
 }
 
 /// Our own executable, on a mount that nobody else has and nobody can write to.
 fn read_only_binary() -> std::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
-    // SAFETY: mount_attr is plain numbers, for which zero means no change.
-    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attributes.attr_set = libc::MOUNT_ATTR_RDONLY;
-    // SAFETY: the descriptor, the string and the structure outlive the call; the size is the
-    // structure's.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    match set {
-        0 => Ok(tree),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    crate::mount_attributes::set(&tree, false, libc::MOUNT_ATTR_RDONLY, None)?;
+    Ok(tree)
 }
 
 fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
@@ -123,18 +145,56 @@ fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
 }
 
 /// In the child: a new program, so that nothing of the monitor's memory is in it.
-fn become_init(binary: &OwnedFd, to_monitor: &OwnedFd) -> ! {
-    let death = rustix::process::Signal::KILL;
-    let _ = rustix::process::set_parent_process_death_signal(Some(death));
+fn become_init(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor: &OwnedFd) -> ! {
     if nix::unistd::dup2_stdout(to_monitor.as_fd()).is_ok() {
-        let arguments = [NAME, ARGUMENT_C];
-        let environment: [&CStr; 0] = [];
-        let flags = AtFlags::AT_EMPTY_PATH;
-        let Err(errno) = nix::unistd::execveat(binary, c"", &arguments, &environment, flags);
-        say(format!("execute it: {}", kernel_said(&errno.into())).as_bytes());
+        let failed = match await_word(from_monitor).and_then(|()| be_root_inside(pod)) {
+            Err(errno) => format!(
+                "become root of its namespaces: {}",
+                kernel_said(&errno.into())
+            ),
+            Ok(()) => {
+                // Another user forgets it, so that it comes after that.
+                let death = rustix::process::Signal::KILL;
+                let _ = rustix::process::set_parent_process_death_signal(Some(death));
+                let arguments = [NAME, ARGUMENT_C];
+                let environment: [&CStr; 0] = [];
+                let flags = AtFlags::AT_EMPTY_PATH;
+                let Err(errno) =
+                    nix::unistd::execveat(binary, c"", &arguments, &environment, flags);
+                format!("execute it: {}", kernel_said(&errno.into()))
+            }
+        };
+        say(failed.as_bytes());
     }
     // SAFETY: the process is a copy of the monitor, whose destructors are not to run here.
     unsafe { libc::_exit(1) }
+}
+
+/// Waits for the monitor's word that the maps are written; it may have died instead.
+fn await_word(from_monitor: &OwnedFd) -> Result<(), Errno> {
+    loop {
+        match rustix::io::read(from_monitor, &mut [0_u8; 1]) {
+            Ok(0) => return Err(Errno::PIPE),
+            Err(Errno::INTR) => {}
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// In a user namespace nobody is root before a call says so.
+fn be_root_inside(pod: &Pod) -> Result<(), Errno> {
+    if pod.users.is_none() {
+        return Ok(());
+    }
+    let from_nix = |errno: nix::Error| Errno::from_raw_os_error(errno as i32);
+    nix::unistd::setgroups(&[]).map_err(from_nix)?;
+    let (user, group) = (nix::unistd::Uid::from_raw(0), nix::unistd::Gid::from_raw(0));
+    nix::unistd::setresgid(group, group, group).map_err(from_nix)?;
+    nix::unistd::setresuid(user, user, user).map_err(from_nix)?;
+    match &pod.hostname {
+        Some(name) => rustix::system::sethostname(name.as_bytes()),
+        None => Ok(()),
+    }
 }
 
 fn say(what: &[u8]) {

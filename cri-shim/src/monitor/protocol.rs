@@ -24,7 +24,8 @@ pub const LISTEN_FD: i32 = 3;
 /// What a monitor is told once, in `STATE/pods/POD/monitor.json`, before it starts.
 ///
 /// The monitor is started as `rrun-monitor --dir STATE/pods/POD` and holds the namespaces that
-/// the containers of the pod share: it is itself in the new ones (`/proc/PID/ns/…` joins them).
+/// the containers of the pod share: it is itself in the new ones (`/proc/PID/ns/…` joins them), or
+/// keeps a process that is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pod {
     /// The sandbox's id.
@@ -36,6 +37,18 @@ pub struct Pod {
     /// One PID namespace for all containers: the monitor then keeps a first process in it that
     /// does nothing but reap ([`Hello::pid1`]).
     pub shared_pid: bool,
+    /// A new user namespace. The monitor stays out of it, and of the pod's other namespaces: a
+    /// process that does nothing holds them ([`Hello::holder`]), a new network namespace too.
+    #[serde(default)]
+    pub users: Option<Users>,
+}
+
+/// The ids of a pod's user namespace, as the kernel takes them: a line for each range with the
+/// first id inside, the first outside and how many, user_namespaces(7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Users {
+    pub uid_map: String,
+    pub gid_map: String,
 }
 
 /// What a client asks for.
@@ -156,8 +169,12 @@ pub enum FailureKind {
 /// The monitor's state when a client subscribes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
-    /// The monitor's process id: `/proc/PID/ns/{ipc,uts}` are the pod's.
+    /// The monitor's process id.
     pub pid: i32,
+    /// The process that is in the pod's namespaces (`/proc/PID/ns/{ipc,uts}`, and `user` and `net`
+    /// with a user namespace), if that is not the monitor itself.
+    #[serde(default)]
+    pub holder: Option<i32>,
     /// The first process of the pod's PID namespace, if the pod shares one.
     pub pid1: Option<i32>,
     pub containers: Vec<ContainerState>,

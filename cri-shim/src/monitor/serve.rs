@@ -108,6 +108,8 @@ pub struct Monitor {
     pub(super) dir: PathBuf,
     pub(super) timeout: Duration,
     pub(super) pid1: Option<i32>,
+    /// See [`super::protocol::Hello::holder`].
+    pub(super) holder: Option<i32>,
     pub(super) containers: Vec<Container>,
     pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
     pub(super) execs: BTreeMap<i32, Running>,
@@ -130,7 +132,7 @@ impl Monitor {
     pub fn new(
         dir: PathBuf,
         timeout: Duration,
-        pid1: Option<i32>,
+        (pid1, holder): (Option<i32>, Option<i32>),
         signals: SignalFd,
         listener: OwnedFd,
     ) -> Result<Self, Errno> {
@@ -139,6 +141,7 @@ impl Monitor {
             dir,
             timeout,
             pid1,
+            holder,
             containers: Vec::new(),
             calls: BTreeMap::new(),
             execs: BTreeMap::new(),
@@ -354,6 +357,7 @@ impl Monitor {
         });
         Hello {
             pid: std::process::id().cast_signed(),
+            holder: self.holder,
             pid1: self.pid1,
             containers: containers.collect(),
         }

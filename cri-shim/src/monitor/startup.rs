@@ -103,15 +103,19 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     // Any process will do as the argument: it is only whether there is one.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(StartError::io("become the child subreaper"))?;
-    enter_namespaces(&pod)?;
+    if pod.users.is_none() {
+        enter_namespaces(&pod)?;
+    }
     // The logs' threads need none of their own.
     crate::memory::one_heap();
-    let pid1 = match pod.shared_pid {
-        true => Some(pod_init::start().map_err(StartError::io("start the pod's first process"))?),
+    let held = match pod.shared_pid || pod.users.is_some() {
+        true => Some(pod_init::start(&pod).map_err(StartError::io("start the pod's process"))?),
         false => None,
     };
+    let pid1 = held.filter(|_| pod.shared_pid);
+    let holder = held.filter(|_| pod.users.is_some());
     drop(pod);
-    let mut monitor = Monitor::new(dir, timeout, pid1, signals, listener)
+    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), signals, listener)
         .map_err(StartError::io("make the epoll set"))?;
     monitor.run().map_err(StartError::io("wait for events"))?;
     let _ = std::fs::remove_file(SOCKET);

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -52,6 +52,40 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
         let mut batch = Batch::default();
         link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
         socket.execute(&batch).map(drop)
+    });
+    if result.is_err() {
+        // The first error is what counts.
+        let _ = remove(path);
+    }
+    result
+}
+
+/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with a
+/// new one.
+pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o444)
+        .open(path)
+        .map_err(|source| failed("create the pin of a network namespace", path, source))?;
+    let pinned = mount(
+        Some(namespace),
+        path,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .map_err(|errno| failed("pin a network namespace at", path, errno.into()));
+    let result = pinned.and_then(|()| {
+        let namespace = open(path)?;
+        on_own_thread(|| {
+            enter(namespace.as_fd(), path)?;
+            let mut socket = Socket::route()?;
+            let mut batch = Batch::default();
+            link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
+            socket.execute(&batch).map(drop)
+        })
     });
     if result.is_err() {
         // The first error is what counts.

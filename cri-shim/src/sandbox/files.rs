@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rrun_proto::v1::DnsConfig;
 
-use crate::error::{During, Result};
+use crate::error::{During, Error, Result};
 
 /// Bytes; what Docker and containerd give.
 const SHM_SIZE: &str = "64m";
@@ -46,11 +46,45 @@ pub fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
-/// Mounts the /dev/shm that the containers of the pod share.
-pub fn mount_shm(path: &Path) -> Result<()> {
+/// Gives what containers see of the pod's files to the root of its user namespace.
+pub fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
+    for name in ["hostname", "hosts", "resolv.conf"] {
+        let path = dir.join(name);
+        match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).during(|| format!("give {} to {uid}:{gid}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Lets the runtime, once it is in the pod's user namespace, come to the bundles: anybody who knows
+/// what to ask for can pass through the directories that all pods are in, the group of the pod's
+/// root through the pod's own.
+pub fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
+    let set = |path: &Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+            .during(|| format!("set the mode of {}", path.display()))
+    };
+    for path in all {
+        set(path, 0o711)?;
+    }
+    for path in own {
+        std::os::unix::fs::lchown(path, None, Some(gid))
+            .during(|| format!("give {} to the group {gid}", path.display()))?;
+        set(path, 0o710)?;
+    }
+    Ok(())
+}
+
+/// Mounts the /dev/shm that the containers of the pod share, for this user and group.
+pub fn mount_shm(path: &Path, root: Option<(u32, u32)>) -> Result<()> {
     std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let data = format!("mode=1777,size={SHM_SIZE}");
+    let (uid, gid) = root.unwrap_or_default();
+    let data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
     mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str()))
         .map_err(io::Error::from)
         .during(|| format!("mount a tmpfs on {}", path.display()))
@@ -78,6 +112,26 @@ pub fn remove_tree(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses what would be another line, or another word, of resolv.conf(5).
+pub fn check_dns(dns: &DnsConfig) -> Result<()> {
+    let fields = [
+        ("servers", &dns.servers),
+        ("searches", &dns.searches),
+        ("options", &dns.options),
+    ];
+    for (field, words) in fields {
+        let odd = |word: &&String| {
+            word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control())
+        };
+        if let Some(word) = words.iter().find(odd) {
+            return Err(Error::invalid(format!(
+                "the pod's dns_config.{field} has {word:?}, which is not one word"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// resolv.conf(5) of the pod's DNS configuration; without one, the node's.

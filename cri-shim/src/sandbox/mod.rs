@@ -2,13 +2,15 @@
 //!
 //! [`run`] makes everything that the containers of a pod share; [`stop`] gives it back, and ends
 //! in removal. [`files`] are what containers see in /etc and /dev/shm, [`namespaces`] says who
-//! shares what, [`watch`] follows the pod's monitor, [`status`] is the CRI's view.
+//! shares what, [`users`] whose ids the pod's are, [`watch`] follows the pod's monitor, [`status`] is the CRI's view.
 
 pub mod files;
 pub mod namespaces;
 pub mod run;
 pub mod status;
 pub mod stop;
+pub mod sysctl;
+pub mod users;
 pub mod watch;
 
 use std::net::IpAddr;
@@ -57,6 +59,8 @@ pub struct State {
     pub monitor: i32,
     /// The first process of the pod's PID namespace.
     pub pid1: Option<i32>,
+    /// The process whose namespaces are the pod's, if that is not the monitor.
+    pub holder: Option<i32>,
     /// The monitor was told to end: its silence is no accident.
     pub retired: bool,
     /// As last told by RunPodSandbox or UpdatePodSandboxResources.
@@ -154,6 +158,12 @@ impl Sandbox {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
         written.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// The process whose `/proc/PID/ns/…` are the pod's.
+    pub fn namespaces(&self) -> i32 {
+        let state = self.state();
+        state.holder.unwrap_or(state.monitor)
     }
 
     /// Counts a container as being made until the guard goes.

@@ -6,10 +6,10 @@ use std::time::Duration;
 use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata};
 
 use super::namespaces::{self, Sharing};
-use super::{RECORD, Record, Sandbox, files, stop, watch};
+use super::{RECORD, Record, Sandbox, files, stop, sysctl, users, watch};
 use crate::cgroup;
 use crate::error::{During, Error, Result};
-use crate::monitor::protocol::Pod;
+use crate::monitor::protocol::{Hello, Pod};
 use crate::monitor_client;
 use crate::network::namespace as netns;
 use crate::node::{Node, new_id, now};
@@ -43,8 +43,8 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     let sharing = check(&node, &config, &handler)?;
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
-        Some(parent) if !parent.is_empty() => parent.trim_end_matches('/').to_owned(),
-        _ => format!("{}/{id}", node.config.default_cgroup_parent),
+        Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
+        _ => cgroup::own(&node.config.default_cgroup_parent, &id),
     };
     let record = Record {
         id,
@@ -108,9 +108,15 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
 }
 
 fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharing> {
-    if node.config.runtime_command(handler).is_none() {
+    let Some(runtime) = node.config.runtime(handler) else {
         return Err(Error::invalid(format!(
             "there is no runtime handler {handler:?} in the configuration"
+        )));
+    };
+    if let Some(missing) = runtime.missing() {
+        let name = node.config.handler_name(handler);
+        return Err(Error::wrong_state(format!(
+            "the runtime handler {name:?} can't run pods: {missing}"
         )));
     }
     let metadata = config.metadata.as_ref();
@@ -118,12 +124,13 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
         return Err(Error::invalid("the pod's configuration has no metadata"));
     };
     let sharing = namespaces::sharing(config)?;
-    namespaces::check_sysctls(config, sharing)?;
+    sysctl::check_sysctls(config, sharing)?;
     if let Some(linux) = &config.linux
         && !linux.cgroup_parent.is_empty()
     {
-        cgroup::check_parent(&linux.cgroup_parent)?;
+        cgroup::of_pod(node.config.cgroup_driver, &linux.cgroup_parent)?;
     }
+    check_fields(config)?;
     if config.hostname.len() > HOST_NAME_MAX || config.hostname.contains(['\0', '\n', '/']) {
         let name = &metadata.name;
         return Err(Error::invalid(format!(
@@ -139,6 +146,36 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
     Ok(sharing)
 }
 
+/// Refuses what is contradictory, or can't be done, by the field's name.
+fn check_fields(config: &PodSandboxConfig) -> Result<()> {
+    if config.windows.is_some() {
+        return Err(Error::invalid(
+            "the pod has a configuration for Windows (windows)",
+        ));
+    }
+    if !config.log_directory.is_empty() && !config.log_directory.starts_with('/') {
+        let directory = &config.log_directory;
+        return Err(Error::invalid(format!(
+            "the pod's log_directory {directory:?} is not an absolute path"
+        )));
+    }
+    if let Some(dns) = &config.dns_config {
+        files::check_dns(dns)?;
+    }
+    let context = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
+    if context
+        .is_some_and(|context| context.run_as_group.is_some() && context.run_as_user.is_none())
+    {
+        return Err(Error::invalid(
+            "the pod's security context has run_as_group without run_as_user",
+        ));
+    }
+    Ok(())
+}
+
 /// The record as far as making the pod had come.
 fn left_behind(node: &Node, record: Record) -> Record {
     files::read_record(&node.sandbox_dir(&record.id).join(RECORD)).unwrap_or(record)
@@ -151,8 +188,10 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
     // A kill at any later instruction finds the pod by its directory, and what it owns in there.
     let intent = dir.join(RECORD);
     files::write_record(&intent, &record)?;
-    record.cgroups_made = cgroup::create(&record.cgroup)?;
-    files::write_record(&intent, &record)?;
+    if !cgroup::slice::is_slice(&record.cgroup) {
+        record.cgroups_made = cgroup::create(&record.cgroup)?;
+        files::write_record(&intent, &record)?;
+    }
 
     let config = &record.config;
     if !config.log_directory.is_empty() {
@@ -172,10 +211,20 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
     if !sharing.own_network {
         files::write(&dir.join("hosts"), &files::of_node("/etc/hosts"))?;
     }
-    if sharing.own_ipc {
-        files::mount_shm(&dir.join("shm"))?;
+    let root = users::mappings(config)?.map(|users| users.root());
+    if let Some(root) = root {
+        files::give_to(&dir, root)?;
+        let state = &node.config.state;
+        let (all, own) = (
+            [state, &state.join("pods")],
+            [&dir, &dir.join("containers")],
+        );
+        files::let_through(&all.map(AsRef::as_ref), &own.map(AsRef::as_ref), root.1)?;
     }
-    if sharing.own_network {
+    if sharing.own_ipc {
+        files::mount_shm(&dir.join("shm"), root)?;
+    }
+    if sharing.own_network && !sharing.own_users {
         netns::create(&node.netns(&record.id))
             .map_err(|error| Error::internal(error.to_string()))?;
     }
@@ -185,48 +234,63 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
 /// Monitor and network, side by side.
 async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> Result<()> {
     let name = sandbox.name();
-    let (monitor, network) = tokio::join!(
-        slow(
-            format!("{name}: start its monitor"),
-            start_monitor(node, sandbox, sharing)
-        ),
-        slow(
-            format!("{name}: connect its network"),
-            attach(node, sandbox, sharing)
-        ),
+    let monitor = slow(
+        format!("{name}: start its monitor"),
+        start_monitor(node, sandbox, sharing),
     );
-    let (pid, pid1) = monitor?;
-    let addresses = network?;
+    let network = slow(
+        format!("{name}: connect its network"),
+        attach(node, sandbox, sharing),
+    );
+    let (hello, addresses) = if sharing.own_users {
+        // Whose root is to rule over the network namespace must be there before it.
+        let hello = monitor.await?;
+        if let Some(holder) = hello.holder {
+            let netns = node.netns(&sandbox.id);
+            let of_holder = format!("/proc/{holder}/ns/net");
+            blocking(format!("{name}: keep its network namespace"), move || {
+                netns::pin(of_holder.as_ref(), &netns)
+            })
+            .await
+            .map_err(|error| Error::internal(error.to_string()))?;
+        }
+        (hello, network.await?)
+    } else {
+        let (monitor, network) = tokio::join!(monitor, network);
+        (monitor?, network?)
+    };
     let hostname = &sandbox.config.hostname;
     if sharing.own_network {
         let hosts = files::hosts(hostname, addresses.first().copied());
-        files::write(&node.sandbox_dir(&sandbox.id).join("hosts"), &hosts)?;
+        let dir = node.sandbox_dir(&sandbox.id);
+        files::write(&dir.join("hosts"), &hosts)?;
+        if let Some(users) = users::mappings(&sandbox.config)? {
+            files::give_to(&dir, users.root())?;
+        }
     }
     let netns = node.netns(&sandbox.id);
     let config = sandbox.config.clone();
+    let holder = hello.holder.unwrap_or(hello.pid);
     blocking(format!("{name}: set its sysctls"), move || {
-        namespaces::write_sysctls(&config, sharing, &netns, pid)
+        sysctl::write_sysctls(&config, sharing, &netns, holder)
     })
     .await?;
     let mut state = sandbox.state();
-    state.monitor = pid;
-    state.pid1 = pid1;
+    state.monitor = hello.pid;
+    state.pid1 = hello.pid1;
+    state.holder = hello.holder;
     state.addresses = addresses;
     Ok(())
 }
 
-async fn start_monitor(
-    node: &Node,
-    sandbox: &Sandbox,
-    sharing: Sharing,
-) -> Result<(i32, Option<i32>)> {
+async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Hello> {
     let hostname = &sandbox.config.hostname;
     let pod = Pod {
         id: sandbox.id.clone(),
-        // The node's network goes with the node's name.
-        hostname: (sharing.own_network && !hostname.is_empty()).then(|| hostname.clone()),
+        hostname: sharing.own_uts.then(|| hostname.clone()),
         new_ipc: sharing.own_ipc,
         shared_pid: sharing.shared_pid,
+        users: users::mappings(&sandbox.config)?.map(|users| users.for_monitor()),
     };
     let dir = node.sandbox_dir(&sandbox.id);
     monitor_client::spawn(&dir, &pod, &node.config.monitor)
@@ -234,7 +298,7 @@ async fn start_monitor(
         .map_err(|error| Error::internal(error.to_string()))?;
     // Its answer means that the namespaces are there.
     match tokio::time::timeout(MONITOR_START, sandbox.monitor.subscribe()).await {
-        Ok(Ok((hello, _events))) => Ok((hello.pid, hello.pid1)),
+        Ok(Ok((hello, _events))) => Ok(hello),
         Ok(Err(error)) => Err(Error::internal(error.to_string())),
         Err(_) => Err(Error::internal(format!(
             "the monitor {} did not come up within {} s",

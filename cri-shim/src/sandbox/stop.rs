@@ -155,12 +155,24 @@ fn kill_monitor(sandbox: &Sandbox) {
 pub async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
     release(node, sandbox, &[]).await?;
     let name = sandbox.name();
-    let own = format!("{}/{}", node.config.default_cgroup_parent, sandbox.id);
-    if sandbox.cgroup == own {
+    let parent = &node.config.default_cgroup_parent;
+    if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {
         let dir = cgroup::directory(&sandbox.cgroup);
-        slow(format!("{name}: remove its cgroup"), cgroup::destroy(&dir)).await?;
-        // The last one out; with pods in it the kernel refuses.
-        cgroup::remove_dirs(&[cgroup::directory(&node.config.default_cgroup_parent)]);
+        slow(format!("{name}: remove its cgroup"), async {
+            if !dir.exists() {
+                return Ok(());
+            }
+            cgroup::destroy(&dir).await?;
+            match cgroup::slice::is_slice(&sandbox.cgroup) {
+                true => cgroup::slice::stop(&sandbox.cgroup).await,
+                false => Ok(()),
+            }
+        })
+        .await?;
+        if !cgroup::slice::is_slice(parent) {
+            // The last one out; with pods in it the kernel refuses.
+            cgroup::remove_dirs(&[cgroup::directory(parent)]);
+        }
     }
     let made = sandbox.cgroups_made.clone();
     let dir = node.sandbox_dir(&sandbox.id);

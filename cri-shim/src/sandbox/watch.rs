@@ -80,6 +80,7 @@ pub fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
         let mut state = sandbox.state();
         state.monitor = hello.pid;
         state.pid1 = hello.pid1;
+        state.holder = hello.holder;
     }
     for told in hello.containers {
         let Ok(container) = node.container(&told.id) else {

@@ -46,10 +46,11 @@ impl Runtime {
                 conditions: vec![
                     condition("RuntimeReady", self.default_runtime_missing()),
                     condition("NetworkReady", network),
+                    condition("RuntimeHandlersReady", self.other_runtimes_missing()),
                 ],
             }),
             info: BTreeMap::new(),
-            runtime_handlers: self.handlers(),
+            runtime_handlers: self.handlers().await,
             features: Some(RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: false,
@@ -78,27 +79,35 @@ impl Runtime {
     }
 
     fn default_runtime_missing(&self) -> Option<(&'static str, String)> {
-        let config = &self.node.config;
-        let handler = config.runtimes.get(&config.default_runtime)?;
-        if handler.path.is_file() {
-            return None;
-        }
-        let path = handler.path.display();
-        Some(("RuntimeMissing", format!("there is no runtime at {path}")))
+        let missing = self.node.config.runtime("")?.missing()?;
+        Some(("RuntimeMissing", missing))
+    }
+
+    /// Pods can do without a handler that is not the default one: those that choose it can't.
+    fn other_runtimes_missing(&self) -> Option<(&'static str, String)> {
+        let runtimes = self.node.config.runtimes.iter();
+        let missing: Vec<String> = runtimes
+            .filter_map(|(name, handler)| Some(format!("{name}: {}", handler.missing()?)))
+            .collect();
+        (!missing.is_empty()).then(|| ("RuntimeMissing", missing.join("; ")))
     }
 
     /// Every handler; the default one a second time, without a name.
-    fn handlers(&self) -> Vec<RuntimeHandler> {
+    async fn handlers(&self) -> Vec<RuntimeHandler> {
         let config = &self.node.config;
-        let handler = |name: &str| RuntimeHandler {
-            name: name.to_owned(),
-            features: Some(RuntimeHandlerFeatures {
-                recursive_read_only_mounts: true,
-                user_namespaces: false,
-            }),
-        };
-        let named = config.runtimes.keys().map(|name| handler(name));
-        std::iter::once(handler("")).chain(named).collect()
+        let users = self.node.handlers.users(config).await;
+        let mut handlers = Vec::new();
+        for name in std::iter::once("").chain(config.runtimes.keys().map(String::as_str)) {
+            let features = self.node.handlers.features(config, name).await;
+            handlers.push(RuntimeHandler {
+                name: name.to_owned(),
+                features: Some(RuntimeHandlerFeatures {
+                    recursive_read_only_mounts: features.recursive_read_only,
+                    user_namespaces: users && features.users && features.mapped_mounts,
+                }),
+            });
+        }
+        handlers
     }
 
     async fn run_sandbox(&self, request: RunPodSandboxRequest) -> Result<RunPodSandboxResponse> {
@@ -158,6 +167,7 @@ impl Runtime {
                 "pid": state.monitor,
                 "cgroup": sandbox.cgroup,
                 "runtimeHandler": self.node.config.handler_name(&sandbox.handler),
+                "namespaces": sandbox.namespaces(),
                 "directory": self.node.sandbox_dir(&sandbox.id),
                 "networkNamespace": self.node.netns(&sandbox.id),
                 "pid1": state.pid1,
@@ -293,6 +303,11 @@ impl Runtime {
         request: UpdateContainerResourcesRequest,
     ) -> Result<UpdateContainerResourcesResponse> {
         let container = self.node.container(&request.container_id)?;
+        if request.windows.is_some() {
+            return Err(Error::invalid(
+                "the update has resources for Windows (windows)",
+            ));
+        }
         let Some(asked) = request.linux else {
             return Ok(UpdateContainerResourcesResponse {});
         };

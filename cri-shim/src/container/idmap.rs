@@ -1,0 +1,202 @@
+//! Overlays for pods with a user namespace of their own: layers and writable layer are mounted
+//! with that namespace's ids, so that the files of every image belong to the right users and
+//! nothing is copied or chowned. Overlayfs takes such layers since Linux 5.19.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
+
+use crate::error::{During, Error, Result};
+use crate::mount_attributes;
+
+/// An overlay, attached nowhere. `lower` is uppermost first; `writable` has `upper` and `work`,
+/// without it the overlay is read-only and wants two layers; `users` is the user namespace, if the
+/// ids are to be mapped.
+/// `scratch` is any directory. Blocks.
+///
+/// It is put together in a mount namespace of a thread's own, which takes the layers' mounts along
+/// when it ends: there is nothing to unmount, also after a kill.
+pub fn overlay(
+    lower: &[PathBuf],
+    writable: Option<&Path>,
+    users: Option<BorrowedFd<'_>>,
+    scratch: &Path,
+) -> Result<OwnedFd> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("idmap".into())
+            .spawn_scoped(scope, || assemble(lower, writable, users, scratch))
+            .during(|| "start a thread".to_owned())?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(Error::internal("the mounting thread panicked")))
+    })
+}
+
+fn assemble(
+    lower: &[PathBuf],
+    writable: Option<&Path>,
+    users: Option<BorrowedFd<'_>>,
+    scratch: &Path,
+) -> Result<OwnedFd> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(io::Error::from)
+        .during(|| "make a mount namespace".to_owned())?;
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    rustix::mount::mount_change("/", private).during(|| "keep its mounts in it".to_owned())?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("layers"),
+        scratch,
+        Some("tmpfs"),
+        flags,
+        Some("mode=0700"),
+    )
+    .map_err(io::Error::from)
+    .during(|| format!("mount a tmpfs on {}", scratch.display()))?;
+    let here = rustix::fs::open(scratch, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .during(|| format!("open {}", scratch.display()))?;
+    // Of this thread only: unshare(2) says so of CLONE_NEWNS.
+    rustix::process::fchdir(&here).during(|| format!("go to {}", scratch.display()))?;
+
+    let mut names = Vec::with_capacity(lower.len());
+    for (number, layer) in lower.iter().enumerate() {
+        let name = number.to_string();
+        mapped(layer, &name, users)?;
+        names.push(name);
+    }
+    let mut data = format!("lowerdir={}", names.join(":"));
+    if let Some(writable) = writable {
+        mapped(writable, "w", users)?;
+        data += ",upperdir=w/upper,workdir=w/work,volatile";
+    }
+    std::fs::create_dir("overlay").during(|| "make a directory in a tmpfs".to_owned())?;
+    mount(
+        Some("overlay"),
+        "overlay",
+        Some("overlay"),
+        MsFlags::empty(),
+        Some(data.as_str()),
+    )
+    .map_err(io::Error::from)
+    .during(|| format!("overlay of {} layers with mapped ids", lower.len()))?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(CWD, "overlay", flags).during(|| "take the overlay along".to_owned())
+}
+
+/// Mounts a directory, its files' ids mapped, on a new one here.
+fn mapped(dir: &Path, name: &str, users: Option<BorrowedFd<'_>>) -> Result<()> {
+    let what = || {
+        format!(
+            "mount the layer {} (with mapped ids: {})",
+            dir.display(),
+            users.is_some()
+        )
+    };
+    std::fs::create_dir(name).during(what)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, dir, flags).during(what)?;
+    if users.is_some() {
+        mount_attributes::set(&tree, false, 0, users).during(what)?;
+    }
+    attach(tree.as_fd(), Path::new(name)).during(what)
+}
+
+/// Puts a detached mount on a path.
+pub fn attach(tree: BorrowedFd<'_>, target: &Path) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree, "", CWD, target, flags)
+        .during(|| format!("mount it on {}", target.display()))
+}
+
+/// The user namespace of a process.
+pub fn users_of(pid: i32) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/ns/user");
+    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .during(|| format!("open the pod's user namespace {path}"))
+}
+
+/// Runs `work` with files belonging to this user and group of the node: on a mount with mapped
+/// ids the node's root is nobody, who can't own what it makes.
+pub fn as_owner<T>((uid, gid): (u32, u32), work: impl FnOnce() -> T) -> T {
+    let (user, group) = (
+        nix::unistd::Uid::from_raw(uid),
+        nix::unistd::Gid::from_raw(gid),
+    );
+    // These return what was before, and never fail aloud, setfsuid(2); both are the thread's own.
+    let group = nix::unistd::setfsgid(group);
+    let user = nix::unistd::setfsuid(user);
+    let done = work();
+    nix::unistd::setfsuid(user);
+    nix::unistd::setfsgid(group);
+    done
+}
+
+/// Whether this kernel and the file system under `root` can do that; tried, with a user namespace
+/// of a process that does nothing else. `empty` is an empty layer. Blocks.
+pub fn probe(root: &Path, empty: &Path) -> Result<()> {
+    let dir = root.join("idmap-probe");
+    let made = (|| {
+        for part in ["upper", "work", "scratch"] {
+            crate::sandbox::files::private_dir(&dir.join(part))?;
+        }
+        let users = throw_away_users().during(|| "make a user namespace".to_owned())?;
+        let lower = [empty.to_owned()];
+        overlay(
+            &lower,
+            Some(&dir),
+            Some(users.as_fd()),
+            &dir.join("scratch"),
+        )
+        .map(drop)
+    })();
+    crate::sandbox::files::remove_tree(&dir)?;
+    made
+}
+
+/// A user namespace that lives as long as its descriptor.
+fn throw_away_users() -> io::Result<OwnedFd> {
+    // SAFETY: clone_args is plain numbers, for which zero means absent.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = u64::try_from(libc::CLONE_NEWUSER).unwrap_or_default();
+    arguments.exit_signal = u64::try_from(libc::SIGCHLD).unwrap_or_default();
+    // SAFETY: without CLONE_VM this is a fork; the child makes no call but pause(2) and _exit(2),
+    // which are safe in the copy of a process with several threads.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    match pid {
+        0 => {
+            // SAFETY: as above.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+                libc::_exit(0)
+            }
+        }
+        1.. => {
+            let opened = map_and_open(pid);
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap_or_default());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+            nix::sys::wait::waitpid(pid, None)?;
+            opened
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn map_and_open(pid: i64) -> io::Result<OwnedFd> {
+    for name in ["uid_map", "gid_map"] {
+        std::fs::write(format!("/proc/{pid}/{name}"), "0 65536 65536")?;
+    }
+    Ok(std::fs::File::open(format!("/proc/{pid}/ns/user"))?.into())
+}

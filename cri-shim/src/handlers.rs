@@ -1,0 +1,142 @@
+//! What the runtime handlers can do, as their own `features` say (the runtime specification's
+//! features.md), and what this kernel can.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::process::Command;
+use tokio::sync::OnceCell;
+
+use crate::config::Config;
+use crate::container::idmap;
+use crate::slow::blocking;
+
+/// How long a runtime may take to tell.
+const TELL: Duration = Duration::from_secs(20);
+
+/// What is asked of a handler besides running containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// The mount option `rro`.
+    pub recursive_read_only: bool,
+    /// It knows user namespaces.
+    pub users: bool,
+    /// `uidMappings` and `gidMappings` of mounts.
+    pub mapped_mounts: bool,
+}
+
+/// Asked once, when somebody first wants to know.
+pub struct Handlers {
+    features: BTreeMap<String, OnceCell<Features>>,
+    users: OnceCell<bool>,
+}
+
+impl Handlers {
+    pub fn new(config: &Config) -> Self {
+        let names = config.runtimes.keys();
+        Handlers {
+            features: names.map(|name| (name.clone(), OnceCell::new())).collect(),
+            users: OnceCell::new(),
+        }
+    }
+
+    /// Of a handler by its name; empty is the default one.
+    pub async fn features(&self, config: &Config, handler: &str) -> Features {
+        let name = config.handler_name(handler);
+        let (Some(cell), Some(runtime)) = (self.features.get(name), config.runtimes.get(name))
+        else {
+            return Features::default();
+        };
+        // One that is installed later has not been asked.
+        if runtime.missing().is_some() {
+            return Features::default();
+        }
+        *cell.get_or_init(|| ask(name, runtime.path.clone())).await
+    }
+
+    /// Whether the node can give pods user namespaces: the kernel must map the ids of layers.
+    pub async fn users(&self, config: &Config) -> bool {
+        let root = config.root.clone();
+        *self
+            .users
+            .get_or_init(|| async move {
+                let probe = move || idmap::probe(&root, &crate::image::empty_layer(&root));
+                match blocking("try a user namespace", probe).await {
+                    Ok(()) => true,
+                    Err(error) => {
+                        log::info!("pods get no user namespaces of their own: {error}");
+                        false
+                    }
+                }
+            })
+            .await
+    }
+}
+
+async fn ask(name: &str, path: PathBuf) -> Features {
+    let told = Command::new(&path)
+        .arg("features")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let failed = |why: String| {
+        log::info!(
+            "the runtime handler {name:?} does not tell its features ({} features: {why}); it is taken to have none",
+            path.display()
+        );
+        Features::default()
+    };
+    match tokio::time::timeout(TELL, told).await {
+        Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
+            Ok(value) => read(&value),
+            Err(error) => failed(error.to_string()),
+        },
+        Ok(Ok(output)) => failed(output.status.to_string()),
+        Ok(Err(error)) => failed(crate::error::kernel(&error)),
+        Err(_) => failed(format!("no answer within {} s", TELL.as_secs())),
+    }
+}
+
+fn read(features: &Value) -> Features {
+    let has = |pointer: &str, word: &str| {
+        let list = features.pointer(pointer).and_then(Value::as_array);
+        list.is_some_and(|list| list.iter().any(|one| one == word))
+    };
+    let idmap = features.pointer("/linux/mountExtensions/idmap/enabled");
+    Features {
+        recursive_read_only: has("/mountOptions", "rro"),
+        users: has("/linux/namespaces", "user"),
+        mapped_mounts: idmap.and_then(Value::as_bool).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn features_are_where_the_specification_has_them() {
+        let told = json!({
+            "mountOptions": ["ro", "rro"],
+            "linux": {
+                "namespaces": ["pid", "user"],
+                "mountExtensions": { "idmap": { "enabled": true } },
+            },
+        });
+        assert_eq!(
+            read(&told),
+            Features {
+                recursive_read_only: true,
+                users: true,
+                mapped_mounts: true,
+            }
+        );
+        assert_eq!(read(&json!({})), Features::default());
+    }
+}
