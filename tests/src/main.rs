@@ -10,7 +10,10 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 mod bundle;
 mod cgroup_use;
 mod cri_calls;
+mod cri_config;
 mod cri_containers;
+mod cri_devices;
+mod cri_handlers;
 mod cri_hangs;
 mod cri_images;
 mod cri_images_faults;
@@ -19,6 +22,8 @@ mod cri_images_registries;
 mod cri_limits;
 mod cri_pods;
 mod cri_restart;
+mod cri_users;
+mod cri_volumes;
 mod cri_wedge;
 mod crictl_story;
 mod inside;
@@ -85,6 +90,11 @@ fn main() -> ExitCode {
         cri_pods::TESTS,
         cri_containers::TESTS,
         cri_limits::TESTS,
+        cri_users::TESTS,
+        cri_volumes::TESTS,
+        cri_devices::TESTS,
+        cri_handlers::TESTS,
+        cri_config::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
         cri_wedge::TESTS,

@@ -65,7 +65,7 @@ pub fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
 impl Node {
     fn start() -> Result<Self> {
         let directory = Directory::new("node")?;
-        for dir in ["root", "state", "logs", "certs.d", "cni"] {
+        for dir in ["root", "state", "logs", "certs.d", "cni", "cdi", "config.d"] {
             fs::create_dir(directory.join(dir))?;
         }
         let mut node = Node {
@@ -98,15 +98,17 @@ impl Node {
     }
 
     fn write_config(&self) -> Result {
-        let [root, state, certs, cni] =
-            ["root", "state", "certs.d", "cni"].map(|name| self.join(name).display().to_string());
+        let [root, state, certs, cni, cdi] = ["root", "state", "certs.d", "cni", "cdi"]
+            .map(|name| self.join(name).display().to_string());
         let socket = self.socket().display().to_string();
         let text = if is_rrun() {
             // The native view's host has no CAP_SYS_RESOURCE.
             format!(
                 "root = {root:?}\nstate = {state:?}\nlisten = \"unix://{socket}\"\n\
                  registry_config_path = {certs:?}\ncni_conf_dir = {cni:?}\n\
-                 restrict_oom_score_adj = true\ndebug = true\n"
+                 restrict_oom_score_adj = true\ndebug = true\ncdi_spec_dirs = [{cdi:?}]\n\
+                 [runtime.runc]\npath = 'runc'\n[runtime.crun]\npath = 'crun'\n\
+                 [runtime.absent]\npath = '/no/such/runtime'\n"
             )
         } else {
             fs::write(self.join("cni/10-bridge.conflist"), CNI)?;
@@ -118,6 +120,13 @@ impl Node {
                  [plugins.'io.containerd.cri.v1.images'.pinned_images]\n\
                  sandbox = 'registry.k8s.io/pause:3.9'\n\
                  [plugins.'io.containerd.cri.v1.runtime']\nrestrict_oom_score_adj = true\n\
+                 enable_cdi = true\ncdi_spec_dirs = [{cdi:?}]\n\
+                 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
+                 runtime_type = 'io.containerd.runc.v2'\n\
+                 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun]\n\
+                 runtime_type = 'io.containerd.runc.v2'\n\
+                 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]\n\
+                 BinaryName = 'crun'\n\
                  [plugins.'io.containerd.cri.v1.runtime'.cni]\nconf_dir = {cni:?}\n\
                  bin_dirs = ['/usr/lib/cni']\n"
             )
@@ -230,8 +239,21 @@ impl Node {
     }
 
     pub fn runp(&self, pod: &Value) -> Result<String> {
+        self.runp_by("", pod)
+    }
+
+    /// `runp` with a runtime handler; empty is the default one.
+    pub fn runp_by(&self, handler: &str, pod: &Value) -> Result<String> {
         let file = self.pod_file(pod)?;
-        self.asks(&["runp", &file])
+        self.asks(&["runp", "--runtime", handler, &file])
+    }
+
+    /// Runs the container to its end: what `/inside report`, its command, tells.
+    pub fn report(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Value> {
+        let id = self.run(pod_id, pod, container)?;
+        self.exited(&id)?;
+        let text = self.asks(&["logs", &id])?;
+        serde_json::from_str(&text).map_err(|error| format!("{error}: {text}").into())
     }
 
     /// `runp`, whatever comes of it.
