@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::machine::{Result, command};
@@ -248,18 +249,39 @@ fn mounts_are_read_only_and_propagate_as_asked() -> Result {
         let pod_id = node.runp(&pod)?;
         let source = node.join("source");
         fs::create_dir_all(source.join("below"))?;
-        let mount = |args: &[&str]| command("mount", args.iter().copied()).ok().map(|_| ());
         let at = |path: &Path| path.display().to_string();
         let (top, below) = (at(&source), at(&source.join("below")));
-        mount(&["--bind", &top, &top])?;
-        mount(&["--make-private", &top])?;
-        mount(&["-t", "tmpfs", "none", &below])?;
+        mount(
+            Some(&*top),
+            &*top,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )?;
+        mount(
+            None::<&str>,
+            &*top,
+            None::<&str>,
+            MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )?;
+        tmpfs(&below)?;
         let result = propagation(node, &pod_id, &pod, &top, &below);
         for path in [&format!("{below}/later"), &below, &top] {
-            let _ = command("umount", ["-l", path]).end();
+            let _ = umount2(&**path, MntFlags::MNT_DETACH);
         }
         result
     })
+}
+
+fn tmpfs(place: &str) -> Result {
+    Ok(mount(
+        Some("none"),
+        place,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )?)
 }
 
 fn propagation(node: &Node, pod_id: &str, pod: &Value, top: &str, below: &str) -> Result {
@@ -300,10 +322,11 @@ fn propagation(node: &Node, pod_id: &str, pod: &Value, top: &str, below: &str) -
             "{name} of a private mount"
         );
     }
-    command("mount", ["--make-rshared", top]).ok()?;
+    let shared = MsFlags::MS_SHARED | MsFlags::MS_REC;
+    mount(None::<&str>, top, None::<&str>, shared, None::<&str>)?;
     let slave = node.run(pod_id, pod, &asks("slaves", json!({ "propagation": 1 })))?;
-    command("mkdir", [&format!("{below}/later")]).ok()?;
-    command("mount", ["-t", "tmpfs", "none", &format!("{below}/later")]).ok()?;
+    fs::create_dir(format!("{below}/later"))?;
+    tmpfs(&format!("{below}/later"))?;
     fs::write(format!("{below}/later/file"), "later")?;
     let text = node.asks(&["exec", "-s", &slave, "cat", "/m/below/later/file"])?;
     ensure_eq!(text.trim(), "later", "what was mounted later");

@@ -1,6 +1,5 @@
 //! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -305,9 +304,9 @@ fn prepare(
     let root = mappings.as_ref().map(|users| users.root());
     let holder = sandbox.namespaces();
     let users = match root {
-        Some((_, gid)) => {
-            let_through(&[], &[bundle], gid)?;
-            Some(idmap::users_of(holder)?)
+        Some(root) => {
+            let_through(&[], &[bundle], root.1)?;
+            Some(idmap::Users::of(holder, root)?)
         }
         None => None,
     };
@@ -316,7 +315,7 @@ fn prepare(
         writable: &writable,
         target: &target,
         base: &node.config.root,
-        users: users.as_ref().map(AsFd::as_fd),
+        users: users.as_ref(),
     }
     .mount()?;
     let root = root.unwrap_or_default();

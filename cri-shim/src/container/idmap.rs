@@ -24,7 +24,7 @@ use crate::mount_attributes;
 pub fn overlay(
     lower: &[PathBuf],
     writable: Option<&Path>,
-    users: Option<BorrowedFd<'_>>,
+    users: Option<&Users>,
     scratch: &Path,
 ) -> Result<OwnedFd> {
     std::thread::scope(|scope| {
@@ -41,7 +41,7 @@ pub fn overlay(
 fn assemble(
     lower: &[PathBuf],
     writable: Option<&Path>,
-    users: Option<BorrowedFd<'_>>,
+    users: Option<&Users>,
     scratch: &Path,
 ) -> Result<OwnedFd> {
     unshare(CloneFlags::CLONE_NEWNS)
@@ -76,6 +76,10 @@ fn assemble(
         data += ",upperdir=w/upper,workdir=w/work,volatile";
     }
     std::fs::create_dir("overlay").during(|| "make a directory in a tmpfs".to_owned())?;
+    if let Some(users) = users {
+        // What overlayfs makes, it makes as who mounted it.
+        become_owner(users.root)?;
+    }
     mount(
         Some("overlay"),
         "overlay",
@@ -85,12 +89,21 @@ fn assemble(
     )
     .map_err(io::Error::from)
     .during(|| format!("overlay of {} layers with mapped ids", lower.len()))?;
+    let is_readonly = rustix::fs::statvfs("overlay")
+        .during(|| "look at the overlay".to_owned())?
+        .f_flag
+        .contains(rustix::fs::StatVfsMountFlags::RDONLY);
+    if writable.is_some() && is_readonly {
+        return Err(Error::internal(
+            "overlayfs does not take the writable layer with mapped ids, the kernel's log may say why",
+        ));
+    }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     rustix::mount::open_tree(CWD, "overlay", flags).during(|| "take the overlay along".to_owned())
 }
 
 /// Mounts a directory, its files' ids mapped, on a new one here.
-fn mapped(dir: &Path, name: &str, users: Option<BorrowedFd<'_>>) -> Result<()> {
+fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
     let what = || {
         format!(
             "mount the layer {} (with mapped ids: {})",
@@ -101,8 +114,9 @@ fn mapped(dir: &Path, name: &str, users: Option<BorrowedFd<'_>>) -> Result<()> {
     std::fs::create_dir(name).during(what)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, dir, flags).during(what)?;
-    if users.is_some() {
-        mount_attributes::set(&tree, false, 0, users).during(what)?;
+    if let Some(users) = users {
+        let namespace = Some(users.namespace.as_fd());
+        mount_attributes::set(&tree, false, 0, namespace).during(what)?;
     }
     attach(tree.as_fd(), Path::new(name)).during(what)
 }
@@ -114,27 +128,45 @@ pub fn attach(tree: BorrowedFd<'_>, target: &Path) -> Result<()> {
         .during(|| format!("mount it on {}", target.display()))
 }
 
-/// The user namespace of a process.
-pub fn users_of(pid: i32) -> Result<OwnedFd> {
-    let path = format!("/proc/{pid}/ns/user");
-    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .during(|| format!("open the pod's user namespace {path}"))
+/// A pod's user namespace.
+pub struct Users {
+    pub namespace: OwnedFd,
+    /// The node's ids of its root.
+    pub root: (u32, u32),
 }
 
-/// Runs `work` with files belonging to this user and group of the node: on a mount with mapped
-/// ids the node's root is nobody, who can't own what it makes.
-pub fn as_owner<T>((uid, gid): (u32, u32), work: impl FnOnce() -> T) -> T {
-    let (user, group) = (
-        nix::unistd::Uid::from_raw(uid),
-        nix::unistd::Gid::from_raw(gid),
-    );
-    // These return what was before, and never fail aloud, setfsuid(2); both are the thread's own.
-    let group = nix::unistd::setfsgid(group);
-    let user = nix::unistd::setfsuid(user);
-    let done = work();
-    nix::unistd::setfsuid(user);
-    nix::unistd::setfsgid(group);
-    done
+impl Users {
+    /// Of a process in it.
+    pub fn of(pid: i32, root: (u32, u32)) -> Result<Self> {
+        let path = format!("/proc/{pid}/ns/user");
+        let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .during(|| format!("open the pod's user namespace {path}"))?;
+        Ok(Users { namespace, root })
+    }
+}
+
+/// Runs `work` with what it makes belonging to this user and group of the node: on a mount with
+/// mapped ids the node's root is nobody, who can own nothing.
+pub fn as_owner<T>(owner: (u32, u32), work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = become_owner(owner);
+    let done = before.and_then(|before| {
+        let done = work();
+        become_owner(before)?;
+        done
+    });
+    done.during(|| format!("as the owner {}:{}", owner.0, owner.1))
+}
+
+/// Changes whose the files are that the calling thread makes, setfsuid(2), and nothing else;
+/// returns whose they were.
+fn become_owner((uid, gid): (u32, u32)) -> Result<(u32, u32)> {
+    let gid = nix::unistd::setfsgid(nix::unistd::Gid::from_raw(gid));
+    let uid = nix::unistd::setfsuid(nix::unistd::Uid::from_raw(uid));
+    // Whoever is not root loses the capabilities that are about files; not us.
+    let mut sets = rustix::thread::capabilities(None).during(|| "read capabilities".to_owned())?;
+    sets.effective = sets.permitted;
+    rustix::thread::set_capabilities(None, sets).during(|| "keep capabilities".to_owned())?;
+    Ok((uid.as_raw(), gid.as_raw()))
 }
 
 /// Whether this kernel and the file system under `root` can do that; tried, with a user namespace
@@ -145,15 +177,13 @@ pub fn probe(root: &Path, empty: &Path) -> Result<()> {
         for part in ["upper", "work", "scratch"] {
             crate::sandbox::files::private_dir(&dir.join(part))?;
         }
-        let users = throw_away_users().during(|| "make a user namespace".to_owned())?;
+        let users = Users {
+            namespace: throw_away_users().during(|| "make a user namespace".to_owned())?,
+            root: (65536, 65536),
+        };
         let lower = [empty.to_owned()];
-        overlay(
-            &lower,
-            Some(&dir),
-            Some(users.as_fd()),
-            &dir.join("scratch"),
-        )
-        .map(drop)
+        let scratch = dir.join("scratch");
+        overlay(&lower, Some(&dir), Some(&users), &scratch).map(drop)
     })();
     crate::sandbox::files::remove_tree(&dir)?;
     made

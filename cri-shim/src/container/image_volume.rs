@@ -99,7 +99,7 @@ pub fn mount(
     node: &Node,
     bundle: &Path,
     found: &[Found],
-    users: Option<&OwnedFd>,
+    users: Option<&idmap::Users>,
     mounts: &mut [Mount],
 ) -> Result<()> {
     for image in found {
@@ -119,7 +119,12 @@ pub fn mount(
     Ok(())
 }
 
-fn mount_one(node: &Node, image: &Found, users: Option<&OwnedFd>, target: &Path) -> Result<()> {
+fn mount_one(
+    node: &Node,
+    image: &Found,
+    users: Option<&idmap::Users>,
+    target: &Path,
+) -> Result<()> {
     // Read-only, an overlay wants two layers.
     let mut lower = image.lower.clone();
     let empty = crate::image::empty_layer(&node.config.root);
@@ -130,7 +135,7 @@ fn mount_one(node: &Node, image: &Found, users: Option<&OwnedFd>, target: &Path)
         // An image of nothing.
         clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
     } else {
-        idmap::overlay(&lower, None, users.map(AsFd::as_fd), target)?
+        idmap::overlay(&lower, None, users, target)?
     };
     protect(&tree)?;
     if image

@@ -29,7 +29,7 @@ pub struct Overlay<'a> {
     /// A directory that all the others are in, for kernels where paths must be short.
     pub base: &'a Path,
     /// The user namespace of the pod, if it has one of its own.
-    pub users: Option<BorrowedFd<'a>>,
+    pub users: Option<&'a idmap::Users>,
 }
 
 impl Overlay<'_> {
@@ -201,8 +201,11 @@ pub fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> Result<(
         return Ok(());
     }
     let mode = std::fs::Permissions::from_mode(0o755);
-    idmap::as_owner(owner, || root.mkdir_all(inside, &mode)).map_err(failed)?;
-    Ok(())
+    let make = || root.mkdir_all(inside, &mode).map(drop).map_err(failed);
+    match owner {
+        (0, 0) => make(),
+        owner => idmap::as_owner(owner, make),
+    }
 }
 
 #[cfg(test)]
