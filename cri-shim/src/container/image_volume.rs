@@ -19,8 +19,17 @@ use crate::slow::slow;
 const DIR: &str = "images";
 
 /// Whose lease on the image's layers that of a container's mount is.
-pub fn owner(container: &str, number: usize) -> String {
+fn owner(container: &str, number: usize) -> String {
     format!("{container}:{number}")
+}
+
+/// All of a container's.
+pub fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
+    let images = mounts
+        .iter()
+        .enumerate()
+        .filter(|(_, mount)| is_asked(mount));
+    images.map(|(number, _)| owner(container, number)).collect()
 }
 
 /// An image that a mount asks for, and that is here.

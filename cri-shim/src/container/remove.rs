@@ -43,9 +43,8 @@ pub async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
 
 async fn release(node: &Node, container: &Container) -> Result<()> {
     let name = container.name();
-    let owners = std::iter::once(container.id.clone())
-        .chain((0..container.config.mounts.len()).map(|at| image_volume::owner(&container.id, at)));
-    for owner in owners {
+    let images = image_volume::owners(&container.id, &container.config.mounts);
+    for owner in std::iter::once(container.id.clone()).chain(images) {
         let released = node.images.release(&owner);
         slow(format!("{name}: let go of its image"), released).await?;
     }
