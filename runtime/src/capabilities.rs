@@ -135,13 +135,14 @@ impl Sets {
         Ok(())
     }
 
-    /// Adds capabilities to all sets, as `exec --cap` does.
+    /// Adds capabilities, as `exec --cap` does: never to the inheritable ones, which would
+    /// go on to programs with capabilities of their file's own (CVE-2022-29162); and so to
+    /// the ambient ones only as far as the configuration made them inheritable.
     pub fn add(&mut self, mask: u64) {
         self.bounding |= mask;
         self.effective |= mask;
         self.permitted |= mask;
-        self.inheritable |= mask;
-        self.ambient |= mask;
+        self.ambient |= mask & self.inheritable;
     }
 
     /// Limits the bounding set of this process. Needs CAP_SETPCAP, so it comes first.

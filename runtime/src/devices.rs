@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
@@ -123,6 +123,10 @@ impl Device {
     fn make(&self, rootfs: &Rootfs, dev: &OwnedFd, bind: bool) -> Result<()> {
         if bind {
             let node = clone_tree(&self.path, false).doing(|| "take it from the host")?;
+            let stat = rustix::fs::fstat(&node).doing(|| "look at the host's")?;
+            if !self.is(&stat) {
+                refuse!("the host's is another device");
+            }
             let target = rootfs.mount_target(&self.path, Target::File)?;
             return move_mount(&node, &target).doing(|| "attach it");
         }
@@ -136,6 +140,12 @@ impl Device {
         }
     }
 
+    fn is(&self, stat: &Stat) -> bool {
+        let number = rustix::fs::makedev(self.major, self.minor);
+        FileType::from_raw_mode(stat.st_mode) == self.kind
+            && (self.kind == FileType::Fifo || stat.st_rdev == number)
+    }
+
     fn make_in(&self, directory: &OwnedFd, name: &OsStr) -> Result<()> {
         let number = rustix::fs::makedev(self.major, self.minor);
         let mode = Mode::from_raw_mode(self.mode);
@@ -144,9 +154,7 @@ impl Device {
             Err(Errno::EXIST) => {
                 let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
                     .doing(|| "stat what is there already")?;
-                let same = FileType::from_raw_mode(stat.st_mode) == self.kind
-                    && (self.kind == FileType::Fifo || stat.st_rdev == number);
-                if !same {
+                if !self.is(&stat) {
                     refuse!("something else is there already");
                 }
                 return Ok(());

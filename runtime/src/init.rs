@@ -196,13 +196,13 @@ impl Init<'_> {
             Some(root) => root,
             None => take_root(&config.rootfs)?,
         };
-        let rootfs = attach_root(root)?;
+        let mut rootfs = attach_root(root)?;
         for (index, mount) in config.mounts.iter().enumerate() {
             let detached = match self.taken.mounts.get_mut(index).and_then(Option::take) {
                 Some(detached) => detached,
                 None => mount.detached(cgroup, false, None)?,
             };
-            mount.attach(&rootfs, &detached)?;
+            mount.attach(&mut rootfs, detached)?;
         }
         if config.fills_dev() {
             devices::make(&rootfs, &config.devices, new_user)?;

@@ -273,38 +273,42 @@ impl Mount {
     }
 
     /// Moves a mount that [`Mount::detached`] made to its place in the container.
-    pub fn attach(&self, rootfs: &Rootfs, mount: &OwnedFd) -> Result<()> {
+    pub fn attach(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
         self.place(rootfs, mount)
             .map_err(|error| error.while_doing(self.sentence()))
     }
 
-    fn place(&self, rootfs: &Rootfs, mount: &OwnedFd) -> Result<()> {
-        let is_kernels = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
-        let target = if is_kernels {
+    fn place(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
+        let is_new = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
+        let is_kernels = is_new || matches!(self.destination.to_str(), Some("/proc" | "/sys"));
+        let target = if is_new {
             // Others look for the kernel's own files here; a link would make them look
             // somewhere else (CVE-2019-19921).
             rootfs.plain_directory(&self.destination)?
         } else {
-            let stat = rustix::fs::fstat(mount).doing(|| "stat the source")?;
+            let stat = rustix::fs::fstat(&mount).doing(|| "stat the source")?;
             let kind = match FileType::from_raw_mode(stat.st_mode) {
                 FileType::Directory => Target::Directory,
                 _ => Target::File,
             };
             let target = rootfs.mount_target(&self.destination, kind)?;
-            self.refuse_inside_proc(&target)?;
+            self.refuse_inside_proc(&target, &mount)?;
             target
         };
-        move_mount(mount, &target).doing(|| "attach it")
+        move_mount(&mount, &target).doing(|| "attach it")?;
+        rootfs.attached(&self.destination, mount, is_kernels);
+        Ok(())
     }
 
     /// Nothing of the container's may stand where the kernel's own files are looked for
     /// (CVE-2019-16884), however the way leads there.
-    fn refuse_inside_proc(&self, target: &OwnedFd) -> Result<()> {
-        let inside = self.destination.starts_with("/proc")
-            || rustix::fs::fstatfs(target)
-                .doing(|| "ask for the file system of the mount point")?
-                .f_type as u64
-                == PROC_SUPER_MAGIC;
+    fn refuse_inside_proc(&self, target: &OwnedFd, mount: &OwnedFd) -> Result<()> {
+        let is_proc = |fd: &OwnedFd| {
+            rustix::fs::fstatfs(fd)
+                .doing(|| "ask for the file system")
+                .map(|statfs| statfs.f_type as u64 == PROC_SUPER_MAGIC)
+        };
+        let inside = self.destination.starts_with("/proc") || is_proc(target)?;
         if !inside
             || PROC_FILES
                 .iter()
@@ -312,13 +316,9 @@ impl Mount {
         {
             return Ok(());
         }
-        if self.destination == Path::new("/proc") {
-            // The host's own /proc, or another's, may be bound there.
-            let source = rustix::fs::statfs(&self.source)
-                .doing(|| format!("ask for the file system of {}", self.source.display()))?;
-            if self.is_bind() && source.f_type as u64 == PROC_SUPER_MAGIC {
-                return Ok(());
-            }
+        // The host's own /proc, or another's, may be bound there.
+        if self.destination == Path::new("/proc") && self.is_bind() && is_proc(mount)? {
+            return Ok(());
         }
         refuse!("nothing may be mounted inside /proc")
     }
@@ -479,7 +479,7 @@ pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let doing = || format!("mask {path} (linux.maskedPaths)");
-        let target = match rootfs.open(&cleaned(Path::new(path)), rustix::fs::OFlags::PATH) {
+        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
             result => result.doing(doing)?,
         };
@@ -511,7 +511,7 @@ pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()
 pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     for path in paths {
         let doing = || format!("make {path} read-only (linux.readonlyPaths)");
-        let target = match rootfs.open(&cleaned(Path::new(path)), rustix::fs::OFlags::PATH) {
+        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
             result => result.doing(doing)?,
         };

@@ -26,6 +26,8 @@ const MAX_AGAIN: usize = 128;
 /// The root of a container's file system, as a descriptor.
 pub struct Rootfs {
     fd: OwnedFd,
+    /// What is mounted of the kernel's own, /proc and /sys, and where.
+    kernels: Vec<(PathBuf, OwnedFd)>,
 }
 
 /// What is to be found, or made, at a path.
@@ -44,12 +46,37 @@ impl AsFd for Rootfs {
 
 impl Rootfs {
     pub fn new(fd: OwnedFd) -> Rootfs {
-        Rootfs { fd }
+        Rootfs {
+            fd,
+            kernels: Vec::new(),
+        }
+    }
+
+    /// Takes note that `mount` is attached at `path`; it is the `kernels` own or not.
+    pub fn attached(&mut self, path: &Path, mount: OwnedFd, kernels: bool) {
+        self.kernels.retain(|(place, _)| !place.starts_with(path));
+        if kernels {
+            self.kernels.push((path.to_owned(), mount));
+        }
+    }
+
+    /// Opens what is to be protected at `path`. In /proc and /sys that is looked for in what
+    /// was mounted there, not in what a rename in the container's files may have put in its
+    /// place since (CVE-2019-19921).
+    pub fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
+        let within = self.kernels.iter().rev().find_map(|(place, mount)| {
+            let rest = path.strip_prefix(place).ok()?;
+            (!rest.as_os_str().is_empty()).then_some((mount, rest))
+        });
+        match within {
+            Some((mount, rest)) => open_in(mount, rest, OFlags::PATH, ResolveFlags::empty()),
+            None => self.open(path, OFlags::PATH),
+        }
     }
 
     /// Opens what is at `path`, links followed, with openat2(2).
     pub fn open(&self, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
-        self.open_with(path, flags, ResolveFlags::empty())
+        open_in(&self.fd, path, flags, ResolveFlags::empty())
     }
 
     /// The same, and no link of any kind is followed.
@@ -58,31 +85,7 @@ impl Rootfs {
         path: &Path,
         flags: OFlags,
     ) -> std::result::Result<OwnedFd, Errno> {
-        self.open_with(path, flags, ResolveFlags::NO_SYMLINKS)
-    }
-
-    fn open_with(
-        &self,
-        path: &Path,
-        flags: OFlags,
-        resolve: ResolveFlags,
-    ) -> std::result::Result<OwnedFd, Errno> {
-        let resolve = resolve | ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let mut again = 0;
-        loop {
-            match rustix::fs::openat2(
-                &self.fd,
-                path,
-                flags | OFlags::CLOEXEC,
-                Mode::empty(),
-                resolve,
-            ) {
-                // The kernel could not rule out that a rename elsewhere was an attack on
-                // this look-up; it asks to try again.
-                Err(Errno::AGAIN) if again < MAX_AGAIN => again += 1,
-                result => return result,
-            }
-        }
+        open_in(&self.fd, path, flags, ResolveFlags::NO_SYMLINKS)
     }
 
     /// A descriptor (O_PATH) of what is to be mounted upon. What is missing is made, in the
@@ -248,6 +251,25 @@ impl Rootfs {
             }
         }
         Ok(reached)
+    }
+}
+
+fn open_in(
+    root: &OwnedFd,
+    path: &Path,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> std::result::Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::CLOEXEC;
+    let resolve = resolve | ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let mut again = 0;
+    loop {
+        match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+            // The kernel could not rule out that a rename elsewhere was an attack on
+            // this look-up; it asks to try again.
+            Err(Errno::AGAIN) if again < MAX_AGAIN => again += 1,
+            result => return result,
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
+mod attacker;
 mod bundle;
 mod cgroup_use;
 mod cri_calls;
@@ -33,6 +34,7 @@ mod machine;
 mod needs;
 mod node;
 mod rrun_bad_input;
+mod rrun_escapes;
 mod rrun_hooks;
 mod rrun_idmapped_mounts;
 mod rrun_killed;
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         rrun_seccomp::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
+        rrun_escapes::TESTS,
         rrun_killed::TESTS,
         rrun_races::TESTS,
         rrun_limits::TESTS,
