@@ -389,7 +389,8 @@ impl Bench<'_> {
                 Variant::Plain => "runc spec's, without device rules; no seccomp filter",
                 Variant::Devices => "runc spec's; no seccomp filter",
                 Variant::Userns => "runc spec's, without device rules, in a user namespace",
-                Variant::Seccomp => "runc spec's, without device rules, with a seccomp filter",
+                Variant::Seccomp =>
+                    "runc spec's, without device rules, with a default seccomp profile",
             },
             if self.options.no_realtime {
                 "ordinary priority"

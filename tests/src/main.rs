@@ -23,6 +23,7 @@ mod cri_images_registries;
 mod cri_limits;
 mod cri_pods;
 mod cri_restart;
+mod cri_seccomp;
 mod cri_users;
 mod cri_volumes;
 mod cri_wedge;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         cri_pods::TESTS,
         cri_containers::TESTS,
         cri_limits::TESTS,
+        cri_seccomp::TESTS,
         cri_users::TESTS,
         cri_volumes::TESTS,
         cri_devices::TESTS,

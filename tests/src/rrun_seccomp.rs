@@ -52,12 +52,13 @@ fn but(rules: Value) -> Value {
     json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules })
 }
 
-fn for_getppid(action: &str) -> Value {
-    but(json!([{ "names": ["getppid"], "action": action }]))
+/// About a call that neither the program nor runc makes on its way.
+fn for_getpgid(action: &str) -> Value {
+    but(json!([{ "names": ["getpgid"], "action": action }]))
 }
 
-fn getppid() -> String {
-    libc::SYS_getppid.to_string()
+fn getpgid() -> String {
+    libc::SYS_getpgid.to_string()
 }
 
 /// What the program says, and its exit code.
@@ -72,11 +73,11 @@ fn outcome(profile: Value, args: &[&str]) -> Result<(i32, String)> {
 }
 
 fn each_action_has_its_effect() -> Result {
-    let number = getppid();
+    let number = getpgid();
     const KILLED: i32 = 128 + libc::SIGSYS;
     for (action, program, code, text) in [
-        ("SCMP_ACT_ALLOW", "call", 0, "0"),
-        ("SCMP_ACT_LOG", "call", 0, "0"),
+        ("SCMP_ACT_ALLOW", "call", 0, "1"),
+        ("SCMP_ACT_LOG", "call", 0, "1"),
         ("SCMP_ACT_ERRNO", "call", 0, "EPERM"),
         // Nobody traces it.
         ("SCMP_ACT_TRACE", "call", 0, "ENOSYS"),
@@ -89,20 +90,20 @@ fn each_action_has_its_effect() -> Result {
         ("SCMP_ACT_KILL_PROCESS", "call", KILLED, ""),
         ("SCMP_ACT_KILL_PROCESS", "call-in-thread", KILLED, ""),
     ] {
-        let got = outcome(for_getppid(action), &[program, &number])?;
+        let got = outcome(for_getpgid(action), &[program, &number])?;
         ensure_eq!(got, (code, text.to_owned()), "{program} under {action}");
     }
     Ok(())
 }
 
 fn errno_and_default_errno_are_those_asked_for() -> Result {
-    let mut profile = for_getppid("SCMP_ACT_ERRNO");
+    let mut profile = for_getpgid("SCMP_ACT_ERRNO");
     profile["syscalls"][0]["errnoRet"] = json!(libc::ENOTTY);
-    let got = outcome(profile, &["call", &getppid()])?;
+    let got = outcome(profile, &["call", &getpgid()])?;
     ensure_eq!(got.1, "ENOTTY", "errno");
-    let mut profile = all_but(&["getppid"], "SCMP_ACT_ERRNO");
+    let mut profile = all_but(&["getpgid"], "SCMP_ACT_ERRNO");
     profile["defaultErrnoRet"] = json!(libc::EXDEV);
-    let got = outcome(profile, &["call", &getppid()])?;
+    let got = outcome(profile, &["call", &getpgid()])?;
     ensure_eq!(got.1, "EXDEV", "default errno");
     Ok(())
 }
@@ -182,14 +183,14 @@ fn arguments_decide() -> Result {
 
 fn calls_newer_than_the_profile_are_not_implemented() -> Result {
     for default in ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"] {
-        let profile = all_but(&["getppid"], default);
+        let profile = all_but(&["getpgid"], default);
         for number in ["9999", "449", "438"] {
             let got = outcome(profile.clone(), &["call", number])?;
             ensure_eq!(got.1, "ENOSYS", "call {number} under {default}");
         }
     }
-    let profile = all_but(&["getppid"], "SCMP_ACT_ERRNO");
-    let got = outcome(profile, &["call", &getppid()])?;
+    let profile = all_but(&["getpgid"], "SCMP_ACT_ERRNO");
+    let got = outcome(profile, &["call", &getpgid()])?;
     ensure_eq!(got.1, "EPERM", "a call that is older");
     Ok(())
 }
@@ -217,8 +218,8 @@ fn programs_of_other_architectures_are_filtered_or_killed() -> Result {
     let got = outcome(profile("writev", json!(["SCMP_ARCH_X86_64"])), &args)?;
     ensure_eq!(got.0, 128 + libc::SIGSYS, "exit code, x86 not being listed");
     // x32 is there or not; not listed, it is death in any case.
-    let x32 = (libc::SYS_getppid | 0x4000_0000).to_string();
-    let got = outcome(for_getppid("SCMP_ACT_LOG"), &["call", &x32])?;
+    let x32 = (libc::SYS_getpgid | 0x4000_0000).to_string();
+    let got = outcome(for_getpgid("SCMP_ACT_LOG"), &["call", &x32])?;
     ensure_eq!(got.0, 128 + libc::SIGSYS, "exit code, x32 not being listed");
     Ok(())
 }
@@ -230,10 +231,14 @@ fn outcome_without_a_profile(args: &[&str]) -> Result<(i32, String)> {
 
 fn unknown_calls_and_architectures_are_passed_over() -> Result {
     let mut profile = but(json!([
-        { "names": ["not_a_call", "getppid"], "action": "SCMP_ACT_ERRNO" },
+        { "names": ["not_a_call", "getpgid"], "action": "SCMP_ACT_ERRNO" },
     ]));
-    profile["architectures"] = json!(["SCMP_ARCH_S390X", "SCMP_ARCH_RISCV64", "SCMP_ARCH_PPC64LE"]);
-    let got = outcome(profile, &["call", &getppid()])?;
+    profile["architectures"] = json!([
+        "SCMP_ARCH_MIPSEL64",
+        "SCMP_ARCH_RISCV64",
+        "SCMP_ARCH_PPC64LE"
+    ]);
+    let got = outcome(profile, &["call", &getpgid()])?;
     ensure_eq!(got.1, "EPERM", "a call beside an unknown one");
     Ok(())
 }
@@ -247,9 +252,9 @@ fn flags_are_taken() -> Result {
             "SECCOMP_FILTER_FLAG_TSYNC"
         ]),
     ] {
-        let mut profile = for_getppid("SCMP_ACT_ERRNO");
+        let mut profile = for_getpgid("SCMP_ACT_ERRNO");
         profile["flags"] = flags.clone();
-        let got = outcome(profile, &["call", &getppid()])?;
+        let got = outcome(profile, &["call", &getpgid()])?;
         ensure_eq!(got.1, "EPERM", "with flags {flags}");
     }
     Ok(())
@@ -257,7 +262,7 @@ fn flags_are_taken() -> Result {
 
 fn a_user_without_privileges_is_filtered_too() -> Result {
     for no_new_privileges in [true, false] {
-        let mut bundle = filtered(for_getppid("SCMP_ACT_ERRNO"), &["call", &getppid()])?;
+        let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["call", &getpgid()])?;
         bundle
             .set("/process/noNewPrivileges", json!(no_new_privileges))
             .set("/process/user", json!({ "uid": 1000, "gid": 1000 }))
@@ -280,10 +285,10 @@ fn a_user_without_privileges_is_filtered_too() -> Result {
 
 fn exec_is_filtered_as_the_container_is() -> Result {
     for no_new_privileges in [true, false] {
-        let mut bundle = filtered(for_getppid("SCMP_ACT_ERRNO"), &["sleep", "60"])?;
+        let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["sleep", "60"])?;
         bundle.set("/process/noNewPrivileges", json!(no_new_privileges));
         bundle.start()?;
-        let call = bundle.exec(&[], &["call", &getppid()]).ok()?;
+        let call = bundle.exec(&[], &["call", &getpgid()]).ok()?;
         ensure_eq!(call.text(), "EPERM", "what exec's call gives");
         let report = bundle.exec(&["--user", "7:7"], &["report"]).ok()?.json()?;
         ensure_eq!(report["status"]["Seccomp"], "2", "mode");
@@ -446,7 +451,7 @@ impl Asked {
 }
 
 fn asking(socket: &AgentSocket) -> Value {
-    let mut profile = for_getppid("SCMP_ACT_NOTIFY");
+    let mut profile = for_getpgid("SCMP_ACT_NOTIFY");
     profile["listenerPath"] = json!(socket.path());
     profile["listenerMetadata"] = json!("of interest to the agent");
     profile
@@ -455,7 +460,7 @@ fn asking(socket: &AgentSocket) -> Value {
 fn an_agent_is_asked() -> Result {
     for no_new_privileges in [true, false] {
         let socket = AgentSocket::new()?;
-        let mut bundle = filtered(asking(&socket), &["call", &getppid()])?;
+        let mut bundle = filtered(asking(&socket), &["call", &getpgid()])?;
         bundle
             .set("/process/noNewPrivileges", json!(no_new_privileges))
             .set("/annotations", json!({ "some.key": "value" }));
@@ -480,7 +485,7 @@ fn an_agent_is_asked() -> Result {
         );
         ensure_eq!(
             i64::from(asked.answer(libc::EOWNERDEAD)?),
-            libc::SYS_getppid,
+            libc::SYS_getpgid,
             "call"
         );
         let output = running.end_within(crate::machine::deadline())?;
@@ -494,7 +499,7 @@ fn an_agent_is_asked_about_what_exec_runs() -> Result {
     let bundle = filtered(asking(&socket), &["sleep", "60"])?;
     bundle.start()?;
     let of_container = socket.accept()?;
-    let running = bundle.exec(&[], &["call", &getppid()]).start()?;
+    let running = bundle.exec(&[], &["call", &getpgid()]).start()?;
     let asked = socket.accept()?;
     ensure_eq!(asked.state["state"]["status"], "running", "status");
     ensure_eq!(
@@ -526,7 +531,7 @@ fn an_agent_that_is_not_there_is_told() -> Result {
 
 fn a_bad_profile_is_refused_by_its_field() -> Result {
     let with = |pointer: &str, value: Value| {
-        let mut profile = for_getppid("SCMP_ACT_ERRNO");
+        let mut profile = for_getpgid("SCMP_ACT_ERRNO");
         if let Some(place) = profile.pointer_mut(pointer) {
             *place = value;
         } else {
@@ -569,7 +574,7 @@ fn a_bad_profile_is_refused_by_its_field() -> Result {
             with(
                 "/syscalls/0",
                 json!({
-                    "names": ["getppid"], "action": "SCMP_ACT_ERRNO",
+                    "names": ["getpgid"], "action": "SCMP_ACT_ERRNO",
                     "args": [{ "index": 9, "value": 0, "op": "SCMP_CMP_EQ" }],
                 }),
             ),
@@ -613,6 +618,10 @@ fn decisions_are_libseccomps() -> Result {
     let directory = Directory::new("seccomp")?;
     let script = directory.join("compare");
     std::fs::write(&script, include_str!("../seccomp/compare"))?;
+    std::fs::write(
+        directory.join("default.json"),
+        include_str!("../seccomp/default.json"),
+    )?;
     let python = |words: &[&str]| {
         command("python3", [&script])
             .args(words)

@@ -633,6 +633,22 @@ mod tests {
         }
     }
 
+    /// What tests and benchmarks of rrun take for it.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_profile_beside_the_tests_is_this_one() -> Result<(), Box<dyn std::error::Error>> {
+        let known = super::super::capabilities::ours();
+        let sets = super::super::capabilities::sets(None, false, &known)?;
+        let beside: Value =
+            serde_json::from_str(include_str!("../../../tests/seccomp/default.json"))?;
+        assert!(
+            profile(&sets) == beside,
+            "tests/seccomp/default.json should be:\n{}",
+            profile(&sets)
+        );
+        Ok(())
+    }
+
     #[test]
     fn capabilities_bring_their_calls() {
         let none = with_capabilities(&[]);
