@@ -7,6 +7,7 @@
 mod devices;
 mod properties;
 mod resources;
+mod stats;
 mod systemd;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,6 +25,7 @@ use crate::{log, refuse};
 use systemd::{Placeholder, Scope};
 
 pub use resources::{check_memory_above_use, validate};
+pub use stats::{oom_kills, stats};
 
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
@@ -80,7 +82,9 @@ impl Place {
             return Cgroup::create(&self.path);
         };
         check_unified()?;
-        let placeholder = scope.start(id, properties::from(resources, true)?)?;
+        let mut limits = properties::from(resources, true)?;
+        limits.extend(properties::at_start(resources)?);
+        let placeholder = scope.start(id, limits)?;
         Ok(Cgroup {
             path: self.path.clone(),
             fd: open(&self.path)?,

@@ -13,6 +13,21 @@ use crate::error::{Error, Result};
 const NONE: u64 = u64::MAX;
 const DEFAULT_PERIOD: u64 = 100_000;
 
+/// The first version of systemd in which a scope has a policy.
+const KNOWS_OOM_POLICY: u32 = 253;
+
+/// What can be said only when the scope is started.
+pub fn at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
+    let unified = resources.unified().as_ref();
+    let group = unified.and_then(|all| all.get("memory.oom.group"));
+    // Else systemd would clear the file when it writes the cgroup's files anew.
+    if group.is_some_and(|value| value.trim() == "1") && systemd::version()? >= KNOWS_OOM_POLICY {
+        let policy = Value::Text("kill".to_owned());
+        return Ok(vec![("OOMPolicy".to_owned(), policy)]);
+    }
+    Ok(Vec::new())
+}
+
 /// The first version of systemd that knows cpu.idle (as a weight of zero).
 const KNOWS_IDLE: u32 = 252;
 

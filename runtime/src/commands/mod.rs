@@ -3,6 +3,7 @@
 
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
@@ -43,7 +44,7 @@ pub struct Globals {
     pub systemd_cgroup: bool,
 }
 
-const COMMANDS: [&Command; 14] = [
+const COMMANDS: [&Command; 15] = [
     &create::COMMAND,
     &start::COMMAND,
     &state::COMMAND,
@@ -56,6 +57,7 @@ const COMMANDS: [&Command; 14] = [
     &pause::COMMAND,
     &resume::COMMAND,
     &update::COMMAND,
+    &events::COMMAND,
     &spec::COMMAND,
     &features::COMMAND,
 ];

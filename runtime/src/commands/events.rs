@@ -1,0 +1,152 @@
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use serde_json::{Value, json};
+
+use super::{Command, Globals, print};
+use crate::arguments::{Arguments, switch, value};
+use crate::cgroup;
+use crate::error::{Context, Error, Result};
+use crate::refuse;
+use crate::state::State;
+
+pub const COMMAND: Command = Command {
+    name: "events",
+    usage: "[options] <container-id>",
+    about: "tell what a container uses, and when a process of it is killed for want of memory",
+    flags: &[
+        value(
+            "interval",
+            None,
+            "time between two statistics, as 5s or 500ms (default: 5s)",
+        ),
+        switch("stats", None, "tell the statistics once and end"),
+    ],
+    rest_is_foreign: false,
+    call: events,
+};
+
+fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    let id = arguments.container_id()?;
+    let interval = duration(arguments.value("interval").unwrap_or("5s"))?;
+    let state = State::load(&globals.root, id)?;
+    let Some(process) = state.open_process()? else {
+        refuse!("container with id {id} is not running");
+    };
+    if arguments.is_set("stats") {
+        tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+        return Ok(0);
+    }
+    // The kernel wakes who polls it at every change; without the controller there is none.
+    let memory = rustix::fs::open(
+        state.cgroup.join("memory.events"),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .ok();
+    let mut killed = cgroup::oom_kills(&state.cgroup);
+    let mut next = Instant::now() + interval;
+    loop {
+        let left = next.saturating_duration_since(Instant::now());
+        let mut watched = vec![PollFd::new(&process, PollFlags::IN)];
+        watched.extend(memory.iter().map(|file| PollFd::new(file, PollFlags::PRI)));
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as _,
+            tv_nsec: left.subsec_nanos() as _,
+        };
+        match poll(&mut watched, Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno).doing(|| format!("watch container {id}")),
+        }
+        let ended = watched
+            .first()
+            .is_some_and(|process| !process.revents().is_empty());
+        // Until a file is read again, poll returns at once.
+        let now = cgroup::oom_kills(&state.cgroup);
+        if let Some(file) = &memory {
+            let _ = rustix::io::pread(file, &mut [0u8; 512], 0);
+        }
+        for _ in killed..now {
+            tell(id, "oom", None);
+        }
+        killed = killed.max(now);
+        if ended {
+            return Ok(0);
+        }
+        if Instant::now() >= next {
+            tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+            next += interval;
+        }
+    }
+}
+
+/// One event, one line.
+fn tell(id: &str, kind: &str, data: Option<Value>) {
+    let mut event = json!({ "type": kind, "id": id });
+    if let (Value::Object(event), Some(data)) = (&mut event, data) {
+        event.insert("data".to_owned(), data);
+    }
+    print(&format!("{event}\n"));
+}
+
+/// As Go writes durations: `5s`, `1m30s`, `500ms`.
+fn duration(text: &str) -> Result<Duration> {
+    let wrong = || {
+        Error::new(format!(
+            "invalid value \"{text}\" for flag -interval: it is a time greater than 0, as 5s or 500ms"
+        ))
+    };
+    let (mut rest, mut total) = (text, Duration::ZERO);
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(wrong)?;
+        let (number, after) = rest.split_at(digits);
+        let unit = after
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(after.len());
+        let (unit, after) = after.split_at(unit);
+        let seconds = match unit {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" => 1e-6,
+            _ => return Err(wrong()),
+        };
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        let part = Duration::try_from_secs_f64(number * seconds).map_err(|_| wrong())?;
+        total = total.checked_add(part).ok_or_else(wrong)?;
+        rest = after;
+    }
+    if total.is_zero() || total > Duration::from_secs(1 << 31) {
+        return Err(wrong());
+    }
+    Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_as_go_writes_them() {
+        for (text, milliseconds) in [
+            ("5s", 5000),
+            ("500ms", 500),
+            ("1m30s", 90_000),
+            ("0.5s", 500),
+        ] {
+            assert_eq!(
+                duration(text).unwrap(),
+                Duration::from_millis(milliseconds),
+                "{text}"
+            );
+        }
+        for text in ["", "0s", "5", "s", "-5s", "5x", "1s5", "1..5s"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+}
