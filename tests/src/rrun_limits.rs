@@ -42,6 +42,21 @@ pub const TESTS: &[Test] = &[
     ),
     test!(a_cgroup_path_below_others_is_made_and_unmade, PIDS),
     test!(a_unified_key_of_no_controller_is_refused),
+    test!(
+        events_tell_what_a_container_without_limits_uses,
+        MEMORY,
+        PIDS
+    ),
+    test!(
+        events_say_that_a_process_was_killed_for_want_of_memory,
+        MEMORY
+    ),
+    test!(burst_and_quota_change_in_either_order, CPU),
+    test!(
+        an_update_of_device_rules_takes_the_place_of_those_before,
+        Need::Rrun
+    ),
+    test!(what_cgroup_v2_lacks_is_refused_by_its_field, Need::Rrun),
 ];
 
 fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
@@ -341,5 +356,150 @@ fn a_unified_key_of_no_controller_is_refused() -> Result {
         "the key is not named:\n{}",
         output.told()
     );
+    Ok(())
+}
+
+fn events_tell_what_a_container_without_limits_uses() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let event = bundle
+        .runtime(&["events", "--stats", bundle.id()])
+        .ok()?
+        .json()?;
+    ensure_eq!(event["type"], "stats", "type");
+    ensure_eq!(event["id"], bundle.id(), "id");
+    for pointer in [
+        "/data/cpu/usage/total",
+        "/data/memory/usage/usage",
+        "/data/memory/usage/limit",
+        "/data/memory/raw/anon",
+        "/data/pids/current",
+    ] {
+        let value = event.pointer(pointer).and_then(serde_json::Value::as_u64);
+        ensure!(value.is_some_and(|value| value > 0), "{pointer} in {event}");
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn events_say_that_a_process_was_killed_for_want_of_memory() -> Result {
+    let mut bundle = Bundle::new(&["allocate", "256"])?;
+    bundle.set(
+        "/linux/resources/memory",
+        json!({ "limit": 48 << 20, "swap": 48 << 20 }),
+    );
+    bundle.call(&["create"])?.ok()?;
+    let mut events = bundle
+        .runtime(&["events", "--interval", "100ms", bundle.id()])
+        .start()?;
+    // It watches by the time that it tells a first number.
+    wait_for("the first statistics", || {
+        Ok(events.stdout().contains("stats").then_some(()))
+    })?;
+    bundle.call(&["start"])?.ok()?;
+    let output = events.end()?;
+    ensure!(
+        output.stdout.contains(r#""type":"oom""#),
+        "no oom is told:\n{}",
+        output.told()
+    );
+    bundle.wait_status("stopped")?;
+    bundle.delete()?;
+    Ok(())
+}
+
+fn burst_and_quota_change_in_either_order() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set(
+        "/linux/resources/cpu",
+        json!({ "quota": 50_000, "period": 100_000, "burst": 50_000 }),
+    );
+    bundle.start()?;
+    ensure_eq!(bundle.cgroup_file("cpu.max.burst")?, "50000", "burst");
+    for (quota, burst) in [(20_000, 10_000), (80_000, 80_000)] {
+        let update = json!({ "cpu": { "quota": quota, "period": 100_000, "burst": burst } });
+        bundle
+            .runtime(&["update", "--resources", "-", bundle.id()])
+            .stdin(update.to_string())
+            .ok()?;
+        ensure_eq!(
+            bundle.cgroup_file("cpu.max.burst")?,
+            burst.to_string(),
+            "burst"
+        );
+        ensure_eq!(
+            bundle.cgroup_file("cpu.max")?,
+            format!("{quota} 100000"),
+            "quota"
+        );
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn an_update_of_device_rules_takes_the_place_of_those_before() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.set("/root/readonly", json!(false));
+    bundle.add(
+        "/linux/devices",
+        json!({ "path": "/dev/kernel-log", "type": "c", "major": 1, "minor": 11, "fileMode": 438 }),
+    );
+    bundle.set(
+        "/linux/resources/devices",
+        json!([{ "allow": false, "access": "rwm" }]),
+    );
+    bundle.start()?;
+    let write = || {
+        bundle
+            .exec(&[], &["write", "/dev/kernel-log", "rrun-e2e"])
+            .end()
+    };
+    ensure!(write()?.code != 0, "it can be opened before it is allowed");
+    for (rules, allowed) in [
+        (
+            json!([{ "allow": false }, { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rw" }]),
+            true,
+        ),
+        (json!([{ "allow": false }]), false),
+        (
+            json!([{ "allow": true, "type": "a", "access": "rwm" }]),
+            true,
+        ),
+        (json!([{ "allow": false }]), false),
+    ] {
+        bundle
+            .runtime(&["update", "--resources", "-", bundle.id()])
+            .stdin(json!({ "devices": rules }).to_string())
+            .ok()?;
+        ensure_eq!(write()?.code == 0, allowed, "under {rules}");
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn what_cgroup_v2_lacks_is_refused_by_its_field() -> Result {
+    for (resources, field) in [
+        (
+            json!({ "cpu": { "realtimeRuntime": 1000 } }),
+            "linux.resources.cpu.realtimeRuntime",
+        ),
+        (
+            json!({ "memory": { "swappiness": 3 } }),
+            "linux.resources.memory.swappiness",
+        ),
+        (
+            json!({ "blockIO": { "leafWeight": 10 } }),
+            "linux.resources.blockIO.leafWeight",
+        ),
+        (
+            json!({ "unified": { "cgroup.freeze": "1" } }),
+            "cgroup.freeze",
+        ),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        bundle.set("/linux/resources", resources);
+        let output = bundle.call(&["create"])?.exits(1)?;
+        ensure!(output.stderr.contains(field), "{}", output.told());
+    }
     Ok(())
 }

@@ -11,6 +11,9 @@ use super::{Cgroup, MOUNT_POINT, read, write};
 use crate::error::{Context as _, Error, Result};
 use crate::refuse;
 
+/// What `events` and everyone else who looks into the files wants counted, limits or not.
+const COUNTED: [&str; 4] = ["cpu", "io", "memory", "pids"];
+
 /// # Errors
 /// What cgroup v2 does not have, or this version does not support, by its field.
 pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
@@ -53,6 +56,41 @@ pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
             refuse!(
                 "linux.resources.memory.swap: {swap} is less than memory.limit ({limit}), which it includes"
             );
+        }
+    }
+    if let Some(cpu) = resources.cpu() {
+        let realtime = [
+            (
+                "realtimeRuntime",
+                cpu.realtime_runtime().is_some_and(|value| value != 0),
+            ),
+            (
+                "realtimePeriod",
+                cpu.realtime_period().is_some_and(|value| value != 0),
+            ),
+        ];
+        for (field, present) in realtime {
+            if present {
+                refuse!("linux.resources.cpu.{field}: cgroup v2 has no such thing");
+            }
+        }
+        if let Some(idle) = cpu.idle().filter(|idle| !matches!(idle, 0 | 1)) {
+            refuse!("linux.resources.cpu.idle: {idle} is neither 0 nor 1");
+        }
+    }
+    if let Some(io) = resources.block_io() {
+        if io.leaf_weight().is_some_and(|weight| weight != 0) {
+            refuse!("linux.resources.blockIO.leafWeight: cgroup v2 has no such thing");
+        }
+        let weight = io.weight().filter(|weight| *weight != 0);
+        if let Some(weight) = weight.filter(|weight| !(10..=1000).contains(weight)) {
+            refuse!("linux.resources.blockIO.weight: {weight} is not between 10 and 1000");
+        }
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let size = limit.page_size();
+        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            refuse!("linux.resources.hugepageLimits.pageSize: {size} is no size, as 2MB");
         }
     }
     if resources.network().as_ref().is_some_and(|network| {
@@ -147,10 +185,10 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
 /// Puts limits in place in a cgroup that exists.
 pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
+    enable(cgroup.path(), &needed)?;
     if needed.is_empty() {
         return Ok(());
     }
-    enable(cgroup.path(), &needed)?;
     let failed = |error: &dyn std::fmt::Display| {
         Error::new(format!(
             "set limits of cgroup {}: {error}",
@@ -162,6 +200,33 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         .strip_prefix(MOUNT_POINT)
         .unwrap_or(cgroup.path());
     let swap = swap_max(resources);
+    let set = |field: &str, file: &str, value: &str| {
+        write(cgroup, file, value).doing(|| {
+            format!(
+                "set linux.resources.{field} of cgroup {} ({file} {value})",
+                cgroup.path().display()
+            )
+        })
+    };
+    let unified = resources.unified().clone().unwrap_or_default();
+    let cpu = resources.cpu().as_ref();
+    let idle = cpu.and_then(|cpu| cpu.idle());
+    let burst = cpu
+        .and_then(|cpu| cpu.burst())
+        .map(|burst| burst.to_string());
+    if let Some(idle) = idle {
+        set("cpu.idle", "cpu.idle", &idle.to_string())?;
+    }
+    // No burst may be larger than the quota, neither the old one than the new quota nor the
+    // new one than the old: one order of the two is right.
+    let burst_is_set = burst
+        .as_ref()
+        .is_some_and(|burst| write(cgroup, "cpu.max.burst", burst).is_ok());
+    let io_weight = resources
+        .block_io()
+        .as_ref()
+        .and_then(|io| io.weight())
+        .filter(|weight| *weight != 0);
     let resources = &for_libcgroups(resources);
     let manager = Manager::new(MOUNT_POINT.into(), relative.to_owned()).map_err(|e| failed(&e))?;
     manager
@@ -172,6 +237,24 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             freezer_state: None,
         })
         .map_err(|error| failed(&error))?;
+    if let Some(burst) = burst.filter(|_| !burst_is_set) {
+        set("cpu.burst", "cpu.max.burst", &burst)?;
+    }
+    if let Some(weight) = io_weight {
+        // The file of the BFQ scheduler is there only where that is.
+        match write(cgroup, "io.bfq.weight", &weight.to_string()) {
+            Err(rustix::io::Errno::NOENT) => {
+                let weight = self::io_weight(weight).to_string();
+                set("blockIO.weight", "io.weight", &weight)?;
+            }
+            result => result.doing(|| {
+                format!(
+                    "set linux.resources.blockIO.weight of cgroup {} (io.bfq.weight {weight})",
+                    cgroup.path().display()
+                )
+            })?,
+        }
+    }
     if let Some(limit) = swap {
         match write(cgroup, "memory.swap.max", &limit) {
             // A kernel without swap accounting has no swap to forbid.
@@ -193,12 +276,11 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         if let Some(objects) = limit.hca_objects() {
             line.push_str(&format!(" hca_object={objects}"));
         }
-        write(cgroup, "rdma.max", &line).map_err(|errno| {
-            failed(&format!(
-                "write {line} to rdma.max: {}",
-                crate::error::errno_text(errno.raw_os_error())
-            ))
-        })?;
+        set("rdma", "rdma.max", &line)?;
+    }
+    // Last, because they are the most explicit.
+    for (key, value) in &unified {
+        set(&format!("unified {key}"), key, value)?;
     }
     Ok(())
 }
@@ -207,6 +289,8 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
 ///
 /// It takes a zero for a value where the specification means that nothing is said, and a
 /// swap limit equal to the memory limit, which forbids swap, for none; see [`swap_max`].
+/// It writes a burst only after the quota, computes weights of I/O in too few bits, and
+/// names no key of what is unified in its errors.
 fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if let Some(memory) = resources.memory_mut() {
@@ -217,7 +301,17 @@ fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
         cpu.set_quota(cpu.quota().filter(|quota| *quota != 0));
         cpu.set_cpus(cpu.cpus().clone().filter(|list| !list.is_empty()));
         cpu.set_mems(cpu.mems().clone().filter(|list| !list.is_empty()));
+        if cpu.idle() == Some(1) {
+            // Has no weight; the kernel refuses to set one.
+            cpu.set_shares(None);
+        }
+        cpu.set_idle(None);
+        cpu.set_burst(None);
     }
+    if let Some(io) = resources.block_io_mut() {
+        io.set_weight(None);
+    }
+    resources.set_unified(None);
     resources
 }
 
@@ -278,7 +372,13 @@ fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
             .filter(|(controller, _)| !present.split(' ').any(|name| name == controller))
             .collect()
     };
-    if missing_in(path, "cgroup.controllers").is_empty() {
+    let present = read(path, "cgroup.controllers").unwrap_or_default();
+    let has = |name: &str| present.split(' ').any(|controller| controller == name);
+    if COUNTED.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
+        return Ok(());
+    }
+    let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
+    if needed.is_empty() && offered.is_empty() {
         return Ok(());
     }
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
@@ -291,6 +391,7 @@ fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
             );
         }
         let missing = missing_in(&ancestor, "cgroup.subtree_control");
+        hand_down_counted(&ancestor);
         if !missing.is_empty() {
             let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();
             std::fs::write(ancestor.join("cgroup.subtree_control"), line.join(" ")).map_err(
@@ -307,6 +408,22 @@ fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
         ancestor.push(component);
     }
     Ok(())
+}
+
+/// Hands down what it has of the controllers that count; where it can not, nothing is
+/// counted below, which is nobody's error.
+fn hand_down_counted(ancestor: &Path) {
+    let offered = read(ancestor, "cgroup.controllers").unwrap_or_default();
+    if offered.is_empty() {
+        return;
+    }
+    let down = read(ancestor, "cgroup.subtree_control").unwrap_or_default();
+    let among = |list: &str, name: &str| list.split(' ').any(|known| known == name);
+    for name in COUNTED {
+        if among(&offered, name) && !among(&down, name) {
+            let _ = std::fs::write(ancestor.join("cgroup.subtree_control"), format!("+{name}"));
+        }
+    }
 }
 
 /// # Errors
@@ -402,6 +519,17 @@ mod tests {
                 "memory.disableOOMKiller",
             ),
             (r#"{"network":{"classID":1}}"#, "network"),
+            (
+                r#"{"cpu":{"realtimeRuntime":1000}}"#,
+                "linux.resources.cpu.realtimeRuntime",
+            ),
+            (r#"{"cpu":{"idle":2}}"#, "linux.resources.cpu.idle"),
+            (r#"{"blockIO":{"leafWeight":10}}"#, "blockIO.leafWeight"),
+            (r#"{"blockIO":{"weight":5}}"#, "blockIO.weight"),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"../2MB","limit":1}]}"#,
+                "hugepageLimits.pageSize",
+            ),
             (r#"{"unified":{"cgroup.procs":"1"}}"#, "cgroup.procs"),
             (r#"{"unified":{"../memory.max":"1"}}"#, "../memory.max"),
         ] {
