@@ -249,7 +249,12 @@ fn devices_are_what_systemd_allows() -> Result {
     let allowed = command("systemctl", ["show", "-p", "DeviceAllow", &bundle.unit()])
         .ok()?
         .stdout;
-    for entry in ["char-pts rwm", "char-* m", "block-* m"] {
+    for entry in [
+        "/dev/block/7:3 r",
+        "/dev/char/1:3 rwm",
+        "char-* m",
+        "block-* m",
+    ] {
         ensure!(
             allowed.contains(entry),
             "{entry} is not among what is allowed:\n{allowed}"
