@@ -378,7 +378,8 @@ fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
         return Ok(());
     }
     let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
-    if needed.is_empty() && offered.is_empty() {
+    let offers = |name: &str| offered.split(' ').any(|controller| controller == name);
+    if needed.is_empty() && !COUNTED.into_iter().any(offers) {
         return Ok(());
     }
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
