@@ -4,8 +4,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::machine::Result;
-use crate::needs::Test;
+use crate::machine::{Result, command, wait_for};
+use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -16,6 +16,15 @@ pub const TESTS: &[Test] = &[
         SERVER,
         REGISTRY,
         IMAGES
+    ),
+    test!(
+        where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::File("/run/systemd/system"),
+        Need::Controller("memory")
     ),
     test!(
         what_makes_no_sense_is_refused_by_its_field,
@@ -62,6 +71,71 @@ fn limits_and_annotations_are_a_matter_of_configuration() -> Result {
         );
         Ok(())
     })
+}
+
+fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() -> Result {
+    const SLICE: &str = "e2e-burstable-pod1.slice";
+    let result = on_a_node(|node| {
+        if !is_rrun() {
+            return Ok(());
+        }
+        node.pull(BUSYBOX)?;
+        let told = node.asks(&["runtime-config"])?;
+        ensure!(told.to_lowercase().contains("systemd"), "{told}");
+        for handler in ["", "runc"] {
+            let mut pod = node.pod(&format!("slice{handler}"));
+            pod["linux"]["cgroup_parent"] = json!(SLICE);
+            let pod_id = node.runp_by(handler, &pod)?;
+            let mut main = node.container("main", &["sleep", "600"]);
+            main["linux"]["resources"] =
+                json!({ "memory_limit_in_bytes": 64 << 20, "cpu_shares": 102 });
+            let id = node.run(&pod_id, &pod, &main)?;
+            let group = node.cgroup(&id)?;
+            let expected =
+                format!("/sys/fs/cgroup/e2e.slice/e2e-burstable.slice/{SLICE}/cri-rrun-{id}.scope");
+            ensure_eq!(
+                group.display().to_string(),
+                expected,
+                "the container's cgroup"
+            );
+            let limit = || fs::read_to_string(group.join("memory.max"));
+            ensure_eq!(limit()?.trim(), "67108864", "memory.max");
+            node.kill_server()?;
+            node.start_server()?;
+            node.asks(&["update", "--memory", "100663296", &id])?;
+            ensure_eq!(limit()?.trim(), "100663296", "memory.max after an update");
+            let stats = node.json(&["stats", "--id", &id])?;
+            let used = stats.pointer("/stats/0/memory/workingSetBytes/value");
+            ensure!(used.is_some(), "no memory in {stats}");
+            node.asks(&["stop", "--timeout", "0", &id])?;
+            ensure_eq!(node.status(&id)?["exitCode"], json!(137), "exit code");
+            wait_for("the scope to go", || Ok((!group.exists()).then_some(())))?;
+        }
+        // Without a parent it gets a slice of its own, which goes with it.
+        let pod = node.pod("own");
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
+        let group = node.cgroup(&id)?;
+        ensure!(
+            group.starts_with("/sys/fs/cgroup/rrun.slice"),
+            "{}",
+            group.display()
+        );
+        node.asks(&["rmp", "--force", &pod_id])?;
+        let slice = group.parent().ok_or("no parent")?.to_owned();
+        ensure!(!slice.exists(), "{} is left", slice.display());
+        // The other driver's form.
+        let mut wrong = node.pod("wrong");
+        wrong["linux"]["cgroup_parent"] = json!("/kubepods/pod1");
+        let failed = node.runp(&wrong).err().ok_or("it runs")?;
+        ensure!(
+            failed.message().unwrap_or_default().contains("slice"),
+            "the wrong form"
+        );
+        Ok(())
+    });
+    let _ = command("systemctl", ["stop", "e2e.slice"]).end();
+    result
 }
 
 fn what_makes_no_sense_is_refused_by_its_field() -> Result {

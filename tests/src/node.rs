@@ -440,6 +440,9 @@ impl Drop for Node {
             let _ = command("nft", ["delete", "table", "ip", table]).end();
             let _ = command("nft", ["delete", "table", "inet", table]).end();
         }
+        if Path::new("/sys/fs/cgroup/rrun.slice").exists() {
+            let _ = command("systemctl", ["stop", "rrun.slice"]).end();
+        }
         for group in ["rrun", "k8s.io"] {
             let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(group));
         }
