@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::security_profile::ProfileType;
 use rrun_proto::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SecurityProfile,
+    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SeLinuxOption, SecurityProfile,
 };
 use serde_json::{Value, json};
 
@@ -100,6 +100,14 @@ pub fn check(config: &ContainerConfig) -> Result<()> {
                 "the environment variable {key:?} has a name or a value that can't be"
             )));
         }
+    }
+    let labels = context(config).selinux_options;
+    if labels.is_some_and(|labels| labels != SeLinuxOption::default())
+        && Path::new("/sys/fs/selinux/enforce").exists()
+    {
+        return Err(Error::unimplemented(
+            "the container asks for an SELinux label (linux.security_context.selinux_options), which rrun-cri does not do yet",
+        ));
     }
     for mount in &config.mounts {
         super::image_volume::check(mount)?;
