@@ -11,8 +11,9 @@ use super::seccomp::Asked;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
-    Container, Phase, RECORD, Record, State, annotations, capabilities, cdi, devices, idmap,
-    image_volume, mounts, propagation, remove, resources, rootfs, signal, spec, status, volumes,
+    Container, Phase, RECORD, Record, State, annotations, apparmor, capabilities, cdi, devices,
+    idmap, image_volume, mounts, propagation, remove, resources, rootfs, signal, spec, status,
+    volumes,
 };
 use crate::cgroup::slice;
 use crate::error::{During, Error, Result};
@@ -388,6 +389,7 @@ fn prepare(
         annotations: handler.map_or_else(Default::default, |handler| {
             annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
         }),
+        apparmor: apparmor::profile(&context)?,
     })?;
     devices.apply(&mut spec, context.privileged)?;
     write(&bundle.join("config.json"), &spec.to_string())?;

@@ -7,6 +7,7 @@
 //! view.
 
 pub mod annotations;
+pub mod apparmor;
 pub mod capabilities;
 pub mod cdi;
 pub mod create;

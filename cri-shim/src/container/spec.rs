@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use rrun_proto::v1::security_profile::ProfileType;
 use rrun_proto::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SeLinuxOption, SecurityProfile,
+    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SeLinuxOption,
 };
 use serde_json::{Value, json};
 
@@ -84,6 +83,7 @@ pub struct Parts<'a> {
     pub rlimits: &'a [Rlimit],
     /// What the handler's patterns let through.
     pub annotations: BTreeMap<String, String>,
+    pub apparmor: Option<String>,
 }
 
 /// Refuses what this server can't do yet, by the field's name.
@@ -111,27 +111,6 @@ pub fn check(config: &ContainerConfig) -> Result<()> {
     }
     for mount in &config.mounts {
         super::image_volume::check(mount)?;
-    }
-    let context = context(config);
-    if context.privileged {
-        // No profile applies to the privileged.
-        return Ok(());
-    }
-    let confined = |profile: &Option<SecurityProfile>| {
-        let kind = profile.as_ref().map(SecurityProfile::profile_type);
-        kind.filter(|kind| *kind != ProfileType::Unconfined)
-    };
-    // Without AppArmor in the kernel its default profile is nothing at all.
-    let apparmor = Path::new("/sys/kernel/security/apparmor").exists();
-    match confined(&context.apparmor) {
-        Some(ProfileType::RuntimeDefault) if !apparmor => {}
-        Some(kind) => {
-            return Err(Error::unimplemented(format!(
-                "the container asks for the AppArmor profile {} (linux.security_context.apparmor), which rrun does not do yet",
-                kind.as_str_name()
-            )));
-        }
-        None => {}
     }
     Ok(())
 }
@@ -230,6 +209,10 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
     {
         sets.remove("inheritable");
         sets.remove("ambient");
+    }
+
+    if let Some(profile) = &parts.apparmor {
+        process["apparmorProfile"] = json!(profile);
     }
 
     let mut namespaces = vec![json!({ "type": "mount" })];
@@ -357,6 +340,7 @@ mod tests {
             seccomp: None,
             rlimits: &[],
             annotations: BTreeMap::new(),
+            apparmor: None,
         })
     }
 
