@@ -10,6 +10,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 mod attacker;
 mod bundle;
 mod cgroup_use;
+mod cri_apparmor;
 mod cri_calls;
 mod cri_config;
 mod cri_containers;
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
         cri_devices::TESTS,
         cri_handlers::TESTS,
         cri_config::TESTS,
+        cri_apparmor::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
         cri_wedge::TESTS,
