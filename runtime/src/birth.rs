@@ -129,9 +129,18 @@ pub fn create(request: Request<'_>) -> Result<Born> {
             notify = NotifySocket::bind(claim.directory(), manager)?;
         }
     }
-    let mut cgroup = place.create(request.id, &config.resources)?;
-    unmade.cgroup = Some(&place);
-    cgroup.apply(&config.resources)?;
+    let unprivileged = !rustix::process::geteuid().is_root();
+    let mut cgroup = match place.create(request.id, &config.resources) {
+        Err(error) if unprivileged && config.can_do_without_cgroup() => {
+            log::debug(|| format!("the container gets no cgroup of its own: {error}"));
+            None
+        }
+        cgroup => Some(cgroup?),
+    };
+    if let Some(cgroup) = &cgroup {
+        unmade.cgroup = Some(&place);
+        cgroup.apply(&config.resources)?;
+    }
 
     let mut flags = config.namespaces.new & !flag(Type::Cgroup);
     if !config.time_offsets.is_empty() {
@@ -154,12 +163,12 @@ pub fn create(request: Request<'_>) -> Result<Born> {
 
     let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
     let born = if user && !before.is_empty() {
-        born_by_go_between(flags, &cgroup, before, &channel, &mut childs_end)?
+        born_by_go_between(flags, cgroup.as_ref(), before, &channel, &mut childs_end)?
     } else {
         for join in &before {
             join.enter()?;
         }
-        clone3(flags, Some(cgroup.as_fd())).doing(|| {
+        clone3(flags, cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
             format!(
                 "make the container's first process {} (clone3)",
                 in_cgroup()
@@ -186,6 +195,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
                 no_pivot: request.no_pivot,
                 new_keyring: request.new_keyring,
                 descriptors: request.descriptors,
+                unprivileged,
                 host_pid: None,
             }
             .run()
@@ -196,7 +206,9 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     drop(childs_end);
     drop(gate);
     let pidfd = &*unmade.child.insert(pidfd);
-    cgroup.inhabited(&config.resources)?;
+    if let Some(cgroup) = &mut cgroup {
+        cgroup.inhabited(&config.resources)?;
+    }
 
     state.pid = pid;
     state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
@@ -245,7 +257,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
 /// go that way itself, for it would not come back to the host's rights, which it needs.
 fn born_by_go_between(
     flags: u64,
-    cgroup: &Cgroup,
+    cgroup: Option<&Cgroup>,
     mut before: Vec<OpenJoin>,
     channel: &Channel,
     childs_end: &mut Option<Channel>,
@@ -260,7 +272,7 @@ fn born_by_go_between(
             let guard = NeverReturn;
             before.sort_by_key(OpenJoin::is_user);
             let born = before.iter().try_for_each(OpenJoin::enter).and_then(|()| {
-                clone3(flags | libc::CLONE_PARENT as u64, Some(cgroup.as_fd()))
+                clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
                     .doing(|| "make the container's first process beside this one (clone3)")
             });
             match born {
@@ -309,7 +321,7 @@ fn new_state(request: &Request<'_>, place: &Place) -> State {
         bundle: config.bundle.clone(),
         rootfs: config.rootfs.clone(),
         created: rfc3339_nanos(SystemTime::now()),
-        owner: "root".to_owned(),
+        owner: owner(),
         annotations: config.annotations.clone().into_iter().collect(),
         cgroup: place.path.clone(),
         unit: place.unit().map(str::to_owned),
@@ -323,6 +335,21 @@ fn new_state(request: &Request<'_>, place: &Place) -> State {
         hooks: config.hooks.clone(),
         seccomp: config.seccomp.clone(),
     }
+}
+
+/// The name of rrun's caller, as far as the host's /etc/passwd has it.
+fn owner() -> String {
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return "root".to_owned();
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid.as_raw())).then(|| name.to_owned())
+    });
+    name.unwrap_or_else(|| uid.as_raw().to_string())
 }
 
 /// Does for the child what it asks for, until it is ready (if it then waits) or has become
@@ -344,7 +371,11 @@ fn accompany(
         match channel.receive()? {
             Message::HostSide => {
                 if config.namespaces.is_new(Type::User) {
-                    config.id_maps.write(state.pid, "linux.")?;
+                    if rustix::process::geteuid().is_root() {
+                        config.id_maps.write(state.pid, "linux.")?;
+                    } else {
+                        config.id_maps.write_unprivileged(state.pid, "linux.")?;
+                    }
                 }
                 if config.namespaces.own(Type::User) {
                     config

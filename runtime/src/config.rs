@@ -208,7 +208,30 @@ impl Config {
         }
         sysctl::validate(&self.sysctl, namespaces)?;
         hooks::validate(&self.hooks)?;
+        if !rustix::process::geteuid().is_root() {
+            self.check_unprivileged()?;
+        }
         cgroup::validate(&self.cgroups_path, &self.resources)
+    }
+
+    /// # Errors
+    /// What an unprivileged caller can not have, by its field.
+    pub fn check_unprivileged(&self) -> Result<()> {
+        if !self.namespaces.own(Type::User) {
+            refuse!("linux.namespaces: without root's rights, a container needs a user namespace");
+        }
+        if !self.net_devices.is_empty() {
+            refuse!("linux.netDevices: only root can move the host's network devices");
+        }
+        Ok(())
+    }
+
+    /// Whether it can be made without a cgroup of its own: nothing is asked for that only a
+    /// cgroup could do.
+    pub fn can_do_without_cgroup(&self) -> bool {
+        let mut limits = self.resources.clone();
+        limits.set_devices(None);
+        self.cgroups_path.as_os_str().is_empty() && limits == LinuxResources::default()
     }
 
     /// Whether the container's /dev is ours to fill: not if it is bound from elsewhere.

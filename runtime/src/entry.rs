@@ -53,9 +53,17 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
-    let pid_namespace = flag(Type::Pid);
-    if state.namespaces & pid_namespace != 0 {
-        join(&request.init, pid_namespace)?;
+    let unprivileged = !rustix::process::geteuid().is_root();
+    // Its children are to be in there. Who is not root on the host has the right to only as
+    // the user namespace's owner, from inside of it.
+    let before = if unprivileged {
+        flag(Type::Pid) | flag(Type::User)
+    } else {
+        flag(Type::Pid)
+    };
+    let before = state.namespaces & before;
+    if before != 0 {
+        join(&request.init, before)?;
     }
     let cgroup_path = match request.sub_cgroup {
         Some(inner) => cgroup::below(&state.cgroup, inner)?,
@@ -63,11 +71,16 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
     };
     let (channel, childs_end) = channel::pair()?;
     request.process.scheduling.apply_initial_affinity()?;
-    let (pid, pidfd) = match born_in(&cgroup_path, state, request.sub_cgroup.is_none())? {
+    let (pid, pidfd) = match born_in(
+        &cgroup_path,
+        state,
+        request.sub_cgroup.is_none(),
+        unprivileged,
+    )? {
         Cloned::Child => {
             drop(channel);
             drop(agent);
-            run(&mut request, childs_end)
+            run(&mut request, childs_end, before)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
@@ -92,8 +105,12 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
 
 /// Forks into a cgroup. If the container has divided its own among cgroups below, it can
 /// take no processes; then the one that the first process is in has to do.
-fn born_in(path: &Path, state: &State, may_follow: bool) -> Result<Cloned> {
+fn born_in(path: &Path, state: &State, may_follow: bool, unprivileged: bool) -> Result<Cloned> {
     let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
+    if unprivileged && !path.exists() {
+        // The container of an unprivileged caller, without a cgroup of its own.
+        return clone3(0, None).doing(|| "make a process (clone3)");
+    }
     let directory = cgroup::open(path)?;
     match clone3(0, Some(directory.as_fd())) {
         Err(Errno::BUSY | Errno::OPNOTSUPP) if may_follow => {
@@ -111,18 +128,19 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
-fn run(request: &mut Request<'_>, channel: Channel) -> ! {
+fn run(request: &mut Request<'_>, channel: Channel, joined: u64) -> ! {
     let _guard = NeverReturn;
-    let Err(error) = live(request, &channel);
+    let Err(error) = live(request, &channel, joined);
     channel.failed(&error);
     end()
 }
 
-fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
+fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
     let state = request.state;
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
-    let new_user = state.namespaces & flag(Type::User) != 0;
+    // An unprivileged parent could do no more than this process itself.
+    let new_user = state.namespaces & !joined & flag(Type::User) != 0;
     if new_user {
         // The host's rights are needed for these; the parent sets them.
         channel.ask_for_host_side()?;
@@ -132,10 +150,11 @@ fn live(request: &mut Request<'_>, channel: &Channel) -> Result<Infallible> {
     request.process.scheduling.apply_final_affinity()?;
     // While /proc is the host's.
     let labels = request.process.labels.open()?;
-    join(&request.init, state.namespaces & !flag(Type::Pid))?;
-    if new_user {
+    join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
+    if state.namespaces & flag(Type::User) != 0 {
         crate::init::become_root_of_namespace()?;
-    } else {
+    }
+    if !new_user {
         request.process.apply_limits(0)?;
     }
     if !state.keeps_keyring {

@@ -19,14 +19,13 @@
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 
-use rustix::fs::{Access, AtFlags, CWD};
+use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
 use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Result};
 use crate::mount_options::READ_ONLY;
-use crate::refuse;
 use crate::syscalls::{execveat, ignore_signal, mount_setattr};
 
 const LINK: &str = "/proc/self/exe";
@@ -37,7 +36,6 @@ const LINK: &str = "/proc/self/exe";
 /// a container's standard input, output or error. And a reader that went away is to be an
 /// error to the writer, not its end.
 pub fn prepare() -> Result<()> {
-    use rustix::fs::{Mode, OFlags};
     loop {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .doing(|| "open /dev/null")?;
@@ -57,7 +55,7 @@ pub fn prepare() -> Result<()> {
 /// its memory nor at its descriptors (CVE-2016-9962).
 pub fn protect(words: &[&'static CStr]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        refuse!("containers can be made and entered only by root in this version of rrun");
+        return protect_unprivileged(words);
     }
     match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
         Err(Errno::ROFS) => {}
@@ -67,8 +65,38 @@ pub fn protect(words: &[&'static CStr]) -> Result<()> {
         }
         result => result.doing(|| format!("look at {LINK}"))?,
     }
+    hide()
+}
+
+fn hide() -> Result<()> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .doing(|| "forbid other processes to look into this one")
+}
+
+/// The same for who can not make mounts. A container's root is then the caller himself: what
+/// he can not write to, it can not either. A file of his own is copied to memory, sealed.
+fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
+    let doing = || "copy rrun to memory, to keep its file out of the container's hands";
+    let file = rustix::fs::open(LINK, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .doing(|| format!("open {LINK}"))?;
+    let sealed = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    let is_sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(sealed));
+    let stat = rustix::fs::fstat(&file).doing(|| format!("look at {LINK}"))?;
+    let own = stat.st_uid == rustix::process::geteuid().as_raw()
+        || rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
+    if is_sealed || !own {
+        return hide();
+    }
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let copy = rustix::fs::memfd_create("rrun", flags).doing(doing)?;
+    std::io::copy(
+        &mut std::fs::File::from(file),
+        &mut std::fs::File::from(copy.try_clone().doing(doing)?),
+    )
+    .doing(doing)?;
+    rustix::fs::fcntl_add_seals(&copy, sealed).doing(doing)?;
+    let errno = execveat(copy.as_fd(), words);
+    Err::<(), Errno>(errno).doing(doing)
 }
 
 /// Returns only with the reason why it could not be done.

@@ -65,6 +65,45 @@ impl IdMaps {
         }
         Ok(())
     }
+
+    /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
+    /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
+    pub fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
+        let uid = rustix::process::geteuid().as_raw();
+        let gid = rustix::process::getegid().as_raw();
+        if is_of_one(&self.gid, gid) {
+            // Else a group that is there to lock its members out could be left.
+            std::fs::write(format!("/proc/{pid}/setgroups"), "deny")
+                .doing(|| format!("forbid setgroups, to set {field}gidMappings"))?;
+        }
+        for (file, tool, name, map, own) in [
+            ("uid_map", "newuidmap", "uidMappings", &self.uid, uid),
+            ("gid_map", "newgidmap", "gidMappings", &self.gid, gid),
+        ] {
+            if is_of_one(map, own) {
+                std::fs::write(format!("/proc/{pid}/{file}"), map)
+                    .doing(|| format!("set {field}{name}"))?;
+                continue;
+            }
+            let doing = || format!("set {field}{name} with {tool}, as user {uid}");
+            let output = std::process::Command::new(tool)
+                .arg(pid.to_string())
+                .args(map.split_whitespace())
+                .output()
+                .doing(doing)?;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr);
+                refuse!("{}: {}", doing(), said.trim());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a map has nobody but that one id of the host's.
+fn is_of_one(map: &str, id: u32) -> bool {
+    let fields: Vec<&str> = map.split_whitespace().collect();
+    matches!(fields.as_slice(), [_, outside, "1"] if outside.parse() == Ok(id))
 }
 
 fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {

@@ -11,6 +11,7 @@ use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
+use rustix::process::DumpableBehavior;
 use rustix::thread::UnshareFlags;
 
 use crate::channel::Channel;
@@ -45,6 +46,8 @@ pub struct Init<'a> {
     pub no_pivot: bool,
     pub new_keyring: bool,
     pub descriptors: Descriptors,
+    /// Whether rrun's caller is not root.
+    pub unprivileged: bool,
     /// Its id in the host's PID namespace, once it has looked.
     pub host_pid: Option<i32>,
 }
@@ -150,7 +153,17 @@ impl Init<'_> {
             join.enter()?;
         }
         if config.needs_host_side() {
+            // To an unprivileged parent the kernel shows no files of /proc that belong to a
+            // process which may not be looked into. Nothing of the container runs yet.
+            if self.unprivileged {
+                rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
+                    .doing(|| "let the parent process look into this one")?;
+            }
             self.channel.ask_for_host_side()?;
+            if self.unprivileged {
+                rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+                    .doing(|| "forbid other processes to look into this one")?;
+            }
         }
         if new_user {
             become_root_of_namespace()?;

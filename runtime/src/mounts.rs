@@ -410,8 +410,14 @@ impl Taken {
     /// Takes what the container's first process could not: in another user namespace, it
     /// could not reach the host's files; and ids are mapped only by who has all rights over
     /// the file system.
+    ///
+    /// An unprivileged caller can take nothing: his files are within reach of the first
+    /// process as well, which has all rights over its own mounts.
     pub fn before_birth(config: &Config) -> Result<Taken> {
         let mut taken = Taken::default();
+        if !rustix::process::geteuid().is_root() {
+            return Ok(taken);
+        }
         if config.namespaces.own(Type::User) {
             taken.take(config, Mount::is_bind)?;
             taken.root = Some(take_root(&config.rootfs)?);

@@ -50,10 +50,7 @@ fn outcome(node: &mut Node, context: Value, args: &[&str]) -> Result<(Value, Str
     let status = node.exited(&id)?;
     let said = node.crictl(&["logs", &id]).ok()?;
     node.asks(&["rmp", "--force", &pod_id])?;
-    Ok((
-        status["status"]["exitCode"].clone(),
-        said.stdout + &said.stderr,
-    ))
+    Ok((status["exitCode"].clone(), said.stdout + &said.stderr))
 }
 
 fn the_default_profile_is_there_unless_refused() -> Result {

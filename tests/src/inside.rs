@@ -36,6 +36,7 @@ pub fn main(args: &[String]) -> i32 {
         ["write", path, text] => fs::write(path, text).map_err(Error::from),
         ["mkdir", path] => fs::create_dir(path).map_err(Error::from),
         ["wait"] => wait(),
+        ["notify", text] => notify(text),
         ["deaf"] => deaf(),
         ["spin", seconds] => seconds.parse().map_err(Error::from).map(spin),
         ["allocate", megabytes] => megabytes.parse().map_err(Error::from).and_then(allocate),
@@ -250,6 +251,15 @@ fn wait() -> Result<(), Error> {
         if signal == Signal::SIGTERM {
             return Ok(());
         }
+    }
+}
+
+/// sd_notify(3), and then waits for its end.
+fn notify(text: &str) -> Result<(), Error> {
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    socket.send_to(text.as_bytes(), std::env::var("NOTIFY_SOCKET")?)?;
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
     }
 }
 

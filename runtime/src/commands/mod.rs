@@ -66,7 +66,7 @@ const GLOBAL_FLAGS: &[Flag] = &[
     value(
         "root",
         None,
-        "directory for the state of containers (default: /run/rrun)",
+        "directory for the state of containers (default: /run/rrun, or $XDG_RUNTIME_DIR/rrun of other users than root)",
     ),
     value(
         "log",
@@ -87,7 +87,7 @@ const GLOBAL_FLAGS: &[Flag] = &[
     value(
         "rootless",
         None,
-        "true, false or auto; accepted for runc's callers, has no effect",
+        "true, false or auto (default); what rrun's user may is found out in any case",
     ),
     value("criu", None, "accepted for runc's callers, has no effect"),
     switch("help", Some('h'), "show this text"),
@@ -163,13 +163,40 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         print(&command_help(command));
         return Ok(0);
     }
-    let root = globals.value("root").unwrap_or(DEFAULT_ROOT);
+    if let Some(text) = globals.value("rootless")
+        && !matches!(text, "true" | "false" | "auto" | "")
+    {
+        refuse!("--rootless {text}: it is true, false or auto");
+    }
+    let root = match globals.value("root") {
+        Some(root) => root.to_owned(),
+        None => default_root(),
+    };
+    let root = root.as_str();
     let globals = Globals {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
         systemd_cgroup: globals.is_set("systemd-cgroup"),
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
     (command.call)(&globals, &arguments)
+}
+
+/// Where states are kept if --root does not say: with the user's other things of that kind, if
+/// he is not root, or root of a user namespace only.
+fn default_root() -> String {
+    let Some(directory) = std::env::var("XDG_RUNTIME_DIR")
+        .ok()
+        .filter(|directory| directory.starts_with('/'))
+    else {
+        return DEFAULT_ROOT.to_owned();
+    };
+    let map = || std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let whole = |map: String| map.split_whitespace().eq(["0", "0", "4294967295"]);
+    let root = rustix::process::geteuid().is_root();
+    if root && (std::env::var("USER").is_ok_and(|name| name == "root") || whole(map())) {
+        return DEFAULT_ROOT.to_owned();
+    }
+    format!("{directory}/rrun")
 }
 
 fn wants_help(command: &Command, rest: &[String]) -> bool {
