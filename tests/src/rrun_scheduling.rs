@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, runtime_program};
 use crate::machine::Result;
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -166,15 +166,12 @@ fn cpus() -> Result<String> {
 /// Runs the runtime bound to CPU 0.
 fn bound(bundle: &Bundle, args: &[&str]) -> Result<crate::machine::Output> {
     bundle.write_config()?;
-    crate::machine::command(
-        "taskset",
-        ["--cpu-list", "0", &crate::bundle::runtime_program()],
-    )
-    .arg("--root")
-    .arg(bundle.root())
-    .args(args)
-    .dir(bundle.path())
-    .ok()
+    crate::machine::command("taskset", ["--cpu-list", "0", &runtime_program()])
+        .arg("--root")
+        .arg(bundle.root())
+        .args(args)
+        .dir(bundle.path())
+        .ok()
 }
 
 fn the_callers_cpu_affinity_is_left_behind() -> Result {
@@ -315,7 +312,7 @@ fn what_the_kernel_has_not_is_refused_by_name() -> Result {
             "personality",
         ),
     ];
-    if !fs::exists("/sys/fs/resctrl/schemata")? {
+    if runtime_program().ends_with("rrun") && !fs::exists("/sys/fs/resctrl/schemata")? {
         all.push((
             "/linux/intelRdt",
             json!({ "closID": "guaranteed" }),
