@@ -4,7 +4,7 @@ use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
 use crate::state::OCI_VERSION;
-use crate::{capabilities, mount_options, namespaces, seccomp};
+use crate::{capabilities, memory_policy, mount_options, namespaces, seccomp};
 
 pub const COMMAND: Command = Command {
     name: "features",
@@ -42,12 +42,15 @@ fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
                 "knownFlags": seccomp::FLAGS.map(|(name, _)| name),
                 "supportedFlags": supported,
             },
-            "apparmor": { "enabled": false },
-            "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false },
-            "memoryPolicy": {},
+            "apparmor": { "enabled": true },
+            "selinux": { "enabled": true },
+            "intelRdt": { "enabled": true, "schemata": true, "monitoring": true },
+            "memoryPolicy": {
+                "modes": memory_policy::MODES.map(|(name, _)| name),
+                "flags": memory_policy::FLAGS.map(|(name, _)| name),
+            },
             "mountExtensions": { "idmap": { "enabled": true } },
-            "netDevices": { "enabled": false },
+            "netDevices": { "enabled": true },
         },
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
