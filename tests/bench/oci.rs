@@ -494,7 +494,11 @@ fn show(
         "", "wall ms", "p90", "× floor", "× crun", "CPU ms", "× floor", "× crun", "peak MB",
     ];
     columns.extend(operation.steps());
-    let mut table = Table::new(operation.title(), &columns);
+    let title = match options.config {
+        Variant::Plain => operation.title().to_owned(),
+        config => format!("{} ({config:?})", operation.title()),
+    };
+    let mut table = Table::new(&title, &columns);
     let median =
         |name: &str, quantity: fn(&Usage) -> f64| samples(measured.get(name), quantity).median();
     for name in &options.runtimes {
