@@ -181,6 +181,19 @@ pub struct Partial {
     pub image: ImagePart,
 }
 
+/// Where a configuration comes from, to read it again.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub file: Option<PathBuf>,
+    pub flags: Partial,
+}
+
+impl Source {
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        Config::load(self.file.as_deref(), self.flags.clone())
+    }
+}
+
 /// What the server runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -193,6 +206,8 @@ pub struct Config {
     pub registry_config_path: PathBuf,
     pub cgroup_driver: CgroupDriver,
     pub stream_listen: SocketAddr,
+    /// `None`: no metrics are served.
+    pub metrics_listen: Option<SocketAddr>,
     pub debug: bool,
     pub monitor: PathBuf,
     pub default_runtime: String,
@@ -305,10 +320,6 @@ impl Partial {
                 CgroupDriver::Cgroupfs
             }
         });
-        if self.metrics_listen.is_some() {
-            let reason = "metrics are not implemented yet".to_owned();
-            return Err(value("metrics_listen", reason));
-        }
         let mut runtimes = self.runtime;
         runtimes
             .entry("rrun".to_owned())
@@ -362,6 +373,7 @@ impl Partial {
             stream_listen: self
                 .stream_listen
                 .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+            metrics_listen: self.metrics_listen,
             debug: self.debug.unwrap_or(false),
             monitor: found(&self.monitor.unwrap_or_else(|| "rrun-monitor".into())),
             default_runtime,

@@ -13,15 +13,19 @@ struct Stderr {
 /// Sends what this program logs to stderr. Libraries' lines come through from `warn` up only:
 /// below that they carry headers and payloads.
 pub fn open(debug: bool) {
-    let level = if debug {
+    let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    if log::set_boxed_logger(Box::new(Stderr { to_journal })).is_ok() {
+        set_level(debug);
+    }
+}
+
+/// Whether what is done is logged, too, and not only what goes wrong.
+pub fn set_level(debug: bool) {
+    log::set_max_level(if debug {
         LevelFilter::Debug
     } else {
         LevelFilter::Info
-    };
-    let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    if log::set_boxed_logger(Box::new(Stderr { to_journal })).is_ok() {
-        log::set_max_level(level);
-    }
+    });
 }
 
 impl Log for Stderr {

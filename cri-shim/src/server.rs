@@ -8,7 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http2;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::{FlockOperation, flock};
@@ -17,14 +20,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tonic::service::Routes;
 
-use crate::config::Config;
+use crate::config::{Config, Source};
 use crate::error::{During, Error, Result, kernel};
 use crate::image::{Images, Registries};
 use crate::network::{Network, NetworkConfig};
 use crate::node::Node;
+use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
+use crate::slow::blocking;
 use crate::store::Store;
-use crate::{memory, reconcile, services};
+use crate::{memory, metrics, reconcile, services};
 
 /// How long calls under way may take to end after SIGTERM.
 const LAST_CALLS: Duration = Duration::from_secs(5);
@@ -33,7 +38,7 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 const LAST_BREATH: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
-pub fn run(config: Config) -> Result<()> {
+pub fn run(source: Source, config: Config) -> Result<()> {
     memory::one_heap();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
     // has threads of its own.
@@ -44,10 +49,10 @@ pub fn run(config: Config) -> Result<()> {
         .enable_all()
         .build()
         .during(|| "start the async runtime".to_owned())?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(source, config))
 }
 
-async fn serve(config: Config) -> Result<()> {
+async fn serve(source: Source, config: Config) -> Result<()> {
     private_dir(&config.root)?;
     private_dir(&config.state)?;
     for dir in ["pods", "netns", "runtime"] {
@@ -59,6 +64,10 @@ async fn serve(config: Config) -> Result<()> {
     let _state = lock(&config.state).await?;
     let socket = config.socket.clone();
     let listener = listen(&socket).await?;
+    let scraped = match config.metrics_listen {
+        Some(address) => Some(metrics::listener::listen(address).await?),
+        None => None,
+    };
 
     let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
     let store = Store::open(&config.root.join("meta.redb")).map_err(|error| internal(&error))?;
@@ -81,6 +90,10 @@ async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).during(|| "wait for SIGTERM".to_owned())?;
     let mut interrupt = signal(SignalKind::interrupt()).during(|| "wait for SIGINT".to_owned())?;
     let hangup = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
+    let reloads = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
+    let reloading = tokio::spawn(reload(Reload::new(source, &node), reloads));
+    let scraping =
+        scraped.map(|socket| tokio::spawn(metrics::listener::serve(Arc::clone(&node), socket)));
     let (end, ending) = watch::channel(false);
     let accepting = tokio::spawn(accept(listener, routes, ending));
     notify("READY=1");
@@ -97,6 +110,10 @@ async fn serve(config: Config) -> Result<()> {
         _ = interrupt.recv() => log::info!("SIGINT: ends, containers live on"),
     }
     preload.abort();
+    reloading.abort();
+    if let Some(scraping) = scraping {
+        scraping.abort();
+    }
     notify("STOPPING=1");
     let _ = std::fs::remove_file(&socket);
     let _ = end.send(true);
@@ -129,7 +146,19 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
                 continue;
             }
         };
-        let service = TowerToHyperService::new(routes.clone());
+        let routes = TowerToHyperService::new(routes.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let call = metrics::Call::begin(request.uri().path());
+            let answer = routes.call(request);
+            async move {
+                let answer = answer.await?;
+                // A failure is told in the headers; what fails in the middle of a stream counts
+                // as begun well.
+                let status = answer.headers().get("grpc-status");
+                call.answered(status.map(|status| status.as_bytes()));
+                Ok::<_, std::convert::Infallible>(answer)
+            }
+        });
         let mut ending = ending.clone();
         tokio::spawn(async move {
             let connection = http2::Builder::new(TokioExecutor::new())
@@ -163,6 +192,21 @@ async fn preload(node: Arc<Node>, mut hangup: Signal) {
             return;
         }
         log::info!("SIGHUP: looks for images to import");
+    }
+}
+
+/// Reads the configuration again at each SIGHUP.
+async fn reload(mut reload: Reload, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let microseconds = since_boot.tv_sec * 1_000_000 + since_boot.tv_nsec / 1000;
+        notify(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
+        let work = move || {
+            reload.run();
+            reload
+        };
+        reload = blocking("read the configuration again", work).await;
+        notify("READY=1");
     }
 }
 

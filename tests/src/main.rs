@@ -22,6 +22,7 @@ mod cri_images_faults;
 mod cri_images_preload;
 mod cri_images_registries;
 mod cri_limits;
+mod cri_metrics;
 mod cri_pods;
 mod cri_restart;
 mod cri_seccomp;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
         cri_images_registries::TESTS,
         cri_images_faults::TESTS,
         cri_images_preload::TESTS,
+        cri_metrics::TESTS,
         kubelet::TESTS,
     ]
     .into_iter()

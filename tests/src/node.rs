@@ -21,6 +21,9 @@ pub const IMAGES: Need = Need::File("/images/registry");
 pub const CRICTL: Need = Need::Program("crictl");
 pub const SERVER: Need = Need::CriServer;
 
+/// Where rrun-cri serves its metrics.
+pub const METRICS: &str = "127.0.0.1:9464";
+
 pub const PORT: &str = "5000";
 pub const WEB: &str = "127.0.0.1:5000/demo/web:1";
 pub const BUSYBOX: &str = "127.0.0.1:5000/demo/busybox:latest";
@@ -106,7 +109,7 @@ impl Node {
             format!(
                 "root = {root:?}\nstate = {state:?}\nlisten = \"unix://{socket}\"\n\
                  registry_config_path = {certs:?}\ncni_conf_dir = {cni:?}\n\
-                 restrict_oom_score_adj = true\ndebug = true\ncdi_spec_dirs = [{cdi:?}]\n\
+                 restrict_oom_score_adj = true\ndebug = true\nmetrics_listen = {METRICS:?}\ncdi_spec_dirs = [{cdi:?}]\n\
                  [runtime.runc]\npath = 'runc'\n[runtime.crun]\npath = 'crun'\n\
                  [runtime.absent]\npath = '/no/such/runtime'\n"
             )
@@ -153,6 +156,13 @@ impl Node {
             self.crictl(&["version"]).ok().map(Some)
         })?;
         Ok(())
+    }
+
+    /// Has the server read its configuration again.
+    pub fn hang_up_server(&self) {
+        if let Some(server) = &self.server {
+            server.signal(Signal::SIGHUP);
+        }
     }
 
     /// Ends the server as a crash would; nothing else.

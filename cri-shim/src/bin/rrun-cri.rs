@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use rrun_cri::config::{Config, DEFAULT_TEXT, Partial};
+use rrun_cri::config::{DEFAULT_TEXT, Partial, Source};
 use rrun_cri::{cgroup, journal, server};
 
 /// A CRI v1 server for kubelet and crictl.
@@ -54,12 +54,15 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), String> {
-    let config = Config::load(arguments.config.as_deref(), arguments.flags)
-        .map_err(|error| error.to_string())?;
+    let source = Source {
+        file: arguments.config,
+        flags: arguments.flags,
+    };
+    let config = source.load().map_err(|error| error.to_string())?;
     if !rustix::process::geteuid().is_root() {
         return Err("this must run as root".to_owned());
     }
     cgroup::check()?;
     journal::open(config.debug);
-    server::run(config).map_err(|error| error.to_string())
+    server::run(source, config).map_err(|error| error.to_string())
 }

@@ -50,6 +50,11 @@ impl Registries {
         &self.dir
     }
 
+    /// Whether what is configured for `registry` can be understood. Blocks on the disk.
+    pub fn check(&self, registry: &str) -> Result<(), ImageError> {
+        self.endpoints(registry).map(drop)
+    }
+
     /// Where to ask for images of `registry`, in this order. Blocks on the disk.
     pub(super) fn endpoints(&self, registry: &str) -> Result<Vec<Endpoint>, ImageError> {
         for dir in directories(registry) {

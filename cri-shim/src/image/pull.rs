@@ -94,13 +94,19 @@ async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
         .await
         .map_err(|error| error.context(format_args!("pull {reference}")));
     match &result {
-        Ok(image) => log::info!(
-            "pull {reference}: done in {:.1} s, image {}, {} bytes compressed",
-            begun.elapsed().as_secs_f64(),
-            image.id,
-            image.size
-        ),
-        Err(error) => log::warn!("{error}"),
+        Ok(image) => {
+            crate::metrics::pulled(image.size, begun.elapsed());
+            log::info!(
+                "pull {reference}: done in {:.1} s, image {}, {} bytes compressed",
+                begun.elapsed().as_secs_f64(),
+                image.id,
+                image.size
+            );
+        }
+        Err(error) => {
+            crate::metrics::pull_failed();
+            log::warn!("{error}");
+        }
     }
     lock(&inner.pulls).remove(&key);
     result

@@ -112,9 +112,13 @@ pub struct Attachment {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct InterfaceStats {
     pub rx_bytes: u64,
+    pub rx_packets: u64,
     pub rx_errors: u64,
+    pub rx_dropped: u64,
     pub tx_bytes: u64,
+    pub tx_packets: u64,
     pub tx_errors: u64,
+    pub tx_dropped: u64,
 }
 
 /// An entry of [`Table::ADDRESSES`]. The key of a `Given` is the address.
@@ -411,9 +415,13 @@ fn node_counters(table: &str, interface: &str) -> Option<InterfaceStats> {
     // bytes packets errs drop fifo frame compressed multicast, and again for sending.
     Some(InterfaceStats {
         tx_bytes: next(0)?,
-        tx_errors: next(1)?,
-        rx_bytes: next(5)?,
-        rx_errors: next(1)?,
+        tx_packets: next(0)?,
+        tx_errors: next(0)?,
+        tx_dropped: next(0)?,
+        rx_bytes: next(4)?,
+        rx_packets: next(0)?,
+        rx_errors: next(0)?,
+        rx_dropped: next(0)?,
     })
 }
 
@@ -429,9 +437,13 @@ mod tests {
                      200       5    6    0    0     0       0          0\n";
         let stats = InterfaceStats {
             rx_bytes: 200,
+            rx_packets: 5,
             rx_errors: 6,
+            rx_dropped: 0,
             tx_bytes: 100,
+            tx_packets: 2,
             tx_errors: 3,
+            tx_dropped: 4,
         };
         assert_eq!(node_counters(table, "rr0123456789ab"), Some(stats));
         assert_eq!(node_counters(table, "rr0123456789ac"), None);

@@ -15,7 +15,7 @@ use super::{Answers, answer, in_chunks};
 use crate::config::CgroupDriver as ConfiguredDriver;
 use crate::error::{Error, Result};
 use crate::node::{Node, now};
-use crate::slow::slow;
+use crate::slow::{blocking, slow};
 use crate::{container, sandbox, stats, streaming};
 
 /// The CRI's version, which clients compare with theirs.
@@ -368,6 +368,21 @@ impl Runtime {
     }
 }
 
+impl Runtime {
+    /// Of the pods that are ready: what has ended uses nothing.
+    async fn sandbox_metrics(&self) -> Vec<PodSandboxMetrics> {
+        let node = Arc::clone(&self.node);
+        blocking("read the pods' metrics", move || {
+            let all = node.sandboxes();
+            let ready = all.iter().filter(|sandbox| sandbox.state().ready);
+            ready
+                .map(|sandbox| stats::cadvisor::sandbox(&node, sandbox))
+                .collect()
+        })
+        .await
+    }
+}
+
 fn not_yet<T>(method: &str, what: &str) -> Result<Response<T>, Status> {
     answer(
         method,
@@ -653,15 +668,17 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<ListMetricDescriptorsRequest>,
     ) -> Result<Response<ListMetricDescriptorsResponse>, Status> {
-        // No metrics yet, and none described.
-        Ok(Response::new(ListMetricDescriptorsResponse::default()))
+        Ok(Response::new(ListMetricDescriptorsResponse {
+            descriptors: stats::cadvisor::descriptors(),
+        }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _request: Request<ListPodSandboxMetricsRequest>,
     ) -> Result<Response<ListPodSandboxMetricsResponse>, Status> {
-        Ok(Response::new(ListPodSandboxMetricsResponse::default()))
+        let pod_metrics = self.sandbox_metrics().await;
+        Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
     type StreamPodSandboxMetricsStream = Answers<StreamPodSandboxMetricsResponse>;
@@ -673,7 +690,8 @@ impl RuntimeService for Runtime {
         let message = |pod_sandbox_metrics| StreamPodSandboxMetricsResponse {
             pod_sandbox_metrics,
         };
-        Ok(Response::new(in_chunks(Vec::new(), message)))
+        let metrics = self.sandbox_metrics().await;
+        Ok(Response::new(in_chunks(metrics, message)))
     }
 
     type GetContainerEventsStream = Answers<ContainerEventResponse>;

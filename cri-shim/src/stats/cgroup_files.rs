@@ -63,23 +63,37 @@ pub fn io(dir: &Path) -> Option<IoUsage> {
     })
 }
 
-/// Processes in the cgroup and in those right below, where the pids controller does not count.
-pub fn processes(dir: &Path) -> Option<u64> {
-    let count = |dir: &Path| {
-        let processes = read(dir, "cgroup.procs")?;
-        u64::try_from(processes.lines().count()).ok()
-    };
-    let mut all = count(dir)?;
-    for entry in std::fs::read_dir(dir).ok()?.flatten() {
+/// How deep below a container's cgroup processes are looked for, and how many are listed.
+const DEPTH: u32 = 4;
+const PROCESSES: usize = 1 << 16;
+
+/// The processes in the cgroup and below.
+pub fn process_ids(dir: &Path) -> Vec<i32> {
+    let mut all = Vec::new();
+    list_processes(dir, 0, &mut all);
+    all
+}
+
+fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
+    // Longer than other files of a cgroup's.
+    let processes = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let room = PROCESSES.saturating_sub(all.len());
+    let listed = processes
+        .lines()
+        .filter_map(|line| line.parse::<i32>().ok());
+    all.extend(listed.take(room));
+    if depth == DEPTH {
+        return;
+    }
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            all += count(&entry.path()).unwrap_or_default();
+            list_processes(&entry.path(), depth + 1, all);
         }
     }
-    Some(all)
 }
 
 /// A pressure file, psi.rst; none if the kernel does not keep it.
-fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
+pub fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
     parse_pressure(&read(dir, file)?)
 }
 

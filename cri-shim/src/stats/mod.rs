@@ -1,6 +1,7 @@
 //! What cgroups count, as the CRI reports it. A controller that is not there leaves its field
 //! out.
 
+pub mod cadvisor;
 mod cgroup_files;
 mod writable;
 
@@ -138,7 +139,7 @@ pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxStats {
         .filter(|one| one.phase() == Phase::Running)
         .map(|one| container(node, one))
         .collect();
-    let processes = cgroup::number(&dir, "pids.current").or_else(|| cgroup_files::processes(&dir));
+    let processes = u64::try_from(cgroup_files::process_ids(&dir).len()).ok();
     let network = node.network.interface_stats(&sandbox.id);
     PodSandboxStats {
         attributes: Some(attributes),

@@ -1,0 +1,164 @@
+//! SIGHUP: the configuration is read again. What can change while the server runs does, the log
+//! says what, and what can't is named.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::config::{Config, Source};
+use crate::image::Registries;
+use crate::journal;
+use crate::node::Node;
+
+/// The most that is looked at of one hosts.toml.
+const FILE_BYTES: u64 = 1 << 20;
+
+/// What was in force when it was last looked.
+pub struct Reload {
+    source: Source,
+    config: Config,
+    registries: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+impl Reload {
+    /// Blocks on the disk.
+    pub fn new(source: Source, node: &Arc<Node>) -> Self {
+        let config = node.config.clone();
+        let registries = hosts_files(&config.registry_config_path);
+        Reload {
+            source,
+            config,
+            registries,
+        }
+    }
+
+    /// Reads everything again. Blocks on the disk.
+    pub fn run(&mut self) {
+        match self.source.load() {
+            Ok(config) => self.take(config),
+            Err(error) => log::error!("SIGHUP: {error}; the configuration stays as it was"),
+        }
+        self.look_at_registries();
+    }
+
+    fn take(&mut self, config: Config) {
+        let old = &self.config;
+        if config.debug != old.debug {
+            journal::set_level(config.debug);
+            log::info!("SIGHUP: debug is {} now", config.debug);
+        }
+        let changed: [(&str, bool); 17] = [
+            ("root", config.root != old.root),
+            ("state", config.state != old.state),
+            ("listen", config.socket != old.socket),
+            ("cni_conf_dir", config.cni_conf_dir != old.cni_conf_dir),
+            ("cni_bin_dir", config.cni_bin_dir != old.cni_bin_dir),
+            (
+                "registry_config_path",
+                config.registry_config_path != old.registry_config_path,
+            ),
+            ("cgroup_driver", config.cgroup_driver != old.cgroup_driver),
+            ("stream_listen", config.stream_listen != old.stream_listen),
+            (
+                "metrics_listen",
+                config.metrics_listen != old.metrics_listen,
+            ),
+            ("monitor", config.monitor != old.monitor),
+            (
+                "default_runtime",
+                config.default_runtime != old.default_runtime,
+            ),
+            (
+                "restrict_oom_score_adj",
+                config.restrict_oom_score_adj != old.restrict_oom_score_adj,
+            ),
+            (
+                "default_cgroup_parent",
+                config.default_cgroup_parent != old.default_cgroup_parent,
+            ),
+            ("[runtime]", config.runtimes != old.runtimes),
+            ("[network]", config.network != old.network),
+            ("[image]", config.images != old.images),
+            ("image.pinned", config.pins != old.pins),
+        ];
+        let waiting: Vec<&str> = changed
+            .iter()
+            .filter_map(|(key, changed)| changed.then_some(*key))
+            .collect();
+        if !waiting.is_empty() {
+            log::warn!(
+                "SIGHUP: changed, and in force with the next start: {}",
+                waiting.join(", ")
+            );
+        } else if config == *old {
+            log::info!("SIGHUP: the configuration is as it was");
+        } else if config.debug == old.debug {
+            log::warn!("SIGHUP: the configuration has changed, in force with the next start");
+        }
+        self.config = config;
+    }
+
+    /// hosts.toml files are read at each pull; here is told what the next one will find.
+    fn look_at_registries(&mut self) {
+        let dir = &self.config.registry_config_path;
+        let now = hosts_files(dir);
+        let registries = Registries::new(dir);
+        for (path, text) in &now {
+            if self.registries.get(path) == Some(text) {
+                continue;
+            }
+            match registries.check(&registry_of(path)) {
+                Ok(()) => log::info!("SIGHUP: {} has changed and is in force", path.display()),
+                Err(error) => log::error!("SIGHUP: {error}"),
+            }
+        }
+        for path in self
+            .registries
+            .keys()
+            .filter(|path| !now.contains_key(*path))
+        {
+            log::info!("SIGHUP: {} is gone", path.display());
+        }
+        self.registries = now;
+    }
+}
+
+/// The registry whose file this is: `HOST_PORT_` stands for `HOST:PORT`.
+fn registry_of(path: &Path) -> String {
+    let dir = path.parent().and_then(Path::file_name).unwrap_or_default();
+    let dir = dir.to_string_lossy();
+    match dir.strip_suffix('_').and_then(|name| name.rsplit_once('_')) {
+        Some((host, port)) => format!("{host}:{port}"),
+        None => dir.into_owned(),
+    }
+}
+
+fn hosts_files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path().join("hosts.toml");
+        if let Ok(file) = std::fs::File::open(&path) {
+            let mut text = Vec::new();
+            let _ =
+                std::io::Read::read_to_end(&mut std::io::Read::take(file, FILE_BYTES), &mut text);
+            all.insert(path, text);
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_names_its_registry() {
+        for (path, registry) in [
+            ("/certs.d/docker.io/hosts.toml", "docker.io"),
+            ("/certs.d/127.0.0.1:5000/hosts.toml", "127.0.0.1:5000"),
+            ("/certs.d/my_host_5000_/hosts.toml", "my_host:5000"),
+        ] {
+            assert_eq!(registry_of(Path::new(path)), registry);
+        }
+    }
+}
