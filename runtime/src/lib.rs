@@ -14,6 +14,7 @@ pub mod channel;
 pub mod claim;
 pub mod commands;
 pub mod config;
+pub mod copy_up;
 pub mod dbus;
 pub mod devices;
 pub mod entry;

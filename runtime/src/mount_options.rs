@@ -62,22 +62,14 @@ const PROPAGATIONS: &[(&str, u64, bool)] = &[
 ];
 
 /// Options of the file system as a whole that every file system takes.
-const SUPERBLOCK: &[&str] = &[
-    "sync",
-    "async",
-    "dirsync",
-    "mand",
-    "nomand",
-    "lazytime",
-    "nolazytime",
-    "silent",
-    "loud",
-    "iversion",
-    "noiversion",
-];
+const SUPERBLOCK: &[&str] = &["sync", "async", "dirsync", "mand", "lazytime", "nolazytime"];
 
 /// Those that are not there yet, and are refused rather than ignored.
-const UNSUPPORTED: &[&str] = &["tmpcopyup", "remount", "move"];
+const UNSUPPORTED: &[&str] = &["remount", "move"];
+
+/// Say how a mount is told of, or ask for what every file system has today; fsconfig(2) does
+/// not know them.
+const WITHOUT_EFFECT: &[&str] = &["silent", "loud", "iversion", "noiversion", "nomand"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bind {
@@ -101,6 +93,10 @@ pub struct Options {
     pub idmap: Option<bool>,
     /// Propagation types, in the order given, each with whether it is recursive.
     pub propagation: Vec<(u64, bool)>,
+    /// Whether a tmpfs begins with what the directory has that it covers.
+    pub copy_up: bool,
+    /// Options of the file system as a whole; a bind mount leaves them as they are.
+    pub superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
     pub data: Vec<(String, Option<String>)>,
 }
@@ -116,6 +112,8 @@ pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
         recursive_attr: MountAttr::default(),
         idmap: None,
         propagation: Vec::new(),
+        copy_up: false,
+        superblock: Vec::new(),
         data: Vec::new(),
     };
     for option in options {
@@ -130,14 +128,16 @@ pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
             PROPAGATIONS.iter().find(|(name, ..)| *name == option)
         {
             parsed.propagation.push((*kind, *recursive));
-        } else if SUPERBLOCK.contains(&option) {
-            parsed.data.push((option.to_owned(), None));
+        } else if let Some(known) = SUPERBLOCK.iter().find(|known| **known == option) {
+            parsed.superblock.push(known);
+        } else if WITHOUT_EFFECT.contains(&option) {
         } else if UNSUPPORTED.contains(&option) {
             refuse!("option {option} is not supported by this version of rrun");
         } else {
             match option {
                 "bind" => parsed.bind = Bind::Alone,
                 "rbind" => parsed.bind = Bind::Recursive,
+                "tmpcopyup" => parsed.copy_up = true,
                 "idmap" => parsed.idmap = Some(false),
                 "ridmap" => parsed.idmap = Some(true),
                 "" | "defaults" => {}
@@ -169,7 +169,7 @@ pub fn propagation(name: &str) -> Option<(u64, bool)> {
 
 /// All the names above, for `rrun features`.
 pub fn known() -> Vec<String> {
-    let mut names: Vec<String> = ["bind", "rbind", "defaults", "idmap", "ridmap"]
+    let mut names: Vec<String> = ["bind", "rbind", "defaults", "idmap", "ridmap", "tmpcopyup"]
         .map(str::to_owned)
         .to_vec();
     for (name, ..) in ATTRIBUTES {
@@ -177,10 +177,16 @@ pub fn known() -> Vec<String> {
         names.push(format!("r{name}"));
     }
     names.extend(PROPAGATIONS.iter().map(|(name, ..)| (*name).to_owned()));
+    names.extend(WITHOUT_EFFECT.iter().map(|name| (*name).to_owned()));
     names.extend(SUPERBLOCK.iter().map(|name| (*name).to_owned()));
     names.sort_unstable();
     names.dedup();
     names
+}
+
+/// Whether the mount itself is to be read-only.
+pub fn is_read_only(attr: &MountAttr) -> bool {
+    attr.attr_set & ATTR_RDONLY != 0
 }
 
 /// Attributes by which rrun itself mounts.

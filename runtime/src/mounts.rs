@@ -16,9 +16,9 @@ use crate::config::Config;
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::idmap::{self, IdMaps};
 use crate::mount_options::{self, Bind, Options};
-use crate::refuse;
 use crate::rootfs::{Rootfs, Target, cleaned};
 use crate::syscalls::{MountAttr, mount_setattr};
+use crate::{copy_up, refuse};
 
 /// linux/magic.h
 pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -87,6 +87,9 @@ impl Mount {
             }
             // Not recursive unless it is said, as with runc.
             options.idmap.get_or_insert(false);
+        }
+        if options.copy_up && typ != "tmpfs" {
+            refuse!("{field}.options: tmpcopyup is for a tmpfs");
         }
         if options.idmap.is_some() && options.bind == Bind::No {
             refuse!("{field}: ids can be mapped only in a bind mount");
@@ -158,6 +161,13 @@ impl Mount {
         )
     }
 
+    /// Whether it gets something of the directory that it covers: a tmpfs its contents with
+    /// `tmpcopyup`, and its mode unless it has one of its own, as with runc.
+    fn is_filled(&self) -> bool {
+        let has_mode = || self.options.data.iter().any(|(key, _)| key == "mode");
+        self.typ == "tmpfs" && !self.is_bind() && (self.options.copy_up || !has_mode())
+    }
+
     pub fn is_bind(&self) -> bool {
         self.options.bind != Bind::No
     }
@@ -214,6 +224,10 @@ impl Mount {
         if !self.source.as_os_str().is_empty() {
             rustix::mount::fsconfig_set_string(&fs, "source", &self.source).map_err(explained)?;
         }
+        for name in &self.options.superblock {
+            rustix::mount::fsconfig_set_flag(&fs, *name)
+                .map_err(|errno| explained(errno).while_doing(format!("option {name}")))?;
+        }
         for (key, value) in &self.options.data {
             match value {
                 Some(value) => rustix::mount::fsconfig_set_string(&fs, &**key, &**value),
@@ -228,7 +242,10 @@ impl Mount {
                 .map_err(|errno| explained(errno).while_doing("label it (linux.mountLabel)"))?;
         }
         rustix::mount::fsconfig_create(&fs).map_err(explained)?;
-        let attributes = MountAttrFlags::from_bits_retain(self.options.attr.attr_set as u32);
+        let mut attributes = MountAttrFlags::from_bits_retain(self.options.attr.attr_set as u32);
+        if self.is_filled() {
+            attributes.remove(MountAttrFlags::MOUNT_ATTR_RDONLY);
+        }
         let mount = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
             .map_err(explained)?;
         if let Some(label) = self.label.as_ref().filter(|_| self.typ == "mqueue") {
@@ -258,9 +275,12 @@ impl Mount {
         if self.is_bind() && self.options.attr != unchanged {
             mount_setattr(mount.as_fd(), false, &self.options.attr).doing(|| "set its options")?;
         }
-        if self.options.recursive_attr != unchanged {
-            mount_setattr(mount.as_fd(), true, &self.options.recursive_attr)
-                .doing(|| "set its recursive options")?;
+        let mut recursive = self.options.recursive_attr;
+        if self.is_filled() {
+            recursive.attr_set &= !mount_options::READ_ONLY.attr_set;
+        }
+        if recursive != unchanged {
+            mount_setattr(mount.as_fd(), true, &recursive).doing(|| "set its recursive options")?;
         }
         for (propagation, recursive) in &self.options.propagation {
             let attr = MountAttr {
@@ -295,6 +315,18 @@ impl Mount {
             self.refuse_inside_proc(&target, &mount)?;
             target
         };
+        if self.is_filled() {
+            if self.options.copy_up {
+                copy_up::copy(&target, &mount)?;
+            } else {
+                copy_up::copy_mode(&target, &mount)?;
+            }
+            let asked = [&self.options.attr, &self.options.recursive_attr];
+            if asked.into_iter().any(mount_options::is_read_only) {
+                mount_setattr(mount.as_fd(), false, &mount_options::READ_ONLY)
+                    .doing(|| "make it read-only")?;
+            }
+        }
         move_mount(&mount, &target).doing(|| "attach it")?;
         rootfs.attached(&self.destination, mount, is_kernels);
         Ok(())
@@ -557,7 +589,7 @@ mod tests {
             (r#"{"destination":"/a"}"#, "mounts[3].type"),
             (r#"{"destination":"/a","type":"bind"}"#, "mounts[3].source"),
             (
-                r#"{"destination":"/a","type":"tmpfs","options":["tmpcopyup"]}"#,
+                r#"{"destination":"/a","type":"proc","options":["tmpcopyup"]}"#,
                 "mounts[3].options",
             ),
         ] {

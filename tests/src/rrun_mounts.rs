@@ -19,6 +19,8 @@ pub const TESTS: &[Test] = &[
     test!(a_readonly_bind_mount_is_readonly),
     test!(a_file_is_bind_mounted_on_a_file_that_is_made),
     test!(a_tmpfs_has_its_options),
+    test!(a_tmpfs_begins_with_what_it_covers),
+    test!(every_option_of_the_specification_is_taken),
     test!(mount_flags_are_set),
     test!(mount_points_are_made),
     test!(a_mount_point_that_is_a_link_stays_inside),
@@ -167,6 +169,127 @@ fn a_tmpfs_has_its_options() -> Result {
     let report = bundle.report()?;
     let line = line(&report, "/data")?;
     ensure!(line.contains("size=1024k"), "{line}");
+    Ok(())
+}
+
+fn a_tmpfs_begins_with_what_it_covers() -> Result {
+    let mut bundle = Bundle::new(&["cat", "/data/below/file"])?;
+    let data = bundle.join("rootfs/data");
+    fs::create_dir(data.join("below"))?;
+    fs::write(data.join("below/file"), "of the image")?;
+    symlink("below/file", data.join("link"))?;
+    std::os::unix::fs::chown(data.join("below/file"), Some(7), Some(8))?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    fs::set_permissions(&data, mode)?;
+    bundle.add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup", "ro"],
+        }),
+    );
+    ensure_eq!(bundle.run()?.stdout, "of the image", "the file");
+    bundle.args(&["cat", "/data/link"]);
+    ensure_eq!(bundle.run()?.stdout, "of the image", "by the link");
+    let stat = bundle.args(&["stat", "/data/below/file"]).run()?.json()?;
+    ensure_eq!(
+        (&stat["uid"], &stat["gid"]),
+        (&json!(7), &json!(8)),
+        "owner"
+    );
+    let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
+    ensure_eq!(stat["mode"], "711", "mode of the tmpfs");
+    bundle
+        .args(&["write", "/data/new", "x"])
+        .call(&["run"])?
+        .exits(1)?;
+    // Without the option, it is empty and has the mode all the same.
+    let last = bundle.config["mounts"].as_array().map_or(0, Vec::len) - 1;
+    bundle.set(&format!("/mounts/{last}/options"), json!([]));
+    ensure_eq!(
+        bundle.args(&["ls", "/data"]).run()?.stdout,
+        "",
+        "files in an empty tmpfs"
+    );
+    let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
+    ensure_eq!(stat["mode"], "711", "mode of an empty tmpfs");
+    Ok(())
+}
+
+fn every_option_of_the_specification_is_taken() -> Result {
+    let source = Directory::new("source")?;
+    let plain = [
+        "async",
+        "atime",
+        "defaults",
+        "dev",
+        "diratime",
+        "dirsync",
+        "exec",
+        "iversion",
+        "lazytime",
+        "loud",
+        "mand",
+        "noatime",
+        "nodev",
+        "nodiratime",
+        "noexec",
+        "noiversion",
+        "nolazytime",
+        "nomand",
+        "norelatime",
+        "nostrictatime",
+        "nosuid",
+        "nosymfollow",
+        "private",
+        "ratime",
+        "rdev",
+        "rdiratime",
+        "relatime",
+        "rexec",
+        "rnoatime",
+        "rnodev",
+        "rnodiratime",
+        "rnoexec",
+        "rnorelatime",
+        "rnostrictatime",
+        "rnosuid",
+        "rnosymfollow",
+        "ro",
+        "rprivate",
+        "rrelatime",
+        "rro",
+        "rrw",
+        "rshared",
+        "rslave",
+        "rstrictatime",
+        "rsuid",
+        "rsymfollow",
+        "runbindable",
+        "rw",
+        "shared",
+        "silent",
+        "slave",
+        "strictatime",
+        "suid",
+        "symfollow",
+        "sync",
+        "unbindable",
+    ];
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    for option in plain {
+        for (typ, bind) in [("tmpfs", None), ("bind", Some("rbind"))] {
+            let options: Vec<&str> = bind.into_iter().chain([option]).collect();
+            let mount = json!({
+                "destination": "/data", "type": typ, "source": source.path(), "options": options,
+            });
+            if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
+                all.truncate(7);
+            }
+            bundle.add("/mounts", mount);
+            let output = bundle.call(&["run"])?.end()?;
+            ensure_eq!(output.code, 0, "{typ} with {option}: {}", output.told());
+        }
+    }
     Ok(())
 }
 
