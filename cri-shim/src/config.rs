@@ -26,6 +26,9 @@ pub const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
 /// What `rrun-cri config default` prints.
 pub const DEFAULT_TEXT: &str = include_str!("config_default.toml");
 
+/// How many seconds nothing may move on a stream, as kubelet has it.
+const STREAM_IDLE_TIMEOUT: u64 = 4 * 60 * 60;
+
 /// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -157,6 +160,13 @@ pub struct Partial {
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub debug: Option<bool>,
     #[arg(skip)]
+    pub stream_tls_cert: Option<PathBuf>,
+    #[arg(skip)]
+    pub stream_tls_key: Option<PathBuf>,
+    /// Seconds.
+    #[arg(skip)]
+    pub stream_idle_timeout: Option<u64>,
+    #[arg(skip)]
     pub monitor: Option<PathBuf>,
     #[arg(skip)]
     pub default_runtime: Option<String>,
@@ -208,6 +218,11 @@ pub struct Config {
     pub stream_listen: SocketAddr,
     /// `None`: no metrics are served.
     pub metrics_listen: Option<SocketAddr>,
+    /// PEM files; with them, streams are served over TLS.
+    pub stream_tls_cert: Option<PathBuf>,
+    pub stream_tls_key: Option<PathBuf>,
+    /// How long nothing may move on a stream before it is closed.
+    pub stream_idle_timeout: Duration,
     pub debug: bool,
     pub monitor: PathBuf,
     pub default_runtime: String,
@@ -273,6 +288,9 @@ impl Partial {
             registry_config_path: over.registry_config_path.or(self.registry_config_path),
             cgroup_driver: over.cgroup_driver.or(self.cgroup_driver),
             stream_listen: over.stream_listen.or(self.stream_listen),
+            stream_tls_cert: over.stream_tls_cert.or(self.stream_tls_cert),
+            stream_tls_key: over.stream_tls_key.or(self.stream_tls_key),
+            stream_idle_timeout: over.stream_idle_timeout.or(self.stream_idle_timeout),
             metrics_listen: over.metrics_listen.or(self.metrics_listen),
             debug: over.debug.or(self.debug),
             monitor: over.monitor.or(self.monitor),
@@ -320,6 +338,16 @@ impl Partial {
                 CgroupDriver::Cgroupfs
             }
         });
+        if self.stream_tls_cert.is_some() != self.stream_tls_key.is_some() {
+            let reason = "a certificate and its key go together: stream_tls_key or stream_tls_cert is missing";
+            return Err(value("stream_tls_cert", reason.to_owned()));
+        }
+        let stream_idle_timeout = self.stream_idle_timeout.unwrap_or(STREAM_IDLE_TIMEOUT);
+        if stream_idle_timeout == 0 {
+            let reason = "0 s would close every stream at once".to_owned();
+            return Err(value("stream_idle_timeout", reason));
+        }
+        let file = |key, given: Option<PathBuf>| given.map(|path| absolute(key, path)).transpose();
         let mut runtimes = self.runtime;
         runtimes
             .entry("rrun".to_owned())
@@ -374,6 +402,9 @@ impl Partial {
                 .stream_listen
                 .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
             metrics_listen: self.metrics_listen,
+            stream_tls_cert: file("stream_tls_cert", self.stream_tls_cert)?,
+            stream_tls_key: file("stream_tls_key", self.stream_tls_key)?,
+            stream_idle_timeout: Duration::from_secs(stream_idle_timeout),
             debug: self.debug.unwrap_or(false),
             monitor: found(&self.monitor.unwrap_or_else(|| "rrun-monitor".into())),
             default_runtime,

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
 use crate::monitor::protocol::{
-    Create, Event, Exec, Failure, Hello, LISTEN_FD, Pod, Reply, Request,
+    Attach, Create, Event, Exec, Failure, Hello, LISTEN_FD, Pod, Reply, Request,
 };
 use crate::monitor::wire::{self, WireError};
 
@@ -291,6 +291,36 @@ impl MonitorClient {
         }
     }
 
+    /// [`Request::Attach`]; `pipes` are the writing ends, which are closed here once passed.
+    pub async fn attach(
+        &self,
+        attach: Attach,
+        pipes: Vec<OwnedFd>,
+    ) -> Result<AttachHandle, MonitorError> {
+        let deadline = Instant::now() + PROMPT;
+        let fds: Vec<_> = pipes.iter().map(AsFd::as_fd).collect();
+        let request = Request::Attach(attach);
+        let mut connection = self
+            .send("attach", &request, &fds, (deadline, PROMPT))
+            .await?;
+        match self
+            .receive("attach", &mut connection, Some((deadline, PROMPT)))
+            .await?
+        {
+            Reply::Attached => Ok(AttachHandle {
+                stdin: connection.fds.pop(),
+                connection,
+            }),
+            other => Err(self.unexpected("attach", &other)),
+        }
+    }
+
+    /// [`Request::CloseStdin`].
+    pub async fn close_stdin(&self, id: &str) -> Result<(), MonitorError> {
+        let request = Request::CloseStdin { id: id.to_owned() };
+        self.ask_done("close_stdin", &request, PROMPT).await
+    }
+
     /// [`Request::Subscribe`]: what there is now, and then whatever happens.
     pub async fn subscribe(&self) -> Result<(Hello, Events), MonitorError> {
         let deadline = Instant::now() + PROMPT;
@@ -471,6 +501,20 @@ impl ExecHandle {
             Reply::Exited { code } => Ok(code),
             other => Err(client.unexpected("exec", &other)),
         }
+    }
+}
+
+/// A client's place at a container's stdio. Dropping it detaches.
+pub struct AttachHandle {
+    /// The container's stdin, or its pty's master, if it has one; take it.
+    pub stdin: Option<OwnedFd>,
+    connection: Connection,
+}
+
+impl AttachHandle {
+    /// Waits for the container's end, or the monitor's. Cancel-safe.
+    pub async fn ended(&mut self) {
+        while let Ok(Some(_)) = self.connection.next().await {}
     }
 }
 

@@ -19,6 +19,7 @@ use crate::network::Network;
 use crate::sandbox::Sandbox;
 use crate::stats::Cache;
 use crate::store::Store;
+use crate::streaming::Streams;
 
 /// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
 const MAKING: Duration = Duration::from_secs(5 * 60);
@@ -34,6 +35,7 @@ pub struct Node {
     /// Where removed writable layers go.
     pub trash: Arc<Trash>,
     pub handlers: Handlers,
+    pub streams: Streams,
     /// Calls that make something, by what they make; the answer is an id.
     pub making: InFlight<String>,
     /// Calls that change or end something, by what they do.
@@ -58,6 +60,7 @@ impl Node {
             network,
             events: Bus::default(),
             stats: Cache::default(),
+            streams: Streams::default(),
             making: InFlight::within(MAKING),
             doing: InFlight::default(),
             index: Mutex::default(),

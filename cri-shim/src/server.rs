@@ -29,6 +29,7 @@ use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
 use crate::slow::blocking;
 use crate::store::Store;
+use crate::streaming;
 use crate::{memory, metrics, reconcile, services};
 
 /// How long calls under way may take to end after SIGTERM.
@@ -82,7 +83,9 @@ async fn serve(source: Source, config: Config) -> Result<()> {
         Network::open(store.clone(), network_config(&config)).map_err(|error| internal(&error))?;
     tell_unused(&config);
     let node = Arc::new(Node::new(config, store, images, network));
+    let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
+    tokio::spawn(streams.serve(Arc::clone(&node)));
 
     let routes = Routes::new(services::runtime(Arc::clone(&node)))
         .add_service(services::image(Arc::clone(&node)))

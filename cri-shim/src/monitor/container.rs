@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use super::attach::Follower;
 use super::cgroup::{self, OomCount};
 use super::connection::ClientId;
 use super::console::Console;
@@ -35,9 +36,10 @@ pub struct Container {
     /// A `start` is under way.
     pub(super) starting: bool,
     pub(super) output: Output,
-    /// Our side of its stdin, for attach (a terminal's master does for both). Attach will hand
-    /// over to a connection that carries frames; until then it is only held open.
-    _stdin: Option<OwnedFd>,
+    /// Our side of its stdin, for attach; a terminal's master does for both.
+    pub(super) stdin: Option<OwnedFd>,
+    /// With `stdin_once`, who has it.
+    pub(super) stdin_client: Option<ClientId>,
     console: Option<Console>,
     pub(super) memory: Option<OomCount>,
     pub(super) oom_killed: bool,
@@ -65,10 +67,11 @@ pub enum State {
 pub(super) struct Output {
     pub(super) log: Log,
     /// A pipe, or a terminal's master.
-    stdout: Option<OwnedFd>,
+    pub(super) stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     /// Which of them are not looked at while the log's file takes nothing.
     resting: Vec<Stream>,
+    pub(super) followers: Vec<Follower>,
 }
 
 /// The ends of the container's stdio that the runtime gets.
@@ -84,10 +87,16 @@ impl Output {
             Stream::Stdout => &self.stdout,
             Stream::Stderr => &self.stderr,
         };
-        match fd {
-            Some(fd) => self.log.pump(fd, stream, buffers),
-            None => Pumped::End,
+        let Some(fd) = fd else {
+            return Pumped::End;
+        };
+        let pumped = self.log.pump(fd, stream, buffers);
+        if pumped == Pumped::Data && !self.followers.is_empty() {
+            for follower in &mut self.followers {
+                follower.give(stream, buffers.fresh());
+            }
         }
+        pumped
     }
 
     pub(super) fn stream(&self, stream: Stream) -> Option<BorrowedFd<'_>> {
@@ -188,8 +197,10 @@ impl Container {
                 stdout: None,
                 stderr: None,
                 resting: Vec::new(),
+                followers: Vec::new(),
             },
-            _stdin: None,
+            stdin: None,
+            stdin_client: None,
             console: None,
             memory: None,
             oom_killed: false,
@@ -244,7 +255,7 @@ impl Container {
         let stdin = if self.spec.stdin {
             let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
             rustix::io::ioctl_fionbio(&ours, true)?;
-            self._stdin = Some(ours);
+            self.stdin = Some(ours);
             theirs
         } else {
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;

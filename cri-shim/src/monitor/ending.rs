@@ -272,6 +272,8 @@ impl Monitor {
                     .display()
             ));
         }
+        let followers = container.output.end_followers();
+        container.stdin = None;
         let exit = ExitRecord {
             code: ending.code,
             oom_killed: container.oom_killed,
@@ -288,6 +290,9 @@ impl Monitor {
             cleanup: Cleanup::Running,
         };
         self.publish(Event::Exited { id, exit });
+        for client in followers {
+            self.drop_client(client);
+        }
         self.clean_up(serial);
     }
 

@@ -80,13 +80,21 @@ impl Timestamp {
 /// are memory.
 pub struct Buffers {
     input: Vec<u8>,
+    /// Where in `input` what was read last is.
+    fresh: std::ops::Range<usize>,
 }
 
 impl Buffers {
     pub fn new() -> Self {
         Buffers {
             input: vec![0; INPUT],
+            fresh: 0..0,
         }
+    }
+
+    /// What the last [`Log::pump`] read.
+    pub fn fresh(&self) -> &[u8] {
+        self.input.get(self.fresh.clone()).unwrap_or_default()
     }
 }
 
@@ -154,6 +162,7 @@ impl Log {
             // A pty's way to say that nobody has its other side open.
             Err(_) => return Pumped::End,
         };
+        buffers.fresh = length..length + count;
         let (file, held) = match stream {
             Stream::Stdout => (&self.file, &mut self.stdout),
             Stream::Stderr => (&self.file, &mut self.stderr),

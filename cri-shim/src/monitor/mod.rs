@@ -2,9 +2,10 @@
 //!
 //! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
 //! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
-//! set. What it does for a container is in `container`, `ending` and `exec`; what it needs from
-//! the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
+//! set. What it does for a container is in `container`, `ending`, `exec` and `attach`; what it needs
+//! from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
 
+mod attach;
 mod cgroup;
 mod connection;
 mod console;

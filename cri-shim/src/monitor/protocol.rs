@@ -85,6 +85,16 @@ pub enum Request {
     /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
     /// descends from it or is in its session. `process` must have the same `terminal` as this.
     Exec(Exec),
+    /// Follows the container's output from now on. Descriptors: the writing ends of a pipe for
+    /// each of stdout and stderr that is wanted, in this order; a terminal's output is all
+    /// stdout. What does not fit into a pipe is left out, and a note in it says so. Answered by
+    /// [`Reply::Attached`], which carries a descriptor to write to (the container's stdin, or the
+    /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. The
+    /// connection is closed, and so are the pipes, when the container has ended. If the client
+    /// closes first it is detached; with `stdin_once` the first one that had stdin takes it along.
+    Attach(Attach),
+    /// Ends a container's stdin, which has `stdin_once`, for all. Done, too, if it has none.
+    CloseStdin { id: String },
     /// Opens the container's log again at its path, after a rotation. Lines read after the
     /// answer are in the new file.
     ReopenLog { id: String },
@@ -126,6 +136,15 @@ pub struct Exec {
     pub terminal: bool,
 }
 
+/// See [`Request::Attach`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Attach {
+    pub id: String,
+    pub stdin: bool,
+    pub stdout: bool,
+    pub stderr: bool,
+}
+
 /// What the monitor answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -138,6 +157,7 @@ pub enum Reply {
     Started {
         pid: i32,
     },
+    Attached,
     /// An exec's end: its status as a shell would give it (128 + the signal's number).
     Exited {
         code: i32,

@@ -277,9 +277,10 @@ impl Monitor {
         }
     }
 
-    fn drop_client(&mut self, client: ClientId) {
+    pub(super) fn drop_client(&mut self, client: ClientId) {
         if self.clients.remove(&client).is_some() {
             self.exec_client_gone(client);
+            self.attach_client_gone(client);
             // There is room for another.
             self.deaf_until = self.deaf_until.map(|_| Instant::now());
         }
@@ -336,6 +337,8 @@ impl Monitor {
             Request::Update { id, resources } => self.update(client, &id, &resources),
             Request::Delete { id } => self.delete(client, &id),
             Request::Exec(exec) => self.exec(client, &exec, &fds),
+            Request::Attach(attach) => self.attach(client, &attach, fds),
+            Request::CloseStdin { id } => self.close_stdin(client, &id),
             Request::ReopenLog { id } => self.reopen_log(client, &id),
             Request::Shutdown => self.shut_down(client),
         }

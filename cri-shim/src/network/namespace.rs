@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::netlink::{Batch, Socket};
 use super::{NetworkError, link};
@@ -123,6 +124,24 @@ pub fn remove(path: &Path) -> Result<(), NetworkError> {
 /// it is an ordinary file.
 pub fn is_pinned(path: &Path) -> bool {
     open(path).is_ok()
+}
+
+/// A non-blocking TCP socket, not connected, in the namespace pinned at `path`, or in ours. It
+/// stays there whoever uses it. Blocks for well under a millisecond.
+pub fn socket(path: Option<&Path>, family: AddressFamily) -> Result<OwnedFd, NetworkError> {
+    let make = |path: &Path| {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        rustix::net::socket_with(family, SocketType::STREAM, flags, None)
+            .map_err(|errno| failed("make a socket in the network namespace", path, errno.into()))
+    };
+    let Some(path) = path else {
+        return make(Path::new("/proc/self/ns/net"));
+    };
+    let namespace = open(path)?;
+    on_own_thread(|| {
+        enter(namespace.as_fd(), path)?;
+        make(path)
+    })
 }
 
 /// Opens the namespace pinned at `path`.

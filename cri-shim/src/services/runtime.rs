@@ -592,22 +592,25 @@ impl RuntimeService for Runtime {
         answer("ExecSync", result)
     }
 
-    async fn exec(&self, _request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
-        not_yet("Exec", "serve interactive exec (crictl exec -s works)")
+    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
+        let url = streaming::exec_url(&self.node, request.into_inner());
+        answer("Exec", url.map(|url| ExecResponse { url }))
     }
 
     async fn attach(
         &self,
-        _request: Request<AttachRequest>,
+        request: Request<AttachRequest>,
     ) -> Result<Response<AttachResponse>, Status> {
-        not_yet("Attach", "serve attach")
+        let url = streaming::attach_url(&self.node, request.into_inner());
+        answer("Attach", url.map(|url| AttachResponse { url }))
     }
 
     async fn port_forward(
         &self,
-        _request: Request<PortForwardRequest>,
+        request: Request<PortForwardRequest>,
     ) -> Result<Response<PortForwardResponse>, Status> {
-        not_yet("PortForward", "forward ports")
+        let url = streaming::port_forward_url(&self.node, request.into_inner());
+        answer("PortForward", url.map(|url| PortForwardResponse { url }))
     }
 
     async fn container_stats(

@@ -1,210 +1,115 @@
-//! Exec's pipes.
+//! Streams between clients and containers.
 //!
-//! The monitor starts the process, its stdio are pipes that this server reads: nothing is written
-//! to a disk on the way.
+//! [`exec_sync`] answers with what a command wrote. Exec, Attach and PortForward answer with a URL
+//! ([`token`]) of the streaming [`server`]; the client that comes there chooses what to speak
+//! ([`upgrade`]): SPDY ([`spdy`], on a socket [`connection`]) or WebSocket ([`websocket`]), either
+//! on a [`transport`]. [`exec`] and [`attach`] then serve five channels ([`remotecommand`]),
+//! [`port_forward`] as many as the client opens.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+pub mod attach;
+mod command;
+mod connection;
+mod descriptor;
+pub mod exec;
+pub mod exec_sync;
+pub mod port_forward;
+mod remotecommand;
+pub mod server;
+pub mod spdy;
+pub mod token;
+mod transport;
+mod upgrade;
+mod websocket;
 
-use rrun_proto::v1::ExecSyncResponse;
-use rustix::fs::{Mode, OFlags};
-use rustix::pipe::{PipeFlags, pipe_with};
-use serde_json::{Value, json};
-use tokio::net::unix::pipe::Receiver;
+pub use exec_sync::exec_sync;
+
+use std::sync::OnceLock;
+
+use rrun_proto::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 
 use crate::container::{Container, Phase};
-use crate::error::{During, Error, Result};
-use crate::monitor::protocol::Exec;
+use crate::error::{Error, Result};
 use crate::node::Node;
-use crate::slow::slow;
+use token::{Permit, Tokens};
 
-/// The most bytes kept of each of stdout and stderr; more is read and dropped, so that the
-/// process is not stopped by a full pipe (CVE-2022-1708).
-const LIMIT: usize = 16 << 20;
+/// What the gRPC service and the streaming server share.
+#[derive(Default)]
+pub struct Streams {
+    tokens: Tokens,
+    /// `http://ADDRESS:PORT`, once the server listens.
+    base: OnceLock<String>,
+}
 
-/// Ends an output of which more has been dropped.
-const CUT: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
-
-/// Runs a command in a container and returns what it wrote and its exit code. `timeout` in
-/// seconds, 0 for none; after it the command is killed.
-pub async fn exec_sync(
-    node: &Node,
-    container: &Container,
-    command: &[String],
-    timeout: i64,
-) -> Result<ExecSyncResponse> {
-    let name = container.name();
-    if command.is_empty() {
-        return Err(Error::invalid("there is no command to execute"));
+impl Streams {
+    fn url(&self, permit: Permit) -> Result<String> {
+        let base = self
+            .base
+            .get()
+            .ok_or_else(|| Error::internal("the streaming server does not listen yet"))?;
+        let method = permit.method();
+        let token = self.tokens.give(permit)?;
+        Ok(format!("{base}/{method}/{token}"))
     }
+}
+
+/// The URL for an exec.
+pub fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> {
+    let container = running(node, &request.container_id)?;
+    if request.cmd.is_empty() {
+        return Err(Error::invalid("cmd: there is no command to execute"));
+    }
+    check(request.tty, request.stdin, request.stdout, request.stderr)?;
+    request.container_id.clone_from(&container.id);
+    node.streams.url(Permit::Exec(request))
+}
+
+/// The URL for an attach.
+pub fn attach_url(node: &Node, mut request: AttachRequest) -> Result<String> {
+    let container = running(node, &request.container_id)?;
+    check(request.tty, request.stdin, request.stdout, request.stderr)?;
+    request.container_id.clone_from(&container.id);
+    // What the container has is what there is: one stream, or two.
+    if container.config.tty {
+        request.stderr = false;
+    }
+    node.streams.url(Permit::Attach(request))
+}
+
+/// The URL for a port-forward.
+pub fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> Result<String> {
+    let sandbox = node.sandbox(&request.pod_sandbox_id)?;
+    if !sandbox.state().ready {
+        let name = sandbox.name();
+        return Err(Error::wrong_state(format!("{name} is not ready")));
+    }
+    for port in &request.port {
+        if u16::try_from(*port).is_err() || *port == 0 {
+            return Err(Error::invalid(format!("port: {port} is not in 1 to 65535")));
+        }
+    }
+    request.pod_sandbox_id.clone_from(&sandbox.id);
+    node.streams.url(Permit::PortForward(request))
+}
+
+fn running(node: &Node, id: &str) -> Result<std::sync::Arc<Container>> {
+    let container = node.container(id)?;
     if container.phase() != Phase::Running {
+        let name = container.name();
         return Err(Error::wrong_state(format!("{name} is not running")));
     }
-    let running = run(node, container, command);
-    let limit = match u64::try_from(timeout) {
-        Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
-        _ => return running.await.during(|| format!("execute in {name}")),
-    };
-    // Dropping it closes the connection to the monitor, which kills the command.
-    match tokio::time::timeout(limit, running).await {
-        Ok(result) => result.during(|| format!("execute in {name}")),
-        Err(_) => Err(Error::new(
-            tonic::Code::DeadlineExceeded,
-            format!(
-                "execute in {name}: command {command:?} timed out: it did not end within {timeout} s and was killed"
-            ),
-        )),
-    }
+    Ok(container)
 }
 
-async fn run(node: &Node, container: &Container, command: &[String]) -> Result<ExecSyncResponse> {
-    let exec = Exec {
-        id: container.id.clone(),
-        process: process(node, container, command)?.to_string(),
-        terminal: false,
-    };
-    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .during(|| "open /dev/null".to_owned())?;
-    let (stdout, stdout_end) = pipe()?;
-    let (stderr, stderr_end) = pipe()?;
-    let stdio = [null.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
-    let started = container.sandbox.monitor.exec(exec, &stdio);
-    let mut process = slow(format!("{}: start a command", container.name()), started)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
-    drop((null, stdout_end, stderr_end));
-
-    let (mut out, mut err) = (Output::new(stdout), Output::new(stderr));
-    let exit_code = loop {
-        tokio::select! {
-            code = process.wait() => break code,
-            read = out.read(), if out.open => read?,
-            read = err.read(), if err.open => read?,
-        }
-    };
-    let exit_code = exit_code.map_err(|error| Error::internal(error.to_string()))?;
-    // What the process wrote is in the pipes by now. A child that it left behind may hold them
-    // open for ever and is not waited for.
-    out.drain()?;
-    err.drain()?;
-    Ok(ExecSyncResponse {
-        stdout: out.bytes(),
-        stderr: err.bytes(),
-        exit_code,
-    })
-}
-
-/// The container's own process with another command: same user, environment and confinement.
-fn process(node: &Node, container: &Container, command: &[String]) -> Result<Value> {
-    let path = node
-        .bundle(&container.sandbox.id, &container.id)
-        .join("config.json");
-    let text = std::fs::read(&path).during(|| format!("read {}", path.display()))?;
-    let mut spec: Value = serde_json::from_slice(&text)
-        .map_err(|error| Error::internal(format!("parse {}: {error}", path.display())))?;
-    let mut process = spec["process"].take();
-    process["args"] = json!(command);
-    process["terminal"] = json!(false);
-    Ok(process)
-}
-
-fn pipe() -> Result<(Receiver, OwnedFd)> {
-    let what = || "make a pipe for a command's output".to_owned();
-    let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-    let receiver = Receiver::from_owned_fd(read).during(what)?;
-    Ok((receiver, write))
-}
-
-/// One stream of a command, read as it comes.
-struct Output {
-    pipe: Receiver,
-    kept: Vec<u8>,
-    dropped: bool,
-    open: bool,
-}
-
-impl Output {
-    fn new(pipe: Receiver) -> Self {
-        Output {
-            pipe,
-            kept: Vec::new(),
-            dropped: false,
-            open: true,
-        }
+fn check(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<()> {
+    if tty && stderr {
+        return Err(Error::invalid(
+            "stderr: a terminal has one stream for all output: tty and stderr exclude each other",
+        ));
     }
-
-    /// Waits for something to read, and reads it. Cancel-safe.
-    async fn read(&mut self) -> Result<()> {
-        self.pipe
-            .readable()
-            .await
-            .during(|| "wait for a command's output".to_owned())?;
-        self.drain()
+    if !stdin && !stdout && !stderr {
+        return Err(Error::invalid(
+            "stdin, stdout, stderr: at least one of them must be asked for",
+        ));
     }
-
-    /// Reads what is there.
-    fn drain(&mut self) -> Result<()> {
-        let mut buffer = [0_u8; 16 << 10];
-        while self.open {
-            match self.pipe.try_read(&mut buffer) {
-                Ok(0) => self.open = false,
-                Ok(length) => {
-                    let room = LIMIT.saturating_sub(self.kept.len()).min(length);
-                    self.dropped |= room < length;
-                    self.kept
-                        .extend_from_slice(buffer.get(..room).unwrap_or_default());
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).during(|| "read a command's output".to_owned()),
-            }
-        }
-        Ok(())
-    }
-
-    fn bytes(mut self) -> Vec<u8> {
-        if self.dropped {
-            self.kept.truncate(LIMIT - CUT.len());
-            self.kept.extend_from_slice(CUT);
-        }
-        self.kept
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn output_is_read_to_its_end_and_no_further() -> Result<()> {
-        let (receiver, write) = pipe()?;
-        let mut file = std::fs::File::from(write);
-        let mut output = Output::new(receiver);
-        let written = file.write_all(b"one\n");
-        written.during(|| "write".to_owned())?;
-        output.read().await?;
-        // Still open, nothing in it: no waiting.
-        output.drain()?;
-        assert!(output.open);
-        drop(file);
-        output.read().await?;
-        assert!(!output.open);
-        assert_eq!(output.bytes(), b"one\n");
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn what_is_dropped_is_said() -> Result<()> {
-        let (receiver, _write) = pipe()?;
-        let mut output = Output::new(receiver);
-        output.kept = vec![b'x'; LIMIT];
-        output.dropped = true;
-        let bytes = output.bytes();
-        assert_eq!(bytes.len(), LIMIT);
-        assert!(bytes.ends_with(CUT));
-        Ok(())
-    }
+    Ok(())
 }

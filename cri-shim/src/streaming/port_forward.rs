@@ -1,0 +1,433 @@
+//! Port-forward: a client's connections to ports of a pod.
+//!
+//! Over SPDY a connection is a pair of streams, one for data and one that carries an error, with
+//! the same `requestID`; over WebSocket a pair of channels for each port that was asked for. The
+//! socket to the port is made inside the pod's network namespace and then belongs to it, whoever
+//! uses it: nothing runs in the pod.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rrun_proto::v1::{NamespaceMode, PortForwardRequest};
+use rustix::net::AddressFamily;
+use tokio::io::AsyncWriteExt;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::exec::is_gone;
+use super::spdy::{Event, Headers};
+use super::transport::Watch;
+use super::{connection, websocket};
+use crate::error::{Error, Result, kernel};
+use crate::network;
+use crate::node::Node;
+use crate::sandbox::namespaces;
+
+/// One read from the pod's side takes at most this.
+const CHUNK: usize = 128 << 10;
+
+/// How many pieces of a client's data, of at most 64 KiB, wait for one slow program in the pod.
+/// More and the client's whole connection waits: SPDY's windows, which would stop just the one
+/// stream, its clients don't keep.
+const WAITING: usize = 8;
+
+/// How long a port may take to answer.
+const CONNECTING: Duration = Duration::from_secs(30);
+
+/// How long a client may leave one stream of a pair without the other.
+const PAIRING: Duration = Duration::from_secs(30);
+
+/// The most ports of one WebSocket: its channels are numbered by a byte.
+const MAX_PORTS: usize = 100;
+
+/// The most connections at once through one client's.
+const MAX_PAIRS: usize = 500;
+
+/// Connects to a port of a pod, by its IPv4 loopback and then by its IPv6 one.
+async fn connect(node: &Node, sandbox: &str, port: u16) -> Result<TcpStream> {
+    let sandbox = node.sandbox(sandbox)?;
+    if !sandbox.state().ready {
+        return Err(Error::wrong_state("the pod is not ready"));
+    }
+    let is_host = namespaces::options(&sandbox.config).network() == NamespaceMode::Node;
+    let netns = (!is_host).then(|| node.netns(&sandbox.id));
+    let mut first = None;
+    for address in [
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ] {
+        let family = match address {
+            IpAddr::V4(_) => AddressFamily::INET,
+            IpAddr::V6(_) => AddressFamily::INET6,
+        };
+        let netns = netns.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            network::namespace::socket(netns.as_deref(), family)
+        });
+        let socket = match made.await {
+            Ok(made) => made.map_err(|error| Error::internal(error.to_string()))?,
+            Err(error) => return Err(Error::internal(format!("make a socket: {error}"))),
+        };
+        let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
+        let address = SocketAddr::new(address, port);
+        let connecting = tokio::time::timeout(CONNECTING, socket.connect(address));
+        let error = match connecting.await {
+            Ok(Ok(stream)) => {
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Ok(Err(error)) => kernel(&error),
+            Err(_) => format!("no answer within {} s", CONNECTING.as_secs()),
+        };
+        first.get_or_insert(format!("connect to {address} in the pod: {error}"));
+    }
+    Err(Error::internal(first.unwrap_or_default()))
+}
+
+/// Where the two streams of a connection go.
+enum Line {
+    Spdy(Arc<connection::Writer>, Pair),
+    /// The number of the data channel; the error channel is the next.
+    WebSocket(Arc<websocket::Writer>, u8),
+}
+
+impl Line {
+    async fn send(&self, data: &[u8]) -> io::Result<()> {
+        match self {
+            Line::Spdy(writer, pair) => writer.send(pair.data, data).await,
+            Line::WebSocket(writer, channel) => writer.send(*channel, data).await,
+        }
+    }
+
+    /// The program in the pod sends no more.
+    async fn close(&self) -> io::Result<()> {
+        match self {
+            Line::Spdy(writer, pair) => writer.close(pair.data).await,
+            Line::WebSocket(..) => Ok(()),
+        }
+    }
+
+    async fn fail(&self, sentence: &str) -> io::Result<()> {
+        match self {
+            Line::Spdy(writer, pair) => writer.send(pair.error, sentence.as_bytes()).await,
+            Line::WebSocket(writer, channel) => writer.send(channel + 1, sentence.as_bytes()).await,
+        }
+    }
+
+    fn consumed(&self, count: usize) {
+        if let Line::Spdy(writer, pair) = self {
+            writer.consumed(pair.data, count);
+        }
+    }
+
+    /// The client waits for the end of the error stream, and then forgets the pair.
+    async fn end(&self) {
+        if let Line::Spdy(writer, pair) = self {
+            let _ = writer.close(pair.error).await;
+            writer.reset(pair.data);
+        }
+    }
+}
+
+/// A connection of the client, whose streams come one by one.
+#[derive(Clone, Copy, Default)]
+struct Pair {
+    port: u16,
+    data: u32,
+    error: u32,
+}
+
+impl Pair {
+    fn is_whole(&self) -> bool {
+        self.data != 0 && self.error != 0
+    }
+}
+
+/// A pair that is served.
+struct Served {
+    data: u32,
+    error: u32,
+    input: Option<mpsc::Sender<Bytes>>,
+    task: AbortHandle,
+}
+
+/// Serves a client's streams for as long as it is there.
+pub async fn over_spdy(
+    node: &Arc<Node>,
+    request: &PortForwardRequest,
+    mut reader: connection::Reader,
+    writer: Arc<connection::Writer>,
+    watch: &Watch,
+) -> io::Result<()> {
+    let mut halves: BTreeMap<String, (Pair, tokio::time::Instant)> = BTreeMap::new();
+    let mut served: Vec<Served> = Vec::new();
+    // Dropping it ends all that is in it.
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    loop {
+        let pairing = halves.values().map(|(_, since)| *since + PAIRING).min();
+        let event = tokio::select! {
+            event = reader.next() => event?,
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => {
+                served.retain(|pair| !pair.task.is_finished());
+                continue;
+            }
+            () = sleep_until(pairing) => {
+                let now = tokio::time::Instant::now();
+                halves.retain(|_, (pair, since)| {
+                    let late = now >= *since + PAIRING;
+                    if late {
+                        writer.reset(pair.data.max(pair.error));
+                    }
+                    !late
+                });
+                continue;
+            }
+        };
+        match event {
+            None => return Ok(()),
+            Some(Event::Opened {
+                stream,
+                headers,
+                fin,
+            }) => {
+                let Some((id, is_data, port)) = described(stream, &headers) else {
+                    log::info!(
+                        "a port-forward stream was reset: its headers {headers:?} make no sense"
+                    );
+                    writer.reset(stream);
+                    continue;
+                };
+                if halves.len() + tasks.len() >= MAX_PAIRS && !halves.contains_key(&id) {
+                    writer.reset(stream);
+                    continue;
+                }
+                let now = tokio::time::Instant::now();
+                let (half, _) = halves
+                    .entry(id.clone())
+                    .or_insert_with(|| (Pair::default(), now));
+                let place = if is_data {
+                    &mut half.data
+                } else {
+                    &mut half.error
+                };
+                if *place != 0 {
+                    writer.reset(stream);
+                    continue;
+                }
+                *place = stream;
+                half.port = port;
+                if !half.is_whole() {
+                    continue;
+                }
+                let Some((pair, _)) = halves.remove(&id) else {
+                    continue;
+                };
+                let (input, output) = mpsc::channel(WAITING);
+                let (node, sandbox) = (Arc::clone(node), request.pod_sandbox_id.clone());
+                let line = Line::Spdy(Arc::clone(&writer), pair);
+                let task = tasks.spawn(async move {
+                    forward(&node, &sandbox, pair.port, output, &line).await;
+                });
+                served.push(Served {
+                    data: pair.data,
+                    error: pair.error,
+                    input: (!(fin && is_data)).then_some(input),
+                    task,
+                });
+            }
+            Some(Event::Data { stream, bytes, fin }) => {
+                let Some(pair) = served.iter_mut().find(|pair| pair.data == stream) else {
+                    writer.consumed(stream, bytes.len());
+                    continue;
+                };
+                if let Some(input) = &pair.input
+                    && !bytes.is_empty()
+                {
+                    let length = bytes.len();
+                    let sent = tokio::select! {
+                        sent = input.send(bytes) => sent,
+                        () = watch.gone() => return Ok(()),
+                    };
+                    if sent.is_err() {
+                        // The program in the pod reads no more.
+                        pair.input = None;
+                        writer.consumed(stream, length);
+                    }
+                }
+                if fin {
+                    pair.input = None;
+                }
+            }
+            Some(Event::Reset { stream }) => {
+                halves.retain(|_, (pair, _)| pair.data != stream && pair.error != stream);
+                if let Some(pair) = served.iter().find(|pair| pair.data == stream) {
+                    pair.task.abort();
+                    let (error, writer) = (pair.error, Arc::clone(&writer));
+                    // The client waits for the end of the error stream.
+                    tokio::spawn(async move { writer.close(error).await });
+                }
+            }
+            // No new ones; those that are there go on.
+            Some(Event::GoAway) => {}
+        }
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a stream's headers say: the pair it belongs to, whether it is the one for data, the port.
+fn described(stream: u32, headers: &Headers) -> Option<(String, bool, u16)> {
+    let port = headers.get("port")?.parse().ok().filter(|port| *port > 0)?;
+    let is_data = match headers.get("streamtype")? {
+        "data" => true,
+        "error" => false,
+        _ => return None,
+    };
+    // The first clients gave no id, but opened the streams of a pair one after the other.
+    let id = match headers.get("requestid").filter(|id| !id.is_empty()) {
+        Some(id) => id.to_owned(),
+        None if is_data => format!("stream {}", stream.saturating_sub(2)),
+        None => format!("stream {stream}"),
+    };
+    Some((id, is_data, port))
+}
+
+/// Serves one connection.
+async fn forward(node: &Node, sandbox: &str, port: u16, input: mpsc::Receiver<Bytes>, line: &Line) {
+    match connect(node, sandbox, port).await {
+        Ok(stream) => {
+            let (read, write) = stream.into_split();
+            // Each half ends by itself.
+            let (received, sent) = tokio::join!(to_pod(write, input, line), from_pod(read, line));
+            if let Err(error) = received.and(sent)
+                && !is_gone(&error)
+            {
+                let sentence = format!("error forwarding port {port}: {}", kernel(&error));
+                let _ = line.fail(&sentence).await;
+            }
+        }
+        Err(error) => {
+            let sentence = format!("error forwarding port {port} to the pod: {error}");
+            log::info!("{sentence}");
+            let _ = line.fail(&sentence).await;
+        }
+    }
+    line.end().await;
+}
+
+/// Passes on what the client sends, to its end or until the program in the pod reads no more.
+async fn to_pod(
+    mut to: OwnedWriteHalf,
+    mut input: mpsc::Receiver<Bytes>,
+    line: &Line,
+) -> io::Result<()> {
+    while let Some(bytes) = input.recv().await {
+        to.write_all(&bytes).await?;
+        line.consumed(bytes.len());
+    }
+    to.shutdown().await
+}
+
+/// Passes on what the program in the pod sends, to its end. No buffer while there is nothing.
+async fn from_pod(from: OwnedReadHalf, line: &Line) -> io::Result<()> {
+    let mut buffer = Vec::new();
+    loop {
+        from.readable().await?;
+        if buffer.is_empty() {
+            buffer.resize(CHUNK, 0);
+        }
+        match from.try_read(&mut buffer) {
+            Ok(0) => return line.close().await,
+            Ok(count) => line.send(buffer.get(..count).unwrap_or_default()).await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => buffer = Vec::new(),
+            Err(error) => {
+                let _ = line.close().await;
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// Serves a pair of channels for each port that was asked for.
+pub async fn over_websocket(
+    node: &Arc<Node>,
+    request: &PortForwardRequest,
+    mut reader: websocket::Reader,
+    writer: Arc<websocket::Writer>,
+    watch: &Watch,
+) -> io::Result<()> {
+    let mut inputs = Vec::new();
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    for (channel, port) in (0_u8..).step_by(2).zip(&request.port).take(MAX_PORTS) {
+        let port = u16::try_from(*port).unwrap_or(0);
+        for channel in [channel, channel + 1] {
+            writer.send(channel, &port.to_le_bytes()).await?;
+        }
+        let (input, output) = mpsc::channel(WAITING);
+        inputs.push(Some(input));
+        let (node, sandbox) = (Arc::clone(node), request.pod_sandbox_id.clone());
+        let line = Line::WebSocket(Arc::clone(&writer), channel);
+        tasks.spawn(async move { forward(&node, &sandbox, port, output, &line).await });
+    }
+    loop {
+        let input = tokio::select! {
+            input = reader.next() => input?,
+            ended = tasks.join_next() => match ended {
+                Some(_) => continue,
+                // All ports have had their connection.
+                None => return writer.finish().await,
+            },
+        };
+        match input {
+            None => return Ok(()),
+            Some(websocket::Input::Data(channel, bytes)) if channel % 2 == 0 => {
+                let Some(Some(input)) = inputs.get(usize::from(channel / 2)) else {
+                    continue;
+                };
+                tokio::select! {
+                    _ = input.send(bytes) => {}
+                    () = watch.gone() => return Ok(()),
+                }
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_tells_its_pair_or_follows_it() {
+        let headers = |pairs: &[(&str, &str)]| {
+            let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            Headers(pairs.iter().map(owned).collect())
+        };
+        let with_id = headers(&[("port", "80"), ("streamtype", "data"), ("requestid", "7")]);
+        assert_eq!(described(3, &with_id), Some(("7".to_owned(), true, 80)));
+        let error = headers(&[("port", "80"), ("streamtype", "error")]);
+        let data = headers(&[("port", "80"), ("streamtype", "data")]);
+        let (first, second) = (described(1, &error), described(3, &data));
+        assert_eq!(first.map(|first| first.0), second.map(|second| second.0));
+        for wrong in [
+            headers(&[("port", "0"), ("streamtype", "data")]),
+            headers(&[("port", "65536"), ("streamtype", "data")]),
+            headers(&[("port", "80"), ("streamtype", "stdin")]),
+            headers(&[("port", "80")]),
+        ] {
+            assert_eq!(described(1, &wrong), None);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Header blocks: names and values, compressed by one zlib stream for the whole session.
+
+use flate2::{Decompress, FlushDecompress, Status};
+
+use super::SpdyError;
+use super::dictionary::{CHECKSUM, DICTIONARY};
+
+/// The most bytes of one header block, decompressed.
+pub const MAX_BLOCK: usize = 16 << 10;
+
+/// The most pairs in one header block.
+const MAX_PAIRS: usize = 64;
+
+/// Names, in lower case, and values; several values of one name are separated by a zero byte.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Headers(pub Vec<(String, String)>);
+
+impl Headers {
+    /// The value of a header; `name` in lower case.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        let mut pairs = self.0.iter();
+        pairs
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
+    }
+}
+
+/// The client's zlib stream. About 40 KiB of memory.
+pub struct Inflater(Decompress);
+
+impl Default for Inflater {
+    fn default() -> Self {
+        Inflater(Decompress::new(true))
+    }
+}
+
+impl Inflater {
+    /// Decompresses and parses one block.
+    pub fn block(&mut self, mut input: &[u8]) -> Result<Headers, SpdyError> {
+        let mut block = Vec::with_capacity(512);
+        loop {
+            let (read, written) = (self.0.total_in(), self.0.total_out());
+            let status = self
+                .0
+                .decompress_vec(input, &mut block, FlushDecompress::Sync);
+            let used = usize::try_from(self.0.total_in() - read).unwrap_or(usize::MAX);
+            input = input.get(used..).unwrap_or_default();
+            let status = match status {
+                Ok(status) => status,
+                Err(error) => {
+                    // Only the dictionary that we know may be asked for.
+                    if error.needs_dictionary() != Some(CHECKSUM) {
+                        return Err(SpdyError::Compression);
+                    }
+                    self.0
+                        .set_dictionary(&DICTIONARY)
+                        .map_err(|_| SpdyError::Compression)?;
+                    continue;
+                }
+            };
+            if block.len() > MAX_BLOCK {
+                return Err(SpdyError::HeadersTooLong);
+            }
+            if status == Status::StreamEnd {
+                // There is one stream for all blocks: it has no end.
+                return Err(SpdyError::Compression);
+            }
+            if block.len() == block.capacity() {
+                block.reserve(block.capacity());
+                continue;
+            }
+            if input.is_empty() {
+                return parse(&block);
+            }
+            if used == 0 && self.0.total_out() == written {
+                return Err(SpdyError::Compression);
+            }
+        }
+    }
+}
+
+fn parse(mut block: &[u8]) -> Result<Headers, SpdyError> {
+    let count = number(&mut block)?;
+    if count > MAX_PAIRS {
+        return Err(SpdyError::Headers);
+    }
+    let mut headers = Vec::with_capacity(count);
+    for _ in 0..count {
+        let name = text(&mut block)?.to_ascii_lowercase();
+        let value = text(&mut block)?;
+        if name.is_empty() || headers.iter().any(|(known, _)| *known == name) {
+            return Err(SpdyError::Headers);
+        }
+        headers.push((name, value));
+    }
+    if !block.is_empty() {
+        return Err(SpdyError::Headers);
+    }
+    Ok(Headers(headers))
+}
+
+fn number(block: &mut &[u8]) -> Result<usize, SpdyError> {
+    let (first, rest) = block.split_first_chunk::<4>().ok_or(SpdyError::Headers)?;
+    *block = rest;
+    usize::try_from(u32::from_be_bytes(*first)).map_err(|_| SpdyError::Headers)
+}
+
+fn text(block: &mut &[u8]) -> Result<String, SpdyError> {
+    let length = number(block)?;
+    let (text, rest) = block.split_at_checked(length).ok_or(SpdyError::Headers)?;
+    *block = rest;
+    String::from_utf8(text.to_vec()).map_err(|_| SpdyError::Headers)
+}
+
+/// Our zlib stream, of stored blocks only: what we have to say in headers is nothing, and a
+/// compressor would be a quarter of a megabyte.
+#[derive(Default)]
+pub struct Deflater {
+    begun: bool,
+}
+
+impl Deflater {
+    /// Appends a block of no headers.
+    pub fn empty_block(&mut self, output: &mut Vec<u8>) {
+        if !self.begun {
+            self.begun = true;
+            // Deflate with a window of 32 KiB, and a preset dictionary (RFC 1950, section 2.2).
+            output.extend_from_slice(&[0x78, 0x20]);
+            output.extend_from_slice(&CHECKSUM.to_be_bytes());
+        }
+        // A stored block, not the last, of four bytes (RFC 1951, section 3.2.4): the count 0.
+        output.extend_from_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use flate2::{Compress, Compression, FlushCompress};
+
+    use super::*;
+
+    /// A client's side of the compression.
+    pub struct Compressor(Compress);
+
+    impl Compressor {
+        pub fn new() -> Self {
+            let mut compress = Compress::new(Compression::best(), true);
+            compress.set_dictionary(&DICTIONARY).unwrap();
+            Compressor(compress)
+        }
+
+        pub fn block(&mut self, pairs: &[(&str, &str)]) -> Vec<u8> {
+            let mut plain = (pairs.len() as u32).to_be_bytes().to_vec();
+            for (name, value) in pairs {
+                for text in [name, value] {
+                    plain.extend_from_slice(&(text.len() as u32).to_be_bytes());
+                    plain.extend_from_slice(text.as_bytes());
+                }
+            }
+            self.raw(&plain)
+        }
+
+        pub fn raw(&mut self, plain: &[u8]) -> Vec<u8> {
+            let mut output = Vec::with_capacity(plain.len() + 1024);
+            self.0
+                .compress_vec(plain, &mut output, FlushCompress::Sync)
+                .unwrap();
+            output
+        }
+    }
+
+    #[test]
+    fn blocks_of_one_session_share_a_compression() {
+        let (mut ours, mut theirs) = (Inflater::default(), Compressor::new());
+        for id in ["1", "2", "3"] {
+            let pairs = [("streamtype", "error"), ("port", "80"), ("requestid", id)];
+            let headers = ours.block(&theirs.block(&pairs)).unwrap();
+            assert_eq!(headers.get("requestid"), Some(id));
+            assert_eq!(headers.get("port"), Some("80"));
+            assert_eq!(headers.get("Port"), None);
+        }
+        assert_eq!(
+            ours.block(&theirs.block(&[("StreamType", "stdin")]))
+                .unwrap()
+                .get("streamtype"),
+            Some("stdin")
+        );
+    }
+
+    #[test]
+    fn our_own_blocks_can_be_read() {
+        let (mut reader, mut writer) = (Inflater::default(), Deflater::default());
+        for _ in 0..3 {
+            let mut bytes = Vec::new();
+            writer.empty_block(&mut bytes);
+            assert_eq!(reader.block(&bytes), Ok(Headers::default()));
+        }
+    }
+
+    #[test]
+    fn a_block_that_grows_beyond_its_bound_is_refused() {
+        let mut theirs = Compressor::new();
+        let bomb = theirs.raw(&vec![0; 8 << 20]);
+        assert!(bomb.len() < 16 << 10);
+        let refused = Inflater::default().block(&bomb);
+        assert_eq!(refused, Err(SpdyError::HeadersTooLong));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for plain in [
+            &b""[..],
+            &[0, 0, 0, 1],
+            &[0, 0, 0, 1, 0, 0, 0, 1, b'a', 0, 0, 0, 9],
+            &[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0, 0, 7],
+            &[255, 255, 255, 255],
+        ] {
+            let block = Compressor::new().raw(plain);
+            assert_eq!(
+                Inflater::default().block(&block),
+                Err(SpdyError::Headers),
+                "{plain:?}"
+            );
+        }
+        let garbage = Inflater::default().block(b"garbage");
+        assert_eq!(garbage, Err(SpdyError::Compression));
+    }
+}

@@ -1,0 +1,442 @@
+//! A session's streams: which are open, which half of each, and how much may be sent.
+//!
+//! Kubernetes' clients (spdystream) know no flow control: they never send a WINDOW_UPDATE, and a
+//! server that waited for one would stop after 64 KiB. So the windows for what we send count only
+//! once the client has shown that it keeps some. What we receive is bounded by reading no further
+//! than we can pass on.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use super::SpdyError;
+use super::frame::{self, Frame, ResetStatus};
+use super::headers::{Deflater, Headers};
+
+/// The most streams that are open at once; more are refused.
+pub const MAX_STREAMS: usize = 1024;
+
+/// The window that both sides begin with (section 2.6.8).
+const DEFAULT_WINDOW: i64 = 64 << 10;
+
+/// The windows that we give instead: a stream's, and the session's.
+const STREAM_WINDOW: u32 = 1 << 20;
+const SESSION_WINDOW: u32 = 16 << 20;
+
+const MAX_WINDOW: i64 = (1 << 31) - 1;
+
+/// What a frame means to who uses the session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The client opened a stream; it has been accepted.
+    Opened {
+        stream: u32,
+        headers: Headers,
+        /// It sends nothing on it.
+        fin: bool,
+    },
+    /// Data, the end of the client's half of a stream, or both.
+    Data {
+        stream: u32,
+        bytes: Bytes,
+        fin: bool,
+    },
+    /// The stream is gone, both halves.
+    Reset { stream: u32 },
+    /// The client opens no more streams.
+    GoAway,
+}
+
+struct Stream {
+    /// The client's half is closed.
+    received_fin: bool,
+    /// Our half is closed.
+    sent_fin: bool,
+    send_window: i64,
+    /// Taken in and not yet told by a WINDOW_UPDATE.
+    untold: u32,
+}
+
+/// The server's side of a session.
+pub struct Session {
+    streams: BTreeMap<u32, Stream>,
+    last_stream: u32,
+    deflater: Deflater,
+    /// The client keeps windows.
+    flow_control: bool,
+    initial_window: i64,
+    send_window: i64,
+    untold: u32,
+    greeted: bool,
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Session {
+            streams: BTreeMap::new(),
+            last_stream: 0,
+            deflater: Deflater::default(),
+            flow_control: false,
+            initial_window: DEFAULT_WINDOW,
+            send_window: DEFAULT_WINDOW,
+            untold: 0,
+            greeted: false,
+        }
+    }
+}
+
+/// How much may be sent on a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowance {
+    Bytes(usize),
+    /// Nothing, until the client gives more.
+    Wait,
+    /// Nothing any more: the stream is closed.
+    Closed,
+}
+
+impl Session {
+    /// Takes a frame. What is to be answered is appended to `output`.
+    pub fn receive(
+        &mut self,
+        frame: Frame,
+        output: &mut Vec<u8>,
+    ) -> Result<Option<Event>, SpdyError> {
+        match frame {
+            Frame::SynStream {
+                stream,
+                fin,
+                unidirectional,
+                headers,
+            } => self.open(stream, fin, unidirectional, headers, output),
+            Frame::Data { stream, fin, bytes } => self.data(stream, fin, bytes, output),
+            Frame::Headers { stream, fin: true } => self.data(stream, true, Bytes::new(), output),
+            Frame::Reset { stream, .. } => {
+                let known = self.streams.remove(&stream).is_some();
+                Ok(known.then_some(Event::Reset { stream }))
+            }
+            Frame::Settings { initial_window } => {
+                if let Some(window) = initial_window {
+                    self.resize_windows(window)?;
+                }
+                Ok(None)
+            }
+            Frame::Ping { id } => {
+                // Even ones are answers to ours, and we send none.
+                if id % 2 == 1 {
+                    frame::ping(output, id);
+                }
+                Ok(None)
+            }
+            Frame::WindowUpdate { stream, delta } => self.widen(stream, delta, output),
+            Frame::GoAway => Ok(Some(Event::GoAway)),
+            Frame::Headers { fin: false, .. } | Frame::SynReply { .. } | Frame::Unknown => Ok(None),
+        }
+    }
+
+    fn open(
+        &mut self,
+        stream: u32,
+        fin: bool,
+        unidirectional: bool,
+        headers: Headers,
+        output: &mut Vec<u8>,
+    ) -> Result<Option<Event>, SpdyError> {
+        // The client's streams are odd and go up (section 2.3.2).
+        if stream % 2 == 0 || stream <= self.last_stream {
+            return Err(SpdyError::StreamId(stream));
+        }
+        self.last_stream = stream;
+        if self.streams.len() >= MAX_STREAMS {
+            frame::reset(output, stream, ResetStatus::RefusedStream);
+            return Ok(None);
+        }
+        let opened = Stream {
+            received_fin: fin,
+            sent_fin: unidirectional,
+            send_window: self.initial_window,
+            untold: 0,
+        };
+        frame::syn_reply(output, stream, &mut self.deflater);
+        if !self.greeted {
+            self.greeted = true;
+            frame::window_update(output, 0, SESSION_WINDOW - DEFAULT_WINDOW as u32);
+        }
+        if !fin {
+            frame::window_update(output, stream, STREAM_WINDOW - DEFAULT_WINDOW as u32);
+        }
+        self.streams.insert(stream, opened);
+        Ok(Some(Event::Opened {
+            stream,
+            headers,
+            fin,
+        }))
+    }
+
+    fn data(
+        &mut self,
+        stream: u32,
+        fin: bool,
+        bytes: Bytes,
+        output: &mut Vec<u8>,
+    ) -> Result<Option<Event>, SpdyError> {
+        // Dropped data is data taken in, as far as the session goes.
+        let Some(open) = self.streams.get_mut(&stream) else {
+            // On its way while the stream was closed here; or to one that never was.
+            if stream > self.last_stream {
+                frame::reset(output, stream, ResetStatus::InvalidStream);
+            }
+            self.tell_session(bytes.len(), output);
+            return Ok(None);
+        };
+        if open.received_fin {
+            self.streams.remove(&stream);
+            frame::reset(output, stream, ResetStatus::StreamAlreadyClosed);
+            self.tell_session(bytes.len(), output);
+            return Ok(Some(Event::Reset { stream }));
+        }
+        open.received_fin = fin;
+        if fin && open.sent_fin {
+            self.streams.remove(&stream);
+        }
+        Ok(Some(Event::Data { stream, bytes, fin }))
+    }
+
+    fn resize_windows(&mut self, window: u32) -> Result<(), SpdyError> {
+        let window = i64::from(window);
+        if window > MAX_WINDOW {
+            return Err(SpdyError::Window);
+        }
+        self.flow_control = true;
+        let change = window - self.initial_window;
+        self.initial_window = window;
+        for stream in self.streams.values_mut() {
+            stream.send_window += change;
+            if stream.send_window > MAX_WINDOW {
+                return Err(SpdyError::Window);
+            }
+        }
+        Ok(())
+    }
+
+    fn widen(
+        &mut self,
+        stream: u32,
+        delta: u32,
+        output: &mut Vec<u8>,
+    ) -> Result<Option<Event>, SpdyError> {
+        self.flow_control = true;
+        let delta = i64::from(delta);
+        if stream == 0 {
+            self.send_window += delta;
+            return match self.send_window > MAX_WINDOW {
+                true => Err(SpdyError::Window),
+                false => Ok(None),
+            };
+        }
+        let Some(open) = self.streams.get_mut(&stream) else {
+            return Ok(None);
+        };
+        open.send_window += delta;
+        if open.send_window > MAX_WINDOW {
+            self.streams.remove(&stream);
+            frame::reset(output, stream, ResetStatus::FlowControlError);
+            return Ok(Some(Event::Reset { stream }));
+        }
+        Ok(None)
+    }
+
+    /// How much of `wanted` may be sent on a stream now. It is taken from the windows, so it must
+    /// be sent.
+    pub fn take_allowance(&mut self, stream: u32, wanted: usize) -> Allowance {
+        let Some(open) = self.streams.get_mut(&stream).filter(|open| !open.sent_fin) else {
+            return Allowance::Closed;
+        };
+        if !self.flow_control {
+            // Counted all the same: a client that begins to give windows has counted, too.
+            let sent = i64::try_from(wanted).unwrap_or(MAX_WINDOW);
+            open.send_window = (open.send_window - sent).max(-MAX_WINDOW);
+            self.send_window = (self.send_window - sent).max(-MAX_WINDOW);
+            return Allowance::Bytes(wanted);
+        }
+        let window = open.send_window.min(self.send_window);
+        let allowed = usize::try_from(window).unwrap_or(0).min(wanted);
+        if allowed == 0 && wanted > 0 {
+            return Allowance::Wait;
+        }
+        let taken = i64::try_from(allowed).unwrap_or(0);
+        open.send_window -= taken;
+        self.send_window -= taken;
+        Allowance::Bytes(allowed)
+    }
+
+    /// Our half of the stream ends; false if it has.
+    pub fn close(&mut self, stream: u32) -> bool {
+        let Some(open) = self.streams.get_mut(&stream).filter(|open| !open.sent_fin) else {
+            return false;
+        };
+        open.sent_fin = true;
+        if open.received_fin {
+            self.streams.remove(&stream);
+        }
+        true
+    }
+
+    /// Resets the stream, if it is open still.
+    pub fn reset(&mut self, stream: u32, output: &mut Vec<u8>) {
+        if self.streams.remove(&stream).is_some() {
+            frame::reset(output, stream, ResetStatus::Cancel);
+        }
+    }
+
+    /// `count` bytes of a stream's data have been passed on: the client may send as many more.
+    pub fn consumed(&mut self, stream: u32, count: usize, output: &mut Vec<u8>) {
+        if let Some(open) = self.streams.get_mut(&stream) {
+            open.untold = open
+                .untold
+                .saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+            if open.untold >= STREAM_WINDOW / 2 && !open.received_fin {
+                frame::window_update(output, stream, open.untold);
+                open.untold = 0;
+            }
+        }
+        self.tell_session(count, output);
+    }
+
+    fn tell_session(&mut self, count: usize, output: &mut Vec<u8>) {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        self.untold = self.untold.saturating_add(count);
+        if self.untold >= SESSION_WINDOW / 2 {
+            frame::window_update(output, 0, self.untold);
+            self.untold = 0;
+        }
+    }
+
+    pub fn last_stream(&self) -> u32 {
+        self.last_stream
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(session: &mut Session, stream: u32) -> Result<Option<Event>, SpdyError> {
+        let frame = Frame::SynStream {
+            stream,
+            fin: false,
+            unidirectional: false,
+            headers: Headers::default(),
+        };
+        session.receive(frame, &mut Vec::new())
+    }
+
+    fn data(stream: u32, fin: bool) -> Frame {
+        Frame::Data {
+            stream,
+            fin,
+            bytes: Bytes::from_static(b"x"),
+        }
+    }
+
+    #[test]
+    fn each_half_of_a_stream_closes_by_itself() {
+        let (mut session, mut output) = (Session::default(), Vec::new());
+        open(&mut session, 1).unwrap();
+        session.receive(data(1, true), &mut output).unwrap();
+        assert_eq!(session.take_allowance(1, 9), Allowance::Bytes(9));
+        assert!(session.close(1));
+        assert!(!session.close(1));
+        assert_eq!(session.take_allowance(1, 9), Allowance::Closed);
+        assert!(session.streams.is_empty());
+        // Late data to a stream that was: no answer.
+        output.clear();
+        assert_eq!(session.receive(data(1, false), &mut output), Ok(None));
+        assert!(output.is_empty());
+        // To one that never was: a reset.
+        session.receive(data(9, false), &mut output).unwrap();
+        assert!(!output.is_empty());
+    }
+
+    #[test]
+    fn streams_are_odd_and_go_up() {
+        let mut session = Session::default();
+        assert_eq!(open(&mut session, 2), Err(SpdyError::StreamId(2)));
+        open(&mut session, 3).unwrap();
+        assert_eq!(open(&mut session, 3), Err(SpdyError::StreamId(3)));
+        assert_eq!(open(&mut session, 1), Err(SpdyError::StreamId(1)));
+    }
+
+    #[test]
+    fn data_after_its_end_resets_a_stream() {
+        let mut session = Session::default();
+        open(&mut session, 1).unwrap();
+        let mut output = Vec::new();
+        session.receive(data(1, true), &mut output).unwrap();
+        let reset = session.receive(data(1, false), &mut output);
+        assert_eq!(reset, Ok(Some(Event::Reset { stream: 1 })));
+    }
+
+    #[test]
+    fn more_streams_than_the_bound_are_refused() {
+        let mut session = Session::default();
+        for number in 0..MAX_STREAMS as u32 {
+            assert!(open(&mut session, number * 2 + 1).unwrap().is_some());
+        }
+        let id = MAX_STREAMS as u32 * 2 + 1;
+        assert_eq!(open(&mut session, id), Ok(None));
+    }
+
+    #[test]
+    fn windows_count_only_for_a_client_that_keeps_some() {
+        let (mut session, mut output) = (Session::default(), Vec::new());
+        open(&mut session, 1).unwrap();
+        assert_eq!(
+            session.take_allowance(1, 10 << 20),
+            Allowance::Bytes(10 << 20)
+        );
+
+        let mut session = Session::default();
+        let settings = Frame::Settings {
+            initial_window: Some(100),
+        };
+        session.receive(settings, &mut output).unwrap();
+        open(&mut session, 1).unwrap();
+        assert_eq!(session.take_allowance(1, 60), Allowance::Bytes(60));
+        assert_eq!(session.take_allowance(1, 60), Allowance::Bytes(40));
+        assert_eq!(session.take_allowance(1, 60), Allowance::Wait);
+        assert_eq!(session.take_allowance(1, 0), Allowance::Bytes(0));
+        let update = Frame::WindowUpdate {
+            stream: 1,
+            delta: 5,
+        };
+        session.receive(update, &mut output).unwrap();
+        assert_eq!(session.take_allowance(1, 60), Allowance::Bytes(5));
+    }
+
+    #[test]
+    fn a_window_beyond_its_bound_ends_the_stream_or_the_session() {
+        let mut session = Session::default();
+        open(&mut session, 1).unwrap();
+        let update = |stream| Frame::WindowUpdate {
+            stream,
+            delta: 0x7fff_ffff,
+        };
+        let mut output = Vec::new();
+        let reset = session.receive(update(1), &mut output);
+        assert_eq!(reset, Ok(Some(Event::Reset { stream: 1 })));
+        let ended = session.receive(update(0), &mut output);
+        assert_eq!(ended, Err(SpdyError::Window));
+    }
+
+    #[test]
+    fn what_is_taken_in_is_told_in_time() {
+        let mut session = Session::default();
+        open(&mut session, 1).unwrap();
+        let mut output = Vec::new();
+        session.consumed(1, STREAM_WINDOW as usize / 2 - 1, &mut output);
+        assert!(output.is_empty());
+        session.consumed(1, 1, &mut output);
+        assert_eq!(output.len(), 16);
+    }
+}
