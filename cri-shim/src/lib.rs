@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod config;
 pub mod container;
+pub mod descriptors;
 pub mod error;
 pub mod events;
 pub mod handlers;

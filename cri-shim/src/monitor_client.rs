@@ -104,6 +104,7 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
 
     let pid = start(binary, dir, &listener)
         .map_err(|errno| failed("start the monitor", binary)(errno.into()))?;
+    crate::descriptors::as_given(pid);
     reap(pid);
     Ok(pid)
 }

@@ -30,7 +30,7 @@ use crate::sandbox::files::private_dir;
 use crate::slow::blocking;
 use crate::store::Store;
 use crate::streaming;
-use crate::{memory, metrics, reconcile, services};
+use crate::{descriptors, memory, metrics, reconcile, services};
 
 /// How long calls under way may take to end after SIGTERM.
 const LAST_CALLS: Duration = Duration::from_secs(5);
@@ -41,6 +41,7 @@ const LAST_BREATH: Duration = Duration::from_secs(3);
 /// Serves until SIGTERM or SIGINT.
 pub fn run(source: Source, config: Config) -> Result<()> {
     memory::one_heap();
+    descriptors::many();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
     // has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -26,6 +26,7 @@ mod cri_metrics;
 mod cri_pods;
 mod cri_restart;
 mod cri_seccomp;
+mod cri_streaming;
 mod cri_users;
 mod cri_volumes;
 mod cri_wedge;
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
         cri_apparmor::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
+        cri_streaming::TESTS,
         cri_wedge::TESTS,
         cri_hangs::TESTS,
         cri_images::TESTS,

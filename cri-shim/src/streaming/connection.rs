@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::BytesMut;
+use futures_util::FutureExt;
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 
@@ -91,31 +92,15 @@ impl Reader {
                     return Ok(event);
                 }
             }
-            if self.input.is_empty() && self.input.capacity() < LEAST_READ {
-                // No buffer while nothing comes: most sessions are silent most of the time.
-                let mut first = [0; FIRST_READ];
-                let count = self.half.read(&mut first).await?;
-                if count == 0 {
-                    return Ok(None);
-                }
-                let more = if count == FIRST_READ { READ } else { 0 };
-                self.input.reserve(count + more);
-                self.input
-                    .extend_from_slice(first.get(..count).unwrap_or_default());
-                continue;
-            }
             if self.input.capacity() - self.input.len() < LEAST_READ {
                 self.input.reserve(READ);
             }
             let was_empty = self.input.is_empty();
             let reading = self.half.read_buf(&mut self.input);
             let count = if was_empty {
-                match futures_util::FutureExt::now_or_never(reading) {
+                match reading.now_or_never() {
                     Some(count) => count?,
-                    None => {
-                        self.input = BytesMut::new();
-                        continue;
-                    }
+                    None => self.first_read().await?,
                 }
             } else {
                 reading.await?
@@ -124,6 +109,16 @@ impl Reader {
                 return Ok(None);
             }
         }
+    }
+
+    /// Waits without a buffer: most sessions are silent most of the time.
+    async fn first_read(&mut self) -> io::Result<usize> {
+        self.input = BytesMut::new();
+        let mut first = [0; FIRST_READ];
+        let count = self.half.read(&mut first).await?;
+        let read = first.get(..count).unwrap_or_default();
+        self.input.extend_from_slice(read);
+        Ok(count)
     }
 
     /// All streams are open: see [`Decoder::expect_no_headers`].

@@ -1,7 +1,7 @@
 //! The streaming server: HTTP that is upgraded.
 //!
-//! A connection is good for one request, whose head must come within [`HEAD`] and fit into
-//! [`MAX_HEAD`]; whatever else comes is closed. So many connections at once and no more.
+//! A connection is good for one upgrade. The request for it must come within [`HEAD`], its head fit into
+//! [`MAX_HEAD`]; whatever else comes is closed. At most [`MAX_CONNECTIONS`] at once.
 
 use std::convert::Infallible;
 use std::io;
@@ -142,7 +142,6 @@ async fn greet(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(MAX_HEAD)
-        .keep_alive(false)
         .serve_connection(TokioIo::new(transport), service)
         .with_upgrades()
         .await?;
