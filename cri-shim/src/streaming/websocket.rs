@@ -15,8 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Mutex;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
-use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
 use super::transport::{Transport, Watch};
 
@@ -143,7 +144,14 @@ impl Writer {
 
     /// Says goodbye.
     pub async fn finish(&self) -> io::Result<()> {
-        self.sink.lock().await.close().await.map_err(broken)
+        let mut sink = self.sink.lock().await;
+        let normal = CloseFrame {
+            code: CloseCode::Normal,
+            reason: Utf8Bytes::default(),
+        };
+        sink.send(Message::Close(Some(normal)))
+            .await
+            .map_err(broken)
     }
 }
 

@@ -130,6 +130,8 @@ impl Deflater {
         }
         // A stored block, not the last, of four bytes (RFC 1951, section 3.2.4): the count 0.
         output.extend_from_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
+        // And an empty one: Go's decompressor gives nothing out before it has seen that.
+        output.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
     }
 }
 
