@@ -47,7 +47,7 @@ impl Reload {
             journal::set_level(config.debug);
             log::info!("SIGHUP: debug is {} now", config.debug);
         }
-        let changed: [(&str, bool); 17] = [
+        let changed: [(&str, bool); 20] = [
             ("root", config.root != old.root),
             ("state", config.state != old.state),
             ("listen", config.socket != old.socket),
@@ -59,6 +59,18 @@ impl Reload {
             ),
             ("cgroup_driver", config.cgroup_driver != old.cgroup_driver),
             ("stream_listen", config.stream_listen != old.stream_listen),
+            (
+                "stream_tls_cert",
+                config.stream_tls_cert != old.stream_tls_cert,
+            ),
+            (
+                "stream_tls_key",
+                config.stream_tls_key != old.stream_tls_key,
+            ),
+            (
+                "stream_idle_timeout",
+                config.stream_idle_timeout != old.stream_idle_timeout,
+            ),
             (
                 "metrics_listen",
                 config.metrics_listen != old.metrics_listen,

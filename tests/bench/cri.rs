@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use rrun_proto::v1::image_service_client::ImageServiceClient;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
-    LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecRequest, ExecSyncRequest,
+    ImageSpec, LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
     ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PodSandboxState, PullImageRequest, RemoveContainerRequest, RemoveImageRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, VersionRequest,
+    PodSandboxState, PortForwardRequest, PullImageRequest, RemoveContainerRequest,
+    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, VersionRequest,
 };
 use serde_json::{Map, Value, json};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::service::Service;
-use crate::{Result, critest, exec_sync, memory, pods, pull, report};
+use crate::{Result, critest, exec_sync, memory, pods, pull, report, streaming};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -32,7 +32,7 @@ pub struct Options {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "critest,pods,exec,pull,memory"
+        default_value = "critest,pods,exec,streams,pull,memory"
     )]
     parts: Vec<Part>,
     /// How many pods of each kind for each server
@@ -57,6 +57,8 @@ enum Part {
     Pods,
     /// ExecSync of `true`
     Exec,
+    /// Interactive exec, a forwarded port, silent sessions
+    Streams,
     /// Pull and removal of an image from the local registry
     Pull,
     /// Memory per pod, and of the servers
@@ -131,6 +133,7 @@ async fn measure(options: &Options, results: &Path) -> Result {
             Part::Critest => critest::run(options, &servers, results).await,
             Part::Pods => pods::run(options, &mut servers, results).await,
             Part::Exec => exec_sync::run(options, &mut servers, results).await,
+            Part::Streams => streaming::run(options, &mut servers, results).await,
             Part::Pull => pull::run(options, &mut servers, results).await,
             Part::Memory => memory::run(options, &mut servers, results).await,
         };
@@ -347,6 +350,36 @@ impl Server {
             0 => Ok(()),
             code => Err(format!("ExecSync: {} exited with {code}", command.join(" ")).into()),
         }
+    }
+
+    /// Where an interactive exec with a terminal is served.
+    pub async fn exec_url(&mut self, container: &str, command: &[&str]) -> Result<String> {
+        let request = ExecRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            tty: true,
+            stdin: true,
+            stdout: true,
+            stderr: false,
+        };
+        let answer = self.runtime.exec(request).await;
+        Ok(answer
+            .map_err(|status| told("Exec", &status))?
+            .into_inner()
+            .url)
+    }
+
+    /// Where a pod's ports are forwarded.
+    pub async fn port_forward_url(&mut self, pod: &str) -> Result<String> {
+        let request = PortForwardRequest {
+            pod_sandbox_id: pod.to_owned(),
+            port: Vec::new(),
+        };
+        let answer = self.runtime.port_forward(request).await;
+        Ok(answer
+            .map_err(|status| told("PortForward", &status))?
+            .into_inner()
+            .url)
     }
 
     pub async fn stop(&mut self, container: &str) -> Result {

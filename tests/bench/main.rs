@@ -19,6 +19,7 @@ mod ready;
 mod report;
 mod samples;
 mod service;
+mod streaming;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T = ()> = std::result::Result<T, Error>;

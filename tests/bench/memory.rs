@@ -123,6 +123,11 @@ async fn measure(server: &mut Server, options: &Options) -> Result<(Memory, Memo
     Ok((before, after?))
 }
 
+/// The proportional set size of a program's processes, in kB.
+pub fn of_program(name: &str) -> Result<f64> {
+    Ok(look()?.pss.get(name).copied().unwrap_or(0.0))
+}
+
 fn look() -> Result<Memory> {
     let mut memory = Memory::default();
     for entry in fs::read_dir("/proc")?.flatten() {
