@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -191,18 +192,19 @@ fn an_exec_carries_much_both_ways() -> Result {
 }
 
 /// A terminal that somebody could sit at.
-struct Terminal(String);
+struct Terminal(PathBuf);
 
 impl Terminal {
-    fn open(name: &str, shell_command: &str) -> Result<Self> {
-        let socket = format!("rrun-e2e-{name}");
+    fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
         let terminal = Terminal(socket);
         terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell_command])?;
         Ok(terminal)
     }
 
     fn tmux(&self, args: &[&str]) -> Result<String> {
-        let run = command("tmux", ["-L", &self.0, "-f", "/dev/null"]).args(args);
+        let run = command("tmux", ["-f", "/dev/null", "-S"])
+            .arg(&self.0)
+            .args(args);
         Ok(run.ok()?.stdout)
     }
 
@@ -244,7 +246,7 @@ fn a_terminal_is_resized() -> Result {
                 format!("exec --transport {transport} -it {id} sh"),
                 format!("attach --transport {transport} -it {id}"),
             ] {
-                let terminal = Terminal::open("resize", &format!("{crictl} {what}"))?;
+                let terminal = Terminal::open(node.join("tmux"), &format!("{crictl} {what}"))?;
                 // Until somebody reads it.
                 wait_for("a prompt", || {
                     terminal.types("echo pro''mpt")?;
@@ -284,7 +286,9 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
         ensure_eq!(processes()?, 1, "processes before");
         for transport in TRANSPORTS {
             for script in [
-                // Silent, with a child; and one that does not read what it is sent.
+                // With a child, and one that nothing but SIGKILL ends. Neither reads what it is
+                // sent, which is more than a pipe holds. (More than the sockets hold, too, and
+                // nobody can see past it that the client has gone, before TCP gives up.)
                 "sleep 1000 & sleep 1001",
                 "trap '' HUP; exec sleep 1000",
             ] {
@@ -298,7 +302,7 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
                     "-c",
                     script,
                 ];
-                let client = node.crictl(&exec).stdin(vec![b'x'; 4 << 20]).start()?;
+                let client = node.crictl(&exec).stdin(vec![b'x'; 150_000]).start()?;
                 wait_for(
                     "the command to run",
                     || Ok((processes()? > 1).then_some(())),
