@@ -12,7 +12,7 @@ static GIVEN: OnceLock<Rlimit> = OnceLock::new();
 /// met.
 pub fn many() {
     let given = getrlimit(Resource::Nofile);
-    let _ = GIVEN.set(given.clone());
+    let _ = GIVEN.set(given);
     let current = given.maximum;
     let _ = setrlimit(Resource::Nofile, Rlimit { current, ..given });
 }
@@ -20,6 +20,6 @@ pub fn many() {
 /// Gives a monitor, from which containers have their limit, what we were given.
 pub fn as_given(pid: i32) {
     if let (Some(given), Some(pid)) = (GIVEN.get(), Pid::from_raw(pid)) {
-        let _ = prlimit(Some(pid), Resource::Nofile, given.clone());
+        let _ = prlimit(Some(pid), Resource::Nofile, *given);
     }
 }

@@ -143,7 +143,7 @@ pub struct Receiver {
 }
 
 enum Source {
-    Spdy(connection::Reader, Arc<connection::Writer>, Streams),
+    Spdy(Box<connection::Reader>, Arc<connection::Writer>, Streams),
     WebSocket(websocket::Reader),
 }
 
@@ -226,7 +226,10 @@ pub async fn over_spdy(
         // The first clients wait for that.
         writer.close(streams[Channel::Stdin as usize]).await?;
     }
-    let receiver = Receiver::new(Source::Spdy(reader, Arc::clone(&writer), streams), early);
+    let receiver = Receiver::new(
+        Source::Spdy(Box::new(reader), Arc::clone(&writer), streams),
+        early,
+    );
     let sink = Sink::Spdy(writer, streams);
     Ok((
         receiver,

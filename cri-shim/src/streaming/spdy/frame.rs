@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_stream_is_opened_by_bytes_that_come_one_by_one() {
-        let bytes = syn_stream(&mut Compressor::new(), 1, &[("streamtype", "error")]);
+        let bytes = syn_stream(&mut Compressor::begin(), 1, &[("streamtype", "error")]);
         let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::new());
         for byte in &bytes[..bytes.len() - 1] {
             buffer.extend_from_slice(&[*byte]);
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn headers_that_are_not_expected_are_refused() {
-        let bytes = syn_stream(&mut Compressor::new(), 1, &[]);
+        let bytes = syn_stream(&mut Compressor::begin(), 1, &[]);
         let mut decoder = Decoder::default();
         decoder.expect_no_headers();
         let refused = decoder.decode(&mut BytesMut::from(&bytes[..]));

@@ -145,7 +145,7 @@ pub mod tests {
     pub struct Compressor(Compress);
 
     impl Compressor {
-        pub fn new() -> Self {
+        pub fn begin() -> Self {
             let mut compress = Compress::new(Compression::best(), true);
             compress.set_dictionary(&DICTIONARY).unwrap();
             Compressor(compress)
@@ -173,7 +173,7 @@ pub mod tests {
 
     #[test]
     fn blocks_of_one_session_share_a_compression() {
-        let (mut ours, mut theirs) = (Inflater::default(), Compressor::new());
+        let (mut ours, mut theirs) = (Inflater::default(), Compressor::begin());
         for id in ["1", "2", "3"] {
             let pairs = [("streamtype", "error"), ("port", "80"), ("requestid", id)];
             let headers = ours.block(&theirs.block(&pairs)).unwrap();
@@ -201,7 +201,7 @@ pub mod tests {
 
     #[test]
     fn a_block_that_grows_beyond_its_bound_is_refused() {
-        let mut theirs = Compressor::new();
+        let mut theirs = Compressor::begin();
         let bomb = theirs.raw(&vec![0; 8 << 20]);
         assert!(bomb.len() < 16 << 10);
         let refused = Inflater::default().block(&bomb);
@@ -218,7 +218,7 @@ pub mod tests {
             &[0, 0, 0, 0, 7],
             &[255, 255, 255, 255],
         ] {
-            let block = Compressor::new().raw(plain);
+            let block = Compressor::begin().raw(plain);
             assert_eq!(
                 Inflater::default().block(&block),
                 Err(SpdyError::Headers),

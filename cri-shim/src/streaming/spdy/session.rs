@@ -143,7 +143,7 @@ impl Session {
         output: &mut Vec<u8>,
     ) -> Result<Option<Event>, SpdyError> {
         // The client's streams are odd and go up (section 2.3.2).
-        if stream % 2 == 0 || stream <= self.last_stream {
+        if stream.is_multiple_of(2) || stream <= self.last_stream {
             return Err(SpdyError::StreamId(stream));
         }
         self.last_stream = stream;
