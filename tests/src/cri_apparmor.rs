@@ -42,7 +42,9 @@ const PARSER: Need = Need::Program("apparmor_parser");
 fn outcome(node: &mut Node, context: Value, args: &[&str]) -> Result<(Value, String)> {
     static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
     let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let pod = node.pod(&format!("apparmor{number}"));
+    let mut pod = node.pod(&format!("apparmor{number}"));
+    // A privileged container wants a privileged pod.
+    pod["linux"]["security_context"]["privileged"] = json!(context["privileged"] == true);
     let pod_id = node.runp(&pod)?;
     let mut container = node.container("confined", args);
     container["linux"]["security_context"] = context;
