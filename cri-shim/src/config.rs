@@ -78,6 +78,53 @@ pub struct NetworkPart {
     pub range: Option<crate::network::Ipv4Range>,
     pub masquerade: Option<bool>,
     pub mtu: Option<u32>,
+    /// Whether pods get it, or CNI's.
+    pub mode: Option<crate::network::Mode>,
+}
+
+/// `[cni]`: how plugins are run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CniPart {
+    pub max_conf_num: Option<usize>,
+    pub timeout_seconds: Option<u64>,
+    pub teardown_patience_seconds: Option<u64>,
+}
+
+/// See [`crate::network::cni::Settings`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniSettings {
+    pub max_conf_num: usize,
+    pub timeout: Duration,
+    pub teardown_patience: Duration,
+}
+
+impl CniPart {
+    fn overlaid(self, over: CniPart) -> CniPart {
+        CniPart {
+            max_conf_num: over.max_conf_num.or(self.max_conf_num),
+            timeout_seconds: over.timeout_seconds.or(self.timeout_seconds),
+            teardown_patience_seconds: over
+                .teardown_patience_seconds
+                .or(self.teardown_patience_seconds),
+        }
+    }
+
+    fn settings(&self) -> Result<CniSettings, ConfigError> {
+        let timeout = self.timeout_seconds.unwrap_or(100);
+        if !(1..=3600).contains(&timeout) {
+            return Err(ConfigError::Value {
+                key: "cni.timeout_seconds",
+                reason: format!("{timeout} is not between 1 and 3600"),
+            });
+        }
+        Ok(CniSettings {
+            max_conf_num: self.max_conf_num.unwrap_or(1),
+            // Kubelet waits 120 s for StopPodSandbox, and twice as long for RunPodSandbox.
+            timeout: Duration::from_secs(timeout),
+            teardown_patience: Duration::from_secs(self.teardown_patience_seconds.unwrap_or(300)),
+        })
+    }
 }
 
 /// `[image]`: what may be pulled, and what is kept.
@@ -141,8 +188,8 @@ pub struct Partial {
     /// Where CNI configurations are; with none there the embedded network is used
     #[arg(long, value_name = "DIR")]
     pub cni_conf_dir: Option<PathBuf>,
-    /// Where CNI plugins are
-    #[arg(long, value_name = "DIR")]
+    /// Where CNI plugins are; several directories with colons between, the first that has one wins
+    #[arg(long, value_name = "DIR[:DIR]")]
     pub cni_bin_dir: Option<PathBuf>,
     /// The certs.d tree of hosts.toml files
     #[arg(long, value_name = "DIR")]
@@ -188,6 +235,9 @@ pub struct Partial {
     pub network: NetworkPart,
     #[arg(skip)]
     #[serde(default)]
+    pub cni: CniPart,
+    #[arg(skip)]
+    #[serde(default)]
     pub image: ImagePart,
 }
 
@@ -212,7 +262,7 @@ pub struct Config {
     /// The path of the CRI's unix socket.
     pub socket: PathBuf,
     pub cni_conf_dir: PathBuf,
-    pub cni_bin_dir: PathBuf,
+    pub cni_bin_dirs: Vec<PathBuf>,
     pub registry_config_path: PathBuf,
     pub cgroup_driver: CgroupDriver,
     pub stream_listen: SocketAddr,
@@ -237,6 +287,7 @@ pub struct Config {
     pub rlimits: Vec<Rlimit>,
     pub runtimes: BTreeMap<String, RuntimeHandler>,
     pub network: NetworkPart,
+    pub cni: CniSettings,
     /// Bounds on pulls.
     pub images: Limits,
     pub pins: Pins,
@@ -307,7 +358,9 @@ impl Partial {
                 range: over.network.range.or(self.network.range),
                 masquerade: over.network.masquerade.or(self.network.masquerade),
                 mtu: over.network.mtu.or(self.network.mtu),
+                mode: over.network.mode.or(self.network.mode),
             },
+            cni: self.cni.overlaid(over.cni),
         }
     }
 
@@ -383,6 +436,10 @@ impl Partial {
         let unset_seccomp_profile = self.unset_seccomp_profile.unwrap_or_default();
         let unset_seccomp_profile = Asked::parse(&unset_seccomp_profile)
             .map_err(|reason| value("unset_seccomp_profile", reason))?;
+        let cni_bin_dirs = self.cni_bin_dir.unwrap_or_else(|| "/opt/cni/bin".into());
+        let cni_bin_dirs: Vec<PathBuf> = std::env::split_paths(&cni_bin_dirs)
+            .map(|dir| absolute("cni_bin_dir", dir))
+            .collect::<Result<_, _>>()?;
         let dir = |key, given: Option<PathBuf>, default: &str| {
             absolute(key, given.unwrap_or_else(|| default.into()))
         };
@@ -391,7 +448,7 @@ impl Partial {
             state: dir("state", self.state, "/run/rrun")?,
             socket,
             cni_conf_dir: dir("cni_conf_dir", self.cni_conf_dir, "/etc/cni/net.d")?,
-            cni_bin_dir: dir("cni_bin_dir", self.cni_bin_dir, "/opt/cni/bin")?,
+            cni_bin_dirs,
             registry_config_path: dir(
                 "registry_config_path",
                 self.registry_config_path,
@@ -415,6 +472,7 @@ impl Partial {
             rlimits: self.rlimits.unwrap_or_default(),
             runtimes,
             network: self.network,
+            cni: self.cni.settings()?,
             images: self.image.limits()?,
             pins: Pins::new(self.image.pinned.as_deref().unwrap_or_default()),
         })

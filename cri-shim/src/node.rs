@@ -15,7 +15,7 @@ use crate::events::Bus;
 use crate::handlers::Handlers;
 use crate::image::Images;
 use crate::in_flight::InFlight;
-use crate::network::Network;
+use crate::network::PodNetwork;
 use crate::sandbox::Sandbox;
 use crate::stats::Cache;
 use crate::store::Store;
@@ -29,7 +29,7 @@ pub struct Node {
     pub config: Config,
     pub store: Store,
     pub images: Images,
-    pub network: Network,
+    pub network: PodNetwork,
     pub events: Bus,
     pub stats: Cache,
     /// Where removed writable layers go.
@@ -50,7 +50,7 @@ struct Index {
 }
 
 impl Node {
-    pub fn new(config: Config, store: Store, images: Images, network: Network) -> Self {
+    pub fn new(config: Config, store: Store, images: Images, network: PodNetwork) -> Self {
         Node {
             trash: Arc::new(Trash::new(&config.root)),
             handlers: Handlers::new(&config),

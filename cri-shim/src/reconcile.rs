@@ -193,6 +193,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     }
     for id in entries(&state.join("netns"))? {
         if node.sandbox(&id).is_err()
+            && !node.network.keeps(&id)
             && let Err(error) = netns::remove(&node.netns(&id))
         {
             log::error!("{error}");

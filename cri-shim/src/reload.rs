@@ -47,12 +47,12 @@ impl Reload {
             journal::set_level(config.debug);
             log::info!("SIGHUP: debug is {} now", config.debug);
         }
-        let changed: [(&str, bool); 20] = [
+        let changed: [(&str, bool); 21] = [
             ("root", config.root != old.root),
             ("state", config.state != old.state),
             ("listen", config.socket != old.socket),
             ("cni_conf_dir", config.cni_conf_dir != old.cni_conf_dir),
-            ("cni_bin_dir", config.cni_bin_dir != old.cni_bin_dir),
+            ("cni_bin_dir", config.cni_bin_dirs != old.cni_bin_dirs),
             (
                 "registry_config_path",
                 config.registry_config_path != old.registry_config_path,
@@ -90,6 +90,7 @@ impl Reload {
             ),
             ("[runtime]", config.runtimes != old.runtimes),
             ("[network]", config.network != old.network),
+            ("[cni]", config.cni != old.cni),
             ("[image]", config.images != old.images),
             ("image.pinned", config.pins != old.pins),
         ];

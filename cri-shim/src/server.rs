@@ -23,7 +23,8 @@ use tonic::service::Routes;
 use crate::config::{Config, Source};
 use crate::error::{During, Error, Result, kernel};
 use crate::image::{Images, Registries};
-use crate::network::{Network, NetworkConfig};
+use crate::network::cni::{self, Cni};
+use crate::network::{Network, NetworkConfig, PodNetwork};
 use crate::node::Node;
 use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
@@ -80,9 +81,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
         config.images.clone(),
     )
     .map_err(|error| internal(&error))?;
-    let network =
-        Network::open(store.clone(), network_config(&config)).map_err(|error| internal(&error))?;
-    tell_unused(&config);
+    let network = network(&config, &store)?;
     let node = Arc::new(Node::new(config, store, images, network));
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
@@ -195,7 +194,8 @@ async fn preload(node: Arc<Node>, mut hangup: Signal) {
         if hangup.recv().await.is_none() {
             return;
         }
-        log::info!("SIGHUP: looks for images to import");
+        log::info!("SIGHUP: looks for images to import and CNI configurations");
+        node.network.reload().await;
     }
 }
 
@@ -214,21 +214,22 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
     }
 }
 
-/// What is configured and not yet looked at must not seem to work.
-fn tell_unused(config: &Config) {
-    let Ok(entries) = std::fs::read_dir(&config.cni_conf_dir) else {
-        return;
+fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
+    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
+    let netns = config.state.join("netns");
+    let settings = cni::Settings {
+        conf_dir: config.cni_conf_dir.clone(),
+        bin_dirs: config.cni_bin_dirs.clone(),
+        max_conf_num: config.cni.max_conf_num,
+        deadline: config.cni.timeout,
+        patience: config.cni.teardown_patience,
+        netns: netns.clone(),
     };
-    let kinds = ["conf", "conflist", "json"];
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let kind = path.extension().and_then(|kind| kind.to_str());
-        if kind.is_some_and(|kind| kinds.contains(&kind)) {
-            log::warn!(
-                "{} is not used: rrun-cri does not run CNI plugins yet, pods get the embedded network",
-                path.display()
-            );
-        }
-    }
+    let embedded =
+        Network::open(store.clone(), network_config(config)).map_err(|error| internal(&error))?;
+    let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
+    let mode = config.network.mode.unwrap_or_default();
+    Ok(PodNetwork::new(mode, embedded, cni, netns))
 }
 
 fn network_config(config: &Config) -> NetworkConfig {

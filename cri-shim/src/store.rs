@@ -29,6 +29,10 @@ impl Table {
     /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
     pub const LEASES: Table = Table("leases");
     pub const ADDRESSES: Table = Table("addresses");
+    /// What CNI plugins were told of each pod, and what they answered.
+    pub const ATTACHMENTS: Table = Table("attachments");
+    /// What kubelet says of the node's network.
+    pub const NETWORK: Table = Table("network");
 
     fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
         TableDefinition::new(self.0)

@@ -1,5 +1,6 @@
 //! Pod networks.
 //!
+//! [`PodNetwork`] chooses between plugins ([`cni`]) and the embedded network.
 //! [`namespace`] makes, pins and removes network namespaces. [`Network`] is the embedded network,
 //! which needs no plugin: a bridge on the node, one veth pair and one address a pod, and an
 //! nftables table of our own that masquerades what leaves the pods' range. Everything goes over
@@ -11,6 +12,8 @@
 
 mod address;
 mod bridge;
+mod choice;
+pub mod cni;
 mod error;
 mod link;
 pub mod namespace;
@@ -27,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
 pub use address::{Ipv4Range, RangeError};
+pub use choice::{Mode, PodNetwork};
 pub use error::NetworkError;
 
 use crate::store::{Change, Store, Table};

@@ -41,6 +41,9 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         return Ok(there.id.clone());
     }
     let sharing = check(&node, &config, &handler)?;
+    if sharing.own_network {
+        check_network(&node, &config).await?;
+    }
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
         Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
@@ -66,8 +69,7 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     // The address is written to the disk meanwhile.
     let address = async {
         if sharing.own_network {
-            let reserved = node.network.reserve(&record.id).await;
-            reserved.map_err(|error| Error::internal(error.to_string()))?;
+            node.network.reserve(&record.id, &record.config).await?;
         }
         Ok(())
     };
@@ -138,12 +140,18 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
             config.hostname
         )));
     }
-    if sharing.own_network && config.port_mappings.iter().any(|port| port.host_port > 0) {
+    Ok(sharing)
+}
+
+async fn check_network(node: &Node, config: &PodSandboxConfig) -> Result<()> {
+    node.network.check(config).await?;
+    let ports = config.port_mappings.iter().any(|port| port.host_port > 0);
+    if ports && !node.network.is_cni().await {
         return Err(Error::unimplemented(
             "the pod maps host ports (port_mappings), which the embedded network does not do yet",
         ));
     }
-    Ok(sharing)
+    Ok(())
 }
 
 /// Refuses what is contradictory, or can't be done, by the field's name.
@@ -312,10 +320,6 @@ async fn attach(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Vec<
     if !sharing.own_network {
         return Ok(Vec::new());
     }
-    let attached = node
-        .network
-        .attach(&sandbox.id, &node.netns(&sandbox.id))
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
-    Ok(attached.addresses)
+    let netns = node.netns(&sandbox.id);
+    node.network.attach(&sandbox.id, &netns).await
 }

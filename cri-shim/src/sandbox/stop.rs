@@ -12,6 +12,7 @@ use crate::container::{self, Container};
 use crate::error::{Error, Result};
 use crate::monitor::protocol::FailureKind;
 use crate::monitor_client::MonitorError;
+use crate::network::cni::{Detached, Patience};
 use crate::network::namespace as netns;
 use crate::node::Node;
 use crate::slow::{blocking, slow};
@@ -30,7 +31,7 @@ pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     first_error(join_all(stops).await)?;
     let records = containers.iter().map(|container| container.save(&node));
     first_error(join_all(records).await)?;
-    release(&node, &sandbox, &containers).await?;
+    release(&node, &sandbox, &containers, Patience::Caller).await?;
     sandbox.save(&node).await?;
     if was_ready {
         container::status::publish_sandbox(
@@ -84,7 +85,12 @@ fn first_error(results: Vec<Result<()>>) -> Result<()> {
 
 /// Lets go of all that costs something while a pod only waits for its removal: the runtime's
 /// records of its containers, its monitor, its network.
-async fn release(node: &Node, sandbox: &Sandbox, containers: &[Arc<Container>]) -> Result<()> {
+async fn release(
+    node: &Node,
+    sandbox: &Sandbox,
+    containers: &[Arc<Container>],
+    patience: Patience,
+) -> Result<()> {
     let name = sandbox.name();
     let deletions = containers
         .iter()
@@ -96,10 +102,11 @@ async fn release(node: &Node, sandbox: &Sandbox, containers: &[Arc<Container>]) 
         return Ok(());
     }
     let path = node.netns(&sandbox.id);
-    let detached = node.network.detach(&sandbox.id, Some(&path));
-    slow(format!("{name}: disconnect its network"), detached)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+    let detached = node.network.detach(&sandbox.id, &path, patience);
+    let detached = slow(format!("{name}: disconnect its network"), detached).await?;
+    if detached == Detached::Later {
+        return Ok(());
+    }
     blocking(format!("{name}: remove its network namespace"), move || {
         netns::remove(&path)
     })
@@ -153,7 +160,7 @@ fn kill_monitor(sandbox: &Sandbox) {
 
 /// Removes everything that was ever made for the pod, its containers excepted.
 pub async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
-    release(node, sandbox, &[]).await?;
+    release(node, sandbox, &[], Patience::Nobody).await?;
     let name = sandbox.name();
     let parent = &node.config.default_cgroup_parent;
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {

@@ -74,6 +74,7 @@ impl Runtime {
                 "containers": self.node.containers().len(),
             });
             response.info.insert("config".to_owned(), shown.to_string());
+            response.info.extend(self.node.network.shown().await);
         }
         response
     }
@@ -153,7 +154,7 @@ impl Runtime {
         Ok(RemovePodSandboxResponse {})
     }
 
-    fn sandbox_status(
+    async fn sandbox_status(
         &self,
         request: &PodSandboxStatusRequest,
     ) -> Result<PodSandboxStatusResponse> {
@@ -171,6 +172,7 @@ impl Runtime {
                 "directory": self.node.sandbox_dir(&sandbox.id),
                 "networkNamespace": self.node.netns(&sandbox.id),
                 "pid1": state.pid1,
+                "cniResult": self.node.network.results(&sandbox.id).await,
             });
             info.insert("info".to_owned(), shown.to_string());
         }
@@ -436,10 +438,10 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<UpdateRuntimeConfigResponse>, Status> {
         let config = request.into_inner().runtime_config.unwrap_or_default();
         let cidr = config.network_config.unwrap_or_default().pod_cidr;
-        if !cidr.is_empty() {
-            log::info!(
-                "the pods' range {cidr} of UpdateRuntimeConfig is not taken: the configuration's is in use"
-            );
+        if !cidr.is_empty()
+            && let Err(error) = self.node.network.set_ranges(&cidr).await
+        {
+            return answer("UpdateRuntimeConfig", Err(error));
         }
         Ok(Response::new(UpdateRuntimeConfigResponse {}))
     }
@@ -474,7 +476,10 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<PodSandboxStatusRequest>,
     ) -> Result<Response<PodSandboxStatusResponse>, Status> {
-        answer("PodSandboxStatus", self.sandbox_status(request.get_ref()))
+        answer(
+            "PodSandboxStatus",
+            self.sandbox_status(request.get_ref()).await,
+        )
     }
 
     async fn list_pod_sandbox(

@@ -1,0 +1,174 @@
+//! Which network a pod gets: CNI's where a configuration says so, else the embedded one. A pod is
+//! taken out of the one that it was put into, whatever the choice is by then.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rrun_proto::v1::PodSandboxConfig;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::cni::{Cni, Detached, Patience};
+use super::{InterfaceStats, Network, POD_INTERFACE, namespace, node_counters};
+use crate::error::{Error, Result};
+
+/// `network.mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// CNI if there is a configuration, else the embedded network.
+    #[default]
+    Auto,
+    /// CNI; with no configuration the node is not ready.
+    Cni,
+    /// The embedded network; configurations are not looked at.
+    Embedded,
+}
+
+/// The networks that pods can have; clones share one state.
+#[derive(Clone)]
+pub struct PodNetwork {
+    mode: Mode,
+    embedded: Network,
+    cni: Cni,
+    /// `STATE/netns`.
+    netns: PathBuf,
+}
+
+impl PodNetwork {
+    pub fn new(mode: Mode, embedded: Network, cni: Cni, netns: PathBuf) -> Self {
+        PodNetwork {
+            mode,
+            embedded,
+            cni,
+            netns,
+        }
+    }
+
+    /// Whether the next pod gets its network from CNI.
+    pub async fn is_cni(&self) -> bool {
+        match self.mode {
+            Mode::Auto => self.cni.is_configured().await,
+            Mode::Cni => true,
+            Mode::Embedded => false,
+        }
+    }
+
+    /// Refuses what the pod's network could not do.
+    pub async fn check(&self, config: &PodSandboxConfig) -> Result<()> {
+        if self.is_cni().await {
+            return self.cni.check(config);
+        }
+        Ok(())
+    }
+
+    /// Chooses, and writes down what [`PodNetwork::attach`] is going to make.
+    pub async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+        if self.is_cni().await {
+            return self.cni.reserve(pod, config).await;
+        }
+        let reserved = self.embedded.reserve(pod).await;
+        reserved.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// Connects the namespace pinned at `netns`: the pod's addresses, the primary one first.
+    pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
+        if self.cni.has(pod) {
+            return self.cni.attach(pod, netns).await;
+        }
+        let attached = self.embedded.attach(pod, netns).await;
+        let attached = attached.map_err(|error| Error::internal(error.to_string()))?;
+        Ok(attached.addresses)
+    }
+
+    /// Takes the pod's network away, also one that was never made, or half.
+    pub async fn detach(&self, pod: &str, netns: &Path, patience: Patience) -> Result<Detached> {
+        if self.cni.has(pod) {
+            return self.cni.detach(pod, patience).await;
+        }
+        let detached = self.embedded.detach(pod, Some(netns)).await;
+        detached.map_err(|error| Error::internal(error.to_string()))?;
+        Ok(Detached::Gone)
+    }
+
+    /// Whether a pod that is gone still needs its namespace.
+    pub fn keeps(&self, pod: &str) -> bool {
+        self.cni.has(pod)
+    }
+
+    /// After a start, before the first attach: `live` are the pods that are there.
+    pub async fn reconcile(&self, live: &HashSet<String>) -> Result<()> {
+        self.cni.start(live);
+        let reconciled = self.embedded.reconcile(live).await;
+        reconciled.map_err(|error| Error::internal(error.to_string()))
+    }
+
+    /// Looks for new configurations.
+    pub async fn reload(&self) {
+        self.cni.reload().await;
+    }
+
+    /// For the CRI's condition NetworkReady: a sentence if pods can't be given a network.
+    pub async fn ready(&self) -> std::result::Result<(), String> {
+        match self.is_cni().await {
+            true => self.cni.ready().await,
+            false => self.embedded.ready().await,
+        }
+    }
+
+    /// The node's ranges for pods, as kubelet tells them.
+    pub async fn set_ranges(&self, cidrs: &str) -> Result<()> {
+        if !self.is_cni().await {
+            log::info!(
+                "the pods' range {cidrs} of UpdateRuntimeConfig is not for the embedded network: \
+                 the configuration's is in use"
+            );
+        }
+        self.cni.set_ranges(cidrs).await
+    }
+
+    /// For the verbose Status.
+    pub async fn shown(&self) -> BTreeMap<String, String> {
+        let network = match self.is_cni().await {
+            true => "cni",
+            false => "embedded",
+        };
+        let mut all = BTreeMap::from([("network".to_owned(), network.to_owned())]);
+        let cni = self.cni.shown().await;
+        all.extend(cni.map(|(key, value)| (key.to_owned(), value)));
+        all
+    }
+
+    /// What CNI gave the pod, for the verbose PodSandboxStatus.
+    pub async fn results(&self, pod: &str) -> Option<Value> {
+        self.cni.results(pod).await
+    }
+
+    /// The counters of the pod's interface; `None` if it has none.
+    pub fn interface_stats(&self, pod: &str) -> Option<InterfaceStats> {
+        if !self.cni.has(pod) {
+            return self.embedded.interface_stats(pod);
+        }
+        // Which interface of the node is its other end, if one is, plugins need not say.
+        let path = self.netns.join(pod);
+        let pinned = namespace::open(&path).ok()?;
+        let table = namespace::on_own_thread(|| {
+            namespace::enter(pinned.as_fd(), &path)?;
+            Ok(std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default())
+        });
+        // Seen from inside, and so the right way round already.
+        let turned = node_counters(&table.ok()?, POD_INTERFACE)?;
+        Some(InterfaceStats {
+            rx_bytes: turned.tx_bytes,
+            rx_packets: turned.tx_packets,
+            rx_errors: turned.tx_errors,
+            rx_dropped: turned.tx_dropped,
+            tx_bytes: turned.rx_bytes,
+            tx_packets: turned.rx_packets,
+            tx_errors: turned.rx_errors,
+            tx_dropped: turned.rx_dropped,
+        })
+    }
+}

@@ -1,0 +1,254 @@
+//! The operations of a network: its plugins one after another; CNI specification, section 4.
+
+use serde_json::{Map, Value, json};
+use tokio::time::{Duration, Instant};
+
+use super::configuration::{List, Version, kind, takes};
+use super::plugin::{Call, Directories, PluginError, parse};
+use super::result;
+
+/// What of a pod a network is told.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub pod: &'a str,
+    /// The namespace's path; empty: it is gone.
+    pub netns: &'a str,
+    pub interface: &'a str,
+    /// CNI_ARGS.
+    pub arguments: &'a str,
+    /// What plugins get of it by the capabilities that they ask for.
+    pub capabilities: &'a Map<String, Value>,
+}
+
+impl Target<'_> {
+    fn environment(&self) -> [(&'static str, String); 4] {
+        [
+            ("CNI_CONTAINERID", self.pod.to_owned()),
+            ("CNI_NETNS", self.netns.to_owned()),
+            ("CNI_IFNAME", self.interface.to_owned()),
+            ("CNI_ARGS", self.arguments.to_owned()),
+        ]
+    }
+}
+
+/// One plugin's input, by the specification's section 3.
+fn input(
+    list: &List,
+    plugin: &Map<String, Value>,
+    capabilities: Option<&Map<String, Value>>,
+    previous: Option<&Value>,
+) -> Map<String, Value> {
+    let mut input = plugin.clone();
+    input.remove("capabilities");
+    input.remove("cniVersions");
+    input.insert("name".to_owned(), list.name.as_str().into());
+    input.insert("cniVersion".to_owned(), list.version.as_str().into());
+    let wanted = capabilities.into_iter().flatten();
+    let wanted: Map<String, Value> = wanted
+        .filter(|(name, _)| takes(plugin, name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    if !wanted.is_empty() {
+        input.insert("runtimeConfig".to_owned(), Value::Object(wanted));
+    }
+    if let Some(previous) = previous {
+        input.insert("prevResult".to_owned(), previous.clone());
+    }
+    input
+}
+
+/// ADD by all plugins: the last one's result.
+pub async fn add(
+    directories: &Directories,
+    list: &List,
+    target: Target<'_>,
+    deadline: Instant,
+) -> Result<Value, PluginError> {
+    let environment = target.environment();
+    let mut previous = None;
+    for plugin in &list.plugins {
+        let input = input(list, plugin, Some(target.capabilities), previous.as_ref());
+        let answer = directories
+            .run(Call {
+                command: "ADD",
+                plugin: kind(plugin),
+                environment: &environment,
+                container: Some(target.pod),
+                input: Value::Object(input).to_string().into_bytes(),
+                deadline,
+            })
+            .await?;
+        let answer = parse("ADD", kind(plugin), &answer)?;
+        previous = Some(result::in_version(answer, list.version));
+    }
+    Ok(previous.unwrap_or_default())
+}
+
+/// DEL by all plugins, the last one first. One that fails keeps none of the others from theirs;
+/// the first error is told. One that hangs gets no more than its share of the time.
+pub async fn del(
+    directories: &Directories,
+    list: &List,
+    target: Target<'_>,
+    previous: Option<&Value>,
+    deadline: Instant,
+) -> Result<(), PluginError> {
+    let environment = target.environment();
+    let previous = previous.filter(|_| list.version >= Version::V0_4_0);
+    let mut first = Ok(());
+    let mut left = u32::try_from(list.plugins.len()).unwrap_or(u32::MAX);
+    for plugin in list.plugins.iter().rev() {
+        let now = Instant::now();
+        let share = deadline.saturating_duration_since(now) / left.max(1);
+        left = left.saturating_sub(1);
+        let input = input(list, plugin, Some(target.capabilities), previous);
+        let done = directories
+            .run(Call {
+                command: "DEL",
+                plugin: kind(plugin),
+                environment: &environment,
+                container: Some(target.pod),
+                input: Value::Object(input).to_string().into_bytes(),
+                deadline: now + share,
+            })
+            .await;
+        first = first.and(done.map(drop));
+    }
+    first
+}
+
+/// CHECK by all plugins that the list lets be asked.
+pub async fn check(
+    directories: &Directories,
+    list: &List,
+    target: Target<'_>,
+    previous: &Value,
+    deadline: Instant,
+) -> Result<(), PluginError> {
+    if list.version < Version::V0_4_0 || list.disable_check {
+        return Ok(());
+    }
+    let environment = target.environment();
+    for plugin in &list.plugins {
+        let input = input(list, plugin, Some(target.capabilities), Some(previous));
+        directories
+            .run(Call {
+                command: "CHECK",
+                plugin: kind(plugin),
+                environment: &environment,
+                container: Some(target.pod),
+                input: Value::Object(input).to_string().into_bytes(),
+                deadline,
+            })
+            .await?;
+    }
+    Ok(())
+}
+
+/// CNI_COMMAND is none that the plugin knows.
+const UNKNOWN_COMMAND: u64 = 4;
+
+/// STATUS by all plugins: whether ADD would do.
+pub async fn status(
+    directories: &Directories,
+    list: &List,
+    patience: Duration,
+) -> Result<(), PluginError> {
+    if list.version < Version::V1_1_0 {
+        return Ok(());
+    }
+    for plugin in &list.plugins {
+        let input = input(list, plugin, None, None);
+        let told = directories
+            .run(Call {
+                command: "STATUS",
+                plugin: kind(plugin),
+                environment: &[],
+                container: None,
+                input: Value::Object(input).to_string().into_bytes(),
+                deadline: Instant::now() + patience,
+            })
+            .await;
+        match told {
+            // Written before 1.1.0, though the list says otherwise: no word against it.
+            Err(PluginError::Failed {
+                code: UNKNOWN_COMMAND,
+                ..
+            }) => {}
+            told => drop(told?),
+        }
+    }
+    Ok(())
+}
+
+/// GC by all plugins: what is of none of the attachments, pod and interface, is removed. Every
+/// plugin is told; the first error is.
+pub async fn gc(
+    directories: &Directories,
+    list: &List,
+    valid: &[(String, String)],
+    patience: Duration,
+) -> Result<(), PluginError> {
+    if list.version < Version::V1_1_0 || list.disable_gc {
+        return Ok(());
+    }
+    let valid = valid
+        .iter()
+        .map(|(pod, interface)| json!({ "containerID": pod, "ifname": interface }));
+    let valid: Value = valid.collect();
+    let mut first = Ok(());
+    for plugin in &list.plugins {
+        let mut input = input(list, plugin, None, None);
+        input.insert("cni.dev/valid-attachments".to_owned(), valid.clone());
+        // What the specification of 1.1.0 called it first.
+        input.insert("cni.dev/attachments".to_owned(), valid.clone());
+        let done = directories
+            .run(Call {
+                command: "GC",
+                plugin: kind(plugin),
+                environment: &[],
+                container: None,
+                input: Value::Object(input).to_string().into_bytes(),
+                deadline: Instant::now() + patience,
+            })
+            .await;
+        first = first.and(done.map(drop));
+    }
+    first
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn object(value: Value) -> Map<String, Value> {
+        value.as_object().cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn a_plugin_is_told_what_it_asks_for_and_nothing_else() {
+        let plugin = object(json!({
+            "type": "portmap", "snat": true,
+            "capabilities": {"portMappings": true, "dns": false},
+        }));
+        let list = List {
+            file: PathBuf::new(),
+            name: "net".to_owned(),
+            version: Version::V1_0_0,
+            disable_check: false,
+            disable_gc: false,
+            plugins: vec![plugin.clone()],
+        };
+        let capabilities = object(json!({"portMappings": [], "dns": {}, "mac": "x"}));
+        let previous = json!({"ips": []});
+        assert_eq!(
+            Value::Object(input(&list, &plugin, Some(&capabilities), Some(&previous))),
+            json!({
+                "type": "portmap", "snat": true, "name": "net", "cniVersion": "1.0.0",
+                "runtimeConfig": {"portMappings": []}, "prevResult": {"ips": []},
+            })
+        );
+    }
+}
