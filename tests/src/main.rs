@@ -10,6 +10,9 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 mod attacker;
 mod bundle;
 mod cgroup_use;
+mod cni_faults;
+mod cni_plugins;
+mod cni_recorder;
 mod cri_apparmor;
 mod cri_calls;
 mod cri_config;
@@ -94,6 +97,8 @@ fn main() -> ExitCode {
         rrun_limits::TESTS,
         rrun_systemd::TESTS,
         crictl_story::TESTS,
+        cni_plugins::TESTS,
+        cni_faults::TESTS,
         cri_pods::TESTS,
         cri_containers::TESTS,
         cri_limits::TESTS,

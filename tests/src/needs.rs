@@ -40,6 +40,10 @@ pub enum Need {
     CriServer,
     /// The runtime under test must be rrun itself: what is asserted goes beyond what runc does.
     Rrun,
+    /// The CRI server under test must be rrun-cri itself, for the same reason.
+    RrunCri,
+    /// What a machine lacks on which this shell command fails.
+    Works(&'static str, &'static str),
 }
 
 impl Need {
@@ -69,6 +73,14 @@ impl Need {
                     other => vec![other],
                 };
                 programs.into_iter().find_map(no_program)
+            }
+            Need::RrunCri => (!crate::node::is_rrun()).then(|| {
+                let server = crate::node::server_program();
+                format!("goes beyond what {server} does")
+            }),
+            Need::Works(what, script) => {
+                let works = crate::machine::command("sh", ["-c", script]).ok();
+                works.is_err().then(|| format!("no {what} here"))
             }
             Need::Rrun => {
                 let runtime = crate::bundle::runtime_program();

@@ -1,0 +1,286 @@
+//! Pods' networks by Debian's CNI plugins, seen by their effect.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::cni_recorder::write;
+use crate::machine::{Result, command, wait_for};
+use crate::needs::{Need, Test};
+use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::{ensure, ensure_eq, test};
+
+const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
+const SHAPING: Need = Need::Works(
+    "ifb interfaces and tbf queues, which the plugin bandwidth is made of",
+    "ip link add rrprobe type ifb && { tc qdisc add dev rrprobe root tbf rate 1mbit burst 10k latency 1s; code=$?; ip link delete rrprobe; exit $code; }",
+);
+const FIREWALL: Need = Need::Works(
+    "iptables, which the plugins portmap and firewall call",
+    "iptables -w -t nat -S && ip6tables -w -t nat -S && iptables -w -S",
+);
+const MACVLAN: Need = Need::Works(
+    "macvlan interfaces",
+    "ip link add rrprobe type dummy && { ip link add rrprobe1 link rrprobe type macvlan; code=$?; ip link delete rrprobe; exit $code; }",
+);
+
+pub const TESTS: &[Test] = &[
+    test!(
+        a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        PLUGINS,
+        SHAPING,
+        FIREWALL
+    ),
+    test!(
+        pods_reach_each_other_by_ptp,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        PLUGINS
+    ),
+    test!(
+        pods_reach_each_other_by_macvlan,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        PLUGINS,
+        MACVLAN
+    ),
+];
+
+/// What plugins keep outside of their configuration's reach.
+fn tidy() {
+    for file in ["/run/xtables.lock", "/run/cni", "/var/lib/cni"] {
+        let _ = fs::remove_file(file);
+        let _ = fs::remove_dir_all(file);
+    }
+}
+
+fn ipam(node: &Node, subnets: &[&str]) -> Value {
+    let ranges: Vec<Value> = subnets
+        .iter()
+        .map(|subnet| json!([{ "subnet": subnet }]))
+        .collect();
+    json!({
+        "type": "host-local", "dataDir": node.join("ipam"), "ranges": ranges,
+        "routes": [{ "dst": "0.0.0.0/0" }],
+    })
+}
+
+/// The pod's addresses, by its status.
+fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
+    let status = node.json(&["inspectp", pod_id])?;
+    let network = &status["status"]["network"];
+    let mut all = vec![network["ip"].as_str().unwrap_or_default().to_owned()];
+    let more = network["additionalIps"].as_array().cloned();
+    for one in more.unwrap_or_default() {
+        all.push(one["ip"].as_str().unwrap_or_default().to_owned());
+    }
+    Ok(all)
+}
+
+/// Leases of host-local.
+fn leases(node: &Node, network: &str) -> Vec<String> {
+    let dir = node.join("ipam").join(network);
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with("last_reserved") && name != "lock")
+        .collect()
+}
+
+fn web(node: &Node, pod: &Value, pod_id: &str) -> Result<String> {
+    let name = pod["metadata"]["name"].as_str().unwrap_or("pod");
+    let mut web = node.container(&format!("web-{name}"), &[]);
+    web["image"]["image"] = json!(WEB);
+    node.run(pod_id, pod, &web)
+}
+
+fn fetch_inside(node: &Node, container: &str, host: &str, port: u16) -> Result {
+    let url = format!("http://{host}:{port}/");
+    wait_for(&format!("{url} to answer"), || {
+        let page = node.asks(&["exec", "-s", container, "wget", "-q", "-O", "-", &url]);
+        Ok(page
+            .is_ok_and(|page| page.trim() == "hello from rrun")
+            .then_some(()))
+    })
+}
+
+fn fetch(host: &str, port: u16) -> Result {
+    let url = format!("http://{host}:{port}/");
+    command("curl", ["-fsS", "--max-time", "20", &url])
+        .ok()?
+        .says("hello from rrun")
+        .map(|_| ())
+}
+
+fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
+    let tested = on_a_node(|node| {
+        let mut ipam = ipam(node, &["10.98.0.0/24", "fd98::/64"]);
+        ipam["routes"] = json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]);
+        let list = json!({
+            "cniVersion": "1.0.0", "name": "chain", "plugins": [
+                { "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+                  "hairpinMode": true, "ipam": ipam },
+                { "type": "portmap", "capabilities": { "portMappings": true } },
+                { "type": "bandwidth", "capabilities": { "bandwidth": true } },
+                { "type": "firewall" },
+                { "type": "tuning", "sysctl": { "net.ipv4.conf.eth0.arp_notify": "1" } },
+            ],
+        });
+        write(node, "10-chain.conflist", &list.to_string())?;
+        node.pull(WEB)?;
+        let mut pods = Vec::new();
+        for (name, port) in [("here", 18080), ("there", 18081)] {
+            let mut pod = node.pod(name);
+            pod["port_mappings"] = json!([{ "container_port": 5000, "host_port": port }]);
+            pod["annotations"] = json!({
+                "kubernetes.io/ingress-bandwidth": "80M", "kubernetes.io/egress-bandwidth": "90M",
+            });
+            let pod_id = node.runp(&pod)?;
+            let all = addresses(node, &pod_id)?;
+            ensure_eq!(all.len(), 2, "addresses, {all:?}");
+            ensure!(
+                all[0].starts_with("10.98.0.") && all[1].starts_with("fd98::"),
+                "the addresses are {all:?}"
+            );
+            pods.push((web(node, &pod, &pod_id)?, all, port, pod_id));
+        }
+        for (from, to) in [(0, 1), (1, 0)] {
+            let ((container, ..), (_, target, port, _)) = (&pods[from], &pods[to]);
+            fetch_inside(node, container, &target[0], 5000)?;
+            fetch(&target[0], 5000)?;
+            for address in target {
+                node.asks(&[
+                    "exec", "-s", container, "ping", "-c", "1", "-W", "20", address,
+                ])?;
+            }
+            // By the host port: on loopback, and on an address of the node's.
+            fetch("127.0.0.1", *port)?;
+            fetch("10.98.0.1", *port)?;
+            fetch_inside(node, container, "10.98.0.1", *port)?;
+        }
+        let queues = command("tc", ["qdisc", "show"]).ok()?;
+        for rate in ["rate 80Mbit", "rate 90Mbit"] {
+            ensure_eq!(
+                queues.stdout.matches(rate).count(),
+                2,
+                "queues with {rate} among\n{}",
+                queues.stdout
+            );
+        }
+        let tuned = "/proc/sys/net/ipv4/conf/eth0/arp_notify";
+        let tuned = node.asks(&["exec", "-s", &pods[0].0, "cat", tuned])?;
+        ensure_eq!(tuned.trim(), "1", "what the plugin tuning sets");
+        let stats = node.json(&["statsp", &pods[0].3])?.to_string();
+        ensure!(stats.contains("eth0"), "no interface in {stats}");
+        // Both shown by containerd's names.
+        let info = node.json(&["info"])?;
+        ensure_eq!(
+            info.pointer("/cniconfig/Networks/0/Config/Name"),
+            Some(&json!("chain")),
+            "the configuration that crictl info shows"
+        );
+        ensure_eq!(
+            info["lastCNILoadStatus"],
+            json!("OK"),
+            "the state of loading"
+        );
+
+        // The configuration may go: what was made by it goes too.
+        fs::remove_file(node.join("cni/10-chain.conflist"))?;
+        for (_, _, _, pod_id) in &pods {
+            node.asks(&["stopp", pod_id])?;
+            node.asks(&["rmp", pod_id])?;
+        }
+        let rules = command("iptables-save", [""; 0]).ok()?.stdout;
+        for mark in ["10.98.0.2", "10.98.0.3", "18080", "18081"] {
+            ensure!(!rules.contains(mark), "{mark} is left in\n{rules}");
+        }
+        let left = leases(node, "chain");
+        ensure!(left.is_empty(), "leases are left: {left:?}");
+        Ok(())
+    });
+    tidy();
+    tested
+}
+
+fn pods_reach_each_other_by_ptp() -> Result {
+    let tested = on_a_node(|node| {
+        let ipam = ipam(node, &["10.97.0.0/24"]);
+        // A single plugin's configuration, of an old version.
+        let single = json!({
+            "cniVersion": "0.3.1", "name": "pairs", "type": "ptp", "ipam": ipam,
+        });
+        write(node, "20-pairs.conf", &single.to_string())?;
+        // By its name a later one: it does not count.
+        write(node, "30-broken.conflist", "{ not JSON")?;
+        node.pull(WEB)?;
+        let mut pods = Vec::new();
+        for name in ["here", "there"] {
+            let pod = node.pod(name);
+            let pod_id = node.runp(&pod)?;
+            let all = addresses(node, &pod_id)?;
+            ensure!(all[0].starts_with("10.97.0."), "the addresses are {all:?}");
+            pods.push((web(node, &pod, &pod_id)?, all[0].clone()));
+        }
+        fetch_inside(node, &pods[0].0, &pods[1].1, 5000)?;
+        fetch(&pods[0].1, 5000)?;
+        node.asks(&["rmp", "--all", "--force"])?;
+        let left = leases(node, "pairs");
+        ensure!(left.is_empty(), "leases are left: {left:?}");
+        Ok(())
+    });
+    tidy();
+    tested
+}
+
+fn pods_reach_each_other_by_macvlan() -> Result {
+    command("ip", ["link", "add", "rrparent", "type", "dummy"]).ok()?;
+    command("ip", ["link", "set", "rrparent", "up"]).ok()?;
+    let tested = on_a_node(|node| {
+        let mut ipam = ipam(node, &["10.96.0.0/24"]);
+        ipam["routes"] = json!([]);
+        let list = json!({ "cniVersion": "0.4.0", "name": "wire", "plugins": [
+            { "type": "macvlan", "master": "rrparent", "mode": "bridge", "ipam": ipam,
+              "capabilities": { "mac": true } },
+        ]});
+        write(node, "10-wire.conflist", &list.to_string())?;
+        node.pull(BUSYBOX)?;
+        let mut pods = Vec::new();
+        for (name, mac) in [
+            ("here", "02:00:00:00:96:01"),
+            ("there", "02:00:00:00:96:02"),
+        ] {
+            let mut pod = node.pod(name);
+            pod["annotations"] = json!({ "io.rrun/mac": mac });
+            let pod_id = node.runp(&pod)?;
+            let main = node.container(&format!("main-{name}"), &["sleep", "600"]);
+            let id = node.run(&pod_id, &pod, &main)?;
+            let shown = node.asks(&["exec", "-s", &id, "cat", "/sys/class/net/eth0/address"])?;
+            ensure_eq!(shown.trim(), mac, "the address of its interface");
+            pods.push((id, addresses(node, &pod_id)?[0].clone()));
+        }
+        node.asks(&[
+            "exec", "-s", &pods[0].0, "ping", "-c", "1", "-W", "20", &pods[1].1,
+        ])?;
+        node.asks(&["rmp", "--all", "--force"])?;
+        let left = leases(node, "wire");
+        ensure!(left.is_empty(), "leases are left: {left:?}");
+        ensure!(
+            Path::new("/sys/class/net/rrparent").exists(),
+            "the parent is gone"
+        );
+        Ok(())
+    });
+    command("ip", ["link", "delete", "rrparent"]).ok()?;
+    tidy();
+    tested
+}
