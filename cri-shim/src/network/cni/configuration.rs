@@ -122,17 +122,13 @@ pub fn look(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
     let mut files = named(dir, &["conf", "conflist", "json"])?;
     files.sort();
     let mut marks = Vec::new();
-    for file in &files {
-        marks.push(mark(file));
-        // The directories of plugins of their own that lists can have.
-        if file.extension().is_some_and(|kind| kind == "conflist") {
-            for beside in subdirectories(dir) {
-                marks.push(mark(&beside));
-                let mut own = named(&beside, &["conf"])?;
-                own.sort();
-                marks.extend(own.iter().map(|file| mark(file)));
-            }
-        }
+    marks.extend(files.iter().map(|file| mark(file)));
+    // The directories of plugins of their own that lists can have.
+    for beside in subdirectories(dir) {
+        marks.push(mark(&beside));
+        let mut own = named(&beside, &["conf"])?;
+        own.sort();
+        marks.extend(own.iter().map(|file| mark(file)));
     }
     Ok((files, Fingerprint(marks)))
 }

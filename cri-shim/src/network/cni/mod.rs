@@ -44,7 +44,7 @@ use plugin::Directories;
 use readiness::Readiness;
 
 /// How long a plugin may take for GC.
-const GC: Duration = Duration::from_secs(30);
+const GC: Duration = Duration::from_secs(10);
 
 /// A file that is just being written is read again after this long.
 const HALF_WRITTEN: Duration = Duration::from_millis(100);

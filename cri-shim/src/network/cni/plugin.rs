@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::leftover;
 use crate::error::kernel;
+use crate::slow::slow;
 
 /// The most that a plugin may answer, in bytes.
 const ANSWER_BYTES: usize = 1 << 20;
@@ -142,11 +143,10 @@ impl Directories {
                 reason: kernel(&error),
             })?;
         let (mut answer, mut complaint) = (Vec::new(), Vec::new());
-        let ended = timeout_at(
-            call.deadline,
-            converse(&mut child, &call.input, &mut answer, &mut complaint),
-        )
-        .await;
+        let of = call.container.unwrap_or("of no pod");
+        let what = format!("{of}: the CNI plugin {}, {}", call.plugin, call.command);
+        let talk = converse(&mut child, &call.input, &mut answer, &mut complaint);
+        let ended = timeout_at(call.deadline, slow(what, talk)).await;
         let plugin = call.plugin.to_owned();
         let command = call.command;
         let complaint = complained(&complaint);
@@ -176,8 +176,8 @@ impl Directories {
             log::debug!("the CNI plugin {plugin}, {command}{complaint}");
         }
         log::debug!(
-            "the CNI plugin {plugin} ended {command} after {} ms",
-            begin.elapsed().as_millis()
+            "the CNI plugin {plugin} ended {command} after {:?}",
+            begin.elapsed()
         );
         if status.success() && answer.len() <= ANSWER_BYTES {
             return Ok(answer);
