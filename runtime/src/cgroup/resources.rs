@@ -111,7 +111,8 @@ pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
     super::devices::validate(resources.devices().as_deref().unwrap_or_default())
 }
 
-/// The controllers that the limits need, each with the field that needs it.
+/// The controllers that the limits need, each with the field that needs it. What says that
+/// there is no limit needs none: see [`without_unlimited`].
 fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
     let mut needed: Vec<(String, String)> = Vec::new();
     let mut add = |controller: &str, field: &str| {
@@ -120,7 +121,7 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
         }
     };
     if let Some(memory) = resources.memory() {
-        let set = |limit: Option<i64>| limit.is_some_and(|limit| limit != 0);
+        let set = |limit: Option<i64>| limit.is_some_and(|limit| limit > 0);
         if set(memory.limit()) {
             add("memory", "memory.limit");
         } else if set(memory.reservation()) {
@@ -130,13 +131,13 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
         }
     }
     if let Some(cpu) = resources.cpu() {
-        let quota = cpu.quota().is_some_and(|quota| quota != 0);
-        let period = cpu.period().is_some_and(|period| period != 0);
-        if quota || period || cpu.burst().is_some() {
+        if cpu.quota().is_some_and(|quota| quota > 0) {
             add("cpu", "cpu.quota");
+        } else if cpu.burst().is_some_and(|burst| burst != 0) {
+            add("cpu", "cpu.burst");
         } else if cpu.shares().is_some_and(|shares| shares != 0) {
             add("cpu", "cpu.shares");
-        } else if cpu.idle().is_some() {
+        } else if cpu.idle().is_some_and(|idle| idle != 0) {
             add("cpu", "cpu.idle");
         }
         let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
@@ -146,16 +147,29 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
             add("cpuset", "cpu.mems");
         }
     }
-    if resources.pids().is_some() {
+    if resources
+        .pids()
+        .as_ref()
+        .is_some_and(|pids| pids.limit() >= 0)
+    {
         add("pids", "pids.limit");
     }
     if let Some(io) = resources.block_io() {
+        let throttled = [
+            io.throttle_read_bps_device(),
+            io.throttle_write_bps_device(),
+            io.throttle_read_iops_device(),
+            io.throttle_write_iops_device(),
+        ];
         let set = io.weight().is_some_and(|weight| weight != 0)
-            || io.weight_device().is_some()
-            || io.throttle_read_bps_device().is_some()
-            || io.throttle_write_bps_device().is_some()
-            || io.throttle_read_iops_device().is_some()
-            || io.throttle_write_iops_device().is_some();
+            || io
+                .weight_device()
+                .as_ref()
+                .is_some_and(|devices| !devices.is_empty())
+            || throttled
+                .into_iter()
+                .flatten()
+                .any(|devices| !devices.is_empty());
         if set {
             add("io", "blockIO");
         }
@@ -174,7 +188,10 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
     {
         add("rdma", "rdma");
     }
-    for key in resources.unified().iter().flatten().map(|(key, _)| key) {
+    for (key, value) in resources.unified().iter().flatten() {
+        if is_unlimited(key, value) {
+            continue;
+        }
         if let Some((controller, _)) = key.split_once('.').filter(|(name, _)| *name != "cgroup") {
             add(controller, &format!("unified {key}"));
         }
@@ -182,13 +199,85 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
     needed
 }
 
+/// Whether a key of what is unified takes a limit away.
+fn is_unlimited(key: &str, value: &str) -> bool {
+    let limits = key.ends_with(".max") || key.ends_with(".high");
+    limits && value.split_whitespace().next() == Some("max")
+}
+
+/// Whether anything says that there is no limit.
+fn has_unlimited(resources: &LinuxResources) -> bool {
+    let memory = resources.memory().as_ref().is_some_and(|memory| {
+        [memory.limit(), memory.reservation(), memory.swap()]
+            .into_iter()
+            .flatten()
+            .any(|limit| limit < 0)
+    });
+    let cpu = resources.cpu().as_ref().is_some_and(|cpu| {
+        cpu.quota().is_some_and(|quota| quota < 0)
+            || cpu.period().is_some_and(|period| period != 0)
+            || cpu.burst() == Some(0)
+            || cpu.idle() == Some(0)
+    });
+    memory
+        || cpu
+        || resources
+            .pids()
+            .as_ref()
+            .is_some_and(|pids| pids.limit() < 0)
+        || resources
+            .unified()
+            .iter()
+            .flatten()
+            .any(|(key, value)| is_unlimited(key, value))
+}
+
+/// The limits without those that say that there is none, as far as the cgroup has no
+/// controller for them: there is none then. Podman and docker always say some.
+///
+/// To be asked after [`enable`], which has handed down what the others need.
+fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResources {
+    let mut resources = resources.clone();
+    if !has_unlimited(&resources) {
+        return resources;
+    }
+    let present = read(cgroup.path(), "cgroup.controllers").unwrap_or_default();
+    let lacks = |name: &str| !present.split(' ').any(|controller| controller == name);
+    if lacks("memory")
+        && let Some(memory) = resources.memory_mut()
+    {
+        memory.set_limit(None);
+        memory.set_reservation(None);
+        memory.set_swap(None);
+    }
+    if lacks("cpu")
+        && let Some(cpu) = resources.cpu_mut()
+    {
+        cpu.set_quota(None);
+        cpu.set_period(None);
+        cpu.set_burst(None);
+        cpu.set_idle(None);
+    }
+    if lacks("pids") {
+        resources.set_pids(None);
+    }
+    if let Some(unified) = resources.unified_mut() {
+        unified.retain(|key, value| {
+            let controller = key.split('.').next().unwrap_or_default();
+            !(is_unlimited(key, value) && lacks(controller))
+        });
+    }
+    resources
+}
+
 /// Puts limits in place in a cgroup that exists.
 pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
     enable(cgroup.path(), &needed)?;
-    if needed.is_empty() {
+    if needed.is_empty() && !has_unlimited(resources) {
         return Ok(());
     }
+    let resources = &without_unlimited(cgroup, resources);
     let failed = |error: &dyn std::fmt::Display| {
         Error::new(format!(
             "set limits of cgroup {}: {error}",
@@ -470,12 +559,13 @@ mod tests {
             .collect();
         controllers.sort();
         assert_eq!(controllers, ["cpu", "cpuset", "hugetlb", "memory", "pids"]);
-        assert!(
-            needed(&read_resources(
-                r#"{"memory":{"limit":0},"cpu":{"shares":0}}"#
-            ))
-            .is_empty()
-        );
+        for json in [
+            r#"{"memory":{"limit":0},"cpu":{"shares":0}}"#,
+            r#"{"memory":{"limit":-1,"swap":-1},"cpu":{"quota":-1,"period":100000},
+                "pids":{"limit":-1},"blockIO":{},"unified":{"memory.high":"max"}}"#,
+        ] {
+            assert!(needed(&read_resources(json)).is_empty(), "{json}");
+        }
     }
 
     #[test]
