@@ -35,6 +35,7 @@ pub struct Request<'a> {
     /// Whether its program waits for `start`.
     pub waits: bool,
     pub console_socket: Option<OwnedFd>,
+    pub pidfd_socket: Option<OwnedFd>,
     pub pid_file: Option<&'a Path>,
     pub no_pivot: bool,
     pub new_keyring: bool,
@@ -227,6 +228,9 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     .map_err(|error| explain_death(error, pidfd))?;
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
+    }
+    if let Some(socket) = &request.pidfd_socket {
+        channel::send_pidfd(socket, pidfd, "standard")?;
     }
     if request.waits {
         gate::announce(claim)?;

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg,
+    socket_with, socketpair,
 };
 
 use crate::error::{Context, Error, Result};
@@ -174,6 +175,31 @@ impl Channel {
             _ => refuse!("the container's first process sent what it can not have sent"),
         })
     }
+}
+
+/// Connects to a caller's socket, which is to receive a descriptor.
+///
+/// # Errors
+/// Nobody listens at `path`; `what` it is for is told with it.
+pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
+    let doing = || format!("connect to {what} {path}");
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(doing)?;
+    let address = SocketAddrUnix::new(path).doing(doing)?;
+    rustix::net::connect(&socket, &address).doing(doing)?;
+    Ok(socket)
+}
+
+/// Sends a process's descriptor away as runc does, whose message says how it was made:
+/// `standard` for a container's first process, `setns` for one of `exec`.
+pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
+    send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
+        .doing(|| "send the process's descriptor over --pidfd-socket")
 }
 
 /// Sends a descriptor with some bytes over a unix socket.

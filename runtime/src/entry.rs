@@ -35,6 +35,7 @@ pub struct Request<'a> {
     /// A cgroup below the container's own, from its root.
     pub sub_cgroup: Option<&'a str>,
     pub console_socket: Option<OwnedFd>,
+    pub pidfd_socket: Option<OwnedFd>,
     pub pid_file: Option<&'a Path>,
     pub descriptors: Descriptors,
 }
@@ -91,6 +92,9 @@ pub fn enter(mut request: Request<'_>) -> Result<Entered> {
         .and_then(|terminal| {
             if let Some(path) = request.pid_file {
                 write_pid_file(path, pid)?;
+            }
+            if let Some(socket) = &request.pidfd_socket {
+                channel::send_pidfd(socket, &pidfd, "setns")?;
             }
             Ok(terminal)
         });

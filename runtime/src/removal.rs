@@ -109,14 +109,16 @@ fn remove_unheld(root: &Path, id: &str) -> Result<()> {
         }
         _ => {}
     }
-    cgroup.map_or(Ok(()), |cgroup| cgroup::remove(&cgroup, None))
+    cgroup.map_or(Ok(()), |cgroup| {
+        cgroup::remove(&cgroup, cgroup::unit_at(&cgroup).as_deref())
+    })
 }
 
 /// Removes a container whose state can not be read. Everything of it that lives is in its
 /// cgroup.
 fn remove_damaged(claim: Claim) -> Result<()> {
     if let Some(cgroup) = claim::named_cgroup(claim.directory()) {
-        cgroup::remove(&cgroup, None)?;
+        cgroup::remove(&cgroup, cgroup::unit_at(&cgroup).as_deref())?;
     }
     claim.release()
 }

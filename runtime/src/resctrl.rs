@@ -118,6 +118,38 @@ impl Resctrl {
     }
 }
 
+/// Writes lines of schemata to the group that a container's first process is in.
+///
+/// # Errors
+/// No resctrl on this host, or no group of the container's own.
+pub fn update(pid: i32, schemata: &[&str]) -> Result<()> {
+    let doing = "--l3-cache-schema, --mem-bw-schema";
+    let path = format!("/proc/{pid}/cpu_resctrl_groups");
+    let groups = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            refuse!("{doing}: the kernel has no resctrl")
+        }
+        result => result.doing(|| format!("read {path}"))?,
+    };
+    match group_of(&groups) {
+        Some("") | None => {
+            refuse!("{doing}: the container has no resctrl group of its own (linux.intelRdt)")
+        }
+        Some(group) => {
+            let mut lines = schemata.join("\n");
+            lines.push('\n');
+            write(&Path::new(MOUNT_POINT).join(group), "schemata", &lines)
+        }
+    }
+}
+
+/// From the content of /proc/PID/cpu_resctrl_groups, the name of the group; empty for the
+/// root's.
+fn group_of(groups: &str) -> Option<&str> {
+    let name = groups.lines().find_map(|line| line.strip_prefix("res:"))?;
+    Some(name.trim_matches('/'))
+}
+
 impl Made {
     pub fn is_empty(&self) -> bool {
         self.group.is_none() && self.monitoring.is_none()

@@ -5,11 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-use crate::channel::send_descriptor;
+use crate::channel::{self, send_descriptor};
 use crate::error::{Context, Result};
 use crate::mounts::{clone_descriptor, move_mount};
 use crate::refuse;
@@ -28,17 +27,7 @@ pub struct Terminal {
 
 /// Connects to the socket that is to receive the master side.
 pub fn connect_console(path: &str) -> Result<OwnedFd> {
-    let doing = || format!("connect to console socket {path}");
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .doing(doing)?;
-    let address = SocketAddrUnix::new(path).doing(doing)?;
-    connect(&socket, &address).doing(doing)?;
-    Ok(socket)
+    channel::connect("console socket", path)
 }
 
 impl Terminal {

@@ -24,7 +24,7 @@ use crate::error::{Context, Error, Result};
 use crate::{log, refuse};
 use systemd::{Placeholder, Scope};
 
-pub use resources::{check_memory_above_use, validate};
+pub use resources::{check_memory_above_use, complete, validate};
 pub use stats::{oom_kills, stats};
 
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
@@ -357,6 +357,17 @@ pub fn kill_all(path: &Path) -> Result<()> {
         Err(Errno::NODEV) => Ok(()),
         result => result.doing(|| format!("kill all processes in cgroup {}", path.display())),
     }
+}
+
+/// The unit of systemd that a cgroup is, by its place alone: a scope in a slice, on a
+/// machine that systemd runs.
+pub fn unit_at(path: &Path) -> Option<String> {
+    let unit = path.file_name()?.to_str()?;
+    let slice = path.parent()?;
+    let in_slice =
+        slice == Path::new(MOUNT_POINT) || slice.file_name()?.to_str()?.ends_with(".slice");
+    let by_systemd = in_slice && unit.ends_with(".scope") && systemd::is_running();
+    by_systemd.then(|| unit.to_owned())
 }
 
 /// Removes a cgroup and those below it, killing what is still in them, and the unit of

@@ -14,6 +14,9 @@ use crate::refuse;
 /// What `events` and everyone else who looks into the files wants counted, limits or not.
 const COUNTED: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
+/// The weight that every cgroup has that was given none: as good as saying nothing.
+const DEFAULT_SHARES: u64 = 1024;
+
 /// # Errors
 /// What cgroup v2 does not have, or this version does not support, by its field.
 pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
@@ -135,7 +138,10 @@ fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
             add("cpu", "cpu.quota");
         } else if cpu.burst().is_some_and(|burst| burst != 0) {
             add("cpu", "cpu.burst");
-        } else if cpu.shares().is_some_and(|shares| shares != 0) {
+        } else if cpu
+            .shares()
+            .is_some_and(|shares| !matches!(shares, 0 | DEFAULT_SHARES))
+        {
             add("cpu", "cpu.shares");
         } else if cpu.idle().is_some_and(|idle| idle != 0) {
             add("cpu", "cpu.idle");
@@ -216,6 +222,7 @@ fn has_unlimited(resources: &LinuxResources) -> bool {
     let cpu = resources.cpu().as_ref().is_some_and(|cpu| {
         cpu.quota().is_some_and(|quota| quota < 0)
             || cpu.period().is_some_and(|period| period != 0)
+            || cpu.shares() == Some(DEFAULT_SHARES)
             || cpu.burst() == Some(0)
             || cpu.idle() == Some(0)
     });
@@ -233,7 +240,7 @@ fn has_unlimited(resources: &LinuxResources) -> bool {
 }
 
 /// The limits without those that say that there is none, as far as the cgroup has no
-/// controller for them: there is none then. Podman and docker always say some.
+/// controller for them: there is none then. Podman, docker and ctr always say some.
 ///
 /// To be asked after [`enable`], which has handed down what the others need.
 fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResources {
@@ -253,6 +260,7 @@ fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResour
     if lacks("cpu")
         && let Some(cpu) = resources.cpu_mut()
     {
+        cpu.set_shares(None);
         cpu.set_quota(None);
         cpu.set_period(None);
         cpu.set_burst(None);
@@ -516,6 +524,22 @@ fn hand_down_counted(ancestor: &Path) {
     }
 }
 
+/// What an update leaves unsaid and the cgroup knows: a limit on memory and swap together
+/// means something only beside the one on memory.
+pub fn complete(path: &Path, resources: &mut LinuxResources) -> Result<()> {
+    let Some(memory) = resources.memory_mut() else {
+        return Ok(());
+    };
+    if memory.swap().unwrap_or(0) <= 0 || memory.limit().unwrap_or(0) != 0 {
+        return Ok(());
+    }
+    let current = read(path, "memory.max")
+        .doing(|| format!("read memory.max of cgroup {}", path.display()))?;
+    // "max" stays none, which is refused beside a limit on both.
+    memory.set_limit(current.parse().ok());
+    Ok(())
+}
+
 /// # Errors
 /// A memory limit below what is in use: setting it would make the kernel kill.
 pub fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
@@ -561,6 +585,7 @@ mod tests {
         assert_eq!(controllers, ["cpu", "cpuset", "hugetlb", "memory", "pids"]);
         for json in [
             r#"{"memory":{"limit":0},"cpu":{"shares":0}}"#,
+            r#"{"cpu":{"shares":1024}}"#,
             r#"{"memory":{"limit":-1,"swap":-1},"cpu":{"quota":-1,"period":100000},
                 "pids":{"limit":-1},"blockIO":{},"unified":{"memory.high":"max"}}"#,
         ] {

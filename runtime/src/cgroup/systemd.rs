@@ -215,6 +215,11 @@ fn gvariant(text: &str) -> Option<Value> {
     }
 }
 
+/// Whether systemd runs this machine; see sd_booted(3).
+pub fn is_running() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
 /// systemd's version, its first number.
 pub fn version() -> Result<u32> {
     let text = Bus::connect()?.property("Version")?;

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::{Command, Globals, bundle, console_socket, descriptors};
+use super::{Command, Globals, PIDFD_SOCKET, bundle, console_socket, descriptors, pidfd_socket};
 use crate::arguments::{Arguments, switch, value};
 use crate::birth::{self, Request};
 use crate::config::Config;
@@ -25,6 +25,7 @@ pub const COMMAND: Command = Command {
             None,
             "unix socket that is sent the master side of the terminal",
         ),
+        PIDFD_SOCKET,
         value("pid-file", None, "file to write the process id to"),
         switch(
             "no-pivot",
@@ -63,6 +64,7 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         config: &config,
         waits: true,
         console_socket,
+        pidfd_socket: pidfd_socket(arguments)?,
         pid_file: arguments.value("pid-file").map(Path::new),
         no_pivot: arguments.is_set("no-pivot"),
         new_keyring: !arguments.is_set("no-new-keyring"),

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::{Command, Globals, console_socket, descriptors};
+use super::{Command, Globals, PIDFD_SOCKET, console_socket, descriptors, pidfd_socket};
 use crate::arguments::{Arguments, switch, value};
 use crate::capabilities;
 use crate::config::read_bounded;
@@ -23,6 +23,7 @@ pub const COMMAND: Command = Command {
             None,
             "unix socket that is sent the master side of the terminal",
         ),
+        PIDFD_SOCKET,
         value("cwd", None, "working directory in the container"),
         value(
             "env",
@@ -124,6 +125,7 @@ fn execute(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             .value("cgroup")
             .map(|text| text.strip_prefix(':').unwrap_or(text)),
         console_socket,
+        pidfd_socket: pidfd_socket(arguments)?,
         pid_file: arguments.value("pid-file").map(Path::new),
         descriptors,
     })?;

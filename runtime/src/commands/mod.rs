@@ -18,12 +18,13 @@ mod state;
 mod update;
 
 use std::ffi::{CStr, c_char, c_int};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result};
 use crate::init::Descriptors;
-use crate::{executable, log, refuse};
+use crate::{channel, executable, log, refuse};
 
 /// One command: how it is called, and what does it.
 pub struct Command {
@@ -157,6 +158,10 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         return Ok(0);
     }
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
+        // Asked for with --help, too, by those who want to know whether it is there.
+        if name == "checkpoint" || name == "restore" {
+            refuse!("{name}: rrun does not checkpoint and restore containers");
+        }
         refuse!("no such command: {name}");
     };
     if wants_help(command, rest) {
@@ -284,4 +289,19 @@ fn console_socket(arguments: &Arguments) -> Option<&str> {
     arguments
         .value("console-socket")
         .filter(|path| !path.is_empty())
+}
+
+const PIDFD_SOCKET: Flag = value(
+    "pidfd-socket",
+    None,
+    "unix socket that is sent a descriptor of the process (pidfd)",
+);
+
+/// The socket that --pidfd-socket names, connected.
+fn pidfd_socket(arguments: &Arguments) -> Result<Option<OwnedFd>> {
+    arguments
+        .value("pidfd-socket")
+        .filter(|path| !path.is_empty())
+        .map(|path| channel::connect("--pidfd-socket", path))
+        .transpose()
 }

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::{Command, Globals, bundle, console_socket, descriptors};
+use super::{Command, Globals, PIDFD_SOCKET, bundle, console_socket, descriptors, pidfd_socket};
 use crate::arguments::{Arguments, switch, value};
 use crate::birth::{self, Request};
 use crate::config::Config;
@@ -26,6 +26,7 @@ pub const COMMAND: Command = Command {
             None,
             "unix socket that is sent the master side of the terminal",
         ),
+        PIDFD_SOCKET,
         switch(
             "detach",
             Some('d'),
@@ -87,6 +88,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         config: &config,
         waits: false,
         console_socket,
+        pidfd_socket: pidfd_socket(arguments)?,
         pid_file: arguments.value("pid-file").map(Path::new),
         no_pivot: arguments.is_set("no-pivot"),
         new_keyring: !arguments.is_set("no-new-keyring"),

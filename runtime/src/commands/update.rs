@@ -6,11 +6,10 @@ use serde_json::{Map, Value, json};
 
 use super::{Command, Globals};
 use crate::arguments::{Arguments, value};
-use crate::cgroup;
 use crate::config::read_bounded;
 use crate::error::{Context, Error, Result};
-use crate::refuse;
 use crate::state::{State, Status, directory};
+use crate::{cgroup, refuse, resctrl};
 
 pub const COMMAND: Command = Command {
     name: "update",
@@ -62,8 +61,16 @@ pub const COMMAND: Command = Command {
             "memory and swap together, in bytes; -1 for no limit",
         ),
         value("pids-limit", None, "processes and threads; -1 for no limit"),
-        value("l3-cache-schema", None, "Intel RDT (not in this version)"),
-        value("mem-bw-schema", None, "Intel RDT (not in this version)"),
+        value(
+            "l3-cache-schema",
+            None,
+            "shares of the cache, a line of the resctrl group's schemata",
+        ),
+        value(
+            "mem-bw-schema",
+            None,
+            "shares of memory bandwidth, a line of the resctrl group's schemata",
+        ),
     ],
     rest_is_foreign: false,
     call: update,
@@ -76,10 +83,11 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if matches!(status, Status::Stopped | Status::Creating) {
         refuse!("cannot update container {id}: it is {}", status.as_str());
     }
-    let resources = match arguments.value("resources") {
-        Some(path) => from_file(path)?,
-        None => from_flags(arguments)?,
+    let (mut resources, schemata) = match arguments.value("resources") {
+        Some(path) => (from_file(path)?, Vec::new()),
+        None => (from_flags(arguments)?, schemata(arguments)),
     };
+    cgroup::complete(&state.cgroup, &mut resources)?;
     cgroup::validate(Path::new("/update"), &resources)?;
     let checked = resources
         .memory()
@@ -89,7 +97,17 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         cgroup::check_memory_above_use(&state.cgroup, &resources)?;
     }
     cgroup::update(&state.cgroup, state.unit.as_deref(), &resources)?;
+    if !schemata.is_empty() {
+        resctrl::update(state.pid, &schemata)?;
+    }
     Ok(0)
+}
+
+fn schemata(arguments: &Arguments) -> Vec<&str> {
+    ["l3-cache-schema", "mem-bw-schema"]
+        .into_iter()
+        .filter_map(|flag| arguments.value(flag).filter(|text| !text.is_empty()))
+        .collect()
 }
 
 fn from_file(path: &str) -> Result<LinuxResources> {
@@ -137,11 +155,6 @@ fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
     for (flag, field) in [("cpuset-cpus", "cpus"), ("cpuset-mems", "mems")] {
         if let Some(list) = arguments.value(flag).filter(|list| !list.is_empty()) {
             cpu.insert(field.to_owned(), json!(list));
-        }
-    }
-    for flag in ["l3-cache-schema", "mem-bw-schema"] {
-        if arguments.value(flag).is_some_and(|text| !text.is_empty()) {
-            refuse!("--{flag}: not supported by this version of rrun");
         }
     }
     let mut all = Map::new();
