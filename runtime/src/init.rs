@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::DumpableBehavior;
 use rustix::thread::UnshareFlags;
 
@@ -307,15 +307,9 @@ impl Init<'_> {
         let doing = || format!("change the root to {}", self.config.rootfs.display());
         rustix::process::fchdir(rootfs).doing(doing)?;
         if self.no_pivot {
-            rustix::mount::move_mount(
-                rootfs,
-                "",
-                rustix::fs::CWD,
-                "/",
-                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-            )
-            .and_then(|()| rustix::process::chroot("."))
-            .doing(doing)?;
+            // It is on top of the old root already, which stays below it for good.
+            mounts::take_off_kernels()?;
+            rustix::process::chroot(".").doing(doing)?;
         } else {
             // The old root ends up on top of the new one, from where it is taken off.
             rustix::process::pivot_root(".", ".").doing(|| {

@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType as Type, Mount as SpecMount};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
+};
 
 use crate::config::Config;
 use crate::error::{Context, Error, Reason as _, Result};
@@ -509,6 +512,31 @@ pub fn attach_root(root: OwnedFd) -> Result<Rootfs> {
     rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .doing(|| "mount the container's root")?;
     Ok(Rootfs::new(root))
+}
+
+/// Takes the old root's /proc and /sys off, wherever they are: a process in a user namespace
+/// may mount either anew, unmasked, as long as it is unmasked anywhere in its mount namespace.
+pub fn take_off_kernels() -> Result<()> {
+    let file = "/proc/self/mountinfo";
+    let text = std::fs::read_to_string(file).doing(|| format!("read {file}"))?;
+    for line in text.lines() {
+        let Some((before, after)) = line.split_once(" - ") else {
+            continue;
+        };
+        let (Some(point), Some("proc" | "sysfs")) =
+            (before.split(' ').nth(4), after.split(' ').next())
+        else {
+            continue;
+        };
+        // Not the host's. What the container has mounted is listed too, but no path leads
+        // there yet.
+        let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        if rustix::mount::mount_change(point, slave).is_ok() {
+            rustix::mount::unmount(point, UnmountFlags::DETACH)
+                .doing(|| format!("take {point} off the old root (--no-pivot)"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
