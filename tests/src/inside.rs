@@ -40,6 +40,12 @@ pub fn main(args: &[String]) -> i32 {
         ["deaf"] => deaf(),
         ["spin", seconds] => seconds.parse().map_err(Error::from).map(spin),
         ["allocate", megabytes] => megabytes.parse().map_err(Error::from).and_then(allocate),
+        ["read", path] => read(path),
+        ["fill", path, megabytes] => megabytes
+            .parse()
+            .map_err(Error::from)
+            .and_then(|megabytes| fill(path, megabytes)),
+        ["huge", pages] => pages.parse().map_err(Error::from).and_then(huge),
         ["forks", most] => most.parse().map_err(Error::from).and_then(forks),
         ["orphan", seconds] => orphan(seconds),
         ["count", milliseconds] => milliseconds.parse().map_err(Error::from).and_then(count),
@@ -283,6 +289,40 @@ fn spin(seconds: f64) {
 }
 
 /// Takes memory a megabyte at a time and says so, then waits for its end.
+/// Reads a file, which then is in the page cache.
+fn read(path: &str) -> Result<(), Error> {
+    let mut file = fs::File::open(path)?;
+    std::io::copy(&mut file, &mut std::io::sink())?;
+    Ok(())
+}
+
+/// Writes so much to a file, and waits until it is on the disk.
+fn fill(path: &str, megabytes: usize) -> Result<(), Error> {
+    use std::io::Write as _;
+    let mut file = fs::File::create(path)?;
+    for _ in 0..megabytes {
+        file.write_all(&[1u8; 1 << 20])?;
+    }
+    file.sync_all()?;
+    Ok(())
+}
+
+/// Uses so many huge pages of 2 MB.
+fn huge(pages: usize) -> Result<(), Error> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+    const SIZE: usize = 2 << 20;
+    let length = std::num::NonZeroUsize::new(pages * SIZE).ok_or("no pages")?;
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping, at a place of the kernel's choice.
+    let start = unsafe { mmap_anonymous(None, length, protection, flags) }?;
+    for page in 0..pages {
+        // SAFETY: inside the mapping, which nobody else knows.
+        unsafe { start.cast::<u8>().add(page * SIZE).write_volatile(1) };
+    }
+    say(&format!("{pages} huge pages"))
+}
+
 fn allocate(megabytes: usize) -> Result<(), Error> {
     let mut kept = Vec::new();
     for taken in 1..=megabytes {

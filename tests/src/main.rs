@@ -41,6 +41,10 @@ mod machine;
 mod needs;
 mod node;
 mod rrun_bad_input;
+mod rrun_callers_containerd;
+mod rrun_callers_docker;
+mod rrun_callers_podman;
+mod rrun_effects;
 mod rrun_escapes;
 mod rrun_hooks;
 mod rrun_idmapped_mounts;
@@ -95,7 +99,11 @@ fn main() -> ExitCode {
         rrun_killed::TESTS,
         rrun_races::TESTS,
         rrun_limits::TESTS,
+        rrun_effects::TESTS,
         rrun_systemd::TESTS,
+        rrun_callers_podman::TESTS,
+        rrun_callers_containerd::TESTS,
+        rrun_callers_docker::TESTS,
         crictl_story::TESTS,
         cni_plugins::TESTS,
         cni_faults::TESTS,

@@ -80,7 +80,7 @@ fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
 }
 
 /// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
-fn split(first: serde_json::Value, second: serde_json::Value) -> Result<f64> {
+pub fn split(first: serde_json::Value, second: serde_json::Value) -> Result<f64> {
     let bundles = [first, second]
         .into_iter()
         .map(|resources| {

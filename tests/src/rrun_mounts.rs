@@ -12,6 +12,7 @@ use crate::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
+    test!(without_pivot_the_root_is_changed_all_the_same),
     test!(a_readonly_root_is_readonly),
     test!(a_writable_root_is_written_through),
     test!(the_hosts_root_is_out_of_reach),
@@ -534,5 +535,29 @@ fn the_hosts_mounts_are_not_seen() -> Result {
             "{point} is among {points:?}"
         );
     }
+    Ok(())
+}
+
+fn without_pivot_the_root_is_changed_all_the_same() -> Result {
+    let proc_is_there = || -> Result<bool> {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        Ok(mounts
+            .lines()
+            .any(|line| line.split(' ').nth(4) == Some("/proc")))
+    };
+    let mut bundle = Bundle::new(&["ls", "/"])?;
+    bundle.set("/linux/rootfsPropagation", json!("rslave"));
+    let output = bundle.call(&["run", "--no-pivot"])?.ok()?;
+    ensure!(
+        !output.stdout.contains("sbin") && output.stdout.contains("data"),
+        "not the container's root:\n{}",
+        output.told()
+    );
+    bundle.args(&["sleep", "600"]);
+    bundle.call(&["run", "--detach", "--no-pivot"])?.ok()?;
+    let seen = bundle.exec(&[], &["ls", "/"]).ok()?;
+    ensure_eq!(seen.stdout, output.stdout, "the root that exec finds");
+    ensure!(proc_is_there()?, "the host's /proc was taken off");
+    bundle.end()?;
     Ok(())
 }

@@ -13,6 +13,7 @@ use crate::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
+    test!(a_callers_socket_is_sent_the_processs_descriptor),
     test!(user_group_and_additional_groups_are_set),
     test!(the_working_directory_is_set),
     test!(the_environment_is_what_was_asked_for),
@@ -375,5 +376,33 @@ fn run_works_on_its_own_terminal() -> Result {
         json!([true, true, true]),
         "descriptors that are a terminal"
     );
+    Ok(())
+}
+
+fn a_callers_socket_is_sent_the_processs_descriptor() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    let path = bundle.join("pidfd.sock");
+    let listener = UnixListener::bind(&path)?;
+    let option = format!("--pidfd-socket={}", path.display());
+    let pid_of = |listener: &UnixListener| -> Result<i32> {
+        let descriptor = receive_terminal(listener)?;
+        let info = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());
+        let info = std::fs::read_to_string(info)?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"));
+        Ok(pid.ok_or("no pidfd was sent")?.trim().parse()?)
+    };
+    bundle.call(&["run", "--detach", &option])?.ok()?;
+    ensure_eq!(pid_of(&listener)?, bundle.pid()?, "the first process");
+    let pid_file = bundle.join("exec.pid");
+    let options = [
+        &option,
+        "--detach",
+        "--pid-file",
+        &pid_file.display().to_string(),
+    ];
+    bundle.exec(&options, &["sleep", "600"]).ok()?;
+    let pid: i32 = std::fs::read_to_string(pid_file)?.trim().parse()?;
+    ensure_eq!(pid_of(&listener)?, pid, "a further process");
+    bundle.end()?;
     Ok(())
 }

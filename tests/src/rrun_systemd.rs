@@ -32,6 +32,11 @@ pub const TESTS: &[Test] = &[
         what_is_no_path_of_a_scope_is_refused_by_its_field,
         Need::Rrun
     ),
+    test!(
+        a_scope_goes_with_a_container_whose_state_is_damaged,
+        SYSTEMD,
+        Need::Rrun
+    ),
     test!(without_systemd_one_sentence_says_so, Need::Rrun),
 ];
 
@@ -412,5 +417,19 @@ fn without_systemd_one_sentence_says_so() -> Result {
         "{}",
         output.told()
     );
+    Ok(())
+}
+
+fn a_scope_goes_with_a_container_whose_state_is_damaged() -> Result {
+    let bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
+    bundle.start()?;
+    ensure!(known(&bundle.unit())?, "no unit was made");
+    fs::write(
+        bundle.root().join(bundle.id()).join("state.json"),
+        "{ damaged",
+    )?;
+    bundle.end()?;
+    ensure!(!known(&bundle.unit())?, "the unit is left");
+    ensure!(!bundle.cgroup().exists(), "the cgroup is left");
     Ok(())
 }

@@ -1,0 +1,362 @@
+//! docker: dockerd with the runtime added, as one line of its configuration does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::bundle::runtime_program;
+use crate::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
+use crate::needs::{Need, Test};
+use crate::rrun_callers_podman::{remove, unmount_below};
+use crate::{ensure, ensure_eq, test};
+
+const DOCKER: Need = Need::Program("docker");
+const DOCKERD: Need = Need::Program("dockerd");
+const IMAGE: Need = Need::File("/images/archives/demo-busybox.docker.tar");
+const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
+
+pub const TESTS: &[Test] = &[
+    test!(docker_runs_what_it_is_asked_to, DOCKER, DOCKERD, IMAGE),
+    test!(docker_lives_with_a_container, DOCKER, DOCKERD, IMAGE),
+    test!(
+        docker_limits_hold_and_are_updated,
+        DOCKER,
+        DOCKERD,
+        IMAGE,
+        Need::Controller("cpu"),
+        Need::Controller("memory"),
+        Need::Controller("pids")
+    ),
+];
+
+struct Docker {
+    directory: Directory,
+    server: Option<Running>,
+    made: Vec<PathBuf>,
+}
+
+const SHARED: &[&str] = &[
+    "/run/containerd",
+    "/run/docker",
+    "/run/xtables.lock",
+    "/run/netns",
+    "/var/lib/docker",
+    "/var/lib/containerd",
+    "/sys/fs/cgroup/docker",
+];
+
+impl Docker {
+    fn start() -> Result<Docker> {
+        let runtime = program_path(&runtime_program()).ok_or("no runtime to test")?;
+        let directory = Directory::new("docker")?;
+        let at = |name: &str| directory.join(name).display().to_string();
+        let systemd = Need::Systemd.lacking().is_none();
+        let driver = if systemd { "systemd" } else { "cgroupfs" };
+        let arguments = [
+            format!("--data-root={}", at("data")),
+            format!("--exec-root={}", at("exec")),
+            format!("--pidfile={}", at("pid")),
+            format!("--host=unix://{}", at("socket")),
+            format!("--add-runtime=tested={}", runtime.display()),
+            "--default-runtime=tested".to_owned(),
+            format!("--exec-opt=native.cgroupdriver={driver}"),
+            "--bridge=none".to_owned(),
+            "--iptables=false".to_owned(),
+            "--ip6tables=false".to_owned(),
+        ];
+        let made = SHARED
+            .iter()
+            .map(PathBuf::from)
+            .filter(|path| !path.exists())
+            .collect();
+        let server = command("dockerd", arguments).start()?;
+        let mut docker = Docker {
+            directory,
+            server: Some(server),
+            made,
+        };
+        let answered = wait_for("dockerd's answer", || {
+            let output = docker.call(&["version"]).end()?;
+            Ok((output.code == 0).then_some(()))
+        });
+        if let (Err(error), Some(server)) = (answered, docker.server.as_mut()) {
+            return Err(format!(
+                "{}\n{}",
+                error.message().unwrap_or_default(),
+                server.stderr()
+            )
+            .into());
+        }
+        docker
+            .call(&["load", "-i", "/images/archives/demo-busybox.docker.tar"])
+            .ok()?;
+        Ok(docker)
+    }
+
+    fn program(&self) -> Vec<String> {
+        vec![
+            "docker".to_owned(),
+            format!("--host=unix://{}", self.directory.join("socket").display()),
+        ]
+    }
+
+    fn call(&self, args: &[&str]) -> Run {
+        command("env", self.program()).args(args)
+    }
+
+    fn at_terminal(&self, args: &str) -> Run {
+        let line = format!("{} {args}", self.program().join(" "));
+        command("script", ["-qec", &line, "/dev/null"])
+    }
+
+    fn run(&self, options: &[&str], program: &[&str]) -> Run {
+        self.call(&["run", "--rm", "--network", "none"])
+            .args(options)
+            .arg(IMAGE_NAME)
+            .args(program)
+    }
+
+    fn prints(&self, options: &[&str], program: &[&str], text: &str) -> Result {
+        let output = self.run(options, program).ok()?;
+        ensure!(
+            output.text() == text,
+            "should print {text:?}:\n{}",
+            output.told()
+        );
+        Ok(())
+    }
+
+    fn start_container(&self, name: &str, options: &[&str], program: &[&str]) -> Result {
+        self.call(&["run", "-d", "--network", "none", "--name", name])
+            .args(options)
+            .arg(IMAGE_NAME)
+            .args(program)
+            .ok()?;
+        Ok(())
+    }
+
+    fn status(&self, name: &str) -> Result<String> {
+        let output = self
+            .call(&["inspect", "-f", "{{.State.Status}}", name])
+            .ok()?;
+        Ok(output.text().to_owned())
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        if let Ok(all) = self.call(&["ps", "-aq"]).end() {
+            for id in all.stdout.split_whitespace() {
+                let _ = self.call(&["rm", "-f", id]).end();
+            }
+        }
+        if let Some(server) = self.server.take() {
+            server.signal(nix::sys::signal::Signal::SIGTERM);
+            let _ = server.end();
+        }
+        unmount_below(self.directory.path());
+        for path in &self.made {
+            remove(path);
+        }
+    }
+}
+
+fn docker_runs_what_it_is_asked_to() -> Result {
+    let docker = Docker::start()?;
+    docker.prints(&[], &["echo", "hello"], "hello")?;
+    docker.run(&[], &["sh", "-c", "exit 42"]).exits(42)?;
+    let missing = docker.run(&[], &["no-such-program"]).exits(127)?;
+    ensure!(missing.stderr.contains("not found"), "{}", missing.told());
+    docker.run(&[], &["/etc"]).exits(126)?;
+    let status = |field: &'static str| ["grep", field, "/proc/self/status"];
+    docker.prints(&[], &status("Seccomp:"), "Seccomp:\t2")?;
+    docker.prints(
+        &["--security-opt", "seccomp=unconfined"],
+        &status("Seccomp:"),
+        "Seccomp:\t0",
+    )?;
+    docker.prints(
+        &["--security-opt", "no-new-privileges"],
+        &status("NoNewPrivs"),
+        "NoNewPrivs:\t1",
+    )?;
+    docker.prints(
+        &["--cap-drop", "ALL", "--cap-add", "SYS_ADMIN"],
+        &status("CapEff"),
+        "CapEff:\t0000000000200000",
+    )?;
+    let all = docker.run(&["--privileged"], &status("CapEff")).ok()?;
+    let own = fs::read_to_string("/proc/self/status")?;
+    ensure!(own.contains(all.text()), "privileged: {}", all.told());
+    let refused = docker
+        .run(
+            &["--read-only", "--tmpfs", "/x:size=1m"],
+            &["sh", "-c", "touch /x/y && touch /y"],
+        )
+        .exits(1)?;
+    ensure!(
+        refused.stderr.contains("/y: Read-only"),
+        "{}",
+        refused.told()
+    );
+    let volume = docker.directory.join("volume");
+    fs::create_dir(&volume)?;
+    fs::write(volume.join("file"), "of the host\n")?;
+    let option = format!("{}:/v:ro", volume.display());
+    docker.prints(&["-v", &option], &["cat", "/v/file"], "of the host")?;
+    docker.prints(&["--init"], &["cat", "/proc/1/comm"], "docker-init")?;
+    docker.prints(
+        &["--user", "1000:1001", "--group-add", "5"],
+        &["id", "-G"],
+        "1001 5",
+    )?;
+    docker.prints(
+        &["--device", "/dev/null:/dev/mine"],
+        &["stat", "-c", "%t:%T", "/dev/mine"],
+        "1:3",
+    )?;
+    docker.prints(
+        &[
+            "--sysctl",
+            "net.ipv4.ip_forward=1",
+            "--ulimit",
+            "nofile=100:200",
+        ],
+        &[
+            "sh",
+            "-c",
+            "cat /proc/sys/net/ipv4/ip_forward; ulimit -n; ulimit -Hn",
+        ],
+        "1\n100\n200",
+    )?;
+    docker.prints(
+        &["--oom-score-adj", "500"],
+        &["cat", "/proc/self/oom_score_adj"],
+        "500",
+    )?;
+    let host = nix::unistd::gethostname()?.to_string_lossy().into_owned();
+    docker.prints(
+        &["--pid", "host", "--ipc", "host", "--uts", "host"],
+        &["hostname"],
+        &host,
+    )?;
+    docker
+        .at_terminal(&format!(
+            "run --rm --network none -it {IMAGE_NAME} sh -c 'tty && [ -t 0 ]'"
+        ))
+        .ok()?
+        .says("/dev/pts/0")?;
+    Ok(())
+}
+
+fn docker_lives_with_a_container() -> Result {
+    let docker = Docker::start()?;
+    docker.start_container("life", &[], &["sh", "-c", "echo begun; exec sleep 600"])?;
+    let exec = |args: &[&str]| docker.call(&["exec"]).args(args);
+    exec(&["life", "ps"]).ok()?.says("sleep 600")?;
+    exec(&[
+        "-u",
+        "1000:1000",
+        "-w",
+        "/tmp",
+        "-e",
+        "A=b",
+        "life",
+        "sh",
+        "-c",
+        "id -u; pwd; echo $A",
+    ])
+    .ok()?
+    .says("1000\n/tmp\nb")?;
+    exec(&["life", "sh", "-c", "exit 7"]).exits(7)?;
+    exec(&["life", "no-such-program"]).exits(127)?;
+    docker
+        .at_terminal("exec -it life sh -c '[ -t 0 ] && tty'")
+        .ok()?
+        .says("/dev/pts/0")?;
+    docker.call(&["top", "life"]).ok()?.says("sleep 600")?;
+    docker
+        .call(&["stats", "--no-stream", "life"])
+        .ok()?
+        .says("life")?;
+    docker.call(&["logs", "life"]).ok()?.says("begun")?;
+    docker.call(&["pause", "life"]).ok()?;
+    ensure_eq!(docker.status("life")?, "paused", "after pause");
+    docker.call(&["unpause", "life"]).ok()?;
+    ensure_eq!(docker.status("life")?, "running", "after unpause");
+    docker.call(&["restart", "-t", "0", "life"]).ok()?;
+    ensure_eq!(docker.status("life")?, "running", "after restart");
+    docker.call(&["stop", "-t", "0", "life"]).ok()?;
+    ensure_eq!(docker.status("life")?, "exited", "after stop");
+    docker.call(&["start", "life"]).ok()?;
+    docker.call(&["kill", "-s", "KILL", "life"]).ok()?;
+    docker.call(&["wait", "life"]).ok()?.says("137")?;
+    docker.call(&["rm", "life"]).ok()?;
+    Ok(())
+}
+
+fn docker_limits_hold_and_are_updated() -> Result {
+    let docker = Docker::start()?;
+    docker
+        .run(
+            &[
+                "--memory",
+                "32m",
+                "--memory-swap",
+                "32m",
+                "--tmpfs",
+                "/x:size=1g",
+            ],
+            &["dd", "if=/dev/zero", "of=/x/y", "bs=1M", "count=64"],
+        )
+        .exits(137)?;
+    let bomb = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 5 & done";
+    let output = docker
+        .run(&["--pids-limit", "6"], &["sh", "-c", bomb])
+        .end()?;
+    ensure!(
+        output.stderr.contains("can't fork"),
+        "twelve processes where six are allowed: {}",
+        output.told()
+    );
+    docker.start_container(
+        "half",
+        &["--cpus", "0.5"],
+        &["sh", "-c", "while :; do :; done"],
+    )?;
+    let pid = docker
+        .call(&["inspect", "-f", "{{.State.Pid}}", "half"])
+        .ok()?;
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", pid.text()))?;
+    let cgroup = cgroup
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .ok_or("no cgroup")?;
+    let cgroup = Path::new("/sys/fs/cgroup").join(cgroup);
+    crate::cgroup_use::held_to(0.5, &cgroup)?;
+    docker
+        .call(&[
+            "update",
+            "--memory",
+            "64m",
+            "--memory-swap",
+            "96m",
+            "--pids-limit",
+            "50",
+            "half",
+        ])
+        .ok()?;
+    docker.call(&["update", "--cpus", "0.2", "half"]).ok()?;
+    for (file, value) in [
+        ("memory.max", "67108864"),
+        ("memory.swap.max", "33554432"),
+        ("pids.max", "50"),
+        ("cpu.max", "20000 100000"),
+    ] {
+        let text = fs::read_to_string(cgroup.join(file))?;
+        ensure_eq!(text.trim(), value, "{file} after an update");
+    }
+    docker
+        .call(&["update", "--memory-swap", "-1", "half"])
+        .ok()?;
+    Ok(())
+}
