@@ -163,7 +163,7 @@ impl Directories {
             }
             Err(_) => {
                 kill(&mut child, call.container).await;
-                let seconds = begin.elapsed().as_secs();
+                let seconds = (begin.elapsed() + Duration::from_millis(500)).as_secs();
                 return Err(PluginError::Hung {
                     plugin,
                     command,
@@ -208,7 +208,10 @@ impl Directories {
             _ => Err(PluginError::Died {
                 plugin,
                 command,
-                how: format!("{}, it printed {:?}", how(status), shown(&answer)),
+                how: match answer.is_empty() {
+                    true => how(status),
+                    false => format!("{}, it printed {:?}", how(status), shown(&answer)),
+                },
                 complaint,
             }),
         }
