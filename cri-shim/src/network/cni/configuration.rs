@@ -452,6 +452,51 @@ mod tests {
     }
 
     #[test]
+    fn files_count_in_the_order_of_their_names_with_plugins_of_their_own()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let dir = std::env::temp_dir().join(format!("rrun-cni-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("a"))?;
+        let list = r#"{"cniVersion": "1.1.0", "name": "a", "plugins": [{"type": "x"}]}"#;
+        std::fs::write(dir.join("20-a.conflist"), list)?;
+        std::fs::write(
+            dir.join("a/10.conf"),
+            r#"{"cniVersion": "1.1.0", "type": "own"}"#,
+        )?;
+        std::fs::write(
+            dir.join("30-b.json"),
+            r#"{"cniVersion": "1.0.0", "name": "b", "type": "y"}"#,
+        )?;
+        std::fs::write(dir.join("00-other.txt"), "not looked at")?;
+        let (files, before) = look(&dir)?;
+        let kinds = |most| -> Result<Vec<String>, String> {
+            let lists = load(&files, most)?;
+            let plugins = lists.iter().flat_map(|list| &list.plugins);
+            Ok(plugins.map(|plugin| kind(plugin).to_owned()).collect())
+        };
+        assert_eq!(kinds(1)?, ["x", "own"]);
+        assert_eq!(kinds(0)?, ["x", "own", "y"]);
+        // A change there is one of the whole.
+        std::fs::write(dir.join("a/20.conf"), r#"{"type": "later"}"#)?;
+        let (files, after) = look(&dir)?;
+        assert_ne!(before, after);
+        let only = list.replace(
+            "\"plugins\"",
+            "\"loadOnlyInlinedPlugins\": true, \"plugins\"",
+        );
+        std::fs::write(dir.join("20-a.conflist"), only)?;
+        let lists = load(&files, 1)?;
+        assert_eq!(lists.first().map(|list| list.plugins.len()), Some(1));
+        // Two networks of one name would be mistaken for each other.
+        std::fs::write(
+            dir.join("30-b.json"),
+            r#"{"cniVersion": "1.0.0", "name": "a", "type": "y"}"#,
+        )?;
+        assert!(load(&files, 0).is_err_and(|said| said.contains("30-b.json")));
+        std::fs::remove_dir_all(&dir)?;
+        Ok(())
+    }
+
+    #[test]
     fn a_single_plugin_is_a_list_of_one() -> Result<(), String> {
         let file = Path::new("/etc/cni/net.d/10-x.conf");
         let list = parse_single(

@@ -217,6 +217,8 @@ impl Cni {
         if lists.is_empty() {
             return Err(Error::internal(self.inner.none()));
         }
+        // Before any is run: one that is not there could not DEL either.
+        self.inner.all_there(&lists).map_err(Error::internal)?;
         let ranges = lock(&self.inner.ranges).clone();
         let capabilities = runtime_config::capabilities(config, &ranges)?;
         if capabilities.contains_key("portMappings")
@@ -506,6 +508,17 @@ impl Inner {
         self.changed.notify_waiters();
         self.collect.notify_one();
         lists
+    }
+
+    /// A sentence if a plugin's binary is missing.
+    fn all_there(&self, lists: &[List]) -> std::result::Result<(), String> {
+        for list in lists {
+            for plugin in &list.plugins {
+                let found = self.directories.find(configuration::kind(plugin));
+                found.map_err(|error| format!("{}: {error}", list.file.display()))?;
+            }
+        }
+        Ok(())
     }
 
     fn none(&self) -> String {

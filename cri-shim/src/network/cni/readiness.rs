@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use super::super::lock;
-use super::configuration::{List, Version, kind};
+use super::configuration::{List, Version};
 use super::{Cni, chain};
 
 /// How long a plugin may take for STATUS.
@@ -55,12 +55,7 @@ impl Cni {
         if lists.is_empty() {
             return Err(self.inner.none());
         }
-        for list in lists.iter() {
-            for plugin in &list.plugins {
-                let found = self.inner.directories.find(kind(plugin));
-                found.map_err(|error| format!("{}: {error}", list.file.display()))?;
-            }
-        }
+        self.inner.all_there(&lists)?;
         if lists.iter().all(|list| list.version < Version::V1_1_0) {
             return Ok(());
         }

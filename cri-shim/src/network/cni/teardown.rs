@@ -71,8 +71,7 @@ impl Cni {
             Some(one) => one.failing_since.get_or_insert_with(Instant::now).elapsed(),
             None => return Ok(Detached::Gone),
         };
-        let missing = matches!(error, Failure::Plugin(_, PluginError::Missing { .. }));
-        if missing || failing >= self.inner.settings.patience {
+        if error.is_missing() || failing >= self.inner.settings.patience {
             log::error!(
                 "pod {pod}: {sentence}; it is let go without, and what its network has outside of \
                  the pod stays until the DEL succeeds, which is tried again"
@@ -95,6 +94,8 @@ impl Cni {
     }
 
     async fn see_to(self, pod: String) {
+        let path = self.inner.settings.netns.join(&pod);
+        let begin = Instant::now();
         let mut pause = PAUSE;
         let mut said = String::new();
         loop {
@@ -103,6 +104,12 @@ impl Cni {
             match self.take_away(&pod).await {
                 Ok(()) => break,
                 Err(error) => {
+                    if error.is_missing() || begin.elapsed() >= self.inner.settings.patience {
+                        // It is not kept for a plugin that may never come.
+                        if let Err(error) = namespace::remove(&path) {
+                            log::error!("pod {pod}: {error}");
+                        }
+                    }
                     let error = error.to_string();
                     if error != said {
                         log::warn!("pod {pod}: {error}; it is tried again");
@@ -113,7 +120,6 @@ impl Cni {
             let _ = tokio::time::timeout(pause, changed).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
-        let path = self.inner.settings.netns.join(&pod);
         match namespace::remove(&path) {
             Ok(()) => log::info!("pod {pod}: its CNI networks are taken away"),
             Err(error) => log::error!("pod {pod}: {error}"),
@@ -171,4 +177,11 @@ enum Failure {
     Plugin(String, PluginError),
     #[error("take away its CNI networks: {0}")]
     Store(Error),
+}
+
+impl Failure {
+    /// Whether a plugin's binary is not there.
+    fn is_missing(&self) -> bool {
+        matches!(self, Failure::Plugin(_, PluginError::Missing { .. }))
+    }
 }
