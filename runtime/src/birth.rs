@@ -382,9 +382,7 @@ fn accompany(
                     }
                 }
                 if config.namespaces.own(Type::User) {
-                    config
-                        .process
-                        .apply_oom_score_adj(&format!("/proc/{}", state.pid))?;
+                    config.process.apply_oom_score_adj(&state.pid.to_string())?;
                     config.process.apply_limits(state.pid)?;
                 }
                 net_devices::attach(&config.net_devices, state.pid)?;

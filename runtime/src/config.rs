@@ -15,6 +15,7 @@ use crate::namespaces::Namespaces;
 use crate::net_devices::{self, NetDevice};
 use crate::process::Process;
 use crate::resctrl::Resctrl;
+use crate::rootfs::cleaned;
 use crate::seccomp::Filter;
 use crate::spec::{self, Linux, Spec};
 use crate::{cgroup, hooks, lsm, refuse, sysctl};
@@ -112,6 +113,14 @@ impl Config {
             .doing(|| format!("root.path {}", rootfs.display()))?;
         if !rootfs.is_dir() {
             refuse!("root.path: {} is not a directory", rootfs.display());
+        }
+        // runc takes none either: who can change the link would choose the root.
+        if rootfs != cleaned(&bundle.join(&root.path)) {
+            refuse!(
+                "root.path: {} leads over a symbolic link to {}, which is to be named itself",
+                root.path.display(),
+                rootfs.display()
+            );
         }
         if rootfs == Path::new("/") {
             refuse!("root.path: the host's root can not be a container's");

@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
-use crate::mounts::{clone_tree, move_mount};
+use crate::mounts::tree::{clone_tree, move_mount};
 use crate::refuse;
 use crate::rootfs::{Rootfs, Target, cleaned};
 

@@ -149,7 +149,7 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
         // The host's rights are needed for these; the parent sets them.
         channel.ask_for_host_side()?;
     } else {
-        request.process.apply_oom_score_adj("/proc/self")?;
+        request.process.apply_oom_score_adj("self")?;
     }
     request.process.scheduling.apply_final_affinity()?;
     // While /proc is the host's.
@@ -205,9 +205,7 @@ fn accompany(
     loop {
         match channel.receive()? {
             Message::HostSide => {
-                request
-                    .process
-                    .apply_oom_score_adj(&format!("/proc/{pid}"))?;
+                request.process.apply_oom_score_adj(&pid.to_string())?;
                 request.process.apply_limits(pid)?;
                 channel.go_on()?;
             }

@@ -15,6 +15,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use crate::birth::end_child;
 use crate::error::{Context, Result};
 use crate::init::{NeverReturn, end};
+use crate::procfs::Procfs;
 use crate::syscalls::{Cloned, clone3};
 use crate::{namespaces, refuse};
 
@@ -55,12 +56,14 @@ impl IdMaps {
 
     /// Sets the maps of the user namespace that process `pid` is in.
     pub fn write(&self, pid: i32, field: &str) -> Result<()> {
+        let procfs = Procfs::open()?;
         for (file, name, map) in [
             ("uid_map", "uidMappings", &self.uid),
             ("gid_map", "gidMappings", &self.gid),
         ] {
             // All lines in one write; see user_namespaces(7).
-            std::fs::write(format!("/proc/{pid}/{file}"), map)
+            procfs
+                .write(&format!("{pid}/{file}"), map)
                 .doing(|| format!("set {field}{name}"))?;
         }
         Ok(())
@@ -71,9 +74,11 @@ impl IdMaps {
     pub fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
         let uid = rustix::process::geteuid().as_raw();
         let gid = rustix::process::getegid().as_raw();
+        let procfs = Procfs::open()?;
         if is_of_one(&self.gid, gid) {
             // Else a group that is there to lock its members out could be left.
-            std::fs::write(format!("/proc/{pid}/setgroups"), "deny")
+            procfs
+                .write(&format!("{pid}/setgroups"), "deny")
                 .doing(|| format!("forbid setgroups, to set {field}gidMappings"))?;
         }
         for (file, tool, name, map, own) in [
@@ -81,7 +86,8 @@ impl IdMaps {
             ("gid_map", "newgidmap", "gidMappings", &self.gid, gid),
         ] {
             if is_of_one(map, own) {
-                std::fs::write(format!("/proc/{pid}/{file}"), map)
+                procfs
+                    .write(&format!("{pid}/{file}"), map)
                     .doing(|| format!("set {field}{name}"))?;
                 continue;
             }

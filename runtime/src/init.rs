@@ -19,9 +19,11 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::lsm::OpenLabels;
 use crate::mount_options::READ_ONLY;
-use crate::mounts::{self, Mount, Taken, attach_root, take_root};
+use crate::mounts::tree::{self, attach_root, take_root};
+use crate::mounts::{Mount, OwnCgroup, Taken, protection};
 use crate::namespaces::OpenJoin;
 use crate::process::{Process, enter_cwd, no_program};
+use crate::procfs::Procfs;
 use crate::rootfs::Rootfs;
 use crate::scheduling::leave_callers_cpus;
 use crate::seccomp::{Filter, Moment};
@@ -109,7 +111,7 @@ impl Init<'_> {
         sysctl::apply(&config.sysctl)?;
         let labels = config.process.labels.open()?;
         if !new_user {
-            config.process.apply_oom_score_adj("/proc/self")?;
+            config.process.apply_oom_score_adj("self")?;
         }
         self.finish_root(&rootfs)?;
         self.change_root(&rootfs)?;
@@ -191,7 +193,10 @@ impl Init<'_> {
     fn build_root(&mut self, new_user: bool) -> Result<Rootfs> {
         let config = self.config;
         // Without a cgroup namespace, only its own cgroup is shown to the container.
-        let cgroup = (!config.namespaces.own(Type::Cgroup)).then_some(&*self.state.cgroup);
+        let cgroup = OwnCgroup {
+            path: &self.state.cgroup,
+            has_namespace: config.namespaces.own(Type::Cgroup),
+        };
 
         // What is to be shared with the host must be taken while it still is.
         if config.root_is_shared() {
@@ -211,11 +216,8 @@ impl Init<'_> {
         };
         let mut rootfs = attach_root(root)?;
         for (index, mount) in config.mounts.iter().enumerate() {
-            let detached = match self.taken.mounts.get_mut(index).and_then(Option::take) {
-                Some(detached) => detached,
-                None => mount.detached(cgroup, false, None)?,
-            };
-            mount.attach(&mut rootfs, detached)?;
+            let taken = self.taken.mounts.get_mut(index).and_then(Option::take);
+            mount.put(&mut rootfs, taken, &cgroup)?;
         }
         if config.fills_dev() {
             devices::make(&rootfs, &config.devices, new_user)?;
@@ -294,8 +296,8 @@ impl Init<'_> {
     /// Protects what is mounted.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
-        mounts::make_read_only(rootfs, &config.readonly_paths)?;
-        mounts::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
+        protection::make_read_only(rootfs, &config.readonly_paths)?;
+        protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
         if config.root_readonly {
             mount_setattr(rootfs.as_fd(), false, &READ_ONLY)
                 .doing(|| "make the root read-only (root.readonly)")?;
@@ -308,7 +310,7 @@ impl Init<'_> {
         rustix::process::fchdir(rootfs).doing(doing)?;
         if self.no_pivot {
             // It is on top of the old root already, which stays below it for good.
-            mounts::take_off_kernels()?;
+            tree::take_off_kernels()?;
             rustix::process::chroot(".").doing(doing)?;
         } else {
             // The old root ends up on top of the new one, from where it is taken off.
@@ -466,5 +468,7 @@ pub fn execute(program: &std::ffi::CString, process: &Process, filter: Option<&F
 /// that can be done only before the first process is in it.
 pub fn unshare_time(offsets: &str) -> Result<()> {
     rustix_unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
-    std::fs::write("/proc/self/timens_offsets", offsets).doing(|| "set linux.timeOffsets")
+    Procfs::open()?
+        .write("self/timens_offsets", offsets)
+        .doing(|| "set linux.timeOffsets")
 }

@@ -36,6 +36,7 @@ pub mod notify_socket;
 pub mod number_list;
 pub mod personality;
 pub mod process;
+pub mod procfs;
 pub mod removal;
 pub mod resctrl;
 pub mod rootfs;

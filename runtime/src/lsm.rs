@@ -3,11 +3,10 @@
 
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
-use crate::mounts::PROC_SUPER_MAGIC;
+use crate::procfs::Procfs;
 use crate::{refuse, spec};
 
 /// linux/magic.h
@@ -85,6 +84,11 @@ impl Labels {
 
     /// Opens what [`OpenLabels::apply`] will write to, in the host's /proc.
     pub fn open(&self) -> Result<OpenLabels> {
+        if *self == Labels::default() {
+            return Ok(OpenLabels::default());
+        }
+        let procfs = Procfs::open()?;
+        let attr = |name: &str| procfs.for_writing(&format!("self/attr/{name}"));
         let apparmor = self
             .apparmor
             .as_ref()
@@ -95,18 +99,14 @@ impl Labels {
                     result => result,
                 };
                 let file = file.doing(|| "open /proc/self/attr/apparmor/exec")?;
-                Ok::<_, Error>((checked(file)?, profile.clone()))
+                Ok::<_, Error>((file, profile.clone()))
             })
             .transpose()?;
         let selinux = self
             .selinux
             .as_ref()
             .map(|label| {
-                let open = |name| {
-                    attr(name)
-                        .doing(|| format!("open /proc/self/attr/{name}"))
-                        .and_then(checked)
-                };
+                let open = |name| attr(name).doing(|| format!("open /proc/self/attr/{name}"));
                 Ok::<_, Error>(OpenSelinux {
                     exec: open("exec")?,
                     keycreate: open("keycreate")?,
@@ -116,23 +116,6 @@ impl Labels {
             .transpose()?;
         Ok(OpenLabels { apparmor, selinux })
     }
-}
-
-fn attr(name: &str) -> std::result::Result<OwnedFd, Errno> {
-    rustix::fs::openat(
-        CWD,
-        format!("/proc/self/attr/{name}"),
-        OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::empty(),
-    )
-}
-
-fn checked(file: OwnedFd) -> Result<OwnedFd> {
-    let doing = || "look at /proc/self/attr";
-    if rustix::fs::fstatfs(&file).doing(doing)?.f_type as u64 != PROC_SUPER_MAGIC {
-        refuse!("{}: the host's /proc is not the kernel's", doing());
-    }
-    Ok(file)
 }
 
 impl OpenLabels {

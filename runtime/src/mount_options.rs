@@ -4,6 +4,8 @@
 //! which takes them from mount(8). What is in none of the tables goes to the file system
 //! itself as a parameter; the file system refuses what it does not know.
 
+use rustix::mount::MountFlags;
+
 use crate::error::Result;
 use crate::refuse;
 use crate::syscalls::MountAttr;
@@ -19,6 +21,9 @@ const ATTR_NOATIME: u64 = 0x0000_0010;
 const ATTR_STRICTATIME: u64 = 0x0000_0020;
 const ATTR_NODIRATIME: u64 = 0x0000_0080;
 const ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
+/// Attributes that forbid something.
+pub const RESTRICTIONS: u64 =
+    ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW;
 /// The mount maps ids as the user namespace does that goes with it.
 pub const ATTR_IDMAP: u64 = 0x0010_0000;
 
@@ -65,7 +70,7 @@ const PROPAGATIONS: &[(&str, u64, bool)] = &[
 const SUPERBLOCK: &[&str] = &["sync", "async", "dirsync", "mand", "lazytime", "nolazytime"];
 
 /// Those that are not there yet, and are refused rather than ignored.
-const UNSUPPORTED: &[&str] = &["remount", "move"];
+const UNSUPPORTED: &[&str] = &["move"];
 
 /// Say how a mount is told of, or ask for what every file system has today; fsconfig(2) does
 /// not know them.
@@ -85,6 +90,8 @@ pub enum Bind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     pub bind: Bind,
+    /// Whether the mount is there already and is only given these options.
+    pub remount: bool,
     /// Attributes of the mount itself.
     pub attr: MountAttr,
     /// Attributes of the mount and of all below it.
@@ -98,8 +105,11 @@ pub struct Options {
     /// Options of the file system as a whole; a bind mount leaves them as they are.
     pub superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
-    pub data: Vec<(String, Option<String>)>,
+    pub data: Vec<Parameter>,
 }
+
+/// A parameter of a file system: its name, and its value if it has one.
+pub type Parameter = (String, Option<String>);
 
 /// Reads a list of option strings.
 ///
@@ -108,6 +118,7 @@ pub struct Options {
 pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
     let mut parsed = Options {
         bind: Bind::No,
+        remount: false,
         attr: MountAttr::default(),
         recursive_attr: MountAttr::default(),
         idmap: None,
@@ -137,18 +148,54 @@ pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
             match option {
                 "bind" => parsed.bind = Bind::Alone,
                 "rbind" => parsed.bind = Bind::Recursive,
+                "remount" => parsed.remount = true,
                 "tmpcopyup" => parsed.copy_up = true,
                 "idmap" => parsed.idmap = Some(false),
                 "ridmap" => parsed.idmap = Some(true),
                 "" | "defaults" => {}
-                _ => parsed.data.push(match option.split_once('=') {
-                    Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-                    None => (option.to_owned(), None),
-                }),
+                _ => parsed.data.extend(parameters(option)),
             }
         }
     }
     Ok(parsed)
+}
+
+/// Several may stand in one string, as mount(2) takes them, and callers rely on that. A comma
+/// belongs to a value behind a backslash (overlay) or between quotes (an SELinux label).
+fn parameters(option: &str) -> Vec<Parameter> {
+    let (mut quoted, mut escaped) = (false, false);
+    option
+        .split(|letter: char| {
+            let separates = letter == ',' && !quoted && !escaped;
+            quoted ^= letter == '"';
+            escaped = letter == '\\' && !escaped;
+            separates
+        })
+        .filter(|part| !part.is_empty())
+        .map(|part| match part.split_once('=') {
+            Some((key, value)) if is_label(key) => {
+                (key.to_owned(), Some(value.trim_matches('"').to_owned()))
+            }
+            Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+            None => (part.to_owned(), None),
+        })
+        .collect()
+}
+
+/// Whether a parameter is SELinux's, whose values stand in quotes for mount(2) alone.
+pub fn is_label(key: &str) -> bool {
+    matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext")
+}
+
+/// What mount(2) has for an option of the file system as a whole.
+pub fn mount_flag(superblock: &str) -> MountFlags {
+    match superblock {
+        "sync" => MountFlags::SYNCHRONOUS,
+        "dirsync" => MountFlags::DIRSYNC,
+        "mand" => MountFlags::PERMIT_MANDATORY_FILE_LOCKING,
+        "lazytime" => MountFlags::LAZYTIME,
+        _ => MountFlags::empty(),
+    }
 }
 
 fn merge(attr: &mut MountAttr, set: u64, clear: u64) {
@@ -169,9 +216,17 @@ pub fn propagation(name: &str) -> Option<(u64, bool)> {
 
 /// All the names above, for `rrun features`.
 pub fn known() -> Vec<String> {
-    let mut names: Vec<String> = ["bind", "rbind", "defaults", "idmap", "ridmap", "tmpcopyup"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut names: Vec<String> = [
+        "bind",
+        "rbind",
+        "defaults",
+        "idmap",
+        "remount",
+        "ridmap",
+        "tmpcopyup",
+    ]
+    .map(str::to_owned)
+    .to_vec();
     for (name, ..) in ATTRIBUTES {
         names.push((*name).to_owned());
         names.push(format!("r{name}"));
@@ -254,7 +309,49 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        let error = parse(["remount"].into_iter()).unwrap_err().to_string();
-        assert!(error.contains("remount"), "{error}");
+        let error = parse(["move"].into_iter()).unwrap_err().to_string();
+        assert!(error.contains("move"), "{error}");
+    }
+
+    /// config.md of the runtime specification 1.3, "Linux mount options".
+    const SPECIFICATION: &str = "
+        async atime bind defaults dev diratime dirsync exec idmap iversion lazytime loud mand
+        noatime nodev nodiratime noexec noiversion nolazytime nomand norelatime nostrictatime
+        nosuid nosymfollow private ratime rbind rdev rdiratime relatime remount rexec ridmap
+        rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro
+        rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable rw
+        shared silent slave strictatime suid symfollow sync tmpcopyup unbindable";
+
+    #[test]
+    fn every_name_of_the_specification_means_something() {
+        let known = known();
+        for name in SPECIFICATION.split_whitespace() {
+            assert!(known.iter().any(|it| it == name), "{name} is not known");
+            assert!(parsed(&[name]).data.is_empty(), "{name} is a parameter");
+        }
+    }
+
+    #[test]
+    fn several_parameters_may_stand_in_one_string() {
+        let options = parsed(&[
+            r#"size=1m,mode=700,noswap,context="a:b:c0,c1""#,
+            r"lowerdir=/a\,b:/c,index=off",
+        ]);
+        let data: Vec<(&str, Option<&str>)> = options
+            .data
+            .iter()
+            .map(|(key, value)| (&**key, value.as_deref()))
+            .collect();
+        assert_eq!(
+            data,
+            [
+                ("size", Some("1m")),
+                ("mode", Some("700")),
+                ("noswap", None),
+                ("context", Some("a:b:c0,c1")),
+                ("lowerdir", Some(r"/a\,b:/c")),
+                ("index", Some("off")),
+            ]
+        );
     }
 }

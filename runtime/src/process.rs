@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Result, errno_text};
 use crate::lsm::Labels;
 use crate::memory_policy::MemoryPolicy;
 use crate::personality::Personality;
+use crate::procfs::Procfs;
 use crate::scheduling::Scheduling;
 use crate::spec::{self, Process as SpecProcess};
 use crate::{refuse, syscalls};
@@ -158,20 +159,18 @@ impl Process {
         Ok(())
     }
 
-    /// Sets the OOM score adjustment of a process through its directory in /proc.
+    /// Sets the OOM score adjustment of a process, by its id or `self`.
     ///
     /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
     /// was set before; such a refusal is an error, for it would make the process a likelier
     /// victim than was asked for.
-    pub fn apply_oom_score_adj(&self, proc_directory: &str) -> Result<()> {
+    pub fn apply_oom_score_adj(&self, process: &str) -> Result<()> {
         let Some(adj) = self.oom_score_adj else {
             return Ok(());
         };
-        let path = format!("{proc_directory}/oom_score_adj");
-        rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-            .and_then(|file| rustix::io::write(&file, adj.to_string().as_bytes()))
-            .doing(|| format!("set process.oomScoreAdj to {adj}"))?;
-        Ok(())
+        Procfs::open()?
+            .write(&format!("{process}/oom_score_adj"), &adj.to_string())
+            .doing(|| format!("set process.oomScoreAdj to {adj}"))
     }
 
     /// Takes on group and user ids and capabilities, for good. Nothing privileged can be

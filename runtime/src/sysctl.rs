@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::error::{Context, Result};
-use crate::mounts::PROC_SUPER_MAGIC;
 use crate::namespaces::Namespaces;
+use crate::procfs::Procfs;
 use crate::refuse;
 
 /// Parameters of an IPC namespace; every other one under kernel. is the whole machine's.
@@ -71,26 +70,11 @@ pub fn apply(sysctl: &HashMap<String, String>) -> Result<()> {
     if sysctl.is_empty() {
         return Ok(());
     }
-    let doing = || "open /proc/sys";
-    let directory = rustix::fs::open(
-        "/proc/sys",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .doing(doing)?;
-    if rustix::fs::fstatfs(&directory).doing(doing)?.f_type as u64 != PROC_SUPER_MAGIC {
-        refuse!("open /proc/sys: the host's /proc is not the kernel's");
-    }
+    let procfs = Procfs::open()?;
     for (name, value) in sysctl {
-        rustix::fs::openat2(
-            &directory,
-            path_of(name),
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV,
-        )
-        .and_then(|file| rustix::io::write(&file, value.as_bytes()))
-        .doing(|| format!("set linux.sysctl {name} to {value}"))?;
+        procfs
+            .write(&format!("sys/{}", path_of(name)), value)
+            .doing(|| format!("set linux.sysctl {name} to {value}"))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use rustix::termios::Winsize;
 
 use crate::channel::{self, send_descriptor};
 use crate::error::{Context, Result};
-use crate::mounts::{clone_descriptor, move_mount};
+use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::refuse;
 use crate::rootfs::{Rootfs, Target};
 use crate::syscalls::set_controlling_terminal;

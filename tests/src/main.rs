@@ -41,6 +41,7 @@ mod machine;
 mod needs;
 mod node;
 mod rrun_bad_input;
+mod rrun_bad_surroundings;
 mod rrun_callers_containerd;
 mod rrun_callers_docker;
 mod rrun_callers_podman;
@@ -52,6 +53,7 @@ mod rrun_killed;
 mod rrun_labels;
 mod rrun_lifecycle;
 mod rrun_limits;
+mod rrun_mount_options;
 mod rrun_mounts;
 mod rrun_namespaces;
 mod rrun_net_devices;
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         rrun_lifecycle::TESTS,
         rrun_namespaces::TESTS,
         rrun_mounts::TESTS,
+        rrun_mount_options::TESTS,
         rrun_idmapped_mounts::TESTS,
         rrun_process::TESTS,
         rrun_scheduling::TESTS,
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         rrun_seccomp::TESTS,
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
+        rrun_bad_surroundings::TESTS,
         rrun_escapes::TESTS,
         rrun_killed::TESTS,
         rrun_races::TESTS,

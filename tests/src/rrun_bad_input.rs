@@ -35,7 +35,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// The complaint must be one line and hold one of these words.
-fn complaint(output: &Output, words: &[&str]) -> Result {
+pub fn complaint(output: &Output, words: &[&str]) -> Result {
     let text = output.stderr.trim_end();
     ensure!(
         !text.is_empty(),
@@ -64,7 +64,7 @@ fn complaint(output: &Output, words: &[&str]) -> Result {
 }
 
 /// `run` and `create` fail with 1, say one of these words, and no container is there.
-fn refused(bundle: &Bundle, words: &[&str]) -> Result {
+pub fn refused(bundle: &Bundle, words: &[&str]) -> Result {
     for command in ["run", "create"] {
         let output = bundle.runtime(&[command, bundle.id()]).exits(1)?;
         complaint(&output, words)?;
@@ -73,7 +73,7 @@ fn refused(bundle: &Bundle, words: &[&str]) -> Result {
     Ok(())
 }
 
-fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
+pub fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
     ensure!(
         !bundle.root().join(bundle.id()).exists(),
         "its state is left:\n{}",

@@ -1,0 +1,81 @@
+//! `linux.maskedPaths` and `linux.readonlyPaths`.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FileType};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+use super::tree::{clone_descriptor, clone_tree, move_mount};
+use crate::error::{Context, Result};
+use crate::rootfs::{Rootfs, cleaned};
+use crate::syscalls::mount_setattr;
+use crate::{mount_options, refuse};
+
+/// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
+/// /dev/null. What does not exist needs no hiding.
+pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
+    let mut empty: Option<OwnedFd> = None;
+    for path in paths {
+        let doing = || format!("mask {path} (linux.maskedPaths)");
+        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            result => result.doing(doing)?,
+        };
+        let stat = rustix::fs::fstat(&target).doing(doing)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            // One empty directory serves for all. It can be copied only once it is attached.
+            let cover = match &empty {
+                Some(attached) => clone_descriptor(attached, false),
+                None => empty_tmpfs(label),
+            }
+            .doing(doing)?;
+            move_mount(&cover, &target).doing(doing)?;
+            empty.get_or_insert(cover);
+        } else {
+            // The host's, because the container's could be a link to a file of the host's
+            // choosing (CVE-2025-31133).
+            let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
+            let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
+            if stat.st_rdev != rustix::fs::makedev(1, 3) {
+                refuse!("{}: the host's /dev/null is not the null device", doing());
+            }
+            move_mount(&null, &target).doing(doing)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes `linux.readonlyPaths` read-only, with all that is mounted below them.
+pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+    for path in paths {
+        let doing = || format!("make {path} read-only (linux.readonlyPaths)");
+        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            result => result.doing(doing)?,
+        };
+        let copy = clone_descriptor(&target, true).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &mount_options::READ_ONLY).doing(doing)?;
+        move_mount(&copy, &target).doing(doing)?;
+    }
+    Ok(())
+}
+
+/// A new, empty, read-only tmpfs, attached nowhere.
+fn empty_tmpfs(label: Option<&str>) -> std::result::Result<OwnedFd, Errno> {
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    if let Some(label) = label {
+        rustix::mount::fsconfig_set_string(&fs, "context", label)?;
+    }
+    rustix::mount::fsconfig_set_string(&fs, "nr_blocks", "1")?;
+    rustix::mount::fsconfig_create(&fs)?;
+    rustix::mount::fsmount(
+        &fs,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )
+}
