@@ -101,7 +101,7 @@ fn fields_that_contradict_each_other_are_refused() -> Result {
         ),
         ("ipc", "/linux/sysctl", json!({ "kernel.shmmax": "1000" })),
         ("uts", "/hostname", json!("a-name")),
-        ("none", "/linux/uidMappings", ids),
+        ("user", "/linux/uidMappings", ids),
         (
             "none",
             "/linux/timeOffsets",
@@ -110,6 +110,10 @@ fn fields_that_contradict_each_other_are_refused() -> Result {
         ("mount", "/linux/maskedPaths", json!(["/proc/kcore"])),
     ];
     for (without, pointer, value) in rows {
+        // runc makes do without the namespace here.
+        if without == "user" && !runtime_program().ends_with("rrun") {
+            continue;
+        }
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.without_namespace(without).set(pointer, value);
         bundle.write_config()?;
@@ -350,13 +354,7 @@ fn what_a_running_container_can_not_do_is_refused() -> Result {
         complaint(&bundle.call(&[verb])?.exits(1)?, &[])?;
     }
     for user in ["nobody:nogroup", "-1", "0:x"] {
-        let output = bundle.exec(&["--user", user], &["exit", "0"]).exits(
-            if runtime_program().ends_with("rrun") {
-                255
-            } else {
-                1
-            },
-        )?;
+        let output = bundle.exec(&["--user", user], &["exit", "0"]).exits(255)?;
         complaint(&output, &[])?;
     }
     ensure_eq!(bundle.status()?, "running", "status");

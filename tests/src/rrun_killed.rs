@@ -4,7 +4,7 @@
 //! A sample of the calls, all of them if RRUN_TEST_FULL is set.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -62,7 +62,7 @@ fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<
         .current_dir(bundle.path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        .stderr(File::create(bundle.join("said"))?);
     // A thread of its own: at its end the kernel lets go of everything that it traced.
     let thread = std::thread::spawn(move || traced(command, victim, at));
     match thread.join() {
@@ -205,7 +205,12 @@ fn each_step(
     let mounts_before = mounts()?;
     before()?;
     let whole = kill_at(bundle, args, victim, usize::MAX)?;
-    ensure_eq!(whole.code, Some(0), "exit code of {args:?}, not killed");
+    let said = fs::read_to_string(bundle.join("said"))?;
+    ensure_eq!(
+        whole.code,
+        Some(0),
+        "exit code of {args:?}, not killed; {said}"
+    );
     nothing_is_left(bundle, mounts_before)?;
     let mut killed = 0;
     for at in steps(whole.calls) {
