@@ -386,9 +386,9 @@ fn parameters_never_go_to_what_is_mounted_in_proc() -> Result {
     const OTHER: &str = "/proc/sys/kernel/msgmni";
     let ready = Directory::new("ready")?;
     for trap in [
-        format!("mount --bind {OTHER} {MEANT}"),
-        "mount -t tmpfs none /proc && mkdir -p /proc/sys/net/ipv4 && echo 1 >/proc/sys/net/ipv4/ip_default_ttl".to_owned(),
-        "mount --bind /proc/sys /proc".to_owned(),
+        format!("mount -n --bind {OTHER} {MEANT}"),
+        "mount -n -t tmpfs none /proc && mkdir -p /proc/sys/net/ipv4 && echo 1 >/proc/sys/net/ipv4/ip_default_ttl".to_owned(),
+        "mount -n --bind /proc/sys /proc".to_owned(),
     ] {
         let mark = ready.join("mark");
         let script = format!("{trap} && touch {} && exec sleep 600", mark.display());
