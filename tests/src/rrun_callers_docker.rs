@@ -348,7 +348,6 @@ fn docker_limits_hold_and_are_updated() -> Result {
     docker.call(&["update", "--cpus", "0.2", "half"]).ok()?;
     for (file, value) in [
         ("memory.max", "67108864"),
-        ("memory.swap.max", "33554432"),
         ("pids.max", "50"),
         ("cpu.max", "20000 100000"),
     ] {

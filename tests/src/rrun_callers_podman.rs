@@ -53,6 +53,8 @@ const SHARED: &[&str] = &[
     "/run/podman",
     "/run/rrun",
     "/run/runc",
+    "/sys/fs/cgroup/podman_probe",
+    "/var/lib/containers",
     "/var/tmp/intermediate-mountpoint-0.0",
 ];
 
