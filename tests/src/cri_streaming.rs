@@ -19,6 +19,7 @@ use crate::{ensure, ensure_eq, test};
 
 const TMUX: Need = Need::Program("tmux");
 const SOCAT: Need = Need::Program("socat");
+const CRITEST: Need = Need::Program("critest");
 
 pub const TESTS: &[Test] = &[
     test!(
@@ -107,7 +108,35 @@ pub const TESTS: &[Test] = &[
         REGISTRY,
         IMAGES
     ),
+    test!(
+        critest_s_streaming_tests_pass,
+        CRITEST,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
 ];
+
+/// critest's own tests, over SPDY and with each WebSocket flag.
+fn critest_s_streaming_tests_pass() -> Result {
+    on_a_node(|node| {
+        let endpoint = format!("unix://{}", node.socket().display());
+        for flag in [
+            None,
+            Some("-websocket-exec"),
+            Some("-websocket-attach"),
+            Some("-websocket-portforward"),
+        ] {
+            command("critest", ["-ginkgo.focus", "Streaming"])
+                .args(["-runtime-endpoint", &endpoint])
+                .args(flag)
+                .within(deadline() * 4)
+                .ok()?;
+        }
+        Ok(())
+    })
+}
 
 const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
