@@ -21,8 +21,8 @@ use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
 use super::transport::{Transport, Watch};
 
-/// The longest message that is taken: it is in memory as a whole.
-const MAX_MESSAGE: usize = 16 << 20;
+/// The longest message that is taken: it is in memory as a whole. Kubernetes' clients send 32 KiB.
+const MAX_MESSAGE: usize = 1 << 20;
 
 /// What a client sends is read in pieces of this; it is part of every session's memory.
 const READ: usize = 16 << 10;
