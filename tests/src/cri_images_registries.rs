@@ -16,7 +16,7 @@ use crate::needs::{Need, Test};
 use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-const OPENSSL: Need = Need::Program("openssl");
+pub const OPENSSL: Need = Need::Program("openssl");
 const HTPASSWD: Need = Need::Program("htpasswd");
 
 pub const TESTS: &[Test] = &[
@@ -86,7 +86,7 @@ impl Guarded {
 }
 
 /// An authority, a certificate for 127.0.0.1 and one for a client.
-fn certificates(dir: &Path) -> Result {
+pub fn certificates(dir: &Path) -> Result {
     let script = r#"
         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-ca \
             -keyout ca.key -out ca.pem

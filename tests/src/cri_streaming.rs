@@ -138,10 +138,10 @@ fn critest_s_streaming_tests_pass() -> Result {
     })
 }
 
-const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
+pub const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
 /// A container that waits, in a pod of its own.
-fn waiting(node: &Node, name: &str) -> Result<String> {
+pub fn waiting(node: &Node, name: &str) -> Result<String> {
     node.pull(BUSYBOX)?;
     let pod = node.pod(name);
     let pod_id = node.runp(&pod)?;
@@ -494,7 +494,7 @@ fn a_log_is_rotated_while_clients_follow() -> Result {
 }
 
 /// A client by hand: a WebSocket whose handshake is done.
-fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
+pub fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
     let (host, path) = url
         .strip_prefix("http://")
         .and_then(|rest| rest.split_once('/'))
@@ -523,7 +523,7 @@ fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
 }
 
 /// Reads messages until one has this in it; each is a channel's number and data.
-fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
+pub fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     while !all.windows(what.len()).any(|window| window == what) {
@@ -539,14 +539,14 @@ fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
 }
 
 /// A client's message, masked with zeros.
-fn message(channel: u8, data: &[u8]) -> Vec<u8> {
+pub fn message(channel: u8, data: &[u8]) -> Vec<u8> {
     let length = u8::try_from(data.len() + 1).unwrap_or(0);
     let mut message = vec![0x82, 0x80 | length, 0, 0, 0, 0, channel];
     message.extend_from_slice(data);
     message
 }
 
-fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
+pub fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
     let mut runtime = calls.runtime();
     let request = ExecRequest {
         container_id: id.to_owned(),

@@ -30,6 +30,8 @@ mod cri_pods;
 mod cri_restart;
 mod cri_seccomp;
 mod cri_streaming;
+mod cri_streaming_server;
+mod cri_streaming_spdy;
 mod cri_users;
 mod cri_volumes;
 mod cri_wedge;
@@ -124,6 +126,8 @@ fn main() -> ExitCode {
         cri_calls::TESTS,
         cri_restart::TESTS,
         cri_streaming::TESTS,
+        cri_streaming_server::TESTS,
+        cri_streaming_spdy::TESTS,
         cri_wedge::TESTS,
         cri_hangs::TESTS,
         cri_images::TESTS,
