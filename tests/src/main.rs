@@ -85,6 +85,8 @@ fn main() -> ExitCode {
         bundle::prepare();
     }
 
+    // These and no others: names with commas between.
+    let only = std::env::var("RRUN_TEST_ONLY").unwrap_or_default();
     let trials = [
         rrun_lifecycle::TESTS,
         rrun_namespaces::TESTS,
@@ -139,6 +141,7 @@ fn main() -> ExitCode {
     ]
     .into_iter()
     .flatten()
+    .filter(|test| only.is_empty() || only.split(',').any(|name| name == name_of(test)))
     .map(trial)
     .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -148,9 +151,12 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
+fn name_of(test: &needs::Test) -> &'static str {
+    test.name.trim_start_matches("rrun_e2e::")
+}
+
 fn trial(test: &'static needs::Test) -> Trial {
-    let name = test.name.trim_start_matches("rrun_e2e::");
-    Trial::ignorable_test(name, || run(test))
+    Trial::ignorable_test(name_of(test), || run(test))
 }
 
 fn run(test: &needs::Test) -> Result<Completion, Failed> {
