@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::machine::{Result, wait_for};
+use crate::machine::{Result, note, program_path, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
+use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -27,6 +27,13 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         exec_gives_output_exit_code_and_ends_in_time,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        what_an_exec_started_dies_with_it_and_a_daemon_stays,
         CRICTL,
         SERVER,
         REGISTRY,
@@ -276,6 +283,59 @@ fn exec_gives_output_exit_code_and_ends_in_time() -> Result {
             "{}",
             output.told()
         );
+        Ok(())
+    })
+}
+
+/// The cgroups below the container's that execs are in.
+fn exec_cgroups(node: &Node, container: &str) -> Result<usize> {
+    let names = fs::read_dir(node.cgroup(container)?)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(names
+        .iter()
+        .filter(|name| name.starts_with("rrun-exec-"))
+        .count())
+}
+
+fn what_an_exec_started_dies_with_it_and_a_daemon_stays() -> Result {
+    // containerd kills the first process only.
+    if !is_rrun() {
+        return Ok(());
+    }
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        for handler in ["", "runc", "crun"] {
+            if !handler.is_empty() && program_path(handler).is_none() {
+                note(format!("no {handler} here: its execs are not tried"));
+                continue;
+            }
+            let pod = node.pod(&format!("daemons{handler}"));
+            let pod_id = node.runp_by(handler, &pod)?;
+            let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
+            // A session of its own, and an orphan: neither leads back to the exec.
+            let script = "(setsid sleep 1111 &) ; sleep 1112";
+            node.crictl(&["exec", "-s", "--timeout", "2", &id, "sh", "-c", script])
+                .exits(1)?;
+            let processes = || node.asks(&["exec", "-s", &id, "ps"]);
+            wait_for("all that the exec started to be gone", || {
+                let processes = processes()?;
+                Ok((!processes.contains("sleep 111")).then_some(()))
+            })?;
+
+            let script = "(setsid sleep 1113 >/dev/null 2>&1 &)";
+            node.asks(&["exec", "-s", &id, "sh", "-c", script])?;
+            let left = processes()?;
+            ensure!(left.contains("sleep 1113"), "{handler}: no daemon: {left}");
+            wait_for("all execs' cgroups but the daemon's to go", || {
+                Ok((exec_cgroups(node, &id)? == 1).then_some(()))
+            })?;
+            node.asks(&["exec", "-s", &id, "pkill", "-f", "sleep 1113"])?;
+            wait_for("the daemon's cgroup to go", || {
+                Ok((exec_cgroups(node, &id)? == 0).then_some(()))
+            })?;
+            ensure_eq!(node.status(&id)?["state"], "CONTAINER_RUNNING", "state");
+        }
         Ok(())
     })
 }

@@ -1,8 +1,8 @@
-//! Killing one process of a container with all that came from it.
+//! Killing one process of a container with all that came from it, where it has no cgroup of its
+//! own ([`super::exec_cgroup`]).
 //!
 //! They are stopped before they are killed, so that none forks away meanwhile and none loses the
-//! parent by which we find it. A cgroup of its own for each exec would do it in one write, but
-//! the container could see and use it, and every exec would pay for the few that are killed.
+//! parent by which we find it. What has become a session of its own and lost that parent is missed.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

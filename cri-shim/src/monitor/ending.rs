@@ -105,8 +105,10 @@ impl Monitor {
             }
             return;
         }
-        if container.output.pump(stream, &mut self.buffers) == Pumped::End {
-            container.output.close(stream);
+        match container.output.pump(stream, &mut self.buffers) {
+            Pumped::Data => self.came = self.came.max(Some(self.buffers.fresh().len())),
+            Pumped::Empty => {}
+            Pumped::End => container.output.close(stream),
         }
     }
 
@@ -359,6 +361,8 @@ impl Monitor {
             return;
         };
         let container = self.containers.remove(at);
+        let cgroup = &container.spec.cgroup;
+        self.left.retain(|_, left| !left.is_below(cgroup));
         exit::forget(&container.spec.bundle);
         for client in container.deletion.map(|d| d.clients).unwrap_or_default() {
             self.reply(client, &Reply::Done);

@@ -4,15 +4,18 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::event::epoll::EventFlags;
+
 use super::connection::{ClientId, Role};
 use super::console::Console;
 use super::container::{State, read_pid};
 use super::descendants;
 use super::errno::kernel_said;
+use super::exec_cgroup::{ExecCgroup, MAX_KEPT};
 use super::journal::note;
 use super::protocol::{Exec, FailureKind, Reply};
 use super::runtime::{Call, Stdio, memory_file, path_of};
-use super::serve::{Monitor, Purpose};
+use super::serve::{Monitor, Purpose, Source};
 
 /// An exec whose runtime is still at work.
 pub struct Starting {
@@ -20,6 +23,7 @@ pub struct Starting {
     serial: u64,
     pid_file: PathBuf,
     console: Option<Console>,
+    own: Option<ExecCgroup>,
 }
 
 /// An exec's process.
@@ -29,10 +33,13 @@ pub struct Running {
     /// The container's first process and its cgroup.
     init: i32,
     cgroup: PathBuf,
+    /// Its own cgroup, where there could be one.
+    own: Option<ExecCgroup>,
 }
 
 impl Monitor {
     pub(super) fn exec(&mut self, client: ClientId, exec: &Exec, fds: &[OwnedFd]) {
+        let number = self.number();
         let Some(container) = self.containers.iter().find(|c| c.id() == exec.id) else {
             return self.not_found(client, &exec.id);
         };
@@ -41,15 +48,25 @@ impl Monitor {
             return self.fail(client, FailureKind::WrongState, message);
         }
         let (serial, command) = (container.serial, container.spec.runtime.clone());
-        let number = self.number();
         let pid_file = self.dir.join(format!("exec-{number}.pid"));
-        match start(&command, exec, fds, number, &pid_file, self.timeout) {
+        // What runs in a kernel of its own is in no cgroup of this one.
+        let own = match container.spec.native {
+            true => ExecCgroup::make(&container.spec.cgroup, number),
+            false => None,
+        };
+        let paths = Paths {
+            number,
+            pid_file: &pid_file,
+            cgroup: own.as_ref().map(ExecCgroup::name),
+        };
+        match start(&command, exec, fds, &paths, self.timeout) {
             Ok((call, console)) => {
                 let starting = Starting {
                     client,
                     serial,
                     pid_file,
                     console,
+                    own,
                 };
                 self.calls.insert(call.pid, (call, Purpose::Exec(starting)));
             }
@@ -70,11 +87,13 @@ impl Monitor {
             .find(|container| container.serial == starting.serial)
             .map(|container| (container.pid, container.spec.cgroup.clone()))
             .unwrap_or_default();
-        let running = |pid| Running {
+        let own = starting.own;
+        let running = |pid, own| Running {
             client,
             pid,
             init,
             cgroup,
+            own,
         };
         let pid = match pid {
             Some(pid) if code == 0 => pid,
@@ -85,15 +104,23 @@ impl Monitor {
                 }
                 self.fail(client, FailureKind::Runtime, reason);
                 // A runtime that was killed for its slowness may have got that far.
-                if let Some(pid) = started
-                    && self.claim(pid).is_none()
-                {
-                    running(pid).kill();
+                match started {
+                    Some(pid) if self.claim(pid).is_none() => {
+                        let running = running(pid, own);
+                        running.kill();
+                        self.exec_left(running.own);
+                    }
+                    _ => {
+                        if let Some(own) = &own {
+                            own.kill();
+                        }
+                        self.exec_left(own);
+                    }
                 }
                 return;
             }
         };
-        let running = running(pid);
+        let running = running(pid, own);
         let ended = self.claim(pid);
         let master = starting.console.as_ref().map(Console::receive).transpose();
         match master {
@@ -109,7 +136,7 @@ impl Monitor {
             }
         }
         match ended {
-            Some(code) => self.exec_ended(&running, code),
+            Some(code) => self.exec_ended(running, code),
             None => {
                 if !self.has_client(client) {
                     running.kill();
@@ -119,8 +146,32 @@ impl Monitor {
         }
     }
 
-    pub(super) fn exec_ended(&mut self, running: &Running, code: i32) {
+    pub(super) fn exec_ended(&mut self, running: Running, code: i32) {
         self.reply(running.client, &Reply::Exited { code });
+        self.exec_left(running.own);
+    }
+
+    /// An exec's cgroup goes now, or when what was left in it has ended.
+    fn exec_left(&mut self, own: Option<ExecCgroup>) {
+        let Some(left) = own.and_then(ExecCgroup::left) else {
+            return;
+        };
+        if left.is_gone() || self.left.len() >= MAX_KEPT {
+            return;
+        }
+        let number = self.number();
+        if self
+            .watch(&left, Source::ExecCgroup(number), EventFlags::PRI)
+            .is_ok()
+        {
+            self.left.insert(number, left);
+        }
+    }
+
+    pub(super) fn exec_cgroup_changed(&mut self, number: u64) {
+        if self.left.get(&number).is_some_and(|left| left.is_gone()) {
+            self.left.remove(&number);
+        }
     }
 
     /// The client is gone, and so nobody who would end or read its process.
@@ -136,6 +187,9 @@ impl Monitor {
 impl Running {
     /// Kills the process, which has not been reaped, and what came from it.
     fn kill(&self) {
+        if self.own.as_ref().is_some_and(ExecCgroup::kill) {
+            return;
+        }
         if !descendants::kill(&self.cgroup, self.pid, self.init) {
             let pid = self.pid;
             note(&format!("exec {pid} forks faster than it can be killed"));
@@ -143,16 +197,27 @@ impl Running {
     }
 }
 
+/// What an exec's runtime is told of by name.
+struct Paths<'a> {
+    /// Of the exec; its console's socket has it in its name.
+    number: u64,
+    pid_file: &'a Path,
+    /// From the container's own.
+    cgroup: Option<&'a str>,
+}
+
 fn start(
     command: &[String],
     exec: &Exec,
     fds: &[OwnedFd],
-    number: u64,
-    pid_file: &Path,
+    paths: &Paths<'_>,
     timeout: std::time::Duration,
 ) -> std::io::Result<(Call, Option<Console>)> {
     let process = OwnedFd::from(memory_file("process", exec.process.as_bytes())?);
-    let console = exec.terminal.then(|| Console::open(number)).transpose()?;
+    let console = exec
+        .terminal
+        .then(|| Console::open(paths.number))
+        .transpose()?;
     let stdio = match fds {
         [] if exec.terminal => Stdio::Log,
         [stdin, stdout, stderr] if !exec.terminal => {
@@ -171,10 +236,13 @@ fn start(
         "--process".as_ref(),
         process_path.as_ref(),
         "--pid-file".as_ref(),
-        pid_file.as_ref(),
+        paths.pid_file.as_ref(),
     ];
     if let Some(path) = &console_path {
         arguments.extend(["--console-socket".as_ref(), path.as_os_str()]);
+    }
+    if let Some(cgroup) = paths.cgroup {
+        arguments.extend([OsStr::new("--cgroup"), OsStr::new(cgroup)]);
     }
     arguments.push(exec.id.as_ref());
     let call = Call::start(

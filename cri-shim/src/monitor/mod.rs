@@ -14,6 +14,7 @@ mod descendants;
 mod ending;
 mod errno;
 mod exec;
+mod exec_cgroup;
 mod exit;
 mod journal;
 mod log_file;

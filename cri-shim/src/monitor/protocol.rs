@@ -83,7 +83,8 @@ pub enum Request {
     /// process's stdin, stdout and stderr. With `terminal` none, and [`Reply::Started`] carries
     /// the pty's master. Answered by [`Reply::Started`] or [`Reply::Error`], then by
     /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
-    /// descends from it or is in its session. `process` must have the same `terminal` as this.
+    /// it started, which is in a cgroup of its own (where the runtime is not [`Create::native`]:
+    /// with all that descends from it or is in its session). `process` must have the same `terminal` as this.
     Exec(Exec),
     /// Follows the container's output from now on. Descriptors: the writing ends of a pipe for
     /// each of stdout and stderr that is wanted, in this order; a terminal's output is all

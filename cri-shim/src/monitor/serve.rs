@@ -18,6 +18,7 @@ use super::connection::{ClientId, Connection, Input, Role};
 use super::container::{Container, State};
 use super::errno::kernel_said;
 use super::exec::Running;
+use super::exec_cgroup::Left;
 use super::exit;
 use super::journal::note;
 use super::logs::{Buffers, Stream};
@@ -33,6 +34,20 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// The most exit statuses that are kept for runtimes still to tell whose they are.
 const MAX_UNCLAIMED: usize = 4096;
 
+/// Output that comes in pieces smaller than [`MUCH`] and sooner than this after each other is
+/// left in its pipe for the length of a nap, so that a program that writes line by line does not
+/// wake us, and the thread that writes the log, for every line.
+const SOON: Duration = Duration::from_millis(1);
+
+/// A pipe is not filled in this time by a program that writes short lines.
+const NAP: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 250_000,
+};
+
+/// Bytes; a pipe holds 64 KiB.
+const MUCH: usize = 48 << 10;
+
 /// What a descriptor in the epoll set belongs to. The number goes into the kernel's 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -44,6 +59,10 @@ pub enum Source {
     Memory(u64),
     /// A log has done what it was waited for.
     Logs,
+    /// What an exec has left behind.
+    ExecCgroup(u64),
+    /// The set of all that is no output.
+    Control,
 }
 
 impl Source {
@@ -56,13 +75,15 @@ impl Source {
             Source::Stderr(number) => (4, number),
             Source::Memory(number) => (5, number),
             Source::Logs => (6, 0),
+            Source::ExecCgroup(number) => (7, number),
+            Source::Control => (8, 0),
         };
-        epoll::EventData::new_u64(number << 3 | kind)
+        epoll::EventData::new_u64(number << 4 | kind)
     }
 
     fn unpack(data: epoll::EventData) -> Option<Self> {
-        let number = data.u64() >> 3;
-        Some(match data.u64() & 7 {
+        let number = data.u64() >> 4;
+        Some(match data.u64() & 15 {
             0 => Source::Listener,
             1 => Source::Signals,
             2 => Source::Client(number),
@@ -70,6 +91,8 @@ impl Source {
             4 => Source::Stderr(number),
             5 => Source::Memory(number),
             6 => Source::Logs,
+            7 => Source::ExecCgroup(number),
+            8 => Source::Control,
             _ => return None,
         })
     }
@@ -103,6 +126,13 @@ pub enum Purpose {
     },
 }
 
+/// What else is to be done after a round.
+#[derive(Default)]
+struct Seen {
+    children: bool,
+    control: bool,
+}
+
 pub struct Monitor {
     /// Our directory, absolute, for paths that others use; it is our working directory, too.
     pub(super) dir: PathBuf,
@@ -113,10 +143,19 @@ pub struct Monitor {
     pub(super) containers: Vec<Container>,
     pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
     pub(super) execs: BTreeMap<i32, Running>,
+    /// The cgroups of execs that have ended and left something behind.
+    pub(super) left: BTreeMap<u64, Left>,
     pub(super) buffers: Buffers,
     /// An eventfd by which the logs' threads wake this one.
     pub(super) logs: Arc<OwnedFd>,
+    /// The most bytes that a stream has given in this round of the loop, if any has.
+    pub(super) came: Option<usize>,
+    /// When output came last.
+    last_output: Option<Instant>,
+    /// Output, and `control`.
     epoll: OwnedFd,
+    /// All else; what is waited for during a nap.
+    control: OwnedFd,
     signals: SignalFd,
     listener: OwnedFd,
     /// When clients are accepted again, if they are not now.
@@ -145,9 +184,13 @@ impl Monitor {
             containers: Vec::new(),
             calls: BTreeMap::new(),
             execs: BTreeMap::new(),
+            left: BTreeMap::new(),
             buffers: Buffers::new(),
             logs: Arc::new(eventfd(0, flags)?),
+            came: None,
+            last_output: None,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            control: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             signals,
             listener,
             deaf_until: None,
@@ -156,6 +199,8 @@ impl Monitor {
             serial: 0,
             shutdown: None,
         };
+        let (data, flags) = (Source::Control.pack(), epoll::EventFlags::IN);
+        epoll::add(&monitor.epoll, &monitor.control, data, flags)?;
         monitor.watch(&monitor.listener, Source::Listener, epoll::EventFlags::IN)?;
         monitor.watch(&monitor.signals, Source::Signals, epoll::EventFlags::IN)?;
         monitor.watch(&monitor.logs, Source::Logs, epoll::EventFlags::IN)?;
@@ -165,26 +210,26 @@ impl Monitor {
     /// Works until a client's Shutdown.
     pub fn run(&mut self) -> Result<(), Errno> {
         let mut space = [const { MaybeUninit::uninit() }; 32];
+        let mut nap = false;
         loop {
             let timeout = self.timeout();
-            let events = match epoll::wait(&self.epoll, &mut space, timeout.as_ref()) {
-                Ok((events, _)) => &*events,
-                Err(Errno::INTR) => &[],
+            let (set, timeout) = match nap {
+                true => (&self.control, Some(timeout.map_or(NAP, |it| it.min(NAP)))),
+                false => (&self.epoll, timeout),
+            };
+            let mut seen = match epoll::wait(set, &mut space, timeout.as_ref()) {
+                Ok((events, _)) => self.handle(events),
+                Err(Errno::INTR) => Seen::default(),
                 Err(errno) => return Err(errno),
             };
-            let mut children = false;
-            for event in events {
-                match Source::unpack(event.data) {
-                    Some(Source::Listener) => self.accept(),
-                    Some(Source::Signals) => children = true,
-                    Some(Source::Client(client)) => self.client_ready(client, event.flags),
-                    Some(Source::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
-                    Some(Source::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
-                    Some(Source::Memory(serial)) => self.memory_ready(serial),
-                    Some(Source::Logs) => self.logs_ready(),
-                    None => {}
+            if seen.control {
+                let timeout = Some(&Timespec::default());
+                if let Ok((events, _)) = epoll::wait(&self.control, &mut space, timeout) {
+                    seen.children |= self.handle(events).children;
                 }
             }
+            nap = self.naps();
+            let children = seen.children;
             if children {
                 self.reap();
             }
@@ -196,6 +241,35 @@ impl Monitor {
                 return Ok(());
             }
         }
+    }
+
+    fn handle(&mut self, events: &[epoll::Event]) -> Seen {
+        let mut seen = Seen::default();
+        for event in events {
+            match Source::unpack(event.data) {
+                Some(Source::Listener) => self.accept(),
+                Some(Source::Signals) => seen.children = true,
+                Some(Source::Client(client)) => self.client_ready(client, event.flags),
+                Some(Source::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
+                Some(Source::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
+                Some(Source::Memory(serial)) => self.memory_ready(serial),
+                Some(Source::Logs) => self.logs_ready(),
+                Some(Source::ExecCgroup(number)) => self.exec_cgroup_changed(number),
+                Some(Source::Control) => seen.control = true,
+                None => {}
+            }
+        }
+        seen
+    }
+
+    /// Whether output that comes now can wait a moment for more to come.
+    fn naps(&mut self) -> bool {
+        let Some(came) = self.came.take() else {
+            return false;
+        };
+        let now = Instant::now();
+        let last = self.last_output.replace(now);
+        came < MUCH && last.is_some_and(|last| now.duration_since(last) < SOON)
     }
 
     /// A number that is never given twice.
@@ -210,10 +284,14 @@ impl Monitor {
         source: Source,
         flags: epoll::EventFlags,
     ) -> Result<(), Errno> {
-        epoll::add(&self.epoll, fd, source.pack(), flags)
+        let set = match source {
+            Source::Stdout(_) | Source::Stderr(_) => &self.epoll,
+            _ => &self.control,
+        };
+        epoll::add(set, fd, source.pack(), flags)
     }
 
-    /// Looks at a descriptor no more.
+    /// Looks at an output no more.
     pub(super) fn unwatch(&self, fd: impl AsFd) {
         let _ = epoll::delete(&self.epoll, fd);
     }
@@ -241,7 +319,7 @@ impl Monitor {
             }
         }
         let none = epoll::EventFlags::empty();
-        let _ = epoll::modify(&self.epoll, &self.listener, Source::Listener.pack(), none);
+        let _ = epoll::modify(&self.control, &self.listener, Source::Listener.pack(), none);
         self.deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
@@ -273,7 +351,7 @@ impl Monitor {
                 flags |= epoll::EventFlags::OUT;
             }
             let data = Source::Client(client).pack();
-            let _ = epoll::modify(&self.epoll, connection.socket(), data, flags);
+            let _ = epoll::modify(&self.control, connection.socket(), data, flags);
         }
     }
 
@@ -400,7 +478,7 @@ impl Monitor {
         if let Some((call, purpose)) = self.calls.remove(&pid) {
             self.call_ended(&call, purpose, code);
         } else if let Some(running) = self.execs.remove(&pid) {
-            self.exec_ended(&running, code);
+            self.exec_ended(running, code);
         } else if let Some(container) = self.containers.iter().find(|c| c.is_alive_as(pid)) {
             let serial = container.serial;
             self.init_ended(serial, code);
@@ -465,7 +543,7 @@ impl Monitor {
         if self.deaf_until.is_some_and(|until| now >= until) {
             self.deaf_until = None;
             let (data, flags) = (Source::Listener.pack(), epoll::EventFlags::IN);
-            let _ = epoll::modify(&self.epoll, &self.listener, data, flags);
+            let _ = epoll::modify(&self.control, &self.listener, data, flags);
         }
         for (call, _) in self.calls.values_mut() {
             let (late, pid, what) = (call.check(now), call.pid, call.what());
