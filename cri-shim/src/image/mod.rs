@@ -8,6 +8,7 @@ mod archive;
 mod auth;
 mod catalog;
 mod challenge;
+mod client;
 mod error;
 mod fetch;
 mod hosts;

@@ -17,10 +17,9 @@ use serde::Deserialize;
 
 use super::auth::Credential;
 use super::challenge::{self, Challenge};
+use super::client;
 use super::error::{ImageError, Kind};
 use super::hosts::Endpoint;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Redirections that are followed for one answer.
 const REDIRECTIONS: usize = 10;
@@ -83,11 +82,11 @@ impl Registry {
         // Who installed one before us chose the same or knew better.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let refuse = |what: String| ImageError::new(Kind::InvalidArgument, what);
-        let client = build_client(&endpoint, silence, true)?;
+        let client = client::build(&endpoint, silence, true)?;
         let elsewhere = if endpoint.client.is_empty() {
             client.clone()
         } else {
-            build_client(&endpoint, silence, false)?
+            client::build(&endpoint, silence, false)?
         };
         let mut headers = HeaderMap::new();
         for (name, value) in &endpoint.headers {
@@ -413,69 +412,6 @@ impl Blob {
     }
 }
 
-/// A client that follows no redirection by itself: the library would strip the headers that it
-/// knows to be secret from a request to another host, and send those of hosts.toml along.
-fn build_client(
-    endpoint: &Endpoint,
-    silence: Duration,
-    with_identity: bool,
-) -> Result<Client, ImageError> {
-    let read = |path: &std::path::Path| {
-        std::fs::read(path).map_err(|error| {
-            ImageError::new(
-                Kind::InvalidArgument,
-                format!(
-                    "read {} for registry {}: {error}",
-                    path.display(),
-                    endpoint.host
-                ),
-            )
-        })
-    };
-    let bad = |path: &std::path::Path, what: &str| {
-        ImageError::new(
-            Kind::InvalidArgument,
-            format!("{} for registry {}: {what}", path.display(), endpoint.host),
-        )
-    };
-    let mut builder = Client::builder()
-        .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(silence)
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("rrun/", env!("CARGO_PKG_VERSION")));
-    let mut authorities = Vec::new();
-    for path in &endpoint.ca {
-        let bundle = reqwest::Certificate::from_pem_bundle(&read(path)?)
-            .map_err(|_| bad(path, "holds no certificate in PEM form"))?;
-        authorities.extend(bundle);
-    }
-    if endpoint.base.starts_with("http:") {
-        // No TLS, no need for the system's authorities, which may not be there.
-        builder = builder.tls_certs_only(authorities);
-    } else if !authorities.is_empty() {
-        builder = builder.tls_certs_merge(authorities);
-    }
-    if endpoint.skip_verify {
-        builder = builder.tls_danger_accept_invalid_certs(true);
-    }
-    if let Some((certificate, key)) = endpoint.client.first().filter(|_| with_identity) {
-        let mut pem = read(certificate)?;
-        if let Some(key) = key {
-            pem.push(b'\n');
-            pem.extend(read(key)?);
-        }
-        let identity = reqwest::Identity::from_pem(&pem)
-            .map_err(|_| bad(certificate, "holds no certificate and key in PEM form"))?;
-        builder = builder.identity(identity);
-    }
-    builder.build().map_err(|error| {
-        ImageError::new(
-            Kind::Internal,
-            format!("prepare for registry {}: {}", endpoint.host, cause(&error)),
-        )
-    })
-}
-
 /// Makes a header value that is not shown in any debug output.
 fn secret(text: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(text).ok()?;
@@ -607,7 +543,10 @@ fn transport(error: reqwest::Error, silence: Duration) -> Failure {
         "ask"
     };
     let why = if error.is_timeout() && error.is_connect() {
-        format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())
+        format!(
+            "no connection within {} s",
+            client::CONNECT_TIMEOUT.as_secs()
+        )
     } else if error.is_timeout() {
         format!("nothing came for {} s", silence.as_secs())
     } else {
@@ -621,7 +560,7 @@ fn transport(error: reqwest::Error, silence: Duration) -> Failure {
 }
 
 /// The innermost reason, which is the kernel's or the TLS library's.
-fn cause(error: &dyn std::error::Error) -> String {
+pub(super) fn cause(error: &dyn std::error::Error) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {
         innermost = source;
