@@ -25,6 +25,7 @@ mod cri_images_faults;
 mod cri_images_preload;
 mod cri_images_registries;
 mod cri_limits;
+mod cri_logs;
 mod cri_metrics;
 mod cri_pods;
 mod cri_restart;
@@ -32,6 +33,7 @@ mod cri_seccomp;
 mod cri_streaming;
 mod cri_streaming_server;
 mod cri_streaming_spdy;
+mod cri_systemd;
 mod cri_users;
 mod cri_volumes;
 mod cri_wedge;
@@ -118,6 +120,7 @@ fn main() -> ExitCode {
         cri_pods::TESTS,
         cri_containers::TESTS,
         cri_limits::TESTS,
+        cri_logs::TESTS,
         cri_seccomp::TESTS,
         cri_users::TESTS,
         cri_volumes::TESTS,
@@ -130,6 +133,7 @@ fn main() -> ExitCode {
         cri_streaming::TESTS,
         cri_streaming_server::TESTS,
         cri_streaming_spdy::TESTS,
+        cri_systemd::TESTS,
         cri_wedge::TESTS,
         cri_hangs::TESTS,
         cri_images::TESTS,
