@@ -8,19 +8,20 @@ use std::time::{Duration, Instant};
 use rrun_proto::v1::image_service_client::ImageServiceClient;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecRequest, ExecSyncRequest,
-    ImageSpec, LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
-    ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PodSandboxState, PortForwardRequest, PullImageRequest, RemoveContainerRequest,
-    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest, VersionRequest,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
+    CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec, LinuxContainerConfig,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PortForwardRequest,
+    PullImageRequest, RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    VersionRequest,
 };
 use serde_json::{Map, Value, json};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::service::Service;
-use crate::{Result, critest, exec_sync, memory, pods, pull, report, streaming};
+use crate::{Result, critest, exec_sync, fleet, logs, memory, pods, pull, report, streaming};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -32,7 +33,7 @@ pub struct Options {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "critest,pods,exec,streams,pull,memory"
+        default_value = "critest,pods,exec,streams,logs,pull,memory,fleet"
     )]
     parts: Vec<Part>,
     /// How many pods of each kind for each server
@@ -41,6 +42,12 @@ pub struct Options {
     /// How many pods stay for the memory figures
     #[arg(long, default_value_t = 20)]
     pub pods: usize,
+    /// How many pods a full node has
+    #[arg(long, default_value_t = 150)]
+    pub fleet: usize,
+    /// How many lines are logged
+    #[arg(long, default_value_t = 1_000_000)]
+    pub lines: u64,
     /// What the containers run: an image with a shell, true and sleep
     #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2")]
     pub image: String,
@@ -59,17 +66,21 @@ enum Part {
     Exec,
     /// Interactive exec, a forwarded port, silent sessions
     Streams,
+    /// A container that logs as fast as it can
+    Logs,
     /// Pull and removal of an image from the local registry
     Pull,
     /// Memory per pod, and of the servers
     Memory,
+    /// A node full of pods: lists, a restart
+    Fleet,
 }
 
 /// A server, connected.
 pub struct Server {
     pub name: String,
     pub address: String,
-    runtime: RuntimeServiceClient<Channel>,
+    pub runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
 }
 
@@ -89,14 +100,14 @@ pub enum Network {
 /// Nothing here is expected to take this long; it keeps a stuck server from hanging the run.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-pub fn run(options: &Options, results: &Path) -> Result {
+pub fn run(options: &Options, programs: &Path, results: &Path) -> Result {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    executor.block_on(measure(options, results))
+    executor.block_on(measure(options, programs, results))
 }
 
-async fn measure(options: &Options, results: &Path) -> Result {
+async fn measure(options: &Options, programs: &Path, results: &Path) -> Result {
     let mut servers = Vec::new();
     let mut skipped = Vec::new();
     let mut services = vec![Service::start("registry")?];
@@ -134,8 +145,10 @@ async fn measure(options: &Options, results: &Path) -> Result {
             Part::Pods => pods::run(options, &mut servers, results).await,
             Part::Exec => exec_sync::run(options, &mut servers, results).await,
             Part::Streams => streaming::run(options, &mut servers, results).await,
+            Part::Logs => logs::run(options, &mut servers, programs, results).await,
             Part::Pull => pull::run(options, &mut servers, results).await,
             Part::Memory => memory::run(options, &mut servers, results).await,
+            Part::Fleet => fleet::run(options, &mut servers, &services, results).await,
         };
         match outcome {
             Ok((figures, mut left_out)) => {
@@ -296,6 +309,21 @@ impl Server {
             .pod_sandbox_id)
     }
 
+    /// What is asked for of a container that runs this.
+    pub fn container(image: &str, command: &[&str]) -> ContainerConfig {
+        ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: "bench".to_owned(),
+                attempt: 0,
+            }),
+            image: Some(image_spec(image)),
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            log_path: "bench/0.log".to_owned(),
+            linux: Some(LinuxContainerConfig::default()),
+            ..Default::default()
+        }
+    }
+
     pub async fn create(
         &mut self,
         pod: &str,
@@ -303,19 +331,19 @@ impl Server {
         image: &str,
         command: &[&str],
     ) -> Result<String> {
+        let container = Self::container(image, command);
+        self.create_from(pod, config, container).await
+    }
+
+    pub async fn create_from(
+        &mut self,
+        pod: &str,
+        config: &PodSandboxConfig,
+        container: ContainerConfig,
+    ) -> Result<String> {
         let request = CreateContainerRequest {
             pod_sandbox_id: pod.to_owned(),
-            config: Some(ContainerConfig {
-                metadata: Some(ContainerMetadata {
-                    name: "bench".to_owned(),
-                    attempt: 0,
-                }),
-                image: Some(image_spec(image)),
-                command: command.iter().map(|&word| word.to_owned()).collect(),
-                log_path: "bench/0.log".to_owned(),
-                linux: Some(LinuxContainerConfig::default()),
-                ..Default::default()
-            }),
+            config: Some(container),
             sandbox_config: Some(config.clone()),
         };
         let answer = self.runtime.create_container(request).await;
@@ -323,6 +351,19 @@ impl Server {
             .map_err(|status| told("CreateContainer", &status))?
             .into_inner()
             .container_id)
+    }
+
+    pub async fn has_exited(&mut self, container: &str) -> Result<bool> {
+        let request = ContainerStatusRequest {
+            container_id: container.to_owned(),
+            verbose: false,
+        };
+        let answer = self.runtime.container_status(request).await;
+        let status = answer
+            .map_err(|status| told("ContainerStatus", &status))?
+            .into_inner()
+            .status;
+        Ok(status.is_some_and(|status| status.state() == ContainerState::ContainerExited))
     }
 
     pub async fn start(&mut self, container: &str) -> Result {
@@ -447,7 +488,8 @@ impl Server {
     }
 }
 
-fn told(call: &str, status: &tonic::Status) -> String {
+/// A call's failure.
+pub fn told(call: &str, status: &tonic::Status) -> String {
     format!("{call}: {:?}: {}", status.code(), status.message())
 }
 

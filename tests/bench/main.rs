@@ -10,7 +10,9 @@ mod bundle;
 mod cri;
 mod critest;
 mod exec_sync;
+mod fleet;
 mod launch;
+mod logs;
 mod memory;
 mod oci;
 mod pods;
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.benchmark {
         Benchmark::Oci(options) => oci::run(options, &arguments.programs, &arguments.results),
-        Benchmark::Cri(options) => cri::run(options, &arguments.results),
+        Benchmark::Cri(options) => cri::run(options, &arguments.programs, &arguments.results),
         Benchmark::Ready(options) => ready::run(options, &arguments.results),
     };
     match result {

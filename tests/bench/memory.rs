@@ -128,6 +128,11 @@ pub fn of_program(name: &str) -> Result<f64> {
     Ok(look()?.pss.get(name).copied().unwrap_or(0.0))
 }
 
+/// The resident set size of a program's processes, in kB.
+pub fn resident(name: &str) -> Result<f64> {
+    Ok(look()?.rss.get(name).copied().unwrap_or(0.0))
+}
+
 fn look() -> Result<Memory> {
     let mut memory = Memory::default();
     for entry in fs::read_dir("/proc")?.flatten() {

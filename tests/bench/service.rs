@@ -42,6 +42,30 @@ impl Service {
         Ok(service)
     }
 
+    /// Whether it is the one that was started by this name.
+    pub fn is(&self, name: &str) -> bool {
+        self.stop.iter().any(|word| word == name)
+    }
+
+    /// Stops it, for [`Service::begin`] to start it again.
+    pub fn end(&self) -> Result {
+        self.call(&self.stop).map(|_| ())
+    }
+
+    /// Starts it again; the script ends when it answers.
+    pub fn begin(&self) -> Result<std::process::Child> {
+        let start = self.stop.iter().map(|word| match word.as_str() {
+            "stop" => "start",
+            other => other,
+        });
+        Ok(Command::new(&self.script)
+            .args(start)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?)
+    }
+
     /// What the script says in its last line.
     fn call<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Result<String> {
         // A file, not a pipe, which a server would hold open.

@@ -1,0 +1,128 @@
+//! A node full of pods: how long the lists take, what the server holds in memory, and how soon it
+//! answers again after a restart.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rrun_proto::v1::{
+    ListContainerStatsRequest, ListContainersRequest, ListPodSandboxRequest,
+    ListPodSandboxStatsRequest,
+};
+use serde_json::Value;
+
+use crate::Result;
+use crate::cri::{Network, Options, Pod, SLEEP, Server, timed, told};
+use crate::memory;
+use crate::report::{self, Comparison};
+use crate::service::Service;
+
+const QUANTITIES: &[&str] = &[
+    "ListPodSandbox",
+    "ListContainers",
+    "ListContainerStats",
+    "ListPodSandboxStats",
+];
+
+/// How often each list is asked for.
+const ROUNDS: usize = 20;
+
+pub async fn run(
+    options: &Options,
+    servers: &mut [Server],
+    services: &[Service],
+    results: &Path,
+) -> Result<(Value, Vec<String>)> {
+    let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
+    let title = format!(
+        "{} pods of one container each (milliseconds)",
+        options.fleet
+    );
+    let ends = ["restart to the first answer", "server's RSS, MB"];
+    let quantities = [QUANTITIES, &ends].concat();
+    let mut comparison = Comparison::new(title, &names, &quantities);
+    let mut skipped = Vec::new();
+    for server in servers.iter_mut() {
+        let mut pods = Vec::new();
+        let outcome = measure(server, services, options, &mut pods, &mut comparison).await;
+        for pod in &pods {
+            if let Err(error) = server.end_pod(pod).await {
+                skipped.push(format!("{} fleet: {error}", server.name));
+            }
+        }
+        if let Err(error) = outcome {
+            skipped.push(format!("{} fleet: {error}", server.name));
+        }
+    }
+    report::show(results, &comparison.table())?;
+    Ok((comparison.raw(), skipped))
+}
+
+async fn measure(
+    server: &mut Server,
+    services: &[Service],
+    options: &Options,
+    pods: &mut Vec<Pod>,
+    comparison: &mut Comparison,
+) -> Result {
+    for _ in 0..options.fleet {
+        pods.push(
+            server
+                .start_pod(Network::Node, &options.image, SLEEP)
+                .await?,
+        );
+    }
+    let name = server.name.clone();
+    for round in 0..=ROUNDS {
+        let times = lists(server, options.fleet).await?;
+        if round > 0 {
+            comparison.add(&name, &times);
+        }
+    }
+    let megabytes = memory::resident(&name)? / 1024.0;
+    comparison.add_one(&name, "server's RSS, MB", megabytes);
+    let Some(service) = services.iter().find(|service| service.is(&name)) else {
+        return Ok(());
+    };
+    service.end()?;
+    let begun = Instant::now();
+    let mut starting = service.begin()?;
+    while lists(server, options.fleet).await.is_err() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            return Err("it does not answer after its restart".into());
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let took = begun.elapsed().as_secs_f64() * 1e3;
+    starting.wait()?;
+    comparison.add_one(&name, "restart to the first answer", took);
+    Ok(())
+}
+
+async fn lists(server: &mut Server, count: usize) -> Result<Vec<f64>> {
+    let runtime = &mut server.runtime;
+    let call = |name: &'static str| move |status: tonic::Status| told(name, &status);
+    let (pods, answer) = timed(async {
+        let answer = runtime.list_pod_sandbox(ListPodSandboxRequest::default());
+        Ok(answer.await.map_err(call("ListPodSandbox"))?.into_inner())
+    })
+    .await?;
+    if answer.items.len() < count {
+        return Err(format!("{} pods of {count} are listed", answer.items.len()).into());
+    }
+    let (containers, _) = timed(async {
+        let answer = runtime.list_containers(ListContainersRequest::default());
+        Ok(answer.await.map_err(call("ListContainers"))?)
+    })
+    .await?;
+    let (stats, _) = timed(async {
+        let answer = runtime.list_container_stats(ListContainerStatsRequest::default());
+        Ok(answer.await.map_err(call("ListContainerStats"))?)
+    })
+    .await?;
+    let (pod_stats, _) = timed(async {
+        let answer = runtime.list_pod_sandbox_stats(ListPodSandboxStatsRequest::default());
+        Ok(answer.await.map_err(call("ListPodSandboxStats"))?)
+    })
+    .await?;
+    Ok(vec![pods, containers, stats, pod_stats])
+}
