@@ -305,7 +305,7 @@ fn a_terminal_is_resized() -> Result {
 }
 
 /// The processes in a cgroup and in those right below it, where execs are.
-fn count_processes(cgroup: &Path) -> Result<usize> {
+pub fn count_processes(cgroup: &Path) -> Result<usize> {
     let mut count = fs::read_to_string(cgroup.join("cgroup.procs"))?
         .lines()
         .count();

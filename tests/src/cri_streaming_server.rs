@@ -8,7 +8,9 @@ use nix::sys::signal::Signal;
 
 use crate::cri_calls::Calls;
 use crate::cri_images_registries::{OPENSSL, certificates};
-use crate::cri_streaming::{TRANSPORTS, exec_url, message, reads, waiting, websocket};
+use crate::cri_streaming::{
+    TRANSPORTS, count_processes, exec_url, message, reads, waiting, websocket,
+};
 use crate::machine::{Result, command, deadline, rounds, wait_for};
 use crate::needs::Test;
 use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
@@ -109,8 +111,7 @@ fn an_idle_stream_is_closed() -> Result {
             _ => {}
         }
         wait_for("its command to end", || {
-            let all = fs::read_to_string(cgroup.join("cgroup.procs"))?;
-            Ok((all.lines().count() == 1).then_some(()))
+            Ok((count_processes(&cgroup)? == 1).then_some(()))
         })?;
         ensure!(
             node.log().contains("nothing moved for 1 s"),
