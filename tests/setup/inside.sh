@@ -22,7 +22,8 @@ ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 
 path=/usr/local/bin
 for tool in /tools/*/; do
-    [[ -d $tool ]] && path+=:${tool%/}
+    # Another kubelet, asked for by KUBELET.
+    [[ -d $tool && $tool != */kubelet-old/ ]] && path+=:${tool%/}
 done
 export PATH=$path:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
 [[ -e /etc/crictl.yaml ]] || cat >/etc/crictl.yaml <<'END'

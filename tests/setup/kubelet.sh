@@ -7,6 +7,9 @@
 # CRI-SOCKET is a path or unix:// address; MANIFEST-DIR defaults to /etc/kubernetes/manifests and is
 # looked at every second. http://127.0.0.1:10255/pods and /healthz answer without credentials. Logs
 # to /out/kubelet.log; its own state is /var/lib/kubelet. The cgroup driver is the runtime's.
+#
+# From the environment: KUBELET, the program (default: the one in PATH); KUBELET_CONFIG, lines for its
+# configuration; KUBELET_KUBECONFIG, the API server that it belongs to (tests/setup/cluster.sh).
 set -euo pipefail
 
 pid_file=/run/kubelet-test.pid
@@ -36,8 +39,9 @@ enableServer: true
 imageGCHighThresholdPercent: 100
 evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}
 resolvConf: /etc/resolv.conf
+${KUBELET_CONFIG-}
 END
-    setsid kubelet --config /var/lib/kubelet/config.yaml --v "${KUBELET_VERBOSITY:-2}" \
+    setsid "${KUBELET:-kubelet}" ${KUBELET_KUBECONFIG:+--kubeconfig "$KUBELET_KUBECONFIG" --node-ip 192.0.2.2} --config /var/lib/kubelet/config.yaml --v "${KUBELET_VERBOSITY:-2}" \
         >>/out/kubelet.log 2>&1 </dev/null &
     echo $! >"$pid_file"
     for ((tries = 0; tries < 600; tries++)); do

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# A whole cluster of one node, in the guest: etcd, the API server, the controller manager, the scheduler,
+# kube-proxy in nftables mode, and a kubelet over a CRI server that already runs.
+#
+#   tests/setup/cluster.sh start CRI-SOCKET    returns when the node is Ready
+#   tests/setup/cluster.sh stop
+#
+# kubectl finds it by KUBECONFIG=/run/cluster/admin.conf. Logs go to /out/cluster/. Nobody else is on
+# this machine: the API server's certificate is its own, credentials are tokens made anew each time.
+set -euo pipefail
+HERE=$(readlink -f -- "$(dirname -- "$0")")
+
+state=/run/cluster
+export KUBECONFIG=$state/admin.conf
+server=https://192.0.2.2:6443
+
+# kubeconfig FILE TOKEN
+kubeconfig() {
+    cat >"$1" <<END
+apiVersion: v1
+kind: Config
+clusters: [{name: test, cluster: {server: "$server", insecure-skip-tls-verify: true}}]
+users: [{name: user, user: {token: "$2"}}]
+contexts: [{name: test, context: {cluster: test, user: user}}]
+current-context: test
+END
+    chmod 600 "$1"
+}
+
+# daemon NAME ARGUMENT...
+daemon() {
+    local name=$1
+    setsid "$@" >>"/out/cluster/$name.log" 2>&1 </dev/null &
+    echo $! >"$state/$name.pid"
+}
+
+# until_true SECONDS WHAT CMD...
+until_true() {
+    local end=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        [[ $SECONDS -lt $end ]] || { echo "$what: not within the time" >&2; tail -n 5 /out/cluster/*.log >&2; exit 1; }
+        sleep 0.5
+    done
+}
+
+node_is_ready() {
+    [[ $(kubectl get nodes -o 'jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}') == True ]]
+}
+
+start() {
+    local socket=$1 node name
+    node=$(hostname)
+    mkdir -p "$state/certs" /out/cluster
+    chmod 700 "$state"
+    openssl genrsa -out "$state/accounts.key" 2048 2>/dev/null
+    declare -A tokens
+    for name in admin node manager scheduler proxy; do
+        tokens[$name]=$(openssl rand -hex 16)
+        kubeconfig "$state/$name.conf" "${tokens[$name]}"
+    done
+    cat >"$state/tokens.csv" <<END
+${tokens[admin]},admin,1,"system:masters"
+${tokens[node]},system:node:$node,2,"system:nodes"
+${tokens[manager]},system:kube-controller-manager,3,"system:masters"
+${tokens[scheduler]},system:kube-scheduler,4,"system:masters"
+${tokens[proxy]},system:kube-proxy,5,"system:node-proxier"
+END
+    chmod 600 "$state/tokens.csv"
+
+    daemon etcd --data-dir /var/lib/etcd --unsafe-no-fsync --logger zap --log-level warn \
+        --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \
+        --listen-peer-urls http://127.0.0.1:2380
+    daemon kube-apiserver --etcd-servers http://127.0.0.1:2379 --bind-address 192.0.2.2 \
+        --advertise-address 192.0.2.2 --service-cluster-ip-range 10.96.0.0/16 --allow-privileged \
+        --cert-dir "$state/certs" --token-auth-file "$state/tokens.csv" --authorization-mode Node,RBAC \
+        --service-account-issuer https://kubernetes.default.svc \
+        --service-account-key-file "$state/accounts.key" --service-account-signing-key-file "$state/accounts.key" \
+        --kubelet-preferred-address-types InternalIP
+    until_true 300 "the API server's health" kubectl get --raw /readyz
+    daemon kube-controller-manager --kubeconfig "$state/manager.conf" --leader-elect=false \
+        --service-account-private-key-file "$state/accounts.key" --root-ca-file "$state/certs/apiserver.crt" \
+        --node-monitor-grace-period 5m
+    daemon kube-scheduler --kubeconfig "$state/scheduler.conf" --leader-elect=false
+    KUBELET_KUBECONFIG=$state/node.conf KUBELET_CONFIG="registerNode: true" \
+        "$HERE/kubelet.sh" start "$socket" "$state/manifests"
+    daemon kube-proxy --kubeconfig "$state/proxy.conf" --proxy-mode nftables --conntrack-max-per-core 0 \
+        --cluster-cidr 10.88.0.0/16
+    until_true 300 "the node's readiness" node_is_ready
+    # Pods need it, and the controller manager takes its time.
+    until_true 120 "the default service account" kubectl get serviceaccount default
+}
+
+# What it started, the last first. Containers stay, as they do on a node.
+stop() {
+    local name pid tries
+    "$HERE/kubelet.sh" stop
+    for name in kube-proxy kube-scheduler kube-controller-manager kube-apiserver etcd; do
+        [[ -f $state/$name.pid ]] || continue
+        pid=$(<"$state/$name.pid")
+        kill "$pid" 2>/dev/null || true
+        for ((tries = 0; tries < 100; tries++)); do
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+    ! command -v kube-proxy >/dev/null || kube-proxy --cleanup --proxy-mode nftables >/dev/null 2>&1 || true
+    rm -rf "$state" /var/lib/etcd
+}
+
+case ${1-} in
+    start) [[ $# -eq 2 ]] || { echo "usage: cluster.sh start CRI-SOCKET" >&2; exit 2; }; start "$2" ;;
+    stop) stop ;;
+    *) echo "usage: cluster.sh start CRI-SOCKET | stop" >&2; exit 2 ;;
+esac
