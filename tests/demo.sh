@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, with real output: an image built and pushed to a registry; by crictl a pod and its
-# containers, with limits that are seen to hold; then a container's life by hand with rrun. Each
+# containers, with limits that are seen to hold, logs, exec, statistics, a forwarded port; then a container's life by hand with rrun. Each
 # command is shown before its output. `make demo` sets everything up and runs it.
 #
 # It runs in a private view of this machine (tests/native/run) if there are cgroup v2 controllers,
@@ -134,6 +134,12 @@ END
     show "curl -s http://\$IP:8080/"
     show "crictl logs \$WEB"
     show "crictl exec -s \$WEB ps"
+    show "crictl exec \$WEB sh -c 'echo by the streaming server, as kubectl exec does it'"
+    show "crictl port-forward \$POD 8090:8080 >forward.log 2>&1 & FORWARD=\$!"
+    until_ok curl -fs http://127.0.0.1:8090/
+    show "curl -s http://127.0.0.1:8090/"
+    show "kill \$FORWARD"
+    wait "$FORWARD" 2>/dev/null || true
     GROUP=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$(crictl inspect --output go-template --template '{{.info.pid}}' "$WEB")/cgroup")
     show "cd $GROUP; head cpu.weight cpu.max memory.max; cd - >/dev/null"
 
