@@ -82,7 +82,7 @@ END
         --service-account-private-key-file "$state/accounts.key" --root-ca-file "$state/certs/apiserver.crt" \
         --node-monitor-grace-period 5m
     daemon kube-scheduler --kubeconfig "$state/scheduler.conf" --leader-elect=false
-    KUBELET_KUBECONFIG=$state/node.conf KUBELET_CONFIG="registerNode: true" \
+    KUBELET_KUBECONFIG=$state/node.conf KUBELET_ADDRESS=0.0.0.0 \
         "$HERE/kubelet.sh" start "$socket" "$state/manifests"
     daemon kube-proxy --kubeconfig "$state/proxy.conf" --proxy-mode nftables --conntrack-max-per-core 0 \
         --cluster-cidr 10.88.0.0/16

@@ -9,15 +9,15 @@
 # to /out/kubelet.log; its own state is /var/lib/kubelet. The cgroup driver is the runtime's.
 #
 # From the environment: KUBELET, the program (default: the one in PATH); KUBELET_CONFIG, lines for its
-# configuration; KUBELET_KUBECONFIG, the API server that it belongs to (tests/setup/cluster.sh).
+# configuration; KUBELET_KUBECONFIG and KUBELET_ADDRESS, the API server that it belongs to and where
+# it is to be reached by that (tests/setup/cluster.sh).
 set -euo pipefail
 
 pid_file=/run/kubelet-test.pid
 
 start() {
-    local socket=$1 manifests=${2:-/etc/kubernetes/manifests} driver=cgroupfs tries
+    local socket=$1 manifests=${2:-/etc/kubernetes/manifests} tries
     [[ $socket == *://* ]] || socket=unix://$socket
-    [[ $RRUN_TEST_VIEW != vm-systemd ]] || driver=systemd
     mkdir -p "$manifests" /var/lib/kubelet /var/log/pods
     # The image service's address is the runtime's. Nothing here is reachable from elsewhere.
     cat >/var/lib/kubelet/config.yaml <<END
@@ -27,10 +27,9 @@ containerRuntimeEndpoint: $socket
 staticPodPath: $manifests
 fileCheckFrequency: 1s
 syncFrequency: 10s
-cgroupDriver: $driver
 failSwapOn: false
 readOnlyPort: 10255
-address: 127.0.0.1
+address: ${KUBELET_ADDRESS:-127.0.0.1}
 authentication:
   anonymous: {enabled: true}
   webhook: {enabled: false}
