@@ -38,8 +38,11 @@ mod cri_users;
 mod cri_volumes;
 mod cri_wedge;
 mod crictl_story;
+mod critest;
 mod inside;
 mod kubelet;
+mod kubelet_application;
+mod kubelet_pods;
 mod leavings;
 mod machine;
 mod needs;
@@ -141,7 +144,9 @@ fn main() -> ExitCode {
         cri_images_faults::TESTS,
         cri_images_preload::TESTS,
         cri_metrics::TESTS,
-        kubelet::TESTS,
+        kubelet_pods::TESTS,
+        kubelet_application::TESTS,
+        critest::TESTS,
     ]
     .into_iter()
     .flatten()

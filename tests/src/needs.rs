@@ -32,8 +32,14 @@ pub enum Need {
     Program(&'static str),
     /// A file or directory.
     File(&'static str),
-    /// A machine of its own, with cgroups kept by files (RRUN_TEST_VIEW is `vm`).
-    Guest,
+    /// A machine of its own, whoever keeps its cgroups.
+    OwnMachine,
+    /// This machine's own kernel, not the guest's.
+    Native,
+    /// What takes long, for `make test-full` (RRUN_TEST_FULL).
+    Long,
+    /// What takes long only under emulation.
+    NativeOrLong,
     /// systemd as PID 1 (`tests/vm/run --systemd`).
     Systemd,
     /// The CRI server under test, and what it runs.
@@ -60,10 +66,22 @@ impl Need {
             }
             Need::Program(name) => no_program(name),
             Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
-            Need::Guest => {
+            Need::OwnMachine => {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
-                (view != "vm").then(|| "wants the guest machine, with a tiny init".to_owned())
+                (!view.starts_with("vm")).then(|| "wants the guest machine".to_owned())
             }
+            Need::Native => Need::OwnMachine
+                .lacking()
+                .is_none()
+                .then(|| "wants the native view: the guest has more than this".to_owned()),
+            Need::Long => std::env::var_os("RRUN_TEST_FULL")
+                .is_none()
+                .then(|| "takes long: `make test-full` runs it (RRUN_TEST_FULL)".to_owned()),
+            Need::NativeOrLong => Need::OwnMachine
+                .lacking()
+                .is_none()
+                .then(|| Need::Long.lacking())
+                .flatten(),
             Need::Systemd => (!Path::new("/run/systemd/private").exists())
                 .then(|| "no systemd is PID 1 here".to_owned()),
             Need::CriServer => {
