@@ -1,4 +1,5 @@
-//! critest, the CRI's own conformance suite: whatever it can ask of this machine passes.
+//! critest, the CRI's own conformance suite: whatever it can ask of this machine passes. Its streams
+//! over WebSockets are `cri_streaming`'s.
 
 use std::fs;
 use std::time::Duration;
@@ -10,26 +11,15 @@ use crate::needs::{Need, Test};
 use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, on_a_node};
 use crate::{ensure, test};
 
-pub const TESTS: &[Test] = &[
-    test!(
-        every_test_of_critest_passes,
-        Need::Program("critest"),
-        Need::NativeOrLong,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-    ),
-    test!(
-        its_streams_pass_over_websockets_too,
-        Need::Program("critest"),
-        Need::NativeOrLong,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-    ),
-];
+pub const TESTS: &[Test] = &[test!(
+    every_test_of_critest_passes,
+    Need::Program("critest"),
+    Need::NativeOrLong,
+    CRICTL,
+    SERVER,
+    REGISTRY,
+    IMAGES,
+)];
 
 /// What is not run: a part of the test's name, why, and the controller without which alone it is so.
 const SKIPPED: &[(&str, &str, Option<&str>)] = &[
@@ -54,17 +44,7 @@ const SKIPPED: &[(&str, &str, Option<&str>)] = &[
 const PATIENCE: Duration = Duration::from_secs(2400);
 
 fn every_test_of_critest_passes() -> Result {
-    on_a_node(|node| critest(node, "critest", &[]))
-}
-
-fn its_streams_pass_over_websockets_too() -> Result {
-    let arguments = [
-        "-ginkgo.focus=Streaming",
-        "-websocket-exec",
-        "-websocket-attach",
-        "-websocket-portforward",
-    ];
-    on_a_node(|node| critest(node, "critest over WebSockets", &arguments))
+    on_a_node(|node| critest(node))
 }
 
 fn skips() -> Vec<(&'static str, &'static str)> {
@@ -78,14 +58,13 @@ fn skips() -> Vec<(&'static str, &'static str)> {
 }
 
 /// Runs it, and tells how many passed and what was not run, for which reason.
-fn critest(node: &Node, what: &str, arguments: &[&str]) -> Result {
+fn critest(node: &Node) -> Result {
     let endpoint = format!("unix://{}", node.socket().display());
     let report = node.join("critest.json");
     let mut critest = command("critest", ["-ginkgo.no-color"])
         .arg(format!("-runtime-endpoint={endpoint}"))
         .arg(format!("-image-endpoint={endpoint}"))
         .arg(format!("-ginkgo.json-report={}", report.display()))
-        .args(arguments)
         .within(PATIENCE);
     for (name, _) in skips() {
         critest = critest.arg(format!("-ginkgo.skip={name}"));
@@ -107,14 +86,14 @@ fn critest(node: &Node, what: &str, arguments: &[&str]) -> Result {
             "skipped" => {
                 let listed = skips().into_iter().find(|(part, _)| name.contains(part));
                 if let Some(reason) = listed.map(|(_, reason)| reason).or(said) {
-                    not_run.push(format!("{what} did not run: {name}: {reason}"));
+                    not_run.push(format!("critest did not run: {name}: {reason}"));
                 }
             }
             state => failed.push(format!("{name}: {state}: {}", said.unwrap_or_default())),
         }
     }
     note(format!(
-        "{what}: {passed} passed, {} failed, {} not run, in {:.0} s",
+        "critest: {passed} passed, {} failed, {} not run, in {:.0} s",
         failed.len(),
         not_run.len(),
         output.took.as_secs_f64()
@@ -122,7 +101,7 @@ fn critest(node: &Node, what: &str, arguments: &[&str]) -> Result {
     not_run.into_iter().for_each(note);
     ensure!(
         failed.is_empty() && output.code == 0 && passed > 0,
-        "{what} ended with {}, {passed} passed, {} failed:\n{}\n{}",
+        "critest ended with {}, {passed} passed, {} failed:\n{}\n{}",
         output.code,
         failed.len(),
         failed.join("\n"),
