@@ -75,7 +75,9 @@ fn yes() -> bool {
 #[serde(deny_unknown_fields)]
 pub struct NetworkPart {
     pub bridge: Option<String>,
-    pub range: Option<crate::network::Ipv4Range>,
+    pub range: Option<crate::network::Range>,
+    pub range6: Option<crate::network::Range6>,
+    pub primary: Option<crate::network::Family>,
     pub masquerade: Option<bool>,
     pub mtu: Option<u32>,
     /// Whether pods get it, or CNI's.
@@ -356,6 +358,8 @@ impl Partial {
             network: NetworkPart {
                 bridge: over.network.bridge.or(self.network.bridge),
                 range: over.network.range.or(self.network.range),
+                range6: over.network.range6.or(self.network.range6),
+                primary: over.network.primary.or(self.network.primary),
                 masquerade: over.network.masquerade.or(self.network.masquerade),
                 mtu: over.network.mtu.or(self.network.mtu),
                 mode: over.network.mode.or(self.network.mode),

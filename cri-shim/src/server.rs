@@ -238,6 +238,8 @@ fn network_config(config: &Config) -> NetworkConfig {
     NetworkConfig {
         bridge: given.bridge.unwrap_or(default.bridge),
         range: given.range.unwrap_or(default.range),
+        range6: given.range6.unwrap_or(default.range6),
+        primary: given.primary.unwrap_or(default.primary),
         masquerade: given.masquerade.unwrap_or(default.masquerade),
         mtu: given.mtu.or(default.mtu),
     }

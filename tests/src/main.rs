@@ -46,6 +46,7 @@ mod kubelet_pods;
 mod leavings;
 mod machine;
 mod needs;
+mod network_host_ports;
 mod node;
 mod rrun_bad_input;
 mod rrun_bad_surroundings;
@@ -144,6 +145,7 @@ fn main() -> ExitCode {
         cri_images_faults::TESTS,
         cri_images_preload::TESTS,
         cri_metrics::TESTS,
+        network_host_ports::TESTS,
         kubelet_pods::TESTS,
         kubelet_application::TESTS,
         critest::TESTS,

@@ -6,17 +6,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// An IPv4 range in CIDR notation. Its first address is the gateway's, its last one is for
-/// broadcasts, the others are for pods.
+/// An IPv4 or IPv6 range in CIDR notation. Its first address is the gateway's, the last one of an
+/// IPv4 range is for broadcasts, the others are for pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Ipv4Range {
-    network: u32,
+pub struct Range {
+    network: IpAddr,
     prefix: u8,
 }
 
@@ -27,56 +27,105 @@ pub struct RangeError {
     why: &'static str,
 }
 
-impl Ipv4Range {
-    /// 10.88.0.0/16.
-    pub const DEFAULT: Ipv4Range = Ipv4Range {
-        network: Ipv4Addr::new(10, 88, 0, 0).to_bits(),
-        prefix: 16,
-    };
-
-    pub const fn gateway(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network + 1)
-    }
-
-    pub const fn network(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network)
-    }
-
-    pub const fn broadcast(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network | !self.mask_bits())
-    }
-
-    pub const fn mask(self) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.mask_bits())
-    }
-
-    /// The length of the prefix in bits.
-    pub const fn prefix(self) -> u8 {
-        self.prefix
-    }
-
-    const fn mask_bits(self) -> u32 {
-        // The prefix is 8 to 30.
-        u32::MAX << (32 - self.prefix as u32)
-    }
-
-    const fn first_pod(self) -> u32 {
-        self.network + 2
-    }
-
-    const fn last_pod(self) -> u32 {
-        self.broadcast().to_bits() - 1
-    }
-
-    /// Whether `network`/`prefix` and this range have an address in common.
-    pub fn overlaps(self, network: Ipv4Addr, prefix: u8) -> bool {
-        let shorter = u32::from(prefix.min(self.prefix));
-        let mask = u32::MAX.checked_shl(32 - shorter).unwrap_or(0);
-        network.to_bits() & mask == self.network & mask
+/// The number that an address is.
+fn bits(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
     }
 }
 
-impl FromStr for Ipv4Range {
+/// `number` as an address of `like`'s family.
+fn address(like: IpAddr, number: u128) -> IpAddr {
+    match like {
+        // The upper bits are 0.
+        IpAddr::V4(_) => Ipv4Addr::from_bits(number as u32).into(),
+        IpAddr::V6(_) => Ipv6Addr::from_bits(number).into(),
+    }
+}
+
+impl Range {
+    /// 10.88.0.0/16.
+    pub const DEFAULT: Range = Range {
+        network: IpAddr::V4(Ipv4Addr::new(10, 88, 0, 0)),
+        prefix: 16,
+    };
+
+    /// fd72:7275:6e30::/64, of the unique local addresses of RFC 4193; it spells "rrun0".
+    pub const DEFAULT6: Range = Range {
+        network: IpAddr::V6(Ipv6Addr::new(0xfd72, 0x7275, 0x6e30, 0, 0, 0, 0, 0)),
+        prefix: 64,
+    };
+
+    pub fn is_ipv6(self) -> bool {
+        self.network.is_ipv6()
+    }
+
+    pub fn gateway(self) -> IpAddr {
+        address(self.network, bits(self.network) + 1)
+    }
+
+    pub fn network(self) -> IpAddr {
+        self.network
+    }
+
+    /// Nothing for IPv6, which has none.
+    pub fn broadcast(self) -> Option<IpAddr> {
+        (!self.is_ipv6()).then(|| address(self.network, self.last()))
+    }
+
+    pub fn mask(self) -> IpAddr {
+        let all = match self.network {
+            IpAddr::V4(_) => u32::MAX.into(),
+            IpAddr::V6(_) => u128::MAX,
+        };
+        address(self.network, all & !self.host_bits())
+    }
+
+    /// The length of the prefix in bits.
+    pub fn prefix(self) -> u8 {
+        self.prefix
+    }
+
+    /// Every bit behind the prefix.
+    fn host_bits(self) -> u128 {
+        let width = if self.is_ipv6() { 128 } else { 32 };
+        (1_u128 << (width - u32::from(self.prefix))) - 1
+    }
+
+    fn last(self) -> u128 {
+        bits(self.network) | self.host_bits()
+    }
+
+    fn first_pod(self) -> u128 {
+        bits(self.network) + 2
+    }
+
+    fn last_pod(self) -> u128 {
+        self.last() - 1
+    }
+
+    pub fn contains(self, other: IpAddr) -> bool {
+        self.is_ipv6() == other.is_ipv6()
+            && (bits(self.network)..=self.last()).contains(&bits(other))
+    }
+
+    /// The range that `gateway`, an address with a prefix of this length, is the gateway of.
+    pub(super) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
+        let network = address(gateway, bits(gateway).checked_sub(1)?);
+        format!("{network}/{prefix}").parse().ok()
+    }
+
+    /// Whether `network`/`prefix` and this range have an address in common.
+    pub fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
+        let width = if self.is_ipv6() { 128 } else { 32 };
+        let behind = width - u32::from(prefix.min(self.prefix));
+        let front = |address| bits(address).checked_shr(behind).unwrap_or(0);
+        self.is_ipv6() == network.is_ipv6() && front(network) == front(self.network)
+    }
+}
+
+impl FromStr for Range {
     type Err = RangeError;
 
     fn from_str(text: &str) -> Result<Self, RangeError> {
@@ -84,32 +133,37 @@ impl FromStr for Ipv4Range {
             text: text.to_owned(),
             why,
         };
-        let (address, prefix) = text
+        let (network, prefix) = text
             .split_once('/')
             .ok_or_else(|| error("it needs a prefix length, as in 10.88.0.0/16"))?;
-        let network: Ipv4Addr = address
+        let network: IpAddr = network
             .parse()
-            .map_err(|_| error("it does not begin with an IPv4 address"))?;
+            .map_err(|_| error("it does not begin with an IP address"))?;
+        let (lengths, why) = match network {
+            IpAddr::V4(_) => (8..=30, "its prefix length has to be from 8 to 30"),
+            IpAddr::V6(_) => (16..=126, "its prefix length has to be from 16 to 126"),
+        };
         let prefix: u8 = prefix
             .parse()
             .ok()
-            .filter(|prefix| (8..=30).contains(prefix))
-            .ok_or_else(|| error("its prefix length has to be from 8 to 30"))?;
-        let range = Ipv4Range {
-            network: network.to_bits(),
-            prefix,
-        };
-        if range.network & !range.mask_bits() != 0 {
+            .filter(|prefix| lengths.contains(prefix))
+            .ok_or_else(|| error(why))?;
+        let range = Range { network, prefix };
+        if bits(network) & range.host_bits() != 0 {
             return Err(error("its address has bits set behind the prefix"));
         }
-        if network.is_loopback() || network.is_multicast() || network.octets()[0] == 0 {
+        let odd = match network {
+            IpAddr::V4(address) => address.octets()[0] == 0,
+            IpAddr::V6(address) => address.is_unicast_link_local() || address.to_ipv4().is_some(),
+        };
+        if network.is_loopback() || network.is_multicast() || odd {
             return Err(error("these addresses have another meaning"));
         }
         Ok(range)
     }
 }
 
-impl TryFrom<String> for Ipv4Range {
+impl TryFrom<String> for Range {
     type Error = RangeError;
 
     fn try_from(text: String) -> Result<Self, RangeError> {
@@ -117,13 +171,13 @@ impl TryFrom<String> for Ipv4Range {
     }
 }
 
-impl From<Ipv4Range> for String {
-    fn from(range: Ipv4Range) -> String {
+impl From<Range> for String {
+    fn from(range: Range) -> String {
         range.to_string()
     }
 }
 
-impl fmt::Display for Ipv4Range {
+impl fmt::Display for Range {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}/{}", self.network(), self.prefix)
     }
@@ -131,62 +185,74 @@ impl fmt::Display for Ipv4Range {
 
 /// Every address of the range is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Exhausted;
+pub(super) struct Exhausted {
+    pub range: Range,
+}
 
 /// The addresses of a range and who has them.
 pub(super) struct Addresses {
-    range: Ipv4Range,
-    by_address: BTreeMap<u32, String>,
-    by_pod: HashMap<String, u32>,
+    range: Range,
+    by_address: BTreeMap<u128, String>,
+    by_pod: HashMap<String, u128>,
     /// Where the search for the next one begins.
-    next: u32,
+    next: u128,
 }
 
 impl Addresses {
-    /// `given` is what the store remembers, `last` the address that was given last.
+    /// `given` is what the store remembers, `last` the address that was given last; what is of the
+    /// other family is passed over.
     pub(super) fn new(
-        range: Ipv4Range,
-        given: impl IntoIterator<Item = (Ipv4Addr, String)>,
-        last: Option<Ipv4Addr>,
+        range: Range,
+        given: impl IntoIterator<Item = (IpAddr, String)>,
+        last: Option<IpAddr>,
     ) -> Self {
         let mut addresses = Addresses {
             range,
             by_address: BTreeMap::new(),
             by_pod: HashMap::new(),
-            next: last.map_or(range.first_pod(), |last| last.to_bits().saturating_add(1)),
+            next: last.map_or(range.first_pod(), |last| bits(last).saturating_add(1)),
         };
         for (address, pod) in given {
             // An address outside of the range is one from before the configuration changed. Its
             // pod keeps it.
-            addresses.by_address.insert(address.to_bits(), pod.clone());
-            addresses.by_pod.insert(pod, address.to_bits());
+            if address.is_ipv6() == range.is_ipv6() {
+                addresses.by_address.insert(bits(address), pod.clone());
+                addresses.by_pod.insert(pod, bits(address));
+            }
         }
         addresses
     }
 
-    pub(super) fn of(&self, pod: &str) -> Option<Ipv4Addr> {
-        self.by_pod.get(pod).copied().map(Ipv4Addr::from_bits)
+    pub(super) fn range(&self) -> Range {
+        self.range
     }
 
-    pub(super) fn pods(&self) -> impl Iterator<Item = &str> {
-        self.by_address.values().map(String::as_str)
+    pub(super) fn of(&self, pod: &str) -> Option<IpAddr> {
+        let number = self.by_pod.get(pod)?;
+        Some(address(self.range.network, *number))
+    }
+
+    /// Every pod with its address.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
+        let entries = self.by_address.iter();
+        entries.map(|(number, pod)| (pod.as_str(), address(self.range.network, *number)))
     }
 
     /// Gives `pod`, which has none, an address.
-    pub(super) fn take(&mut self, pod: &str) -> Result<Ipv4Addr, Exhausted> {
+    pub(super) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
         let (first, last) = (self.range.first_pod(), self.range.last_pod());
         let begin = match self.next {
             next if (first..=last).contains(&next) => next,
             _ => first,
         };
-        let address = (begin..=last)
+        let number = (begin..=last)
             .chain(first..begin)
-            .find(|address| !self.by_address.contains_key(address))
-            .ok_or(Exhausted)?;
-        self.next = address + 1;
-        self.by_address.insert(address, pod.to_owned());
-        self.by_pod.insert(pod.to_owned(), address);
-        Ok(Ipv4Addr::from_bits(address))
+            .find(|number| !self.by_address.contains_key(number))
+            .ok_or(Exhausted { range: self.range })?;
+        self.next = number + 1;
+        self.by_address.insert(number, pod.to_owned());
+        self.by_pod.insert(pod.to_owned(), number);
+        Ok(address(self.range.network, number))
     }
 
     /// Takes everything that `pod` has.
@@ -200,16 +266,20 @@ impl Addresses {
 mod tests {
     use super::*;
 
-    fn range(text: &str) -> Ipv4Range {
+    fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
+        Ipv4Addr::new(a, b, c, d).into()
+    }
+
+    fn range(text: &str) -> Range {
         text.parse().unwrap_or_else(|error| panic!("{error}"))
     }
 
     #[test]
     fn a_range_knows_its_addresses() {
         let range = range("10.88.0.0/16");
-        assert_eq!(range.gateway(), Ipv4Addr::new(10, 88, 0, 1));
-        assert_eq!(range.broadcast(), Ipv4Addr::new(10, 88, 255, 255));
-        assert_eq!(range.mask(), Ipv4Addr::new(255, 255, 0, 0));
+        assert_eq!(range.gateway(), v4(10, 88, 0, 1));
+        assert_eq!(range.broadcast(), Some(v4(10, 88, 255, 255)));
+        assert_eq!(range.mask(), v4(255, 255, 0, 0));
         assert_eq!(range.to_string(), "10.88.0.0/16");
     }
 
@@ -221,12 +291,15 @@ mod tests {
             ("10.88.0.0/7", "from 8 to 30"),
             ("10.88.0.0/x", "from 8 to 30"),
             ("10.88.0.1/16", "bits set behind"),
-            ("fd00::/64", "IPv4 address"),
+            ("fd00::1/64", "bits set behind"),
+            ("fd00::/8", "from 16 to 126"),
+            ("fe80::/64", "another meaning"),
+            ("web/8", "IP address"),
             ("127.0.0.0/8", "another meaning"),
             ("224.0.0.0/8", "another meaning"),
             ("", "needs a prefix length"),
         ] {
-            let error = text.parse::<Ipv4Range>().unwrap_err().to_string();
+            let error = text.parse::<Range>().unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");
         }
     }
@@ -234,45 +307,61 @@ mod tests {
     #[test]
     fn overlap_is_seen_from_both_sides() {
         let range = range("10.88.0.0/16");
-        assert!(range.overlaps(Ipv4Addr::new(10, 88, 3, 0), 24));
-        assert!(range.overlaps(Ipv4Addr::new(10, 0, 0, 0), 8));
-        assert!(range.overlaps(Ipv4Addr::UNSPECIFIED, 0));
-        assert!(!range.overlaps(Ipv4Addr::new(10, 89, 0, 0), 16));
-        assert!(!range.overlaps(Ipv4Addr::new(192, 168, 0, 1), 32));
+        assert!(range.overlaps(v4(10, 88, 3, 0), 24));
+        assert!(range.overlaps(v4(10, 0, 0, 0), 8));
+        assert!(range.overlaps(v4(0, 0, 0, 0), 0));
+        assert!(!range.overlaps(v4(10, 89, 0, 0), 16));
+        assert!(!range.overlaps(v4(192, 168, 0, 1), 32));
     }
 
     #[test]
     fn a_freed_address_is_given_again_last() {
         let mut addresses = Addresses::new(range("10.0.0.0/29"), [], None);
         let first = addresses.take("a");
-        assert_eq!(first, Ok(Ipv4Addr::new(10, 0, 0, 2)));
+        assert_eq!(first, Ok(v4(10, 0, 0, 2)));
         addresses.free("a");
         for (pod, last) in [("b", 3), ("c", 4), ("d", 5), ("e", 6), ("f", 2)] {
-            assert_eq!(addresses.take(pod), Ok(Ipv4Addr::new(10, 0, 0, last)));
+            assert_eq!(addresses.take(pod), Ok(v4(10, 0, 0, last)));
         }
-        assert_eq!(addresses.take("g"), Err(Exhausted));
+        assert!(addresses.take("g").is_err());
         addresses.free("d");
-        assert_eq!(addresses.take("g"), Ok(Ipv4Addr::new(10, 0, 0, 5)));
-        assert_eq!(addresses.of("g"), Some(Ipv4Addr::new(10, 0, 0, 5)));
+        assert_eq!(addresses.take("g"), Ok(v4(10, 0, 0, 5)));
+        assert_eq!(addresses.of("g"), Some(v4(10, 0, 0, 5)));
         assert_eq!(addresses.of("d"), None);
     }
 
     #[test]
     fn the_turn_and_the_owners_are_remembered() {
-        let last = Ipv4Addr::new(10, 0, 0, 5);
-        let given = [(Ipv4Addr::new(10, 0, 0, 6), "kept".to_owned())];
+        let last = v4(10, 0, 0, 5);
+        let given = [(v4(10, 0, 0, 6), "kept".to_owned())];
         let mut addresses = Addresses::new(range("10.0.0.0/29"), given, Some(last));
-        assert_eq!(addresses.take("a"), Ok(Ipv4Addr::new(10, 0, 0, 2)));
-        assert_eq!(addresses.of("kept"), Some(Ipv4Addr::new(10, 0, 0, 6)));
+        assert_eq!(addresses.take("a"), Ok(v4(10, 0, 0, 2)));
+        assert_eq!(addresses.of("kept"), Some(v4(10, 0, 0, 6)));
     }
 
     #[test]
     fn addresses_from_before_a_change_of_the_range_stay_with_their_pods() {
-        let old = Ipv4Addr::new(10, 9, 0, 2);
+        let old = v4(10, 9, 0, 2);
         let mut addresses =
             Addresses::new(range("10.0.0.0/30"), [(old, "old".to_owned())], Some(old));
-        assert_eq!(addresses.take("a"), Ok(Ipv4Addr::new(10, 0, 0, 2)));
-        assert_eq!(addresses.take("b"), Err(Exhausted));
+        assert_eq!(addresses.take("a"), Ok(v4(10, 0, 0, 2)));
+        assert!(addresses.take("b").is_err());
         assert_eq!(addresses.of("old"), Some(old));
+    }
+
+    #[test]
+    fn ipv6_works_alike() {
+        let range = range("fd00:1::/126");
+        let address = |last| IpAddr::from(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, last));
+        assert_eq!(range.gateway(), address(1));
+        assert_eq!(range.broadcast(), None);
+        assert!(range.contains(address(3)) && !range.contains(address(4)));
+        assert!(range.overlaps(address(0), 0) && !range.overlaps(v4(0, 0, 0, 0), 0));
+        assert_eq!(Range::of_gateway(address(1), 126), Some(range));
+        let given = [(v4(10, 0, 0, 2), "old".to_owned())];
+        let mut addresses = Addresses::new(range, given, None);
+        assert_eq!(addresses.of("old"), None);
+        assert_eq!(addresses.take("a"), Ok(address(2)));
+        assert!(addresses.take("b").is_err());
     }
 }

@@ -2,19 +2,27 @@
 //! Everything here blocks, for microseconds to a few milliseconds.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
+use super::address::Range;
+use super::forwarding;
+use super::host_ports::Mapping;
 use super::netlink::{Batch, Socket};
 use super::nftables::{self, Generation};
 use super::{NetworkConfig, NetworkError, POD_INTERFACE, link, namespace};
 
-const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+/// Addresses that nobody has, of RFC 5737 and RFC 3849: the way to them is the default route.
+const ELSEWHERE: [IpAddr; 2] = [
+    IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 1)),
+    IpAddr::V6(std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+];
 
 /// Ethernet's, for a node without a default route.
 const DEFAULT_MTU: u32 = 1500;
@@ -25,12 +33,24 @@ const ALIAS_BYTES: usize = 255;
 /// The bridge and its rules, as configured.
 pub(super) struct Bridge {
     config: NetworkConfig,
+    /// What new pods get addresses of.
+    ranges: Vec<Range>,
     /// What was found or made last.
     standing: Mutex<Option<Standing>>,
+    /// Whether this server has made the table: an older one's may be of another shape.
+    made_table: AtomicBool,
 }
 
-/// Tells which pods have an interface. Only a bridge that is made anew asks.
-type Pods<'a> = &'a dyn Fn() -> Vec<String>;
+/// What is to be there for pods.
+pub(super) struct Live {
+    /// Those that have an interface.
+    pub pods: Vec<String>,
+    pub addresses: Vec<IpAddr>,
+    pub mappings: Vec<Mapping>,
+}
+
+/// Tells what is to be there. Only a bridge or a table that is made anew asks.
+type Pods<'a> = &'a dyn Fn() -> Live;
 
 /// A bridge that was whole when it was looked at.
 #[derive(Clone, Copy)]
@@ -61,24 +81,36 @@ impl Connected {
 }
 
 impl Bridge {
-    pub(super) fn new(config: NetworkConfig) -> Self {
+    pub(super) fn new(config: NetworkConfig, ranges: Vec<Range>) -> Self {
         Bridge {
             config,
+            ranges,
             standing: Mutex::new(None),
+            made_table: AtomicBool::new(false),
         }
     }
 
     /// Looks at everything, and makes what is missing. `pods` are those that have an interface: if
     /// the bridge had to be made anew, they are put back on it.
     pub(super) fn repair(&self, pods: Pods) -> Result<(), NetworkError> {
-        self.repair_standing(&mut self.standing(), pods).map(drop)
+        self.repair_standing(&mut self.standing(), false, pods)
+            .map(drop)
+    }
+
+    /// Makes the table anew, if there is a bridge or a pod that wants one.
+    pub(super) fn renew(&self, pods: Pods) -> Result<(), NetworkError> {
+        let there = link::find(&mut Socket::route()?, &self.config.bridge)?.is_some();
+        if there || !pods().addresses.is_empty() {
+            self.repair_standing(&mut self.standing(), true, pods)?;
+        }
+        Ok(())
     }
 
     /// Makes `pod`'s pair of interfaces, or finds it. It has no address yet.
     pub(super) fn connect(
         &self,
         pod: &str,
-        address: Ipv4Addr,
+        mac: link::Mac,
         netns: &Path,
         pods: Pods,
     ) -> Result<Connected, NetworkError> {
@@ -88,11 +120,11 @@ impl Bridge {
         };
         let standing = self.whole(pods)?;
         let mut socket = Socket::route()?;
-        let mac = link::mac_of(address);
+        let standing = self.with_mtu_of_uplink(&mut socket, standing)?;
         match self.make_pair(standing, &mut socket, pod, mac, &connected) {
             // Nothing tells that somebody deleted the bridge, but that it is not there.
             Err(_) if self.is_gone(&mut socket, standing) => {
-                let standing = self.repair_standing(&mut self.standing(), pods)?;
+                let standing = self.repair_standing(&mut self.standing(), false, pods)?;
                 self.make_pair(standing, &mut socket, pod, mac, &connected)?;
             }
             result => result?,
@@ -100,26 +132,98 @@ impl Bridge {
         Ok(connected)
     }
 
-    /// Gives the pod's interface its address and the pod its default route. Done again it changes
-    /// nothing.
+    /// Gives the pod's interface its addresses and the pod its default routes. Done again it
+    /// changes nothing.
     pub(super) fn configure(
         &self,
         connected: &Connected,
-        address: Ipv4Addr,
+        addresses: &[IpAddr],
+        mac: link::Mac,
     ) -> Result<(), NetworkError> {
-        let range = self.config.range;
         connected.inside(|socket| {
             let index = rustix::net::netdevice::name_to_index(socket.fd(), POD_INTERFACE);
             let index = index.map_err(|errno| {
                 let action = format!("look for {POD_INTERFACE} in a pod's network namespace");
                 NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
             })?;
+            let v6 = addresses.iter().any(IpAddr::is_ipv6);
+            if v6 {
+                forwarding::take_no_advertisements(POD_INTERFACE)?;
+            }
             let mut batch = Batch::default();
             link::set_up(&mut batch, index, POD_INTERFACE);
-            link::add_address(&mut batch, index, POD_INTERFACE, address, range);
-            link::add_default_route(&mut batch, index, range.gateway());
+            if v6 {
+                let own = link::link_local_of(mac).into();
+                link::add_address(&mut batch, index, POD_INTERFACE, own, 64, None);
+            }
+            for address in addresses {
+                let range = self.range_for(*address);
+                let (prefix, broadcast) = (range.prefix(), range.broadcast());
+                link::add_address(
+                    &mut batch,
+                    index,
+                    POD_INTERFACE,
+                    *address,
+                    prefix,
+                    broadcast,
+                );
+                link::add_default_route(&mut batch, index, range.gateway());
+            }
             socket.execute(&batch).map(drop)
         })
+    }
+
+    /// The range that new pods get addresses like this one of.
+    fn range_for(&self, address: IpAddr) -> Range {
+        let mut ranges = self.ranges.iter();
+        let found = ranges.find(|range| range.is_ipv6() == address.is_ipv6());
+        found.copied().unwrap_or(self.config.range)
+    }
+
+    /// Opens host ports. What a foreign hand took away is made anew with it.
+    pub(super) fn publish(&self, mappings: &[Mapping], pods: Pods) -> Result<(), NetworkError> {
+        let known = &mut self.standing();
+        let v4 = mappings.iter().any(|mapping| mapping.address.is_ipv4());
+        if v4 {
+            forwarding::route_localnet(&self.config.bridge)?;
+        }
+        let name = &self.config.bridge;
+        self.change_rules(known, |socket| nftables::publish(socket, name, mappings))
+            .or_else(|_| self.repair_standing(known, true, pods).map(drop))
+    }
+
+    /// Closes host ports. `forget` makes them nobody's: until then no other pod gets them, and
+    /// what is published after that comes after this.
+    pub(super) fn withdraw(
+        &self,
+        mappings: &[Mapping],
+        forget: impl FnOnce(),
+        pods: Pods,
+    ) -> Result<(), NetworkError> {
+        let known = &mut self.standing();
+        forget();
+        let name = &self.config.bridge;
+        self.change_rules(known, |socket| nftables::withdraw(socket, name, mappings))
+            .or_else(|_| self.repair_standing(known, true, pods).map(drop))
+    }
+
+    /// A change of our own is none that makes anybody look at the table again.
+    fn change_rules(
+        &self,
+        known: &mut Option<Standing>,
+        change: impl FnOnce(&mut Socket) -> Result<(), NetworkError>,
+    ) -> Result<(), NetworkError> {
+        let mut socket = Socket::netfilter()?;
+        let before = nftables::generation(&mut socket)?;
+        change(&mut socket)?;
+        let after = nftables::generation(&mut socket)?;
+        if let Some(standing) = known
+            && standing.rules == before
+            && after.follows(before)
+        {
+            standing.rules = after;
+        }
+        Ok(())
     }
 
     /// Deletes the node's ends of the pods' pairs, and with them the pods'. They need not be
@@ -159,48 +263,101 @@ impl Bridge {
         let known = *self.standing();
         if let Some(standing) = known
             && nftables::generation(&mut Socket::netfilter()?)? == standing.rules
-            && forwards()
+            && self.forwards()
         {
             return Ok(standing);
         }
-        self.repair_standing(&mut self.standing(), pods)
+        self.repair_standing(&mut self.standing(), false, pods)
+    }
+
+    /// Follows the uplink's MTU, unless one is configured. Pods that are there keep theirs.
+    fn with_mtu_of_uplink(
+        &self,
+        socket: &mut Socket,
+        standing: Standing,
+    ) -> Result<Standing, NetworkError> {
+        let mtu = self.mtu(socket, Some(standing.index))?;
+        if mtu == standing.mtu {
+            return Ok(standing);
+        }
+        let mut batch = Batch::default();
+        link::set_mtu(&mut batch, standing.index, mtu);
+        socket.execute(&batch)?;
+        if let Some(known) = self.standing().as_mut() {
+            known.mtu = mtu;
+        }
+        Ok(Standing { mtu, ..standing })
+    }
+
+    /// The MTU of new pods: the configured one, or that of the link to everywhere else.
+    fn mtu(&self, socket: &mut Socket, bridge: Option<u32>) -> Result<u32, NetworkError> {
+        if let Some(mtu) = self.config.mtu {
+            return Ok(mtu);
+        }
+        for elsewhere in ELSEWHERE {
+            let uplink = link::way_to(socket, elsewhere)?;
+            if let Some(index) = uplink.filter(|index| Some(*index) != bridge)
+                && let Some(link) = link::at(socket, index)?
+            {
+                // The loopback's is higher than any veth's.
+                return Ok(link.mtu.min(*NetworkConfig::MTU.end()));
+            }
+        }
+        Ok(DEFAULT_MTU)
+    }
+
+    /// Whether the node passes packets on, of each family that pods have.
+    fn forwards(&self) -> bool {
+        let mut ranges = self.ranges.iter();
+        ranges.all(|range| forwarding::is_on(range.is_ipv6()))
     }
 
     /// The lock is held while the kernel is asked, against the custom of this crate: ten first
     /// pods need one bridge, and none can go on before it is there.
     fn repair_standing(
         &self,
-        known: &mut MutexGuard<Option<Standing>>,
+        known: &mut Option<Standing>,
+        renew: bool,
         pods: Pods,
     ) -> Result<Standing, NetworkError> {
-        **known = None;
+        *known = None;
         let mut socket = Socket::route()?;
-        let (index, mtu) = self.repair_bridge(&mut socket, pods)?;
-        if !forwards() {
-            std::fs::write(IP_FORWARD, "1").map_err(|source| NetworkError::Sysctl {
-                path: IP_FORWARD,
-                value: "1",
-                source,
-            })?;
+        let live = pods();
+        let (index, mtu, ranges) = self.repair_bridge(&mut socket, &live)?;
+        for range in &self.ranges {
+            forwarding::turn_on(range.is_ipv6())?;
         }
-        let rules = self.repair_rules()?;
+        if live.mappings.iter().any(|one| one.address.is_ipv4()) {
+            forwarding::route_localnet(&self.config.bridge)?;
+        }
+        let rules = self.repair_rules(renew, ranges, live.mappings)?;
         let standing = Standing { index, mtu, rules };
-        **known = Some(standing);
+        *known = Some(standing);
         Ok(standing)
     }
 
-    fn repair_bridge(&self, socket: &mut Socket, pods: Pods) -> Result<(u32, u32), NetworkError> {
-        let NetworkConfig { bridge, range, .. } = &self.config;
-        let routes = link::routes(socket)?;
+    /// Gives the bridge, its MTU, and the ranges that there are pods of.
+    fn repair_bridge(
+        &self,
+        socket: &mut Socket,
+        live: &Live,
+    ) -> Result<(u32, u32, Vec<Range>), NetworkError> {
+        let bridge = &self.config.bridge;
         let found = link::find(socket, bridge)?;
         let index = found.as_ref().map(|link| link.index);
-        let gateway = (range.gateway(), range.prefix());
-        let has_address = match index {
-            Some(index) => link::addresses(socket, index)?.contains(&gateway),
-            None => false,
+        let has = match index {
+            Some(index) => link::addresses(socket, index)?,
+            None => Vec::new(),
         };
+        let missing: Vec<Range> = self
+            .ranges
+            .iter()
+            .filter(|range| !has.contains(&(range.gateway(), range.prefix())))
+            .copied()
+            .collect();
         // Before anything is made: a bridge that can't have its address is of no use.
-        if !has_address {
+        for range in &missing {
+            let routes = link::routes(socket, range.network())?;
             let clash = routes.iter().find(|route| {
                 route.prefix > 0
                     && (index.is_none() || route.link != index)
@@ -213,10 +370,7 @@ impl Bridge {
                 });
             }
         }
-        let mtu = match self.config.mtu {
-            Some(mtu) => mtu,
-            None => uplink_mtu(socket, &routes, index)?,
-        };
+        let mtu = self.mtu(socket, index)?;
         let link = match found {
             Some(link) if !self.is_bridge(&link) => {
                 return Err(NetworkError::NotABridge {
@@ -226,10 +380,11 @@ impl Bridge {
             }
             Some(link) => link,
             None => {
-                link::create_bridge(socket, bridge, link::mac_of(range.gateway()), mtu)?;
+                let mac = link::mac_of(self.config.range.gateway());
+                link::create_bridge(socket, bridge, mac, mtu)?;
                 let made = link::find(socket, bridge)?
                     .ok_or_else(|| NetworkError::kernel(bridge, Errno::ENODEV))?;
-                self.rejoin(socket, made.index, pods);
+                self.rejoin(socket, made.index, &live.pods);
                 made
             }
         };
@@ -237,34 +392,65 @@ impl Bridge {
         if !link.up {
             link::set_up(&mut batch, link.index, bridge);
         }
-        if !has_address {
-            link::add_address(&mut batch, link.index, bridge, range.gateway(), *range);
+        if link.mtu != mtu {
+            link::set_mtu(&mut batch, link.index, mtu);
+        }
+        for range in missing {
+            let (gateway, prefix) = (range.gateway(), range.prefix());
+            let broadcast = range.broadcast();
+            link::add_address(&mut batch, link.index, bridge, gateway, prefix, broadcast);
+        }
+        // Without one the kernel does not look for the neighbours that it passes packets on to.
+        if let Some(mac) = link.mac
+            && self.ranges.iter().any(|range| range.is_ipv6())
+        {
+            let own = link::link_local_of(mac).into();
+            link::add_address(&mut batch, link.index, bridge, own, 64, None);
+        }
+        // Of a configuration before this one: as long as there are pods of it.
+        let mut ranges = self.ranges.clone();
+        for (gateway, prefix) in has {
+            match Range::of_gateway(gateway, prefix) {
+                Some(range) if ranges.contains(&range) => {}
+                Some(range) if live.addresses.iter().any(|one| range.contains(*one)) => {
+                    ranges.push(range);
+                }
+                _ => link::delete_address(&mut batch, link.index, gateway, prefix),
+            }
         }
         socket.execute(&batch)?;
-        Ok((link.index, mtu))
+        Ok((link.index, mtu, ranges))
     }
 
     /// Puts the pods that lost their bridge on the new one.
-    fn rejoin(&self, socket: &mut Socket, bridge: u32, pods: Pods) {
-        for pod in &pods() {
+    fn rejoin(&self, socket: &mut Socket, bridge: u32, pods: &[String]) {
+        for pod in pods {
             // A pod whose pair is not there is attached or detached right now, or after this.
             let _ = link::join_bridge(socket, &host_interface(pod), &self.alias(pod), bridge);
         }
     }
 
-    fn repair_rules(&self) -> Result<Generation, NetworkError> {
+    fn repair_rules(
+        &self,
+        renew: bool,
+        ranges: Vec<Range>,
+        mappings: Vec<Mapping>,
+    ) -> Result<Generation, NetworkError> {
         let table = nftables::Table {
             name: &self.config.bridge,
-            range: self.config.range,
+            ranges,
             masquerade: self.config.masquerade,
+            mappings,
         };
         let mut socket = Socket::netfilter()?;
         // Read first: a change while the table is looked at is seen the next time.
         let before = nftables::generation(&mut socket)?;
-        if nftables::is_there(&mut socket, &table)? {
+        let old = renew || !self.made_table.load(Ordering::Relaxed);
+        if !old && nftables::is_there(&mut socket, &table)? {
             return Ok(before);
         }
         nftables::replace(&mut socket, &table)?;
+        self.made_table.store(true, Ordering::Relaxed);
         nftables::generation(&mut socket)
     }
 
@@ -344,28 +530,6 @@ fn is_host_interface(name: &str) -> bool {
     name.strip_prefix(HOST_PREFIX).is_some_and(|hash| {
         hash.len() == 2 * HOST_HASH_BYTES && hash.bytes().all(|byte| byte.is_ascii_hexdigit())
     })
-}
-
-fn forwards() -> bool {
-    std::fs::read(IP_FORWARD).is_ok_and(|value| value.first() == Some(&b'1'))
-}
-
-/// The MTU of the link that the best default route leads out of.
-fn uplink_mtu(
-    socket: &mut Socket,
-    routes: &[link::Route],
-    bridge: Option<u32>,
-) -> Result<u32, NetworkError> {
-    let uplink = routes
-        .iter()
-        .filter(|route| route.prefix == 0 && route.link != bridge)
-        .min_by_key(|route| route.metric)
-        .and_then(|route| route.link);
-    let link = match uplink {
-        Some(uplink) => link::at(socket, uplink)?,
-        None => None,
-    };
-    Ok(link.map_or(DEFAULT_MTU, |link| link.mtu))
 }
 
 #[cfg(test)]

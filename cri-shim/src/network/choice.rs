@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::cni::{Cni, Detached, Patience};
+use super::host_ports::{self, HostPort};
 use super::{InterfaceStats, Network, POD_INTERFACE, namespace, node_counters};
 use crate::error::{Error, Result};
 
@@ -61,15 +62,29 @@ impl PodNetwork {
         if self.is_cni().await {
             return self.cni.check(config);
         }
-        Ok(())
+        host_ports(config).map(drop)
     }
 
-    /// Chooses, and writes down what [`PodNetwork::attach`] is going to make.
-    pub async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+    /// Chooses, and writes down what [`PodNetwork::attach`] is going to make. A pod in the node's
+    /// network gets nothing but its ports: nobody else's then. `name` is for whoever wants them.
+    pub async fn reserve(
+        &self,
+        pod: &str,
+        name: &str,
+        config: &PodSandboxConfig,
+        own_network: bool,
+    ) -> Result<()> {
         if self.is_cni().await {
-            return self.cni.reserve(pod, config).await;
+            return match own_network {
+                true => self.cni.reserve(pod, config).await,
+                false => Ok(()),
+            };
         }
-        let reserved = self.embedded.reserve(pod).await;
+        let ports = host_ports(config)?;
+        if ports.is_empty() && !own_network {
+            return Ok(());
+        }
+        let reserved = self.embedded.reserve(pod, name, ports, own_network).await;
         reserved.map_err(|error| Error::internal(error.to_string()))
     }
 
@@ -105,8 +120,11 @@ impl PodNetwork {
         reconciled.map_err(|error| Error::internal(error.to_string()))
     }
 
-    /// Looks for new configurations.
+    /// Looks for new configurations, and makes the embedded network's rules anew.
     pub async fn reload(&self) {
+        if let Err(error) = self.embedded.renew().await {
+            log::error!("SIGHUP: make the rules of the embedded network anew: {error}");
+        }
         self.cni.reload().await;
     }
 
@@ -171,4 +189,9 @@ impl PodNetwork {
             tx_dropped: turned.rx_dropped,
         })
     }
+}
+
+fn host_ports(config: &PodSandboxConfig) -> Result<Vec<HostPort>> {
+    let asked = host_ports::asked(&config.port_mappings);
+    asked.map_err(|error| Error::invalid(error.to_string()))
 }

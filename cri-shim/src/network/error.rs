@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use super::address::Ipv4Range;
+use super::address::Range;
+use super::host_ports::HostPort;
 use crate::store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +40,7 @@ pub enum NetworkError {
     },
     #[error("write {value} to {path}: {source}")]
     Sysctl {
-        path: &'static str,
+        path: String,
         value: &'static str,
         source: io::Error,
     },
@@ -50,12 +51,20 @@ pub enum NetworkError {
         wanted: &'static str,
     },
     #[error(
-        "the pods' range {range} overlaps the route to {route} of this node; set network.range to \
-         a range that is free"
+        "the pods' range {range} overlaps the route to {route} of this node; set {} to a range that \
+         is free",
+        key(*range)
     )]
-    RangeInUse { range: Ipv4Range, route: String },
-    #[error("every address of the pods' range {range} is taken; set network.range to a wider one")]
-    Exhausted { range: Ipv4Range },
+    RangeInUse { range: Range, route: String },
+    #[error(
+        "every address of the pods' range {range} is taken; set {} to a wider one",
+        key(*range)
+    )]
+    Exhausted { range: Range },
+    #[error("{port} of the node is taken, by {by}")]
+    PortTaken { port: HostPort, by: String },
+    #[error("the pod asks for {port} of the node, but pods have no IPv6 address (network.range6)")]
+    NoIpv6 { port: HostPort },
     #[error(
         "the interface {name} is there already and is no bridge but {kind}; remove it, or set \
          network.bridge to another name"
@@ -67,6 +76,14 @@ pub enum NetworkError {
     Record { key: String },
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// The configuration's key for a range like this one.
+fn key(range: Range) -> &'static str {
+    match range.is_ipv6() {
+        true => "network.range6",
+        false => "network.range",
+    }
 }
 
 impl NetworkError {

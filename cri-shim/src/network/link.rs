@@ -1,7 +1,7 @@
 //! Links, addresses and routes: the rtnetlink messages of this room. See rtnetlink(7) and the
 //! kernel's `linux/if_link.h`.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
@@ -9,12 +9,11 @@ use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
     IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND,
     IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF,
-    RTA_PRIORITY, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK,
+    RTM_DELADDR, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK,
     RTM_NEWROUTE,
 };
 use nix::errno::Errno;
 
-use super::address::Ipv4Range;
 use super::netlink::{
     Batch, Body, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
 };
@@ -35,18 +34,33 @@ const ROUTE_HEADER_BYTES: usize = 12;
 
 const AF_UNSPEC: u8 = libc::AF_UNSPEC as u8;
 const AF_INET: u8 = libc::AF_INET as u8;
-const AF_INET6: u16 = libc::AF_INET6 as u16;
+const AF_INET6: u8 = libc::AF_INET6 as u8;
+const IFA_F_NODAD: u8 = libc::IFA_F_NODAD as u8;
 const IFF_UP: u32 = libc::IFF_UP as u32;
 
 /// A hardware address.
 pub(super) type Mac = [u8; 6];
 
-/// The hardware address that belongs to an IPv4 address: when the address goes to another pod,
-/// what a neighbour has cached stays right. `02` is for locally administered ones, `0a:58` are the
-/// first bytes that Kubernetes' networks have always used for this.
-pub(super) fn mac_of(address: Ipv4Addr) -> Mac {
-    let [a, b, c, d] = address.octets();
+/// The hardware address that belongs to an address: when the address goes to another pod, what a
+/// neighbour has cached stays right. `02` is for locally administered ones, `0a:58` are the first
+/// bytes that Kubernetes' networks have always used for this.
+pub(super) fn mac_of(address: IpAddr) -> Mac {
+    let [a, b, c, d] = match address {
+        IpAddr::V4(address) => address.octets(),
+        IpAddr::V6(address) => {
+            let [.., a, b, c, d] = address.octets();
+            [a, b, c, d]
+        }
+    };
     [0x0a, 0x58, a, b, c, d]
+}
+
+/// The link-local address that belongs to a hardware address, RFC 4291, appendix A.
+pub(super) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    octets[..2].copy_from_slice(&[0xfe, 0x80]);
+    octets[8..].copy_from_slice(&[a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    octets.into()
 }
 
 /// What a dump or a query tells of a link.
@@ -165,7 +179,7 @@ fn no_ipv6_address(body: &mut Body) {
         return;
     }
     body.nest(IFLA_AF_SPEC, |families| {
-        families.nest(AF_INET6, |inet6| {
+        families.nest(AF_INET6.into(), |inet6| {
             inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
         });
     });
@@ -295,80 +309,107 @@ pub(super) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(
     Ok(())
 }
 
-/// Gives a link an IPv4 address; it may have it already.
+/// Gives a link an address with this length of prefix; it may have it already. Nobody looks for
+/// duplicates, which takes the kernel a second.
 pub(super) fn add_address(
     batch: &mut Batch,
     index: u32,
     name: &str,
-    address: Ipv4Addr,
-    range: Ipv4Range,
+    address: IpAddr,
+    prefix: u8,
+    broadcast: Option<IpAddr>,
 ) {
-    let action = format!("add the address {address}/{} to {name}", range.prefix());
+    let action = format!("add the address {address}/{prefix} to {name}");
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     batch.message(action, RTM_NEWADDR, flags, |body| {
         let [i0, i1, i2, i3] = index.to_ne_bytes();
-        let scope = libc::RT_SCOPE_UNIVERSE;
-        body.header(&[AF_INET, range.prefix(), 0, scope, i0, i1, i2, i3]);
-        body.bytes(IFA_LOCAL, &address.octets());
-        body.bytes(IFA_ADDRESS, &address.octets());
-        body.bytes(IFA_BROADCAST, &range.broadcast().octets());
+        let (scope, no_dad) = match address {
+            IpAddr::V6(address) if address.is_unicast_link_local() => {
+                (libc::RT_SCOPE_LINK, IFA_F_NODAD)
+            }
+            IpAddr::V6(_) => (libc::RT_SCOPE_UNIVERSE, IFA_F_NODAD),
+            IpAddr::V4(_) => (libc::RT_SCOPE_UNIVERSE, 0),
+        };
+        body.header(&[family(address), prefix, no_dad, scope, i0, i1, i2, i3]);
+        body_address(body, IFA_LOCAL, address);
+        body_address(body, IFA_ADDRESS, address);
+        if let Some(broadcast) = broadcast {
+            body_address(body, IFA_BROADCAST, broadcast);
+        }
     });
 }
 
-/// The IPv4 addresses, with the length of their prefix, of the link `index`.
+/// Takes an address from a link.
+pub(super) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, prefix: u8) {
+    let action = format!("delete the address {address}/{prefix}");
+    batch.message(action, RTM_DELADDR, NLM_F_ACK, |body| {
+        let [i0, i1, i2, i3] = index.to_ne_bytes();
+        body.header(&[family(address), prefix, 0, 0, i0, i1, i2, i3]);
+        body_address(body, IFA_LOCAL, address);
+        body_address(body, IFA_ADDRESS, address);
+    });
+}
+
+/// The addresses, with the length of their prefix, of the link `index`; none of the link only.
 pub(super) fn addresses(
     socket: &mut Socket,
     index: u32,
-) -> Result<Vec<(Ipv4Addr, u8)>, NetworkError> {
+) -> Result<Vec<(IpAddr, u8)>, NetworkError> {
     let mut batch = Batch::default();
     batch.message("list the addresses", RTM_GETADDR, NLM_F_DUMP, |body| {
-        body.header(&[AF_INET, 0, 0, 0, 0, 0, 0, 0]);
+        body.header(&[AF_UNSPEC, 0, 0, 0, 0, 0, 0, 0]);
     });
     let replies = socket.execute(&batch)?;
     Ok(replies
         .iter()
         .filter_map(|reply| {
-            let [_, prefix, _, _, i0, i1, i2, i3] = reply.header::<ADDRESS_HEADER_BYTES>()?;
-            let local = reply.attributes(ADDRESS_HEADER_BYTES).array(IFA_LOCAL)?;
+            let [_, prefix, _, scope, i0, i1, i2, i3] = reply.header::<ADDRESS_HEADER_BYTES>()?;
+            let attributes = reply.attributes(ADDRESS_HEADER_BYTES);
+            // IPv6 has no IFA_LOCAL but for point to point.
+            let local = attributes.get(IFA_LOCAL);
+            let address = address(local.or_else(|| attributes.get(IFA_ADDRESS))?)?;
             let found = u32::from_ne_bytes([i0, i1, i2, i3]);
-            (found == index).then_some((Ipv4Addr::from_octets(local), prefix))
+            (found == index && scope == libc::RT_SCOPE_UNIVERSE).then_some((address, prefix))
         })
         .collect())
 }
 
 /// Makes `gateway` the way to everywhere else.
-pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: Ipv4Addr) {
+pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) {
     let action = format!("add the default route by {gateway}");
     // NLM_F_REPLACE: the same route may be there already.
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     batch.message(action, RTM_NEWROUTE, flags, |body| {
         let mut header = [0; ROUTE_HEADER_BYTES];
-        header[0] = AF_INET;
+        header[0] = family(gateway);
         header[4] = libc::RT_TABLE_MAIN;
         header[5] = libc::RTPROT_BOOT;
         header[6] = libc::RT_SCOPE_UNIVERSE;
         header[7] = libc::RTN_UNICAST;
         body.header(&header);
-        body.bytes(RTA_GATEWAY, &gateway.octets());
+        body_address(body, RTA_GATEWAY, gateway);
         body.u32(RTA_OIF, index);
     });
 }
 
-/// An IPv4 route of the main table.
+/// A route of the main table.
 pub(super) struct Route {
-    pub destination: Ipv4Addr,
+    pub destination: IpAddr,
     pub prefix: u8,
     /// The link that it leads out of, if it is a single one.
     pub link: Option<u32>,
-    pub metric: u32,
 }
 
-/// The IPv4 routes of the main table.
-pub(super) fn routes(socket: &mut Socket) -> Result<Vec<Route>, NetworkError> {
+/// The routes of the main table of the family of `like`.
+pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, NetworkError> {
+    let any: IpAddr = match like {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
     let mut batch = Batch::default();
     batch.message("list the routes", RTM_GETROUTE, NLM_F_DUMP, |body| {
         let mut header = [0; ROUTE_HEADER_BYTES];
-        header[0] = AF_INET;
+        header[0] = family(like);
         body.header(&header);
     });
     let replies = socket.execute(&batch)?;
@@ -377,15 +418,70 @@ pub(super) fn routes(socket: &mut Socket) -> Result<Vec<Route>, NetworkError> {
         .filter_map(|reply| {
             let [_, prefix, _, _, table, ..] = reply.header::<ROUTE_HEADER_BYTES>()?;
             let attributes = reply.attributes(ROUTE_HEADER_BYTES);
-            let destination = attributes.array(RTA_DST).unwrap_or_default();
+            let destination = attributes.get(RTA_DST).and_then(address);
             (table == libc::RT_TABLE_MAIN).then(|| Route {
-                destination: Ipv4Addr::from_octets(destination),
+                destination: destination.unwrap_or(any),
                 prefix,
                 link: attributes.u32(RTA_OIF),
-                metric: attributes.u32(RTA_PRIORITY).unwrap_or(0),
             })
         })
         .collect())
+}
+
+/// The link that a packet to `destination` would leave by; nothing if there is no way.
+pub(super) fn way_to(
+    socket: &mut Socket,
+    destination: IpAddr,
+) -> Result<Option<u32>, NetworkError> {
+    let mut batch = Batch::default();
+    batch.message("look for the uplink", RTM_GETROUTE, NLM_F_ACK, |body| {
+        let mut header = [0; ROUTE_HEADER_BYTES];
+        header[0] = family(destination);
+        header[1] = match destination {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(_) => 128,
+        };
+        body.header(&header);
+        body_address(body, RTA_DST, destination);
+    });
+    match socket.execute(&batch) {
+        Ok(replies) => Ok(replies
+            .iter()
+            .find_map(|reply| reply.attributes(ROUTE_HEADER_BYTES).u32(RTA_OIF))),
+        // Unreachable, prohibited, or a kernel without IPv6.
+        Err(NetworkError::Kernel { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sets a link's MTU.
+pub(super) fn set_mtu(batch: &mut Batch, index: u32, mtu: u32) {
+    let action = format!("set the MTU of interface {index} to {mtu}");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(index, 0));
+        body.u32(IFLA_MTU, mtu);
+    });
+}
+
+fn family(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => AF_INET,
+        IpAddr::V6(_) => AF_INET6,
+    }
+}
+
+fn body_address(body: &mut Body, kind: u16, address: IpAddr) {
+    match address {
+        IpAddr::V4(address) => body.bytes(kind, &address.octets()),
+        IpAddr::V6(address) => body.bytes(kind, &address.octets()),
+    }
+}
+
+fn address(octets: &[u8]) -> Option<IpAddr> {
+    match octets.len() {
+        4 => Some(Ipv4Addr::from_octets(octets.try_into().ok()?).into()),
+        _ => Some(Ipv6Addr::from_octets(octets.try_into().ok()?).into()),
+    }
 }
 
 /// A `struct ifinfomsg` that sets `flags`.

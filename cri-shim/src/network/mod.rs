@@ -15,27 +15,30 @@ mod bridge;
 mod choice;
 pub mod cni;
 mod error;
+mod forwarding;
+pub mod host_ports;
 mod link;
 pub mod namespace;
 mod netlink;
 mod nftables;
 mod teardown;
 
-use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
-pub use address::{Ipv4Range, RangeError};
+pub use address::{Range, RangeError};
 pub use choice::{Mode, PodNetwork};
 pub use error::NetworkError;
 
 use crate::store::{Change, Store, Table};
 use address::Addresses;
-use bridge::Bridge;
+use bridge::{Bridge, Live};
+use host_ports::{Claim, Claims, HostPort};
 use teardown::Teardown;
 
 /// The name of a pod's interface inside its namespace.
@@ -48,7 +51,11 @@ pub struct NetworkConfig {
     /// The bridge's interface name, and the name of the nftables table.
     pub bridge: String,
     /// The IPv4 range of the pods; its first address is the gateway's.
-    pub range: Ipv4Range,
+    pub range: Range,
+    /// Their IPv6 range, likewise.
+    pub range6: Range6,
+    /// Which of a pod's addresses is told first.
+    pub primary: Family,
     /// Whether traffic that leaves the range takes the node's address.
     pub masquerade: bool,
     /// The MTU of the pods' interfaces in bytes; by default that of the node's uplink.
@@ -59,11 +66,51 @@ impl Default for NetworkConfig {
     fn default() -> Self {
         NetworkConfig {
             bridge: "rrun0".to_owned(),
-            range: Ipv4Range::DEFAULT,
+            range: Range::DEFAULT,
+            range6: Range6::Of(Range::DEFAULT6),
+            primary: Family::Ipv4,
             masquerade: true,
             mtu: None,
         }
     }
+}
+
+/// Whether, and of which range, pods have IPv6 addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Range6 {
+    /// By an empty string.
+    Off,
+    Of(Range),
+}
+
+impl TryFrom<String> for Range6 {
+    type Error = RangeError;
+
+    fn try_from(text: String) -> Result<Self, RangeError> {
+        match text.as_str() {
+            "" => Ok(Range6::Off),
+            text => Ok(Range6::Of(text.parse()?)),
+        }
+    }
+}
+
+impl From<Range6> for String {
+    fn from(range: Range6) -> String {
+        match range {
+            Range6::Off => String::new(),
+            Range6::Of(range) => range.to_string(),
+        }
+    }
+}
+
+/// A family of addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    #[default]
+    Ipv4,
+    Ipv6,
 }
 
 impl NetworkConfig {
@@ -88,6 +135,30 @@ impl NetworkConfig {
                 wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
             });
         }
+        if self.range.is_ipv6() {
+            return Err(NetworkError::Config {
+                field: "range",
+                value: self.range.to_string(),
+                wanted: "an IPv4 range; network.range6 is for IPv6",
+            });
+        }
+        match self.range6 {
+            Range6::Of(range) if !range.is_ipv6() => {
+                return Err(NetworkError::Config {
+                    field: "range6",
+                    value: range.to_string(),
+                    wanted: "an IPv6 range, or empty for none",
+                });
+            }
+            Range6::Off if self.primary == Family::Ipv6 => {
+                return Err(NetworkError::Config {
+                    field: "primary",
+                    value: "ipv6".to_owned(),
+                    wanted: "ipv4 where network.range6 is empty",
+                });
+            }
+            _ => {}
+        }
         match self.mtu {
             Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
                 field: "mtu",
@@ -96,6 +167,20 @@ impl NetworkConfig {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// What pods get an address each of, the primary family first.
+    fn ranges(&self) -> Vec<Range> {
+        let mut ranges = vec![self.range];
+        match self.range6 {
+            Range6::Of(range) if forwarding::has_ipv6() => ranges.push(range),
+            Range6::Of(_) => log::info!("the node has no IPv6, and so have pods none"),
+            Range6::Off => {}
+        }
+        if self.primary == Family::Ipv6 {
+            ranges.reverse();
+        }
+        ranges
     }
 }
 
@@ -108,8 +193,8 @@ pub struct Attachment {
     pub interface: String,
     /// The interface's hardware address.
     pub mac: [u8; 6],
-    /// Where the pod's default route leads.
-    pub gateway: Option<Ipv4Addr>,
+    /// Where the pod's default route leads, of the primary family.
+    pub gateway: Option<IpAddr>,
 }
 
 /// Counters of a pod's interface, as the pod sees them.
@@ -129,11 +214,23 @@ pub struct InterfaceStats {
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Record {
+    Ports { pod: String, claim: Claim },
     Given { pod: String },
-    Last { last: Ipv4Addr },
+    Last { last: IpAddr },
 }
 
-const LAST_KEY: &str = "last";
+/// Where the address that was given last is kept.
+fn last_key(address: IpAddr) -> &'static str {
+    match address {
+        IpAddr::V4(_) => "last",
+        IpAddr::V6(_) => "last6",
+    }
+}
+
+/// Where a pod's host ports are kept.
+fn ports_key(pod: &str) -> String {
+    format!("ports/{pod}")
+}
 
 /// The embedded network; clones share one state.
 #[derive(Clone)]
@@ -142,10 +239,12 @@ pub struct Network {
 }
 
 struct Inner {
-    config: NetworkConfig,
     store: Store,
     bridge: Bridge,
-    addresses: Mutex<Addresses>,
+    /// One for each family, the primary one first.
+    addresses: Mutex<Vec<Addresses>>,
+    /// Never locked together with the addresses.
+    claims: Mutex<Claims>,
     /// Pods that the store knew when it was opened and nobody asked for since.
     inherited: Mutex<HashSet<String>>,
     /// One at a time for a pod; the entry is there while somebody has it or waits.
@@ -158,22 +257,32 @@ impl Network {
     pub fn open(store: Store, config: NetworkConfig) -> Result<Network, NetworkError> {
         config.validate()?;
         let mut given = Vec::new();
-        let mut last = None;
+        let mut last = Vec::new();
+        let mut claims = Claims::default();
         for (key, record) in store.load(Table::ADDRESSES)? {
             match record {
-                Record::Last { last: address } => last = Some(address),
-                Record::Given { pod } => match key.parse() {
+                Record::Last { last: address } => last.push(address),
+                Record::Ports { pod, claim } => claims.remember(pod, claim),
+                Record::Given { pod } => match key.parse::<IpAddr>() {
                     Ok(address) => given.push((address, pod)),
                     Err(_) => return Err(NetworkError::Record { key }),
                 },
             }
         }
-        let inherited = given.iter().map(|(_, pod)| pod.clone()).collect();
+        let mut inherited: HashSet<String> = given.iter().map(|(_, pod)| pod.clone()).collect();
+        inherited.extend(claims.pods().map(str::to_owned));
+        let ranges = config.ranges();
+        let mut addresses = Vec::new();
+        for range in &ranges {
+            let mut last = last.iter();
+            let last = last.find(|last| last.is_ipv6() == range.is_ipv6());
+            addresses.push(Addresses::new(*range, given.clone(), last.copied()));
+        }
         Ok(Network {
             inner: Arc::new(Inner {
-                addresses: Mutex::new(Addresses::new(config.range, given, last)),
-                bridge: Bridge::new(config.clone()),
-                config,
+                addresses: Mutex::new(addresses),
+                claims: Mutex::new(claims),
+                bridge: Bridge::new(config, ranges),
                 store,
                 inherited: Mutex::new(inherited),
                 turns: Mutex::default(),
@@ -182,50 +291,66 @@ impl Network {
         })
     }
 
-    /// Gives the pod its address, ahead of [`Network::attach`], which would do it otherwise. It
-    /// lasts as long as a commit to the store, and shares its transaction with a commit of the
-    /// caller's that is under way.
-    pub async fn reserve(&self, pod: &str) -> Result<(), NetworkError> {
-        let (inner, pod) = (Arc::clone(&self.inner), pod.to_owned());
+    /// Gives the pod its addresses, ahead of [`Network::attach`], which would do it otherwise, and
+    /// the host ports that it asks for; only these if it is in the node's network. They last as
+    /// long as a commit to the store, which shares its transaction with a commit of the caller's
+    /// that is under way. `name` is the pod's for others that want the same port.
+    pub async fn reserve(
+        &self,
+        pod: &str,
+        name: &str,
+        ports: Vec<HostPort>,
+        own_network: bool,
+    ) -> Result<(), NetworkError> {
+        let (inner, pod, name) = (Arc::clone(&self.inner), pod.to_owned(), name.to_owned());
         finish(async move {
             let _turn = Inner::turn(&inner, &pod).await;
             lock(&inner.inherited).remove(&pod);
-            let known = lock(&inner.addresses).of(&pod);
-            if known.is_some() {
+            if !inner.addresses_of(&pod).is_empty() || lock(&inner.claims).of(&pod).is_some() {
                 return Ok(());
             }
-            inner.take_address(&pod)?;
-            let committed = inner.commit_address(&pod).await;
-            if committed.is_err() {
-                lock(&inner.addresses).free(&pod);
+            let reserved = async {
+                inner.take_ports(&pod, Claim { name, ports }, own_network)?;
+                if own_network {
+                    inner.take_addresses(&pod)?;
+                }
+                inner.commit(&pod).await
+            };
+            let reserved = reserved.await;
+            if reserved.is_err() {
+                inner.free(&pod);
+                lock(&inner.claims).free(&pod);
             }
-            committed
+            reserved
         })
         .await
     }
 
     /// Connects the namespace pinned at `netns`. For a pod that is connected, gives the same
     /// answer again. A caller that goes away does not stop it half-way; if it fails, nothing of it
-    /// stays but an address that was reserved before.
+    /// stays but what was reserved before.
     pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Attachment, NetworkError> {
         let (inner, pod, netns) = (Arc::clone(&self.inner), pod.to_owned(), netns.to_owned());
         finish(async move {
             let turn = Inner::turn(&inner, &pod).await;
             lock(&inner.inherited).remove(&pod);
-            let known = lock(&inner.addresses).of(&pod);
-            let address = match known {
-                Some(address) => address,
-                None => inner.take_address(&pod)?,
+            let known = inner.addresses_of(&pod);
+            let reserved = !known.is_empty();
+            let addresses = match reserved {
+                true => known,
+                false => inner.take_addresses(&pod)?,
             };
-            match inner.connect(&pod, address, netns, known.is_some()).await {
-                Ok(()) => Ok(Attachment {
-                    addresses: vec![address.into()],
+            match inner.connect(&pod, &addresses, netns, reserved).await {
+                Ok(mac) => Ok(Attachment {
+                    gateway: lock(&inner.addresses)
+                        .first()
+                        .map(|family| family.range().gateway()),
+                    addresses,
                     interface: POD_INTERFACE.to_owned(),
-                    mac: link::mac_of(address),
-                    gateway: Some(inner.config.range.gateway()),
+                    mac,
                 }),
                 Err(error) => {
-                    if known.is_none() {
+                    if !reserved {
                         Teardown::add(&inner, turn);
                     }
                     Err(error)
@@ -235,11 +360,11 @@ impl Network {
         .await
     }
 
-    /// Takes the pod's interface and address away. Right also when nothing is there, when only
-    /// half of it is, and when the namespace, which the embedded network does not need for this,
-    /// is lost.
+    /// Takes the pod's host ports, interface and addresses away. Right also when nothing is there,
+    /// when only half of it is, and when the namespace, which the embedded network does not need
+    /// for this, is lost.
     ///
-    /// Returns at once: for 10 to 20 ms the kernel waits until no processor has the interface in
+    /// The host ports are free when it returns; the rest goes after that: for 10 to 20 ms the kernel waits until no processor has the interface in
     /// hand, and nobody has to wait with it. [`Network::settled`] does; an attach of the same pod
     /// does; and if the server dies meanwhile, [`Network::reconcile`] completes it.
     pub async fn detach(&self, pod: &str, _netns: Option<&Path>) -> Result<(), NetworkError> {
@@ -249,7 +374,9 @@ impl Network {
             if inner.is_awaited(&pod) || !inner.teardown.has(&pod) {
                 let turn = Inner::turn(&inner, &pod).await;
                 lock(&inner.inherited).remove(&pod);
+                let closed = inner.close_ports(&pod).await;
                 Teardown::add(&inner, turn);
+                return closed;
             }
             Ok(())
         })
@@ -269,6 +396,10 @@ impl Network {
             .drain()
             .filter(|pod| !live_pods.contains(pod))
             .collect();
+        for pod in &dead {
+            // The table is made anew below; theirs may be another pod's by now.
+            lock(&self.inner.claims).free(pod);
+        }
         for pod in dead {
             self.detach(&pod, None).await?;
         }
@@ -276,17 +407,25 @@ impl Network {
         let inner = Arc::clone(&self.inner);
         let mut keep = live_pods.clone();
         blocking(move || {
-            keep.extend(inner.pods());
-            inner.bridge.sweep(&keep)
+            keep.extend(inner.live().pods);
+            inner.bridge.sweep(&keep)?;
+            inner.bridge.renew(&|| inner.live())
         })
         .await
+    }
+
+    /// Makes the rules anew, whatever somebody has done to them; without pods or a bridge there
+    /// are none.
+    pub async fn renew(&self) -> Result<(), NetworkError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.bridge.renew(&|| inner.live())).await
     }
 
     /// For the CRI's condition NetworkReady; brings bridge and rules right if somebody removed
     /// them, also for the pods that are there.
     pub async fn ready(&self) -> Result<(), String> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || inner.bridge.repair(&|| inner.pods()))
+        blocking(move || inner.bridge.repair(&|| inner.live()))
             .await
             .map_err(|error| error.to_string())
     }
@@ -317,51 +456,160 @@ impl Inner {
             .is_some_and(|turn| Arc::strong_count(turn) > 2)
     }
 
-    fn pods(&self) -> Vec<String> {
-        lock(&self.addresses).pods().map(str::to_owned).collect()
+    /// What is to be in the kernel.
+    fn live(&self) -> Live {
+        let mut live = Live {
+            pods: Vec::new(),
+            addresses: Vec::new(),
+            mappings: Vec::new(),
+        };
+        let mut by_pod: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+        for addresses in lock(&self.addresses).iter() {
+            for (pod, address) in addresses.all() {
+                by_pod.entry(pod.to_owned()).or_default().push(address);
+            }
+        }
+        let claims = lock(&self.claims);
+        for (pod, addresses) in by_pod {
+            if let Some(claim) = claims.of(&pod) {
+                let mappings = host_ports::mappings(&claim.ports, &addresses);
+                live.mappings.extend(mappings);
+            }
+            live.addresses.extend(addresses);
+            live.pods.push(pod);
+        }
+        live
     }
 
-    fn take_address(&self, pod: &str) -> Result<Ipv4Addr, NetworkError> {
-        let range = self.config.range;
-        lock(&self.addresses)
-            .take(pod)
-            .map_err(|_| NetworkError::Exhausted { range })
+    fn addresses_of(&self, pod: &str) -> Vec<IpAddr> {
+        let families = lock(&self.addresses);
+        families
+            .iter()
+            .filter_map(|family| family.of(pod))
+            .collect()
     }
 
-    /// Returns when the store knows of the pod's address.
-    async fn commit_address(&self, pod: &str) -> Result<(), NetworkError> {
-        let Some(address) = lock(&self.addresses).of(pod) else {
+    fn take_addresses(&self, pod: &str) -> Result<Vec<IpAddr>, NetworkError> {
+        let mut families = lock(&self.addresses);
+        let taken: Result<Vec<IpAddr>, _> =
+            families.iter_mut().map(|family| family.take(pod)).collect();
+        taken.map_err(|exhausted| {
+            families.iter_mut().for_each(|family| family.free(pod));
+            let range = exhausted.range;
+            NetworkError::Exhausted { range }
+        })
+    }
+
+    fn take_ports(&self, pod: &str, claim: Claim, mapped: bool) -> Result<(), NetworkError> {
+        let ipv6 = lock(&self.addresses)
+            .iter()
+            .any(|family| family.range().is_ipv6());
+        let is_ipv6 = |port: &&HostPort| port.address.is_some_and(|address| address.is_ipv6());
+        if let Some(port) = claim.ports.iter().find(is_ipv6)
+            && mapped
+            && !ipv6
+        {
+            return Err(NetworkError::NoIpv6 { port: *port });
+        }
+        let taken = lock(&self.claims).take(pod, claim);
+        taken.map_err(|taken| NetworkError::PortTaken {
+            port: taken.port,
+            by: taken.by,
+        })
+    }
+
+    /// Gives the pod's addresses back.
+    fn free(&self, pod: &str) {
+        let mut families = lock(&self.addresses);
+        families.iter_mut().for_each(|family| family.free(pod));
+    }
+
+    /// Closes the pod's host ports and gives them back.
+    async fn close_ports(self: &Arc<Self>, pod: &str) -> Result<(), NetworkError> {
+        let mappings = self.mappings(pod);
+        if mappings.is_empty() {
+            lock(&self.claims).free(pod);
             return Ok(());
-        };
-        let record = Record::Given {
-            pod: pod.to_owned(),
-        };
-        let changes = vec![
-            Change::put(Table::ADDRESSES, &address.to_string(), &record)?,
-            Change::put(Table::ADDRESSES, LAST_KEY, &Record::Last { last: address })?,
-        ];
+        }
+        let (inner, pod) = (Arc::clone(self), pod.to_owned());
+        blocking(move || {
+            let forget = || lock(&inner.claims).free(&pod);
+            inner.bridge.withdraw(&mappings, forget, &|| inner.live())
+        })
+        .await
+    }
+
+    /// What leads to the pod.
+    fn mappings(&self, pod: &str) -> Vec<host_ports::Mapping> {
+        let addresses = self.addresses_of(pod);
+        let claims = lock(&self.claims);
+        let claim = claims.of(pod);
+        claim.map_or(Vec::new(), |claim| {
+            host_ports::mappings(&claim.ports, &addresses)
+        })
+    }
+
+    /// Returns when the store knows of the pod's addresses and host ports.
+    async fn commit(&self, pod: &str) -> Result<(), NetworkError> {
+        let mut changes = Vec::new();
+        for address in self.addresses_of(pod) {
+            let record = Record::Given {
+                pod: pod.to_owned(),
+            };
+            let last = Record::Last { last: address };
+            changes.push(Change::put(
+                Table::ADDRESSES,
+                &address.to_string(),
+                &record,
+            )?);
+            changes.push(Change::put(Table::ADDRESSES, last_key(address), &last)?);
+        }
+        if let Some(claim) = lock(&self.claims).of(pod) {
+            let record = Record::Ports {
+                pod: pod.to_owned(),
+                claim: claim.clone(),
+            };
+            changes.push(Change::put(Table::ADDRESSES, &ports_key(pod), &record)?);
+        }
+        if changes.is_empty() {
+            return Ok(());
+        }
         Ok(self.store.commit(changes).await?)
     }
 
-    /// The pair is made while the store writes; the address is not used before it has.
+    /// The pair is made while the store writes; the addresses are not used before it has.
     async fn connect(
         self: &Arc<Self>,
         pod: &str,
-        address: Ipv4Addr,
+        addresses: &[IpAddr],
         netns: PathBuf,
         committed: bool,
-    ) -> Result<(), NetworkError> {
-        let (inner, of) = (Arc::clone(self), pod.to_owned());
-        let making = blocking(move || inner.bridge.connect(&of, address, &netns, &|| inner.pods()));
+    ) -> Result<link::Mac, NetworkError> {
+        let mut likely = addresses.iter();
+        let of = likely
+            .find(|address| address.is_ipv4())
+            .or(addresses.first());
+        let mac = link::mac_of(of.copied().unwrap_or(IpAddr::from([0; 4])));
+        let (inner, name) = (Arc::clone(self), pod.to_owned());
+        let making = blocking(move || inner.bridge.connect(&name, mac, &netns, &|| inner.live()));
         let (made, committed) = tokio::join!(making, async {
             match committed {
                 true => Ok(()),
-                false => self.commit_address(pod).await,
+                false => self.commit(pod).await,
             }
         });
         committed?;
-        let (inner, made) = (Arc::clone(self), made?);
-        blocking(move || inner.bridge.configure(&made, address)).await
+        let (inner, made, addresses) = (Arc::clone(self), made?, addresses.to_vec());
+        let mappings = self.mappings(pod);
+        blocking(move || {
+            inner.bridge.configure(&made, &addresses, mac)?;
+            match mappings.is_empty() {
+                true => Ok(()),
+                false => inner.bridge.publish(&mappings, &|| inner.live()),
+            }
+        })
+        .await?;
+        Ok(mac)
     }
 }
 

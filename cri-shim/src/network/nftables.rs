@@ -3,22 +3,56 @@
 //!
 //! ```text
 //! table inet rrun0 {
+//!     map host_ports4 { type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service }
+//!     map host_ports6 { type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service }
+//!     chain guard {
+//!         type filter hook prerouting priority raw;
+//!         iifname "rrun0" ip daddr 127.0.0.0/8 drop
+//!     }
+//!     chain host_ports {
+//!         dnat ip to meta l4proto . ip daddr . th dport map @host_ports4
+//!         dnat ip to meta l4proto . 0.0.0.0 . th dport map @host_ports4
+//!         the same for ip6
+//!     }
+//!     chain prerouting {
+//!         type nat hook prerouting priority dstnat;
+//!         fib daddr type local jump host_ports
+//!     }
+//!     chain output {
+//!         type nat hook output priority dstnat;
+//!         fib daddr type local jump host_ports
+//!     }
 //!     chain postrouting {
-//!         type nat hook postrouting priority srcnat; policy accept;
-//!         meta nfproto ipv4 ip saddr 10.88.0.0/16 ip daddr != 10.88.0.0/16 oifname != "rrun0"
+//!         type nat hook postrouting priority srcnat;
+//!         ip saddr 10.88.0.0/16 ip daddr != 10.88.0.0/16 oifname != "rrun0"
 //!             ip daddr != 224.0.0.0/4 masquerade fully-random
+//!         oifname "rrun0" ip saddr 127.0.0.0/8 masquerade
+//!         oifname "rrun0" ip saddr 10.88.0.0/16 and what was asked for is in @host_ports4:
+//!             masquerade
+//!         the same for ip6
 //!     }
 //! }
 //! ```
 //!
-//! The table is replaced as a whole in one transaction: no packet sees half of it, and nothing of
-//! anybody else's is ever named.
+//! A pod that calls a host port of its own, or of another pod of this node, is masqueraded so that
+//! the answer comes back by the node and not straight over the bridge. A process of the node that
+//! calls 127.0.0.1 is, because that address has no meaning in the pod; for it the bridge routes
+//! local addresses (route_localnet), and `guard` keeps pods from using that to reach what listens
+//! at the node's 127.0.0.1 only.
+//!
+//! Host ports come and go as elements of the maps. The table itself is replaced as a whole in one
+//! transaction: no packet sees half of it, and nothing of anybody else's is ever named.
+
+mod expression;
 
 use nix::errno::Errno;
 
 use super::NetworkError;
-use super::address::Ipv4Range;
-use super::netlink::{Batch, Body, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, Socket};
+use super::address::Range;
+use super::host_ports::Mapping;
+use expression::{Family, Rule};
+
+use super::netlink::{Batch, Body, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
@@ -27,14 +61,16 @@ const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFT_MSG_NEWTABLE: u16 = 0;
 const NFT_MSG_DELTABLE: u16 = 2;
 const NFT_MSG_NEWCHAIN: u16 = 3;
-const NFT_MSG_GETCHAIN: u16 = 4;
 const NFT_MSG_NEWRULE: u16 = 6;
 const NFT_MSG_GETRULE: u16 = 7;
+const NFT_MSG_NEWSET: u16 = 9;
+const NFT_MSG_NEWSETELEM: u16 = 12;
+const NFT_MSG_GETSETELEM: u16 = 13;
+const NFT_MSG_DELSETELEM: u16 = 14;
 const NFT_MSG_GETGEN: u16 = 16;
 
 const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_INET: u8 = 1;
-const NFPROTO_IPV4: u8 = 2;
 
 const NFTA_TABLE_NAME: u16 = 1;
 
@@ -45,67 +81,66 @@ const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
+const NF_INET_PRE_ROUTING: u32 = 0;
+const NF_INET_LOCAL_OUT: u32 = 3;
 const NF_INET_POST_ROUTING: u32 = 4;
-/// The priority that nft calls `srcnat`.
-const NF_IP_PRI_NAT_SRC: u32 = 100;
+/// The priorities that nft calls `raw`, `dstnat` and `srcnat`.
+const NF_IP_PRI_RAW: i32 = -300;
+const NF_IP_PRI_NAT_DST: i32 = -100;
+const NF_IP_PRI_NAT_SRC: i32 = 100;
 const NF_ACCEPT: u32 = 1;
 
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_RULE_EXPRESSIONS: u16 = 4;
-const NFTA_LIST_ELEM: u16 = 1;
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
-const NFTA_DATA_VALUE: u16 = 1;
-
-const NFTA_META_DREG: u16 = 1;
-const NFTA_META_KEY: u16 = 2;
-const NFT_META_OIFNAME: u32 = 7;
-const NFT_META_NFPROTO: u32 = 15;
-
-const NFTA_PAYLOAD_DREG: u16 = 1;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-
-const NFTA_BITWISE_SREG: u16 = 1;
-const NFTA_BITWISE_DREG: u16 = 2;
-const NFTA_BITWISE_LEN: u16 = 3;
-const NFTA_BITWISE_MASK: u16 = 4;
-const NFTA_BITWISE_XOR: u16 = 5;
-
-const NFTA_CMP_SREG: u16 = 1;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFT_CMP_EQ: u32 = 0;
-const NFT_CMP_NEQ: u32 = 1;
-
-const NFTA_MASQ_FLAGS: u16 = 1;
-const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 1 << 4;
-
 const NFTA_GEN_ID: u16 = 1;
 
-/// The one register that the rules need.
-const REGISTER: u32 = 1;
-/// IFNAMSIZ: interface names are compared with their padding.
-const INTERFACE_NAME_BYTES: usize = 16;
-const IPV4_SOURCE_OFFSET: u32 = 12;
-const IPV4_DESTINATION_OFFSET: u32 = 16;
+const NFTA_SET_TABLE: u16 = 1;
+const NFTA_SET_NAME: u16 = 2;
+const NFTA_SET_FLAGS: u16 = 3;
+const NFTA_SET_KEY_TYPE: u16 = 4;
+const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DATA_TYPE: u16 = 6;
+const NFTA_SET_DATA_LEN: u16 = 7;
+const NFTA_SET_ID: u16 = 10;
+const NFT_SET_MAP: u32 = 8;
 
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
+
+/// How many elements go into one message: the length of an attribute has 16 bits.
+const ELEMENTS_AT_ONCE: usize = 256;
+
+const GUARD: &str = "guard";
+const HOST_PORTS: &str = "host_ports";
+const PREROUTING: &str = "prerouting";
+const OUTPUT: &str = "output";
 const POSTROUTING: &str = "postrouting";
 
 /// What the table is made from.
 pub(super) struct Table<'a> {
     /// Its name, and that of the bridge.
     pub name: &'a str,
-    pub range: Ipv4Range,
+    /// The ranges that pods have addresses of.
+    pub ranges: Vec<Range>,
     pub masquerade: bool,
+    /// All host ports.
+    pub mappings: Vec<Mapping>,
 }
 
 /// A number that changes with every change of any table of this network namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Generation(u32);
+
+impl Generation {
+    /// Whether there was one change in between.
+    pub(super) fn follows(self, before: Generation) -> bool {
+        self.0 == before.0.wrapping_add(1)
+    }
+}
 
 /// The generation of the rules now.
 pub(super) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError> {
@@ -121,29 +156,76 @@ pub(super) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError
     Ok(Generation(u32::from_be_bytes(id.unwrap_or_default())))
 }
 
+impl Table<'_> {
+    /// IPv4 always, for its name; IPv6 if pods have it.
+    fn families(&self) -> Vec<Family> {
+        let v6 = self.ranges.iter().any(|range| range.is_ipv6());
+        let families = [Some(Family::V4), v6.then_some(Family::V6)];
+        families.into_iter().flatten().collect()
+    }
+
+    /// Every rule, with its chain.
+    fn rules(&self) -> Vec<(&'static str, Rule)> {
+        let mut rules = vec![(GUARD, Rule::guard(self.name))];
+        for family in self.families() {
+            rules.push((HOST_PORTS, Rule::host_port(family, true)));
+            rules.push((HOST_PORTS, Rule::host_port(family, false)));
+        }
+        for chain in [PREROUTING, OUTPUT] {
+            rules.push((chain, Rule::local_goes_to(HOST_PORTS)));
+        }
+        for range in &self.ranges {
+            if self.masquerade {
+                rules.push((POSTROUTING, Rule::masquerade(self.name, *range)));
+            }
+            rules.push((POSTROUTING, Rule::hairpin(self.name, *range, true)));
+            rules.push((POSTROUTING, Rule::hairpin(self.name, *range, false)));
+        }
+        rules.push((POSTROUTING, Rule::masquerade_loopback(self.name)));
+        rules
+    }
+}
+
 /// Whether the table has all that it is made of.
 pub(super) fn is_there(socket: &mut Socket, table: &Table) -> Result<bool, NetworkError> {
-    let mut chain = Batch::default();
     let action = format!("look for the nftables table {}", table.name);
-    chain.message(&action, subsystem(NFT_MSG_GETCHAIN), NLM_F_ACK, |body| {
-        body.header(&family(NFPROTO_INET));
-        body.string(NFTA_CHAIN_TABLE, table.name);
-        body.string(NFTA_CHAIN_NAME, POSTROUTING);
-    });
-    match socket.execute(&chain) {
-        Ok(_) => {}
-        Err(error) if error.is(Errno::ENOENT) => return Ok(false),
-        Err(error) => return Err(error),
-    }
-    let mut rules = Batch::default();
-    let flags = super::netlink::NLM_F_DUMP;
-    rules.message(action, subsystem(NFT_MSG_GETRULE), flags, |body| {
-        body.header(&family(NFPROTO_INET));
+    let count = |socket: &mut Socket, kind, body: &dyn Fn(&mut Body)| {
+        let mut batch = Batch::default();
+        batch.message(&action, subsystem(kind), NLM_F_DUMP, |message| {
+            message.header(&family(NFPROTO_INET));
+            body(message);
+        });
+        match socket.execute(&batch) {
+            Err(error) if error.is(Errno::ENOENT) => Ok(Vec::new()),
+            result => result,
+        }
+    };
+    let rules = count(socket, NFT_MSG_GETRULE, &|body| {
         body.string(NFTA_RULE_TABLE, table.name);
-        body.string(NFTA_RULE_CHAIN, POSTROUTING);
-    });
-    let wanted = usize::from(table.masquerade);
-    Ok(socket.execute(&rules)?.len() == wanted)
+    })?;
+    if rules.len() != table.rules().len() {
+        return Ok(false);
+    }
+    for of in table.families() {
+        let elements = count(socket, NFT_MSG_GETSETELEM, &|body| {
+            body.string(NFTA_SET_ELEM_LIST_TABLE, table.name);
+            body.string(NFTA_SET_ELEM_LIST_SET, of.map());
+        })?;
+        let found: usize = elements
+            .iter()
+            .map(|reply| {
+                reply
+                    .attributes(4)
+                    .nest(NFTA_SET_ELEM_LIST_ELEMENTS)
+                    .count()
+            })
+            .sum();
+        let wanted = table.mappings.iter().filter(|one| of.has(one)).count();
+        if found != wanted {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Makes the table, or makes it anew.
@@ -157,94 +239,81 @@ pub(super) fn replace(socket: &mut Socket, table: &Table) -> Result<(), NetworkE
     let delete = format!("replace the nftables table {name}");
     transaction.message(&delete, NFT_MSG_DELTABLE, 0, table_name);
     transaction.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, table_name);
-    let action = format!("create the chain {POSTROUTING} of the nftables table {name}");
-    transaction.message(&action, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |body| {
-        body.string(NFTA_CHAIN_TABLE, name);
-        body.string(NFTA_CHAIN_NAME, POSTROUTING);
-        body.nest(NFTA_CHAIN_HOOK, |hook| {
-            hook.be32(NFTA_HOOK_HOOKNUM, NF_INET_POST_ROUTING);
-            hook.be32(NFTA_HOOK_PRIORITY, NF_IP_PRI_NAT_SRC);
+    for of in table.families() {
+        let action = format!("create the map {} of the nftables table {name}", of.map());
+        transaction.message(&action, NFT_MSG_NEWSET, NLM_F_CREATE, |body| {
+            let (key, data) = of.types();
+            body.string(NFTA_SET_TABLE, name);
+            body.string(NFTA_SET_NAME, of.map());
+            body.be32(NFTA_SET_FLAGS, NFT_SET_MAP);
+            body.be32(NFTA_SET_KEY_TYPE, key.number);
+            body.be32(NFTA_SET_KEY_LEN, key.bytes);
+            body.be32(NFTA_SET_DATA_TYPE, data.number);
+            body.be32(NFTA_SET_DATA_LEN, data.bytes);
+            body.be32(NFTA_SET_ID, of.id());
         });
-        body.be32(NFTA_CHAIN_POLICY, NF_ACCEPT);
-        body.string(NFTA_CHAIN_TYPE, "nat");
-    });
-    if table.masquerade {
-        let action = format!("add the masquerade rule to the nftables table {name}");
+    }
+    for (chain, base) in [
+        (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
+        (HOST_PORTS, None),
+        (
+            PREROUTING,
+            Some(("nat", NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST)),
+        ),
+        (OUTPUT, Some(("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST))),
+        (
+            POSTROUTING,
+            Some(("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC)),
+        ),
+    ] {
+        let action = format!("create the chain {chain} of the nftables table {name}");
+        transaction.message(&action, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |body| {
+            body.string(NFTA_CHAIN_TABLE, name);
+            body.string(NFTA_CHAIN_NAME, chain);
+            let Some((kind, hook, priority)) = base else {
+                return;
+            };
+            body.nest(NFTA_CHAIN_HOOK, |inside| {
+                inside.be32(NFTA_HOOK_HOOKNUM, hook);
+                inside.bytes(NFTA_HOOK_PRIORITY, &priority.to_be_bytes());
+            });
+            body.be32(NFTA_CHAIN_POLICY, NF_ACCEPT);
+            body.string(NFTA_CHAIN_TYPE, kind);
+        });
+    }
+    for (chain, rule) in table.rules() {
+        let action = format!("add a rule to {chain} of the nftables table {name}");
         let flags = NLM_F_CREATE | NLM_F_APPEND;
         transaction.message(&action, NFT_MSG_NEWRULE, flags, |body| {
             body.string(NFTA_RULE_TABLE, name);
-            body.string(NFTA_RULE_CHAIN, POSTROUTING);
-            body.nest(NFTA_RULE_EXPRESSIONS, |rule| masquerade(rule, table));
+            body.string(NFTA_RULE_CHAIN, chain);
+            body.nest(NFTA_RULE_EXPRESSIONS, |list| rule.write(list));
         });
     }
+    transaction.elements(name, NFT_MSG_NEWSETELEM, &table.mappings);
     transaction.commit(socket).map_err(explained)
 }
 
-fn masquerade(rule: &mut Body, table: &Table) {
-    let (network, mask) = (table.range.network().octets(), table.range.mask().octets());
-    let mut bridge = [0; INTERFACE_NAME_BYTES];
-    for (to, from) in bridge.iter_mut().zip(table.name.bytes()) {
-        *to = from;
-    }
-    meta(rule, NFT_META_NFPROTO);
-    compare(rule, NFT_CMP_EQ, &[NFPROTO_IPV4]);
-    ipv4_address(rule, IPV4_SOURCE_OFFSET, mask);
-    compare(rule, NFT_CMP_EQ, &network);
-    ipv4_address(rule, IPV4_DESTINATION_OFFSET, mask);
-    compare(rule, NFT_CMP_NEQ, &network);
-    meta(rule, NFT_META_OIFNAME);
-    compare(rule, NFT_CMP_NEQ, &bridge);
-    // Multicast has no answers that would need the way back.
-    ipv4_address(rule, IPV4_DESTINATION_OFFSET, [240, 0, 0, 0]);
-    compare(rule, NFT_CMP_NEQ, &[224, 0, 0, 0]);
-    // Two connections that begin at once from the same port of two pods would otherwise race for
-    // the same port of the node.
-    expression(rule, "masq", |data| {
-        data.be32(NFTA_MASQ_FLAGS, NF_NAT_RANGE_PROTO_RANDOM_FULLY);
-    });
+/// Adds entries to the maps; those that are there may stay.
+pub(super) fn publish(
+    socket: &mut Socket,
+    name: &str,
+    mappings: &[Mapping],
+) -> Result<(), NetworkError> {
+    let mut transaction = Transaction::begin();
+    transaction.elements(name, NFT_MSG_NEWSETELEM, mappings);
+    transaction.commit(socket)
 }
 
-fn meta(rule: &mut Body, key: u32) {
-    expression(rule, "meta", |data| {
-        data.be32(NFTA_META_DREG, REGISTER);
-        data.be32(NFTA_META_KEY, key);
-    });
-}
-
-fn compare(rule: &mut Body, operator: u32, value: &[u8]) {
-    expression(rule, "cmp", |data| {
-        data.be32(NFTA_CMP_SREG, REGISTER);
-        data.be32(NFTA_CMP_OP, operator);
-        data.nest(NFTA_CMP_DATA, |inside| inside.bytes(NFTA_DATA_VALUE, value));
-    });
-}
-
-/// Loads the IPv4 address at `offset` of the header, masked.
-fn ipv4_address(rule: &mut Body, offset: u32, mask: [u8; 4]) {
-    expression(rule, "payload", |data| {
-        data.be32(NFTA_PAYLOAD_DREG, REGISTER);
-        data.be32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
-        data.be32(NFTA_PAYLOAD_OFFSET, offset);
-        data.be32(NFTA_PAYLOAD_LEN, 4);
-    });
-    expression(rule, "bitwise", |data| {
-        data.be32(NFTA_BITWISE_SREG, REGISTER);
-        data.be32(NFTA_BITWISE_DREG, REGISTER);
-        data.be32(NFTA_BITWISE_LEN, 4);
-        data.nest(NFTA_BITWISE_MASK, |inside| {
-            inside.bytes(NFTA_DATA_VALUE, &mask)
-        });
-        data.nest(NFTA_BITWISE_XOR, |inside| {
-            inside.bytes(NFTA_DATA_VALUE, &[0; 4])
-        });
-    });
-}
-
-fn expression(rule: &mut Body, name: &str, data: impl FnOnce(&mut Body)) {
-    rule.nest(NFTA_LIST_ELEM, |element| {
-        element.string(NFTA_EXPR_NAME, name);
-        element.nest(NFTA_EXPR_DATA, data);
-    });
+/// Takes entries out of the maps, all or, if one is not there, none.
+pub(super) fn withdraw(
+    socket: &mut Socket,
+    name: &str,
+    mappings: &[Mapping],
+) -> Result<(), NetworkError> {
+    let mut transaction = Transaction::begin();
+    transaction.elements(name, NFT_MSG_DELSETELEM, mappings);
+    transaction.commit(socket)
 }
 
 /// Messages that nf_tables carries out all or not at all.
@@ -266,6 +335,34 @@ impl Transaction {
             message.header(&family(NFPROTO_INET));
             body(message);
         });
+    }
+
+    /// Adds or deletes elements of the maps.
+    fn elements(&mut self, table: &str, kind: u16, mappings: &[Mapping]) {
+        let flags = if kind == NFT_MSG_NEWSETELEM {
+            NLM_F_CREATE
+        } else {
+            0
+        };
+        for of in [Family::V4, Family::V6] {
+            let all: Vec<&Mapping> = mappings.iter().filter(|one| of.has(one)).collect();
+            for some in all.chunks(ELEMENTS_AT_ONCE) {
+                let action = format!("change the host ports of the nftables table {table}");
+                self.message(&action, kind, flags, |body| {
+                    body.string(NFTA_SET_ELEM_LIST_TABLE, table);
+                    body.string(NFTA_SET_ELEM_LIST_SET, of.map());
+                    body.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |list| {
+                        for mapping in some {
+                            let (key, data) = expression::element(mapping);
+                            list.nest(expression::NFTA_LIST_ELEM, |element| {
+                                expression::value(element, NFTA_SET_ELEM_KEY, &key);
+                                expression::value(element, NFTA_SET_ELEM_DATA, &data);
+                            });
+                        }
+                    });
+                });
+            }
+        }
     }
 
     fn commit(mut self, socket: &mut Socket) -> Result<(), NetworkError> {
@@ -303,7 +400,8 @@ fn explained(error: NetworkError) -> NetworkError {
             action,
             detail,
             feature: "nf_tables with NAT and masquerading for the inet family \
-                      (CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT, CONFIG_NFT_MASQ)",
+                      (CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT, CONFIG_NFT_MASQ, CONFIG_NFT_CT, \
+                      CONFIG_NFT_FIB_INET)",
         },
         other => other,
     }

@@ -86,19 +86,16 @@ async fn run(inner: Arc<Inner>) {
 async fn take_away(inner: &Arc<Inner>, pods: Vec<String>) -> Result<(), super::NetworkError> {
     let (of, doomed) = (Arc::clone(inner), pods.clone());
     blocking(move || of.bridge.disconnect(&doomed)).await?;
-    let gone: Vec<Change> = {
-        let addresses = lock(&inner.addresses);
-        let addresses = pods.iter().filter_map(|pod| addresses.of(pod));
-        addresses
-            .map(|address| Change::delete(Table::ADDRESSES, &address.to_string()))
-            .collect()
-    };
-    if !gone.is_empty() {
-        inner.store.commit(gone).await?;
-    }
-    let mut addresses = lock(&inner.addresses);
+    let mut gone = Vec::new();
     for pod in &pods {
-        addresses.free(pod);
+        for address in inner.addresses_of(pod) {
+            gone.push(Change::delete(Table::ADDRESSES, &address.to_string()));
+        }
+        gone.push(Change::delete(Table::ADDRESSES, &super::ports_key(pod)));
+    }
+    inner.store.commit(gone).await?;
+    for pod in &pods {
+        inner.free(pod);
     }
     Ok(())
 }

@@ -153,14 +153,16 @@ pub fn resolv_conf(dns: Option<&DnsConfig>) -> String {
 }
 
 /// hosts(5) of a pod with a network of its own. Kubelet mounts its own over it.
-pub fn hosts(hostname: &str, address: Option<IpAddr>) -> String {
+pub fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     let mut text = String::from(
         "127.0.0.1\tlocalhost\n\
          ::1\tlocalhost ip6-localhost ip6-loopback\n\
          fe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
     );
-    if let (Some(address), false) = (address, hostname.is_empty()) {
-        let _ = writeln!(text, "{address}\t{hostname}");
+    if !hostname.is_empty() {
+        for address in addresses {
+            let _ = writeln!(text, "{address}\t{hostname}");
+        }
     }
     text
 }
@@ -193,8 +195,11 @@ mod tests {
 
     #[test]
     fn the_pods_name_has_the_pods_address() {
-        let address = Some(IpAddr::from([10, 88, 0, 5]));
-        assert!(hosts("web", address).ends_with("10.88.0.5\tweb\n"));
-        assert!(!hosts("", address).contains("10.88"));
+        let addresses = [
+            IpAddr::from([10, 88, 0, 5]),
+            IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 5]),
+        ];
+        assert!(hosts("web", &addresses).ends_with("10.88.0.5\tweb\nfd00::5\tweb\n"));
+        assert!(!hosts("", &addresses).contains("10.88"));
     }
 }

@@ -174,10 +174,15 @@ impl Sandbox {
 
     /// `pod NAMESPACE/NAME (ID)`, for the log and for errors.
     pub fn name(&self) -> String {
-        let metadata = self.config.metadata.clone().unwrap_or_default();
-        let short = crate::node::short(&self.id);
-        format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
+        name(&self.id, &self.config)
     }
+}
+
+/// See [`Sandbox::name`].
+pub fn name(id: &str, config: &PodSandboxConfig) -> String {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    let short = crate::node::short(id);
+    format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
 }
 
 /// See [`Sandbox::begin_create`].

@@ -42,7 +42,7 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     }
     let sharing = check(&node, &config, &handler)?;
     if sharing.own_network {
-        check_network(&node, &config).await?;
+        node.network.check(&config).await?;
     }
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
@@ -68,8 +68,11 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     };
     // The address is written to the disk meanwhile.
     let address = async {
-        if sharing.own_network {
-            node.network.reserve(&record.id, &record.config).await?;
+        let (told, config) = (super::name(&record.id, &record.config), &record.config);
+        if sharing.own_network || !config.port_mappings.is_empty() {
+            let network = &node.network;
+            let reserved = network.reserve(&record.id, &told, config, sharing.own_network);
+            reserved.await?;
         }
         Ok(())
     };
@@ -141,17 +144,6 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
         )));
     }
     Ok(sharing)
-}
-
-async fn check_network(node: &Node, config: &PodSandboxConfig) -> Result<()> {
-    node.network.check(config).await?;
-    let ports = config.port_mappings.iter().any(|port| port.host_port > 0);
-    if ports && !node.network.is_cni().await {
-        return Err(Error::unimplemented(
-            "the pod maps host ports (port_mappings), which the embedded network does not do yet",
-        ));
-    }
-    Ok(())
 }
 
 /// Refuses what is contradictory, or can't be done, by the field's name.
@@ -269,7 +261,7 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
     };
     let hostname = &sandbox.config.hostname;
     if sharing.own_network {
-        let hosts = files::hosts(hostname, addresses.first().copied());
+        let hosts = files::hosts(hostname, &addresses);
         let dir = node.sandbox_dir(&sandbox.id);
         files::write(&dir.join("hosts"), &hosts)?;
         if let Some(users) = users::mappings(&sandbox.config)? {

@@ -99,7 +99,13 @@ async fn release(
     sandbox.state().retired = true;
     slow(format!("{name}: end its monitor"), end_monitor(sandbox)).await?;
     if namespaces::sharing(&sandbox.config).is_ok_and(|sharing| !sharing.own_network) {
-        return Ok(());
+        if sandbox.config.port_mappings.is_empty() {
+            return Ok(());
+        }
+        // Its host ports are other pods' from here on.
+        let path = node.netns(&sandbox.id);
+        let freed = node.network.detach(&sandbox.id, &path, patience);
+        return freed.await.map(drop);
     }
     let path = node.netns(&sandbox.id);
     let detached = node.network.detach(&sandbox.id, &path, patience);

@@ -140,7 +140,7 @@ fn two_pods_ping_and_fetch(node: &Node) -> Result<(), Failed> {
     let b = node.pod(&network, "b")?;
     expect_eq(address(&a)?, Ipv4Addr::new(10, 88, 0, 2))?;
     expect_eq(address(&b)?, Ipv4Addr::new(10, 88, 0, 3))?;
-    expect_eq(a.gateway, Some(Ipv4Addr::new(10, 88, 0, 1)))?;
+    expect_eq(a.gateway, Some(Ipv4Addr::new(10, 88, 0, 1).into()))?;
     expect_eq(a.mac, [0x0a, 0x58, 10, 88, 0, 2])?;
     ping(&node.netns("a"), address(&b)?)?;
     ping(&node.netns("b"), address(&a)?)?;
@@ -151,7 +151,9 @@ fn two_pods_ping_and_fetch(node: &Node) -> Result<(), Failed> {
 fn pod_and_node_reach_each_other(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let pod = node.pod(&network, "pod")?;
-    let gateway = pod.gateway.ok_or("no gateway")?;
+    let Some(std::net::IpAddr::V4(gateway)) = pod.gateway else {
+        return Err("no gateway".into());
+    };
     let netns = node.netns("pod");
     ping(&netns, gateway)?;
     let from = fetch(None, Some(&netns), gateway)?;
@@ -286,8 +288,8 @@ fn attach_right_after_detach_wins(node: &Node) -> Result<(), Failed> {
 
 fn a_reserved_address_is_the_pods(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
-    node.wait(network.reserve("pod"))?;
-    node.wait(network.reserve("pod"))?;
+    node.wait(network.reserve("pod", "pod", Vec::new(), true))?;
+    node.wait(network.reserve("pod", "pod", Vec::new(), true))?;
     node.pod(&network, "other")?;
     let pod = node.pod(&network, "pod")?;
     expect_eq(address(&pod)?, Ipv4Addr::new(10, 88, 0, 2))?;
@@ -469,7 +471,8 @@ fn reconcile_removes_ours_and_only_ours(node: &Node) -> Result<(), Failed> {
     )?;
     ping(&node.netns("alive"), OUTSIDE)?;
     drop(network);
-    expect_eq(node.stored_addresses()?, vec![address(&alive)?.to_string()])?;
+    let stored: Vec<String> = alive.addresses.iter().map(ToString::to_string).collect();
+    expect_eq(node.stored_addresses()?, stored)?;
     let interfaces = node.pod_interfaces()?.join(" ");
     expect(interfaces.contains("other0"), &interfaces)?;
     expect(interfaces.contains("rr0123456789ab"), &interfaces)?;
@@ -504,7 +507,7 @@ fn rules_read_as_meant_and_others_are_not_touched(node: &Node) -> Result<(), Fai
 
 fn address(attachment: &Attachment) -> Result<Ipv4Addr, Failed> {
     match attachment.addresses.as_slice() {
-        [IpAddr::V4(address)] => Ok(*address),
+        [IpAddr::V4(address), ..] => Ok(*address),
         other => Err(Failed::from(format!("addresses {other:?}"))),
     }
 }

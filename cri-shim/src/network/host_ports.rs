@@ -1,0 +1,305 @@
+//! Host ports: ports of the node that lead to pods, and which pod has which.
+//!
+//! The rules that do it are in [`super::nftables`]; here is what they are made from. A pod in the
+//! node's own network has its ports as well, so that no other pod takes them: it needs no rule.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use rrun_proto::v1::{PortMapping, Protocol as Asked};
+use serde::{Deserialize, Serialize};
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+impl Protocol {
+    /// Its number in the IP header.
+    pub(super) fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
+        })
+    }
+}
+
+/// A port of the node that leads to one of the pod's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPort {
+    pub protocol: Protocol,
+    /// The node's address; nothing is every address, an unspecified one every one of its family.
+    pub address: Option<IpAddr>,
+    pub host: u16,
+    pub container: u16,
+}
+
+impl HostPort {
+    /// Whether a packet could be meant for either.
+    fn meets(&self, other: &HostPort) -> bool {
+        let addresses = match (self.address, other.address) {
+            (None, _) | (_, None) => true,
+            (Some(one), Some(two)) => {
+                one.is_ipv4() == two.is_ipv4()
+                    && (one == two || one.is_unspecified() || two.is_unspecified())
+            }
+        };
+        addresses && self.protocol == other.protocol && self.host == other.host
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let HostPort { protocol, host, .. } = self;
+        match self.address {
+            None => write!(formatter, "{protocol} port {host}"),
+            Some(address) => write!(formatter, "{protocol} port {host} of {address}"),
+        }
+    }
+}
+
+/// What is wrong with `port_mappings`, in a sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("port_mappings[{index}]{field}: {why}")]
+pub struct PortError {
+    index: usize,
+    field: &'static str,
+    why: String,
+}
+
+/// The host ports among a pod's mappings; a mapping without one is only a declaration.
+pub fn asked(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
+    let mut ports: Vec<HostPort> = Vec::new();
+    for (index, mapping) in mappings.iter().enumerate() {
+        let error = |field, why| PortError { index, field, why };
+        let port = |field, value: i32| {
+            let port = u16::try_from(value).ok().filter(|port| *port > 0);
+            port.ok_or_else(|| error(field, format!("{value} is no port, which is 1 to 65535")))
+        };
+        if mapping.host_port == 0 {
+            continue;
+        }
+        let host = port(".host_port", mapping.host_port)?;
+        let container = port(".container_port", mapping.container_port)?;
+        let protocol = match Asked::try_from(mapping.protocol) {
+            Ok(Asked::Tcp) => Protocol::Tcp,
+            Ok(Asked::Udp) => Protocol::Udp,
+            Ok(Asked::Sctp) => Protocol::Sctp,
+            Err(_) => {
+                let why = format!("{} is no protocol with ports", mapping.protocol);
+                return Err(error(".protocol", why));
+            }
+        };
+        let address = match mapping.host_ip.as_str() {
+            "" => None,
+            text => match text.parse::<IpAddr>() {
+                Ok(address) if !address.is_multicast() => Some(address.to_canonical()),
+                _ => {
+                    let why = format!("{text:?} is not an address of a node");
+                    return Err(error(".host_ip", why));
+                }
+            },
+        };
+        let new = HostPort {
+            protocol,
+            address,
+            host,
+            container,
+        };
+        match ports.iter().find(|port| port.meets(&new)) {
+            // Two containers may declare the same one.
+            Some(same) if *same == new => {}
+            Some(other) => {
+                let to = other.container;
+                let why = format!("the pod maps {other} already, to its port {to}");
+                return Err(error("", why));
+            }
+            None => ports.push(new),
+        }
+    }
+    Ok(ports)
+}
+
+/// One entry of the maps: protocol, address and port of the node, and where they lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub protocol: Protocol,
+    /// Unspecified is every address of the family.
+    pub address: IpAddr,
+    pub port: u16,
+    pub to: SocketAddr,
+}
+
+/// A pod's ports in the store and in memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claim {
+    /// The pod's name, for the sentence that others read.
+    pub name: String,
+    pub ports: Vec<HostPort>,
+}
+
+/// The port is another pod's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Taken {
+    pub port: HostPort,
+    /// The name of the pod that has it.
+    pub by: String,
+}
+
+/// Which pod has which ports.
+#[derive(Default)]
+pub(super) struct Claims(BTreeMap<String, Claim>);
+
+impl Claims {
+    /// What the store remembers.
+    pub(super) fn remember(&mut self, pod: String, claim: Claim) {
+        self.0.insert(pod, claim);
+    }
+
+    /// All of them or none.
+    pub(super) fn take(&mut self, pod: &str, claim: Claim) -> Result<(), Taken> {
+        for (_, other) in self.0.iter().filter(|(owner, _)| *owner != pod) {
+            for port in &claim.ports {
+                if other.ports.iter().any(|theirs| theirs.meets(port)) {
+                    return Err(Taken {
+                        port: *port,
+                        by: other.name.clone(),
+                    });
+                }
+            }
+        }
+        if !claim.ports.is_empty() {
+            self.0.insert(pod.to_owned(), claim);
+        }
+        Ok(())
+    }
+
+    pub(super) fn of(&self, pod: &str) -> Option<&Claim> {
+        self.0.get(pod)
+    }
+
+    pub(super) fn pods(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    pub(super) fn free(&mut self, pod: &str) {
+        self.0.remove(pod);
+    }
+}
+
+/// What leads to a pod with these addresses; nothing for one in the node's network, which has
+/// none. The kernel takes an unspecified address as any.
+pub(super) fn mappings(ports: &[HostPort], addresses: &[IpAddr]) -> Vec<Mapping> {
+    let mut all = Vec::new();
+    for port in ports {
+        for to in addresses {
+            let any: IpAddr = match to {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let address = port.address.unwrap_or(any);
+            if address.is_ipv4() == to.is_ipv4() {
+                all.push(Mapping {
+                    protocol: port.protocol,
+                    address,
+                    port: port.host,
+                    to: SocketAddr::new(*to, port.container),
+                });
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(protocol: i32, host_ip: &str, host_port: i32, container_port: i32) -> PortMapping {
+        PortMapping {
+            protocol,
+            container_port,
+            host_port,
+            host_ip: host_ip.to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_mapped_is_refused_by_its_field() {
+        for (bad, field) in [
+            (mapping(0, "", -1, 80), "port_mappings[1].host_port"),
+            (mapping(0, "", 65536, 80), "port_mappings[1].host_port"),
+            (mapping(0, "", 81, 0), "port_mappings[1].container_port"),
+            (mapping(7, "", 81, 80), "port_mappings[1].protocol"),
+            (mapping(0, "node", 81, 80), "port_mappings[1].host_ip"),
+            (mapping(0, "224.0.0.1", 81, 80), "port_mappings[1].host_ip"),
+            (mapping(0, "127.0.0.1", 80, 81), "port_mappings[1]: the pod"),
+        ] {
+            let error = asked(&[mapping(0, "", 80, 80), bad]).map_err(|error| error.to_string());
+            assert!(
+                matches!(&error, Err(text) if text.starts_with(field)),
+                "{field}: {error:?}"
+            );
+        }
+        let twice = [mapping(0, "", 80, 80), mapping(0, "", 80, 80)];
+        assert_eq!(asked(&twice).map(|ports| ports.len()), Ok(1));
+        assert_eq!(asked(&[mapping(0, "", 0, 80)]), Ok(Vec::new()));
+        let both = [mapping(0, "", 53, 53), mapping(1, "", 53, 53)];
+        assert_eq!(asked(&both).map(|ports| ports.len()), Ok(2));
+    }
+
+    #[test]
+    fn a_port_has_one_pod_at_each_address() -> Result<(), PortError> {
+        let claim = |name: &str, host_ip| {
+            Ok(Claim {
+                name: name.to_owned(),
+                ports: asked(&[mapping(0, host_ip, 80, 8080)])?,
+            })
+        };
+        let mut claims = Claims::default();
+        assert_eq!(claims.take("a", claim("pod a", "127.0.0.1")?), Ok(()));
+        assert_eq!(claims.take("a", claim("pod a", "127.0.0.1")?), Ok(()));
+        assert_eq!(claims.take("b", claim("pod b", "192.0.2.1")?), Ok(()));
+        assert_eq!(claims.take("c", claim("pod c", "::")?), Ok(()));
+        for taken in ["", "0.0.0.0", "127.0.0.1", "::1"] {
+            assert!(claims.take("d", claim("pod d", taken)?).is_err(), "{taken}");
+        }
+        claims.free("c");
+        assert_eq!(claims.take("d", claim("pod d", "::1")?), Ok(()));
+        Ok(())
+    }
+
+    #[test]
+    fn a_port_of_any_address_leads_to_every_family_that_the_pod_has() -> Result<(), PortError> {
+        let addresses = [
+            [10, 88, 0, 2].into(),
+            IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 2]),
+        ];
+        let any = asked(&[mapping(0, "", 80, 8080)])?;
+        assert_eq!(mappings(&any, &addresses).len(), 2);
+        let one = asked(&[mapping(0, "127.0.0.1", 80, 8080)])?;
+        let made = mappings(&one, &addresses);
+        assert_eq!(made.len(), 1);
+        assert_eq!(
+            made.first().map(|one| one.to.to_string()).as_deref(),
+            Some("10.88.0.2:8080")
+        );
+        Ok(())
+    }
+}
