@@ -29,11 +29,6 @@ const SKIPPED: &[(&str, &str, Option<&str>)] = &[
         None,
     ),
     (
-        "should support port mapping with host port and container port",
-        "the embedded network maps no host ports yet",
-        None,
-    ),
-    (
         "should terminate with exitCode 137 and reason OOMKilled",
         "no cgroup v2 controller memory here",
         Some("memory"),
