@@ -144,7 +144,7 @@ fn pinned_images_say_so_and_outlive_a_prune() -> Result {
     }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
-        std::fs::create_dir(&drop_ins)?;
+        std::fs::create_dir_all(&drop_ins)?;
         std::fs::write(
             drop_ins.join("pins.toml"),
             "[image]\npinned = [\"127.0.0.1:5000/demo/w*:1\"]\n",

@@ -155,7 +155,7 @@ fn a_hostile_layer_is_refused() -> Result {
     }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
-        fs::create_dir(&drop_ins)?;
+        fs::create_dir_all(&drop_ins)?;
         let bounds = "[image]\nlayer_bytes = 1048576\nlayer_files = 100\n";
         fs::write(drop_ins.join("bounds.toml"), bounds)?;
         node.terminate_server()?;
@@ -228,7 +228,7 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
     }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
-        fs::create_dir(&drop_ins)?;
+        fs::create_dir_all(&drop_ins)?;
         fs::write(
             drop_ins.join("patience.toml"),
             "[image]\nsilence_seconds = 2\n",

@@ -113,10 +113,9 @@ fn an_idle_stream_is_closed() -> Result {
         wait_for("its command to end", || {
             Ok((count_processes(&cgroup)? == 1).then_some(()))
         })?;
-        ensure!(
-            node.log().contains("nothing moved for 1 s"),
-            "the log does not tell"
-        );
+        wait_for("the log to tell", || {
+            Ok(node.log().contains("nothing moved for 1 s").then_some(()))
+        })?;
         Ok(())
     })
 }

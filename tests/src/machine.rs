@@ -47,14 +47,15 @@ pub fn deadline() -> Duration {
     Duration::from_secs(if guest { 120 } else { 30 })
 }
 
-/// How often something random is tried: seldom, or, for `make test-full` (RRUN_TEST_FULL), as
-/// often as the specification has it.
+/// Whether this is `make test-full`.
+pub fn full() -> bool {
+    std::env::var_os("RRUN_TEST_FULL").is_some()
+}
+
+/// How often something random is tried: seldom, or, for `make test-full`, as often as the
+/// specification has it.
 pub fn rounds(few: u64, many: u64) -> u64 {
-    if std::env::var_os("RRUN_TEST_FULL").is_some() {
-        many
-    } else {
-        few
-    }
+    if full() { many } else { few }
 }
 
 /// Numbers of no pattern: xorshift64 from the clock. The seed is told with a failure.

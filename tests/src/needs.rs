@@ -74,8 +74,7 @@ impl Need {
                 .lacking()
                 .is_none()
                 .then(|| "wants the native view: the guest has more than this".to_owned()),
-            Need::Long => std::env::var_os("RRUN_TEST_FULL")
-                .is_none()
+            Need::Long => (!crate::machine::full())
                 .then(|| "takes long: `make test-full` runs it (RRUN_TEST_FULL)".to_owned()),
             Need::NativeOrLong => Need::OwnMachine
                 .lacking()

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::attacker::Exchange;
 use crate::bundle::{Bundle, runtime_program};
-use crate::machine::{Directory, Output, Result, command, note, program_path, wait_for};
+use crate::machine::{Directory, Output, Result, command, full, note, program_path, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -39,10 +39,6 @@ pub const TESTS: &[Test] = &[
     test!(cve_2022_29162_no_capability_is_inheritable),
     test!(special_files_neither_hang_nor_fool),
 ];
-
-fn full() -> bool {
-    std::env::var_os("RRUN_TEST_FULL").is_some()
-}
 
 /// How often a race is tried.
 fn rounds() -> usize {

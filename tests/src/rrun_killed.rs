@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::bundle::{Bundle, runtime_program};
-use crate::machine::{Result, deadline, note, wait_for};
+use crate::machine::{Result, deadline, full, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -158,9 +158,8 @@ fn go_on(pid: Pid, signal: Option<Signal>, untraced: bool) {
 
 /// The numbers of the calls at which to kill, of so many.
 fn steps(calls: usize) -> impl Iterator<Item = usize> {
-    let full = std::env::var_os("RRUN_TEST_FULL").is_some();
     // Not always the same ones: what is left over shows in some run, and is told with its number.
-    let step = if full { 1 } else { (calls / 12).max(1) };
+    let step = if full() { 1 } else { (calls / 12).max(1) };
     let first = std::process::id() as usize % step;
     (1 + first..=calls).step_by(step)
 }

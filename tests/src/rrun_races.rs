@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::bundle::Bundle;
-use crate::machine::{Result, Running, note, wait_for};
+use crate::machine::{Result, Running, full, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -204,10 +204,6 @@ fn open_files() -> u64 {
         .next()
         .and_then(|number| number.parse().ok())
         .unwrap_or_default()
-}
-
-fn full() -> bool {
-    std::env::var_os("RRUN_TEST_FULL").is_some()
 }
 
 fn containers_in_a_row_leave_nothing_to_grow() -> Result {

@@ -431,5 +431,5 @@ fn a_scope_goes_with_a_container_whose_state_is_damaged() -> Result {
     bundle.end()?;
     ensure!(!known(&bundle.unit())?, "the unit is left");
     ensure!(!bundle.cgroup().exists(), "the cgroup is left");
-    Ok(())
+    forget_slices()
 }
