@@ -26,7 +26,7 @@ int main(int argc, char **argv)
     line[99] = '\n';
     for (long number = 0; number < count; number++) {
         char digits[11];
-        snprintf(digits, sizeof digits, "%09ld ", number);
+        snprintf(digits, sizeof digits, "%09ld ", number % 1000000000);
         memcpy(line, digits, 10);
         put(line, 100);
     }

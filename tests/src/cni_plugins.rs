@@ -243,13 +243,13 @@ fn pods_reach_each_other_by_ptp() -> Result {
 }
 
 fn pods_reach_each_other_by_macvlan() -> Result {
-    command("ip", ["link", "add", "rrparent", "type", "dummy"]).ok()?;
-    command("ip", ["link", "set", "rrparent", "up"]).ok()?;
+    command("ip", ["link", "add", "wire0", "type", "dummy"]).ok()?;
+    command("ip", ["link", "set", "wire0", "up"]).ok()?;
     let tested = on_a_node(|node| {
         let mut ipam = ipam(node, &["10.96.0.0/24"]);
         ipam["routes"] = json!([]);
         let list = json!({ "cniVersion": "0.4.0", "name": "wire", "plugins": [
-            { "type": "macvlan", "master": "rrparent", "mode": "bridge", "ipam": ipam,
+            { "type": "macvlan", "master": "wire0", "mode": "bridge", "ipam": ipam,
               "capabilities": { "mac": true } },
         ]});
         write(node, "10-wire.conflist", &list.to_string())?;
@@ -275,12 +275,12 @@ fn pods_reach_each_other_by_macvlan() -> Result {
         let left = leases(node, "wire");
         ensure!(left.is_empty(), "leases are left: {left:?}");
         ensure!(
-            Path::new("/sys/class/net/rrparent").exists(),
+            Path::new("/sys/class/net/wire0").exists(),
             "the parent is gone"
         );
         Ok(())
     });
-    command("ip", ["link", "delete", "rrparent"]).ok()?;
+    command("ip", ["link", "delete", "wire0"]).ok()?;
     tidy();
     tested
 }
