@@ -13,8 +13,8 @@ SUITE=trixie
 
 # What no image needs: an archive's lists, other languages, manuals.
 strip_tree() {
-    rm -rf "$1"/usr/share/{doc,man,locale,info,lintian,zoneinfo,bug,i18n} "$1"/var/cache/{apt,debconf,ldconfig}/* \
-        "$1"/var/lib/apt/lists/* "$1"/var/log/* "$1"/etc/apt/sources.list* "$1"/tmp/* "$1"/dev/*
+    rm -rf "${1:?}"/usr/share/{doc,man,locale,info,lintian,zoneinfo,bug,i18n} "${1:?}"/var/cache/{apt,debconf,ldconfig}/* \
+        "${1:?}"/var/lib/apt/lists/* "${1:?}"/var/log/* "${1:?}"/etc/apt/sources.list* "${1:?}"/tmp/* "${1:?}"/dev/*
 }
 
 # The packages are fetched from outside by an apt that takes the image's for its own, so that
