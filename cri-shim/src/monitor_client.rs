@@ -513,9 +513,13 @@ pub struct AttachHandle {
 }
 
 impl AttachHandle {
-    /// Waits for the container's end, or the monitor's. Cancel-safe.
-    pub async fn ended(&mut self) {
-        while let Ok(Some(_)) = self.connection.next().await {}
+    /// Waits for the container's end, or the monitor's. Returns how many bytes of its stdout and
+    /// stderr did not fit into the pipes at the end. Cancel-safe.
+    pub async fn ended(&mut self) -> (u64, u64) {
+        match self.connection.next().await {
+            Ok(Some(Reply::Ended { stdout, stderr })) => (stdout, stderr),
+            _ => (0, 0),
+        }
     }
 }
 

@@ -160,11 +160,10 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         None
     };
     let (channel, childs_end) = channel::pair()?;
-    let mut childs_end = Some(childs_end);
 
     let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
     let born = if user && !before.is_empty() {
-        born_by_go_between(flags, cgroup.as_ref(), before, &channel, &mut childs_end)?
+        born_by_go_between(flags, cgroup.as_ref(), before)?
     } else {
         for join in &before {
             join.enter()?;
@@ -184,7 +183,6 @@ pub fn create(request: Request<'_>) -> Result<Born> {
             drop(unmade);
             drop(channel);
             drop(agent);
-            let Some(childs_end) = childs_end else { end() };
             Init {
                 config,
                 state: &state,
@@ -263,15 +261,11 @@ fn born_by_go_between(
     flags: u64,
     cgroup: Option<&Cgroup>,
     mut before: Vec<OpenJoin>,
-    channel: &Channel,
-    childs_end: &mut Option<Channel>,
 ) -> Result<Cloned> {
+    // Not the container's channel: on that one, the process made may be the first to speak.
+    let (answers, teller) = channel::pair()?;
     let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
-        Cloned::Parent { pidfd, .. } => {
-            // Or the channel would not close when the others die.
-            *childs_end = None;
-            pidfd
-        }
+        Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             let guard = NeverReturn;
             before.sort_by_key(OpenJoin::is_user);
@@ -285,21 +279,15 @@ fn born_by_go_between(
                     return Ok(Cloned::Child);
                 }
                 // If the parent is gone, the process made will find that out itself.
-                Ok(Cloned::Parent { pid, .. }) => {
-                    if let Some(channel) = childs_end {
-                        let _ = channel.born(pid);
-                    }
-                }
-                Err(error) => {
-                    if let Some(channel) = childs_end {
-                        channel.failed(&error);
-                    }
-                }
+                Ok(Cloned::Parent { pid, .. }) => drop(teller.born(pid)),
+                Err(error) => teller.failed(&error),
             }
             end()
         }
     };
-    let answer = channel.receive();
+    // Or it would not be told when the others die.
+    drop(teller);
+    let answer = answers.receive();
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     match answer? {
         Message::Born(pid) => {

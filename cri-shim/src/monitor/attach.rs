@@ -73,10 +73,7 @@ impl Tap {
         if rustix::io::ioctl_fionread(&self.pipe).is_ok_and(|held| held > RESUME) {
             return false;
         }
-        let (lost, newline) = (self.lost, self.newline);
-        let text = format!(
-            "{newline}[rrun: {lost} bytes of output are left out here: this client reads too slowly]{newline}"
-        );
+        let text = left_out(self.lost, self.newline);
         let written = rustix::io::write(&self.pipe, text.as_bytes()).is_ok();
         if written {
             self.lost = 0;
@@ -85,17 +82,22 @@ impl Tap {
     }
 }
 
+/// What a client reads where this many bytes of a stream are missing.
+pub fn left_out(bytes: u64, newline: &str) -> String {
+    format!(
+        "{newline}[rrun: {bytes} bytes of output are left out here: this client reads too slowly]{newline}"
+    )
+}
+
 impl Output {
-    /// The container writes no more: closes everybody's pipes, and says whose they were.
-    pub(super) fn end_followers(&mut self) -> Vec<ClientId> {
+    /// The container writes no more: closes everybody's pipes, and says whose they were, and what
+    /// they are to be told of the end of their streams.
+    pub(super) fn end_followers(&mut self) -> Vec<(ClientId, Reply)> {
         let followers = std::mem::take(&mut self.followers);
-        let end = |mut follower: Follower| {
-            for tap in [&mut follower.stdout, &mut follower.stderr] {
-                if let Some(tap) = tap.as_mut().filter(|tap| tap.lost > 0) {
-                    tap.note();
-                }
-            }
-            follower.client
+        let lost = |tap: &Option<Tap>| tap.as_ref().map_or(0, |tap| tap.lost);
+        let end = |follower: Follower| {
+            let (stdout, stderr) = (lost(&follower.stdout), lost(&follower.stderr));
+            (follower.client, Reply::Ended { stdout, stderr })
         };
         followers.into_iter().map(end).collect()
     }

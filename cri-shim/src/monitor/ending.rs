@@ -292,7 +292,8 @@ impl Monitor {
             cleanup: Cleanup::Running,
         };
         self.publish(Event::Exited { id, exit });
-        for client in followers {
+        for (client, ended) in followers {
+            self.reply(client, &ended);
             self.drop_client(client);
         }
         self.clean_up(serial);

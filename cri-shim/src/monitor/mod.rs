@@ -5,7 +5,7 @@
 //! set. What it does for a container is in `container`, `ending`, `exec` and `attach`; what it needs
 //! from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
 
-mod attach;
+pub mod attach;
 mod cgroup;
 mod connection;
 mod console;

@@ -90,9 +90,9 @@ pub enum Request {
     /// each of stdout and stderr that is wanted, in this order; a terminal's output is all
     /// stdout. What does not fit into a pipe is left out, and a note in it says so. Answered by
     /// [`Reply::Attached`], which carries a descriptor to write to (the container's stdin, or the
-    /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. The
-    /// connection is closed, and so are the pipes, when the container has ended. If the client
-    /// closes first it is detached; with `stdin_once` the first one that had stdin takes it along.
+    /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. When
+    /// the container has ended comes [`Reply::Ended`], and the connection and the pipes are
+    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had stdin takes it along.
     Attach(Attach),
     /// Ends a container's stdin, which has `stdin_once`, for all. Done, too, if it has none.
     CloseStdin { id: String },
@@ -159,6 +159,12 @@ pub enum Reply {
         pid: i32,
     },
     Attached,
+    /// The container that was followed writes no more. Bytes of each stream that were left out at
+    /// its end, of which no note is in the pipe, for that is full.
+    Ended {
+        stdout: u64,
+        stderr: u64,
+    },
     /// An exec's end: its status as a shell would give it (128 + the signal's number).
     Exited {
         code: i32,

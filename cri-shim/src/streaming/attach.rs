@@ -14,6 +14,7 @@ use super::exec::resize;
 use super::remotecommand::{Channel, Input, Outcome, Receiver, Sender};
 use crate::container::Container;
 use crate::error::{During, Error, Result};
+use crate::monitor::attach::left_out;
 use crate::monitor::protocol::Attach;
 use crate::monitor_client::AttachHandle;
 use crate::node::Node;
@@ -53,7 +54,14 @@ pub async fn attach(
                     output(attached.stderr.as_ref(), Channel::Stderr, sender),
                 )?;
                 // Without any output there is still the container's end to wait for.
-                attached.handle.ended().await;
+                let (stdout, stderr) = attached.handle.ended().await;
+                let newline = if container.config.tty { "\r\n" } else { "\n" };
+                for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
+                    if lost > 0 {
+                        let note = left_out(lost, newline);
+                        sender.send(channel, note.as_bytes()).await?;
+                    }
+                }
                 Ok::<_, io::Error>(())
             };
             tokio::select! {
