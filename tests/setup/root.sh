@@ -19,7 +19,7 @@ PACKAGES=(
     nftables iptables iproute2 iputils-ping netcat-openbsd curl ca-certificates
     jq strace procps psmisc kmod less util-linux file
     systemd-sysv dbus
-    docker.io docker-cli uidmap passt apparmor python3-seccomp
+    docker.io docker-cli uidmap passt apparmor sudo python3-seccomp
     tmux socat conntrack fuse3 attr zstd openssl apache2-utils
     hyperfine
 )

@@ -11,12 +11,12 @@ use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
+pub const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
 const SHAPING: Need = Need::Works(
     "ifb interfaces and tbf queues, which the plugin bandwidth is made of",
     "ip link add rrprobe type ifb && { tc qdisc add dev rrprobe root tbf rate 1mbit burst 10k latency 1s; code=$?; ip link delete rrprobe; exit $code; }",
 );
-const FIREWALL: Need = Need::Works(
+pub const FIREWALL: Need = Need::Works(
     "iptables, which the plugins portmap and firewall call",
     "iptables -w -t nat -S && ip6tables -w -t nat -S && iptables -w -S",
 );
@@ -56,14 +56,14 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// What plugins keep outside of their configuration's reach.
-fn tidy() {
+pub fn tidy() {
     // Where systemd is, the package's tmpfiles.d has made this one, empty, at boot.
     let leases = if Path::new("/run/systemd/system").exists() {
         "/var/lib/cni/networks/wire"
     } else {
         "/var/lib/cni"
     };
-    for file in ["/run/xtables.lock", "/run/cni", leases] {
+    for file in ["/run/xtables.lock", "/run/cni", "/run/e2e-cni", leases] {
         let _ = fs::remove_file(file);
         let _ = fs::remove_dir_all(file);
     }

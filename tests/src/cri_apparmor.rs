@@ -35,7 +35,7 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-const APPARMOR: Need = Need::File("/sys/kernel/security/apparmor/profiles");
+pub const APPARMOR: Need = Need::File("/sys/kernel/security/apparmor/profiles");
 const PARSER: Need = Need::Program("apparmor_parser");
 
 /// A container's exit code and output, with this security context.

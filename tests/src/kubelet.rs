@@ -9,7 +9,21 @@ use serde_json::{Value, json};
 
 use crate::ensure;
 use crate::machine::{Result, Running, command, note, wait_for, wait_within};
-use crate::node::{Node, is_pods_interface, is_rrun};
+use crate::needs::Need;
+use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_pods_interface, is_rrun};
+
+/// What every test under kubelet needs, whichever kubelet that is.
+pub const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
+
+/// The newest kubelet, on a node.
+pub const KUBELET: Need = Need::All(&[Need::Program("kubelet"), A_NODE]);
+
+/// A machine whose limits are kubelet's to set.
+pub const COUNTED: Need = Need::All(&[
+    Need::OwnMachine,
+    Need::Controller("cpu"),
+    Need::Controller("memory"),
+]);
 
 /// For what takes kubelet several rounds of its own clocks.
 pub const PATIENCE: Duration = Duration::from_secs(600);

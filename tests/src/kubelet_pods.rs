@@ -8,23 +8,17 @@ use serde_json::{Value, json};
 
 use crate::cgroup_use::held_to;
 use crate::kubelet::{
-    Kubelet, Options, PATIENCE, container_id, container_status, lives, static_pod,
+    COUNTED, KUBELET, Kubelet, Options, PATIENCE, container_id, container_status, lives, static_pod,
 };
 use crate::machine::{Result, command, note, wait_within};
-use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::needs::Test;
+use crate::node::{Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[test!(
     three_static_pods_from_their_manifests_to_their_removal,
-    Need::OwnMachine,
-    Need::Program("kubelet"),
-    Need::Controller("cpu"),
-    Need::Controller("memory"),
-    CRICTL,
-    SERVER,
-    REGISTRY,
-    IMAGES,
+    KUBELET,
+    COUNTED,
 )];
 
 fn web(number: usize) -> Value {

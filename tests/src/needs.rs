@@ -50,6 +50,8 @@ pub enum Need {
     RrunCri,
     /// What a machine lacks on which this shell command fails.
     Works(&'static str, &'static str),
+    /// All of these.
+    All(&'static [Need]),
 }
 
 impl Need {
@@ -99,6 +101,7 @@ impl Need {
                 let works = crate::machine::command("sh", ["-c", script]).ok();
                 works.is_err().then(|| format!("no {what} here"))
             }
+            Need::All(needs) => needs.iter().find_map(|need| need.lacking()),
             Need::Rrun => {
                 let runtime = crate::bundle::runtime_program();
                 (!runtime.ends_with("rrun")).then(|| format!("goes beyond what {runtime} does"))

@@ -1,7 +1,6 @@
 //! A node to itself: a registry, a CRI server with throw-away directories, and crictl on it.
 //!
-//! `RRUN_TEST_CRI=containerd` puts containerd in rrun-cri's place, which keeps the tests honest (in
-//! the guest: it wants a CPU controller for every pod).
+//! `RRUN_TEST_CRI=containerd` puts containerd in rrun-cri's place, which keeps the tests honest.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -23,6 +22,9 @@ pub const SERVER: Need = Need::CriServer;
 
 /// Where rrun-cri serves its metrics.
 pub const METRICS: &str = "127.0.0.1:9464";
+
+/// A runtime that drops all limits and calls the real one.
+pub const WITHOUT_LIMITS: &str = "/src/tests/setup/runc-without-limits";
 
 pub const PORT: &str = "5000";
 pub const WEB: &str = "127.0.0.1:5000/demo/web:1";
@@ -114,7 +116,10 @@ impl Node {
                  [runtime.absent]\npath = '/no/such/runtime'\n"
             )
         } else {
-            fs::write(self.join("cni/10-bridge.conflist"), CNI)?;
+            self.has_cni_bridge()?;
+            // containerd gives every pod a CPU weight, where none can be given too.
+            let cpu = Need::Controller("cpu").lacking().is_none();
+            let runc = if cpu { "runc" } else { WITHOUT_LIMITS };
             format!(
                 "version = 3\nroot = {root:?}\nstate = {state:?}\n\
                  disabled_plugins = [\"io.containerd.nri.v1.nri\"]\n\
@@ -126,6 +131,8 @@ impl Node {
                  enable_cdi = true\ncdi_spec_dirs = [{cdi:?}]\n\
                  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n\
                  runtime_type = 'io.containerd.runc.v2'\n\
+                 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]\n\
+                 BinaryName = {runc:?}\n\
                  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun]\n\
                  runtime_type = 'io.containerd.runc.v2'\n\
                  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]\n\
@@ -135,6 +142,11 @@ impl Node {
             )
         };
         Ok(fs::write(self.join("config.toml"), text)?)
+    }
+
+    /// Gives pods their network by Debian's CNI plugins, with host ports.
+    pub fn has_cni_bridge(&self) -> Result {
+        Ok(fs::write(self.join("cni/10-bridge.conflist"), CNI)?)
     }
 
     /// Starts the server, and waits until it answers.
@@ -485,4 +497,5 @@ fn registry(args: &[&str]) -> Result {
 /// For containerd; rrun-cri needs none.
 const CNI: &str = r#"{"cniVersion":"1.0.0","name":"e2e","plugins":[{"type":"bridge","bridge":"cni0",
 "isGateway":true,"ipMasq":true,"ipam":{"type":"host-local","dataDir":"/run/e2e-cni",
-"ranges":[[{"subnet":"10.99.0.0/16"}]],"routes":[{"dst":"0.0.0.0/0"}]}}]}"#;
+"ranges":[[{"subnet":"10.99.0.0/16"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
+{"type":"portmap","capabilities":{"portMappings":true},"snat":true}]}"#;

@@ -61,6 +61,8 @@ impl Runtime {
             let shown = json!({
                 "root": config.root,
                 "state": config.state,
+                // containerd's name for it: clients look there for what the file system can.
+                "stateDir": config.state,
                 "monitor": config.monitor,
                 "defaultRuntime": config.default_runtime,
                 "runtimes": config.runtimes.iter().map(|(name, handler)| (name.clone(), json!({
