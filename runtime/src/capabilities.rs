@@ -1,13 +1,15 @@
 //! The five capability sets of a process. See capabilities(7).
 
+use std::collections::BTreeSet;
+
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set,
 };
 
-use crate::error::{Context, Error, Result};
-use crate::refuse;
+use crate::error::{Context, Result};
 use crate::spec::Capabilities;
+use crate::{log, refuse};
 
 /// Capability sets as bit masks, bit n being capability number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,21 +75,24 @@ pub fn name(number: usize) -> String {
 }
 
 /// The bit of a name, with or without `CAP_`, in upper or lower case.
-pub fn bit(name: &str) -> Result<u64> {
+fn bit(name: &str) -> Option<u64> {
     let upper = name.to_ascii_uppercase();
     let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
     NAMES
         .iter()
         .position(|known| *known == short)
         .map(|number| 1 << number)
-        .ok_or_else(|| Error::new(format!("unknown capability {name}")))
 }
 
-fn mask(field: &str, names: Option<&Vec<String>>) -> Result<u64> {
-    names.into_iter().flatten().try_fold(0, |mask, name| {
-        let bit = bit(name)
-            .map_err(|error| error.while_doing(format!("process.capabilities.{field}")))?;
-        Ok(mask | bit)
+/// The bits of names. One that is unknown is left out and told in the log, as the
+/// specification has it (config.md, capabilities).
+pub fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
+    names.into_iter().fold(0, |mask, name| match bit(name) {
+        Some(bit) => mask | bit,
+        None => {
+            log::warning(&format!("capability {name} is unknown, and left out"));
+            mask
+        }
     })
 }
 
@@ -101,34 +106,42 @@ fn names(mask: u64) -> String {
 }
 
 impl Sets {
-    /// # Errors
-    /// A name that stands for no capability, with its field.
-    pub fn from_spec(capabilities: &Capabilities) -> Result<Sets> {
-        Ok(Sets {
-            bounding: mask("bounding", capabilities.bounding.as_ref())?,
-            effective: mask("effective", capabilities.effective.as_ref())?,
-            permitted: mask("permitted", capabilities.permitted.as_ref())?,
-            inheritable: mask("inheritable", capabilities.inheritable.as_ref())?,
-            ambient: mask("ambient", capabilities.ambient.as_ref())?,
-        })
+    /// Without what can not be had: names that are unknown, and ambient capabilities that are
+    /// not both permitted and inheritable. Each is told in the log.
+    pub fn from_spec(capabilities: &Capabilities) -> Sets {
+        let mut told = BTreeSet::new();
+        let mut mask = |names: &Option<Vec<String>>| {
+            let names = names.iter().flatten().map(String::as_str);
+            // Usually in several of the sets: one line for each is enough.
+            self::mask(names.filter(|name| bit(name).is_some() || told.insert(name.to_string())))
+        };
+        let mut sets = Sets {
+            bounding: mask(&capabilities.bounding),
+            effective: mask(&capabilities.effective),
+            permitted: mask(&capabilities.permitted),
+            inheritable: mask(&capabilities.inheritable),
+            ambient: mask(&capabilities.ambient),
+        };
+        let excess = sets.ambient & !(sets.permitted & sets.inheritable);
+        if excess != 0 {
+            log::warning(&format!(
+                "process.capabilities.ambient: {} left out, not both in permitted and inheritable",
+                names(excess)
+            ));
+            sets.ambient &= !excess;
+        }
+        sets
     }
 
     /// Whether the sets can be had together.
     ///
     /// # Errors
-    /// Those combinations that the kernel would refuse, named by their field.
+    /// Effective capabilities that are not permitted, which the kernel would refuse.
     pub fn validate(&self) -> Result<()> {
         let excess = self.effective & !self.permitted;
         if excess != 0 {
             refuse!(
                 "process.capabilities.effective: {} is not in process.capabilities.permitted",
-                names(excess)
-            );
-        }
-        let excess = self.ambient & !(self.permitted & self.inheritable);
-        if excess != 0 {
-            refuse!(
-                "process.capabilities.ambient: {} is not both in permitted and inheritable",
                 names(excess)
             );
         }
@@ -199,32 +212,32 @@ mod tests {
 
     #[test]
     fn numbers_are_the_kernels() {
-        assert_eq!(bit("CAP_CHOWN").unwrap(), 1);
-        assert_eq!(bit("cap_net_raw").unwrap(), 1 << 13);
-        assert_eq!(bit("SYS_ADMIN").unwrap(), 1 << 21);
-        assert_eq!(bit("CAP_CHECKPOINT_RESTORE").unwrap(), 1 << 40);
+        assert_eq!(mask(["CAP_CHOWN"]), 1);
+        assert_eq!(mask(["cap_net_raw", "SYS_ADMIN"]), 1 << 13 | 1 << 21);
+        assert_eq!(mask(["CAP_CHECKPOINT_RESTORE"]), 1 << 40);
         assert_eq!(name(24), "CAP_SYS_RESOURCE");
-        assert!(bit("CAP_FLY").is_err());
+    }
+
+    fn sets(json: &str) -> Sets {
+        Sets::from_spec(&serde_json::from_str(json).unwrap())
     }
 
     #[test]
-    fn combinations_that_the_kernel_would_refuse_are_named() {
-        let sets = Sets {
-            effective: 1 << 21,
-            ..Sets::default()
-        };
-        let error = sets.validate().unwrap_err().to_string();
-        assert!(error.contains("effective: CAP_SYS_ADMIN"), "{error}");
-        let sets = Sets {
-            permitted: 1,
-            ambient: 1,
-            ..Sets::default()
-        };
-        assert!(
-            sets.validate()
-                .unwrap_err()
-                .to_string()
-                .contains("CAP_CHOWN")
+    fn what_can_not_be_had_is_left_out() {
+        let sets = sets(
+            r#"{"permitted":["CAP_FLY","CAP_KILL","CAP_CHOWN"],"inheritable":["CAP_CHOWN"],
+                "ambient":["CAP_KILL","CAP_CHOWN"]}"#,
         );
+        assert_eq!((sets.permitted, sets.ambient), (1 << 5 | 1, 1));
+        assert!(sets.validate().is_ok());
+    }
+
+    #[test]
+    fn an_effective_one_must_be_permitted() {
+        let error = sets(r#"{"effective":["CAP_SYS_ADMIN"]}"#)
+            .validate()
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("effective: CAP_SYS_ADMIN"), "{error}");
     }
 }

@@ -22,7 +22,7 @@ use crate::seccomp::Agent;
 use crate::state::{State, Status};
 use crate::syscalls::{self, Cloned, clone3};
 use crate::terminal::Terminal;
-use crate::{cgroup, refuse};
+use crate::{cgroup, environment, refuse};
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
@@ -178,9 +178,8 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
         }
         terminal.take()?;
     }
-    request
-        .process
-        .complete_environment(request.descriptors.listen)?;
+    let process = &mut request.process;
+    environment::complete(&mut process.env, process.uid, request.descriptors.listen);
     let filter = state.seccomp.as_ref();
     let program = settle(
         &request.process,

@@ -30,7 +30,7 @@ use crate::seccomp::{Filter, Moment};
 use crate::state::{State, Status};
 use crate::syscalls::{self, MountAttr, mount_setattr};
 use crate::terminal::Terminal;
-use crate::{devices, gate, hooks, log, namespaces, sysctl};
+use crate::{devices, environment, gate, hooks, log, namespaces, sysctl};
 
 /// What the first process needs to know beside its configuration.
 pub struct Init<'a> {
@@ -128,7 +128,7 @@ impl Init<'_> {
             process.apply_limits(0)?;
         }
         leave_callers_cpus();
-        process.complete_environment(self.descriptors.listen)?;
+        environment::complete(&mut process.env, process.uid, self.descriptors.listen);
         let filter = config.seccomp.as_ref();
         let program = settle(&process, &labels, self.descriptors, filter, &self.channel)?;
         self.channel.ready()?;

@@ -18,6 +18,7 @@ pub mod copy_up;
 pub mod dbus;
 pub mod devices;
 pub mod entry;
+pub mod environment;
 pub mod error;
 pub mod executable;
 pub mod foreground;

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
+use rustix::fs::{Access, AtFlags, Gid, Uid};
 
 use crate::capabilities::Sets;
 use crate::error::{Context, Error, Result, errno_text};
@@ -14,13 +14,10 @@ use crate::personality::Personality;
 use crate::procfs::Procfs;
 use crate::scheduling::Scheduling;
 use crate::spec::{self, Process as SpecProcess};
-use crate::{refuse, syscalls};
+use crate::{environment, refuse, syscalls};
 
 /// Where programs are looked for when the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// The most of a container's /etc/passwd that is read; it is the container's to write.
-const PASSWD_LIMIT: u64 = 4 << 20;
 
 /// `RLIMIT_*` number, soft and hard limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,16 +56,15 @@ impl Process {
     /// # Errors
     /// What is missing, contradictory or not supported, by the name of its field.
     pub fn from_spec(spec: &SpecProcess) -> Result<Process> {
-        let strings = |field: &str, list: Option<&Vec<String>>| {
-            list.into_iter()
-                .flatten()
-                .map(|text| {
-                    CString::new(text.as_str())
-                        .map_err(|_| Error::new(format!("process.{field}: a value contains NUL")))
-                })
-                .collect::<Result<Vec<CString>>>()
-        };
-        let args = strings("args", spec.args.as_ref())?;
+        let args = spec
+            .args
+            .iter()
+            .flatten()
+            .map(|text| {
+                CString::new(text.as_str())
+                    .map_err(|_| Error::new("process.args: a value contains NUL"))
+            })
+            .collect::<Result<Vec<CString>>>()?;
         if args.is_empty() {
             refuse!("process.args: must have at least the program to run");
         }
@@ -86,7 +82,6 @@ impl Process {
             .capabilities
             .as_ref()
             .map(Sets::from_spec)
-            .transpose()?
             .unwrap_or_default();
         capabilities.validate()?;
         if let Some(adj) = spec
@@ -101,7 +96,7 @@ impl Process {
         };
         Ok(Process {
             args,
-            env: strings("env", spec.env.as_ref())?,
+            env: environment::from_spec(spec.env.as_deref().unwrap_or_default())?,
             cwd: spec.cwd.clone(),
             terminal: spec.terminal,
             console_size: spec
@@ -199,25 +194,6 @@ impl Process {
         self.capabilities.apply()
     }
 
-    /// Adds HOME to the environment, as /etc/passwd of the current root has it, if it is
-    /// not there. Sockets handed over are announced as systemd does it.
-    pub fn complete_environment(&mut self, listen_fds: u32) -> Result<()> {
-        let has =
-            |env: &[CString], name: &[u8]| env.iter().any(|var| var.to_bytes().starts_with(name));
-        if !has(&self.env, b"HOME=") {
-            let home = home_of(self.uid).unwrap_or_else(|| "/".to_owned());
-            self.env.extend(CString::new(format!("HOME={home}")).ok());
-        }
-        if listen_fds > 0 {
-            self.env
-                .extend(CString::new(format!("LISTEN_FDS={listen_fds}")).ok());
-            let pid = rustix::process::getpid().as_raw_nonzero();
-            self.env
-                .extend(CString::new(format!("LISTEN_PID={pid}")).ok());
-        }
-        Ok(())
-    }
-
     /// Finds the program that `args[0]` names, in the current root, with the PATH of the
     /// process's own environment.
     ///
@@ -310,36 +286,6 @@ fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
     rustix::fs::accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
 }
 
-fn home_of(uid: u32) -> Option<String> {
-    use std::io::Read as _;
-    // The file is the container's: no waiting for a FIFO's other end, no endless device.
-    let fd = rustix::fs::open(
-        "/etc/passwd",
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY,
-        Mode::empty(),
-    )
-    .ok()?;
-    let stat = rustix::fs::fstat(&fd).ok()?;
-    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
-        return None;
-    }
-    let mut text = String::new();
-    std::fs::File::from(fd)
-        .take(PASSWD_LIMIT)
-        .read_to_string(&mut text)
-        .ok()?;
-    home_in_passwd(&text, uid)
-}
-
-fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
-    text.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let own = fields.nth(2)?.parse::<u32>().ok()? == uid;
-        let home = fields.nth(2)?;
-        (own && !home.is_empty() && !home.contains('\0')).then(|| home.to_owned())
-    })
-}
-
 /// Name and number; C libraries differ in the numbers' type.
 const RLIMITS: [(&str, i64); 16] = [
     ("RLIMIT_CPU", libc::RLIMIT_CPU as i64),
@@ -407,14 +353,6 @@ pub fn enter_cwd(cwd: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn home_comes_from_the_line_with_the_uid() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\n";
-        assert_eq!(home_in_passwd(passwd, 33).as_deref(), Some("/var/www"));
-        assert_eq!(home_in_passwd(passwd, 0).as_deref(), Some("/root"));
-        assert_eq!(home_in_passwd(passwd, 1).as_deref(), None);
-    }
 
     fn spec(json: &str) -> Result<Process> {
         Process::from_spec(&serde_json::from_str(json).unwrap())

@@ -17,8 +17,11 @@ pub const TESTS: &[Test] = &[
     test!(user_group_and_additional_groups_are_set),
     test!(the_working_directory_is_set),
     test!(the_environment_is_what_was_asked_for),
+    test!(of_a_variable_that_is_there_twice_the_last_counts),
+    test!(what_is_no_variable_is_refused),
     test!(the_program_is_searched_in_the_containers_path),
     test!(capabilities_are_exactly_those_asked_for),
+    test!(capabilities_that_can_not_be_had_are_left_out_and_told),
     test!(no_capabilities_are_left_to_a_user),
     test!(ambient_capabilities_reach_a_user),
     test!(no_new_privileges_is_set_and_not_set),
@@ -82,6 +85,55 @@ fn the_environment_is_what_was_asked_for() -> Result {
     Ok(())
 }
 
+/// The environment as the kernel handed it to the program, which of two entries takes the first.
+fn of_a_variable_that_is_there_twice_the_last_counts() -> Result {
+    let environ = ["cat", "/proc/self/environ"];
+    let mut bundle = Bundle::new(&environ)?;
+    bundle.set(
+        "/process/env",
+        json!(["A=1", "PATH=/nowhere", "B=2", "A=3", "PATH=/bin", "HOME="]),
+    );
+    let entries = |text: &str| -> Vec<String> {
+        let mut all: Vec<String> = text.split_terminator('\0').map(str::to_owned).collect();
+        all.sort_unstable();
+        all
+    };
+    ensure_eq!(
+        entries(&bundle.run()?.stdout),
+        ["A=3", "B=2", "HOME=/", "PATH=/bin"],
+        "environment of run"
+    );
+    bundle.args(&["sleep", "600"]).start()?;
+    let output = bundle
+        .exec(
+            &["--env", "A=4", "--env", "PATH=/data", "--env", "HOME=/tmp"],
+            &environ,
+        )
+        .ok()?;
+    ensure_eq!(
+        entries(&output.stdout),
+        ["A=4", "B=2", "HOME=/tmp", "PATH=/data"],
+        "environment of exec"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+fn what_is_no_variable_is_refused() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    for (entry, words) in [("NAME", "="), ("", "="), ("=value", "name")] {
+        bundle.set("/process/env", json!(["PATH=/bin", entry]));
+        let refused = bundle.call(&["run"])?.exits(1)?;
+        ensure!(refused.stderr.contains(words), "{}", refused.told());
+    }
+    bundle.set("/process/env", json!(["PATH=/bin"]));
+    bundle.args(&["sleep", "600"]).start()?;
+    let refused = bundle.exec(&["--env", "NAME"], &["exit", "0"]).exits(255)?;
+    ensure!(refused.stderr.contains("="), "{}", refused.told());
+    bundle.end()?;
+    Ok(())
+}
+
 fn the_program_is_searched_in_the_containers_path() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/args", json!(["inside", "echo", "found"]));
@@ -122,6 +174,45 @@ fn capabilities_are_exactly_those_asked_for() -> Result {
         sets.iter().all(|(_, set)| *set == 0),
         "with none asked for there are {sets:?}"
     );
+    Ok(())
+}
+
+/// The specification (config.md, Linux Process) has it so: told, but no failure.
+fn capabilities_that_can_not_be_had_are_left_out_and_told() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    for set in ["bounding", "permitted", "effective"] {
+        bundle.set(
+            &format!("/process/capabilities/{set}"),
+            json!(["CAP_FLY", "CAP_KILL"]),
+        );
+    }
+    // Not inheritable, so it can not be ambient.
+    bundle.set("/process/capabilities/ambient", json!(["CAP_KILL"]));
+    let output = bundle.run()?;
+    let kill = 1 << 5;
+    ensure_eq!(
+        capability_sets(&output.json()?),
+        [
+            ("CapInh", 0),
+            ("CapPrm", kill),
+            ("CapEff", kill),
+            ("CapBnd", kill),
+            ("CapAmb", 0)
+        ],
+        "capability sets"
+    );
+    for word in ["level=warning", "CAP_FLY", "CAP_KILL"] {
+        ensure!(output.stderr.contains(word), "{}", output.told());
+    }
+    bundle.args(&["sleep", "600"]).start()?;
+    let output = bundle.exec(&["--cap", "CAP_FLY"], &["report"]).ok()?;
+    ensure_eq!(
+        capability_sets(&output.json()?)[2],
+        ("CapEff", kill),
+        "exec"
+    );
+    ensure!(output.stderr.contains("CAP_FLY"), "{}", output.told());
+    bundle.end()?;
     Ok(())
 }
 

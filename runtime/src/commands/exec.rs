@@ -77,7 +77,10 @@ pub const COMMAND: Command = Command {
 };
 
 fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    match execute(globals, arguments) {
+    let Some((id, words)) = arguments.positional.split_first() else {
+        refuse!("a container id is needed as argument");
+    };
+    match execute(globals, arguments, id, words) {
         // runc's status for what is no status of the program's own.
         Err(error) => {
             crate::log::fatal(&error.to_string());
@@ -87,10 +90,7 @@ fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     }
 }
 
-fn execute(globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    let Some((id, words)) = arguments.positional.split_first() else {
-        refuse!("a container id is needed as argument");
-    };
+fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String]) -> Result<u8> {
     let descriptors = descriptors(arguments)?;
     let state = State::load(&globals.root, id)?;
     let not_running =
@@ -148,10 +148,8 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
     take_from_container(&mut spec, &state.process);
     let mut process = Process::from_spec(&spec)?;
     process.inherit(state.personality.as_ref(), state.memory_policy.as_ref())?;
-    for name in arguments.values("cap") {
-        let mask = capabilities::bit(name).map_err(|error| error.while_doing("--cap"))?;
-        process.capabilities.add(mask);
-    }
+    let added = capabilities::mask(arguments.values("cap"));
+    process.capabilities.add(added);
     Ok(process)
 }
 
