@@ -317,6 +317,7 @@ fn new_state(request: &Request<'_>, place: &Place) -> State {
         annotations: config.annotations.clone().into_iter().collect(),
         cgroup: place.path.clone(),
         unit: place.unit().map(str::to_owned),
+        memory_swap: cgroup::memory_swap(&config.resources).unwrap_or(0),
         namespaces: config.namespaces.own_flags(),
         new_pid_namespace: config.namespaces.is_new(Type::Pid),
         process: config.process_spec.clone(),

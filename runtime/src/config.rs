@@ -192,7 +192,9 @@ impl Config {
     fn check_together(&self) -> Result<()> {
         let namespaces = &self.namespaces;
         if !namespaces.own(Type::Mount) {
-            refuse!("linux.namespaces: a mount namespace is needed");
+            refuse!(
+                "linux.namespaces: a mount namespace is needed, or the container's mounts would be the host's"
+            );
         }
         if self.hostname.is_some() && !namespaces.own(Type::Uts) {
             refuse!("hostname: would be set for the host, because there is no UTS namespace");

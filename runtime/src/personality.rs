@@ -1,7 +1,7 @@
 //! `linux.personality`: which Linux the kernel pretends to be. See personality(2).
 
 use crate::error::{Context, Result};
-use crate::{refuse, spec, syscalls};
+use crate::{log, refuse, spec, syscalls};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Personality {
@@ -22,11 +22,15 @@ const DOMAINS: [Personality; 2] = [
 ];
 
 impl Personality {
+    /// Flags are ignored, as runc and crun do: the specification defines none.
+    ///
     /// # Errors
-    /// A domain that is unknown; flags, of which the specification defines none.
+    /// A domain that is unknown.
     pub fn from_spec(personality: &spec::Personality) -> Result<Personality> {
-        if let Some(flag) = personality.flags.iter().flatten().next() {
-            refuse!("linux.personality.flags: {flag:?} is unknown, the specification has none");
+        for flag in personality.flags.iter().flatten() {
+            log::warning(&format!(
+                "linux.personality.flags: {flag:?} is ignored, the specification has none"
+            ));
         }
         match DOMAINS.iter().find(|one| one.name == personality.domain) {
             Some(personality) => Ok(*personality),
@@ -53,6 +57,6 @@ mod tests {
         let read = |json| Personality::from_spec(&serde_json::from_str(json).unwrap());
         assert_eq!(read(r#"{"domain":"LINUX32"}"#).unwrap().persona, 8);
         assert!(read(r#"{"domain":"BSD"}"#).is_err());
-        assert!(read(r#"{"domain":"LINUX","flags":["SHORT_INODE"]}"#).is_err());
+        assert!(read(r#"{"domain":"LINUX","flags":["SHORT_INODE"]}"#).is_ok());
     }
 }

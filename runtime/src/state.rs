@@ -53,6 +53,10 @@ pub struct State {
     /// The unit of systemd that the cgroup is, if systemd made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
+    /// The limit on memory and swap together, in bytes, that was asked for last; the cgroup
+    /// itself knows only what is left of it for swap. 0 if none was.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub memory_swap: i64,
     /// `CLONE_NEW*` of the namespaces that are not the host's, for exec to enter.
     pub namespaces: u64,
     /// Whether its PID namespace ends with its first process.
@@ -74,6 +78,10 @@ pub struct State {
     /// With which exec's processes are filtered too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seccomp: Option<Filter>,
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -40,6 +40,8 @@ pub const TESTS: &[Test] = &[
         MEMORY,
         PIDS
     ),
+    test!(an_update_keeps_the_limit_on_memory_and_swap, MEMORY, PIDS),
+    test!(a_cgroup_path_with_colons_is_a_name),
     test!(a_cgroup_path_below_others_is_made_and_unmade, PIDS),
     test!(a_unified_key_of_no_controller_is_refused),
     test!(
@@ -327,6 +329,66 @@ fn an_update_takes_effect_on_the_running_container() -> Result {
         ensure_eq!(bundle.cgroup_file(key)?, value, "{key} after the update");
     }
     held_to(0.5, &bundle.cgroup())?;
+    bundle.end()?;
+    Ok(())
+}
+
+/// runc's memory and swap are one limit, which is kept when that of memory changes; docker counts
+/// on it.
+fn an_update_keeps_the_limit_on_memory_and_swap() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    let megabytes = |count: u64| (count << 20).to_string();
+    bundle.set(
+        "/linux/resources/memory",
+        json!({ "limit": 64 << 20, "swap": 128 << 20 }),
+    );
+    bundle.start()?;
+    let limits = |bundle: &Bundle| -> Result<(String, String)> {
+        let file = |name| bundle.cgroup_file(name);
+        Ok((file("memory.max")?, file("memory.swap.max")?))
+    };
+    for (options, memory, swap) in [
+        (&["--memory", "80m"][..], megabytes(80), megabytes(48)),
+        (&["--memory", "64M"], megabytes(64), megabytes(64)),
+        (&["--memory-swap", "96m"], megabytes(64), megabytes(32)),
+        (&["--memory", "90m"], megabytes(90), megabytes(6)),
+        (&["--pids-limit", "30"], megabytes(90), megabytes(6)),
+        (&["--memory-swap", "-1"], megabytes(90), "max".to_owned()),
+        (&["--memory", "100m"], megabytes(100), "max".to_owned()),
+        (
+            &["--memory", "64m", "--memory-swap", "96m"],
+            megabytes(64),
+            megabytes(32),
+        ),
+    ] {
+        bundle.call(&[&["update"], options].concat())?.ok()?;
+        ensure_eq!(limits(&bundle)?, (memory, swap), "after {options:?}");
+    }
+    let refused = bundle.call(&["update", "--memory", "97m"])?.exits(1)?;
+    ensure!(refused.stderr.contains("swap"), "{}", refused.told());
+    ensure_eq!(
+        limits(&bundle)?,
+        (megabytes(64), megabytes(32)),
+        "after the refusal"
+    );
+    bundle.call(&["update", "--memory", "-1"])?.ok()?;
+    ensure_eq!(
+        limits(&bundle)?,
+        ("max".to_owned(), "max".to_owned()),
+        "without a limit"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+/// As runc has it: the form that the systemd driver takes apart is a name to the other.
+fn a_cgroup_path_with_colons_is_a_name() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    let name = format!("e2e.slice:of:{}", bundle.id());
+    bundle.set("/linux/cgroupsPath", json!(name));
+    bundle.start()?;
+    let own = fs::read_to_string(format!("/proc/{}/cgroup", bundle.pid()?))?;
+    ensure!(own.trim_end().ends_with(&format!("/{name}")), "{own}");
     bundle.end()?;
     Ok(())
 }

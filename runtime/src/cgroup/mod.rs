@@ -24,8 +24,9 @@ use crate::error::{Context, Error, Result};
 use crate::{log, refuse};
 use systemd::{Placeholder, Scope};
 
-pub use resources::{check_memory_above_use, complete, validate};
+pub use resources::{check_memory_above_use, complete, memory_swap, validate};
 pub use stats::{oom_kills, stats};
+pub use systemd::ANNOTATION;
 
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
@@ -60,10 +61,11 @@ impl Place {
             });
         }
         if !cgroups_path.is_absolute() && cgroups_path.to_string_lossy().contains(':') {
-            refuse!(
-                "linux.cgroupsPath: {} is in the form of the systemd cgroup driver, which needs --systemd-cgroup",
+            // As runc and crun have it, it is a path like any other then.
+            log::warning(&format!(
+                "linux.cgroupsPath: {} is in the form of the systemd cgroup driver, and --systemd-cgroup is not given",
                 cgroups_path.display()
-            );
+            ));
         }
         Ok(Place {
             path: path_for(cgroups_path, id)?,

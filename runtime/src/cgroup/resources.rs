@@ -524,19 +524,39 @@ fn hand_down_counted(ancestor: &Path) {
     }
 }
 
-/// What an update leaves unsaid and the cgroup knows: a limit on memory and swap together
-/// means something only beside the one on memory.
-pub fn complete(path: &Path, resources: &mut LinuxResources) -> Result<()> {
+/// The limit on memory and swap together that is asked for, if one is; -1 for none, which
+/// no limit on memory means, too.
+pub fn memory_swap(resources: &LinuxResources) -> Option<i64> {
+    let memory = resources.memory().as_ref()?;
+    match (memory.swap(), memory.limit()) {
+        (None | Some(0), Some(..0)) => Some(-1),
+        (swap, _) => swap.filter(|swap| *swap != 0),
+    }
+}
+
+/// What an update leaves unsaid: a limit on memory and swap together means something only
+/// beside the one on memory, and holds on when that one changes. `memory_swap` is the one
+/// that was asked for last.
+pub fn complete(path: &Path, memory_swap: i64, resources: &mut LinuxResources) -> Result<()> {
+    let swap_alone = resources
+        .unified()
+        .as_ref()
+        .is_some_and(|unified| unified.contains_key("memory.swap.max"));
     let Some(memory) = resources.memory_mut() else {
         return Ok(());
     };
-    if memory.swap().unwrap_or(0) <= 0 || memory.limit().unwrap_or(0) != 0 {
-        return Ok(());
+    match (memory.limit().unwrap_or(0), memory.swap().unwrap_or(0)) {
+        (0, 1..) => {
+            let current = read(path, "memory.max")
+                .doing(|| format!("read memory.max of cgroup {}", path.display()))?;
+            // "max" stays none, which is refused beside a limit on both.
+            memory.set_limit(current.parse().ok());
+        }
+        (1.., 0) if memory_swap > 0 && !swap_alone => {
+            memory.set_swap(Some(memory_swap));
+        }
+        _ => {}
     }
-    let current = read(path, "memory.max")
-        .doing(|| format!("read memory.max of cgroup {}", path.display()))?;
-    // "max" stays none, which is refused beside a limit on both.
-    memory.set_limit(current.parse().ok());
     Ok(())
 }
 
@@ -607,6 +627,31 @@ mod tests {
         }
         let less = read_resources(r#"{"memory":{"limit":100,"swap":50}}"#);
         assert!(validate(Path::new("/a"), &less).is_err());
+    }
+
+    #[test]
+    fn a_new_memory_limit_leaves_the_one_on_memory_and_swap() {
+        let nowhere = Path::new("/nowhere");
+        let completed = |last, json| {
+            let mut resources = read_resources(json);
+            complete(nowhere, last, &mut resources).unwrap();
+            swap_max(&resources)
+        };
+        let limit = r#"{"memory":{"limit":100}}"#;
+        assert_eq!(completed(150, limit).as_deref(), Some("50"));
+        assert_eq!(completed(0, limit), None);
+        assert_eq!(completed(-1, limit), None);
+        let alone = r#"{"memory":{"limit":100},"unified":{"memory.swap.max":"0"}}"#;
+        assert_eq!(completed(150, alone), None);
+        for (json, last) in [
+            (limit, None),
+            (r#"{"memory":{"limit":100,"swap":150}}"#, Some(150)),
+            (r#"{"memory":{"limit":-1}}"#, Some(-1)),
+            (r#"{"memory":{"swap":-1}}"#, Some(-1)),
+            (r#"{"cpu":{}}"#, None),
+        ] {
+            assert_eq!(memory_swap(&read_resources(json)), last, "{json}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::syscalls::{Cloned, clone3};
 use crate::{log, refuse};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
-const ANNOTATION: &str = "org.systemd.property.";
+pub const ANNOTATION: &str = "org.systemd.property.";
 
 /// A scope as `linux.cgroupsPath` names it.
 #[derive(Debug, PartialEq, Eq)]

@@ -6,10 +6,11 @@ use serde_json::{Map, Value, json};
 
 use super::{Command, Globals};
 use crate::arguments::{Arguments, value};
+use crate::claim::{Claim, Held};
 use crate::config::read_bounded;
 use crate::error::{Context, Error, Result};
 use crate::state::{State, Status, directory};
-use crate::{cgroup, refuse, resctrl};
+use crate::{cgroup, log, refuse, resctrl};
 
 pub const COMMAND: Command = Command {
     name: "update",
@@ -47,8 +48,8 @@ pub const COMMAND: Command = Command {
         value("cpuset-cpus", None, "CPUs to use"),
         value("cpuset-mems", None, "memory nodes to use"),
         value("cpu-idle", None, "1 to run only when nothing else does"),
-        value("kernel-memory", None, "not in cgroup v2"),
-        value("kernel-memory-tcp", None, "not in cgroup v2"),
+        value("kernel-memory", None, "ignored, not in cgroup v2"),
+        value("kernel-memory-tcp", None, "ignored, not in cgroup v2"),
         value("memory", None, "memory limit in bytes; -1 for none"),
         value(
             "memory-reservation",
@@ -78,16 +79,28 @@ pub const COMMAND: Command = Command {
 
 fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    let state = State::load(&globals.root, id)?;
-    let status = state.status(&directory(&globals.root, id)?)?;
-    if matches!(status, Status::Stopped | Status::Creating) {
-        refuse!("cannot update container {id}: it is {}", status.as_str());
-    }
+    let directory = directory(&globals.root, id)?;
+    let check = |state: &State| match state.status(&directory)? {
+        status @ (Status::Stopped | Status::Creating) => {
+            refuse!(
+                "cannot update container {id}: container not running, it is {}",
+                status.as_str()
+            )
+        }
+        _ => Ok(()),
+    };
+    check(&State::load(&globals.root, id)?)?;
     let (mut resources, schemata) = match arguments.value("resources") {
         Some(path) => (from_file(path)?, Vec::new()),
         None => (from_flags(arguments)?, schemata(arguments)),
     };
-    cgroup::complete(&state.cgroup, &mut resources)?;
+    // Two updates at once would each build on what was before the other.
+    let Held::Claim(claim) = Claim::hold(&directory, || {})? else {
+        refuse!("cannot update container {id}: another process is updating or removing it");
+    };
+    let mut state = State::load(&globals.root, id)?;
+    check(&state)?;
+    cgroup::complete(&state.cgroup, state.memory_swap, &mut resources)?;
     cgroup::validate(Path::new("/update"), &resources)?;
     let checked = resources
         .memory()
@@ -97,6 +110,10 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         cgroup::check_memory_above_use(&state.cgroup, &resources)?;
     }
     cgroup::update(&state.cgroup, state.unit.as_deref(), &resources)?;
+    if let Some(swap) = cgroup::memory_swap(&resources).filter(|swap| *swap != state.memory_swap) {
+        state.memory_swap = swap;
+        state.save(&claim)?;
+    }
     if !schemata.is_empty() {
         resctrl::update(state.pid, &schemata)?;
     }
@@ -132,11 +149,14 @@ fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
         ("memory", "limit"),
         ("memory-reservation", "reservation"),
         ("memory-swap", "swap"),
-        ("kernel-memory", "kernel"),
-        ("kernel-memory-tcp", "kernelTCP"),
     ] {
         if let Some(text) = arguments.value(flag).filter(|text| !text.is_empty()) {
             memory.insert(field.to_owned(), json!(size(flag, text)?));
+        }
+    }
+    for flag in ["kernel-memory", "kernel-memory-tcp"] {
+        if arguments.value(flag).is_some_and(|text| !text.is_empty()) {
+            log::warning(&format!("--{flag} is ignored: cgroup v2 has no such limit"));
         }
     }
     for (flag, field) in [
