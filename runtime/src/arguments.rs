@@ -125,6 +125,14 @@ impl Arguments {
             .transpose()
     }
 
+    /// Checks that there is nothing beside the flags.
+    pub fn none(&self) -> Result<()> {
+        match self.positional.len() {
+            0 => Ok(()),
+            given => refuse!("no argument is needed; {given} are given"),
+        }
+    }
+
     /// The one argument that most commands take.
     pub fn container_id(&self) -> Result<&str> {
         match self.positional.as_slice() {

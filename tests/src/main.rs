@@ -66,12 +66,14 @@ mod rrun_mounts;
 mod rrun_namespaces;
 mod rrun_net_devices;
 mod rrun_notify;
+mod rrun_output;
 mod rrun_process;
 mod rrun_races;
 mod rrun_rootless;
 mod rrun_scheduling;
 mod rrun_seccomp;
 mod rrun_systemd;
+mod rrun_usage;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -95,6 +97,8 @@ fn main() -> ExitCode {
     let only = std::env::var("RRUN_TEST_ONLY").unwrap_or_default();
     let trials = [
         rrun_lifecycle::TESTS,
+        rrun_output::TESTS,
+        rrun_usage::TESTS,
         rrun_namespaces::TESTS,
         rrun_mounts::TESTS,
         rrun_mount_options::TESTS,

@@ -31,7 +31,6 @@ pub const TESTS: &[Test] = &[
     test!(a_damaged_state_is_told, Need::Rrun),
     test!(two_creates_of_one_id_have_one_winner),
     test!(a_terminal_without_a_console_socket_is_refused),
-    test!(bad_command_lines_are_refused),
 ];
 
 /// The complaint must be one line and hold one of these words.
@@ -477,25 +476,4 @@ fn a_terminal_without_a_console_socket_is_refused() -> Result {
         .exits(1)?;
     complaint(&output, &["console"])?;
     nothing_made(&bundle, &output)
-}
-
-fn bad_command_lines_are_refused() -> Result {
-    let bundle = Bundle::new(&[])?;
-    for args in [
-        &["run"][..],
-        &["run", "--no-such-option", "x"],
-        &["state"],
-        &["exec", "x"],
-        &["list", "--format", "nosuch"],
-        &["state", "one", "two"],
-    ] {
-        let output = bundle.runtime(args).end()?;
-        ensure!(output.code != 0, "should be refused:\n{}", output.told());
-        ensure!(
-            !output.stderr.is_empty() || !output.stdout.is_empty(),
-            "{}",
-            output.told()
-        );
-    }
-    Ok(())
 }

@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::bundle::Bundle;
 use crate::machine::{Result, wait_for};
-use crate::needs::{Need, Test};
+use crate::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -17,7 +17,6 @@ pub const TESTS: &[Test] = &[
     test!(a_created_container_waits_for_start),
     test!(a_created_container_can_be_deleted),
     test!(a_stopped_container_keeps_its_state_until_delete),
-    test!(state_has_what_the_specification_says),
     test!(a_detached_run_leaves_the_container_running),
     test!(pid_file_has_the_first_processs_id),
     test!(kill_knows_signals_by_name_and_number),
@@ -25,20 +24,14 @@ pub const TESTS: &[Test] = &[
     test!(delete_force_ends_a_running_container),
     test!(delete_force_of_nothing_is_no_error),
     test!(delete_leaves_no_orphan_behind),
-    test!(list_shows_containers_as_table_json_and_ids),
-    test!(ps_shows_processes_as_table_and_json),
     test!(exec_gives_the_programs_output_and_exit_code),
     test!(exec_has_the_containers_namespaces_and_environment),
     test!(exec_takes_user_directory_and_environment),
     test!(exec_takes_a_process_from_a_file),
     test!(exec_detached_writes_the_pid_file),
     test!(exec_into_a_created_container_works),
-    test!(spec_writes_a_configuration_that_runs),
-    test!(features_says_what_is_there),
     test!(two_containers_live_side_by_side),
-    test!(the_log_file_gets_the_error_as_json),
     test!(a_bundle_elsewhere_is_found_by_its_option),
-    test!(version_has_runcs_first_lines, Need::Rrun),
 ];
 
 fn run_gives_the_programs_output_and_exit_code() -> Result {
@@ -139,38 +132,6 @@ fn a_stopped_container_keeps_its_state_until_delete() -> Result {
     Ok(())
 }
 
-fn state_has_what_the_specification_says() -> Result {
-    let mut bundle = Bundle::new(&["sleep", "600"])?;
-    bundle.set("/annotations", json!({ "org.example.answer": "42" }));
-    bundle.start()?;
-    let state = bundle.state()?;
-    ensure!(
-        state["ociVersion"]
-            .as_str()
-            .is_some_and(|v| v.starts_with("1.")),
-        "{state}"
-    );
-    ensure_eq!(state["id"], json!(bundle.id()), "id");
-    ensure_eq!(state["status"], "running", "status");
-    ensure_eq!(state["bundle"], json!(bundle.path()), "bundle");
-    ensure_eq!(
-        state["annotations"]["org.example.answer"],
-        "42",
-        "annotation"
-    );
-    ensure!(state["pid"].as_i64().is_some_and(|pid| pid > 1), "{state}");
-    // runc's own beyond the specification, which podman and docker read.
-    ensure_eq!(state["rootfs"], json!(bundle.rootfs()), "rootfs");
-    ensure!(
-        state["created"]
-            .as_str()
-            .is_some_and(|time| time.ends_with('Z')),
-        "{state}"
-    );
-    bundle.end()?;
-    Ok(())
-}
-
 fn a_detached_run_leaves_the_container_running() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["run", "--detach"])?.ok()?;
@@ -261,79 +222,6 @@ fn delete_leaves_no_orphan_behind() -> Result {
     bundle.wait_status("stopped")?;
     bundle.end()?;
     ensure!(!bundle.cgroup().exists(), "its cgroup is still there");
-    Ok(())
-}
-
-fn list_shows_containers_as_table_json_and_ids() -> Result {
-    let bundle = Bundle::new(&["sleep", "600"])?;
-    bundle.start()?;
-    let pid = bundle.pid()?.to_string();
-    let table = bundle.runtime(&["list"]).ok()?.stdout;
-    let head: Vec<&str> = table
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split_whitespace()
-        .collect();
-    ensure_eq!(
-        head,
-        ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"],
-        "the table's head"
-    );
-    let row = table.lines().nth(1).unwrap_or_default();
-    for part in [
-        bundle.id(),
-        &pid,
-        "running",
-        &bundle.path().to_string_lossy(),
-        "root",
-    ] {
-        ensure!(row.contains(part), "no {part} in {row:?}");
-    }
-    let listed = bundle.runtime(&["list", "--format", "json"]).ok()?.json()?;
-    ensure_eq!(listed[0]["id"], json!(bundle.id()), "id in JSON");
-    ensure_eq!(listed[0]["status"], "running", "status in JSON");
-    ensure_eq!(listed[0]["owner"], "root", "owner in JSON");
-    ensure_eq!(listed[0]["pid"].to_string(), pid, "pid in JSON");
-    ensure_eq!(
-        bundle.runtime(&["list", "-q"]).ok()?.text(),
-        bundle.id(),
-        "ids"
-    );
-    bundle.end()?;
-    ensure_eq!(
-        bundle.runtime(&["list", "--quiet"]).ok()?.text(),
-        "",
-        "ids after the end"
-    );
-    Ok(())
-}
-
-fn ps_shows_processes_as_table_and_json() -> Result {
-    let bundle = Bundle::new(&["sleep", "600"])?;
-    bundle.start()?;
-    bundle.exec(&["--detach"], &["sleep", "500"]).ok()?;
-    let pids = bundle.call(&["ps", "--format", "json"])?.ok()?.json()?;
-    ensure_eq!(pids.as_array().map(Vec::len), Some(2), "processes in JSON");
-    ensure!(
-        pids[0] == bundle.pid()? || pids[1] == bundle.pid()?,
-        "{pids} without the first one"
-    );
-    let table = bundle.call(&["ps"])?.ok()?;
-    let head: Vec<&str> = table
-        .stdout
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split_whitespace()
-        .collect();
-    ensure!(
-        head.contains(&"PID") && head.contains(&"CMD"),
-        "{}",
-        table.told()
-    );
-    table.says("inside sleep 600")?.says("inside sleep 500")?;
-    bundle.end()?;
     Ok(())
 }
 
@@ -462,54 +350,6 @@ fn exec_into_a_created_container_works() -> Result {
     Ok(())
 }
 
-fn spec_writes_a_configuration_that_runs() -> Result {
-    let mut bundle = Bundle::new(&[])?;
-    bundle.runtime(&["spec"]).ok()?;
-    let mut config: Value = serde_json::from_slice(&fs::read(bundle.join("config.json"))?)?;
-    ensure_eq!(
-        config["process"]["terminal"],
-        json!(true),
-        "terminal in spec"
-    );
-    ensure_eq!(config["root"]["path"], "rootfs", "root in spec");
-    // It does not overwrite one.
-    bundle.runtime(&["spec"]).exits(1)?;
-    config["process"]["terminal"] = json!(false);
-    config["linux"]["cgroupsPath"] = bundle.config["linux"]["cgroupsPath"].clone();
-    bundle.config = config;
-    ensure_eq!(bundle.args(&["echo", "ran"]).run()?.text(), "ran", "output");
-    Ok(())
-}
-
-fn features_says_what_is_there() -> Result {
-    let bundle = Bundle::new(&[])?;
-    let features = bundle.runtime(&["features"]).ok()?.json()?;
-    for key in ["ociVersionMin", "ociVersionMax"] {
-        ensure!(features[key].is_string(), "no {key} in {features}");
-    }
-    let has = |pointer: &str, what: &str| {
-        let all = features.pointer(pointer).and_then(Value::as_array);
-        all.is_some_and(|all| all.iter().any(|one| one == what))
-    };
-    for kind in ["pid", "network", "ipc", "uts", "mount", "cgroup", "user"] {
-        ensure!(
-            has("/linux/namespaces", kind),
-            "no namespace {kind} in features"
-        );
-    }
-    ensure!(
-        has("/linux/capabilities", "CAP_SYS_ADMIN"),
-        "no CAP_SYS_ADMIN in features"
-    );
-    ensure!(has("/mountOptions", "ro"), "no mount option ro in features");
-    ensure_eq!(
-        features["linux"]["cgroup"]["v2"],
-        json!(true),
-        "cgroup v2 in features"
-    );
-    Ok(())
-}
-
 fn two_containers_live_side_by_side() -> Result {
     let one = Bundle::new(&["sleep", "600"])?;
     let other = Bundle::new(&["sleep", "600"])?;
@@ -533,33 +373,6 @@ fn two_containers_live_side_by_side() -> Result {
     Ok(())
 }
 
-fn the_log_file_gets_the_error_as_json() -> Result {
-    let bundle = Bundle::new(&["exit", "0"])?;
-    let log = bundle.join("log.json");
-    let output = bundle
-        .runtime(&[
-            "--log",
-            &log.to_string_lossy(),
-            "--log-format",
-            "json",
-            "state",
-            "nobody",
-        ])
-        .exits(1)?;
-    let text = fs::read_to_string(&log)?;
-    let line: Value = serde_json::from_str(text.lines().last().unwrap_or_default())
-        .map_err(|error| format!("{error} in log {text:?}\n{}", output.told()))?;
-    ensure_eq!(line["level"], "error", "level");
-    ensure!(
-        line["msg"]
-            .as_str()
-            .is_some_and(|text| text.contains("exist")),
-        "{line}"
-    );
-    ensure!(line["time"].is_string(), "{line}");
-    Ok(())
-}
-
 fn a_bundle_elsewhere_is_found_by_its_option() -> Result {
     let bundle = Bundle::new(&["echo", "found"])?;
     bundle.write_config()?;
@@ -569,18 +382,5 @@ fn a_bundle_elsewhere_is_found_by_its_option() -> Result {
         .dir("/".as_ref())
         .ok()?;
     ensure_eq!(output.text(), "found", "output");
-    Ok(())
-}
-
-/// containerd and podman show the first, and read the `spec:` line.
-fn version_has_runcs_first_lines() -> Result {
-    let bundle = Bundle::new(&[])?;
-    let output = bundle.runtime(&["--version"]).ok()?;
-    ensure!(
-        output.stdout.starts_with("rrun version "),
-        "{}",
-        output.told()
-    );
-    output.says("\nspec: 1.")?;
     Ok(())
 }

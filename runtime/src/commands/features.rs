@@ -4,7 +4,7 @@ use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
 use crate::state::OCI_VERSION;
-use crate::{capabilities, memory_policy, mount_options, namespaces, seccomp};
+use crate::{capabilities, cgroup, memory_policy, mount_options, namespaces, seccomp};
 
 pub const COMMAND: Command = Command {
     name: "features",
@@ -15,7 +15,8 @@ pub const COMMAND: Command = Command {
     call: features,
 };
 
-fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
+fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    arguments.none()?;
     let capabilities: Vec<String> = (0..=40).map(capabilities::name).collect();
     let flags = seccomp::FLAGS.iter().map(|(name, _)| *name);
     let supported: Vec<&str> = flags.filter(|name| seccomp::supports(name)).collect();
@@ -52,6 +53,7 @@ fn features(_globals: &Globals, _arguments: &Arguments) -> Result<u8> {
             "mountExtensions": { "idmap": { "enabled": true } },
             "netDevices": { "enabled": true },
         },
+        "potentiallyUnsafeConfigAnnotations": [cgroup::ANNOTATION],
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
         },

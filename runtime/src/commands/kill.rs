@@ -24,9 +24,12 @@ pub const COMMAND: Command = Command {
 
 fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let (id, signal) = match arguments.positional.as_slice() {
-        [id] => (id, "SIGTERM"),
-        [id, signal] => (id, signal.as_str()),
-        _ => refuse!("kill takes a container id and, if need be, a signal"),
+        [id, signal] if !signal.is_empty() => (id, signal.as_str()),
+        [id] | [id, _] => (id, "SIGTERM"),
+        all => refuse!(
+            "one or two arguments are needed, a container id and a signal; {} are given",
+            all.len()
+        ),
     };
     let signal = signals::number(signal)?;
     let state = State::load(&globals.root, id)?;

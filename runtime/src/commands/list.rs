@@ -1,5 +1,4 @@
 use std::io::ErrorKind;
-use std::path::Path;
 
 use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
@@ -19,8 +18,13 @@ pub const COMMAND: Command = Command {
     call: list,
 };
 
+/// Of a column, and after its longest cell, as runc's table has them.
+const MIN_WIDTH: usize = 12;
+const MARGIN: usize = 3;
+
 fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    let containers = containers(&globals.root)?;
+    arguments.none()?;
+    let containers = containers(globals)?;
     if arguments.is_set("quiet") {
         for (state, _) in &containers {
             print(&format!("{}\n", state.id));
@@ -47,10 +51,14 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-fn containers(root: &Path) -> Result<Vec<(State, Status)>> {
+fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
+    let root = &globals.root;
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        // The default one is made with the first container; one that is named should be there.
+        Err(error) if error.kind() == ErrorKind::NotFound && globals.default_root => {
+            return Ok(Vec::new());
+        }
         Err(error) => return Err(error).doing(|| format!("read --root {}", root.display())),
     };
     let mut ids: Vec<String> = entries
@@ -88,21 +96,19 @@ fn table(containers: &[(State, Status)]) -> String {
         ]);
     }
     let width = |column: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.chars().count())
-            .max()
-            .unwrap_or(0)
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        let longest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
+        (longest + MARGIN).max(MIN_WIDTH)
     };
     let widths: Vec<usize> = (0..6).map(width).collect();
     let mut text = String::new();
     for row in &rows {
-        let cells: Vec<String> = row
+        let cells: String = row
             .iter()
             .zip(&widths)
             .map(|(cell, width)| format!("{cell:<width$}"))
             .collect();
-        text.push_str(cells.join("   ").trim_end());
+        text.push_str(cells.trim_end());
         text.push('\n');
     }
     text

@@ -41,6 +41,8 @@ pub struct Command {
 pub struct Globals {
     /// Where states are kept.
     pub root: PathBuf,
+    /// Whether --root is not given.
+    pub default_root: bool,
     /// Whether systemd makes the cgroups of new containers.
     pub systemd_cgroup: bool,
 }
@@ -96,6 +98,9 @@ const GLOBAL_FLAGS: &[Flag] = &[
 ];
 
 const DEFAULT_ROOT: &str = "/run/rrun";
+
+/// runc's status for a command that it does not know.
+const NO_SUCH_COMMAND: u8 = 3;
 
 /// The words of the command line, from main's arguments.
 ///
@@ -153,18 +158,27 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         print(&help());
         return Ok(0);
     };
-    if globals.is_set("help") || name == "help" || name == "h" {
+    if globals.is_set("help") {
         print(&help());
         return Ok(0);
     }
+    let (name, wants_help) = match (name.as_str(), rest.first()) {
+        ("help" | "h", None) => {
+            print(&help());
+            return Ok(0);
+        }
+        ("help" | "h", Some(command)) => (command, true),
+        _ => (name, false),
+    };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         // Asked for with --help, too, by those who want to know whether it is there.
         if name == "checkpoint" || name == "restore" {
             refuse!("{name}: rrun does not checkpoint and restore containers");
         }
-        refuse!("no such command: {name}");
+        log::fatal(&format!("no such command: {name}"));
+        return Ok(NO_SUCH_COMMAND);
     };
-    if wants_help(command, rest) {
+    if wants_help || asks_for_help(command, rest) {
         print(&command_help(command));
         return Ok(0);
     }
@@ -180,6 +194,7 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
     let root = root.as_str();
     let globals = Globals {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
+        default_root: globals.value("root").is_none(),
         systemd_cgroup: globals.is_set("systemd-cgroup"),
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
@@ -204,7 +219,7 @@ fn default_root() -> String {
     format!("{directory}/rrun")
 }
 
-fn wants_help(command: &Command, rest: &[String]) -> bool {
+fn asks_for_help(command: &Command, rest: &[String]) -> bool {
     let own = if command.rest_is_foreign {
         1
     } else {
@@ -238,6 +253,7 @@ fn help() -> String {
     for command in COMMANDS {
         text.push_str(&format!("   {:<9} {}\n", command.name, command.about));
     }
+    text.push_str("   help, h   show this text, or that of the command named after it\n");
     text.push_str("\nGLOBAL OPTIONS:\n");
     text.push_str(&describe(GLOBAL_FLAGS));
     text

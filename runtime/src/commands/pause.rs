@@ -18,7 +18,10 @@ fn pause(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     match state.status(&directory(&globals.root, id)?)? {
         Status::Running | Status::Created => cgroup::freeze(&state.cgroup, true)?,
-        status => refuse!("cannot pause container {id}: it is {}", status.as_str()),
+        status => refuse!(
+            "cannot pause container {id}: container not running, it is {}",
+            status.as_str()
+        ),
     }
     Ok(0)
 }

@@ -21,7 +21,8 @@ fn ps(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let pids = cgroup::all_pids(&state.cgroup)?;
     match arguments.value("format").unwrap_or("table") {
         "json" => {
-            let text = serde_json::to_string(&pids)
+            // `null` if there are none, as runc and `list` print it.
+            let text = serde_json::to_string(&Some(&pids).filter(|pids| !pids.is_empty()))
                 .map_err(|error| Error::new(format!("print the processes: {error}")))?;
             print(&format!("{text}\n"));
         }

@@ -18,7 +18,10 @@ fn resume(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     match state.status(&directory(&globals.root, id)?)? {
         Status::Paused => cgroup::freeze(&state.cgroup, false)?,
-        status => refuse!("cannot resume container {id}: it is {}", status.as_str()),
+        status => refuse!(
+            "cannot resume container {id}: container not paused, it is {}",
+            status.as_str()
+        ),
     }
     Ok(0)
 }

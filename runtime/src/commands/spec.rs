@@ -31,6 +31,7 @@ pub const COMMAND: Command = Command {
 };
 
 fn spec(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
+    arguments.none()?;
     let path = bundle(arguments).join("config.json");
     let mut spec = example();
     if arguments.is_set("rootless") {
@@ -135,7 +136,7 @@ fn make_rootless(spec: &mut Value) {
                 "options": ["rbind", "nosuid", "noexec", "nodev", "ro"],
             });
         }
-        if let Some(options) = mount["options"].as_array_mut() {
+        if let Some(options) = mount.get_mut("options").and_then(Value::as_array_mut) {
             options.retain(|option| {
                 !option
                     .as_str()
@@ -152,6 +153,7 @@ mod tests {
         let mut value = super::example();
         serde_json::from_value::<crate::spec::Spec>(value.clone()).unwrap();
         super::make_rootless(&mut value);
+        assert!(!value.to_string().contains("null"), "{value}");
         let spec: crate::spec::Spec = serde_json::from_value(value).unwrap();
         assert!(spec.linux.unwrap().uid_mappings.is_some());
     }
