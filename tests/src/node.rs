@@ -1,6 +1,7 @@
 //! A node to itself: a registry, a CRI server with throw-away directories, and crictl on it.
 //!
-//! `RRUN_TEST_CRI=containerd` puts containerd in rrun-cri's place, which keeps the tests honest.
+//! `RRUN_TEST_CRI=containerd` puts containerd in rrun-cri's place, which keeps the tests honest; with
+//! `RUNTIME` besides, another OCI runtime in runc's.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -119,7 +120,11 @@ impl Node {
             self.has_cni_bridge()?;
             // containerd gives every pod a CPU weight, where none can be given too.
             let cpu = Need::Controller("cpu").lacking().is_none();
-            let runc = if cpu { "runc" } else { WITHOUT_LIMITS };
+            let runc = if cpu {
+                std::env::var("RUNTIME").unwrap_or_else(|_| "runc".to_owned())
+            } else {
+                WITHOUT_LIMITS.to_owned()
+            };
             format!(
                 "version = 3\nroot = {root:?}\nstate = {state:?}\n\
                  disabled_plugins = [\"io.containerd.nri.v1.nri\"]\n\
