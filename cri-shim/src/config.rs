@@ -17,6 +17,7 @@ use crate::cgroup::{self, slice};
 use crate::container::seccomp::Asked;
 use crate::error::kernel;
 use crate::image::{Limits, Pins};
+use crate::network::namespace::Namespaces;
 
 pub use rlimit::Rlimit;
 
@@ -75,8 +76,8 @@ fn yes() -> bool {
 #[serde(deny_unknown_fields)]
 pub struct NetworkPart {
     pub bridge: Option<String>,
-    pub range: Option<crate::network::Range>,
-    pub range6: Option<crate::network::Range6>,
+    pub range: Option<crate::network::OptionalRange>,
+    pub range6: Option<crate::network::OptionalRange>,
     pub primary: Option<crate::network::Family>,
     pub masquerade: Option<bool>,
     pub mtu: Option<u32>,
@@ -218,6 +219,8 @@ pub struct Partial {
     #[arg(skip)]
     pub monitor: Option<PathBuf>,
     #[arg(skip)]
+    pub netns_dir: Option<PathBuf>,
+    #[arg(skip)]
     pub default_runtime: Option<String>,
     #[arg(skip)]
     pub restrict_oom_score_adj: Option<bool>,
@@ -261,6 +264,8 @@ impl Source {
 pub struct Config {
     pub root: PathBuf,
     pub state: PathBuf,
+    /// Where pods' network namespaces are pinned.
+    pub namespaces: Namespaces,
     /// The path of the CRI's unix socket.
     pub socket: PathBuf,
     pub cni_conf_dir: PathBuf,
@@ -335,6 +340,7 @@ impl Partial {
         Partial {
             root: over.root.or(self.root),
             state: over.state.or(self.state),
+            netns_dir: over.netns_dir.or(self.netns_dir),
             listen: over.listen.or(self.listen),
             cni_conf_dir: over.cni_conf_dir.or(self.cni_conf_dir),
             cni_bin_dir: over.cni_bin_dir.or(self.cni_bin_dir),
@@ -447,9 +453,11 @@ impl Partial {
         let dir = |key, given: Option<PathBuf>, default: &str| {
             absolute(key, given.unwrap_or_else(|| default.into()))
         };
+        let state = dir("state", self.state, "/run/rrun")?;
         Ok(Config {
             root: dir("root", self.root, "/var/lib/rrun")?,
-            state: dir("state", self.state, "/run/rrun")?,
+            namespaces: Namespaces::new(dir("netns_dir", self.netns_dir, "/run/netns")?, &state),
+            state,
             socket,
             cni_conf_dir: dir("cni_conf_dir", self.cni_conf_dir, "/etc/cni/net.d")?,
             cni_bin_dirs,

@@ -130,9 +130,9 @@ impl Node {
         self.config.state.join("pods").join(sandbox)
     }
 
-    /// `STATE/netns/POD`.
+    /// Where the pod's network namespace is pinned.
     pub fn netns(&self, sandbox: &str) -> PathBuf {
-        self.config.state.join("netns").join(sandbox)
+        self.config.namespaces.of(sandbox)
     }
 
     /// `STATE/pods/POD/containers/CID`.

@@ -191,7 +191,9 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
             }
         }
     }
-    for id in entries(&state.join("netns"))? {
+    let namespaces = &node.config.namespaces;
+    let pinned = namespaces.pods();
+    for id in pinned.during(|| format!("read {}", namespaces.dir().display()))? {
         if node.sandbox(&id).is_err()
             && !node.network.keeps(&id)
             && let Err(error) = netns::remove(&node.netns(&id))

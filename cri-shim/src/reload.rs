@@ -47,9 +47,10 @@ impl Reload {
             journal::set_level(config.debug);
             log::info!("SIGHUP: debug is {} now", config.debug);
         }
-        let changed: [(&str, bool); 21] = [
+        let changed: [(&str, bool); 22] = [
             ("root", config.root != old.root),
             ("state", config.state != old.state),
+            ("netns_dir", config.namespaces != old.namespaces),
             ("listen", config.socket != old.socket),
             ("cni_conf_dir", config.cni_conf_dir != old.cni_conf_dir),
             ("cni_bin_dir", config.cni_bin_dirs != old.cni_bin_dirs),

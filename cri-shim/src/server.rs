@@ -58,9 +58,12 @@ pub fn run(source: Source, config: Config) -> Result<()> {
 async fn serve(source: Source, config: Config) -> Result<()> {
     private_dir(&config.root)?;
     private_dir(&config.state)?;
-    for dir in ["pods", "netns", "runtime"] {
+    for dir in ["pods", "runtime"] {
         private_dir(&config.state.join(dir))?;
     }
+    let namespaces = &config.namespaces;
+    std::fs::create_dir_all(namespaces.dir())
+        .during(|| format!("make the directory {}", namespaces.dir().display()))?;
     private_dir(&config.root.join("containers"))?;
     // Held until the process ends.
     let _root = lock(&config.root).await?;
@@ -216,20 +219,20 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
 
 fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
     let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
-    let netns = config.state.join("netns");
+    let namespaces = config.namespaces.clone();
     let settings = cni::Settings {
         conf_dir: config.cni_conf_dir.clone(),
         bin_dirs: config.cni_bin_dirs.clone(),
         max_conf_num: config.cni.max_conf_num,
         deadline: config.cni.timeout,
         patience: config.cni.teardown_patience,
-        netns: netns.clone(),
+        namespaces: namespaces.clone(),
     };
     let embedded =
         Network::open(store.clone(), network_config(config)).map_err(|error| internal(&error))?;
     let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
     let mode = config.network.mode.unwrap_or_default();
-    Ok(PodNetwork::new(mode, embedded, cni, netns))
+    Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }
 
 fn network_config(config: &Config) -> NetworkConfig {

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
 use super::address::Range;
+use super::conntrack::{self, Stale};
 use super::forwarding;
 use super::host_ports::Mapping;
 use super::netlink::{Batch, Socket};
@@ -57,6 +58,8 @@ type Pods<'a> = &'a dyn Fn() -> Live;
 struct Standing {
     index: u32,
     mtu: u32,
+    /// Whether host ports are at ::1 too.
+    loopback6: bool,
     rules: Generation,
 }
 
@@ -157,7 +160,10 @@ impl Bridge {
                 link::add_address(&mut batch, index, POD_INTERFACE, own, 64, None);
             }
             for address in addresses {
-                let range = self.range_for(*address);
+                // Only a pod of a configuration before this one has an address of no range.
+                let Some(range) = self.range_for(*address) else {
+                    continue;
+                };
                 let (prefix, broadcast) = (range.prefix(), range.broadcast());
                 link::add_address(
                     &mut batch,
@@ -174,22 +180,48 @@ impl Bridge {
     }
 
     /// The range that new pods get addresses like this one of.
-    fn range_for(&self, address: IpAddr) -> Range {
+    fn range_for(&self, address: IpAddr) -> Option<Range> {
         let mut ranges = self.ranges.iter();
-        let found = ranges.find(|range| range.is_ipv6() == address.is_ipv6());
-        found.copied().unwrap_or(self.config.range)
+        ranges
+            .find(|range| range.is_ipv6() == address.is_ipv6())
+            .copied()
     }
 
     /// Opens host ports. What a foreign hand took away is made anew with it.
     pub(super) fn publish(&self, mappings: &[Mapping], pods: Pods) -> Result<(), NetworkError> {
         let known = &mut self.standing();
-        let v4 = mappings.iter().any(|mapping| mapping.address.is_ipv4());
-        if v4 {
+        let name = &self.config.bridge;
+        match known
+            .as_ref()
+            .map(|standing| (standing.index, standing.loopback6))
+        {
+            Some((index, loopback6)) if loopback6 == forwarding::can_translate_loopback6() => {
+                self.route_loopbacks(&mut Socket::route()?, index, loopback6, mappings)?;
+                self.change_rules(known, |socket| nftables::publish(socket, name, mappings))
+                    .or_else(|_| self.repair_standing(known, true, pods).map(drop))?;
+            }
+            _ => drop(self.repair_standing(known, true, pods)?),
+        }
+        forget_flows(mappings, Stale::Elsewhere);
+        Ok(())
+    }
+
+    /// Has what host ports at 127.0.0.1 and ::1 are answered with find its way.
+    fn route_loopbacks(
+        &self,
+        socket: &mut Socket,
+        index: u32,
+        loopback6: bool,
+        mappings: &[Mapping],
+    ) -> Result<(), NetworkError> {
+        if mappings.iter().any(|mapping| mapping.address.is_ipv4()) {
             forwarding::route_localnet(&self.config.bridge)?;
         }
-        let name = &self.config.bridge;
-        self.change_rules(known, |socket| nftables::publish(socket, name, mappings))
-            .or_else(|_| self.repair_standing(known, true, pods).map(drop))
+        let mut batch = Batch::default();
+        if loopback6 && mappings.iter().any(|mapping| mapping.address.is_ipv6()) {
+            link::add_loopback_route(&mut batch, index);
+        }
+        socket.execute(&batch).map(drop)
     }
 
     /// Closes host ports. `forget` makes them nobody's: until then no other pod gets them, and
@@ -204,7 +236,9 @@ impl Bridge {
         forget();
         let name = &self.config.bridge;
         self.change_rules(known, |socket| nftables::withdraw(socket, name, mappings))
-            .or_else(|_| self.repair_standing(known, true, pods).map(drop))
+            .or_else(|_| self.repair_standing(known, true, pods).map(drop))?;
+        forget_flows(mappings, Stale::ToThePod);
+        Ok(())
     }
 
     /// A change of our own is none that makes anybody look at the table again.
@@ -327,11 +361,15 @@ impl Bridge {
         for range in &self.ranges {
             forwarding::turn_on(range.is_ipv6())?;
         }
-        if live.mappings.iter().any(|one| one.address.is_ipv4()) {
-            forwarding::route_localnet(&self.config.bridge)?;
-        }
-        let rules = self.repair_rules(renew, ranges, live.mappings)?;
-        let standing = Standing { index, mtu, rules };
+        let loopback6 = forwarding::can_translate_loopback6();
+        self.route_loopbacks(&mut socket, index, loopback6, &live.mappings)?;
+        let rules = self.repair_rules(renew, ranges, loopback6, live.mappings)?;
+        let standing = Standing {
+            index,
+            mtu,
+            loopback6,
+            rules,
+        };
         *known = Some(standing);
         Ok(standing)
     }
@@ -380,8 +418,8 @@ impl Bridge {
             }
             Some(link) => link,
             None => {
-                let mac = link::mac_of(self.config.range.gateway());
-                link::create_bridge(socket, bridge, mac, mtu)?;
+                let gateways: Vec<IpAddr> = self.ranges.iter().map(|one| one.gateway()).collect();
+                link::create_bridge(socket, bridge, link::mac_of(&gateways), mtu)?;
                 let made = link::find(socket, bridge)?
                     .ok_or_else(|| NetworkError::kernel(bridge, Errno::ENODEV))?;
                 self.rejoin(socket, made.index, &live.pods);
@@ -434,12 +472,14 @@ impl Bridge {
         &self,
         renew: bool,
         ranges: Vec<Range>,
+        loopback6: bool,
         mappings: Vec<Mapping>,
     ) -> Result<Generation, NetworkError> {
         let table = nftables::Table {
             name: &self.config.bridge,
             ranges,
             masquerade: self.config.masquerade,
+            loopback6,
             mappings,
         };
         let mut socket = Socket::netfilter()?;
@@ -450,6 +490,7 @@ impl Bridge {
             return Ok(before);
         }
         nftables::replace(&mut socket, &table)?;
+        forget_flows(&table.mappings, Stale::Elsewhere);
         self.made_table.store(true, Ordering::Relaxed);
         nftables::generation(&mut socket)
     }
@@ -510,6 +551,13 @@ impl Bridge {
 
     fn standing(&self) -> MutexGuard<'_, Option<Standing>> {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Host ports work without this, but for those who have sent to the port before.
+fn forget_flows(mappings: &[Mapping], stale: Stale) {
+    if let Err(error) = conntrack::forget(mappings, stale) {
+        log::warn!("packets for host ports may go on to where they went before: {error}");
     }
 }
 

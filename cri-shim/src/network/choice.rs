@@ -3,16 +3,16 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::PodSandboxConfig;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::cni::{Cni, Detached, Patience};
 use super::host_ports::{self, HostPort};
-use super::{InterfaceStats, Network, POD_INTERFACE, namespace, node_counters};
+use super::namespace::Namespaces;
+use super::{Counters, Network};
 use crate::error::{Error, Result};
 
 /// `network.mode`.
@@ -34,17 +34,16 @@ pub struct PodNetwork {
     mode: Mode,
     embedded: Network,
     cni: Cni,
-    /// `STATE/netns`.
-    netns: PathBuf,
+    namespaces: Namespaces,
 }
 
 impl PodNetwork {
-    pub fn new(mode: Mode, embedded: Network, cni: Cni, netns: PathBuf) -> Self {
+    pub fn new(mode: Mode, embedded: Network, cni: Cni, namespaces: Namespaces) -> Self {
         PodNetwork {
             mode,
             embedded,
             cni,
-            netns,
+            namespaces,
         }
     }
 
@@ -108,7 +107,7 @@ impl PodNetwork {
         Ok(Detached::Gone)
     }
 
-    /// Whether a pod that is gone still needs its namespace.
+    /// Whether the pod's network is CNI's. One that is gone still needs its namespace then.
     pub fn keeps(&self, pod: &str) -> bool {
         self.cni.has(pod)
     }
@@ -153,7 +152,12 @@ impl PodNetwork {
             true => "cni",
             false => "embedded",
         };
-        let mut all = BTreeMap::from([("network".to_owned(), network.to_owned())]);
+        let (addresses, ports) = self.embedded.given();
+        let embedded = json!({ "podsWithAddresses": addresses, "podsWithHostPorts": ports });
+        let mut all = BTreeMap::from([
+            ("network".to_owned(), network.to_owned()),
+            ("embeddedNetwork".to_owned(), embedded.to_string()),
+        ]);
         let cni = self.cni.shown().await;
         all.extend(cni.map(|(key, value)| (key.to_owned(), value)));
         all
@@ -164,30 +168,13 @@ impl PodNetwork {
         self.cni.results(pod).await
     }
 
-    /// The counters of the pod's interface; `None` if it has none.
-    pub fn interface_stats(&self, pod: &str) -> Option<InterfaceStats> {
-        if !self.cni.has(pod) {
-            return self.embedded.interface_stats(pod);
-        }
-        // Which interface of the node is its other end, if one is, plugins need not say.
-        let path = self.netns.join(pod);
-        let pinned = namespace::open(&path).ok()?;
-        let table = namespace::on_own_thread(|| {
-            namespace::enter(pinned.as_fd(), &path)?;
-            Ok(std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default())
-        });
-        // Seen from inside, and so the right way round already.
-        let turned = node_counters(&table.ok()?, POD_INTERFACE)?;
-        Some(InterfaceStats {
-            rx_bytes: turned.tx_bytes,
-            rx_packets: turned.tx_packets,
-            rx_errors: turned.tx_errors,
-            rx_dropped: turned.tx_dropped,
-            tx_bytes: turned.rx_bytes,
-            tx_packets: turned.rx_packets,
-            tx_errors: turned.rx_errors,
-            tx_dropped: turned.rx_dropped,
-        })
+    /// What the pods' interfaces have counted by now.
+    pub fn counters(&self) -> Counters<'_> {
+        Counters::new(self)
+    }
+
+    pub(super) fn namespace_of(&self, pod: &str) -> PathBuf {
+        self.namespaces.of(pod)
     }
 }
 

@@ -11,9 +11,9 @@ pub struct NetworkConfig {
     /// The bridge's interface name, and the name of the nftables table.
     pub bridge: String,
     /// The IPv4 range of the pods; its first address is the gateway's.
-    pub range: Range,
+    pub range: OptionalRange,
     /// Their IPv6 range, likewise.
-    pub range6: Range6,
+    pub range6: OptionalRange,
     /// Which of a pod's addresses is told first.
     pub primary: Family,
     /// Whether traffic that leaves the range takes the node's address.
@@ -26,8 +26,8 @@ impl Default for NetworkConfig {
     fn default() -> Self {
         NetworkConfig {
             bridge: "rrun0".to_owned(),
-            range: Range::DEFAULT,
-            range6: Range6::Of(Range::DEFAULT6),
+            range: OptionalRange::Of(Range::DEFAULT),
+            range6: OptionalRange::Of(Range::DEFAULT6),
             primary: Family::Ipv4,
             masquerade: true,
             mtu: None,
@@ -35,31 +35,31 @@ impl Default for NetworkConfig {
     }
 }
 
-/// Whether, and of which range, pods have IPv6 addresses.
+/// Whether, and of which range, pods have addresses of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum Range6 {
+pub enum OptionalRange {
     /// By an empty string.
     Off,
     Of(Range),
 }
 
-impl TryFrom<String> for Range6 {
+impl TryFrom<String> for OptionalRange {
     type Error = RangeError;
 
     fn try_from(text: String) -> Result<Self, RangeError> {
         match text.as_str() {
-            "" => Ok(Range6::Off),
-            text => Ok(Range6::Of(text.parse()?)),
+            "" => Ok(OptionalRange::Off),
+            text => Ok(OptionalRange::Of(text.parse()?)),
         }
     }
 }
 
-impl From<Range6> for String {
-    fn from(range: Range6) -> String {
+impl From<OptionalRange> for String {
+    fn from(range: OptionalRange) -> String {
         match range {
-            Range6::Off => String::new(),
-            Range6::Of(range) => range.to_string(),
+            OptionalRange::Off => String::new(),
+            OptionalRange::Of(range) => range.to_string(),
         }
     }
 }
@@ -96,29 +96,45 @@ impl NetworkConfig {
                 wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
             });
         }
-        if self.range.is_ipv6() {
-            return Err(NetworkError::Config {
-                field: "range",
-                value: self.range.to_string(),
-                wanted: "an IPv4 range; network.range6 is for IPv6",
-            });
-        }
-        match self.range6 {
-            Range6::Of(range) if !range.is_ipv6() => {
+        for (field, range, ipv6, wanted) in [
+            (
+                "range",
+                self.range,
+                false,
+                "an IPv4 range, or empty for none; network.range6 is for IPv6",
+            ),
+            (
+                "range6",
+                self.range6,
+                true,
+                "an IPv6 range, or empty for none",
+            ),
+        ] {
+            if let OptionalRange::Of(range) = range
+                && range.is_ipv6() != ipv6
+            {
                 return Err(NetworkError::Config {
-                    field: "range6",
+                    field,
                     value: range.to_string(),
-                    wanted: "an IPv6 range, or empty for none",
+                    wanted,
                 });
             }
-            Range6::Off if self.primary == Family::Ipv6 => {
+        }
+        if self.range6 == OptionalRange::Off {
+            if self.range == OptionalRange::Off {
+                return Err(NetworkError::Config {
+                    field: "range",
+                    value: String::new(),
+                    wanted: "a range where network.range6 is empty",
+                });
+            }
+            if self.primary == Family::Ipv6 {
                 return Err(NetworkError::Config {
                     field: "primary",
                     value: "ipv6".to_owned(),
                     wanted: "ipv4 where network.range6 is empty",
                 });
             }
-            _ => {}
         }
         match self.mtu {
             Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
@@ -131,17 +147,27 @@ impl NetworkConfig {
     }
 
     /// What pods get an address each of, the primary family first.
-    pub(super) fn ranges(&self) -> Vec<Range> {
-        let mut ranges = vec![self.range];
+    pub(super) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
+        let mut ranges = Vec::new();
+        if let OptionalRange::Of(range) = self.range {
+            ranges.push(range);
+        }
         match self.range6 {
-            Range6::Of(range) if forwarding::has_ipv6() => ranges.push(range),
-            Range6::Of(_) => log::info!("the node has no IPv6, and so have pods none"),
-            Range6::Off => {}
+            OptionalRange::Of(range) if forwarding::has_ipv6() => ranges.push(range),
+            OptionalRange::Of(_) if ranges.is_empty() => {
+                return Err(NetworkError::Config {
+                    field: "range",
+                    value: String::new(),
+                    wanted: "a range on this node, which has no IPv6",
+                });
+            }
+            OptionalRange::Of(_) => log::info!("the node has no IPv6, and so have pods none"),
+            OptionalRange::Off => {}
         }
         if self.primary == Family::Ipv6 {
             ranges.reverse();
         }
-        ranges
+        Ok(ranges)
     }
 }
 
@@ -164,6 +190,24 @@ mod tests {
             ..NetworkConfig::default()
         };
         assert!(config.validate().is_err());
+        let config = |range, range6| NetworkConfig {
+            range,
+            range6,
+            ..NetworkConfig::default()
+        };
+        let (v4, v6) = (
+            OptionalRange::Of(Range::DEFAULT),
+            OptionalRange::Of(Range::DEFAULT6),
+        );
+        assert!(config(OptionalRange::Off, v6).validate().is_ok());
+        assert!(config(v4, OptionalRange::Off).validate().is_ok());
+        for wrong in [
+            config(OptionalRange::Off, OptionalRange::Off),
+            config(v6, v6),
+            config(v4, v4),
+        ] {
+            assert!(wrong.validate().is_err(), "{wrong:?}");
+        }
         assert!(NetworkConfig::default().validate().is_ok());
     }
 }

@@ -1,6 +1,7 @@
 //! What can go wrong with a pod's network, in sentences.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
@@ -63,8 +64,12 @@ pub enum NetworkError {
     Exhausted { range: Range },
     #[error("{port} of the node is taken, by {by}")]
     PortTaken { port: HostPort, by: String },
-    #[error("the pod asks for {port} of the node, but pods have no IPv6 address (network.range6)")]
-    NoIpv6 { port: HostPort },
+    #[error("the pod asks for {port} of the node, but pods have no {family} address ({key})")]
+    NoFamily {
+        port: HostPort,
+        family: &'static str,
+        key: &'static str,
+    },
     #[error(
         "the interface {name} is there already and is no bridge but {kind}; remove it, or set \
          network.bridge to another name"
@@ -93,6 +98,14 @@ impl NetworkError {
             errno,
             detail: String::new(),
         }
+    }
+
+    pub(super) fn no_family(port: HostPort) -> Self {
+        let (family, key) = match port.address {
+            Some(IpAddr::V6(_)) => ("IPv6", "network.range6"),
+            _ => ("IPv4", "network.range"),
+        };
+        NetworkError::NoFamily { port, family, key }
     }
 
     /// Whether it is the kernel's answer `wanted`.

@@ -63,6 +63,13 @@ pub(super) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
     set(path, "1")
 }
 
+/// Whether answers of pods can come back to ::1. Where br_netfilter is on for IPv6, they are
+/// translated while they are still on the bridge, and what comes in from there for ::1 the kernel
+/// drops.
+pub(super) fn can_translate_loopback6() -> bool {
+    !is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1")
+}
+
 fn is(path: impl AsRef<Path>, wanted: &str) -> bool {
     std::fs::read_to_string(path).is_ok_and(|value| value.trim_end() == wanted)
 }

@@ -9,8 +9,8 @@ use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
     IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND,
     IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF,
-    RTM_DELADDR, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK,
-    RTM_NEWROUTE,
+    RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR,
+    RTM_NEWLINK, RTM_NEWROUTE,
 };
 use nix::errno::Errno;
 
@@ -28,6 +28,9 @@ const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// The group of the links that go; "rrun" in ASCII, which nobody else will come upon.
 const DOOMED_GROUP: u32 = 0x7272_756e;
 
+/// Of the bridge's route to ::1: the loopback's has 0, which is the best.
+const LOOPBACK_METRIC: u32 = 1024;
+
 const LINK_HEADER_BYTES: usize = 16;
 const ADDRESS_HEADER_BYTES: usize = 8;
 const ROUTE_HEADER_BYTES: usize = 12;
@@ -41,16 +44,20 @@ const IFF_UP: u32 = libc::IFF_UP as u32;
 /// A hardware address.
 pub(super) type Mac = [u8; 6];
 
-/// The hardware address that belongs to an address: when the address goes to another pod, what a
-/// neighbour has cached stays right. `02` is for locally administered ones, `0a:58` are the first
-/// bytes that Kubernetes' networks have always used for this.
-pub(super) fn mac_of(address: IpAddr) -> Mac {
-    let [a, b, c, d] = match address {
-        IpAddr::V4(address) => address.octets(),
-        IpAddr::V6(address) => {
+/// The hardware address that belongs to the IPv4 address among these, or else to the first: when the
+/// address goes to another pod, what a neighbour has cached stays right. `02` is for locally
+/// administered ones, `0a:58` are the first bytes that Kubernetes' networks have always used for
+/// this.
+pub(super) fn mac_of(addresses: &[IpAddr]) -> Mac {
+    let mut all = addresses.iter();
+    let like = all.find(|one| one.is_ipv4()).or(addresses.first());
+    let [a, b, c, d] = match like {
+        Some(IpAddr::V4(address)) => address.octets(),
+        Some(IpAddr::V6(address)) => {
             let [.., a, b, c, d] = address.octets();
             [a, b, c, d]
         }
+        None => [0; 4],
     };
     [0x0a, 0x58, a, b, c, d]
 }
@@ -355,6 +362,28 @@ pub(super) fn addresses(
     socket: &mut Socket,
     index: u32,
 ) -> Result<Vec<(IpAddr, u8)>, NetworkError> {
+    let mut all = all_addresses(socket)?;
+    all.retain(|one| one.link == index && one.scope == libc::RT_SCOPE_UNIVERSE);
+    Ok(all
+        .into_iter()
+        .map(|one| (one.address, one.prefix))
+        .collect())
+}
+
+/// Every address of the node.
+pub(super) fn own_addresses(socket: &mut Socket) -> Result<Vec<IpAddr>, NetworkError> {
+    let all = all_addresses(socket)?;
+    Ok(all.into_iter().map(|one| one.address).collect())
+}
+
+struct Assigned {
+    link: u32,
+    address: IpAddr,
+    prefix: u8,
+    scope: u8,
+}
+
+fn all_addresses(socket: &mut Socket) -> Result<Vec<Assigned>, NetworkError> {
     let mut batch = Batch::default();
     batch.message("list the addresses", RTM_GETADDR, NLM_F_DUMP, |body| {
         body.header(&[AF_UNSPEC, 0, 0, 0, 0, 0, 0, 0]);
@@ -367,9 +396,12 @@ pub(super) fn addresses(
             let attributes = reply.attributes(ADDRESS_HEADER_BYTES);
             // IPv6 has no IFA_LOCAL but for point to point.
             let local = attributes.get(IFA_LOCAL);
-            let address = address(local.or_else(|| attributes.get(IFA_ADDRESS))?)?;
-            let found = u32::from_ne_bytes([i0, i1, i2, i3]);
-            (found == index && scope == libc::RT_SCOPE_UNIVERSE).then_some((address, prefix))
+            Some(Assigned {
+                link: u32::from_ne_bytes([i0, i1, i2, i3]),
+                address: address(local.or_else(|| attributes.get(IFA_ADDRESS))?)?,
+                prefix,
+                scope,
+            })
         })
         .collect())
 }
@@ -389,6 +421,27 @@ pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) 
         body.header(&header);
         body_address(body, RTA_GATEWAY, gateway);
         body.u32(RTA_OIF, index);
+    });
+}
+
+/// Has what comes in by a link for ::1 delivered, as route_localnet does for 127.0.0.1. For packets
+/// that were translated to it, that is: of others the kernel takes none. The loopback's own route
+/// comes first in all other lookups, by its metric.
+pub(super) fn add_loopback_route(batch: &mut Batch, index: u32) {
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+    let action = format!("have ::1 delivered on interface {index}");
+    batch.message(action, RTM_NEWROUTE, flags, |body| {
+        let mut header = [0; ROUTE_HEADER_BYTES];
+        header[0] = AF_INET6;
+        header[1] = 128;
+        header[4] = libc::RT_TABLE_LOCAL;
+        header[5] = libc::RTPROT_BOOT;
+        header[6] = libc::RT_SCOPE_UNIVERSE;
+        header[7] = libc::RTN_LOCAL;
+        body.header(&header);
+        body_address(body, RTA_DST, Ipv6Addr::LOCALHOST.into());
+        body.u32(RTA_OIF, index);
+        body.u32(RTA_PRIORITY, LOOPBACK_METRIC);
     });
 }
 

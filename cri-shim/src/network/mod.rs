@@ -15,6 +15,8 @@ mod bridge;
 mod choice;
 pub mod cni;
 mod config;
+mod conntrack;
+mod counters;
 mod error;
 mod forwarding;
 pub mod host_ports;
@@ -34,7 +36,8 @@ use tokio::sync::OwnedMutexGuard;
 
 pub use address::{Range, RangeError};
 pub use choice::{Mode, PodNetwork};
-pub use config::{Family, NetworkConfig, Range6};
+pub use config::{Family, NetworkConfig, OptionalRange};
+pub use counters::{Counters, Interface};
 pub use error::NetworkError;
 
 use crate::store::{Change, Store, Table};
@@ -57,19 +60,6 @@ pub struct Attachment {
     pub mac: [u8; 6],
     /// Where the pod's default route leads, of the primary family.
     pub gateway: Option<IpAddr>,
-}
-
-/// Counters of a pod's interface, as the pod sees them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct InterfaceStats {
-    pub rx_bytes: u64,
-    pub rx_packets: u64,
-    pub rx_errors: u64,
-    pub rx_dropped: u64,
-    pub tx_bytes: u64,
-    pub tx_packets: u64,
-    pub tx_errors: u64,
-    pub tx_dropped: u64,
 }
 
 /// An entry of [`Table::ADDRESSES`]. The key of a `Given` is the address.
@@ -133,7 +123,7 @@ impl Network {
         }
         let mut inherited: HashSet<String> = given.iter().map(|(_, pod)| pod.clone()).collect();
         inherited.extend(claims.pods().map(str::to_owned));
-        let ranges = config.ranges();
+        let ranges = config.ranges()?;
         let mut addresses = Vec::new();
         for range in &ranges {
             let mut last = last.iter();
@@ -276,6 +266,14 @@ impl Network {
         .await
     }
 
+    /// How many pods have addresses, and how many host ports.
+    pub fn given(&self) -> (usize, usize) {
+        let addresses = lock(&self.inner.addresses)
+            .first()
+            .map_or(0, |family| family.all().count());
+        (addresses, lock(&self.inner.claims).pods().count())
+    }
+
     /// Makes the rules anew, whatever somebody has done to them; without pods or a bridge there
     /// are none.
     pub async fn renew(&self) -> Result<(), NetworkError> {
@@ -290,13 +288,6 @@ impl Network {
         blocking(move || inner.bridge.repair(&|| inner.live()))
             .await
             .map_err(|error| error.to_string())
-    }
-
-    /// The counters of the pod's interface; `None` if it has none. One small file is read, no
-    /// kernel lock is waited for.
-    pub fn interface_stats(&self, pod: &str) -> Option<InterfaceStats> {
-        let table = std::fs::read_to_string("/proc/thread-self/net/dev").ok()?;
-        node_counters(&table, &bridge::host_interface(pod))
     }
 }
 
@@ -363,15 +354,16 @@ impl Inner {
     }
 
     fn take_ports(&self, pod: &str, claim: Claim, mapped: bool) -> Result<(), NetworkError> {
-        let ipv6 = lock(&self.addresses)
-            .iter()
-            .any(|family| family.range().is_ipv6());
-        let is_ipv6 = |port: &&HostPort| port.address.is_some_and(|address| address.is_ipv6());
-        if let Some(port) = claim.ports.iter().find(is_ipv6)
+        let has = |address: IpAddr| {
+            lock(&self.addresses)
+                .iter()
+                .any(|family| family.range().is_ipv6() == address.is_ipv6())
+        };
+        let is_lacking = |port: &&HostPort| port.address.is_some_and(|address| !has(address));
+        if let Some(port) = claim.ports.iter().find(is_lacking)
             && mapped
-            && !ipv6
         {
-            return Err(NetworkError::NoIpv6 { port: *port });
+            return Err(NetworkError::no_family(*port));
         }
         let taken = lock(&self.claims).take(pod, claim);
         taken.map_err(|taken| NetworkError::PortTaken {
@@ -447,11 +439,7 @@ impl Inner {
         netns: PathBuf,
         committed: bool,
     ) -> Result<link::Mac, NetworkError> {
-        let mut likely = addresses.iter();
-        let of = likely
-            .find(|address| address.is_ipv4())
-            .or(addresses.first());
-        let mac = link::mac_of(of.copied().unwrap_or(IpAddr::from([0; 4])));
+        let mac = link::mac_of(addresses);
         let (inner, name) = (Arc::clone(self), pod.to_owned());
         let making = blocking(move || inner.bridge.connect(&name, mac, &netns, &|| inner.live()));
         let (made, committed) = tokio::join!(making, async {
@@ -515,51 +503,4 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or(Err(NetworkError::ThreadDied))
-}
-
-/// Finds `interface` in the text of /proc/net/dev, and turns its counters round: what the node's
-/// end of a pair received is what the pod sent. See proc_net(5).
-fn node_counters(table: &str, interface: &str) -> Option<InterfaceStats> {
-    let (_, counters) = table
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.trim() == interface)?;
-    let mut counters = counters.split_ascii_whitespace().map(str::parse);
-    let mut next = |skip| counters.nth(skip)?.ok();
-    // bytes packets errs drop fifo frame compressed multicast, and again for sending.
-    Some(InterfaceStats {
-        tx_bytes: next(0)?,
-        tx_packets: next(0)?,
-        tx_errors: next(0)?,
-        tx_dropped: next(0)?,
-        rx_bytes: next(4)?,
-        rx_packets: next(0)?,
-        rx_errors: next(0)?,
-        rx_dropped: next(0)?,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_nodes_counters_are_the_pods_turned_round() {
-        let table = "Inter-|   Receive |  Transmit\n face |bytes packets errs drop fifo frame \
-                     compressed multicast|bytes packets errs drop fifo colls carrier compressed\n\
-                     rr0123456789ab:     100      2    3    4    0     0          0         0   \
-                     200       5    6    0    0     0       0          0\n";
-        let stats = InterfaceStats {
-            rx_bytes: 200,
-            rx_packets: 5,
-            rx_errors: 6,
-            rx_dropped: 0,
-            tx_bytes: 100,
-            tx_packets: 2,
-            tx_errors: 3,
-            tx_dropped: 4,
-        };
-        assert_eq!(node_counters(table, "rr0123456789ab"), Some(stats));
-        assert_eq!(node_counters(table, "rr0123456789ac"), None);
-    }
 }

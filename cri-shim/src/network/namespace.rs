@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use sha2::{Digest, Sha256};
 
 use super::netlink::{Batch, Socket};
 use super::{NetworkError, link};
@@ -22,6 +23,55 @@ const LOOPBACK_INDEX: u32 = 1;
 
 /// What statfs(2) says of a file that stands for a namespace.
 const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
+
+/// Where the pods' namespaces are pinned, each under a name of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespaces {
+    dir: PathBuf,
+    /// What the names of ours begin with.
+    prefix: String,
+}
+
+impl Namespaces {
+    /// Plugins, and daemons of theirs in pods, look for namespaces in `/run/netns`, ip-netns(8).
+    /// In a directory that is also others' the names tell that they are those of the server with
+    /// this `state`.
+    pub fn new(dir: PathBuf, state: &Path) -> Self {
+        let prefix = match dir.starts_with(state) {
+            true => String::new(),
+            false => {
+                let hash = Sha256::digest(state.as_os_str().as_encoded_bytes());
+                let [a, b, c, d] = *hash.first_chunk().unwrap_or(&[0; 4]);
+                format!("rrun-{a:02x}{b:02x}{c:02x}{d:02x}-")
+            }
+        };
+        Namespaces { dir, prefix }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where `pod`'s is.
+    pub fn of(&self, pod: &str) -> PathBuf {
+        self.dir.join(format!("{}{pod}", self.prefix))
+    }
+
+    /// Every pod that one is there of.
+    pub fn pods(&self) -> io::Result<Vec<String>> {
+        let mut pods = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            if let Some(pod) = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(&self.prefix))
+            {
+                pods.push(pod.to_owned());
+            }
+        }
+        Ok(pods)
+    }
+}
 
 /// Makes a new network namespace with its loopback up and pins it at `path`, a new file in a
 /// directory that must be there.
@@ -187,5 +237,20 @@ fn failed(action: &'static str, path: &Path, source: io::Error) -> NetworkError 
         action,
         path: PathBuf::from(path),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_a_shared_directory_are_the_servers_own() {
+        let names = |dir: &str, state: &str| Namespaces::new(dir.into(), Path::new(state));
+        let own = names("/run/rrun/netns", "/run/rrun");
+        assert_eq!(own.of("p"), Path::new("/run/rrun/netns/p"));
+        let [one, other] = ["/run/rrun", "/run/other"].map(|state| names("/run/netns", state));
+        assert!(one.of("p").starts_with("/run/netns"));
+        assert_ne!(one.of("p"), other.of("p"));
     }
 }

@@ -113,6 +113,11 @@ impl Body<'_> {
         self.attribute(kind | NLA_F_NESTED, inside);
     }
 
+    /// A nest whose inside is known already.
+    pub(super) fn nested(&mut self, kind: u16, inside: &[u8]) {
+        self.nest(kind, |body| body.0.extend_from_slice(inside));
+    }
+
     fn attribute(&mut self, kind: u16, inside: impl FnOnce(&mut Body)) {
         let start = self.0.len();
         self.0.extend_from_slice(&[0; 2]);

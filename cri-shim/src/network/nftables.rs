@@ -10,6 +10,8 @@
 //!         iifname "rrun0" ip daddr 127.0.0.0/8 drop
 //!     }
 //!     chain host_ports {
+//!         ip6 daddr ::1 return, where answers could not come back
+//!         ip saddr 10.88.0.0/16 and host_ports4 has an entry (as below): ct mark set ct mark | 0x1000
 //!         dnat ip to meta l4proto . ip daddr . th dport map @host_ports4
 //!         dnat ip to meta l4proto . 0.0.0.0 . th dport map @host_ports4
 //!         the same for ip6
@@ -27,18 +29,20 @@
 //!         ip saddr 10.88.0.0/16 ip daddr != 10.88.0.0/16 oifname != "rrun0"
 //!             ip daddr != 224.0.0.0/4 masquerade fully-random
 //!         oifname "rrun0" ip saddr 127.0.0.0/8 masquerade
-//!         oifname "rrun0" ip saddr 10.88.0.0/16 and what was asked for is in @host_ports4:
-//!             masquerade
+//!         oifname "rrun0" ip6 saddr ::1 masquerade
+//!         oifname "rrun0" ip saddr 10.88.0.0/16 ct status dnat ct mark & 0x1000 != 0 masquerade
 //!         the same for ip6
 //!     }
 //! }
 //! ```
 //!
 //! A pod that calls a host port of its own, or of another pod of this node, is masqueraded so that
-//! the answer comes back by the node and not straight over the bridge. A process of the node that
-//! calls 127.0.0.1 is, because that address has no meaning in the pod; for it the bridge routes
-//! local addresses (route_localnet), and `guard` keeps pods from using that to reach what listens
-//! at the node's 127.0.0.1 only.
+//! the answer comes back by the node and not straight over the bridge. By the mark of its connection
+//! it is told from what others translate, kube-proxy for a Service with the same port: their
+//! business. A process of the node that calls 127.0.0.1 or ::1 is masqueraded, because these
+//! addresses have no meaning in the pod; for it the bridge routes local addresses (route_localnet,
+//! and for ::1 a local route of the bridge's), and `guard` keeps pods from using that to reach what
+//! listens at the node's 127.0.0.1 only; what they send to ::1 the kernel drops.
 //!
 //! Host ports come and go as elements of the maps. The table itself is replaced as a whole in one
 //! transaction: no packet sees half of it, and nothing of anybody else's is ever named.
@@ -127,6 +131,8 @@ pub(super) struct Table<'a> {
     /// The ranges that pods have addresses of.
     pub ranges: Vec<Range>,
     pub masquerade: bool,
+    /// Whether host ports are at ::1 too.
+    pub loopback6: bool,
     /// All host ports.
     pub mappings: Vec<Mapping>,
 }
@@ -157,16 +163,26 @@ pub(super) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError
 }
 
 impl Table<'_> {
-    /// IPv4 always, for its name; IPv6 if pods have it.
+    /// Those that pods have.
     fn families(&self) -> Vec<Family> {
-        let v6 = self.ranges.iter().any(|range| range.is_ipv6());
-        let families = [Some(Family::V4), v6.then_some(Family::V6)];
-        families.into_iter().flatten().collect()
+        let mut families = vec![Family::V4, Family::V6];
+        families.retain(|family| {
+            let mut ranges = self.ranges.iter();
+            ranges.any(|range| Family::of(range.network()) == *family)
+        });
+        families
     }
 
     /// Every rule, with its chain.
     fn rules(&self) -> Vec<(&'static str, Rule)> {
         let mut rules = vec![(GUARD, Rule::guard(self.name))];
+        if !self.loopback6 {
+            rules.push((HOST_PORTS, Rule::not_for_loopback6()));
+        }
+        for range in &self.ranges {
+            rules.push((HOST_PORTS, Rule::mark_hairpin(*range, true)));
+            rules.push((HOST_PORTS, Rule::mark_hairpin(*range, false)));
+        }
         for family in self.families() {
             rules.push((HOST_PORTS, Rule::host_port(family, true)));
             rules.push((HOST_PORTS, Rule::host_port(family, false)));
@@ -178,10 +194,11 @@ impl Table<'_> {
             if self.masquerade {
                 rules.push((POSTROUTING, Rule::masquerade(self.name, *range)));
             }
-            rules.push((POSTROUTING, Rule::hairpin(self.name, *range, true)));
-            rules.push((POSTROUTING, Rule::hairpin(self.name, *range, false)));
+            rules.push((POSTROUTING, Rule::hairpin(self.name, *range)));
         }
-        rules.push((POSTROUTING, Rule::masquerade_loopback(self.name)));
+        for family in self.families() {
+            rules.push((POSTROUTING, Rule::masquerade_loopback(self.name, family)));
+        }
         rules
     }
 }
@@ -290,7 +307,10 @@ pub(super) fn replace(socket: &mut Socket, table: &Table) -> Result<(), NetworkE
             body.nest(NFTA_RULE_EXPRESSIONS, |list| rule.write(list));
         });
     }
-    transaction.elements(name, NFT_MSG_NEWSETELEM, &table.mappings);
+    let families = table.families();
+    let mut mappings = table.mappings.clone();
+    mappings.retain(|one| families.iter().any(|family| family.has(one)));
+    transaction.elements(name, NFT_MSG_NEWSETELEM, &mappings);
     transaction.commit(socket).map_err(explained)
 }
 

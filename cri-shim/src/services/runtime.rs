@@ -358,16 +358,21 @@ impl Runtime {
     fn sandbox_stats(&self, id: &str) -> Result<PodSandboxStatsResponse> {
         let sandbox = self.node.sandbox(id)?;
         Ok(PodSandboxStatsResponse {
-            stats: Some(stats::sandbox(&self.node, &sandbox)),
+            stats: Some(stats::sandbox(
+                &self.node,
+                &sandbox,
+                &self.node.network.counters(),
+            )),
         })
     }
 
     fn all_sandbox_stats(&self, filter: Option<&PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
         let all = self.node.sandboxes();
+        let counters = self.node.network.counters();
         all.iter()
             .filter(|sandbox| stats::matches_sandbox(filter, sandbox))
             .filter(|sandbox| sandbox.state().ready)
-            .map(|sandbox| stats::sandbox(&self.node, sandbox))
+            .map(|sandbox| stats::sandbox(&self.node, sandbox, &counters))
             .collect()
     }
 }
@@ -378,9 +383,10 @@ impl Runtime {
         let node = Arc::clone(&self.node);
         blocking("read the pods' metrics", move || {
             let all = node.sandboxes();
+            let counters = node.network.counters();
             let ready = all.iter().filter(|sandbox| sandbox.state().ready);
             ready
-                .map(|sandbox| stats::cadvisor::sandbox(&node, sandbox))
+                .map(|sandbox| stats::cadvisor::sandbox(&node, sandbox, &counters))
                 .collect()
         })
         .await

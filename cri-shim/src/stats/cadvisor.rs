@@ -12,7 +12,7 @@ use rrun_proto::v1::{
 use super::cgroup_files;
 use crate::cgroup::{MOUNT_POINT, directory, key, number, read};
 use crate::container::{Container, Phase};
-use crate::network::POD_INTERFACE;
+use crate::network::Counters;
 use crate::node::{Node, now};
 use crate::sandbox::Sandbox;
 
@@ -152,7 +152,7 @@ impl Metrics {
 
 /// A pod's metrics, its running containers' among them. Reads some dozens of the kernel's files
 /// for each. Blocks on nothing else.
-pub fn sandbox(node: &Node, sandbox: &Sandbox) -> PodSandboxMetrics {
+pub fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
     let metadata = sandbox.config.metadata.clone().unwrap_or_default();
     let dir = directory(&sandbox.cgroup);
     let labels = [
@@ -168,7 +168,7 @@ pub fn sandbox(node: &Node, sandbox: &Sandbox) -> PodSandboxMetrics {
         all: Vec::new(),
     };
     of_cgroup(&mut metrics, &dir);
-    if let Some(counted) = node.network.interface_stats(&sandbox.id) {
+    for counted in counters.of(&sandbox.id) {
         for (name, value) in [
             ("container_network_receive_bytes_total", counted.rx_bytes),
             ("container_network_receive_errors_total", counted.rx_errors),
@@ -191,7 +191,7 @@ pub fn sandbox(node: &Node, sandbox: &Sandbox) -> PodSandboxMetrics {
                 counted.tx_packets,
             ),
         ] {
-            metrics.add(name, &[POD_INTERFACE], Some(value));
+            metrics.add(name, &[&counted.name], Some(value));
         }
     }
     let containers = node.containers_of(&sandbox.id);

@@ -17,7 +17,7 @@ use rrun_proto::v1::{
 
 use crate::cgroup;
 use crate::container::{Container, Phase};
-use crate::network::POD_INTERFACE;
+use crate::network::{Counters, Interface};
 use crate::node::{Node, now};
 use crate::sandbox::Sandbox;
 use crate::sandbox::status::has_labels;
@@ -124,7 +124,7 @@ fn writable_layer(node: &Node, container: &Container, usage: Usage) -> Filesyste
 }
 
 /// One pod's statistics, its containers' among them.
-pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxStats {
+pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
     let config = &sandbox.config;
     let attributes = PodSandboxAttributes {
         id: sandbox.id.clone(),
@@ -140,23 +140,18 @@ pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxStats {
         .map(|one| container(node, one))
         .collect();
     let processes = u64::try_from(cgroup_files::process_ids(&dir).len()).ok();
-    let network = node.network.interface_stats(&sandbox.id);
+    let mut interfaces = counters.of(&sandbox.id).into_iter().map(usage);
+    let network = interfaces.next().map(|default| NetworkUsage {
+        timestamp: now(),
+        default_interface: Some(default),
+        interfaces: interfaces.collect(),
+    });
     PodSandboxStats {
         attributes: Some(attributes),
         linux: Some(LinuxPodSandboxStats {
             cpu: cpu(&node.stats, &sandbox.id, &dir),
             memory: Some(cgroup_files::memory(&dir)),
-            network: network.map(|counted| NetworkUsage {
-                timestamp: now(),
-                default_interface: Some(NetworkInterfaceUsage {
-                    name: POD_INTERFACE.to_owned(),
-                    rx_bytes: value(counted.rx_bytes),
-                    rx_errors: value(counted.rx_errors),
-                    tx_bytes: value(counted.tx_bytes),
-                    tx_errors: value(counted.tx_errors),
-                }),
-                interfaces: Vec::new(),
-            }),
+            network,
             process: processes.map(|count| ProcessUsage {
                 timestamp: now(),
                 process_count: value(count),
@@ -165,6 +160,16 @@ pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxStats {
             io: cgroup_files::io(&dir),
         }),
         windows: None,
+    }
+}
+
+fn usage(counted: Interface) -> NetworkInterfaceUsage {
+    NetworkInterfaceUsage {
+        name: counted.name,
+        rx_bytes: value(counted.rx_bytes),
+        rx_errors: value(counted.rx_errors),
+        tx_bytes: value(counted.tx_bytes),
+        tx_errors: value(counted.tx_errors),
     }
 }
 

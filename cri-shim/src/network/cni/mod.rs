@@ -35,6 +35,7 @@ use tokio::time::Instant;
 pub use teardown::{Detached, Patience};
 
 use super::lock;
+use super::namespace::Namespaces;
 use crate::error::{Error, Result};
 use crate::slow::{blocking, slow};
 use crate::store::{Change, Store, StoreError, Table};
@@ -65,8 +66,8 @@ pub struct Settings {
     pub deadline: Duration,
     /// How long a DEL that fails keeps a pod from being stopped.
     pub patience: Duration,
-    /// `STATE/netns`.
-    pub netns: PathBuf,
+    /// Where pods' namespaces are.
+    pub namespaces: Namespaces,
 }
 
 /// The networks of the configuration directory; clones share one state.
@@ -548,7 +549,7 @@ impl Inner {
 
     /// The path of the pod's namespace; empty if it is gone.
     fn pinned(&self, pod: &str) -> String {
-        let path = self.settings.netns.join(pod);
+        let path = self.settings.namespaces.of(pod);
         match super::namespace::is_pinned(&path) {
             true => path.to_string_lossy().into_owned(),
             false => String::new(),

@@ -94,7 +94,7 @@ impl Cni {
     }
 
     async fn see_to(self, pod: String) {
-        let path = self.inner.settings.netns.join(&pod);
+        let path = self.inner.settings.namespaces.of(&pod);
         let begin = Instant::now();
         let mut pause = PAUSE;
         let mut said = String::new();

@@ -1,7 +1,7 @@
 //! The rules of the table, as the expressions that nf_tables runs: each loads something into
 //! registers, compares one, or acts. `nft --debug=netlink list ruleset` shows them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use crate::network::address::Range;
 use crate::network::host_ports::Mapping;
@@ -19,6 +19,7 @@ const NFTA_VERDICT_CODE: u16 = 1;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 const NF_DROP: i32 = 0;
 const NFT_JUMP: i32 = -3;
+const NFT_RETURN: i32 = -5;
 
 const NFTA_META_DREG: u16 = 1;
 const NFTA_META_KEY: u16 = 2;
@@ -61,13 +62,14 @@ const NFTA_FIB_F_DADDR: u32 = 1 << 1;
 
 const NFTA_CT_DREG: u16 = 1;
 const NFTA_CT_KEY: u16 = 2;
-const NFTA_CT_DIRECTION: u16 = 3;
+const NFTA_CT_SREG: u16 = 4;
 const NFT_CT_STATUS: u32 = 2;
-const NFT_CT_PROTO_DST: u32 = 12;
-const NFT_CT_DST_IP: u32 = 20;
-const NFT_CT_DST_IP6: u32 = 22;
-const IP_CT_DIR_ORIGINAL: u8 = 0;
+const NFT_CT_MARK: u32 = 3;
 const IPS_DST_NAT: u32 = 1 << 5;
+
+/// The bit of a connection's mark by which one from a pod to a host port is known. Kubernetes uses
+/// marks of packets, 0x2000 to 0x8000, and none of connections.
+const HAIRPIN_MARK: u32 = 0x1000;
 
 const NFTA_NAT_TYPE: u16 = 1;
 const NFTA_NAT_FAMILY: u16 = 2;
@@ -83,6 +85,9 @@ const NFT_REG_VERDICT: u32 = 0;
 const NFT_REG32_00: u32 = 8;
 /// Where a lookup leaves what it found.
 const FOUND: u32 = NFT_REG32_00 + 8;
+
+/// The address and the mask of all its bits.
+const LOOPBACK6: (Ipv6Addr, Ipv6Addr) = (Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX));
 
 /// IFNAMSIZ: interface names are compared with their padding.
 const INTERFACE_NAME_BYTES: usize = 16;
@@ -106,7 +111,7 @@ pub(super) enum Family {
 }
 
 impl Family {
-    fn of(address: IpAddr) -> Self {
+    pub(super) fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Family::V4,
             IpAddr::V6(_) => Family::V6,
@@ -235,27 +240,44 @@ impl Rule {
             .verdict(NFT_JUMP, Some(chain))
     }
 
+    /// Leaves ::1 alone.
+    pub(super) fn not_for_loopback6() -> Rule {
+        let (one, mask) = LOOPBACK6;
+        Rule::default()
+            .family(Family::V6)
+            .destination(NFT_CMP_EQ, one.into(), mask.into())
+            .verdict(NFT_RETURN, None)
+    }
+
     /// Sends what is meant for a host port of this address, or of any, to its pod.
     pub(super) fn host_port(family: Family, of_any: bool) -> Rule {
         let bytes = family.address_bytes();
-        let port = NFT_REG32_00 + 1 + bytes / 4;
-        let rule = Rule::default()
+        Rule::default()
             .family(family)
-            .meta(NFT_META_L4PROTO, NFT_REG32_00);
-        let (_, destination) = family.offsets();
-        let network = NFT_PAYLOAD_NETWORK_HEADER;
-        let rule = match of_any {
-            true => rule.any_address(family),
-            false => rule.payload(network, destination, bytes, NFT_REG32_00 + 1),
-        };
-        // Ports are at the same place in TCP, UDP and SCTP.
-        rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)
-            .look_up(family)
+            .look_up_host_port(family, of_any)
             .add("nat", move |data| {
                 data.be32(NFTA_NAT_TYPE, NFT_NAT_DNAT);
                 data.be32(NFTA_NAT_FAMILY, family.number().into());
                 data.be32(NFTA_NAT_REG_ADDR_MIN, FOUND);
                 data.be32(NFTA_NAT_REG_PROTO_MIN, FOUND + bytes / 4);
+            })
+    }
+
+    /// Marks the connection of a pod to a host port of this address, or of any.
+    pub(super) fn mark_hairpin(range: Range, of_any: bool) -> Rule {
+        let family = Family::of(range.network());
+        Rule::default()
+            .family(family)
+            .source(range.network(), range.mask())
+            .look_up_host_port(family, of_any)
+            .ct(NFT_CT_MARK)
+            .bitwise(
+                (!HAIRPIN_MARK).to_ne_bytes().into(),
+                HAIRPIN_MARK.to_ne_bytes().into(),
+            )
+            .add("ct", |data| {
+                data.be32(NFTA_CT_KEY, NFT_CT_MARK);
+                data.be32(NFTA_CT_SREG, NFT_REG32_00);
             })
     }
 
@@ -279,40 +301,49 @@ impl Rule {
             .masquerade_now()
     }
 
-    /// Gives what comes to a pod from the node's 127.0.0.1 an address that it can answer to.
-    pub(super) fn masquerade_loopback(bridge: &str) -> Rule {
+    /// Gives what comes to a pod from the node's 127.0.0.1 or ::1 an address that it can answer to.
+    pub(super) fn masquerade_loopback(bridge: &str, family: Family) -> Rule {
+        let (network, mask): (IpAddr, IpAddr) = match family {
+            Family::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
+            Family::V6 => (LOOPBACK6.0.into(), LOOPBACK6.1.into()),
+        };
         Rule::default()
             .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
-            .family(Family::V4)
-            .source([127, 0, 0, 0].into(), [255, 0, 0, 0].into())
+            .family(family)
+            .source(network, mask)
             .masquerade_now()
     }
 
     /// Gives what comes from a pod, and by a host port to a pod of this node, the node's address.
-    /// By what was asked for at first it is told from the DNAT of others, such as kube-proxy's:
-    /// their business.
-    pub(super) fn hairpin(bridge: &str, range: Range, of_any: bool) -> Rule {
-        let family = Family::of(range.network());
-        let rule = Rule::default()
+    pub(super) fn hairpin(bridge: &str, range: Range) -> Rule {
+        Rule::default()
             .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
-            .family(family)
+            .family(Family::of(range.network()))
             .source(range.network(), range.mask())
-            .ct(NFT_CT_STATUS, false, NFT_REG32_00)
+            .ct(NFT_CT_STATUS)
             .mask(IPS_DST_NAT.to_ne_bytes().into())
             .compare(NFT_CMP_NEQ, [0; 4])
-            .meta(NFT_META_L4PROTO, NFT_REG32_00);
-        let asked = match family {
-            Family::V4 => NFT_CT_DST_IP,
-            Family::V6 => NFT_CT_DST_IP6,
-        };
+            .ct(NFT_CT_MARK)
+            .mask(HAIRPIN_MARK.to_ne_bytes().into())
+            .compare(NFT_CMP_NEQ, [0; 4])
+            .masquerade_now()
+    }
+
+    /// Looks protocol, destination, or any, and port up in the family's map; without an entry the
+    /// rule ends.
+    fn look_up_host_port(self, family: Family, of_any: bool) -> Rule {
+        let bytes = family.address_bytes();
+        let port = NFT_REG32_00 + 1 + bytes / 4;
+        let rule = self.meta(NFT_META_L4PROTO, NFT_REG32_00);
+        let (_, destination) = family.offsets();
+        let network = NFT_PAYLOAD_NETWORK_HEADER;
         let rule = match of_any {
             true => rule.any_address(family),
-            false => rule.ct(asked, true, NFT_REG32_00 + 1),
+            false => rule.payload(network, destination, bytes, NFT_REG32_00 + 1),
         };
-        let port = NFT_REG32_00 + 1 + family.address_bytes() / 4;
-        rule.ct(NFT_CT_PROTO_DST, true, port)
+        // Ports are at the same place in TCP, UDP and SCTP.
+        rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)
             .look_up(family)
-            .masquerade_now()
     }
 
     fn add(mut self, name: &'static str, data: impl Fn(&mut Body) + 'static) -> Rule {
@@ -336,14 +367,11 @@ impl Rule {
         })
     }
 
-    /// What connection tracking knows, of the first packet's direction if it has one.
-    fn ct(self, key: u32, original: bool, register: u32) -> Rule {
+    /// What connection tracking knows.
+    fn ct(self, key: u32) -> Rule {
         self.add("ct", move |data| {
-            data.be32(NFTA_CT_DREG, register);
+            data.be32(NFTA_CT_DREG, NFT_REG32_00);
             data.be32(NFTA_CT_KEY, key);
-            if original {
-                data.bytes(NFTA_CT_DIRECTION, &[IP_CT_DIR_ORIGINAL]);
-            }
         })
     }
 
@@ -359,12 +387,18 @@ impl Rule {
 
     /// Masks what is in the first register.
     fn mask(self, mask: Vec<u8>) -> Rule {
+        let nothing = vec![0; mask.len()];
+        self.bitwise(mask, nothing)
+    }
+
+    /// Masks what is in the first register, and then turns these bits round.
+    fn bitwise(self, mask: Vec<u8>, turned: Vec<u8>) -> Rule {
         self.add("bitwise", move |data| {
             data.be32(NFTA_BITWISE_SREG, NFT_REG32_00);
             data.be32(NFTA_BITWISE_DREG, NFT_REG32_00);
             data.be32(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0));
             value(data, NFTA_BITWISE_MASK, &mask);
-            value(data, NFTA_BITWISE_XOR, &vec![0; mask.len()]);
+            value(data, NFTA_BITWISE_XOR, &turned);
         })
     }
 
