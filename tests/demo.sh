@@ -44,7 +44,7 @@ inventory() {
         [[ $interface == */rrun0 ]] || echo "interface ${interface##*/}"
     done
     ps -eo args= | grep -E '^(\S*/)?(rrun|sh -c|sleep|httpd|dd) ' | sed 's/^/process /' || true
-    find /run/rrun/pods /run/rrun/netns /run/rrun/runtime /var/lib/rrun/containers /var/log/pods /run/demo \
+    find /run/rrun/pods /run/netns /run/rrun/runtime /var/lib/rrun/containers /var/log/pods /run/demo \
         -mindepth 1 -maxdepth 2 -printf 'file %p\n' 2>/dev/null || true
 }
 

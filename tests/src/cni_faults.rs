@@ -415,7 +415,7 @@ fn a_server_killed_in_the_middle_of_add_and_del_leaves_nothing() -> Result {
         fs::create_dir(&made)?;
         let file = format!("{}/$CNI_CONTAINERID-$kind", made.display());
         let mut dice = Dice::new();
-        for round in 0..rounds(6, 100) {
+        for round in 0..rounds(6, 200) {
             // The last child of a killed server may still make something.
             behave(
                 node,

@@ -6,8 +6,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::cni_recorder::write;
+use crate::inside_traffic::pour;
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
+use crate::network_host_ports::node_fetches;
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -35,6 +37,25 @@ pub const TESTS: &[Test] = &[
         PLUGINS,
         SHAPING,
         FIREWALL
+    ),
+    test!(
+        a_bandwidth_is_held,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        PLUGINS,
+        SHAPING,
+        Need::NativeOrLong
+    ),
+    test!(
+        a_pod_has_an_interface_of_each_configuration_in_use,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        PLUGINS,
+        Need::RrunCri
     ),
     test!(
         pods_reach_each_other_by_ptp,
@@ -171,7 +192,10 @@ fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
             // By the host port: on loopback, and on an address of the node's.
             fetch("127.0.0.1", *port)?;
             fetch("10.98.0.1", *port)?;
+            // The kernel looks for duplicates of what the plugins give for a while.
+            node_fetches(&format!("http://[fd98::1]:{port}/"))?;
             fetch_inside(node, container, "10.98.0.1", *port)?;
+            fetch_inside(node, container, "[fd98::1]", *port)?;
         }
         let queues = command("tc", ["qdisc", "show"]).ok()?;
         for rate in ["rate 80Mbit", "rate 90Mbit"] {
@@ -214,6 +238,123 @@ fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
         ensure!(left.is_empty(), "leases are left: {left:?}");
         Ok(())
     });
+    tidy();
+    tested
+}
+
+/// Of what is let through at once nothing is known but that it is less than 2^32 bits: so much more
+/// than that goes through that the rest takes three seconds, on any machine.
+fn a_bandwidth_is_held() -> Result {
+    const MEGABYTES: usize = 812;
+    const BITS_A_SECOND: u64 = 800_000_000;
+    let tested = on_a_node(|node| {
+        let ipam = ipam(node, &["10.95.0.0/24"]);
+        let list = json!({ "cniVersion": "1.0.0", "name": "shaped", "plugins": [
+            { "type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": ipam },
+            { "type": "bandwidth", "capabilities": { "bandwidth": true } },
+        ]});
+        write(node, "10-shaped.conflist", &list.to_string())?;
+        node.pull(BUSYBOX)?;
+        let mut pod = node.pod("shaped");
+        pod["annotations"] = json!({ "kubernetes.io/ingress-bandwidth": "800M" });
+        let pod_id = node.runp(&pod)?;
+        let sink = node.container("sink", &["/inside", "net", "sink", "7000"]);
+        node.run(&pod_id, &pod, &sink)?;
+        let address = format!("{}:7000", addresses(node, &pod_id)?[0]).parse()?;
+        wait_for("the sink to listen", || {
+            Ok(std::net::TcpStream::connect(address).ok().map(|_| ()))
+        })?;
+        let took = pour(address, MEGABYTES).map_err(|error| error.to_string())?;
+        let bits = (MEGABYTES as u64) << 23;
+        let least = (bits - u64::from(u32::MAX)) as f64 / BITS_A_SECOND as f64;
+        ensure!(
+            took.as_secs_f64() >= least,
+            "{MEGABYTES} MB took {took:?}, at {BITS_A_SECOND} bits a second at least {least} s"
+        );
+        Ok(())
+    });
+    tidy();
+    tested
+}
+
+fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
+    let tested = on_a_node(|node| {
+        fs::write(
+            node.join("config.d/50-cni.toml"),
+            "[cni]\nmax_conf_num = 2\n",
+        )?;
+        node.terminate_server()?;
+        node.start_server()?;
+        // By their names, not by their age.
+        for (file, name, bridge, subnet) in [
+            ("30-c.conflist", "third", "cni3", "10.93.0.0/24"),
+            ("20-b.conflist", "second", "cni2", "10.92.0.0/24"),
+            ("10-a.conflist", "first", "cni0", "10.91.0.0/24"),
+        ] {
+            let mut ipam = ipam(node, &[subnet]);
+            if name != "first" {
+                ipam["routes"] = json!([]);
+            }
+            let list = json!({ "cniVersion": "1.0.0", "name": name, "plugins": [
+                { "type": "bridge", "bridge": bridge, "isGateway": true, "ipam": ipam },
+            ]});
+            write(node, file, &list.to_string())?;
+        }
+        node.pull(WEB)?;
+        let mut pods = Vec::new();
+        for name in ["here", "there"] {
+            let pod = node.pod(name);
+            let pod_id = node.runp(&pod)?;
+            let id = web(node, &pod, &pod_id)?;
+            // Those of the first one are the pod's; the others it has besides.
+            let mut all = addresses(node, &pod_id)?;
+            ensure_eq!(all.len(), 1, "addresses in the status, {all:?}");
+            let eth1 = [
+                "exec", "-s", &id, "ip", "-4", "-o", "address", "show", "eth1",
+            ];
+            let shown = node.asks(&eth1)?;
+            let mut words = shown.split_whitespace().skip_while(|word| *word != "inet");
+            let address = words.nth(1).and_then(|word| word.split('/').next());
+            all.push(
+                address
+                    .ok_or(format!("no address in {shown:?}"))?
+                    .to_owned(),
+            );
+            ensure!(
+                all[0].starts_with("10.91.0.") && all[1].starts_with("10.92.0."),
+                "the addresses are {all:?}"
+            );
+            pods.push((id, all, pod_id));
+        }
+        let (container, _, pod_id) = &pods[0];
+        let (_, target, _) = &pods[1];
+        for address in target {
+            fetch_inside(node, container, address, 5000)?;
+            fetch(address, 5000)?;
+        }
+        let stats = node.json(&["statsp", "--id", pod_id])?["stats"][0].clone();
+        let network = &stats["linux"]["network"];
+        ensure_eq!(
+            network["defaultInterface"]["name"],
+            json!("eth0"),
+            "the first"
+        );
+        let more: Vec<&Value> = network["interfaces"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|one| &one["name"])
+            .collect();
+        ensure_eq!(more, [&json!("eth1")], "the others");
+        node.asks(&["rmp", "--all", "--force"])?;
+        for network in ["first", "second", "third"] {
+            let left = leases(node, network);
+            ensure!(left.is_empty(), "leases of {network} are left: {left:?}");
+        }
+        Ok(())
+    });
+    // The first one's goes with the node.
+    let _ = command("ip", ["link", "delete", "cni2"]).end();
     tidy();
     tested
 }

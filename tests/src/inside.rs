@@ -62,6 +62,7 @@ pub fn main(args: &[String]) -> i32 {
             std::thread::sleep(Duration::from_secs_f64(seconds.parse().unwrap_or(0.0)));
             return code.parse().unwrap_or(99);
         }
+        ["net", traffic @ ..] => crate::inside_traffic::main(traffic),
         ["attack", attack @ ..] => crate::attacker::main(attack),
         _ => return 99,
     };

@@ -40,12 +40,15 @@ mod cri_wedge;
 mod crictl_story;
 mod critest;
 mod inside;
+mod inside_traffic;
 mod kubelet;
 mod kubelet_application;
 mod kubelet_pods;
 mod leavings;
 mod machine;
 mod needs;
+mod network_crowds;
+mod network_flows;
 mod network_host_ports;
 mod node;
 mod rrun_bad_input;
@@ -150,6 +153,8 @@ fn main() -> ExitCode {
         cri_images_preload::TESTS,
         cri_metrics::TESTS,
         network_host_ports::TESTS,
+        network_flows::TESTS,
+        network_crowds::TESTS,
         kubelet_pods::TESTS,
         kubelet_application::TESTS,
         critest::TESTS,

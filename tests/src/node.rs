@@ -111,6 +111,7 @@ impl Node {
             // The native view's host has no CAP_SYS_RESOURCE.
             format!(
                 "root = {root:?}\nstate = {state:?}\nlisten = \"unix://{socket}\"\n\
+                 netns_dir = \"{state}/netns\"\n\
                  registry_config_path = {certs:?}\ncni_conf_dir = {cni:?}\n\
                  restrict_oom_score_adj = true\ndebug = true\nmetrics_listen = {METRICS:?}\ncdi_spec_dirs = [{cdi:?}]\n\
                  [runtime.runc]\npath = 'runc'\n[runtime.crun]\npath = 'crun'\n\
