@@ -21,7 +21,9 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::service::Service;
-use crate::{Result, critest, exec_sync, fleet, logs, memory, pods, pull, report, streaming};
+use crate::{
+    Result, critest, exec_sync, fleet, logs, memory, network, pods, pull, report, streaming,
+};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -33,7 +35,7 @@ pub struct Options {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "critest,pods,exec,streams,logs,pull,memory,fleet"
+        default_value = "critest,pods,network,exec,streams,logs,pull,memory,fleet"
     )]
     parts: Vec<Part>,
     /// How many pods of each kind for each server
@@ -62,6 +64,8 @@ enum Part {
     Critest,
     /// A pod's life by a client of our own, with the node's network and with their own
     Pods,
+    /// Traffic between pods; RunPodSandbox with CNI plugins
+    Network,
     /// ExecSync of `true`
     Exec,
     /// Interactive exec, a forwarded port, silent sessions
@@ -143,6 +147,7 @@ async fn measure(options: &Options, programs: &Path, results: &Path) -> Result {
         let outcome = match part {
             Part::Critest => critest::run(options, &servers, results).await,
             Part::Pods => pods::run(options, &mut servers, results).await,
+            Part::Network => network::run(options, &mut servers, results).await,
             Part::Exec => exec_sync::run(options, &mut servers, results).await,
             Part::Streams => streaming::run(options, &mut servers, results).await,
             Part::Logs => logs::run(options, &mut servers, programs, results).await,
@@ -251,7 +256,7 @@ impl Server {
         ))
     }
 
-    async fn open(name: &str, address: &str) -> Result<Self> {
+    pub async fn open(name: &str, address: &str) -> Result<Self> {
         let channel = Endpoint::from_shared(address.to_owned())?
             .connect_timeout(Duration::from_secs(5))
             .timeout(DEADLINE)

@@ -14,6 +14,7 @@ mod fleet;
 mod launch;
 mod logs;
 mod memory;
+mod network;
 mod oci;
 mod pods;
 mod pull;
