@@ -16,6 +16,11 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 type Error = Box<dyn std::error::Error>;
 
+/// How often a race is tried.
+pub fn rounds() -> usize {
+    if crate::machine::full() { 500 } else { 40 }
+}
+
 pub fn main(args: &[&str]) -> Result<(), Error> {
     match args {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),

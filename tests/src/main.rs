@@ -57,7 +57,9 @@ mod rrun_callers_containerd;
 mod rrun_callers_docker;
 mod rrun_callers_podman;
 mod rrun_effects;
-mod rrun_escapes;
+mod rrun_escapes_dev;
+mod rrun_escapes_mounts;
+mod rrun_escapes_process;
 mod rrun_hooks;
 mod rrun_idmapped_mounts;
 mod rrun_killed;
@@ -77,6 +79,7 @@ mod rrun_scheduling;
 mod rrun_seccomp;
 mod rrun_systemd;
 mod rrun_usage;
+mod secret;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -116,7 +119,9 @@ fn main() -> ExitCode {
         rrun_hooks::TESTS,
         rrun_bad_input::TESTS,
         rrun_bad_surroundings::TESTS,
-        rrun_escapes::TESTS,
+        rrun_escapes_process::TESTS,
+        rrun_escapes_dev::TESTS,
+        rrun_escapes_mounts::TESTS,
         rrun_killed::TESTS,
         rrun_races::TESTS,
         rrun_limits::TESTS,
