@@ -73,7 +73,7 @@ const SKIPPED: &[(&str, &str, Option<&str>)] = &[
 const OF_A_WHOLE_MACHINE: &str = "AppArmor|OOM";
 
 /// Three minutes with containerd on an idle machine, fifteen under emulation.
-const PATIENCE: Duration = Duration::from_secs(3600);
+pub const PATIENCE: Duration = Duration::from_secs(3600);
 
 fn every_test_passes_on_the_embedded_network() -> Result {
     on_a_node(|node| critest(node, "the embedded network", None))

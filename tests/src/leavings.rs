@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The kernel lets go of namespaces and interfaces a little after their last user.
@@ -94,7 +94,7 @@ impl Machine {
 }
 
 /// What the peer that can be tested in rrun-cri's place keeps, and its plugins.
-const PEERS: &[&str] = &[
+pub const PEERS: &[&str] = &[
     "/run/containerd",
     "/run/e2e-cni",
     "/run/netns",
@@ -211,4 +211,37 @@ fn files(dir: &Path, depth: usize, all: &mut BTreeSet<String>) {
             all.insert(format!("file {}", path.display()));
         }
     }
+}
+
+/// Mount points below this directory, the last first.
+pub fn mounts_below(directory: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().rev();
+    points
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|point| point.starts_with(directory))
+        .collect()
+}
+
+/// Unmounts all below a directory, as far as it can be.
+pub fn unmount_below(directory: &Path) {
+    for point in mounts_below(directory) {
+        let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Removes a tree of empty cgroups, or of files.
+pub fn remove(path: &Path) {
+    if !path.starts_with("/sys/fs/cgroup") {
+        unmount_below(path);
+        let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
+        return;
+    }
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(path);
 }

@@ -9,6 +9,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 mod attacker;
 mod bundle;
+mod caller;
 mod cgroup_use;
 mod cni_faults;
 mod cni_plugins;

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::ensure;
+use crate::leavings::{mounts_below, unmount_below};
 use crate::machine::{Directory, Output, Result, Run, Running, command, deadline, tail, wait_for};
 use crate::needs::Need;
 
@@ -474,24 +475,8 @@ impl Drop for Node {
         for group in ["rrun", "k8s.io"] {
             let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(group));
         }
-        for mount in mounts_below(self.directory.path()) {
-            let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
-        }
+        unmount_below(self.directory.path());
     }
-}
-
-/// Mount points below this directory, the deepest first.
-fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut points: Vec<PathBuf> = table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(PathBuf::from)
-        .filter(|point| point.starts_with(dir))
-        .collect();
-    points.sort();
-    points.reverse();
-    points
 }
 
 fn registry(args: &[&str]) -> Result {

@@ -1,17 +1,18 @@
 //! containerd, by ctr: its shim drives the runtime with an event loop of its own.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::bundle::runtime_program;
-use crate::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
+use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings};
+use crate::leavings::PEERS;
+use crate::machine::{Directory, Result, Run, Running, command, deadline, program_path, wait_for};
 use crate::needs::{Need, Test};
-use crate::rrun_callers_podman::{remove, unmount_below};
-use crate::{ensure, ensure_eq, test};
+use crate::node::{CRICTL, IMAGES, REGISTRY};
+use crate::{critest, ensure, ensure_eq, test};
 
 const CTR: Need = Need::Program("ctr");
 const CONTAINERD: Need = Need::Program("containerd");
-const IMAGE: Need = Need::File("/images/archives/demo-busybox.docker.tar");
-const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
 
 pub const TESTS: &[Test] = &[
     test!(containerd_runs_what_it_is_asked_to, CTR, CONTAINERD, IMAGE),
@@ -24,14 +25,37 @@ pub const TESTS: &[Test] = &[
         Need::Controller("memory"),
         Need::Controller("pids")
     ),
+    test!(
+        containerd_keeps_pods_as_a_cri_server,
+        CONTAINERD,
+        CRICTL,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        containerd_passes_critest,
+        Need::Long,
+        CONTAINERD,
+        CRICTL,
+        REGISTRY,
+        IMAGES,
+        Need::Program("critest")
+    ),
+];
+
+/// Tests of the CRI that containerd passes with runc.
+const OF_THE_CRI: &[&str] = &[
+    "crictl_story::a_web_server_from_the_registry_to_its_removal",
+    "cri_containers::a_container_gets_what_its_configuration_says",
+    "cri_containers::exec_gives_output_exit_code_and_ends_in_time",
+    "cri_containers::stop_gives_the_grace_period_and_then_kills",
 ];
 
 struct Containerd {
-    directory: Directory,
     server: Option<Running>,
+    _leavings: Leavings,
+    directory: Directory,
     runtime: PathBuf,
-    /// What was not there before.
-    made: Vec<PathBuf>,
 }
 
 /// Shims keep their sockets at a place of their own; ctr's namespace is a cgroup.
@@ -56,59 +80,28 @@ impl Containerd {
                 at("socket"),
             ),
         )?;
-        let made = SHARED
-            .iter()
-            .map(PathBuf::from)
-            .filter(|path| !path.exists())
-            .collect();
+        let leavings = Leavings::of(directory.path(), SHARED);
         let server = command("containerd", ["--config", &at("config.toml")]).start()?;
         let containerd = Containerd {
-            directory,
             server: Some(server),
+            _leavings: leavings,
+            directory,
             runtime,
-            made,
         };
         wait_for("containerd's answer", || {
             let output = containerd.call(&["version"]).end()?;
             Ok((output.code == 0).then_some(()))
         })?;
-        containerd
-            .call(&[
-                "image",
-                "import",
-                "/images/archives/demo-busybox.docker.tar",
-            ])
-            .ok()?;
+        containerd.call(&["image", "import", ARCHIVE]).ok()?;
         Ok(containerd)
     }
 
-    fn program(&self) -> Vec<String> {
-        let socket = self.directory.join("socket").display().to_string();
-        vec!["ctr".to_owned(), "--address".to_owned(), socket]
-    }
-
-    fn call(&self, args: &[&str]) -> Run {
-        command("env", self.program()).args(args)
-    }
-
-    fn run(&self, options: &[&str], id: &str, program: &[&str]) -> Run {
+    fn start_container(&self, options: &[&str], id: &str, program: &[&str]) -> Run {
         let runtime = self.runtime.display().to_string();
         self.call(&["run", "--runc-binary", &runtime])
             .args(options)
             .args([IMAGE_NAME, id])
             .args(program)
-    }
-
-    fn prints(&self, options: &[&str], program: &[&str], text: &str) -> Result {
-        let output = self
-            .run(&[&["--rm"], options].concat(), "printer", program)
-            .ok()?;
-        ensure!(
-            output.text() == text,
-            "should print {text:?}:\n{}",
-            output.told()
-        );
-        Ok(())
     }
 
     fn status(&self, id: &str) -> Result<String> {
@@ -129,15 +122,22 @@ impl Containerd {
     }
 }
 
+impl Caller for Containerd {
+    fn program(&self) -> Vec<String> {
+        let socket = self.directory.join("socket").display().to_string();
+        vec!["ctr".to_owned(), "--address".to_owned(), socket]
+    }
+
+    fn run(&self, options: &[&str], program: &[&str]) -> Run {
+        self.start_container(&[&["--rm"], options].concat(), "running", program)
+    }
+}
+
 impl Drop for Containerd {
     fn drop(&mut self) {
         if let Some(server) = self.server.take() {
             server.signal(nix::sys::signal::Signal::SIGTERM);
             let _ = server.end();
-        }
-        unmount_below(self.directory.path());
-        for path in &self.made {
-            remove(path);
         }
     }
 }
@@ -145,12 +145,8 @@ impl Drop for Containerd {
 fn containerd_runs_what_it_is_asked_to() -> Result {
     let containerd = Containerd::start()?;
     containerd.prints(&[], &["echo", "hello"], "hello")?;
-    containerd
-        .run(&["--rm"], "code", &["sh", "-c", "exit 3"])
-        .exits(3)?;
-    let missing = containerd
-        .run(&["--rm"], "missing", &["no-such-program"])
-        .exits(1)?;
+    containerd.run(&[], &["sh", "-c", "exit 3"]).exits(3)?;
+    let missing = containerd.run(&[], &["no-such-program"]).exits(1)?;
     ensure!(
         missing.stderr.contains("no-such-program") && missing.stderr.contains("not found"),
         "{}",
@@ -158,13 +154,11 @@ fn containerd_runs_what_it_is_asked_to() -> Result {
     );
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
     containerd.prints(&["--seccomp"], &status("Seccomp:"), "Seccomp:\t2")?;
-    let all = containerd
-        .run(&["--rm", "--privileged"], "privileged", &status("CapEff"))
-        .ok()?;
+    let all = containerd.run(&["--privileged"], &status("CapEff")).ok()?;
     let own = std::fs::read_to_string("/proc/self/status")?;
     ensure!(own.contains(all.text()), "privileged: {}", all.told());
     containerd
-        .run(&["--rm", "--read-only"], "read-only", &["touch", "/x"])
+        .run(&["--read-only"], &["touch", "/x"])
         .exits(1)?;
     containerd.prints(
         &["--net-host", "--env", "A=b", "--cwd", "/tmp"],
@@ -211,7 +205,9 @@ fn containerd_runs_what_it_is_asked_to() -> Result {
 
 fn containerd_lives_with_a_container() -> Result {
     let containerd = Containerd::start()?;
-    containerd.run(&["-d"], "life", &["sleep", "600"]).ok()?;
+    containerd
+        .start_container(&["-d"], "life", &["sleep", "600"])
+        .ok()?;
     ensure_eq!(containerd.status("life")?, "RUNNING", "after run -d");
     let exec = |args: &[&str]| {
         containerd
@@ -251,7 +247,7 @@ fn containerd_lives_with_a_container() -> Result {
     }
     containerd.remove("life")?;
     containerd
-        .run(&["-d"], "all", &["sh", "-c", "sleep 600 & sleep 600"])
+        .start_container(&["-d"], "all", &["sh", "-c", "sleep 600 & sleep 600"])
         .ok()?;
     containerd
         .call(&["task", "kill", "-a", "-s", "KILL", "all"])
@@ -264,17 +260,17 @@ fn containerd_limits_hold_and_are_counted() -> Result {
     containerd
         .run(
             &[
-                "--rm",
                 "--memory-limit",
                 "33554432",
                 "--mount",
                 "type=tmpfs,dst=/x,options=size=1g",
             ],
-            "memory",
             &["dd", "if=/dev/zero", "of=/x/y", "bs=1M", "count=64"],
         )
         .exits(137)?;
-    containerd.run(&["-d"], "counted", &["sleep", "600"]).ok()?;
+    containerd
+        .start_container(&["-d"], "counted", &["sleep", "600"])
+        .ok()?;
     let metrics = containerd
         .call(&["task", "metrics", "--format", "json", "counted"])
         .ok()?;
@@ -292,4 +288,41 @@ fn containerd_limits_hold_and_are_counted() -> Result {
         "its cgroup"
     );
     containerd.remove("counted")
+}
+
+/// In a directory that is there already.
+const CNI_RESULTS: &[&str] = &["/var/lib/cni/results"];
+
+/// These tests of the CRI, by a process that has containerd in rrun-cri's place and the runtime
+/// under test in runc's. It looks for what they leave behind, too, but for containerd's own.
+fn passes(tests: &[&str], within: Duration) -> Result {
+    let directory = Directory::new("containerd")?;
+    let _leavings = Leavings::of(directory.path(), &[PEERS, CNI_RESULTS].concat());
+    let runtime = program_path(&runtime_program()).ok_or("no runtime to test")?;
+    let own = std::env::current_exe()?;
+    let output = command(
+        "env",
+        [
+            "RRUN_TEST_CRI=containerd".to_owned(),
+            format!("RUNTIME={}", runtime.display()),
+            format!("RRUN_TEST_ONLY={}", tests.join(",")),
+            own.display().to_string(),
+        ],
+    )
+    .within(within)
+    .ok()?;
+    let all = format!("{} passed; 0 failed; 0 ignored", tests.len());
+    ensure!(output.stdout.contains(&all), "{}", output.told());
+    Ok(())
+}
+
+fn containerd_keeps_pods_as_a_cri_server() -> Result {
+    passes(OF_THE_CRI, 10 * deadline())
+}
+
+fn containerd_passes_critest() -> Result {
+    passes(
+        &["critest::every_test_passes_on_a_bridge_of_cni_plugins"],
+        critest::PATIENCE,
+    )
 }

@@ -1,18 +1,15 @@
 //! docker: dockerd with the runtime added, as one line of its configuration does.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use crate::bundle::runtime_program;
+use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of};
 use crate::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
 use crate::needs::{Need, Test};
-use crate::rrun_callers_podman::{remove, unmount_below};
 use crate::{ensure, ensure_eq, test};
 
 const DOCKER: Need = Need::Program("docker");
 const DOCKERD: Need = Need::Program("dockerd");
-const IMAGE: Need = Need::File("/images/archives/demo-busybox.docker.tar");
-const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
 
 pub const TESTS: &[Test] = &[
     test!(docker_runs_what_it_is_asked_to, DOCKER, DOCKERD, IMAGE),
@@ -29,9 +26,9 @@ pub const TESTS: &[Test] = &[
 ];
 
 struct Docker {
-    directory: Directory,
     server: Option<Running>,
-    made: Vec<PathBuf>,
+    _leavings: Leavings,
+    directory: Directory,
 }
 
 const SHARED: &[&str] = &[
@@ -63,16 +60,12 @@ impl Docker {
             "--iptables=false".to_owned(),
             "--ip6tables=false".to_owned(),
         ];
-        let made = SHARED
-            .iter()
-            .map(PathBuf::from)
-            .filter(|path| !path.exists())
-            .collect();
+        let leavings = Leavings::of(directory.path(), SHARED);
         let server = command("dockerd", arguments).start()?;
         let mut docker = Docker {
-            directory,
             server: Some(server),
-            made,
+            _leavings: leavings,
+            directory,
         };
         let answered = wait_for("dockerd's answer", || {
             let output = docker.call(&["version"]).end()?;
@@ -86,43 +79,8 @@ impl Docker {
             )
             .into());
         }
-        docker
-            .call(&["load", "-i", "/images/archives/demo-busybox.docker.tar"])
-            .ok()?;
+        docker.call(&["load", "-i", ARCHIVE]).ok()?;
         Ok(docker)
-    }
-
-    fn program(&self) -> Vec<String> {
-        vec![
-            "docker".to_owned(),
-            format!("--host=unix://{}", self.directory.join("socket").display()),
-        ]
-    }
-
-    fn call(&self, args: &[&str]) -> Run {
-        command("env", self.program()).args(args)
-    }
-
-    fn at_terminal(&self, args: &str) -> Run {
-        let line = format!("{} {args}", self.program().join(" "));
-        command("script", ["-qec", &line, "/dev/null"])
-    }
-
-    fn run(&self, options: &[&str], program: &[&str]) -> Run {
-        self.call(&["run", "--rm", "--network", "none"])
-            .args(options)
-            .arg(IMAGE_NAME)
-            .args(program)
-    }
-
-    fn prints(&self, options: &[&str], program: &[&str], text: &str) -> Result {
-        let output = self.run(options, program).ok()?;
-        ensure!(
-            output.text() == text,
-            "should print {text:?}:\n{}",
-            output.told()
-        );
-        Ok(())
     }
 
     fn start_container(&self, name: &str, options: &[&str], program: &[&str]) -> Result {
@@ -142,6 +100,22 @@ impl Docker {
     }
 }
 
+impl Caller for Docker {
+    fn program(&self) -> Vec<String> {
+        vec![
+            "docker".to_owned(),
+            format!("--host=unix://{}", self.directory.join("socket").display()),
+        ]
+    }
+
+    fn run(&self, options: &[&str], program: &[&str]) -> Run {
+        self.call(&["run", "--rm", "--network", "none"])
+            .args(options)
+            .arg(IMAGE_NAME)
+            .args(program)
+    }
+}
+
 impl Drop for Docker {
     fn drop(&mut self) {
         if let Ok(all) = self.call(&["ps", "-aq"]).end() {
@@ -152,10 +126,6 @@ impl Drop for Docker {
         if let Some(server) = self.server.take() {
             server.signal(nix::sys::signal::Signal::SIGTERM);
             let _ = server.end();
-        }
-        unmount_below(self.directory.path());
-        for path in &self.made {
-            remove(path);
         }
     }
 }
@@ -326,12 +296,7 @@ fn docker_limits_hold_and_are_updated() -> Result {
     let pid = docker
         .call(&["inspect", "-f", "{{.State.Pid}}", "half"])
         .ok()?;
-    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", pid.text()))?;
-    let cgroup = cgroup
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"))
-        .ok_or("no cgroup")?;
-    let cgroup = Path::new("/sys/fs/cgroup").join(cgroup);
+    let cgroup = cgroup_of(pid.text())?;
     crate::cgroup_use::held_to(0.5, &cgroup)?;
     docker
         .call(&[

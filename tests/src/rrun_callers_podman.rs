@@ -2,15 +2,15 @@
 //! an error is the runtime's to mend.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::bundle::runtime_program;
+use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of};
 use crate::machine::{Directory, Output, Result, Run, command, program_path, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 const PODMAN: Need = Need::Program("podman");
-const IMAGE: Need = Need::File("/images/archives/demo-busybox.docker.tar");
 
 pub const TESTS: &[Test] = &[
     test!(podman_runs_what_it_is_asked_to, PODMAN, IMAGE),
@@ -36,13 +36,10 @@ pub const TESTS: &[Test] = &[
 
 /// A podman of its own: storage, state and configuration in one directory.
 pub struct Podman {
+    _leavings: Leavings,
     directory: Directory,
-    /// cgroups that it has no business to remove.
-    cgroups: Vec<PathBuf>,
 }
 
-/// Where podman's cgroupfs driver keeps what is in no pod.
-const PARENT: &str = "/sys/fs/cgroup/libpod_parent";
 /// What all podmans of the machine share, and what their runtimes keep by default.
 const SHARED: &[&str] = &[
     "/dev/shm/libpod_lock",
@@ -53,6 +50,7 @@ const SHARED: &[&str] = &[
     "/run/podman",
     "/run/rrun",
     "/run/runc",
+    "/sys/fs/cgroup/libpod_parent",
     "/sys/fs/cgroup/podman_probe",
     "/var/lib/containers",
     "/var/tmp/intermediate-mountpoint-0.0",
@@ -79,29 +77,29 @@ impl Podman {
                 runtime.display()
             ),
         )?;
-        let cgroups = [PARENT]
-            .into_iter()
-            .map(PathBuf::from)
-            .filter(|path| !path.exists())
-            .chain(
-                SHARED
-                    .iter()
-                    .map(PathBuf::from)
-                    .filter(|path| !path.exists()),
-            )
-            .collect();
-        let podman = Podman { directory, cgroups };
-        podman
-            .call(&[
-                "load",
-                "-q",
-                "-i",
-                "/images/archives/demo-busybox.docker.tar",
-            ])
-            .ok()?;
+        let podman = Podman {
+            _leavings: Leavings::of(directory.path(), SHARED),
+            directory,
+        };
+        podman.call(&["load", "-q", "-i", ARCHIVE]).ok()?;
         Ok(podman)
     }
 
+    fn start(&self, name: &str, options: &[&str], program: &[&str]) -> Result<Output> {
+        self.call(&["run", "-d", "--network", "none", "--name", name])
+            .args(options)
+            .arg(IMAGE_NAME)
+            .args(program)
+            .ok()
+    }
+
+    fn end(self) -> Result {
+        self.call(&["rm", "-f", "-a", "-t", "0"]).ok()?;
+        Ok(())
+    }
+}
+
+impl Caller for Podman {
     fn program(&self) -> Vec<String> {
         let at = |name: &str| self.directory.join(name).display().to_string();
         vec![
@@ -114,86 +112,19 @@ impl Podman {
         ]
     }
 
-    fn call(&self, args: &[&str]) -> Run {
-        command("env", self.program()).args(args)
-    }
-
-    /// The same at a terminal.
-    fn at_terminal(&self, args: &str) -> Run {
-        let line = format!("env {} {args}", self.program().join(" "));
-        command("script", ["-qec", &line, "/dev/null"])
-    }
-
-    /// `podman run --rm --network none OPTIONS IMAGE PROGRAM`.
     fn run(&self, options: &[&str], program: &[&str]) -> Run {
         self.call(&["run", "--rm", "--network", "none"])
             .args(options)
             .arg(IMAGE_NAME)
             .args(program)
     }
-
-    fn start(&self, name: &str, options: &[&str], program: &[&str]) -> Result<Output> {
-        self.call(&["run", "-d", "--network", "none", "--name", name])
-            .args(options)
-            .arg(IMAGE_NAME)
-            .args(program)
-            .ok()
-    }
-
-    fn prints(&self, options: &[&str], program: &[&str], text: &str) -> Result {
-        let output = self.run(options, program).ok()?;
-        ensure!(
-            output.text() == text,
-            "should print {text:?}:\n{}",
-            output.told()
-        );
-        Ok(())
-    }
-
-    fn end(self) -> Result {
-        self.call(&["rm", "-f", "-a", "-t", "0"]).ok()?;
-        Ok(())
-    }
 }
-
-const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
 
 impl Drop for Podman {
     fn drop(&mut self) {
         let _ = self.call(&["rm", "-f", "-a", "-t", "0"]).end();
         let _ = self.call(&["system", "reset", "-f"]).end();
-        unmount_below(self.directory.path());
-        for path in &self.cgroups {
-            remove(path);
-        }
     }
-}
-
-/// Unmounts all below a directory, the last first.
-pub fn unmount_below(directory: &Path) {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = mounts
-        .lines()
-        .rev()
-        .filter_map(|line| line.split(' ').nth(4));
-    for point in points.filter(|point| Path::new(point).starts_with(directory)) {
-        let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
-/// Removes a tree of empty cgroups, or of files.
-pub fn remove(path: &Path) {
-    if !path.starts_with("/sys/fs/cgroup") {
-        unmount_below(path);
-        let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
-        return;
-    }
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove(&entry.path());
-        }
-    }
-    let _ = fs::remove_dir(path);
 }
 
 fn podman_runs_what_it_is_asked_to() -> Result {
@@ -557,16 +488,11 @@ fn podman_limits_hold() -> Result {
     let pid = podman
         .call(&["inspect", "-f", "{{.State.Pid}}", "half"])
         .ok()?;
-    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", pid.text()))?;
-    let cgroup = cgroup
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"))
-        .ok_or("no cgroup")?;
-    crate::cgroup_use::held_to(0.5, &Path::new("/sys/fs/cgroup").join(cgroup))?;
+    let cgroup = cgroup_of(pid.text())?;
+    crate::cgroup_use::held_to(0.5, &cgroup)?;
     podman
         .call(&["update", "--memory", "64m", "--pids-limit", "50", "half"])
         .ok()?;
-    let cgroup = Path::new("/sys/fs/cgroup").join(cgroup);
     let limit = fs::read_to_string(cgroup.join("pids.max"))?;
     ensure_eq!(limit.trim(), "50", "pids.max after an update");
     podman
