@@ -10,6 +10,8 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use crate::cgroup::{self, Cgroup, Place};
@@ -95,9 +97,7 @@ impl Drop for Unmade<'_> {
 /// Kills a child and takes its status, so that nothing is left of it.
 pub fn end_child(pidfd: &OwnedFd) {
     let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-    while let Err(rustix::io::Errno::INTR) =
-        waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)
-    {}
+    while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }
 
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
@@ -409,11 +409,23 @@ fn accompany(
             Message::Ready => ready = true,
             Message::Closed if ready => return Ok(terminal),
             Message::Closed => {
+                await_death(pidfd);
                 refuse!("the container's first process died while it was being made")
             }
             Message::Failed(error) => return Err(error),
         }
     }
+}
+
+/// Waits until a process is dead that has closed its end of the channel, which it does on its
+/// way there: only then [`explain_death`] can tell of what.
+pub fn await_death(pidfd: &OwnedFd) {
+    const DEAD_WITHIN: Timespec = Timespec {
+        tv_sec: 10,
+        tv_nsec: 0,
+    };
+    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
+    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEAD_WITHIN)) {}
 }
 
 /// If the process died without a word, says of what.

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use crate::birth::{end_child, explain_death, write_pid_file};
+use crate::birth::{await_death, end_child, explain_death, write_pid_file};
 use crate::channel::{self, Channel, Message};
 use crate::error::{Context, Error, Result};
 use crate::init::{Descriptors, NeverReturn, end, execute, join_keyring, settle};
@@ -218,7 +218,10 @@ fn accompany(
             }
             Message::Ready => ready = true,
             Message::Closed if ready => return Ok(terminal),
-            Message::Closed => refuse!("the process died while it was being made"),
+            Message::Closed => {
+                await_death(pidfd);
+                refuse!("the process died while it was being made")
+            }
             Message::Failed(error) => return Err(error),
             Message::Born(_) | Message::RunHooks => {
                 return Err(Error::new("the process asked for what exec does not do"));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
-use crate::machine::{Result, note};
+use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::rrun_limits::split;
 use crate::{ensure, ensure_eq, test};
@@ -83,15 +83,12 @@ fn what_was_not_used_of_a_quota_can_be_used_later() -> Result {
         json!({ "quota": 50_000, "period": 100_000, "burst": 50_000 }),
     );
     bundle.start()?;
-    for _ in 0..3 {
+    // A busy machine may not give it enough of a CPU to need more than its quota at once.
+    wait_for("what was saved up to be used", || {
         std::thread::sleep(Duration::from_millis(500));
         bundle.exec(&[], &["spin", "0.3"]).ok()?;
-    }
-    ensure!(
-        bundle.cgroup_count("cpu.stat", "nr_bursts")? > 0,
-        "nothing was saved up:\n{}",
-        bundle.cgroup_file("cpu.stat")?
-    );
+        Ok((bundle.cgroup_count("cpu.stat", "nr_bursts")? > 0).then_some(()))
+    })?;
     bundle.end()?;
     Ok(())
 }
@@ -250,7 +247,7 @@ fn a_pause_stops_all_that_run() -> Result {
     std::thread::sleep(Duration::from_secs(1));
     ensure_eq!(used()?, before, "CPU time of a paused container");
     bundle.runtime(&["resume", bundle.id()]).ok()?;
-    crate::machine::wait_for("CPU time after the pause", || {
+    wait_for("CPU time after the pause", || {
         Ok((used()? > before).then_some(()))
     })?;
     bundle.end()?;

@@ -9,6 +9,7 @@ use crate::bundle::Bundle;
 use crate::cgroup_use::{held_to, parts_of_a_cpu};
 use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
+use crate::rrun_bad_input::nothing_made;
 use crate::{ensure, ensure_eq, test};
 
 const CPU: Need = Need::Controller("cpu");
@@ -27,6 +28,11 @@ pub const TESTS: &[Test] = &[
     test!(shares_become_weights_by_the_current_conversion, CPU),
     test!(an_allocation_over_the_limit_is_killed, MEMORY),
     test!(an_allocation_under_the_limit_lives, MEMORY),
+    test!(
+        a_memory_limit_too_low_to_start_in_is_told,
+        MEMORY,
+        Need::Rrun
+    ),
     test!(a_memory_request_is_protected_memory, MEMORY),
     test!(the_swap_limit_is_swap_alone, MEMORY),
     test!(the_pids_limit_stops_a_fork_bomb, PIDS),
@@ -179,6 +185,18 @@ fn an_allocation_over_the_limit_is_killed() -> Result {
         "no oom_kill is counted"
     );
     bundle.delete()?;
+    Ok(())
+}
+
+/// The first process dies of it before it can say anything.
+fn a_memory_limit_too_low_to_start_in_is_told() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    bundle.set("/linux/resources/memory", json!({ "limit": 4096 }));
+    for _ in 0..10 {
+        let output = bundle.call(&["run"])?.exits(1)?;
+        ensure!(output.stderr.contains("SIGKILL"), "{}", output.told());
+        nothing_made(&bundle, &output)?;
+    }
     Ok(())
 }
 

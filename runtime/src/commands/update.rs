@@ -96,7 +96,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     };
     // Two updates at once would each build on what was before the other.
     let Held::Claim(claim) = Claim::hold(&directory, || {})? else {
-        refuse!("cannot update container {id}: another process is updating or removing it");
+        refuse!("cannot update container {id}: another process is making, updating or removing it");
     };
     let mut state = State::load(&globals.root, id)?;
     check(&state)?;
