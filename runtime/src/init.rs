@@ -6,6 +6,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, Mode, Uid};
@@ -198,8 +199,9 @@ impl Init<'_> {
             has_namespace: config.namespaces.own(Type::Cgroup),
         };
 
-        // What is to be shared with the host must be taken while it still is.
-        if config.root_is_shared() {
+        // What is to be shared with the host must be taken while it still is, and all of it
+        // before the new root covers the old one.
+        if config.root_is_shared() || self.no_pivot {
             self.taken.take(config, Mount::is_bind)?;
         }
         // From here on nothing that is mounted reaches the host; what the host mounts
@@ -210,11 +212,14 @@ impl Init<'_> {
         )
         .doing(|| "cut the mounts off from the host's (make / a slave)")?;
 
-        let root = match self.taken.root.take() {
-            Some(root) => root,
-            None => take_root(&config.rootfs)?,
+        let old_root = Path::new("/");
+        let mut rootfs = match self.taken.root.take() {
+            // Every process can reach that place; nothing has to be taken from it any more.
+            Some(root) => attach_root(root, old_root)?,
+            None if self.no_pivot => attach_root(take_root(&config.rootfs)?, old_root)?,
+            // Not on the old root: a recursive copy of that would have it on top.
+            None => attach_root(take_root(&config.rootfs)?, &config.rootfs)?,
         };
-        let mut rootfs = attach_root(root)?;
         for (index, mount) in config.mounts.iter().enumerate() {
             let taken = self.taken.mounts.get_mut(index).and_then(Option::take);
             mount.put(&mut rootfs, taken, &cgroup)?;

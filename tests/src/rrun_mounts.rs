@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     test!(a_writable_root_is_written_through),
     test!(the_hosts_root_is_out_of_reach),
     test!(a_bind_mount_shows_the_source),
+    test!(the_hosts_root_is_shown_to_who_asks_for_it),
     test!(a_readonly_bind_mount_is_readonly),
     test!(a_file_is_bind_mounted_on_a_file_that_is_made),
     test!(a_tmpfs_has_its_options),
@@ -118,6 +119,46 @@ fn a_bind_mount_shows_the_source() -> Result {
         "to the host",
         "what it wrote"
     );
+    Ok(())
+}
+
+/// As `kubectl debug node` and every agent of a node ask for it.
+fn the_hosts_root_is_shown_to_who_asks_for_it() -> Result {
+    let source = Directory::new("source")?;
+    fs::write(source.join("file"), "from the host")?;
+    let there = format!("/data{}/file", source.path().display());
+    let new_user = |bundle: &mut Bundle| {
+        bundle.add("/linux/namespaces", json!({ "type": "user" }));
+        for maps in ["/linux/uidMappings", "/linux/gidMappings"] {
+            let all = json!([{ "containerID": 0, "hostID": 0, "size": 65536 }]);
+            bundle.set(maps, all);
+        }
+    };
+    let shared = |bundle: &mut Bundle| {
+        bundle.set("/linux/rootfsPropagation", json!("rshared"));
+    };
+    let variants: [(&str, &[&str], &dyn Fn(&mut Bundle)); 4] = [
+        ("plainly", &["run"], &|_| ()),
+        ("without pivot_root", &["run", "--no-pivot"], &|_| ()),
+        ("in a user namespace", &["run"], &new_user),
+        ("with a shared root", &["run"], &shared),
+    ];
+    for (how, call, change) in variants {
+        for options in [&["rbind"][..], &["rbind", "rslave", "ro"]] {
+            let mut bundle = Bundle::new(&["cat", &there])?;
+            bind(&mut bundle, std::path::Path::new("/"), "/data", options);
+            change(&mut bundle);
+            let output = bundle.call(call)?.ok()?;
+            ensure_eq!(output.stdout, "from the host", "the host's file, {how}");
+            bundle.args(&["ls", "/"]);
+            let root = bundle.call(call)?.ok()?;
+            ensure!(
+                !root.stdout.contains("sbin"),
+                "the container's root, {how}: {}",
+                root.told()
+            );
+        }
+    }
     Ok(())
 }
 

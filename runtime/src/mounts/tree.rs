@@ -62,11 +62,11 @@ pub fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     mount_setattr(mount.as_fd(), true, &attr)
 }
 
-/// Attaches the root, which pivot_root(2) wants to be a mount in this namespace: on top of
-/// the old root, which every process can reach, and which it will take the place of.
-pub fn attach_root(root: OwnedFd) -> Result<Rootfs> {
-    rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .doing(|| "mount the container's root")?;
+/// Attaches the root, which pivot_root(2) wants to be a mount in this namespace. What lies on
+/// `at` is hidden by it from then on.
+pub fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
+    rustix::mount::move_mount(&root, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .doing(|| format!("mount the container's root on {}", at.display()))?;
     Ok(Rootfs::new(root))
 }
 
