@@ -18,7 +18,7 @@ use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-const TMUX: Need = Need::Program("tmux");
+pub const TMUX: Need = Need::Program("tmux");
 const SOCAT: Need = Need::Program("socat");
 const CRITEST: Need = Need::Program("critest");
 
@@ -222,27 +222,31 @@ fn an_exec_carries_much_both_ways() -> Result {
 }
 
 /// A terminal that somebody could sit at.
-struct Terminal(PathBuf);
+pub struct Terminal(PathBuf);
 
 impl Terminal {
-    fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
-        let terminal = Terminal(socket);
+    /// Its server listens on a socket next to this path: one that is on its way out takes no more
+    /// sessions, and nothing tells when it has gone.
+    pub fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let terminal = Terminal(socket.with_extension(number.to_string()));
         terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell_command])?;
         Ok(terminal)
     }
 
-    fn tmux(&self, args: &[&str]) -> Result<String> {
+    pub fn tmux(&self, args: &[&str]) -> Result<String> {
         let run = command("tmux", ["-f", "/dev/null", "-S"])
             .arg(&self.0)
             .args(args);
         Ok(run.ok()?.stdout)
     }
 
-    fn types(&self, line: &str) -> Result {
+    pub fn types(&self, line: &str) -> Result {
         self.tmux(&["send-keys", line, "Enter"]).map(|_| ())
     }
 
-    fn shows(&self, what: &str) -> Result {
+    pub fn shows(&self, what: &str) -> Result {
         wait_for(&format!("{what:?} on the terminal"), || {
             let screen = self.tmux(&["capture-pane", "-p"])?;
             ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");
