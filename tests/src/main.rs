@@ -55,6 +55,7 @@ mod node;
 mod rrun_bad_input;
 mod rrun_bad_surroundings;
 mod rrun_callers_containerd;
+mod rrun_callers_crio;
 mod rrun_callers_docker;
 mod rrun_callers_podman;
 mod rrun_effects;
@@ -131,6 +132,7 @@ fn main() -> ExitCode {
         rrun_callers_podman::TESTS,
         rrun_callers_containerd::TESTS,
         rrun_callers_docker::TESTS,
+        rrun_callers_crio::TESTS,
         crictl_story::TESTS,
         cni_plugins::TESTS,
         cni_faults::TESTS,
