@@ -182,7 +182,7 @@ pub struct Partial {
     /// What outlives a reboot: images, layers, writable layers, the store
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// What a reboot may take: sockets, bundles, namespaces
+    /// What a reboot may take: sockets, bundles
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
     /// The CRI socket
