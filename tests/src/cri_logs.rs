@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::cri_calls::{Calls, line_numbers, without_gap};
 use crate::machine::{Result, rounds, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -19,6 +19,14 @@ pub const TESTS: &[Test] = &[
         SERVER,
         REGISTRY,
         IMAGES
+    ),
+    test!(
+        a_container_that_writes_much_gets_a_larger_pipe,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::RrunCri
     ),
     test!(
         parts_of_lines_are_told_from_whole_ones_in_each_stream,
@@ -106,6 +114,27 @@ fn parts(log: &str) -> Result<Vec<(&str, &str, &str)>> {
             }
         })
         .collect()
+}
+
+/// It writes while the monitor sleeps; one that writes little costs no more than it did.
+fn a_container_that_writes_much_gets_a_larger_pipe() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("pipes");
+        let pod_id = node.runp(&pod)?;
+        let script = "echo told; dd if=/dev/zero bs=64k count=200 >&2; exec sleep 1000";
+        let config = node.container("writes", &["sh", "-c", script]);
+        let id = node.run(&pod_id, &pod, &config)?;
+        let size = |stream: u32| -> Result<i32> {
+            let pid = node.json(&["inspect", &id])?["info"]["pid"].to_string();
+            let pipe = fs::File::open(format!("/proc/{pid}/fd/{stream}"))?;
+            let asked = nix::fcntl::FcntlArg::F_GETPIPE_SZ;
+            Ok(nix::fcntl::fcntl(&pipe, asked)?)
+        };
+        wait_for("a larger pipe", || Ok((size(2)? == 1 << 20).then_some(())))?;
+        ensure_eq!(size(1)?, 64 << 10, "the other pipe's size");
+        Ok(())
+    })
 }
 
 fn parts_of_lines_are_told_from_whole_ones_in_each_stream() -> Result {

@@ -21,11 +21,15 @@ use super::journal::note;
 use super::logs::{Buffers, Log, Pumped, Stream};
 use super::protocol::{Create, ExitRecord, Failure, FailureKind, Reply};
 use super::runtime::{Call, Stdio, memory_file};
-use super::serve::{Monitor, Purpose, Source};
+use super::serve::{MUCH, Monitor, Purpose, Source};
 
 /// How often each stream is read at a container's end: a pipe holds much less, and a process
 /// outside the container that writes on must not keep us.
 const MAX_DRAIN: usize = 64;
+
+/// Bytes, of a pipe that was found nearly full: the most that pipe(7) gives for the asking. The
+/// container's writer goes on while we nap, and pays for the pages itself.
+const WIDE: usize = 1 << 20;
 
 pub struct Container {
     /// Ids can come back; this does not.
@@ -71,6 +75,8 @@ pub(super) struct Output {
     stderr: Option<OwnedFd>,
     /// Which of them are not looked at while the log's file takes nothing.
     resting: Vec<Stream>,
+    /// Which of them have been given a larger pipe, if they could be.
+    widened: Vec<Stream>,
     pub(super) followers: Vec<Follower>,
 }
 
@@ -91,6 +97,11 @@ impl Output {
             return Pumped::End;
         };
         let pumped = self.log.pump(fd, stream, buffers);
+        if buffers.fresh().len() >= MUCH && !self.widened.contains(&stream) {
+            self.widened.push(stream);
+            // A terminal has no size, and some nodes allow no more than there is.
+            let _ = rustix::pipe::fcntl_setpipe_size(fd, WIDE);
+        }
         if pumped == Pumped::Data && !self.followers.is_empty() {
             for follower in &mut self.followers {
                 follower.give(stream, buffers.fresh());
@@ -197,6 +208,7 @@ impl Container {
                 stdout: None,
                 stderr: None,
                 resting: Vec::new(),
+                widened: Vec::new(),
                 followers: Vec::new(),
             },
             stdin: None,

@@ -45,8 +45,8 @@ const NAP: Timespec = Timespec {
     tv_nsec: 250_000,
 };
 
-/// Bytes; a pipe holds 64 KiB.
-const MUCH: usize = 48 << 10;
+/// Bytes; a pipe holds 64 KiB at first.
+pub(super) const MUCH: usize = 48 << 10;
 
 /// What a descriptor in the epoll set belongs to. The number goes into the kernel's 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
