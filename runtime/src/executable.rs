@@ -58,7 +58,10 @@ pub fn protect(words: &[&'static CStr]) -> Result<()> {
         return protect_unprivileged(words);
     }
     match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
-        Err(Errno::ROFS) => {}
+        // It may have been executed by a descriptor's number: no name for ps(1).
+        Err(Errno::ROFS) => {
+            rustix::thread::set_name(c"rrun").doing(|| "give this process its name")?;
+        }
         // Also if it is not writable for another reason: that could change.
         Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => {
             return Err(execute_again(words));

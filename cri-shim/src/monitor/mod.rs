@@ -22,6 +22,7 @@ mod logs;
 mod pod_init;
 pub mod protocol;
 mod runtime;
+mod sealed;
 mod serve;
 mod startup;
 pub mod wire;

@@ -12,10 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawnp};
+use nix::spawn::{
+    PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn, posix_spawnp,
+};
 use nix::sys::signal::{SigSet, Signal};
 use rustix::fs::{MemfdFlags, OFlags};
 use serde::Deserialize;
+
+use super::sealed;
 
 /// A wait for the runtime longer than this is noted.
 const SLOW: Duration = Duration::from_secs(10);
@@ -275,8 +279,11 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
         entry.extend_from_slice(value.as_encoded_bytes());
         environment.push(CString::new(entry)?);
     }
-    let pid = posix_spawnp(program, &actions, &attributes, line, &environment)?;
-    Ok(pid.as_raw())
+    let pid = match sealed::path(program) {
+        Some(path) => posix_spawn(path.as_c_str(), &actions, &attributes, line, &environment),
+        None => posix_spawnp(program, &actions, &attributes, line, &environment),
+    };
+    Ok(pid?.as_raw())
 }
 
 #[cfg(test)]
