@@ -131,15 +131,19 @@ fn bind(socket: &Path) -> rustix::io::Result<OwnedFd> {
     Ok(listener)
 }
 
-/// Connects, waiting while the monitor's backlog is full.
-async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+/// Connects, waiting while the monitor's backlog is full. The socket does not block, and the
+/// executor does not know of it yet: what is sent at once is there when the monitor looks.
+async fn connect(socket: &Path) -> std::io::Result<OwnedFd> {
     let (path, _dir) = short_path(socket)?;
+    let address = SocketAddrUnix::new(&path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     loop {
-        match UnixStream::connect(&path).await {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            connected => return connected,
+        let stream =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        match rustix::net::connect(&stream, &address) {
+            Ok(()) => return Ok(stream),
+            Err(rustix::io::Errno::AGAIN) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
@@ -376,8 +380,12 @@ impl MonitorClient {
     ) -> Result<Connection, MonitorError> {
         let bytes = wire::encode(request).map_err(|error| self.broken(name, &error))?;
         let sending = async {
-            let stream = connect(&self.socket).await?;
-            let mut sent = 0;
+            let socket = connect(&self.socket).await?;
+            let mut sent = match wire::send(&socket, &bytes, fds) {
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
+                sent => sent?,
+            };
+            let stream = UnixStream::from_std(socket.into())?;
             while let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
                 let with = if sent == 0 { fds } else { &[] };
                 sent += stream
