@@ -2,11 +2,14 @@
 //!
 //! Memory is what the server works from; the store is read once, at start, and written through.
 //! All writes go through one thread that puts whatever waits into one transaction, so that ten
-//! pods created at once share one fsync. A change is durable when [`Store::commit`] returns.
+//! pods created at once share one fsync. A change is durable when [`Store::commit`] returns. What
+//! nobody waits for ([`Store::commit_soon`]) goes with what somebody does, or with other such: a
+//! pod's start, with its containers', is one transaction.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::Serialize;
@@ -98,6 +101,8 @@ pub enum StoreError {
 
 struct Commit {
     changes: Vec<Change>,
+    /// Somebody waits for it.
+    awaited: bool,
     done: oneshot::Sender<Result<(), StoreError>>,
 }
 
@@ -152,6 +157,9 @@ const CACHE_BYTES: usize = 256 << 10;
 
 /// The most commits that share a transaction.
 const BATCH: usize = 256;
+
+/// How long a change that nobody waits for may stay in memory.
+const SOON: Duration = Duration::from_millis(50);
 
 impl Store {
     /// Opens or creates the file; its directory must be there.
@@ -226,8 +234,28 @@ impl Store {
         &self,
         changes: Vec<Change>,
     ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        self.queue(changes, true)
+    }
+
+    /// As [`Store::commit`], a moment later: for what no answer depends on.
+    pub fn commit_soon(
+        &self,
+        changes: Vec<Change>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        self.queue(changes, false)
+    }
+
+    fn queue(
+        &self,
+        changes: Vec<Change>,
+        awaited: bool,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
         let (done, answer) = oneshot::channel();
-        let queued = self.writer.send(Commit { changes, done });
+        let queued = self.writer.send(Commit {
+            changes,
+            awaited,
+            done,
+        });
         async move {
             queued.map_err(|_| StoreError::Stopped)?;
             answer.await.map_err(|_| StoreError::Stopped)?
@@ -258,12 +286,31 @@ impl Entry {
         store: &Store,
         value: impl FnOnce() -> T,
     ) -> Result<(), StoreError> {
+        self.write(store, value, true).await
+    }
+
+    /// As [`Entry::save`], for what no answer depends on.
+    pub async fn save_soon<T: Serialize>(
+        &self,
+        store: &Store,
+        value: impl FnOnce() -> T,
+    ) -> Result<(), StoreError> {
+        self.write(store, value, false).await
+    }
+
+    async fn write<T: Serialize>(
+        &self,
+        store: &Store,
+        value: impl FnOnce() -> T,
+        awaited: bool,
+    ) -> Result<(), StoreError> {
         let written = {
             let deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
             if *deleted {
                 return Ok(());
             }
-            store.commit(vec![Change::put(self.table, &self.key, &value())?])
+            let change = Change::put(self.table, &self.key, &value())?;
+            store.queue(vec![change], awaited)
         };
         written.await
     }
@@ -307,12 +354,22 @@ fn value(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>
 
 fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
     while let Ok(first) = commits.recv() {
+        let until = Instant::now() + SOON;
+        let mut awaited = first.awaited;
         let mut batch = vec![first];
         while batch.len() < BATCH {
-            match commits.try_recv() {
-                Ok(next) => batch.push(next),
-                Err(_) => break,
-            }
+            let next = match awaited {
+                true => commits.try_recv().ok(),
+                false => {
+                    let rest = until.saturating_duration_since(Instant::now());
+                    commits.recv_timeout(rest).ok()
+                }
+            };
+            let Some(next) = next else {
+                break;
+            };
+            awaited |= next.awaited;
+            batch.push(next);
         }
         let result = file.with(|database| write(database, &batch));
         let result = result.map_err(Arc::new);
@@ -354,9 +411,17 @@ mod tests {
                     Change::put(Table::IMAGES, "b", &"two")?,
                 ])
                 .await?;
+            // What nobody waits for keeps its place before what somebody does.
+            drop(store.commit_soon(vec![Change::put(Table::IMAGES, "c", &"three")?]));
+            drop(store.commit_soon(vec![Change::put(Table::IMAGES, "d", &"four")?]));
             store
-                .commit(vec![Change::delete(Table::IMAGES, "a")])
+                .commit(vec![
+                    Change::delete(Table::IMAGES, "a"),
+                    Change::delete(Table::IMAGES, "d"),
+                ])
                 .await?;
+            let soon = store.commit_soon(vec![Change::put(Table::IMAGES, "e", &"five")?]);
+            soon.await?;
         }
         // The writer lets go of the file when the last handle is gone.
         let mut tries = 0;
@@ -370,7 +435,9 @@ mod tests {
         };
         assert_eq!(
             store.load::<String>(Table::IMAGES)?,
-            vec![("b".to_owned(), "two".to_owned())]
+            [("b", "two"), ("c", "three"), ("e", "five")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .to_vec()
         );
         std::fs::remove_dir_all(&dir)?;
         Ok(())

@@ -187,7 +187,11 @@ impl Container {
     pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (container, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            if let Err(error) = container.save(&node).await {
+            let saved = container
+                .record
+                .save_soon(&node.store, || container.to_record());
+            if let Err(error) = slow(format!("{}: write its record", container.name()), saved).await
+            {
                 log::error!("{}: {error}", container.name());
             }
         });

@@ -140,7 +140,10 @@ impl Sandbox {
     pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            if let Err(error) = sandbox.save(&node).await {
+            let saved = sandbox
+                .record
+                .save_soon(&node.store, || sandbox.to_record());
+            if let Err(error) = slow(format!("{}: write its record", sandbox.name()), saved).await {
                 log::error!("{}: {error}", sandbox.name());
             }
         });
