@@ -407,19 +407,23 @@ impl Node {
                 "state/pods",
                 "state/netns",
                 "root/containers",
-                "root/layers",
                 "root/ingest",
             ]
             .into_iter()
             .flat_map(|dir| below(&self.join(dir)))
-            // The empty lower directory that an image without layers has.
-            .filter(|path| !path.ends_with("/layers/0"))
             .collect();
             ensure!(
                 left.is_empty(),
                 "left behind in the server's directories:\n{}",
                 left.join("\n")
             );
+            // Nobody waits for the removal of layers.
+            wait_for("no layer to be left", || {
+                let mut left = below(&self.join("root/layers"));
+                // The empty lower directory that an image without layers has.
+                left.retain(|path| !path.ends_with("/layers/0"));
+                Ok(left.is_empty().then_some(()))
+            })?;
             let interfaces: Vec<String> = below(Path::new("/sys/class/net"))
                 .into_iter()
                 .filter(|path| is_pods_interface(path.trim_start_matches("/sys/class/net/")))

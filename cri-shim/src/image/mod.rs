@@ -100,6 +100,8 @@ struct Inner {
     next_layer: AtomicU64,
     /// Held while archives are imported.
     preloading: tokio::sync::Mutex<()>,
+    /// Held while layers are removed from the disk.
+    removing: Arc<tokio::sync::Mutex<()>>,
     /// Someone will look for partial blobs that nobody came back for.
     sweeping_partials: AtomicBool,
 }
@@ -143,6 +145,7 @@ impl Images {
                 fetches: Mutex::default(),
                 next_layer: AtomicU64::new(next),
                 preloading: tokio::sync::Mutex::default(),
+                removing: Arc::default(),
                 sweeping_partials: AtomicBool::new(false),
             }),
         })
@@ -201,7 +204,7 @@ impl Images {
     /// [`Images::release`]. Returns the overlay lower directories, uppermost first. Asked again
     /// for the same owner and image, answers the same, be the image there or not.
     pub async fn lease(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
-        let (lowers, written) = self.begin_lease(owner, image_id)?;
+        let (lowers, written) = self.begin_lease(owner, image_id, true)?;
         if let Some(written) = written
             && let Err(error) = written.await
         {
@@ -215,7 +218,7 @@ impl Images {
     /// the lease again for what is still there. What is removed later is removed from the store
     /// later.
     pub fn lease_soon(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
-        let (lowers, written) = self.begin_lease(owner, image_id)?;
+        let (lowers, written) = self.begin_lease(owner, image_id, false)?;
         if let Some(written) = written {
             let owner = owner.to_owned();
             tokio::spawn(async move {
@@ -231,6 +234,7 @@ impl Images {
         &self,
         owner: &str,
         image_id: &str,
+        awaited: bool,
     ) -> Result<(Vec<PathBuf>, Option<Written>), ImageError> {
         let root = &self.inner.root;
         let mut catalog = lock(&self.inner.catalog);
@@ -266,7 +270,12 @@ impl Images {
             return Ok((lowers, None));
         }
         let changes = catalog.add_lease(owner, lease)?;
-        Ok((lowers, Some(Box::pin(self.inner.store.commit(changes)))))
+        // Queued under the lock, so that a release comes after it.
+        let written: Written = match awaited {
+            true => Box::pin(self.inner.store.commit(changes)),
+            false => Box::pin(self.inner.store.commit_soon(changes)),
+        };
+        Ok((lowers, Some(written)))
     }
 
     /// Lets go of what `owner` leased; nothing leased is no error.
@@ -315,7 +324,8 @@ impl Inner {
         });
     }
 
-    /// Removes the layers that nobody needs, first from the store and then from the disk.
+    /// Removes the layers that nobody needs, first from the store and then, with nobody waiting,
+    /// from the disk: the next start removes what no record names.
     async fn sweep(&self) -> Result<(), ImageError> {
         let (layers, written) = {
             let (layers, changes) = lock(&self.catalog).sweep();
@@ -326,14 +336,18 @@ impl Inner {
         };
         written.await?;
         let root = self.root.clone();
-        let removed = tokio::task::spawn_blocking(move || {
-            for layer in layers {
-                fetch::remove(&directory(&root, layer.number));
-            }
+        let removing = Arc::clone(&self.removing);
+        tokio::spawn(async move {
+            // One after the other: a node that runs out of room removes many.
+            let _turn = removing.lock_owned().await;
+            let removed = tokio::task::spawn_blocking(move || {
+                for layer in layers {
+                    fetch::remove(&directory(&root, layer.number));
+                }
+            });
+            let _ = removed.await;
         });
-        removed
-            .await
-            .map_err(|error| ImageError::new(Kind::Internal, format!("remove layers: {error}")))
+        Ok(())
     }
 }
 

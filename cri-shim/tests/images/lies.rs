@@ -385,8 +385,7 @@ async fn shared() -> Result<(), Failure> {
     assert_eq!(server.count(&one.layers[0]), 1);
     assert_eq!(node.leavings()?.len(), 3);
     node.images.remove(&references[0]).await?;
-    assert_eq!(node.leavings()?.len(), 2);
-    Ok(())
+    node.comes_down_to(2).await
 }
 
 async fn abandoned() -> Result<(), Failure> {

@@ -94,10 +94,16 @@ impl Node {
         Ok(found)
     }
 
-    /// Waits until nothing is left: other layers of a failed pull end in threads of their own.
+    /// Waits until nothing is left: other layers of a failed pull end in threads of their own, and
+    /// what is removed goes with nobody waiting.
     pub async fn becomes_clean(&self) -> Result<(), Failure> {
+        self.comes_down_to(0).await
+    }
+
+    /// Waits until this much is left.
+    pub async fn comes_down_to(&self, count: usize) -> Result<(), Failure> {
         for _ in 0..1000 {
-            if self.leavings()?.is_empty() {
+            if self.leavings()?.len() == count {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
