@@ -1,6 +1,7 @@
 //! Which capabilities a container's process has.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 use rrun_proto::v1::Capability;
 use serde_json::{Value, json};
@@ -128,8 +129,13 @@ fn named(names: &[String]) -> Result<Vec<&'static str>> {
     names.iter().map(one).collect()
 }
 
-/// What this process may give away: its bounding set, capabilities(7).
-pub fn ours() -> BTreeSet<&'static str> {
+/// What this process may give away: its bounding set, capabilities(7), which nobody changes.
+pub fn ours() -> &'static BTreeSet<&'static str> {
+    static OURS: OnceLock<BTreeSet<&str>> = OnceLock::new();
+    OURS.get_or_init(bounding_set)
+}
+
+fn bounding_set() -> BTreeSet<&'static str> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status
         .lines()

@@ -289,7 +289,7 @@ fn prepare(
     let capabilities = capabilities::sets(
         context.capabilities.as_ref(),
         context.privileged,
-        &capabilities::ours(),
+        capabilities::ours(),
     )?;
     let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
     let seccomp = seccomp.profile(&capabilities)?;
@@ -346,9 +346,13 @@ fn prepare(
 
     let sharing = namespaces::sharing(&sandbox.config)?;
     let of_holder = |kind: &str| PathBuf::from(format!("/proc/{holder}/ns/{kind}"));
-    let hostname = sandbox.config.hostname.as_str();
     let own_uts = sharing.own_uts;
-    let node_name = crate::sandbox::files::of_node("/proc/sys/kernel/hostname");
+    let hostname = match own_uts {
+        true => sandbox.config.hostname.clone(),
+        false => crate::sandbox::files::of_node("/proc/sys/kernel/hostname")
+            .trim()
+            .to_owned(),
+    };
     let pod_dir = node.sandbox_dir(&sandbox.id);
     let around = mounts::Surroundings {
         pod: &pod_dir,
@@ -368,7 +372,7 @@ fn prepare(
         config,
         image: &image.config,
         user: &user,
-        hostname: if own_uts { hostname } else { node_name.trim() },
+        hostname: &hostname,
         rootfs: &target,
         cgroup: &cgroup,
         namespaces: Namespaces {
