@@ -596,6 +596,36 @@ mod tests {
         assert!(Archive::new(&garbage[..]).next_entry().is_err());
     }
 
+    /// Eleven octal digits end at 8 GiB; beyond that the field is a binary number (GNU tar's
+    /// "base-256"), or pax says it.
+    #[test]
+    fn a_file_of_more_than_8_gib_has_its_size() -> Result<(), ArchiveError> {
+        let size = (9 << 30) + 7;
+        let mut binary = Header::new_gnu();
+        binary.set_size(size);
+        assert_eq!(binary.as_old().size[0] & 0x80, 0x80, "base-256");
+        binary.set_cksum();
+        let mut records = Header::new_ustar();
+        records.set_entry_type(tar::EntryType::XHeader);
+        let text = format!("19 size={size}\n");
+        records.set_size(text.len() as u64);
+        records.set_cksum();
+        let mut plain = Header::new_ustar();
+        plain.set_size(0);
+        plain.set_cksum();
+        let mut pax = records.as_bytes().to_vec();
+        pax.extend(text.as_bytes());
+        pax.resize(2 * BLOCK, 0);
+        pax.extend(plain.as_bytes());
+        for archive in [&binary.as_bytes()[..], &pax] {
+            let mut archive = Archive::new(archive);
+            let entry = archive.next_entry()?;
+            assert_eq!(entry.map(|entry| entry.content.length), Some(size));
+            assert_eq!(archive.body, size);
+        }
+        Ok(())
+    }
+
     #[test]
     fn an_extended_header_has_a_bound() {
         let mut header = Header::new_ustar();

@@ -107,6 +107,19 @@ mod tests {
     }
 
     #[test]
+    fn a_zstd_stream_of_several_frames_is_one() -> io::Result<()> {
+        // As parallel compressors write it, with something to skip before and between.
+        let skipped = b"\x50\x2a\x4d\x18\x04\0\0\0skip";
+        let mut all = skipped.to_vec();
+        for part in [&b"one "[..], b"two "] {
+            all.extend(zstd::encode_all(part, 3)?);
+            all.extend(skipped);
+        }
+        assert_eq!(decoded(&all)?, b"one two ");
+        Ok(())
+    }
+
+    #[test]
     fn xz_is_refused_by_its_name() {
         let error = decoded(b"\xfd7zXZ\0rest");
         assert!(error.is_err_and(|e| e.to_string().contains("xz")));
