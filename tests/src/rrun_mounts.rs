@@ -137,7 +137,8 @@ fn the_hosts_root_is_shown_to_who_asks_for_it() -> Result {
     let shared = |bundle: &mut Bundle| {
         bundle.set("/linux/rootfsPropagation", json!("rshared"));
     };
-    let variants: [(&str, &[&str], &dyn Fn(&mut Bundle)); 4] = [
+    type Variant<'a> = (&'a str, &'a [&'a str], &'a dyn Fn(&mut Bundle));
+    let variants: [Variant<'_>; 4] = [
         ("plainly", &["run"], &|_| ()),
         ("without pivot_root", &["run", "--no-pivot"], &|_| ()),
         ("in a user namespace", &["run"], &new_user),
