@@ -398,13 +398,18 @@ impl Server {
         }
     }
 
-    /// Where an interactive exec with a terminal is served.
-    pub async fn exec_url(&mut self, container: &str, command: &[&str]) -> Result<String> {
+    /// Where an exec is served, with a terminal or not.
+    pub async fn exec_url(
+        &mut self,
+        container: &str,
+        command: &[&str],
+        tty: bool,
+    ) -> Result<String> {
         let request = ExecRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
-            tty: true,
-            stdin: true,
+            tty,
+            stdin: tty,
             stdout: true,
             stderr: false,
         };

@@ -5,23 +5,61 @@
 //! a WebSocket for exec, SPDY for ports, as kubectl has it.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::cri::{Network, Options, Server, cpu_of_others};
+use crate::cri::{Network, Options, Pod, Server, cpu_of_others};
 use crate::report::{self, Comparison};
 use crate::{Result, memory};
 
-/// What a forwarded port sends, in MB, each time.
+/// What a forwarded port or an exec carries, in MB, each time.
 const MEGABYTES: usize = 512;
 
-/// Sessions that are open at once for the memory figure.
+/// Sessions that are open at once for the memory figures.
 const SESSIONS: usize = 50;
 
-const PORT: u16 = 6000;
+/// Sends, and ends.
+const SOURCE: u16 = 6000;
+
+/// Reads to the end, and ends.
+const SINK: u16 = 6001;
+
+/// Says nothing.
+const SILENT: u16 = 6002;
+
+/// The streams of a forwarded connection.
+const ERROR: u32 = 1;
+const DATA: u32 = 3;
+
+const ROUNDS: usize = 5;
+
+/// Shells that are started each round.
+const PROMPTS: usize = 10;
+
+/// How long what happens behind an answer may take before memory is looked at.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// What kubectl puts into one frame.
+const FRAME: usize = 32 << 10;
+
+const QUANTITIES: &[&str] = &[
+    "exec -it to the prompt, ms",
+    "port-forward from the pod, MB/s",
+    "  CPU ms a GB, all",
+    "  CPU ms a GB, the server",
+    "port-forward to the pod, MB/s",
+    "  CPU ms a GB, all",
+    "  CPU ms a GB, the server",
+    "exec's output, MB/s",
+    "  CPU ms a GB, all",
+    "  CPU ms a GB, the server",
+    "a silent exec, kB of the server",
+    "a silent exec, kB of its helpers",
+    "a silent forwarded port, kB of the server",
+];
 
 pub async fn run(
     options: &Options,
@@ -29,20 +67,34 @@ pub async fn run(
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
     let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
-    let title = "streams";
-    let quantities = [
-        "exec -it to the first byte, ms",
-        "port-forward, MB/s",
-        "port-forward, CPU ms a GB",
-        "server's memory a silent exec, kB",
-    ];
-    let mut comparison = Comparison::new(title, &names, &quantities);
+    // A quantity's name is its key: those below another's get that of it in front.
+    let mut above = "";
+    let keys: Vec<String> = QUANTITIES
+        .iter()
+        .map(|quantity| match quantity.strip_prefix("  ") {
+            Some(of_it) => format!("{}: {of_it}", above.trim_end_matches(", MB/s")),
+            None => {
+                above = quantity;
+                (*quantity).to_owned()
+            }
+        })
+        .collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let mut comparison = Comparison::new("streams", &names, &keys);
     let mut skipped = Vec::new();
-    for round in 0..4 {
+    for round in 0..ROUNDS {
         for server in servers.iter_mut() {
-            let outcome = one_round(server, options, round > 0, &quantities, &mut comparison);
-            if let Err(error) = outcome.await {
-                skipped.push(format!("{} streams: {error}", server.name));
+            match one_round(server, options).await {
+                // The first one warms up.
+                Ok(_) if round == 0 => {}
+                Ok(figures) => {
+                    for (key, values) in keys.iter().zip(figures) {
+                        for value in values {
+                            comparison.add_one(&server.name, key, value);
+                        }
+                    }
+                }
+                Err(error) => skipped.push(format!("{} streams: {error}", server.name)),
             }
         }
     }
@@ -50,64 +102,160 @@ pub async fn run(
     Ok((comparison.raw(), skipped))
 }
 
-async fn one_round(
-    server: &mut Server,
-    options: &Options,
-    counts: bool,
-    [first_byte, rate, cpu, held]: &[&str; 4],
-    comparison: &mut Comparison,
-) -> Result {
-    let name = server.name.clone();
-    let mut add = |quantity: &str, value: f64| {
-        if counts {
-            comparison.add_one(&name, quantity, value);
-        }
-    };
-    let script = format!("while true; do nc -l -p {PORT} -e head -c {MEGABYTES}m /dev/zero; done");
-    let command = ["sh", "-c", &script];
+/// The values of each quantity, in their order.
+async fn one_round(server: &mut Server, options: &Options) -> Result<Vec<Vec<f64>>> {
+    let script = format!(
+        "nc -ll -p {SOURCE} -e dd if=/dev/zero bs=1M count={MEGABYTES} & \
+         nc -ll -p {SINK} -e dd of=/dev/null bs=1M & \
+         nc -ll -p {SILENT} -e sleep 86399 & wait"
+    );
     let pod = server
-        .start_pod(Network::Own, &options.image, &command)
+        .start_pod(Network::Own, &options.image, &["sh", "-c", &script])
         .await?;
-    let measured = async {
-        for _ in 0..10 {
-            let begin = Instant::now();
-            let url = server.exec_url(&pod.container, &["sh"]).await?;
-            let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
-            prompt(&mut stream).await?;
-            add(first_byte, begin.elapsed().as_secs_f64() * 1e3);
+    let measured = measure(server, &pod).await;
+    server.end_pod(&pod).await?;
+    measured
+}
+
+async fn measure(server: &mut Server, pod: &Pod) -> Result<Vec<Vec<f64>>> {
+    let listen = [SOURCE, SINK, SILENT]
+        .map(|port| format!("until grep -q :{port:04X} /proc/net/tcp*; do sleep 0.05; done"));
+    server
+        .exec(&pod.container, &["sh", "-c", &listen.join("; ")])
+        .await?;
+
+    let mut prompts = Vec::new();
+    for _ in 0..PROMPTS {
+        let begin = Instant::now();
+        let _stream = shell(server, pod).await?;
+        prompts.push(begin.elapsed().as_secs_f64() * 1e3);
+    }
+    let mut figures = vec![prompts];
+
+    let name = server.name.clone();
+    let mut buffer = vec![0; 1 << 20];
+
+    let mut stream = forwarded(server, pod, SOURCE).await?;
+    figures.extend(carried(&name, read_all(&mut stream, &mut buffer)).await?);
+
+    let mut stream = forwarded(server, pod, SINK).await?;
+    figures.extend(carried(&name, write_all(&mut stream, &mut buffer)).await?);
+
+    let count = format!("count={MEGABYTES}");
+    let words = ["dd", "if=/dev/zero", "bs=1M", &count];
+    let url = server.exec_url(&pod.container, &words, false).await?;
+    let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
+    figures.extend(carried(&name, read_all(&mut stream, &mut buffer)).await?);
+
+    let of_server = || memory::of_program(&name);
+    let of_helpers = || -> Result<f64> {
+        let helpers = ["containerd-shim", "rrun-monitor"].map(memory::of_program);
+        helpers.into_iter().sum()
+    };
+    let (before, helpers) = (of_server()?, of_helpers()?);
+    let mut sessions = Vec::new();
+    for _ in 0..SESSIONS {
+        sessions.push(shell(server, pod).await?);
+    }
+    figures.push(vec![(of_server()? - before) / SESSIONS as f64]);
+    figures.push(vec![(of_helpers()? - helpers) / SESSIONS as f64]);
+    drop(sessions);
+
+    tokio::time::sleep(SETTLE).await;
+    let before = of_server()?;
+    let mut sessions = Vec::new();
+    for _ in 0..SESSIONS {
+        sessions.push(forwarded(server, pod, SILENT).await?);
+    }
+    tokio::time::sleep(SETTLE).await;
+    figures.push(vec![(of_server()? - before) / SESSIONS as f64]);
+    Ok(figures)
+}
+
+/// The rate at which [`MEGABYTES`] went, and what they cost in CPU.
+async fn carried(server: &str, transfer: impl Future<Output = Result>) -> Result<[Vec<f64>; 3]> {
+    let (all, own, begin) = (cpu_of_others()?, cpu_of_program(server)?, Instant::now());
+    transfer.await?;
+    let took = begin.elapsed().as_secs_f64();
+    let of_a_gigabyte = 1024.0 / MEGABYTES as f64;
+    Ok([
+        vec![MEGABYTES as f64 / took],
+        vec![(cpu_of_others()? - all) * of_a_gigabyte],
+        vec![(cpu_of_program(server)? - own) * of_a_gigabyte],
+    ])
+}
+
+async fn read_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
+    let mut left = MEGABYTES << 20;
+    while left > 0 {
+        match stream.read(buffer).await? {
+            0 => return Err(format!("closed with {left} bytes to come").into()),
+            count => left = left.saturating_sub(count),
         }
-        let url = server.port_forward_url(&pod.id).await?;
-        let mut stream = upgraded(&url, "SPDY/3.1", "portforward.k8s.io").await?;
-        let mut buffer = vec![0; 1 << 20];
-        stream.write_all(&open_pair()).await?;
-        let (used, begin) = (cpu_of_others()?, Instant::now());
-        let mut left = MEGABYTES << 20;
-        while left > 0 {
-            match stream.read(&mut buffer).await? {
-                0 => return Err("the forwarded port closed early".into()),
-                count => left = left.saturating_sub(count),
+    }
+    Ok(())
+}
+
+/// Sends frames as kubectl does, and waits until the program in the pod has read them all: then it
+/// ends.
+async fn write_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
+    let mut frame = vec![0; 8 + FRAME];
+    let header =
+        |fin: u32, length: usize| (u64::from(DATA) << 32) | u64::from(fin << 24) | length as u64;
+    frame.splice(..8, header(0, FRAME).to_be_bytes());
+    let (mut reading, mut writing) = stream.split();
+    let write = async {
+        for _ in 0..(MEGABYTES << 20) / FRAME {
+            writing.write_all(&frame).await?;
+        }
+        writing.write_all(&header(1, 0).to_be_bytes()).await?;
+        Ok::<_, crate::Error>(())
+    };
+    // Its answers: windows, and at last what the program in the pod has to say, and the end.
+    let read = async {
+        let mut came = Vec::new();
+        let end = header(1, 0).to_be_bytes();
+        while !came.windows(end.len()).any(|window| window == end) {
+            match reading.read(buffer).await? {
+                0 => return Err("closed before the end".into()),
+                count => came.extend_from_slice(buffer.get(..count).unwrap_or_default()),
             }
         }
-        let (took, used) = (begin.elapsed().as_secs_f64(), cpu_of_others()? - used);
-        add(rate, MEGABYTES as f64 / took);
-        add(cpu, used * 1024.0 / MEGABYTES as f64);
-        drop(stream);
-
-        let before = memory::of_program(&server.name)?;
-        let mut sessions = Vec::new();
-        for _ in 0..SESSIONS {
-            let url = server.exec_url(&pod.container, &["sh"]).await?;
-            let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
-            prompt(&mut stream).await?;
-            sessions.push(stream);
-        }
-        let grown = memory::of_program(&server.name)? - before;
-        add(held, grown / SESSIONS as f64);
         Ok(())
     };
-    let outcome = measured.await;
-    server.end_pod(&pod).await?;
-    outcome
+    tokio::try_join!(write, read).map(|_| ())
+}
+
+/// Milliseconds of CPU that a program's processes have used, by the scheduler's count.
+fn cpu_of_program(name: &str) -> Result<f64> {
+    let mut nanoseconds = 0.0;
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let comm = std::fs::read_to_string(process.path().join("comm"));
+        if comm.is_ok_and(|comm| comm.trim_end() == name) {
+            for task in std::fs::read_dir(process.path().join("task"))?.flatten() {
+                let text = std::fs::read_to_string(task.path().join("schedstat"))?;
+                let on_cpu = text.split(' ').next().unwrap_or_default();
+                nanoseconds += on_cpu.parse::<f64>()?;
+            }
+        }
+    }
+    Ok(nanoseconds / 1e6)
+}
+
+/// An interactive exec that has shown its prompt.
+async fn shell(server: &mut Server, pod: &Pod) -> Result<TcpStream> {
+    let url = server.exec_url(&pod.container, &["sh"], true).await?;
+    let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
+    prompt(&mut stream).await?;
+    Ok(stream)
+}
+
+/// A connection to a port of the pod.
+async fn forwarded(server: &mut Server, pod: &Pod, port: u16) -> Result<TcpStream> {
+    let url = server.port_forward_url(&pod.id).await?;
+    let mut stream = upgraded(&url, "SPDY/3.1", "portforward.k8s.io").await?;
+    stream.write_all(&open_pair(port)).await?;
+    Ok(stream)
 }
 
 /// Reads until the shell has written its prompt.
@@ -150,17 +298,17 @@ async fn upgraded(url: &str, to: &str, protocol: &str) -> Result<TcpStream> {
 
 /// The two streams of a forwarded connection: SYN_STREAM frames, their headers in stored blocks of
 /// one zlib stream.
-fn open_pair() -> Vec<u8> {
+fn open_pair(port: u16) -> Vec<u8> {
     let mut frames = Vec::new();
-    for (number, kind) in [(1_u32, "error"), (3, "data")] {
-        let port = PORT.to_string();
+    let port = port.to_string();
+    for (number, kind) in [(ERROR, "error"), (DATA, "data")] {
         let pairs = [("streamtype", kind), ("port", &port), ("requestid", "0")];
         let mut plain = (pairs.len() as u32).to_be_bytes().to_vec();
         for text in pairs.iter().flat_map(|(name, value)| [name, value]) {
             plain.extend_from_slice(&(text.len() as u32).to_be_bytes());
             plain.extend_from_slice(text.as_bytes());
         }
-        let mut block = if number == 1 {
+        let mut block = if number == ERROR {
             vec![0x78, 0x01]
         } else {
             Vec::new()
