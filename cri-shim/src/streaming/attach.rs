@@ -11,6 +11,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::descriptor::Descriptor;
 use super::exec::resize;
+use super::pipe;
 use super::remotecommand::{Channel, Input, Outcome, Receiver, Sender};
 use crate::container::Container;
 use crate::error::{During, Error, Result};
@@ -20,7 +21,7 @@ use crate::monitor_client::AttachHandle;
 use crate::node::Node;
 
 /// How much output waits for a client that is slow for a moment.
-const PIPE: usize = 256 << 10;
+const PIPE: usize = pipe::ROOM;
 
 /// A client's end of a container's stdio.
 struct Attached {
@@ -168,11 +169,11 @@ async fn output(from: Option<&Descriptor>, channel: Channel, sender: &Sender) ->
     };
     let mut buffer = Vec::new();
     loop {
-        let count = from.read(&mut buffer).await?;
-        if count == 0 {
-            return Ok(());
+        let mut ready = from.readable().await?;
+        match sender.pass(channel, from, &mut buffer, usize::MAX).await? {
+            Some(0) => return Ok(()),
+            Some(_) => {}
+            None => ready.clear_ready(),
         }
-        let data = buffer.get(..count).unwrap_or_default();
-        sender.send(channel, data).await?;
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::command;
 use super::descriptor::Descriptor;
+use super::pipe;
 use super::remotecommand::{Channel, Input, Outcome, Receiver, Sender};
 use crate::container::{Container, Phase};
 use crate::error::{During, Error, Result, kernel};
@@ -24,7 +25,7 @@ use crate::slow::slow;
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// How much of that at most: more than a terminal holds.
-const MAX_LAST_WORDS: u64 = 256 << 10;
+const MAX_LAST_WORDS: usize = 256 << 10;
 
 /// Our ends of a command's stdio.
 struct Stdio {
@@ -117,6 +118,8 @@ async fn start(
         ] {
             theirs.push(if wanted {
                 let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
+                // Without that it holds 64 KiB, and a command that writes much wakes us as often.
+                let _ = rustix::pipe::fcntl_setpipe_size(&write, pipe::ROOM);
                 *ours = Some(Descriptor::new(read).during(what)?);
                 write
             } else {
@@ -191,39 +194,35 @@ async fn output(
     };
     let mut ended = ended.clone();
     let mut buffer = Vec::new();
-    // Nothing that was read may be lost: only the reading is given up.
+    // Nothing that was read may be lost: only the waiting is given up.
     loop {
-        let count = tokio::select! {
-            count = from.read(&mut buffer) => count?,
+        let mut ready = tokio::select! {
+            ready = from.readable() => ready?,
             _ = ended.wait_for(|ended| *ended) => break,
         };
-        if count == 0 {
-            return Ok(());
+        match sender.pass(channel, from, &mut buffer, usize::MAX).await? {
+            Some(0) => return Ok(()),
+            Some(_) => {}
+            None => ready.clear_ready(),
         }
-        let data = buffer.get(..count).unwrap_or_default();
-        sender.send(channel, data).await?;
     }
-    let is_terminal = channel == Channel::Stdout && rustix::termios::isatty(from);
-    let mut left = match is_terminal {
+    let mut left = match from.is_terminal() {
         true => MAX_LAST_WORDS,
-        false => from.pending(),
+        false => usize::try_from(from.pending()).unwrap_or(usize::MAX),
     };
     while left > 0 {
-        let wait = if is_terminal {
-            LAST_WORDS
-        } else {
-            Duration::ZERO
-        };
-        let count = match tokio::time::timeout(wait, from.read(&mut buffer)).await {
-            Ok(count) => count?,
-            Err(_) => return Ok(()),
-        };
-        if count == 0 {
-            return Ok(());
+        let mut ready = None;
+        if from.is_terminal() {
+            match tokio::time::timeout(LAST_WORDS, from.readable()).await {
+                Ok(guard) => ready = Some(guard?),
+                Err(_) => return Ok(()),
+            }
         }
-        left = left.saturating_sub(count as u64);
-        let data = buffer.get(..count).unwrap_or_default();
-        sender.send(channel, data).await?;
+        match (sender.pass(channel, from, &mut buffer, left).await?, ready) {
+            (Some(0), _) | (None, None) => return Ok(()),
+            (Some(count), _) => left = left.saturating_sub(count),
+            (None, Some(mut ready)) => ready.clear_ready(),
+        }
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! [`exec_sync`] answers with what a command wrote. Exec, Attach and PortForward answer with a URL
 //! ([`token`]) of the streaming [`server`]; the client that comes there chooses what to speak
 //! ([`upgrade`]): SPDY ([`spdy`], on a socket [`connection`]) or WebSocket ([`websocket`]), either
-//! on a [`transport`]. [`exec`] and [`attach`] then serve five channels ([`remotecommand`]),
+//! on a [`transport`], sending by its [`output`]. [`exec`] and [`attach`] then serve five channels ([`remotecommand`]),
 //! [`port_forward`] as many as the client opens.
 
 pub mod attach;
@@ -12,6 +12,8 @@ mod connection;
 mod descriptor;
 pub mod exec;
 pub mod exec_sync;
+mod output;
+mod pipe;
 pub mod port_forward;
 mod remotecommand;
 pub mod server;

@@ -14,13 +14,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use rrun_proto::v1::{NamespaceMode, PortForwardRequest};
 use rustix::net::AddressFamily;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::exec::is_gone;
+use super::pipe::Pipe;
 use super::spdy::{Event, Headers};
 use super::transport::Watch;
 use super::{connection, websocket};
@@ -102,6 +103,14 @@ impl Line {
         match self {
             Line::Spdy(writer, pair) => writer.send(pair.data, data).await,
             Line::WebSocket(writer, channel) => writer.send(*channel, data).await,
+        }
+    }
+
+    /// The client's connection, if bytes can go there without our seeing them.
+    fn splices(&self) -> Option<(&Arc<connection::Writer>, u32)> {
+        match self {
+            Line::Spdy(writer, pair) if writer.splices() => Some((writer, pair.data)),
+            _ => None,
         }
     }
 
@@ -341,13 +350,31 @@ async fn to_pod(
 
 /// Passes on what the program in the pod sends, to its end. No buffer while there is nothing.
 async fn from_pod(from: OwnedReadHalf, line: &Line) -> io::Result<()> {
+    let socket: &TcpStream = from.as_ref();
+    if let Some((writer, stream)) = line.splices() {
+        loop {
+            socket.readable().await?;
+            let fill = |pipe: &mut Pipe, most| {
+                socket.try_io(Interest::READABLE, || pipe.fill(socket, most))
+            };
+            match writer.splice(stream, fill).await {
+                Ok(0) => return line.close().await,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    let _ = line.close().await;
+                    return Err(error);
+                }
+            }
+        }
+    }
     let mut buffer = Vec::new();
     loop {
-        from.readable().await?;
+        socket.readable().await?;
         if buffer.is_empty() {
             buffer.resize(CHUNK, 0);
         }
-        match from.try_read(&mut buffer) {
+        match socket.try_read(&mut buffer) {
             Ok(0) => return line.close().await,
             Ok(count) => line.send(buffer.get(..count).unwrap_or_default()).await?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => buffer = Vec::new(),

@@ -13,6 +13,8 @@ use rustix::termios::Winsize;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::descriptor::{self, Descriptor};
+use super::pipe::Pipe;
 use super::spdy::Event;
 use super::transport::Watch;
 use super::{connection, websocket};
@@ -398,6 +400,47 @@ impl Sender {
                 stream => writer.send(stream, data).await,
             },
             Sink::WebSocket(writer) => writer.send(channel as u8, data).await,
+        }
+    }
+
+    /// Sends what can be read now, at most `most` bytes of it: `Some(0)` at the end, `None` if there
+    /// is nothing. `buffer` has memory only while there is something to put in it.
+    pub async fn pass(
+        &self,
+        channel: Channel,
+        from: &Descriptor,
+        buffer: &mut Vec<u8>,
+        most: usize,
+    ) -> io::Result<Option<usize>> {
+        let fill = |pipe: &mut Pipe, room: usize| from.splice(pipe, room.min(most));
+        let spliced = match &self.sink {
+            Sink::Spdy(writer, streams) if writer.splices() && !from.is_terminal() => {
+                writer.splice(streams[channel as usize], fill).await
+            }
+            Sink::WebSocket(writer) if writer.splices() && !from.is_terminal() => {
+                writer.splice(channel as u8, fill).await
+            }
+            _ => {
+                if buffer.is_empty() {
+                    buffer.resize(descriptor::CHUNK, 0);
+                }
+                let room = most.min(buffer.len());
+                let count = from.try_read(buffer.get_mut(..room).unwrap_or_default())?;
+                match count {
+                    None => *buffer = Vec::new(),
+                    Some(count) => {
+                        let data = buffer.get(..count).unwrap_or_default();
+                        if !data.is_empty() {
+                            self.send(channel, data).await?;
+                        }
+                    }
+                }
+                return Ok(count);
+            }
+        };
+        match spliced {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            spliced => spliced.map(Some),
         }
     }
 

@@ -243,8 +243,7 @@ async fn serve(
             remotecommand::over_spdy(reader, writer, version, wanted, watch).await?
         }
         (Spoken::WebSocket(version, codec), _) => {
-            let socket = websocket::serve(transport, read).await;
-            let (reader, writer) = websocket::channels(socket, codec);
+            let (reader, writer) = websocket::channels(transport, read, codec).await;
             remotecommand::over_websocket(reader, writer, version, wanted, watch).await?
         }
         (Spoken::SpdyPorts, Some(request)) => {
@@ -258,8 +257,7 @@ async fn serve(
             return port_forward::over_spdy(node, request, reader, writer, &watch).await;
         }
         (Spoken::WebSocketPorts(codec), Some(request)) => {
-            let socket = websocket::serve(transport, read).await;
-            let (reader, writer) = websocket::channels(socket, codec);
+            let (reader, writer) = websocket::channels(transport, read, codec).await;
             return port_forward::over_websocket(node, request, reader, writer, &watch).await;
         }
         (_, None) => return Ok(()),

@@ -9,17 +9,16 @@ use std::task::{Context, Poll, ready};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::{Buf, Bytes};
-use futures_util::stream::{SplitSink, SplitStream};
-use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use futures_util::{Sink, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::Mutex;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
-use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::transport::{Transport, Watch};
+use super::output::Output;
+use super::pipe::{self, Pipe};
+use super::transport::{ReadHalf, Transport, Watch};
 
 /// The longest message that is taken: it is in memory as a whole. Kubernetes' clients send 32 KiB.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -30,11 +29,20 @@ const READ: usize = 16 << 10;
 /// The most bytes of a tunnel that go into one message.
 const MAX_TUNNELLED: usize = 128 << 10;
 
+/// The first byte of a frame that is a whole message, and its opcodes.
+const FIN: u8 = 0x80;
+const TEXT: u8 = 1;
+const BINARY: u8 = 2;
+const CLOSING: u8 = 8;
+
 /// In v5: the other byte names a channel that the client closes.
 const CLOSE: u8 = 255;
 
 /// A WebSocket on `transport`, whose handshake is done and of which `read` has come already.
-pub async fn serve(transport: Transport, read: Bytes) -> WebSocketStream<Transport> {
+pub async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
+    transport: T,
+    read: Bytes,
+) -> WebSocketStream<T> {
     let config = WebSocketConfig::default()
         .read_buffer_size(READ)
         .write_buffer_size(0)
@@ -79,43 +87,78 @@ impl Codec {
         }
     }
 
-    fn encode(self, channel: u8, data: &[u8]) -> Message {
+    fn of_server(self) -> u8 {
         match self {
-            Codec::Binary { .. } => {
-                let mut message = Vec::with_capacity(data.len() + 1);
-                message.push(channel);
-                message.extend_from_slice(data);
-                Message::Binary(message.into())
+            Codec::Binary { .. } => BINARY,
+            Codec::Base64 => TEXT,
+        }
+    }
+}
+
+/// The beginning of a message: a frame that is a whole one, unmasked, and the channel (RFC 6455,
+/// section 5.2). `length` is that of the data.
+struct Header {
+    bytes: [u8; 11],
+    length: usize,
+}
+
+impl Header {
+    fn new(opcode: u8, channel: u8, length: usize) -> Self {
+        let mut header = Header {
+            bytes: [0; 11],
+            length: 0,
+        };
+        header.push(&[FIN | opcode]);
+        let length = length as u64 + 1;
+        match (u8::try_from(length), u16::try_from(length)) {
+            (Ok(short), _) if short < 126 => header.push(&[short]),
+            (_, Ok(medium)) => {
+                header.push(&[126]);
+                header.push(&medium.to_be_bytes());
             }
-            Codec::Base64 => {
-                let mut text = String::with_capacity(data.len() / 3 * 4 + 5);
-                text.push(char::from(b'0'.wrapping_add(channel)));
-                STANDARD.encode_string(data, &mut text);
-                Message::Text(text.into())
+            _ => {
+                header.push(&[127]);
+                header.push(&length.to_be_bytes());
             }
         }
+        header.push(&[channel]);
+        header
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        for (place, byte) in self.bytes.iter_mut().skip(self.length).zip(bytes) {
+            *place = *byte;
+        }
+        self.length += bytes.len();
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or(&self.bytes)
     }
 }
 
 /// The receiving side of channels.
 pub struct Reader {
-    stream: SplitStream<WebSocketStream<Transport>>,
+    stream: WebSocketStream<Incoming>,
     codec: Codec,
 }
 
 /// The sending side of channels.
 pub struct Writer {
-    sink: Mutex<SplitSink<WebSocketStream<Transport>, Message>>,
+    output: Arc<Output>,
     codec: Codec,
 }
 
-pub fn channels(socket: WebSocketStream<Transport>, codec: Codec) -> (Reader, Arc<Writer>) {
-    let (sink, stream) = socket.split();
-    let writer = Writer {
-        sink: Mutex::new(sink),
-        codec,
+/// Channels on `transport`, whose handshake is done and of which `read` has come already.
+pub async fn channels(transport: Transport, read: Bytes, codec: Codec) -> (Reader, Arc<Writer>) {
+    let (half, write) = transport.split();
+    let output = Output::new(write);
+    let incoming = Incoming {
+        half,
+        output: Arc::clone(&output),
     };
-    (Reader { stream, codec }, Arc::new(writer))
+    let stream = serve(incoming, read).await;
+    (Reader { stream, codec }, Arc::new(Writer { output, codec }))
 }
 
 impl Reader {
@@ -138,20 +181,86 @@ impl Reader {
 
 impl Writer {
     pub async fn send(&self, channel: u8, data: &[u8]) -> io::Result<()> {
-        let message = self.codec.encode(channel, data);
-        self.sink.lock().await.send(message).await.map_err(broken)
+        let encoded;
+        let (channel, data) = match self.codec {
+            Codec::Binary { .. } => (channel, data),
+            Codec::Base64 => {
+                encoded = STANDARD.encode(data);
+                (b'0'.wrapping_add(channel), encoded.as_bytes())
+            }
+        };
+        let header = Header::new(self.codec.of_server(), channel, data.len());
+        let turn = self.output.turn().await?;
+        turn.send(header.bytes(), data).await
     }
 
-    /// Says goodbye.
+    /// See [`Output::splices`].
+    pub fn splices(&self) -> bool {
+        self.output.splices() && self.codec != Codec::Base64
+    }
+
+    /// Sends what `fill` puts into a pipe, at most as many bytes as it is told, without looking at
+    /// them. Returns what `fill` does: 0 at the end, an error of the kind `WouldBlock` if there is
+    /// nothing now.
+    pub async fn splice(
+        &self,
+        channel: u8,
+        mut fill: impl FnMut(&mut Pipe, usize) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let mut turn = self.output.turn().await?;
+        let count = turn.fill(|pipe| fill(pipe, pipe::ROOM))?;
+        if count > 0 {
+            let header = Header::new(BINARY, channel, count);
+            turn.send_pipe(header.bytes()).await?;
+        }
+        Ok(count)
+    }
+
+    /// Says goodbye: a close frame, normal (RFC 6455, section 7.4.1).
     pub async fn finish(&self) -> io::Result<()> {
-        let mut sink = self.sink.lock().await;
-        let normal = CloseFrame {
-            code: CloseCode::Normal,
-            reason: Utf8Bytes::default(),
-        };
-        sink.send(Message::Close(Some(normal)))
-            .await
-            .map_err(broken)
+        let [high, low] = 1000_u16.to_be_bytes();
+        self.output.last(&[FIN | CLOSING, 2, high, low]).await
+    }
+}
+
+/// What tungstenite reads from; its answers go where all else goes.
+struct Incoming {
+    half: ReadHalf,
+    output: Arc<Output>,
+}
+
+impl AsyncRead for Incoming {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.half).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Incoming {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let append = |answers: &mut Vec<u8>| answers.extend_from_slice(bytes);
+        match self.output.answer(append) {
+            ((), true) => Poll::Ready(Ok(bytes.len())),
+            ((), false) => Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "more pings than the client reads answers to",
+            ))),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -291,7 +400,6 @@ mod tests {
             v4.decode(Bytes::from_static(&[255, 0])).unwrap(),
             Some(Input::Data(255, Bytes::from_static(&[0])))
         );
-        assert_eq!(v4.encode(1, b"x"), Message::Binary(b"\x01x"[..].into()));
     }
 
     #[test]
@@ -301,9 +409,15 @@ mod tests {
             .unwrap();
         assert_eq!(decoded, Some(Input::Data(0, Bytes::from_static(b"foo\n"))));
         assert!(Codec::Base64.decode(Bytes::from_static(b"0!")).is_err());
-        assert_eq!(
-            Codec::Base64.encode(1, b"\n"),
-            Message::Text("1Cg==".into())
-        );
+    }
+
+    #[test]
+    fn a_header_is_as_long_as_its_length_wants() {
+        let header = |length| Header::new(BINARY, 1, length).bytes().to_vec();
+        assert_eq!(header(0), [0x82, 1, 1]);
+        assert_eq!(header(124), [0x82, 125, 1]);
+        assert_eq!(header(125), [0x82, 126, 0, 126, 1]);
+        assert_eq!(header(0xfffe), [0x82, 126, 0xff, 0xff, 1]);
+        assert_eq!(header(0xffff), [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0, 1]);
     }
 }

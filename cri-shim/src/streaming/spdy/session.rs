@@ -270,6 +270,15 @@ impl Session {
         Allowance::Bytes(allowed)
     }
 
+    /// Of what was taken, `count` bytes were not sent.
+    pub fn give_back(&mut self, stream: u32, count: usize) {
+        let count = i64::try_from(count).unwrap_or(0);
+        if let Some(open) = self.streams.get_mut(&stream) {
+            open.send_window = (open.send_window + count).min(MAX_WINDOW);
+        }
+        self.send_window = (self.send_window + count).min(MAX_WINDOW);
+    }
+
     /// Our half of the stream ends; false if it has.
     pub fn close(&mut self, stream: u32) -> bool {
         let Some(open) = self.streams.get_mut(&stream).filter(|open| !open.sent_fin) else {
@@ -412,6 +421,8 @@ mod tests {
         };
         session.receive(update, &mut output).unwrap();
         assert_eq!(session.take_allowance(1, 60), Allowance::Bytes(5));
+        session.give_back(1, 3);
+        assert_eq!(session.take_allowance(1, 60), Allowance::Bytes(3));
     }
 
     #[test]
