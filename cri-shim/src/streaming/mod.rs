@@ -7,6 +7,7 @@
 //! [`port_forward`] as many as the client opens.
 
 pub mod attach;
+mod backlog;
 mod command;
 mod connection;
 mod descriptor;

@@ -8,18 +8,18 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use rrun_proto::v1::{NamespaceMode, PortForwardRequest};
 use rustix::net::AddressFamily;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::backlog::{self, Backlog};
 use super::exec::is_gone;
 use super::pipe::Pipe;
 use super::spdy::{Event, Headers};
@@ -33,10 +33,12 @@ use crate::sandbox::namespaces;
 /// One read from the pod's side takes at most this.
 const CHUNK: usize = 128 << 10;
 
-/// How many pieces of a client's data, of at most 64 KiB, wait for one slow program in the pod.
-/// More and the client's whole connection waits: SPDY's windows, which would stop just the one
-/// stream, its clients don't keep.
-const WAITING: usize = 8;
+/// How long a client's connection waits for a program in the pod that does not read, when no more
+/// of what comes for it can be kept. Then that one forwarded connection is closed, for the others.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// How often it is looked at whether the kernel holds less for such a program.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a port may take to answer.
 const CONNECTING: Duration = Duration::from_secs(30);
@@ -162,7 +164,8 @@ impl Pair {
 struct Served {
     data: u32,
     error: u32,
-    input: Option<mpsc::Sender<Bytes>>,
+    port: u16,
+    input: backlog::Sender,
     task: AbortHandle,
 }
 
@@ -176,12 +179,38 @@ pub async fn over_spdy(
 ) -> io::Result<()> {
     let mut halves: BTreeMap<String, (Pair, tokio::time::Instant)> = BTreeMap::new();
     let mut served: Vec<Served> = Vec::new();
+    let backlog = Arc::new(Backlog::default());
     // Dropping it ends all that is in it.
     let mut tasks: JoinSet<()> = JoinSet::new();
+    // Whether something came for which there was no room; only then it is looked for more.
+    let mut full = false;
     loop {
         let pairing = halves.values().map(|(_, since)| *since + PAIRING).min();
+        full = full && (backlog.is_full() || served.iter().any(|pair| pair.input.is_full()));
+        let stuck = served.iter().max_by_key(|pair| pair.input.waiting());
+        let stuck = stuck.filter(|_| full);
+        if let Some(pair) = stuck.filter(|pair| pair.input.still() >= STUCK) {
+            log::info!(
+                "{}: a connection to port {} was closed: the program there has read nothing for {} s, \
+                 and the client sends more",
+                request.pod_sandbox_id,
+                pair.port,
+                STUCK.as_secs()
+            );
+            writer.reset(pair.data);
+            abandon(pair, &writer);
+            full = false;
+            continue;
+        }
+        let patience = stuck.map(|pair| {
+            let left = STUCK.saturating_sub(pair.input.still());
+            tokio::time::Instant::now() + left
+        });
         let event = tokio::select! {
-            event = reader.next() => event?,
+            event = reader.next(), if !full => event?,
+            () = backlog.less(), if full => continue,
+            () = sleep_until(patience), if full => continue,
+            () = watch.gone(), if full => return Ok(()),
             Some(_) = tasks.join_next(), if !tasks.is_empty() => {
                 served.retain(|pair| !pair.task.is_finished());
                 continue;
@@ -237,7 +266,10 @@ pub async fn over_spdy(
                 let Some((pair, _)) = halves.remove(&id) else {
                     continue;
                 };
-                let (input, output) = mpsc::channel(WAITING);
+                let (input, output) = backlog.line();
+                if fin && is_data {
+                    input.close();
+                }
                 let (node, sandbox) = (Arc::clone(node), request.pod_sandbox_id.clone());
                 let line = Line::Spdy(Arc::clone(&writer), pair);
                 let task = tasks.spawn(async move {
@@ -246,7 +278,8 @@ pub async fn over_spdy(
                 served.push(Served {
                     data: pair.data,
                     error: pair.error,
-                    input: (!(fin && is_data)).then_some(input),
+                    port: pair.port,
+                    input,
                     task,
                 });
             }
@@ -255,37 +288,37 @@ pub async fn over_spdy(
                     writer.consumed(stream, bytes.len());
                     continue;
                 };
-                if let Some(input) = &pair.input
-                    && !bytes.is_empty()
-                {
+                if !bytes.is_empty() {
                     let length = bytes.len();
-                    let sent = tokio::select! {
-                        sent = input.send(bytes) => sent,
-                        () = watch.gone() => return Ok(()),
-                    };
-                    if sent.is_err() {
+                    if !pair.input.push(bytes) {
                         // The program in the pod reads no more.
-                        pair.input = None;
                         writer.consumed(stream, length);
                     }
+                    full = pair.input.is_full() || backlog.is_full();
                 }
                 if fin {
-                    pair.input = None;
+                    pair.input.close();
                 }
             }
             Some(Event::Reset { stream }) => {
                 halves.retain(|_, (pair, _)| pair.data != stream && pair.error != stream);
                 if let Some(pair) = served.iter().find(|pair| pair.data == stream) {
-                    pair.task.abort();
-                    let (error, writer) = (pair.error, Arc::clone(&writer));
-                    // The client waits for the end of the error stream.
-                    tokio::spawn(async move { writer.close(error).await });
+                    abandon(pair, &writer);
                 }
             }
             // No new ones; those that are there go on.
             Some(Event::GoAway) => {}
         }
     }
+}
+
+/// Ends a connection whose data stream is gone, without a word: of an error's text clients make the
+/// end of all their connections.
+fn abandon(pair: &Served, writer: &Arc<connection::Writer>) {
+    pair.task.abort();
+    let (error, writer) = (pair.error, Arc::clone(writer));
+    // The client waits for the end of the error stream.
+    tokio::spawn(async move { writer.close(error).await });
 }
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {
@@ -313,7 +346,7 @@ fn described(stream: u32, headers: &Headers) -> Option<(String, bool, u16)> {
 }
 
 /// Serves one connection.
-async fn forward(node: &Node, sandbox: &str, port: u16, input: mpsc::Receiver<Bytes>, line: &Line) {
+async fn forward(node: &Node, sandbox: &str, port: u16, input: backlog::Receiver, line: &Line) {
     match connect(node, sandbox, port).await {
         Ok(stream) => {
             let (read, write) = stream.into_split();
@@ -338,14 +371,43 @@ async fn forward(node: &Node, sandbox: &str, port: u16, input: mpsc::Receiver<By
 /// Passes on what the client sends, to its end or until the program in the pod reads no more.
 async fn to_pod(
     mut to: OwnedWriteHalf,
-    mut input: mpsc::Receiver<Bytes>,
+    mut input: backlog::Receiver,
     line: &Line,
 ) -> io::Result<()> {
     while let Some(bytes) = input.recv().await {
-        to.write_all(&bytes).await?;
+        let mut left = bytes.as_ref();
+        let mut unread = None;
+        while !left.is_empty() {
+            match tokio::time::timeout(LOOK, to.write(left)).await {
+                Ok(written) => {
+                    left = left.get(written?..).unwrap_or_default();
+                    input.moved();
+                }
+                // There is room for more only when the kernel holds much less; a program that
+                // reads slowly shows earlier.
+                Err(_) => {
+                    let now = Some(unsent(to.as_ref())?);
+                    if unread.is_some() && now != unread {
+                        input.moved();
+                    }
+                    unread = now;
+                }
+            }
+        }
+        input.passed(&bytes);
         line.consumed(bytes.len());
     }
     to.shutdown().await
+}
+
+/// How many bytes the kernel holds that the other side has not taken (tcp(7), SIOCOUTQ).
+fn unsent(socket: &TcpStream) -> io::Result<libc::c_int> {
+    let mut count = 0;
+    // SAFETY: the descriptor is open, and TIOCOUTQ (the same as SIOCOUTQ) writes one int.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut count) } {
+        0 => Ok(count),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Passes on what the program in the pod sends, to its end. No buffer while there is nothing.
@@ -395,14 +457,15 @@ pub async fn over_websocket(
     watch: &Watch,
 ) -> io::Result<()> {
     let mut inputs = Vec::new();
+    let backlog = Arc::new(Backlog::default());
     let mut tasks: JoinSet<()> = JoinSet::new();
     for (channel, port) in (0_u8..).step_by(2).zip(&request.port).take(MAX_PORTS) {
         let port = u16::try_from(*port).unwrap_or(0);
         for channel in [channel, channel + 1] {
             writer.send(channel, &port.to_le_bytes()).await?;
         }
-        let (input, output) = mpsc::channel(WAITING);
-        inputs.push(Some(input));
+        let (input, output) = backlog.line();
+        inputs.push(input);
         let (node, sandbox) = (Arc::clone(node), request.pod_sandbox_id.clone());
         let line = Line::WebSocket(Arc::clone(&writer), channel);
         tasks.spawn(async move { forward(&node, &sandbox, port, output, &line).await });
@@ -419,12 +482,16 @@ pub async fn over_websocket(
         match input {
             None => return Ok(()),
             Some(websocket::Input::Data(channel, bytes)) if channel % 2 == 0 => {
-                let Some(Some(input)) = inputs.get(usize::from(channel / 2)) else {
+                let Some(input) = inputs.get(usize::from(channel / 2)) else {
                     continue;
                 };
-                tokio::select! {
-                    _ = input.send(bytes) => {}
-                    () = watch.gone() => return Ok(()),
+                let _ = input.push(bytes);
+                // Nothing here could close just the one.
+                while input.is_full() || backlog.is_full() {
+                    tokio::select! {
+                        () = backlog.less() => {}
+                        () = watch.gone() => return Ok(()),
+                    }
                 }
             }
             Some(_) => {}

@@ -2,8 +2,8 @@
 //!
 //! Kubernetes' clients (spdystream) know no flow control: they never send a WINDOW_UPDATE, and a
 //! server that waited for one would stop after 64 KiB. So the windows for what we send count only
-//! once the client has shown that it keeps some. What we receive is bounded by reading no further
-//! than we can pass on.
+//! once the client has shown that it keeps some. What we receive is bounded by whoever reads: see
+//! `backlog`.
 
 use std::collections::BTreeMap;
 
