@@ -1,40 +1,55 @@
-//! The streaming server itself: TLS, idle clients, long messages, the node's ports.
+//! The streaming server itself: whom it serves, TLS, clients that behave badly, many of them.
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use rrun_proto::v1::ExecRequest;
 
 use crate::cri_calls::Calls;
 use crate::cri_images_registries::{OPENSSL, certificates};
 use crate::cri_streaming::{
     TRANSPORTS, count_processes, exec_url, message, reads, waiting, websocket,
 };
-use crate::machine::{Result, command, deadline, rounds, wait_for};
+use crate::machine::{Result, deadline, wait_for};
 use crate::needs::Test;
 use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(streams_over_tls, CRICTL, SERVER, REGISTRY, IMAGES, OPENSSL),
-    test!(an_idle_stream_is_closed, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(a_long_message_is_refused, CRICTL, SERVER, REGISTRY, IMAGES),
     test!(
-        the_node_s_ports_are_forwarded,
+        a_stream_s_request_is_checked,
         CRICTL,
         SERVER,
         REGISTRY,
         IMAGES
     ),
     test!(
-        a_gigabyte_goes_both_ways,
+        garbage_and_slow_heads_are_closed,
         CRICTL,
         SERVER,
         REGISTRY,
-        IMAGES,
-        OPENSSL
+        IMAGES
     ),
+    test!(
+        two_hundred_sessions_at_once,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        clients_that_never_read_cost_a_fixed_amount,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(streams_over_tls, CRICTL, SERVER, REGISTRY, IMAGES, OPENSSL),
+    test!(an_idle_stream_is_closed, CRICTL, SERVER, REGISTRY, IMAGES),
+    test!(a_long_message_is_refused, CRICTL, SERVER, REGISTRY, IMAGES),
 ];
 
 /// Starts the server again with these lines in its configuration.
@@ -141,65 +156,182 @@ fn a_long_message_is_refused() -> Result {
     })
 }
 
-fn the_node_s_ports_are_forwarded() -> Result {
+fn a_stream_s_request_is_checked() -> Result {
     on_a_node(|node| {
-        let mut pod = node.pod("host");
-        pod["linux"]["security_context"]["namespace_options"]["network"] = 2.into();
-        if let Some(pod) = pod.as_object_mut() {
-            // It would be the node's.
-            pod.remove("hostname");
+        let id = waiting(node, "checked")?;
+        let calls = Calls::new(node)?;
+        let ask = |change: &dyn Fn(&mut ExecRequest)| {
+            let mut request = ExecRequest {
+                container_id: id.clone(),
+                cmd: vec!["true".to_owned()],
+                stdout: true,
+                ..ExecRequest::default()
+            };
+            change(&mut request);
+            let mut runtime = calls.runtime();
+            let answer = calls.wait(async move { runtime.exec(request).await })?;
+            Ok::<_, crate::machine::Failed>(match answer {
+                Ok(answer) => answer.into_inner().url,
+                Err(status) => format!("{:?}", status.code()),
+            })
+        };
+        let url = ask(&|_| {})?;
+        ensure!(url.starts_with("http://127.0.0.1:"), "URL {url}");
+        ensure_eq!(
+            ask(&|request| request.stdout = false)?,
+            "InvalidArgument",
+            "no stream"
+        );
+        let both = |request: &mut ExecRequest| (request.tty, request.stderr) = (true, true);
+        ensure_eq!(ask(&both)?, "InvalidArgument", "a terminal with stderr");
+        if is_rrun() {
+            ensure_eq!(
+                ask(&|request| request.container_id = "nosuch".to_owned())?,
+                "NotFound",
+                "no such container"
+            );
         }
-        let pod_id = node.runp(&pod)?;
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        let port = listener.local_addr()?.port();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let _ = stream.and_then(|mut stream| stream.write_all(b"the node's"));
-            }
-        });
-        for (local, transport) in (18100_u16..).zip(TRANSPORTS) {
-            let mut forward = node
-                .crictl(&["port-forward", "--transport", transport, &pod_id])
-                .arg(format!("{local}:{port}"))
-                .start()?;
-            let said = wait_for("the forwarded port", || {
-                ensure!(forward.lives(), "it ended: {}", forward.stderr());
-                let Ok(mut stream) = TcpStream::connect(("127.0.0.1", local)) else {
-                    return Ok(None);
-                };
-                stream.set_read_timeout(Some(deadline()))?;
-                let mut said = String::new();
-                stream.read_to_string(&mut said)?;
-                Ok(Some(said))
-            });
-            forward.signal(Signal::SIGKILL);
-            ensure_eq!(said?, "the node's", "what came over {transport}");
+        // A token is good once.
+        drop(websocket(&url, "v5.channel.k8s.io")?);
+        ensure!(
+            websocket(&url, "v5.channel.k8s.io").is_err(),
+            "a token was good twice"
+        );
+        node.asks(&["stop", "--timeout", "0", &id])?;
+        if is_rrun() {
+            ensure_eq!(
+                ask(&|_| {})?,
+                "FailedPrecondition",
+                "exec in what has ended"
+            );
         }
         Ok(())
     })
 }
 
-/// 1 GB with RRUN_TEST_FULL.
-fn a_gigabyte_goes_both_ways() -> Result {
+fn garbage_and_slow_heads_are_closed() -> Result {
     on_a_node(|node| {
-        let id = waiting(node, "gigabyte")?;
-        let bytes = rounds(32 << 20, 1 << 30);
-        let (file, back) = (node.join("sent"), node.join("back"));
-        let make =
-            "openssl enc -aes-128-ctr -K 00 -iv 00 -in /dev/zero 2>/dev/null | head -c $0 >$1";
-        command("sh", ["-c", make, &bytes.to_string()])
-            .arg(&file)
-            .ok()?;
-        let endpoint = format!("unix://{}", node.socket().display());
-        for transport in TRANSPORTS {
-            let script = "crictl --runtime-endpoint $0 exec --transport $1 -i $2 cat <$3 >$4; \
-                          cmp $3 $4";
-            command("sh", ["-c", script, &endpoint, transport, &id])
-                .arg(&file)
-                .arg(&back)
-                .within(deadline() * 20)
-                .ok()?;
+        let id = waiting(node, "garbage")?;
+        let calls = Calls::new(node)?;
+        let url = exec_url(&calls, &id, &["cat"])?;
+        let host = url
+            .strip_prefix("http://")
+            .and_then(|rest| rest.split('/').next());
+        let host = host.ok_or(format!("not a URL: {url}"))?.to_owned();
+        let closed = |mut stream: TcpStream| -> Result {
+            stream.set_read_timeout(Some(deadline()))?;
+            let mut rest = Vec::new();
+            match stream.read_to_end(&mut rest) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    Err(format!("not closed within {:?}", deadline()).into())
+                }
+                _ => Ok(()),
+            }
+        };
+        let mut garbage = TcpStream::connect(&host)?;
+        garbage
+            .write_all(&[0x80; 100_000])
+            .or(Ok::<_, std::io::Error>(()))?;
+        closed(garbage)?;
+        if is_rrun() {
+            // Nothing, and half a head.
+            let silent = TcpStream::connect(&host)?;
+            let mut half = TcpStream::connect(&host)?;
+            write!(half, "GET /exec/x HTTP/1.1\r\nHost: x\r\n")?;
+            closed(silent)?;
+            closed(half)?;
         }
+        // Garbage after the upgrade.
+        let mut stream = websocket(&url, "v5.channel.k8s.io")?;
+        stream.write_all(&[0xff; 100])?;
+        closed(stream)?;
+        // The server is well.
+        let url = exec_url(&calls, &id, &["cat"])?;
+        let mut stream = websocket(&url, "v5.channel.k8s.io")?;
+        stream.write_all(&message(0, b"hello\n"))?;
+        reads(&mut stream, b"\x01hello\n")
+    })
+}
+
+fn two_hundred_sessions_at_once() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "sessions")?;
+        let calls = Calls::new(node)?;
+        let mut sessions = Vec::new();
+        for _ in 0..200 {
+            let url = exec_url(&calls, &id, &["cat"])?;
+            sessions.push(websocket(&url, "v5.channel.k8s.io")?);
+        }
+        for (number, session) in sessions.iter_mut().enumerate() {
+            let line = format!("hello {number}\n");
+            session.write_all(&message(0, line.as_bytes()))?;
+        }
+        for (number, session) in sessions.iter_mut().enumerate() {
+            reads(session, format!("\x01hello {number}\n").as_bytes())?;
+        }
+        // The clients go; so do the commands.
+        drop(sessions);
+        let cgroup = node.cgroup(&id)?;
+        wait_for("all commands to end", || {
+            Ok((count_processes(&cgroup)? == 1).then_some(()))
+        })?;
         Ok(())
     })
+}
+
+fn clients_that_never_read_cost_a_fixed_amount() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "unread")?;
+        let calls = Calls::new(node)?;
+        let cgroup = node.cgroup(&id)?;
+        let mut sessions = Vec::new();
+        let mut open = |count: usize| -> Result {
+            for _ in 0..count {
+                let url = exec_url(&calls, &id, &["yes", "0123456789abcdef"])?;
+                let mut session = websocket(&url, "v5.channel.k8s.io")?;
+                // It runs.
+                reads(&mut session, b"0123456789abcdef")?;
+                sessions.push(session);
+            }
+            // Until none of them can write any more, as far as one can see.
+            let mut used = 0;
+            wait_for("the commands to be held up", || {
+                std::thread::sleep(Duration::from_millis(100));
+                let before = std::mem::replace(&mut used, ticks(&cgroup)?);
+                Ok((used == before).then_some(()))
+            })
+        };
+        open(1)?;
+        let before = node.server_resident()?;
+        open(50)?;
+        let grown = node.server_resident()?.saturating_sub(before);
+        if is_rrun() {
+            ensure!(
+                grown < 50 * 256,
+                "50 clients that read nothing took {grown} kB of the server"
+            );
+        }
+        // All others are served.
+        let other = node.crictl(&["exec", &id, "echo", "hello"]).ok()?;
+        ensure_eq!(other.stdout, "hello\n", "another client's output");
+        Ok(())
+    })
+}
+
+/// What the processes in this cgroup and those right below it have used of the CPU, in ticks (proc(5)).
+fn ticks(cgroup: &Path) -> Result<u64> {
+    let mut sum = 0;
+    let inner = fs::read_dir(cgroup)?.flatten().map(|entry| entry.path());
+    for cgroup in inner.chain([cgroup.to_owned()]) {
+        let all = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        for id in all.lines() {
+            let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            let times = stat.rsplit(')').next().unwrap_or_default();
+            let times = times.split(' ').skip(12).take(2);
+            sum += times
+                .filter_map(|time| time.parse::<u64>().ok())
+                .sum::<u64>();
+        }
+    }
+    Ok(sum)
 }

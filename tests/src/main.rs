@@ -32,6 +32,9 @@ mod cri_pods;
 mod cri_restart;
 mod cri_seccomp;
 mod cri_streaming;
+mod cri_streaming_attach;
+mod cri_streaming_exec;
+mod cri_streaming_ports;
 mod cri_streaming_server;
 mod cri_streaming_spdy;
 mod cri_systemd;
@@ -150,6 +153,9 @@ fn main() -> ExitCode {
         cri_calls::TESTS,
         cri_restart::TESTS,
         cri_streaming::TESTS,
+        cri_streaming_exec::TESTS,
+        cri_streaming_attach::TESTS,
+        cri_streaming_ports::TESTS,
         cri_streaming_server::TESTS,
         cri_streaming_spdy::TESTS,
         cri_systemd::TESTS,

@@ -206,6 +206,15 @@ impl Node {
         }
     }
 
+    /// What the server takes of memory, in kB (proc(5), VmRSS).
+    pub fn server_resident(&self) -> Result<u64> {
+        let server = self.server.as_ref().ok_or("the server does not run")?;
+        let status = fs::read_to_string(format!("/proc/{}/status", server.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let word = line.and_then(|line| line.split_whitespace().next());
+        Ok(word.ok_or("no VmRSS")?.parse()?)
+    }
+
     fn stop_server(&mut self, signal: Signal) -> Result<i32> {
         let Some(mut server) = self.server.take() else {
             return Ok(0);

@@ -155,6 +155,8 @@ async fn input(
                     continue;
                 };
                 tokio::select! {
+                    // Only when that has to wait it is looked whether somebody still waits for it.
+                    biased;
                     written = to.write_all(&bytes) => if written.is_err() {
                         // It reads no more.
                         stdin = None;

@@ -1,0 +1,281 @@
+//! Exec, as people use it: by crictl over SPDY and over WebSocket, in a real terminal.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::cri_images_registries::OPENSSL;
+use crate::cri_streaming::{TRANSPORTS, count_processes, waiting};
+use crate::machine::{Result, command, deadline, rounds, wait_for};
+use crate::needs::{Need, Test};
+use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
+use crate::{ensure, ensure_eq, test};
+
+pub const TMUX: Need = Need::Program("tmux");
+
+pub const TESTS: &[Test] = &[
+    test!(
+        an_exec_has_streams_and_an_exit_code,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        an_exec_carries_much_both_ways,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        a_terminal_is_resized,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        TMUX
+    ),
+    test!(
+        a_client_that_goes_takes_its_command_along,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        a_gigabyte_goes_both_ways,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        OPENSSL
+    ),
+];
+
+fn an_exec_has_streams_and_an_exit_code() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "exec")?;
+        for transport in TRANSPORTS {
+            let exec = |options: &[&str], command: &[&str]| {
+                node.crictl(&["exec", "--transport", transport])
+                    .args(options)
+                    .arg(&id)
+                    .args(command)
+            };
+            let both = exec(&[], &["sh", "-c", "echo out; echo err >&2"]).ok()?;
+            ensure_eq!(both.stdout, "out\n", "stdout over {transport}");
+            ensure_eq!(both.stderr, "err\n", "stderr over {transport}");
+            let failed = exec(&[], &["sh", "-c", "exit 3"]).end()?;
+            ensure!(
+                failed.code != 0 && failed.told().contains('3'),
+                "over {transport}: {}",
+                failed.told()
+            );
+            let cat = exec(&["-i"], &["cat"]).stdin("typed").ok()?;
+            ensure_eq!(cat.stdout, "typed", "stdin and stdout over {transport}");
+            // Without -i nothing is there to read, and cat ends.
+            let none = exec(&[], &["cat"]).stdin("typed").ok()?;
+            ensure_eq!(none.stdout, "", "output without stdin over {transport}");
+            let nothing = exec(&[], &["/no/such/program"]).end()?;
+            ensure!(
+                nothing.code != 0 && nothing.stderr.contains("/no/such/program"),
+                "over {transport}: {}",
+                nothing.told()
+            );
+            // One that leaves a child behind with its output open is not waited for.
+            exec(&[], &["sh", "-c", "sleep 1000 & echo done"])
+                .ok()?
+                .says("done")?;
+        }
+        Ok(())
+    })
+}
+
+fn an_exec_carries_much_both_ways() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "much")?;
+        let line = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n";
+        let text = line.repeat((24 << 20) / line.len());
+        let file = node.join("text");
+        fs::write(&file, &text)?;
+        let sum = command("sha256sum", ["-b"]).stdin(text.clone()).ok()?;
+        let sum = sum.stdout.split(' ').next().unwrap_or_default().to_owned();
+        for transport in TRANSPORTS {
+            let exec = ["exec", "--transport", transport, "-i", &id];
+            let there = node
+                .crictl(&exec)
+                .arg("sha256sum")
+                .stdin(text.clone())
+                .ok()?;
+            ensure!(
+                there.stdout.starts_with(&sum),
+                "over {transport} there came {}, not {sum}",
+                there.stdout
+            );
+            let back = node.crictl(&exec).arg("cat").stdin(text.clone()).ok()?;
+            ensure!(
+                back.stdout == text,
+                "over {transport} {} of {} bytes came back, or others",
+                back.stdout.len(),
+                text.len()
+            );
+        }
+        Ok(())
+    })
+}
+
+/// 64 MB; 1 GB with RRUN_TEST_FULL.
+fn a_gigabyte_goes_both_ways() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "gigabyte")?;
+        let bytes = rounds(64 << 20, 1 << 30);
+        let (file, back) = (node.join("sent"), node.join("back"));
+        let make =
+            "openssl enc -aes-128-ctr -K 00 -iv 00 -in /dev/zero 2>/dev/null | head -c $0 >$1";
+        command("sh", ["-c", make, &bytes.to_string()])
+            .arg(&file)
+            .ok()?;
+        let endpoint = format!("unix://{}", node.socket().display());
+        for transport in TRANSPORTS {
+            let script = "crictl --runtime-endpoint $0 exec --transport $1 -i $2 cat <$3 >$4; \
+                          cmp $3 $4";
+            command("sh", ["-c", script, &endpoint, transport, &id])
+                .arg(&file)
+                .arg(&back)
+                .within(deadline() * 20)
+                .ok()?;
+        }
+        Ok(())
+    })
+}
+
+/// A terminal that somebody could sit at.
+pub struct Terminal(PathBuf);
+
+impl Terminal {
+    /// Its server listens on a socket next to this path: one that is on its way out takes no more
+    /// sessions, and nothing tells when it has gone.
+    pub fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let terminal = Terminal(socket.with_extension(number.to_string()));
+        terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell_command])?;
+        Ok(terminal)
+    }
+
+    pub fn tmux(&self, args: &[&str]) -> Result<String> {
+        let run = command("tmux", ["-f", "/dev/null", "-S"])
+            .arg(&self.0)
+            .args(args);
+        Ok(run.ok()?.stdout)
+    }
+
+    pub fn types(&self, line: &str) -> Result {
+        self.tmux(&["send-keys", line, "Enter"]).map(|_| ())
+    }
+
+    pub fn shows(&self, what: &str) -> Result {
+        wait_for(&format!("{what:?} on the terminal"), || {
+            let screen = self.tmux(&["capture-pane", "-p"])?;
+            ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");
+            Ok(Some(()))
+        })
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.tmux(&["kill-server"]);
+    }
+}
+
+fn a_terminal_is_resized() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("terminal");
+        let pod_id = node.runp(&pod)?;
+        let mut shell = node.container("shell", &["sh"]);
+        for option in ["tty", "stdin"] {
+            shell[option] = true.into();
+        }
+        let id = node.run(&pod_id, &pod, &shell)?;
+        let crictl = format!(
+            "crictl --runtime-endpoint unix://{}",
+            node.socket().display()
+        );
+        for transport in TRANSPORTS {
+            for what in [
+                format!("exec --transport {transport} -it {id} sh"),
+                format!("attach --transport {transport} -it {id}"),
+            ] {
+                let terminal = Terminal::open(node.join("tmux"), &format!("{crictl} {what}"))?;
+                // Until somebody reads it.
+                wait_for("a prompt", || {
+                    terminal.types("echo pro''mpt")?;
+                    std::thread::sleep(Duration::from_millis(200));
+                    let screen = terminal.tmux(&["capture-pane", "-p"])?;
+                    Ok(screen
+                        .lines()
+                        .any(|line| line.trim() == "prompt")
+                        .then_some(()))
+                })?;
+                terminal.types("clear; stty size")?;
+                terminal.shows("24 80")?;
+                terminal.tmux(&["resize-window", "-x", "101", "-y", "31"])?;
+                wait_for("the new size", || {
+                    terminal.types("clear; stty size")?;
+                    std::thread::sleep(Duration::from_millis(200));
+                    let screen = terminal.tmux(&["capture-pane", "-p"])?;
+                    Ok(screen
+                        .lines()
+                        .any(|line| line.trim() == "31 101")
+                        .then_some(()))
+                })?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn a_client_that_goes_takes_its_command_along() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "gone")?;
+        let cgroup = node.cgroup(&id)?;
+        let processes = || count_processes(&cgroup);
+        ensure_eq!(processes()?, 1, "processes before");
+        for transport in TRANSPORTS {
+            for script in [
+                // With a child, and one that nothing but SIGKILL ends. Neither reads what it is
+                // sent, which is more than a pipe holds. (More than the sockets hold, too, and
+                // nobody can see past it that the client has gone, before TCP gives up.)
+                "sleep 1000 & sleep 1001",
+                "trap '' HUP; exec sleep 1000",
+            ] {
+                let exec = [
+                    "exec",
+                    "--transport",
+                    transport,
+                    "-i",
+                    &id,
+                    "sh",
+                    "-c",
+                    script,
+                ];
+                let client = node.crictl(&exec).stdin(vec![b'x'; 150_000]).start()?;
+                wait_for(
+                    "the command to run",
+                    || Ok((processes()? > 1).then_some(())),
+                )?;
+                client.signal(Signal::SIGKILL);
+                wait_for("the command to end", || {
+                    Ok((processes()? == 1).then_some(()))
+                })?;
+            }
+        }
+        Ok(())
+    })
+}
