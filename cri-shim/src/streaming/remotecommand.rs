@@ -146,7 +146,7 @@ pub struct Receiver {
 
 enum Source {
     Spdy(Box<connection::Reader>, Arc<connection::Writer>, Streams),
-    WebSocket(websocket::Reader),
+    WebSocket(Box<websocket::Reader>),
 }
 
 /// The sending side of a client.
@@ -257,7 +257,7 @@ pub async fn over_websocket(
         _ => Channel::Error,
     };
     writer.send(first as u8, &[]).await?;
-    let receiver = Receiver::new(Source::WebSocket(reader), VecDeque::new());
+    let receiver = Receiver::new(Source::WebSocket(Box::new(reader)), VecDeque::new());
     let sink = Sink::WebSocket(writer);
     Ok((
         receiver,
