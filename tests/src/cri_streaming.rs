@@ -1,19 +1,21 @@
-//! What the streaming tests have in common: a container to exec in, a client by hand; and critest's
-//! streaming tests.
+//! What the streaming tests have in common: a container to exec in, a terminal, a client by hand; and
+//! critest's streaming tests.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rrun_proto::v1::ExecRequest;
 
 use crate::cri_calls::Calls;
-use crate::machine::{Result, command, deadline};
+use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, on_a_node};
 use crate::{ensure, test};
 
+pub const TMUX: Need = Need::Program("tmux");
 const CRITEST: Need = Need::Program("critest");
 
 pub const TESTS: &[Test] = &[test!(
@@ -53,6 +55,46 @@ pub fn waiting(node: &Node, name: &str) -> Result<String> {
     let pod = node.pod(name);
     let pod_id = node.runp(&pod)?;
     node.run(&pod_id, &pod, &node.container("c", &["/inside", "wait"]))
+}
+
+/// A terminal that somebody could sit at.
+pub struct Terminal(PathBuf);
+
+impl Terminal {
+    /// Its server listens on a socket next to this path: one that is on its way out takes no more
+    /// sessions, and nothing tells when it has gone.
+    pub fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let terminal = Terminal(socket.with_extension(number.to_string()));
+        terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell_command])?;
+        Ok(terminal)
+    }
+
+    pub fn tmux(&self, args: &[&str]) -> Result<String> {
+        let run = command("tmux", ["-f", "/dev/null", "-S"])
+            .arg(&self.0)
+            .args(args);
+        Ok(run.ok()?.stdout)
+    }
+
+    pub fn types(&self, line: &str) -> Result {
+        self.tmux(&["send-keys", line, "Enter"]).map(|_| ())
+    }
+
+    pub fn shows(&self, what: &str) -> Result {
+        wait_for(&format!("{what:?} on the terminal"), || {
+            let screen = self.tmux(&["capture-pane", "-p"])?;
+            ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");
+            Ok(Some(()))
+        })
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.tmux(&["kill-server"]);
+    }
 }
 
 /// The processes in a cgroup and in those right below it, where execs are.

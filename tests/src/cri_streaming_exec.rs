@@ -1,20 +1,16 @@
 //! Exec, as people use it: by crictl over SPDY and over WebSocket, in a real terminal.
 
 use std::fs;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::cri_images_registries::OPENSSL;
-use crate::cri_streaming::{TRANSPORTS, count_processes, waiting};
+use crate::cri_streaming::{TMUX, TRANSPORTS, Terminal, count_processes, waiting};
 use crate::machine::{Result, command, deadline, rounds, wait_for};
-use crate::needs::{Need, Test};
+use crate::needs::Test;
 use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
-
-pub const TMUX: Need = Need::Program("tmux");
 
 pub const TESTS: &[Test] = &[
     test!(
@@ -151,46 +147,6 @@ fn a_gigabyte_goes_both_ways() -> Result {
         }
         Ok(())
     })
-}
-
-/// A terminal that somebody could sit at.
-pub struct Terminal(PathBuf);
-
-impl Terminal {
-    /// Its server listens on a socket next to this path: one that is on its way out takes no more
-    /// sessions, and nothing tells when it has gone.
-    pub fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let terminal = Terminal(socket.with_extension(number.to_string()));
-        terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell_command])?;
-        Ok(terminal)
-    }
-
-    pub fn tmux(&self, args: &[&str]) -> Result<String> {
-        let run = command("tmux", ["-f", "/dev/null", "-S"])
-            .arg(&self.0)
-            .args(args);
-        Ok(run.ok()?.stdout)
-    }
-
-    pub fn types(&self, line: &str) -> Result {
-        self.tmux(&["send-keys", line, "Enter"]).map(|_| ())
-    }
-
-    pub fn shows(&self, what: &str) -> Result {
-        wait_for(&format!("{what:?} on the terminal"), || {
-            let screen = self.tmux(&["capture-pane", "-p"])?;
-            ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");
-            Ok(Some(()))
-        })
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        let _ = self.tmux(&["kill-server"]);
-    }
 }
 
 fn a_terminal_is_resized() -> Result {
