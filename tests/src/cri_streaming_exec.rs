@@ -221,7 +221,7 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
                     "-c",
                     script,
                 ];
-                let client = node.crictl(&exec).stdin(vec![b'x'; 150_000]).start()?;
+                let client = node.crictl(&exec).stdin(vec![b'x'; 80_000]).start()?;
                 wait_for(
                     "the command to run",
                     || Ok((processes()? > 1).then_some(())),
