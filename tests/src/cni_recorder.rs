@@ -107,7 +107,13 @@ pub fn calls(node: &Node, command: &str) -> Result<Vec<Call>> {
         let environment: Vec<String> = environment.lines().map(str::to_owned).collect();
         let call = Call {
             environment,
-            input: serde_json::from_str(input).map_err(|error| format!("{error}: {input}"))?,
+            input: match input.trim() {
+                // Its server was killed before it told it anything.
+                "" => Value::Null,
+                input => {
+                    serde_json::from_str(input).map_err(|error| format!("{error}: {input}"))?
+                }
+            },
         };
         if call.variable("CNI_COMMAND") == Some(command) {
             all.push(call);
