@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# A whole cluster of one node, in the guest: etcd, the API server, the controller manager, the scheduler,
+# A whole cluster of one node, in either view: etcd, the API server, the controller manager, the scheduler,
 # kube-proxy in nftables mode, and a kubelet over a CRI server that already runs.
 #
-#   tests/setup/cluster.sh start CRI-SOCKET    returns when the node is Ready
+#   tests/setup/cluster.sh start CRI-SOCKET [MANIFEST-DIR]    returns when the node is Ready
+#   tests/setup/cluster.sh metrics                            adds the metrics API: metrics-server
 #   tests/setup/cluster.sh stop
 #
-# kubectl finds it by KUBECONFIG=/run/cluster/admin.conf. Logs go to /out/cluster/. Nobody else is on
-# this machine: the API server's certificate is its own, credentials are tokens made anew each time.
+# kubectl finds it by KUBECONFIG=/run/cluster/admin.conf. Logs go to /out/cluster/. The environment
+# configures the kubelet as tests/setup/kubelet.sh says. Nobody else is on this machine: the API server's
+# certificate is its own, credentials are tokens made anew each time.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 
 state=/run/cluster
-export KUBECONFIG=$state/admin.conf
+export KUBECONFIG=$state/admin.conf KUBECACHEDIR=$state/cache
 server=https://192.0.2.2:6443
 
 # kubeconfig FILE TOKEN
@@ -49,13 +51,16 @@ node_is_ready() {
 }
 
 start() {
-    local socket=$1 node name
+    local socket=$1 manifests=${2:-$state/manifests} node name
     node=$(hostname)
     mkdir -p "$state/certs" /out/cluster
     chmod 700 "$state"
     openssl genrsa -out "$state/accounts.key" 2048 2>/dev/null
+    # Who the API server is to the servers behind it, its own authority.
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=front -addext extendedKeyUsage=clientAuth \
+        -keyout "$state/front.key" -out "$state/certs/front.crt" 2>/dev/null
     declare -A tokens
-    for name in admin node manager scheduler proxy; do
+    for name in admin node manager scheduler proxy metrics; do
         tokens[$name]=$(openssl rand -hex 16)
         kubeconfig "$state/$name.conf" "${tokens[$name]}"
     done
@@ -65,6 +70,7 @@ ${tokens[node]},system:node:$node,2,"system:nodes"
 ${tokens[manager]},system:kube-controller-manager,3,"system:masters"
 ${tokens[scheduler]},system:kube-scheduler,4,"system:masters"
 ${tokens[proxy]},system:kube-proxy,5,"system:node-proxier"
+${tokens[metrics]},metrics-server,6,"system:masters"
 END
     chmod 600 "$state/tokens.csv"
 
@@ -76,14 +82,17 @@ END
         --cert-dir "$state/certs" --token-auth-file "$state/tokens.csv" --authorization-mode Node,RBAC \
         --service-account-issuer https://kubernetes.default.svc \
         --service-account-key-file "$state/accounts.key" --service-account-signing-key-file "$state/accounts.key" \
-        --kubelet-preferred-address-types InternalIP
+        --kubelet-preferred-address-types InternalIP \
+        --requestheader-client-ca-file "$state/certs/front.crt" --requestheader-username-headers X-Remote-User \
+        --requestheader-group-headers X-Remote-Group --requestheader-extra-headers-prefix X-Remote-Extra- \
+        --proxy-client-cert-file "$state/certs/front.crt" --proxy-client-key-file "$state/front.key"
     until_true 300 "the API server's health" kubectl get --raw /readyz
     daemon kube-controller-manager --kubeconfig "$state/manager.conf" --leader-elect=false \
         --service-account-private-key-file "$state/accounts.key" --root-ca-file "$state/certs/apiserver.crt" \
         --node-monitor-grace-period 5m
     daemon kube-scheduler --kubeconfig "$state/scheduler.conf" --leader-elect=false
     KUBELET_KUBECONFIG=$state/node.conf KUBELET_ADDRESS=0.0.0.0 \
-        "$HERE/kubelet.sh" start "$socket" "$state/manifests"
+        "$HERE/kubelet.sh" start "$socket" "$manifests"
     daemon kube-proxy --kubeconfig "$state/proxy.conf" --proxy-mode nftables --conntrack-max-per-core 0 \
         --cluster-cidr 10.88.0.0/16
     until_true 300 "the node's readiness" node_is_ready
@@ -91,11 +100,44 @@ END
     until_true 120 "the default service account" kubectl get serviceaccount default
 }
 
+metrics_are_served() { kubectl get --raw /apis/metrics.k8s.io/v1beta1; }
+
+# On the node itself, not in a pod: no image of it is to be had.
+metrics() {
+    daemon metrics-server --kubeconfig "$state/metrics.conf" --authentication-kubeconfig "$state/metrics.conf" \
+        --authorization-kubeconfig "$state/metrics.conf" --secure-port 4443 --cert-dir "$state/metrics-certs" \
+        --kubelet-insecure-tls --kubelet-preferred-address-types InternalIP --metric-resolution 10s
+    kubectl apply -f - <<'END'
+apiVersion: v1
+kind: Service
+metadata: {name: metrics-server, namespace: kube-system}
+spec:
+  ports: [{port: 443, targetPort: 4443}]
+---
+apiVersion: v1
+kind: Endpoints
+metadata: {name: metrics-server, namespace: kube-system}
+subsets: [{addresses: [{ip: 192.0.2.2}], ports: [{port: 4443}]}]
+---
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: v1beta1.metrics.k8s.io}
+spec:
+  group: metrics.k8s.io
+  version: v1beta1
+  service: {name: metrics-server, namespace: kube-system, port: 443}
+  insecureSkipTLSVerify: true
+  groupPriorityMinimum: 100
+  versionPriority: 100
+END
+    until_true 300 "the metrics API" metrics_are_served
+}
+
 # What it started, the last first. Containers stay, as they do on a node.
 stop() {
     local name pid tries
     "$HERE/kubelet.sh" stop
-    for name in kube-proxy kube-scheduler kube-controller-manager kube-apiserver etcd; do
+    for name in metrics-server kube-proxy kube-scheduler kube-controller-manager kube-apiserver etcd; do
         [[ -f $state/$name.pid ]] || continue
         pid=$(<"$state/$name.pid")
         kill "$pid" 2>/dev/null || true
@@ -106,11 +148,15 @@ stop() {
         kill -KILL "$pid" 2>/dev/null || true
     done
     ! command -v kube-proxy >/dev/null || kube-proxy --cleanup --proxy-mode nftables >/dev/null 2>&1 || true
+    # kubelet's own rules, which it would make again each minute.
+    for name in iptables ip6tables; do
+        ! "$name-save" 2>/dev/null | grep -q KUBE- || "$name-save" | grep -v KUBE- | "$name-restore"
+    done
     rm -rf "$state" /var/lib/etcd
 }
 
 case ${1-} in
-    start) [[ $# -eq 2 ]] || { echo "usage: cluster.sh start CRI-SOCKET" >&2; exit 2; }; start "$2" ;;
-    stop) stop ;;
-    *) echo "usage: cluster.sh start CRI-SOCKET | stop" >&2; exit 2 ;;
+    start) [[ $# -ge 2 ]] || { echo "usage: cluster.sh start CRI-SOCKET [MANIFEST-DIR]" >&2; exit 2; }; "$@" ;;
+    metrics | stop) "$1" ;;
+    *) echo "usage: cluster.sh start CRI-SOCKET [MANIFEST-DIR] | metrics | stop" >&2; exit 2 ;;
 esac

@@ -4,7 +4,8 @@
 #   tests/setup/tools.sh [--peek] cri       crictl and critest
 #   tests/setup/tools.sh [--peek] kubelet   the kubelet
 #   tests/setup/tools.sh [--peek] kubelet-old   the kubelet of an older minor that is still supported
-#   tests/setup/tools.sh [--peek] cluster   etcd and the rest of a Kubernetes cluster, kubectl, agnhost
+#   tests/setup/tools.sh [--peek] cluster   etcd and the rest of a Kubernetes cluster, kubectl
+#   tests/setup/tools.sh [--peek] metrics   metrics-server, for kubectl top where something counts memory
 #   tests/setup/tools.sh [--peek] youki     youki, a peer that only the benchmark needs
 #
 # Prints the directory with the binaries. --peek builds nothing and fails if it is not there.
@@ -15,6 +16,7 @@ CRI_TOOLS=v1.36.0
 KUBERNETES=v1.36.3
 KUBERNETES_OLD=v1.35.4
 ETCD=v3.6.5
+METRICS_SERVER=v0.7.2
 YOUKI=0.7.0
 
 SCRATCHES=()
@@ -77,13 +79,21 @@ build_kubelet-old() {
 build_cluster() {
     local out=$1 program
     kubernetes_module "$KUBERNETES"
-    for program in cmd/kube-{apiserver,controller-manager,scheduler,proxy} cmd/kubectl test/images/agnhost; do
+    for program in cmd/kube-{apiserver,controller-manager,scheduler,proxy} cmd/kubectl; do
         kubernetes_program "$out" "$KUBERNETES" "$program"
     done
     scratch_module
     go mod edit -require "go.etcd.io/etcd/server/v3@$ETCD"
     say "etcd $ETCD"
     nice -n 15 go build -trimpath -o "$out/etcd" -ldflags '-s -w' go.etcd.io/etcd/server/v3
+}
+
+build_metrics() {
+    scratch_module
+    go mod edit -require "sigs.k8s.io/metrics-server@$METRICS_SERVER"
+    say "metrics-server $METRICS_SERVER"
+    nice -n 15 go build -trimpath -o "$1/metrics-server" -ldflags '-s -w' \
+        sigs.k8s.io/metrics-server/cmd/metrics-server
 }
 
 build_youki() {
@@ -103,8 +113,9 @@ case $tool in
     kubelet) version=$KUBERNETES ;;
     kubelet-old) version=$KUBERNETES_OLD ;;
     cluster) version="$KUBERNETES $ETCD" ;;
+    metrics) version=$METRICS_SERVER ;;
     youki) version=$YOUKI ;;
-    *) die "usage: ${0##*/} [--peek] cri|kubelet|kubelet-old|cluster|youki" ;;
+    *) die "usage: ${0##*/} [--peek] cri|kubelet|kubelet-old|cluster|metrics|youki" ;;
 esac
 # Keyed by its own recipe and version only: a change to another tool's does not rebuild this one.
 key=$({ declare -f "build_$tool" scratch_module kubernetes_module kubernetes_program; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)

@@ -8,7 +8,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::ensure;
-use crate::machine::{Result, Running, command, note, wait_for, wait_within};
+use crate::leavings::unmount_below;
+use crate::machine::{Output, Result, Running, command, note, wait_for, wait_within};
 use crate::needs::Need;
 use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_pods_interface, is_rrun};
 
@@ -41,6 +42,8 @@ pub struct Options<'a> {
     pub program: Option<&'a str>,
     /// Lines for its configuration.
     pub config: &'a str,
+    /// The API server that it belongs to, by a kubeconfig file; none, for static pods alone.
+    pub kubeconfig: Option<&'a str>,
 }
 
 /// A kubelet; dropped, it is stopped, and what it keeps is removed.
@@ -57,14 +60,19 @@ pub struct Kubelet<'a> {
 const MOUNT_TABLE: &str = "/run/mount";
 
 impl<'a> Kubelet<'a> {
-    pub fn start(node: &Node, options: Options<'a>) -> Result<Self> {
-        let mut kubelet = Kubelet {
+    /// One that does not run yet.
+    pub fn new(node: &Node, options: Options<'a>) -> Self {
+        Kubelet {
             socket: node.socket(),
             manifests: node.join("manifests"),
             options,
             tls: None,
             had_mount_table: Path::new(MOUNT_TABLE).exists(),
-        };
+        }
+    }
+
+    pub fn start(node: &Node, options: Options<'a>) -> Result<Self> {
+        let mut kubelet = Kubelet::new(node, options);
         kubelet.begin()?;
         let tls = [
             "TCP-LISTEN:10251,bind=127.0.0.1,reuseaddr,fork",
@@ -75,24 +83,32 @@ impl<'a> Kubelet<'a> {
     }
 
     pub fn begin(&self) -> Result {
-        let program = self.options.program.unwrap_or("kubelet");
-        let output = command(
-            "env",
-            [
-                format!("KUBELET={program}"),
-                format!("KUBELET_CONFIG={}", self.options.config),
-            ],
-        )
-        .args(["/src/tests/setup/kubelet.sh", "start"])
-        .arg(&self.socket)
-        .arg(&self.manifests)
-        .within(PATIENCE)
-        .ok()?;
+        let output = self.launch(&["/src/tests/setup/kubelet.sh", "start"])?;
         note(format!(
             "kubelet answered {:.0} s after its start",
             output.took.as_secs_f64()
         ));
         Ok(())
+    }
+
+    /// Runs a script that starts it, as [`Options`] say.
+    pub fn launch(&self, script: &[&str]) -> Result<Output> {
+        let program = self.options.program.unwrap_or("kubelet");
+        let mut environment = vec![
+            format!("KUBELET={program}"),
+            format!("KUBELET_CONFIG={}", self.options.config),
+        ];
+        if let Some(kubeconfig) = self.options.kubeconfig {
+            environment.push(format!("KUBELET_KUBECONFIG={kubeconfig}"));
+            // The API server asks for it by the node's address.
+            environment.push("KUBELET_ADDRESS=0.0.0.0".to_owned());
+        }
+        command("env", environment)
+            .args(script)
+            .arg(&self.socket)
+            .arg(&self.manifests)
+            .within(PATIENCE)
+            .ok()
     }
 
     pub fn stop(&self) -> Result {
@@ -161,15 +177,28 @@ impl<'a> Kubelet<'a> {
         wait_within(PATIENCE, "kubelet's pods to be gone", || {
             Ok(self.pods()?.is_empty().then_some(()))
         })?;
+        Self::has_left_nothing(node)
+    }
+
+    /// Waits until nothing of any pod is on the node.
+    pub fn has_left_nothing(node: &Node) -> Result {
+        Self::has_stopped_everything(node)?;
+        // kubelet does this once a minute.
+        wait_within(PATIENCE, "the pods' logs to be gone", || {
+            let left = entries("/var/log/pods");
+            ensure!(left.is_empty(), "left: {}", left.join(" "));
+            Ok(Some(()))
+        })
+    }
+
+    /// Waits until nothing of any pod runs or is mounted on the node; kubelet keeps the logs longer.
+    pub fn has_stopped_everything(node: &Node) -> Result {
         wait_within(PATIENCE, "everything of the pods to be gone", || {
             let mut left: Vec<String> = pods_groups()
                 .into_iter()
                 .map(|group| group.display().to_string())
                 .collect();
-            for dir in ["/var/lib/kubelet/pods", "/var/log/pods"] {
-                let names = fs::read_dir(dir).into_iter().flatten().flatten();
-                left.extend(names.map(|name| name.path().display().to_string()));
-            }
+            left.extend(entries("/var/lib/kubelet/pods"));
             ensure!(left.is_empty(), "left: {}", left.join(" "));
             // kubelet collects dead pods of the CRI a minute after, or on its own occasions.
             if is_rrun() {
@@ -196,6 +225,8 @@ impl Drop for Kubelet<'_> {
             tls.signal(nix::sys::signal::Signal::SIGTERM);
             let _ = tls.end();
         }
+        // What a test that failed has left to kubelet.
+        unmount_below(Path::new("/var/lib/kubelet/pods"));
         for dir in [
             "/var/lib/kubelet",
             "/var/log/pods",
@@ -241,6 +272,13 @@ pub fn is_ready(pod: &Value) -> bool {
 fn states(pods: &[Value]) -> String {
     pods.iter()
         .map(|pod| format!("\n{}: {}", pod["metadata"]["name"], pod["status"]))
+        .collect()
+}
+
+fn entries(dir: &str) -> Vec<String> {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten();
+    names
+        .map(|name| name.path().display().to_string())
         .collect()
 }
 

@@ -82,7 +82,7 @@ containerLogMonitorInterval: 3s
 ";
 
 /// For this kernel's view without controllers: kubelet makes no groups, and no limit is held.
-const UNCOUNTED: &str = "\
+pub const UNCOUNTED: &str = "\
 cgroupsPerQOS: false
 enforceNodeAllocatable: []
 cpuCFSQuota: false
@@ -95,8 +95,8 @@ fn three_replicas_from_their_manifests_to_their_removal() -> Result {
     let config = CONFIG.replace("EVENTED", "false") + RESERVATION;
     story(
         Options {
-            program: None,
             config: &config,
+            ..Options::default()
         },
         Some("memory.low"),
     )
@@ -110,8 +110,8 @@ fn the_same_on_a_node_that_counts_nothing() -> Result {
         + UNCOUNTED;
     story(
         Options {
-            program: None,
             config: &config,
+            ..Options::default()
         },
         None,
     )
@@ -123,6 +123,7 @@ fn the_same_under_an_older_kubelet_and_by_events() -> Result {
         Options {
             program: Some(OLDER),
             config: &config,
+            ..Options::default()
         },
         Some("memory.min"),
     )
@@ -182,22 +183,27 @@ fn story(options: Options, protection: Option<&str>) -> Result {
     })
 }
 
-/// Has the server run its containers by a runtime that is told of no limits: kubelet asks for CPU
+/// Has the server run its containers by runtimes that are told of no limits: kubelet asks for CPU
 /// shares whatever it is told itself.
-fn without_limits(node: &mut Node) -> Result {
-    let script = node.join("rrun-without-limits");
-    fs::write(
-        &script,
-        "#!/bin/bash\n\
-         for ((i = 1; i < $#; i++)); do\n\
-           [[ ${!i} != --bundle ]] || { at=$((i + 1)); file=${!at}/config.json\n\
-             jq 'del(.linux.resources | .cpu, .memory, .pids, .unified, .hugepageLimits)' \"$file\" >\"$file.new\" &&\n\
-             cat \"$file.new\" >\"$file\"; rm \"$file.new\"; }\n\
-         done\n\
-         exec rrun \"$@\"\n",
-    )?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    let config = format!("default_runtime = 'unlimited'\n[runtime.unlimited]\npath = {script:?}\n");
+pub fn without_limits(node: &mut Node) -> Result {
+    let mut config = "default_runtime = 'unlimited'\n".to_owned();
+    for (handler, runtime) in [("unlimited", "rrun"), ("runc", "runc")] {
+        let script = node.join(&format!("{runtime}-without-limits"));
+        fs::write(
+            &script,
+            format!(
+                "#!/bin/bash\n\
+                 for ((i = 1; i < $#; i++)); do\n\
+                   [[ ${{!i}} != --bundle ]] || {{ at=$((i + 1)); file=${{!at}}/config.json\n\
+                     jq 'del(.linux.resources | .cpu, .memory, .pids, .unified, .hugepageLimits)' \"$file\" >\"$file.new\" &&\n\
+                     cat \"$file.new\" >\"$file\"; rm \"$file.new\"; }}\n\
+                 done\n\
+                 exec {runtime} \"$@\"\n"
+            ),
+        )?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        config += &format!("[runtime.{handler}]\npath = {script:?}\n");
+    }
     fs::write(node.join("config.d/50-unlimited.toml"), config)?;
     node.terminate_server()?;
     node.start_server()

@@ -11,6 +11,9 @@ mod attacker;
 mod bundle;
 mod caller;
 mod cgroup_use;
+mod cluster;
+mod cluster_application;
+mod cluster_kubectl;
 mod cni_faults;
 mod cni_plugins;
 mod cni_recorder;
@@ -171,6 +174,8 @@ fn main() -> ExitCode {
         network_crowds::TESTS,
         kubelet_pods::TESTS,
         kubelet_application::TESTS,
+        cluster_application::TESTS,
+        cluster_kubectl::TESTS,
         critest::TESTS,
     ]
     .into_iter()
