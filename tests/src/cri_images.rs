@@ -1,11 +1,14 @@
 //! Images as crictl shows and removes them; what the tests of registries and faults share.
 
+use std::os::unix::fs::MetadataExt as _;
+
+use build::{Archive, Compression, ITEM, Item, image};
 use rrun_proto::v1::{AuthConfig, ImageSpec, PullImageRequest};
 use serde_json::{Value, json};
 
 use crate::cri_calls::Calls;
 use crate::machine::{Result, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -38,6 +41,14 @@ pub const TESTS: &[Test] = &[
         SERVER,
         REGISTRY,
         IMAGES
+    ),
+    test!(
+        what_layers_hold_is_seen_from_inside,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::RrunCri
     ),
     test!(
         an_image_in_use_can_be_removed_under_its_container,
@@ -164,6 +175,82 @@ fn pinned_images_say_so_and_outlive_a_prune() -> Result {
         // Who names it means it.
         node.asks(&["rmi", WEB])?;
         ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images at the end");
+        Ok(())
+    })
+}
+
+/// File capabilities, device nodes, holes, what an upper layer hides.
+fn what_layers_hold_is_seen_from_inside() -> Result {
+    on_a_node(|node| {
+        // Version 2, effective: cap_net_bind_service, the tenth.
+        let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let program = std::fs::read("/proc/self/exe")?;
+        let lower = Archive::new()
+            .pax(&[("SCHILY.xattr.security.capability", &capability)])
+            .item(&Item {
+                path: b"bin/inside",
+                mode: 0o755,
+                content: &program,
+                ..ITEM
+            })
+            .item(&Item {
+                path: b"srv/null",
+                kind: b'3',
+                device: (1, 3),
+                mode: 0o666,
+                ..ITEM
+            })
+            .pax(&[
+                ("GNU.sparse.realsize", b"1073741824"),
+                ("GNU.sparse.map", b"0,3,1073741821,3"),
+            ])
+            .file("srv/holes", "onetwo")
+            .file("srv/gone", "x")
+            .file("srv/changed", "old");
+        let upper = Archive::new()
+            .file("srv/.wh.gone", "")
+            .file("srv/changed", "new");
+        let layers = [
+            (lower.end(), Compression::None),
+            (upper.end(), Compression::Zstd),
+        ];
+        let built = image(&layers, json!({ "User": "1000:1000" }));
+        let server = server::Server::start(&[("held", &built)], |_| None)
+            .map_err(|error| error.to_string())?;
+        let name = format!("{}/held:1", server.host());
+        let calls = Calls::new(node)?;
+        pull(&calls, &name, None)??;
+        let pod = node.pod("layers");
+        let pod_id = node.runp(&pod)?;
+        let mut config = node.container("report", &["/bin/inside", "report"]);
+        config["image"]["image"] = json!(name);
+        let report = node.report(&pod_id, &pod, &config)?;
+        ensure_eq!(report["uid"], json!(1000), "user");
+        ensure_eq!(
+            report["status"]["CapEff"],
+            "0000000000000400",
+            "what the file's capability gives"
+        );
+        let mut config = node.container("waits", &["/bin/inside", "spin", "1000"]);
+        config["image"]["image"] = json!(name);
+        let id = node.run(&pod_id, &pod, &config)?;
+        let inside = |args: &[&str]| {
+            let all = [&["exec", "-s", &id, "/bin/inside"], args].concat();
+            node.crictl(&all).end()
+        };
+        let root = std::path::PathBuf::from(format!("/proc/{}/root", node.pid(&id)?));
+        let holes = std::fs::metadata(root.join("srv/holes"))?;
+        ensure_eq!(holes.len(), 1 << 30, "the length of a sparse file");
+        ensure!(
+            holes.blocks() * 512 < 1 << 20,
+            "a sparse file takes {} blocks",
+            holes.blocks()
+        );
+        ensure_eq!(inside(&["cat", "/srv/changed"])?.text(), "new", "a file");
+        ensure!(inside(&["cat", "/srv/gone"])?.code != 0, "a file is hidden");
+        // The device is one that every container may use.
+        ensure_eq!(inside(&["cat", "/srv/null"])?.code, 0, "a device");
+        ensure_eq!(inside(&["write", "/srv/null", "x"])?.code, 0, "a device");
         Ok(())
     })
 }

@@ -1,8 +1,10 @@
 //! Limits by the CRI: enforced, updated, reported, and what statistics say.
 
+use rrun_proto::v1::{LinuxContainerResources, UpdatePodSandboxResourcesRequest};
 use serde_json::{Value, json};
 
 use crate::cgroup_use::{file, held_to};
+use crate::cri_calls::Calls;
 use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
@@ -28,6 +30,32 @@ pub const TESTS: &[Test] = &[
         REGISTRY,
         IMAGES,
         MEMORY
+    ),
+    test!(
+        a_memory_limit_below_what_is_in_use_is_refused,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        MEMORY,
+        Need::RrunCri
+    ),
+    test!(
+        huge_pages_are_limited_by_their_size,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::Controller("hugetlb"),
+        Need::RrunCri
+    ),
+    test!(
+        a_pods_own_resources_are_kubelets_to_write,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::Controller("hugetlb")
     ),
     test!(
         stats_tell_what_a_container_uses,
@@ -124,6 +152,124 @@ fn an_allocation_over_the_limit_is_oomkilled() -> Result {
             "Error",
             "reason of what was killed"
         );
+        Ok(())
+    })
+}
+
+/// The kernel would reclaim what it can, and then kill; kubelet tries again later.
+fn a_memory_limit_below_what_is_in_use_is_refused() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("shrinks");
+        let pod_id = node.runp(&pod)?;
+        let script = "head -c 33554432 /dev/zero > /dev/shm/held; exec sleep 1000";
+        let mut container = node.container("holds", &["sh", "-c", script]);
+        container["linux"]["resources"] = json!({ "memory_limit_in_bytes": 128 << 20 });
+        let id = node.run(&pod_id, &pod, &container)?;
+        let group = node.cgroup(&id)?;
+        wait_for("32 MB to be in use", || {
+            let used: u64 = file(&group, "memory.current")?.parse()?;
+            Ok((used > 32 << 20).then_some(()))
+        })?;
+        let output = node
+            .crictl(&["update", "--memory", "16777216", &id])
+            .end()?;
+        ensure!(
+            output.code != 0
+                && output
+                    .stderr
+                    .contains("the new memory limit of 16777216 bytes is below the"),
+            "{}",
+            output.told()
+        );
+        ensure_eq!(file(&group, "memory.max")?, "134217728", "memory.max");
+        let status = node.status(&id)?;
+        ensure_eq!(status["state"], "CONTAINER_RUNNING", "state ({status})");
+        ensure_eq!(
+            status["resources"]["linux"]["memoryLimitInBytes"],
+            "134217728",
+            "memory limit in the status"
+        );
+        node.asks(&["update", "--memory", "67108864", &id])?;
+        ensure_eq!(file(&group, "memory.max")?, "67108864", "memory.max");
+        Ok(())
+    })
+}
+
+fn huge_pages_are_limited_by_their_size() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("huge");
+        let pod_id = node.runp(&pod)?;
+        let mut container = node.container("pages", &["sleep", "1000"]);
+        // Kubelet names every size that the node has.
+        container["linux"]["resources"] = json!({ "hugepage_limits": [
+            { "page_size": "2MB", "limit": 4 << 20 }, { "page_size": "1GB", "limit": 0 },
+        ] });
+        let id = node.run(&pod_id, &pod, &container)?;
+        let group = node.cgroup(&id)?;
+        for (name, value) in [("hugetlb.2MB.max", "4194304"), ("hugetlb.1GB.max", "0")] {
+            if group.join(name).exists() {
+                ensure_eq!(file(&group, name)?, value, "{name}");
+            }
+        }
+        let limits = node.status(&id)?["resources"]["linux"]["hugepageLimits"].clone();
+        ensure_eq!(
+            limits[0]["pageSize"],
+            "2MB",
+            "limits in the status ({limits})"
+        );
+        ensure_eq!(
+            limits[0]["limit"],
+            "4194304",
+            "limits in the status ({limits})"
+        );
+
+        let mut wrong = node.container("wrong", &["true"]);
+        wrong["linux"]["resources"] =
+            json!({ "hugepage_limits": [{ "page_size": "3MB", "limit": 6 << 20 }] });
+        let output = node.try_create(&pod_id, &pod, &wrong)?;
+        ensure!(
+            output.code != 0 && output.stderr.contains("page size 3"),
+            "{}",
+            output.told()
+        );
+        Ok(())
+    })
+}
+
+/// Containerd and CRI-O remember them, too, and leave the cgroup alone: kubelet has made it, and
+/// has written what it asks for into it by then.
+fn a_pods_own_resources_are_kubelets_to_write() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let mut pod = node.pod("resized");
+        pod["linux"]["resources"] =
+            json!({ "hugepage_limits": [{ "page_size": "2MB", "limit": 2 << 20 }] });
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "1000"]))?;
+        let group = node.cgroup(&id)?;
+        let group = group.parent().ok_or("no pod's cgroup")?;
+        let limit = || file(group, "hugetlb.2MB.max");
+        let before = limit()?;
+        ensure!(before != "2097152", "the pod's limit was written");
+        let calls = Calls::new(node)?;
+        let mut client = calls.runtime();
+        let resources = LinuxContainerResources {
+            memory_limit_in_bytes: 64 << 20,
+            hugepage_limits: vec![rrun_proto::v1::HugepageLimit {
+                page_size: "2MB".to_owned(),
+                limit: 4 << 20,
+            }],
+            ..Default::default()
+        };
+        let request = UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: pod_id.clone(),
+            overhead: Some(LinuxContainerResources::default()),
+            resources: Some(resources),
+        };
+        calls.wait(async move { client.update_pod_sandbox_resources(request).await })??;
+        ensure_eq!(limit()?, before, "the pod's limit after its update");
         Ok(())
     })
 }

@@ -126,7 +126,7 @@ fn a_container_that_writes_much_gets_a_larger_pipe() -> Result {
         let config = node.container("writes", &["sh", "-c", script]);
         let id = node.run(&pod_id, &pod, &config)?;
         let size = |stream: u32| -> Result<i32> {
-            let pid = node.json(&["inspect", &id])?["info"]["pid"].to_string();
+            let pid = node.pid(&id)?;
             let pipe = fs::File::open(format!("/proc/{pid}/fd/{stream}"))?;
             let asked = nix::fcntl::FcntlArg::F_GETPIPE_SZ;
             Ok(nix::fcntl::fcntl(&pipe, asked)?)
