@@ -97,7 +97,11 @@ impl Output {
             return Pumped::End;
         };
         let pumped = self.log.pump(fd, stream, buffers);
-        if buffers.fresh().len() >= MUCH && !self.widened.contains(&stream) {
+        let came = match pumped {
+            Pumped::Data => buffers.fresh().len(),
+            Pumped::Empty | Pumped::End => 0,
+        };
+        if came >= MUCH && !self.widened.contains(&stream) {
             self.widened.push(stream);
             // A terminal has no size, and some nodes allow no more than there is.
             let _ = rustix::pipe::fcntl_setpipe_size(fd, WIDE);
