@@ -32,6 +32,15 @@ pub const TESTS: &[Test] = &[
         MEMORY
     ),
     test!(
+        a_memory_limit_below_what_is_in_use_is_refused,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        MEMORY,
+        Need::RrunCri
+    ),
+    test!(
         huge_pages_are_limited_by_their_size,
         CRICTL,
         SERVER,
@@ -143,6 +152,46 @@ fn an_allocation_over_the_limit_is_oomkilled() -> Result {
             "Error",
             "reason of what was killed"
         );
+        Ok(())
+    })
+}
+
+/// The kernel would reclaim what it can, and then kill; kubelet tries again later.
+fn a_memory_limit_below_what_is_in_use_is_refused() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("shrinks");
+        let pod_id = node.runp(&pod)?;
+        let script = "head -c 33554432 /dev/zero > /dev/shm/held; exec sleep 1000";
+        let mut container = node.container("holds", &["sh", "-c", script]);
+        container["linux"]["resources"] = json!({ "memory_limit_in_bytes": 128 << 20 });
+        let id = node.run(&pod_id, &pod, &container)?;
+        let group = node.cgroup(&id)?;
+        wait_for("32 MB to be in use", || {
+            let used: u64 = file(&group, "memory.current")?.parse()?;
+            Ok((used > 32 << 20).then_some(()))
+        })?;
+        let output = node
+            .crictl(&["update", "--memory", "16777216", &id])
+            .end()?;
+        ensure!(
+            output.code != 0
+                && output
+                    .stderr
+                    .contains("the new memory limit of 16777216 bytes is below the"),
+            "{}",
+            output.told()
+        );
+        ensure_eq!(file(&group, "memory.max")?, "134217728", "memory.max");
+        let status = node.status(&id)?;
+        ensure_eq!(status["state"], "CONTAINER_RUNNING", "state ({status})");
+        ensure_eq!(
+            status["resources"]["linux"]["memoryLimitInBytes"],
+            "134217728",
+            "memory limit in the status"
+        );
+        node.asks(&["update", "--memory", "67108864", &id])?;
+        ensure_eq!(file(&group, "memory.max")?, "67108864", "memory.max");
         Ok(())
     })
 }
