@@ -15,6 +15,11 @@ set -euo pipefail
 
 pid_file=/run/kubelet-test.pid
 
+# unless_told KEY VALUE: a key may be there once only.
+unless_told() {
+    grep -q "^$1:" <<<"${KUBELET_CONFIG-}" || echo "$1: $2"
+}
+
 start() {
     local socket=$1 manifests=${2:-/etc/kubernetes/manifests} tries
     [[ $socket == *://* ]] || socket=unix://$socket
@@ -35,9 +40,9 @@ authentication:
   webhook: {enabled: false}
 authorization: {mode: AlwaysAllow}
 enableServer: true
-imageGCHighThresholdPercent: 100
-evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}
 resolvConf: /etc/resolv.conf
+$(unless_told imageGCHighThresholdPercent 100)
+$(unless_told evictionHard '{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}')
 ${KUBELET_CONFIG-}
 END
     setsid "${KUBELET:-kubelet}" ${KUBELET_KUBECONFIG:+--kubeconfig "$KUBELET_KUBECONFIG" --node-ip 192.0.2.2} --config /var/lib/kubelet/config.yaml --v "${KUBELET_VERBOSITY:-2}" \

@@ -1,7 +1,7 @@
 //! What a cgroup's processes use, as the kernel counts it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::ensure;
@@ -12,6 +12,18 @@ pub fn file(group: &Path, name: &str) -> Result<String> {
     let path = group.join(name);
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(text.trim_end().to_owned())
+}
+
+/// Groups below this one, the deepest first.
+pub fn groups_below(dir: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            all.extend(groups_below(&entry.path()));
+            all.push(entry.path());
+        }
+    }
+    all
 }
 
 /// CPU time used so far, in microseconds.

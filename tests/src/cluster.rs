@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::kubelet::{Kubelet, Options};
-use crate::kubelet_application::{UNCOUNTED, without_limits};
+use crate::kubelet::{Kubelet, Options, UNCOUNTED, without_limits};
 use crate::machine::{Result, Run, command, deadline, note, wait_within};
 use crate::needs::Need;
 use crate::node::Node;

@@ -37,17 +37,18 @@ const VERSIONS: [&str; 4] = [
     "v4.channel.k8s.io",
 ];
 
-const FIN: u8 = 1;
+/// The flag of a stream's last frame.
+pub const FIN: u8 = 1;
 
 /// A SPDY/3.1 client, as far as one exec needs it.
-struct Client {
+pub struct Client {
     stream: TcpStream,
     /// Each stream's number by what it is for.
     opened: BTreeMap<&'static str, u32>,
 }
 
 impl Client {
-    fn upgraded(url: &str, version: &str) -> Result<Self> {
+    pub fn upgraded(url: &str, version: &str) -> Result<Self> {
         let (host, path) = url
             .strip_prefix("http://")
             .and_then(|rest| rest.split_once('/'))
@@ -82,9 +83,15 @@ impl Client {
 
     /// SYN_STREAM. Its headers are a piece of one zlib stream, which need not compress anything
     /// (RFC 1951, section 3.2.4).
-    fn open(&mut self, kind: &'static str) -> Result {
-        let mut headers = 1_u32.to_be_bytes().to_vec();
-        for text in ["streamtype", kind] {
+    pub fn open(&mut self, kind: &'static str) -> Result {
+        self.open_with(kind, &[])
+    }
+
+    /// As [`Client::open`], with more headers; their names in the order of the alphabet.
+    pub fn open_with(&mut self, kind: &'static str, more: &[(&str, &str)]) -> Result {
+        let mut headers = u32::try_from(more.len() + 1)?.to_be_bytes().to_vec();
+        let more = more.iter().flat_map(|(name, value)| [*name, *value]);
+        for text in more.chain(["streamtype", kind]) {
             headers.extend_from_slice(&u32::try_from(text.len())?.to_be_bytes());
             headers.extend_from_slice(text.as_bytes());
         }
@@ -109,17 +116,25 @@ impl Client {
         Ok(self.stream.write_all(&frame)?)
     }
 
-    fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
+    pub fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
         let id = self.opened.get(kind).ok_or(format!("no stream {kind}"))?;
         self.frame(id.to_be_bytes(), flags, data)
     }
 
     /// Reads until the server has closed all but stdin and resize: what came on each stream.
-    fn all(mut self) -> Result<BTreeMap<&'static str, String>> {
+    pub fn all(self) -> Result<BTreeMap<&'static str, String>> {
+        self.until(|_| false)
+    }
+
+    /// As [`Client::all`], or until what has come is enough.
+    pub fn until(
+        mut self,
+        enough: impl Fn(&BTreeMap<&'static str, String>) -> bool,
+    ) -> Result<BTreeMap<&'static str, String>> {
         let mut came: BTreeMap<&'static str, String> = BTreeMap::new();
         let mut open: Vec<&str> = self.opened.keys().copied().collect();
         open.retain(|kind| !matches!(*kind, "stdin" | "resize"));
-        while !open.is_empty() {
+        while !open.is_empty() && !enough(&came) {
             let mut head = [0; 8];
             self.stream
                 .read_exact(&mut head)

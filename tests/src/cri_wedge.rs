@@ -25,6 +25,7 @@ use crate::cri_calls::{Calls, container, line_numbers, pod, without_gap};
 use crate::machine::{Dice, Result, rounds, wait_for};
 use crate::needs::Test;
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::reboot::reboot;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -607,29 +608,7 @@ fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
             &node.container("ended", &["sh", "-c", "exit 5"]),
         )?;
         node.exited(&ended)?;
-        let info = node.json(&["inspectp", &pod_id])?;
-        let monitor = info.pointer("/info/pid").and_then(Value::as_i64);
-        let monitor = i32::try_from(monitor.ok_or("no pid of the monitor")?)?;
-        let group = node.cgroup(&runs)?;
-        let pod_group = group.parent().ok_or("no parent")?.to_owned();
-
-        // What a reboot takes: processes, cgroups, mounts, namespaces, interfaces, all in /run.
-        node.kill_server()?;
-        kill(Pid::from_raw(monitor), Signal::SIGKILL)?;
-        fs::write(pod_group.join("cgroup.kill"), "1")?;
-        wait_for("the pod's cgroup to go", || {
-            let events = fs::read_to_string(pod_group.join("cgroup.events"))?;
-            if events.contains("populated 1") {
-                return Ok(None);
-            }
-            fs::remove_dir(&group)?;
-            Ok(Some(fs::remove_dir(&pod_group)?))
-        })?;
-        node.unmount_all()?;
-        fs::remove_dir_all(node.join("state"))?;
-        let _ = crate::machine::command("ip", ["link", "delete", "rrun0"]).end();
-        let _ = crate::machine::command("nft", ["delete", "table", "inet", "rrun0"]).end();
-        node.start_server()?;
+        reboot(node)?;
 
         let state = node.json(&["inspectp", &pod_id])?["status"]["state"].clone();
         ensure_eq!(state, "SANDBOX_NOTREADY", "the pod's state after a reboot");

@@ -2,16 +2,20 @@
 //! and what must be gone after its pods.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::cgroup_use::groups_below;
 use crate::ensure;
 use crate::leavings::unmount_below;
 use crate::machine::{Output, Result, Running, command, note, wait_for, wait_within};
 use crate::needs::Need;
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_pods_interface, is_rrun};
+use crate::node::{
+    CRICTL, IMAGES, Node, REGISTRY, SERVER, WITHOUT_LIMITS, is_pods_interface, is_rrun,
+};
 
 /// What every test under kubelet needs, whichever kubelet that is.
 pub const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
@@ -34,6 +38,31 @@ pub const ENDPOINT: &str = "http://127.0.0.1:10251";
 
 /// Where kubelet keeps its pods' cgroups, by either driver.
 const GROUPS: [&str; 2] = ["/sys/fs/cgroup/kubepods", "/sys/fs/cgroup/kubepods.slice"];
+
+/// For a kernel's view without controllers: kubelet makes no groups, and no limit is held.
+pub const UNCOUNTED: &str = "\
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+cpuCFSQuota: false
+";
+
+/// Has the server run its containers by runtimes that are told of no limits: kubelet asks for CPU
+/// shares whatever it is told itself.
+pub fn without_limits(node: &mut Node) -> Result {
+    let mut config = "default_runtime = 'unlimited'\n".to_owned();
+    for (handler, runtime) in [("unlimited", "rrun"), ("runc", "runc")] {
+        let script = node.join(&format!("{runtime}-without-limits"));
+        fs::write(
+            &script,
+            format!("#!/bin/sh\nexport RUNTIME={runtime}\nexec {WITHOUT_LIMITS} \"$@\"\n"),
+        )?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        config += &format!("[runtime.{handler}]\npath = {script:?}\n");
+    }
+    fs::write(node.join("config.d/50-unlimited.toml"), config)?;
+    node.terminate_server()?;
+    node.start_server()
+}
 
 /// How kubelet is to run.
 #[derive(Clone, Copy, Default)]
@@ -144,9 +173,13 @@ impl<'a> Kubelet<'a> {
 
     /// What is to be read without credentials.
     pub fn asks(&self, path: &str) -> Result<Value> {
-        command("curl", ["-fsS", &format!("http://127.0.0.1:10255{path}")])
-            .ok()?
-            .json()
+        Ok(serde_json::from_str(&self.reads(path)?)?)
+    }
+
+    /// The same, as the text that it is.
+    pub fn reads(&self, path: &str) -> Result<String> {
+        let url = format!("http://127.0.0.1:10255{path}");
+        Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
     }
 
     /// The pod of this name, as it is now.
@@ -290,18 +323,6 @@ fn pods_groups() -> Vec<PathBuf> {
         name.starts_with("pod") || name.contains("-pod")
     })
     .collect()
-}
-
-/// Directories below this one, the deepest first.
-fn groups_below(dir: &Path) -> Vec<PathBuf> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            all.extend(groups_below(&entry.path()));
-            all.push(entry.path());
-        }
-    }
-    all
 }
 
 /// What kubelet says of this container, a sidecar too.

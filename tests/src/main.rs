@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
+mod application;
 mod attacker;
 mod bundle;
 mod caller;
@@ -50,7 +51,13 @@ mod inside;
 mod inside_traffic;
 mod kubelet;
 mod kubelet_application;
+mod kubelet_disk;
+mod kubelet_features;
+mod kubelet_limits;
+mod kubelet_logs;
 mod kubelet_pods;
+mod kubelet_shutdown;
+mod kubelet_streams;
 mod leavings;
 mod machine;
 mod needs;
@@ -58,6 +65,7 @@ mod network_crowds;
 mod network_flows;
 mod network_host_ports;
 mod node;
+mod reboot;
 mod rrun_bad_input;
 mod rrun_bad_surroundings;
 mod rrun_callers_containerd;
@@ -176,6 +184,9 @@ fn main() -> ExitCode {
         kubelet_application::TESTS,
         cluster_application::TESTS,
         cluster_kubectl::TESTS,
+        kubelet_features::TESTS,
+        kubelet_disk::TESTS,
+        kubelet_shutdown::TESTS,
         critest::TESTS,
     ]
     .into_iter()
