@@ -124,14 +124,20 @@ impl Output {
             .readable()
             .await
             .during(|| "wait for a command's output".to_owned())?;
-        self.drain()
+        self.take(Receiver::try_read)
     }
 
-    /// Reads what is there.
+    /// Reads what is there, asking the kernel: `try_read` asks the reactor, which need not have
+    /// heard yet of what was written a moment before the process ended.
     fn drain(&mut self) -> Result<()> {
+        self.take(|pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
+    }
+
+    /// Reads until there is no more.
+    fn take(&mut self, read: impl Fn(&Receiver, &mut [u8]) -> io::Result<usize>) -> Result<()> {
         let mut buffer = [0_u8; 16 << 10];
         while self.open {
-            match self.pipe.try_read(&mut buffer) {
+            match read(&self.pipe, &mut buffer) {
                 Ok(0) => self.open = false,
                 Ok(length) => {
                     let room = LIMIT.saturating_sub(self.kept.len()).min(length);
@@ -177,6 +183,19 @@ mod tests {
         output.read().await?;
         assert!(!output.open);
         assert_eq!(output.bytes(), b"one\n");
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_read_before_the_reactor_tells_of_it() -> Result<()> {
+        let (receiver, write) = pipe()?;
+        let mut output = Output::new(receiver);
+        let written = std::fs::File::from(write).write_all(b"late\n");
+        written.during(|| "write".to_owned())?;
+        // Nothing was awaited since: the reactor has not looked.
+        output.drain()?;
+        assert!(!output.open);
+        assert_eq!(output.bytes(), b"late\n");
         Ok(())
     }
 
