@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::statvfs;
 use serde_json::{Value, json};
 
@@ -12,7 +13,7 @@ use crate::kubelet::{
     KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, lives, static_pod, without_limits,
 };
 use crate::kubelet_limits::MIB;
-use crate::machine::{Result, command, wait_for, wait_within};
+use crate::machine::{Result, wait_for, wait_within};
 use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -46,10 +47,14 @@ fn on_a_small_disk(
         without_limits(node)?;
         node.terminate_server()?;
         let disk = Disk(&node.join("root"));
-        command("mount", ["-t", "tmpfs", "-o"])
-            .args([&format!("size={SIZE}m,mode=755"), "images"])
-            .arg(disk.0)
-            .ok()?;
+        let size = format!("size={SIZE}m,mode=755");
+        mount(
+            Some("images"),
+            disk.0,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(size.as_str()),
+        )?;
         node.start_server()?;
         node.pull(FLASK)?;
         node.pull(WEB)?;
