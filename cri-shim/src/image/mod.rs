@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 pub use auth::Auth;
 pub use error::{ImageError, Kind};
@@ -102,6 +102,8 @@ struct Inner {
     preloading: tokio::sync::Mutex<()>,
     /// Held while layers are removed from the disk.
     removing: Arc<tokio::sync::Mutex<()>>,
+    /// How many removals are under way or waiting for their turn.
+    removals: Arc<watch::Sender<usize>>,
     /// Someone will look for partial blobs that nobody came back for.
     sweeping_partials: AtomicBool,
 }
@@ -146,6 +148,7 @@ impl Images {
                 next_layer: AtomicU64::new(next),
                 preloading: tokio::sync::Mutex::default(),
                 removing: Arc::default(),
+                removals: Arc::default(),
                 sweeping_partials: AtomicBool::new(false),
             }),
         })
@@ -297,6 +300,12 @@ impl Images {
         lock(&self.inner.catalog).owners()
     }
 
+    /// Waits, for so long at most, until the layers that nobody needs are gone from the disk.
+    pub async fn removed(&self, limit: Duration) {
+        let mut removals = self.inner.removals.subscribe();
+        let _ = tokio::time::timeout(limit, removals.wait_for(|count| *count == 0)).await;
+    }
+
     /// What the unpacked layers take, by accounting: nothing is walked.
     pub fn fs_usage(&self) -> FsUsage {
         let (bytes, inodes) = lock(&self.inner.catalog).usage();
@@ -337,6 +346,8 @@ impl Inner {
         written.await?;
         let root = self.root.clone();
         let removing = Arc::clone(&self.removing);
+        let removals = Arc::clone(&self.removals);
+        removals.send_modify(|count| *count += 1);
         tokio::spawn(async move {
             // One after the other: a node that runs out of room removes many.
             let _turn = removing.lock_owned().await;
@@ -346,6 +357,7 @@ impl Inner {
                 }
             });
             let _ = removed.await;
+            removals.send_modify(|count| *count = count.saturating_sub(1));
         });
         Ok(())
     }

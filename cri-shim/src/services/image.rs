@@ -1,6 +1,7 @@
 //! ImageService.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rrun_proto::v1::image_service_server::ImageService;
 use rrun_proto::v1::{
@@ -18,6 +19,9 @@ use crate::image::{self, Auth, ImageError, Kind};
 use crate::memory;
 use crate::node::{Node, now};
 use crate::slow::{blocking, slow};
+
+/// How long ImageFsInfo waits for removed images to be gone from the disk.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 pub struct Image {
     pub(super) node: Arc<Node>,
@@ -211,6 +215,9 @@ impl ImageService for Image {
         &self,
         _request: Request<ImageFsInfoRequest>,
     ) -> Result<Response<ImageFsInfoResponse>, Status> {
+        // kubelet looks at the disk after this call, and evicts pods if the images that it has just
+        // removed are still there.
+        self.node.images.removed(REMOVAL).await;
         Ok(Response::new(self.fs_info()))
     }
 }
