@@ -14,7 +14,7 @@ use crate::kubelet::{
 use crate::kubelet_limits::{
     Swap, a_busy_loop_is_held_to_its_limit, a_resize_in_place_takes_effect,
     allocations_are_oomkilled_and_backed_off, limits_are_as_kubelet_means_them, restarted,
-    statistics_are_plausible, swap_is_shared_by_requests,
+    statistics_are_plausible, there_is_no_swap_for_a_critical_pod,
 };
 use crate::kubelet_logs::no_line_is_lost_by_rotation;
 use crate::kubelet_streams::{events_come, exec, streams_go_through_kubelet};
@@ -135,7 +135,7 @@ fn story(options: Options, protection: Option<&str>) -> Result {
         streams_go_through_kubelet(&pods[0])?;
         if let Some(protection) = protection {
             limits_are_as_kubelet_means_them(node, &pods, protection)?;
-            swap_is_shared_by_requests(node, &pods)?;
+            there_is_no_swap_for_a_critical_pod(node, &pods)?;
             a_resize_in_place_takes_effect(node, &pods[0])?;
             a_busy_loop_is_held_to_its_limit(node, &pods[0])?;
             statistics_are_plausible(&kubelet)?;

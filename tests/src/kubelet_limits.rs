@@ -45,23 +45,11 @@ pub fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value], protection:
     Ok(())
 }
 
-/// LimitedSwap gives a container the part of the node's swap that its request is of the memory.
-pub fn swap_is_shared_by_requests(node: &Node, pods: &[Value]) -> Result {
-    let table = fs::read_to_string("/proc/meminfo")?;
-    let kilobytes = |name: &str| {
-        let line = table.lines().find_map(|line| line.strip_prefix(name));
-        let number = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-        number.ok_or(format!("no {name} in /proc/meminfo"))
-    };
-    let part = (48 * MIB) as f64 / (1024.0 * kilobytes("MemTotal:")?);
-    let should = part * 1024.0 * kilobytes("SwapTotal:")?;
+/// Under LimitedSwap a critical pod has none, which every static pod is; others get a part.
+pub fn there_is_no_swap_for_a_critical_pod(node: &Node, pods: &[Value]) -> Result {
     for pod in pods {
         let group = node.cgroup(&container_id(pod, "web")?)?;
-        let is = file(&group, "memory.swap.max")?.parse::<f64>()?;
-        ensure!(
-            is > 0.0 && (is - should).abs() <= 8192.0,
-            "memory.swap.max is {is}, should be about {should}"
-        );
+        ensure_eq!(file(&group, "memory.swap.max")?, "0", "memory.swap.max");
     }
     Ok(())
 }
