@@ -1,8 +1,9 @@
 //! What pods do: TCP and pings, over plain sockets.
 
-use std::io::{Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use rustix::net::{
@@ -14,6 +15,20 @@ use crate::node::{PATIENCE, inside};
 
 pub const PORT: u16 = 5000;
 
+/// Until it executes its program, a child of another test's has a copy of every listener here: also
+/// of the last one at this port.
+fn listen() -> io::Result<TcpListener> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            listener => return listener,
+        }
+    }
+}
+
 /// Listens in `server`'s namespace, or on the node, and fetches from `client`'s by `address`.
 /// Returns where the server saw the client come from.
 pub fn fetch(
@@ -21,9 +36,7 @@ pub fn fetch(
     client: Option<&Path>,
     address: Ipv4Addr,
 ) -> Result<IpAddr, Failed> {
-    let listener = within(server, || {
-        Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?)
-    })?;
+    let listener = within(server, || Ok(listen()?))?;
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| -> Result<IpAddr, Failed> {
             let (mut stream, from) = listener.accept()?;
