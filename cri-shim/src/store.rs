@@ -3,8 +3,8 @@
 //! Memory is what the server works from; the store is read once, at start, and written through.
 //! All writes go through one thread that puts whatever waits into one transaction, so that ten
 //! pods created at once share one fsync. A change is durable when [`Store::commit`] returns. What
-//! nobody waits for ([`Store::commit_soon`]) goes with what somebody does, or with other such: a
-//! pod's start, with its containers', is one transaction.
+//! nobody waits for ([`Store::commit_soon`]) goes with what somebody does, or with other such:
+//! the starts of a pod's containers are one transaction.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;

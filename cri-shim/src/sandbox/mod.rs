@@ -137,13 +137,11 @@ impl Sandbox {
     }
 
     /// Writes the pod to the store without anyone waiting for the disk; it has been written down.
+    /// At once all the same: what CNI plugins hold for a pod, a reboot does not take along.
     pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            let saved = sandbox
-                .record
-                .save_soon(&node.store, || sandbox.to_record());
-            if let Err(error) = slow(format!("{}: write its record", sandbox.name()), saved).await {
+            if let Err(error) = sandbox.save(&node).await {
                 log::error!("{}: {error}", sandbox.name());
             }
         });
