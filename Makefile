@@ -11,7 +11,8 @@ DESTDIR ?=
 CARGO ?= cargo
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Naming the target keeps the static flags away from build scripts and procedural macros.
-TARGET ?= $(shell rustc --print host-tuple)
+# Without rustc, as under sudo, what `build` named the same.
+TARGET ?= $(or $(shell rustc --print host-tuple 2>/dev/null),$(shell uname -m)-unknown-linux-gnu)
 STATIC = RUSTFLAGS='-C target-feature=+crt-static' $(CARGO)
 RELEASE = $(CARGO_TARGET_DIR)/$(TARGET)/release
 DEBUG = $(CARGO_TARGET_DIR)/$(TARGET)/debug

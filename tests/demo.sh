@@ -120,6 +120,7 @@ END
     cat >web.json <<'END'
 {
   "metadata": { "name": "web" },
+  "labels": { "io.kubernetes.pod.name": "hello", "io.kubernetes.pod.namespace": "default" },
   "image": { "image": "127.0.0.1:5000/demo/hello:1" },
   "log_path": "web.log",
   "linux": { "resources": { "cpu_shares": 102, "cpu_period": 100000, "cpu_quota": 50000,

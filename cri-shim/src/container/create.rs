@@ -44,6 +44,9 @@ pub async fn create(
         container.config.metadata == config.metadata && container.phase() != Phase::Exited
     };
     if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
+        if there.config != config {
+            log::warn!("{}: {}", there.name(), crate::sandbox::run::MADE_ALREADY);
+        }
         return Ok(there.id.clone());
     }
     check(&config, &sandbox)?;

@@ -568,5 +568,11 @@ pub(super) fn cause(error: &dyn std::error::Error) -> String {
     if std::ptr::eq(innermost, error) {
         return "it can't be done".into();
     }
-    clean(&innermost.to_string())
+    let said = clean(&innermost.to_string());
+    // rustls' word for an answer that is no TLS.
+    if said.contains("InvalidContentType") {
+        return "it does not speak TLS; for plain HTTP its hosts.toml says server = \"http://…\""
+            .into();
+    }
+    said
 }

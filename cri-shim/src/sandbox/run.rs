@@ -32,12 +32,19 @@ pub fn key(metadata: &PodSandboxMetadata) -> String {
     format!("run pod {namespace:?}/{name:?} uid {uid:?} attempt {attempt}")
 }
 
+/// Said of what is asked for again, otherwise than it was made. No refusal: kubelet would be stuck.
+pub const MADE_ALREADY: &str = "asked for again with another configuration, which has no effect: \
+    it is there already; remove it first, or ask for another attempt";
+
 /// Runs a pod and returns its id; of one that is ready already for the same metadata, that one's.
 pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> Result<String> {
     let metadata = config.metadata.clone().unwrap_or_default();
     if let Some(there) = node.sandbox_named(&metadata)
         && there.state().ready
     {
+        if there.config != config {
+            log::warn!("{}: {}", there.name(), MADE_ALREADY);
+        }
         return Ok(there.id.clone());
     }
     let sharing = check(&node, &config, &handler)?;
