@@ -56,13 +56,8 @@ fn replace_dev(bundle: &mut Bundle, source: &Path) {
     );
 }
 
-const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
-
-fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
-    let before = fs::read_to_string(CORE_PATTERN)?;
-    // /dev/null of the image's leads to a file that root of the host's may write.
-    let mut bundle = Bundle::new(&["write", "/proc/keys", "|/evil"])?;
-    symlink(CORE_PATTERN, bundle.join("rootfs/dev/null"))?;
+/// Nothing is mounted at /dev, and what the runtime makes there it makes in the image.
+fn with_the_images_dev(bundle: &mut Bundle) {
     if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
         all.retain(|mount| {
             !mount["destination"]
@@ -72,6 +67,16 @@ fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
         });
     }
     bundle.set("/root/readonly", json!(false));
+}
+
+const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
+
+fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
+    let before = fs::read_to_string(CORE_PATTERN)?;
+    // /dev/null of the image's leads to a file that root of the host's may write.
+    let mut bundle = Bundle::new(&["write", "/proc/keys", "|/evil"])?;
+    symlink(CORE_PATTERN, bundle.join("rootfs/dev/null"))?;
+    with_the_images_dev(&mut bundle);
     bundle.call(&["run"])?.end()?;
     ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
 
@@ -202,15 +207,7 @@ fn special_files_neither_hang_nor_fool() -> Result {
         ensure!(output.code == 1, "a FIFO as {name}: {}", output.told());
     }
     let mut bundle = Bundle::new(&["exit", "0"])?;
-    if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
-        all.retain(|mount| {
-            !mount["destination"]
-                .as_str()
-                .unwrap_or_default()
-                .starts_with("/dev")
-        });
-    }
-    bundle.set("/root/readonly", json!(false));
+    with_the_images_dev(&mut bundle);
     fifo(bundle.join("rootfs/dev/null"))?;
     bundle.call(&["run"])?.end()?;
     Ok(())
