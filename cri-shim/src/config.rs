@@ -3,6 +3,7 @@
 //! Each source is a [`Partial`]; they are laid over each other (file, drop-ins in the order of
 //! their names, command line) and over the defaults give a [`Config`].
 
+pub mod position;
 mod rlimit;
 
 use std::collections::BTreeMap;
@@ -319,15 +320,11 @@ impl Partial {
     /// Parses one file's text; `file` is for the error.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         toml::from_str(text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start).min(text.len());
-            let before = text.get(..at).unwrap_or(text);
-            let number = before.matches('\n').count();
-            let line = text.lines().nth(number).unwrap_or_default();
-            let key = line.split('=').next().unwrap_or_default().trim();
+            let (line, key) = position::of(text, error.span().map_or(0, |span| span.start));
             ConfigError::Parse {
                 file: file.to_owned(),
-                line: number + 1,
-                key: key.to_owned(),
+                line,
+                key,
                 reason: error.message().replace('\n', ", "),
             }
         })

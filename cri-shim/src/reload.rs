@@ -17,18 +17,26 @@ const FILE_BYTES: u64 = 1 << 20;
 pub struct Reload {
     source: Source,
     config: Config,
-    registries: BTreeMap<PathBuf, Vec<u8>>,
+    registries: Registries,
+    /// The hosts.toml files.
+    hosts: BTreeMap<PathBuf, Vec<u8>>,
 }
 
 impl Reload {
-    /// Blocks on the disk.
+    /// The log tells what in the registries' configuration can't be understood. Blocks on the disk.
     pub fn new(source: Source, node: &Arc<Node>) -> Self {
-        let config = node.config.clone();
-        let registries = hosts_files(&config.registry_config_path);
+        let registries = node.images.registries().clone();
+        let hosts = hosts_files(registries.dir());
+        for path in hosts.keys() {
+            if let Err(error) = registries.check(&registry_of(path)) {
+                log::error!("{error}");
+            }
+        }
         Reload {
             source,
-            config,
+            config: node.config.clone(),
             registries,
+            hosts,
         }
     }
 
@@ -114,26 +122,20 @@ impl Reload {
 
     /// hosts.toml files are read at each pull; here is told what the next one will find.
     fn look_at_registries(&mut self) {
-        let dir = &self.config.registry_config_path;
-        let now = hosts_files(dir);
-        let registries = Registries::new(dir);
+        let now = hosts_files(self.registries.dir());
         for (path, text) in &now {
-            if self.registries.get(path) == Some(text) {
+            if self.hosts.get(path) == Some(text) {
                 continue;
             }
-            match registries.check(&registry_of(path)) {
+            match self.registries.check(&registry_of(path)) {
                 Ok(()) => log::info!("SIGHUP: {} has changed and is in force", path.display()),
                 Err(error) => log::error!("SIGHUP: {error}"),
             }
         }
-        for path in self
-            .registries
-            .keys()
-            .filter(|path| !now.contains_key(*path))
-        {
+        for path in self.hosts.keys().filter(|path| !now.contains_key(*path)) {
             log::info!("SIGHUP: {} is gone", path.display());
         }
-        self.registries = now;
+        self.hosts = now;
     }
 }
 

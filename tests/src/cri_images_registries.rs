@@ -29,6 +29,21 @@ pub const TESTS: &[Test] = &[
         OPENSSL
     ),
     test!(
+        a_registry_is_shown_the_certificate_that_it_asks_for,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        OPENSSL
+    ),
+    test!(
+        the_time_for_a_connection_is_a_matter_of_configuration,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
         a_registry_may_want_a_password,
         CRICTL,
         SERVER,
@@ -87,8 +102,12 @@ impl Guarded {
 
 /// An authority, a certificate for 127.0.0.1 and one for a client.
 pub fn certificates(dir: &Path) -> Result {
+    certificates_by("test-ca", dir)
+}
+
+fn certificates_by(authority: &str, dir: &Path) -> Result {
     let script = r#"
-        openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-ca \
+        openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" \
             -keyout ca.key -out ca.pem
         echo subjectAltName=IP:127.0.0.1 > ext
         for name in server client; do
@@ -96,7 +115,10 @@ pub fn certificates(dir: &Path) -> Result {
             openssl x509 -req -in req.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
                 -extfile ext -out $name.pem
         done"#;
-    command("sh", ["-ec", script]).dir(dir).ok().map(|_| ())
+    let made = command("sh", ["-ec", script, "sh", authority])
+        .dir(dir)
+        .ok();
+    made.map(|_| ())
 }
 
 fn hosts(node: &Node, text: &str) -> Result {
@@ -160,6 +182,84 @@ fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
             ),
         )?;
         node.pull(IMAGE)?;
+        node.asks(&["rmi", IMAGE])?;
+        // Docker's way: certificates by their endings, and no hosts.toml.
+        let certs = node.join("certs.d").join(format!("127.0.0.1:{PORT}"));
+        fs::remove_file(certs.join("hosts.toml"))?;
+        for (from, to) in [
+            ("ca.pem", "any.crt"),
+            ("client.pem", "me.cert"),
+            ("client.key", "me.key"),
+        ] {
+            fs::copy(keys.join(from), certs.join(to))?;
+        }
+        node.pull(IMAGE)?;
+        Ok(())
+    })
+}
+
+/// Of several certificates, the one goes to the registry that its authority has signed.
+fn a_registry_is_shown_the_certificate_that_it_asks_for() -> Result {
+    on_a_node(|node| {
+        let keys = [Directory::new("keys")?, Directory::new("keys")?];
+        certificates_by("first", keys[0].path())?;
+        certificates_by("second", keys[1].path())?;
+        let [first, second] = keys.each_ref().map(|keys| keys.path().display());
+        let calls = Calls::new(node)?;
+        let mutual = format!(
+            ", tls: {{certificate: {first}/server.pem, key: {first}/server.key, \
+             clientcas: [{second}/ca.pem]}}"
+        );
+        let _registry = Guarded::start(&mutual, "")?;
+        let server = format!("server = \"https://127.0.0.1:{PORT}\"\nca = \"{first}/ca.pem\"\n");
+        let first = format!("[\"{first}/client.pem\", \"{first}/client.key\"]");
+        hosts(node, &format!("{server}client = [{first}]\n"))?;
+        refused(&calls, None)?;
+        let both = fs::read_to_string(keys[1].join("client.pem"))?
+            + &fs::read_to_string(keys[1].join("client.key"))?;
+        fs::write(keys[1].join("both.pem"), both)?;
+        for second in [
+            format!("[\"{second}/client.pem\", \"{second}/client.key\"]"),
+            format!("[\"{second}/both.pem\", \"\"]"),
+        ] {
+            hosts(node, &format!("{server}client = [{first}, {second}]\n"))?;
+            node.pull(IMAGE)?;
+            node.asks(&["rmi", IMAGE])?;
+        }
+        if is_rrun() {
+            let mixed = keys[1].join("client.pem").display().to_string();
+            let wrong = format!(
+                "[\"{mixed}\", \"{}\"]",
+                keys[0].join("client.key").display()
+            );
+            hosts(node, &format!("{server}client = [{wrong}]\n"))?;
+            let status = refused(&calls, None)?;
+            let message = status.message();
+            ensure!(
+                message.contains(&mixed) && message.contains("key"),
+                "{message}"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// A mirror that takes connections and says nothing costs as long as its hosts.toml allows.
+fn the_time_for_a_connection_is_a_matter_of_configuration() -> Result {
+    on_a_node(|node| {
+        // The kernel completes connections that nobody accepts; TLS gets no answer.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        let silent = format!("https://{}", listener.local_addr()?);
+        let calls = Calls::new(node)?;
+        hosts(
+            node,
+            &format!("server = \"{silent}\"\ndial_timeout = \"250ms\"\n"),
+        )?;
+        let status = refused(&calls, None)?;
+        if is_rrun() {
+            let message = status.message();
+            ensure!(message.contains("no connection within 250ms"), "{message}");
+        }
         Ok(())
     })
 }

@@ -524,22 +524,41 @@ fn a_hangup_reads_the_configuration_again() -> Result {
         fs::create_dir(&hosts)?;
         fs::write(
             hosts.join("hosts.toml"),
-            "server = \"https://127.0.0.1:1\"\n",
+            "server = \"https://127.0.0.1:1\"\n\nskip_verfy = true\n",
         )?;
         node.hang_up_server();
         logged(node, "debug is false now")?;
         logged(node, "in force with the next start: default_cgroup_parent")?;
         logged(node, "example.org/hosts.toml has changed")?;
+        logged(node, "example.org/hosts.toml, line 3, skip_verfy")?;
 
         fs::write(hosts.join("hosts.toml"), "server = 3\n")?;
         fs::write(&config, format!("nonsense = 1\n{text}"))?;
         node.hang_up_server();
         logged(node, "line 1, nonsense")?;
-        logged(node, "the registry configuration")?;
+        logged(node, "example.org/hosts.toml, line 1, server")?;
         fs::write(&config, &text)?;
         node.hang_up_server();
         logged(node, "debug is true now")?;
         node.asks(&["version"])?;
+
+        // A pull reads what nobody has announced, and says so once; a start says it, too.
+        let unknown = "example.org/hosts.toml, line 2, cpa";
+        fs::write(
+            hosts.join("hosts.toml"),
+            "server = \"http://127.0.0.1:1\"\ncpa = \"x\"\n",
+        )?;
+        for _ in 0..2 {
+            let pulled = node.asks(&["pull", "example.org/none:1"]);
+            ensure!(pulled.is_err(), "pulled from nowhere");
+        }
+        logged(node, unknown)?;
+        ensure_eq!(node.log().matches(unknown).count(), 1, "{unknown}");
+        node.terminate_server()?;
+        node.start_server()?;
+        wait_for("the start to say it, too", || {
+            Ok((node.log().matches(unknown).count() == 2).then_some(()))
+        })?;
         Ok(())
     })
 }

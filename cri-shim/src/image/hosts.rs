@@ -4,17 +4,30 @@
 //! `HOST/hosts.toml` below the configured directory, `HOST_PORT_` if a colon is unwelcome,
 //! `_default` for all hosts that have no file of their own. They are read anew at each pull.
 
+mod file;
+
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use serde::Deserialize;
-
+use self::file::Settings;
 use super::error::{ImageError, Kind};
+use super::lock;
+use crate::error::kernel;
 
-/// The tree of `HOST/hosts.toml` files.
+/// How long a connection may take to come about where no `dial_timeout` says otherwise.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The most warnings that are remembered, not to be given twice.
+const TOLD: usize = 1000;
+
+/// The tree of `HOST/hosts.toml` files. Clones share what they have warned of.
 #[derive(Clone, Debug)]
 pub struct Registries {
     dir: PathBuf,
+    told: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// One place that answers for a registry.
@@ -36,6 +49,8 @@ pub(super) struct Endpoint {
     /// PEM files of a certificate and its key, to prove who is asking.
     pub client: Vec<(PathBuf, Option<PathBuf>)>,
     pub headers: Vec<(String, String)>,
+    /// How long a connection may take to come about, TLS included.
+    pub dial_timeout: Duration,
 }
 
 impl Registries {
@@ -43,6 +58,7 @@ impl Registries {
     pub fn new(dir: &Path) -> Self {
         Registries {
             dir: dir.to_owned(),
+            told: Arc::default(),
         }
     }
 
@@ -50,30 +66,48 @@ impl Registries {
         &self.dir
     }
 
-    /// Whether what is configured for `registry` can be understood. Blocks on the disk.
+    /// Whether what is configured for `registry` can be understood; the log tells what of it is
+    /// not. Blocks on the disk.
     pub fn check(&self, registry: &str) -> Result<(), ImageError> {
+        lock(&self.told).clear();
         self.endpoints(registry).map(drop)
     }
 
     /// Where to ask for images of `registry`, in this order. Blocks on the disk.
     pub(super) fn endpoints(&self, registry: &str) -> Result<Vec<Endpoint>, ImageError> {
         for dir in directories(registry) {
-            let path = self.dir.join(&dir).join("hosts.toml");
+            let dir = self.dir.join(&dir);
+            let path = dir.join("hosts.toml");
             let text = match std::fs::read_to_string(&path) {
                 Ok(text) => text,
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-                    ) =>
-                {
-                    continue;
-                }
-                Err(error) => return Err(refuse(&path, &error.to_string())),
+                Err(error) if is_missing(&error) => String::new(),
+                Err(error) => return Err(refuse(&path, &kernel(&error))),
             };
-            return parse(registry, &path, &text);
+            if !text.is_empty() {
+                let (endpoints, unknown) = parse(registry, &path, &text)?;
+                self.warn(&path, unknown);
+                return Ok(endpoints);
+            }
+            if let Some(endpoint) = certificates(registry, &dir)? {
+                return Ok(vec![endpoint]);
+            }
         }
         Ok(vec![upstream(registry)])
+    }
+
+    /// Each warning once, not at each pull.
+    fn warn(&self, path: &Path, unknown: Vec<String>) {
+        for what in unknown {
+            let what = format!("{}, {what}", path.display());
+            let mut told = lock(&self.told);
+            if told.len() > TOLD {
+                told.clear();
+            }
+            if told.insert(what.clone()) {
+                drop(told);
+                log::warn!("the registry configuration {what}");
+            }
+        }
     }
 }
 
@@ -90,7 +124,7 @@ fn directories(registry: &str) -> Vec<String> {
 fn refuse(path: &Path, why: &str) -> ImageError {
     ImageError::new(
         Kind::InvalidArgument,
-        format!("the registry configuration {}: {why}", path.display()),
+        format!("the registry configuration {}, {why}", path.display()),
     )
 }
 
@@ -112,6 +146,7 @@ fn upstream(registry: &str) -> Endpoint {
         ca: Vec::new(),
         client: Vec::new(),
         headers: Vec::new(),
+        dial_timeout: CONNECT_TIMEOUT,
     }
 }
 
@@ -126,177 +161,135 @@ fn is_loopback(authority: &str) -> bool {
             .is_ok_and(|address| address.is_loopback())
 }
 
-#[derive(Deserialize)]
-struct File {
-    server: Option<String>,
-    // The settings of the server, not flattened: that would lose the line of a mistake.
-    capabilities: Option<Vec<String>>,
-    skip_verify: Option<bool>,
-    ca: Option<toml::Value>,
-    client: Option<toml::Value>,
-    header: Option<toml::Table>,
-    override_path: Option<bool>,
-    #[serde(default)]
-    host: toml::Table,
-}
-
-#[derive(Default, Deserialize)]
-struct Settings {
-    capabilities: Option<Vec<String>>,
-    skip_verify: Option<bool>,
-    ca: Option<toml::Value>,
-    client: Option<toml::Value>,
-    header: Option<toml::Table>,
-    override_path: Option<bool>,
-}
-
-/// What is wrong in a file: its line, the key there, and the parser's words.
-fn mistake(text: &str, error: &toml::de::Error) -> String {
-    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else {
-        return error.message().to_owned();
-    };
-    let line = before.matches('\n').count();
-    let key = text.lines().nth(line).unwrap_or_default();
-    let key = key.split('=').next().unwrap_or_default().trim();
-    format!("line {} ({key}): {}", line + 1, error.message())
-}
-
-fn parse(registry: &str, path: &Path, text: &str) -> Result<Vec<Endpoint>, ImageError> {
-    let file: File = toml::from_str(text).map_err(|error| refuse(path, &mistake(text, &error)))?;
-    let of_server = Settings {
-        capabilities: file.capabilities,
-        skip_verify: file.skip_verify,
-        ca: file.ca,
-        client: file.client,
-        header: file.header,
-        override_path: file.override_path,
-    };
+/// A file's endpoints, in the order in which they are asked, and what it says that nobody knows.
+fn parse(
+    registry: &str,
+    path: &Path,
+    text: &str,
+) -> Result<(Vec<Endpoint>, Vec<String>), ImageError> {
+    let file = file::parse(path, text).map_err(|why| refuse(path, &why))?;
     let mut endpoints = Vec::new();
-    for (url, settings) in file.host {
-        let settings: Settings = settings.try_into().map_err(|error: toml::de::Error| {
-            refuse(path, &format!("[host.{url:?}]: {}", error.message()))
+    for host in file.hosts {
+        let endpoint = endpoint(registry, &host.url, host.settings).map_err(|why| {
+            refuse(
+                path,
+                &format!("line {}, host.{:?}: {why}", host.line, shown(&host.url)),
+            )
         })?;
-        endpoints.push(endpoint(registry, path, &url, settings)?);
+        endpoints.push(endpoint);
     }
-    let server = file.server.unwrap_or_else(|| {
-        let upstream = upstream(registry).base;
-        upstream
-            .strip_suffix("/v2")
-            .map_or(upstream.clone(), str::to_owned)
-    });
-    let last = endpoint(registry, path, &server, of_server)?;
+    let last = match &file.server {
+        Some((url, line)) => endpoint(registry, url, file.of_server).map_err(|why| {
+            refuse(
+                path,
+                &format!("line {line}, server: {:?} {why}", shown(url)),
+            )
+        })?,
+        None => {
+            let upstream = upstream(registry).base;
+            let server = upstream.strip_suffix("/v2").unwrap_or(&upstream);
+            endpoint(registry, server, file.of_server).map_err(|why| refuse(path, &why))?
+        }
+    };
     if endpoints.iter().all(|endpoint| endpoint.base != last.base) {
         endpoints.push(last);
     }
-    Ok(endpoints)
+    Ok((endpoints, file.unknown))
 }
 
-fn endpoint(
-    registry: &str,
-    file: &Path,
-    url: &str,
-    settings: Settings,
-) -> Result<Endpoint, ImageError> {
-    let refuse = |why: &str| refuse(file, &format!("host {url:?}: {why}"));
+fn endpoint(registry: &str, url: &str, settings: Settings) -> Result<Endpoint, String> {
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
-        Some(_) => return Err(refuse("is neither http:// nor https://")),
+        Some(_) => return Err("is neither http:// nor https://".to_owned()),
         None if is_loopback(url) => ("http", url),
         None => ("https", url),
     };
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
     if host.is_empty() || host.contains('@') {
-        return Err(refuse("names no host, or holds credentials"));
+        return Err("names no host, or holds credentials".to_owned());
     }
     let path = path.trim_end_matches('/');
     let slash = if path.is_empty() { "" } else { "/" };
     let has_v2 = path == "v2" || path.ends_with("/v2");
-    let suffix = if settings.override_path.unwrap_or(false) || has_v2 {
+    let suffix = if settings.override_path || has_v2 {
         ""
     } else {
         "/v2"
     };
-    let capabilities = settings
-        .capabilities
-        .unwrap_or_else(|| vec!["pull".into(), "resolve".into()]);
-    for capability in &capabilities {
-        if !matches!(capability.as_str(), "pull" | "resolve" | "push") {
-            return Err(refuse(&format!(
-                "has the unknown capability {capability:?}"
-            )));
-        }
-    }
+    // An empty list is none, as containerd has it.
+    let capabilities = settings.capabilities.filter(|list| !list.is_empty());
+    let can = |what: &str| {
+        let list = capabilities.as_ref();
+        list.is_none_or(|list| list.iter().any(|one| one == what))
+    };
     let base = format!("{scheme}://{host}{slash}{path}{suffix}");
     Ok(Endpoint {
         mirror: host != registry && base != upstream(registry).base,
         host: host.to_owned(),
-        resolve: capabilities.iter().any(|c| c == "resolve"),
-        pull: capabilities.iter().any(|c| c == "pull"),
-        skip_verify: settings.skip_verify.unwrap_or(false),
-        ca: paths(settings.ca.as_ref(), file)
-            .ok_or_else(|| refuse("ca is no path or list of paths"))?,
-        client: clients(settings.client.as_ref(), file).ok_or_else(|| {
-            refuse("client is no path, list of paths or list of [certificate, key]")
-        })?,
-        headers: headers(settings.header).ok_or_else(|| refuse("header is no table of texts"))?,
+        resolve: can("resolve"),
+        pull: can("pull"),
+        skip_verify: settings.skip_verify,
+        ca: settings.ca,
+        client: settings.client,
+        headers: settings.headers,
+        dial_timeout: settings.dial_timeout.unwrap_or(CONNECT_TIMEOUT),
         base,
     })
 }
 
-/// A path beside the file, or an absolute one.
-fn beside(file: &Path, path: &str) -> PathBuf {
-    file.parent().unwrap_or(file).join(path)
-}
-
-fn paths(value: Option<&toml::Value>, file: &Path) -> Option<Vec<PathBuf>> {
-    match value {
-        None => Some(Vec::new()),
-        Some(toml::Value::String(path)) => Some(vec![beside(file, path)]),
-        Some(toml::Value::Array(paths)) => paths
-            .iter()
-            .map(|path| path.as_str().map(|path| beside(file, path)))
-            .collect(),
-        Some(_) => None,
+/// An address without the credentials that do not belong there.
+fn shown(url: &str) -> String {
+    match (url.find("://"), url.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme < at => {
+            format!(
+                "{}://…{}",
+                url.get(..scheme).unwrap_or_default(),
+                url.get(at..).unwrap_or_default()
+            )
+        }
+        (None, Some(at)) => format!("…{}", url.get(at..).unwrap_or_default()),
+        _ => url.to_owned(),
     }
 }
 
-fn clients(value: Option<&toml::Value>, file: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)>> {
-    let one = |value: &toml::Value| match value {
-        toml::Value::String(path) => Some((beside(file, path), None)),
-        toml::Value::Array(pair) => match pair.as_slice() {
-            [certificate] => Some((beside(file, certificate.as_str()?), None)),
-            [certificate, key] => {
-                let key = match key.as_str()? {
-                    "" => None,
-                    key => Some(beside(file, key)),
-                };
-                Some((beside(file, certificate.as_str()?), key))
-            }
-            _ => None,
-        },
-        _ => None,
+/// A directory without hosts.toml may hold certificates by Docker's pattern: `*.crt` to trust,
+/// `*.cert` with a `*.key` of the same name to show.
+fn certificates(registry: &str, dir: &Path) -> Result<Option<Endpoint>, ImageError> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if is_missing(&error) => return Ok(None),
+        Err(error) => return Err(refuse(dir, &kernel(&error))),
     };
-    match value {
-        None => Some(Vec::new()),
-        Some(toml::Value::Array(list)) => list.iter().map(one).collect(),
-        Some(other) => Some(vec![one(other)?]),
-    }
-}
-
-fn headers(table: Option<toml::Table>) -> Option<Vec<(String, String)>> {
-    let mut headers = Vec::new();
-    for (name, value) in table.unwrap_or_default() {
-        match value {
-            toml::Value::String(text) => headers.push((name, text)),
-            toml::Value::Array(texts) => {
-                for text in texts {
-                    headers.push((name.clone(), text.as_str()?.to_owned()));
-                }
+    let mut endpoint = upstream(registry);
+    for entry in entries {
+        let path = entry.map_err(|error| refuse(dir, &kernel(&error)))?.path();
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("crt") => endpoint.ca.push(path),
+            Some("cert") => {
+                let key = path.with_extension("key");
+                let key = key.exists().then_some(key);
+                endpoint.client.push((path, key));
             }
-            _ => return None,
+            _ => {}
         }
     }
-    Some(headers)
+    if endpoint.ca.is_empty() && endpoint.client.is_empty() {
+        return Ok(None);
+    }
+    endpoint.ca.sort();
+    endpoint.client.sort();
+    // Who has certificates for it speaks TLS with it, on loopback, too.
+    if let Some(rest) = endpoint.base.strip_prefix("http://") {
+        endpoint.base = format!("https://{rest}");
+    }
+    Ok(Some(endpoint))
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
 }
 
 #[cfg(test)]
@@ -304,7 +297,7 @@ mod tests {
     use super::*;
 
     fn bases(registry: &str, text: &str) -> Result<Vec<String>, ImageError> {
-        let endpoints = parse(registry, Path::new("/c/x/hosts.toml"), text)?;
+        let (endpoints, _) = parse(registry, Path::new("/c/x/hosts.toml"), text)?;
         Ok(endpoints.into_iter().map(|e| e.base).collect())
     }
 
@@ -350,11 +343,13 @@ mod tests {
             ca = "ca.pem"
             client = [["c.pem", "k.pem"], "both.pem"]
             skip_verify = true
+            dial_timeout = "1m"
+            capabilities = []
             [header]
             x-one = "1"
             x-two = ["2", "3"]
         "#;
-        let endpoints = parse("r.example", Path::new("/c/x/hosts.toml"), text)?;
+        let (endpoints, _) = parse("r.example", Path::new("/c/x/hosts.toml"), text)?;
         let last = endpoints.last().cloned();
         assert!(last.is_some_and(|e| e.ca == [PathBuf::from("/c/x/ca.pem")]
             && e.client
@@ -363,6 +358,9 @@ mod tests {
                     (PathBuf::from("/c/x/both.pem"), None)
                 ]
             && e.skip_verify
+            && e.dial_timeout == Duration::from_secs(60)
+            && e.resolve
+            && e.pull
             && !e.mirror
             && e.headers.len() == 3));
         Ok(())
@@ -371,13 +369,19 @@ mod tests {
     #[test]
     fn a_bad_file_is_refused_with_its_name_and_key() {
         for (text, word) in [
-            ("server = 3", "server"),
-            ("[host.\"ftp://x\"]", "ftp://x"),
-            ("[host.\"https://x\"]\ncapabilities=[\"fly\"]", "fly"),
-            ("[host.\"https://x\"]\nca=1", "ca"),
-            ("server =", "hosts.toml"),
+            ("server = 3", "line 1, server"),
+            ("\n[host.\"ftp://x\"]", "line 2, host.\"ftp://x\""),
+            (
+                "\n\nserver = \"https://me:secret@x\"",
+                "line 3, server: \"https://…@x\"",
+            ),
+            ("[host.\"me:secret@x\"]", "host.\"…@x\""),
         ] {
             let error = bases("r.example", text).err().map(|e| e.to_string());
+            assert!(
+                !error.as_ref().is_some_and(|e| e.contains("secret")),
+                "{error:?}"
+            );
             assert!(
                 error
                     .as_ref()

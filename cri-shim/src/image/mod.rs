@@ -12,6 +12,7 @@ mod client;
 mod error;
 mod fetch;
 mod hosts;
+mod identity;
 mod manifest;
 mod partial;
 mod pin;
@@ -152,6 +153,11 @@ impl Images {
                 sweeping_partials: AtomicBool::new(false),
             }),
         })
+    }
+
+    /// Where registries are configured.
+    pub fn registries(&self) -> &Registries {
+        &self.inner.registries
     }
 
     /// Fetches the image that `reference` names. Whoever asks for what is being pulled already

@@ -53,13 +53,20 @@ impl From<ImageError> for Failure {
     }
 }
 
+/// How long is waited: for a connection, and for the next bytes of it.
+#[derive(Clone, Copy)]
+struct Waits {
+    connect: Duration,
+    silence: Duration,
+}
+
 /// One repository at one endpoint, for the time of one pull.
 pub struct Registry {
     client: Client,
     /// For other servers that the registry sends us to: without the certificate that says who we
     /// are.
     elsewhere: Client,
-    silence: Duration,
+    waits: Waits,
     endpoint: Endpoint,
     repository: String,
     /// The registry that a mirror is to answer for.
@@ -113,7 +120,10 @@ impl Registry {
         Ok(Registry {
             client,
             elsewhere,
-            silence,
+            waits: Waits {
+                connect: endpoint.dial_timeout,
+                silence,
+            },
             namespace: endpoint.mirror.then(|| registry.to_owned()),
             endpoint,
             repository: repository.to_owned(),
@@ -131,7 +141,7 @@ impl Registry {
     pub async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
         let url = self.url("manifests", target)?;
         let response = self.get(url, Some(super::manifest::ACCEPT), 0).await?;
-        bounded(response, most, "the manifest", self.silence)
+        bounded(response, most, "the manifest", self.waits)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -147,7 +157,7 @@ impl Registry {
         Ok(Blob {
             response,
             begins,
-            silence: self.silence,
+            waits: self.waits,
             host: self.endpoint.host.clone(),
         })
     }
@@ -155,14 +165,9 @@ impl Registry {
     /// A small blob as a whole.
     pub async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
         let blob = self.blob(digest, 0).await?;
-        bounded(
-            blob.response,
-            most,
-            "the image's configuration",
-            self.silence,
-        )
-        .await
-        .map_err(|failure| self.named(failure))
+        bounded(blob.response, most, "the image's configuration", self.waits)
+            .await
+            .map_err(|failure| self.named(failure))
     }
 
     fn url(&self, kind: &str, what: &str) -> Result<Url, Failure> {
@@ -261,7 +266,7 @@ impl Registry {
                 .headers(public.clone())
                 .send()
                 .await
-                .map_err(|error| transport(error, self.silence))?;
+                .map_err(|error| transport(error, self.waits))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at_home));
             }
@@ -367,9 +372,9 @@ impl Registry {
         let response = request
             .send()
             .await
-            .map_err(|error| named(transport(error, self.silence)))?;
+            .map_err(|error| named(transport(error, self.waits)))?;
         let response = accepted(response).await.map_err(named)?;
-        let body = bounded(response, TOKEN_BYTES, "the token", self.silence)
+        let body = bounded(response, TOKEN_BYTES, "the token", self.waits)
             .await
             .map_err(named)?;
         #[derive(Deserialize)]
@@ -393,7 +398,7 @@ pub struct Blob {
     response: Response,
     /// The offset of the first byte that comes.
     pub begins: u64,
-    silence: Duration,
+    waits: Waits,
     host: String,
 }
 
@@ -401,7 +406,7 @@ impl Blob {
     /// The next bytes, `None` at the end.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
         self.response.chunk().await.map_err(|error| {
-            let failure = transport(error, self.silence);
+            let failure = transport(error, self.waits);
             Failure {
                 error: failure
                     .error
@@ -459,7 +464,10 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
         response,
         EXPLANATION_BYTES,
         "an explanation",
-        EXPLANATION_TIME,
+        Waits {
+            connect: EXPLANATION_TIME,
+            silence: EXPLANATION_TIME,
+        },
     );
     // The status is what counts: a stalled explanation is done without.
     let body = tokio::time::timeout(EXPLANATION_TIME, body).await;
@@ -513,12 +521,12 @@ async fn bounded(
     mut response: Response,
     most: u64,
     what: &str,
-    silence: Duration,
+    waits: Waits,
 ) -> Result<Bytes, Failure> {
     let mut body = Vec::new();
     loop {
         let chunk = response.chunk().await;
-        let Some(chunk) = chunk.map_err(|error| transport(error, silence))? else {
+        let Some(chunk) = chunk.map_err(|error| transport(error, waits))? else {
             break;
         };
         if body.len() as u64 + chunk.len() as u64 > most {
@@ -534,7 +542,7 @@ async fn bounded(
 }
 
 /// A failure below HTTP. The address is left out: behind a redirection it can hold a signature.
-fn transport(error: reqwest::Error, silence: Duration) -> Failure {
+fn transport(error: reqwest::Error, waits: Waits) -> Failure {
     let what = if error.is_connect() {
         "connect"
     } else if error.is_body() || error.is_decode() {
@@ -543,12 +551,9 @@ fn transport(error: reqwest::Error, silence: Duration) -> Failure {
         "ask"
     };
     let why = if error.is_timeout() && error.is_connect() {
-        format!(
-            "no connection within {} s",
-            client::CONNECT_TIMEOUT.as_secs()
-        )
+        format!("no connection within {:?}", waits.connect)
     } else if error.is_timeout() {
-        format!("nothing came for {} s", silence.as_secs())
+        format!("nothing came for {} s", waits.silence.as_secs())
     } else {
         cause(&error)
     };
