@@ -7,21 +7,31 @@
 //! executes the file any more, write to it (CVE-2019-5736).
 //!
 //! A link in /proc/PID/exe leads to a file *by a mount*: the one it was executed from. So
-//! rrun executes itself once more, from a private copy of the mount that is read-only and
-//! attached nowhere. Opening for writing through it gives EROFS, for every user and with
-//! every capability; nobody can make it writable again, because mount_setattr(2) and
-//! mount(2) refuse a mount that is not in the caller's own mount namespace, and it ends
-//! with the last process that was executed from it. The file's contents are not copied.
+//! rrun executes itself once more, from a file system of its own that is attached nowhere: an
+//! overlay, with no layer to write to, of the directory that rrun lies in. Opening for writing
+//! through it gives EROFS, for every user and with every capability; nobody can make it writable,
+//! because mount_setattr(2) and mount(2) refuse a mount that is not in the caller's own mount
+//! namespace, and it ends with the last process that was executed from it. The file's contents
+//! are not copied.
 //!
-//! If rrun was executed from a read-only mount already, there is nothing to do; a caller
+//! A read-only copy of the *mount* would keep the file as safe, and is what is left where no
+//! overlay can be made. But by it the container holds the file's own inode, and the kernel counts
+//! an open for writing as a writer of that inode for the moment before it refuses it: whoever
+//! tries in a loop makes others' execve(2) of rrun fail with ETXTBSY, one of fifty, on the whole
+//! node. An overlay's inode is its own, and a file system that is read-only as a whole refuses
+//! before it counts.
+//!
+//! If rrun was executed from such a file system already, there is nothing to do; a caller
 //! that starts many containers can save the second execve that way.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mount::OpenTreeFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
 use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Result};
@@ -29,6 +39,9 @@ use crate::mount_options::READ_ONLY;
 use crate::syscalls::{execveat, ignore_signal, mount_setattr};
 
 const LINK: &str = "/proc/self/exe";
+
+/// Overlays, as far as they are found read-only; squashfs; EROFS (statfs(2), linux/magic.h).
+const ALWAYS_READ_ONLY: [rustix::fs::FsWord; 3] = [0x794c_7630, 0x7371_7368, 0xe0f5_e1e2];
 
 /// What every program has to do at its start that opens files.
 ///
@@ -50,24 +63,34 @@ pub fn prepare() -> Result<()> {
     ignore_signal(libc::SIGPIPE).doing(|| "ignore SIGPIPE")
 }
 
-/// Makes sure that this process was executed from a read-only mount, if need be by
+/// Makes sure that this process was executed from a read-only file system, if need be by
 /// executing it again, and that no process of a container may look into it: neither at
 /// its memory nor at its descriptors (CVE-2016-9962).
 pub fn protect(words: &[&'static CStr]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return protect_unprivileged(words);
     }
-    match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
-        // It may have been executed by a descriptor's number: no name for ps(1).
-        Err(Errno::ROFS) => {
-            rustix::thread::set_name(c"rrun").doing(|| "give this process its name")?;
-        }
+    let look = || format!("look at {LINK}");
+    let read_only = match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
+        Err(Errno::ROFS) => true,
         // Also if it is not writable for another reason: that could change.
-        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => {
-            return Err(execute_again(words));
+        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => false,
+        Err(errno) => return Err(errno).doing(look),
+    };
+    let kind = rustix::fs::statfs(LINK).doing(look)?.f_type;
+    if !(read_only && ALWAYS_READ_ONLY.contains(&kind)) {
+        match on_own_file_system() {
+            Ok(file) => return Err(execute_again(&file, words)),
+            // The file is safe without it.
+            Err(_) if read_only => {}
+            Err(_) => {
+                let file = on_own_mount().doing(again)?;
+                return Err(execute_again(&file, words));
+            }
         }
-        result => result.doing(|| format!("look at {LINK}"))?,
     }
+    // It may have been executed by a descriptor's number: no name for ps(1).
+    rustix::thread::set_name(c"rrun").doing(|| "give this process its name")?;
     hide()
 }
 
@@ -102,25 +125,50 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     Err::<(), Errno>(errno).doing(doing)
 }
 
+fn again() -> &'static str {
+    "execute rrun from a read-only mount, to keep its file out of the container's hands"
+}
+
 /// Returns only with the reason why it could not be done.
-fn execute_again(words: &[&'static CStr]) -> Error {
-    let doing =
-        || "execute rrun from a read-only mount, to keep its file out of the container's hands";
-    let copy = rustix::mount::open_tree(
-        CWD,
-        LINK,
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    );
-    let copy = match copy.doing(doing) {
-        Ok(copy) => copy,
-        Err(error) => return error,
-    };
-    if let Err(error) = mount_setattr(copy.as_fd(), false, &READ_ONLY).doing(doing) {
-        return error;
-    }
-    let errno = execveat(copy.as_fd(), words);
-    match Err::<(), Errno>(errno).doing(doing) {
-        Ok(()) => Error::new(doing()),
+fn execute_again(file: &OwnedFd, words: &[&'static CStr]) -> Error {
+    let errno = execveat(file.as_fd(), words);
+    match Err::<(), Errno>(errno).doing(again) {
+        Ok(()) => Error::new(again()),
         Err(error) => error,
     }
+}
+
+/// This program's file in an overlay of the directory that it is in.
+fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
+    let path = rustix::fs::readlink(LINK, Vec::new())?;
+    let path = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()));
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Errno::NOENT);
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    // The path is as of some root and some moment: it may lead elsewhere by now.
+    let found = rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let own = rustix::fs::stat(LINK)?;
+    if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino) {
+        return Err(Errno::NOENT);
+    }
+    let overlay = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // Two layers are the least that it takes where none is writable. By its number the
+    // directory needs no escapes.
+    let layers = format!("/proc/self/fd/{}:/dev", directory.as_raw_fd());
+    rustix::mount::fsconfig_set_string(&overlay, "lowerdir", layers)?;
+    rustix::mount::fsconfig_create(&overlay)?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(&mount, name, flags, Mode::empty())
+}
+
+/// This program's file on a read-only copy of its mount.
+fn on_own_mount() -> std::result::Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = rustix::mount::open_tree(CWD, LINK, flags)?;
+    mount_setattr(mount.as_fd(), false, &READ_ONLY)?;
+    Ok(mount)
 }

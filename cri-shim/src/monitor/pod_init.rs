@@ -11,6 +11,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal};
@@ -24,6 +25,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::errno::kernel_said;
 use super::protocol::{Pod, Users};
+use super::sealed;
 use super::startup::close_from;
 
 /// What `ps` in a container shows.
@@ -111,8 +113,11 @@ fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Our own executable, on a mount that nobody else has and nobody can write to.
+/// Our own executable, so that nobody can write to it or, where an overlay can be had, try to.
 fn read_only_binary() -> std::io::Result<OwnedFd> {
+    if let Ok(binary) = sealed::overlaid(Path::new("/proc/self/exe")) {
+        return Ok(binary);
+    }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
     crate::mount_attributes::set(&tree, false, libc::MOUNT_ATTR_RDONLY, None)?;

@@ -1,22 +1,21 @@
-//! rrun's program on a read-only mount.
+//! Programs on a file system of the monitor's own, which nobody can write to.
 //!
-//! Before it meets a container rrun sees to it that it was executed from a mount that nobody can
-//! write to, and if it was not, makes one and executes itself once more (`executable.rs` in its
-//! sources tells why). This saves it the second execve(2), which is much of what a short call
-//! takes: the mount is made once, and rrun executed from it each time.
+//! Before it meets a container rrun sees to it that it was executed from such a file system, and
+//! if it was not, makes one and executes itself once more (`executable.rs` in its sources tells
+//! why, and why a read-only mount is not enough). This saves it the second execve(2), which is
+//! much of what a short call takes: the overlay is made once, and rrun executed from it each time.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
+use std::io;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{CWD, Stat};
-use rustix::mount::OpenTreeFlags;
-
-use crate::mount_attributes;
+use rustix::fs::{Mode, OFlags, Stat};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// The only runtime that is known to look for it.
 const NAME: &str = "rrun";
@@ -24,49 +23,67 @@ const NAME: &str = "rrun";
 /// A script's interpreter would be given a path that leads nowhere by then.
 const ELF: [u8; 4] = *b"\x7fELF";
 
-/// A copy of the mount of one file, attached nowhere.
 struct Sealed {
     program: CString,
-    /// Device and inode. As long as the mount is there, no other file gets them.
-    file: (u64, u64),
-    mount: OwnedFd,
+    /// Device and inode of the file below. As long as the overlay is there, no other gets them.
+    identity: (u64, u64),
+    file: OwnedFd,
 }
 
 static LAST: Mutex<Option<Sealed>> = Mutex::new(None);
 
 /// The path by which a child of ours that has our descriptors executes `program` from a read-only
-/// mount. `None` for what is not rrun, or where such a mount can't be had.
+/// file system. `None` for what is not rrun, or where no such file system can be had.
 pub fn path(program: &CStr) -> Option<CString> {
     let path = Path::new(OsStr::from_bytes(program.to_bytes()));
     if path.file_name() != Some(OsStr::new(NAME)) {
         return None;
     }
-    let file = identity(&rustix::fs::stat(path).ok()?);
+    let found = identity(&rustix::fs::stat(path).ok()?);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     if !last
         .as_ref()
-        .is_some_and(|sealed| sealed.file == file && sealed.program.as_c_str() == program)
+        .is_some_and(|sealed| sealed.identity == found && sealed.program.as_c_str() == program)
     {
-        *last = seal(program, path);
+        *last = seal(program, path, found);
     }
     let sealed = last.as_ref()?;
-    CString::new(format!("/proc/self/fd/{}", sealed.mount.as_raw_fd())).ok()
+    CString::new(format!("/proc/self/fd/{}", sealed.file.as_raw_fd())).ok()
 }
 
-fn seal(program: &CStr, path: &Path) -> Option<Sealed> {
+fn seal(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<Sealed> {
     let mut magic = [0; ELF.len()];
     File::open(path).ok()?.read_exact(&mut magic).ok()?;
     if magic != ELF {
         return None;
     }
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let mount = rustix::mount::open_tree(CWD, path, flags).ok()?;
-    mount_attributes::set(mount.as_fd(), false, libc::MOUNT_ATTR_RDONLY, None).ok()?;
     Some(Sealed {
         program: program.to_owned(),
-        file: identity(&rustix::fs::fstat(&mount).ok()?),
-        mount,
+        identity,
+        file: overlaid(path).ok()?,
     })
+}
+
+/// The file at `path` in an overlay of its directory that has no layer to write to and is
+/// attached nowhere. As far as the kernel counts who writes to it and who executes it, it is
+/// another file than the one below.
+pub fn overlaid(path: &Path) -> io::Result<OwnedFd> {
+    let path = std::fs::canonicalize(path)?;
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::IsADirectory.into());
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    let overlay = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // Two layers are the least that it takes where none is writable. By its number the directory
+    // needs no escapes.
+    let layers = format!("/proc/self/fd/{}:/dev", directory.as_raw_fd());
+    rustix::mount::fsconfig_set_string(&overlay, "lowerdir", layers)?;
+    rustix::mount::fsconfig_create(&overlay)?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?)
 }
 
 fn identity(stat: &Stat) -> (u64, u64) {
@@ -84,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn rrun_is_executed_from_a_read_only_mount_until_it_is_replaced() {
+    fn rrun_is_executed_from_a_read_only_overlay_until_it_is_replaced() {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
             return;
