@@ -244,6 +244,8 @@ impl Container {
                 state.pid = 0;
                 state.exit_code = code;
                 state.finished_at = at;
+                // The monitor tells of a start when it has happened; the end may have by then.
+                state.started_at = state.started_at.min(at);
                 reason.clone_into(&mut state.reason);
                 message.clone_into(&mut state.message);
             }
