@@ -33,21 +33,27 @@ pub fn write_config(node: &Node) -> Result {
     Ok(())
 }
 
+/// The first process of a PID namespace ends at a SIGTERM only if it has said so.
+const TRAP: &str = "trap exit TERM";
+
 /// The manifest of one replica.
 pub fn replica(node: &Node, number: usize) -> Value {
     let host_path = |name: &str| json!({ "path": node.join(name), "type": "Directory" });
-    let talk = format!(
+    let talks = format!(
         "i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); \
          echo \"line $i of a log that is rotated while it is written, and must not lose any\"; \
-         [ $((i % 1000)) -ne 0 ] || sleep 3; done; \
+         [ $((i % 1000)) -ne 0 ] || sleep 3; done;"
+    );
+    let talks = if number == 1 { &talks } else { "" };
+    let neighbour = format!(
+        "{TRAP}; {talks} \
          while :; do wget -q -O /shared/client http://localhost:5000/ready; sleep 2; done"
     );
-    let ask = "while :; do wget -q -O /shared/client http://localhost:5000/ready; sleep 2; done";
-    let neighbour = if number == 1 { &talk } else { ask };
     static_pod(
         &format!("app-{number}"),
         &json!({
-            "terminationGracePeriodSeconds": 5,
+            // Far more than any of them takes, under emulation too.
+            "terminationGracePeriodSeconds": 60,
             "securityContext": { "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000 },
             "initContainers": [
                 {
@@ -62,7 +68,8 @@ pub fn replica(node: &Node, number: usize) -> Value {
                     "image": BUSYBOX,
                     "imagePullPolicy": "IfNotPresent",
                     "restartPolicy": "Always",
-                    "command": ["sh", "-c", "echo beside >/shared/sidecar; exec sleep 100000"],
+                    "command": ["sh", "-c", format!(
+                        "{TRAP}; echo beside >/shared/sidecar; while :; do sleep 1; done")],
                     "volumeMounts": [{ "name": "shared", "mountPath": "/shared" }],
                 },
             ],

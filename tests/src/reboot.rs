@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::cgroup_use::groups_below;
+use crate::ensure;
 use crate::machine::{Result, command, wait_for};
 use crate::node::Node;
 
@@ -42,6 +43,13 @@ pub fn reboot(node: &mut Node) -> Result {
 
 /// Fails while the kernel still ends its processes.
 fn remove(group: &Path) -> Result {
+    // What systemd keeps is systemd's to forget.
+    let name = group.file_name().unwrap_or_default().to_string_lossy();
+    if name.ends_with(".slice") {
+        command("systemctl", ["stop", &name]).ok()?;
+        ensure!(!group.exists(), "{} is still there", group.display());
+        return Ok(());
+    }
     for below in groups_below(group) {
         fs::remove_dir(below)?;
     }
