@@ -31,7 +31,7 @@ pub const COUNTED: Need = Need::All(&[
 ]);
 
 /// For what takes kubelet several rounds of its own clocks.
-pub const PATIENCE: Duration = Duration::from_secs(600);
+pub const PATIENCE: Duration = Duration::from_secs(1200);
 
 /// Where kubelet's own endpoint is to be had without TLS.
 pub const ENDPOINT: &str = "http://127.0.0.1:10251";
