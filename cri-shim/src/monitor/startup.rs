@@ -1,7 +1,7 @@
 //! How a monitor comes to be what it is: from the command line to the first wait.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,6 +28,16 @@ const MAX_CONFIGURATION: u64 = 64 << 10;
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 const USAGE: &str = "usage: rrun-monitor --dir DIRECTORY [--runtime-timeout SECONDS]";
+
+const HELP: &str = "\
+rrun-monitor looks after one pod: it is the parent of its containers' processes, keeps their logs
+and exit codes, and outlives rrun-cri, which starts it. Nobody needs to start it by hand.
+
+  --dir DIRECTORY            the pod's directory, with monitor.json and room for monitor.sock
+  --runtime-timeout SECONDS  how long one run of an OCI runtime may take (120)
+  -h, --help                 this text
+  -V, --version              the version
+";
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -83,6 +93,13 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
         pod_init::run();
         return Ok(());
     }
+    match arguments.peek().map(String::as_str) {
+        Some("-h" | "--help") => return say(&format!("{HELP}\n{USAGE}\n")),
+        Some("-V" | "--version") => {
+            return say(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
+        }
+        _ => {}
+    }
     let arguments = parse(arguments)?;
     let what = format!("enter {}", arguments.dir.display());
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
@@ -91,6 +108,12 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
         note(&error.to_string());
     }
     served
+}
+
+/// To standard output; a reader that went away is no error.
+fn say(text: &str) -> Result<(), StartError> {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
 }
 
 fn serve(timeout: Duration) -> Result<(), StartError> {
