@@ -9,7 +9,7 @@ use rrun_proto::v1::ExecRequest;
 use crate::cri_calls::Calls;
 use crate::cri_streaming::waiting;
 use crate::machine::{Result, deadline};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -20,6 +20,14 @@ pub const TESTS: &[Test] = &[
         SERVER,
         REGISTRY,
         IMAGES
+    ),
+    test!(
+        a_new_size_does_not_wait_behind_what_nobody_reads,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES,
+        Need::RrunCri
     ),
     test!(
         a_terminal_is_resized_since_version_3,
@@ -122,13 +130,13 @@ impl Client {
     }
 
     /// Reads until the server has closed all but stdin and resize: what came on each stream.
-    pub fn all(self) -> Result<BTreeMap<&'static str, String>> {
+    pub fn all(&mut self) -> Result<BTreeMap<&'static str, String>> {
         self.until(|_| false)
     }
 
     /// As [`Client::all`], or until what has come is enough.
     pub fn until(
-        mut self,
+        &mut self,
         enough: impl Fn(&BTreeMap<&'static str, String>) -> bool,
     ) -> Result<BTreeMap<&'static str, String>> {
         let mut came: BTreeMap<&'static str, String> = BTreeMap::new();
@@ -201,6 +209,41 @@ fn every_version_of_remotecommand_is_spoken() -> Result {
                 );
             }
         }
+        Ok(())
+    })
+}
+
+fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
+    /// More than a terminal holds, which is 64 KiB and some.
+    const TYPED: usize = 400_000;
+    let script = format!(
+        "stty raw -echo; echo ready; until [ \"$(stty size)\" = '31 101' ]; do sleep 0.1; done; \
+         echo resized; head -c {TYPED} | wc -c"
+    );
+    on_a_node(|node| {
+        let id = waiting(node, "unread")?;
+        let calls = Calls::new(node)?;
+        let url = exec_url(&calls, &id, &script, true)?;
+        let mut client = Client::upgraded(&url, "v4.channel.k8s.io")?;
+        for kind in ["error", "stdin", "stdout", "resize"] {
+            client.open(kind)?;
+        }
+        let said = |word: &'static str| {
+            move |came: &BTreeMap<&'static str, String>| {
+                came.get("stdout").is_some_and(|text| text.contains(word))
+            }
+        };
+        client.until(said("ready"))?;
+        for _ in 0..TYPED / 20_000 {
+            client.sends("stdin", 0, &[b'x'; 20_000])?;
+        }
+        client.sends("resize", 0, b"{\"Width\":101,\"Height\":31}\n")?;
+        let came = client.until(said("resized"))?;
+        ensure!(said("resized")(&came), "it ended: {came:?}");
+        // What was typed before it is all there.
+        let came = client.all()?;
+        let read = came.get("stdout").map(|text| text.trim().to_owned());
+        ensure_eq!(read, Some(TYPED.to_string()), "what the program read");
         Ok(())
     })
 }

@@ -10,9 +10,8 @@ use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::descriptor::Descriptor;
-use super::exec::resize;
 use super::pipe;
-use super::remotecommand::{Channel, Input, Outcome, Receiver, Sender};
+use super::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
 use crate::container::Container;
 use crate::error::{During, Error, Result};
 use crate::monitor::attach::left_out;
@@ -137,13 +136,11 @@ async fn input(
                 let Some(to) = stdin.as_ref().filter(|_| wanted) else {
                     continue;
                 };
-                tokio::select! {
-                    // Only when that has to wait it is looked whether somebody still waits for it.
-                    biased;
-                    written = to.write_all(&bytes) => if written.is_err() {
-                        stdin = None;
-                    },
-                    () = sender.watch().gone() => return Ok(Detached::Gone),
+                let terminal = config.tty.then_some(to);
+                match receiver.feed(to, &bytes, terminal, sender.watch()).await {
+                    Fed::All => {}
+                    Fed::Unread => stdin = None,
+                    Fed::Gone => return Ok(Detached::Gone),
                 }
             }
             Input::StdinEnd if stdin.is_none() => {}

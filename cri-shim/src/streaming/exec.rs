@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::command;
 use super::descriptor::Descriptor;
 use super::pipe;
-use super::remotecommand::{Channel, Input, Outcome, Receiver, Sender};
+use super::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
 use crate::container::{Container, Phase};
 use crate::error::{During, Error, Result, kernel};
 use crate::monitor::protocol::Exec;
@@ -154,14 +154,10 @@ async fn input(
                 let Some(to) = stdin.as_ref().or(terminal) else {
                     continue;
                 };
-                tokio::select! {
-                    // Only when that has to wait it is looked whether somebody still waits for it.
-                    biased;
-                    written = to.write_all(&bytes) => if written.is_err() {
-                        // It reads no more.
-                        stdin = None;
-                    },
-                    () = sender.watch().gone() => return Ok(()),
+                match receiver.feed(to, &bytes, terminal, sender.watch()).await {
+                    Fed::All => {}
+                    Fed::Unread => stdin = None,
+                    Fed::Gone => return Ok(()),
                 }
             }
             // A terminal stays: its end would be that of the output, too.
@@ -174,13 +170,6 @@ async fn input(
         }
     }
     Ok(())
-}
-
-/// Tells a terminal its size, and with that the processes on it.
-pub fn resize(terminal: &Descriptor, size: rustix::termios::Winsize) {
-    if let Err(errno) = rustix::termios::tcsetwinsize(terminal, size) {
-        log::debug!("resize a terminal: {}", kernel(&errno.into()));
-    }
 }
 
 /// Passes on one stream to its end, or to what had been written when the command ended: not what

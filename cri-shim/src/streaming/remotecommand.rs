@@ -18,6 +18,7 @@ use super::pipe::Pipe;
 use super::spdy::Event;
 use super::transport::Watch;
 use super::{connection, websocket};
+use crate::error::kernel;
 
 /// How long a client may take to open its streams.
 pub const OPENING: Duration = Duration::from_secs(30);
@@ -27,6 +28,10 @@ const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How much a client may send before it has opened all its streams.
 const MAX_EARLY: usize = 64 << 10;
+
+/// How much of what is typed is kept to look behind it for a new size of the terminal, while the
+/// program does not read.
+const MAX_BEHIND: usize = 1 << 20;
 
 /// The longest resize message.
 const MAX_RESIZE: usize = 1 << 10;
@@ -142,6 +147,18 @@ pub struct Receiver {
     resize: Vec<u8>,
     /// Of stdin, what has been given out and not yet passed on.
     unconsumed: usize,
+    /// That the client has gone, and what comes before that is still to be asked for.
+    gone: Option<io::Result<()>>,
+}
+
+/// What became of a piece of stdin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fed {
+    All,
+    /// The program reads no more.
+    Unread,
+    /// The client has gone.
+    Gone,
 }
 
 enum Source {
@@ -295,6 +312,7 @@ impl Receiver {
             early,
             resize: Vec::new(),
             unconsumed: 0,
+            gone: None,
         }
     }
 
@@ -309,10 +327,11 @@ impl Receiver {
         self.unconsumed = 0;
         loop {
             let Some(received) = self.early.pop_front() else {
-                if !self.receive().await? {
-                    return Ok(None);
+                match self.gone.take() {
+                    Some(gone) => return gone.map(|()| None),
+                    None if self.receive().await? => continue,
+                    None => return Ok(None),
                 }
-                continue;
             };
             match received {
                 (Channel::Stdin, Some(bytes)) if !bytes.is_empty() => {
@@ -330,7 +349,63 @@ impl Receiver {
         }
     }
 
-    /// Waits for more; false when the client has gone.
+    /// Passes on what is meant for stdin, waiting while the program does not read; a new size of its
+    /// terminal does not wait for that.
+    pub async fn feed(
+        &mut self,
+        to: &Descriptor,
+        bytes: &[u8],
+        terminal: Option<&Descriptor>,
+        watch: &Watch,
+    ) -> Fed {
+        let written = to.write_all(bytes);
+        tokio::pin!(written);
+        loop {
+            tokio::select! {
+                // Only when that has to wait it is looked whether somebody still waits for it.
+                biased;
+                written = &mut written => return match written {
+                    Ok(()) => Fed::All,
+                    Err(_) => Fed::Unread,
+                },
+                () = watch.gone() => return Fed::Gone,
+                size = self.size_behind(), if terminal.is_some() => {
+                    if let Some(terminal) = terminal {
+                        resize(terminal, size);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next size that the client tells, whatever it sends before it, which is kept. Cancel-safe.
+    async fn size_behind(&mut self) -> Winsize {
+        loop {
+            let mut behind = 0;
+            while let Some((channel, bytes)) = self.early.get(behind) {
+                if *channel != Channel::Resize {
+                    behind += 1;
+                    continue;
+                }
+                let bytes = bytes.clone().unwrap_or_default();
+                self.early.remove(behind);
+                if let Some(size) = self.resized(&bytes) {
+                    return size;
+                }
+            }
+            let kept = self.early.iter().flat_map(|(_, bytes)| bytes);
+            if self.gone.is_some() || kept.map(Bytes::len).sum::<usize>() > MAX_BEHIND {
+                return std::future::pending().await;
+            }
+            match self.receive().await {
+                Ok(true) => {}
+                Ok(false) => self.gone = Some(Ok(())),
+                Err(error) => self.gone = Some(Err(error)),
+            }
+        }
+    }
+
+    /// Waits for more; false when the client has gone. Cancel-safe.
     async fn receive(&mut self) -> io::Result<bool> {
         match &mut self.source {
             Source::Spdy(reader, writer, streams) => match reader.next().await? {
@@ -384,6 +459,13 @@ impl Receiver {
             ws_xpixel: 0,
             ws_ypixel: 0,
         })
+    }
+}
+
+/// Tells a terminal its size, and with that the processes on it.
+pub fn resize(terminal: &Descriptor, size: Winsize) {
+    if let Err(errno) = rustix::termios::tcsetwinsize(terminal, size) {
+        log::debug!("resize a terminal: {}", kernel(&errno.into()));
     }
 }
 
