@@ -91,6 +91,12 @@ fn ports_are_forwarded() -> Result {
                 let said = refused.stderr() + &refused.stdout();
                 Ok(said.contains("refused").then_some(()))
             })?;
+            if is_rrun() {
+                let line = format!("pod {pod_id}: error forwarding port 81");
+                wait_for("the log to name pod and port", || {
+                    Ok(node.log().contains(&line).then_some(()))
+                })?;
+            }
             refused.signal(Signal::SIGKILL);
             let mut forward = node
                 .crictl(&["port-forward", "--transport", transport, &pod_id])

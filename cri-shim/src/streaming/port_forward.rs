@@ -356,12 +356,13 @@ async fn forward(node: &Node, sandbox: &str, port: u16, input: backlog::Receiver
                 && !is_gone(&error)
             {
                 let sentence = format!("error forwarding port {port}: {}", kernel(&error));
+                log::info!("pod {sandbox}: {sentence}");
                 let _ = line.fail(&sentence).await;
             }
         }
         Err(error) => {
             let sentence = format!("error forwarding port {port} to the pod: {error}");
-            log::info!("{sentence}");
+            log::info!("pod {sandbox}: {sentence}");
             let _ = line.fail(&sentence).await;
         }
     }
