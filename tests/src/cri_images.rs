@@ -1,13 +1,16 @@
 //! Images as crictl shows and removes them; what the tests of registries and faults share.
 
 use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
 
 use build::{Archive, Compression, ITEM, Item, image};
-use rrun_proto::v1::{AuthConfig, ImageSpec, PullImageRequest};
+use rrun_proto::v1::{
+    AuthConfig, ImageFsInfoRequest, ImageSpec, PullImageRequest, RemoveImageRequest,
+};
 use serde_json::{Value, json};
 
 use crate::cri_calls::Calls;
-use crate::machine::{Result, wait_for};
+use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -49,6 +52,13 @@ pub const TESTS: &[Test] = &[
         REGISTRY,
         IMAGES,
         Need::RrunCri
+    ),
+    test!(
+        the_disk_is_told_of_when_removed_images_are_gone_from_it,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
     ),
     test!(
         an_image_in_use_can_be_removed_under_its_container,
@@ -251,6 +261,61 @@ fn what_layers_hold_is_seen_from_inside() -> Result {
         // The device is one that every container may use.
         ensure_eq!(inside(&["cat", "/srv/null"])?.code, 0, "a device");
         ensure_eq!(inside(&["write", "/srv/null", "x"])?.code, 0, "a device");
+        Ok(())
+    })
+}
+
+/// Kubelet removes images when the disk is full, asks for its state and then looks at the disk
+/// itself: pods are evicted if what was removed is still there.
+fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
+    /// ImageFsInfo waits this long at most (services/image.rs).
+    const PATIENCE: Duration = Duration::from_secs(5);
+    const FILES: usize = 30_000;
+    if !is_rrun() {
+        return Ok(());
+    }
+    on_a_node(|node| {
+        let calls = Calls::new(node)?;
+        for _ in 0..5 {
+            node.pull(BUSYBOX)?;
+            let mut layers = Vec::new();
+            for layer in std::fs::read_dir(node.join("root/layers"))? {
+                let layer = layer?.path();
+                if std::fs::read_dir(layer.join("fs")).is_ok_and(|mut all| all.next().is_some()) {
+                    layers.push(layer);
+                }
+            }
+            // What takes a while to remove.
+            let layer = layers.first().ok_or("no layer has files")?;
+            let many = layer.join("fs/many");
+            std::fs::create_dir(&many)?;
+            for number in 0..FILES {
+                std::fs::write(many.join(number.to_string()), "")?;
+            }
+            let mut client = calls.image();
+            let removal = RemoveImageRequest {
+                image: Some(ImageSpec {
+                    image: BUSYBOX.to_owned(),
+                    ..ImageSpec::default()
+                }),
+            };
+            let asked = calls.wait(async move {
+                client.remove_image(removal).await?;
+                let asked = Instant::now();
+                client.image_fs_info(ImageFsInfoRequest {}).await?;
+                Ok::<_, tonic::Status>(asked.elapsed())
+            })?;
+            let left = layers.iter().any(|layer| layer.exists());
+            // On a machine that is too busy for that, it is not waited for to the end.
+            if asked? < PATIENCE {
+                ensure!(!left, "removed layers are still there: {layers:?}");
+                return Ok(());
+            }
+            wait_for("the layers to go", || {
+                Ok((!layers.iter().any(|layer| layer.exists())).then_some(()))
+            })?;
+        }
+        note("the removal took longer than ImageFsInfo waits, five times".to_owned());
         Ok(())
     })
 }
