@@ -229,7 +229,9 @@ impl Config {
     /// What an unprivileged caller can not have, by its field.
     pub fn check_unprivileged(&self) -> Result<()> {
         if !self.namespaces.own(Type::User) {
-            refuse!("linux.namespaces: without root's rights, a container needs a user namespace");
+            refuse!(
+                "linux.namespaces: without root's rights, a container needs a user namespace; `rrun spec --rootless` writes a config.json with one"
+            );
         }
         if !self.net_devices.is_empty() {
             refuse!("linux.netDevices: only root can move the host's network devices");

@@ -26,14 +26,10 @@ const FAILED: u8 = b'F';
 /// Longest error that is carried.
 const LIMIT: usize = 16 << 10;
 
-fn socket() -> Result<OwnedFd> {
-    socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .doing(|| "make a unix socket")
+fn socket(flags: SocketFlags) -> Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .doing(|| "make a unix socket")
 }
 
 /// Calls `with` with the address of the socket `name` in a directory. A path too long for
@@ -59,7 +55,7 @@ pub fn at_address<T>(
 
 /// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.
 pub fn build(directory: &Path) -> Result<OwnedFd> {
-    let socket = socket()?;
+    let socket = socket(SocketFlags::empty())?;
     at_address(directory, GATE_SHUT, |address| bind(&socket, address))
         .and_then(|()| listen(&socket, 8))
         .doing(|| format!("make socket {}", directory.join(GATE_SHUT).display()))?;
@@ -71,6 +67,16 @@ pub fn build(directory: &Path) -> Result<OwnedFd> {
 pub fn announce(claim: &Claim) -> Result<()> {
     rustix::fs::renameat(claim, GATE_SHUT, claim, GATE)
         .doing(|| format!("name socket {}", claim.directory().join(GATE).display()))
+}
+
+/// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
+/// starter that went away.
+pub fn is_held(directory: &Path) -> bool {
+    let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
+        return true;
+    };
+    let knocked = at_address(directory, GATE, |address| connect(&socket, address));
+    !matches!(knocked, Err(Errno::CONNREFUSED | Errno::NOENT))
 }
 
 /// From the container's first process: waits until a starter is there, and lets it in.
@@ -108,7 +114,7 @@ pub fn open(directory: &Path, id: &str) -> Result<()> {
             "cannot start container {id}: it is not in state created"
         ))
     };
-    let socket = socket()?;
+    let socket = socket(SocketFlags::empty())?;
     let path = directory.join(GATE);
     match at_address(directory, GATE, |address| connect(&socket, address)) {
         Ok(()) => {}

@@ -3,10 +3,10 @@
 //! See config.md, "POSIX-platform Hooks". Each gets the container's state on standard
 //! input; a failure of any but the last two kinds undoes the container.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Hook, Hooks};
@@ -81,6 +81,35 @@ pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     }
 }
 
+/// The state on its way into a hook, which may read it late or never.
+struct Input<'a> {
+    pipe: ChildStdin,
+    rest: &'a [u8],
+}
+
+impl<'a> Input<'a> {
+    fn new(pipe: ChildStdin, state: &'a str) -> Self {
+        let rest = state.as_bytes();
+        // What the pipe does not hold must not block. It can't fail on a descriptor of our own.
+        let _ = rustix::io::ioctl_fionbio(&pipe, true);
+        Input { pipe, rest }
+    }
+
+    /// Writes what there is room for. `None`: all is written, or nobody will read it, which makes
+    /// no failed hook.
+    fn go_on(mut self) -> Option<Self> {
+        while !self.rest.is_empty() {
+            match self.pipe.write(self.rest) {
+                Ok(length) => self.rest = self.rest.get(length..)?,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(self),
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+}
+
 fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> {
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
@@ -93,10 +122,7 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
         }
     }
     let mut child = command.spawn().doing(|| "start it")?;
-    if let Some(mut input) = child.stdin.take() {
-        // A hook that does not read its input is no failed hook.
-        let _ = input.write_all(state.as_bytes());
-    }
+    let mut input = child.stdin.take().map(|pipe| Input::new(pipe, state));
     let timeout = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok())
@@ -107,6 +133,7 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
         let deadline = Instant::now() + timeout;
         let mut told = false;
         loop {
+            input = input.and_then(Input::go_on);
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let _ = child.kill();
@@ -123,20 +150,24 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
             };
             let mut watched = vec![PollFd::new(&pidfd, PollFlags::IN)];
             watched.extend(container.map(|container| PollFd::new(container, PollFlags::IN)));
+            let writing = input.as_ref().map(|input| &input.pipe);
+            watched.extend(writing.map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
             let polled = poll(&mut watched, Some(&wait));
             let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
             match polled {
-                Ok(0) if !told => {
+                Ok(0) if !told && left >= SLOW => {
                     told = true;
                     log::warning(&format!("still waiting for hook {}", hook.path().display()));
                 }
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) if !dead(0) && dead(1) => {
+                Ok(_) if !dead(0) && container.is_some() && dead(1) => {
                     let _ = child.kill();
                     let _ = child.wait();
                     refuse!("the container's first process died meanwhile");
                 }
-                Ok(_) => break,
+                Ok(_) if dead(0) => break,
+                // The pipe has room.
+                Ok(_) => {}
                 Err(errno) => return Err(errno).doing(|| "wait for it"),
             }
         }

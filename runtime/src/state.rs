@@ -197,6 +197,19 @@ impl State {
     }
 
     pub fn status(&self, directory: &Path) -> Result<Status> {
+        match self.noted_status(directory)? {
+            // A `start` that was killed once it was let in has left the gate's name behind.
+            Status::Created if !crate::gate::is_held(directory) => Ok(if self.is_alive()? {
+                Status::Running
+            } else {
+                Status::Stopped
+            }),
+            status => Ok(status),
+        }
+    }
+
+    /// The same by the files alone, without knocking at the gate, for who is about to.
+    pub fn noted_status(&self, directory: &Path) -> Result<Status> {
         if self.pid == 0 {
             return Ok(Status::Creating);
         }

@@ -15,6 +15,7 @@ pub const TESTS: &[Test] = &[
     test!(hooks_get_the_containers_state, Need::Rrun),
     test!(a_start_container_hook_is_the_containers_own_program),
     test!(a_failing_hook_undoes_the_container),
+    test!(a_hook_may_leave_a_large_state_unread, Need::Rrun),
 ];
 
 /// A hook that runs this shell line on the host.
@@ -92,6 +93,37 @@ fn a_start_container_hook_is_the_containers_own_program() -> Result {
         json!([{ "path": "/bin/inside", "args": ["inside", "write", "/data/hooked", "before"] }]),
     );
     ensure_eq!(bundle.run()?.stdout, "before", "what the hook wrote");
+    Ok(())
+}
+
+/// The state may be larger than a pipe holds: one hook reads it all, late, one never does and has
+/// its time, and one ends without having read it.
+fn a_hook_may_leave_a_large_state_unread() -> Result {
+    let large = "x".repeat(300_000);
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    bundle.set("/annotations", json!({ "large": large }));
+    let copy = bundle.join("copy");
+    bundle.set(
+        "/hooks/createRuntime",
+        json!([
+            { "path": "/bin/true" },
+            { "path": "/bin/sh", "args": ["sh", "-c", format!("sleep 1; cat >{}", copy.display())] },
+        ]),
+    );
+    bundle.call(&["create"])?.ok()?;
+    let told: Value = serde_json::from_str(&fs::read_to_string(&copy)?)?;
+    ensure_eq!(told["annotations"]["large"], large, "what the hook read");
+    bundle.runtime(&["delete", "--force", bundle.id()]).ok()?;
+    bundle.set(
+        "/hooks/createRuntime",
+        json!([{ "path": "/bin/sleep", "args": ["sleep", "100000"], "timeout": 1 }]),
+    );
+    let output = bundle.call(&["create"])?.exits(1)?;
+    ensure!(
+        output.stderr.contains("did not end within 1 s"),
+        "{}",
+        output.told()
+    );
     Ok(())
 }
 

@@ -1,12 +1,13 @@
 //! A container's life by the runtime's command line.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 
 use serde_json::json;
 
 use crate::bundle::Bundle;
 use crate::machine::{Result, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -16,6 +17,10 @@ pub const TESTS: &[Test] = &[
     test!(run_passes_sigterm_on_to_the_program),
     test!(a_created_container_waits_for_start),
     test!(a_created_container_can_be_deleted),
+    test!(
+        a_start_that_died_late_does_not_hide_that_the_program_runs,
+        Need::Rrun
+    ),
     test!(a_stopped_container_keeps_its_state_until_delete),
     test!(a_detached_run_leaves_the_container_running),
     test!(pid_file_has_the_first_processs_id),
@@ -108,6 +113,31 @@ fn a_created_container_waits_for_start() -> Result {
     );
     bundle.delete()?;
     bundle.runtime(&["state", bundle.id()]).exits(1)?;
+    Ok(())
+}
+
+/// A `start` that is killed once it was let in leaves the name of the socket behind at which the
+/// container waited for it.
+fn a_start_that_died_late_does_not_hide_that_the_program_runs() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["create"])?.ok()?;
+    let gate = bundle.root().join(bundle.id()).join("start");
+    ensure!(gate.exists(), "nothing waits at {}", gate.display());
+    for _ in 0..3 {
+        ensure_eq!(bundle.status()?, "created", "before its start");
+    }
+    bundle.runtime(&["start", bundle.id()]).ok()?;
+    ensure!(!gate.exists(), "{} is left", gate.display());
+    drop(UnixListener::bind(&gate)?);
+    ensure_eq!(bundle.status()?, "running", "with the socket's name left");
+    let list = bundle.runtime(&["list", "--format", "json"]).ok()?;
+    ensure_eq!(list.json()?[0]["status"], "running", "in the list");
+    bundle.runtime(&["start", bundle.id()]).exits(1)?;
+    bundle.runtime(&["kill", bundle.id(), "KILL"]).ok()?;
+    bundle.wait_status("stopped")?;
+    drop(UnixListener::bind(&gate)?);
+    ensure_eq!(bundle.status()?, "stopped", "after its end");
+    bundle.runtime(&["delete", bundle.id()]).ok()?;
     Ok(())
 }
 

@@ -371,6 +371,7 @@ fn an_update_keeps_the_limit_on_memory_and_swap() -> Result {
         (&["--memory-swap", "96m"], megabytes(64), megabytes(32)),
         (&["--memory", "90m"], megabytes(90), megabytes(6)),
         (&["--pids-limit", "30"], megabytes(90), megabytes(6)),
+        (&["--pids-limit", "0"], megabytes(90), megabytes(6)),
         (&["--memory-swap", "-1"], megabytes(90), "max".to_owned()),
         (&["--memory", "100m"], megabytes(100), "max".to_owned()),
         (
@@ -382,6 +383,14 @@ fn an_update_keeps_the_limit_on_memory_and_swap() -> Result {
         bundle.call(&[&["update"], options].concat())?.ok()?;
         ensure_eq!(limits(&bundle)?, (memory, swap), "after {options:?}");
     }
+    // runc 1.3 takes 0 for nothing that is said.
+    ensure_eq!(bundle.cgroup_file("pids.max")?, "30", "pids.max");
+    let nothing = json!({ "pids": { "limit": 0 } }).to_string();
+    bundle
+        .runtime(&["update", "--resources", "-", bundle.id()])
+        .stdin(nothing)
+        .ok()?;
+    ensure_eq!(bundle.cgroup_file("pids.max")?, "30", "pids.max");
     let refused = bundle.call(&["update", "--memory", "97m"])?.exits(1)?;
     ensure!(refused.stderr.contains("swap"), "{}", refused.told());
     ensure_eq!(

@@ -216,7 +216,9 @@ fn what_a_user_can_not_have_is_refused_by_name() -> Result {
         .without("/linux/gidMappings");
     let output = runtime(&bare, &["run", bare.id()])?.end()?;
     ensure!(
-        output.code != 0 && output.stderr.contains("user namespace"),
+        output.code != 0
+            && output.stderr.contains("user namespace")
+            && output.stderr.contains("rrun spec --rootless"),
         "{}",
         output.told()
     );

@@ -6,18 +6,21 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
-use crate::machine::{Output, Result, wait_for};
-use crate::needs::Test;
+use crate::machine::{Output, Result, command, program_path, wait_for};
+use crate::needs::{Need, Test};
 use crate::rrun_output::{is_time, keys};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(help_is_there_for_all_and_for_each_command),
+    test!(bash_completes_each_word_once, Need::Rrun, COMPLETIONS),
     test!(wrong_use_has_runcs_exit_codes_and_words),
     test!(refusals_have_runcs_words),
     test!(the_log_is_text_or_json_and_grows),
     test!(an_empty_signal_is_sigterm),
 ];
+
+const COMPLETIONS: Need = Need::File("/src/contrib/completions/bash/rrun");
 
 const COMMANDS: [(&str, &[&str]); 15] = [
     (
@@ -116,7 +119,14 @@ fn help_is_there_for_all_and_for_each_command() -> Result {
         "--help",
         "--version",
     ];
-    for args in [&["--help"][..], &["-h"], &["help"], &[]] {
+    for args in [
+        &["--help"][..],
+        &["-h"],
+        &["help"],
+        &["help", "--help"],
+        &["help", "-h"],
+        &[],
+    ] {
         let output = bundle.runtime(args).ok()?;
         for (name, _) in COMMANDS {
             let there = output
@@ -145,6 +155,67 @@ fn help_is_there_for_all_and_for_each_command() -> Result {
             }
         }
     }
+    Ok(())
+}
+
+/// What bash offers for the last of these words.
+fn offered(program: &str, words: &[&str]) -> Result<Vec<String>> {
+    const SCRIPT: &str = r#"
+        . "/src/contrib/completions/bash/$1"
+        function=_${1/-/_} COMP_WORDS=("${@:2}") COMP_CWORD=$(($# - 2)) COMP_LINE="${*:2}"
+        "$function"
+        printf '%s\n' "${COMPREPLY[@]}""#;
+    let path = program_path(program).ok_or("no such program")?;
+    let output = command("bash", ["-c", SCRIPT, "bash", program])
+        .arg(path)
+        .args(words)
+        .ok()?;
+    Ok(output
+        .text()
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect())
+}
+
+fn bash_completes_each_word_once() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let root = bundle.root().display().to_string();
+    for (program, words) in [
+        ("rrun", &["--"][..]),
+        ("rrun", &["run", "--"]),
+        ("rrun", &[""]),
+        ("rrun-cri", &["--"]),
+    ] {
+        let mut all = offered(program, words)?;
+        ensure!(all.len() > 5, "{program} {words:?} offers {all:?}");
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        ensure_eq!(
+            all.len(),
+            count,
+            "words offered once of {program} {words:?}"
+        );
+    }
+    let id = bundle.id();
+    for (program, words, expected) in [
+        ("rrun", &["--log-format", ""][..], &["text", "json"][..]),
+        ("rrun", &["--roo"], &["--root", "--rootless"]),
+        ("rrun", &["--root", &root, "kill", ""], &[id]),
+        (
+            "rrun",
+            &["--root", &root, "kill", "--all", id, "K"],
+            &["KILL"],
+        ),
+        ("rrun", &["kill", id, "SIGTE"], &["TERM"]),
+        ("rrun", &["--root", &root, "state", ""], &[id]),
+        ("rrun-cri", &["config", ""], &["default", "check"]),
+        ("rrun-cri", &["config", "check", "--"], &["--config"]),
+    ] {
+        ensure_eq!(offered(program, words)?, expected, "{program} {words:?}");
+    }
+    bundle.end()?;
     Ok(())
 }
 

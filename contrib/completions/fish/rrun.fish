@@ -6,6 +6,7 @@ end
 
 complete -c rrun -f -n __fish_use_subcommand -a '(__rrun_commands)'
 complete -c rrun -n 'not __fish_use_subcommand' -a '(rrun list --quiet 2>/dev/null)'
+complete -c rrun -n '__fish_seen_subcommand_from kill; and test (count (commandline -opc)) -ge 3' -a 'TERM KILL INT HUP QUIT ABRT USR1 USR2 STOP CONT TSTP WINCH ALRM PIPE'
 complete -c rrun -l root -r -d 'directory for the state of containers'
 complete -c rrun -l log -r -d 'file to append the log to'
 complete -c rrun -l systemd-cgroup -d 'have systemd make the cgroups'

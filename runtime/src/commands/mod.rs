@@ -163,11 +163,11 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         return Ok(0);
     }
     let (name, wants_help) = match (name.as_str(), rest.first()) {
-        ("help" | "h", None) => {
+        ("help" | "h", Some(command)) if !command.starts_with('-') => (command, true),
+        ("help" | "h", _) => {
             print(&help());
             return Ok(0);
         }
-        ("help" | "h", Some(command)) => (command, true),
         _ => (name, false),
     };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {

@@ -23,7 +23,7 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         Some(manager) => NotifySocket::bind(&directory, &manager)?,
         None => None,
     };
-    match state.status(&directory)? {
+    match state.noted_status(&directory)? {
         Status::Created => gate::open(&directory, id)?,
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),

@@ -61,7 +61,11 @@ pub const COMMAND: Command = Command {
             None,
             "memory and swap together, in bytes; -1 for no limit",
         ),
-        value("pids-limit", None, "processes and threads; -1 for no limit"),
+        value(
+            "pids-limit",
+            None,
+            "processes and threads; -1 for no limit, 0 to leave it as it is",
+        ),
         value(
             "l3-cache-schema",
             None,
@@ -100,6 +104,10 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     };
     let mut state = State::load(&globals.root, id)?;
     check(&state)?;
+    // runc 1.3 and its callers mean by 0 that nothing is said.
+    if resources.pids().is_some_and(|pids| pids.limit() == 0) {
+        resources.set_pids(None);
+    }
     cgroup::complete(&state.cgroup, state.memory_swap, &mut resources)?;
     cgroup::validate(Path::new("/update"), &resources)?;
     let checked = resources
@@ -109,7 +117,13 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if checked == Some(true) {
         cgroup::check_memory_above_use(&state.cgroup, &resources)?;
     }
-    cgroup::update(&state.cgroup, state.unit.as_deref(), &resources)?;
+    cgroup::update(&state.cgroup, state.unit.as_deref(), &resources).map_err(|error| {
+        // With the container its cgroup goes, and the files that were to be written next.
+        let dead = matches!(state.status(&directory), Ok(Status::Stopped) | Err(_));
+        memory_limit(&resources)
+            .filter(|_| dead)
+            .map_or(error, |limit| killed(&state.cgroup, limit))
+    })?;
     if let Some(swap) = cgroup::memory_swap(&resources).filter(|swap| *swap != state.memory_swap) {
         state.memory_swap = swap;
         state.save(&claim)?;
@@ -118,6 +132,20 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         resctrl::update(state.pid, &schemata)?;
     }
     Ok(0)
+}
+
+fn memory_limit(resources: &LinuxResources) -> Option<i64> {
+    let memory = resources.memory().as_ref()?;
+    memory.limit().filter(|limit| *limit > 0)
+}
+
+/// The kernel makes room for a limit below what is in use by killing.
+fn killed(cgroup: &Path, limit: i64) -> Error {
+    Error::new(format!(
+        "set linux.resources.memory.limit of cgroup {} (memory.max {limit}): the container ended \
+         meanwhile; if it used more than that, the kernel has killed it",
+        cgroup.display()
+    ))
 }
 
 fn schemata(arguments: &Arguments) -> Vec<&str> {
