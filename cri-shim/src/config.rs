@@ -3,11 +3,11 @@
 //! Each source is a [`Partial`]; they are laid over each other (file, drop-ins in the order of
 //! their names, command line) and over the defaults give a [`Config`].
 
+mod load;
 pub mod position;
 mod rlimit;
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,10 +16,10 @@ use serde::Deserialize;
 
 use crate::cgroup::{self, slice};
 use crate::container::seccomp::Asked;
-use crate::error::kernel;
 use crate::image::{Limits, Pins};
 use crate::network::namespace::Namespaces;
 
+pub use load::Source;
 pub use rlimit::Rlimit;
 
 /// Read unless `--config` names another; need not be there.
@@ -247,19 +247,6 @@ pub struct Partial {
     pub image: ImagePart,
 }
 
-/// Where a configuration comes from, to read it again.
-#[derive(Clone, Debug)]
-pub struct Source {
-    pub file: Option<PathBuf>,
-    pub flags: Partial,
-}
-
-impl Source {
-    pub fn load(&self) -> Result<Config, ConfigError> {
-        Config::load(self.file.as_deref(), self.flags.clone())
-    }
-}
-
 /// What the server runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -398,9 +385,14 @@ impl Partial {
                 CgroupDriver::Cgroupfs
             }
         });
-        if self.stream_tls_cert.is_some() != self.stream_tls_key.is_some() {
-            let reason = "a certificate and its key go together: stream_tls_key or stream_tls_cert is missing";
-            return Err(value("stream_tls_cert", reason.to_owned()));
+        let (key, missing) = match (&self.stream_tls_cert, &self.stream_tls_key) {
+            (Some(_), None) => ("stream_tls_cert", "stream_tls_key"),
+            (None, Some(_)) => ("stream_tls_key", "stream_tls_cert"),
+            _ => ("", ""),
+        };
+        if !missing.is_empty() {
+            let reason = format!("a certificate and its key go together: {missing} is missing");
+            return Err(value(key, reason));
         }
         let stream_idle_timeout = self.stream_idle_timeout.unwrap_or(STREAM_IDLE_TIMEOUT);
         if stream_idle_timeout == 0 {
@@ -489,29 +481,6 @@ impl Partial {
 }
 
 impl Config {
-    /// Reads `file` (or the default one, if it is there), the drop-ins in `config.d` beside it,
-    /// and lays the command line over them.
-    pub fn load(file: Option<&Path>, flags: Partial) -> Result<Config, ConfigError> {
-        let main = file.unwrap_or(Path::new(DEFAULT_FILE));
-        let mut all = match read(main)? {
-            Some(text) => Partial::parse(main, &text)?,
-            None if file.is_some() => {
-                return Err(ConfigError::Read {
-                    file: main.to_owned(),
-                    reason: "no such file".to_owned(),
-                });
-            }
-            None => Partial::default(),
-        };
-        let beside = main.parent().unwrap_or(Path::new("/")).join("config.d");
-        for drop_in in drop_ins(&beside)? {
-            if let Some(text) = read(&drop_in)? {
-                all = all.overlaid(Partial::parse(&drop_in, &text)?);
-            }
-        }
-        all.overlaid(flags).finished()
-    }
-
     /// The handler's command for the containers of a pod with this cgroup: binary, `--root` and
     /// options. `None`: no such handler.
     pub fn runtime_command(&self, handler: &str, pod_cgroup: &str) -> Option<Vec<String>> {
@@ -529,6 +498,13 @@ impl Config {
         }
         command.extend(runtime.options.iter().cloned());
         Some(command)
+    }
+
+    /// A sentence if the monitor's binary is not there.
+    pub fn monitor_missing(&self) -> Option<String> {
+        let path = self.monitor.display();
+        let missing = !self.monitor.is_file();
+        missing.then(|| format!("there is no monitor at {path}: no pod can be made"))
     }
 
     /// The handler of this name; empty is the default one.
@@ -550,38 +526,6 @@ impl Config {
             handler
         }
     }
-}
-
-fn read(file: &Path) -> Result<Option<String>, ConfigError> {
-    match std::fs::read_to_string(file) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(ConfigError::Read {
-            file: file.to_owned(),
-            reason: kernel(&error),
-        }),
-    }
-}
-
-fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
-    let failed = |error: std::io::Error| ConfigError::Read {
-        file: dir.to_owned(),
-        reason: kernel(&error),
-    };
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(failed)?.path();
-        if path.extension() == Some(OsStr::new("toml")) {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// A bare program name is looked for beside this program, then in PATH; if it is in neither it

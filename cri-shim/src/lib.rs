@@ -31,3 +31,4 @@ pub mod slow;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod surroundings;

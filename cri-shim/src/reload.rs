@@ -2,16 +2,13 @@
 //! says what, and what can't is named.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::config::{Config, Source};
 use crate::image::Registries;
 use crate::journal;
 use crate::node::Node;
-
-/// The most that is looked at of one hosts.toml.
-const FILE_BYTES: u64 = 1 << 20;
 
 /// What was in force when it was last looked.
 pub struct Reload {
@@ -26,9 +23,9 @@ impl Reload {
     /// The log tells what in the registries' configuration can't be understood. Blocks on the disk.
     pub fn new(source: Source, node: &Arc<Node>) -> Self {
         let registries = node.images.registries().clone();
-        let hosts = hosts_files(registries.dir());
+        let hosts = registries.files();
         for path in hosts.keys() {
-            if let Err(error) = registries.check(&registry_of(path)) {
+            if let Err(error) = registries.check(path) {
                 log::error!("{error}");
             }
         }
@@ -40,13 +37,18 @@ impl Reload {
         }
     }
 
-    /// Reads everything again. Blocks on the disk.
-    pub fn run(&mut self) {
+    /// Reads everything again; a sentence if something is wrong with it. Blocks on the disk.
+    pub fn run(&mut self) -> Option<String> {
+        let mut wrong = None;
         match self.source.load() {
             Ok(config) => self.take(config),
-            Err(error) => log::error!("SIGHUP: {error}; the configuration stays as it was"),
+            Err(error) => {
+                let what = format!("{error}; the configuration stays as it was");
+                log::error!("SIGHUP: {what}");
+                wrong = Some(what);
+            }
         }
-        self.look_at_registries();
+        wrong.or(self.look_at_registries())
     }
 
     fn take(&mut self, config: Config) {
@@ -121,60 +123,25 @@ impl Reload {
     }
 
     /// hosts.toml files are read at each pull; here is told what the next one will find.
-    fn look_at_registries(&mut self) {
-        let now = hosts_files(self.registries.dir());
+    fn look_at_registries(&mut self) -> Option<String> {
+        let mut wrong = None;
+        let now = self.registries.files();
         for (path, text) in &now {
             if self.hosts.get(path) == Some(text) {
                 continue;
             }
-            match self.registries.check(&registry_of(path)) {
+            match self.registries.check(path) {
                 Ok(()) => log::info!("SIGHUP: {} has changed and is in force", path.display()),
-                Err(error) => log::error!("SIGHUP: {error}"),
+                Err(error) => {
+                    log::error!("SIGHUP: {error}");
+                    wrong = Some(error.to_string());
+                }
             }
         }
         for path in self.hosts.keys().filter(|path| !now.contains_key(*path)) {
             log::info!("SIGHUP: {} is gone", path.display());
         }
         self.hosts = now;
-    }
-}
-
-/// The registry whose file this is: `HOST_PORT_` stands for `HOST:PORT`.
-fn registry_of(path: &Path) -> String {
-    let dir = path.parent().and_then(Path::file_name).unwrap_or_default();
-    let dir = dir.to_string_lossy();
-    match dir.strip_suffix('_').and_then(|name| name.rsplit_once('_')) {
-        Some((host, port)) => format!("{host}:{port}"),
-        None => dir.into_owned(),
-    }
-}
-
-fn hosts_files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut all = BTreeMap::new();
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let path = entry.path().join("hosts.toml");
-        if let Ok(file) = std::fs::File::open(&path) {
-            let mut text = Vec::new();
-            let _ =
-                std::io::Read::read_to_end(&mut std::io::Read::take(file, FILE_BYTES), &mut text);
-            all.insert(path, text);
-        }
-    }
-    all
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_directory_names_its_registry() {
-        for (path, registry) in [
-            ("/certs.d/docker.io/hosts.toml", "docker.io"),
-            ("/certs.d/127.0.0.1:5000/hosts.toml", "127.0.0.1:5000"),
-            ("/certs.d/my_host_5000_/hosts.toml", "my_host:5000"),
-        ] {
-            assert_eq!(registry_of(Path::new(path)), registry);
-        }
+        wrong
     }
 }

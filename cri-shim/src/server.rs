@@ -31,7 +31,7 @@ use crate::sandbox::files::private_dir;
 use crate::slow::blocking;
 use crate::store::Store;
 use crate::streaming;
-use crate::{descriptors, memory, metrics, reconcile, services};
+use crate::{descriptors, memory, metrics, reconcile, services, surroundings};
 
 /// How long calls under way may take to end after SIGTERM.
 const LAST_CALLS: Duration = Duration::from_secs(5);
@@ -84,6 +84,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
         config.images.clone(),
     )
     .map_err(|error| internal(&error))?;
+    surroundings::warn(&config);
     let network = network(&config, &store)?;
     let node = Arc::new(Node::new(config, store, images, network));
     let streams = streaming::server::Server::listen(&node).await?;
@@ -208,12 +209,12 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
         let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let microseconds = since_boot.tv_sec * 1_000_000 + since_boot.tv_nsec / 1000;
         notify(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
-        let work = move || {
-            reload.run();
-            reload
-        };
-        reload = blocking("read the configuration again", work).await;
-        notify("READY=1");
+        let work = move || (reload.run(), reload);
+        let wrong;
+        (wrong, reload) = blocking("read the configuration again", work).await;
+        // `systemctl status` shows it; sd_notify(3) wants one line.
+        let status = wrong.unwrap_or_default().replace('\n', " ");
+        notify(&format!("READY=1\nSTATUS={status}"));
     }
 }
 
@@ -228,24 +229,11 @@ fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
         patience: config.cni.teardown_patience,
         namespaces: namespaces.clone(),
     };
-    let embedded =
-        Network::open(store.clone(), network_config(config)).map_err(|error| internal(&error))?;
+    let embedded = Network::open(store.clone(), NetworkConfig::of(&config.network))
+        .map_err(|error| internal(&error))?;
     let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
     let mode = config.network.mode.unwrap_or_default();
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
-}
-
-fn network_config(config: &Config) -> NetworkConfig {
-    let default = NetworkConfig::default();
-    let given = config.network.clone();
-    NetworkConfig {
-        bridge: given.bridge.unwrap_or(default.bridge),
-        range: given.range.unwrap_or(default.range),
-        range6: given.range6.unwrap_or(default.range6),
-        primary: given.primary.unwrap_or(default.primary),
-        masquerade: given.masquerade.unwrap_or(default.masquerade),
-        mtu: given.mtu.or(default.mtu),
-    }
 }
 
 /// Keeps a second server off this directory. One that was killed is given time to end: its lock

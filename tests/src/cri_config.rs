@@ -4,9 +4,9 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::machine::{Result, command, wait_for};
+use crate::machine::{Directory, Result, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -16,6 +16,17 @@ pub const TESTS: &[Test] = &[
         SERVER,
         REGISTRY,
         IMAGES
+    ),
+    test!(
+        a_mistake_is_told_with_file_line_and_key,
+        Need::RrunCri,
+        SERVER
+    ),
+    test!(
+        the_start_tells_what_the_node_lacks,
+        CRICTL,
+        SERVER,
+        Need::RrunCri
     ),
     test!(
         where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope,
@@ -69,6 +80,138 @@ fn limits_and_annotations_are_a_matter_of_configuration() -> Result {
             Some(&json!({ "pod.a": "1", "own/b": "3" })),
             "what the runtime is told"
         );
+        Ok(())
+    })
+}
+
+/// By `config check`, by a start, and by whoever asks for help.
+fn a_mistake_is_told_with_file_line_and_key() -> Result {
+    let directory = Directory::new("mistakes")?;
+    let config = directory.join("config.toml");
+    let hosts = directory.join("certs.d/example.org");
+    fs::create_dir_all(&hosts)?;
+    fs::create_dir(directory.join("config.d"))?;
+    let hosts = hosts.join("hosts.toml");
+    let main = format!("registry_config_path = {:?}\n", directory.join("certs.d"));
+    let cri = |args: &[&str]| command("rrun-cri", args).arg("--config").arg(&config);
+    let empty = directory.join("empty.pem").display().to_string();
+    fs::write(&empty, "")?;
+    for (mistake, told) in [
+        ("nonsense = 1\n", "line 3, nonsense"),
+        (
+            "[network]\nrange = ''\nrange6 = ''\n",
+            "line 4, network.range",
+        ),
+        ("default_runtime = 'none'\n", "line 3, default_runtime"),
+        (
+            "unset_seccomp_profile = 'none'\n",
+            "line 3, unset_seccomp_profile",
+        ),
+        ("stream_tls_cert = '/x'\n", "line 3, stream_tls_cert"),
+        ("stream_tls_key = '/x'\n", "line 3, stream_tls_key"),
+        ("stream_idle_timeout = 0\n", "line 3, stream_idle_timeout"),
+        (
+            "[cni]\ntimeout_seconds = 0\n",
+            "line 4, cni.timeout_seconds",
+        ),
+        (
+            &format!("stream_tls_cert = {empty:?}\nstream_tls_key = {empty:?}\n"),
+            "line 4, stream_tls_key",
+        ),
+    ] {
+        fs::write(&config, &main)?;
+        let drop_in = directory.join("config.d/10.toml");
+        fs::write(&drop_in, format!("# a comment\n\n{mistake}"))?;
+        let told = format!("{}, {told}", drop_in.display());
+        for args in [&["config", "check"][..], &[]] {
+            let output = cri(args).exits(1)?;
+            ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+        }
+        fs::remove_file(&drop_in)?;
+    }
+    // What the command line gets wrong stands in no file.
+    let output = cri(&["--listen", "nowhere"]).exits(1)?;
+    ensure!(
+        output.stderr.contains("rrun-cri: listen: "),
+        "{}",
+        output.told()
+    );
+    fs::write(&hosts, "server = 3\n")?;
+    let output = cri(&["config", "check"]).exits(1)?;
+    let told = format!("{}, line 1, server", hosts.display());
+    ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+    fs::write(&hosts, "server = 'https://x'\nsever = 3\n")?;
+    let output = cri(&["config", "check"]).ok()?;
+    let told = format!("{}, line 2, sever", hosts.display());
+    ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+    fs::remove_file(&hosts)?;
+    let output = cri(&["config", "check"]).ok()?;
+    ensure_eq!(output.stderr, "", "what is said of no mistake");
+    for flag in ["--help", "-h"] {
+        command("rrun-monitor", [flag])
+            .ok()?
+            .says("usage: rrun-monitor")?;
+    }
+    command("rrun-monitor", ["--version"])
+        .ok()?
+        .says("rrun-monitor ")?;
+    command("rrun-monitor", ["--nonsense", "x"]).exits(1)?;
+    Ok(())
+}
+
+fn the_start_tells_what_the_node_lacks() -> Result {
+    on_a_node(|node| {
+        let said = |node: &mut Node, what: &str| {
+            let what = what.to_owned();
+            wait_for(&format!("{what:?} in the log"), || {
+                Ok(node.log().contains(&what).then_some(()))
+            })
+        };
+        said(
+            node,
+            "the runtime handler \"absent\": there is no runtime at /no/such/runtime",
+        )?;
+        let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+        let lacks = ["cpu", "cpuset", "io", "memory", "pids"]
+            .into_iter()
+            .filter(|one| !controllers.split_whitespace().any(|had| had == *one))
+            .collect::<Vec<_>>()
+            .join(", ");
+        if lacks.is_empty() {
+            ensure!(!node.log().contains("has no controller"), "{}", node.log());
+        } else {
+            said(node, &format!("/sys/fs/cgroup has no controller {lacks}:"))?;
+        }
+        for what in ["there is no monitor", "systemd is not PID 1", "CNI plugin"] {
+            ensure!(!node.log().contains(what), "{what}:\n{}", node.log());
+        }
+        node.terminate_server()?;
+        fs::write(
+            node.join("config.d/10.toml"),
+            "monitor = '/no/such/monitor'\ncni_bin_dir = '/no/such/plugins'\n\
+             cgroup_driver = 'systemd'\ndefault_runtime = 'absent'\n",
+        )?;
+        node.has_cni_bridge()?;
+        node.start_server()?;
+        said(node, "there is no monitor at /no/such/monitor")?;
+        said(node, "(the default one: no pod can be made)")?;
+        said(node, "10-bridge.conflist: the CNI plugin bridge")?;
+        if Need::Systemd.lacking().is_some() {
+            said(
+                node,
+                "cgroup_driver is \"systemd\", and systemd is not PID 1",
+            )?;
+        }
+        fs::write(
+            node.join("config.d/10.toml"),
+            "monitor = '/no/such/monitor'\n",
+        )?;
+        node.terminate_server()?;
+        node.start_server()?;
+        let ready = node.json(&["info"])?;
+        let condition = &ready["status"]["conditions"][0];
+        ensure_eq!(condition["status"], json!(false), "{condition}");
+        ensure!(condition.to_string().contains("no monitor"), "{condition}");
         Ok(())
     })
 }

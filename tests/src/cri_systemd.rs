@@ -41,10 +41,11 @@ fn install(node: &Node) -> Result {
     let dropins = Path::new(UNITS).join(format!("{UNIT}.d"));
     fs::create_dir_all(&dropins)?;
     let program = program_path("rrun-cri").ok_or("no rrun-cri")?;
+    let (program, config) = (program.display(), node.join("config.toml"));
+    let config = config.display();
     let line = format!(
-        "[Service]\nExecStart=\nExecStart={} --config {}\n",
-        program.display(),
-        node.join("config.toml").display()
+        "[Service]\nExecStart=\nExecStart={program} --config {config}\n\
+         ExecReload=\nExecReload={program} config check --config {config}\n"
     );
     fs::write(dropins.join("e2e.conf"), line)?;
     systemctl(&["daemon-reload"]).map(|_| ())
@@ -113,6 +114,24 @@ fn story(node: &mut Node) -> Result {
     systemctl(&["reload", UNIT])?;
     ensure_eq!(property("MainPID")?, second, "main process after a reload");
     ensure_eq!(property("ReloadResult")?, "success", "the reload");
+    is_as_it_was()?;
+
+    // A mistake makes the reload fail, with a sentence, and nothing else.
+    let config = node.join("config.toml");
+    let text = fs::read_to_string(&config)?;
+    fs::write(&config, format!("nonsense = 1\n{text}"))?;
+    ensure!(systemctl(&["reload", UNIT]).is_err(), "it is reloaded");
+    let status = command("systemctl", ["status", "--no-pager", UNIT]).end()?;
+    ensure!(
+        status.stdout.contains("line 1, nonsense"),
+        "{}",
+        status.told()
+    );
+    ensure_eq!(property("MainPID")?, second, "main process after it");
+    fs::write(&config, &text)?;
+    systemctl(&["reload", UNIT])?;
+    ensure_eq!(property("ReloadResult")?, "success", "the next reload");
+    ensure_eq!(property("StatusText")?, "", "status after the next reload");
     is_as_it_was()?;
 
     systemctl(&["stop", UNIT])?;

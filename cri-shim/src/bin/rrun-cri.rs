@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use rrun_cri::config::{DEFAULT_TEXT, Partial, Source};
+use rrun_cri::image::Registries;
 use rrun_cri::{cgroup, journal, server};
 
 /// A CRI v1 server for kubelet and crictl.
@@ -33,18 +34,30 @@ enum Command {
 enum ConfigCommand {
     /// Print the whole default configuration, commented, as TOML
     Default,
+    /// Say what is wrong with the configuration and the registries' files, and exit with 1 if anything
+    /// is; a running server is not asked
+    Check {
+        /// The configuration file; config.d/*.toml beside it are read, too
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(Command::Config {
-        what: ConfigCommand::Default,
-    }) = arguments.command
-    {
-        print!("{DEFAULT_TEXT}");
-        return ExitCode::SUCCESS;
-    }
-    match run(arguments) {
+    let result = match arguments.command {
+        Some(Command::Config {
+            what: ConfigCommand::Default,
+        }) => {
+            print!("{DEFAULT_TEXT}");
+            Ok(())
+        }
+        Some(Command::Config {
+            what: ConfigCommand::Check { config },
+        }) => check(config),
+        None => run(arguments.config, arguments.flags),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
             eprintln!("rrun-cri: {sentence}");
@@ -53,11 +66,28 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: Arguments) -> Result<(), String> {
-    let source = Source {
-        file: arguments.config,
-        flags: arguments.flags,
-    };
+/// What a start with this file would refuse, and what pulls would.
+fn check(file: Option<PathBuf>) -> Result<(), String> {
+    journal::open(false);
+    let flags = Partial::default();
+    let config = Source { file, flags }.load();
+    let config = config.map_err(|error| error.to_string())?;
+    let registries = Registries::new(&config.registry_config_path);
+    let files = registries.files();
+    let wrong: Vec<String> = files
+        .keys()
+        .filter_map(|file| registries.check(file).err())
+        .map(|error| error.to_string())
+        .collect();
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(wrong.join("\nrrun-cri: "))
+    }
+}
+
+fn run(file: Option<PathBuf>, flags: Partial) -> Result<(), String> {
+    let source = Source { file, flags };
     let config = source.load().map_err(|error| error.to_string())?;
     if !rustix::process::geteuid().is_root() {
         return Err("this must run as root".to_owned());

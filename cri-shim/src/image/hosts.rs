@@ -6,8 +6,8 @@
 
 mod file;
 
-use std::collections::BTreeSet;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,6 +19,9 @@ use crate::error::kernel;
 
 /// How long a connection may take to come about where no `dial_timeout` says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The most that is looked at of one hosts.toml.
+const FILE_BYTES: u64 = 1 << 20;
 
 /// The most warnings that are remembered, not to be given twice.
 const TOLD: usize = 1000;
@@ -62,15 +65,25 @@ impl Registries {
         }
     }
 
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// All hosts.toml files and what they say, each as far as is looked at. Blocks on the disk.
+    pub fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut all = BTreeMap::new();
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let path = entry.path().join("hosts.toml");
+            if let Ok(file) = std::fs::File::open(&path) {
+                let mut text = Vec::new();
+                let _ = file.take(FILE_BYTES).read_to_end(&mut text);
+                all.insert(path, text);
+            }
+        }
+        all
     }
 
-    /// Whether what is configured for `registry` can be understood; the log tells what of it is
-    /// not. Blocks on the disk.
-    pub fn check(&self, registry: &str) -> Result<(), ImageError> {
+    /// Whether a file of those can be understood; the log tells what of it is not known. Blocks
+    /// on the disk.
+    pub fn check(&self, file: &Path) -> Result<(), ImageError> {
         lock(&self.told).clear();
-        self.endpoints(registry).map(drop)
+        self.endpoints(&registry_of(file)).map(drop)
     }
 
     /// Where to ask for images of `registry`, in this order. Blocks on the disk.
@@ -108,6 +121,16 @@ impl Registries {
                 log::warn!("the registry configuration {what}");
             }
         }
+    }
+}
+
+/// The registry whose file this is: `HOST_PORT_` stands for `HOST:PORT`.
+fn registry_of(path: &Path) -> String {
+    let dir = path.parent().and_then(Path::file_name).unwrap_or_default();
+    let dir = dir.to_string_lossy();
+    match dir.strip_suffix('_').and_then(|name| name.rsplit_once('_')) {
+        Some((host, port)) => format!("{host}:{port}"),
+        None => dir.into_owned(),
     }
 }
 
@@ -397,5 +420,16 @@ mod tests {
             directories("r.example:5000"),
             ["r.example_5000_", "r.example:5000", "_default"]
         );
+    }
+
+    #[test]
+    fn a_directory_names_its_registry() {
+        for (path, registry) in [
+            ("/certs.d/docker.io/hosts.toml", "docker.io"),
+            ("/certs.d/127.0.0.1:5000/hosts.toml", "127.0.0.1:5000"),
+            ("/certs.d/my_host_5000_/hosts.toml", "my_host:5000"),
+        ] {
+            assert_eq!(registry_of(Path::new(path)), registry);
+        }
     }
 }

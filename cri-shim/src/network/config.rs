@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{NetworkError, Range, RangeError, forwarding};
+use crate::config::{ConfigError, NetworkPart};
 
 /// What the embedded network is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +79,45 @@ impl NetworkConfig {
     pub(super) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
     /// IFNAMSIZ without its NUL.
     const NAME_BYTES: usize = 15;
+
+    /// What `[network]` says, over the defaults.
+    pub fn of(given: &NetworkPart) -> Self {
+        let default = NetworkConfig::default();
+        let given = given.clone();
+        NetworkConfig {
+            bridge: given.bridge.unwrap_or(default.bridge),
+            range: given.range.unwrap_or(default.range),
+            range6: given.range6.unwrap_or(default.range6),
+            primary: given.primary.unwrap_or(default.primary),
+            masquerade: given.masquerade.unwrap_or(default.masquerade),
+            mtu: given.mtu.or(default.mtu),
+        }
+    }
+
+    /// The same as [`NetworkConfig::validate`], as a mistake of the configuration.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.validate().map_err(|error| match error {
+            NetworkError::Config {
+                field,
+                value,
+                wanted,
+            } => ConfigError::Value {
+                key: match field {
+                    "bridge" => "network.bridge",
+                    "range" => "network.range",
+                    "range6" => "network.range6",
+                    "primary" => "network.primary",
+                    "mtu" => "network.mtu",
+                    _ => "network",
+                },
+                reason: format!("is {value:?}; it has to be {wanted}"),
+            },
+            other => ConfigError::Value {
+                key: "network",
+                reason: other.to_string(),
+            },
+        })
+    }
 
     /// Refuses what the kernel would not take, by the field.
     pub(super) fn validate(&self) -> Result<(), NetworkError> {

@@ -44,7 +44,7 @@ impl Runtime {
         let mut response = StatusResponse {
             status: Some(RuntimeStatus {
                 conditions: vec![
-                    condition("RuntimeReady", self.default_runtime_missing()),
+                    condition("RuntimeReady", self.essentials_missing()),
                     condition("NetworkReady", network),
                     condition("RuntimeHandlersReady", self.other_runtimes_missing()),
                 ],
@@ -81,9 +81,14 @@ impl Runtime {
         response
     }
 
-    fn default_runtime_missing(&self) -> Option<(&'static str, String)> {
-        let missing = self.node.config.runtime("")?.missing()?;
-        Some(("RuntimeMissing", missing))
+    /// Without these no pod can be made.
+    fn essentials_missing(&self) -> Option<(&'static str, String)> {
+        let config = &self.node.config;
+        let runtime = config.runtime("").and_then(|runtime| runtime.missing());
+        Some((
+            "RuntimeMissing",
+            runtime.or_else(|| config.monitor_missing())?,
+        ))
     }
 
     /// Pods can do without a handler that is not the default one: those that choose it can't.

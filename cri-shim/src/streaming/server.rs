@@ -29,7 +29,7 @@ use super::token::Permit;
 use super::transport::{Transport, Watch};
 use super::upgrade::{Spoken, negotiate, refuse};
 use super::{attach, connection, exec, port_forward, websocket};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::error::{During, Error, Result, kernel};
 use crate::node::Node;
 
@@ -52,7 +52,7 @@ impl Server {
     /// Listens where the configuration says, and lets the node's URLs begin with that.
     pub async fn listen(node: &Node) -> Result<Self> {
         let config = &node.config;
-        let tls = tls(config)?;
+        let tls = tls(config).map_err(|error| Error::invalid(error.to_string()))?;
         let what = || format!("listen for streams on {}", config.stream_listen);
         let listener = TcpListener::bind(config.stream_listen).await.during(what)?;
         let mut address = listener.local_addr().during(what)?;
@@ -98,12 +98,13 @@ impl Server {
 }
 
 /// The certificate and key of the configuration, if it has them.
-fn tls(config: &Config) -> Result<Option<TlsAcceptor>> {
+pub fn tls(config: &Config) -> std::result::Result<Option<TlsAcceptor>, ConfigError> {
     let (Some(cert), Some(key)) = (&config.stream_tls_cert, &config.stream_tls_key) else {
         return Ok(None);
     };
-    let bad = |key: &str, path: &Path, why: &dyn std::fmt::Display| {
-        Error::invalid(format!("{key}: {}: {why}", path.display()))
+    let bad = |key, path: &Path, why: &dyn std::fmt::Display| ConfigError::Value {
+        key,
+        reason: format!("{}: {why}", path.display()),
     };
     let chain = CertificateDer::pem_file_iter(cert)
         .and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>)

@@ -500,6 +500,9 @@ impl Inner {
                         list.version
                     );
                 }
+                if let Err(missing) = self.all_there(lists) {
+                    log::warn!("no pod can be given a network: {missing}");
+                }
             }
             Err(error) => log::error!("no CNI network can be used: {error}"),
         }
