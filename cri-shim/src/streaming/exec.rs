@@ -14,7 +14,7 @@ use super::descriptor::Descriptor;
 use super::pipe;
 use super::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
 use crate::container::{Container, Phase};
-use crate::error::{During, Error, Result, kernel};
+use crate::error::{During, Error, Result};
 use crate::monitor::protocol::Exec;
 use crate::monitor_client::ExecHandle;
 use crate::node::Node;
