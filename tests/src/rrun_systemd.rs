@@ -26,6 +26,11 @@ pub const TESTS: &[Test] = &[
     test!(a_scope_is_paused_and_resumed, SYSTEMD),
     test!(exec_is_in_the_scope, SYSTEMD),
     test!(what_dies_badly_leaves_no_unit, SYSTEMD),
+    test!(
+        a_limit_below_what_is_in_use_is_told_by_its_name,
+        SYSTEMD,
+        Need::Rrun
+    ),
     test!(a_creation_that_fails_leaves_no_unit, SYSTEMD),
     test!(without_a_path_the_scope_is_in_the_system_slice, SYSTEMD),
     test!(
@@ -328,6 +333,30 @@ fn exec_is_in_the_scope() -> Result {
         .says("children, Resource temporarily unavailable")?;
     bundle.end()?;
     ensure_gone(&bundle)
+}
+
+/// The kernel may kill the container for it, and systemd take its scope away, before all limits are
+/// written: what is told then is the limit, not a file that is gone.
+fn a_limit_below_what_is_in_use_is_told_by_its_name() -> Result {
+    for _ in 0..5 {
+        let bundle = Bundle::in_slice(SLICE, &["allocate", "64"])?;
+        bundle.start()?;
+        wait_for("it to use 64 MB", || {
+            let used: u64 = bundle.cgroup_file("memory.current")?.parse()?;
+            Ok((used > 64 << 20).then_some(()))
+        })?;
+        let output = bundle.call(&["update", "--memory", "8m"])?.end()?;
+        ensure!(
+            output.code == 0
+                || output.stderr.contains("memory.limit") && output.stderr.contains("8388608"),
+            "{}",
+            output.told()
+        );
+        bundle.wait_status("stopped")?;
+        bundle.delete()?;
+        ensure_gone(&bundle)?;
+    }
+    Ok(())
 }
 
 fn what_dies_badly_leaves_no_unit() -> Result {

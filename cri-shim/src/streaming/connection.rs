@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
 
-use super::output::{Output, locked};
+use super::output::{Output, Turn, locked};
 use super::pipe::{self, Pipe};
 use super::spdy::frame::{self, MAX_DATA};
 use super::spdy::session::Allowance;
@@ -115,27 +115,31 @@ impl Writer {
         locked(&self.session)
     }
 
-    fn allowance(&self, stream: u32, wanted: usize) -> Allowance {
-        self.session().take_allowance(stream, wanted)
-    }
-
-    /// Sends data, waiting while the client takes none.
-    pub async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
-        while !data.is_empty() {
+    /// A turn to send on a stream, and how much of what is wanted may be sent in it; waits while the
+    /// client takes none.
+    async fn allowed(&self, stream: u32, wanted: usize) -> io::Result<(Turn<'_>, usize)> {
+        loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             // Before the allowance is taken: that obliges to send.
             let turn = self.output.turn().await?;
-            let count = match self.allowance(stream, data.len().min(MAX_DATA)) {
-                Allowance::Bytes(count) => count,
+            let allowance = self.session().take_allowance(stream, wanted);
+            match allowance {
+                Allowance::Bytes(count) => return Ok((turn, count)),
                 Allowance::Wait => {
                     drop(turn);
                     changed.await;
-                    continue;
                 }
                 Allowance::Closed => return Err(io::ErrorKind::BrokenPipe.into()),
-            };
+            }
+        }
+    }
+
+    /// Sends data, waiting while the client takes none.
+    pub async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let (turn, count) = self.allowed(stream, data.len().min(MAX_DATA)).await?;
             let (now, later) = data.split_at_checked(count).unwrap_or((data, &[]));
             let header = frame::data_header(stream, now.len(), false);
             turn.send(&header, now).await?;
@@ -157,30 +161,16 @@ impl Writer {
         stream: u32,
         mut fill: impl FnMut(&mut Pipe, usize) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            let mut turn = self.output.turn().await?;
-            let allowed = match self.allowance(stream, pipe::ROOM) {
-                Allowance::Bytes(count) => count,
-                Allowance::Wait => {
-                    drop(turn);
-                    changed.await;
-                    continue;
-                }
-                Allowance::Closed => return Err(io::ErrorKind::BrokenPipe.into()),
-            };
-            let filled = turn.fill(|pipe| fill(pipe, allowed));
-            let count = filled.as_ref().copied().unwrap_or(0);
-            // Nobody has seen what was taken too much: that takes a turn.
-            self.session().give_back(stream, allowed - count);
-            if count > 0 {
-                let header = frame::data_header(stream, count, false);
-                turn.send_pipe(&header).await?;
-            }
-            return filled;
+        let (mut turn, allowed) = self.allowed(stream, pipe::ROOM).await?;
+        let filled = turn.fill(|pipe| fill(pipe, allowed));
+        let count = filled.as_ref().copied().unwrap_or(0);
+        // Nobody has seen what was taken too much: that takes a turn.
+        self.session().give_back(stream, allowed - count);
+        if count > 0 {
+            let header = frame::data_header(stream, count, false);
+            turn.send_pipe(&header).await?;
         }
+        filled
     }
 
     /// Closes our half of a stream.
