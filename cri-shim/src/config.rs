@@ -228,6 +228,10 @@ pub struct Partial {
     #[arg(skip)]
     pub unset_seccomp_profile: Option<String>,
     #[arg(skip)]
+    pub enable_selinux: Option<bool>,
+    #[arg(skip)]
+    pub selinux_category_range: Option<u16>,
+    #[arg(skip)]
     pub default_cgroup_parent: Option<String>,
     #[arg(skip)]
     pub cdi_spec_dirs: Option<Vec<PathBuf>>,
@@ -274,6 +278,9 @@ pub struct Config {
     pub restrict_oom_score_adj: bool,
     /// What containers get that ask for no seccomp profile.
     pub unset_seccomp_profile: Asked,
+    /// Whether pods get SELinux labels, and of how many categories their levels are made.
+    pub enable_selinux: bool,
+    pub selinux_category_range: u16,
     /// The cgroup under which pods without a cgroup parent get theirs: `/rrun`, or `/rrun.slice`.
     pub default_cgroup_parent: String,
     /// Where the Container Device Interface's files are, the weightiest directory last.
@@ -340,6 +347,8 @@ impl Partial {
             default_runtime: over.default_runtime.or(self.default_runtime),
             restrict_oom_score_adj: over.restrict_oom_score_adj.or(self.restrict_oom_score_adj),
             unset_seccomp_profile: over.unset_seccomp_profile.or(self.unset_seccomp_profile),
+            enable_selinux: over.enable_selinux.or(self.enable_selinux),
+            selinux_category_range: over.selinux_category_range.or(self.selinux_category_range),
             default_cgroup_parent: over.default_cgroup_parent.or(self.default_cgroup_parent),
             cdi_spec_dirs: over.cdi_spec_dirs.or(self.cdi_spec_dirs),
             rlimits: over.rlimits.or(self.rlimits),
@@ -435,6 +444,11 @@ impl Partial {
         let unset_seccomp_profile = self.unset_seccomp_profile.unwrap_or_default();
         let unset_seccomp_profile = Asked::parse(&unset_seccomp_profile)
             .map_err(|reason| value("unset_seccomp_profile", reason))?;
+        let selinux_category_range = self.selinux_category_range.unwrap_or(1024);
+        if !(2..=1024).contains(&selinux_category_range) {
+            let reason = format!("{selinux_category_range} is not between 2 and 1024");
+            return Err(value("selinux_category_range", reason));
+        }
         let cni_bin_dirs = self.cni_bin_dir.unwrap_or_else(|| "/opt/cni/bin".into());
         let cni_bin_dirs: Vec<PathBuf> = std::env::split_paths(&cni_bin_dirs)
             .map(|dir| absolute("cni_bin_dir", dir))
@@ -468,6 +482,8 @@ impl Partial {
             default_runtime,
             restrict_oom_score_adj: self.restrict_oom_score_adj.unwrap_or(false),
             unset_seccomp_profile,
+            enable_selinux: self.enable_selinux.unwrap_or(false),
+            selinux_category_range,
             default_cgroup_parent,
             cdi_spec_dirs,
             rlimits: self.rlimits.unwrap_or_default(),

@@ -25,6 +25,7 @@ pub mod reconcile;
 pub mod record;
 pub mod reload;
 pub mod sandbox;
+pub mod selinux;
 pub mod server;
 pub mod services;
 pub mod slow;

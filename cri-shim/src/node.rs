@@ -17,6 +17,7 @@ use crate::image::Images;
 use crate::in_flight::InFlight;
 use crate::network::PodNetwork;
 use crate::sandbox::Sandbox;
+use crate::selinux::Selinux;
 use crate::stats::Cache;
 use crate::store::Store;
 use crate::streaming::Streams;
@@ -30,6 +31,7 @@ pub struct Node {
     pub store: Store,
     pub images: Images,
     pub network: PodNetwork,
+    pub selinux: Selinux,
     pub events: Bus,
     pub stats: Cache,
     /// Where removed writable layers go.
@@ -50,7 +52,13 @@ struct Index {
 }
 
 impl Node {
-    pub fn new(config: Config, store: Store, images: Images, network: PodNetwork) -> Self {
+    pub fn new(
+        config: Config,
+        store: Store,
+        images: Images,
+        network: PodNetwork,
+        selinux: Selinux,
+    ) -> Self {
         Node {
             trash: Arc::new(Trash::new(&config.root)),
             handlers: Handlers::new(&config),
@@ -58,6 +66,7 @@ impl Node {
             store,
             images,
             network,
+            selinux,
             events: Bus::default(),
             stats: Cache::default(),
             streams: Streams::default(),

@@ -57,7 +57,7 @@ impl Reload {
             journal::set_level(config.debug);
             log::info!("SIGHUP: debug is {} now", config.debug);
         }
-        let changed: [(&str, bool); 22] = [
+        let changed: [(&str, bool); 24] = [
             ("root", config.root != old.root),
             ("state", config.state != old.state),
             ("netns_dir", config.namespaces != old.namespaces),
@@ -98,6 +98,14 @@ impl Reload {
             (
                 "default_cgroup_parent",
                 config.default_cgroup_parent != old.default_cgroup_parent,
+            ),
+            (
+                "enable_selinux",
+                config.enable_selinux != old.enable_selinux,
+            ),
+            (
+                "selinux_category_range",
+                config.selinux_category_range != old.selinux_category_range,
             ),
             ("[runtime]", config.runtimes != old.runtimes),
             ("[network]", config.network != old.network),

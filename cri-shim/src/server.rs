@@ -28,6 +28,7 @@ use crate::network::{Network, NetworkConfig, PodNetwork};
 use crate::node::Node;
 use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
+use crate::selinux::Selinux;
 use crate::slow::blocking;
 use crate::store::Store;
 use crate::streaming;
@@ -86,7 +87,8 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     .map_err(|error| internal(&error))?;
     surroundings::warn(&config);
     let network = network(&config, &store)?;
-    let node = Arc::new(Node::new(config, store, images, network));
+    let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
+    let node = Arc::new(Node::new(config, store, images, network, selinux));
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
     tokio::spawn(streams.serve(Arc::clone(&node)));

@@ -23,6 +23,7 @@ use crate::monitor::protocol::Create;
 use crate::node::{Node, new_id, now};
 use crate::sandbox::files::{let_through, private_dir, write, write_record};
 use crate::sandbox::{Sandbox, namespaces, users};
+use crate::selinux::{self, relabel};
 use crate::slow::{blocking, slow};
 
 /// What two calls for the same container have in common.
@@ -314,12 +315,21 @@ fn prepare(
         }
         None => None,
     };
+    let selinux = match &sandbox.selinux {
+        Some(pod) => {
+            let asked = context.selinux_options.clone().unwrap_or_default();
+            Some(selinux::of_container(pod, &asked)?)
+        }
+        None => None,
+    };
+    let files = selinux.as_ref().map(|labels| &labels.files);
     rootfs::Overlay {
         lower: &from.lower,
         writable: &writable,
         target: &target,
         base: &node.config.root,
         users: users.as_ref(),
+        label: files,
     }
     .mount()?;
     let root = root.unwrap_or_default();
@@ -334,6 +344,7 @@ fn prepare(
         bundle,
         &from.images,
         users.as_ref(),
+        files,
         &mut asked_mounts,
     )?;
     let volumes = writable.join("volumes");
@@ -345,6 +356,11 @@ fn prepare(
         root,
     )?;
     asked_mounts.extend(volumes);
+    if let Some(label) = files {
+        for mount in asked_mounts.iter().filter(|mount| mount.selinux_relabel) {
+            relabel::relabel(Path::new(&mount.host_path), label)?;
+        }
+    }
     let devices = cdi::find(&node.config.cdi_spec_dirs, config)?;
 
     let sharing = namespaces::sharing(&sandbox.config)?;
@@ -397,6 +413,7 @@ fn prepare(
             annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
         }),
         apparmor: apparmor::profile(&context)?,
+        selinux,
     })?;
     devices.apply(&mut spec, context.privileged)?;
     write(&bundle.join("config.json"), &spec.to_string())?;

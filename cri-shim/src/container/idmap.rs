@@ -13,10 +13,11 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 
 use crate::error::{During, Error, Result};
 use crate::mount_attributes;
+use crate::selinux::label::Label;
 
 /// An overlay, attached nowhere. `lower` is uppermost first; `writable` has `upper` and `work`,
 /// without it the overlay is read-only and wants two layers; `users` is the user namespace, if the
-/// ids are to be mapped.
+/// ids are to be mapped; `label` the SELinux label of its files.
 /// `scratch` is any directory. Blocks.
 ///
 /// It is put together in a mount namespace of a thread's own, which takes the layers' mounts along
@@ -25,12 +26,13 @@ pub fn overlay(
     lower: &[PathBuf],
     writable: Option<&Path>,
     users: Option<&Users>,
+    label: Option<&Label>,
     scratch: &Path,
 ) -> Result<OwnedFd> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("idmap".into())
-            .spawn_scoped(scope, || assemble(lower, writable, users, scratch))
+            .spawn_scoped(scope, || assemble(lower, writable, users, label, scratch))
             .during(|| "start a thread".to_owned())?;
         thread
             .join()
@@ -42,6 +44,7 @@ fn assemble(
     lower: &[PathBuf],
     writable: Option<&Path>,
     users: Option<&Users>,
+    label: Option<&Label>,
     scratch: &Path,
 ) -> Result<OwnedFd> {
     unshare(CloneFlags::CLONE_NEWNS)
@@ -74,6 +77,9 @@ fn assemble(
     if let Some(writable) = writable {
         mapped(writable, "w", users)?;
         data += ",upperdir=w/upper,workdir=w/work,volatile";
+    }
+    if let Some(label) = label {
+        data += &label.as_mount_option();
     }
     std::fs::create_dir("overlay").during(|| "make a directory in a tmpfs".to_owned())?;
     if let Some(users) = users {
@@ -183,7 +189,7 @@ pub fn probe(root: &Path, empty: &Path) -> Result<()> {
         };
         let lower = [empty.to_owned()];
         let scratch = dir.join("scratch");
-        overlay(&lower, Some(&dir), Some(&users), &scratch).map(drop)
+        overlay(&lower, Some(&dir), Some(&users), None, &scratch).map(drop)
     })();
     crate::sandbox::files::remove_tree(&dir)?;
     made

@@ -13,6 +13,7 @@ use crate::error::{During, Error, Result};
 use crate::mount_attributes;
 use crate::node::Node;
 use crate::sandbox::files::private_dir;
+use crate::selinux::label::Label;
 use crate::slow::slow;
 
 /// Where they are mounted, in the bundle.
@@ -103,12 +104,13 @@ pub async fn lease(node: &Node, container: &str, mounts: &mut [Mount]) -> Result
 }
 
 /// Mounts them in the bundle and makes the mounts binds of that. `users` is the pod's user
-/// namespace. Blocks.
+/// namespace, `label` the SELinux label of the images' files. Blocks.
 pub fn mount(
     node: &Node,
     bundle: &Path,
     found: &[Found],
     users: Option<&idmap::Users>,
+    label: Option<&Label>,
     mounts: &mut [Mount],
 ) -> Result<()> {
     for image in found {
@@ -118,10 +120,11 @@ pub fn mount(
         let target = bundle.join(DIR).join(image.number.to_string());
         private_dir(&target)?;
         let what = || format!("mount an image for {:?}", mount.container_path);
-        mount_one(node, image, users, &target).during(what)?;
+        mount_one(node, image, users, label, &target).during(what)?;
         mount.host_path = target.to_string_lossy().into_owned();
         mount.readonly = true;
         mount.recursive_read_only = false;
+        mount.selinux_relabel = false;
         mount.uid_mappings.clear();
         mount.gid_mappings.clear();
     }
@@ -132,6 +135,7 @@ fn mount_one(
     node: &Node,
     image: &Found,
     users: Option<&idmap::Users>,
+    label: Option<&Label>,
     target: &Path,
 ) -> Result<()> {
     // Read-only, an overlay wants two layers.
@@ -144,7 +148,7 @@ fn mount_one(
         // An image of nothing.
         clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
     } else {
-        idmap::overlay(&lower, None, users, target)?
+        idmap::overlay(&lower, None, users, label, target)?
     };
     protect(&tree)?;
     if image

@@ -110,9 +110,6 @@ fn one(mount: &Mount, around: &Surroundings<'_>) -> Result<(PathBuf, Value)> {
             "is recursive_read_only, which the pod's runtime handler does not do by what its features say",
         );
     }
-    if mount.selinux_relabel && Path::new("/sys/fs/selinux/enforce").exists() {
-        return refuse("is to be relabelled (selinux_relabel), which rrun-cri does not do yet");
-    }
     if !mount.host_path.starts_with('/') {
         return refuse("has no absolute host_path");
     }

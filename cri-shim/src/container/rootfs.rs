@@ -17,6 +17,8 @@ use rustix::mount::{
 use super::idmap;
 use crate::error::{During, Error, Result, kernel};
 use crate::sandbox::files::private_dir;
+use crate::selinux::label::Label;
+use crate::selinux::relabel;
 
 /// The directories of one overlay.
 pub struct Overlay<'a> {
@@ -30,6 +32,8 @@ pub struct Overlay<'a> {
     pub base: &'a Path,
     /// The user namespace of the pod, if it has one of its own.
     pub users: Option<&'a idmap::Users>,
+    /// The SELinux label of its files.
+    pub label: Option<&'a Label>,
 }
 
 impl Overlay<'_> {
@@ -50,6 +54,9 @@ impl Overlay<'_> {
         private_dir(self.target)?;
         let what = || format!("mount the root filesystem on {}", self.target.display());
         if self.lower.is_empty() {
+            if let Some(label) = self.label {
+                relabel::one(&upper, label)?;
+            }
             return mount(
                 Some(&upper),
                 self.target,
@@ -61,7 +68,13 @@ impl Overlay<'_> {
             .during(what);
         }
         if self.users.is_some() {
-            let tree = idmap::overlay(self.lower, Some(self.writable), self.users, self.target);
+            let tree = idmap::overlay(
+                self.lower,
+                Some(self.writable),
+                self.users,
+                self.label,
+                self.target,
+            );
             return tree
                 .and_then(|tree| idmap::attach(tree.as_fd(), self.target))
                 .during(what);
@@ -104,6 +117,10 @@ impl Overlay<'_> {
         // A container does not outlive the machine, its writable layer need not either: without
         // this the unmounting of each container syncs the whole file system.
         fsconfig_set_flag(context, "volatile").map_err(|errno| said(context, errno, "volatile"))?;
+        if let Some(label) = self.label {
+            fsconfig_set_string(context, "context", label.to_string())
+                .map_err(|errno| said(context, errno, &format!("context={label}")))?;
+        }
         fsconfig_create(context).map_err(|errno| said(context, errno, "create it"))?;
         let mounted = fsmount(
             context,
@@ -135,12 +152,15 @@ impl Overlay<'_> {
                 .replace(',', "\\,")
         };
         let lower: Vec<String> = self.lower.iter().map(|layer| relative(layer)).collect();
-        let data = format!(
+        let mut data = format!(
             "lowerdir={},upperdir={},workdir={},volatile",
             lower.join(":"),
             relative(&self.writable.join("upper")),
             relative(&self.writable.join("work")),
         );
+        if let Some(label) = self.label {
+            data += &label.as_mount_option();
+        }
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new()
                 .name("overlay".into())
@@ -235,6 +255,7 @@ mod tests {
             target: &target,
             base: &base,
             users: None,
+            label: None,
         };
         let mut failed = None;
         for old in [false, true] {

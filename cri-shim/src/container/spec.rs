@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use rrun_proto::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SeLinuxOption,
-};
+use rrun_proto::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
 use serde_json::{Value, json};
 
 use super::capabilities::Sets;
@@ -16,6 +14,7 @@ use crate::config::Rlimit;
 use crate::error::{Error, Result};
 use crate::image::ImageConfig;
 use crate::sandbox::users::Mappings;
+use crate::selinux::{Labels, label};
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -84,6 +83,7 @@ pub struct Parts<'a> {
     /// What the handler's patterns let through.
     pub annotations: BTreeMap<String, String>,
     pub apparmor: Option<String>,
+    pub selinux: Option<Labels>,
 }
 
 /// Refuses what this server can't do yet, by the field's name.
@@ -101,14 +101,7 @@ pub fn check(config: &ContainerConfig) -> Result<()> {
             )));
         }
     }
-    let labels = context(config).selinux_options;
-    if labels.is_some_and(|labels| labels != SeLinuxOption::default())
-        && Path::new("/sys/fs/selinux/enforce").exists()
-    {
-        return Err(Error::unimplemented(
-            "the container asks for an SELinux label (linux.security_context.selinux_options), which rrun-cri does not do yet",
-        ));
-    }
+    label::check(context(config).selinux_options.as_ref())?;
     for mount in &config.mounts {
         super::image_volume::check(mount)?;
     }
@@ -215,6 +208,11 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
         process["apparmorProfile"] = json!(profile);
     }
 
+    // The privileged run as whoever starts them, or as the policy has it (spc_t).
+    if let Some(labels) = parts.selinux.as_ref().filter(|_| !context.privileged) {
+        process["selinuxLabel"] = json!(labels.process);
+    }
+
     let mut namespaces = vec![json!({ "type": "mount" })];
     // The privileged see the node's cgroups, as with containerd; but the root of a user namespace
     // can only mount those of a cgroup namespace of its own.
@@ -247,6 +245,9 @@ pub fn spec(parts: Parts<'_>) -> Result<Value> {
         "namespaces": namespaces,
         "resources": resources,
     });
+    if let Some(labels) = &parts.selinux {
+        linux["mountLabel"] = json!(labels.files);
+    }
     if !parts.devices.nodes.is_empty() {
         linux["devices"] = json!(parts.devices.nodes);
     }
@@ -341,6 +342,7 @@ mod tests {
             rlimits: &[],
             annotations: BTreeMap::new(),
             apparmor: None,
+            selinux: None,
         })
     }
 

@@ -48,6 +48,7 @@ pub fn make(
         made.push(Mount {
             container_path: place.to_string_lossy().into_owned(),
             host_path: host.to_string_lossy().into_owned(),
+            selinux_relabel: true,
             ..Mount::default()
         });
     }

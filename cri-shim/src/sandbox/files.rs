@@ -10,6 +10,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rrun_proto::v1::DnsConfig;
 
 use crate::error::{During, Error, Result};
+use crate::selinux::label::Label;
+use crate::selinux::relabel;
 
 /// Bytes; what Docker and containerd give.
 const SHM_SIZE: &str = "64m";
@@ -46,9 +48,22 @@ pub fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
+/// What containers see of a pod's files.
+const SEEN: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+
+/// Gives them, as far as they are there, an SELinux label.
+pub fn label(dir: &Path, label: &Label) -> Result<()> {
+    for path in SEEN.map(|name| dir.join(name)) {
+        if path.exists() {
+            relabel::one(&path, label)?;
+        }
+    }
+    Ok(())
+}
+
 /// Gives what containers see of the pod's files to the root of its user namespace.
 pub fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
-    for name in ["hostname", "hosts", "resolv.conf"] {
+    for name in SEEN {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -79,12 +94,16 @@ pub fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
     Ok(())
 }
 
-/// Mounts the /dev/shm that the containers of the pod share, for this user and group.
-pub fn mount_shm(path: &Path, root: Option<(u32, u32)>) -> Result<()> {
+/// Mounts the /dev/shm that the containers of the pod share, for this user and group, with this
+/// SELinux label.
+pub fn mount_shm(path: &Path, root: Option<(u32, u32)>, label: Option<&Label>) -> Result<()> {
     std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let (uid, gid) = root.unwrap_or_default();
-    let data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
+    let mut data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
+    if let Some(label) = label {
+        data += &label.as_mount_option();
+    }
     mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str()))
         .map_err(io::Error::from)
         .during(|| format!("mount a tmpfs on {}", path.display()))

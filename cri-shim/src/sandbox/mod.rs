@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::monitor_client::{MonitorClient, SOCKET_NAME};
 use crate::node::Node;
+use crate::selinux::Labels;
+use crate::selinux::categories::Held;
 use crate::slow::slow;
 use crate::store::{Entry, Table};
 
@@ -41,6 +43,10 @@ pub struct Sandbox {
     pub cgroup: String,
     /// The directories of it that this server made, outermost first.
     pub cgroups_made: Vec<PathBuf>,
+    /// `None` where pods have no labels.
+    pub selinux: Option<Labels>,
+    /// No other pod is given its level.
+    _level: Option<Held>,
     pub monitor: MonitorClient,
     state: Mutex<State>,
     /// Containers being made; the pod's removal waits for them.
@@ -80,6 +86,8 @@ pub struct Record {
     pub cgroups_made: Vec<PathBuf>,
     pub ready: bool,
     pub addresses: Vec<IpAddr>,
+    #[serde(default)]
+    pub selinux: Option<Labels>,
 }
 
 impl Sandbox {
@@ -101,6 +109,11 @@ impl Sandbox {
             created_at: record.created_at,
             cgroup: record.cgroup,
             cgroups_made: record.cgroups_made,
+            _level: record
+                .selinux
+                .as_ref()
+                .map(|labels| node.selinux.hold(labels)),
+            selinux: record.selinux,
             state: Mutex::new(state),
             creating: tokio::sync::watch::Sender::new(0),
         }
@@ -126,6 +139,7 @@ impl Sandbox {
             cgroups_made: self.cgroups_made.clone(),
             ready: state.ready,
             addresses: state.addresses.clone(),
+            selinux: self.selinux.clone(),
         }
     }
 

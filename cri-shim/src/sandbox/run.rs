@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata};
+use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
 
 use super::namespaces::{self, Sharing};
 use super::{RECORD, Record, Sandbox, files, stop, sysctl, users, watch};
@@ -13,6 +13,7 @@ use crate::monitor::protocol::{Hello, Pod};
 use crate::monitor_client;
 use crate::network::namespace as netns;
 use crate::node::{Node, new_id, now};
+use crate::selinux::label;
 use crate::slow::{blocking, slow};
 
 /// The host name's limit, sethostname(2).
@@ -56,6 +57,11 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
         _ => cgroup::own(&node.config.default_cgroup_parent, &id),
     };
+    // Until the pod holds its level itself.
+    let (selinux, _level) = match node.selinux.of_pod(&id, &selinux_options(&config))? {
+        Some((labels, held)) => (Some(labels), Some(held)),
+        None => (None, None),
+    };
     let record = Record {
         id,
         config,
@@ -65,6 +71,7 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
         cgroups_made: Vec::new(),
         ready: false,
         addresses: Vec::new(),
+        selinux,
     };
     let name = format!("pod {}", record.id);
     let files = {
@@ -117,6 +124,14 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     );
     log::info!("{}: ready", sandbox.name());
     Ok(sandbox.id.clone())
+}
+
+fn selinux_options(config: &PodSandboxConfig) -> SeLinuxOption {
+    let linux = config.linux.as_ref();
+    linux
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|context| context.selinux_options.clone())
+        .unwrap_or_default()
 }
 
 fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharing> {
@@ -180,7 +195,7 @@ fn check_fields(config: &PodSandboxConfig) -> Result<()> {
             "the pod's security context has run_as_group without run_as_user",
         ));
     }
-    Ok(())
+    label::check(context.and_then(|context| context.selinux_options.as_ref()))
 }
 
 /// The record as far as making the pod had come.
@@ -228,8 +243,12 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
         );
         files::let_through(&all.map(AsRef::as_ref), &own.map(AsRef::as_ref), root.1)?;
     }
+    if let Some(labels) = &record.selinux {
+        files::label(&dir, &labels.files)?;
+    }
     if sharing.own_ipc {
-        files::mount_shm(&dir.join("shm"), root)?;
+        let label = record.selinux.as_ref().map(|labels| &labels.files);
+        files::mount_shm(&dir.join("shm"), root, label)?;
     }
     if sharing.own_network && !sharing.own_users {
         netns::create(&node.netns(&record.id))
@@ -273,6 +292,9 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
         files::write(&dir.join("hosts"), &hosts)?;
         if let Some(users) = users::mappings(&sandbox.config)? {
             files::give_to(&dir, users.root())?;
+        }
+        if let Some(labels) = &sandbox.selinux {
+            files::label(&dir, &labels.files)?;
         }
     }
     let netns = node.netns(&sandbox.id);

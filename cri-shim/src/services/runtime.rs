@@ -69,6 +69,7 @@ impl Runtime {
                     "path": handler.path, "options": handler.options,
                 }))).collect::<BTreeMap<_, _>>(),
                 "restrictOomScoreAdj": config.restrict_oom_score_adj,
+                "enableSelinux": config.enable_selinux,
                 "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
                 // seccomp(2), "/proc interfaces": not there in kernels without it.
                 "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
@@ -179,6 +180,7 @@ impl Runtime {
                 "directory": self.node.sandbox_dir(&sandbox.id),
                 "networkNamespace": self.node.netns(&sandbox.id),
                 "pid1": state.pid1,
+                "selinux": sandbox.selinux,
                 "cniResult": self.node.network.results(&sandbox.id).await,
             });
             info.insert("info".to_owned(), shown.to_string());
