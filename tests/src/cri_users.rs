@@ -45,7 +45,7 @@ fn options() -> Value {
     json!({ "mode": 0, "uids": ids(), "gids": ids() })
 }
 
-fn pod(node: &Node, name: &str, pid: i32) -> Value {
+pub fn pod(node: &Node, name: &str, pid: i32) -> Value {
     let mut pod = node.pod(name);
     let context = &mut pod["linux"]["security_context"]["namespace_options"];
     context["pid"] = json!(pid);
@@ -53,7 +53,7 @@ fn pod(node: &Node, name: &str, pid: i32) -> Value {
     pod
 }
 
-fn container(node: &Node, name: &str, pid: i32, command: &[&str]) -> Value {
+pub fn container(node: &Node, name: &str, pid: i32, command: &[&str]) -> Value {
     let mut container = node.container(name, command);
     container["linux"]["security_context"]["namespace_options"] =
         json!({ "pid": pid, "userns_options": options() });

@@ -165,7 +165,8 @@ fn report() -> Result<(), Error> {
         "memory_policy": text("/proc/self/numa_maps").lines().next()
             .and_then(|line| line.split(' ').nth(1).map(str::to_owned)),
         "keyring": keyring(),
-        "label": text("/proc/self/attr/current"),
+        // SELinux ends it with a NUL.
+        "label": text("/proc/self/attr/current").trim_end_matches('\0'),
     })
     .to_string())
 }

@@ -35,6 +35,7 @@ mod cri_metrics;
 mod cri_pods;
 mod cri_restart;
 mod cri_seccomp;
+mod cri_selinux;
 mod cri_streaming;
 mod cri_streaming_attach;
 mod cri_streaming_exec;
@@ -161,6 +162,7 @@ fn main() -> ExitCode {
         cri_handlers::TESTS,
         cri_config::TESTS,
         cri_apparmor::TESTS,
+        cri_selinux::TESTS,
         cri_calls::TESTS,
         cri_restart::TESTS,
         cri_streaming::TESTS,

@@ -1,6 +1,7 @@
 //! What the kernel's security modules are told: AppArmor profiles, SELinux labels.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::json;
 
@@ -25,11 +26,22 @@ pub const TESTS: &[Test] = &[
     ),
     test!(a_profile_without_apparmor_is_refused, Need::Rrun),
     test!(an_selinux_label_reaches_the_process, SELINUX),
+    test!(an_selinux_label_is_on_what_is_mounted, SELINUX),
+    test!(
+        selinux_keeps_a_container_from_what_has_other_categories,
+        SELINUX
+    ),
+    test!(
+        an_selinux_label_that_the_policy_does_not_know_is_told,
+        SELINUX,
+        Need::Rrun
+    ),
 ];
 
 const APPARMOR: Need = Need::File("/sys/kernel/security/apparmor/profiles");
 const PARSER: Need = Need::Program("apparmor_parser");
-const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
+/// Only the guest of `tests/vm/run --selinux` has it.
+pub const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
 
 /// A profile in the kernel; dropped, it is taken out again.
 struct Profile(String);
@@ -142,10 +154,83 @@ fn a_profile_without_apparmor_is_refused() -> Result {
     Ok(())
 }
 
-/// Without a policy the kernel knows the labels of its own initial processes only.
+/// Of the policy of `tests/vm/run --selinux`.
+const PROCESS: &str = "system_u:system_r:container_t:s0:c1,c2";
+const FILES: &str = "system_u:object_r:container_file_t:s0:c1,c2";
+
+/// A container with SELinux labels, whose root filesystem it may use.
+fn labelled(args: &[&str]) -> Result<Bundle> {
+    let mut bundle = writable(args)?;
+    label(&bundle.rootfs(), "system_u:object_r:container_file_t:s0")?;
+    bundle.set("/process/selinuxLabel", json!(PROCESS));
+    bundle.set("/linux/mountLabel", json!(FILES));
+    Ok(bundle)
+}
+
+fn label(path: &Path, label: &str) -> Result {
+    command("chcon", ["--recursive", label])
+        .arg(path)
+        .ok()
+        .map(|_| ())
+}
+
 fn an_selinux_label_reaches_the_process() -> Result {
-    let mut bundle = Bundle::new(&[])?;
-    bundle.set("/process/selinuxLabel", json!("kernel"));
-    ensure_eq!(bundle.report()?["label"], "kernel", "label");
+    let mut bundle = labelled(&[])?;
+    ensure_eq!(bundle.report()?["label"], PROCESS, "label");
+
+    bundle.args(&["sleep", "600"]).start()?;
+    let report = |options: &[&str]| bundle.exec(options, &["report"]).ok()?.json();
+    ensure_eq!(report(&[])?["label"], PROCESS, "label of exec");
+    let other = "system_u:system_r:container_other_t:s0:c1,c2";
+    let asked = report(&["--process-label", other])?;
+    ensure_eq!(asked["label"], other, "label that exec asks for");
+    bundle.end()?;
+    Ok(())
+}
+
+/// What the kernel labels as a whole says so in mountinfo.
+fn an_selinux_label_is_on_what_is_mounted() -> Result {
+    let mut bundle = labelled(&[])?;
+    let report = bundle.report()?;
+    let mounts = report["mounts"].as_array().ok_or("no mounts")?;
+    let labelled: Vec<&str> = mounts
+        .iter()
+        .filter_map(|line| line.as_str())
+        .filter(|line| line.contains(&format!("context=\"{FILES}\"")))
+        .filter_map(|line| line.split(' ').nth(4))
+        .collect();
+    for there in ["/dev", "/dev/pts", "/dev/shm"] {
+        ensure!(labelled.contains(&there), "{there} is not in {labelled:?}");
+    }
+    for own in ["/proc", "/sys"] {
+        ensure!(!labelled.contains(&own), "{own} is in {labelled:?}");
+    }
+    Ok(())
+}
+
+fn selinux_keeps_a_container_from_what_has_other_categories() -> Result {
+    let mut bundle = labelled(&["write", "/data/file", "x"])?;
+    let data = bundle.rootfs().join("data");
+    label(&data, "system_u:object_r:container_file_t:s0:c3,c4")?;
+    let denied = bundle.call(&["run"])?.exits(1)?;
+    ensure!(denied.stderr.contains("denied"), "{}", denied.told());
+    label(&data, FILES)?;
+    bundle.run()?;
+    label(&data, "system_u:object_r:file_t:s0")?;
+    bundle.call(&["run"])?.exits(1)?;
+    bundle.set("/process/selinuxLabel", json!(""));
+    bundle.run()?;
+    Ok(())
+}
+
+fn an_selinux_label_that_the_policy_does_not_know_is_told() -> Result {
+    let mut bundle = labelled(&["exit", "0"])?;
+    bundle.set("/process/selinuxLabel", json!("system_u:system_r:no_t:s0"));
+    let output = bundle.call(&["run"])?.exits(1)?;
+    ensure!(
+        output.stderr.contains("process.selinuxLabel") && output.stderr.contains("no_t"),
+        "{}",
+        output.told()
+    );
     Ok(())
 }
