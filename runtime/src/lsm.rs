@@ -124,7 +124,12 @@ impl OpenLabels {
         let Some(selinux) = &self.selinux else {
             return make();
         };
-        let doing = || format!("label the session keyring {}", selinux.label);
+        let doing = || {
+            format!(
+                "label the session keyring as process.selinuxLabel says, {}",
+                selinux.label
+            )
+        };
         rustix::io::pwrite(&selinux.keycreate, selinux.label.as_bytes(), 0).doing(doing)?;
         let made = make();
         rustix::io::pwrite(&selinux.keycreate, b"\0", 0).doing(doing)?;
