@@ -60,10 +60,10 @@ pub fn exec(
     exec.all()
 }
 
-/// What the container has logged, by kubelet.
+/// What the container has logged, by kubelet. All of it: minutes can have gone by on a busy machine,
+/// with a probe's line each second.
 pub fn logs(pod: &Value, container: &str) -> Result<String> {
-    let path = format!("/{container}?tailLines=50");
-    let url = url("containerLogs", pod, &path);
+    let url = url("containerLogs", pod, &format!("/{container}"));
     Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
 }
 
