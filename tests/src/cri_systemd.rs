@@ -121,12 +121,10 @@ fn story(node: &mut Node) -> Result {
     let text = fs::read_to_string(&config)?;
     fs::write(&config, format!("nonsense = 1\n{text}"))?;
     ensure!(systemctl(&["reload", UNIT]).is_err(), "it is reloaded");
-    let status = command("systemctl", ["status", "--no-pager", UNIT]).end()?;
-    ensure!(
-        status.stdout.contains("line 1, nonsense"),
-        "{}",
-        status.told()
-    );
+    wait_for("systemctl status to have the sentence", || {
+        let status = command("systemctl", ["status", "--no-pager", "--full", UNIT]).end()?;
+        Ok(status.stdout.contains("line 1, nonsense").then_some(()))
+    })?;
     ensure_eq!(property("MainPID")?, second, "main process after it");
     fs::write(&config, &text)?;
     systemctl(&["reload", UNIT])?;

@@ -341,9 +341,9 @@ fn a_limit_below_what_is_in_use_is_told_by_its_name() -> Result {
     for _ in 0..5 {
         let bundle = Bundle::in_slice(SLICE, &["allocate", "64"])?;
         bundle.start()?;
-        wait_for("it to use 64 MB", || {
+        wait_for("it to use much of 64 MB", || {
             let used: u64 = bundle.cgroup_file("memory.current")?.parse()?;
-            Ok((used > 64 << 20).then_some(()))
+            Ok((used > 48 << 20).then_some(()))
         })?;
         let output = bundle.call(&["update", "--memory", "8m"])?.end()?;
         ensure!(
@@ -352,8 +352,9 @@ fn a_limit_below_what_is_in_use_is_told_by_its_name() -> Result {
             "{}",
             output.told()
         );
-        bundle.wait_status("stopped")?;
-        bundle.delete()?;
+        // Dead or, where there is swap, alive.
+        let delete = ["delete", "--force", bundle.id()];
+        bundle.runtime(&delete).ok()?;
         ensure_gone(&bundle)?;
     }
     Ok(())
