@@ -106,7 +106,8 @@ metrics_are_served() { kubectl get --raw /apis/metrics.k8s.io/v1beta1; }
 metrics() {
     daemon metrics-server --kubeconfig "$state/metrics.conf" --authentication-kubeconfig "$state/metrics.conf" \
         --authorization-kubeconfig "$state/metrics.conf" --secure-port 4443 --cert-dir "$state/metrics-certs" \
-        --kubelet-insecure-tls --kubelet-preferred-address-types InternalIP --metric-resolution 10s
+        --kubelet-insecure-tls --kubelet-preferred-address-types InternalIP \
+        --metric-resolution 15s --kubelet-request-timeout 12s
     kubectl apply -f - <<'END'
 apiVersion: v1
 kind: Service

@@ -56,9 +56,12 @@ pub fn counts() -> bool {
 
 impl<'a> Cluster<'a> {
     pub fn start(node: &mut Node) -> Result<Self> {
-        let mut config = "";
+        Self::configured(node, if counts() { "" } else { UNCOUNTED })
+    }
+
+    /// One whose kubelet has these lines in its configuration: [`UNCOUNTED`] where that is so.
+    pub fn configured(node: &mut Node, config: &'a str) -> Result<Self> {
         if !counts() {
-            config = UNCOUNTED;
             without_limits(node)?;
         }
         let options = Options {

@@ -1,10 +1,10 @@
 //! kubelet when the images' disk is full: what it is told of the disk, and which images it removes.
-//! (Pods that it evicts after them want an API server: a static pod is critical.)
+//! (Pods that it evicts after them want an API server, a static pod being critical: `cluster_eviction`.)
 
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use serde_json::{Value, json};
 
@@ -35,7 +35,7 @@ pub const TESTS: &[Test] = &[
 
 /// The size of the images' disk, in MiB, and how much of it is to be free.
 const SIZE: u64 = 384;
-const FREE: u64 = 96;
+pub const FREE: u64 = 96;
 
 /// A node whose images and containers have a disk to themselves, with two images that no pod uses
 /// and a pod that is Ready.
@@ -45,17 +45,7 @@ fn on_a_small_disk(
 ) -> Result {
     on_a_node(|node| {
         without_limits(node)?;
-        node.terminate_server()?;
-        let disk = Disk(&node.join("root"));
-        let size = format!("size={SIZE}m,mode=755");
-        mount(
-            Some("images"),
-            disk.0,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            Some(size.as_str()),
-        )?;
-        node.start_server()?;
+        let disk = Disk::of_the_images(node)?;
         node.pull(FLASK)?;
         node.pull(WEB)?;
         let config = format!("{thresholds}{UNCOUNTED}");
@@ -72,15 +62,42 @@ fn on_a_small_disk(
     })
 }
 
-struct Disk<'a>(&'a Path);
+/// A disk of [`SIZE`] MiB.
+pub struct Disk(PathBuf);
 
-impl Disk<'_> {
-    fn ballast(&self) -> std::path::PathBuf {
+impl Disk {
+    /// For what is kept in this directory.
+    pub fn at(place: PathBuf) -> Result<Self> {
+        let size = format!("size={SIZE}m,mode=755");
+        let flags = MsFlags::empty();
+        mount(
+            Some("disk"),
+            &place,
+            Some("tmpfs"),
+            flags,
+            Some(size.as_str()),
+        )?;
+        Ok(Disk(place))
+    }
+
+    /// For the images and containers of a node that has none yet; it goes with the node.
+    pub fn of_the_images(node: &mut Node) -> Result<Self> {
+        node.terminate_server()?;
+        let disk = Disk::at(node.join("root"))?;
+        node.start_server()?;
+        Ok(disk)
+    }
+
+    pub fn unmount(self) -> Result {
+        Ok(umount2(&self.0, MntFlags::MNT_DETACH)?)
+    }
+
+    fn ballast(&self) -> PathBuf {
         self.0.join("ballast")
     }
 
-    fn free(&self) -> Result<u64> {
-        let told = statvfs(self.0)?;
+    pub fn free(&self) -> Result<u64> {
+        let told = statvfs(&self.0)?;
         Ok(told.blocks_available() * told.fragment_size())
     }
 
@@ -165,6 +182,18 @@ fn only_the_pods_image_stays(node: &Node) -> Result {
     })
 }
 
+/// Whether kubelet tells the size of this disk, and what is free, which is given.
+pub fn is_told(told: &Value, disk: &Disk) -> Result<u64> {
+    let free = disk.free()?;
+    ensure_eq!(told["capacityBytes"], SIZE * MIB, "the capacity in {told}");
+    let available = told["availableBytes"].as_u64();
+    ensure!(
+        available.is_some_and(|available| available.abs_diff(free) < MIB),
+        "free are {free}, told is {told}"
+    );
+    Ok(free)
+}
+
 /// Of what kubelet decides by.
 fn the_disk_is_told_of(kubelet: &Kubelet, disk: &Disk) -> Result {
     wait_for("kubelet to tell the images' disk as it is", || {
@@ -174,12 +203,7 @@ fn the_disk_is_told_of(kubelet: &Kubelet, disk: &Disk) -> Result {
             let number = told[name].as_u64();
             number.ok_or(format!("no {name} in {told}"))
         };
-        let free = disk.free()?;
-        ensure_eq!(number("capacityBytes")?, SIZE * MIB, "the capacity");
-        ensure!(
-            number("availableBytes")?.abs_diff(free) < MIB,
-            "free are {free}, told is {told}"
-        );
+        let free = is_told(told, disk)?;
         // All that is on it are images and one container that writes nothing.
         let used = SIZE * MIB - free;
         let told_used = number("usedBytes")?;

@@ -75,8 +75,14 @@ impl Swap {
     const FILE: &str = "/var/tmp/kubelet-swap";
 
     pub fn on() -> Result<Self> {
+        Self::of(256)
+    }
+
+    /// So many MiB.
+    pub fn of(size: u64) -> Result<Self> {
         let swap = Swap;
-        command("fallocate", ["--length", "256M", Self::FILE]).ok()?;
+        let length = format!("{size}M");
+        command("fallocate", ["--length", &length, Self::FILE]).ok()?;
         command("chmod", ["600", Self::FILE]).ok()?;
         command("mkswap", [Self::FILE]).ok()?;
         command("swapon", [Self::FILE]).ok()?;

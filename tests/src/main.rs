@@ -14,6 +14,8 @@ mod caller;
 mod cgroup_use;
 mod cluster;
 mod cluster_application;
+mod cluster_eviction;
+mod cluster_features;
 mod cluster_kubectl;
 mod cni_faults;
 mod cni_plugins;
@@ -186,6 +188,8 @@ fn main() -> ExitCode {
         kubelet_application::TESTS,
         cluster_application::TESTS,
         cluster_kubectl::TESTS,
+        cluster_features::TESTS,
+        cluster_eviction::TESTS,
         kubelet_features::TESTS,
         kubelet_disk::TESTS,
         kubelet_shutdown::TESTS,

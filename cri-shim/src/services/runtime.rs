@@ -346,24 +346,34 @@ impl Runtime {
         streaming::exec_sync(&self.node, &container, &request.cmd, request.timeout).await
     }
 
-    fn container_stats(&self, id: &str) -> Result<ContainerStatsResponse> {
+    async fn container_stats(&self, id: &str) -> Result<ContainerStatsResponse> {
         let container = self.node.container(id)?;
+        let only = std::slice::from_ref(&container);
+        self.node.stats.refresh(&self.node, only).await;
         Ok(ContainerStatsResponse {
             stats: Some(stats::container(&self.node, &container)),
         })
     }
 
-    fn all_container_stats(&self, filter: Option<&ContainerStatsFilter>) -> Vec<ContainerStats> {
-        let all = self.node.containers();
-        all.iter()
-            .filter(|container| stats::matches_container(filter, container))
-            .filter(|container| container.phase() == container::Phase::Running)
-            .map(|container| stats::container(&self.node, container))
+    async fn all_container_stats(
+        &self,
+        filter: Option<&ContainerStatsFilter>,
+    ) -> Vec<ContainerStats> {
+        let mut all = self.node.containers();
+        all.retain(|container| {
+            stats::matches_container(filter, container)
+                && container.phase() == container::Phase::Running
+        });
+        self.node.stats.refresh(&self.node, &all).await;
+        let all = all.iter();
+        all.map(|container| stats::container(&self.node, container))
             .collect()
     }
 
-    fn sandbox_stats(&self, id: &str) -> Result<PodSandboxStatsResponse> {
+    async fn sandbox_stats(&self, id: &str) -> Result<PodSandboxStatsResponse> {
         let sandbox = self.node.sandbox(id)?;
+        let containers = self.node.containers_of(&sandbox.id);
+        self.node.stats.refresh(&self.node, &containers).await;
         Ok(PodSandboxStatsResponse {
             stats: Some(stats::sandbox(
                 &self.node,
@@ -373,7 +383,11 @@ impl Runtime {
         })
     }
 
-    fn all_sandbox_stats(&self, filter: Option<&PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
+    async fn all_sandbox_stats(
+        &self,
+        filter: Option<&PodSandboxStatsFilter>,
+    ) -> Vec<PodSandboxStats> {
+        self.refresh_running().await;
         let all = self.node.sandboxes();
         let counters = self.node.network.counters();
         all.iter()
@@ -382,11 +396,18 @@ impl Runtime {
             .map(|sandbox| stats::sandbox(&self.node, sandbox, &counters))
             .collect()
     }
+
+    async fn refresh_running(&self) {
+        let mut all = self.node.containers();
+        all.retain(|container| container.phase() == container::Phase::Running);
+        self.node.stats.refresh(&self.node, &all).await;
+    }
 }
 
 impl Runtime {
     /// Of the pods that are ready: what has ended uses nothing.
     async fn sandbox_metrics(&self) -> Vec<PodSandboxMetrics> {
+        self.refresh_running().await;
         let node = Arc::clone(&self.node);
         blocking("read the pods' metrics", move || {
             let all = node.sandboxes();
@@ -637,7 +658,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ContainerStatsRequest>,
     ) -> Result<Response<ContainerStatsResponse>, Status> {
-        let stats = Runtime::container_stats(self, &request.get_ref().container_id);
+        let stats = Runtime::container_stats(self, &request.get_ref().container_id).await;
         answer("ContainerStats", stats)
     }
 
@@ -645,7 +666,9 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ListContainerStatsRequest>,
     ) -> Result<Response<ListContainerStatsResponse>, Status> {
-        let stats = self.all_container_stats(request.get_ref().filter.as_ref());
+        let stats = self
+            .all_container_stats(request.get_ref().filter.as_ref())
+            .await;
         Ok(Response::new(ListContainerStatsResponse { stats }))
     }
 
@@ -655,7 +678,9 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        let stats = self.all_container_stats(request.get_ref().filter.as_ref());
+        let stats = self
+            .all_container_stats(request.get_ref().filter.as_ref())
+            .await;
         let message = |container_stats| StreamContainerStatsResponse { container_stats };
         Ok(Response::new(in_chunks(stats, message)))
     }
@@ -664,7 +689,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<PodSandboxStatsRequest>,
     ) -> Result<Response<PodSandboxStatsResponse>, Status> {
-        let stats = self.sandbox_stats(&request.get_ref().pod_sandbox_id);
+        let stats = self.sandbox_stats(&request.get_ref().pod_sandbox_id).await;
         answer("PodSandboxStats", stats)
     }
 
@@ -672,7 +697,9 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ListPodSandboxStatsRequest>,
     ) -> Result<Response<ListPodSandboxStatsResponse>, Status> {
-        let stats = self.all_sandbox_stats(request.get_ref().filter.as_ref());
+        let stats = self
+            .all_sandbox_stats(request.get_ref().filter.as_ref())
+            .await;
         Ok(Response::new(ListPodSandboxStatsResponse { stats }))
     }
 
@@ -682,7 +709,9 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        let stats = self.all_sandbox_stats(request.get_ref().filter.as_ref());
+        let stats = self
+            .all_sandbox_stats(request.get_ref().filter.as_ref())
+            .await;
         let message = |pod_sandbox_stats| StreamPodSandboxStatsResponse { pod_sandbox_stats };
         Ok(Response::new(in_chunks(stats, message)))
     }

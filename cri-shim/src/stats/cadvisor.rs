@@ -440,7 +440,7 @@ fn of_processes(metrics: &mut Metrics, dir: &Path) {
 }
 
 fn of_disk(metrics: &mut Metrics, node: &Node, container: &Container) {
-    let usage = node.stats.writable.of(node, &container.id);
+    let usage = node.stats.writable.of(&container.id);
     let layer: PathBuf = node.writable_layer(&container.id);
     let Ok(disk) = rustix::fs::statvfs(&layer) else {
         return;

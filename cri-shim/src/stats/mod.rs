@@ -49,6 +49,12 @@ impl Cache {
         self.writable.forget(id);
     }
 
+    /// Has figures of these containers that take a walk through a disk made anew, if that is soon done.
+    pub async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
+        let ids = containers.iter().map(|container| container.id.as_str());
+        self.writable.refresh(node, ids).await;
+    }
+
     /// Nanoseconds of CPU time a second since the last reading; of readings that follow closely
     /// the older one counts.
     fn rate(&self, id: &str, at: i64, used: u64) -> Option<u64> {
@@ -92,7 +98,7 @@ pub fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
     };
-    let writable = node.stats.writable.of(node, &container.id);
+    let writable = node.stats.writable.of(&container.id);
     let dir = container.cgroup_dir();
     if container.phase() == Phase::Exited || !dir.is_dir() {
         return ContainerStats {

@@ -1,16 +1,24 @@
-//! How much is in a container's writable layer: counted in the background, now and then, by a
-//! walk.
+//! How much is in a container's writable layer: counted by a walk when somebody asks, and told as it
+//! was last where the walk takes long.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::node::{Node, now};
 
-/// How old a count may be before the next one begins.
+/// A layer is counted again after so many times what the last walk took: at most a hundredth of one
+/// CPU's time goes there. kubelet evicts who uses most by these figures, so that they must not lag
+/// behind what the disk itself says.
+const REST: u32 = 100;
+
+/// How old a count may be before the next one begins in any case.
 const MAX_AGE: Duration = Duration::from_secs(30);
+
+/// How long an answer waits for walks.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// The most entries that one walk looks at; a layer with more is told as so large.
 const ENTRIES: u64 = 1 << 20;
@@ -25,46 +33,79 @@ pub struct Usage {
 
 #[derive(Default)]
 pub struct Cache {
-    counts: Arc<Mutex<HashMap<String, Entry>>>,
+    counts: Counts,
 }
+
+type Counts = Arc<Mutex<HashMap<String, Entry>>>;
 
 #[derive(Clone, Copy, Default)]
 struct Entry {
     usage: Usage,
+    took: Duration,
     counting: bool,
+}
+
+impl Entry {
+    fn is_due(&self, now: i64) -> bool {
+        let age = u128::from(now.saturating_sub(self.usage.at).unsigned_abs());
+        let rest = self.took.saturating_mul(REST).min(MAX_AGE);
+        !self.counting && age > rest.as_nanos()
+    }
+}
+
+fn lock(counts: &Counts) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+    counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cache {
     pub fn forget(&self, id: &str) {
-        self.lock().remove(id);
+        lock(&self.counts).remove(id);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The last count.
+    pub fn of(&self, id: &str) -> Usage {
+        let counts = lock(&self.counts);
+        counts.get(id).map(|entry| entry.usage).unwrap_or_default()
     }
 
-    /// The last count; begins a new one if that is old.
-    pub fn of(&self, node: &Node, id: &str) -> Usage {
-        let mut counts = self.lock();
-        let entry = counts.entry(id.to_owned()).or_default();
-        let age = u128::from(now().saturating_sub(entry.usage.at).unsigned_abs());
-        if !entry.counting && age > MAX_AGE.as_nanos() {
-            entry.counting = true;
-            let counts = Arc::clone(&self.counts);
-            let (id, dir) = (id.to_owned(), node.writable_layer(id).join("upper"));
-            tokio::task::spawn_blocking(move || {
+    /// Counts again what is due of these containers; waits a moment for it, and no longer.
+    pub async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
+        let mut due = Vec::new();
+        {
+            let (mut counts, now) = (lock(&self.counts), now());
+            for id in ids {
+                let entry = counts.entry(id.to_owned()).or_default();
+                if entry.is_due(now) {
+                    entry.counting = true;
+                    due.push((
+                        entry.took,
+                        id.to_owned(),
+                        node.writable_layer(id).join("upper"),
+                    ));
+                }
+            }
+        }
+        if due.is_empty() {
+            return;
+        }
+        // Nobody waits for a large one before a small one.
+        due.sort_unstable();
+        let counts = Arc::clone(&self.counts);
+        let walks = tokio::task::spawn_blocking(move || {
+            for (_, id, dir) in due {
+                let began = Instant::now();
                 let usage = count(&dir);
-                let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
                 // Gone meanwhile: not again.
-                if let Some(entry) = counts.get_mut(&id) {
+                if let Some(entry) = lock(&counts).get_mut(&id) {
                     *entry = Entry {
                         usage,
+                        took: began.elapsed(),
                         counting: false,
                     };
                 }
-            });
-        }
-        entry.usage
+            }
+        });
+        let _ = tokio::time::timeout(PATIENCE, walks).await;
     }
 }
 
@@ -103,4 +144,35 @@ fn count(dir: &Path) -> Usage {
         }
     }
     usage
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_took_long_is_counted_seldom() {
+        let entry = |took, at| Entry {
+            usage: Usage {
+                at,
+                ..Usage::default()
+            },
+            took,
+            counting: false,
+        };
+        let second = 1_000_000_000;
+        let now = 1000 * second;
+        assert!(Entry::default().is_due(now), "never counted");
+        let short = Duration::from_micros(50);
+        assert!(entry(short, now - second).is_due(now));
+        assert!(!entry(short, now - 1000).is_due(now));
+        let long = Duration::from_secs(3);
+        assert!(!entry(long, now - 29 * second).is_due(now));
+        assert!(entry(long, now - 31 * second).is_due(now));
+        let counting = Entry {
+            counting: true,
+            ..Entry::default()
+        };
+        assert!(!counting.is_due(now));
+    }
 }
