@@ -12,6 +12,7 @@ mod critest;
 mod exec_sync;
 mod fleet;
 mod launch;
+mod load;
 mod logs;
 mod memory;
 mod network;
@@ -46,7 +47,7 @@ enum Benchmark {
     Oci(oci::Options),
     /// CRI servers: critest's benchmark, a pod's life, ExecSync, pulls, memory
     Cri(cri::Options),
-    /// kubelet: from manifests to Ready, in the guest machine
+    /// kubelet: from manifests to Ready, and what a node full of probed pods uses
     Ready(ready::Options),
 }
 

@@ -133,6 +133,15 @@ pub fn resident(name: &str) -> Result<f64> {
     Ok(look()?.rss.get(name).copied().unwrap_or(0.0))
 }
 
+/// The proportional set sizes of all processes of this view by program, in kB, without these and
+/// what is no part of a server.
+pub fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
+    let mut programs = look()?.pss;
+    programs
+        .retain(|name, _| !OTHERS.contains(&name.as_str()) && !workload.contains(&name.as_str()));
+    Ok(programs)
+}
+
 fn look() -> Result<Memory> {
     let mut memory = Memory::default();
     for entry in fs::read_dir("/proc")?.flatten() {

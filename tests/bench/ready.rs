@@ -1,16 +1,19 @@
 //! kubelet over either server: from a pod's manifest to Ready, and from its removal until it is
-//! gone.
+//! gone; and what a node full of probed pods uses.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::load::{self, Load};
 use crate::report::{self, Table, figure, ratio};
+use crate::samples::Samples;
 use crate::service::Service;
 use crate::{Result, cri};
 
@@ -19,9 +22,15 @@ pub struct Options {
     /// containerd, rrun-cri; figures are compared with the first one's
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
     servers: Vec<String>,
-    /// How many pods at a time
-    #[arg(long, value_delimiter = ',', default_value = "3,20")]
+    /// How many pods at a time; the most of them stay, for what the node uses then
+    #[arg(long, value_delimiter = ',', default_value = "1,30")]
     pods: Vec<usize>,
+    /// How often few pods, five or less, come and go; more do so once
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// For how many seconds the node is watched
+    #[arg(long, default_value_t = 20)]
+    watch: u64,
     /// A web server on port 5000; it is there before the pods are
     #[arg(long, default_value = "127.0.0.1:5000/demo/web:1")]
     image: String,
@@ -31,6 +40,9 @@ const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
 /// Enough for a guest that computes twenty times slower than a host.
 const DEADLINE: Duration = Duration::from_secs(600);
+
+/// So many pods or less are few.
+const FEW: usize = 5;
 
 /// Seconds from the manifests to the first pod's Ready, to the last one's, and from their removal
 /// until kubelet knows of no pod and none runs.
@@ -43,8 +55,8 @@ struct Times {
 
 pub fn run(options: &Options, results: &Path) -> Result {
     let _registry = Service::start("registry")?;
-    let mut table = Table::new(
-        "kubelet, static pods with an HTTP readiness probe each second (seconds)",
+    let mut times = Table::new(
+        "kubelet, static pods with an HTTP readiness probe and an exec liveness probe each second (seconds, medians)",
         &[
             "",
             "first Ready",
@@ -53,56 +65,120 @@ pub fn run(options: &Options, results: &Path) -> Result {
             "gone after removal",
         ],
     );
+    let most = options.pods.iter().copied().max().unwrap_or_default();
+    let mut loads = load::table(most);
     let mut skipped = Vec::new();
     let mut raw = Vec::new();
-    // What is read from the disk for the first time would be charged to whoever comes first.
-    for name in &options.servers {
-        if let Err(error) = measure(name, 1, &options.image) {
-            println!("{name}, warming up: {error}");
-        }
-    }
     for &pods in &options.pods {
-        let mut first = None;
+        let watch = (pods == most).then_some(options.watch);
+        let (mut first_time, mut first_load) = (None, None);
         for name in &options.servers {
-            match measure(name, pods, &options.image) {
-                Ok(times) => {
-                    first = first.or(Some(times.last));
-                    let cells = [
-                        figure(Some(times.first)),
-                        figure(Some(times.last)),
-                        ratio(Some(times.last), first),
-                        figure(Some(times.gone)),
-                    ];
-                    println!("{name}, {pods} pods: {times:?}");
-                    table.row(&format!("{pods} pods, {name}"), cells);
-                    raw.push(
-                        json!({ "server": name, "pods": pods, "first_ready_s": times.first,
-                        "all_ready_s": times.last, "gone_s": times.gone }),
-                    );
-                }
+            let (all, load) = match measure(name, pods, options, watch) {
+                Ok(measured) => measured,
                 Err(error) => {
                     println!("SKIPPED: {name}, {pods} pods: {error}");
                     skipped.push(format!("{name}, {pods} pods: {error}"));
+                    continue;
                 }
+            };
+            println!("{name}, {pods} pods: {all:?}");
+            let median =
+                |of: fn(&Times) -> f64| Samples::new(all.iter().map(of).collect()).median();
+            let [first, last, gone] = [
+                median(|times| times.first),
+                median(|times| times.last),
+                median(|times| times.gone),
+            ];
+            first_time = first_time.or(last);
+            let cells = [
+                figure(first),
+                figure(last),
+                ratio(last, first_time),
+                figure(gone),
+            ];
+            times.row(&format!("{pods} pods, {name}"), cells);
+            raw.push(
+                json!({ "server": name, "pods": pods, "first_ready_s": first, "all_ready_s": last,
+                    "gone_s": gone, "load": load.as_ref().map(Load::raw) }),
+            );
+            if let Some(load) = load {
+                load.row(&mut loads, name, first_load.get_or_insert(load.clone()));
             }
         }
     }
-    report::show(results, &table)?;
+    report::show(results, &times)?;
+    report::show(results, &loads)?;
+    if counts_nothing() {
+        println!(
+            "  no cgroup v2 controllers here: both servers call their runtimes through a program that drops \
+             limits (tests/bench/unlimited.c)"
+        );
+    }
     let raw = json!({ "machine": report::machine(), "times": raw, "skipped": skipped });
-    report::write_json(&results.join("ready.json"), &raw)
+    report::write_json(&results.join("ready.json"), &raw)?;
+    match skipped.as_slice() {
+        [] => Ok(()),
+        skipped => Err(skipped.join("; ").into()),
+    }
 }
 
-fn measure(name: &str, pods: usize, image: &str) -> Result<Times> {
-    let server = Service::start(name)?;
-    cri::pull_once(&server.address, image)?;
+/// Whether no limit can be set on this machine.
+fn counts_nothing() -> bool {
+    let told = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    !told.split_whitespace().any(|name| name == "cpu")
+}
+
+fn measure(
+    name: &str,
+    pods: usize,
+    options: &Options,
+    watch: Option<u64>,
+) -> Result<(Vec<Times>, Option<Load>)> {
+    let environment: &[(&str, &str)] = match counts_nothing() {
+        true => &[
+            ("RRUN_BENCH_UNLIMITED", "1"),
+            (
+                "KUBELET_CONFIG",
+                "cgroupsPerQOS: false\nenforceNodeAllocatable: []\ncpuCFSQuota: false\n",
+            ),
+        ],
+        false => &[],
+    };
+    let server = Service::with(name, environment)?;
+    cri::pull_once(&server.address, &options.image)?;
     let _ = fs::remove_dir_all(MANIFESTS);
-    let _kubelet = Service::kubelet(&server.address, MANIFESTS)?;
-    for number in 1..=pods {
+    let _kubelet = Service::kubelet(&server.address, MANIFESTS, environment)?;
+    let mut all = Vec::new();
+    let mut load = None;
+    let rounds = if pods <= FEW { options.rounds } else { 1 };
+    // What is read from the disk for the first time is charged to nobody.
+    come_and_go(&server, 1, &options.image, &mut || Ok(()))?;
+    for _ in 0..rounds {
+        let times = come_and_go(&server, pods, &options.image, &mut || {
+            load = watch.map(load::watch).transpose()?;
+            Ok(())
+        })?;
+        all.push(times);
+    }
+    Ok((all, load))
+}
+
+fn come_and_go(
+    server: &Service,
+    pods: usize,
+    image: &str,
+    while_ready: &mut dyn FnMut() -> Result,
+) -> Result<Times> {
+    // Names that kubelet has never heard: what comes again under an old one is the old pod to it.
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let begin = NEXT.fetch_add(pods, Ordering::Relaxed);
+    let numbers = begin..begin + pods;
+    for number in numbers.clone() {
         write_manifest(number, image)?;
     }
     let started = Instant::now();
     let mut first = None;
-    let outcome = wait(started, &mut || {
+    let mut outcome = wait(started, pods, &mut || {
         let ready = pods_that(&kubelet_pods()?, is_ready);
         if ready > 0 {
             first = first.or(Some(started.elapsed()));
@@ -110,11 +186,14 @@ fn measure(name: &str, pods: usize, image: &str) -> Result<Times> {
         Ok((ready == pods).then_some(()))
     });
     let last = started.elapsed();
-    for number in 1..=pods {
+    if outcome.is_ok() {
+        outcome = while_ready();
+    }
+    for number in numbers {
         fs::remove_file(manifest(number))?;
     }
     let removed = Instant::now();
-    wait(removed, &mut || {
+    wait(removed, pods, &mut || {
         let known = pods_that(&kubelet_pods()?, |_| true);
         let running = cri::running_pods(&server.address)?;
         Ok((known + running == 0).then_some(()))
@@ -150,6 +229,10 @@ fn write_manifest(number: usize, image: &str) -> Result {
                     "httpGet": { "path": "/healthz", "port": 5000 },
                     "periodSeconds": 1,
                 },
+                "livenessProbe": {
+                    "exec": { "command": ["true"] },
+                    "periodSeconds": 1, "timeoutSeconds": 30, "failureThreshold": 10,
+                },
             }],
         },
     });
@@ -159,7 +242,8 @@ fn write_manifest(number: usize, image: &str) -> Result {
     Ok(fs::rename(&partial, manifest(number))?)
 }
 
-fn wait(started: Instant, probe: &mut dyn FnMut() -> Result<Option<()>>) -> Result {
+/// Few pods are looked at more often: the answer is short.
+fn wait(started: Instant, pods: usize, probe: &mut dyn FnMut() -> Result<Option<()>>) -> Result {
     loop {
         if let Some(()) = probe()? {
             return Ok(());
@@ -167,7 +251,7 @@ fn wait(started: Instant, probe: &mut dyn FnMut() -> Result<Option<()>>) -> Resu
         if started.elapsed() > DEADLINE {
             return Err(format!("not within {} s", DEADLINE.as_secs()).into());
         }
-        sleep(Duration::from_millis(250));
+        sleep(Duration::from_millis(if pods <= FEW { 50 } else { 250 }));
     }
 }
 

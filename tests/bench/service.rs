@@ -12,6 +12,7 @@ const SOURCE: &str = "/src";
 pub struct Service {
     script: String,
     stop: Vec<String>,
+    environment: Vec<(String, String)>,
     /// Where it answers, if its script tells.
     pub address: String,
 }
@@ -19,23 +20,35 @@ pub struct Service {
 impl Service {
     /// registry, containerd or rrun-cri.
     pub fn start(name: &str) -> Result<Self> {
-        Self::by("tests/bench/server", &["start", name], &["stop", name])
+        Self::with(name, &[])
+    }
+
+    /// The same, with this in its script's environment.
+    pub fn with(name: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        let (start, stop) = (["start", name], ["stop", name]);
+        Self::by("tests/bench/server", &start, &stop, environment)
     }
 
     /// kubelet, for the server at this address; it looks for manifests in this directory.
-    pub fn kubelet(address: &str, manifests: &str) -> Result<Self> {
-        Self::by(
-            "tests/setup/kubelet.sh",
-            &["start", address, manifests],
-            &["stop"],
-        )
+    pub fn kubelet(address: &str, manifests: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        let start = ["start", address, manifests];
+        Self::by("tests/setup/kubelet.sh", &start, &["stop"], environment)
     }
 
-    fn by(script: &str, start: &[&str], stop: &[&str]) -> Result<Self> {
+    fn by(
+        script: &str,
+        start: &[&str],
+        stop: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let stop = stop.iter().map(|&word| word.to_owned()).collect();
+        let environment = environment.iter();
         let mut service = Service {
             script: format!("{SOURCE}/{script}"),
             stop,
+            environment: environment
+                .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
             address: String::new(),
         };
         service.address = service.call(start)?;
@@ -72,6 +85,7 @@ impl Service {
         let said = std::env::temp_dir().join(format!("rrun-bench-service-{}", std::process::id()));
         let status = Command::new(&self.script)
             .args(arguments)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(File::create(&said)?)
             .stderr(std::fs::OpenOptions::new().append(true).open(&said)?)

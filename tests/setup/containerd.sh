@@ -4,6 +4,8 @@
 #   tests/setup/containerd.sh start [REGISTRY-PORT]    returns when it answers; default port 5000
 #   tests/setup/containerd.sh stop
 #
+# RUNC in the environment is another runtime's path.
+#
 # It answers on unix:///run/containerd/containerd.sock and logs to /out/containerd.log. Images of
 # registry.k8s.io and the other names in tests/images/registry.sh come from the local registry,
 # which is started apart. Its network configuration lies in a directory of its own, so that
@@ -20,6 +22,7 @@ start() {
     # The native view of a host with cgroup v1.
     grep -qw cpu /sys/fs/cgroup/cgroup.controllers ||
         runc=$(readlink -f -- "$(dirname -- "$0")")/runc-without-limits
+    runc=${RUNC:-$runc}
     mkdir -p /etc/containerd/cni
     "$(dirname -- "$0")/../images/registry.sh" mirrors /etc/containerd/certs.d "$port"
     cat >/etc/containerd/config.toml <<END

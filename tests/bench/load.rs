@@ -1,0 +1,123 @@
+//! What a node uses while its pods do nothing but answer their probes: CPU time, and memory beside
+//! the workload and kubelet.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::report::{Table, figure, ratio};
+use crate::{Result, cri, memory};
+
+/// What the pods run, their probes' program too; kubelet, which is the same for all servers.
+const WORKLOAD: &[&str] = &["web", "httpd", "true", KUBELET];
+
+const KUBELET: &str = "kubelet";
+
+/// How often memory is looked at: what an exec takes is there for a moment only.
+const LOOKS: usize = 20;
+
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// CPUs in use, by all but this program.
+    cpu: f64,
+    /// By kubelet, of these.
+    kubelet: f64,
+    /// Proportional set size by program in MB, on average.
+    memory: BTreeMap<String, f64>,
+}
+
+pub fn table(pods: usize) -> Table {
+    Table::new(
+        format!("a node with {pods} such pods, all Ready"),
+        &[
+            "",
+            "CPU, % of one",
+            "× first",
+            "of it kubelet",
+            "all but kubelet",
+            "× first",
+            "memory, MB",
+            "× first",
+            "by program",
+        ],
+    )
+}
+
+/// Watches the node for so many seconds.
+pub fn watch(seconds: u64) -> Result<Load> {
+    // Past the pods' start.
+    sleep(Duration::from_secs(5));
+    let (began, all, kubelet) = (Instant::now(), cri::cpu_of_others()?, kubelet_ticks()?);
+    sleep(Duration::from_secs(seconds));
+    let milliseconds = began.elapsed().as_secs_f64() * 1e3;
+    let cpu = (cri::cpu_of_others()? - all) / milliseconds;
+    // Ticks of ten milliseconds (USER_HZ is 100 wherever this runs).
+    let kubelet = (kubelet_ticks()? - kubelet) * 10.0 / milliseconds;
+    let mut sum = BTreeMap::<String, f64>::new();
+    for _ in 0..LOOKS {
+        for (name, kilobytes) in memory::beside(WORKLOAD)? {
+            *sum.entry(name).or_default() += kilobytes / 1024.0 / LOOKS as f64;
+        }
+        sleep(Duration::from_millis(50));
+    }
+    Ok(Load {
+        cpu,
+        kubelet,
+        memory: sum,
+    })
+}
+
+/// CPU time that kubelet has used so far: `utime` and `stime` in proc_pid_stat(5).
+fn kubelet_ticks() -> Result<f64> {
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        let Some((name, rest)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        if name.ends_with(&format!("({KUBELET}")) {
+            let fields = rest.split(' ').skip(11).take(2);
+            return Ok(fields.filter_map(|field| field.parse::<f64>().ok()).sum());
+        }
+    }
+    Err("kubelet does not run".into())
+}
+
+impl Load {
+    fn megabytes(&self) -> f64 {
+        self.memory.values().sum()
+    }
+
+    pub fn row(&self, table: &mut Table, name: &str, first: &Load) {
+        let percent = |cpus: f64| figure(Some(cpus * 100.0));
+        let times = |of: fn(&Load) -> f64| ratio(Some(of(self)), Some(of(first)));
+        let mut programs: Vec<_> = self.memory.iter().collect();
+        programs.sort_by(|one, other| other.1.total_cmp(one.1));
+        programs.truncate(5);
+        let programs = programs
+            .iter()
+            .map(|(name, megabytes)| format!("{name} {megabytes:.1}"))
+            .collect::<Vec<_>>();
+        table.row(
+            name,
+            [
+                percent(self.cpu),
+                times(|load| load.cpu),
+                percent(self.kubelet),
+                percent(self.cpu - self.kubelet),
+                times(|load| load.cpu - load.kubelet),
+                figure(Some(self.megabytes())),
+                times(Load::megabytes),
+                programs.join(", "),
+            ],
+        );
+    }
+
+    pub fn raw(&self) -> Value {
+        json!({ "cpus": self.cpu, "kubelet_cpus": self.kubelet, "memory_mb": self.memory })
+    }
+}
