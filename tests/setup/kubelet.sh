@@ -14,6 +14,8 @@
 set -euo pipefail
 
 pid_file=/run/kubelet-test.pid
+# A group of its own, as a service has: in the root's kubelet finds no swap to share out.
+group=/sys/fs/cgroup/kubelet-test
 
 # unless_told KEY VALUE: a key may be there once only.
 unless_told() {
@@ -45,6 +47,10 @@ $(unless_told imageGCHighThresholdPercent 100)
 $(unless_told evictionHard '{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}')
 ${KUBELET_CONFIG-}
 END
+    if [[ $(</proc/self/cgroup) == 0::/ ]]; then
+        mkdir -p "$group"
+        echo $$ >"$group/cgroup.procs"
+    fi
     setsid "${KUBELET:-kubelet}" ${KUBELET_KUBECONFIG:+--kubeconfig "$KUBELET_KUBECONFIG" --node-ip 192.0.2.2} --config /var/lib/kubelet/config.yaml --v "${KUBELET_VERBOSITY:-2}" \
         >>/out/kubelet.log 2>&1 </dev/null &
     echo $! >"$pid_file"
@@ -69,6 +75,11 @@ stop() {
         sleep 0.1
     done
     rm -f "$pid_file"
+    # Whatever it has started ends a moment later.
+    for ((tries = 0; tries < 50; tries++)); do
+        [[ ! -d $group ]] || rmdir "$group" 2>/dev/null || { sleep 0.1; continue; }
+        break
+    done
 }
 
 case ${1-} in
