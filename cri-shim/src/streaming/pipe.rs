@@ -7,8 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-/// What a pipe is to hold, in bytes. It is room that is only taken while bytes are on their way.
-pub const ROOM: usize = 256 << 10;
+/// What a pipe is to hold, in bytes: the most that pipe(7) gives for the asking, and half the system
+/// calls and wake-ups that 256 KiB take. It is room that is only taken while bytes are on their way.
+pub const ROOM: usize = 1 << 20;
 
 /// A pipe, and how many bytes are in it.
 pub struct Pipe {
