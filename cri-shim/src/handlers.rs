@@ -26,6 +26,8 @@ pub struct Features {
     pub users: bool,
     /// `uidMappings` and `gidMappings` of mounts.
     pub mapped_mounts: bool,
+    /// `create --after PIPE`: it can be started before the bundle is written.
+    pub after: bool,
 }
 
 /// Asked once, when somebody first wants to know.
@@ -111,6 +113,7 @@ fn read(features: &Value) -> Features {
         recursive_read_only: has("/mountOptions", "rro"),
         users: has("/linux/namespaces", "user"),
         mapped_mounts: idmap.and_then(Value::as_bool).unwrap_or_default(),
+        after: features.pointer("/annotations/io.rrun.create.after") == Some(&"true".into()),
     }
 }
 
@@ -128,6 +131,7 @@ mod tests {
                 "namespaces": ["pid", "user"],
                 "mountExtensions": { "idmap": { "enabled": true } },
             },
+            "annotations": { "io.rrun.create.after": "true" },
         });
         assert_eq!(
             read(&told),
@@ -135,6 +139,7 @@ mod tests {
                 recursive_read_only: true,
                 users: true,
                 mapped_mounts: true,
+                after: true,
             }
         );
         assert_eq!(read(&json!({})), Features::default());

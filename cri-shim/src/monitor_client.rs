@@ -218,12 +218,20 @@ impl MonitorClient {
         &self.socket
     }
 
-    /// [`Request::Create`]; the pid of the container's first process.
-    pub async fn create(&self, create: Create) -> Result<i32, MonitorError> {
-        match self
-            .ask("create", &Request::Create(create), RUNTIME)
-            .await?
-        {
+    /// [`Request::Create`]; the pid of the container's first process. `after` is closed here once
+    /// passed.
+    pub async fn create(
+        &self,
+        create: Create,
+        after: Option<OwnedFd>,
+    ) -> Result<i32, MonitorError> {
+        let limit = (Instant::now() + RUNTIME, RUNTIME);
+        let fds: Vec<_> = after.iter().map(AsFd::as_fd).collect();
+        let request = Request::Create(create);
+        let mut connection = self.send("create", &request, &fds, limit).await?;
+        drop(fds);
+        drop(after);
+        match self.receive("create", &mut connection, Some(limit)).await? {
             Reply::Created { pid } => Ok(pid),
             other => Err(self.unexpected("create", &other)),
         }

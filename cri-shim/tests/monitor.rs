@@ -116,7 +116,7 @@ impl Fixture {
 
     async fn run(&self, id: &str, program: &str) {
         let create = self.create(id, program);
-        self.client.create(create).await.unwrap();
+        self.client.create(create, None).await.unwrap();
         self.client.start(id).await.unwrap();
     }
 
@@ -193,7 +193,7 @@ async fn a_runtime_that_refuses_gives_the_reason_and_leaves_nothing() {
     let pod = Fixture::new("refuse").await;
     let create = pod.create("a", "");
     std::fs::write(create.bundle.join("refuse"), "").unwrap();
-    match pod.client.create(create).await {
+    match pod.client.create(create, None).await {
         Err(MonitorError::Failed(failure)) => {
             assert_eq!(failure.kind, FailureKind::Runtime);
             assert_eq!(failure.message, "no such luck");
@@ -211,7 +211,7 @@ async fn a_runtime_that_hangs_is_killed_and_stops_nobody_else() {
     let create = pod.create("a", "");
     std::fs::write(create.bundle.join("hang"), "").unwrap();
     let client = pod.client.clone();
-    let hanging = tokio::spawn(async move { client.create(create).await });
+    let hanging = tokio::spawn(async move { client.create(create, None).await });
     pod.run("b", "exit 3").await;
     assert_eq!(exit_of(&mut events, "b").await.code, 3);
     match hanging.await.unwrap() {
@@ -273,7 +273,7 @@ async fn an_exec_needs_a_running_container() {
         process: String::new(),
         terminal: true,
     };
-    pod.client.create(pod.create("a", "")).await.unwrap();
+    pod.client.create(pod.create("a", ""), None).await.unwrap();
     for (id, kind) in [("a", FailureKind::WrongState), ("b", FailureKind::NotFound)] {
         match pod.client.exec(exec(id), &[]).await {
             Err(MonitorError::Failed(failure)) => assert_eq!(failure.kind, kind),
@@ -311,7 +311,7 @@ async fn a_create_whose_client_dies_is_done_and_a_delete_waits_for_it() {
     let pod = Fixture::new("orphan").await;
     let create = pod.create("a", "exec sleep 1000");
     let client = pod.client.clone();
-    let create = tokio::spawn(async move { client.create(create).await });
+    let create = tokio::spawn(async move { client.create(create, None).await });
     // Gone at some point of the create, whichever that is.
     tokio::task::yield_now().await;
     create.abort();

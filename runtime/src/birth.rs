@@ -142,6 +142,12 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         unmade.cgroup = Some(&place);
         cgroup.apply(&config.resources)?;
     }
+    // Loading them takes long, and the first process has other things to do; a container that
+    // waits for `start` runs nothing before this one is done.
+    let devices_later = request.waits && config.opens_no_devices();
+    if let Some(cgroup) = cgroup.as_ref().filter(|_| !devices_later) {
+        cgroup.apply_devices(&config.resources)?;
+    }
 
     let mut flags = config.namespaces.new & !flag(Type::Cgroup);
     if !config.time_offsets.is_empty() {
@@ -207,6 +213,9 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     let pidfd = &*unmade.child.insert(pidfd);
     if let Some(cgroup) = &mut cgroup {
         cgroup.inhabited(&config.resources)?;
+    }
+    if let Some(cgroup) = cgroup.as_ref().filter(|_| devices_later) {
+        cgroup.apply_devices(&config.resources)?;
     }
 
     state.pid = pid;

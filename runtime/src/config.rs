@@ -261,6 +261,13 @@ impl Config {
         self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
     }
 
+    /// Whether the first process opens no device, until it is ready, that a rule could deny: none
+    /// of a file system on a block device, and none for a hook.
+    pub fn opens_no_devices(&self) -> bool {
+        let hooks = self.hooks.create_container().as_deref();
+        hooks.unwrap_or_default().is_empty() && self.mounts.iter().all(Mount::opens_no_device)
+    }
+
     /// Whether mounts are meant to leave the container by its root.
     pub fn root_is_shared(&self) -> bool {
         matches!(self.root_propagation, Some((kind, _)) if kind == mount_options::SHARED)

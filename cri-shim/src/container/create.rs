@@ -7,6 +7,8 @@ use rrun_proto::v1::{
     ContainerConfig, ContainerEventType, LinuxContainerSecurityContext, NamespaceMode,
 };
 
+use rustix::pipe::{PipeFlags, pipe_with};
+
 use super::seccomp::Asked;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
@@ -197,29 +199,22 @@ async fn assemble(
     let images = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
-    let job = {
-        let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
-        let (record, bundle) = (record.clone(), bundle.clone());
-        let from = From {
-            image,
-            lower,
-            images,
-            pid,
-            features,
-        };
-        move || prepare(&node, &sandbox, &record, &bundle, from)
+    // The runtime starts while the bundle is written, and waits for that.
+    let early = features.after && sandbox.state().passes_after;
+    let (after, written) = match early {
+        true => pipe_with(PipeFlags::CLOEXEC)
+            .map(|(after, written)| (Some(after), Some(written)))
+            .during(|| "make a pipe".to_owned())?,
+        false => (None, None),
     };
-    let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
-    record.user = blocking(what, job).await?;
-
-    let container = Arc::new(Container::from_record(Arc::clone(sandbox), record));
+    let mut container = Container::from_record(Arc::clone(sandbox), record.clone());
     let runtime = container
         .runtime_command(node)
         .ok_or_else(|| Error::internal(format!("no runtime handler {:?}", sandbox.handler)))?;
     let config = &container.config;
     let request = Create {
         id: container.id.clone(),
-        bundle,
+        bundle: bundle.clone(),
         runtime,
         cgroup: container.cgroup_dir(),
         log: container.log_path(),
@@ -228,15 +223,43 @@ async fn assemble(
         stdin_once: config.stdin_once,
         native: node.config.is_native(&sandbox.handler),
     };
-    let created = slow(
-        format!("{pod}: the runtime's create"),
-        sandbox.monitor.create(request),
-    );
-    let pid = created
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+    let job = {
+        let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
+        let from = From {
+            image,
+            lower,
+            images,
+            pid,
+            features,
+        };
+        move || {
+            let user = prepare(&node, &sandbox, &record, &bundle, from)?;
+            if let Some(written) = written {
+                // If nobody reads there any more, the runtime's answer says why.
+                let _ = rustix::io::write(written, b"1");
+            }
+            Ok::<User, Error>(user)
+        }
+    };
+    let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
+    let prepared = blocking(what, job);
+    let created = async {
+        let asked = sandbox.monitor.create(request, after);
+        let created = slow(format!("{pod}: the runtime's create"), asked);
+        created
+            .await
+            .map_err(|error| Error::internal(error.to_string()))
+    };
+    let (user, pid) = match early {
+        true => {
+            let (prepared, created) = tokio::join!(prepared, created);
+            (prepared?, created?)
+        }
+        false => (prepared.await?, created.await?),
+    };
+    container.user = user;
     container.change(|state| state.pid = pid);
-    Ok(container)
+    Ok(Arc::new(container))
 }
 
 fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<PidNamespace> {

@@ -20,7 +20,7 @@ use super::errno::kernel_said;
 use super::journal::note;
 use super::logs::{Buffers, Log, Pumped, Stream};
 use super::protocol::{Create, ExitRecord, Failure, FailureKind, Reply};
-use super::runtime::{Call, Stdio, memory_file};
+use super::runtime::{Call, Stdio, memory_file, path_of};
 use super::serve::{MUCH, Monitor, Purpose, Source};
 
 /// How often each stream is read at a container's end: a pipe holds much less, and a process
@@ -192,6 +192,7 @@ impl Container {
     /// Makes the stdio and starts the runtime on it.
     fn begin(
         spec: Create,
+        after: Option<OwnedFd>,
         serial: u64,
         timeout: Duration,
         logs: &Arc<OwnedFd>,
@@ -252,6 +253,10 @@ impl Container {
         if let Some(path) = &console_path {
             arguments.extend(["--console-socket".as_ref(), path.as_os_str()]);
         }
+        let after_path = after.as_ref().map(path_of);
+        if let Some(path) = &after_path {
+            arguments.extend(["--after".as_ref(), OsStr::new(path)]);
+        }
         arguments.push(container.spec.id.as_ref());
         let command = &container.spec.runtime;
         let call = Call::start(
@@ -260,7 +265,7 @@ impl Container {
             &container.spec.id,
             &arguments,
             &stdio,
-            None,
+            after,
             timeout,
         )
         .map_err(|error| failed(&format!("run {} for the create", program(command)), error))?;
@@ -346,14 +351,14 @@ impl Monitor {
         self.fail(client, FailureKind::NotFound, message);
     }
 
-    pub(super) fn create(&mut self, client: ClientId, spec: Create) {
+    pub(super) fn create(&mut self, client: ClientId, spec: Create, mut fds: Vec<OwnedFd>) {
         let id = spec.id.clone();
         if self.serial_of(&id).is_some() || self.is_shutting_down() {
             let message = format!("create container {id}: it exists, or the pod is being ended");
             return self.fail(client, FailureKind::WrongState, message);
         }
         let serial = self.number();
-        match Container::begin(spec, serial, self.timeout, &self.logs) {
+        match Container::begin(spec, fds.pop(), serial, self.timeout, &self.logs) {
             Ok((container, call)) => {
                 self.containers.push(container);
                 let purpose = Purpose::Create { serial, client };

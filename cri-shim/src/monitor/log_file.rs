@@ -147,7 +147,14 @@ impl Drop for LogFile {
 
 fn write_loop(shared: &Shared) {
     let mut sink = Sink::default();
-    let opened = sink.open(&shared.path);
+    let mut opened = sink.open(&shared.path);
+    // The server makes the log's directory, and perhaps is at it now.
+    if opened == Err(Errno::NOENT)
+        && let Some(dir) = shared.path.parent()
+        && std::fs::create_dir_all(dir).is_ok()
+    {
+        opened = sink.open(&shared.path);
+    }
     let mut batch = Vec::new();
     let mut desk = shared.desk();
     desk.opened = Some(opened);

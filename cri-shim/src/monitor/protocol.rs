@@ -59,8 +59,10 @@ pub enum Request {
     /// closes. Events that happen between the snapshot and the first wait are not lost.
     Subscribe,
     /// Runs `RUNTIME… create`, with the container's stdio on pipes (or a terminal) that the
-    /// monitor owns. Answered by [`Reply::Created`] or [`Reply::Error`]; after an error nothing
-    /// of the container is left with the monitor or the runtime.
+    /// monitor owns. With a descriptor, the reading end of a pipe, the bundle may still be written:
+    /// that one is passed to the runtime as `--after`. Answered by [`Reply::Created`] or
+    /// [`Reply::Error`]; after an error nothing of the container is left with the monitor or the
+    /// runtime.
     Create(Create),
     /// Runs `RUNTIME… start ID`. Answered by [`Reply::Done`] or [`Reply::Error`]. After an error
     /// the container is still there, for a Delete; its first process may have ended, which is an
@@ -204,6 +206,9 @@ pub struct Hello {
     pub holder: Option<i32>,
     /// The first process of the pod's PID namespace, if the pod shares one.
     pub pid1: Option<i32>,
+    /// It passes on the pipe of a [`Request::Create`]. Those that an earlier server left do not.
+    #[serde(default)]
+    pub passes_after: bool,
     pub containers: Vec<ContainerState>,
 }
 

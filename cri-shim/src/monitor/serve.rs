@@ -409,7 +409,7 @@ impl Monitor {
                 let hello = Reply::Hello(self.hello());
                 self.send(client, Role::Subscriber, &hello, Vec::new());
             }
-            Request::Create(create) => self.create(client, create),
+            Request::Create(create) => self.create(client, create, fds),
             Request::Start { id } => self.start(client, &id),
             Request::Kill { id, signal, all } => self.kill(client, &id, signal, all),
             Request::Update { id, resources } => self.update(client, &id, &resources),
@@ -440,6 +440,7 @@ impl Monitor {
             pid: std::process::id().cast_signed(),
             holder: self.holder,
             pid1: self.pid1,
+            passes_after: true,
             containers: containers.collect(),
         }
     }

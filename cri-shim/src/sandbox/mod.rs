@@ -67,6 +67,8 @@ pub struct State {
     pub pid1: Option<i32>,
     /// The process whose namespaces are the pod's, if that is not the monitor.
     pub holder: Option<i32>,
+    /// See [`crate::monitor::protocol::Hello::passes_after`].
+    pub passes_after: bool,
     /// The monitor was told to end: its silence is no accident.
     pub retired: bool,
     /// As last told by RunPodSandbox or UpdatePodSandboxResources.

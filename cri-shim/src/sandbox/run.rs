@@ -308,6 +308,7 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
     state.monitor = hello.pid;
     state.pid1 = hello.pid1;
     state.holder = hello.holder;
+    state.passes_after = hello.passes_after;
     state.addresses = addresses;
     Ok(())
 }

@@ -81,6 +81,7 @@ pub fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
         state.monitor = hello.pid;
         state.pid1 = hello.pid1;
         state.holder = hello.holder;
+        state.passes_after = hello.passes_after;
     }
     for told in hello.containers {
         let Ok(container) = node.container(&told.id) else {

@@ -209,22 +209,24 @@ impl Cgroup {
         &self.path
     }
 
-    /// Puts all limits and the device rules in place.
+    /// Puts all limits in place. [`Cgroup::apply_devices`] has to follow.
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
         resources::apply(self, resources)?;
-        // A user namespace is what keeps an unprivileged caller's container from devices; the
-        // kernel takes no programs from him.
-        if rustix::process::geteuid().is_root() {
-            devices::apply(
-                self,
-                resources.devices().as_deref().unwrap_or_default(),
-                false,
-            )?;
-        }
         if self.placeholder.is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("2")?;
         }
         Ok(())
+    }
+
+    /// Puts the device rules in place.
+    pub fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
+        // A user namespace is what keeps an unprivileged caller's container from devices; the
+        // kernel takes no programs from him.
+        if !rustix::process::geteuid().is_root() {
+            return Ok(());
+        }
+        let rules = resources.devices().as_deref().unwrap_or_default();
+        devices::apply(self, rules, false)
     }
 
     /// To be called when the first process is in the cgroup, which then keeps it alive.

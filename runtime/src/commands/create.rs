@@ -1,10 +1,13 @@
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
 use super::{Command, Globals, PIDFD_SOCKET, bundle, console_socket, descriptors, pidfd_socket};
-use crate::arguments::{Arguments, switch, value};
+use crate::arguments::{Arguments, Flag, switch, value};
 use crate::birth::{self, Request};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Context, Error, Result};
 use crate::notify_socket::{self, Manager};
 use crate::refuse;
 use crate::state::directory;
@@ -27,6 +30,7 @@ pub const COMMAND: Command = Command {
         ),
         PIDFD_SOCKET,
         value("pid-file", None, "file to write the process id to"),
+        AFTER,
         switch(
             "no-pivot",
             None,
@@ -43,10 +47,34 @@ pub const COMMAND: Command = Command {
     call: create,
 };
 
+/// For a caller who writes the bundle while rrun starts.
+const AFTER: Flag = value(
+    "after",
+    None,
+    "pipe to read from before the bundle is looked at; its end without a byte calls the creation off",
+);
+
+/// Waits until the caller has written the bundle, for as long as the caller wishes.
+fn await_bundle(path: &str) -> Result<()> {
+    let doing = || format!("wait for the bundle (--after {path})");
+    let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let pipe = rustix::fs::open(path, flags, Mode::empty()).doing(doing)?;
+    loop {
+        match rustix::io::read(&pipe, &mut [0u8; 1]) {
+            Err(Errno::INTR) => {}
+            Ok(0) => return Err(Error::new("the caller called it off").while_doing(doing())),
+            read => return read.map(drop).doing(doing),
+        }
+    }
+}
+
 fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     crate::state::validate_id(id)?;
     let descriptors = descriptors(arguments)?;
+    if let Some(path) = arguments.value("after") {
+        await_bundle(path)?;
+    }
     let mut config = Config::load(bundle(arguments))?;
     let console_socket = match (config.process.terminal, console_socket(arguments)) {
         (true, Some(path)) => Some(connect_console(path)?),

@@ -56,6 +56,8 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "potentiallyUnsafeConfigAnnotations": [cgroup::ANNOTATION],
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
+            // `create --after`.
+            "io.rrun.create.after": "true",
         },
     });
     let text = serde_json::to_string_pretty(&features)

@@ -188,6 +188,14 @@ impl Mount {
         self.typ == "tmpfs" && !self.is_bind() && (self.options.copy_up || !has_mode())
     }
 
+    /// Whether it is certain that no device is opened for it.
+    pub fn opens_no_device(&self) -> bool {
+        const OF_NO_DEVICE: [&str; 7] = [
+            "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
+        ];
+        self.is_bind() || OF_NO_DEVICE.contains(&&*self.typ)
+    }
+
     pub fn is_bind(&self) -> bool {
         self.options.bind != Bind::No && !self.options.remount
     }
