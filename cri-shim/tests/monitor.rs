@@ -14,7 +14,8 @@ use rrun_cri::monitor::protocol::{
 use rrun_cri::monitor_client::{self, Events, MonitorClient, MonitorError};
 
 /// `create` starts BUNDLE/program, which waits until `start`; `exec` runs its process as a
-/// script. A file BUNDLE/refuse is an error, BUNDLE/hang a runtime that never ends.
+/// script. A file BUNDLE/refuse is an error, BUNDLE/hang a runtime that never ends, looked at when
+/// the pipe `--after` says so, if there is one.
 const RUNTIME: &str = r#"#!/bin/sh
 while [ $# -gt 0 ]; do
     case $1 in
@@ -23,6 +24,7 @@ while [ $# -gt 0 ]; do
     --bundle) bundle=$2; shift ;;
     --pid-file) pid_file=$2; shift ;;
     --process) process=$2; shift ;;
+    --after) after=$2; shift ;;
     --detach | --force) ;;
     create | start | delete | exec | kill) verb=$1 ;;
     *) id=$1 ;;
@@ -32,6 +34,10 @@ done
 root=${0%/*}
 case $verb in
 create)
+    if [ -n "$after" ] && [ -z "$(head -c 1 "$after")" ]; then
+        echo '{"level":"error","msg":"called off"}' >> "$log"
+        exit 1
+    fi
     if [ -e "$bundle/refuse" ]; then
         echo '{"level":"error","msg":"no such luck"}' >> "$log"
         exit 1
@@ -221,6 +227,38 @@ async fn a_runtime_that_hangs_is_killed_and_stops_nobody_else() {
         }
         other => panic!("{other:?}"),
     }
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_runtime_can_be_started_before_its_bundle_is_written() {
+    let pod = Fixture::new("after").await;
+    assert!(pod.hello().await.passes_after);
+    for (id, written) in [("a", true), ("b", false)] {
+        let create = pod.create(id, "");
+        let refuse = create.bundle.join("refuse");
+        std::fs::write(&refuse, "").unwrap();
+        let (after, mut writer) = std::io::pipe().unwrap();
+        let client = pod.client.clone();
+        let create = tokio::spawn(async move { client.create(create, Some(after.into())).await });
+        tokio::task::yield_now().await;
+        // The monitor has the request: what comes next is answered after it.
+        pod.hello().await;
+        std::fs::remove_file(&refuse).unwrap();
+        if written {
+            writer.write_all(b"1").unwrap();
+        }
+        drop(writer);
+        match create.await.unwrap() {
+            Ok(_) if written => {}
+            Err(MonitorError::Failed(failure)) if !written => {
+                assert_eq!(failure.message, "called off");
+            }
+            other => panic!("create {id}: {other:?}"),
+        }
+    }
+    assert_eq!(pod.hello().await.containers.len(), 1);
+    pod.client.kill("a", 9, true).await.unwrap();
     pod.end().await;
 }
 

@@ -1,6 +1,8 @@
 //! A container's life by the runtime's command line.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixListener;
 
 use serde_json::json;
@@ -16,6 +18,7 @@ pub const TESTS: &[Test] = &[
     test!(run_gives_128_and_the_number_for_a_signal),
     test!(run_passes_sigterm_on_to_the_program),
     test!(a_created_container_waits_for_start),
+    test!(create_after_waits_for_the_bundle_to_be_written, Need::Rrun),
     test!(a_created_container_can_be_deleted),
     test!(
         a_start_that_died_late_does_not_hide_that_the_program_runs,
@@ -138,6 +141,43 @@ fn a_start_that_died_late_does_not_hide_that_the_program_runs() -> Result {
     drop(UnixListener::bind(&gate)?);
     ensure_eq!(bundle.status()?, "stopped", "after its end");
     bundle.runtime(&["delete", bundle.id()]).ok()?;
+    Ok(())
+}
+
+/// What rrun-cri does: rrun starts while the bundle is written.
+fn create_after_waits_for_the_bundle_to_be_written() -> Result {
+    let bundle = Bundle::new(&["true"])?;
+    let config = bundle.join("config.json");
+    if config.exists() {
+        fs::remove_file(&config)?;
+    }
+    for called_off in [true, false] {
+        let (read, mut write) = std::io::pipe()?;
+        let pipe = format!("/proc/{}/fd/{}", std::process::id(), read.as_raw_fd());
+        let mut running = bundle
+            .runtime(&["create", "--after", &pipe, bundle.id()])
+            .start()?;
+        if called_off {
+            drop(write);
+            let output = running.end()?;
+            ensure_eq!(output.code, 1, "exit code of a creation called off");
+            ensure!(
+                output.stderr.contains("the caller called it off"),
+                "what it said:\n{}",
+                output.told()
+            );
+            bundle.runtime(&["state", bundle.id()]).exits(1)?;
+            continue;
+        }
+        ensure!(running.lives(), "create ended before there was a bundle");
+        bundle.write_config()?;
+        write.write_all(b"1")?;
+        let output = running.end()?;
+        ensure_eq!(output.code, 0, "exit code of create");
+    }
+    bundle.call(&["start"])?.ok()?;
+    bundle.wait_status("stopped")?;
+    bundle.delete()?;
     Ok(())
 }
 
