@@ -199,8 +199,10 @@ async fn assemble(
     let images = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
-    // The runtime starts while the bundle is written, and waits for that.
-    let early = features.after && sandbox.state().passes_after;
+    // The runtime starts while the bundle is written, and waits for that. Its time counts from
+    // then on: not beside what has no bound.
+    let relabels = record.config.mounts.iter().any(|it| it.selinux_relabel);
+    let early = features.after && sandbox.state().passes_after && !relabels;
     let (after, written) = match early {
         true => pipe_with(PipeFlags::CLOEXEC)
             .map(|(after, written)| (Some(after), Some(written)))
