@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::ensure;
 use crate::leavings::{remove, unmount_below};
-use crate::machine::{Result, Run, command};
+use crate::machine::{Output, Result, Run, command};
 use crate::needs::Need;
 
 pub const ARCHIVE: &str = "/images/archives/demo-busybox.docker.tar";
@@ -22,10 +22,20 @@ pub trait Caller {
         command("env", self.program()).args(args)
     }
 
-    /// The same at a terminal.
-    fn at_terminal(&self, args: &str) -> Run {
+    /// The same at a terminal. Of a program that ends at once the client may show nothing, with
+    /// whatever runtime (podman on a busy machine: two of 120, with crun as with rrun): then it is
+    /// asked again.
+    fn at_terminal(&self, args: &str) -> Result<Output> {
         let line = format!("env {} {args}", self.program().join(" "));
-        command("script", ["-qec", &line, "/dev/null"])
+        let ask = || command("script", ["-qec", &line, "/dev/null"]).ok();
+        let mut output = ask()?;
+        for _ in 0..4 {
+            if !output.stdout.is_empty() {
+                break;
+            }
+            output = ask()?;
+        }
+        Ok(output)
     }
 
     fn prints(&self, options: &[&str], program: &[&str], text: &str) -> Result {
