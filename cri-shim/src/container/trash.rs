@@ -4,6 +4,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 use crate::error::{During, Result, kernel};
 use crate::layer;
@@ -12,22 +15,18 @@ use crate::sandbox::files::private_dir;
 /// `ROOT/trash`, on the file system of the writable layers.
 pub struct Trash {
     dir: PathBuf,
-    emptying: Mutex<Emptying>,
-}
-
-#[derive(Default)]
-struct Emptying {
-    /// There is a thread.
-    running: bool,
-    /// Something came since that thread looked last.
-    more: bool,
+    /// Something came since the thread that empties looked last.
+    more: Mutex<bool>,
+    /// There is such a thread; changed with `more` locked.
+    emptying: watch::Sender<bool>,
 }
 
 impl Trash {
     pub fn new(root: &Path) -> Self {
         Trash {
             dir: root.join("trash"),
-            emptying: Mutex::default(),
+            more: Mutex::default(),
+            emptying: watch::Sender::new(false),
         }
     }
 
@@ -55,9 +54,9 @@ impl Trash {
     /// Removes what is here, in a thread of its own.
     pub fn empty_soon(self: &Arc<Self>) {
         {
-            let mut emptying = self.emptying.lock().unwrap_or_else(PoisonError::into_inner);
-            emptying.more = true;
-            if std::mem::replace(&mut emptying.running, true) {
+            let mut more = self.more.lock().unwrap_or_else(PoisonError::into_inner);
+            *more = true;
+            if self.emptying.send_replace(true) {
                 return;
             }
         }
@@ -65,12 +64,18 @@ impl Trash {
         tokio::task::spawn_blocking(move || trash.empty());
     }
 
+    /// Waits, for so long at most, until all that was put here is gone from the disk.
+    pub async fn emptied(&self, limit: Duration) {
+        let mut emptying = self.emptying.subscribe();
+        let _ = tokio::time::timeout(limit, emptying.wait_for(|emptying| !emptying)).await;
+    }
+
     fn empty(&self) {
         loop {
             {
-                let mut emptying = self.emptying.lock().unwrap_or_else(PoisonError::into_inner);
-                if !std::mem::take(&mut emptying.more) {
-                    emptying.running = false;
+                let mut more = self.more.lock().unwrap_or_else(PoisonError::into_inner);
+                if !std::mem::take(&mut *more) {
+                    self.emptying.send_replace(false);
                     return;
                 }
             }

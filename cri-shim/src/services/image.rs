@@ -20,7 +20,7 @@ use crate::memory;
 use crate::node::{Node, now};
 use crate::slow::{blocking, slow};
 
-/// How long ImageFsInfo waits for removed images to be gone from the disk.
+/// How long ImageFsInfo waits for removed images and containers to be gone from the disk.
 const REMOVAL: Duration = Duration::from_secs(5);
 
 pub struct Image {
@@ -215,9 +215,12 @@ impl ImageService for Image {
         &self,
         _request: Request<ImageFsInfoRequest>,
     ) -> Result<Response<ImageFsInfoResponse>, Status> {
-        // kubelet looks at the disk after this call, and evicts pods if the images that it has just
-        // removed are still there.
-        self.node.images.removed(REMOVAL).await;
+        // kubelet looks at the disk after this call, and evicts pods if what it has just removed,
+        // images and the containers of pods that it has evicted, is still there.
+        tokio::join!(
+            self.node.images.removed(REMOVAL),
+            self.node.trash.emptied(REMOVAL),
+        );
         Ok(Response::new(self.fs_info()))
     }
 }
