@@ -32,6 +32,7 @@ pub mod volumes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rrun_proto::v1::{ContainerConfig, ContainerEventType, LinuxContainerResources};
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,9 @@ pub struct Container {
     pub user: User,
     /// What StopContainer sends first.
     pub stop_signal: i32,
+    /// A start is under way, which will tell of the container's end after it has told of its
+    /// start. Written, and read by [`Container::ended`], while the state is held.
+    starting: AtomicBool,
     state: watch::Sender<State>,
     /// The record in the store.
     record: Entry,
@@ -122,6 +126,7 @@ impl Container {
             created_at: record.created_at,
             user: record.user,
             stop_signal: record.stop_signal,
+            starting: AtomicBool::new(false),
             state: watch::Sender::new(record.state),
         }
     }
@@ -237,9 +242,11 @@ impl Container {
         message: &str,
     ) {
         let mut changed = false;
+        let mut starting = false;
         self.change(|state| {
             if state.phase != Phase::Exited {
                 changed = true;
+                starting = self.starting.load(Ordering::Relaxed);
                 state.phase = Phase::Exited;
                 state.pid = 0;
                 state.exit_code = code;
@@ -253,7 +260,9 @@ impl Container {
         if changed {
             log::info!("{}: ended with code {code}, {reason}", self.name());
             self.save_soon(node);
-            status::publish(node, self, ContainerEventType::ContainerStoppedEvent);
+            if !starting {
+                status::publish(node, self, ContainerEventType::ContainerStoppedEvent);
+            }
         }
     }
 

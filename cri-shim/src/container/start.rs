@@ -1,6 +1,7 @@
 //! StartContainer and UpdateContainerResources.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rrun_proto::v1::{ContainerEventType, LinuxContainerResources};
@@ -33,6 +34,7 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
         let pod = container.sandbox.name();
         return Err(Error::wrong_state(format!("{pod} is not ready")));
     }
+    container.starting.store(true, Ordering::Relaxed);
     let starting = ask(&node, &container);
     let started = slow(format!("{name}: the runtime's start"), starting).await;
     if let Err(error) = started {
@@ -43,6 +45,7 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
             log::warn!("{name}: kill it after a failed start: {error}");
         }
         container.change(|state| {
+            container.starting.store(false, Ordering::Relaxed);
             state.phase = super::Phase::Exited;
             state.pid = 0;
             state.started_at = 0;
@@ -68,6 +71,14 @@ pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     });
     status::publish(&node, &container, ContainerEventType::ContainerStartedEvent);
     log::info!("{name}: started");
+    let mut ended = false;
+    container.change(|state| {
+        container.starting.store(false, Ordering::Relaxed);
+        ended = state.phase == super::Phase::Exited;
+    });
+    if ended {
+        status::publish(&node, &container, ContainerEventType::ContainerStoppedEvent);
+    }
     container.write_down(&node)?;
     container.save_soon(&node);
     Ok(())
