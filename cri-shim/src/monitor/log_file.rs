@@ -341,10 +341,11 @@ mod tests {
             }
             std::thread::yield_now();
         };
-        let file = LogFile::open("/nowhere/log".into(), &wake).unwrap();
-        assert_eq!(opened(&file), Err(Errno::NOENT));
+        let file = LogFile::open("/proc/self/comm/log".into(), &wake).unwrap();
+        assert_eq!(opened(&file), Err(Errno::NOTDIR));
 
-        let path = std::env::temp_dir().join(format!("rrun-log-file-{}", std::process::id()));
+        let dir = std::env::temp_dir().join(format!("rrun-log-file-{}", std::process::id()));
+        let path = dir.join("made-for-it/log");
         let file = LogFile::open(path.clone(), &wake).unwrap();
         assert_eq!(opened(&file), Ok(()));
         file.append(|waiting| {
@@ -363,6 +364,6 @@ mod tests {
         }
         assert_eq!(file.reopened(), Some(Ok(())));
         assert_eq!(std::fs::read(&path).unwrap(), b"");
-        std::fs::remove_file(&path).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -1,5 +1,7 @@
 //! RuntimeService.
 
+mod statistics;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use super::{Answers, answer, in_chunks};
 use crate::config::CgroupDriver as ConfiguredDriver;
 use crate::error::{Error, Result};
 use crate::node::{Node, now};
-use crate::slow::{blocking, slow};
+use crate::slow::slow;
 use crate::{container, sandbox, stats, streaming};
 
 /// The CRI's version, which clients compare with theirs.
@@ -344,80 +346,6 @@ impl Runtime {
     async fn exec_sync(&self, request: ExecSyncRequest) -> Result<ExecSyncResponse> {
         let container = self.node.container(&request.container_id)?;
         streaming::exec_sync(&self.node, &container, &request.cmd, request.timeout).await
-    }
-
-    async fn container_stats(&self, id: &str) -> Result<ContainerStatsResponse> {
-        let container = self.node.container(id)?;
-        let only = std::slice::from_ref(&container);
-        self.node.stats.refresh(&self.node, only).await;
-        Ok(ContainerStatsResponse {
-            stats: Some(stats::container(&self.node, &container)),
-        })
-    }
-
-    async fn all_container_stats(
-        &self,
-        filter: Option<&ContainerStatsFilter>,
-    ) -> Vec<ContainerStats> {
-        let mut all = self.node.containers();
-        all.retain(|container| {
-            stats::matches_container(filter, container)
-                && container.phase() == container::Phase::Running
-        });
-        self.node.stats.refresh(&self.node, &all).await;
-        let all = all.iter();
-        all.map(|container| stats::container(&self.node, container))
-            .collect()
-    }
-
-    async fn sandbox_stats(&self, id: &str) -> Result<PodSandboxStatsResponse> {
-        let sandbox = self.node.sandbox(id)?;
-        let containers = self.node.containers_of(&sandbox.id);
-        self.node.stats.refresh(&self.node, &containers).await;
-        Ok(PodSandboxStatsResponse {
-            stats: Some(stats::sandbox(
-                &self.node,
-                &sandbox,
-                &self.node.network.counters(),
-            )),
-        })
-    }
-
-    async fn all_sandbox_stats(
-        &self,
-        filter: Option<&PodSandboxStatsFilter>,
-    ) -> Vec<PodSandboxStats> {
-        self.refresh_running().await;
-        let all = self.node.sandboxes();
-        let counters = self.node.network.counters();
-        all.iter()
-            .filter(|sandbox| stats::matches_sandbox(filter, sandbox))
-            .filter(|sandbox| sandbox.state().ready)
-            .map(|sandbox| stats::sandbox(&self.node, sandbox, &counters))
-            .collect()
-    }
-
-    async fn refresh_running(&self) {
-        let mut all = self.node.containers();
-        all.retain(|container| container.phase() == container::Phase::Running);
-        self.node.stats.refresh(&self.node, &all).await;
-    }
-}
-
-impl Runtime {
-    /// Of the pods that are ready: what has ended uses nothing.
-    async fn sandbox_metrics(&self) -> Vec<PodSandboxMetrics> {
-        self.refresh_running().await;
-        let node = Arc::clone(&self.node);
-        blocking("read the pods' metrics", move || {
-            let all = node.sandboxes();
-            let counters = node.network.counters();
-            let ready = all.iter().filter(|sandbox| sandbox.state().ready);
-            ready
-                .map(|sandbox| stats::cadvisor::sandbox(&node, sandbox, &counters))
-                .collect()
-        })
-        .await
     }
 }
 
