@@ -2,7 +2,8 @@
 //! features.md), and what this kernel can.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ pub struct Features {
     pub users: bool,
     /// `uidMappings` and `gidMappings` of mounts.
     pub mapped_mounts: bool,
-    /// `create --after PIPE`: it can be started before the bundle is written.
+    /// `create --after PIPE`: it can be started before the bundle is written. Not so a program that
+    /// changes the bundle before it becomes rrun (nvidia-container-runtime does that to runc).
     pub after: bool,
 }
 
@@ -94,7 +96,7 @@ async fn ask(name: &str, path: PathBuf) -> Features {
     };
     match tokio::time::timeout(TELL, told).await {
         Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
-            Ok(value) => read(&value),
+            Ok(value) => read(&value, identity(&path).as_deref()),
             Err(error) => failed(error.to_string()),
         },
         Ok(Ok(output)) => failed(output.status.to_string()),
@@ -103,17 +105,25 @@ async fn ask(name: &str, path: PathBuf) -> Features {
     }
 }
 
-fn read(features: &Value) -> Features {
+/// As rrun has it among its features.
+fn identity(path: &Path) -> Option<String> {
+    let file = std::fs::metadata(path).ok()?;
+    Some(format!("{}:{}", file.dev(), file.ino()))
+}
+
+/// `identity` is that of the file which told them.
+fn read(features: &Value, identity: Option<&str>) -> Features {
     let has = |pointer: &str, word: &str| {
         let list = features.pointer(pointer).and_then(Value::as_array);
         list.is_some_and(|list| list.iter().any(|one| one == word))
     };
     let idmap = features.pointer("/linux/mountExtensions/idmap/enabled");
+    let after = features.pointer("/annotations/io.rrun.create.after");
     Features {
         recursive_read_only: has("/mountOptions", "rro"),
         users: has("/linux/namespaces", "user"),
         mapped_mounts: idmap.and_then(Value::as_bool).unwrap_or_default(),
-        after: features.pointer("/annotations/io.rrun.create.after") == Some(&"true".into()),
+        after: identity.is_some() && after.and_then(Value::as_str) == identity,
     }
 }
 
@@ -131,17 +141,22 @@ mod tests {
                 "namespaces": ["pid", "user"],
                 "mountExtensions": { "idmap": { "enabled": true } },
             },
-            "annotations": { "io.rrun.create.after": "true" },
+            "annotations": { "io.rrun.create.after": "8:77" },
         });
-        assert_eq!(
-            read(&told),
-            Features {
-                recursive_read_only: true,
-                users: true,
-                mapped_mounts: true,
-                after: true,
-            }
-        );
-        assert_eq!(read(&json!({})), Features::default());
+        let all = Features {
+            recursive_read_only: true,
+            users: true,
+            mapped_mounts: true,
+            after: true,
+        };
+        assert_eq!(read(&told, Some("8:77")), all);
+        let before_the_bundle = Features {
+            after: false,
+            ..all
+        };
+        for other in [Some("8:78"), None] {
+            assert_eq!(read(&told, other), before_the_bundle);
+        }
+        assert_eq!(read(&json!({}), None), Features::default());
     }
 }

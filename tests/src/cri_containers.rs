@@ -369,7 +369,15 @@ fn exit_codes_reasons_and_times_are_kept() -> Result {
         // containerd runs the runtime at start; CRI-O and rrun-cri do at create, and tell then.
         let nowhere = node.container("nowhere", &["/no/such/program"]);
         let failed = match node.create(&pod_id, &pod, &nowhere) {
-            Err(failed) => failed,
+            Err(failed) => {
+                // kubelet takes a log for an attempt. One that was there is not ours.
+                let log = node.join("logs/exits/nowhere.log");
+                ensure!(!log.exists(), "a log of what never was");
+                fs::write(&log, "")?;
+                ensure!(node.create(&pod_id, &pod, &nowhere).is_err(), "it is made");
+                ensure!(log.exists(), "somebody else's log is gone");
+                failed
+            }
             Ok(id) => {
                 let failed = node.asks(&["start", &id]).err().ok_or("it started")?;
                 let status = node.exited(&id)?;

@@ -1,9 +1,12 @@
 //! Runtime handlers: rrun, runc and crun side by side, each with all of a container's features.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use serde_json::{Value, json};
 
 use crate::machine::{Result, program_path};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -19,6 +22,14 @@ pub const TESTS: &[Test] = &[
         a_handler_that_is_missing_is_told,
         CRICTL,
         SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        a_program_before_rrun_finds_the_whole_bundle,
+        CRICTL,
+        SERVER,
+        Need::RrunCri,
         REGISTRY,
         IMAGES
     ),
@@ -207,6 +218,40 @@ fn a_handler_that_is_missing_is_told() -> Result {
             failed.message().unwrap_or_default().contains("unknown"),
             "unknown"
         );
+        Ok(())
+    })
+}
+
+/// What nvidia-container-runtime does, and what it is told about the runtime behind it.
+fn a_program_before_rrun_finds_the_whole_bundle() -> Result {
+    on_a_node(|node| {
+        let program = node.join("before");
+        fs::write(
+            &program,
+            "#!/bin/sh\n\
+             case \"$*\" in *--after*) echo 'the bundle is still being written' >&2; exit 1 ;; esac\n\
+             for argument; do\n\
+             [ \"$previous\" != --bundle ] || sed -i s/SEEN=no/SEEN=yes/ \"$argument/config.json\"\n\
+             previous=$argument\n\
+             done\n\
+             exec rrun \"$@\"\n",
+        )?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        fs::write(
+            node.join("config.d/50-before.toml"),
+            format!("[runtime.before]\npath = {program:?}\n"),
+        )?;
+        node.terminate_server()?;
+        node.start_server()?;
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("before");
+        let pod_id = node.runp_by("before", &pod)?;
+        let mut container = node.container("asks", &["sh", "-c", "echo $SEEN"]);
+        container["envs"] = json!([{ "key": "SEEN", "value": "no" }]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        node.exited(&id)?;
+        let log = node.log_of("before", "asks")?;
+        ensure!(log.ends_with(" F yes\n"), "the container's log: {log}");
         Ok(())
     })
 }

@@ -471,6 +471,7 @@ impl Monitor {
             return;
         };
         container.kill_all();
+        container.output.log.discard();
         match container.delete_call(timeout) {
             Ok(call) => {
                 let purpose = Purpose::Undo {

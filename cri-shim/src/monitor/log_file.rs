@@ -47,6 +47,7 @@ struct Desk {
     waiting: Vec<u8>,
     lines: u64,
     reopen: bool,
+    discard: bool,
     close: bool,
     /// The thread has nothing to do and waits.
     idle: bool,
@@ -120,6 +121,14 @@ impl LogFile {
         desk.reopened
     }
 
+    /// Has the file removed if it was made for this log and nothing is in it: kubelet counts a
+    /// container's attempts by its logs. Never mind if this is dropped before.
+    pub fn discard(&self) {
+        let mut desk = self.shared.desk();
+        desk.discard = true;
+        self.nudge(desk);
+    }
+
     /// Whether all is in the file. If not, the loop is woken when it is.
     pub fn is_written(&self) -> bool {
         let mut desk = self.shared.desk();
@@ -141,6 +150,7 @@ impl Drop for LogFile {
     fn drop(&mut self) {
         let mut desk = self.shared.desk();
         desk.close = true;
+        desk.discard = false;
         self.nudge(desk);
     }
 }
@@ -172,6 +182,11 @@ fn write_loop(shared: &Shared) {
             let reopened = sink.open(&shared.path);
             desk = shared.desk();
             desk.reopened = Some(reopened);
+        } else if desk.discard {
+            desk.discard = false;
+            drop(desk);
+            sink.discard(&shared.path);
+            desk = shared.desk();
         } else if desk.close {
             return;
         } else {
@@ -202,6 +217,8 @@ fn write_loop(shared: &Shared) {
 #[derive(Default)]
 struct Sink {
     file: Option<File>,
+    /// There was no file before.
+    made: bool,
     /// Lines that could not be written since the last that could, and why.
     lost: u64,
     reason: Option<Errno>,
@@ -213,8 +230,10 @@ impl Sink {
     /// Opens the file; the old one goes on if that fails.
     fn open(&mut self, path: &Path) -> Result<(), Errno> {
         let mut options = OpenOptions::new();
-        let opened = options.append(true).create(true).mode(0o640).open(path);
-        match opened {
+        options.append(true).mode(0o640);
+        let made = options.clone().create_new(true).open(path);
+        self.made = made.is_ok();
+        match made.or_else(|_| options.create(true).open(path)) {
             Ok(file) => {
                 self.file = Some(file);
                 self.torn = false;
@@ -225,6 +244,16 @@ impl Sink {
                 self.reason = Some(errno);
                 Err(errno)
             }
+        }
+    }
+
+    fn discard(&mut self, path: &Path) {
+        let file = self.file.take().filter(|_| self.made);
+        let length = file
+            .and_then(|file| file.metadata().ok())
+            .map(|it| it.len());
+        if length == Some(0) {
+            let _ = std::fs::remove_file(path);
         }
     }
 

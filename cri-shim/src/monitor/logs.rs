@@ -146,6 +146,13 @@ impl Log {
         self.file.as_ref().is_none_or(LogFile::is_written)
     }
 
+    /// As [`LogFile::discard`].
+    pub fn discard(&self) {
+        if let Some(file) = &self.file {
+            file.discard();
+        }
+    }
+
     /// Reads from one of the container's streams once, and passes the lines that are whole on.
     pub fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
         let held = self.held(stream);

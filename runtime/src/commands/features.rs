@@ -56,12 +56,20 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "potentiallyUnsafeConfigAnnotations": [cgroup::ANNOTATION],
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
-            // `create --after`.
-            "io.rrun.create.after": "true",
+            "io.rrun.create.after": identity(),
         },
     });
     let text = serde_json::to_string_pretty(&features)
         .map_err(|error| Error::new(format!("print the features: {error}")))?;
     print(&format!("{text}\n"));
     Ok(0)
+}
+
+/// That `create --after` is there, and of which file that is true, as `DEVICE:INODE`: a program of
+/// another name that looks into the bundle first and then becomes rrun passes these features on as
+/// if they were its own, and must not be started before the bundle is written.
+fn identity() -> String {
+    rustix::fs::stat("/proc/self/exe").map_or(String::new(), |file| {
+        format!("{}:{}", file.st_dev, file.st_ino)
+    })
 }
