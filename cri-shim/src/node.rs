@@ -1,5 +1,6 @@
 //! What the server knows of its node. Memory is what it works from; the store follows.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -105,13 +106,18 @@ impl Node {
         self.index().containers.values().cloned().collect()
     }
 
-    /// The containers of a pod.
+    /// The pod's containers, the newest first: where kubelet does not sort them itself (the statuses
+    /// in PodSandboxStatus, by which it goes with EventedPLEG) it takes the first of a name for the
+    /// one that counts, and would start a second beside a running one that comes later.
     pub fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
         let index = self.index();
         let of = index.containers.values();
-        of.filter(|container| container.sandbox.id == sandbox)
+        let mut found: Vec<_> = of
+            .filter(|container| container.sandbox.id == sandbox)
             .cloned()
-            .collect()
+            .collect();
+        found.sort_by_key(|container| Reverse(container.created_at));
+        found
     }
 
     /// The pod with this id, or with the only id that begins so.

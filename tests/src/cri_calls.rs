@@ -7,15 +7,16 @@ use rrun_proto::v1::image_service_client::ImageServiceClient;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
     CheckpointContainerRequest, ContainerConfig, ContainerEventType, ContainerMetadata,
-    CreateContainerRequest, GetEventsRequest, ImageSpec, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxMetadata, PullImageRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    ReopenContainerLogRequest, RunPodSandboxRequest, RuntimeConfigRequest, StopPodSandboxRequest,
+    ContainerStatus, CreateContainerRequest, GetEventsRequest, ImageSpec, ListPodSandboxRequest,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest, PullImageRequest,
+    RemoveContainerRequest, RemovePodSandboxRequest, ReopenContainerLogRequest,
+    RunPodSandboxRequest, RuntimeConfigRequest, StopPodSandboxRequest,
 };
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::machine::{Result, deadline, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -45,6 +46,14 @@ pub const TESTS: &[Test] = &[
         events_tell_of_a_containers_life,
         CRICTL,
         SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        a_pods_containers_are_told_newest_first,
+        CRICTL,
+        SERVER,
+        Need::RrunCri,
         REGISTRY,
         IMAGES
     ),
@@ -353,6 +362,47 @@ fn events_tell_of_a_containers_life() -> Result {
             ],
             "events of the container"
         );
+        Ok(())
+    })
+}
+
+/// Of several attempts at a container kubelet takes the first that it is told of, for one.
+fn a_pods_containers_are_told_newest_first() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let calls = Calls::new(node)?;
+        let mut client = calls.runtime();
+        let events =
+            calls.wait(async move { client.get_container_events(GetEventsRequest {}).await })??;
+        let mut events = events.into_inner();
+        let pod = node.pod("attempts");
+        let pod_id = node.runp(&pod)?;
+        let mut container = node.container("again", &["true"]);
+        let attempts = |statuses: &[ContainerStatus]| -> Vec<u32> {
+            let metadata = statuses.iter().flat_map(|status| &status.metadata);
+            metadata.map(|metadata| metadata.attempt).collect()
+        };
+        for attempt in 0..5 {
+            container["metadata"]["attempt"] = attempt.into();
+            let id = node.create(&pod_id, &pod, &container)?;
+            let newest_first: Vec<u32> = (0..=attempt).rev().collect();
+            let mut client = calls.runtime();
+            let request = PodSandboxStatusRequest {
+                pod_sandbox_id: pod_id.clone(),
+                verbose: false,
+            };
+            let told = calls.wait(async move { client.pod_sandbox_status(request).await })??;
+            let told = attempts(&told.into_inner().containers_statuses);
+            ensure_eq!(told, newest_first, "the pod's status");
+            let event = loop {
+                let event = calls.wait(events.message())??.ok_or("the stream ended")?;
+                if event.container_id == id {
+                    break event;
+                }
+            };
+            let told = attempts(&event.containers_statuses);
+            ensure_eq!(told, newest_first, "an event of the pod's");
+        }
         Ok(())
     })
 }
