@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use crate::cluster::{APISERVER, Cluster, eventually, timeout};
-use crate::kubelet::{COUNTED, KUBELET, Kubelet, UNCOUNTED, lives, static_pod};
+use crate::kubelet::{COUNTED, KUBELET, Kubelet, UNCOUNTED, busybox_pod, lives};
 use crate::kubelet_disk::{Disk, FREE, is_told};
 use crate::kubelet_limits::MIB;
 use crate::machine::Result;
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, Node, on_a_node};
+use crate::node::{Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -32,23 +32,15 @@ pub const TESTS: &[Test] = &[
 
 /// One container that does nothing until it is told to.
 fn pod(name: &str, resources: &Value) -> Value {
-    static_pod(
-        name,
-        &json!({
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "c",
-                "image": BUSYBOX,
-                "imagePullPolicy": "IfNotPresent",
-                // Takes as much memory as it is told to: dd waits with all of its block.
-                "command": ["sh", "-c", "while [ ! -e /take ]; do sleep 1; done; \
-                    dd if=/dev/zero bs=$(cat /take)M count=1 | sleep 100000"],
-                "resources": resources,
-                "volumeMounts": [{ "name": "data", "mountPath": "/data" }],
-            }],
-            "volumes": [{ "name": "data", "emptyDir": {} }],
-        }),
-    )
+    // Takes as much memory as it is told to: dd waits with all of its block.
+    let script = "while [ ! -e /take ]; do sleep 1; done; \
+        dd if=/dev/zero bs=$(cat /take)M count=1 | sleep 100000";
+    let mut pod = busybox_pod(name, &["sh", "-c", script]);
+    let container = &mut pod["spec"]["containers"][0];
+    container["resources"] = resources.clone();
+    container["volumeMounts"] = json!([{ "name": "data", "mountPath": "/data" }]);
+    pod["spec"]["volumes"] = json!([{ "name": "data", "emptyDir": {} }]);
+    pod
 }
 
 /// Has this pod write a file of so many MiB.

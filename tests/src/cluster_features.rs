@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use crate::cgroup_use::{file, held_to};
 use crate::cluster::{APISERVER, Cluster, eventually, timeout};
-use crate::kubelet::{COUNTED, KUBELET, Kubelet, container_id, container_status, static_pod};
+use crate::kubelet::{
+    COUNTED, KUBELET, Kubelet, busybox_pod, container_id, container_status, static_pod,
+};
 use crate::kubelet_limits::{MIB, Swap};
 use crate::machine::{Result, note};
 use crate::needs::{Need, Test};
@@ -172,21 +174,11 @@ fn limits_change_in_place_and_swap_is_shared_out() -> Result {
 }
 
 fn pod(name: &str, resources: &Value) -> Value {
-    static_pod(
-        name,
-        &json!({
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "c",
-                "image": BUSYBOX,
-                "imagePullPolicy": "IfNotPresent",
-                // Busy as soon as it is told to.
-                "command": ["sh", "-c",
-                    "while [ ! -e /busy ]; do sleep 1; done; while :; do :; done"],
-                "resources": resources,
-            }],
-        }),
-    )
+    // Busy as soon as it is told to.
+    let script = "while [ ! -e /busy ]; do sleep 1; done; while :; do :; done";
+    let mut pod = busybox_pod(name, &["sh", "-c", script]);
+    pod["spec"]["containers"][0]["resources"] = resources.clone();
+    pod
 }
 
 /// What this pod's container is, and its group.

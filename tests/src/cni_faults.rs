@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use crate::cni_recorder::{ADDRESS, Call, behave, calls, configure, install, write};
 use crate::machine::{Dice, Result, rounds, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 macro_rules! tests {
     ($($name:ident),* $(,)?) => {
-        &[$(test!($name, CRICTL, SERVER, REGISTRY, IMAGES, Need::RrunCri)),*]
+        &[$(test!($name, A_NODE, Need::RrunCri)),*]
     };
 }
 
@@ -274,11 +274,7 @@ fn a_del_that_fails_is_kubelets_to_repeat_but_not_for_ever() -> Result {
             "echo '{\"code\":100,\"msg\":\"not now\"}'; exit 1",
         )?;
         let output = node.crictl(&["stopp", &pod_id]).end()?;
-        ensure!(
-            output.code != 0 && output.stderr.contains("failed DEL: not now (code 100)"),
-            "should have failed:\n{}",
-            output.told()
-        );
+        output.fails_with("failed DEL: not now (code 100)")?;
         ensure!(
             node.join("state/netns").join(&pod_id).exists(),
             "the namespace is gone before the DEL"

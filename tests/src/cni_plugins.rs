@@ -10,7 +10,7 @@ use crate::inside_traffic::pour;
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
 use crate::network_host_ports::node_fetches;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
@@ -30,50 +30,26 @@ const MACVLAN: Need = Need::Works(
 pub const TESTS: &[Test] = &[
     test!(
         a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         PLUGINS,
         SHAPING,
         FIREWALL
     ),
     test!(
         a_bandwidth_is_held,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         PLUGINS,
         SHAPING,
         Need::NativeOrLong
     ),
     test!(
         a_pod_has_an_interface_of_each_configuration_in_use,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         PLUGINS,
         Need::RrunCri
     ),
-    test!(
-        pods_reach_each_other_by_ptp,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        PLUGINS
-    ),
-    test!(
-        pods_reach_each_other_by_macvlan,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        PLUGINS,
-        MACVLAN
-    ),
+    test!(pods_reach_each_other_by_ptp, A_NODE, PLUGINS),
+    test!(pods_reach_each_other_by_macvlan, A_NODE, PLUGINS, MACVLAN),
 ];
 
 /// What plugins keep outside of their configuration's reach.

@@ -4,35 +4,23 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, command};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         the_default_profile_is_there_unless_refused,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         APPARMOR,
         PARSER
     ),
     test!(
         a_profile_of_the_nodes_is_had_by_its_name,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         APPARMOR,
         PARSER
     ),
-    test!(
-        a_profile_that_can_not_be_had_is_refused,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_profile_that_can_not_be_had_is_refused, A_NODE),
 ];
 
 pub const APPARMOR: Need = Need::File("/sys/kernel/security/apparmor/profiles");

@@ -6,16 +6,14 @@ use serde_json::{Value, json};
 
 use crate::machine::{Directory, Result, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, CRICTL, Node, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         limits_and_annotations_are_a_matter_of_configuration,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         a_mistake_is_told_with_file_line_and_key,
@@ -30,27 +28,20 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::File("/run/systemd/system"),
-        Need::Controller("memory")
+        Need::Controller("memory"),
+        Need::RrunCri
     ),
     test!(
         what_makes_no_sense_is_refused_by_its_field,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
 fn limits_and_annotations_are_a_matter_of_configuration() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         fs::write(
             node.join("config.d/10.toml"),
             "rlimits = ['nofile=1234:2345', 'core=0']\n[runtime.rrun]\npath = 'rrun'\n\
@@ -219,9 +210,6 @@ fn the_start_tells_what_the_node_lacks() -> Result {
 fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() -> Result {
     const SLICE: &str = "e2e-burstable-pod1.slice";
     let result = on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         node.pull(BUSYBOX)?;
         let told = node.asks(&["runtime-config"])?;
         ensure!(told.to_lowercase().contains("systemd"), "{told}");
@@ -283,9 +271,6 @@ fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() ->
 
 fn what_makes_no_sense_is_refused_by_its_field() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         node.pull(BUSYBOX)?;
         let change = |mut config: Value, pointer: &str, value: Value| {
             let mut at = &mut config;

@@ -6,53 +6,21 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::machine::{Result, note, program_path, wait_for};
-use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_container_gets_what_its_configuration_says,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        logs_have_both_streams_in_order,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        exec_gives_output_exit_code_and_ends_in_time,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_container_gets_what_its_configuration_says, A_NODE),
+    test!(logs_have_both_streams_in_order, A_NODE),
+    test!(exec_gives_output_exit_code_and_ends_in_time, A_NODE),
     test!(
         what_an_exec_started_dies_with_it_and_a_daemon_stays,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(
-        exit_codes_reasons_and_times_are_kept,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        stop_gives_the_grace_period_and_then_kills,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(exit_codes_reasons_and_times_are_kept, A_NODE),
+    test!(stop_gives_the_grace_period_and_then_kills, A_NODE),
 ];
 
 /// RFC 3339 to the second, and later than the year 2020.
@@ -298,11 +266,8 @@ fn exec_cgroups(node: &Node, container: &str) -> Result<usize> {
         .count())
 }
 
+/// containerd kills the first process only.
 fn what_an_exec_started_dies_with_it_and_a_daemon_stays() -> Result {
-    // containerd kills the first process only.
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for handler in ["", "runc", "crun"] {

@@ -6,16 +6,10 @@ use serde_json::json;
 
 use crate::machine::Result;
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(
-    a_cdi_device_brings_all_that_its_file_says,
-    CRICTL,
-    SERVER,
-    REGISTRY,
-    IMAGES
-)];
+pub const TESTS: &[Test] = &[test!(a_cdi_device_brings_all_that_its_file_says, A_NODE)];
 
 fn a_cdi_device_brings_all_that_its_file_says() -> Result {
     on_a_node(|node| {

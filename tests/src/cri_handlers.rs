@@ -7,31 +7,16 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, program_path};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        containers_are_the_same_under_every_handler,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_handler_that_is_missing_is_told,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(containers_are_the_same_under_every_handler, A_NODE),
+    test!(a_handler_that_is_missing_is_told, A_NODE, Need::RrunCri),
     test!(
         a_program_before_rrun_finds_the_whole_bundle,
-        CRICTL,
-        SERVER,
-        Need::RrunCri,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -174,9 +159,6 @@ fn under(node: &mut Node, handler: &str) -> Result {
 
 fn a_handler_that_is_missing_is_told() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         let info: Value = serde_json::from_str(&node.asks(&["info"])?)?;
         let conditions = info["status"]["conditions"]
             .as_array()

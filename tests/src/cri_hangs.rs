@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::cri_calls::{line_numbers, without_gap};
 use crate::machine::{Result, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const FUSE: Need = Need::File("/dev/fuse");
@@ -21,33 +21,24 @@ const FUSE: Need = Need::File("/dev/fuse");
 pub const TESTS: &[Test] = &[
     test!(
         a_volume_that_hangs_stalls_its_own_container_only,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         FUSE
     ),
     test!(
         a_log_that_hangs_stalls_no_exit_and_loses_no_line,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        FUSE
+        A_NODE,
+        FUSE,
+        Need::RrunCri
     ),
     test!(
         a_full_disk_is_told_and_gone_when_there_is_room_again,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         a_read_only_state_directory_is_told_and_leaves_nothing,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -136,9 +127,6 @@ fn a_volume_that_hangs_stalls_its_own_container_only() -> Result {
 }
 
 fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("logs");
@@ -188,9 +176,6 @@ fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
 }
 
 fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let root = node.join("root");
         node.terminate_server()?;
@@ -255,9 +240,6 @@ fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
 }
 
 fn a_read_only_state_directory_is_told_and_leaves_nothing() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("before");

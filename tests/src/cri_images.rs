@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::cri_calls::Calls;
 use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 // Images made by hand and a registry that misbehaves are those of the library's tests.
@@ -24,48 +24,27 @@ pub mod build;
 pub mod server;
 
 pub const TESTS: &[Test] = &[
-    test!(
-        an_image_is_inspected_with_its_configuration,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(an_image_is_inspected_with_its_configuration, A_NODE),
     test!(
         an_images_size_is_what_it_takes_on_the_disk,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        pinned_images_say_so_and_outlive_a_prune,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        what_layers_hold_is_seen_from_inside,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
+        pinned_images_say_so_and_outlive_a_prune,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(what_layers_hold_is_seen_from_inside, A_NODE, Need::RrunCri),
+    test!(
         the_disk_is_told_of_when_removed_images_are_gone_from_it,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         an_image_in_use_can_be_removed_under_its_container,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -122,9 +101,6 @@ fn number(value: &Value) -> Result<u64> {
 }
 
 fn an_images_size_is_what_it_takes_on_the_disk() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(WEB)?;
         let used = node.json(&["imagefsinfo"])?;
@@ -160,9 +136,6 @@ fn is_pinned(node: &Node, name: &str) -> Result<bool> {
 }
 
 fn pinned_images_say_so_and_outlive_a_prune() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         std::fs::create_dir_all(&drop_ins)?;
@@ -271,9 +244,6 @@ fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
     /// ImageFsInfo waits this long at most (services/image.rs).
     const PATIENCE: Duration = Duration::from_secs(5);
     const FILES: usize = 30_000;
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         for _ in 0..5 {
@@ -321,9 +291,6 @@ fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
 }
 
 fn an_image_in_use_can_be_removed_under_its_container() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("user");

@@ -12,32 +12,18 @@ use crate::cri_images::build::{Archive, Compression, ITEM, Image, Item, image};
 use crate::cri_images::pull;
 use crate::cri_images::server::{Answer, Request, Server};
 use crate::machine::{Result, wait_for};
-use crate::needs::Test;
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_registry_that_lies_is_found_out,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(a_hostile_layer_is_refused, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(
-        a_stalled_registry_stalls_nobody_else,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_registry_that_lies_is_found_out, A_NODE),
+    test!(a_hostile_layer_is_refused, A_NODE, Need::RrunCri),
+    test!(a_stalled_registry_stalls_nobody_else, A_NODE, Need::RrunCri),
     test!(
         a_pull_goes_on_after_the_server_was_killed,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -150,9 +136,6 @@ fn a_registry_that_lies_is_found_out() -> Result {
 }
 
 fn a_hostile_layer_is_refused() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         fs::create_dir_all(&drop_ins)?;
@@ -223,9 +206,6 @@ fn a_hostile_layer_is_refused() -> Result {
 }
 
 fn a_stalled_registry_stalls_nobody_else() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         fs::create_dir_all(&drop_ins)?;
@@ -262,9 +242,6 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
 }
 
 fn a_pull_goes_on_after_the_server_was_killed() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let built = noisy(9 << 20);
         let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const SKOPEO: Need = Need::Program("skopeo");
@@ -16,19 +16,15 @@ const SKOPEO: Need = Need::Program("skopeo");
 pub const TESTS: &[Test] = &[
     test!(
         archives_are_imported_at_start_under_their_names,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        SKOPEO
+        A_NODE,
+        SKOPEO,
+        Need::RrunCri
     ),
     test!(
         an_archive_is_imported_once_and_a_new_one_at_sighup,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        SKOPEO
+        A_NODE,
+        SKOPEO,
+        Need::RrunCri
     ),
 ];
 
@@ -71,9 +67,6 @@ fn is_here(node: &Node, name: &str) -> Result {
 }
 
 fn archives_are_imported_at_start_under_their_names() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         archive(node, "docker-archive", "1.tar", "127.0.0.1:5000/docker:1")?;
         archive(node, "oci-archive", "2.tar", "127.0.0.1:5000/oci:1")?;
@@ -120,9 +113,6 @@ fn imports(node: &mut Node, file: &str) -> usize {
 }
 
 fn an_archive_is_imported_once_and_a_new_one_at_sighup() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         archive(node, "oci-archive", "1.tar", "127.0.0.1:5000/one:1")?;
         restart(node)?;

@@ -13,7 +13,7 @@ use crate::cri_images::pull;
 use crate::cri_images::server::{Answer, Server};
 use crate::machine::{Directory, Result, Running, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const OPENSSL: Need = Need::Program("openssl");
@@ -22,43 +22,20 @@ const HTPASSWD: Need = Need::Program("htpasswd");
 pub const TESTS: &[Test] = &[
     test!(
         a_registry_behind_tls_is_known_by_its_authority,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         OPENSSL
     ),
     test!(
         a_registry_is_shown_the_certificate_that_it_asks_for,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         OPENSSL
     ),
     test!(
         the_time_for_a_connection_is_a_matter_of_configuration,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE
     ),
-    test!(
-        a_registry_may_want_a_password,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        HTPASSWD
-    ),
-    test!(
-        a_registry_may_want_a_signed_token,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        OPENSSL
-    ),
+    test!(a_registry_may_want_a_password, A_NODE, HTPASSWD),
+    test!(a_registry_may_want_a_signed_token, A_NODE, OPENSSL),
 ];
 
 const PORT: u16 = 5001;

@@ -7,65 +7,33 @@ use crate::cgroup_use::{file, held_to};
 use crate::cri_calls::Calls;
 use crate::machine::{Result, note, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const CPU: Need = Need::Controller("cpu");
 const MEMORY: Need = Need::Controller("memory");
 
 pub const TESTS: &[Test] = &[
-    test!(
-        limits_are_enforced_and_updated,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        CPU,
-        MEMORY
-    ),
-    test!(
-        an_allocation_over_the_limit_is_oomkilled,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        MEMORY
-    ),
+    test!(limits_are_enforced_and_updated, A_NODE, CPU, MEMORY),
+    test!(an_allocation_over_the_limit_is_oomkilled, A_NODE, MEMORY),
     test!(
         a_memory_limit_below_what_is_in_use_is_refused,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         MEMORY,
         Need::RrunCri
     ),
     test!(
         huge_pages_are_limited_by_their_size,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::Controller("hugetlb"),
         Need::RrunCri
     ),
     test!(
         a_pods_own_resources_are_kubelets_to_write,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::Controller("hugetlb")
     ),
-    test!(
-        stats_tell_what_a_container_uses,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        CPU,
-        MEMORY
-    ),
+    test!(stats_tell_what_a_container_uses, A_NODE, CPU, MEMORY),
 ];
 
 fn limits_are_enforced_and_updated() -> Result {
@@ -229,11 +197,7 @@ fn huge_pages_are_limited_by_their_size() -> Result {
         wrong["linux"]["resources"] =
             json!({ "hugepage_limits": [{ "page_size": "3MB", "limit": 6 << 20 }] });
         let output = node.try_create(&pod_id, &pod, &wrong)?;
-        ensure!(
-            output.code != 0 && output.stderr.contains("page size 3"),
-            "{}",
-            output.told()
-        );
+        output.fails_with("page size 3")?;
         Ok(())
     })
 }

@@ -9,39 +9,24 @@ use serde_json::json;
 use crate::cri_calls::{Calls, line_numbers, without_gap};
 use crate::machine::{Result, rounds, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE
     ),
     test!(
         a_container_that_writes_much_gets_a_larger_pipe,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
         parts_of_lines_are_told_from_whole_ones_in_each_stream,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE
     ),
-    test!(
-        a_terminals_log_has_one_stream,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_terminals_log_has_one_stream, A_NODE),
 ];
 
 fn at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server() -> Result {

@@ -17,7 +17,7 @@ use rrun_proto::v1::{
 use crate::cri_calls::Calls;
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, METRICS, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, METRICS, Node, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const MEMORY: Need = Need::Controller("memory");
@@ -25,47 +25,35 @@ const MEMORY: Need = Need::Controller("memory");
 pub const TESTS: &[Test] = &[
     test!(
         metrics_for_kubelet_are_described_and_given,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         metrics_count_what_the_controllers_count,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        MEMORY
+        A_NODE,
+        MEMORY,
+        Need::RrunCri
     ),
-    test!(
-        streamed_lists_are_the_lists,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(streamed_lists_are_the_lists, A_NODE, Need::RrunCri),
     test!(
         crictl_shows_statistics_metrics_and_the_servers_state,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         prometheus_metrics_count_calls_and_garbage_is_harmless,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(bad_configuration_names_file_line_and_key, SERVER),
+    test!(
+        bad_configuration_names_file_line_and_key,
+        SERVER,
+        Need::RrunCri
+    ),
     test!(
         a_hangup_reads_the_configuration_again,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -77,11 +65,8 @@ fn metrics(node: &Node) -> Result<Vec<PodSandboxMetrics>> {
     Ok(answer.into_inner().pod_metrics)
 }
 
+/// containerd 2.1 describes two labels and gives four.
 fn metrics_for_kubelet_are_described_and_given() -> Result {
-    if !is_rrun() {
-        // containerd 2.1 describes two labels and gives four.
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("measured");
@@ -148,9 +133,6 @@ fn metrics_for_kubelet_are_described_and_given() -> Result {
 }
 
 fn metrics_count_what_the_controllers_count() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("uses");
@@ -198,9 +180,6 @@ fn metrics_count_what_the_controllers_count() -> Result {
 }
 
 fn streamed_lists_are_the_lists() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut ids = BTreeSet::new();
@@ -295,9 +274,6 @@ fn crictl_shows_statistics_metrics_and_the_servers_state() -> Result {
         let pod = node.pod("shown");
         let pod_id = node.runp(&pod)?;
         let id = node.run(&pod_id, &pod, &node.container("sleeps", &["sleep", "600"]))?;
-        if !is_rrun() {
-            return Ok(());
-        }
         let short = id.get(..12).unwrap_or_default();
         let short_pod = pod_id.get(..12).unwrap_or_default();
         for (args, says) in [
@@ -321,11 +297,7 @@ fn crictl_shows_statistics_metrics_and_the_servers_state() -> Result {
         let refused = node
             .crictl(&["checkpoint", "--export", "/tmp/none", &id])
             .end()?;
-        ensure!(
-            refused.code != 0 && refused.stderr.contains("checkpoint"),
-            "{}",
-            refused.told()
-        );
+        refused.fails_with("checkpoint")?;
         let mut events = node.crictl(&["events"]).start()?;
         let mut tries = 0;
         wait_for("an event in crictl", || {
@@ -365,9 +337,6 @@ fn sample(text: &str, name: &str) -> Result<f64> {
 }
 
 fn prometheus_metrics_count_calls_and_garbage_is_harmless() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("counted");
@@ -439,9 +408,6 @@ fn prometheus_metrics_count_calls_and_garbage_is_harmless() -> Result {
 }
 
 fn bad_configuration_names_file_line_and_key() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     let directory = crate::machine::Directory::new("config")?;
     let main = directory.join("config.toml");
     fs::create_dir(directory.join("config.d"))?;
@@ -498,9 +464,6 @@ fn bad_configuration_names_file_line_and_key() -> Result {
 }
 
 fn a_hangup_reads_the_configuration_again() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let mode = fs::metadata(node.socket())?.permissions().mode() & 0o777;
         ensure_eq!(mode, 0o600, "mode of the CRI's socket");

@@ -6,31 +6,13 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, command, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_pod_can_be_on_the_nodes_network,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        the_containers_of_a_pod_share_what_pods_share,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        pods_and_node_reach_each_other,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_pod_can_be_on_the_nodes_network, A_NODE),
+    test!(the_containers_of_a_pod_share_what_pods_share, A_NODE),
+    test!(pods_and_node_reach_each_other, A_NODE),
 ];
 
 fn a_pod_can_be_on_the_nodes_network() -> Result {

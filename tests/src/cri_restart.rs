@@ -11,39 +11,19 @@ use serde_json::json;
 
 use crate::cri_calls::{Calls, container, line_numbers, pod, without_gap};
 use crate::machine::Result;
-use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_killed_server_finds_everything_as_it_was,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_killed_server_finds_everything_as_it_was, A_NODE),
     test!(
         a_server_killed_at_its_work_leaves_nothing_half_done,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(
-        a_server_killed_in_a_pull_pulls_again,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_stopped_server_leaves_the_containers_running,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_server_killed_in_a_pull_pulls_again, A_NODE),
+    test!(a_stopped_server_leaves_the_containers_running, A_NODE),
 ];
 
 fn a_killed_server_finds_everything_as_it_was() -> Result {
@@ -180,9 +160,6 @@ type Runtime =
     rrun_proto::v1::runtime_service_client::RuntimeServiceClient<tonic::transport::Channel>;
 
 fn a_server_killed_at_its_work_leaves_nothing_half_done() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for round in 0..10u64 {

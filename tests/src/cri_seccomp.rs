@@ -6,45 +6,25 @@ use nix::libc;
 use serde_json::{Value, json};
 
 use crate::machine::Result;
-use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         runtime_default_forbids_what_reaches_the_kernel_too_deep,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE
     ),
-    test!(
-        capabilities_open_the_default_profile,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        unconfined_privileged_and_unset_are_not_filtered,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(capabilities_open_the_default_profile, A_NODE),
+    test!(unconfined_privileged_and_unset_are_not_filtered, A_NODE),
     test!(
         a_localhost_profile_is_applied_and_a_missing_one_told,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE
     ),
     test!(
         the_configuration_says_what_unset_means,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -241,9 +221,6 @@ fn a_localhost_profile_is_applied_and_a_missing_one_told() -> Result {
 }
 
 fn the_configuration_says_what_unset_means() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let config = node.join("config.toml");
         let text = fs::read_to_string(&config)?;

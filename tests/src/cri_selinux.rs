@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cri_users;
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::rrun_labels::SELINUX;
 use crate::{ensure, ensure_eq, test};
 
@@ -16,55 +16,34 @@ pub const TESTS: &[Test] = &[
     test!(
         each_pod_has_an_selinux_level_of_its_own,
         SELINUX,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
         selinux_keeps_pods_from_each_others_volumes,
         SELINUX,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
         a_container_gets_the_selinux_label_it_asks_for,
         SELINUX,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
         selinux_goes_with_user_namespaces_and_images_as_volumes,
         SELINUX,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
     test!(
         without_enable_selinux_there_are_no_labels,
         SELINUX,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
-    test!(
-        a_bad_selinux_level_is_refused_by_its_field,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_bad_selinux_level_is_refused_by_its_field, A_NODE),
 ];
 
 /// A node with `enable_selinux`, and levels for three pods.
@@ -167,11 +146,7 @@ fn each_pod_has_an_selinux_level_of_its_own() -> Result {
         );
         let fourth = node.pod("fourth");
         let refused = node.try_runp(&fourth)?;
-        ensure!(
-            refused.code != 0 && refused.stderr.contains("selinux_category_range"),
-            "{}",
-            refused.told()
-        );
+        refused.fails_with("selinux_category_range")?;
         node.asks(&["rmp", "--force", &second.0])?;
         let fourth = (node.runp(&fourth)?, fourth);
         let e = idle(node, &fourth, "e")?;
@@ -212,11 +187,7 @@ fn selinux_keeps_pods_from_each_others_volumes() -> Result {
 
         let b = node.run(&second.0, &second.1, &mounted("b", false))?;
         let denied = read(&b).end()?;
-        ensure!(
-            denied.code != 0 && denied.stderr.contains("denied"),
-            "{}",
-            denied.told()
-        );
+        denied.fails_with("denied")?;
         let taken = node.run(&second.0, &second.1, &mounted("taken", true))?;
         ensure_eq!(read(&taken).ok()?.text(), "secret", "the volume taken over");
         ensure!(read(&a).end()?.code != 0, "the first pod reads it still");
@@ -226,11 +197,7 @@ fn selinux_keeps_pods_from_each_others_volumes() -> Result {
             "container_path": "/volume", "host_path": "/etc", "selinux_relabel": true,
         }]);
         let refused = node.try_create(&first.0, &first.1, &container)?;
-        ensure!(
-            refused.code != 0 && refused.stderr.contains("/etc"),
-            "{}",
-            refused.told()
-        );
+        refused.fails_with("/etc")?;
         Ok(())
     })
 }
@@ -277,11 +244,7 @@ fn a_container_gets_the_selinux_label_it_asks_for() -> Result {
         );
         let unknown = with("unknown", "selinux_options", json!({ "type": "no_t" }));
         let refused = node.try_create(&id, &config, &unknown)?;
-        ensure!(
-            refused.code != 0 && refused.stderr.contains("selinux_options"),
-            "{}",
-            refused.told()
-        );
+        refused.fails_with("selinux_options")?;
         Ok(())
     })
 }
@@ -342,11 +305,7 @@ fn a_bad_selinux_level_is_refused_by_its_field() -> Result {
         let mut config = node.pod("bad");
         config["linux"]["security_context"]["selinux_options"] = json!({ "level": "s0,c1,c2" });
         let refused = node.try_runp(&config)?;
-        ensure!(
-            refused.code != 0 && refused.stderr.contains("level"),
-            "{}",
-            refused.told()
-        );
+        refused.fails_with("level")?;
         Ok(())
     })
 }

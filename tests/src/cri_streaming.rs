@@ -12,20 +12,13 @@ use rrun_proto::v1::ExecRequest;
 use crate::cri_calls::Calls;
 use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, test};
 
 pub const TMUX: Need = Need::Program("tmux");
 const CRITEST: Need = Need::Program("critest");
 
-pub const TESTS: &[Test] = &[test!(
-    critest_s_streaming_tests_pass,
-    CRICTL,
-    SERVER,
-    REGISTRY,
-    IMAGES,
-    CRITEST
-)];
+pub const TESTS: &[Test] = &[test!(critest_s_streaming_tests_pass, A_NODE, CRITEST)];
 
 /// critest's own tests, over SPDY and with each WebSocket flag.
 fn critest_s_streaming_tests_pass() -> Result {

@@ -13,45 +13,15 @@ use crate::cri_calls::Calls;
 use crate::cri_streaming::{TRANSPORTS, message, reads, websocket};
 use crate::machine::{Result, Running, command, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        many_attach_and_one_detaches,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        an_attach_works_after_the_server_was_killed,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        stdin_once_ends_with_its_first_client,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_log_is_rotated_while_clients_follow,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_slow_client_does_not_slow_the_container,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(many_attach_and_one_detaches, A_NODE),
+    test!(an_attach_works_after_the_server_was_killed, A_NODE),
+    test!(stdin_once_ends_with_its_first_client, A_NODE),
+    test!(a_log_is_rotated_while_clients_follow, A_NODE),
+    test!(a_slow_client_does_not_slow_the_container, A_NODE),
 ];
 
 /// A container whose shell answers each line.

@@ -9,47 +9,15 @@ use crate::cri_images_registries::OPENSSL;
 use crate::cri_streaming::{TMUX, TRANSPORTS, Terminal, count_processes, waiting};
 use crate::machine::{Result, command, deadline, rounds, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        an_exec_has_streams_and_an_exit_code,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        an_exec_carries_much_both_ways,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_terminal_is_resized,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        TMUX
-    ),
-    test!(
-        a_client_that_goes_takes_its_command_along,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_gigabyte_goes_both_ways,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        OPENSSL
-    ),
+    test!(an_exec_has_streams_and_an_exit_code, A_NODE),
+    test!(an_exec_carries_much_both_ways, A_NODE),
+    test!(a_terminal_is_resized, A_NODE, TMUX),
+    test!(a_client_that_goes_takes_its_command_along, A_NODE),
+    test!(a_gigabyte_goes_both_ways, A_NODE, OPENSSL),
 ];
 
 fn an_exec_has_streams_and_an_exit_code() -> Result {

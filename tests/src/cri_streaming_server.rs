@@ -14,42 +14,18 @@ use crate::cri_streaming::{
     TRANSPORTS, count_processes, exec_url, message, reads, waiting, websocket,
 };
 use crate::machine::{Result, deadline, wait_for};
-use crate::needs::Test;
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_stream_s_request_is_checked,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        garbage_and_slow_heads_are_closed,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        two_hundred_sessions_at_once,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        clients_that_never_read_cost_a_fixed_amount,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(streams_over_tls, CRICTL, SERVER, REGISTRY, IMAGES, OPENSSL),
-    test!(an_idle_stream_is_closed, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(a_long_message_is_refused, CRICTL, SERVER, REGISTRY, IMAGES),
+    test!(a_stream_s_request_is_checked, A_NODE),
+    test!(garbage_and_slow_heads_are_closed, A_NODE),
+    test!(two_hundred_sessions_at_once, A_NODE),
+    test!(clients_that_never_read_cost_a_fixed_amount, A_NODE),
+    test!(streams_over_tls, A_NODE, OPENSSL, Need::RrunCri),
+    test!(an_idle_stream_is_closed, A_NODE, Need::RrunCri),
+    test!(a_long_message_is_refused, A_NODE),
 ];
 
 /// Starts the server again with these lines in its configuration.
@@ -63,9 +39,6 @@ fn configure(node: &mut Node, lines: &str) -> Result {
 
 fn streams_over_tls() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         certificates(&node.join(""))?;
         let [cert, key] = ["server.pem", "server.key"].map(|name| node.join(name));
         let lines = format!("stream_tls_cert = {cert:?}\nstream_tls_key = {key:?}");
@@ -106,9 +79,6 @@ fn streams_over_tls() -> Result {
 
 fn an_idle_stream_is_closed() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         configure(node, "stream_idle_timeout = 1")?;
         let id = waiting(node, "idle")?;
         let cgroup = node.cgroup(&id)?;

@@ -10,32 +10,17 @@ use crate::cri_calls::Calls;
 use crate::cri_streaming::waiting;
 use crate::machine::{Result, deadline};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        every_version_of_remotecommand_is_spoken,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(every_version_of_remotecommand_is_spoken, A_NODE),
     test!(
         a_new_size_does_not_wait_behind_what_nobody_reads,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri
     ),
-    test!(
-        a_terminal_is_resized_since_version_3,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_terminal_is_resized_since_version_3, A_NODE),
 ];
 
 const VERSIONS: [&str; 4] = [

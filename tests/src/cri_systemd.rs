@@ -7,16 +7,14 @@ use std::path::Path;
 use crate::cri_calls::{line_numbers, without_gap};
 use crate::machine::{Result, command, program_path, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[test!(
     the_units_restart_reload_and_end_leave_the_pods_alone,
     Need::Systemd,
-    CRICTL,
-    SERVER,
-    REGISTRY,
-    IMAGES
+    A_NODE,
+    Need::RrunCri
 )];
 
 const UNIT: &str = "rrun-cri.service";
@@ -58,9 +56,6 @@ fn uninstall() -> Result {
 }
 
 fn the_units_restart_reload_and_end_leave_the_pods_alone() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.terminate_server()?;
         install(node)?;

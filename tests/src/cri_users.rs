@@ -7,31 +7,13 @@ use serde_json::{Value, json};
 
 use crate::machine::Result;
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_pods_root_is_nobody_on_the_node,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_volume_has_the_ids_of_the_pod,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        user_namespaces_that_can_not_be_are_refused_by_name,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_pods_root_is_nobody_on_the_node, A_NODE),
+    test!(a_volume_has_the_ids_of_the_pod, A_NODE),
+    test!(user_namespaces_that_can_not_be_are_refused_by_name, A_NODE),
 ];
 
 const FIRST: u32 = 1_000_000;

@@ -8,25 +8,13 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, command};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, PORT, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, PORT, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(an_image_can_be_a_volume, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(
-        what_an_image_declares_is_a_volume_of_its_own,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        mounts_are_read_only_and_propagate_as_asked,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(an_image_can_be_a_volume, A_NODE),
+    test!(what_an_image_declares_is_a_volume_of_its_own, A_NODE),
+    test!(mounts_are_read_only_and_propagate_as_asked, A_NODE),
 ];
 
 fn with_mount(node: &Node, name: &str, mount: Value) -> Value {

@@ -23,39 +23,31 @@ use tonic::transport::Channel;
 
 use crate::cri_calls::{Calls, container, line_numbers, pod, without_gap};
 use crate::machine::{Dice, Result, rounds, wait_for};
-use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, is_rrun, on_a_node};
+use crate::needs::{Need, Test};
+use crate::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::reboot::reboot;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         a_server_killed_at_random_under_load_loses_and_leaks_nothing,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         callers_that_cancel_at_random_and_retry_get_one_answer,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         a_killed_monitors_containers_are_stopped_and_reported,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         after_a_reboot_pods_are_not_ready_and_can_be_removed,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -373,9 +365,6 @@ fn nothing_is_left(node: &Node) -> Result {
 }
 
 fn a_server_killed_at_random_under_load_loses_and_leaks_nothing() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let logs = node.join("logs");
@@ -425,9 +414,6 @@ fn a_server_killed_at_random_under_load_loses_and_leaks_nothing() -> Result {
 }
 
 fn callers_that_cancel_at_random_and_retry_get_one_answer() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let calls = Calls::new(node)?;
@@ -532,9 +518,6 @@ async fn impatient<T>(
 }
 
 fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for (name, pid_mode) in [("own", 1), ("shared", 0)] {
@@ -595,9 +578,6 @@ fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
 
 fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         node.pull(BUSYBOX)?;
         let pod = node.pod("before");
         let pod_id = node.runp(&pod)?;

@@ -6,27 +6,15 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, command, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(the_server_says_who_it_is, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(
-        a_web_server_from_the_registry_to_its_removal,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        images_are_pulled_by_tag_and_by_digest,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(lists_are_filtered, CRICTL, SERVER, REGISTRY, IMAGES),
-    test!(what_is_wrong_is_told, CRICTL, SERVER, REGISTRY, IMAGES),
+    test!(the_server_says_who_it_is, A_NODE),
+    test!(a_web_server_from_the_registry_to_its_removal, A_NODE),
+    test!(images_are_pulled_by_tag_and_by_digest, A_NODE),
+    test!(lists_are_filtered, A_NODE),
+    test!(what_is_wrong_is_told, A_NODE),
 ];
 
 fn the_server_says_who_it_is() -> Result {

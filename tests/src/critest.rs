@@ -11,7 +11,7 @@ use crate::cni_plugins::{FIREWALL, PLUGINS, tidy};
 use crate::cri_apparmor::APPARMOR;
 use crate::machine::{Result, command, note, tail};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, on_a_node};
+use crate::node::{A_NODE, Node, on_a_node};
 use crate::{ensure, test};
 
 const CRITEST: Need = Need::Program("critest");
@@ -23,19 +23,13 @@ pub const TESTS: &[Test] = &[
         CRITEST,
         Need::RrunCri,
         Need::NativeOrLong,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
     ),
     test!(
         every_test_passes_on_a_bridge_of_cni_plugins,
         CRITEST,
         Need::NativeOrLong,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         PLUGINS,
         FIREWALL,
     ),
@@ -46,10 +40,7 @@ pub const TESTS: &[Test] = &[
         Need::Controller(MEMORY),
         APPARMOR,
         SUDO,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
     ),
 ];
 

@@ -13,12 +13,7 @@ use crate::ensure;
 use crate::leavings::unmount_below;
 use crate::machine::{Output, Result, Running, command, note, wait_for, wait_within};
 use crate::needs::Need;
-use crate::node::{
-    CRICTL, IMAGES, Node, REGISTRY, SERVER, WITHOUT_LIMITS, is_pods_interface, is_rrun,
-};
-
-/// What every test under kubelet needs, whichever kubelet that is.
-pub const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
+use crate::node::{A_NODE, BUSYBOX, Node, WITHOUT_LIMITS, is_pods_interface, is_rrun};
 
 /// The newest kubelet, on a node.
 pub const KUBELET: Need = Need::All(&[Need::Program("kubelet"), A_NODE]);
@@ -292,6 +287,22 @@ pub fn static_pod(name: &str, spec: &Value) -> Value {
         "metadata": { "name": name, "namespace": "default", "labels": { "app": "application" } },
         "spec": spec,
     })
+}
+
+/// A static pod of one container, `c`, of busybox, which is killed when it is to end.
+pub fn busybox_pod(name: &str, command: &[&str]) -> Value {
+    static_pod(
+        name,
+        &json!({
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "c",
+                "image": BUSYBOX,
+                "imagePullPolicy": "IfNotPresent",
+                "command": command,
+            }],
+        }),
+    )
 }
 
 pub fn is_ready(pod: &Value) -> bool {

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::application::{answer_shows_what_it_was_given, answers, replica, tells, write_config};
 use crate::kubelet::{
-    A_NODE, COUNTED, KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, container_status, is_ready,
-    lives, without_limits,
+    COUNTED, KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, container_status, is_ready, lives,
+    without_limits,
 };
 use crate::kubelet_limits::{
     Swap, a_busy_loop_is_held_to_its_limit, a_resize_in_place_takes_effect,
@@ -20,7 +20,7 @@ use crate::kubelet_logs::no_line_is_lost_by_rotation;
 use crate::kubelet_streams::{events_come, exec, streams_go_through_kubelet};
 use crate::machine::{Result, deadline, note, wait_within};
 use crate::needs::{Need, Test};
-use crate::node::{Node, on_a_node};
+use crate::node::{A_NODE, Node, on_a_node};
 use crate::reboot::reboot;
 use crate::{ensure, ensure_eq, test};
 

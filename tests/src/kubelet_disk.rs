@@ -6,11 +6,11 @@ use std::path::PathBuf;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::application::FLASK;
 use crate::kubelet::{
-    KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, lives, static_pod, without_limits,
+    KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, busybox_pod, lives, without_limits,
 };
 use crate::kubelet_limits::MIB;
 use crate::machine::{Result, wait_for, wait_within};
@@ -111,18 +111,7 @@ impl Disk {
 }
 
 fn pod() -> Value {
-    static_pod(
-        "stays",
-        &json!({
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "c",
-                "image": BUSYBOX,
-                "imagePullPolicy": "IfNotPresent",
-                "command": ["sleep", "100000"],
-            }],
-        }),
-    )
+    busybox_pod("stays", &["sleep", "100000"])
 }
 
 /// The tags of all images.

@@ -244,6 +244,16 @@ impl Output {
         );
         Ok(self)
     }
+
+    /// It must have failed, and told why on standard error in these words.
+    pub fn fails_with(&self, why: &str) -> Result {
+        ensure!(
+            self.code != 0 && self.stderr.contains(why),
+            "should fail and tell {why:?}:\n{}",
+            self.told()
+        );
+        Ok(())
+    }
 }
 
 /// The end of a text, at most `most` bytes of it.

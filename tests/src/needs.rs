@@ -23,6 +23,9 @@ macro_rules! test {
     };
 }
 
+/// The socket that systemd has where it is PID 1.
+pub const SYSTEMD: &str = "/run/systemd/private";
+
 /// Something that not every machine has.
 #[derive(Clone, Copy, Debug)]
 pub enum Need {
@@ -32,6 +35,8 @@ pub enum Need {
     Program(&'static str),
     /// A file or directory.
     File(&'static str),
+    /// Nothing at this path: what is asked for is how its lack is told.
+    Absent(&'static str),
     /// A machine of its own, whoever keeps its cgroups.
     OwnMachine,
     /// This machine's own kernel, not the guest's.
@@ -68,6 +73,9 @@ impl Need {
             }
             Need::Program(name) => no_program(name),
             Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
+            Need::Absent(path) => Path::new(path)
+                .exists()
+                .then(|| format!("there is {path} here")),
             Need::OwnMachine => {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
                 (!view.starts_with("vm")).then(|| "wants the guest machine".to_owned())
@@ -83,8 +91,9 @@ impl Need {
                 .is_none()
                 .then(|| Need::Long.lacking())
                 .flatten(),
-            Need::Systemd => (!Path::new("/run/systemd/private").exists())
-                .then(|| "no systemd is PID 1 here".to_owned()),
+            Need::Systemd => {
+                (!Path::new(SYSTEMD).exists()).then(|| "no systemd is PID 1 here".to_owned())
+            }
             Need::CriServer => {
                 let server = crate::node::server_program();
                 let programs = match server.as_str() {

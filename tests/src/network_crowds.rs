@@ -15,25 +15,19 @@ use tonic::transport::Channel;
 use crate::cri_calls::{Calls, pod};
 use crate::machine::{Dice, Result, command, rounds, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{CRICTL, IMAGES, Node, REGISTRY, SERVER, is_pods_interface, on_a_node};
+use crate::node::{A_NODE, Node, is_pods_interface, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         two_hundred_pods_ten_at_a_time_leave_nothing,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri,
         Need::NativeOrLong
     ),
     test!(
         a_server_killed_while_pods_come_and_go_leaves_nothing,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         Need::RrunCri,
         Need::NativeOrLong
     ),

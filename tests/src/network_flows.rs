@@ -13,12 +13,12 @@ use crate::inside_traffic::{Sctp, ask};
 use crate::machine::{Result, command, wait_for};
 use crate::needs::{Need, Test};
 use crate::network_host_ports::{Uplink, addresses, mapped, node_fetches, web};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 macro_rules! tests {
     ($($name:ident $(, $need:expr)*;)*) => {
-        &[$(test!($name, CRICTL, SERVER, REGISTRY, IMAGES, Need::RrunCri $(, $need)*)),*]
+        &[$(test!($name, A_NODE, Need::RrunCri $(, $need)*)),*]
     };
 }
 

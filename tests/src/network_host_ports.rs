@@ -4,49 +4,19 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, command, wait_for};
 use crate::needs::Test;
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
-    test!(
-        a_host_port_leads_to_its_pod_from_everywhere,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        a_host_port_has_one_pod,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        crate::needs::Need::Rrun
-    ),
+    test!(a_host_port_leads_to_its_pod_from_everywhere, A_NODE),
+    test!(a_host_port_has_one_pod, A_NODE, crate::needs::Need::Rrun),
     test!(
         host_ports_outlive_a_kill_and_a_flush,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
+        A_NODE,
         crate::needs::Need::Rrun
     ),
-    test!(
-        pods_have_both_families,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        crate::needs::Need::Rrun
-    ),
-    test!(
-        a_full_range_is_named,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES,
-        crate::needs::Need::Rrun
-    ),
+    test!(pods_have_both_families, A_NODE, crate::needs::Need::Rrun),
+    test!(a_full_range_is_named, A_NODE, crate::needs::Need::Rrun),
 ];
 
 /// An address of the node beside those of the loopback, and, as VPNs have it, half of the way to
@@ -282,9 +252,7 @@ fn pods_have_both_families() -> Result {
                 pod_fetches(node, client, &format!("http://[{v6}]:5000/"))?;
             }
         }
-        let [(own, id), _] = pods.as_slice() else {
-            return Ok(());
-        };
+        let (own, id) = pods.first().ok_or("no pod")?;
         let hosts = node.asks(&["exec", "-s", id, "cat", "/etc/hosts"])?;
         for address in own {
             ensure!(

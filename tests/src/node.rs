@@ -16,11 +16,13 @@ use crate::leavings::{mounts_below, unmount_below};
 use crate::machine::{Directory, Output, Result, Run, Running, command, deadline, tail, wait_for};
 use crate::needs::Need;
 
-/// What every test of the CRI needs.
 pub const REGISTRY: Need = Need::Program("docker-registry");
 pub const IMAGES: Need = Need::File("/images/registry");
 pub const CRICTL: Need = Need::Program("crictl");
 pub const SERVER: Need = Need::CriServer;
+
+/// What every test needs that calls [`on_a_node`].
+pub const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
 
 /// Where rrun-cri serves its metrics.
 pub const METRICS: &str = "127.0.0.1:9464";

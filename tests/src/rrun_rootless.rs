@@ -204,11 +204,7 @@ fn what_a_user_can_not_have_is_refused_by_name() -> Result {
     let mut limited = bundle(&["exit", "0"])?;
     limited.set("/linux/resources", json!({ "pids": { "limit": 10 } }));
     let output = runtime(&limited, &["run", limited.id()])?.end()?;
-    ensure!(
-        output.code != 0 && output.stderr.contains("cgroup"),
-        "{}",
-        output.told()
-    );
+    output.fails_with("cgroup")?;
 
     let mut bare = bundle(&["exit", "0"])?;
     bare.without_namespace("user")
