@@ -34,7 +34,7 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
 use rustix::process::DumpableBehavior;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Reason as _, Result};
 use crate::mount_options::READ_ONLY;
 use crate::syscalls::{execveat, ignore_signal, mount_setattr};
 
@@ -83,8 +83,11 @@ pub fn protect(words: &[&'static CStr]) -> Result<()> {
             Ok(file) => return Err(execute_again(&file, words)),
             // The file is safe without it.
             Err(_) if read_only => {}
-            Err(_) => {
-                let file = on_own_mount().doing(again)?;
+            Err(refused) => {
+                let file = on_own_mount().doing(|| {
+                    let refused = refused.reason();
+                    format!("{AGAIN}: no overlay of its directory ({refused}) nor a read-only mount of it")
+                })?;
                 return Err(execute_again(&file, words));
             }
         }
@@ -125,17 +128,13 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     Err::<(), Errno>(errno).doing(doing)
 }
 
-fn again() -> &'static str {
-    "execute rrun from a read-only mount, to keep its file out of the container's hands"
-}
+const AGAIN: &str =
+    "execute rrun from where it is read-only, to keep its file out of the container's hands";
 
 /// Returns only with the reason why it could not be done.
 fn execute_again(file: &OwnedFd, words: &[&'static CStr]) -> Error {
     let errno = execveat(file.as_fd(), words);
-    match Err::<(), Errno>(errno).doing(again) {
-        Ok(()) => Error::new(again()),
-        Err(error) => error,
-    }
+    Error::new(errno.reason()).while_doing(AGAIN)
 }
 
 /// This program's file in an overlay of the directory that it is in.
