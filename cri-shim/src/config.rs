@@ -476,7 +476,8 @@ impl Partial {
             metrics_listen: self.metrics_listen,
             stream_tls_cert: file("stream_tls_cert", self.stream_tls_cert)?,
             stream_tls_key: file("stream_tls_key", self.stream_tls_key)?,
-            stream_idle_timeout: Duration::from_secs(stream_idle_timeout),
+            // More than the clock's range is for ever, too.
+            stream_idle_timeout: Duration::from_secs(stream_idle_timeout.min(u32::MAX.into())),
             debug: self.debug.unwrap_or(false),
             monitor: found(&self.monitor.unwrap_or_else(|| "rrun-monitor".into())),
             default_runtime,

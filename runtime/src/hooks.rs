@@ -125,8 +125,10 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
     let mut input = child.stdin.take().map(|pipe| Input::new(pipe, state));
     let timeout = hook
         .timeout()
-        .and_then(|seconds| u64::try_from(seconds).ok())
-        .map_or(UNSAID_TIMEOUT, Duration::from_secs);
+        .map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX))
+        .map_or(UNSAID_TIMEOUT, |seconds| {
+            Duration::from_secs(seconds.into())
+        });
     let pid = Pid::from_raw(child.id() as i32);
     if let Some(pid) = pid {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "watch it")?;

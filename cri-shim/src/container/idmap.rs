@@ -201,8 +201,8 @@ fn throw_away_users() -> io::Result<OwnedFd> {
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     arguments.flags = u64::try_from(libc::CLONE_NEWUSER).unwrap_or_default();
     arguments.exit_signal = u64::try_from(libc::SIGCHLD).unwrap_or_default();
-    // SAFETY: without CLONE_VM this is a fork; the child makes no call but pause(2) and _exit(2),
-    // which are safe in the copy of a process with several threads.
+    // SAFETY: without CLONE_VM this is a fork; the child makes no calls but prctl(2), pause(2) and
+    // _exit(2), which are safe in the copy of a process with several threads.
     let pid = unsafe {
         libc::syscall(
             libc::SYS_clone3,

@@ -22,7 +22,10 @@ pub fn process(
     let text = std::fs::read(&path).during(|| format!("read {}", path.display()))?;
     let mut spec: Value = serde_json::from_slice(&text)
         .map_err(|error| Error::internal(format!("parse {}: {error}", path.display())))?;
-    let mut process = spec["process"].take();
+    let process = spec.get_mut("process").filter(|it| it.is_object());
+    let mut process = process
+        .map(Value::take)
+        .ok_or_else(|| Error::internal(format!("{}: has no process", path.display())))?;
     process["args"] = json!(command);
     process["terminal"] = json!(terminal);
     if terminal {

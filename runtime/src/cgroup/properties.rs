@@ -132,7 +132,8 @@ impl Properties {
     fn quota(&mut self, quota: Option<u64>, period: u64) {
         let per_second = quota.map_or(NONE, |quota| {
             let period = if period == 0 { DEFAULT_PERIOD } else { period };
-            (quota.saturating_mul(1_000_000) / period).next_multiple_of(10_000)
+            let exact = quota.saturating_mul(1_000_000) / period;
+            exact.checked_next_multiple_of(10_000).unwrap_or(NONE)
         });
         if period != 0 {
             self.number("CPUQuotaPeriodUSec", period);
