@@ -7,6 +7,7 @@
 //! while the thread writes go with its next write(2), all at once.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind::AlreadyExists;
 use std::io::{Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -231,9 +232,12 @@ impl Sink {
     fn open(&mut self, path: &Path) -> Result<(), Errno> {
         let mut options = OpenOptions::new();
         options.append(true).mode(0o640);
-        let made = options.clone().create_new(true).open(path);
-        self.made = made.is_ok();
-        match made.or_else(|_| options.create(true).open(path)) {
+        let mut opened = options.clone().create_new(true).open(path);
+        self.made = opened.is_ok();
+        if opened.as_ref().is_err_and(|it| it.kind() == AlreadyExists) {
+            opened = options.create(true).open(path);
+        }
+        match opened {
             Ok(file) => {
                 self.file = Some(file);
                 self.torn = false;
