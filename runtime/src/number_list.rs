@@ -49,6 +49,19 @@ impl NumberSet {
         Ok(Some(set))
     }
 
+    /// The same in bytes, the lowest first, as far as there are numbers.
+    pub fn bytes(&self) -> Vec<u8> {
+        let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
+        let mut bytes: Vec<u8> = bytes.collect();
+        bytes.truncate(
+            bytes
+                .iter()
+                .rposition(|byte| *byte != 0)
+                .map_or(0, |at| at + 1),
+        );
+        bytes
+    }
+
     pub fn words(&self) -> &[u64] {
         &self.words
     }

@@ -8,6 +8,8 @@ use super::resources::{cpu_weight, io_weight, swap_max};
 use super::{devices, systemd};
 use crate::dbus::{Property, Value};
 use crate::error::{Error, Result};
+use crate::number_list::NumberSet;
+use crate::refuse;
 
 /// systemd's "infinity".
 const NONE: u64 = u64::MAX;
@@ -142,12 +144,10 @@ impl Properties {
     }
 
     fn bits(&mut self, name: &str, field: &str, list: &str) -> Result<()> {
-        let bits = bits(list).ok_or_else(|| {
-            Error::new(format!(
-                "{field}: {list} is no list of numbers and ranges, as 0-3,7"
-            ))
-        })?;
-        self.set(name, Value::Bytes(bits));
+        let Some(set) = NumberSet::parse(list).map_err(|error| error.while_doing(field))? else {
+            refuse!("{field}: is empty");
+        };
+        self.set(name, Value::Bytes(set.bytes()));
         Ok(())
     }
 
@@ -225,30 +225,6 @@ impl Properties {
         self.number(property, value);
         Ok(())
     }
-}
-
-/// A list such as `0-3,7` as a bit mask, the lowest byte first.
-fn bits(list: &str) -> Option<Vec<u8>> {
-    /// More than any kernel has CPUs.
-    const LIMIT: usize = 1 << 16;
-    let mut mask = Vec::new();
-    for part in list.trim().split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.trim().parse().ok()?;
-        let last: usize = last.trim().parse().ok()?;
-        if first > last || last >= LIMIT {
-            return None;
-        }
-        for bit in first..=last {
-            if mask.len() <= bit / 8 {
-                mask.resize(bit / 8 + 1, 0u8);
-            }
-            if let Some(byte) = mask.get_mut(bit / 8) {
-                *byte |= 1 << (bit % 8);
-            }
-        }
-    }
-    Some(mask)
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Command, Globals, PIDFD_SOCKET, bundle, console_socket, descriptors, pidfd_socket};
-use crate::arguments::{Arguments, Flag, switch, value};
+use super::{
+    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
+    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
+};
+use crate::arguments::{Arguments, Flag, value};
 use crate::birth::{self, Request};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
@@ -18,30 +21,14 @@ pub const COMMAND: Command = Command {
     usage: "[options] <container-id>",
     about: "create a container; its program then waits for start",
     flags: &[
-        value(
-            "bundle",
-            Some('b'),
-            "directory with config.json (default: the working directory)",
-        ),
-        value(
-            "console-socket",
-            None,
-            "unix socket that is sent the master side of the terminal",
-        ),
+        BUNDLE,
+        CONSOLE_SOCKET,
         PIDFD_SOCKET,
-        value("pid-file", None, "file to write the process id to"),
+        PID_FILE,
         AFTER,
-        switch(
-            "no-pivot",
-            None,
-            "move the root instead of pivot_root, for a root on a ramdisk",
-        ),
-        switch("no-new-keyring", None, "keep the caller's session keyring"),
-        value(
-            "preserve-fds",
-            None,
-            "hand this many further descriptors to the container",
-        ),
+        NO_PIVOT,
+        NO_NEW_KEYRING,
+        PRESERVE_FDS,
     ],
     rest_is_foreign: false,
     call: create,

@@ -1,6 +1,9 @@
 use std::path::Path;
 
-use super::{Command, Globals, PIDFD_SOCKET, console_socket, descriptors, pidfd_socket};
+use super::{
+    CONSOLE_SOCKET, Command, Globals, PID_FILE, PIDFD_SOCKET, console_socket, descriptors,
+    pidfd_socket,
+};
 use crate::arguments::{Arguments, switch, value};
 use crate::capabilities;
 use crate::config::read_bounded;
@@ -18,11 +21,7 @@ pub const COMMAND: Command = Command {
     usage: "[options] <container-id> <program> [arguments...]  or  --process process.json <container-id>",
     about: "execute a further program in a running container",
     flags: &[
-        value(
-            "console-socket",
-            None,
-            "unix socket that is sent the master side of the terminal",
-        ),
+        CONSOLE_SOCKET,
         PIDFD_SOCKET,
         value("cwd", None, "working directory in the container"),
         value(
@@ -47,7 +46,7 @@ pub const COMMAND: Command = Command {
             Some('d'),
             "return when the program runs, and leave it",
         ),
-        value("pid-file", None, "file to write the process id to"),
+        PID_FILE,
         value("process-label", None, "SELinux label of the program"),
         value("apparmor", None, "AppArmor profile of the program"),
         switch("no-new-privs", None, "set no_new_privs"),

@@ -307,6 +307,36 @@ fn console_socket(arguments: &Arguments) -> Option<&str> {
         .filter(|path| !path.is_empty())
 }
 
+// Flags of several commands.
+
+const BUNDLE: Flag = value(
+    "bundle",
+    Some('b'),
+    "directory with config.json (default: the working directory)",
+);
+
+const CONSOLE_SOCKET: Flag = value(
+    "console-socket",
+    None,
+    "unix socket that is sent the master side of the terminal",
+);
+
+const PID_FILE: Flag = value("pid-file", None, "file to write the process id to");
+
+const NO_PIVOT: Flag = switch(
+    "no-pivot",
+    None,
+    "move the root instead of pivot_root, for a root on a ramdisk",
+);
+
+const NO_NEW_KEYRING: Flag = switch("no-new-keyring", None, "keep the caller's session keyring");
+
+const PRESERVE_FDS: Flag = value(
+    "preserve-fds",
+    None,
+    "hand this many further descriptors to the container",
+);
+
 const PIDFD_SOCKET: Flag = value(
     "pidfd-socket",
     None,

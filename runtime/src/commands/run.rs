@@ -1,7 +1,10 @@
 use std::path::Path;
 
-use super::{Command, Globals, PIDFD_SOCKET, bundle, console_socket, descriptors, pidfd_socket};
-use crate::arguments::{Arguments, switch, value};
+use super::{
+    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
+    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
+};
+use crate::arguments::{Arguments, switch};
 use crate::birth::{self, Request};
 use crate::config::Config;
 use crate::error::Result;
@@ -16,16 +19,8 @@ pub const COMMAND: Command = Command {
     usage: "[options] <container-id>",
     about: "create and start a container, and remove it when it ends",
     flags: &[
-        value(
-            "bundle",
-            Some('b'),
-            "directory with config.json (default: the working directory)",
-        ),
-        value(
-            "console-socket",
-            None,
-            "unix socket that is sent the master side of the terminal",
-        ),
+        BUNDLE,
+        CONSOLE_SOCKET,
         PIDFD_SOCKET,
         switch(
             "detach",
@@ -33,23 +28,15 @@ pub const COMMAND: Command = Command {
             "return when the container runs, and leave it",
         ),
         switch("keep", None, "do not remove the container when it ends"),
-        value("pid-file", None, "file to write the process id to"),
+        PID_FILE,
         switch(
             "no-subreaper",
             None,
             "accepted for runc's callers, has no effect",
         ),
-        switch(
-            "no-pivot",
-            None,
-            "move the root instead of pivot_root, for a root on a ramdisk",
-        ),
-        switch("no-new-keyring", None, "keep the caller's session keyring"),
-        value(
-            "preserve-fds",
-            None,
-            "hand this many further descriptors to the container",
-        ),
+        NO_PIVOT,
+        NO_NEW_KEYRING,
+        PRESERVE_FDS,
     ],
     rest_is_foreign: false,
     call: run,
