@@ -81,28 +81,12 @@ impl Namespaces {
 /// millisecond. If a step fails nothing stays at `path`; a namespace pinned there already is left
 /// alone and is an error.
 pub fn create(path: &Path) -> Result<(), NetworkError> {
-    // O_EXCL: a second pod never lands in the first one's namespace.
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o444)
-        .open(path)
-        .map_err(|source| failed("create the pin of a network namespace", path, source))?;
+    new_pin(path)?;
     let result = on_own_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET)
             .map_err(|errno| failed("make a network namespace for", path, errno.into()))?;
-        mount(
-            Some("/proc/thread-self/ns/net"),
-            path,
-            None::<&str>,
-            MsFlags::MS_BIND,
-            None::<&str>,
-        )
-        .map_err(|errno| failed("pin a network namespace at", path, errno.into()))?;
-        let mut socket = Socket::route()?;
-        let mut batch = Batch::default();
-        link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
-        socket.execute(&batch).map(drop)
+        bind(Path::new("/proc/thread-self/ns/net"), path)?;
+        loopback_up()
     });
     if result.is_err() {
         // The first error is what counts.
@@ -111,31 +95,41 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
     result
 }
 
-/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with a
-/// new one.
-pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
+/// The file that a namespace is pinned at.
+fn new_pin(path: &Path) -> Result<(), NetworkError> {
+    // O_EXCL: a second pod never lands in the first one's namespace.
     OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o444)
         .open(path)
-        .map_err(|source| failed("create the pin of a network namespace", path, source))?;
-    let pinned = mount(
-        Some(namespace),
-        path,
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .map_err(|errno| failed("pin a network namespace at", path, errno.into()));
-    let result = pinned.and_then(|()| {
+        .map(drop)
+        .map_err(|source| failed("create the pin of a network namespace", path, source))
+}
+
+fn bind(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
+    let (kind, data) = (None::<&str>, None::<&str>);
+    mount(Some(namespace), path, kind, MsFlags::MS_BIND, data)
+        .map_err(|errno| failed("pin a network namespace at", path, errno.into()))
+}
+
+/// Of the namespace that the calling thread is in.
+fn loopback_up() -> Result<(), NetworkError> {
+    let mut socket = Socket::route()?;
+    let mut batch = Batch::default();
+    link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
+    socket.execute(&batch).map(drop)
+}
+
+/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with a
+/// new one.
+pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
+    new_pin(path)?;
+    let result = bind(namespace, path).and_then(|()| {
         let namespace = open(path)?;
         on_own_thread(|| {
             enter(namespace.as_fd(), path)?;
-            let mut socket = Socket::route()?;
-            let mut batch = Batch::default();
-            link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
-            socket.execute(&batch).map(drop)
+            loopback_up()
         })
     });
     if result.is_err() {

@@ -148,6 +148,26 @@ pub async fn check(
 /// CNI_COMMAND is none that the plugin knows.
 const UNKNOWN_COMMAND: u64 = 4;
 
+/// What a plugin answers to a command that is about no single pod.
+async fn of_no_pod(
+    directories: &Directories,
+    command: &'static str,
+    plugin: &Map<String, Value>,
+    input: Map<String, Value>,
+    patience: Duration,
+) -> Result<Vec<u8>, PluginError> {
+    directories
+        .run(Call {
+            command,
+            plugin: kind(plugin),
+            environment: &[],
+            container: None,
+            input: Value::Object(input).to_string().into_bytes(),
+            deadline: Instant::now() + patience,
+        })
+        .await
+}
+
 /// STATUS by all plugins: whether ADD would do.
 pub async fn status(
     directories: &Directories,
@@ -159,16 +179,7 @@ pub async fn status(
     }
     for plugin in &list.plugins {
         let input = input(list, plugin, None, None);
-        let told = directories
-            .run(Call {
-                command: "STATUS",
-                plugin: kind(plugin),
-                environment: &[],
-                container: None,
-                input: Value::Object(input).to_string().into_bytes(),
-                deadline: Instant::now() + patience,
-            })
-            .await;
+        let told = of_no_pod(directories, "STATUS", plugin, input, patience).await;
         match told {
             // Written before 1.1.0, though the list says otherwise: no word against it.
             Err(PluginError::Failed {
@@ -202,16 +213,7 @@ pub async fn gc(
         input.insert("cni.dev/valid-attachments".to_owned(), valid.clone());
         // What the specification of 1.1.0 called it first.
         input.insert("cni.dev/attachments".to_owned(), valid.clone());
-        let done = directories
-            .run(Call {
-                command: "GC",
-                plugin: kind(plugin),
-                environment: &[],
-                container: None,
-                input: Value::Object(input).to_string().into_bytes(),
-                deadline: Instant::now() + patience,
-            })
-            .await;
+        let done = of_no_pod(directories, "GC", plugin, input, patience).await;
         first = first.and(done.map(drop));
     }
     first
