@@ -297,28 +297,10 @@ fn a_full_range_is_named() -> Result {
             before.len() == 2 && before[0].starts_with("10.88."),
             "the old pod's addresses: {before:?}"
         );
-        node.asks(&[
-            "exec",
-            "-s",
-            &old_main,
-            "ping",
-            "-c",
-            "1",
-            "-W",
-            "5",
-            "10.77.0.1",
-        ])?;
-        node.asks(&[
-            "exec",
-            "-s",
-            &old_main,
-            "ping",
-            "-c",
-            "1",
-            "-W",
-            "5",
-            "10.77.0.2",
-        ])?;
+        for address in ["10.77.0.1", "10.77.0.2"] {
+            let ping = ["ping", "-c", "1", "-W", "5", address];
+            node.crictl(&["exec", "-s", &old_main]).args(ping).ok()?;
+        }
         node.asks(&["rmp", "--force", &one])?;
         wait_for("the address to be free", || {
             let again = node.try_runp(&node.pod("two"))?;

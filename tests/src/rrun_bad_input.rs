@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::bundle::{Bundle, runtime_program};
 use crate::machine::{Output, Result, note, wait_for};
 use crate::needs::{Need, Test};
-use crate::{ensure, test};
+use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(a_missing_configuration_is_refused),
@@ -193,11 +193,7 @@ fn exec_of_a_bad_program_is_refused() -> Result {
         ensure!([255, 127, 126].contains(&output.code), "{}", output.told());
         complaint(&output, &[words])?;
     }
-    ensure!(
-        bundle.status()? == "running",
-        "the container is {}",
-        bundle.status()?
-    );
+    ensure_eq!(bundle.status()?, "running", "the container");
     bundle.end()?;
     Ok(())
 }
@@ -219,11 +215,7 @@ fn delete_of_a_running_container_is_refused() -> Result {
         &bundle.call(&["delete"])?.exits(1)?,
         &["not stopped", "running"],
     )?;
-    ensure!(
-        bundle.status()? == "running",
-        "the container is {}",
-        bundle.status()?
-    );
+    ensure_eq!(bundle.status()?, "running", "the container");
     bundle.end()?;
     Ok(())
 }
@@ -260,11 +252,7 @@ fn an_unknown_signal_is_refused() -> Result {
     for signal in ["NOSUCH", "SIG"] {
         complaint(&bundle.call(&["kill"])?.arg(signal).exits(1)?, &[signal])?;
     }
-    ensure!(
-        bundle.status()? == "running",
-        "the container is {}",
-        bundle.status()?
-    );
+    ensure_eq!(bundle.status()?, "running", "the container");
     bundle.end()?;
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::bundle::runtime_program;
-use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of};
+use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes};
 use crate::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -91,13 +91,6 @@ impl Docker {
             .ok()?;
         Ok(())
     }
-
-    fn status(&self, name: &str) -> Result<String> {
-        let output = self
-            .call(&["inspect", "-f", "{{.State.Status}}", name])
-            .ok()?;
-        Ok(output.text().to_owned())
-    }
 }
 
 impl Caller for Docker {
@@ -138,17 +131,6 @@ fn docker_runs_what_it_is_asked_to() -> Result {
     ensure!(missing.stderr.contains("not found"), "{}", missing.told());
     docker.run(&[], &["/etc"]).exits(126)?;
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
-    docker.prints(&[], &status("Seccomp:"), "Seccomp:\t2")?;
-    docker.prints(
-        &["--security-opt", "seccomp=unconfined"],
-        &status("Seccomp:"),
-        "Seccomp:\t0",
-    )?;
-    docker.prints(
-        &["--security-opt", "no-new-privileges"],
-        &status("NoNewPrivs"),
-        "NoNewPrivs:\t1",
-    )?;
     docker.prints(
         &["--cap-drop", "ALL", "--cap-add", "SYS_ADMIN"],
         &status("CapEff"),
@@ -174,41 +156,7 @@ fn docker_runs_what_it_is_asked_to() -> Result {
     let option = format!("{}:/v:ro", volume.display());
     docker.prints(&["-v", &option], &["cat", "/v/file"], "of the host")?;
     docker.prints(&["--init"], &["cat", "/proc/1/comm"], "docker-init")?;
-    docker.prints(
-        &["--user", "1000:1001", "--group-add", "5"],
-        &["id", "-G"],
-        "1001 5",
-    )?;
-    docker.prints(
-        &["--device", "/dev/null:/dev/mine"],
-        &["stat", "-c", "%t:%T", "/dev/mine"],
-        "1:3",
-    )?;
-    docker.prints(
-        &[
-            "--sysctl",
-            "net.ipv4.ip_forward=1",
-            "--ulimit",
-            "nofile=100:200",
-        ],
-        &[
-            "sh",
-            "-c",
-            "cat /proc/sys/net/ipv4/ip_forward; ulimit -n; ulimit -Hn",
-        ],
-        "1\n100\n200",
-    )?;
-    docker.prints(
-        &["--oom-score-adj", "500"],
-        &["cat", "/proc/self/oom_score_adj"],
-        "500",
-    )?;
-    let host = nix::unistd::gethostname()?.to_string_lossy().into_owned();
-    docker.prints(
-        &["--pid", "host", "--ipc", "host", "--uts", "host"],
-        &["hostname"],
-        &host,
-    )?;
+    shapes(&docker)?;
     docker
         .at_terminal(&format!(
             "run --rm --network none -it {IMAGE_NAME} sh -c 'tty && [ -t 0 ]'"
@@ -220,45 +168,7 @@ fn docker_runs_what_it_is_asked_to() -> Result {
 fn docker_lives_with_a_container() -> Result {
     let docker = Docker::start()?;
     docker.start_container("life", &[], &["sh", "-c", "echo begun; exec sleep 600"])?;
-    let exec = |args: &[&str]| docker.call(&["exec"]).args(args);
-    exec(&["life", "ps"]).ok()?.says("sleep 600")?;
-    exec(&[
-        "-u",
-        "1000:1000",
-        "-w",
-        "/tmp",
-        "-e",
-        "A=b",
-        "life",
-        "sh",
-        "-c",
-        "id -u; pwd; echo $A",
-    ])
-    .ok()?
-    .says("1000\n/tmp\nb")?;
-    exec(&["life", "sh", "-c", "exit 7"]).exits(7)?;
-    exec(&["life", "no-such-program"]).exits(127)?;
-    docker
-        .at_terminal("exec -it life sh -c '[ -t 0 ] && tty'")?
-        .says("/dev/pts/0")?;
-    docker.call(&["top", "life"]).ok()?.says("sleep 600")?;
-    docker
-        .call(&["stats", "--no-stream", "life"])
-        .ok()?
-        .says("life")?;
-    docker.call(&["logs", "life"]).ok()?.says("begun")?;
-    docker.call(&["pause", "life"]).ok()?;
-    ensure_eq!(docker.status("life")?, "paused", "after pause");
-    docker.call(&["unpause", "life"]).ok()?;
-    ensure_eq!(docker.status("life")?, "running", "after unpause");
-    docker.call(&["restart", "-t", "0", "life"]).ok()?;
-    ensure_eq!(docker.status("life")?, "running", "after restart");
-    docker.call(&["stop", "-t", "0", "life"]).ok()?;
-    ensure_eq!(docker.status("life")?, "exited", "after stop");
-    docker.call(&["start", "life"]).ok()?;
-    docker.call(&["kill", "-s", "KILL", "life"]).ok()?;
-    docker.call(&["wait", "life"]).ok()?.says("137")?;
-    docker.call(&["rm", "life"]).ok()?;
+    lives(&docker, "life")?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::bundle::runtime_program;
-use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of};
+use crate::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes};
 use crate::machine::{Directory, Output, Result, Run, command, program_path, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -166,17 +166,7 @@ fn podman_runs_what_it_is_asked_to() -> Result {
 fn podman_shapes_a_containers_world() -> Result {
     let podman = Podman::new()?;
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
-    podman.prints(&[], &status("Seccomp:"), "Seccomp:\t2")?;
-    podman.prints(
-        &["--security-opt", "seccomp=unconfined"],
-        &status("Seccomp:"),
-        "Seccomp:\t0",
-    )?;
-    podman.prints(
-        &["--security-opt", "no-new-privileges"],
-        &status("NoNewPrivs"),
-        "NoNewPrivs:\t1",
-    )?;
+    shapes(&podman)?;
     podman.prints(
         &["--cap-drop", "all", "--cap-add", "SYS_ADMIN,CHOWN"],
         &status("CapEff"),
@@ -221,36 +211,7 @@ fn podman_shapes_a_containers_world() -> Result {
         &["ls", "/v"],
         "file\nnew",
     )?;
-    podman.prints(
-        &["--user", "1000:1001", "--group-add", "5"],
-        &["id", "-G"],
-        "1001 5",
-    )?;
     podman.prints(&["--hostname", "elsewhere"], &["hostname"], "elsewhere")?;
-    podman.prints(
-        &[
-            "--sysctl",
-            "net.ipv4.ip_forward=1",
-            "--ulimit",
-            "nofile=100:200",
-        ],
-        &[
-            "sh",
-            "-c",
-            "cat /proc/sys/net/ipv4/ip_forward; ulimit -n; ulimit -Hn",
-        ],
-        "1\n100\n200",
-    )?;
-    podman.prints(
-        &["--oom-score-adj", "500"],
-        &["cat", "/proc/self/oom_score_adj"],
-        "500",
-    )?;
-    podman.prints(
-        &["--device", "/dev/null:/dev/mine"],
-        &["stat", "-c", "%t:%T", "/dev/mine"],
-        "1:3",
-    )?;
     podman
         .run(&["--device-cgroup-rule", "c 10:* rwm"], &["true"])
         .ok()?;
@@ -258,12 +219,6 @@ fn podman_shapes_a_containers_world() -> Result {
         .run(&["--shm-size", "1m"], &["df", "/dev/shm"])
         .ok()?
         .says("1024")?;
-    let host = nix::unistd::gethostname()?.to_string_lossy().into_owned();
-    podman.prints(
-        &["--pid", "host", "--ipc", "host", "--uts", "host"],
-        &["hostname"],
-        &host,
-    )?;
     podman
         .run(&["--cgroupns", "host"], &["cat", "/proc/self/cgroup"])
         .ok()?
@@ -280,53 +235,11 @@ fn podman_lives_with_a_container() -> Result {
     let podman = Podman::new()?;
     podman.start("life", &[], &["sh", "-c", "echo begun; exec sleep 600"])?;
     let exec = |args: &[&str]| podman.call(&["exec"]).args(args);
-    exec(&["life", "ps"]).ok()?.says("sleep 600")?;
-    exec(&[
-        "-u",
-        "1000:1000",
-        "-w",
-        "/tmp",
-        "-e",
-        "A=b",
-        "life",
-        "sh",
-        "-c",
-        "id -u; pwd; echo $A",
-    ])
-    .ok()?
-    .says("1000\n/tmp\nb")?;
-    exec(&["life", "sh", "-c", "exit 7"]).exits(7)?;
-    exec(&["life", "no-such-program"]).exits(127)?;
     exec(&["life", "/etc/passwd"]).exits(126)?;
-    podman
-        .at_terminal("exec -it life sh -c '[ -t 0 ] && tty'")?
-        .says("/dev/pts/0")?;
-    podman.call(&["top", "life"]).ok()?.says("sleep 600")?;
-    podman
-        .call(&["stats", "--no-stream", "life"])
-        .ok()?
-        .says("life")?;
-    podman.call(&["logs", "life"]).ok()?.says("begun")?;
-
-    let status = || -> Result<String> {
-        let output = podman
-            .call(&["inspect", "-f", "{{.State.Status}}", "life"])
-            .ok()?;
-        Ok(output.text().to_owned())
-    };
     podman.call(&["pause", "life"]).ok()?;
-    ensure_eq!(status()?, "paused", "after pause");
     exec(&["life", "true"]).exits(255)?;
     podman.call(&["unpause", "life"]).ok()?;
-    ensure_eq!(status()?, "running", "after unpause");
-    podman.call(&["restart", "-t", "0", "life"]).ok()?;
-    ensure_eq!(status()?, "running", "after restart");
-    podman.call(&["stop", "-t", "0", "life"]).ok()?;
-    ensure_eq!(status()?, "exited", "after stop");
-    podman.call(&["start", "life"]).ok()?;
-    podman.call(&["kill", "-s", "KILL", "life"]).ok()?;
-    podman.call(&["wait", "life"]).ok()?.says("137")?;
-    podman.call(&["rm", "life"]).ok()?;
+    lives(&podman, "life")?;
 
     podman.start(
         "healthy",
