@@ -9,5 +9,7 @@ complete -c rrun -n 'not __fish_use_subcommand' -a '(rrun list --quiet 2>/dev/nu
 complete -c rrun -n '__fish_seen_subcommand_from kill; and test (count (commandline -opc)) -ge 3' -a 'TERM KILL INT HUP QUIT ABRT USR1 USR2 STOP CONT TSTP WINCH ALRM PIPE'
 complete -c rrun -l root -r -d 'directory for the state of containers'
 complete -c rrun -l log -r -d 'file to append the log to'
+complete -c rrun -l debug -d 'log more'
+complete -c rrun -l rootless -x -a 'true false auto' -d 'what the caller may is found out in any case'
 complete -c rrun -l systemd-cgroup -d 'have systemd make the cgroups'
 complete -c rrun -l log-format -x -a 'text json' -d 'format of the log'
