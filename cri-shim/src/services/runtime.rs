@@ -234,11 +234,11 @@ impl Runtime {
         let Some(asked) = request.linux else {
             return Ok(UpdateContainerResourcesResponse {});
         };
-        let node = Arc::clone(&self.node);
+        let (node, name) = (Arc::clone(&self.node), container.name());
         // Not joined: the next one may ask for something else.
         let task = tokio::spawn(container::start::update(node, container, asked));
         let ended = task.await;
-        ended.map_err(|error| Error::internal(format!("update a container: {error}")))??;
+        ended.map_err(|error| Error::internal(format!("update {name}: {error}")))??;
         Ok(UpdateContainerResourcesResponse {})
     }
 
