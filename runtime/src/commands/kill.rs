@@ -38,8 +38,10 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     // Without a PID namespace of its own, what the first process leaves behind lives on.
     let all = arguments.is_set("all") || (signal == libc::SIGKILL && !state.new_pid_namespace);
     if all && signal == libc::SIGKILL {
+        let left = || cgroup::all_pids(&state.cgroup).is_ok_and(|pids| !pids.is_empty());
+        let running = process.is_some() || arguments.is_set("all") || left();
         cgroup::kill_all(&state.cgroup)?;
-        if process.is_some() || arguments.is_set("all") {
+        if running {
             return Ok(0);
         }
     } else if arguments.is_set("all") {
