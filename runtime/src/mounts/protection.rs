@@ -1,5 +1,6 @@
 //! `linux.maskedPaths` and `linux.readonlyPaths`.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -17,7 +18,9 @@ use crate::{mount_options, refuse};
 /// /dev/null. What does not exist needs no hiding.
 pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
-    for path in paths {
+    let mut seen = BTreeSet::new();
+    // One cover is enough for what is named twice.
+    for path in paths.iter().filter(|path| seen.insert(*path)) {
         let doing = || format!("mask {path} (linux.maskedPaths)");
         let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
