@@ -3,17 +3,22 @@
 //! See config.md, "POSIX-platform Hooks". Each gets the container's state on standard
 //! input; a failure of any but the last two kinds undoes the container.
 
+use std::ffi::{CString, OsStr};
 use std::io::{ErrorKind, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Hook, Hooks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::error::{Context, Result};
+use crate::seccomp::Filter;
 use crate::{log, refuse};
 
 /// How long a hook may run that says nothing about it; the specification sets no limit, but
@@ -50,16 +55,26 @@ pub fn validate(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// Runs hooks one after the other, until one fails, or until the container's first process,
-/// if that is given, is dead: nobody needs them then.
-pub fn run(
-    name: &str,
-    hooks: Option<&Vec<Hook>>,
-    state: &str,
-    container: Option<&OwnedFd>,
-) -> Result<()> {
+/// Where hooks run.
+#[derive(Clone, Copy)]
+pub enum Where<'a> {
+    /// In the host's or the caller's surroundings, for as long as the container's first process
+    /// lives, if that is given: nobody needs them then.
+    OnHost(Option<&'a OwnedFd>),
+    /// In the container, as its own programs.
+    InContainer {
+        /// What the container's process has, for hooks that say nothing of their environment:
+        /// so has runc.
+        env: &'a [CString],
+        /// Loaded in the hook alone.
+        filter: Option<&'a Filter>,
+    },
+}
+
+/// Runs hooks one after the other, until one fails.
+pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str, place: Where<'_>) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state, container).map_err(|error| {
+        run_one(hook, state, place).map_err(|error| {
             error.while_doing(format!(
                 "run hooks.{name}[{index}] {}",
                 hook.path().display()
@@ -72,7 +87,7 @@ pub fn run(
 /// The same, but a failure is only logged, as it is to be for poststart and poststop.
 pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(error) = run_one(hook, state, None) {
+        if let Err(error) = run_one(hook, state, Where::OnHost(None)) {
             log::warning(&format!(
                 "run hooks.{name}[{index}] {}: {error}",
                 hook.path().display()
@@ -110,7 +125,82 @@ impl<'a> Input<'a> {
     }
 }
 
-fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> {
+/// What a hook writes, to either output: the end of it tells why it failed.
+struct Output {
+    pipe: Option<OwnedFd>,
+    end: Vec<u8>,
+}
+
+impl Output {
+    /// How much is kept, in bytes.
+    const LIMIT: usize = 4096;
+
+    /// Also gives the side that the hook is to have.
+    fn new() -> Result<(Output, OwnedFd)> {
+        let doing = || "make a pipe for its output";
+        let (pipe, hooks) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
+        rustix::io::ioctl_fionbio(&pipe, true).doing(doing)?;
+        let output = Output {
+            pipe: Some(pipe),
+            end: Vec::new(),
+        };
+        Ok((output, hooks))
+    }
+
+    /// Takes some of what is there; whether there was any.
+    fn take(&mut self) -> bool {
+        let Some(pipe) = &self.pipe else {
+            return false;
+        };
+        let mut buffer = [0u8; Output::LIMIT];
+        match rustix::io::read(pipe, &mut buffer) {
+            Ok(length) if length > 0 => {
+                self.end
+                    .extend_from_slice(buffer.get(..length).unwrap_or_default());
+                let surplus = self.end.len().saturating_sub(Output::LIMIT);
+                self.end.drain(..surplus);
+                true
+            }
+            Err(Errno::INTR | Errno::AGAIN) => false,
+            // All who had it have closed it.
+            _ => {
+                self.pipe = None;
+                false
+            }
+        }
+    }
+
+    /// Once the hook has ended. What it left running may go on writing, to nobody.
+    fn said(mut self) -> String {
+        // As much as a pipe holds, and no more.
+        let mut left = (64 << 10) / Output::LIMIT;
+        while left > 0 && self.take() {
+            left -= 1;
+        }
+        let text = String::from_utf8_lossy(&self.end);
+        match text.trim() {
+            "" => String::new(),
+            text => format!(": {text}"),
+        }
+    }
+}
+
+/// Has the filter loaded in the process that becomes the hook.
+fn load_in_hook(command: &mut Command, filter: &Filter) {
+    let filter = filter.clone();
+    let load = move || {
+        let loaded = filter.load().map(drop);
+        loaded.map_err(|error| std::io::Error::other(error.to_string()))
+    };
+    // SAFETY: rrun has one thread, so that what runs between fork and exec may do anything.
+    unsafe { command.pre_exec(load) };
+}
+
+fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
+    let container = match place {
+        Where::OnHost(container) => container,
+        Where::InContainer { .. } => None,
+    };
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
         command.arg0(name).args(rest);
@@ -121,7 +211,25 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
             command.env(name, value);
         }
     }
+    if let Where::InContainer { env, filter } = place {
+        if hook.env().is_none() {
+            for variable in env {
+                let mut parts = variable.to_bytes().splitn(2, |byte| *byte == b'=');
+                if let (Some(name), Some(value)) = (parts.next(), parts.next()) {
+                    command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
+                }
+            }
+        }
+        if let Some(filter) = filter {
+            load_in_hook(&mut command, filter);
+        }
+    }
+    let (mut output, hooks) = Output::new()?;
+    let again = hooks.try_clone().doing(|| "make a pipe for its output")?;
+    command.stdout(hooks).stderr(again);
     let mut child = command.spawn().doing(|| "start it")?;
+    // It holds the hook's side of the pipes.
+    drop(command);
     let mut input = child.stdin.take().map(|pipe| Input::new(pipe, state));
     let timeout = hook
         .timeout()
@@ -154,6 +262,8 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
             watched.extend(container.map(|container| PollFd::new(container, PollFlags::IN)));
             let writing = input.as_ref().map(|input| &input.pipe);
             watched.extend(writing.map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
+            let reading = output.pipe.as_ref();
+            watched.extend(reading.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
             let polled = poll(&mut watched, Some(&wait));
             let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
             match polled {
@@ -161,22 +271,24 @@ fn run_one(hook: &Hook, state: &str, container: Option<&OwnedFd>) -> Result<()> 
                     told = true;
                     log::warning(&format!("still waiting for hook {}", hook.path().display()));
                 }
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) if !dead(0) && container.is_some() && dead(1) => {
                     let _ = child.kill();
                     let _ = child.wait();
                     refuse!("the container's first process died meanwhile");
                 }
                 Ok(_) if dead(0) => break,
-                // The pipe has room.
-                Ok(_) => {}
+                // A pipe has room, or something in it.
+                Ok(_) => {
+                    output.take();
+                }
                 Err(errno) => return Err(errno).doing(|| "wait for it"),
             }
         }
     }
     let status = child.wait().doing(|| "wait for it")?;
     if !status.success() {
-        refuse!("it ended with {status}");
+        refuse!("it ended with {status}{}", output.said());
     }
     Ok(())
 }

@@ -14,7 +14,9 @@ pub const TESTS: &[Test] = &[
     test!(hooks_run_in_the_specifications_order, Need::Rrun),
     test!(hooks_get_the_containers_state, Need::Rrun),
     test!(a_start_container_hook_is_the_containers_own_program),
+    test!(a_start_container_hook_is_confined_as_the_process_is),
     test!(a_failing_hook_undoes_the_container),
+    test!(a_failing_hook_is_told_with_what_it_said),
     test!(a_hook_may_leave_a_large_state_unread, Need::Rrun),
 ];
 
@@ -93,6 +95,70 @@ fn a_start_container_hook_is_the_containers_own_program() -> Result {
         json!([{ "path": "/bin/inside", "args": ["inside", "write", "/data/hooked", "before"] }]),
     );
     ensure_eq!(bundle.run()?.stdout, "before", "what the hook wrote");
+    Ok(())
+}
+
+/// By the filter of the process, and it has its environment, unless it says something of one.
+fn a_start_container_hook_is_confined_as_the_process_is() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    let hook = json!([{ "path": "/bin/inside", "args": ["inside", "mkdir", "/data/hooked"] }]);
+    bundle
+        .set("/root/readonly", json!(false))
+        .set("/process/noNewPrivileges", json!(true))
+        .set("/hooks/startContainer", hook);
+    bundle.run()?;
+    fs::remove_dir(bundle.join("rootfs/data/hooked"))?;
+    bundle.set(
+        "/linux/seccomp",
+        json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{
+                "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28,
+            }],
+        }),
+    );
+    let output = bundle.call(&["run"])?.end()?;
+    ensure!(output.code != 0, "{}", output.told());
+    ensure!(
+        output.stderr.contains("No space left on device"),
+        "{}",
+        output.told()
+    );
+    bundle.without("/linux/seccomp");
+    for (env, expected) in [(None, true), (Some(json!(["A=b"])), false)] {
+        // It fails, for its output to be told.
+        let args = json!(["inside", "cat", "/proc/self/environ", "/not-there"]);
+        let mut hook = json!({ "path": "/bin/inside", "args": args });
+        if let Some(env) = env {
+            hook["env"] = env;
+        }
+        bundle
+            .set("/process/env", json!(["ONE=two"]))
+            .set("/hooks/startContainer", json!([hook]));
+        let output = bundle.call(&["run"])?.end()?;
+        ensure!(output.code != 0, "{}", output.told());
+        ensure_eq!(
+            output.stderr.contains("ONE=two"),
+            expected,
+            "the process's variables: {}",
+            output.told()
+        );
+    }
+    Ok(())
+}
+
+/// The end of it, from both its outputs.
+fn a_failing_hook_is_told_with_what_it_said() -> Result {
+    for kind in ["createRuntime", "createContainer"] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        let line =
+            "head -c 300000 /dev/zero | tr '\\0' x; echo no such device; echo alas >&2; exit 3";
+        bundle.set(&format!("/hooks/{kind}"), shell(line));
+        let output = bundle.call(&["create"])?.exits(1)?;
+        for words in ["no such device", "alas"] {
+            ensure!(output.stderr.contains(words), "{}", output.told());
+        }
+    }
     Ok(())
 }
 
