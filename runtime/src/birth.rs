@@ -141,6 +141,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     if let Some(cgroup) = &cgroup {
         unmade.cgroup = Some(&place);
         cgroup.apply(&config.resources)?;
+        log::debug(|| format!("made cgroup {} with its limits", state.cgroup.display()));
     }
     // Loading them takes long, and the first process has other things to do; a container that
     // waits for `start` runs nothing before this one is done.
@@ -189,6 +190,9 @@ pub fn create(request: Request<'_>) -> Result<Born> {
             drop(unmade);
             drop(channel);
             drop(agent);
+            if let Some(cgroup) = cgroup {
+                cgroup.leave_to_parent();
+            }
             Init {
                 config,
                 state: &state,
@@ -210,6 +214,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     drop(taken);
     drop(childs_end);
     drop(gate);
+    log::debug(|| format!("made the container's first process {pid}"));
     let pidfd = &*unmade.child.insert(pidfd);
     if let Some(cgroup) = &mut cgroup {
         cgroup.inhabited(&config.resources)?;
@@ -233,6 +238,10 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         agent,
     )
     .map_err(|error| explain_death(error, pidfd))?;
+    log::debug(|| match request.waits {
+        true => format!("container {} is made, and waits for start", request.id),
+        false => format!("container {} executes its program", request.id),
+    });
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
     }
@@ -396,12 +405,14 @@ fn accompany(
             Message::RunHooks => {
                 let shown = state.for_hooks(Status::Creating);
                 #[allow(deprecated)] // prestart is: callers use it all the same
-                hooks::run("prestart", hooks.prestart().as_ref(), &shown, Some(pidfd))?;
+                let host = hooks::Where::OnHost(Some(pidfd));
+                log::debug(|| "run hooks prestart and createRuntime".to_owned());
+                hooks::run("prestart", hooks.prestart().as_ref(), &shown, host)?;
                 hooks::run(
                     "createRuntime",
                     hooks.create_runtime().as_ref(),
                     &shown,
-                    Some(pidfd),
+                    host,
                 )?;
                 channel.go_on()?;
             }

@@ -172,10 +172,8 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
         )
         .doing(|| "open the container's root")?;
         let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
-        match &request.console_socket {
-            Some(socket) => terminal.send_master(socket.as_fd())?,
-            None => channel.terminal(terminal.master.as_fd())?,
-        }
+        let socket = request.console_socket.as_ref().map(AsFd::as_fd);
+        terminal.hand_over(socket, channel)?;
         terminal.take()?;
     }
     let process = &mut request.process;

@@ -124,6 +124,9 @@ impl Raw {
         if let Some(mode) = &mode {
             let mut raw = mode.clone();
             raw.make_raw();
+            // But a line's end in what comes out is still this terminal's business: the
+            // container's leaves that to it.
+            raw.output_modes = mode.output_modes;
             let _ = rustix::termios::tcsetattr(stdin, rustix::termios::OptionalActions::Now, &raw);
         }
         Raw { mode }
@@ -142,9 +145,15 @@ impl Drop for Raw {
     }
 }
 
-/// Gives the container's terminal the size of the caller's.
+/// Gives the container's terminal the size of the caller's, of which any of the three standard
+/// streams may be redirected.
 fn copy_size(master: &OwnedFd) {
-    if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin()) {
+    use rustix::stdio::{stderr, stdin, stdout};
+    let own = [stderr(), stdout(), stdin()];
+    if let Some(size) = own
+        .into_iter()
+        .find_map(|stream| rustix::termios::tcgetwinsize(stream).ok())
+    {
         let _ = rustix::termios::tcsetwinsize(master, size);
     }
 }

@@ -131,6 +131,13 @@ impl Init<'_> {
         leave_callers_cpus();
         environment::complete(&mut process.env, process.uid, self.descriptors.listen);
         let filter = config.seccomp.as_ref();
+        if self.gate.is_some() {
+            // The first process of a PID namespace is deaf to all that it has no handler for;
+            // who waits to be started is to be ended like any other process.
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+                syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
+            }
+        }
         let program = settle(&process, &labels, self.descriptors, filter, &self.channel)?;
         self.channel.ready()?;
 
@@ -139,7 +146,7 @@ impl Init<'_> {
             None => None,
         };
         self.gate = None;
-        let error = match self.start_container_hooks() {
+        let error = match self.start_container_hooks(&process) {
             Ok(()) => execute(&program, &process, filter),
             Err(error) => error,
         };
@@ -236,10 +243,8 @@ impl Init<'_> {
         }
         let terminal = Terminal::open(rootfs, self.config.process.console_size)?;
         terminal.mount_console(rootfs)?;
-        match &self.console_socket {
-            Some(socket) => terminal.send_master(socket.as_fd())?,
-            None => self.channel.terminal(terminal.master.as_fd())?,
-        }
+        let socket = self.console_socket.as_ref().map(AsFd::as_fd);
+        terminal.hand_over(socket, &self.channel)?;
         Ok(Some(terminal))
     }
 
@@ -267,13 +272,13 @@ impl Init<'_> {
                 "createContainer",
                 Some(list),
                 &self.hook_state(Status::Creating),
-                None,
+                hooks::Where::OnHost(None),
             )?;
         }
         Ok(())
     }
 
-    fn start_container_hooks(&self) -> Result<()> {
+    fn start_container_hooks(&self, process: &Process) -> Result<()> {
         match self
             .config
             .hooks
@@ -281,12 +286,21 @@ impl Init<'_> {
             .as_ref()
             .filter(|list| !list.is_empty())
         {
-            Some(list) => hooks::run(
-                "startContainer",
-                Some(list),
-                &self.hook_state(Status::Created),
-                None,
-            ),
+            Some(list) => {
+                hooks::run(
+                    "startContainer",
+                    Some(list),
+                    &self.hook_state(Status::Created),
+                    hooks::Where::InContainer {
+                        env: &process.env,
+                        // Loaded for this process itself only after them; one that is loaded
+                        // already goes for them, too.
+                        filter: self.config.seccomp.as_ref().filter(|filter| {
+                            filter.moment(process.no_new_privileges) == Moment::Last
+                        }),
+                    },
+                )
+            }
             None => Ok(()),
         }
     }
@@ -301,6 +315,7 @@ impl Init<'_> {
     /// Protects what is mounted.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
+        rootfs.make_read_only()?;
         protection::make_read_only(rootfs, &config.readonly_paths)?;
         protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
         if config.root_readonly {

@@ -15,7 +15,9 @@ use rustix::fs::{FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
+use crate::mount_options::READ_ONLY;
 use crate::refuse;
+use crate::syscalls::mount_setattr;
 
 /// As many links are followed as the kernel itself would follow.
 const MAX_LINKS: usize = 40;
@@ -28,6 +30,8 @@ pub struct Rootfs {
     fd: OwnedFd,
     /// What is mounted of the kernel's own, /proc and /sys, and where.
     kernels: Vec<(PathBuf, OwnedFd)>,
+    /// Mounts that are to be read-only once everything is in place, and what they are.
+    read_only_later: Vec<(String, OwnedFd)>,
 }
 
 /// What is to be found, or made, at a path.
@@ -49,6 +53,7 @@ impl Rootfs {
         Rootfs {
             fd,
             kernels: Vec::new(),
+            read_only_later: Vec::new(),
         }
     }
 
@@ -58,6 +63,20 @@ impl Rootfs {
         if kernels {
             self.kernels.push((path.to_owned(), mount));
         }
+    }
+
+    /// Takes note of a mount to be made read-only by [`Rootfs::make_read_only`].
+    pub fn read_only_later(&mut self, sentence: String, mount: OwnedFd) {
+        self.read_only_later.push((sentence, mount));
+    }
+
+    /// For when nothing is written any more into what was mounted.
+    pub fn make_read_only(&self) -> Result<()> {
+        for (sentence, mount) in &self.read_only_later {
+            mount_setattr(mount.as_fd(), false, &READ_ONLY)
+                .doing(|| format!("{sentence}: make it read-only"))?;
+        }
+        Ok(())
     }
 
     /// Opens what is to be protected at `path`. In /proc and /sys that is looked for in what

@@ -198,6 +198,23 @@ pub fn ignore_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_IGN)
 }
 
+/// Lets a signal end the process, with the status that shells know it by. Not as its default
+/// disposition does: the first process of a PID namespace is spared that. Executing a
+/// program resets it.
+pub fn end_at_signal(signal: i32) -> Result<(), Errno> {
+    extern "C" fn end(signal: i32) {
+        // SAFETY: _exit is async-signal-safe, and does not return.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    let handler: extern "C" fn(i32) = end;
+    // SAFETY: the handler calls nothing but _exit, at whatever moment it runs.
+    let previous = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    if previous == libc::SIG_ERR {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
 /// Blocks exactly the signals in `mask`; returns those that were blocked before.
 pub fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
     // SAFETY: an all-zero sigset_t is a valid value of that plain type.

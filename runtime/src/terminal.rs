@@ -6,9 +6,9 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::pty::OpenptFlags;
-use rustix::termios::Winsize;
+use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr};
 
-use crate::channel::{self, send_descriptor};
+use crate::channel::{self, Channel, send_descriptor};
 use crate::error::{Context, Result};
 use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::refuse;
@@ -85,8 +85,22 @@ impl Terminal {
         move_mount(&slave, &target).doing(doing)
     }
 
+    /// Gives the master side to the socket that was named, or else to rrun's own relay.
+    pub fn hand_over(&self, socket: Option<BorrowedFd<'_>>, relay: &Channel) -> Result<()> {
+        if let Some(socket) = socket {
+            return self.send_master(socket);
+        }
+        // The relay's own output is a file, a pipe, or a terminal that does this itself: lines
+        // that end in \r\n are no use to any. Whoever has the socket sees to that alone.
+        let doing = || "set the terminal's modes";
+        let mut mode = tcgetattr(&self.slave).doing(doing)?;
+        mode.output_modes.remove(OutputModes::ONLCR);
+        tcsetattr(&self.slave, OptionalActions::Now, &mode).doing(doing)?;
+        relay.terminal(self.master.as_fd())
+    }
+
     /// Sends the master side away, as runc does: with its name as the message.
-    pub fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
+    fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(socket, self.master.as_fd(), self.name.as_bytes())
             .doing(|| "send the terminal over the console socket")
     }

@@ -203,6 +203,12 @@ impl Bundle {
         self.set(pointer, Value::Array(all))
     }
 
+    /// The entries of `mounts`, to be changed.
+    pub fn mounts(&mut self) -> impl Iterator<Item = &mut Value> {
+        let mounts = self.config["mounts"].as_array_mut();
+        mounts.into_iter().flatten()
+    }
+
     /// Takes the key out.
     pub fn without(&mut self, pointer: &str) -> &mut Self {
         if let Some((parent, key)) = pointer.rsplit_once('/')

@@ -29,6 +29,9 @@ pub const TESTS: &[Test] = &[
     test!(pid_file_has_the_first_processs_id),
     test!(kill_knows_signals_by_name_and_number),
     test!(kill_all_reaches_every_process),
+    test!(kill_ends_what_the_first_process_left_behind),
+    // crun's deaf first process lives on.
+    test!(signals_end_a_container_that_waits_for_start),
     test!(delete_force_ends_a_running_container),
     test!(delete_force_of_nothing_is_no_error),
     test!(delete_leaves_no_orphan_behind),
@@ -282,6 +285,35 @@ fn delete_force_ends_a_running_container() -> Result {
 fn delete_force_of_nothing_is_no_error() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.end()?;
+    Ok(())
+}
+
+/// Without a PID namespace of the container's own.
+fn kill_ends_what_the_first_process_left_behind() -> Result {
+    let mut bundle = Bundle::new(&["orphan", "600"])?;
+    bundle.without_namespace("pid");
+    bundle.start()?;
+    bundle.wait_status("stopped")?;
+    let populated =
+        || -> Result<bool> { Ok(!bundle.cgroup_file("cgroup.procs")?.trim().is_empty()) };
+    ensure!(populated()?, "the orphan is gone before");
+    bundle.runtime(&["kill", bundle.id(), "KILL"]).ok()?;
+    wait_for(
+        "the orphan to be gone",
+        || Ok((!populated()?).then_some(())),
+    )?;
+    bundle.end()?;
+    Ok(())
+}
+
+fn signals_end_a_container_that_waits_for_start() -> Result {
+    for signal in ["TERM", "INT", "HUP", "QUIT"] {
+        let bundle = Bundle::new(&["sleep", "600"])?;
+        bundle.call(&["create"])?.ok()?;
+        bundle.runtime(&["kill", bundle.id(), signal]).ok()?;
+        bundle.wait_status("stopped")?;
+        bundle.delete()?;
+    }
     Ok(())
 }
 

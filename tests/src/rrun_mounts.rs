@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::machine::{Directory, Result};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -22,6 +22,9 @@ pub const TESTS: &[Test] = &[
     test!(a_file_is_bind_mounted_on_a_file_that_is_made),
     test!(a_tmpfs_has_its_options),
     test!(a_tmpfs_begins_with_what_it_covers),
+    test!(a_read_only_tmpfs_can_have_mounts_inside),
+    test!(a_cgroup_mount_is_read_only_without_a_namespace_too),
+    test!(a_path_masked_twice_is_covered_once, Need::Rrun),
     test!(mount_flags_are_set),
     test!(mount_points_are_made),
     test!(a_mount_point_that_is_a_link_stays_inside),
@@ -285,11 +288,81 @@ fn mount_points_are_made() -> Result {
             "destination": "/made/for/it", "type": "tmpfs", "source": "tmpfs", "options": [],
         }),
     );
-    ensure_eq!(
-        bundle.run()?.json()?["kind"],
-        "directory",
-        "what the mount point is"
+    let stat = bundle.run()?.json()?;
+    ensure_eq!(stat["kind"], "directory", "what the mount point is");
+    ensure_eq!(stat["mode"], "1777", "the tmpfs's own mode");
+    Ok(())
+}
+
+/// It is so only when what is mounted inside has its place.
+fn a_read_only_tmpfs_can_have_mounts_inside() -> Result {
+    let source = Directory::new("source")?;
+    let mut bundle = Bundle::new(&[])?;
+    bundle.add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x", "options": ["ro", "nosuid"],
+        }),
     );
+    bind(&mut bundle, source.path(), "/data/inside", &["bind"]);
+    let mut config = bundle.report()?;
+    for (point, expected) in [("/data", true), ("/data/inside", false)] {
+        let there = options(&config, point)?;
+        ensure_eq!(
+            there.iter().any(|option| option == "ro"),
+            expected,
+            "read-only {point}: {there:?}"
+        );
+    }
+    let mut bundle = Bundle::new(&[])?;
+    for mount in bundle.mounts() {
+        if mount["destination"] == "/dev" {
+            mount["options"] = json!(["ro", "nosuid", "mode=755"]);
+        }
+    }
+    config = bundle.report()?;
+    let there = options(&config, "/dev")?;
+    ensure!(there.iter().any(|option| option == "ro"), "/dev: {there:?}");
+    let there = options(&config, "/dev/pts")?;
+    ensure!(
+        there.iter().all(|option| option != "ro"),
+        "/dev/pts: {there:?}"
+    );
+    Ok(())
+}
+
+fn a_cgroup_mount_is_read_only_without_a_namespace_too() -> Result {
+    let mut bundle = Bundle::new(&[])?;
+    bundle.without_namespace("cgroup").add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "noexec", "nodev", "ro"],
+        }),
+    );
+    let report = bundle.report()?;
+    let there = options(&report, "/data")?;
+    ensure!(there.iter().any(|option| option == "ro"), "{there:?}");
+    Ok(())
+}
+
+fn a_path_masked_twice_is_covered_once() -> Result {
+    let mut bundle = Bundle::new(&[])?;
+    fs::create_dir(bundle.join("rootfs/data/hidden"))?;
+    bundle.set(
+        "/linux/maskedPaths",
+        json!(["/data/hidden", "/data/hidden"]),
+    );
+    let report = bundle.report()?;
+    let covers = report["mounts"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|line| {
+            line.as_str()
+                .is_some_and(|line| line.split(' ').nth(4) == Some("/data/hidden"))
+        });
+    ensure_eq!(covers.count(), 1, "mounts on it");
     Ok(())
 }
 

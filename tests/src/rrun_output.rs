@@ -19,6 +19,8 @@ pub const TESTS: &[Test] = &[
     test!(ps_is_json),
     test!(ps_takes_the_options_of_ps),
     test!(statistics_have_runcs_fields),
+    test!(an_event_begins_as_runcs),
+    test!(debug_tells_the_steps, Need::Rrun),
     test!(
         statistics_count_what_the_controllers_count,
         Need::Controller("memory"),
@@ -294,6 +296,42 @@ fn statistics(bundle: &Bundle) -> Result<Value> {
         output.told()
     );
     output.json()
+}
+
+fn an_event_begins_as_runcs() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let output = bundle.call(&["events", "--stats"])?.ok()?;
+    let beginning = format!(
+        "{{\"type\":\"stats\",\"id\":\"{}\",\"data\":{{",
+        bundle.id()
+    );
+    ensure!(output.stdout.starts_with(&beginning), "{}", output.told());
+    bundle.end()?;
+    Ok(())
+}
+
+fn debug_tells_the_steps() -> Result {
+    let bundle = Bundle::new(&["exit", "0"])?;
+    bundle.write_config()?;
+    let log = bundle.join("log");
+    let path = log.to_string_lossy();
+    let run = |debug: &[&str]| {
+        let mut words = vec!["--log", &*path];
+        words.extend(debug);
+        words.extend(["run", "--bundle"]);
+        let directory = bundle.path().to_string_lossy();
+        words.extend([&*directory, bundle.id()]);
+        bundle.runtime(&words).ok()
+    };
+    run(&[])?;
+    ensure_eq!(fs::read_to_string(&log)?, "", "without --debug");
+    run(&["--debug"])?;
+    let told = fs::read_to_string(&log)?;
+    for words in ["level=debug", "made cgroup /", "first process", "executes"] {
+        ensure!(told.contains(words), "{words:?} is not in\n{told}");
+    }
+    Ok(())
 }
 
 fn statistics_have_runcs_fields() -> Result {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::machine::{Result, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -33,6 +33,10 @@ pub const TESTS: &[Test] = &[
     test!(a_terminal_arrives_at_the_console_socket),
     test!(exec_brings_a_terminal_of_its_own),
     test!(run_works_on_its_own_terminal),
+    // runc wants a terminal of its own to run one.
+    test!(a_terminals_lines_end_as_those_of_a_file, Need::Rrun),
+    // runc's Go keeps descriptors of other kinds.
+    test!(who_waits_to_be_started_holds_no_cgroup, Need::Rrun),
 ];
 
 fn user_group_and_additional_groups_are_set() -> Result {
@@ -327,6 +331,23 @@ fn no_descriptor_leaks_in() -> Result {
     Ok(())
 }
 
+/// Through it the container's files could be left, if anything of the container's were run in
+/// that process (CVE-2024-21626).
+fn who_waits_to_be_started_holds_no_cgroup() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["create"])?.ok()?;
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", bundle.pid()?))? {
+        let held = std::fs::read_link(entry?.path())?;
+        ensure!(
+            !held.starts_with("/sys/fs/cgroup"),
+            "{} is open",
+            held.display()
+        );
+    }
+    bundle.end()?;
+    Ok(())
+}
+
 fn the_umask_is_set() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/user/umask", json!(0o027));
@@ -460,6 +481,11 @@ fn run_works_on_its_own_terminal() -> Result {
         status.is_ok_and(|status| status.success()),
         "run failed: {text}"
     );
+    // By the caller's terminal alone.
+    ensure!(
+        text.contains("\r\n") && !text.contains("\r\r\n"),
+        "lines end as in {text:?}"
+    );
     let report: Value =
         serde_json::from_str(text.trim()).map_err(|error| format!("{error}: {text:?}"))?;
     ensure_eq!(
@@ -494,6 +520,18 @@ fn a_callers_socket_is_sent_the_processs_descriptor() -> Result {
     bundle.exec(&options, &["sleep", "600"]).ok()?;
     let pid: i32 = std::fs::read_to_string(pid_file)?.trim().parse()?;
     ensure_eq!(pid_of(&listener)?, pid, "a further process");
+    bundle.end()?;
+    Ok(())
+}
+
+fn a_terminals_lines_end_as_those_of_a_file() -> Result {
+    let mut bundle = Bundle::new(&["echo", "hello"])?;
+    bundle.set("/process/terminal", json!(true));
+    ensure_eq!(bundle.run()?.stdout, "hello\n", "what came through");
+    bundle.set("/process/terminal", json!(false));
+    bundle.args(&["sleep", "600"]).start()?;
+    let output = bundle.exec(&["--tty"], &["echo", "hello"]).ok()?;
+    ensure_eq!(output.stdout, "hello\n", "what came through exec");
     bundle.end()?;
     Ok(())
 }

@@ -229,6 +229,12 @@ impl Cgroup {
         devices::apply(self, rules, false)
     }
 
+    /// For a copy of the process that made it: closes what that has open of it, and unmakes
+    /// nothing.
+    pub fn leave_to_parent(self) {
+        std::mem::forget(self.placeholder);
+    }
+
     /// To be called when the first process is in the cgroup, which then keeps it alive.
     pub fn inhabited(&mut self, resources: &LinuxResources) -> Result<()> {
         if self.placeholder.take().is_some() && resources::takes_one_process(resources) {

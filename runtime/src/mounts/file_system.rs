@@ -96,7 +96,7 @@ impl Mount {
         }
     }
 
-    fn in_its_place(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
+    pub(super) fn in_its_place(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
         let doing = || format!("bind {} in its place", path.display());
         let mount = clone_tree(path, recursive).doing(doing)?;
         // Access times may be locked. The rest goes for what is mounted below, too: a sysfs
@@ -204,7 +204,7 @@ impl Mount {
     /// As long as something is to be written there, it is not read-only.
     fn first_attributes(&self) -> u64 {
         let wanted = self.options.attr.attr_set;
-        if self.is_filled() {
+        if self.is_written_first() {
             wanted & !mount_options::READ_ONLY.attr_set
         } else {
             wanted

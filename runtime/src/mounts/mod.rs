@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount as SpecMount;
-use rustix::fs::FileType;
-use rustix::io::Errno;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::idmap::IdMaps;
@@ -188,6 +188,13 @@ impl Mount {
         self.typ == "tmpfs" && !self.is_bind() && (self.options.copy_up || !has_mode())
     }
 
+    /// Whether others may have to be mounted in it, for which it has no place yet: then it is
+    /// read-only only in the end, if it is to be, as with runc.
+    fn is_written_first(&self) -> bool {
+        let is_dev = self.destination == Path::new("/dev");
+        (self.typ == "tmpfs" || is_dev) && !self.is_bind()
+    }
+
     /// Whether it is certain that no device is opened for it.
     pub fn opens_no_device(&self) -> bool {
         const OF_NO_DEVICE: [&str; 7] = [
@@ -229,7 +236,7 @@ impl Mount {
         let mount = match (self.is_bind(), cgroup) {
             (true, _) => self.bound(&self.source),
             (false, Some(cgroup)) if self.typ == "cgroup2" && !cgroup.has_namespace => {
-                clone_tree(cgroup.path, false).map_err(|errno| Error::new(errno.reason()))
+                self.in_its_place(cgroup.path, false)
             }
             (false, _) => self.of_file_system(cgroup),
         }
@@ -282,7 +289,7 @@ impl Mount {
     fn set_wider_attributes(&self, mount: &OwnedFd) -> Result<()> {
         let unchanged = MountAttr::default();
         let mut recursive = self.options.recursive_attr;
-        if self.is_filled() {
+        if self.is_written_first() {
             recursive.attr_set &= !mount_options::READ_ONLY.attr_set;
         }
         if recursive != unchanged {
@@ -306,6 +313,7 @@ impl Mount {
 
     fn place(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
         let is_new = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
+        let mut filled = self.is_filled();
         let is_kernels = is_new || matches!(self.destination.to_str(), Some("/proc" | "/sys"));
         let target = if is_new {
             // Others look for the kernel's own files here; a link would make them look
@@ -317,23 +325,24 @@ impl Mount {
                 FileType::Directory => Target::Directory,
                 _ => Target::File,
             };
+            // A directory that is only made for it has nothing to give it.
+            let is_there = !filled || rootfs.open(&self.destination, OFlags::PATH).is_ok();
+            filled &= is_there;
             let target = rootfs.mount_target(&self.destination, kind)?;
             self.refuse_inside_proc(&target, &mount)?;
             target
         };
-        if self.is_filled() {
-            if self.options.copy_up {
-                copy_up::copy(&target, &mount)?;
-            } else {
-                copy_up::copy_mode(&target, &mount)?;
-            }
-            let asked = [&self.options.attr, &self.options.recursive_attr];
-            if asked.into_iter().any(mount_options::is_read_only) {
-                mount_setattr(mount.as_fd(), false, &mount_options::READ_ONLY)
-                    .doing(|| "make it read-only")?;
-            }
+        if filled && self.options.copy_up {
+            copy_up::copy(&target, &mount)?;
+        } else if filled {
+            copy_up::copy_mode(&target, &mount)?;
         }
         move_mount(&mount, &target).doing(|| "attach it")?;
+        let asked = [&self.options.attr, &self.options.recursive_attr];
+        if self.is_written_first() && asked.into_iter().any(mount_options::is_read_only) {
+            let again = fcntl_dupfd_cloexec(&mount, 0).doing(|| "keep it in mind")?;
+            rootfs.read_only_later(self.sentence(), again);
+        }
         rootfs.attached(&self.destination, mount, is_kernels);
         Ok(())
     }
