@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tonic::service::Routes;
 
 use crate::config::{Config, Source};
+use crate::container::rootfs::make_mount_points;
 use crate::error::{During, Error, Result, kernel};
 use crate::image::{Images, Registries};
 use crate::network::cni::{self, Cni};
@@ -69,6 +70,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     // Held until the process ends.
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
+    make_mount_points(&config.root)?;
     let socket = config.socket.clone();
     let listener = listen(&socket).await?;
     let scraped = match config.metrics_listen {

@@ -7,11 +7,15 @@ use serde_json::{Value, json};
 
 use crate::machine::{Result, note, program_path, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{A_NODE, BUSYBOX, Node, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(a_container_gets_what_its_configuration_says, A_NODE),
+    test!(
+        what_every_container_has_mounted_leaves_its_writable_layer_empty,
+        A_NODE
+    ),
     test!(logs_have_both_streams_in_order, A_NODE),
     test!(exec_gives_output_exit_code_and_ends_in_time, A_NODE),
     test!(
@@ -123,6 +127,38 @@ fn a_container_gets_what_its_configuration_says() -> Result {
             Some(1),
             "mounts in the status"
         );
+        Ok(())
+    })
+}
+
+fn what_every_container_has_mounted_leaves_its_writable_layer_empty() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("untouched");
+        let pod_id = node.runp(&pod)?;
+        let mut container = node.container("untouched", &["sleep", "600"]);
+        container["mounts"] = json!([]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let inside = |script: &str| node.asks(&["exec", "-s", &id, "sh", "-c", script]);
+        // BusyBox's image has /etc and none of these in it.
+        let mounts = inside("cat /proc/mounts")?;
+        for place in ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"] {
+            let is_mounted = |line: &str| line.split(' ').nth(1) == Some(place);
+            ensure!(mounts.lines().any(is_mounted), "{place} is not mounted");
+        }
+        inside("cat /etc/hosts | grep -q localhost && echo a >>/etc/hosts")?;
+        if is_rrun() {
+            let upper = node.join("root/containers").join(&id).join("upper");
+            let written = || -> Result<Vec<_>> {
+                let entries = fs::read_dir(&upper)?;
+                Ok(entries
+                    .map(|entry| entry.map(|entry| entry.file_name()))
+                    .collect::<std::result::Result<_, _>>()?)
+            };
+            ensure_eq!(written()?, Vec::<std::ffi::OsString>::new(), "before");
+            inside("echo a >/etc/new")?;
+            ensure_eq!(written()?, ["etc"], "after a write");
+        }
         Ok(())
     })
 }

@@ -348,8 +348,9 @@ fn prepare(
         None => None,
     };
     let files = selinux.as_ref().map(|labels| &labels.files);
+    let lower = rootfs::over_mount_points(from.lower, &node.config.root);
     rootfs::Overlay {
-        lower: &from.lower,
+        lower: &lower,
         writable: &writable,
         target: &target,
         base: &node.config.root,

@@ -20,6 +20,47 @@ use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
 use crate::selinux::relabel;
 
+/// What every container has mounted, and many an image lacks.
+const DIRECTORIES: [&str; 4] = ["dev", "etc", "proc", "sys"];
+const FILES: [&str; 3] = ["etc/hostname", "etc/hosts", "etc/resolv.conf"];
+
+/// A layer with nothing in it but places to mount on.
+fn mount_points(root: &Path) -> PathBuf {
+    root.join("mountpoints")
+}
+
+/// Makes the layer of mount points under `root` (rrun-cri's `--root`), or what is missing of it.
+pub fn make_mount_points(root: &Path) -> Result<()> {
+    let layer = mount_points(root);
+    let what = |path: &Path| format!("make the mount point {}", path.display());
+    let mode = |path: &Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).during(|| what(path))
+    };
+    for name in std::iter::once("").chain(DIRECTORIES) {
+        let path = layer.join(name);
+        std::fs::create_dir_all(&path).during(|| what(&path))?;
+        mode(&path, 0o755)?;
+    }
+    for path in FILES.map(|name| layer.join(name)) {
+        let mut options = std::fs::OpenOptions::new();
+        let opened = options.create(true).append(true).open(&path);
+        opened.map(drop).during(|| what(&path))?;
+        mode(&path, 0o644)?;
+    }
+    Ok(())
+}
+
+/// The layers of an image, uppermost first, over the layer of mount points: whatever the image
+/// says of a path hides what is there, and what it lacks need not be made in each container's
+/// writable layer, for which overlayfs would copy /etc up first.
+pub fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<PathBuf> {
+    // An image of nothing is mounted without an overlay.
+    if !image.is_empty() {
+        image.push(mount_points(root));
+    }
+    image
+}
+
 /// The directories of one overlay.
 pub struct Overlay<'a> {
     /// The image's layers, uppermost first.
@@ -277,6 +318,77 @@ mod tests {
                 std::fs::create_dir_all(writable.join(dir))?;
             }
             assert_eq!((file?.as_str(), other?.as_str()), ("top", "bottom"));
+        }
+        std::fs::remove_dir_all(&base)?;
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Where the image has something, that counts; where it has nothing, there is a place to
+    /// mount on, and nothing of it in the writable layer.
+    #[test]
+    fn mount_points_are_below_everything_that_the_image_has()
+    -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return Ok(());
+        }
+        let base = std::env::temp_dir().join(format!("rrun-points-{}", std::process::id()));
+        let images = ["bare", "linked", "own"].map(|name| base.join("layers").join(name));
+        let [bare, linked, own] = &images;
+        for dir in [bare.clone(), linked.join("conf"), own.join("etc")] {
+            std::fs::create_dir_all(dir)?;
+        }
+        std::os::unix::fs::symlink("conf", linked.join("etc"))?;
+        std::fs::set_permissions(own.join("etc"), std::fs::Permissions::from_mode(0o750))?;
+        std::fs::write(own.join("etc/hosts"), "own")?;
+        std::os::unix::fs::symlink("../run/resolv.conf", own.join("etc/resolv.conf"))?;
+        // Twice, as at every start of the server.
+        make_mount_points(&base)?;
+        make_mount_points(&base)?;
+        assert!(over_mount_points(Vec::new(), &base).is_empty());
+        let target = base.join("rootfs");
+        let mut failed = None;
+        for image in &images {
+            let writable = base.join("c").join(image.file_name().unwrap_or_default());
+            std::fs::create_dir_all(&writable)?;
+            let mounted = Overlay {
+                lower: &over_mount_points(vec![image.clone()], &base),
+                writable: &writable,
+                target: &target,
+                base: &base,
+                users: None,
+                label: None,
+            }
+            .mount();
+            if let Err(error) = mounted {
+                failed = Some(error);
+                break;
+            }
+            let seen = |name: &str| {
+                let data = std::fs::symlink_metadata(target.join(name)).ok()?;
+                Some((data.permissions().mode(), data.len()))
+            };
+            let etc = seen("etc");
+            let found = FILES.map(seen);
+            let directories = ["dev", "proc", "sys"].map(seen);
+            let changed = std::fs::read_dir(writable.join("upper"))?.count();
+            crate::sandbox::files::unmount(&target)?;
+            let empty = Some((0o100_644, 0));
+            assert_eq!(changed, 0);
+            for directory in directories {
+                assert_eq!(directory.map(|it| it.0), Some(0o040_755));
+            }
+            if image == bare {
+                assert_eq!(etc.map(|it| it.0), Some(0o040_755));
+                assert_eq!(found, [empty; 3]);
+            } else if image == linked {
+                assert_eq!(etc, Some((0o120_777, 4)));
+                assert_eq!(found, [None; 3]);
+            } else {
+                assert_eq!(etc.map(|it| it.0), Some(0o040_750));
+                let (hosts, link) = (Some((0o100_644, 3)), Some((0o120_777, 18)));
+                assert_eq!(found, [empty, hosts, link]);
+            }
         }
         std::fs::remove_dir_all(&base)?;
         failed.map_or(Ok(()), |error| Err(error.into()))
