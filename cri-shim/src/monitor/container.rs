@@ -419,14 +419,16 @@ impl Monitor {
             return;
         };
         container.state = State::Created;
-        container.memory = OomCount::open(&container.spec.cgroup);
         let pid = container.pid;
-        let deleted = container.deletion.is_some();
-        if deleted {
+        if container.deletion.is_some() {
             container.kill_all();
         }
-        self.watch_container(serial);
+        // First of all: the client's next request is looked at when all here is done.
         self.reply(client, &Reply::Created { pid });
+        if let Some(container) = self.container(serial) {
+            container.memory = OomCount::open(&container.spec.cgroup);
+        }
+        self.watch_container(serial);
         if let Some(code) = self.claim(pid) {
             self.init_ended(serial, code);
         }

@@ -261,12 +261,11 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
     for (number, fd) in (0..).zip(fds) {
         actions.add_dup2(fd.as_raw_fd(), number)?;
     }
-    let mut pipe = SigSet::empty();
-    pipe.add(Signal::SIGPIPE);
     let mut attributes = PosixSpawnAttr::init()?;
     attributes.set_pgroup(nix::unistd::Pid::from_raw(0))?;
     attributes.set_sigmask(&SigSet::empty())?;
-    attributes.set_sigdefault(&pipe)?;
+    // All are as by default but SIGPIPE; to be told so spares the C library a look at each.
+    attributes.set_sigdefault(&SigSet::all())?;
     attributes.set_flags(
         PosixSpawnFlags::POSIX_SPAWN_SETPGROUP
             | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK
