@@ -92,6 +92,7 @@ impl Fixture {
             new_ipc: false,
             shared_pid: false,
             users: None,
+            runtime: None,
         };
         monitor_client::spawn(&dir, &pod, &binary).await.unwrap();
         let client = MonitorClient::new(dir.join(monitor_client::SOCKET_NAME));

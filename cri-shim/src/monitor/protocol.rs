@@ -41,6 +41,10 @@ pub struct Pod {
     /// process that does nothing holds them ([`Hello::holder`]), a new network namespace too.
     #[serde(default)]
     pub users: Option<Users>,
+    /// The binary of the runtime that the pod's containers will most likely be made by, for a
+    /// monitor that has nothing else to do yet.
+    #[serde(default)]
+    pub runtime: Option<PathBuf>,
 }
 
 /// The ids of a pod's user namespace, as the kernel takes them: a line for each range with the

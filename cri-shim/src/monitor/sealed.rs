@@ -51,6 +51,13 @@ pub fn path(program: &CStr) -> Option<CString> {
     CString::new(format!("/proc/self/fd/{}", sealed.file.as_raw_fd())).ok()
 }
 
+/// Makes the file system for a program that [`path`] will be asked for.
+pub fn prepare(program: &Path) {
+    if let Ok(program) = CString::new(program.as_os_str().as_bytes()) {
+        path(&program);
+    }
+}
+
 fn seal(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<Sealed> {
     let mut magic = [0; ELF.len()];
     File::open(path).ok()?.read_exact(&mut magic).ok()?;

@@ -24,6 +24,7 @@ use super::journal::note;
 use super::logs::{Buffers, Stream};
 use super::protocol::{ContainerState, Event, Failure, FailureKind, Hello, Phase, Reply, Request};
 use super::runtime::{Call, Lateness};
+use super::sealed;
 
 /// The most clients at once; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 256;
@@ -140,6 +141,10 @@ pub struct Monitor {
     pub(super) pid1: Option<i32>,
     /// See [`super::protocol::Hello::holder`].
     pub(super) holder: Option<i32>,
+    /// See [`super::protocol::Pod::runtime`]; until it has been prepared for.
+    runtime: Option<PathBuf>,
+    /// There has been a subscriber.
+    greeted: bool,
     pub(super) containers: Vec<Container>,
     pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
     pub(super) execs: BTreeMap<i32, Running>,
@@ -172,6 +177,7 @@ impl Monitor {
         dir: PathBuf,
         timeout: Duration,
         (pid1, holder): (Option<i32>, Option<i32>),
+        runtime: Option<PathBuf>,
         signals: SignalFd,
         listener: OwnedFd,
     ) -> Result<Self, Errno> {
@@ -181,6 +187,8 @@ impl Monitor {
             timeout,
             pid1,
             holder,
+            runtime,
+            greeted: false,
             containers: Vec::new(),
             calls: BTreeMap::new(),
             execs: BTreeMap::new(),
@@ -408,6 +416,13 @@ impl Monitor {
             Request::Subscribe => {
                 let hello = Reply::Hello(self.hello());
                 self.send(client, Role::Subscriber, &hello, Vec::new());
+                // The first client makes the pod, and what it mounts would have to wait for this;
+                // the second comes when the pod is made. Its first container need not wait then.
+                if std::mem::replace(&mut self.greeted, true)
+                    && let Some(runtime) = self.runtime.take()
+                {
+                    sealed::prepare(&runtime);
+                }
             }
             Request::Create(create) => self.create(client, create, fds),
             Request::Start { id } => self.start(client, &id),

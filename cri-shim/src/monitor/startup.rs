@@ -118,7 +118,7 @@ fn say(text: &str) -> Result<(), StartError> {
 
 fn serve(timeout: Duration) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::io("find the own directory"))?;
-    let pod = read_configuration(Path::new(CONFIGURATION))?;
+    let mut pod = read_configuration(Path::new(CONFIGURATION))?;
     let listener = take_descriptors()?;
     // It leads a session already if somebody started it so.
     let _ = rustix::process::setsid();
@@ -137,8 +137,9 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     };
     let pid1 = held.filter(|_| pod.shared_pid);
     let holder = held.filter(|_| pod.users.is_some());
+    let runtime = pod.runtime.take();
     drop(pod);
-    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), signals, listener)
+    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), runtime, signals, listener)
         .map_err(StartError::io("make the epoll set"))?;
     monitor.run().map_err(StartError::io("wait for events"))?;
     let _ = std::fs::remove_file(SOCKET);

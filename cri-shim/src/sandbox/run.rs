@@ -315,12 +315,14 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
 
 async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Hello> {
     let hostname = &sandbox.config.hostname;
+    let handler = node.config.runtime(&sandbox.handler);
     let pod = Pod {
         id: sandbox.id.clone(),
         hostname: sharing.own_uts.then(|| hostname.clone()),
         new_ipc: sharing.own_ipc,
         shared_pid: sharing.shared_pid,
         users: users::mappings(&sandbox.config)?.map(|users| users.for_monitor()),
+        runtime: handler.map(|handler| handler.path.clone()),
     };
     let dir = node.sandbox_dir(&sandbox.id);
     monitor_client::spawn(&dir, &pod, &node.config.monitor)
