@@ -22,6 +22,7 @@ use super::logs::{Buffers, Log, Pumped, Stream};
 use super::protocol::{Create, ExitRecord, Failure, FailureKind, Reply};
 use super::runtime::{Call, Stdio, memory_file, path_of};
 use super::serve::{MUCH, Monitor, Purpose, Source};
+use super::undoing::Undone;
 
 /// How often each stream is read at a container's end: a pipe holds much less, and a process
 /// outside the container that writes on must not keep us.
@@ -52,6 +53,7 @@ pub struct Container {
     /// Who waits for its log to be opened again.
     pub(super) reopening: Vec<ClientId>,
     pub(super) deletion: Option<Deletion>,
+    pub(super) undone: Option<Undone>,
 }
 
 pub enum State {
@@ -179,6 +181,7 @@ impl Container {
 
     pub fn next_check(&self) -> Option<Instant> {
         match (&self.state, &self.deletion) {
+            (State::Creating, _) => self.undone.as_ref().map(Undone::give_up),
             (State::Ending(ending), _) => ending.next_look(),
             (State::Created | State::Running, Some(deletion)) => Some(deletion.give_up()),
             _ => None,
@@ -224,6 +227,7 @@ impl Container {
             oom_told: None,
             reopening: Vec::new(),
             deletion: None,
+            undone: None,
             spec,
         };
         let given = if container.spec.terminal {
@@ -463,38 +467,6 @@ impl Monitor {
                 note(&format!("watch {source:?} of {}: {said}", container.id()));
             }
         }
-    }
-
-    /// After a failed create: the runtime's own cleaning up can't be relied upon, least of all
-    /// if it was killed.
-    fn undo_create(&mut self, serial: u64, client: ClientId, failure: Failure) {
-        let timeout = self.timeout;
-        let Some(container) = self.container(serial) else {
-            return;
-        };
-        container.kill_all();
-        container.output.log.discard();
-        match container.delete_call(timeout) {
-            Ok(call) => {
-                let purpose = Purpose::Undo {
-                    serial,
-                    client,
-                    failure,
-                };
-                self.calls.insert(call.pid, (call, purpose));
-            }
-            Err(_) => self.undo_ended(serial, client, failure),
-        }
-    }
-
-    pub(super) fn undo_ended(&mut self, serial: u64, client: ClientId, failure: Failure) {
-        let Some(container) = self.container(serial) else {
-            return;
-        };
-        let _ = cgroup::kill(&container.spec.cgroup);
-        let _ = cgroup::remove(&container.spec.cgroup);
-        self.reply(client, &Reply::Error(failure));
-        self.forget(serial);
     }
 
     pub(super) fn start(&mut self, client: ClientId, id: &str) {

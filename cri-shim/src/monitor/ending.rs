@@ -120,6 +120,7 @@ impl Monitor {
             self.log_reopened(serial);
             self.continue_output(serial);
             self.continue_ending(serial);
+            self.continue_undoing(serial);
         }
     }
 
@@ -398,8 +399,10 @@ impl Monitor {
         let Some(container) = self.container(serial) else {
             return;
         };
-        if matches!(container.state, State::Ending(_)) {
-            return self.continue_ending(serial);
+        match container.state {
+            State::Creating => return self.continue_undoing(serial),
+            State::Ending(_) => return self.continue_ending(serial),
+            _ => {}
         }
         let Some(deletion) = container.deletion.take() else {
             return;

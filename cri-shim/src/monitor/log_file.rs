@@ -49,6 +49,7 @@ struct Desk {
     lines: u64,
     reopen: bool,
     discard: bool,
+    discarded: bool,
     close: bool,
     /// The thread has nothing to do and waits.
     idle: bool,
@@ -130,6 +131,13 @@ impl LogFile {
         self.nudge(desk);
     }
 
+    /// Whether [`LogFile::discard`] has been done. If not, the loop is woken when it is.
+    pub fn is_discarded(&self) -> bool {
+        let mut desk = self.shared.desk();
+        desk.tell |= !desk.discarded;
+        desk.discarded
+    }
+
     /// Whether all is in the file. If not, the loop is woken when it is.
     pub fn is_written(&self) -> bool {
         let mut desk = self.shared.desk();
@@ -188,6 +196,7 @@ fn write_loop(shared: &Shared) {
             drop(desk);
             sink.discard(&shared.path);
             desk = shared.desk();
+            desk.discarded = true;
         } else if desk.close {
             return;
         } else {

@@ -153,6 +153,11 @@ impl Log {
         }
     }
 
+    /// As [`LogFile::is_discarded`].
+    pub fn is_discarded(&self) -> bool {
+        self.file.as_ref().is_none_or(LogFile::is_discarded)
+    }
+
     /// Reads from one of the container's streams once, and passes the lines that are whole on.
     pub fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
         let held = self.held(stream);

@@ -2,8 +2,8 @@
 //!
 //! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
 //! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
-//! set. What it does for a container is in `container`, `ending`, `exec` and `attach`; what it needs
-//! from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
+//! set. What it does for a container is in `container`, `undoing`, `ending`, `exec` and `attach`;
+//! what it needs from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
 
 pub mod attach;
 mod cgroup;
@@ -25,6 +25,7 @@ mod runtime;
 mod sealed;
 mod serve;
 mod startup;
+mod undoing;
 pub mod wire;
 
 pub use startup::run;
