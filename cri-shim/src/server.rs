@@ -32,7 +32,7 @@ use crate::sandbox::files::private_dir;
 use crate::selinux::Selinux;
 use crate::slow::blocking;
 use crate::store::Store;
-use crate::streaming;
+use crate::streaming::{self, server::Ending};
 use crate::{descriptors, memory, metrics, reconcile, services, surroundings};
 
 /// How long calls under way may take to end after SIGTERM.
@@ -93,7 +93,8 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let node = Arc::new(Node::new(config, store, images, network, selinux));
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
-    tokio::spawn(streams.serve(Arc::clone(&node)));
+    let (end, ending) = watch::channel(false);
+    tokio::spawn(streams.serve(Arc::clone(&node), Ending(ending.clone())));
 
     let routes = Routes::new(services::runtime(Arc::clone(&node)))
         .add_service(services::image(Arc::clone(&node)))
@@ -105,7 +106,6 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let reloading = tokio::spawn(reload(Reload::new(source, &node), reloads));
     let scraping =
         scraped.map(|socket| tokio::spawn(metrics::listener::serve(Arc::clone(&node), socket)));
-    let (end, ending) = watch::channel(false);
     let accepting = tokio::spawn(accept(listener, routes, ending));
     notify("READY=1");
     log::info!(
@@ -128,7 +128,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     notify("STOPPING=1");
     let _ = std::fs::remove_file(&socket);
     let _ = end.send(true);
-    // Connections hold the other end. Streams of events have no end of their own.
+    // Connections and sessions hold the other end. Streams of events have no end of their own.
     let _ = tokio::time::timeout(LAST_CALLS, async {
         let _ = accepting.await;
         end.closed().await;

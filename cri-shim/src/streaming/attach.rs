@@ -12,6 +12,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::descriptor::Descriptor;
 use super::pipe;
 use super::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
+use super::server::Ending;
 use crate::container::Container;
 use crate::error::{During, Error, Result};
 use crate::monitor::attach::left_out;
@@ -32,12 +33,16 @@ struct Attached {
     handle: AttachHandle,
 }
 
-/// Serves the client until it goes or the container ends.
+/// What a client is told when the server is stopped.
+const STOPPED: &str = "the CRI server is being stopped; the container runs on";
+
+/// Serves the client until it goes, or the container or the server ends.
 pub async fn attach(
     node: &Node,
     request: &AttachRequest,
     sender: &Sender,
     mut receiver: Receiver,
+    ending: &mut Ending,
 ) -> io::Result<()> {
     let attached = match node.container(&request.container_id) {
         Ok(container) => begin(&container, request)
@@ -64,14 +69,16 @@ pub async fn attach(
                 }
                 Ok::<_, io::Error>(())
             };
+            let mut outcome = Outcome::Exit(0);
             tokio::select! {
                 ended = outputs => ended?,
+                () = ending.come() => outcome = Outcome::Failed(STOPPED.to_owned()),
                 detached = input(&container, request.stdin, &mut receiver, stdin, sender) => match detached? {
                     Detached::Gone => return Ok(()),
                     Detached::Stdin => {}
                 },
             }
-            Outcome::Exit(0)
+            outcome
         }
         Err(error) => Outcome::Failed(format!(
             "error attaching to container: {}",

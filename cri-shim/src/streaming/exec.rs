@@ -13,6 +13,7 @@ use super::command;
 use super::descriptor::Descriptor;
 use super::pipe;
 use super::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
+use super::server::Ending;
 use crate::container::{Container, Phase};
 use crate::error::{During, Error, Result};
 use crate::monitor::protocol::Exec;
@@ -27,6 +28,9 @@ const LAST_WORDS: Duration = Duration::from_millis(100);
 /// How much of that at most: more than a terminal holds.
 const MAX_LAST_WORDS: usize = 256 << 10;
 
+/// What a client is told when the server is stopped: a command's stdio goes with it.
+const STOPPED: &str = "the CRI server is being stopped, and the command was ended with it";
+
 /// Our ends of a command's stdio.
 struct Stdio {
     stdin: Option<Descriptor>,
@@ -36,25 +40,33 @@ struct Stdio {
     terminal: Option<Descriptor>,
 }
 
-/// Runs the command until it ends or the client goes, which ends it, and tells the client.
+/// Runs the command until it ends or the client goes, which ends it, and tells the client. So does the
+/// server's end.
 pub async fn exec(
     node: &Node,
     request: &ExecRequest,
     sender: &Sender,
     mut receiver: Receiver,
+    ending: &mut Ending,
 ) -> io::Result<()> {
     let outcome = match begin(node, request).await {
         Ok((mut process, mut stdio)) => {
             let stdin = stdio.stdin.take();
             let (tell, ended) = watch::channel(false);
-            let ending = async {
-                let code = process.wait().await.map_err(io::Error::other)?;
+            let exiting = async {
+                let outcome = match process.wait().await {
+                    Ok(code) => Outcome::Exit(code),
+                    // Clients take a connection that just ends for a success.
+                    Err(error) => Outcome::Failed(format!(
+                        "the command's exit code is lost: {error}"
+                    )),
+                };
                 let _ = tell.send(true);
-                Ok(code)
+                Ok(outcome)
             };
             let output = async {
                 tokio::try_join!(
-                    ending,
+                    exiting,
                     output(stdio.stdout.as_ref(), Channel::Stdout, sender, &ended),
                     output(stdio.stderr.as_ref(), Channel::Stderr, sender, &ended),
                     output(stdio.terminal.as_ref(), Channel::Stdout, sender, &ended),
@@ -62,7 +74,8 @@ pub async fn exec(
             };
             tokio::select! {
                 // An error drops the process, which kills it.
-                ended = output => Outcome::Exit(ended?.0),
+                ended = output => ended?.0,
+                () = ending.come() => Outcome::Failed(STOPPED.to_owned()),
                 gone = input(&mut receiver, stdin, stdio.terminal.as_ref(), sender) => return gone,
             }
         }

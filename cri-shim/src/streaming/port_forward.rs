@@ -17,11 +17,13 @@ use rustix::net::AddressFamily;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::backlog::{self, Backlog};
 use super::exec::is_gone;
 use super::pipe::Pipe;
+use super::remotecommand::GOODBYE;
 use super::spdy::{Event, Headers};
 use super::transport::Watch;
 use super::{connection, websocket};
@@ -45,6 +47,10 @@ const CONNECTING: Duration = Duration::from_secs(30);
 
 /// How long a client may leave one stream of a pair without the other.
 const PAIRING: Duration = Duration::from_secs(30);
+
+/// How long a client that sends nothing is waited for when the program in the pod has ended its side:
+/// as long as other CRI servers do. Clients that do not reset the streams then wait for us.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// The most ports of one WebSocket: its channels are numbered by a byte.
 const MAX_PORTS: usize = 100;
@@ -350,8 +356,17 @@ async fn forward(node: &Node, sandbox: &str, port: u16, input: backlog::Receiver
     match connect(node, sandbox, port).await {
         Ok(stream) => {
             let (read, write) = stream.into_split();
-            // Each half ends by itself.
-            let (received, sent) = tokio::join!(to_pod(write, input, line), from_pod(read, line));
+            // Each half ends by itself; but when the program's has ended, the client's is not waited
+            // for for long, which may not end before it is told that all is over.
+            let (tell, ended) = watch::channel(None);
+            let from_pod = async {
+                let sent = from_pod(read, line).await;
+                let linger = if sent.is_ok() { LINGER } else { Duration::ZERO };
+                let _ = tell.send(Some(linger));
+                sent
+            };
+            let to_pod = to_pod(write, input, line, ended);
+            let (received, sent) = tokio::join!(to_pod, from_pod);
             if let Err(error) = received.and(sent)
                 && !is_gone(&error)
             {
@@ -369,13 +384,27 @@ async fn forward(node: &Node, sandbox: &str, port: u16, input: backlog::Receiver
     line.end().await;
 }
 
-/// Passes on what the client sends, to its end or until the program in the pod reads no more.
+/// Passes on what the client sends, to its end or until the program in the pod reads no more; or,
+/// when that has `ended` its own side, until the client has sent nothing for the time that is told.
 async fn to_pod(
     mut to: OwnedWriteHalf,
     mut input: backlog::Receiver,
     line: &Line,
+    mut ended: watch::Receiver<Option<Duration>>,
 ) -> io::Result<()> {
-    while let Some(bytes) = input.recv().await {
+    loop {
+        let silent = async {
+            let linger = ended.wait_for(Option::is_some).await.map(|linger| *linger);
+            tokio::time::sleep(linger.ok().flatten().unwrap_or(LINGER)).await;
+        };
+        let received = tokio::select! {
+            biased;
+            received = input.recv() => received,
+            () = silent => None,
+        };
+        let Some(bytes) = received else {
+            break;
+        };
         let mut left = bytes.as_ref();
         let mut unread = None;
         while !left.is_empty() {
@@ -390,6 +419,8 @@ async fn to_pod(
                     let now = Some(unsent(to.as_ref())?);
                     if unread.is_some() && now != unread {
                         input.moved();
+                    } else if unread.is_some() && ended.borrow().is_some() {
+                        return Ok(());
                     }
                     unread = now;
                 }
@@ -477,7 +508,14 @@ pub async fn over_websocket(
             ended = tasks.join_next() => match ended {
                 Some(_) => continue,
                 // All ports have had their connection.
-                None => return writer.finish().await,
+                None => {
+                    writer.finish().await?;
+                    // A connection that is closed with something unread in it takes along what the
+                    // client has not read yet.
+                    let reading = async { while let Ok(Some(_)) = reader.next().await {} };
+                    let _ = tokio::time::timeout(GOODBYE, reading).await;
+                    return Ok(());
+                }
             },
         };
         match input {

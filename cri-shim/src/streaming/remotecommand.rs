@@ -24,7 +24,7 @@ use crate::error::kernel;
 pub const OPENING: Duration = Duration::from_secs(30);
 
 /// How long it may take to close the connection when everything has been said.
-const GOODBYE: Duration = Duration::from_secs(10);
+pub const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How much a client may send before it has opened all its streams.
 const MAX_EARLY: usize = 64 << 10;
@@ -32,6 +32,9 @@ const MAX_EARLY: usize = 64 << 10;
 /// How much of what is typed is kept to look behind it for a new size of the terminal, while the
 /// program does not read.
 const MAX_BEHIND: usize = 1 << 20;
+
+/// What a message costs beside its bytes: one may have none.
+const PIECE: usize = 64;
 
 /// The longest resize message.
 const MAX_RESIZE: usize = 1 << 10;
@@ -286,6 +289,10 @@ pub async fn over_websocket(
     ))
 }
 
+fn cost(bytes: Option<&Bytes>) -> usize {
+    bytes.map_or(0, Bytes::len) + PIECE
+}
+
 /// Takes what an event brings on our channels, and says about how much that was.
 fn take(streams: &Streams, event: Event, into: &mut VecDeque<Received>) -> usize {
     let (stream, bytes, fin) = match event {
@@ -393,8 +400,8 @@ impl Receiver {
                     return size;
                 }
             }
-            let kept = self.early.iter().flat_map(|(_, bytes)| bytes);
-            if self.gone.is_some() || kept.map(Bytes::len).sum::<usize>() > MAX_BEHIND {
+            let kept = self.early.iter().map(|(_, bytes)| cost(bytes.as_ref()));
+            if self.gone.is_some() || kept.sum::<usize>() > MAX_BEHIND {
                 return std::future::pending().await;
             }
             match self.receive().await {

@@ -20,7 +20,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
 use super::exec::is_gone;
@@ -41,6 +41,25 @@ const MAX_HEAD: usize = 16 << 10;
 
 /// The most connections at once; more are closed.
 const MAX_CONNECTIONS: usize = 1024;
+
+/// The server's end, which sessions wait for. Whoever tells it can wait until all of them are gone.
+#[derive(Clone)]
+pub struct Ending(pub watch::Receiver<bool>);
+
+impl Ending {
+    /// Waits until it comes, or nobody is left to tell.
+    pub async fn come(&mut self) {
+        let _ = self.0.wait_for(|ending| *ending).await;
+    }
+
+    /// Serves until then: for a client that can't be told anything.
+    async fn cuts(&mut self, served: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+        tokio::select! {
+            served = served => served,
+            () = self.come() => Ok(()),
+        }
+    }
+}
 
 /// The server before it serves.
 pub struct Server {
@@ -68,11 +87,15 @@ impl Server {
         Ok(Server { listener, tls })
     }
 
-    /// Serves for ever.
-    pub async fn serve(self, node: Arc<Node>) {
+    /// Serves until `ending` comes; what is open then is ended, and its clients are told.
+    pub async fn serve(self, node: Arc<Node>, mut ending: Ending) {
         let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
-            let stream = match self.listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                () = ending.come() => return,
+            };
+            let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     // Out of descriptors, most likely: some will be closed.
@@ -86,8 +109,14 @@ impl Server {
                 continue;
             };
             let (node, tls) = (Arc::clone(&node), self.tls.clone());
+            let mut until = ending.clone();
             tokio::spawn(async move {
-                match tokio::time::timeout(HEAD, greet(node, stream, tls, place)).await {
+                let greeted = greet(node, stream, tls, place, until.clone());
+                let greeted = tokio::select! {
+                    greeted = tokio::time::timeout(HEAD, greeted) => greeted,
+                    () = until.come() => return,
+                };
+                match greeted {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => log::debug!("a stream's connection ended: {error}"),
                     Err(_) => log::debug!("a stream's connection was closed: it asks too slowly"),
@@ -127,6 +156,7 @@ async fn greet(
     stream: TcpStream,
     tls: Option<TlsAcceptor>,
     place: OwnedSemaphorePermit,
+    ending: Ending,
 ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
     let watch = Watch::new(&stream)?;
@@ -136,7 +166,7 @@ async fn greet(
     };
     let place = Arc::new(std::sync::Mutex::new(Some(place)));
     let service = service_fn(move |request| {
-        let response = answer(&node, request, &place);
+        let response = answer(&node, request, &place, &ending);
         std::future::ready(Ok::<_, Infallible>(response))
     });
     http1::Builder::new()
@@ -154,6 +184,7 @@ fn answer(
     node: &Arc<Node>,
     mut request: Request<Incoming>,
     place: &std::sync::Mutex<Option<OwnedSemaphorePermit>>,
+    ending: &Ending,
 ) -> Response<String> {
     if !matches!(*request.method(), Method::GET | Method::POST) {
         return *refuse(StatusCode::METHOD_NOT_ALLOWED, "GET and POST are served");
@@ -175,6 +206,7 @@ fn answer(
     let node = Arc::clone(node);
     let place = place.lock().ok().and_then(|mut place| place.take());
     let upgrade = hyper::upgrade::on(&mut request);
+    let mut ending = ending.clone();
     tokio::spawn(async move {
         let _place = place;
         let served = match upgrade.await {
@@ -183,8 +215,10 @@ fn answer(
                     let transport = parts.io.into_inner();
                     let watch = transport.watch();
                     let idle = node.config.stream_idle_timeout;
+                    let serving =
+                        serve(&node, &permit, spoken, transport, parts.read_buf, &mut ending);
                     let served = tokio::select! {
-                        served = serve(&node, &permit, spoken, transport, parts.read_buf) => served,
+                        served = serving => served,
                         () = watch.idle(idle) => Err(io::Error::new(
                             io::ErrorKind::TimedOut,
                             format!("nothing moved for {} s", idle.as_secs()),
@@ -215,6 +249,7 @@ async fn serve(
     spoken: Spoken,
     transport: Transport,
     read: Bytes,
+    ending: &mut Ending,
 ) -> io::Result<()> {
     let watch = transport.watch();
     let (wanted, ports) = match permit {
@@ -249,23 +284,26 @@ async fn serve(
         }
         (Spoken::SpdyPorts, Some(request)) => {
             let (reader, writer) = connection::serve(transport, &read);
-            return port_forward::over_spdy(node, request, reader, writer, &watch).await;
+            let ports = port_forward::over_spdy(node, request, reader, writer, &watch);
+            return ending.cuts(ports).await;
         }
         (Spoken::TunnelledPorts, Some(request)) => {
             let socket = websocket::serve(transport, read).await;
             let tunnel = Transport::Tunnel(Box::new(websocket::Tunnel::new(socket)));
             let (reader, writer) = connection::serve(tunnel, &[]);
-            return port_forward::over_spdy(node, request, reader, writer, &watch).await;
+            let ports = port_forward::over_spdy(node, request, reader, writer, &watch);
+            return ending.cuts(ports).await;
         }
         (Spoken::WebSocketPorts(codec), Some(request)) => {
             let (reader, writer) = websocket::channels(transport, read, codec).await;
-            return port_forward::over_websocket(node, request, reader, writer, &watch).await;
+            let ports = port_forward::over_websocket(node, request, reader, writer, &watch);
+            return ending.cuts(ports).await;
         }
         (_, None) => return Ok(()),
     };
     match permit {
-        Permit::Exec(request) => exec::exec(node, request, &sender, receiver).await,
-        Permit::Attach(request) => attach::attach(node, request, &sender, receiver).await,
+        Permit::Exec(request) => exec::exec(node, request, &sender, receiver, ending).await,
+        Permit::Attach(request) => attach::attach(node, request, &sender, receiver, ending).await,
         Permit::PortForward(_) => Ok(()),
     }
 }
