@@ -3,12 +3,12 @@
 use std::fs;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 use crate::cri_images_registries::OPENSSL;
 use crate::cri_streaming::{TMUX, TRANSPORTS, Terminal, count_processes, waiting};
 use crate::machine::{Result, command, deadline, rounds, wait_for};
-use crate::needs::Test;
+use crate::needs::{Need, Test};
 use crate::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     test!(a_terminal_is_resized, A_NODE, TMUX),
     test!(a_client_that_goes_takes_its_command_along, A_NODE),
     test!(a_gigabyte_goes_both_ways, A_NODE, OPENSSL),
+    test!(a_lost_exit_code_is_no_success, A_NODE, Need::RrunCri),
 ];
 
 fn an_exec_has_streams_and_an_exit_code() -> Result {
@@ -199,6 +200,33 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
                     Ok((processes()? == 1).then_some(()))
                 })?;
             }
+        }
+        Ok(())
+    })
+}
+
+/// Clients take a session that just breaks off for a success.
+fn a_lost_exit_code_is_no_success() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        for transport in TRANSPORTS {
+            let pod = node.pod(transport);
+            let pod_id = node.runp(&pod)?;
+            let id = node.run(&pod_id, &pod, &node.container("c", &["/inside", "wait"]))?;
+            let words = ["sh", "-c", "echo runs; exec sleep 1000"];
+            let exec = ["exec", "--transport", transport, &id];
+            let mut exec = node.crictl(&exec).args(words).start()?;
+            wait_for("the command to run", || {
+                Ok(exec.stdout().contains("runs").then_some(()))
+            })?;
+            kill(node.monitor(&pod_id)?, Signal::SIGKILL)?;
+            let ended = exec.end()?;
+            ensure!(
+                ended.code != 0 && ended.told().contains("exit code is lost"),
+                "over {transport} it ended with {}: {}",
+                ended.code,
+                ended.told()
+            );
         }
         Ok(())
     })

@@ -4,8 +4,11 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use nix::sys::signal::Signal;
+use rrun_proto::v1::PortForwardRequest;
 
-use crate::cri_streaming::TRANSPORTS;
+use crate::cri_calls::Calls;
+use crate::cri_streaming::{TRANSPORTS, reads, websocket};
+use crate::cri_streaming_spdy::Client;
 use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
 use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
@@ -24,6 +27,13 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         a_program_that_does_not_read_holds_up_no_other,
+        CRICTL,
+        SERVER,
+        REGISTRY,
+        IMAGES
+    ),
+    test!(
+        a_forwarded_port_ends_with_its_program,
         CRICTL,
         SERVER,
         REGISTRY,
@@ -206,6 +216,48 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
                 forward.stderr()
             );
             forward.signal(Signal::SIGKILL);
+        }
+        Ok(())
+    })
+}
+
+pub fn port_forward_url(calls: &Calls, pod_id: &str, ports: &[i32]) -> Result<String> {
+    let mut runtime = calls.runtime();
+    let request = PortForwardRequest {
+        pod_sandbox_id: pod_id.to_owned(),
+        port: ports.to_vec(),
+    };
+    let answer = calls.wait(async move { runtime.port_forward(request).await })??;
+    Ok(answer.into_inner().url)
+}
+
+/// The first clients end their half of a connection only when they have been told that all is over.
+fn a_forwarded_port_ends_with_its_program() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("over");
+        let pod_id = node.runp(&pod)?;
+        let script = "exec nc -ll -p 6000 -e echo bye";
+        let id = node.run(&pod_id, &pod, &node.container("c", &["sh", "-c", script]))?;
+        let listens = "until grep -q :1770 /proc/net/tcp*; do sleep 0.1; done";
+        node.asks(&["exec", &id, "sh", "-c", listens])?;
+        let calls = Calls::new(node)?;
+        let url = port_forward_url(&calls, &pod_id, &[])?;
+        let mut client = Client::upgraded(&url, "portforward.k8s.io")?;
+        for kind in ["error", "data"] {
+            client.open_with(kind, &[("port", "6000"), ("requestid", "0")])?;
+        }
+        let came = client.all()?;
+        let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
+        ensure_eq!(of("data"), "bye\n", "what the program said");
+        ensure_eq!(of("error"), "", "an error");
+        if is_rrun() {
+            // Channels have no half to end.
+            let url = port_forward_url(&calls, &pod_id, &[6000])?;
+            let mut stream = websocket(&url, "v4.channel.k8s.io")?;
+            reads(&mut stream, b"\x00bye\n")?;
+            // Goodbye.
+            reads(&mut stream, &[0x88, 2, 3, 232])?;
         }
         Ok(())
     })

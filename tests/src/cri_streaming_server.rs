@@ -6,16 +6,19 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rrun_proto::v1::ExecRequest;
+use nix::sys::socket::{setsockopt, sockopt};
+use rrun_proto::v1::{AttachRequest, ExecRequest};
 
 use crate::cri_calls::Calls;
 use crate::cri_images_registries::{OPENSSL, certificates};
 use crate::cri_streaming::{
     TRANSPORTS, count_processes, exec_url, message, reads, waiting, websocket,
 };
-use crate::machine::{Result, deadline, wait_for};
+use crate::cri_streaming_ports::port_forward_url;
+use crate::cri_streaming_spdy::Client;
+use crate::machine::{Result, deadline, rounds, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{A_NODE, Node, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -26,6 +29,8 @@ pub const TESTS: &[Test] = &[
     test!(streams_over_tls, A_NODE, OPENSSL, Need::RrunCri),
     test!(an_idle_stream_is_closed, A_NODE, Need::RrunCri),
     test!(a_long_message_is_refused, A_NODE),
+    test!(the_servers_end_is_told, A_NODE, Need::RrunCri),
+    test!(sessions_that_break_off_leave_nothing, A_NODE, Need::RrunCri),
 ];
 
 /// Starts the server again with these lines in its configuration.
@@ -304,4 +309,154 @@ fn ticks(cgroup: &Path) -> Result<u64> {
         }
     }
     Ok(sum)
+}
+
+/// Clients take a session that just breaks off for a success, and the command goes with the server.
+fn the_servers_end_is_told() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "told")?;
+        let cgroup = node.cgroup(&id)?;
+        let mut clients = Vec::new();
+        for transport in TRANSPORTS {
+            let words = ["sh", "-c", "echo runs; exec sleep 1000"];
+            let exec = ["exec", "--transport", transport, &id];
+            let mut client = node.crictl(&exec).args(words).start()?;
+            wait_for("the command to run", || {
+                Ok(client.stdout().contains("runs").then_some(()))
+            })?;
+            clients.push(client);
+        }
+        node.terminate_server()?;
+        for client in clients {
+            let ended = client.end()?;
+            ensure!(
+                ended.code != 0 && ended.told().contains("is being stopped"),
+                "it ended with {}: {}",
+                ended.code,
+                ended.told()
+            );
+        }
+        wait_for("the commands to end", || {
+            Ok((count_processes(&cgroup)? == 1).then_some(()))
+        })?;
+        node.start_server()?;
+        ensure_eq!(
+            node.status(&id)?["state"],
+            "CONTAINER_RUNNING",
+            "state of the container"
+        );
+        Ok(())
+    })
+}
+
+/// Whatever a client has said when it goes, and however it goes.
+fn sessions_that_break_off_leave_nothing() -> Result {
+    let sessions = usize::try_from(rounds(60, 1000))?;
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("broken");
+        let pod_id = node.runp(&pod)?;
+        let script = "nc -ll -p 6000 -e cat & while read line; do echo $line; done; wait";
+        let mut container = node.container("c", &["sh", "-c", script]);
+        container["stdin"] = true.into();
+        let id = node.run(&pod_id, &pod, &container)?;
+        let listens = "until grep -q :1770 /proc/net/tcp*; do sleep 0.1; done";
+        node.asks(&["exec", &id, "sh", "-c", listens])?;
+        let calls = Calls::new(node)?;
+        let cgroup = node.cgroup(&id)?;
+        let monitor = node.monitor(&pod_id)?;
+        let held = || -> Result<_> {
+            let monitors = fs::read_dir(format!("/proc/{monitor}/fd"))?.count();
+            Ok((node.server_holds()?.0, monitors, count_processes(&cgroup)?))
+        };
+        for number in 0..3 {
+            broken_off(&calls, &pod_id, &id, number)?;
+        }
+        let mut before = (0, 0, 0);
+        wait_for("the first sessions to be gone", || {
+            std::thread::sleep(Duration::from_millis(500));
+            let last = std::mem::replace(&mut before, held()?);
+            Ok((last == before).then_some(()))
+        })?;
+        for number in 0..3 * sessions {
+            broken_off(&calls, &pod_id, &id, number)?;
+        }
+        wait_for("everything to be as before", || {
+            let now = held()?;
+            let left = now.0 <= before.0 && now.1 <= before.1 && now.2 <= before.2;
+            ensure!(left, "{now:?} descriptors and processes, not {before:?}");
+            Ok(Some(()))
+        })?;
+        let other = node.crictl(&["exec", &id, "echo", "hello"]).ok()?;
+        ensure_eq!(other.stdout, "hello\n", "another client's output");
+        Ok(())
+    })
+}
+
+/// An exec, an attach or a forwarded port, by one of the protocols, that goes as far as the number
+/// says.
+fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
+    let (kind, rest) = (number % 3, number / 3);
+    let (by_spdy, rest) = (rest % 2 == 0, rest / 2);
+    let (reset, steps) = (rest % 2 == 0, rest / 2 % 5);
+    let url = match kind {
+        0 => exec_url(calls, id, &["cat"])?,
+        1 => {
+            let mut runtime = calls.runtime();
+            let request = AttachRequest {
+                container_id: id.to_owned(),
+                stdin: true,
+                stdout: true,
+                ..AttachRequest::default()
+            };
+            let answer = calls.wait(async move { runtime.attach(request).await })??;
+            answer.into_inner().url
+        }
+        _ => port_forward_url(calls, pod_id, &[6000])?,
+    };
+    let goes = |stream: &TcpStream| -> Result {
+        if reset {
+            let linger = nix::libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(stream, sockopt::Linger, &linger)?;
+        }
+        Ok(())
+    };
+    if steps == 0 {
+        let host = url.trim_start_matches("http://").split('/').next();
+        let mut stream = TcpStream::connect(host.unwrap_or_default())?;
+        stream.write_all(b"GET /exec/")?;
+        return goes(&stream);
+    }
+    if !by_spdy {
+        let mut stream = websocket(&url, "v4.channel.k8s.io")?;
+        for _ in 1..steps {
+            stream.write_all(&message(0, b"hello\n"))?;
+        }
+        if steps > 3 {
+            reads(&mut stream, b"hello\n")?;
+        }
+        return goes(&stream);
+    }
+    let (version, kinds): (_, &[_]) = match kind {
+        2 => ("portforward.k8s.io", &["error", "data"]),
+        _ => ("v4.channel.k8s.io", &["error", "stdin", "stdout"]),
+    };
+    let mut client = Client::upgraded(&url, version)?;
+    for name in kinds.iter().take(steps - 1) {
+        let ports = [("port", "6000"), ("requestid", "0")];
+        client.open_with(name, if kind == 2 { &ports } else { &[] })?;
+    }
+    if steps > kinds.len() {
+        let (typed, said) = if kind == 2 {
+            ("data", "data")
+        } else {
+            ("stdin", "stdout")
+        };
+        client.sends(typed, 0, b"hello\n")?;
+        client.until(|came| came.contains_key(said))?;
+    }
+    goes(client.socket())
 }

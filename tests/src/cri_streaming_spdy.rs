@@ -33,7 +33,7 @@ const VERSIONS: [&str; 4] = [
 /// The flag of a stream's last frame.
 pub const FIN: u8 = 1;
 
-/// A SPDY/3.1 client, as far as one exec needs it.
+/// A SPDY/3.1 client, as far as one exec or one forwarded connection needs it.
 pub struct Client {
     stream: TcpStream,
     /// Each stream's number by what it is for.
@@ -112,6 +112,10 @@ impl Client {
     pub fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
         let id = self.opened.get(kind).ok_or(format!("no stream {kind}"))?;
         self.frame(id.to_be_bytes(), flags, data)
+    }
+
+    pub fn socket(&self) -> &TcpStream {
+        &self.stream
     }
 
     /// Reads until the server has closed all but stdin and resize: what came on each stream.

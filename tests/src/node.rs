@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::ensure;
@@ -215,6 +216,22 @@ impl Node {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let word = line.and_then(|line| line.split_whitespace().next());
         Ok(word.ok_or("no VmRSS")?.parse()?)
+    }
+
+    /// How many descriptors the server has open, and how many threads it has.
+    pub fn server_holds(&self) -> Result<(usize, usize)> {
+        let server = self.server.as_ref().ok_or("the server does not run")?;
+        let count = |what| Ok(fs::read_dir(format!("/proc/{}/{what}", server.pid()))?.count());
+        count("fd").and_then(|fds| Ok((fds, count("task")?)))
+    }
+
+    /// The process that looks after a pod.
+    pub fn monitor(&self, pod_id: &str) -> Result<Pid> {
+        let info = self.json(&["inspectp", pod_id])?;
+        let pid = info.pointer("/info/pid").and_then(Value::as_i64);
+        Ok(Pid::from_raw(i32::try_from(
+            pid.ok_or("no pid of the monitor")?,
+        )?))
     }
 
     fn stop_server(&mut self, signal: Signal) -> Result<i32> {

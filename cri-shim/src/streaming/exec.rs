@@ -57,9 +57,9 @@ pub async fn exec(
                 let outcome = match process.wait().await {
                     Ok(code) => Outcome::Exit(code),
                     // Clients take a connection that just ends for a success.
-                    Err(error) => Outcome::Failed(format!(
-                        "the command's exit code is lost: {error}"
-                    )),
+                    Err(error) => {
+                        Outcome::Failed(format!("the command's exit code is lost: {error}"))
+                    }
                 };
                 let _ = tell.send(true);
                 Ok(outcome)

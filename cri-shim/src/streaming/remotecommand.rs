@@ -289,10 +289,6 @@ pub async fn over_websocket(
     ))
 }
 
-fn cost(bytes: Option<&Bytes>) -> usize {
-    bytes.map_or(0, Bytes::len) + PIECE
-}
-
 /// Takes what an event brings on our channels, and says about how much that was.
 fn take(streams: &Streams, event: Event, into: &mut VecDeque<Received>) -> usize {
     let (stream, bytes, fin) = match event {
@@ -387,11 +383,12 @@ impl Receiver {
 
     /// The next size that the client tells, whatever it sends before it, which is kept. Cancel-safe.
     async fn size_behind(&mut self) -> Winsize {
+        let (mut behind, mut kept) = (0, 0);
         loop {
-            let mut behind = 0;
             while let Some((channel, bytes)) = self.early.get(behind) {
                 if *channel != Channel::Resize {
                     behind += 1;
+                    kept += bytes.as_ref().map_or(0, Bytes::len) + PIECE;
                     continue;
                 }
                 let bytes = bytes.clone().unwrap_or_default();
@@ -400,8 +397,7 @@ impl Receiver {
                     return size;
                 }
             }
-            let kept = self.early.iter().map(|(_, bytes)| cost(bytes.as_ref()));
-            if self.gone.is_some() || kept.sum::<usize>() > MAX_BEHIND {
+            if self.gone.is_some() || kept > MAX_BEHIND {
                 return std::future::pending().await;
             }
             match self.receive().await {
@@ -562,7 +558,64 @@ impl Sender {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
+    use crate::streaming::transport::Transport;
+    use crate::streaming::websocket::{Codec, channels};
+
+    /// A receiver, and its client's end of a WebSocket.
+    async fn received() -> io::Result<(Receiver, TcpStream)> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let client = TcpStream::connect(listener.local_addr()?).await?;
+        let (server, _) = listener.accept().await?;
+        let watch = Watch::new(&server)?;
+        let transport = Transport::Plain(server, watch);
+        let codec = Codec::Binary { close: true };
+        let (reader, _) = channels(transport, Bytes::new(), codec).await;
+        let source = Source::WebSocket(Box::new(reader));
+        Ok((Receiver::new(source, VecDeque::new()), client))
+    }
+
+    /// A client's message, masked with zeros.
+    fn message(channel: Channel, data: &str) -> Vec<u8> {
+        let length = u8::try_from(data.len() + 1).unwrap_or(0);
+        let mut message = vec![0x82, 0x80 | length, 0, 0, 0, 0, channel as u8];
+        message.extend_from_slice(data.as_bytes());
+        message
+    }
+
+    #[tokio::test]
+    async fn a_size_is_found_behind_what_is_typed() -> io::Result<()> {
+        let (mut receiver, mut client) = received().await?;
+        client.write_all(&message(Channel::Stdin, "typed")).await?;
+        let size = message(Channel::Resize, r#"{"Width":101,"Height":31}"#);
+        client.write_all(&size).await?;
+        let size = receiver.size_behind().await;
+        assert_eq!((size.ws_col, size.ws_row), (101, 31));
+        let kept = receiver.next().await?;
+        assert!(matches!(kept, Some(Input::Stdin(bytes)) if bytes == "typed"));
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn messages_without_bytes_are_not_kept_without_end() -> io::Result<()> {
+        let (mut receiver, mut client) = received().await?;
+        let sending = tokio::spawn(async move {
+            let empty = message(Channel::Stdin, "").repeat(MAX_BEHIND / PIECE + 2);
+            let size = message(Channel::Resize, r#"{"Width":101,"Height":31}"#);
+            client.write_all(&empty).await?;
+            client.write_all(&size).await?;
+            Ok::<_, io::Error>(client)
+        });
+        // What is behind all that is not looked at.
+        let found = tokio::time::timeout(Duration::from_secs(2), receiver.size_behind()).await;
+        assert!(found.is_err());
+        assert!(receiver.early.len() <= MAX_BEHIND / PIECE + 1);
+        sending.abort();
+        Ok(())
+    }
 
     #[test]
     fn an_outcome_is_told_as_kubernetes_clients_read_it() {

@@ -215,8 +215,14 @@ fn answer(
                     let transport = parts.io.into_inner();
                     let watch = transport.watch();
                     let idle = node.config.stream_idle_timeout;
-                    let serving =
-                        serve(&node, &permit, spoken, transport, parts.read_buf, &mut ending);
+                    let serving = serve(
+                        &node,
+                        &permit,
+                        spoken,
+                        transport,
+                        parts.read_buf,
+                        &mut ending,
+                    );
                     let served = tokio::select! {
                         served = serving => served,
                         () = watch.idle(idle) => Err(io::Error::new(
