@@ -172,8 +172,9 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
         });
         let mut ending = ending.clone();
         tokio::spawn(async move {
-            let connection = http2::Builder::new(TokioExecutor::new())
-                .serve_connection(TokioIo::new(stream), service);
+            let stream = TokioIo::new(services::Connection::new(stream));
+            let connection =
+                http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service);
             let mut connection = std::pin::pin!(connection);
             let result = tokio::select! {
                 result = connection.as_mut() => result,

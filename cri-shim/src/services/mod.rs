@@ -1,5 +1,6 @@
 //! The two gRPC services: translate, call, translate back.
 
+mod authority;
 mod image;
 mod runtime;
 
@@ -13,6 +14,8 @@ use tonic::Status;
 
 use crate::error::Error;
 use crate::node::Node;
+
+pub use authority::Connection;
 
 /// What a server-streaming method answers with.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
