@@ -258,6 +258,7 @@ fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Contain
         config: Default::default(),
         image_id: String::new(),
         image_ref: String::new(),
+        image_name: String::new(),
         created_at: 0,
         user: Default::default(),
         stop_signal: libc::SIGTERM,

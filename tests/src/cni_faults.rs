@@ -457,7 +457,7 @@ fn after_a_reboot_pods_are_deleted_without_their_namespace() -> Result {
         configure(node, "10-a.conflist", "1.0.0", &["first"])?;
         let pod_id = node.runp(&node.pod("lost"))?;
         let status = node.json(&["inspectp", &pod_id])?;
-        let monitor = status.pointer("/info/pid").and_then(Value::as_i64);
+        let monitor = status.pointer("/info/monitor").and_then(Value::as_i64);
         node.kill_server()?;
         if let Some(pid) = monitor {
             let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);

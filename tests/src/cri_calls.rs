@@ -15,9 +15,11 @@ use rrun_proto::v1::{
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::machine::{Result, deadline, wait_for};
+use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{
+    A_NODE, BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node,
+};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -49,6 +51,7 @@ pub const TESTS: &[Test] = &[
         REGISTRY,
         IMAGES
     ),
+    test!(a_client_may_call_the_server_by_its_sockets_path, A_NODE),
     test!(
         a_pods_containers_are_told_newest_first,
         CRICTL,
@@ -341,11 +344,13 @@ fn events_tell_of_a_containers_life() -> Result {
         let id = node.run(&pod_id, &pod, &node.container("short", &["true"]))?;
         node.exited(&id)?;
         node.asks(&["rm", &id])?;
-        let mut heard = Vec::new();
+        let (mut heard, mut of_pod) = (Vec::new(), Vec::new());
         while !heard.contains(&ContainerEventType::ContainerDeletedEvent) {
             let event = calls.wait(stream.message())??.ok_or("the stream ended")?;
             if event.container_id == id {
                 heard.push(event.container_event_type());
+            } else if event.container_id == pod_id {
+                of_pod.push(event.container_event_type());
             }
         }
         use ContainerEventType::{
@@ -362,6 +367,35 @@ fn events_tell_of_a_containers_life() -> Result {
             ],
             "events of the container"
         );
+        ensure_eq!(
+            of_pod,
+            [ContainerCreatedEvent, ContainerStartedEvent],
+            "events of the pod"
+        );
+        Ok(())
+    })
+}
+
+/// As gRPC in C++, Python and Java does, and Go's with a dialer of the caller's own.
+fn a_client_may_call_the_server_by_its_sockets_path() -> Result {
+    on_a_node(|node| {
+        let message = node.join("empty-message");
+        fs::write(&message, [0_u8; 5])?;
+        let body = format!("@{}", message.display());
+        let socket = node.socket();
+        let path = socket.display().to_string();
+        for authority in [&path, &path.replace('/', "%2F"), "localhost"] {
+            // Twice on one connection: the second time it is in HPACK's table.
+            let url = "http://localhost/runtime.v1.RuntimeService/Version";
+            let answer = command("curl", ["-sS", "--http2-prior-knowledge", "--unix-socket"])
+                .arg(&socket)
+                .args(&["-H", "content-type: application/grpc", "-H", "te: trailers"])
+                .args(&["-H", &format!("Host: {authority}"), "--data-binary", &body])
+                .args(&["-D", "-", url, url])
+                .ok()?;
+            let answers = answer.text().matches("grpc-status: 0").count();
+            ensure_eq!(answers, 2, "answers to {authority}: {}", answer.told());
+        }
         Ok(())
     })
 }

@@ -25,6 +25,7 @@ pub mod server;
 
 pub const TESTS: &[Test] = &[
     test!(an_image_is_inspected_with_its_configuration, A_NODE),
+    test!(a_container_tells_its_images_name, A_NODE),
     test!(
         an_images_size_is_what_it_takes_on_the_disk,
         A_NODE,
@@ -98,6 +99,29 @@ fn an_image_is_inspected_with_its_configuration() -> Result {
 fn number(value: &Value) -> Result<u64> {
     let number = value.as_str().and_then(|text| text.parse().ok());
     number.ok_or_else(|| format!("{value} is no number").into())
+}
+
+fn a_container_tells_its_images_name() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let image = node.json(&["inspecti", BUSYBOX])?["status"]["id"].clone();
+        let pod = node.pod("named");
+        let pod_id = node.runp(&pod)?;
+        // Kubelet asks by the id, and shows users what the container's status has.
+        let mut asked = node.container("main", &["sleep", "600"]);
+        asked["image"] = json!({ "image": image, "user_specified_image": BUSYBOX });
+        let id = node.create(&pod_id, &pod, &asked)?;
+        ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "image");
+        if is_rrun() {
+            node.kill_server()?;
+            node.start_server()?;
+            ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "after a kill");
+            // The name stays when the image loses it: it is what runs. (containerd has the id.)
+            node.asks(&["rmi", BUSYBOX])?;
+            ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "without it");
+        }
+        Ok(())
+    })
 }
 
 fn an_images_size_is_what_it_takes_on_the_disk() -> Result {

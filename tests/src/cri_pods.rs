@@ -1,6 +1,7 @@
 //! Pods: what their containers share, their networks, and how they reach each other.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use serde_json::{Value, json};
 
@@ -13,6 +14,7 @@ pub const TESTS: &[Test] = &[
     test!(a_pod_can_be_on_the_nodes_network, A_NODE),
     test!(the_containers_of_a_pod_share_what_pods_share, A_NODE),
     test!(pods_and_node_reach_each_other, A_NODE),
+    test!(inspectp_leads_to_the_pods_namespaces, A_NODE),
 ];
 
 fn a_pod_can_be_on_the_nodes_network() -> Result {
@@ -20,6 +22,12 @@ fn a_pod_can_be_on_the_nodes_network() -> Result {
         node.pull(BUSYBOX)?;
         let mut pod = node.pod("host");
         pod["linux"]["security_context"]["namespace_options"]["network"] = json!(2);
+        let refused = node.try_runp(&pod)?;
+        ensure!(
+            refused.code != 0 && refused.told().contains("hostname"),
+            "with a host name of its own: {}",
+            refused.told()
+        );
         pod.as_object_mut().and_then(|pod| pod.remove("hostname"));
         let pod_id = node.runp(&pod)?;
         let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
@@ -36,6 +44,39 @@ fn a_pod_can_be_on_the_nodes_network() -> Result {
             Some(&json!("NODE")),
             "its mode"
         );
+        Ok(())
+    })
+}
+
+fn inspectp_leads_to_the_pods_namespaces() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("found");
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
+        let inside = node.pid(&id)?;
+        let namespace = |path: &str| -> Result<_> { Ok(fs::metadata(path)?.ino()) };
+        let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+        // What `nsenter --target PID` enters: not the node's.
+        let pid = &info["pid"];
+        let spec = info.pointer("/runtimeSpec/linux/namespaces");
+        let spec = spec.and_then(Value::as_array).ok_or("no namespaces")?;
+        for (kind, name) in [("net", "network"), ("ipc", "ipc"), ("uts", "uts")] {
+            let own = namespace(&format!("/proc/{inside}/ns/{kind}"))?;
+            let of_pid = namespace(&format!("/proc/{pid}/ns/{kind}"))?;
+            ensure_eq!(of_pid, own, "the {name} namespace of the pod's process");
+            let of_spec = spec.iter().find(|one| one["type"] == name);
+            let of_spec = of_spec.ok_or(format!("no {name} in {spec:?}"))?;
+            // containerd makes all but the network with the pod's first process.
+            if let Some(path) = of_spec["path"].as_str() {
+                ensure_eq!(namespace(path)?, own, "the {name} namespace at {path}");
+            }
+        }
+        ensure_eq!(info["netNamespaceClosed"], false, "its network is there");
+        node.asks(&["stopp", &pod_id])?;
+        let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+        ensure_eq!(info["netNamespaceClosed"], true, "its network is gone");
+        ensure_eq!(info["pid"], 0, "its process");
         Ok(())
     })
 }

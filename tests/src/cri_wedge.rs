@@ -541,7 +541,7 @@ fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
                 Ok((all.matches("sleep 600").count() > 1).then_some(()))
             })?;
             let info = node.json(&["inspectp", &pod_id])?;
-            let monitor = info.pointer("/info/pid").and_then(Value::as_i64);
+            let monitor = info.pointer("/info/monitor").and_then(Value::as_i64);
             let monitor = i32::try_from(monitor.ok_or("no pid of the monitor")?)?;
             kill(Pid::from_raw(monitor), Signal::SIGKILL)?;
 

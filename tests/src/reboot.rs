@@ -23,7 +23,7 @@ pub fn reboot(node: &mut Node) -> Result {
     let mut monitors = Vec::new();
     for pod in node.asks(&["pods", "--quiet", "--state", "Ready"])?.lines() {
         let info = node.json(&["inspectp", pod])?;
-        let monitor = info.pointer("/info/pid").and_then(Value::as_i64);
+        let monitor = info.pointer("/info/monitor").and_then(Value::as_i64);
         monitors.push(i32::try_from(monitor.ok_or("no pid of the monitor")?)?);
     }
     node.kill_server()?;

@@ -71,6 +71,7 @@ pub async fn create(
         sandbox: sandbox.id.clone(),
         image_id: image.id.clone(),
         image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+        image_name: status::image_name(config.image.as_ref(), &image),
         created_at: now(),
         user: User::default(),
         stop_signal: signal::stop_signal(

@@ -56,6 +56,8 @@ pub struct Container {
     pub image_id: String,
     /// The image with its digest.
     pub image_ref: String,
+    /// The image by the name that a user knows it by; empty if it has none.
+    pub image_name: String,
     /// Nanoseconds since the epoch.
     pub created_at: i64,
     pub user: User,
@@ -103,6 +105,9 @@ pub struct Record {
     pub config: ContainerConfig,
     pub image_id: String,
     pub image_ref: String,
+    /// Not in the records of older servers.
+    #[serde(default)]
+    pub image_name: String,
     pub created_at: i64,
     pub user: User,
     pub stop_signal: i32,
@@ -123,6 +128,7 @@ impl Container {
             config: record.config,
             image_id: record.image_id,
             image_ref: record.image_ref,
+            image_name: record.image_name,
             created_at: record.created_at,
             user: record.user,
             stop_signal: record.stop_signal,
@@ -138,6 +144,7 @@ impl Container {
             config: self.config.clone(),
             image_id: self.image_id.clone(),
             image_ref: self.image_ref.clone(),
+            image_name: self.image_name.clone(),
             created_at: self.created_at,
             user: self.user.clone(),
             stop_signal: self.stop_signal,

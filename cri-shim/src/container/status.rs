@@ -2,10 +2,11 @@
 
 use rrun_proto::v1::{
     self as cri, ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerResources,
-    ContainerState, ContainerStatus, ContainerUser, LinuxContainerUser, Signal,
+    ContainerState, ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, Signal,
 };
 
 use super::{Container, Phase};
+use crate::image::{Image, Name};
 use crate::node::{Node, now};
 use crate::sandbox::status::has_labels;
 use crate::sandbox::{self, Sandbox};
@@ -35,9 +36,27 @@ pub fn list_entry(container: &Container) -> cri::Container {
     }
 }
 
+/// The name that a container's status has for its image. Kubelet asks for containers by the image's
+/// id and shows users what the status says: so the name that they wrote, in full, or a tag.
+pub fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
+    let asked = asked.cloned().unwrap_or_default();
+    let mut known = image.repo_tags.iter().chain(&image.repo_digests);
+    let is_of_image = |name: &String| known.any(|known| known == name);
+    [asked.user_specified_image, asked.image]
+        .iter()
+        .filter_map(|name| Some(Name::parse(name).ok()?.canonical()))
+        .find(is_of_image)
+        .or_else(|| image.repo_tags.first().cloned())
+        .unwrap_or_default()
+}
+
 pub fn status(container: &Container) -> ContainerStatus {
     let state = container.state();
     let config = &container.config;
+    let mut image = config.image.clone().unwrap_or_default();
+    if !container.image_name.is_empty() {
+        image.image.clone_from(&container.image_name);
+    }
     let user = &container.user;
     let stop_signal = match config.stop_signal() {
         Signal::RuntimeDefault => signal_name(container.stop_signal),
@@ -51,7 +70,7 @@ pub fn status(container: &Container) -> ContainerStatus {
         started_at: state.started_at,
         finished_at: state.finished_at,
         exit_code: state.exit_code,
-        image: config.image.clone(),
+        image: Some(image),
         image_ref: container.image_ref.clone(),
         reason: state.reason,
         message: state.message,
@@ -137,6 +156,42 @@ fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_is_told_by_the_name_that_a_user_knows() {
+        let mut image = Image {
+            id: "sha256:00".into(),
+            repo_tags: vec![
+                "docker.io/library/a:1".into(),
+                "docker.io/library/a:2".into(),
+            ],
+            repo_digests: vec![format!("docker.io/library/a@sha256:{}", "0".repeat(64))],
+            size: 0,
+            config: Default::default(),
+            layers: Vec::new(),
+            created: None,
+            pinned: false,
+        };
+        let told = |asked: &str, user: &str, image: &Image| {
+            let spec = ImageSpec {
+                image: asked.into(),
+                user_specified_image: user.into(),
+                ..ImageSpec::default()
+            };
+            image_name(Some(&spec), image)
+        };
+        let id = format!("sha256:{}", "1".repeat(64));
+        assert_eq!(told(&id, "a:2", &image), "docker.io/library/a:2");
+        assert_eq!(told("a:2", "", &image), "docker.io/library/a:2");
+        // The tag has moved on; nothing was said.
+        assert_eq!(told(&id, "a:3", &image), "docker.io/library/a:1");
+        assert_eq!(told(&id, "", &image), "docker.io/library/a:1");
+        let digest = image.repo_digests[0].clone();
+        assert_eq!(told(&id, &digest, &image), digest);
+        image.repo_tags.clear();
+        assert_eq!(told(&id, &digest, &image), digest);
+        assert_eq!(told(&id, "a:2", &image), "");
+    }
 
     #[test]
     fn signals_go_back_to_the_cris_names() {

@@ -38,10 +38,10 @@ pub use error::{ImageError, Kind};
 pub use hosts::Registries;
 pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
+pub use reference::Name;
 
 use crate::store::{Store, StoreError, Table};
 use catalog::{Catalog, EMPTY_LAYER, Lease, directory};
-use reference::Name;
 
 /// What is on its way to the disk.
 type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rrun_proto::v1::{PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
+use rrun_proto::v1::{ContainerEventType, PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
 
 use super::namespaces::{self, Sharing};
 use super::{RECORD, Record, Sandbox, files, stop, sysctl, users, watch};
@@ -117,11 +117,13 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     node.add_sandbox(Arc::clone(&sandbox));
     sandbox.save_soon(&node);
     watch::begin(&node, &sandbox);
-    crate::container::status::publish_sandbox(
-        &node,
-        &sandbox,
-        rrun_proto::v1::ContainerEventType::ContainerStartedEvent,
-    );
+    // Others make a container for a pod and start it: clients wait for both.
+    for kind in [
+        ContainerEventType::ContainerCreatedEvent,
+        ContainerEventType::ContainerStartedEvent,
+    ] {
+        crate::container::status::publish_sandbox(&node, &sandbox, kind);
+    }
     log::info!("{}: ready", sandbox.name());
     Ok(sandbox.id.clone())
 }
@@ -162,6 +164,12 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
         let name = &metadata.name;
         return Err(Error::invalid(format!(
             "the hostname {:?} of pod {name} is no host name of at most {HOST_NAME_MAX} bytes",
+            config.hostname
+        )));
+    }
+    if !config.hostname.is_empty() && !sharing.own_network {
+        return Err(Error::invalid(format!(
+            "the pod has a hostname, {:?}, and is on the node's network (network: NODE), which goes with the node's name",
             config.hostname
         )));
     }

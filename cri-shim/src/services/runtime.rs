@@ -83,18 +83,7 @@ impl Runtime {
         let containers = self.node.containers_of(&sandbox.id);
         let mut info = BTreeMap::new();
         if request.verbose {
-            let state = sandbox.state().clone();
-            let shown = json!({
-                "pid": state.monitor,
-                "cgroup": sandbox.cgroup,
-                "runtimeHandler": self.node.config.handler_name(&sandbox.handler),
-                "namespaces": sandbox.namespaces(),
-                "directory": self.node.sandbox_dir(&sandbox.id),
-                "networkNamespace": self.node.netns(&sandbox.id),
-                "pid1": state.pid1,
-                "selinux": sandbox.selinux,
-                "cniResult": self.node.network.results(&sandbox.id).await,
-            });
+            let shown = sandbox::status::info(&self.node, &sandbox).await;
             info.insert("info".to_owned(), shown.to_string());
         }
         Ok(PodSandboxStatusResponse {
