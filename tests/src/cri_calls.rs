@@ -389,9 +389,9 @@ fn a_client_may_call_the_server_by_its_sockets_path() -> Result {
             let url = "http://localhost/runtime.v1.RuntimeService/Version";
             let answer = command("curl", ["-sS", "--http2-prior-knowledge", "--unix-socket"])
                 .arg(&socket)
-                .args(&["-H", "content-type: application/grpc", "-H", "te: trailers"])
-                .args(&["-H", &format!("Host: {authority}"), "--data-binary", &body])
-                .args(&["-D", "-", url, url])
+                .args(["-H", "content-type: application/grpc", "-H", "te: trailers"])
+                .args(["-H", &format!("Host: {authority}"), "--data-binary", &body])
+                .args(["-D", "-", url, url])
                 .ok()?;
             let answers = answer.text().matches("grpc-status: 0").count();
             ensure_eq!(answers, 2, "answers to {authority}: {}", answer.told());
