@@ -228,7 +228,7 @@ impl Node {
     /// The process that looks after a pod.
     pub fn monitor(&self, pod_id: &str) -> Result<Pid> {
         let info = self.json(&["inspectp", pod_id])?;
-        let pid = info.pointer("/info/pid").and_then(Value::as_i64);
+        let pid = info.pointer("/info/monitor").and_then(Value::as_i64);
         Ok(Pid::from_raw(i32::try_from(
             pid.ok_or("no pid of the monitor")?,
         )?))
