@@ -456,13 +456,9 @@ fn after_a_reboot_pods_are_deleted_without_their_namespace() -> Result {
         install(node, &["first"], "auto", "")?;
         configure(node, "10-a.conflist", "1.0.0", &["first"])?;
         let pod_id = node.runp(&node.pod("lost"))?;
-        let status = node.json(&["inspectp", &pod_id])?;
-        let monitor = status.pointer("/info/monitor").and_then(Value::as_i64);
+        let monitor = node.monitor(&pod_id)?;
         node.kill_server()?;
-        if let Some(pid) = monitor {
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
+        nix::sys::signal::kill(monitor, nix::sys::signal::Signal::SIGKILL)?;
         node.unmount_all()?;
         fs::remove_dir_all(node.join("state"))?;
         node.start_server()?;

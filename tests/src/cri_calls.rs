@@ -17,57 +17,30 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{
-    A_NODE, BUSYBOX, CRICTL, IMAGES, Node, REGISTRY, SERVER, WEB, is_rrun, on_a_node,
-};
+use crate::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(
         a_call_joins_the_one_that_is_in_flight,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         a_caller_that_gave_up_gets_its_pod_by_calling_again,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(
-        a_log_is_whole_through_rotations,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(
-        events_tell_of_a_containers_life,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_log_is_whole_through_rotations, A_NODE),
+    test!(events_tell_of_a_containers_life, A_NODE),
     test!(a_client_may_call_the_server_by_its_sockets_path, A_NODE),
     test!(
         a_pods_containers_are_told_newest_first,
-        CRICTL,
-        SERVER,
-        Need::RrunCri,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(
-        removal_of_what_is_not_there_is_no_error,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
-    test!(methods_to_come_say_so, CRICTL, SERVER, REGISTRY, IMAGES),
+    test!(removal_of_what_is_not_there_is_no_error, A_NODE),
+    test!(methods_to_come_say_so, A_NODE, Need::RrunCri),
 ];
 
 /// A connection to a node's server.
@@ -174,11 +147,8 @@ fn one_answer<T: PartialEq + std::fmt::Debug>(
     Ok(first)
 }
 
+/// Others answer that the name is reserved: why this test is here.
 fn a_call_joins_the_one_that_is_in_flight() -> Result {
-    if !is_rrun() {
-        // "name is reserved for": why this test is here.
-        return Ok(());
-    }
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         one_answer(calls.together((0..8).map(|_| {
@@ -234,9 +204,6 @@ fn a_call_joins_the_one_that_is_in_flight() -> Result {
 }
 
 fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         for round in 0..12u64 {
@@ -481,9 +448,6 @@ fn removal_of_what_is_not_there_is_no_error() -> Result {
 }
 
 fn methods_to_come_say_so() -> Result {
-    if !is_rrun() {
-        return Ok(());
-    }
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         let mut client = calls.runtime();

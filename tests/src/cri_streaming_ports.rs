@@ -11,34 +11,20 @@ use crate::cri_streaming::{TRANSPORTS, reads, websocket};
 use crate::cri_streaming_spdy::Client;
 use crate::machine::{Result, command, deadline, wait_for};
 use crate::needs::{Need, Test};
-use crate::node::{BUSYBOX, CRICTL, IMAGES, REGISTRY, SERVER, WEB, is_rrun, on_a_node};
+use crate::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const SOCAT: Need = Need::Program("socat");
 
 pub const TESTS: &[Test] = &[
-    test!(ports_are_forwarded, CRICTL, SERVER, REGISTRY, IMAGES, SOCAT),
-    test!(
-        the_node_s_ports_are_forwarded,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(ports_are_forwarded, A_NODE, SOCAT),
+    test!(the_node_s_ports_are_forwarded, A_NODE),
     test!(
         a_program_that_does_not_read_holds_up_no_other,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
+        A_NODE,
+        Need::RrunCri
     ),
-    test!(
-        a_forwarded_port_ends_with_its_program,
-        CRICTL,
-        SERVER,
-        REGISTRY,
-        IMAGES
-    ),
+    test!(a_forwarded_port_ends_with_its_program, A_NODE),
 ];
 
 fn ports_are_forwarded() -> Result {
@@ -167,9 +153,6 @@ fn the_node_s_ports_are_forwarded() -> Result {
 /// Neither client nor server can make the client's program wait: SPDY's clients know no windows.
 fn a_program_that_does_not_read_holds_up_no_other() -> Result {
     on_a_node(|node| {
-        if !is_rrun() {
-            return Ok(());
-        }
         node.pull(BUSYBOX)?;
         let pod = node.pod("stuck");
         let pod_id = node.runp(&pod)?;

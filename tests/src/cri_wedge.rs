@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
     Container, ContainerConfig, ContainerFilter, ContainerState, CreateContainerRequest, ImageSpec,
@@ -17,7 +16,6 @@ use rrun_proto::v1::{
     RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
     StopPodSandboxRequest,
 };
-use serde_json::Value;
 use tonic::Status;
 use tonic::transport::Channel;
 
@@ -540,10 +538,7 @@ fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
                 let all = node.asks(&["exec", "-s", &id, "ps"])?;
                 Ok((all.matches("sleep 600").count() > 1).then_some(()))
             })?;
-            let info = node.json(&["inspectp", &pod_id])?;
-            let monitor = info.pointer("/info/monitor").and_then(Value::as_i64);
-            let monitor = i32::try_from(monitor.ok_or("no pid of the monitor")?)?;
-            kill(Pid::from_raw(monitor), Signal::SIGKILL)?;
+            kill(node.monitor(&pod_id)?, Signal::SIGKILL)?;
 
             let status = node.exited(&id)?;
             ensure_eq!(status["exitCode"], 137, "exit code of what it looked after");

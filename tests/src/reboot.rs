@@ -5,8 +5,6 @@ use std::fs;
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::Value;
 
 use crate::cgroup_use::groups_below;
 use crate::ensure;
@@ -22,13 +20,11 @@ pub fn reboot(node: &mut Node) -> Result {
     }
     let mut monitors = Vec::new();
     for pod in node.asks(&["pods", "--quiet", "--state", "Ready"])?.lines() {
-        let info = node.json(&["inspectp", pod])?;
-        let monitor = info.pointer("/info/monitor").and_then(Value::as_i64);
-        monitors.push(i32::try_from(monitor.ok_or("no pid of the monitor")?)?);
+        monitors.push(node.monitor(pod)?);
     }
     node.kill_server()?;
     for monitor in monitors {
-        kill(Pid::from_raw(monitor), Signal::SIGKILL)?;
+        kill(monitor, Signal::SIGKILL)?;
     }
     for group in groups {
         fs::write(group.join("cgroup.kill"), "1")?;
