@@ -51,6 +51,14 @@ pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> 
     let sharing = check(&node, &config, &handler)?;
     if sharing.own_network {
         node.network.check(&config).await?;
+    } else if !config.hostname.is_empty() {
+        // CRI-O takes it so, too; containerd refuses it.
+        log::warn!(
+            "pod {}/{}: its hostname, {:?}, has no effect: it is on the node's network, which goes with the node's name",
+            metadata.namespace,
+            metadata.name,
+            config.hostname
+        );
     }
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
@@ -164,12 +172,6 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
         let name = &metadata.name;
         return Err(Error::invalid(format!(
             "the hostname {:?} of pod {name} is no host name of at most {HOST_NAME_MAX} bytes",
-            config.hostname
-        )));
-    }
-    if !config.hostname.is_empty() && !sharing.own_network {
-        return Err(Error::invalid(format!(
-            "the pod has a hostname, {:?}, and is on the node's network (network: NODE), which goes with the node's name",
             config.hostname
         )));
     }
