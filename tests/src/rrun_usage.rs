@@ -210,6 +210,15 @@ fn bash_completes_each_word_once() -> Result {
         ),
         ("rrun", &["kill", id, "SIGTE"], &["TERM"]),
         ("rrun", &["--root", &root, "state", ""], &[id]),
+        ("rrun", &["--rootless", ""], &["true", "false", "auto"]),
+        ("rrun", &["list", "--format", ""], &["table", "json"]),
+        ("rrun", &["help", "fea"], &["features"]),
+        (
+            "rrun",
+            &["create", "--bundle", "/src/Makef"],
+            &["/src/Makefile"],
+        ),
+        ("rrun-cri", &["--listen", "/ru"], &[]),
         ("rrun-cri", &["config", ""], &["default", "check"]),
         ("rrun-cri", &["config", "check", "--"], &["--config"]),
     ] {
