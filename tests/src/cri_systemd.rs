@@ -43,7 +43,8 @@ fn install(node: &Node) -> Result {
     let config = config.display();
     let line = format!(
         "[Service]\nExecStart=\nExecStart={program} --config {config}\n\
-         ExecReload=\nExecReload={program} config check --config {config}\n"
+         ExecReload=\nExecReload={program} config check --config {config}\n\
+         ExecReload=/bin/kill -HUP $MAINPID\n"
     );
     fs::write(dropins.join("e2e.conf"), line)?;
     systemctl(&["daemon-reload"]).map(|_| ())
@@ -78,7 +79,7 @@ fn story(node: &mut Node) -> Result {
     // It is started when it answers, not before.
     systemctl(&["start", UNIT])?;
     node.asks(&["version"])?;
-    ensure_eq!(property("Type")?, "notify-reload", "the unit's type");
+    ensure_eq!(property("Type")?, "notify", "the unit's type");
     node.pull(BUSYBOX)?;
     let pod = node.pod("unit");
     let pod_id = node.runp(&pod)?;
@@ -109,6 +110,10 @@ fn story(node: &mut Node) -> Result {
     systemctl(&["reload", UNIT])?;
     ensure_eq!(property("MainPID")?, second, "main process after a reload");
     ensure_eq!(property("ReloadResult")?, "success", "the reload");
+    wait_for("the server to have been told", || {
+        let told = command("journalctl", ["--unit", UNIT, "--no-pager"]).ok()?;
+        Ok(told.stdout.contains("SIGHUP: ").then_some(()))
+    })?;
     is_as_it_was()?;
 
     // A mistake makes the reload fail, with a sentence, and nothing else.
@@ -124,7 +129,9 @@ fn story(node: &mut Node) -> Result {
     fs::write(&config, &text)?;
     systemctl(&["reload", UNIT])?;
     ensure_eq!(property("ReloadResult")?, "success", "the next reload");
-    ensure_eq!(property("StatusText")?, "", "status after the next reload");
+    wait_for("the sentence to be gone", || {
+        Ok(property("StatusText")?.is_empty().then_some(()))
+    })?;
     is_as_it_was()?;
 
     systemctl(&["stop", UNIT])?;
