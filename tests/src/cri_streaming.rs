@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use rrun_proto::v1::ExecRequest;
 
@@ -137,7 +138,14 @@ pub fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     let mut from = 0;
+    // Of everything; what comes now and then never lets a single read fail.
+    let give_up = Instant::now() + 10 * deadline();
     while !all[from..].windows(what.len()).any(|window| window == what) {
+        ensure!(
+            Instant::now() < give_up,
+            "it has come to {:?}",
+            String::from_utf8_lossy(&all)
+        );
         from = all.len().saturating_sub(what.len());
         let count = stream.read(&mut buffer)?;
         ensure!(

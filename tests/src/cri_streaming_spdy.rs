@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::Instant;
 
 use rrun_proto::v1::ExecRequest;
 
@@ -131,7 +132,13 @@ impl Client {
         let mut came: BTreeMap<&'static str, String> = BTreeMap::new();
         let mut open: Vec<&str> = self.opened.keys().copied().collect();
         open.retain(|kind| !matches!(*kind, "stdin" | "resize"));
+        // Of everything; what comes now and then never lets a single read fail.
+        let give_up = Instant::now() + 10 * deadline();
         while !open.is_empty() && !enough(&came) {
+            ensure!(
+                Instant::now() < give_up,
+                "with {open:?} open and {came:?} come"
+            );
             let mut head = [0; 8];
             self.stream
                 .read_exact(&mut head)

@@ -81,6 +81,8 @@ fn over_websockets(pod: &Value) -> Result {
     let mut exec = by_websocket("exec", pod, &query("web", &words))?;
     reads(&mut exec, b"hello from a file")?;
     let mut attach = by_websocket("attach", pod, "/web?output=1&error=1")?;
+    // A line of the readiness probe's, every other second: it is attached.
+    reads(&mut attach, b"GET /ready")?;
     tells(pod, "/fail/nothing")?;
     reads(&mut attach, b"POST /fail/nothing")?;
     let mut port = by_websocket("portForward", pod, "?port=5000")?;
@@ -102,8 +104,13 @@ fn over_spdy(pod: &Value) -> Result {
     for kind in ["error", "stdout", "stderr"] {
         attach.open(kind)?;
     }
+    let mut says = |line: &str| -> Result {
+        let said = attach.until(|came| came.values().any(|text| text.contains(line)));
+        said.map(drop)
+    };
+    says("GET /ready")?;
     tells(pod, "/fail/nobody")?;
-    attach.until(|came| came.values().any(|text| text.contains("POST /fail/nobody")))?;
+    says("POST /fail/nobody")?;
 
     let mut port = by_spdy("portForward", pod, "")?;
     for kind in ["error", "data"] {
