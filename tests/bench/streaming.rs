@@ -233,7 +233,10 @@ fn cpu_of_program(name: &str) -> Result<f64> {
         let comm = std::fs::read_to_string(process.path().join("comm"));
         if comm.is_ok_and(|comm| comm.trim_end() == name) {
             for task in std::fs::read_dir(process.path().join("task"))?.flatten() {
-                let text = std::fs::read_to_string(task.path().join("schedstat"))?;
+                // A thread may end at any moment, and its time is nobody's then.
+                let Ok(text) = std::fs::read_to_string(task.path().join("schedstat")) else {
+                    continue;
+                };
                 let on_cpu = text.split(' ').next().unwrap_or_default();
                 nanoseconds += on_cpu.parse::<f64>()?;
             }
