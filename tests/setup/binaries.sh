@@ -18,7 +18,7 @@ binary_path() {
         return 1
     fi
     target=${CARGO_TARGET_DIR:-$CHECKOUT/target}
-    for dir in "$target"/{debug,release,*-linux-*/debug,*-linux-*/release}; do
+    for dir in "$target"/{debug,release,*-linux-*/{debug,release,dist}}; do
         [[ -x $dir/$name ]] || continue
         [[ -z $newest || $dir/$name -nt $newest ]] && newest=$dir/$name
     done
