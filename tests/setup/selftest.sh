@@ -4,6 +4,7 @@ set -uo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 native=$HERE/../native/run
 guest=$HERE/../vm/run
+. "$HERE/../attempts.sh"
 OUT=$(mktemp -d)
 trap 'rm -rf "$OUT"' EXIT
 
@@ -55,17 +56,20 @@ the_guest_is_switched_off_at_its_deadline() {
     [[ $? -eq 124 ]]
 }
 
-passed=0 failed=0
-for name in $(declare -F | awk '/ the_| what_/ { print $3 }'); do
-    if output=$("$name" 2>&1); then
-        passed=$((passed + 1))
-        echo "test testbed::$name ... ok"
-    else
-        failed=$((failed + 1))
-        printf '%s\n' "$output"
-        echo "test testbed::$name ... FAILED"
-    fi
+a_check_that_fails_once_is_reported_as_flaky_and_passes() {
+    local mark=$OUT/mark printed
+    fails_once() { [[ -e $mark ]] || { : >"$mark"; echo 'too early'; return 1; }; }
+    printed=$(passed=0 failed=0; attempt check fails_once; attempts_result)
+    [[ $? -eq 0 && $printed == *'flaky: check'*'too early'*'test check ... ok'*'1 passed; 0 failed'* ]]
+}
+
+a_check_that_fails_twice_fails() {
+    local printed
+    printed=$(passed=0 failed=0; attempt check false; attempts_result)
+    [[ $? -eq 1 && $printed == *'test check ... FAILED'*'1 failed'* ]]
+}
+
+for name in $(declare -F | awk '/ the_| what_| a_/ { print $3 }'); do
+    attempt "testbed::$name" "$name"
 done
-[[ $failed -eq 0 ]] && result=ok || result=FAILED
-printf '\ntest result: %s. %d passed; %d failed; 0 ignored\n' "$result" "$passed" "$failed"
-[[ $failed -eq 0 ]]
+attempts_result

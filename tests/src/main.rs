@@ -5,10 +5,11 @@
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 
 mod application;
 mod attacker;
+mod attempts;
 mod bundle;
 mod caller;
 mod cgroup_use;
@@ -118,8 +119,7 @@ fn main() -> ExitCode {
         bundle::prepare();
     }
 
-    // These and no others: names with commas between.
-    let only = std::env::var("RRUN_TEST_ONLY").unwrap_or_default();
+    let selection = Selection::from_environment();
     let trials = [
         rrun_lifecycle::TESTS,
         rrun_output::TESTS,
@@ -197,10 +197,11 @@ fn main() -> ExitCode {
     ]
     .into_iter()
     .flatten()
-    .filter(|test| only.is_empty() || only.split(',').any(|name| name == name_of(test)))
-    .map(trial)
+    .filter(|test| selection.has(name_of(test)))
+    .map(|test| trial(test, selection.plan))
     .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    attempts::report();
     for note in machine::notes() {
         println!("note: {note}");
     }
@@ -211,23 +212,44 @@ fn name_of(test: &needs::Test) -> &'static str {
     test.name.trim_start_matches("rrun_e2e::")
 }
 
-fn trial(test: &'static needs::Test) -> Trial {
-    Trial::ignorable_test(name_of(test), || run(test))
+/// What the environment says of the tests to run; an unset variable selects all.
+struct Selection {
+    /// RRUN_TEST_ONLY: whole names, separated by commas.
+    only: String,
+    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas.
+    subjects: String,
+    /// RRUN_TEST_PLAN: no test is run; those that cannot run on this machine are reported as
+    /// ignored, the others as passed.
+    plan: bool,
 }
 
-fn run(test: &needs::Test) -> Result<Completion, Failed> {
-    if let Some(lacking) = test.needs.iter().find_map(|need| need.lacking()) {
-        return Ok(Completion::ignored_with(lacking));
+impl Selection {
+    fn from_environment() -> Self {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        Selection {
+            only: variable("RRUN_TEST_ONLY"),
+            subjects: variable("RRUN_TEST_SUBJECTS"),
+            plan: !variable("RRUN_TEST_PLAN").is_empty(),
+        }
     }
-    let before = leavings::Machine::look();
-    (test.run)()?;
-    let left = before.leavings();
-    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
-    let lost = before.losses();
-    ensure!(
-        lost.is_empty(),
-        "took away what was not its own:\n  {}",
-        lost.join("\n  ")
-    );
-    Ok(Completion::Completed)
+
+    fn has(&self, name: &str) -> bool {
+        (self.only.is_empty() || self.only.split(',').any(|only| only == name))
+            && (self.subjects.is_empty()
+                || self
+                    .subjects
+                    .split(',')
+                    .any(|subject| name.starts_with(subject)))
+    }
+}
+
+fn trial(test: &'static needs::Test, plan: bool) -> Trial {
+    let name = name_of(test);
+    Trial::ignorable_test(name, move || {
+        if plan {
+            let lacking = test.needs.iter().find_map(|need| need.lacking());
+            return Ok(lacking.map_or(Completion::Completed, Completion::ignored_with));
+        }
+        attempts::run(name, test)
+    })
 }

@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# Sourced, not run: checks that are shell commands, reported in the manner of cargo's tests. A check
+# that fails is run once more, at once; one that passes the second time is reported as `flaky: NAME`.
+#
+#   attempt NAME CMD…     runs it; status 77 means skipped, the last line of its output is the reason
+#   attempts_result       prints the result line, and fails if a check failed
+
+passed=0 failed=0 ignored=0
+
+attempt() {
+    local name=$1 output first status=0
+    shift
+    output=$("$@" 2>&1) || status=$?
+    if [[ $status -ne 0 && $status -ne 77 ]]; then
+        first=$output
+        status=0
+        output=$("$@" 2>&1) || status=$?
+        [[ $status -ne 0 ]] || printf 'flaky: %s\n%s\n' "$name" "$(sed 's/^/    /' <<<"$first")"
+    fi
+    case $status in
+        0) passed=$((passed + 1)); echo "test $name ... ok" ;;
+        77) ignored=$((ignored + 1)); echo "test $name ... ignored, $(tail -n 1 <<<"$output")" ;;
+        *)
+            failed=$((failed + 1))
+            printf -- '---- %s ----\n%s\n\n' "$name" "$output"
+            echo "test $name ... FAILED"
+            ;;
+    esac
+}
+
+attempts_result() {
+    local result=ok
+    [[ $failed -eq 0 ]] || result=FAILED
+    printf '\ntest result: %s. %d passed; %d failed; %d ignored\n' "$result" "$passed" "$failed" "$ignored"
+    [[ $failed -eq 0 ]]
+}
