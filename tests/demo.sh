@@ -20,7 +20,12 @@ outside() {
     exec "$HERE/vm/run" --timeout 1200 -- /src/tests/demo.sh inside
 }
 
-title() { printf '\n\e[1m## %s\e[0m\n' "$*"; }
+# title TEXT: each step says how many there are.
+STEPS=$(grep -c '^    title ' "$0") step=0
+title() {
+    step=$((step + 1))
+    printf '\n\e[1m## %d of %d: %s\e[0m\n' "$step" "$STEPS" "$*"
+}
 
 # show COMMAND…: the command as one would type it, then what it says.
 show() {

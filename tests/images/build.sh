@@ -3,13 +3,17 @@
 # and two archives. tests/images/make.sh lists them. Prints the directory; --peek builds nothing
 # and fails if it is not there.
 #
-#   tests/images/build.sh [--peek]
+#   tests/images/build.sh [--demo] [--peek]
+#
+# --demo: the one image that the demo wants, where all are not built yet.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/../setup/cache.sh"
 
+# build_images OUT [IMAGES-OF-WHAT]
 build_images() {
     local out=$1
+    export RRUN_MAKING_IMAGES=${2:-all}
     cp -a "$("$HERE/../setup/busybox.sh")" "$out/busybox"
     # containerd's pods need one: it waits, reaps what it inherits and ends when told. (A shell or
     # busybox would be mistaken by critest for a process of the container's.)
@@ -34,15 +38,21 @@ END
 #include <unistd.h>
 int main(void) { printf("Effective uid: %d\n", (int)geteuid()); return 0; }
 END
-    cp -a "$("$HERE/flask.sh")" "$out/flask"
+    [[ $RRUN_MAKING_IMAGES == demo ]] || cp -a "$("$HERE/flask.sh")" "$out/flask"
     say "making and pushing the test images"
-    RRUN_MAKING_IMAGES=1 "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh
+    "$HERE/../native/run" --out "$out" -- /src/tests/images/make.sh "$RRUN_MAKING_IMAGES"
     rm -rf "$out/busybox" "$out/flask" "$out/nnp" "$out/pause"
 }
 
+build_demo() { build_images "$1" demo; }
+
+demo=
+[[ ${1-} == --demo ]] && { demo=1; shift; }
 key=$({ cat "$HERE"/{build,make,oci,flask}.sh "$HERE/app.py" "$HERE/../setup/busybox.sh"; uname -m; } | sha256sum | cut -c1-12)
 if [[ ${1-} == --peek ]]; then
-    cache_peek images "$key"
-else
+    cache_peek images "$key" || cache_peek images-demo "$key"
+elif [[ -n $demo ]] && ! cache_peek images "$key"; then
+    cache_entry images-demo "$key" build_demo
+elif [[ -z $demo ]]; then
     cache_entry images "$key" build_images
 fi

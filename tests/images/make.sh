@@ -1,13 +1,30 @@
 #!/usr/bin/env bash
-# Makes every test image and pushes it to a registry whose directory is then kept. Runs in the
-# native view, for tests/images/build.sh: /out holds busybox/, nnp and pause, and receives registry/ and
+# Makes every test image (with `demo`, the one that the demo wants) and pushes it to a registry whose
+# directory is then kept. Runs in the native view, for tests/images/build.sh: /out holds busybox/, nnp and pause, and receives registry/ and
 # archives/.
 set -euo pipefail
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 . "$HERE/oci.sh"
+. "$HERE/../setup/cache.sh"
 
 tree=$(mktemp -d)
 oci_layout "$tree/layout"
+mkdir -p /out/registry /out/archives
+skopeo() { command skopeo --insecure-policy "$@"; }
+
+# Served by the real thing once, and kept as it stores them.
+push() {
+    local name
+    local -a names=()
+    mapfile -t names < <(jq -r '.manifests[].annotations["org.opencontainers.image.ref.name"]' "$tree/layout/index.json")
+    REGISTRY_DATA=/out/registry "$HERE/registry.sh" start
+    for name in "${names[@]}"; do
+        skopeo copy --quiet --dest-tls-verify=false --preserve-digests "oci:$tree/layout:$name" \
+            "docker://127.0.0.1:5000/$name" </dev/null
+        echo "pushed $name"
+    done | progress "pushing the test images" "${#names[@]}" '^pushed' images
+    "$HERE/registry.sh" stop
+}
 
 # What every image stands on: busybox and the files that a small distribution has.
 base=$tree/base
@@ -33,6 +50,13 @@ base=$(oci_layer "$base")
 
 path='"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]'
 busybox="{$path,\"Cmd\":[\"sh\"]}"
+
+oci_image demo/busybox:latest "$busybox" "$base"
+if [[ ${1-} == demo ]]; then
+    push
+    rm -rf "$tree"
+    exit
+fi
 
 # file NAME MODE: standard input as the only file of a layer; prints the layer.
 file() {
@@ -71,7 +95,6 @@ END
 )
 oci_image demo/web:1 "{$path,\"Cmd\":[\"web\"],\"WorkingDir\":\"/www\",
     \"ExposedPorts\":{\"5000/tcp\":{}}}" "$base" "$server" "$page" "$health" "${bulk[@]}"
-oci_image demo/busybox:latest "$busybox" "$base"
 oci_image library/busybox:latest "$busybox" "$base"
 
 # The application that kubelet's tests run, in two versions: a Flask service on port 5000.
@@ -140,17 +163,8 @@ oci_image k8s-staging-cri-tools/test-image-predefined-group:latest \
     "{$path,\"Cmd\":[\"sh\"],\"User\":\"1000\"}" "$base" "$(oci_layer "$accounts")"
 oci_image pause:3.9 "{$path,\"Entrypoint\":[\"/pause\"]}" "$(file pause 755 </out/pause)"
 
-# Served by the real thing once, and kept as it stores them.
-mkdir -p /out/registry /out/archives
-REGISTRY_DATA=/out/registry "$HERE/registry.sh" start
-skopeo() { command skopeo --insecure-policy "$@"; }
-jq -r '.manifests[].annotations["org.opencontainers.image.ref.name"]' "$tree/layout/index.json" |
-    while read -r name; do
-        skopeo copy --quiet --dest-tls-verify=false --preserve-digests "oci:$tree/layout:$name" \
-            "docker://127.0.0.1:5000/$name" </dev/null
-    done
+push
 skopeo copy --quiet "oci:$tree/layout:demo/web:1" oci-archive:/out/archives/demo-web.oci.tar:localhost/demo/web:1
 skopeo copy --quiet "oci:$tree/layout:demo/busybox:latest" \
     docker-archive:/out/archives/demo-busybox.docker.tar:localhost/demo/busybox:latest
-"$HERE/registry.sh" stop
 rm -rf "$tree"

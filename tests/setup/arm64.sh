@@ -14,10 +14,8 @@ PACKAGES=(cargo rustc gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
 build_arm64() {
     local root=$1 apt=$1/tmp/apt
     "$(dirname -- "$0")/packages.sh"
-    say "debootstrap $SUITE with Rust (about 2 minutes)"
-    nice -n 15 debootstrap --variant=minbase --include="$(IFS=,; echo "${PACKAGES[*]}")" \
-        "$SUITE" "$root" "$(debian_mirror)" >"$RRUN_CACHE/arm64.log" 2>&1 ||
-        { tail -n 20 "$RRUN_CACHE/arm64.log"; die "debootstrap failed, see $RRUN_CACHE/arm64.log"; }
+    say "a Debian root of $SUITE with Rust (about a minute)"
+    DEBIAN_ROOT_PACKAGES=120 debian_root arm64 "$SUITE" "$root" "${PACKAGES[@]}"
     mkdir -p "$apt"/{lists,cache}
     printf 'deb [arch=arm64] %s %s main\n' "$(debian_mirror)" "$SUITE" >"$apt/sources.list"
     local options=(-qq -o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null

@@ -5,8 +5,8 @@ set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
 
-# debootstrap: the test root. e2fsprogs: guest disks. secilc: the guest's SELinux policy. The rest: building busybox, running views.
-PACKAGES=(debootstrap e2fsprogs secilc cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
+# mmdebstrap, debootstrap: the test root, the lower layers of an image. e2fsprogs: guest disks. secilc: the guest's SELinux policy. The rest: building busybox, running views.
+PACKAGES=(mmdebstrap debootstrap e2fsprogs secilc cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
     util-linux procps iproute2 kmod strace shellcheck ca-certificates)
 
 missing() {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The programs that test rrun from outside, built from their own sources by their own build tools.
 #
-#   tests/setup/tools.sh [--peek] cri       crictl and critest
+#   tests/setup/tools.sh [--peek] crictl    crictl
+#   tests/setup/tools.sh [--peek] critest   the CRI's conformance suite
 #   tests/setup/tools.sh [--peek] kubelet   the kubelet
 #   tests/setup/tools.sh [--peek] kubelet-old   the kubelet of an older minor that is still supported
 #   tests/setup/tools.sh [--peek] cluster   etcd and the rest of a Kubernetes cluster, kubectl
@@ -31,16 +32,30 @@ scratch_module() {
     go mod init scratch
 }
 
-build_cri() {
-    local out=$1
+# go_program NAME-AND-VERSION COMMAND… PACKAGE: `go build` or `go test -c`, with its progress. Modules
+# are fetched first, since listing what is to be compiled needs them.
+go_program() {
+    local what=$1 total log=$RRUN_CACHE/go.log.$$
+    shift
+    say "$what"
+    total=$(go list -deps "${@: -1}" | wc -l)
+    nice -n 15 "${@:1:$#-1}" -v -trimpath "${@: -1}" 2>&1 | tee "$log" | progress "$what" "$total" '^[a-z].*[^:]$' packages ||
+        { tail -n 20 "$log" >&2; die "$what does not compile"; }
+    rm -f "$log"
+}
+
+build_crictl() {
     scratch_module
     go mod edit -require "sigs.k8s.io/cri-tools@$CRI_TOOLS"
-    say "crictl $CRI_TOOLS"
-    nice -n 15 go build -trimpath -o "$out/crictl" \
+    go_program "crictl $CRI_TOOLS" go build -o "$1/crictl" \
         -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=${CRI_TOOLS#v}" \
         sigs.k8s.io/cri-tools/cmd/crictl
-    say "critest $CRI_TOOLS"
-    nice -n 15 go test -c -trimpath -o "$out/critest" \
+}
+
+build_critest() {
+    scratch_module
+    go mod edit -require "sigs.k8s.io/cri-tools@$CRI_TOOLS"
+    go_program "critest $CRI_TOOLS" go test -c -o "$1/critest" \
         -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=${CRI_TOOLS#v}" \
         sigs.k8s.io/cri-tools/cmd/critest
 }
@@ -61,8 +76,7 @@ kubernetes_module() {
 
 # kubernetes_program OUT VERSION PACKAGE
 kubernetes_program() {
-    say "${3##*/} $2 (some minutes)"
-    nice -n 15 go build -trimpath -o "$1/${3##*/}" \
+    go_program "${3##*/} $2" go build -o "$1/${3##*/}" \
         -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$2" "k8s.io/kubernetes/$3"
 }
 
@@ -84,15 +98,13 @@ build_cluster() {
     done
     scratch_module
     go mod edit -require "go.etcd.io/etcd/server/v3@$ETCD"
-    say "etcd $ETCD"
-    nice -n 15 go build -trimpath -o "$out/etcd" -ldflags '-s -w' go.etcd.io/etcd/server/v3
+    go_program "etcd $ETCD" go build -o "$out/etcd" -ldflags '-s -w' go.etcd.io/etcd/server/v3
 }
 
 build_metrics() {
     scratch_module
     go mod edit -require "sigs.k8s.io/metrics-server@$METRICS_SERVER"
-    say "metrics-server $METRICS_SERVER"
-    nice -n 15 go build -trimpath -o "$1/metrics-server" -ldflags '-s -w' \
+    go_program "metrics-server $METRICS_SERVER" go build -o "$1/metrics-server" -ldflags '-s -w' \
         sigs.k8s.io/metrics-server/cmd/metrics-server
 }
 
@@ -109,16 +121,16 @@ peek=
 [[ ${1-} == --peek ]] && { peek=1; shift; }
 tool=${1-}
 case $tool in
-    cri) version=$CRI_TOOLS ;;
+    crictl | critest) version=$CRI_TOOLS ;;
     kubelet) version=$KUBERNETES ;;
     kubelet-old) version=$KUBERNETES_OLD ;;
     cluster) version="$KUBERNETES $ETCD" ;;
     metrics) version=$METRICS_SERVER ;;
     youki) version=$YOUKI ;;
-    *) die "usage: ${0##*/} [--peek] cri|kubelet|kubelet-old|cluster|metrics|youki" ;;
+    *) die "usage: ${0##*/} [--peek] crictl|critest|kubelet|kubelet-old|cluster|metrics|youki" ;;
 esac
 # Keyed by its own recipe and version only: a change to another tool's does not rebuild this one.
-key=$({ declare -f "build_$tool" scratch_module kubernetes_module kubernetes_program; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
+key=$({ declare -f "build_$tool" scratch_module go_program kubernetes_module kubernetes_program; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
 if [[ -n $peek ]]; then
     cache_peek "tools-$tool" "$key"
 else

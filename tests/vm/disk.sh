@@ -11,11 +11,15 @@ ENTRY=$(readlink -f -- "$1")
 SIZE=${2-}
 
 build_disk() {
-    local size=$SIZE
-    [[ -n $size ]] || size=$(($(du -sm --apparent-size "$ENTRY" | cut -f1) * 5 / 4 + 16))M
+    local size=$SIZE holds watcher
+    holds=$(du -sm --apparent-size "$ENTRY" | cut -f1)
+    [[ -n $size ]] || size=$((holds * 5 / 4 + 16))M
     truncate -s "$size" "$1/disk.img"
+    progress_size "the disk of $name" "$1/disk.img" "$holds" &
+    watcher=$!
     # No journal: nobody reads the disk after a crash, and under emulation it costs time.
     mkfs.ext4 -q -F -m 0 -O ^has_journal -E nodiscard -d "$ENTRY" "$1/disk.img"
+    kill "$watcher"
 }
 
 name=$(basename -- "$ENTRY")
