@@ -67,6 +67,12 @@ pub fn pair() -> Result<(Channel, Channel)> {
     Ok((Channel { fd: parent }, Channel { fd: child }))
 }
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Channel {
     fn send(&self, message: &[u8]) -> Result<()> {
         rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL)

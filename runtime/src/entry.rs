@@ -13,8 +13,9 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::birth::{await_death, end_child, explain_death, write_pid_file};
 use crate::channel::{self, Channel, Message};
+use crate::descriptors::Descriptors;
 use crate::error::{Context, Error, Result};
-use crate::init::{Descriptors, NeverReturn, end, execute, join_keyring, settle};
+use crate::init::{NeverReturn, end, execute, join_keyring, settle};
 use crate::namespaces::flag;
 use crate::process::Process;
 use crate::rootfs::Rootfs;
@@ -22,7 +23,7 @@ use crate::seccomp::Agent;
 use crate::state::{State, Status};
 use crate::syscalls::{self, Cloned, clone3};
 use crate::terminal::Terminal;
-use crate::{cgroup, environment, refuse};
+use crate::{cgroup, refuse};
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
@@ -141,6 +142,7 @@ fn run(request: &mut Request<'_>, channel: Channel, joined: u64) -> ! {
 
 fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
     let state = request.state;
+    request.descriptors.close_leaked()?;
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
     // An unprivileged parent could do no more than this process itself.
@@ -176,15 +178,16 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
         terminal.hand_over(socket, channel)?;
         terminal.take()?;
     }
-    let process = &mut request.process;
-    environment::complete(&mut process.env, process.uid, request.descriptors.listen);
+    request.console_socket = None;
+    request.pidfd_socket = None;
     let filter = state.seccomp.as_ref();
     let program = settle(
-        &request.process,
-        &labels,
-        request.descriptors,
+        &mut request.process,
+        labels,
+        &request.descriptors,
         filter,
         channel,
+        &[channel.as_fd()],
     )?;
     channel.ready()?;
     Err(execute(&program, &request.process, filter))

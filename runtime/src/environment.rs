@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result};
 use crate::refuse;
@@ -72,11 +72,14 @@ fn keep_last(env: &mut Vec<CString>) {
 
 fn home_of(uid: u32) -> Option<String> {
     use std::io::Read as _;
-    // The file is the container's: no waiting for a FIFO's other end, no endless device.
-    let fd = rustix::fs::open(
+    // The file is the container's: no waiting for a FIFO's other end, no endless device, and no
+    // file that only a process's directory in /proc leads to.
+    let fd = rustix::fs::openat2(
+        CWD,
         "/etc/passwd",
         OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY,
         Mode::empty(),
+        ResolveFlags::NO_MAGICLINKS,
     )
     .ok()?;
     let stat = rustix::fs::fstat(&fd).ok()?;

@@ -5,7 +5,7 @@
 //! sent to the parent, and the end.
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
@@ -17,13 +17,14 @@ use rustix::thread::UnshareFlags;
 
 use crate::channel::Channel;
 use crate::config::Config;
+use crate::descriptors::Descriptors;
 use crate::error::{Context, Error, Result};
 use crate::lsm::OpenLabels;
 use crate::mount_options::READ_ONLY;
 use crate::mounts::tree::{self, attach_root, take_root};
 use crate::mounts::{Mount, OwnCgroup, Taken, protection};
 use crate::namespaces::OpenJoin;
-use crate::process::{Process, enter_cwd, no_program};
+use crate::process::{Process, enter_cwd, make_cwd, no_program};
 use crate::procfs::Procfs;
 use crate::rootfs::Rootfs;
 use crate::scheduling::leave_callers_cpus;
@@ -55,23 +56,6 @@ pub struct Init<'a> {
     pub host_pid: Option<i32>,
 }
 
-/// Which descriptors of rrun's caller the program gets beside the standard three.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Descriptors {
-    /// Sockets announced by LISTEN_FDS.
-    pub listen: u32,
-    /// Those asked for with --preserve-fds.
-    pub preserve: u32,
-}
-
-impl Descriptors {
-    /// The first that the program does not get.
-    pub fn first_closed(self) -> u32 {
-        3u32.saturating_add(self.listen)
-            .saturating_add(self.preserve)
-    }
-}
-
 /// Ends the process without running anything of its parent's that it was born with.
 pub fn end() -> ! {
     // SAFETY: _exit runs no handlers, flushes nothing, and does not return.
@@ -99,6 +83,7 @@ impl Init<'_> {
 
     fn live(&mut self) -> Result<Infallible> {
         let config = self.config;
+        self.descriptors.close_leaked()?;
         let new_user = config.namespaces.own(Type::User);
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
@@ -129,7 +114,6 @@ impl Init<'_> {
             process.apply_limits(0)?;
         }
         leave_callers_cpus();
-        environment::complete(&mut process.env, process.uid, self.descriptors.listen);
         let filter = config.seccomp.as_ref();
         if self.gate.is_some() {
             // The first process of a PID namespace is deaf to all that it has no handler for;
@@ -138,7 +122,19 @@ impl Init<'_> {
                 syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
             }
         }
-        let program = settle(&process, &labels, self.descriptors, filter, &self.channel)?;
+        self.joins.clear();
+        self.taken = Taken::default();
+        self.console_socket = None;
+        let mut kept = vec![self.channel.as_fd()];
+        kept.extend(self.gate.as_ref().map(AsFd::as_fd));
+        let program = settle(
+            &mut process,
+            labels,
+            &self.descriptors,
+            filter,
+            &self.channel,
+            &kept,
+        )?;
         self.channel.ready()?;
 
         let starter = match &self.gate {
@@ -414,16 +410,19 @@ pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
 }
 
 /// Everything between the container's root and the program: the working directory, the
-/// user, and the descriptors. Returns the program's path.
+/// user, and the descriptors, of which `kept` stay open until the execution. Returns the
+/// program's path.
 pub fn settle(
-    process: &Process,
-    labels: &OpenLabels,
-    descriptors: Descriptors,
+    process: &mut Process,
+    labels: OpenLabels,
+    descriptors: &Descriptors,
     filter: Option<&Filter>,
     channel: &Channel,
+    kept: &[BorrowedFd<'_>],
 ) -> Result<std::ffi::CString> {
+    let no_new_privileges = process.no_new_privileges;
     let load_at = |moment: Moment| match filter {
-        Some(filter) if filter.moment(process.no_new_privileges) == moment => {
+        Some(filter) if filter.moment(no_new_privileges) == moment => {
             filter.load()?.map_or(Ok(()), |listener| {
                 channel.hand_listener_over(listener.as_raw_fd())
             })
@@ -431,23 +430,24 @@ pub fn settle(
         _ => Ok(()),
     };
     labels.apply()?;
+    drop(labels);
+    // No path of the container is resolved before this, and none of the host after it.
+    log::close();
+    // SAFETY: what owns other descriptors belongs to the code that this copy of rrun was born in,
+    // into which it never returns ([`NeverReturn`]).
+    unsafe { descriptors.close_all_but(kept) }?;
+    environment::complete(&mut process.env, process.uid, descriptors.listen);
     process.apply_inherited()?;
     process.own_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
     // With all rights first: the directory may be root's alone. Without them then, because
     // a network file system may know only the user.
     let entered = match enter_cwd(&process.cwd) {
-        Err(_) if !process.cwd.exists() => {
-            let made = std::fs::create_dir_all(&process.cwd)
-                .doing(|| format!("make process.cwd {}", process.cwd.display()));
-            made.and_then(|()| enter_cwd(&process.cwd))
-        }
+        Err(_) if !process.cwd.exists() => make_cwd(&process.cwd),
         entered => entered,
     };
     // A filter may be loaded from here on: what follows has to pass through it, and is the
     // less the better.
-    syscalls::close_range_cloexec(descriptors.first_closed())
-        .doing(|| "mark descriptors close-on-exec")?;
     // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
     syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
     process.become_user(|| load_at(Moment::Privileged))?;

@@ -16,6 +16,7 @@ pub mod commands;
 pub mod config;
 pub mod copy_up;
 pub mod dbus;
+pub mod descriptors;
 pub mod devices;
 pub mod entry;
 pub mod environment;

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use crate::error::{Context, Result};
@@ -17,19 +17,34 @@ pub enum Format {
 }
 
 struct Log {
-    /// `None` is standard error.
-    file: Option<File>,
+    destination: Mutex<Destination>,
     format: Format,
     debug: bool,
 }
 
+enum Destination {
+    StandardError,
+    File(File),
+    /// The log is out of reach: this process is in a container.
+    Nowhere,
+}
+
 static LOG: OnceLock<Log> = OnceLock::new();
+
+impl Log {
+    fn destination(&self) -> MutexGuard<'_, Destination> {
+        // Half a line at most is missing.
+        self.destination
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// Opens the log file, if one is named. Called once, at the start.
 pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
-    let file = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
-        None => None,
-        Some(path) => Some(
+    let destination = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
+        None => Destination::StandardError,
+        Some(path) => Destination::File(
             OpenOptions::new()
                 .append(true)
                 .create(true)
@@ -38,7 +53,7 @@ pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
         ),
     };
     let _ = LOG.set(Log {
-        file,
+        destination: Mutex::new(destination),
         format,
         debug,
     });
@@ -49,7 +64,8 @@ pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
 /// unless the log itself goes there.
 pub fn fatal(sentence: &str) {
     write("error", sentence);
-    if LOG.get().is_some_and(|log| log.file.is_some()) {
+    let elsewhere = |log: &Log| matches!(*log.destination(), Destination::File(_));
+    if LOG.get().is_some_and(elsewhere) {
         let _ = writeln!(std::io::stderr(), "{sentence}");
     }
 }
@@ -68,10 +84,21 @@ fn write(level: &str, message: &str) {
     let format = LOG.get().map_or(Format::Text, |log| log.format);
     let line = line(format, level, message, &rfc3339_seconds(SystemTime::now()));
     // Nobody is left to be told of a log that can not be written.
-    let _ = match LOG.get().and_then(|log| log.file.as_ref()) {
-        Some(mut file) => file.write_all(line.as_bytes()),
-        None => std::io::stderr().write_all(line.as_bytes()),
+    let _ = match LOG.get().map(Log::destination).as_deref_mut() {
+        Some(Destination::File(file)) => file.write_all(line.as_bytes()),
+        Some(Destination::Nowhere) => Ok(()),
+        Some(Destination::StandardError) | None => std::io::stderr().write_all(line.as_bytes()),
     };
+}
+
+/// Closes the log file, which is the host's, in a process that is about to resolve the
+/// container's paths.
+pub fn close() {
+    if let Some(mut destination) = LOG.get().map(Log::destination)
+        && let Destination::File(_) = *destination
+    {
+        *destination = Destination::Nowhere;
+    }
 }
 
 fn line(format: Format, level: &str, message: &str, time: &str) -> String {

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, Gid, Uid};
+use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
 use crate::capabilities::Sets;
 use crate::error::{Context, Error, Result, errno_text};
@@ -12,6 +12,7 @@ use crate::lsm::Labels;
 use crate::memory_policy::MemoryPolicy;
 use crate::personality::Personality;
 use crate::procfs::Procfs;
+use crate::rootfs::Rootfs;
 use crate::scheduling::Scheduling;
 use crate::spec::{self, Process as SpecProcess};
 use crate::{environment, refuse, syscalls};
@@ -332,11 +333,12 @@ fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
     Ok(limits)
 }
 
-/// Creates the working directory if it is missing and enters it, in the current root.
+/// Enters the working directory, in the current root.
 ///
 /// # Errors
-/// Also if the directory turns out to lie outside the root: a descriptor of the host that
-/// leaked in could otherwise be named through /proc/self/fd (CVE-2024-21626).
+/// Also if the directory turns out to lie outside the root: links in /proc lead to whatever a
+/// process has as its root, its working directory or a descriptor, of the host's processes, too,
+/// where the container sees those (CVE-2024-21626).
 pub fn enter_cwd(cwd: &Path) -> Result<()> {
     rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
     let current = rustix::process::getcwd(Vec::new())
@@ -348,6 +350,22 @@ pub fn enter_cwd(cwd: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Makes the working directory, which is missing, in the current root, and enters it. No link in
+/// /proc that leads into a process is followed: this process may do more than the program may,
+/// and could make directories of the host.
+pub fn make_cwd(cwd: &Path) -> Result<()> {
+    let root = rustix::fs::open(
+        "/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .doing(|| "open the container's root")?;
+    let made = Rootfs::new(root)
+        .make_working_directory(cwd)
+        .map_err(|error| error.while_doing(format!("make process.cwd {}", cwd.display())))?;
+    enter_cwd(&made)
 }
 
 #[cfg(test)]

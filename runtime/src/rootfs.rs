@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
 use rustix::io::Errno;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Reason as _, Result};
 use crate::mount_options::READ_ONLY;
 use crate::refuse;
 use crate::syscalls::mount_setattr;
@@ -164,6 +164,39 @@ impl Rootfs {
                     path.display()
                 ))
             })
+    }
+
+    /// Makes a directory and those that lead to it, name by name: a name below a descriptor, no
+    /// link followed, can't lead elsewhere. Needs no /proc, unlike [`Rootfs::make_directory`].
+    /// Returns its path without links.
+    ///
+    /// # Errors
+    /// Also if the way there leads through a link of /proc into a process.
+    pub fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
+        match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
+            Err(Errno::NOENT) => {}
+            Ok(_) => return Ok(path.to_owned()),
+            Err(errno) => return Err(Error::new(errno.reason())),
+        }
+        let path = self.follow(path)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut reached: Option<OwnedFd> = None;
+        for name in components_backwards(&path).iter().rev() {
+            let directory = reached.as_ref().unwrap_or(&self.fd);
+            let doing = || format!("make directory {}", Path::new(name).display());
+            let next = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+                Err(Errno::NOENT) => {
+                    match rustix::fs::mkdirat(directory, name, Mode::from_raw_mode(0o777)) {
+                        Ok(()) | Err(Errno::EXIST) => {}
+                        Err(errno) => return Err(errno).doing(doing),
+                    }
+                    rustix::fs::openat(directory, name, flags, Mode::empty())
+                }
+                next => next,
+            };
+            reached = Some(next.doing(doing)?);
+        }
+        Ok(path)
     }
 
     /// The most usual case, in three system calls: only the last directory is missing.

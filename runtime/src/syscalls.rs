@@ -139,6 +139,16 @@ pub fn close_range_cloexec(first: u32) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Closes every descriptor from `first` to `last`. See close_range(2).
+///
+/// # Safety
+/// Nothing that owns one of them may be used or dropped afterwards.
+pub unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed; the caller vouches for the descriptors.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+    Ok(())
+}
+
 /// Gives this process the session keyring of that name, or a new one, so that it no longer
 /// holds its parent's keys. Returns the keyring's number. See keyctl(2),
 /// `KEYCTL_JOIN_SESSION_KEYRING`.

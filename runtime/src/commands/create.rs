@@ -58,7 +58,7 @@ fn await_bundle(path: &str) -> Result<()> {
 fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     crate::state::validate_id(id)?;
-    let descriptors = descriptors(arguments)?;
+    let descriptors = descriptors(globals, arguments)?;
     if let Some(path) = arguments.value("after") {
         await_bundle(path)?;
     }

@@ -90,7 +90,7 @@ fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
 }
 
 fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String]) -> Result<u8> {
-    let descriptors = descriptors(arguments)?;
+    let descriptors = descriptors(globals, arguments)?;
     let state = State::load(&globals.root, id)?;
     let not_running =
         |status: Status| Error::new(format!("cannot exec in a {} container", status.as_str()));

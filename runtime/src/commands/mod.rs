@@ -22,8 +22,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
+use crate::descriptors::{self, Descriptors};
 use crate::error::{Context, Error, Result};
-use crate::init::Descriptors;
 use crate::{channel, executable, log, refuse};
 
 /// One command: how it is called, and what does it.
@@ -45,6 +45,8 @@ pub struct Globals {
     pub default_root: bool,
     /// Whether systemd makes the cgroups of new containers.
     pub systemd_cgroup: bool,
+    /// What [`descriptors::inherited`] found, for the commands that make processes of containers.
+    inherited: Vec<u32>,
 }
 
 const COMMANDS: [&Command; 15] = [
@@ -130,8 +132,12 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
     // Before anything that would have to be done once more after it. A word that only
     // looks like one of these commands does no harm.
     let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
+    let mut inherited = Vec::new();
     if words.iter().any(enters) {
         executable::protect(&words)?;
+        inherited = descriptors::inherited()?;
+    } else {
+        descriptors::keep_from_hooks()?;
     }
     let mut words = words
         .into_iter()
@@ -196,6 +202,7 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
         default_root: globals.value("root").is_none(),
         systemd_cgroup: globals.is_set("systemd-cgroup"),
+        inherited,
     };
     let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
     (command.call)(&globals, &arguments)
@@ -279,26 +286,14 @@ fn bundle(arguments: &Arguments) -> &Path {
 /// Descriptors for the program: LISTEN_FDS of the environment and --preserve-fds.
 ///
 /// # Errors
-/// One that is not open: a descriptor of rrun's own could take its number.
-fn descriptors(arguments: &Arguments) -> Result<Descriptors> {
-    use std::os::fd::BorrowedFd;
+/// One that is not open.
+fn descriptors(globals: &Globals, arguments: &Arguments) -> Result<Descriptors> {
     let number = |name| -> Option<u32> { std::env::var(name).ok()?.parse().ok() };
     // Meant for another process if it says so; see sd_listen_fds(3).
     let meant = number("LISTEN_PID") == Some(std::process::id());
     let listen = number("LISTEN_FDS").filter(|_| meant).unwrap_or(0);
     let preserve = arguments.number("preserve-fds")?.unwrap_or(0);
-    let descriptors = Descriptors { listen, preserve };
-    for number in 3..descriptors.first_closed() {
-        // SAFETY: the number is only asked about, and fcntl refuses one that is not open.
-        let asked = unsafe { BorrowedFd::borrow_raw(number as i32) };
-        match rustix::io::fcntl_getfd(asked) {
-            Ok(flags) if !flags.contains(rustix::io::FdFlags::CLOEXEC) => {}
-            _ => refuse!(
-                "descriptor {number} can not be preserved (--preserve-fds, LISTEN_FDS): it is not open"
-            ),
-        }
-    }
-    Ok(descriptors)
+    Descriptors::new(listen, preserve, globals.inherited.clone())
 }
 
 fn console_socket(arguments: &Arguments) -> Option<&str> {

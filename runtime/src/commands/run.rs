@@ -45,7 +45,7 @@ pub const COMMAND: Command = Command {
 fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     crate::state::validate_id(id)?;
-    let descriptors = descriptors(arguments)?;
+    let descriptors = descriptors(globals, arguments)?;
     let mut config = Config::load(bundle(arguments))?;
     let detach = arguments.is_set("detach");
     let console_socket = match (config.process.terminal, detach, console_socket(arguments)) {
