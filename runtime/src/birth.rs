@@ -24,7 +24,7 @@ use crate::init::{Init, NeverReturn, end, unshare_time};
 use crate::mounts::Taken;
 use crate::namespaces::{OpenJoin, flag};
 use crate::notify_socket::{self, Manager, NotifySocket};
-use crate::seccomp::Agent;
+use crate::seccomp::{Agent, Report};
 use crate::state::{self, State, Status, process_stat};
 use crate::syscalls::{Cloned, clone3, pidfd_send_signal};
 use crate::time::rfc3339_nanos;
@@ -107,6 +107,11 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     let place = Place::new(config, request.id, request.systemd_cgroup)?;
     // An agent that is not there is found out before anything is made.
     let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) if request.waits => {
+            // Only `start` has a filter loaded.
+            listener.check()?;
+            None
+        }
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
@@ -379,6 +384,7 @@ fn accompany(
     let hooks = &config.hooks;
     let mut terminal = None;
     let mut ready = false;
+    let mut report = None;
     loop {
         match channel.receive()? {
             Message::HostSide => {
@@ -419,16 +425,20 @@ fn accompany(
             }
             Message::Born(_) => refuse!("the container's first process told of another"),
             Message::Terminal(master) => terminal = Some(master),
-            Message::Listener(number) => {
+            Message::Filtered(page) => {
+                ready = true;
+                let page = report.insert(page);
                 if let Some(agent) = agent.take() {
                     let shown = state.for_others(Status::Creating);
-                    agent.tell(pidfd.as_fd(), state.pid, number, shown)?;
+                    agent.serve(page, pidfd, state.pid, shown)?;
                 }
-                channel.go_on()?;
             }
             Message::Ready if waits => return Ok(terminal),
             Message::Ready => ready = true,
-            Message::Closed if ready => return Ok(terminal),
+            Message::Closed if ready => {
+                report.as_ref().map_or(Ok(()), Report::verdict)?;
+                return Ok(terminal);
+            }
             Message::Closed => {
                 await_death(pidfd);
                 refuse!("the container's first process died while it was being made")

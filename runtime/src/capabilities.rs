@@ -66,6 +66,8 @@ const NAMES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
+const SYS_ADMIN: u64 = 1 << 21;
+
 /// `CAP_SYS_ADMIN` of a number.
 pub fn name(number: usize) -> String {
     NAMES.get(number).map_or_else(
@@ -178,14 +180,25 @@ impl Sets {
         Ok(())
     }
 
-    /// Sets effective, permitted, inheritable and ambient set of this process.
-    pub fn apply(&self) -> Result<()> {
-        let sets = CapabilitySets {
-            effective: CapabilitySet::from_bits_retain(self.effective),
-            permitted: CapabilitySet::from_bits_retain(self.permitted),
+    /// Sets effective, permitted, inheritable and ambient set of this process. With
+    /// `until_execution` it keeps CAP_SYS_ADMIN as well, if it has that.
+    ///
+    /// The program does not get it from there: execve(2) computes the new sets from the bounding,
+    /// the inheritable and the ambient set alone, which do not have it ("Transformation of
+    /// capabilities during execve()" in capabilities(7)).
+    pub fn apply(&self, until_execution: bool) -> Result<()> {
+        let with = |more: u64| CapabilitySets {
+            effective: CapabilitySet::from_bits_retain(self.effective | more),
+            permitted: CapabilitySet::from_bits_retain(self.permitted | more),
             inheritable: CapabilitySet::from_bits_retain(self.inheritable),
         };
-        rustix::thread::set_capabilities(None, sets).doing(|| {
+        let kept =
+            until_execution && rustix::thread::set_capabilities(None, with(SYS_ADMIN)).is_ok();
+        let set = match kept {
+            true => Ok(()),
+            false => rustix::thread::set_capabilities(None, with(0)),
+        };
+        set.doing(|| {
             let missing = rustix::thread::capabilities(None)
                 .map_or(0, |own| self.permitted & !own.permitted.bits());
             if missing == 0 {

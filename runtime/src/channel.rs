@@ -16,6 +16,7 @@ use rustix::net::{
 
 use crate::error::{Context, Error, Result};
 use crate::refuse;
+use crate::seccomp::Report;
 
 /// The longest sentence that is carried.
 const LIMIT: usize = 16 << 10;
@@ -25,7 +26,7 @@ const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
 const BORN: u8 = b'B';
-const LISTENER: u8 = b'S';
+const FILTERED: u8 = b'S';
 const FAILED: u8 = b'F';
 const GO_ON: u8 = b'G';
 
@@ -40,10 +41,10 @@ pub enum Message {
     RunHooks,
     /// The master side of its terminal.
     Terminal(OwnedFd),
-    /// It has loaded its seccomp filter, whose listener is this descriptor of its own.
-    Listener(i32),
     /// Nothing is left to do but to execute the program.
     Ready,
+    /// The same, under a filter: what it still has to say is in the shared page.
+    Filtered(Report),
     /// It could not go on.
     Failed(Error),
     /// It executed the program, or died.
@@ -111,15 +112,10 @@ impl Channel {
         self.ask(RUN_HOOKS)
     }
 
-    /// Says where the seccomp listener is, and waits until the parent has it.
-    ///
-    /// By write(2), the one call of which the agent behind the listener, who does not have
-    /// it yet, is never asked.
-    pub fn hand_listener_over(&self, number: i32) -> Result<()> {
-        let [a, b, c, d] = number.to_ne_bytes();
-        rustix::io::write(&self.fd, &[LISTENER, a, b, c, d])
-            .doing(|| "hand the seccomp listener to the parent process")?;
-        self.wait_for_answer()
+    /// From now on this process may not be allowed to say anything.
+    pub fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
+        send_descriptor(self.fd.as_fd(), page, &[FILTERED])
+            .doing(|| "hand memory to report by to the parent process")
     }
 
     pub fn ready(&self) -> Result<()> {
@@ -148,33 +144,19 @@ impl Channel {
     /// From the parent: the next message.
     pub fn receive(&self) -> Result<Message> {
         let mut buffer = vec![0u8; LIMIT];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            match recvmsg(
-                &self.fd,
-                &mut [IoSliceMut::new(&mut buffer)],
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            ) {
-                Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Ok(Message::Closed),
-                result => break result.doing(|| "wait for the container's first process")?,
-            }
+        let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
+            Err(Errno::CONNRESET) => return Ok(Message::Closed),
+            result => result.doing(|| "wait for the container's first process")?,
         };
-        let descriptor = ancillary.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-            _ => None,
-        });
-        let message = buffer.get(..received.bytes).unwrap_or_default();
+        let message = buffer.get(..length).unwrap_or_default();
         Ok(match (message, descriptor) {
             ([], _) => Message::Closed,
             ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
             ([HOST_SIDE], _) => Message::HostSide,
-            ([LISTENER, a, b, c, d], _) => Message::Listener(i32::from_ne_bytes([*a, *b, *c, *d])),
             ([RUN_HOOKS], _) => Message::RunHooks,
             ([READY], _) => Message::Ready,
             ([TERMINAL], Some(master)) => Message::Terminal(master),
+            ([FILTERED], Some(page)) => Message::Filtered(Report::new(page)),
             ([FAILED, sentence @ ..], _) => {
                 Message::Failed(Error::new(String::from_utf8_lossy(sentence)))
             }
@@ -206,6 +188,27 @@ pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
 pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
     send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
         .doing(|| "send the process's descriptor over --pidfd-socket")
+}
+
+/// Receives some bytes, and the descriptor that may have come with them.
+pub fn receive_descriptor(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(buffer)];
+        match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    let descriptor = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    Ok((received.bytes, descriptor))
 }
 
 /// Sends a descriptor with some bytes over a unix socket.

@@ -4,7 +4,7 @@
 //! process then leads into all of its namespaces with one setns(2).
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -19,7 +19,7 @@ use crate::init::{NeverReturn, end, execute, join_keyring, settle};
 use crate::namespaces::flag;
 use crate::process::Process;
 use crate::rootfs::Rootfs;
-use crate::seccomp::Agent;
+use crate::seccomp::{Agent, Report, SharedPage};
 use crate::state::{State, Status};
 use crate::syscalls::{self, Cloned, clone3};
 use crate::terminal::Terminal;
@@ -143,6 +143,10 @@ fn run(request: &mut Request<'_>, channel: Channel, joined: u64) -> ! {
 fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
     let state = request.state;
     request.descriptors.close_leaked()?;
+    let filter = match &state.seccomp {
+        Some(filter) => Some((filter, SharedPage::new()?)),
+        None => None,
+    };
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
     // An unprivileged parent could do no more than this process itself.
@@ -180,17 +184,20 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
     }
     request.console_socket = None;
     request.pidfd_socket = None;
-    let filter = state.seccomp.as_ref();
+    let mut kept = vec![channel.as_fd()];
+    kept.extend(filter.as_ref().map(|(_, page)| page.as_fd()));
     let program = settle(
         &mut request.process,
         labels,
         &request.descriptors,
-        filter,
-        channel,
-        &[channel.as_fd()],
+        filter.is_some(),
+        &kept,
     )?;
-    channel.ready()?;
-    Err(execute(&program, &request.process, filter))
+    if filter.is_none() {
+        channel.ready()?;
+    }
+    let send = |page: BorrowedFd<'_>| channel.filtered(page);
+    Err(execute(&program, &request.process, filter, send))
 }
 
 fn accompany(
@@ -202,6 +209,7 @@ fn accompany(
 ) -> Result<Option<OwnedFd>> {
     let mut terminal = None;
     let mut ready = false;
+    let mut report = None;
     loop {
         match channel.receive()? {
             Message::HostSide => {
@@ -210,15 +218,19 @@ fn accompany(
                 channel.go_on()?;
             }
             Message::Terminal(master) => terminal = Some(master),
-            Message::Listener(number) => {
+            Message::Filtered(page) => {
+                ready = true;
+                let page = report.insert(page);
                 if let Some(agent) = agent.take() {
                     let shown = request.state.for_others(Status::Running);
-                    agent.tell(pidfd.as_fd(), pid, number, shown)?;
+                    agent.serve(page, pidfd, pid, shown)?;
                 }
-                channel.go_on()?;
             }
             Message::Ready => ready = true,
-            Message::Closed if ready => return Ok(terminal),
+            Message::Closed if ready => {
+                report.as_ref().map_or(Ok(()), Report::verdict)?;
+                return Ok(terminal);
+            }
             Message::Closed => {
                 await_death(pidfd);
                 refuse!("the process died while it was being made")

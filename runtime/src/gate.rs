@@ -16,13 +16,16 @@ use rustix::net::{
     bind, connect, listen, recv, send, socket_with,
 };
 
+use crate::channel::{receive_descriptor, send_descriptor};
 use crate::claim::Claim;
 use crate::error::{Context, Error, Result};
+use crate::seccomp::Report;
 use crate::state::{GATE, GATE_SHUT};
 
 const GO: &[u8] = b"G";
 const LET_IN: u8 = b'L';
 const FAILED: u8 = b'F';
+const FILTERED: u8 = b'S';
 /// Longest error that is carried.
 const LIMIT: usize = 16 << 10;
 
@@ -104,11 +107,17 @@ pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
 }
 
-/// From `start`: has the container's program executed, and returns when it is.
+/// From the container's first process: from now on it may not be allowed to say anything.
+pub fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
+    send_descriptor(starter, page, &[FILTERED]).doing(|| "hand memory to report by to start")
+}
+
+/// From `start`: has the container's program executed, and returns when it is. Once the first
+/// process is about to load its filter, `accompany` is called.
 ///
 /// # Errors
 /// The container is not waiting to be started; or what prevented the execution.
-pub fn open(directory: &Path, id: &str) -> Result<()> {
+pub fn open(directory: &Path, id: &str, accompany: impl Fn(&Report) -> Result<()>) -> Result<()> {
     let not_created = || {
         Error::new(format!(
             "cannot start container {id}: it is not in state created"
@@ -129,22 +138,23 @@ pub fn open(directory: &Path, id: &str) -> Result<()> {
     send(&socket, GO, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
     let mut buffer = vec![0u8; LIMIT];
     let mut let_in = false;
+    let mut report = None;
     loop {
-        match recv(socket.as_fd(), &mut *buffer, RecvFlags::empty()) {
-            Err(Errno::INTR) => {}
-            Ok((_, length)) if length > 0 => match buffer.get(..length).unwrap_or_default() {
-                [LET_IN] if !let_in => {
-                    let_in = true;
-                    let _ = rustix::fs::unlink(&path);
-                }
-                [FAILED, sentence @ ..] => {
-                    return Err(Error::new(String::from_utf8_lossy(sentence)));
-                }
-                _ => {}
-            },
+        let (length, descriptor) =
+            receive_descriptor(socket.as_fd(), &mut buffer).unwrap_or_default();
+        match (buffer.get(..length).unwrap_or_default(), descriptor) {
+            ([LET_IN], _) if !let_in => {
+                let_in = true;
+                let _ = rustix::fs::unlink(&path);
+            }
+            ([FILTERED], Some(page)) => accompany(report.insert(Report::new(page)))?,
+            ([FAILED, sentence @ ..], _) => {
+                return Err(Error::new(String::from_utf8_lossy(sentence)));
+            }
             // Closed: by executing the program, if it had let us in.
-            _ if let_in => return Ok(()),
-            _ => return Err(not_created()),
+            ([], _) if let_in => return report.as_ref().map_or(Ok(()), Report::verdict),
+            ([], _) => return Err(not_created()),
+            _ => {}
         }
     }
 }

@@ -5,7 +5,8 @@
 //! sent to the parent, and the end.
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
@@ -24,13 +25,13 @@ use crate::mount_options::READ_ONLY;
 use crate::mounts::tree::{self, attach_root, take_root};
 use crate::mounts::{Mount, OwnCgroup, Taken, protection};
 use crate::namespaces::OpenJoin;
-use crate::process::{Process, enter_cwd, make_cwd, no_program};
+use crate::process::{Process, enter_cwd, make_cwd, not_executed};
 use crate::procfs::Procfs;
 use crate::rootfs::Rootfs;
 use crate::scheduling::leave_callers_cpus;
-use crate::seccomp::{Filter, Moment};
+use crate::seccomp::{Filter, SharedPage};
 use crate::state::{State, Status};
-use crate::syscalls::{self, MountAttr, mount_setattr};
+use crate::syscalls::{self, Execution, MountAttr, mount_setattr};
 use crate::terminal::Terminal;
 use crate::{devices, environment, gate, hooks, log, namespaces, sysctl};
 
@@ -58,8 +59,11 @@ pub struct Init<'a> {
 
 /// Ends the process without running anything of its parent's that it was born with.
 pub fn end() -> ! {
-    // SAFETY: _exit runs no handlers, flushes nothing, and does not return.
-    unsafe { libc::_exit(1) }
+    // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
+    unsafe { libc::syscall(libc::SYS_exit_group, 1) };
+    // A filter may have refused that, and C libraries would try for ever. This ends with an
+    // instruction that is none.
+    std::process::abort()
 }
 
 /// Ends the process on any way out of its story, so that a copy of rrun never returns into
@@ -84,6 +88,8 @@ impl Init<'_> {
     fn live(&mut self) -> Result<Infallible> {
         let config = self.config;
         self.descriptors.close_leaked()?;
+        let page = config.seccomp.as_ref().map(|_| SharedPage::new());
+        let page = page.transpose()?;
         let new_user = config.namespaces.own(Type::User);
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
@@ -127,30 +133,63 @@ impl Init<'_> {
         self.console_socket = None;
         let mut kept = vec![self.channel.as_fd()];
         kept.extend(self.gate.as_ref().map(AsFd::as_fd));
+        kept.extend(page.as_ref().map(AsFd::as_fd));
         let program = settle(
             &mut process,
             labels,
             &self.descriptors,
-            filter,
-            &self.channel,
+            filter.is_some(),
             &kept,
         )?;
+        let Some(gate) = self.gate.take() else {
+            if filter.is_none() {
+                self.channel.ready()?;
+            }
+            let send = |page: BorrowedFd<'_>| self.channel.filtered(page);
+            return self.become_program(&process, &program, page, send);
+        };
         self.channel.ready()?;
+        let starter = gate::wait(gate.as_fd())?;
+        drop(gate);
+        let send = |page: BorrowedFd<'_>| gate::filtered(starter.as_fd(), page);
+        let Err(error) = self.become_program(&process, &program, page, send);
+        gate::failed(starter.as_fd(), &error);
+        end()
+    }
 
-        let starter = match &self.gate {
-            Some(gate) => Some(gate::wait(gate.as_fd())?),
-            None => None,
-        };
-        self.gate = None;
-        let error = match self.start_container_hooks(&process) {
-            Ok(()) => execute(&program, &process, filter),
-            Err(error) => error,
-        };
-        if let Some(starter) = starter {
-            gate::failed(starter.as_fd(), &error);
-            end();
+    /// Runs the hooks startContainer and executes the program.
+    fn become_program(
+        &self,
+        process: &Process,
+        program: &CStr,
+        page: Option<SharedPage>,
+        send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+    ) -> Result<Infallible> {
+        let filter = self.config.seccomp.as_ref().zip(page);
+        let hooks = self.config.hooks.start_container().as_deref();
+        let hooks = hooks.filter(|list| !list.is_empty());
+        match (filter, hooks) {
+            // The agent is asked about the calls of the hooks, too, for which there can be but
+            // one listener.
+            (Some((filter, page)), Some(_)) if filter.listener.is_some() => {
+                let reporter = page.hand_over(program, send)?;
+                filter.confine(&reporter)?;
+                if let Err(error) = self.start_container_hooks(process, None) {
+                    // The filter may forbid this process to report it in another way.
+                    reporter.failed(Errno::CANCELED);
+                    return Err(error);
+                }
+                reporter.failed(Execution::new(program, &process.args, &process.env).execute());
+                end()
+            }
+            (filter, hooks) => {
+                if hooks.is_some() {
+                    let filter = filter.as_ref().map(|(filter, _)| *filter);
+                    self.start_container_hooks(process, filter)?;
+                }
+                Err(execute(program, process, filter, send))
+            }
         }
-        Err(error)
     }
 
     fn enter_namespaces(&self, new_user: bool) -> Result<()> {
@@ -274,31 +313,17 @@ impl Init<'_> {
         Ok(())
     }
 
-    fn start_container_hooks(&self, process: &Process) -> Result<()> {
-        match self
-            .config
-            .hooks
-            .start_container()
-            .as_ref()
-            .filter(|list| !list.is_empty())
-        {
-            Some(list) => {
-                hooks::run(
-                    "startContainer",
-                    Some(list),
-                    &self.hook_state(Status::Created),
-                    hooks::Where::InContainer {
-                        env: &process.env,
-                        // Loaded for this process itself only after them; one that is loaded
-                        // already goes for them, too.
-                        filter: self.config.seccomp.as_ref().filter(|filter| {
-                            filter.moment(process.no_new_privileges) == Moment::Last
-                        }),
-                    },
-                )
-            }
-            None => Ok(()),
-        }
+    /// `filter` is loaded in each hook alone; this process loads it only after them.
+    fn start_container_hooks(&self, process: &Process, filter: Option<&Filter>) -> Result<()> {
+        hooks::run(
+            "startContainer",
+            self.config.hooks.start_container().as_ref(),
+            &self.hook_state(Status::Created),
+            hooks::Where::InContainer {
+                env: &process.env,
+                filter,
+            },
+        )
     }
 
     /// The state for hooks, with this process's id as the host knows it.
@@ -412,23 +437,15 @@ pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
 /// Everything between the container's root and the program: the working directory, the
 /// user, and the descriptors, of which `kept` stay open until the execution. Returns the
 /// program's path.
+///
+/// All that a filter could forbid is done here, before one is loaded.
 pub fn settle(
     process: &mut Process,
     labels: OpenLabels,
     descriptors: &Descriptors,
-    filter: Option<&Filter>,
-    channel: &Channel,
+    will_be_filtered: bool,
     kept: &[BorrowedFd<'_>],
-) -> Result<std::ffi::CString> {
-    let no_new_privileges = process.no_new_privileges;
-    let load_at = |moment: Moment| match filter {
-        Some(filter) if filter.moment(no_new_privileges) == moment => {
-            filter.load()?.map_or(Ok(()), |listener| {
-                channel.hand_listener_over(listener.as_raw_fd())
-            })
-        }
-        _ => Ok(()),
-    };
+) -> Result<CString> {
     labels.apply()?;
     drop(labels);
     // No path of the container is resolved before this, and none of the host after it.
@@ -446,41 +463,43 @@ pub fn settle(
         Err(_) if !process.cwd.exists() => make_cwd(&process.cwd),
         entered => entered,
     };
-    // A filter may be loaded from here on: what follows has to pass through it, and is the
-    // less the better.
     // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
     syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
-    process.become_user(|| load_at(Moment::Privileged))?;
+    process.become_user(will_be_filtered && !process.no_new_privileges)?;
     if entered.is_err() {
         enter_cwd(&process.cwd)?;
     }
     if process.no_new_privileges {
         rustix::thread::set_no_new_privs(true).doing(|| "set process.noNewPrivileges")?;
     }
-    let program = process.find_program()?;
-    load_at(Moment::Settled)?;
-    Ok(program)
+    process.find_program()
 }
 
-/// Becomes the program; returns only with the reason why not.
-pub fn execute(program: &std::ffi::CString, process: &Process, filter: Option<&Filter>) -> Error {
-    if let Some(filter) = filter
-        && filter.moment(process.no_new_privileges) == Moment::Last
-        && let Err(error) = filter.load()
-    {
-        return error;
-    }
-    let errno = syscalls::execve(program, &process.args, &process.env);
-    let path = program.to_string_lossy();
-    match errno {
-        // It was there a moment ago.
-        Errno::NOENT => Error::new(format!(
-            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
-        )),
-        Errno::PERM if filter.is_some() => {
-            no_program(&path, errno).while_doing("execve, which linux.seccomp may forbid")
+/// Becomes the program; returns only with the reason why not. `send` hands over the page by
+/// which a filtered process reports.
+///
+/// Once a filter is loaded, execve(2) is the only system call: any profile allows it under which
+/// a program can be started at all.
+pub fn execute(
+    program: &CStr,
+    process: &Process,
+    filter: Option<(&Filter, SharedPage)>,
+    send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+) -> Error {
+    let execution = Execution::new(program, &process.args, &process.env);
+    let Some((filter, page)) = filter else {
+        return not_executed(&program.to_string_lossy(), execution.execute(), false);
+    };
+    let confined = page.hand_over(program, send).and_then(|reporter| {
+        filter.confine(&reporter)?;
+        Ok(reporter)
+    });
+    match confined {
+        Err(error) => error,
+        Ok(reporter) => {
+            reporter.failed(execution.execute());
+            end()
         }
-        errno => no_program(&path, errno),
     }
 }
 

@@ -169,9 +169,9 @@ impl Process {
             .doing(|| format!("set process.oomScoreAdj to {adj}"))
     }
 
-    /// Takes on group and user ids and capabilities, for good. Nothing privileged can be
-    /// done afterwards; what still wants privileges is done by `last_privileged`.
-    pub fn become_user(&self, last_privileged: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Takes on group and user ids and capabilities, for good. Nothing privileged can be done
+    /// afterwards, but a filter can be loaded if `until_execution` keeps the right to.
+    pub fn become_user(&self, until_execution: bool) -> Result<()> {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {
@@ -189,10 +189,9 @@ impl Process {
             rustix::thread::set_keep_capabilities(true)
                 .doing(|| "keep capabilities over the change of user")?;
         }
-        last_privileged()?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)
             .doing(|| format!("become process.user.uid {}", self.uid))?;
-        self.capabilities.apply()
+        self.capabilities.apply(until_execution)
     }
 
     /// Finds the program that `args[0]` names, in the current root, with the PATH of the
@@ -273,6 +272,20 @@ pub fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
         Errno::NOEXEC => format!("exec: \"{path}\": exec format error (ENOEXEC)"),
         errno => format!("exec: \"{path}\": {}", errno_text(errno.raw_os_error())),
     })
+}
+
+/// Why execve(2) of a program failed that was there a moment ago.
+pub fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
+    use rustix::io::Errno;
+    match errno {
+        Errno::NOENT => Error::new(format!(
+            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
+        )),
+        errno if filtered && !matches!(errno, Errno::ACCESS | Errno::NOEXEC) => {
+            no_program(path, errno).while_doing("execve, which linux.seccomp may forbid")
+        }
+        errno => no_program(path, errno),
+    }
 }
 
 /// Whether the file can be executed by this process, as far as can be told before.

@@ -1,7 +1,9 @@
 //! System calls that neither rustix nor nix offers yet, each with a safe face.
 
 use std::ffi::{CStr, CString};
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 use rustix::io::Errno;
 
@@ -271,15 +273,36 @@ pub fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     }
 }
 
-/// Replaces this process's program; returns only if that failed. See execve(2).
-pub fn execve(path: &CString, args: &[CString], env: &[CString]) -> Errno {
-    let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
-    argv.push(std::ptr::null());
-    let mut envp: Vec<*const libc::c_char> = env.iter().map(|var| var.as_ptr()).collect();
-    envp.push(std::ptr::null());
-    // SAFETY: all strings are NUL-terminated and both arrays end with a null pointer.
-    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
-    last_errno()
+/// An execve(2) with its arguments laid out as the kernel wants them, so that nothing has to be
+/// allocated any more.
+pub struct Execution<'a> {
+    path: &'a CStr,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    strings: PhantomData<&'a [CString]>,
+}
+
+impl<'a> Execution<'a> {
+    pub fn new(path: &'a CStr, args: &'a [CString], env: &'a [CString]) -> Execution<'a> {
+        let pointers = |strings: &'a [CString]| {
+            let pointers = strings.iter().map(|string| string.as_ptr());
+            pointers.chain([std::ptr::null()]).collect()
+        };
+        Execution {
+            path,
+            argv: pointers(args),
+            envp: pointers(env),
+            strings: PhantomData,
+        }
+    }
+
+    /// Replaces this process's program; returns only if that failed. Makes no other system call.
+    pub fn execute(&self) -> Errno {
+        // SAFETY: all strings are NUL-terminated and outlive `self`, and both arrays end with a
+        // null pointer.
+        unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        last_errno()
+    }
 }
 
 /// Replaces this process's program by the file that `file` refers to, with the environment
@@ -466,6 +489,26 @@ pub fn load_seccomp_filter(
     }
     // SAFETY: with that flag, the kernel returns a new descriptor that nobody else owns.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(returned as i32) }))
+}
+
+/// Maps the start of a file into memory that all who have the file share, for as long as this
+/// process runs its program. See mmap(2).
+pub fn map_shared(file: BorrowedFd<'_>, length: usize) -> Result<NonNull<libc::c_void>, Errno> {
+    // SAFETY: the kernel chooses an address that nothing else is mapped at.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    match NonNull::new(address) {
+        Some(mapped) if address != libc::MAP_FAILED => Ok(mapped),
+        _ => Err(last_errno()),
+    }
 }
 
 /// Brings the loopback interface of the current network namespace up.

@@ -10,7 +10,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
-use crate::machine::{Directory, Result, command};
+use crate::machine::{Directory, Result, command, wait_for};
 use crate::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -29,7 +29,19 @@ pub const TESTS: &[Test] = &[
     test!(exec_is_filtered_as_the_container_is),
     test!(without_a_profile_nothing_is_filtered),
     test!(a_filter_is_the_programs_concern_alone, Need::Rrun),
+    test!(
+        between_a_filter_and_its_program_execve_is_the_only_call,
+        Need::Rrun
+    ),
+    test!(
+        a_program_that_can_not_be_executed_is_reported_under_any_filter,
+        Need::Rrun
+    ),
+    test!(the_right_to_load_a_filter_ends_with_that),
     test!(an_agent_is_asked),
+    test!(an_agent_is_asked_about_the_execution_itself, Need::Rrun),
+    test!(an_agent_is_asked_about_what_a_hook_does),
+    test!(an_agent_that_went_away_is_reported_by_start, Need::Rrun),
     test!(an_agent_is_asked_about_what_exec_runs),
     test!(an_agent_that_is_not_there_is_told),
     test!(a_bad_profile_is_refused_by_its_field, Need::Rrun),
@@ -356,6 +368,236 @@ fn a_filter_is_the_programs_concern_alone() -> Result {
     Ok(())
 }
 
+/// The only calls that a program itself makes which does nothing but end or wait, and execve(2),
+/// which makes it that program. crun calls close(2) and close_range(2) besides, runc many more.
+const LEAST: [&str; 3] = ["execve", "exit_group", "ppoll"];
+
+/// Executed with one word it succeeds, with two it ends with status 7, with more it waits.
+const LEAST_PROGRAM: &str = "/bin/least";
+
+/// A 64-bit ELF file of this machine's architecture, with no more than [`LEAST`] in it.
+fn least_program() -> Vec<u8> {
+    #[cfg(target_arch = "x86_64")]
+    const CODE: &[u8] = &[
+        0x48, 0x8b, 0x04, 0x24, // mov (%rsp), %rax: how many words there are
+        0x48, 0x83, 0xf8, 0x02, // cmp $2, %rax
+        0x77, 0x0d, // ja to the wait
+        0x6b, 0xf8, 0x07, // imul $7, %eax, %edi
+        0x83, 0xef, 0x07, // sub $7, %edi
+        0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05, // exit_group
+        0x31, 0xff, 0x31, 0xf6, 0x31, 0xd2, 0x45, 0x31, 0xd2, // four zeros
+        0xb8, 0x0f, 1, 0, 0, 0x0f, 0x05, // ppoll
+        0xeb, 0xee, // jmp back to the zeros
+    ];
+    #[cfg(target_arch = "aarch64")]
+    const CODE: &[u8] = &[
+        0xe0, 0x03, 0x40, 0xf9, // ldr x0, [sp]: how many words there are
+        0x1f, 0x08, 0x00, 0xf1, // cmp x0, #2
+        0xc8, 0x00, 0x00, 0x54, // b.hi to the wait
+        0x00, 0x04, 0x00, 0xd1, // sub x0, x0, #1
+        0xe1, 0x00, 0x80, 0xd2, // mov x1, #7
+        0x00, 0x7c, 0x01, 0x9b, // mul x0, x0, x1
+        0xc8, 0x0b, 0x80, 0xd2, 0x01, 0x00, 0x00, 0xd4, // exit_group
+        0x00, 0x00, 0x80, 0xd2, 0x01, 0x00, 0x80, 0xd2, // x0, x1 = 0
+        0x02, 0x00, 0x80, 0xd2, 0x03, 0x00, 0x80, 0xd2, // x2, x3 = 0
+        0x28, 0x09, 0x80, 0xd2, 0x01, 0x00, 0x00, 0xd4, // ppoll
+        0xfa, 0xff, 0xff, 0x17, // b back to the zeros
+    ];
+    const MACHINE: u16 = if cfg!(target_arch = "x86_64") {
+        62
+    } else {
+        183
+    };
+    const HEADERS: u64 = 64 + 56;
+    const ADDRESS: u64 = 0x40_0000;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, the entry, one program header right behind this one. See elf(5).
+    file.extend([2u16, MACHINE].iter().flat_map(|it| it.to_le_bytes()));
+    file.extend(1u32.to_le_bytes());
+    file.extend(
+        [ADDRESS + HEADERS, 64, 0]
+            .iter()
+            .flat_map(|it| it.to_le_bytes()),
+    );
+    file.extend(0u32.to_le_bytes());
+    file.extend(
+        [64u16, 56, 1, 0, 0, 0]
+            .iter()
+            .flat_map(|it| it.to_le_bytes()),
+    );
+    // PT_LOAD, readable and executable, all of the file.
+    let size = HEADERS + CODE.len() as u64;
+    file.extend([1u32, 5].iter().flat_map(|it| it.to_le_bytes()));
+    let load = [0, ADDRESS, ADDRESS, size, size, 0x1000];
+    file.extend(load.iter().flat_map(|it| it.to_le_bytes()));
+    file.extend(CODE);
+    file
+}
+
+fn least(default: &str) -> Value {
+    json!({
+        "defaultAction": default,
+        "syscalls": [{ "names": LEAST, "action": "SCMP_ACT_ALLOW" }],
+    })
+}
+
+fn with_least_program(profile: Value, words: usize) -> Result<Bundle> {
+    let mut bundle = filtered(profile, &[])?;
+    for (name, content) in [
+        (LEAST_PROGRAM, least_program()),
+        ("/bin/script", b"#!/bin/missing\n".to_vec()),
+        ("/bin/text", b"neither program nor script\n".to_vec()),
+    ] {
+        let path = bundle.rootfs().join(name.trim_start_matches('/'));
+        std::fs::write(&path, content)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&path, mode)?;
+    }
+    bundle.set("/process/args", json!(vec![LEAST_PROGRAM; words]));
+    Ok(bundle)
+}
+
+const REFUSING: [&str; 2] = ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"];
+
+fn between_a_filter_and_its_program_execve_is_the_only_call() -> Result {
+    for (default, no_new_privileges, uid, terminal) in REFUSING.iter().flat_map(|default| {
+        [
+            (*default, true, 0, false),
+            (*default, false, 0, true),
+            (*default, true, 1000, true),
+            (*default, false, 1000, false),
+        ]
+    }) {
+        let case = format!("{default}, noNewPrivileges {no_new_privileges}, user {uid}");
+        let with = |words| -> Result<Bundle> {
+            let mut bundle = with_least_program(least(default), words)?;
+            bundle
+                .set(
+                    "/process/rlimits",
+                    json!([{ "type": "RLIMIT_FSIZE", "soft": 0, "hard": 0 }]),
+                )
+                .set("/process/noNewPrivileges", json!(no_new_privileges))
+                .set("/process/user", json!({ "uid": uid, "gid": uid }))
+                .set(
+                    "/hooks/startContainer",
+                    json!([{ "path": LEAST_PROGRAM, "args": ["hook"] }]),
+                );
+            if uid != 0 {
+                bundle.set("/process/capabilities", json!({}));
+            }
+            Ok(bundle)
+        };
+        let mut bundle = with(2)?;
+        bundle.set("/process/terminal", json!(terminal));
+        let output = bundle.call(&["run"])?.end()?;
+        ensure_eq!(output.code, 7, "run, {case}: {}", output.told());
+
+        let bundle = with(3)?;
+        bundle.start()?;
+        ensure_eq!(bundle.status()?, "running", "status after start, {case}");
+        let exec = [&["exec"], &[bundle.id()], &[LEAST_PROGRAM; 2][..]].concat();
+        let output = bundle.runtime(&exec).end()?;
+        ensure_eq!(output.code, 7, "exec, {case}: {}", output.told());
+        bundle.end()?;
+    }
+    Ok(())
+}
+
+/// The process itself may not be allowed to report it.
+fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
+    let nothing = |default: &str| json!({ "defaultAction": default, "syscalls": [] });
+    for (profile, program, words) in [
+        (
+            least("SCMP_ACT_ERRNO"),
+            "/bin/nobody",
+            "stat /bin/nobody: no such file",
+        ),
+        (
+            least("SCMP_ACT_KILL_PROCESS"),
+            "nobody",
+            "executable file not found in $PATH",
+        ),
+        (
+            least("SCMP_ACT_KILL_PROCESS"),
+            "/bin/no-program",
+            "permission denied",
+        ),
+        (
+            least("SCMP_ACT_ERRNO"),
+            "/bin/script",
+            "perhaps the interpreter",
+        ),
+        (
+            least("SCMP_ACT_KILL_PROCESS"),
+            "/bin/script",
+            "perhaps the interpreter",
+        ),
+        (
+            least("SCMP_ACT_KILL_PROCESS"),
+            "/bin/text",
+            "exec format error",
+        ),
+        (
+            nothing("SCMP_ACT_ERRNO"),
+            LEAST_PROGRAM,
+            "which linux.seccomp may forbid",
+        ),
+    ] {
+        for no_new_privileges in [true, false] {
+            let mut bundle = with_least_program(profile.clone(), 3)?;
+            bundle
+                .set("/process/args", json!([program]))
+                .set("/process/noNewPrivileges", json!(no_new_privileges));
+            let output = bundle.call(&["run"])?.exits(1)?;
+            ensure!(output.stderr.contains(words), "{}", output.told());
+            let created = bundle.runtime(&["create", bundle.id()]).end()?;
+            let output = match created.code {
+                0 => bundle.runtime(&["start", bundle.id()]).end()?,
+                _ => created,
+            };
+            ensure!(output.stderr.contains(words), "{}", output.told());
+            bundle.end()?;
+        }
+    }
+    let killed = with_least_program(nothing("SCMP_ACT_KILL_PROCESS"), 2)?;
+    killed.call(&["run"])?.exits(128 + libc::SIGSYS)?;
+
+    let bundle = with_least_program(least("SCMP_ACT_KILL_PROCESS"), 3)?;
+    bundle.start()?;
+    for (program, words) in [
+        ("/bin/nobody", "stat /bin/nobody: no such file"),
+        ("/bin/script", "perhaps the interpreter"),
+        ("/bin/text", "exec format error"),
+    ] {
+        let output = bundle.runtime(&["exec", bundle.id(), program]).exits(255)?;
+        ensure!(output.stderr.contains(words), "{}", output.told());
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+/// The capability by which the filter is loaded is not the program's.
+fn the_right_to_load_a_filter_ends_with_that() -> Result {
+    for uid in [0, 1000] {
+        let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["report"])?;
+        bundle
+            .set("/process/noNewPrivileges", json!(false))
+            .set("/process/user", json!({ "uid": uid, "gid": uid }));
+        let filtered = bundle.run()?.json()?;
+        bundle.without("/linux/seccomp");
+        let free = bundle.run()?.json()?;
+        ensure_eq!(filtered["status"]["Seccomp"], "2", "mode");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            ensure_eq!(
+                filtered["status"][set],
+                free["status"][set],
+                "{set} of user {uid}"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// One side of the socket at listenerPath.
 struct AgentSocket {
     listener: UnixListener,
@@ -372,6 +614,7 @@ impl AgentSocket {
     fn new() -> Result<Self> {
         let directory = Directory::new("agent")?;
         let listener = UnixListener::bind(directory.join("agent.sock"))?;
+        listener.set_nonblocking(true)?;
         Ok(AgentSocket {
             listener,
             directory,
@@ -384,7 +627,13 @@ impl AgentSocket {
 
     /// What the next runtime process sends. The connection must be closed after it.
     fn accept(&self) -> Result<Asked> {
-        let (stream, _) = self.listener.accept()?;
+        let stream = wait_for("a process that has an agent", || {
+            match self.listener.accept() {
+                Ok((stream, _)) => Ok(Some(stream)),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        })?;
         let mut text = Vec::new();
         let mut descriptors = Vec::new();
         while receive(&stream, &mut text, &mut descriptors)? > 0 {}
@@ -430,6 +679,11 @@ fn receive(
 impl Asked {
     /// Takes the next question, and answers with that errno. Gives the call's number.
     fn answer(&self, errno: i32) -> Result<i32> {
+        self.decide(|_| Some(errno))
+    }
+
+    /// The same; without an errno, the call is made.
+    fn decide(&self, errno: impl FnOnce(i32) -> Option<i32>) -> Result<i32> {
         // SAFETY: all-zero values of these plain types are valid, and RECV wants them so.
         let (mut question, mut answer): (libc::seccomp_notif, libc::seccomp_notif_resp) =
             unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
@@ -439,7 +693,10 @@ impl Asked {
             unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV as _, &raw mut question) };
         nix::errno::Errno::result(got)?;
         answer.id = question.id;
-        answer.error = -errno;
+        match errno(question.data.nr) {
+            Some(errno) => answer.error = -errno,
+            None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+        }
         // SAFETY: SEND reads a seccomp_notif_resp, which answer is.
         let sent = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND as _, &raw mut answer) };
         nix::errno::Errno::result(sent)?;
@@ -512,6 +769,86 @@ fn an_agent_is_asked_about_what_exec_runs() -> Result {
     let output = running.end_within(crate::machine::deadline())?;
     ensure_eq!(output.text(), "EDOM", "what the call gave");
     bundle.end()?;
+    Ok(())
+}
+
+/// An agent that is asked about every call, and allows those of [`LEAST`] alone.
+fn an_agent_is_asked_about_the_execution_itself() -> Result {
+    for no_new_privileges in [true, false] {
+        let socket = AgentSocket::new()?;
+        let profile = json!({
+            "defaultAction": "SCMP_ACT_NOTIFY",
+            "listenerPath": socket.path(),
+        });
+        let with = |words| -> Result<Bundle> {
+            let mut bundle = with_least_program(profile.clone(), words)?;
+            bundle.set("/process/noNewPrivileges", json!(no_new_privileges));
+            Ok(bundle)
+        };
+        let least = [libc::SYS_execve, libc::SYS_exit_group, libc::SYS_ppoll];
+        let allowed = |call: i32| (!least.contains(&i64::from(call))).then_some(libc::ENOSYS);
+        let asked_in_order = |asked: &Asked, calls: &[i64]| -> Result {
+            for call in calls {
+                ensure_eq!(i64::from(asked.decide(allowed)?), *call, "call");
+            }
+            Ok(())
+        };
+        let bundle = with(2)?;
+        let running = bundle.call(&["run"])?.start()?;
+        asked_in_order(&socket.accept()?, &least[..2])?;
+        let output = running.end_within(crate::machine::deadline())?;
+        ensure_eq!(output.code, 7, "run: {}", output.told());
+
+        let bundle = with(3)?;
+        bundle.call(&["create"])?.ok()?;
+        let starting = bundle.call(&["start"])?.start()?;
+        let asked = socket.accept()?;
+        ensure_eq!(asked.state["state"]["id"], bundle.id(), "id");
+        ensure_eq!(asked.state["pid"], bundle.pid()?, "pid");
+        asked_in_order(&asked, &[least[0], least[2]])?;
+        let output = starting.end_within(crate::machine::deadline())?;
+        ensure_eq!(output.code, 0, "start: {}", output.told());
+        let exec = [&["exec"], &[bundle.id()], &[LEAST_PROGRAM; 2][..]].concat();
+        let running = bundle.runtime(&exec).start()?;
+        asked_in_order(&socket.accept()?, &least[..2])?;
+        let output = running.end_within(crate::machine::deadline())?;
+        ensure_eq!(output.code, 7, "exec: {}", output.told());
+        bundle.end()?;
+    }
+    Ok(())
+}
+
+fn an_agent_is_asked_about_what_a_hook_does() -> Result {
+    let socket = AgentSocket::new()?;
+    let mut bundle = filtered(asking(&socket), &["call", &getpgid()])?;
+    let args = json!(["inside", "call", getpgid()]);
+    bundle.set(
+        "/hooks/startContainer",
+        json!([{ "path": "/bin/inside", "args": args }]),
+    );
+    let running = bundle.call(&["run"])?.start()?;
+    let asked = socket.accept()?;
+    for asker in ["hook", "program"] {
+        let call = i64::from(asked.answer(libc::EDOM)?);
+        ensure_eq!(call, libc::SYS_getpgid, "call of the {asker}");
+    }
+    let output = running.end_within(crate::machine::deadline())?;
+    ensure_eq!(output.text(), "EDOM", "what the program's call gave");
+    Ok(())
+}
+
+fn an_agent_that_went_away_is_reported_by_start() -> Result {
+    let socket = AgentSocket::new()?;
+    let path = socket.path();
+    let bundle = filtered(asking(&socket), &["exit", "0"])?;
+    bundle.call(&["create"])?.ok()?;
+    drop(socket);
+    let output = bundle.call(&["start"])?.exits(1)?;
+    ensure!(output.stderr.contains(&path), "{}", output.told());
+    bundle.wait_status("stopped")?;
+    bundle.delete()?;
+    let output = bundle.call(&["create"])?.exits(1)?;
+    ensure!(output.stderr.contains(&path), "{}", output.told());
     Ok(())
 }
 

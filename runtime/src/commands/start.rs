@@ -1,7 +1,8 @@
 use super::{Command, Globals};
 use crate::arguments::Arguments;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::notify_socket::{Manager, NotifySocket};
+use crate::seccomp::Report;
 use crate::state::{State, Status, directory};
 use crate::{gate, hooks, refuse};
 
@@ -24,7 +25,7 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => None,
     };
     match state.noted_status(&directory)? {
-        Status::Created => gate::open(&directory, id)?,
+        Status::Created => gate::open(&directory, id, |report| tell_agent(&state, report))?,
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
         status => refuse!("cannot start container {id} in state {}", status.as_str()),
@@ -37,4 +38,21 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         notify.wait(state.pid, &process)?;
     }
     Ok(0)
+}
+
+/// Hands the listener of the container's filter to the agent, if it has one.
+fn tell_agent(state: &State, report: &Report) -> Result<()> {
+    let Some(listener) = state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) else {
+        return Ok(());
+    };
+    let told = listener.connect().and_then(|agent| {
+        let process = state.open_process()?;
+        let process = process.ok_or_else(|| Error::new("the container's first process is dead"))?;
+        let shown = state.for_others(Status::Created);
+        agent.serve(report, &process, state.pid, shown)
+    });
+    if told.is_err() {
+        report.answer(false);
+    }
+    told
 }

@@ -3,12 +3,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::FileType;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
+use super::Report;
 use crate::channel::send_descriptor;
 use crate::error::{Context, Error, Result};
+use crate::refuse;
 use crate::state::{OCI_VERSION, Shown};
 
 /// Where the agent listens, and what it is told.
@@ -54,20 +57,42 @@ impl Listener {
             connection,
         })
     }
+
+    /// Whether an agent may be there, for a container that will need it at its start.
+    pub fn check(&self) -> Result<()> {
+        let doing = || format!("look for linux.seccomp.listenerPath {}", self.path);
+        let stat = rustix::fs::stat(&*self.path).doing(doing)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Socket => Ok(()),
+            _ => refuse!("{}: it is not a socket", doing()),
+        }
+    }
 }
 
 impl Agent<'_> {
+    /// Hands the agent the listener of a process that is about to load its filter, as soon as it
+    /// has, and lets the process go on.
+    pub fn serve(
+        self,
+        report: &Report,
+        process: &OwnedFd,
+        pid: i32,
+        state: Shown<'_>,
+    ) -> Result<()> {
+        let Some(number) = report.await_listener(process) else {
+            // The process reports why.
+            return Ok(());
+        };
+        let told = self.tell(process.as_fd(), pid, number, state);
+        report.answer(told.is_ok());
+        told
+    }
+
     /// Takes the listener out of the process that loaded its filter, where it has that
     /// number, and hands it to the agent.
     ///
     /// The process itself could not send it: the filter may ask the agent about that.
-    pub fn tell(
-        self,
-        process: BorrowedFd<'_>,
-        pid: i32,
-        number: i32,
-        state: Shown<'_>,
-    ) -> Result<()> {
+    fn tell(self, process: BorrowedFd<'_>, pid: i32, number: i32, state: Shown<'_>) -> Result<()> {
         let doing = || format!("hand the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
         let message = serde_json::to_vec(&ProcessState {

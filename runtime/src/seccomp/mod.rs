@@ -10,11 +10,12 @@ mod bpf;
 mod compile;
 mod listener;
 mod profile;
+mod shared_page;
 mod table;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, IntoRawFd as _, OwnedFd};
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -22,8 +23,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub use bpf::Instruction;
 pub use listener::{Agent, Listener};
 pub use profile::{ACTIONS, OPERATORS, Profile};
+pub use shared_page::{Report, Reporter, SharedPage};
 
 use crate::error::{Context, Result};
+use crate::init::end;
 use crate::{log, refuse, syscalls};
 
 /// Flags by their names; seccomp(2) explains them.
@@ -53,18 +56,6 @@ pub struct Filter {
     flags: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listener: Option<Listener>,
-}
-
-/// When, on the way to its program, a process loads its filter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// Before it becomes its user: only CAP_SYS_ADMIN may filter those who can still gain
-    /// privileges by executing a program.
-    Privileged,
-    /// When it has become its user, while there still is who hands the listener over.
-    Settled,
-    /// Right before it becomes its program, so that the filter is nobody else's concern.
-    Last,
 }
 
 impl Filter {
@@ -100,19 +91,24 @@ impl Filter {
         }))
     }
 
-    pub fn moment(&self, no_new_privileges: bool) -> Moment {
-        match (no_new_privileges, &self.listener) {
-            (false, _) => Moment::Privileged,
-            (true, Some(_)) => Moment::Settled,
-            (true, None) => Moment::Last,
-        }
-    }
-
     /// Filters this process's calls from now on, for good. Gives the listener, if there is
     /// one.
     pub fn load(&self) -> Result<Option<OwnedFd>> {
         syscalls::load_seccomp_filter(&self.program, self.flags)
             .doing(|| "load the seccomp filter (linux.seccomp)")
+    }
+
+    /// The same, and returns only when the agent has the listener, if there is one. No system call
+    /// is made once the filter is loaded.
+    pub fn confine(&self, reporter: &Reporter) -> Result<()> {
+        if let Some(listener) = self.load()? {
+            if !reporter.await_agent(listener.as_fd()) {
+                end();
+            }
+            // execve(2) closes it; this process may not be allowed to.
+            let _ = listener.into_raw_fd();
+        }
+        Ok(())
     }
 }
 

@@ -218,18 +218,13 @@ impl Profile {
             &self.default_action,
             self.default_errno_ret,
         )?;
-        if default == libc::SECCOMP_RET_USER_NOTIF {
-            refuse!(
-                "linux.seccomp.defaultAction: SCMP_ACT_NOTIFY: nobody could be asked about the write(2) by which rrun says where to ask"
-            );
-        }
         let mut checked = Checked {
             default,
             architectures: self.architectures(native)?,
             rules: Vec::new(),
             calls: Vec::with_capacity(512),
             named: Vec::with_capacity(512),
-            notifies: false,
+            notifies: default == libc::SECCOMP_RET_USER_NOTIF,
         };
         for (index, entry) in self.syscalls.iter().flatten().enumerate() {
             entry.check(index, &mut checked, unknown)?;
@@ -304,12 +299,6 @@ impl Entry {
                 }
                 Name::Unknown(name) => unknown(name),
                 Name::Known(syscall) => {
-                    if answer == libc::SECCOMP_RET_USER_NOTIF && syscall.name() == "write" {
-                        refuse!(
-                            "{}.names[{at}]: write can not have SCMP_ACT_NOTIFY: by it rrun says where to ask",
-                            field()
-                        );
-                    }
                     checked.named.push(*syscall);
                     let calls = rules.clone().map(|rule| (*syscall, rule as u16));
                     checked.calls.extend(calls);
@@ -357,19 +346,11 @@ mod tests {
                 "defaultErrnoRet: 4096",
             ),
             (
-                r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#.to_owned(),
-                "defaultAction: SCMP_ACT_NOTIFY",
-            ),
-            (
                 r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86","VAX"]}"#
                     .to_owned(),
                 "architectures[1]: VAX",
             ),
             (call(""), "syscalls[0].action: is missing"),
-            (
-                call(r#","action":"SCMP_ACT_NOTIFY""#),
-                "syscalls[0].names[0]: write",
-            ),
             (
                 call(r#","action":"SCMP_ACT_KILL","errnoRet":3"#),
                 "syscalls[0].errnoRet: SCMP_ACT_KILL has no errno",
