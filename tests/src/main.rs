@@ -68,6 +68,7 @@ mod needs;
 mod network_crowds;
 mod network_flows;
 mod network_host_ports;
+mod network_routers;
 mod node;
 mod reboot;
 mod rrun_bad_input;
@@ -183,6 +184,7 @@ fn main() -> ExitCode {
         cri_metrics::TESTS,
         network_host_ports::TESTS,
         network_flows::TESTS,
+        network_routers::TESTS,
         network_crowds::TESTS,
         kubelet_pods::TESTS,
         kubelet_application::TESTS,

@@ -2,8 +2,8 @@
 //! Everything here blocks, for microseconds to a few milliseconds.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,9 @@ const ELSEWHERE: [IpAddr; 2] = [
 
 /// Ethernet's, for a node without a default route.
 const DEFAULT_MTU: u32 = 1500;
+
+/// The smallest MTU that the kernel gives an interface IPv6 with.
+const IPV6_MIN_MTU: u32 = 1280;
 
 /// IFALIASZ, with its NUL.
 const ALIAS_BYTES: usize = 255;
@@ -150,9 +153,7 @@ impl Bridge {
                 NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
             })?;
             let v6 = addresses.iter().any(IpAddr::is_ipv6);
-            if v6 {
-                forwarding::take_no_advertisements(POD_INTERFACE)?;
-            }
+            forwarding::refuse_routers_in_pod(POD_INTERFACE)?;
             let mut batch = Batch::default();
             link::set_up(&mut batch, index, POD_INTERFACE);
             if v6 {
@@ -271,7 +272,7 @@ impl Bridge {
         link::delete_together(&mut socket, &names)
     }
 
-    /// Deletes every interface of ours but those of `keep`.
+    /// Deletes every interface of ours but those of `keep`, which refuse routers from now on.
     pub(super) fn sweep(&self, keep: &HashSet<String>) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
         let links = link::list(&mut socket)?;
@@ -284,11 +285,31 @@ impl Bridge {
             let ours = link.kind.as_deref() == Some("veth")
                 && is_host_interface(&link.name)
                 && (on_bridge || alias.starts_with(&self.alias("")));
-            if ours && !keep.contains(&link.name) {
-                link::delete(&mut socket, &link.name)?;
+            match keep.contains(&link.name) {
+                _ if !ours => {}
+                // An earlier version of rrun may have made it.
+                true => forwarding::refuse_routers(&link.name)
+                    .unwrap_or_else(|error| log::error!("{error}")),
+                false => link::delete(&mut socket, &link.name)?,
             }
         }
         Ok(())
+    }
+
+    /// Makes the interfaces of pods that run already refuse router advertisements and redirects. A
+    /// failure for one pod does not keep the others from it; the error is the last one.
+    pub(super) fn refuse_routers(&self, netns: &[PathBuf]) -> Result<(), NetworkError> {
+        let refuse = |path: &PathBuf| {
+            namespace::enter(namespace::open(path)?.as_fd(), path)?;
+            forwarding::refuse_routers_in_running_pod(POD_INTERFACE)
+        };
+        namespace::on_own_thread(|| {
+            let mut last = Ok(());
+            for path in netns {
+                last = refuse(path).and(last);
+            }
+            last
+        })
     }
 
     /// The bridge, made or repaired if need be. If nothing has changed since the last time this is
@@ -314,13 +335,37 @@ impl Bridge {
         if mtu == standing.mtu {
             return Ok(standing);
         }
-        let mut batch = Batch::default();
-        link::set_mtu(&mut batch, standing.index, mtu);
-        socket.execute(&batch)?;
+        self.set_mtu(socket, standing.index, standing.mtu, mtu)?;
         if let Some(known) = self.standing().as_mut() {
             known.mtu = mtu;
         }
         Ok(Standing { mtu, ..standing })
+    }
+
+    /// Sets the bridge's MTU. Below IPv6's minimum the bridge has no IPv6; with more it begins anew
+    /// with the node's defaults, so that it must be down until it refuses what pods send.
+    fn set_mtu(
+        &self,
+        socket: &mut Socket,
+        index: u32,
+        from: u32,
+        to: u32,
+    ) -> Result<(), NetworkError> {
+        let name = &self.config.bridge;
+        let gets_ipv6 = from < IPV6_MIN_MTU && to >= IPV6_MIN_MTU;
+        let mut batch = Batch::default();
+        if gets_ipv6 {
+            link::set_down(&mut batch, index, name);
+        }
+        link::set_mtu(&mut batch, index, to);
+        socket.execute(&batch)?;
+        if gets_ipv6 {
+            forwarding::refuse_routers(name)?;
+            let mut batch = Batch::default();
+            link::set_up(&mut batch, index, name);
+            socket.execute(&batch)?;
+        }
+        Ok(())
     }
 
     /// The MTU of new pods: the configured one, or that of the link to everywhere else.
@@ -416,22 +461,32 @@ impl Bridge {
                     kind: link.kind.unwrap_or_else(|| "physical".to_owned()),
                 });
             }
-            Some(link) => link,
+            Some(link) => {
+                // An earlier version of rrun, or another program, may have made it.
+                let has_accepted = forwarding::accepts_advertisements(bridge);
+                forwarding::refuse_routers(bridge)?;
+                if has_accepted {
+                    forget_advertisements(socket, link.index, &has)?;
+                }
+                link
+            }
             None => {
                 let gateways: Vec<IpAddr> = self.ranges.iter().map(|one| one.gateway()).collect();
                 link::create_bridge(socket, bridge, link::mac_of(&gateways), mtu)?;
                 let made = link::find(socket, bridge)?
                     .ok_or_else(|| NetworkError::kernel(bridge, Errno::ENODEV))?;
+                // Before it is up and has ports.
+                forwarding::refuse_routers(bridge)?;
                 self.rejoin(socket, made.index, &live.pods);
                 made
             }
         };
+        if link.mtu != mtu {
+            self.set_mtu(socket, link.index, link.mtu, mtu)?;
+        }
         let mut batch = Batch::default();
         if !link.up {
             link::set_up(&mut batch, link.index, bridge);
-        }
-        if link.mtu != mtu {
-            link::set_mtu(&mut batch, link.index, mtu);
         }
         for range in missing {
             let (gateway, prefix) = (range.gateway(), range.prefix());
@@ -463,8 +518,10 @@ impl Bridge {
     /// Puts the pods that lost their bridge on the new one.
     fn rejoin(&self, socket: &mut Socket, bridge: u32, pods: &[String]) {
         for pod in pods {
+            let host = host_interface(pod);
             // A pod whose pair is not there is attached or detached right now, or after this.
-            let _ = link::join_bridge(socket, &host_interface(pod), &self.alias(pod), bridge);
+            let _ = forwarding::refuse_routers(&host)
+                .and_then(|()| link::join_bridge(socket, &host, &self.alias(pod), bridge));
         }
     }
 
@@ -512,7 +569,7 @@ impl Bridge {
             mac,
         };
         let namespace = connected.namespace.as_fd();
-        match link::create_veth(socket, &pair, namespace) {
+        match self.create_pair(socket, &pair, namespace) {
             Err(error) if error.is(Errno::EEXIST) => {}
             result => return result,
         }
@@ -523,11 +580,25 @@ impl Bridge {
         }
         let inside = connected.inside(|socket| link::find(socket, POD_INTERFACE))?;
         if inside.and_then(|link| link.mac) == Some(mac) {
+            forwarding::refuse_routers(&host)?;
             return link::join_bridge(socket, &host, pair.alias, standing.index);
         }
         // The pair leads elsewhere: to a namespace that was lost.
         link::delete(socket, &host)?;
-        link::create_veth(socket, &pair, namespace)
+        self.create_pair(socket, &pair, namespace)
+    }
+
+    /// The node's end refuses what pods send, too: without the bridge, if somebody deletes it, what
+    /// comes in there is the node's.
+    fn create_pair(
+        &self,
+        socket: &mut Socket,
+        pair: &link::VethPair,
+        namespace: BorrowedFd,
+    ) -> Result<(), NetworkError> {
+        link::create_veth(socket, pair, namespace)?;
+        forwarding::refuse_routers(pair.host)?;
+        link::set_up_port(socket, pair.host, pair.alias)
     }
 
     fn is_gone(&self, socket: &mut Socket, standing: Standing) -> bool {
@@ -552,6 +623,30 @@ impl Bridge {
     fn standing(&self) -> MutexGuard<'_, Option<Standing>> {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Deletes the routes that pods may have advertised while the bridge, `index` with the addresses
+/// `has`, accepted advertisements: the kernel would keep them for as long as the pods wished. The
+/// routes of its addresses go with the addresses, if these are not ours.
+fn forget_advertisements(
+    socket: &mut Socket,
+    index: u32,
+    has: &[(IpAddr, u8)],
+) -> Result<(), NetworkError> {
+    let any = Ipv6Addr::UNSPECIFIED.into();
+    for route in link::routes(socket, any)? {
+        let of_an_address = |(address, prefix): &(IpAddr, u8)| {
+            Range::of_gateway(*address, *prefix)
+                .is_some_and(|range| range.overlaps(route.destination, route.prefix))
+        };
+        let advertised = route.link == Some(index)
+            && route.is_advertised()
+            && (route.prefix == 0 || !has.iter().any(of_an_address));
+        if advertised {
+            link::delete_route(socket, index, &route)?;
+        }
+    }
+    Ok(())
 }
 
 /// Host ports work without this, but for those who have sent to the port before.

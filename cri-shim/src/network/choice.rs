@@ -119,6 +119,15 @@ impl PodNetwork {
         reconciled.map_err(|error| Error::internal(error.to_string()))
     }
 
+    /// Makes the interfaces of these pods refuse router advertisements and redirects. Pods that
+    /// plugins connected are left as they are.
+    pub async fn refuse_routers(&self, pods: &[String]) -> Result<()> {
+        let embedded = pods.iter().filter(|pod| !self.cni.has(pod));
+        let netns = embedded.map(|pod| self.namespaces.of(pod)).collect();
+        let refused = self.embedded.refuse_routers(netns).await;
+        refused.map_err(|error| Error::internal(error.to_string()))
+    }
+
     /// Looks for new configurations, and makes the embedded network's rules anew.
     pub async fn reload(&self) {
         if let Err(error) = self.embedded.renew().await {

@@ -9,8 +9,8 @@ use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
     IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND,
     IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF,
-    RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR,
-    RTM_NEWLINK, RTM_NEWROUTE,
+    RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_DELROUTE, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE,
+    RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE,
 };
 use nix::errno::Errno;
 
@@ -30,6 +30,9 @@ const DOOMED_GROUP: u32 = 0x7272_756e;
 
 /// Of the bridge's route to ::1: the loopback's has 0, which is the best.
 const LOOPBACK_METRIC: u32 = 1024;
+
+/// The protocol of routes that a router advertised, rtnetlink(7).
+const RTPROT_RA: u8 = 9;
 
 const LINK_HEADER_BYTES: usize = 16;
 const ADDRESS_HEADER_BYTES: usize = 8;
@@ -205,8 +208,8 @@ pub(super) struct VethPair<'a> {
 }
 
 /// Makes the pair with both ends where they belong from the first moment: the pod's in its
-/// namespace under its name, the node's on the bridge and up. Nothing is moved or renamed, which
-/// would make the kernel wait for RCU.
+/// namespace under its name, the node's on the bridge. Nothing is moved or renamed, which would make
+/// the kernel wait for RCU. Both ends are down.
 pub(super) fn create_veth(
     socket: &mut Socket,
     pair: &VethPair,
@@ -233,7 +236,17 @@ pub(super) fn create_veth(
             });
         });
     });
-    port_message(&mut batch, pair.host, pair.alias);
+    socket.execute(&batch).map(drop)
+}
+
+/// Sets up the node's end of a pair that is on the bridge.
+pub(super) fn set_up_port(
+    socket: &mut Socket,
+    host: &str,
+    alias: &str,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    port_message(&mut batch, host, alias);
     socket.execute(&batch).map(drop)
 }
 
@@ -451,6 +464,20 @@ pub(super) struct Route {
     pub prefix: u8,
     /// The link that it leads out of, if it is a single one.
     pub link: Option<u32>,
+    protocol: u8,
+}
+
+impl Route {
+    /// Whether a router's advertisement can have made it: a default route, or the route to a prefix
+    /// on the link, which the kernel marks as it does those that belong to an address.
+    pub(super) fn is_advertised(&self) -> bool {
+        let link_local = matches!(self.destination, IpAddr::V6(to) if to.is_unicast_link_local());
+        match self.protocol {
+            RTPROT_RA => true,
+            libc::RTPROT_KERNEL => !link_local,
+            _ => false,
+        }
+    }
 }
 
 /// The routes of the main table of the family of `like`.
@@ -469,16 +496,45 @@ pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, Ne
     Ok(replies
         .iter()
         .filter_map(|reply| {
-            let [_, prefix, _, _, table, ..] = reply.header::<ROUTE_HEADER_BYTES>()?;
+            let [_, prefix, _, _, table, protocol, ..] = reply.header::<ROUTE_HEADER_BYTES>()?;
             let attributes = reply.attributes(ROUTE_HEADER_BYTES);
             let destination = attributes.get(RTA_DST).and_then(address);
             (table == libc::RT_TABLE_MAIN).then(|| Route {
                 destination: destination.unwrap_or(any),
                 prefix,
                 link: attributes.u32(RTA_OIF),
+                protocol,
             })
         })
         .collect())
+}
+
+/// Deletes a route that leads out of the link `index`; it need not be there.
+pub(super) fn delete_route(
+    socket: &mut Socket,
+    index: u32,
+    route: &Route,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let (destination, prefix) = (route.destination, route.prefix);
+    let action = format!("delete the route to {destination}/{prefix}");
+    batch.message(action, RTM_DELROUTE, NLM_F_ACK, |body| {
+        let mut header = [0; ROUTE_HEADER_BYTES];
+        header[0] = family(destination);
+        header[1] = prefix;
+        header[4] = libc::RT_TABLE_MAIN;
+        header[5] = route.protocol;
+        header[6] = libc::RT_SCOPE_NOWHERE;
+        body.header(&header);
+        if prefix > 0 {
+            body_address(body, RTA_DST, destination);
+        }
+        body.u32(RTA_OIF, index);
+    });
+    match socket.execute(&batch) {
+        Err(error) if !error.is(Errno::ESRCH) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The link that a packet to `destination` would leave by; nothing if there is no way.
@@ -505,6 +561,17 @@ pub(super) fn way_to(
         Err(NetworkError::Kernel { .. }) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Sets a link down.
+pub(super) fn set_down(batch: &mut Batch, index: u32, name: &str) {
+    let action = format!("set the interface {name} down");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        let mut header = link_header(index, IFF_UP);
+        // The flags that are to change, without their new value.
+        header[8..12].fill(0);
+        body.header(&header);
+    });
 }
 
 /// Sets a link's MTU.

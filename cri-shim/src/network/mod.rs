@@ -266,6 +266,13 @@ impl Network {
         .await
     }
 
+    /// Makes the interfaces of connected pods, in the namespaces pinned at these paths, refuse router
+    /// advertisements and redirects, as the interfaces of new pods do from the beginning.
+    pub async fn refuse_routers(&self, netns: Vec<PathBuf>) -> Result<(), NetworkError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.bridge.refuse_routers(&netns)).await
+    }
+
     /// How many pods have addresses, and how many host ports.
     pub fn given(&self) -> (usize, usize) {
         let addresses = lock(&self.inner.addresses)

@@ -314,6 +314,14 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
         sysctl::write_sysctls(&config, sharing, &netns, holder)
     })
     .await?;
+    let config = &sandbox.config;
+    if sharing.own_network
+        && sysctl::switches_forwarding(config)
+        && !sysctl::chooses_routers(config)
+    {
+        let pods = std::slice::from_ref(&sandbox.id);
+        node.network.refuse_routers(pods).await?;
+    }
     let mut state = sandbox.state();
     state.monitor = hello.pid;
     state.pid1 = hello.pid1;
