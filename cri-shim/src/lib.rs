@@ -23,6 +23,7 @@ pub mod network;
 pub mod node;
 pub mod reconcile;
 pub mod record;
+pub mod regular_file;
 pub mod reload;
 pub mod sandbox;
 pub mod selinux;

@@ -28,6 +28,7 @@ mod cri_containers;
 mod cri_devices;
 mod cri_handlers;
 mod cri_hangs;
+mod cri_hostile_files;
 mod cri_images;
 mod cri_images_faults;
 mod cri_images_preload;
@@ -160,6 +161,7 @@ fn main() -> ExitCode {
         cri_logs::TESTS,
         cri_seccomp::TESTS,
         cri_users::TESTS,
+        cri_hostile_files::TESTS,
         cri_volumes::TESTS,
         cri_devices::TESTS,
         cri_handlers::TESTS,

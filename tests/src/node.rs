@@ -218,6 +218,12 @@ impl Node {
         Ok(word.ok_or("no VmRSS")?.parse()?)
     }
 
+    /// The server's process.
+    pub fn server_pid(&self) -> Result<i32> {
+        let server = self.server.as_ref().ok_or("the server does not run")?;
+        Ok(server.pid())
+    }
+
     /// How many descriptors the server has open, and how many threads it has.
     pub fn server_holds(&self) -> Result<(usize, usize)> {
         let server = self.server.as_ref().ok_or("the server does not run")?;

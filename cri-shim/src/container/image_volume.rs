@@ -146,6 +146,7 @@ fn mount_one(
     }
     let tree = if lower.len() < 2 {
         // An image of nothing.
+        // Ours: a directory.
         clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
     } else {
         idmap::overlay(&lower, None, users, label, target)?

@@ -42,6 +42,7 @@ pub fn make_mount_points(root: &Path) -> Result<()> {
         mode(&path, 0o755)?;
     }
     for path in FILES.map(|name| layer.join(name)) {
+        // Ours: below every container's layers, where none can write.
         let mut options = std::fs::OpenOptions::new();
         let opened = options.create(true).append(true).open(&path);
         opened.map(drop).during(|| what(&path))?;

@@ -1,15 +1,16 @@
 //! Which seccomp profile a container gets.
 
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::security_profile::ProfileType;
 use rrun_proto::v1::{LinuxContainerSecurityContext, SecurityProfile};
+use rustix::fs::OFlags;
 use serde_json::Value;
 
 use super::capabilities::Sets;
 use super::seccomp_default;
 use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// The most of a profile that is read; large ones have some 50 kB.
 const SIZE_LIMIT: u64 = 1 << 20;
@@ -105,19 +106,9 @@ impl Asked {
 }
 
 fn read(path: &Path) -> std::result::Result<Value, String> {
-    let kernel = |error: std::io::Error| crate::error::kernel(&error);
-    // A FIFO would have the server wait for its writer.
-    if !std::fs::metadata(path).map_err(kernel)?.is_file() {
-        return Err("is not a file".to_owned());
-    }
-    let mut text = Vec::new();
-    let file = std::fs::File::open(path).map_err(kernel)?;
-    file.take(SIZE_LIMIT + 1)
-        .read_to_end(&mut text)
-        .map_err(kernel)?;
-    if text.len() as u64 > SIZE_LIMIT {
-        return Err(format!("is larger than {} kB", SIZE_LIMIT >> 10));
-    }
+    let text = regular_file::open(path, OFlags::RDONLY)
+        .and_then(|file| regular_file::read(file, SIZE_LIMIT))
+        .map_err(|unfit| unfit.to_string())?;
     let profile: Value =
         serde_json::from_slice(&text).map_err(|error| format!("is not JSON: {error}"))?;
     if !profile["defaultAction"].is_string() {
@@ -196,7 +187,7 @@ mod tests {
         assert!(
             told(&directory)
                 .unwrap_or_default()
-                .contains("is not a file")
+                .contains("is a directory, not a regular file")
         );
         std::fs::remove_dir_all(&directory).unwrap();
         assert!(told(&file).unwrap_or_default().contains("No such file"));

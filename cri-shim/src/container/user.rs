@@ -1,18 +1,18 @@
 //! Who a container's process is, from the request, the image, and the image's passwd(5) and
 //! group(5), which are hostile input.
 
-use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use pathrs::flags::OpenFlags;
 use pathrs::{Root, error::ErrorKind};
 use rrun_proto::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::regular_file::{self, Unfit};
 
-/// The most that is read of either file, in bytes.
+/// The most bytes that either file may have: with a part of it a user could be taken for another.
 const LIMIT: u64 = 4 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,30 +33,29 @@ pub struct Accounts {
 impl Accounts {
     /// Reads them inside `rootfs`, whatever symlinks are there. Blocks.
     pub fn read(rootfs: &Path) -> Result<Self> {
-        let failed = |what: &str, error: pathrs::error::Error| {
-            Error::internal(format!("open {what} of the image: {error}"))
-        };
-        let root = Root::open(rootfs).map_err(|error| failed("the root", error))?;
+        let root = Root::open(rootfs).map_err(|error| {
+            Error::internal(format!("open the image's root file system: {error}"))
+        })?;
         let text = |path: &str| {
-            // Without O_NONBLOCK a FIFO in its place would hang us.
-            let flags = OpenFlags::O_RDONLY | OpenFlags::O_NONBLOCK | OpenFlags::O_NOCTTY;
-            let file = match root.open_subpath(path, flags) {
-                Ok(file) => file,
-                Err(error) => {
-                    return match error.kind() {
-                        ErrorKind::OsError(Some(libc::ENOENT | libc::ENOTDIR)) => Ok(String::new()),
-                        _ => Err(failed(path, error)),
-                    };
-                }
+            let bytes = match root.resolve(path) {
+                Ok(found) => regular_file::reopen(found, OFlags::RDONLY)
+                    .and_then(|file| regular_file::read(file, LIMIT)),
+                Err(error) => match error.kind() {
+                    ErrorKind::OsError(Some(libc::ENOENT | libc::ENOTDIR)) => Ok(Vec::new()),
+                    ErrorKind::OsError(Some(errno)) => {
+                        Err(Unfit::Kernel(Errno::from_raw_os_error(errno)))
+                    }
+                    _ => {
+                        return Err(Error::internal(format!(
+                            "look for {path} in the image: {error}"
+                        )));
+                    }
+                },
             };
-            let file = std::fs::File::from(OwnedFd::from(file));
-            let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
-            let mut bytes = Vec::new();
-            if !is_file || file.take(LIMIT).read_to_end(&mut bytes).is_err() {
-                return Err(Error::internal(format!(
-                    "read {path} of the image: it is not a readable file"
-                )));
-            }
+            let bytes = bytes.map_err(|unfit| {
+                let file = format!("{path} in the image's root file system");
+                Error::invalid(unfit.sentence(&file))
+            })?;
             Ok(String::from_utf8_lossy(&bytes).into_owned())
         };
         Ok(Accounts {

@@ -17,6 +17,7 @@ use rustix::fs::{
 
 use super::mounts::cleaned;
 use crate::error::{During, Error, Result};
+use crate::regular_file;
 use crate::sandbox::files::private_dir;
 
 /// How deep directories may lie in each other: each costs two descriptors while it is copied.
@@ -60,13 +61,16 @@ fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Res
         Error::invalid(format!("open it in the image, as a directory: {error}"))
     };
     let root = Root::open(rootfs).map_err(failed)?;
+    // Ours, made just now.
     let into: OwnedFd = File::open(host)
         .during(|| format!("open {}", host.display()))?
         .into();
     let inside = place.strip_prefix("/").unwrap_or(place);
-    let flags = OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY | OpenFlags::O_NONBLOCK;
-    let from: OwnedFd = match root.open_subpath(inside, flags) {
-        Ok(dir) => dir.into(),
+    let from: OwnedFd = match root.resolve(inside) {
+        Ok(found) => found
+            .reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY)
+            .map_err(failed)?
+            .into(),
         Err(error) if matches!(error.kind(), ErrorKind::OsError(Some(libc::ENOENT))) => {
             fchmod(&into, Mode::from_raw_mode(0o755)).during(|| "set its mode".to_owned())?;
             return std::os::unix::fs::fchown(&into, Some(uid), Some(gid))
@@ -117,11 +121,11 @@ fn copy_entry(
             copy_directory(&open(from)?, &open(into)?, depth)
         }
         FileType::RegularFile => {
-            let source = openat(from, name, plain | OFlags::RDONLY, Mode::empty())
-                .during(|| "open it".to_owned())?;
+            let mut source = regular_file::open_at(from, name, OFlags::RDONLY, false)
+                .map_err(|unfit| Error::invalid(unfit.to_string()))?;
             let flags = plain | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
             let target = openat(into, name, flags, private).during(|| "make it".to_owned())?;
-            let (mut source, mut target) = (File::from(source), File::from(target));
+            let mut target = File::from(target);
             io::copy(&mut source, &mut target).during(|| "copy it".to_owned())?;
             let (source, target) = (OwnedFd::from(source), OwnedFd::from(target));
             finish(Some((&source, &target)), into, name, stat)

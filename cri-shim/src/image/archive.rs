@@ -17,6 +17,7 @@ use super::manifest::{self, DOCUMENT_BYTES, Document};
 use super::pull::Found;
 use super::reference::Name;
 use crate::layer::{self, Promise, archive as tar, digest_of};
+use crate::regular_file;
 
 /// The most files of an archive: blobs, documents, and the directories of old `docker save`s.
 const FILES: usize = 1 << 16;
@@ -69,7 +70,8 @@ impl Archive {
     /// Opens `path`, and finds what is where. One that is compressed is first unpacked, to at most
     /// `most` bytes, into a file without a name in `scratch`. Blocks.
     pub fn open(path: &Path, scratch: &Path, most: u64) -> Result<Self, ImageError> {
-        let file = File::open(path).map_err(|error| unreadable(&error))?;
+        let file = regular_file::open(path, OFlags::RDONLY)
+            .map_err(|unfit| broken(format!("it can't be read: {unfit}")))?;
         let mut first = [0; 6];
         let count = file
             .read_at(&mut first, 0)

@@ -304,14 +304,13 @@ impl Container {
     /// and the container waits for its log with its first line.
     fn log_failure(&self) -> Option<Failure> {
         let file = self.output.log.file.as_ref()?;
-        let errno = file.opened()?.err()?;
+        let unfit = file.opened()?.err()?;
         Some(Failure {
             kind: FailureKind::Monitor,
             message: format!(
-                "open the log {} of container {}: {}",
+                "open the log {} of container {}: {unfit}",
                 file.path().display(),
                 self.id(),
-                kernel_said(&errno.into())
             ),
         })
     }

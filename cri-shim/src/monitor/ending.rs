@@ -156,12 +156,9 @@ impl Monitor {
             return;
         };
         let path = file.path().display();
-        let failure = reopened.err().map(|errno| {
-            let said = kernel_said(&errno.into());
-            format!(
-                "open the log {path} of container {} again: {said}",
-                container.id()
-            )
+        let failure = reopened.err().map(|unfit| {
+            let id = container.id();
+            format!("open the log {path} of container {id} again: {unfit}")
         });
         for client in std::mem::take(&mut container.reopening) {
             match &failure {

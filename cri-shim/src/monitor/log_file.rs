@@ -14,10 +14,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 
-use super::errno::kernel_said;
 use super::logs::Timestamp;
+use crate::regular_file::{self, Unfit};
 
 /// Bytes that may wait for the file; beyond that the container's pipes are not read.
 const MAX_WAITING: usize = 256 << 10;
@@ -55,8 +56,8 @@ struct Desk {
     idle: bool,
     /// The loop wants to be woken when the thread is done with something.
     tell: bool,
-    opened: Option<Result<(), Errno>>,
-    reopened: Option<Result<(), Errno>>,
+    opened: Option<Result<(), Unfit>>,
+    reopened: Option<Result<(), Unfit>>,
 }
 
 impl Shared {
@@ -88,7 +89,7 @@ impl LogFile {
     }
 
     /// Whether the file could be opened at first; `None` while that is under way.
-    pub fn opened(&self) -> Option<Result<(), Errno>> {
+    pub fn opened(&self) -> Option<Result<(), Unfit>> {
         self.shared.desk().opened
     }
 
@@ -117,7 +118,7 @@ impl LogFile {
     }
 
     /// What came of [`LogFile::reopen`]; `None` while that is under way.
-    pub fn reopened(&self) -> Option<Result<(), Errno>> {
+    pub fn reopened(&self) -> Option<Result<(), Unfit>> {
         let mut desk = self.shared.desk();
         desk.tell |= desk.reopened.is_none();
         desk.reopened
@@ -168,7 +169,7 @@ fn write_loop(shared: &Shared) {
     let mut sink = Sink::default();
     let mut opened = sink.open(&shared.path);
     // The server makes the log's directory, and perhaps is at it now.
-    if opened == Err(Errno::NOENT)
+    if opened == Err(Errno::NOENT.into())
         && let Some(dir) = shared.path.parent()
         && std::fs::create_dir_all(dir).is_ok()
     {
@@ -231,20 +232,22 @@ struct Sink {
     made: bool,
     /// Lines that could not be written since the last that could, and why.
     lost: u64,
-    reason: Option<Errno>,
+    reason: Option<Unfit>,
     /// Half a line stands at the end of the file.
     torn: bool,
 }
 
 impl Sink {
-    /// Opens the file; the old one goes on if that fails.
-    fn open(&mut self, path: &Path) -> Result<(), Errno> {
-        let mut options = OpenOptions::new();
-        options.append(true).mode(0o640);
-        let mut opened = options.clone().create_new(true).open(path);
-        self.made = opened.is_ok();
-        if opened.as_ref().is_err_and(|it| it.kind() == AlreadyExists) {
-            opened = options.create(true).open(path);
+    /// Opens the file; the old one goes on if that fails. The directory can be one that a pod writes
+    /// to: no link in the file's place is followed, and nothing opened but a regular file.
+    fn open(&mut self, path: &Path) -> Result<(), Unfit> {
+        let mut opened = self.try_open(path);
+        // It was there, and then it was not: a rotation.
+        if opened
+            .as_ref()
+            .is_err_and(|unfit| *unfit == Errno::NOENT.into())
+        {
+            opened = self.try_open(path);
         }
         match opened {
             Ok(file) => {
@@ -252,11 +255,26 @@ impl Sink {
                 self.torn = false;
                 Ok(())
             }
-            Err(error) => {
-                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                self.reason = Some(errno);
-                Err(errno)
+            Err(unfit) => {
+                self.reason = Some(unfit);
+                Err(unfit)
             }
+        }
+    }
+
+    fn try_open(&mut self, path: &Path) -> Result<File, Unfit> {
+        // Ours, if there was nothing before.
+        let made = OpenOptions::new()
+            .append(true)
+            .mode(0o640)
+            .create_new(true)
+            .open(path);
+        self.made = made.is_ok();
+        match made {
+            Err(error) if error.kind() == AlreadyExists => {
+                regular_file::open_at(CWD, path, OFlags::WRONLY | OFlags::APPEND, false)
+            }
+            made => made.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO).into()),
         }
     }
 
@@ -291,21 +309,19 @@ impl Sink {
         if let Err(failed) = write_whole(file, batch) {
             self.torn |= failed.torn;
             self.lost += lines.saturating_sub(failed.lines);
-            self.reason = Some(failed.errno);
+            self.reason = Some(failed.errno.into());
         }
     }
 }
 
-fn notice(torn: bool, lost: u64, reason: Option<Errno>) -> Vec<u8> {
+fn notice(torn: bool, lost: u64, reason: Option<Unfit>) -> Vec<u8> {
     let mut line = Vec::new();
     if torn {
         line.push(b'\n');
     }
     if lost > 0 {
         line.extend_from_slice(Timestamp::now().text());
-        let reason = reason.map_or(String::new(), |errno: Errno| {
-            format!(": {}", kernel_said(&errno.into()))
-        });
+        let reason = reason.map_or(String::new(), |unfit| format!(": {unfit}"));
         let text = format!(" stderr F rrun-monitor: {lost} lines of this log are lost{reason}\n");
         line.extend_from_slice(text.as_bytes());
     }
@@ -354,12 +370,17 @@ fn take_back(file: &mut File, count: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::FileType;
+
     use super::*;
 
     #[test]
     fn lost_lines_are_counted_where_the_log_goes_on() {
-        let mut sink = Sink::default();
-        sink.open(Path::new("/dev/full")).unwrap();
+        let full = OpenOptions::new().append(true).open("/dev/full").unwrap();
+        let mut sink = Sink {
+            file: Some(full),
+            ..Sink::default()
+        };
         sink.write(b"a\nb\nc\n", 3);
         assert_eq!(sink.lost, 3);
         let path = std::env::temp_dir().join(format!("rrun-lost-{}", std::process::id()));
@@ -384,7 +405,7 @@ mod tests {
             std::thread::yield_now();
         };
         let file = LogFile::open("/proc/self/comm/log".into(), &wake).unwrap();
-        assert_eq!(opened(&file), Err(Errno::NOTDIR));
+        assert_eq!(opened(&file), Err(Errno::NOTDIR.into()));
 
         let dir = std::env::temp_dir().join(format!("rrun-log-file-{}", std::process::id()));
         let path = dir.join("made-for-it/log");
@@ -406,6 +427,25 @@ mod tests {
         }
         assert_eq!(file.reopened(), Some(Ok(())));
         assert_eq!(std::fs::read(&path).unwrap(), b"");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_log_is_a_regular_file_and_no_link_to_one() {
+        let dir = std::env::temp_dir().join(format!("rrun-log-kinds-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("log");
+        let mut sink = Sink::default();
+        std::fs::write(dir.join("other"), "").unwrap();
+        std::os::unix::fs::symlink("other", &path).unwrap();
+        assert_eq!(sink.open(&path), Err(Unfit::Kind(FileType::Symlink)));
+        assert_eq!(
+            sink.open(Path::new("/dev/full")),
+            Err(Unfit::Kind(FileType::CharacterDevice))
+        );
+        assert_eq!(sink.open(&dir.join("other")), Ok(()));
+        sink.write(b"a\n", 1);
+        assert_eq!(std::fs::read(dir.join("other")).unwrap(), b"a\n");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

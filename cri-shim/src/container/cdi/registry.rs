@@ -2,15 +2,15 @@
 //! write them as devices come and go.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Edits, yaml};
-use crate::error::{Error, Result, kernel};
+use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// The most bytes that are read of one file, and files of one directory.
 const SIZE: u64 = 4 << 20;
@@ -168,15 +168,10 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 fn read(path: &Path) -> Result<Spec, String> {
-    let file = File::open(path).map_err(|error| kernel(&error))?;
-    let mut text = String::new();
-    let length = file
-        .take(SIZE + 1)
-        .read_to_string(&mut text)
-        .map_err(|error| kernel(&error))?;
-    if u64::try_from(length).unwrap_or(u64::MAX) > SIZE {
-        return Err(format!("it is larger than {SIZE} bytes"));
-    }
+    let text = regular_file::open(path, OFlags::RDONLY)
+        .and_then(|file| regular_file::read(file, SIZE))
+        .map_err(|unfit| unfit.to_string())?;
+    let text = String::from_utf8(text).map_err(|error| error.to_string())?;
     let value = match path.extension().is_some_and(|kind| kind == "json") {
         true => serde_json::from_str(&text).map_err(|error| error.to_string())?,
         false => yaml::parse(&text)?,
