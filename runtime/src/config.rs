@@ -18,7 +18,7 @@ use crate::resctrl::Resctrl;
 use crate::rootfs::cleaned;
 use crate::seccomp::Filter;
 use crate::spec::{self, Linux, Spec};
-use crate::{cgroup, hooks, lsm, refuse, sysctl};
+use crate::{cgroup, hooks, lsm, refuse, regular_file, sysctl};
 
 /// The most of a config.json that is read; the largest that occur have some 100 kB.
 const SIZE_LIMIT: u64 = 16 << 20;
@@ -63,8 +63,13 @@ pub struct Config {
 
 /// Reads a file of at most [`SIZE_LIMIT`] bytes.
 pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+    let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
+    read_file(file, path)
+}
+
+/// Reads at most [`SIZE_LIMIT`] bytes of the file that was opened at `path`.
+fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read {}", path.display());
-    let file = std::fs::File::open(path).doing(doing)?;
     let mut bytes = Vec::with_capacity(16 << 10);
     let read = file
         .take(SIZE_LIMIT + 1)
@@ -87,7 +92,9 @@ impl Config {
             .canonicalize()
             .doing(|| format!("open bundle {}", bundle.display()))?;
         let path = bundle.join("config.json");
-        let bytes = read_bounded(&path)?;
+        let file = regular_file::open(&path)
+            .map_err(|error| error.while_doing(format!("read {}", path.display())))?;
+        let bytes = read_file(file.into(), &path)?;
         let spec: Spec = serde_json::from_slice(&bytes)
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))?;
         Config::from_spec(bundle, spec).map_err(|error| error.while_doing("config.json"))

@@ -1,7 +1,7 @@
 //! The option `tmpcopyup` of a tmpfs: it begins with what the directory has that it covers.
 //!
 //! That directory is the container's, and hostile: nothing is opened by more than one name
-//! below a descriptor, no link is followed, no FIFO or device opened.
+//! below a descriptor, no link is followed, no FIFO or device opened ([`regular_file`]).
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,7 +10,8 @@ use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
-use crate::refuse;
+use crate::procfs::Procfs;
+use crate::{refuse, regular_file};
 
 /// How many directories within each other are copied.
 const DEPTH: usize = 128;
@@ -28,7 +29,7 @@ pub fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let from = open(&from)?;
     let stat = rustix::fs::fstat(&from).doing(|| "look at the directory")?;
     let to = open(&to)?;
-    copy_below(&from, &to, DEPTH)?;
+    copy_below(&Procfs::open()?, &from, &to, DEPTH)?;
     take_on(&to, &stat)
 }
 
@@ -54,7 +55,7 @@ fn take_on(to: &OwnedFd, stat: &Stat) -> Result<()> {
     rustix::fs::fchmod(to, mode(stat)).doing(|| "set a mode")
 }
 
-fn copy_below(from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {
+fn copy_below(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {
     if depth == 0 {
         refuse!("more than {DEPTH} directories are within each other");
     }
@@ -65,13 +66,19 @@ fn copy_below(from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
-        copy_entry(from, to, name, depth)
+        copy_entry(procfs, from, to, name, depth)
             .map_err(|error| error.while_doing(format!("copy {}", name.to_string_lossy())))?;
     }
     Ok(())
 }
 
-fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: usize) -> Result<()> {
+fn copy_entry(
+    procfs: &Procfs,
+    from: &OwnedFd,
+    to: &OwnedFd,
+    name: &CStr,
+    depth: usize,
+) -> Result<()> {
     let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW).doing(|| "look at it")?;
     let kind = FileType::from_raw_mode(stat.st_mode);
     match kind {
@@ -81,10 +88,10 @@ fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: usize) -> Result
             rustix::fs::mkdirat(to, name, Mode::RWXU).doing(|| "make it")?;
             let to = rustix::fs::openat(to, name, DIRECTORY, Mode::empty());
             let to = to.doing(|| "open what was made")?;
-            copy_below(&from, &to, depth - 1)?;
+            copy_below(procfs, &from, &to, depth - 1)?;
             take_on(&to, &stat)
         }
-        FileType::RegularFile => copy_file(from, to, name),
+        FileType::RegularFile => copy_file(procfs, from, to, name),
         FileType::Symlink => {
             let link = rustix::fs::readlinkat(from, name, Vec::new()).doing(|| "read the link")?;
             rustix::fs::symlinkat(&link, to, name).doing(|| "make it")
@@ -96,13 +103,10 @@ fn copy_entry(from: &OwnedFd, to: &OwnedFd, name: &CStr, depth: usize) -> Result
     }
 }
 
-fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<()> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let from = rustix::fs::openat(from, name, flags, Mode::empty()).doing(|| "open it")?;
-    let stat = rustix::fs::fstat(&from).doing(|| "look at it")?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        refuse!("it has become something else");
-    }
+fn copy_file(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = rustix::fs::openat(from, name, flags, Mode::empty()).doing(|| "open it")?;
+    let (from, stat) = regular_file::reopen(procfs, &found)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let to = rustix::fs::openat(to, name, flags, Mode::RUSR).doing(|| "make it")?;
     // No more than it had: one that grows meanwhile must not be followed for ever.

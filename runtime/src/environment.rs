@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result};
-use crate::refuse;
+use crate::procfs::Procfs;
+use crate::{refuse, regular_file};
 
 /// The most of a container's /etc/passwd that is read; it is the container's to write.
 const PASSWD_LIMIT: u64 = 4 << 20;
@@ -30,7 +31,7 @@ pub fn from_spec(env: &[String]) -> Result<Vec<CString>> {
         .collect()
 }
 
-/// Adds HOME, as /etc/passwd of the current root has it, if the environment says nothing of
+/// Adds HOME, as /etc/passwd of the current root has it (which is not read without /proc), if the environment says nothing of
 /// it, and announces sockets handed over as systemd does. Of a name that is there twice the
 /// last entry stays, since programs take the first that they find: `exec --env` appends.
 pub fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
@@ -72,20 +73,16 @@ fn keep_last(env: &mut Vec<CString>) {
 
 fn home_of(uid: u32) -> Option<String> {
     use std::io::Read as _;
-    // The file is the container's: no waiting for a FIFO's other end, no endless device, and no
-    // file that only a process's directory in /proc leads to.
-    let fd = rustix::fs::openat2(
+    // The file is the container's, and so is /proc by now; without one nothing is opened.
+    let found = rustix::fs::openat2(
         CWD,
         "/etc/passwd",
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY,
+        OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::NO_MAGICLINKS,
     )
     .ok()?;
-    let stat = rustix::fs::fstat(&fd).ok()?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return None;
-    }
+    let (fd, _) = regular_file::reopen(&Procfs::open().ok()?, &found).ok()?;
     let mut text = String::new();
     std::fs::File::from(fd)
         .take(PASSWD_LIMIT)

@@ -9,7 +9,6 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType as Type};
-use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::birth::end_child;
@@ -17,7 +16,7 @@ use crate::error::{Context, Result};
 use crate::init::{NeverReturn, end};
 use crate::procfs::Procfs;
 use crate::syscalls::{Cloned, clone3};
-use crate::{namespaces, refuse};
+use crate::{namespaces, refuse, regular_file};
 
 /// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
 const MAX_LINES: usize = 340;
@@ -183,10 +182,8 @@ impl Namespaces {
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {
-    // Whatever else stands at a path of the configuration's must not block or be changed.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    rustix::fs::open(path, flags, Mode::empty())
-        .doing(|| format!("open user namespace {}", path.display()))
+    regular_file::open(path)
+        .map_err(|error| error.while_doing(format!("open user namespace {}", path.display())))
 }
 
 /// A user namespace can only be made by a process in it, which then is of no more use.

@@ -39,6 +39,7 @@ pub mod number_list;
 pub mod personality;
 pub mod process;
 pub mod procfs;
+pub mod regular_file;
 pub mod removal;
 pub mod resctrl;
 pub mod rootfs;

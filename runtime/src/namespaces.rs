@@ -4,11 +4,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
-use rustix::fs::{Mode, OFlags};
 use rustix::thread::LinkNameSpaceType;
 
 use crate::error::{Context, Result};
-use crate::refuse;
+use crate::{refuse, regular_file};
 
 /// An existing namespace to enter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,12 +122,10 @@ impl Namespaces {
         self.join
             .iter()
             .map(|join| {
-                let fd = rustix::fs::open(
-                    &join.path,
-                    OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
-                    Mode::empty(),
-                )
-                .doing(|| format!("open {} namespace {}", name(join.typ), join.path.display()))?;
+                let fd = regular_file::open(&join.path).map_err(|error| {
+                    let (name, path) = (name(join.typ), join.path.display());
+                    error.while_doing(format!("open {name} namespace {path}"))
+                })?;
                 Ok(OpenJoin {
                     typ: join.typ,
                     path: join.path.clone(),

@@ -50,6 +50,22 @@ impl Procfs {
         )
     }
 
+    /// Opens, for reading, the very file that a descriptor of this process is of. With an O_PATH
+    /// descriptor: what has been looked at, and not what has its name by now.
+    pub fn own_descriptor(&self, number: i32) -> std::result::Result<OwnedFd, Errno> {
+        let directory = rustix::fs::openat2(
+            &self.0,
+            "thread-self/fd",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS,
+        )?;
+        // Neither O_NONBLOCK nor O_NOCTTY matters to a regular file, but for a lease, which nobody
+        // waits for then.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        rustix::fs::openat(directory, number.to_string(), flags, Mode::empty())
+    }
+
     /// Writes a file by its path below /proc with one write(2), as the kernel wants it.
     pub fn write(&self, path: &str, text: &str) -> std::result::Result<(), Errno> {
         let file = self.for_writing(path)?;

@@ -9,9 +9,10 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value, json};
 
 use crate::attacker::{Exchange, rounds};
-use crate::bundle::Bundle;
-use crate::machine::{Directory, Result, note};
+use crate::bundle::{Bundle, runtime_program};
+use crate::machine::{Directory, Result, command, note};
 use crate::needs::{Need, Test};
+use crate::rrun_bad_input::refused;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -22,6 +23,12 @@ pub const TESTS: &[Test] = &[
     ),
     test!(cve_2025_52565_a_false_devpts_is_refused, Need::Rrun),
     test!(special_files_neither_hang_nor_fool),
+    test!(a_configuration_and_a_namespace_are_files, Need::Rrun),
+    test!(
+        no_device_of_a_root_file_system_is_opened,
+        Need::Rrun,
+        Need::Program("strace")
+    ),
 ];
 
 /// A volume for /dev with the usual nodes, and what an attacker adds.
@@ -210,5 +217,85 @@ fn special_files_neither_hang_nor_fool() -> Result {
     with_the_images_dev(&mut bundle);
     fifo(bundle.join("rootfs/dev/null"))?;
     bundle.call(&["run"])?.end()?;
+    Ok(())
+}
+
+fn a_configuration_and_a_namespace_are_files() -> Result {
+    let mode = Mode::from_bits_truncate(0o600);
+    type Make = fn(&Path, Mode) -> nix::Result<()>;
+    let places: [(&str, Make); 2] = [
+        ("a FIFO", nix::unistd::mkfifo),
+        ("a character device", |path, mode| {
+            mknod(path, SFlag::S_IFCHR, mode, makedev(10, 200))
+        }),
+    ];
+    for (what, make) in places {
+        let words = format!("it is {what}, not a regular file");
+        let bundle = Bundle::new(&["exit", "0"])?;
+        let path = bundle.join("config.json");
+        let _ = fs::remove_file(&path);
+        make(&path, mode)?;
+        refused(&bundle, &[&words])?;
+        for kind in ["network", "user"] {
+            let mut bundle = Bundle::new(&["exit", "0"])?;
+            let path = bundle.join("namespace");
+            make(&path, mode)?;
+            bundle.without_namespace(kind);
+            bundle.add("/linux/namespaces", json!({ "type": kind, "path": path }));
+            bundle.write_config()?;
+            refused(&bundle, &[&words])?;
+        }
+    }
+    Ok(())
+}
+
+fn no_device_of_a_root_file_system_is_opened() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    bundle.set("/process/env", json!(["PATH=/bin"]));
+    bundle.add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
+        }),
+    );
+    // As a privileged container has it.
+    bundle.set(
+        "/linux/resources/devices",
+        json!([{ "allow": true, "access": "rwm" }]),
+    );
+    fs::create_dir_all(bundle.join("rootfs/data"))?;
+    fs::create_dir_all(bundle.join("rootfs/etc"))?;
+    fs::write(bundle.join("rootfs/data/file"), "text")?;
+    fs::write(
+        bundle.join("rootfs/etc/passwd"),
+        "root:x:0:0::/from/passwd:/bin/sh\n",
+    )?;
+    let report = bundle.report()?;
+    ensure_eq!(report["env"]["HOME"], "/from/passwd", "HOME ({report})");
+
+    for path in ["etc/passwd", "data/node"] {
+        let path = bundle.join("rootfs").join(path);
+        let _ = fs::remove_file(&path);
+        let mode = Mode::from_bits_truncate(0o666);
+        mknod(&path, SFlag::S_IFCHR, mode, makedev(10, 200))?;
+    }
+    let trace = bundle.join("trace");
+    let output = command("strace", ["-f", "-e", "trace=open,openat,openat2", "-o"])
+        .arg(&trace)
+        .args([runtime_program().as_str(), "--root"])
+        .arg(bundle.root())
+        .args(["run", bundle.id()])
+        .dir(bundle.path())
+        .ok()?;
+    let report: Value = serde_json::from_str(output.text())?;
+    ensure_eq!(report["env"]["HOME"], "/", "HOME ({report})");
+    let trace = fs::read_to_string(&trace)?;
+    for name in ["/etc/passwd\"", "\"node\""] {
+        let wrong = trace
+            .lines()
+            .find(|line| line.contains(name) && !line.contains("O_PATH"));
+        ensure!(wrong.is_none(), "the device was opened: {wrong:?}");
+    }
+    ensure!(trace.contains("/etc/passwd\""), "no user was looked for");
     Ok(())
 }
