@@ -31,9 +31,10 @@ pub fn from_spec(env: &[String]) -> Result<Vec<CString>> {
         .collect()
 }
 
-/// Adds HOME, as /etc/passwd of the current root has it (which is not read without /proc), if the environment says nothing of
-/// it, and announces sockets handed over as systemd does. Of a name that is there twice the
-/// last entry stays, since programs take the first that they find: `exec --env` appends.
+/// Adds HOME as /etc/passwd of the current root has it, if the environment does not set it (without
+/// /proc that file cannot be opened safely, and HOME is /), and announces sockets handed over as
+/// systemd does. If a name is there twice, the last entry stays, since programs take the first that
+/// they find: `exec --env` appends.
 pub fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
     let has_home = env
         .iter()
