@@ -220,7 +220,8 @@ fn name_of(test: &needs::Test) -> &'static str {
 struct Selection {
     /// RRUN_TEST_ONLY: whole names, separated by commas.
     only: String,
-    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas.
+    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas. Without effect beside
+    /// RRUN_TEST_ONLY: tests that run some of the others inherit this one.
     subjects: String,
     /// RRUN_TEST_PLAN: no test is run; those that cannot run on this machine are reported as
     /// ignored, the others as passed.
@@ -238,12 +239,13 @@ impl Selection {
     }
 
     fn has(&self, name: &str) -> bool {
-        (self.only.is_empty() || self.only.split(',').any(|only| only == name))
-            && (self.subjects.is_empty()
-                || self
-                    .subjects
-                    .split(',')
-                    .any(|subject| name.starts_with(subject)))
+        let subjects = self.subjects.split(',');
+        match self.only.as_str() {
+            "" => subjects
+                .into_iter()
+                .any(|subject| name.starts_with(subject)),
+            only => only.split(',').any(|only| only == name),
+        }
     }
 }
 
