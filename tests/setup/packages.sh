@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests want on this machine (root needed). A quick no-op
-# when they are there.
+# Installs the Debian packages that the tests want on this machine, and those that are named (root
+# needed). A quick no-op when they are there.
+#
+#   tests/setup/packages.sh [PACKAGE…]
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
@@ -35,7 +37,7 @@ done
 exec {lock}>/run/lock/rrun-packages
 flock "$lock"
 
-wanted=$(missing "${PACKAGES[@]}")
+wanted=$(missing "${PACKAGES[@]}" "$@")
 if [[ -n $wanted ]]; then
     say "installing: ${wanted//$'\n'/ }"
     apt_get update
