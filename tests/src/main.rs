@@ -31,6 +31,7 @@ mod cri_hangs;
 mod cri_hostile_files;
 mod cri_images;
 mod cri_images_faults;
+mod cri_images_looks;
 mod cri_images_preload;
 mod cri_images_registries;
 mod cri_limits;
@@ -182,6 +183,7 @@ fn main() -> ExitCode {
         cri_images::TESTS,
         cri_images_registries::TESTS,
         cri_images_faults::TESTS,
+        cri_images_looks::TESTS,
         cri_images_preload::TESTS,
         cri_metrics::TESTS,
         network_host_ports::TESTS,

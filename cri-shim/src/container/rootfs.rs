@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -84,13 +84,17 @@ impl Overlay<'_> {
         let (upper, work) = (self.writable.join("upper"), self.writable.join("work"));
         private_dir(&upper)?;
         private_dir(&work)?;
-        // The upper directory's mode is the root directory's as containers see it.
-        let mode = match self.lower.first() {
-            Some(top) => std::fs::metadata(top)
-                .during(|| format!("look at the layer {}", top.display()))?
-                .permissions(),
-            None => std::fs::Permissions::from_mode(0o755),
+        // The upper directory's owner and mode are the root directory's as containers see it.
+        let (owner, group, mode) = match self.lower.first() {
+            Some(top) => {
+                let looks = std::fs::metadata(top)
+                    .during(|| format!("look at the layer {}", top.display()))?;
+                (looks.uid(), looks.gid(), looks.permissions())
+            }
+            None => (0, 0, std::fs::Permissions::from_mode(0o755)),
         };
+        std::os::unix::fs::chown(&upper, Some(owner), Some(group))
+            .during(|| format!("set the owner of {}", upper.display()))?;
         std::fs::set_permissions(&upper, mode)
             .during(|| format!("set the mode of {}", upper.display()))?;
         private_dir(self.target)?;

@@ -169,6 +169,7 @@ mod tests {
             size: 0,
             config: Default::default(),
             layers: Vec::new(),
+            unpacked: Vec::new(),
             created: None,
             pinned: false,
         };

@@ -24,13 +24,32 @@ pub struct Layer {
     pub inodes: u64,
     /// See [`crate::layer::Unpacked`].
     pub opaque_root: bool,
+    /// It has directories that its archive did not list.
+    #[serde(default)]
+    pub unlisted: bool,
+}
+
+/// The key of a layer that depends on nothing but its archive, so that all images share it.
+///
+/// Versions before this one kept layers under their bare diff IDs, and gave the directories that
+/// an archive did not list the looks that they had in the first image that brought the layer. The
+/// images and containers of such a store go on using those; no other image may.
+pub fn key_of(diff_id: &str) -> String {
+    format!("shared/{diff_id}")
+}
+
+/// The key of the layer that goes on top of layers with these keys, lowest first, and gives
+/// directories their looks: nothing but what is below decides on it.
+pub fn key_of_looks(keys: &[String]) -> String {
+    let chain = crate::layer::digest_of(keys.join(" ").as_bytes());
+    format!("looks/{chain}")
 }
 
 /// What a container or pod keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Lease {
     pub image: String,
-    /// Diff IDs, lowest first.
+    /// Keys of layers, lowest first.
     pub layers: Vec<String>,
 }
 
@@ -39,7 +58,7 @@ pub struct Catalog {
     images: BTreeMap<String, Arc<Image>>,
     /// Tag and digest references in full, to ids.
     names: HashMap<String, String>,
-    /// By diff ID.
+    /// By key: [`key_of`], [`key_of_looks`], or the diff ID in a store of an older version.
     layers: HashMap<String, Layer>,
     /// Layers that the store does not know yet.
     unrecorded: HashSet<String>,
@@ -57,19 +76,19 @@ impl Catalog {
     pub fn load(store: &Store, root: &Path) -> Result<(Self, Vec<Change>), ImageError> {
         let mut catalog = Catalog::default();
         let mut changes = Vec::new();
-        for (diff_id, layer) in store.load::<Layer>(Table::LAYERS)? {
+        for (key, layer) in store.load::<Layer>(Table::LAYERS)? {
             if directory(root, layer.number).join("fs").is_dir() {
-                catalog.layers.insert(diff_id, layer);
+                catalog.layers.insert(key, layer);
             } else {
-                log::error!("the layer {diff_id} is gone from the disk");
-                changes.push(Change::delete(Table::LAYERS, &diff_id));
+                log::error!("the layer {key} is gone from the disk");
+                changes.push(Change::delete(Table::LAYERS, &key));
             }
         }
         for (id, image) in store.load::<Image>(Table::IMAGES)? {
             if image
-                .layers
-                .iter()
-                .all(|layer| catalog.layers.contains_key(&layer.diff_id))
+                .keys()
+                .into_iter()
+                .all(|key| catalog.layers.contains_key(key))
             {
                 catalog.insert(Arc::new(image));
             } else {
@@ -146,16 +165,16 @@ impl Catalog {
                 add(&mut image.repo_digests, name.with_digest(digest));
             }
         }
-        for layer in &image.layers {
-            if self.unrecorded.contains(&layer.diff_id)
-                && let Some(record) = self.layers.get(&layer.diff_id)
+        for key in image.keys() {
+            if self.unrecorded.contains(key)
+                && let Some(record) = self.layers.get(key)
             {
-                changes.push(Change::put(Table::LAYERS, &layer.diff_id, record)?);
+                changes.push(Change::put(Table::LAYERS, key, record)?);
             }
         }
         changes.push(Change::put(Table::IMAGES, &image.id, &image)?);
-        for layer in &image.layers {
-            self.unrecorded.remove(&layer.diff_id);
+        for key in image.keys() {
+            self.unrecorded.remove(key);
         }
         let image = Arc::new(image);
         self.insert(Arc::clone(&image));
@@ -182,32 +201,32 @@ impl Catalog {
         }
     }
 
-    pub fn layer(&self, diff_id: &str) -> Option<&Layer> {
-        self.layers.get(diff_id)
+    pub fn layer(&self, key: &str) -> Option<&Layer> {
+        self.layers.get(key)
     }
 
-    pub fn add_layer(&mut self, diff_id: &str, layer: Layer) {
-        self.unrecorded.insert(diff_id.to_owned());
-        self.layers.insert(diff_id.to_owned(), layer);
+    pub fn add_layer(&mut self, key: &str, layer: Layer) {
+        self.unrecorded.insert(key.to_owned());
+        self.layers.insert(key.to_owned(), layer);
     }
 
     /// Whether the store knows all of these.
-    pub fn all_recorded<'a>(&self, mut diff_ids: impl Iterator<Item = &'a str>) -> bool {
-        diff_ids.all(|id| self.layers.contains_key(id) && !self.unrecorded.contains(id))
+    pub fn all_recorded<'a>(&self, mut keys: impl Iterator<Item = &'a str>) -> bool {
+        keys.all(|key| self.layers.contains_key(key) && !self.unrecorded.contains(key))
     }
 
-    pub fn hold<'a>(&mut self, diff_ids: impl Iterator<Item = &'a str>) {
-        for diff_id in diff_ids {
-            *self.holds.entry(diff_id.to_owned()).or_default() += 1;
+    pub fn hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
+        for key in keys {
+            *self.holds.entry(key.to_owned()).or_default() += 1;
         }
     }
 
-    pub fn let_go<'a>(&mut self, diff_ids: impl Iterator<Item = &'a str>) {
-        for diff_id in diff_ids {
-            if let Some(count) = self.holds.get_mut(diff_id) {
+    pub fn let_go<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
+        for key in keys {
+            if let Some(count) = self.holds.get_mut(key) {
                 *count -= 1;
                 if *count == 0 {
-                    self.holds.remove(diff_id);
+                    self.holds.remove(key);
                 }
             }
         }
@@ -219,7 +238,7 @@ impl Catalog {
         let used: HashSet<&str> = self
             .images
             .values()
-            .flat_map(|image| image.layers.iter().map(|layer| layer.diff_id.as_str()))
+            .flat_map(|image| image.keys())
             .chain(
                 self.leases
                     .values()
@@ -230,15 +249,15 @@ impl Catalog {
         let unused: Vec<String> = self
             .layers
             .keys()
-            .filter(|diff_id| !used.contains(diff_id.as_str()))
+            .filter(|key| !used.contains(key.as_str()))
             .cloned()
             .collect();
         let mut layers = Vec::new();
         let mut changes = Vec::new();
-        for diff_id in unused {
-            layers.extend(self.layers.remove(&diff_id));
-            if !self.unrecorded.remove(&diff_id) {
-                changes.push(Change::delete(Table::LAYERS, &diff_id));
+        for key in unused {
+            layers.extend(self.layers.remove(&key));
+            if !self.unrecorded.remove(&key) {
+                changes.push(Change::delete(Table::LAYERS, &key));
             }
         }
         (layers, changes)
@@ -274,28 +293,30 @@ impl Catalog {
     /// below a layer that hides all. `None` if one is missing.
     pub fn lowers<'a>(
         &self,
-        diff_ids: impl DoubleEndedIterator<Item = &'a str>,
+        keys: impl DoubleEndedIterator<Item = &'a str>,
         root: &Path,
     ) -> Option<Vec<PathBuf>> {
-        let mut numbers = Vec::new();
-        for diff_id in diff_ids.rev() {
-            let layer = self.layers.get(diff_id)?;
-            if !numbers.contains(&layer.number) {
-                numbers.push(layer.number);
+        let stack = self.stack(keys)?;
+        let path = |number| directory(root, number).join("fs");
+        Some(match stack.is_empty() {
+            true => vec![path(EMPTY_LAYER)],
+            false => stack.iter().map(|layer| path(layer.number)).collect(),
+        })
+    }
+
+    /// The layers that [`Catalog::lowers`] names.
+    pub fn stack<'a>(&self, keys: impl DoubleEndedIterator<Item = &'a str>) -> Option<Vec<Layer>> {
+        let mut stack: Vec<Layer> = Vec::new();
+        for key in keys.rev() {
+            let layer = self.layers.get(key)?;
+            if !stack.iter().any(|above| above.number == layer.number) {
+                stack.push(layer.clone());
             }
             if layer.opaque_root {
                 break;
             }
         }
-        if numbers.is_empty() {
-            numbers.push(EMPTY_LAYER);
-        }
-        Some(
-            numbers
-                .into_iter()
-                .map(|number| directory(root, number).join("fs"))
-                .collect(),
-        )
+        Some(stack)
     }
 
     /// Numbers of all directories in use.
@@ -307,10 +328,10 @@ impl Catalog {
     pub fn bytes_of(&self, image: &Image) -> u64 {
         let mut counted = HashSet::new();
         image
-            .layers
-            .iter()
-            .filter(|layer| counted.insert(&layer.diff_id))
-            .filter_map(|layer| self.layers.get(&layer.diff_id))
+            .keys()
+            .into_iter()
+            .filter(|key| counted.insert(*key))
+            .filter_map(|key| self.layers.get(key))
             .map(|layer| layer.bytes)
             .sum()
     }
@@ -353,6 +374,7 @@ mod tests {
                     size: 1,
                 })
                 .collect(),
+            unpacked: Vec::new(),
             created: None,
             pinned: false,
         }
@@ -368,6 +390,7 @@ mod tests {
                     bytes: 10,
                     inodes: 1,
                     opaque_root: false,
+                    unlisted: false,
                 },
             );
         }
@@ -457,6 +480,7 @@ mod tests {
                 bytes: 0,
                 inodes: 0,
                 opaque_root: true,
+                unlisted: false,
             },
         );
         assert_eq!(

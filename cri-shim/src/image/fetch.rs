@@ -17,7 +17,7 @@ use super::catalog::{Layer, directory};
 use super::error::{ImageError, Kind};
 use super::partial::{self, Partial};
 use super::source::Source;
-use crate::layer::{self, Bounds, LayerError, Promise, Unpacked};
+use crate::layer::{self, Bounds, LayerError, Promise, Stacked, Unpacked};
 
 /// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
 const QUEUE: usize = 8;
@@ -26,13 +26,6 @@ const QUEUE: usize = 8;
 pub enum Origin {
     Registry(Source),
     Archive(Archive),
-}
-
-/// A layer that has just been unpacked.
-#[derive(Clone, Debug)]
-pub struct Fetched {
-    pub layer: Layer,
-    pub implied: Vec<Vec<u8>>,
 }
 
 /// A layer that is to come, and where it goes.
@@ -51,7 +44,7 @@ pub async fn fetch(
     origin: Arc<Origin>,
     wanted: Wanted,
     progress: impl Fn(u64),
-) -> Result<Fetched, ImageError> {
+) -> Result<Layer, ImageError> {
     let digest = wanted.promise.digest.clone();
     let fetched = match &*origin {
         Origin::Registry(source) => download(source, &wanted, progress).await,
@@ -64,7 +57,7 @@ async fn extract(
     archive: &Archive,
     wanted: Wanted,
     progress: impl Fn(u64),
-) -> Result<Fetched, ImageError> {
+) -> Result<Layer, ImageError> {
     let size = wanted.promise.size;
     let mut reader = archive.blob(&wanted.promise.digest)?;
     let unpacked = on_a_thread(wanted.number, move || receive(&mut reader, &wanted))?;
@@ -77,7 +70,7 @@ async fn download(
     source: &Source,
     wanted: &Wanted,
     progress: impl Fn(u64),
-) -> Result<Fetched, ImageError> {
+) -> Result<Layer, ImageError> {
     // What was kept of an earlier try may be what is wrong.
     let (had, error) = match attempt(source, wanted, &progress).await {
         Ok(fetched) => return Ok(fetched),
@@ -97,7 +90,7 @@ async fn attempt(
     source: &Source,
     wanted: &Wanted,
     progress: impl Fn(u64),
-) -> Result<Fetched, (u64, ImageError)> {
+) -> Result<Layer, (u64, ImageError)> {
     let (to_thread, chunks) = mpsc::channel(QUEUE);
     let (tell, told) = oneshot::channel();
     let promise = &wanted.promise;
@@ -160,50 +153,83 @@ fn on_a_thread(
 }
 
 fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError> {
-    let number = wanted.number;
-    let ingest = wanted.root.join("ingest").join(number.to_string());
+    let made = make(&wanted.root, wanted.number, |into| {
+        let unpacked = layer::unpack(compressed, into, &wanted.promise, &wanted.bounds)?;
+        Ok(Some(unpacked))
+    })?;
+    made.ok_or_else(ended_early)
+}
+
+/// Makes the layer that gives the directories of an image their looks, if it needs one: on top of
+/// `stack`, which is named uppermost first. Blocks.
+pub fn make_looks(root: &Path, number: u64, stack: &[Layer]) -> Result<Option<Placed>, ImageError> {
+    let layers: Vec<Stacked> = stack
+        .iter()
+        .map(|layer| Stacked {
+            path: directory(root, layer.number).join("fs"),
+            unlisted: layer.unlisted,
+        })
+        .collect();
+    let made = make(root, number, |into| {
+        let inodes = layer::looks(&layers, into)?;
+        Ok((inodes > 0).then(|| Unpacked {
+            bytes: inodes.saturating_mul(4096),
+            inodes,
+            ..Unpacked::default()
+        }))
+    });
+    let what = "the looks of directories that its layers do not list";
+    made.map_err(|error| ImageError::from(error).context(what))
+}
+
+/// Has `fill` make a layer in `ingest/NUMBER/fs`, and moves it to its place; `None` if there is
+/// none to be made.
+fn make(
+    root: &Path,
+    number: u64,
+    fill: impl FnOnce(&Path) -> Result<Option<Unpacked>, LayerError>,
+) -> Result<Option<Placed>, LayerError> {
+    let ingest = root.join("ingest").join(number.to_string());
     let fail = |what: &str, error: io::Error| LayerError::System {
         what: format!("{what} {}", ingest.display()),
         errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
     };
     std::fs::create_dir(&ingest).map_err(|error| fail("make the directory", error))?;
-    let into = ingest.join("fs");
-    let result =
-        layer::unpack(compressed, &into, &wanted.promise, &wanted.bounds).and_then(|unpacked| {
-            let path = directory(&wanted.root, number);
-            std::fs::rename(&ingest, &path)
-                .map_err(|error| fail("move to its place the layer in", error))?;
-            Ok(Placed {
-                path: Some(path),
-                number,
-                unpacked,
-            })
-        });
-    if result.is_err() {
+    let result = fill(&ingest.join("fs")).and_then(|unpacked| {
+        let Some(unpacked) = unpacked else {
+            return Ok(None);
+        };
+        let path = directory(root, number);
+        std::fs::rename(&ingest, &path)
+            .map_err(|error| fail("move to its place the layer in", error))?;
+        Ok(Some(Placed {
+            path: Some(path),
+            number,
+            unpacked,
+        }))
+    });
+    if !matches!(result, Ok(Some(_))) {
         remove(&ingest);
     }
     result
 }
 
 /// A layer in its place that belongs to nobody yet; it goes when it is dropped.
-struct Placed {
+pub struct Placed {
     path: Option<PathBuf>,
     number: u64,
     unpacked: Unpacked,
 }
 
 impl Placed {
-    fn keep(mut self) -> Fetched {
+    pub fn keep(mut self) -> Layer {
         self.path = None;
-        let unpacked = std::mem::take(&mut self.unpacked);
-        Fetched {
-            layer: Layer {
-                number: self.number,
-                bytes: unpacked.bytes,
-                inodes: unpacked.inodes,
-                opaque_root: unpacked.opaque_root,
-            },
-            implied: unpacked.implied,
+        Layer {
+            number: self.number,
+            bytes: self.unpacked.bytes,
+            inodes: self.unpacked.inodes,
+            opaque_root: self.unpacked.opaque_root,
+            unlisted: self.unpacked.unlisted > 0,
         }
     }
 }

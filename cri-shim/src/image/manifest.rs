@@ -18,8 +18,9 @@ pub const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
 /// The most bytes of a manifest, an index or a configuration, each.
 pub const DOCUMENT_BYTES: u64 = 8 << 20;
 
-/// overlayfs takes 500 lower directories.
-const LAYERS: usize = 500;
+/// overlayfs takes 500 lower directories, and two are ours: the places to mount on below, and the
+/// directories' looks on top.
+const LAYERS: usize = 498;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]

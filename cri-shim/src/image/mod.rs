@@ -94,7 +94,7 @@ struct Inner {
     limits: Limits,
     catalog: Mutex<Catalog>,
     pulls: Mutex<HashMap<pull::Key, pull::Joined>>,
-    /// By diff ID.
+    /// By the layer's key.
     fetches: Mutex<HashMap<String, pull::Fetching>>,
     /// One for each layer that may be fetched at once.
     slots: Arc<Semaphore>,
@@ -262,7 +262,7 @@ impl Images {
                 })?;
                 let lease = Lease {
                     image: image_id.to_owned(),
-                    layers: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
+                    layers: image.keys().into_iter().map(str::to_owned).collect(),
                 };
                 (lease, false)
             }

@@ -1,6 +1,5 @@
 //! A pull from its beginning to the record in the store.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -10,15 +9,16 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared, try_join_all};
 
 use super::auth::Auth;
-use super::catalog::directory;
+use super::catalog::{directory, key_of, key_of_looks};
 use super::error::{ImageError, Kind};
-use super::fetch::{self, Fetched, Origin, Wanted};
+use super::fetch::{self, Origin, Wanted};
 use super::manifest::{self, Document, Manifest};
 use super::record::{Image, LayerName};
 use super::reference::{Name, Target};
 use super::source::Source;
 use super::{Inner, lock};
 use crate::layer::{self, Bounds, Promise};
+use crate::slow::blocking;
 use crate::store::{Change, Table};
 
 /// A wait that is worth a line in the log.
@@ -57,8 +57,10 @@ pub type Pulled = Result<Arc<Image>, ImageError>;
 /// One pull that any number of callers wait for.
 pub type Joined = Shared<BoxFuture<'static, Pulled>>;
 
+type Fetched = Shared<BoxFuture<'static, Result<(), ImageError>>>;
+
 /// One layer's fetch; it stops when no pull wants it any more.
-pub type Fetching = WeakShared<BoxFuture<'static, Result<Arc<Fetched>, ImageError>>>;
+pub type Fetching = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// What makes two pulls the same: with other credentials it is another, or the first to ask
 /// would vouch for the second.
@@ -195,6 +197,7 @@ impl Found {
                 u64::saturating_add,
             ),
             config: parsed.config,
+            unpacked: Vec::new(),
             layers: promises
                 .iter()
                 .map(|promise| LayerName {
@@ -225,17 +228,22 @@ pub async fn bring(
     told: &str,
 ) -> Pulled {
     let Found {
-        image,
+        mut image,
         promises,
         configuration,
     } = found;
-    let diff_ids: Vec<&str> = promises.iter().map(|p| p.diff_id.as_str()).collect();
-    lock(&inner.catalog).hold(diff_ids.iter().copied());
-    let published = match bring_layers(inner, origin, &promises, told).await {
-        Ok(()) => publish(inner, image, names, digest, &configuration).await,
+    let keys: Vec<String> = promises.iter().map(|p| key_of(&p.diff_id)).collect();
+    let looks = key_of_looks(&keys);
+    let held = || keys.iter().chain([&looks]).map(String::as_str);
+    lock(&inner.catalog).hold(held());
+    let published = match bring_layers(inner, origin, &promises, &keys, looks.clone(), told).await {
+        Ok(unpacked) => {
+            image.unpacked = unpacked;
+            publish(inner, image, names, digest, &configuration).await
+        }
         Err(error) => Err(error),
     };
-    lock(&inner.catalog).let_go(diff_ids.iter().copied());
+    lock(&inner.catalog).let_go(held());
     if published.is_err() {
         // Fetches that nobody wants any more have ended; so do the layers that came.
         lock(&inner.fetches).retain(|_, fetching| fetching.upgrade().is_some());
@@ -245,13 +253,15 @@ pub async fn bring(
     published
 }
 
-/// Has every layer unpacked and on the disk.
+/// Has every layer unpacked and on the disk; returns the keys of all that make the image's root.
 async fn bring_layers(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
     promises: &[Promise],
+    keys: &[String],
+    looks: String,
     told: &str,
-) -> Result<(), ImageError> {
+) -> Result<Vec<String>, ImageError> {
     let total = promises
         .iter()
         .fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
@@ -259,13 +269,17 @@ async fn bring_layers(
     let all = try_join_all(
         promises
             .iter()
-            .map(|promise| bring_layer(inner, origin, promise, &progress)),
+            .zip(keys)
+            .map(|(promise, key)| bring_layer(inner, origin, promise, key, &progress)),
     );
     let mut all = std::pin::pin!(all);
     let mut milestones = Milestones::new(total);
-    let fetched = loop {
+    loop {
         tokio::select! {
-            fetched = &mut all => break fetched?,
+            fetched = &mut all => {
+                fetched?;
+                break;
+            }
             () = tokio::time::sleep(GLANCE) => {
                 let come = progress.load(Ordering::Relaxed);
                 if milestones.passed(come, Instant::now()) {
@@ -276,49 +290,79 @@ async fn bring_layers(
                 }
             }
         }
-    };
-    let numbers: Option<Vec<u64>> = {
+    }
+    let (stack, known, recorded) = {
         let catalog = lock(&inner.catalog);
-        promises
-            .iter()
-            .map(|promise| catalog.layer(&promise.diff_id).map(|layer| layer.number))
-            .collect()
+        let keys = || keys.iter().map(String::as_str);
+        let (stack, known) = (catalog.stack(keys()), catalog.layer(&looks).is_some());
+        (stack, known, catalog.all_recorded(keys()))
     };
-    let numbers = numbers.ok_or_else(|| {
+    let stack = stack.ok_or_else(|| {
         ImageError::new(Kind::Internal, "a layer vanished while it was being pulled")
     })?;
-    if lock(&inner.catalog).all_recorded(promises.iter().map(|p| p.diff_id.as_str())) {
-        return Ok(());
+    let mut unpacked = keys.to_vec();
+    // What another image of the same layers has found out: that there is something to give.
+    if known {
+        unpacked.push(looks.clone());
+        if recorded {
+            return Ok(unpacked);
+        }
     }
     let root = inner.root.clone();
-    let settled = tokio::task::spawn_blocking(move || settle(&root, &numbers, &fetched));
-    settled
-        .await
-        .map_err(|error| ImageError::new(Kind::Internal, format!("write layers: {error}")))?
+    let number = (!known).then(|| inner.next_layer.fetch_add(1, Ordering::Relaxed));
+    let what = format!("pull {told}: write its layers to the disk");
+    let settled = blocking(what, move || {
+        let placed = match number {
+            Some(number) => fetch::make_looks(&root, number, &stack)?,
+            None => None,
+        };
+        // From here on the store may speak of them.
+        if !recorded || placed.is_some() {
+            layer::sync(&root)?;
+        }
+        Ok::<_, ImageError>(placed)
+    });
+    if let Some(placed) = settled.await? {
+        let mut catalog = lock(&inner.catalog);
+        // Of two pulls at once the first has made it; the other's goes when it is dropped.
+        if catalog.layer(&looks).is_none() {
+            catalog.add_layer(&looks, placed.keep());
+        }
+        unpacked.push(looks);
+    }
+    Ok(unpacked)
 }
 
-/// One layer: it is here, or someone is fetching it, or we do. `None` if it was here.
+/// One layer: it is here, or someone is fetching it, or we do.
 async fn bring_layer(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
     promise: &Promise,
+    key: &str,
     progress: &Arc<AtomicU64>,
-) -> Result<Option<Arc<Fetched>>, ImageError> {
+) -> Result<(), ImageError> {
     // Who joined another's fetch, with another's registry and credentials, tries it alone once
     // that has failed.
     loop {
         let (fetching, ours) = {
             // A fetch that ends adds its layer before it leaves this table.
             let mut fetches = lock(&inner.fetches);
-            if lock(&inner.catalog).layer(&promise.diff_id).is_some() {
-                return Ok(None);
+            let catalog = lock(&inner.catalog);
+            if catalog.layer(key).is_some() {
+                return Ok(());
             }
-            match fetches.get(&promise.diff_id).and_then(WeakShared::upgrade) {
+            match fetches.get(key).and_then(WeakShared::upgrade) {
                 Some(fetching) => (fetching, false),
                 None => {
-                    let fetching = begin(inner, origin, promise, progress);
+                    if catalog.layer(&promise.diff_id).is_some() {
+                        log::info!(
+                            "layer {}: an older version unpacked it for the directories of one image alone, so it is fetched once more",
+                            promise.digest
+                        );
+                    }
+                    let fetching = begin(inner, origin, promise, key, progress);
                     if let Some(weak) = fetching.downgrade() {
-                        fetches.insert(promise.diff_id.clone(), weak);
+                        fetches.insert(key.to_owned(), weak);
                     }
                     (fetching, true)
                 }
@@ -327,7 +371,7 @@ async fn bring_layer(
         match fetching.await {
             Err(error) if ours => return Err(error),
             Err(error) => log::info!("{error}; tried again for another image"),
-            Ok(fetched) => return Ok(Some(fetched)),
+            Ok(()) => return Ok(()),
         }
     }
 }
@@ -336,10 +380,12 @@ fn begin(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
     promise: &Promise,
+    key: &str,
     progress: &Arc<AtomicU64>,
-) -> Shared<BoxFuture<'static, Result<Arc<Fetched>, ImageError>>> {
+) -> Fetched {
     let origin = Arc::clone(origin);
     let progress = Arc::clone(progress);
+    let key = key.to_owned();
     let wanted = Wanted {
         root: inner.root.clone(),
         number: inner.next_layer.fetch_add(1, Ordering::Relaxed),
@@ -353,52 +399,26 @@ fn begin(
     let inner: Weak<Inner> = Arc::downgrade(inner);
     async move {
         let slot = slots.acquire_owned().await;
-        let diff_id = wanted.promise.diff_id.clone();
         let placed = directory(&wanted.root, wanted.number);
         let result = fetch::fetch(origin, wanted, move |bytes| {
             progress.fetch_add(bytes, Ordering::Relaxed);
         })
         .await;
         drop(slot);
-        match (inner.upgrade(), &result) {
-            (Some(inner), Ok(fetched)) => {
-                lock(&inner.catalog).add_layer(&diff_id, fetched.layer.clone());
-                lock(&inner.fetches).remove(&diff_id);
+        match (inner.upgrade(), result) {
+            (Some(inner), result) => {
+                let result = result.map(|layer| lock(&inner.catalog).add_layer(&key, layer));
+                lock(&inner.fetches).remove(&key);
+                result
             }
-            (Some(inner), Err(_)) => {
-                lock(&inner.fetches).remove(&diff_id);
+            (None, result) => {
+                fetch::remove(&placed);
+                result.map(drop)
             }
-            (None, _) => fetch::remove(&placed),
         }
-        result.map(Arc::new)
     }
     .boxed()
     .shared()
-}
-
-/// Gives directories that a layer did not list the looks of those below, and brings everything
-/// to the disk: from here on the store may speak of it.
-fn settle(
-    root: &Path,
-    numbers: &[u64],
-    fetched: &[Option<Arc<Fetched>>],
-) -> Result<(), ImageError> {
-    let path = |number: &u64| directory(root, *number).join("fs");
-    for (index, fetched) in fetched.iter().enumerate() {
-        let Some(fetched) = fetched.as_ref().filter(|f| !f.implied.is_empty()) else {
-            continue;
-        };
-        let below: Vec<_> = numbers
-            .get(..index)
-            .unwrap_or_default()
-            .iter()
-            .rev()
-            .map(path)
-            .collect();
-        layer::adopt(&path(&fetched.layer.number), &fetched.implied, &below)?;
-    }
-    layer::sync(root)?;
-    Ok(())
 }
 
 async fn publish(

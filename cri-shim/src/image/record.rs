@@ -16,16 +16,32 @@ pub struct Image {
     pub config: ImageConfig,
     /// Lowest first, as the manifest lists them.
     pub layers: Vec<LayerName>,
+    /// The keys of the unpacked layers that make up its root, lowest first: one for each of
+    /// `layers`, and above them, where it needs one, the layer that gives directories their looks.
+    /// Empty in the records of older versions: see [`Image::keys`].
+    #[serde(default)]
+    pub unpacked: Vec<String>,
     /// When the image was built (RFC 3339), if it says so.
     pub created: Option<String>,
     /// Kept by kubelet's garbage collection.
     pub pinned: bool,
 }
 
+impl Image {
+    /// The keys of its unpacked layers, lowest first.
+    pub fn keys(&self) -> Vec<&str> {
+        match self.unpacked.is_empty() {
+            // Older versions kept a layer under its diff ID.
+            true => self.layers.iter().map(|l| l.diff_id.as_str()).collect(),
+            false => self.unpacked.iter().map(String::as_str).collect(),
+        }
+    }
+}
+
 /// One layer as a manifest and a configuration name it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerName {
-    /// The digest of the uncompressed archive; a layer is unpacked once per diff ID.
+    /// The digest of the uncompressed archive.
     pub diff_id: String,
     /// The digest of what the registry sends.
     pub digest: String,

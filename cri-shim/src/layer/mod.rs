@@ -5,7 +5,7 @@
 
 pub(crate) mod archive;
 mod decompress;
-mod implied;
+mod looks;
 mod removal;
 mod tree;
 mod unpack;
@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 pub(crate) use decompress::{decoder, is_plain};
-pub use implied::adopt;
+pub use looks::{Stacked, looks};
 pub use removal::remove_path;
 pub use unpack::Unpacked;
 

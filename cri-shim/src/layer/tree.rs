@@ -7,8 +7,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
-    XattrFlags,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
+    Uid, XattrFlags,
 };
 use rustix::io::Errno;
 
@@ -18,13 +18,14 @@ use super::LayerError;
 const PATH_BYTES: usize = 4095;
 const NAME_BYTES: usize = 255;
 
-/// The directories that an archive may use without listing them and whose names are remembered.
-const IMPLIED: usize = 4096;
-
 /// The kernel answers EAGAIN when something was renamed anywhere while it followed `..`.
 const OPENAT2_TRIES: usize = 64;
 
 pub const OPAQUE: &str = "trusted.overlay.opaque";
+
+/// Marks a directory that the archive used without listing it. overlayfs ignores attributes of
+/// this prefix that it does not know and shows none of them, and no archive can set them.
+const UNLISTED: &str = "trusted.overlay.rrun.unlisted";
 
 /// The name of a file below the root: no empty part, no `.`, no `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,8 +93,8 @@ pub struct Tree {
     /// The directory of the last entry, since the next is most often its neighbour; with the
     /// times it must have again when we leave it, for making a file in it changes them.
     current: Option<(Vec<u8>, OwnedFd, Timestamps)>,
-    /// Directories that were used before or without being listed.
-    pub implied: Vec<Vec<u8>>,
+    /// How many directories below the root are marked as unlisted.
+    pub unlisted: u64,
     /// Files and directories made.
     pub inodes: u64,
 }
@@ -103,7 +104,7 @@ impl Tree {
         Tree {
             root,
             current: None,
-            implied: Vec::new(),
+            unlisted: 0,
             inodes: 0,
         }
     }
@@ -211,10 +212,15 @@ impl Tree {
                         Err(error) => return Err(fail(error)),
                     }
                     let opened = self.open(prefix, flags).map_err(fail)?;
+                    // A set-group-ID directory above passes its group on, the umask takes bits away.
+                    let (root, group) = (Uid::ROOT, Gid::ROOT);
+                    rustix::fs::fchown(&opened, Some(root), Some(group)).map_err(fail)?;
+                    rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o755)).map_err(fail)?;
+                    // The whiteout removed what the layers below have: this directory is new.
                     if whiteout {
                         make_opaque(&opened).map_err(fail)?;
-                    } else if self.implied.len() < IMPLIED {
-                        self.implied.push(prefix.to_vec());
+                    } else if mark_unlisted(&opened).map_err(fail)? {
+                        self.unlisted += 1;
                     }
                     rustix::fs::futimens(&above, &times).map_err(fail)?;
                     opened
@@ -230,6 +236,42 @@ impl Tree {
 /// (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
 pub fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
     rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
+}
+
+/// Whether nothing of the directory shows from the layers below.
+pub fn is_opaque(directory: impl AsFd) -> bool {
+    let mut value = [0; 1];
+    let found = rustix::fs::fgetxattr(directory, OPAQUE, &mut value);
+    found.is_ok() && value == *b"y"
+}
+
+/// Marks a directory whose owner, mode, attributes and time are those of the layers below. False:
+/// the file system has no such attributes, and the directory keeps what it was made with.
+pub fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
+    match rustix::fs::fsetxattr(directory, UNLISTED, b"y", XattrFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOTSUP) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the mark, since the archive lists the directory after all or removes what the layers
+/// below have of it. False: there was none.
+pub fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
+    match rustix::fs::fremovexattr(directory, UNLISTED) {
+        Ok(()) => Ok(true),
+        Err(Errno::NODATA | Errno::NOTSUP) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the archive used the directory without listing it.
+pub fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
+    match rustix::fs::fgetxattr(directory, UNLISTED, &mut [0; 1]) {
+        Ok(_) => Ok(true),
+        Err(Errno::NODATA | Errno::NOTSUP) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// overlayfs's sign for "gone": a character device 0/0.

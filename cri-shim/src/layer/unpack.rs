@@ -7,7 +7,9 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::archive::{Archive, Entry, Kind};
-use super::tree::{Name, Tree, is_whiteout, look_at, make_opaque, make_whiteout, modified};
+use super::tree::{
+    Name, Tree, is_whiteout, look_at, make_opaque, make_whiteout, mark_unlisted, modified, unmark,
+};
 use super::{Bounds, LayerError, removal};
 
 /// The prefixes of the OCI image specification (layer.md, "Whiteouts").
@@ -22,9 +24,9 @@ pub struct Unpacked {
     /// Bytes on the disk, in blocks of 4 KiB.
     pub bytes: u64,
     pub inodes: u64,
-    /// Directories that the archive used and did not list: they have no owner and mode of their
-    /// own, and should look like those of the layers below.
-    pub implied: Vec<Vec<u8>>,
+    /// Directories below the root that the archive used and did not list. They are marked, and
+    /// look in each image as the layers below them say (see [`super::looks`]).
+    pub unlisted: u64,
     /// The layer hides everything below it.
     pub opaque_root: bool,
 }
@@ -40,6 +42,8 @@ pub fn unpack<R: Read>(
         opaque_root: false,
         buffer: vec![0; 64 << 10],
     };
+    mark_unlisted(unpacking.tree.root())
+        .map_err(|e| LayerError::system("mark the directory", b"", e))?;
     let mut entries: u64 = 0;
     while let Some(entry) = archive.next_entry()? {
         entries += 1;
@@ -55,7 +59,7 @@ pub fn unpack<R: Read>(
     Ok(Unpacked {
         bytes: unpacking.bytes,
         inodes: unpacking.tree.inodes + 1,
-        implied: unpacking.tree.implied,
+        unlisted: unpacking.tree.unlisted,
         opaque_root: unpacking.opaque_root,
     })
 }
@@ -131,7 +135,10 @@ impl Unpacking {
         }
         self.tree.leave()?;
         let root = self.tree.root();
-        dress(root, entry)
+        dress(root, entry)?;
+        unmark(root)
+            .map(drop)
+            .map_err(|e| LayerError::system("unmark the directory", b"", e))
     }
 
     /// `.wh..wh..opq`: nothing of the layers below shows in `directory`.
@@ -170,6 +177,10 @@ impl Unpacking {
                         rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
                             .map_err(fail)?;
                     make_opaque(&opened).map_err(fail)?;
+                    // Removed and made anew, it takes nothing over from below.
+                    if unmark(&opened).map_err(fail)? {
+                        self.tree.unlisted -= 1;
+                    }
                 }
             }
             Err(error) => return Err(fail(error)),
@@ -206,11 +217,9 @@ impl Unpacking {
         if made {
             self.tree.inodes += 1;
             self.bytes += 4096;
+        } else if unmark(&opened).map_err(fail)? {
+            self.tree.unlisted -= 1;
         }
-        // It is listed after all.
-        self.tree
-            .implied
-            .retain(|implied| implied != name.as_bytes());
         Ok(())
     }
 

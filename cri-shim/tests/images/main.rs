@@ -4,6 +4,7 @@ mod archives;
 mod build;
 mod credentials;
 mod lies;
+mod looks;
 mod node;
 mod pulls;
 mod server;
@@ -55,6 +56,7 @@ fn main() {
     let archives = archives::trials()
         .into_iter()
         .chain(lies::trials())
+        .chain(looks::trials())
         .chain(credentials::trials());
     let pulls = pulls::trials().into_iter();
     let trials = archives

@@ -38,6 +38,7 @@ fn three_layers() -> Image {
             .file("etc/one", "1")
             .file("etc/two", "2"),
         Archive::new()
+            .dir("etc/", 0o755)
             .file("etc/one", "uno")
             .file("etc/.wh.two", ""),
         Archive::new().dir("tmp/", 0o1777).file("three", "3"),
