@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use crate::cgroup::{self, slice};
 use crate::container::seccomp::Asked;
-use crate::image::{Limits, Pins};
+use crate::image::{Least, Limits, Pins};
 use crate::network::namespace::Namespaces;
 
 pub use load::Source;
@@ -136,9 +136,14 @@ impl CniPart {
 #[serde(deny_unknown_fields)]
 pub struct ImagePart {
     pub parallel_layers: Option<usize>,
+    pub parallel_layers_per_host: Option<usize>,
+    pub parallel_unpacks: Option<usize>,
     pub layer_bytes: Option<u64>,
     pub layer_files: Option<u64>,
     pub silence_seconds: Option<u64>,
+    pub least_rate: Option<u64>,
+    pub least_rate_seconds: Option<u64>,
+    pub abandoned_seconds: Option<u64>,
     pub pinned: Option<Vec<String>>,
 }
 
@@ -146,9 +151,16 @@ impl ImagePart {
     fn overlaid(self, over: ImagePart) -> ImagePart {
         ImagePart {
             parallel_layers: over.parallel_layers.or(self.parallel_layers),
+            parallel_layers_per_host: over
+                .parallel_layers_per_host
+                .or(self.parallel_layers_per_host),
+            parallel_unpacks: over.parallel_unpacks.or(self.parallel_unpacks),
             layer_bytes: over.layer_bytes.or(self.layer_bytes),
             layer_files: over.layer_files.or(self.layer_files),
             silence_seconds: over.silence_seconds.or(self.silence_seconds),
+            least_rate: over.least_rate.or(self.least_rate),
+            least_rate_seconds: over.least_rate_seconds.or(self.least_rate_seconds),
+            abandoned_seconds: over.abandoned_seconds.or(self.abandoned_seconds),
             pinned: over.pinned.or(self.pinned),
         }
     }
@@ -156,22 +168,54 @@ impl ImagePart {
     fn limits(&self) -> Result<Limits, ConfigError> {
         let zeros = [
             ("image.parallel_layers", self.parallel_layers == Some(0)),
+            (
+                "image.parallel_layers_per_host",
+                self.parallel_layers_per_host == Some(0),
+            ),
+            ("image.parallel_unpacks", self.parallel_unpacks == Some(0)),
             ("image.layer_bytes", self.layer_bytes == Some(0)),
             ("image.layer_files", self.layer_files == Some(0)),
             ("image.silence_seconds", self.silence_seconds == Some(0)),
+            (
+                "image.least_rate_seconds",
+                self.least_rate_seconds == Some(0),
+            ),
+            ("image.abandoned_seconds", self.abandoned_seconds == Some(0)),
         ];
         if let Some((key, _)) = zeros.into_iter().find(|(_, zero)| *zero) {
             let reason = "0 would let nothing be pulled".to_owned();
             return Err(ConfigError::Value { key, reason });
         }
         let default = Limits::default();
+        let parallel_layers = self.parallel_layers.unwrap_or(default.parallel_layers);
+        // One host leaves a slot for the others, where there is more than one.
+        let most_per_host = parallel_layers.saturating_sub(1).max(1);
+        let layers_per_host = self.parallel_layers_per_host.unwrap_or(most_per_host);
+        if layers_per_host > most_per_host {
+            return Err(ConfigError::Value {
+                key: "image.parallel_layers_per_host",
+                reason: format!(
+                    "{layers_per_host} would let one host take all {parallel_layers} of image.parallel_layers"
+                ),
+            });
+        }
+        let seconds = |given: Option<u64>, default| given.map_or(default, Duration::from_secs);
         Ok(Limits {
-            parallel_layers: self.parallel_layers.unwrap_or(default.parallel_layers),
+            parallel_layers,
+            layers_per_host,
+            parallel_unpacks: self.parallel_unpacks.unwrap_or(default.parallel_unpacks),
             layer_bytes: self.layer_bytes.unwrap_or(default.layer_bytes),
             layer_entries: self.layer_files.unwrap_or(default.layer_entries),
-            silence: self
-                .silence_seconds
-                .map_or(default.silence, Duration::from_secs),
+            silence: seconds(self.silence_seconds, default.silence),
+            least: Least {
+                rate: self.least_rate.unwrap_or(default.least.rate),
+                over: seconds(self.least_rate_seconds, default.least.over),
+            },
+            // More than the clock's range is for ever, too.
+            abandoned: seconds(
+                self.abandoned_seconds.map(|s| s.min(u32::MAX.into())),
+                default.abandoned,
+            ),
         })
     }
 }
@@ -591,6 +635,21 @@ mod tests {
         default.default_cgroup_parent = from_text.default_cgroup_parent.clone();
         assert_eq!(from_text, default);
         assert_eq!(parse(DEFAULT_TEXT)?, Partial::default());
+        Ok(())
+    }
+
+    #[test]
+    fn one_host_never_gets_all_of_the_layers_at_once() -> Result<(), ConfigError> {
+        let limits = |text: &str| {
+            let config = parse(&format!("[image]\n{text}"))?.finished()?;
+            Ok::<_, ConfigError>((config.images.parallel_layers, config.images.layers_per_host))
+        };
+        assert_eq!(limits("")?, (4, 3));
+        assert_eq!(limits("parallel_layers = 10")?, (10, 9));
+        assert_eq!(limits("parallel_layers = 1")?, (1, 1));
+        assert_eq!(limits("parallel_layers_per_host = 2")?, (4, 2));
+        let refused = limits("parallel_layers = 3\nparallel_layers_per_host = 3");
+        assert!(refused.is_err_and(|e| e.to_string().contains("all 3 of image.parallel_layers")));
         Ok(())
     }
 

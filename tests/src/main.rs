@@ -32,6 +32,7 @@ mod cri_hostile_files;
 mod cri_images;
 mod cri_images_faults;
 mod cri_images_looks;
+mod cri_images_pace;
 mod cri_images_preload;
 mod cri_images_registries;
 mod cri_limits;
@@ -184,6 +185,7 @@ fn main() -> ExitCode {
         cri_images_registries::TESTS,
         cri_images_faults::TESTS,
         cri_images_looks::TESTS,
+        cri_images_pace::TESTS,
         cri_images_preload::TESTS,
         cri_metrics::TESTS,
         network_host_ports::TESTS,

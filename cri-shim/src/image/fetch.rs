@@ -7,17 +7,24 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
 use rustix::io::Errno;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc::error::TryRecvError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use super::Limits;
 use super::archive::Archive;
 use super::catalog::{Layer, directory};
 use super::error::{ImageError, Kind};
-use super::partial::{self, Partial};
+use super::pace::{Least, Watch};
+use super::partial::{self, Forgotten, Partial};
+use super::slots::{Slot, Slots};
 use super::source::Source;
+use super::turns::{InTurns, Turn, Turns};
 use crate::layer::{self, Bounds, LayerError, Promise, Stacked, Unpacked};
+use crate::slow::slow;
 
 /// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
 const QUEUE: usize = 8;
@@ -37,30 +44,74 @@ pub struct Wanted {
     pub bounds: Bounds,
 }
 
+/// What a fetch waits for.
+pub struct Queues {
+    pub slots: Arc<Slots>,
+    /// One for each layer that may be half unpacked, be it that it comes, or that it has come and
+    /// waits for its turn: each has a thread and its decoder's memory.
+    pub places: Arc<Semaphore>,
+    pub turns: Arc<Turns>,
+    pub least: Least,
+}
+
+impl Queues {
+    pub fn new(limits: &Limits) -> Self {
+        let fetched = limits.parallel_layers.max(1);
+        Queues {
+            slots: Slots::new(fetched, limits.layers_per_host),
+            places: Arc::new(Semaphore::new(
+                fetched
+                    .saturating_add(limits.parallel_unpacks)
+                    .min(Semaphore::MAX_PERMITS),
+            )),
+            turns: Turns::new(limits.parallel_unpacks),
+            least: limits.least,
+        }
+    }
+}
+
 /// Fetches, verifies and unpacks one layer into `layers/NUMBER`. Dropped before its end, it
 /// leaves nothing but the beginning of a large blob, for the next try; after it the layer is the
 /// caller's.
 pub async fn fetch(
     origin: Arc<Origin>,
     wanted: Wanted,
+    pull: u64,
+    queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    let digest = wanted.promise.digest.clone();
+    let what = format!("layer {}", wanted.promise.digest);
     let fetched = match &*origin {
-        Origin::Registry(source) => download(source, &wanted, progress).await,
-        Origin::Archive(archive) => extract(archive, wanted, progress).await,
+        Origin::Registry(source) => {
+            let slot = queues.slots.slot(pull, what.clone());
+            download(source, &wanted, slot, queues, progress).await
+        }
+        Origin::Archive(archive) => extract(archive, wanted, queues, progress).await,
     };
-    fetched.map_err(|error| error.context(format_args!("layer {digest}")))
+    fetched.map_err(|error| error.context(what))
+}
+
+async fn place(queues: &Queues, digest: &str) -> Option<OwnedSemaphorePermit> {
+    let what = format!("layer {digest}: others to be unpacked");
+    // Nobody closes the semaphore.
+    slow(what, Arc::clone(&queues.places).acquire_owned())
+        .await
+        .ok()
 }
 
 async fn extract(
     archive: &Archive,
     wanted: Wanted,
+    queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    let size = wanted.promise.size;
-    let mut reader = archive.blob(&wanted.promise.digest)?;
-    let unpacked = on_a_thread(wanted.number, move || receive(&mut reader, &wanted))?;
+    let Promise { digest, size, .. } = wanted.promise.clone();
+    let reader = archive.blob(&digest)?;
+    let _place = place(queues, &digest).await;
+    let turn = Turn::new(&queues.turns, format!("layer {digest}"));
+    let unpacked = on_a_thread(wanted.number, move || {
+        receive(InTurns { reader, turn }, &wanted)
+    })?;
     let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
     progress(size);
     Ok(fetched.keep())
@@ -69,50 +120,99 @@ async fn extract(
 async fn download(
     source: &Source,
     wanted: &Wanted,
+    slot: Slot,
+    queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    // What was kept of an earlier try may be what is wrong.
-    let (had, error) = match attempt(source, wanted, &progress).await {
-        Ok(fetched) => return Ok(fetched),
-        Err(failure) => failure,
-    };
-    if had == 0 || error.kind() != Kind::DataLoss {
-        return Err(error);
+    let promise = &wanted.promise;
+    // A blob may be a little longer than what it unpacks to, but not much.
+    if promise.size / 2 > wanted.bounds.bytes {
+        return Err(LayerError::Bound(format!(
+            "it has {} bytes where {} are the most that a layer may unpack to",
+            promise.size, wanted.bounds.bytes
+        ))
+        .into());
     }
-    log::info!("layer {}: {error}; begins anew", wanted.promise.digest);
-    partial::discard(&wanted.root, &wanted.promise.digest);
-    let second = attempt(source, wanted, |_| ()).await;
-    second.map_err(|(_, error)| error)
+    let slot = Arc::new(slot);
+    let watch = Arc::new(Watch::new(queues.least, Some(Arc::clone(&slot))));
+    let _piece = Forgotten::at_the_end(&wanted.root, &promise.digest, promise.size);
+    // The farthest that any try has come: what comes once more is no progress.
+    let farthest = AtomicU64::new(0);
+    let mut anew = false;
+    loop {
+        slot.again();
+        let at = AtomicU64::new(0);
+        let progress = |bytes: u64| {
+            let now = at.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            let before = farthest.fetch_max(now, Ordering::Relaxed);
+            if now > before {
+                progress(now - before);
+            }
+        };
+        let (had, error) = match attempt(source, wanted, &slot, &watch, queues, progress).await {
+            Ok(layer) => return Ok(layer),
+            Err(failure) => failure,
+        };
+        if slot.gave_way() && error.kind() == Kind::Unavailable {
+            log::info!("layer {}: {error}; it goes on later", promise.digest);
+            continue;
+        }
+        // What was kept of an earlier try may be what is wrong.
+        if had == 0 || anew || error.kind() != Kind::DataLoss {
+            return Err(error);
+        }
+        log::info!("layer {}: {error}; begins anew", promise.digest);
+        partial::discard(&wanted.root, &promise.digest, promise.size);
+        anew = true;
+    }
 }
 
 /// One try; a failure tells as well how many bytes there were from an earlier one.
 async fn attempt(
     source: &Source,
     wanted: &Wanted,
+    slot: &Arc<Slot>,
+    watch: &Arc<Watch>,
+    queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, (u64, ImageError)> {
+    let promise = &wanted.promise;
+    if let Some(host) = source.first_host() {
+        slot.at(&host).await;
+    }
+    let _place = place(queues, &promise.digest).await;
     let (to_thread, chunks) = mpsc::channel(QUEUE);
     let (tell, told) = oneshot::channel();
-    let promise = &wanted.promise;
     let for_thread = wanted.clone();
+    let turn = Turn::new(&queues.turns, format!("layer {}", promise.digest));
+    let gave_way = slot.whether_it_gave_way();
     let unpacked = on_a_thread(wanted.number, move || {
         let Promise { digest, size, .. } = &for_thread.promise;
-        let mut arriving = Arriving::new(chunks, Partial::open(&for_thread.root, digest, *size));
+        let partial = Partial::open(&for_thread.root, digest, *size);
+        let mut arriving = Arriving::new(chunks, turn, partial);
         let _ = tell.send(arriving.replay);
         let result = receive(&mut arriving, &for_thread);
-        arriving.end(result.as_ref().err(), *size);
+        arriving.end(
+            result.as_ref().err(),
+            *size,
+            gave_way.load(Ordering::Relaxed),
+        );
         result
     });
     let unpacked = unpacked.map_err(|error| (0, error))?;
     let had = told.await.unwrap_or(0);
+    slot.begins_at(had);
     progress(had);
     let sent = if had == promise.size {
         Ok(())
     } else {
+        let Promise { digest, size, .. } = promise;
         source
-            .blob(&promise.digest, promise.size, had, &to_thread, progress)
+            .blob(digest, *size, had, &to_thread, watch, progress)
             .await
     };
+    // What is left to do needs no registry.
+    slot.leave();
     drop(to_thread);
     let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
     match (sent, unpacked) {
@@ -257,6 +357,8 @@ pub fn remove(path: &Path) {
 struct Arriving {
     chunks: mpsc::Receiver<Bytes>,
     current: Bytes,
+    /// Taken while there are bytes to work on.
+    turn: Turn,
     partial: Option<Partial>,
     /// Bytes that an earlier try left.
     replay: u64,
@@ -268,10 +370,11 @@ struct Arriving {
 }
 
 impl Arriving {
-    fn new(chunks: mpsc::Receiver<Bytes>, partial: Option<Partial>) -> Self {
+    fn new(chunks: mpsc::Receiver<Bytes>, turn: Turn, partial: Option<Partial>) -> Self {
         Arriving {
             chunks,
             current: Bytes::new(),
+            turn,
             replay: partial.as_ref().map_or(0, Partial::length),
             partial,
             replayed: 0,
@@ -280,14 +383,16 @@ impl Arriving {
         }
     }
 
-    /// Keeps what has come if all that is wrong is that the rest has not.
-    fn end(self, error: Option<&LayerError>, size: u64) {
+    /// Keeps what has come if all that is wrong is that the rest has not: of a large blob for
+    /// whoever pulls it again, of each that only gave way.
+    fn end(self, error: Option<&LayerError>, size: u64, gave_way: bool) {
         let broke_off = self.ended && self.replay + self.came < size;
         let ours = matches!(
             error,
             Some(LayerError::System { .. } | LayerError::Bound(_))
         );
-        let keep = error.is_some() && broke_off && !ours;
+        let worth = gave_way || size >= partial::WORTH_KEEPING;
+        let keep = error.is_some() && broke_off && !ours && worth;
         if let Some(partial) = self
             .partial
             .filter(|partial| !keep || partial.length() == 0)
@@ -315,6 +420,7 @@ impl Read for Arriving {
         if self.replayed < self.replay
             && let Some(partial) = &self.partial
         {
+            self.turn.take();
             let left = usize::try_from(self.replay - self.replayed).unwrap_or(usize::MAX);
             let most = left.min(buffer.len());
             let count = partial.read_at(&mut buffer[..most], self.replayed)?;
@@ -322,7 +428,16 @@ impl Read for Arriving {
             return Ok(count);
         }
         while self.current.is_empty() {
-            match self.chunks.blocking_recv() {
+            let chunk = match self.chunks.try_recv() {
+                Ok(chunk) => Some(chunk),
+                Err(TryRecvError::Disconnected) => None,
+                Err(TryRecvError::Empty) => {
+                    self.turn.give_back();
+                    self.chunks.blocking_recv()
+                }
+            };
+            self.turn.take();
+            match chunk {
                 Some(chunk) => {
                     self.current = chunk;
                     self.keep();

@@ -14,6 +14,7 @@ mod fetch;
 mod hosts;
 mod identity;
 mod manifest;
+mod pace;
 mod partial;
 mod pin;
 mod preload;
@@ -21,7 +22,9 @@ mod pull;
 mod record;
 mod reference;
 mod registry;
+mod slots;
 mod source;
+mod turns;
 
 use std::collections::HashMap;
 use std::io;
@@ -31,11 +34,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 pub use auth::Auth;
 pub use error::{ImageError, Kind};
 pub use hosts::Registries;
+pub use pace::Least;
 pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
 pub use reference::Name;
@@ -49,23 +53,38 @@ type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 /// Bounds on a pull.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Layers downloaded and unpacked at once, over all pulls.
+    /// Layers fetched at once, over all pulls.
     pub parallel_layers: usize,
+    /// The same from one host.
+    pub layers_per_host: usize,
+    /// Layers unpacked at once.
+    pub parallel_unpacks: usize,
     /// The most bytes that one layer may unpack to.
     pub layer_bytes: u64,
     /// The most files that one layer may hold.
     pub layer_entries: u64,
     /// How long a registry may send nothing in the middle of an answer.
     pub silence: Duration,
+    /// How slow its answers may be.
+    pub least: Least,
+    /// How long a pull goes on that nobody waits for.
+    pub abandoned: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Limits {
-            parallel_layers: 3,
+            parallel_layers: 4,
+            layers_per_host: 3,
+            parallel_unpacks: 3,
             layer_bytes: 64 << 30,
             layer_entries: 4 << 20,
             silence: Duration::from_secs(30),
+            least: Least {
+                rate: 100,
+                over: Duration::from_secs(60),
+            },
+            abandoned: Duration::from_secs(300),
         }
     }
 }
@@ -93,12 +112,13 @@ struct Inner {
     registries: Registries,
     limits: Limits,
     catalog: Mutex<Catalog>,
-    pulls: Mutex<HashMap<pull::Key, pull::Joined>>,
+    pulls: Mutex<HashMap<pull::Key, pull::Pulling>>,
     /// By the layer's key.
     fetches: Mutex<HashMap<String, pull::Fetching>>,
-    /// One for each layer that may be fetched at once.
-    slots: Arc<Semaphore>,
+    /// What layers that are fetched wait for.
+    queues: Arc<fetch::Queues>,
     next_layer: AtomicU64,
+    next_pull: AtomicU64,
     /// Held while archives are imported.
     preloading: tokio::sync::Mutex<()>,
     /// Held while layers are removed from the disk.
@@ -141,12 +161,13 @@ impl Images {
                 root: root.to_owned(),
                 store,
                 registries,
-                slots: Arc::new(Semaphore::new(limits.parallel_layers.max(1))),
+                queues: Arc::new(fetch::Queues::new(&limits)),
                 limits,
                 catalog: Mutex::new(catalog),
                 pulls: Mutex::default(),
                 fetches: Mutex::default(),
                 next_layer: AtomicU64::new(next),
+                next_pull: AtomicU64::new(1),
                 preloading: tokio::sync::Mutex::default(),
                 removing: Arc::default(),
                 removals: Arc::default(),
@@ -161,7 +182,7 @@ impl Images {
     }
 
     /// Fetches the image that `reference` names. Whoever asks for what is being pulled already
-    /// joins that pull; it goes on when all who asked have gone.
+    /// joins that pull; when all who asked have gone it goes on for a while, for a retry to join.
     pub async fn pull(
         &self,
         reference: &str,

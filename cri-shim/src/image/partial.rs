@@ -1,7 +1,7 @@
 //! What has come of a large blob, kept in a file while it comes.
 //!
 //! A pull that breaks off for good, or with rrun-cri itself, goes on from there when it is tried
-//! again. Nobody trusts the file: its bytes go through the same hash as those that follow, and it
+//! again, and one that gave way to others when it has its next turn. Nobody trusts the file: its bytes go through the same hash as those that follow, and it
 //! is removed when the blob was whole or proved bad. What nobody comes back for goes after an
 //! hour.
 
@@ -13,13 +13,19 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// Smaller blobs are sooner fetched again than kept.
-const WORTH_KEEPING: u64 = 4 << 20;
+/// Smaller blobs are sooner fetched again than kept for a later pull.
+pub const WORTH_KEEPING: u64 = 4 << 20;
+
+/// Smaller blobs are not even kept for the next turn of the same pull.
+const SMALL: u64 = 64 << 10;
 
 /// How long after its last byte a partial blob is kept.
 pub const KEPT: Duration = Duration::from_secs(3600);
 
 const SUFFIX: &str = ".partial";
+
+/// Of a blob that is not kept for a later pull, and not over a restart.
+const SUFFIX_OF_SMALL: &str = ".piece";
 
 /// The beginning of one blob. Locked: two that fetch the same bytes don't write to one file.
 pub struct Partial {
@@ -28,19 +34,23 @@ pub struct Partial {
     length: u64,
 }
 
-fn path_of(root: &Path, digest: &str) -> PathBuf {
+fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
     let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-    root.join("ingest").join(format!("{hex}{SUFFIX}"))
+    let suffix = match size < WORTH_KEEPING {
+        true => SUFFIX_OF_SMALL,
+        false => SUFFIX,
+    };
+    root.join("ingest").join(format!("{hex}{suffix}"))
 }
 
 impl Partial {
     /// Opens what there is of the blob, or begins; `None` if it is not worth it or can't be done,
     /// and the blob is fetched as a whole. Blocks on the disk.
     pub fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
-        if size < WORTH_KEEPING {
+        if size < SMALL {
             return None;
         }
-        let path = path_of(root, digest);
+        let path = path_of(root, digest, size);
         let opened = OpenOptions::new()
             .read(true)
             .write(true)
@@ -86,8 +96,28 @@ impl Partial {
 }
 
 /// Forgets what there is of a blob.
-pub fn discard(root: &Path, digest: &str) {
-    let _ = std::fs::remove_file(path_of(root, digest));
+pub fn discard(root: &Path, digest: &str, size: u64) {
+    let _ = std::fs::remove_file(path_of(root, digest, size));
+}
+
+/// Forgets, when it is dropped, what there is of a blob that no later pull has a use for.
+pub struct Forgotten<'a> {
+    root: &'a Path,
+    digest: &'a str,
+    size: u64,
+}
+
+impl<'a> Forgotten<'a> {
+    pub fn at_the_end(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
+        // Not then_some, which would make one to drop it.
+        (size < WORTH_KEEPING).then(|| Forgotten { root, digest, size })
+    }
+}
+
+impl Drop for Forgotten<'_> {
+    fn drop(&mut self) {
+        discard(self.root, self.digest, self.size);
+    }
 }
 
 /// Whether this is a partial blob that may still be of use.
@@ -128,7 +158,7 @@ mod tests {
     fn a_partial_blob_is_found_again_and_never_longer_than_the_blob() -> io::Result<()> {
         let root = std::env::temp_dir().join(format!("rrun-partial-{}", std::process::id()));
         std::fs::create_dir_all(root.join("ingest"))?;
-        assert!(Partial::open(&root, DIGEST, WORTH_KEEPING - 1).is_none());
+        assert!(Partial::open(&root, DIGEST, SMALL - 1).is_none());
         let mut first = Partial::open(&root, DIGEST, WORTH_KEEPING).ok_or(io::ErrorKind::Other)?;
         first.append(b"one")?;
         assert!(
@@ -142,12 +172,12 @@ mod tests {
         drop(again);
         let again = Partial::open(&root, DIGEST, WORTH_KEEPING).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 0);
-        assert!(is_fresh(&path_of(&root, DIGEST)));
+        assert!(is_fresh(&path_of(&root, DIGEST, WORTH_KEEPING)));
         sweep(&root);
         let long_ago = SystemTime::now() - KEPT;
         again.file.set_modified(long_ago)?;
         sweep(&root);
-        assert!(!path_of(&root, DIGEST).exists());
+        assert!(!path_of(&root, DIGEST, WORTH_KEEPING).exists());
         std::fs::remove_dir_all(&root)
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared, try_join_all};
+use tokio::sync::watch;
 
 use super::auth::Auth;
 use super::catalog::{directory, key_of, key_of_looks};
@@ -15,6 +16,7 @@ use super::fetch::{self, Origin, Wanted};
 use super::manifest::{self, Document, Manifest};
 use super::record::{Image, LayerName};
 use super::reference::{Name, Target};
+use super::registry::Patience;
 use super::source::Source;
 use super::{Inner, lock};
 use crate::layer::{self, Bounds, Promise};
@@ -55,7 +57,27 @@ impl Milestones {
 pub type Pulled = Result<Arc<Image>, ImageError>;
 
 /// One pull that any number of callers wait for.
-pub type Joined = Shared<BoxFuture<'static, Pulled>>;
+pub struct Pulling {
+    answer: Shared<BoxFuture<'static, Pulled>>,
+    /// How many they are.
+    callers: Arc<watch::Sender<usize>>,
+}
+
+/// One who waits for a pull.
+struct Caller(Arc<watch::Sender<usize>>);
+
+impl Caller {
+    fn new(callers: &Arc<watch::Sender<usize>>) -> Self {
+        callers.send_modify(|count| *count += 1);
+        Caller(Arc::clone(callers))
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
 
 type Fetched = Shared<BoxFuture<'static, Result<(), ImageError>>>;
 
@@ -66,35 +88,49 @@ pub type Fetching = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 /// would vouch for the second.
 pub type Key = (Name, Option<Auth>);
 
-/// Starts a pull, or joins the one under way.
-pub fn join(inner: &Arc<Inner>, name: Name, auth: Option<Auth>) -> Joined {
+/// Starts a pull, or joins the one under way, and waits for it.
+pub async fn join(inner: &Arc<Inner>, name: Name, auth: Option<Auth>) -> Pulled {
     let key = (name, auth);
-    let mut pulls = lock(&inner.pulls);
-    if let Some(joined) = pulls.get(&key) {
-        return joined.clone();
-    }
-    let task = tokio::spawn(run(Arc::clone(inner), key.clone()));
-    let joined = async move {
+    let (answer, _caller) = {
+        let mut pulls = lock(&inner.pulls);
+        let pulling = pulls
+            .entry(key)
+            .or_insert_with_key(|key| start(inner, key.clone()));
+        (pulling.answer.clone(), Caller::new(&pulling.callers))
+    };
+    answer.await
+}
+
+fn start(inner: &Arc<Inner>, key: Key) -> Pulling {
+    let callers = Arc::new(watch::Sender::new(0));
+    let task = tokio::spawn(run(Arc::clone(inner), key, Arc::clone(&callers)));
+    let answer = async move {
         task.await.unwrap_or_else(|error| {
             Err(ImageError::new(
                 Kind::Internal,
                 format!("the pull ended too soon: {error}"),
             ))
         })
+    };
+    Pulling {
+        answer: answer.boxed().shared(),
+        callers,
     }
-    .boxed()
-    .shared();
-    pulls.insert(key, joined.clone());
-    joined
 }
 
-async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
+async fn run(inner: Arc<Inner>, key: Key, callers: Arc<watch::Sender<usize>>) -> Pulled {
     let reference = key.0.canonical();
     let begun = Instant::now();
     log::info!("pull {reference}: begun");
-    let result = pull(&inner, &key)
-        .await
-        .map_err(|error| error.context(format_args!("pull {reference}")));
+    let pulled = tokio::select! {
+        pulled = pull(&inner, &key) => Some(pulled),
+        () = abandoned(&inner, &key, &callers) => None,
+    };
+    let result = match pulled {
+        Some(pulled) => pulled,
+        None => Err(clear(&inner).await),
+    };
+    let result = result.map_err(|error| error.context(format_args!("pull {reference}")));
     match &result {
         Ok(image) => {
             crate::metrics::pulled(image.size, begun.elapsed());
@@ -110,17 +146,60 @@ async fn run(inner: Arc<Inner>, key: Key) -> Pulled {
             log::warn!("{error}");
         }
     }
-    lock(&inner.pulls).remove(&key);
+    let mut pulls = lock(&inner.pulls);
+    // After an abandoned pull there may be a new one under the same key.
+    if pulls
+        .get(&key)
+        .is_some_and(|pulling| Arc::ptr_eq(&pulling.callers, &callers))
+    {
+        pulls.remove(&key);
+    }
+    drop(pulls);
     result
+}
+
+/// Returns when nobody has waited for the pull for as long as the configuration allows; whoever
+/// asks for it from then on begins a new one.
+async fn abandoned(inner: &Inner, key: &Key, callers: &watch::Sender<usize>) {
+    let bound = inner.limits.abandoned;
+    let mut count = callers.subscribe();
+    // The sender is borrowed: it does not go while this waits.
+    while count.wait_for(|count| *count == 0).await.is_ok() {
+        let back = tokio::time::timeout(bound, count.wait_for(|count| *count > 0));
+        if back.await.is_ok_and(|back| back.is_ok()) {
+            continue;
+        }
+        // Who joins does so under this lock.
+        let mut pulls = lock(&inner.pulls);
+        if *callers.borrow() == 0 {
+            pulls.remove(key);
+            return;
+        }
+    }
+}
+
+/// Removes what an abandoned pull leaves, and says why it ended.
+async fn clear(inner: &Arc<Inner>) -> ImageError {
+    let why = ImageError::new(
+        Kind::Unavailable,
+        format!(
+            "nobody has waited for it for {} s (image.abandoned_seconds), so it ends; large layers go on from where they are if it is pulled again within an hour",
+            inner.limits.abandoned.as_secs()
+        ),
+    );
+    inner.let_go_of_fetches().await.err().unwrap_or(why)
 }
 
 async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     let reference = name.canonical();
     let origin = {
         let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
-        let silence = inner.limits.silence;
+        let patience = Patience {
+            silence: inner.limits.silence,
+            least: inner.limits.least,
+        };
         let opened = tokio::task::spawn_blocking(move || {
-            Source::open(&configured, &name, auth.as_ref(), silence)
+            Source::open(&configured, &name, auth.as_ref(), patience)
         });
         let source = opened.await.map_err(|error| {
             ImageError::new(Kind::Internal, format!("read the configuration: {error}"))
@@ -217,6 +296,36 @@ impl Found {
     }
 }
 
+/// Keeps layers from being swept while a pull stands on them.
+struct Hold<'a> {
+    inner: &'a Inner,
+    keys: Vec<String>,
+}
+
+impl<'a> Hold<'a> {
+    fn new(inner: &'a Inner, keys: Vec<String>) -> Self {
+        lock(&inner.catalog).hold(keys.iter().map(String::as_str));
+        Hold { inner, keys }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let keys = self.keys.iter().map(String::as_str);
+        lock(&self.inner.catalog).let_go(keys);
+    }
+}
+
+impl Inner {
+    /// Removes the layers of a pull that has failed or was abandoned.
+    async fn let_go_of_fetches(self: &Arc<Self>) -> Result<(), ImageError> {
+        // Fetches that nobody wants any more have ended; so do the layers that came.
+        lock(&self.fetches).retain(|_, fetching| fetching.upgrade().is_some());
+        self.sweep_partials_later();
+        self.sweep().await
+    }
+}
+
 /// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
 /// the digest of its manifest. `told` is what the log calls it.
 pub async fn bring(
@@ -232,23 +341,24 @@ pub async fn bring(
         promises,
         configuration,
     } = found;
-    let keys: Vec<String> = promises.iter().map(|p| key_of(&p.diff_id)).collect();
-    let looks = key_of_looks(&keys);
-    let held = || keys.iter().chain([&looks]).map(String::as_str);
-    lock(&inner.catalog).hold(held());
-    let published = match bring_layers(inner, origin, &promises, &keys, looks.clone(), told).await {
-        Ok(unpacked) => {
-            image.unpacked = unpacked;
-            publish(inner, image, names, digest, &configuration).await
+    let published = {
+        let keys: Vec<String> = promises.iter().map(|p| key_of(&p.diff_id)).collect();
+        let looks = key_of_looks(&keys);
+        let _hold = Hold::new(
+            inner,
+            [keys.as_slice(), std::slice::from_ref(&looks)].concat(),
+        );
+        let pull = inner.next_pull.fetch_add(1, Ordering::Relaxed);
+        match bring_layers(inner, origin, pull, &promises, &keys, looks, told).await {
+            Ok(unpacked) => {
+                image.unpacked = unpacked;
+                publish(inner, image, names, digest, &configuration).await
+            }
+            Err(error) => Err(error),
         }
-        Err(error) => Err(error),
     };
-    lock(&inner.catalog).let_go(held());
     if published.is_err() {
-        // Fetches that nobody wants any more have ended; so do the layers that came.
-        lock(&inner.fetches).retain(|_, fetching| fetching.upgrade().is_some());
-        inner.sweep().await?;
-        inner.sweep_partials_later();
+        inner.let_go_of_fetches().await?;
     }
     published
 }
@@ -257,6 +367,7 @@ pub async fn bring(
 async fn bring_layers(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
+    pull: u64,
     promises: &[Promise],
     keys: &[String],
     looks: String,
@@ -270,7 +381,7 @@ async fn bring_layers(
         promises
             .iter()
             .zip(keys)
-            .map(|(promise, key)| bring_layer(inner, origin, promise, key, &progress)),
+            .map(|(promise, key)| bring_layer(inner, origin, pull, promise, key, &progress)),
     );
     let mut all = std::pin::pin!(all);
     let mut milestones = Milestones::new(total);
@@ -337,6 +448,7 @@ async fn bring_layers(
 async fn bring_layer(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
+    pull: u64,
     promise: &Promise,
     key: &str,
     progress: &Arc<AtomicU64>,
@@ -360,7 +472,7 @@ async fn bring_layer(
                             promise.digest
                         );
                     }
-                    let fetching = begin(inner, origin, promise, key, progress);
+                    let fetching = begin(inner, origin, pull, promise, key, progress);
                     if let Some(weak) = fetching.downgrade() {
                         fetches.insert(key.to_owned(), weak);
                     }
@@ -379,6 +491,7 @@ async fn bring_layer(
 fn begin(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
+    pull: u64,
     promise: &Promise,
     key: &str,
     progress: &Arc<AtomicU64>,
@@ -395,16 +508,14 @@ fn begin(
             entries: inner.limits.layer_entries,
         },
     };
-    let slots = Arc::clone(&inner.slots);
+    let queues = Arc::clone(&inner.queues);
     let inner: Weak<Inner> = Arc::downgrade(inner);
     async move {
-        let slot = slots.acquire_owned().await;
         let placed = directory(&wanted.root, wanted.number);
-        let result = fetch::fetch(origin, wanted, move |bytes| {
+        let result = fetch::fetch(origin, wanted, pull, &queues, move |bytes| {
             progress.fetch_add(bytes, Ordering::Relaxed);
         })
         .await;
-        drop(slot);
         match (inner.upgrade(), result) {
             (Some(inner), result) => {
                 let result = result.map(|layer| lock(&inner.catalog).add_layer(&key, layer));

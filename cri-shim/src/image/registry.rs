@@ -3,6 +3,7 @@
 //! Everything that comes from there is a stranger's: every document is bounded, no text of it
 //! reaches a log but shortened and cleaned, and no token or password does.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -20,6 +21,8 @@ use super::challenge::{self, Challenge};
 use super::client;
 use super::error::{ImageError, Kind};
 use super::hosts::Endpoint;
+use super::lock;
+use super::pace::{Least, Phase, Watch};
 
 /// Redirections that are followed for one answer.
 const REDIRECTIONS: usize = 10;
@@ -41,6 +44,8 @@ pub struct Failure {
     pub retry: bool,
     /// What the registry asks for by `Retry-After`, bounded.
     pub wait: Option<Duration>,
+    /// The endpoint is too slow to be asked again.
+    pub slow: bool,
 }
 
 impl From<ImageError> for Failure {
@@ -49,8 +54,17 @@ impl From<ImageError> for Failure {
             error,
             retry: false,
             wait: None,
+            slow: false,
         }
     }
+}
+
+/// How long a registry is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Without any byte.
+    pub silence: Duration,
+    pub least: Least,
 }
 
 /// How long is waited: for a connection, and for the next bytes of it.
@@ -67,6 +81,11 @@ pub struct Registry {
     /// are.
     elsewhere: Client,
     waits: Waits,
+    least: Least,
+    /// Why it is not asked any more.
+    slowness: std::sync::Mutex<Option<ImageError>>,
+    /// Where the last answer came from if not from here.
+    sends_to: std::sync::Mutex<Option<String>>,
     endpoint: Endpoint,
     repository: String,
     /// The registry that a mirror is to answer for.
@@ -84,8 +103,9 @@ impl Registry {
         registry: &str,
         repository: &str,
         credential: Option<Credential>,
-        silence: Duration,
+        patience: Patience,
     ) -> Result<Self, ImageError> {
+        let silence = patience.silence;
         // Who installed one before us chose the same or knew better.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let refuse = |what: String| ImageError::new(Kind::InvalidArgument, what);
@@ -124,6 +144,9 @@ impl Registry {
                 connect: endpoint.dial_timeout,
                 silence,
             },
+            least: patience.least,
+            slowness: std::sync::Mutex::default(),
+            sends_to: std::sync::Mutex::default(),
             namespace: endpoint.mirror.then(|| registry.to_owned()),
             endpoint,
             repository: repository.to_owned(),
@@ -140,16 +163,28 @@ impl Registry {
     /// A manifest by tag or digest.
     pub async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
         let url = self.url("manifests", target)?;
-        let response = self.get(url, Some(super::manifest::ACCEPT), 0).await?;
-        bounded(response, most, "the manifest", self.waits)
+        let watch = self.watch();
+        let response = self
+            .get(url, Some(super::manifest::ACCEPT), 0, &watch)
+            .await?;
+        bounded(response, most, "the manifest", self.waits, &watch)
             .await
             .map_err(|failure| self.named(failure))
     }
 
     /// A blob from `offset` on; what comes back says where it really begins.
-    pub async fn blob(&self, digest: &str, offset: u64) -> Result<Blob, Failure> {
+    pub async fn blob(
+        &self,
+        digest: &str,
+        offset: u64,
+        watch: Arc<Watch>,
+    ) -> Result<Blob, Failure> {
         let url = self.url("blobs", digest)?;
-        let response = self.get(url, None, offset).await?;
+        watch.comes_from(&self.layers_come_from())?;
+        let response = self.get(url, None, offset, &watch).await?;
+        // Where the registry has sent us is what the bytes come from.
+        let elsewhere = self.elsewhere_of(&response);
+        lock(&self.sends_to).clone_from(&elsewhere);
         let begins = match response.status() {
             StatusCode::PARTIAL_CONTENT if offset > 0 => offset,
             _ => 0,
@@ -158,14 +193,49 @@ impl Registry {
             response,
             begins,
             waits: self.waits,
-            host: self.endpoint.host.clone(),
+            host: match elsewhere {
+                Some(elsewhere) => format!("{}, at {elsewhere}", self.endpoint.host),
+                None => self.endpoint.host.clone(),
+            },
+            watch,
         })
+    }
+
+    /// The host that layers come from, as far as is known: this one, or where it sends us.
+    pub fn layers_come_from(&self) -> String {
+        let elsewhere = lock(&self.sends_to).clone();
+        elsewhere.unwrap_or_else(|| self.endpoint.host.clone())
+    }
+
+    /// The host that has answered in this endpoint's place.
+    fn elsewhere_of(&self, response: &Response) -> Option<String> {
+        let url = response.url();
+        let base = Url::parse(&self.endpoint.base).ok()?;
+        if base.origin() == url.origin() {
+            return None;
+        }
+        Some(host_of(url))
+    }
+
+    /// For a small answer, which needs no slot.
+    fn watch(&self) -> Arc<Watch> {
+        Arc::new(Watch::new(self.least, None))
+    }
+
+    /// Why it is not to be asked for layers again in this pull.
+    pub fn slowness(&self) -> Option<ImageError> {
+        lock(&self.slowness).clone()
+    }
+
+    pub fn is_too_slow(&self, error: &ImageError) {
+        *lock(&self.slowness) = Some(error.clone());
     }
 
     /// A small blob as a whole.
     pub async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
-        let blob = self.blob(digest, 0).await?;
-        bounded(blob.response, most, "the image's configuration", self.waits)
+        let blob = self.blob(digest, 0, self.watch()).await?;
+        let what = "the image's configuration";
+        bounded(blob.response, most, what, self.waits, &blob.watch)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -198,8 +268,9 @@ impl Registry {
         url: Url,
         accept: Option<&'static str>,
         offset: u64,
+        watch: &Watch,
     ) -> Result<Response, Failure> {
-        let answer = self.try_get(url, accept, offset).await;
+        let answer = self.try_get(url, accept, offset, watch).await;
         answer.map_err(|failure| self.named(failure))
     }
 
@@ -208,6 +279,7 @@ impl Registry {
         url: Url,
         accept: Option<&'static str>,
         offset: u64,
+        watch: &Watch,
     ) -> Result<Response, Failure> {
         let mut public = HeaderMap::new();
         if let Some(accept) = accept {
@@ -223,10 +295,10 @@ impl Registry {
         if let Some(known) = known {
             private.insert(AUTHORIZATION, known);
         }
-        let (response, at_home) = self.follow(&url, &public, &private).await?;
+        let (response, at_home) = self.follow(&url, &public, &private, watch).await?;
         // Whoever we were sent to has no claim to our credentials.
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
-            return accepted(response).await;
+            return accepted(response, self.least).await;
         }
         let asked = challenge::choose(
             response
@@ -235,14 +307,15 @@ impl Registry {
                 .iter()
                 .filter_map(|value| value.to_str().ok()),
         );
-        let Some(authorization) = self.meet(asked).await? else {
-            return accepted(response).await;
+        let Some(authorization) = self.meet(asked, watch).await? else {
+            return accepted(response, self.least).await;
         };
         if let Ok(mut known) = self.authorization.lock() {
             *known = Some(authorization.clone());
         }
         private.insert(AUTHORIZATION, authorization);
-        accepted(self.follow(&url, &public, &private).await?.0).await
+        let (response, _) = self.follow(&url, &public, &private, watch).await?;
+        accepted(response, self.least).await
     }
 
     /// Asks, and goes where the registry sends us. `private` headers, which may prove who we are,
@@ -253,6 +326,7 @@ impl Registry {
         url: &Url,
         public: &HeaderMap,
         private: &HeaderMap,
+        watch: &Watch,
     ) -> Result<(Response, bool), Failure> {
         let mut at = url.clone();
         let mut at_home = true;
@@ -262,10 +336,9 @@ impl Registry {
             } else {
                 self.elsewhere.get(at.clone())
             };
-            let response = request
-                .headers(public.clone())
-                .send()
-                .await
+            let response = watch
+                .wait(Phase::Head, request.headers(public.clone()).send())
+                .await?
                 .map_err(|error| transport(error, self.waits))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at_home));
@@ -281,13 +354,22 @@ impl Registry {
                 return Err(astray("it sends us from https to plain http"));
             }
             at_home &= next.origin() == url.origin();
+            if !at_home {
+                let host = host_of(&next);
+                *lock(&self.sends_to) = Some(host.clone());
+                watch.comes_from(&host)?;
+            }
             at = next;
         }
         Err(astray("it sends us from one address to the next"))
     }
 
     /// What to send to a registry that asks `challenge`; `None` if we have nothing for it.
-    async fn meet(&self, challenge: Option<Challenge>) -> Result<Option<HeaderValue>, Failure> {
+    async fn meet(
+        &self,
+        challenge: Option<Challenge>,
+        watch: &Watch,
+    ) -> Result<Option<HeaderValue>, Failure> {
         match (challenge, &self.credential) {
             (Some(Challenge::Basic), Some(Credential::Basic { username, password })) => {
                 Ok(Some(basic(username, password)))
@@ -300,7 +382,7 @@ impl Registry {
                     scope,
                 }),
                 _,
-            ) => self.token(&realm, service, scope).await.map(Some),
+            ) => self.token(&realm, service, scope, watch).await.map(Some),
             _ => Ok(None),
         }
     }
@@ -310,6 +392,7 @@ impl Registry {
         realm: &str,
         service: Option<String>,
         scope: Option<String>,
+        watch: &Watch,
     ) -> Result<HeaderValue, Failure> {
         let broken = |what: &str| {
             Failure::from(ImageError::new(
@@ -369,12 +452,13 @@ impl Registry {
             )),
             ..failure
         };
-        let response = request
-            .send()
+        let response = watch
+            .wait(Phase::Head, request.send())
             .await
+            .map_err(named)?
             .map_err(|error| named(transport(error, self.waits)))?;
-        let response = accepted(response).await.map_err(named)?;
-        let body = bounded(response, TOKEN_BYTES, "the token", self.waits)
+        let response = accepted(response, self.least).await.map_err(named)?;
+        let body = bounded(response, TOKEN_BYTES, "the token", self.waits, watch)
             .await
             .map_err(named)?;
         #[derive(Deserialize)]
@@ -399,21 +483,45 @@ pub struct Blob {
     /// The offset of the first byte that comes.
     pub begins: u64,
     waits: Waits,
+    /// Who has answered.
     host: String,
+    watch: Arc<Watch>,
 }
 
 impl Blob {
     /// The next bytes, `None` at the end.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
-        self.response.chunk().await.map_err(|error| {
-            let failure = transport(error, self.waits);
-            Failure {
+        next(&mut self.response, self.waits, &self.watch)
+            .await
+            .map_err(|failure| Failure {
                 error: failure
                     .error
                     .context(format_args!("registry {}", self.host)),
                 ..failure
-            }
-        })
+            })
+    }
+}
+
+/// The next bytes of an answer, `None` at its end.
+async fn next(
+    response: &mut Response,
+    waits: Waits,
+    watch: &Watch,
+) -> Result<Option<Bytes>, Failure> {
+    let chunk = watch.wait(Phase::Body, response.chunk()).await?;
+    let chunk = chunk.map_err(|error| transport(error, waits))?;
+    if let Some(chunk) = &chunk {
+        watch.came(chunk.len() as u64)?;
+    }
+    Ok(chunk)
+}
+
+/// An address' host, with the port if that is not its scheme's.
+fn host_of(url: &Url) -> String {
+    let host = clean(url.host_str().unwrap_or_default());
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host,
     }
 }
 
@@ -442,7 +550,7 @@ fn astray(why: &str) -> Failure {
 }
 
 /// Passes a success on and makes a sentence of everything else.
-async fn accepted(response: Response) -> Result<Response, Failure> {
+async fn accepted(response: Response, least: Least) -> Result<Response, Failure> {
     let status = response.status();
     if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
         return Ok(response);
@@ -460,6 +568,7 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
         .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok()?.trim().parse().ok())
         .map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MOST));
+    let watch = Watch::new(least, None);
     let body = bounded(
         response,
         EXPLANATION_BYTES,
@@ -468,6 +577,7 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
             connect: EXPLANATION_TIME,
             silence: EXPLANATION_TIME,
         },
+        &watch,
     );
     // The status is what counts: a stalled explanation is done without.
     let body = tokio::time::timeout(EXPLANATION_TIME, body).await;
@@ -482,6 +592,7 @@ async fn accepted(response: Response) -> Result<Response, Failure> {
         ),
         retry: kind == Kind::Unavailable,
         wait,
+        slow: false,
     })
 }
 
@@ -522,13 +633,10 @@ async fn bounded(
     most: u64,
     what: &str,
     waits: Waits,
+    watch: &Watch,
 ) -> Result<Bytes, Failure> {
     let mut body = Vec::new();
-    loop {
-        let chunk = response.chunk().await;
-        let Some(chunk) = chunk.map_err(|error| transport(error, waits))? else {
-            break;
-        };
+    while let Some(chunk) = next(&mut response, waits, watch).await? {
         if body.len() as u64 + chunk.len() as u64 > most {
             return Err(ImageError::new(
                 Kind::DataLoss,
@@ -552,6 +660,9 @@ fn transport(error: reqwest::Error, waits: Waits) -> Failure {
     };
     let why = if error.is_timeout() && error.is_connect() {
         format!("no connection within {:?}", waits.connect)
+    } else if error.is_timeout() && what == "ask" {
+        // Its head may have dripped: that time is bounded as a whole.
+        format!("no answer within {} s", waits.silence.as_secs())
     } else if error.is_timeout() {
         format!("nothing came for {} s", waits.silence.as_secs())
     } else {
@@ -561,6 +672,7 @@ fn transport(error: reqwest::Error, waits: Waits) -> Failure {
         retry: !error.is_builder() && !error.is_redirect(),
         error: ImageError::new(Kind::Unavailable, format!("{what}: {why}")),
         wait: None,
+        slow: false,
     }
 }
 

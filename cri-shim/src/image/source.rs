@@ -12,8 +12,9 @@ use super::auth::Auth;
 use super::error::{ImageError, Kind};
 use super::hosts::Registries;
 use super::manifest::DOCUMENT_BYTES;
+use super::pace::Watch;
 use super::reference::{Name, Target};
-use super::registry::{Failure, Registry};
+use super::registry::{Failure, Patience, Registry};
 use crate::layer::digest_of;
 
 /// Pauses before the second and each later round over all endpoints.
@@ -33,13 +34,13 @@ pub struct Source {
 
 impl Source {
     /// Credentials that name no server are shown to every endpoint that asks for them, as
-    /// containerd does it: a mirror is where the operator says the registry is. A connection may
-    /// be silent for `silence`. Blocks on the disk: configuration and certificates.
+    /// containerd does it: a mirror is where the operator says the registry is. Blocks on the disk:
+    /// configuration and certificates.
     pub fn open(
         configured: &Registries,
         name: &Name,
         auth: Option<&Auth>,
-        silence: Duration,
+        patience: Patience,
     ) -> Result<Self, ImageError> {
         let registries = configured
             .endpoints(&name.registry)?
@@ -52,12 +53,19 @@ impl Source {
                     &name.registry,
                     &name.repository,
                     credential,
-                    silence,
+                    patience,
                 )
                 .map(Arc::new)
             })
             .collect::<Result<_, _>>()?;
         Ok(Source { registries })
+    }
+
+    /// The host that a layer will come from, if all goes well.
+    pub fn first_host(&self) -> Option<String> {
+        let mut able = self.registries.iter().filter(|r| r.endpoint().pull);
+        able.find(|registry| registry.slowness().is_none())
+            .map(|registry| registry.layers_come_from())
     }
 
     /// The manifest or index that a tag or digest names, with its digest.
@@ -112,23 +120,27 @@ impl Source {
     }
 
     /// Sends a blob's bytes from `offset` on to `to`, each once and in order, from wherever they
-    /// can be had; goes on where a connection broke off. `progress` is told how many bytes came.
+    /// can be had; goes on where a connection broke off, but not where `watch` has given its slot
+    /// away. `progress` is told how many bytes came.
     pub async fn blob(
         &self,
         digest: &str,
         size: u64,
         mut offset: u64,
         to: &mpsc::Sender<Bytes>,
+        watch: &Arc<Watch>,
         progress: impl Fn(u64),
     ) -> Result<(), ImageError> {
         for broken in 0.. {
             let begun = offset;
-            let rest = self.blob_from(digest, size, offset, to, &progress).await;
+            let rest = self
+                .blob_from(digest, size, offset, to, watch, &progress)
+                .await;
             let Err((error, came)) = rest else {
                 return Ok(());
             };
             offset = came;
-            if broken >= BREAKS || offset == begun {
+            if broken >= BREAKS || offset == begun || watch.gave_way() {
                 return Err(error);
             }
             log::info!("{error}; goes on at byte {offset}");
@@ -143,12 +155,21 @@ impl Source {
         size: u64,
         offset: u64,
         to: &mpsc::Sender<Bytes>,
+        watch: &Arc<Watch>,
         progress: &impl Fn(u64),
     ) -> Result<(), (ImageError, u64)> {
-        let mut blob = self
+        let (mut blob, registry) = self
             .round(false, |registry| {
-                let digest = digest.to_owned();
-                async move { registry.blob(&digest, offset).await }.boxed()
+                let (digest, watch) = (digest.to_owned(), Arc::clone(watch));
+                async move {
+                    // For another endpoint it does not wait any more.
+                    if watch.gave_way() {
+                        return Err(ImageError::new(Kind::Unavailable, "it gave way").into());
+                    }
+                    let blob = registry.blob(&digest, offset, watch).await?;
+                    Ok((blob, registry))
+                }
+                .boxed()
             })
             .await
             .map_err(|error| (error, offset))?;
@@ -167,7 +188,12 @@ impl Source {
                     return Err((error, at));
                 }
                 Ok(None) => return Ok(()),
-                Err(failure) => return Err((failure.error, at)),
+                Err(failure) => {
+                    if failure.slow {
+                        registry.is_too_slow(&failure.error);
+                    }
+                    return Err((failure.error, at));
+                }
             };
             let skipped = skip.min(chunk.len() as u64);
             skip -= skipped;
@@ -185,7 +211,7 @@ impl Source {
     }
 
     /// Asks each endpoint in turn, and all of them again after a pause as long as one of them
-    /// failed in a way that may pass.
+    /// failed in a way that may pass. One that has proved too slow is passed over.
     async fn round<T>(
         &self,
         resolve: bool,
@@ -205,10 +231,17 @@ impl Source {
                 }) {
                     continue;
                 }
-                match ask(Arc::clone(registry)).await {
+                let answer = match registry.slowness() {
+                    Some(error) => Err(error.into()),
+                    None => ask(Arc::clone(registry)).await,
+                };
+                match answer {
                     Ok(answer) => return Ok(answer),
                     Err(failure) => {
                         log::debug!("{}", failure.error);
+                        if failure.slow {
+                            registry.is_too_slow(&failure.error);
+                        }
                         retry |= failure.retry;
                         wait = wait.max(failure.wait.unwrap_or_default());
                         // What the registry itself says outweighs a mirror that lacks the image.

@@ -37,6 +37,8 @@ pub fn trials() -> Vec<Trial> {
         trial("an_index_yields_the_image_of_this_machine", index),
         trial("a_bomb_is_stopped_at_the_bound", bomb),
         trial("a_directory_that_is_not_listed_looks_as_below", implied),
+        trial("a_head_that_drips_is_not_waited_for_long", dripping_head),
+        trial("layers_count_for_the_host_that_they_come_from", sent_on),
         trial("killed_in_a_pull_nothing_is_left_after_the_restart", killed),
         trial("a_large_blob_goes_on_after_a_restart", resumed),
         trial("a_spoilt_beginning_is_fetched_again", spoilt),
@@ -475,6 +477,66 @@ async fn bomb() -> Result<(), Failure> {
     })?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
+    Ok(())
+}
+
+async fn sent_on() -> Result<(), Failure> {
+    let layers: Vec<_> = (0..6).map(|n| noisy(&n.to_string(), 1000)).collect();
+    let built = image(&layers, json!({}));
+    let blobs: Vec<_> = built
+        .layers
+        .iter()
+        .cloned()
+        .zip(built.blobs.clone())
+        .collect();
+    let now = AtomicUsize::new(0);
+    let most = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&most);
+    let elsewhere = Server::start(&[], move |request| {
+        let (_, blob) = blobs
+            .iter()
+            .find(|(name, _)| request.path.ends_with(name))?;
+        seen.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(50));
+        now.fetch_sub(1, Ordering::SeqCst);
+        Some(Answer::new(200, blob.clone()))
+    })?;
+    let host = elsewhere.host();
+    let names = built.layers.clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        let name = names.iter().find(|name| request.path.ends_with(*name))?;
+        let there = format!("http://{host}/{name}");
+        Some(Answer::new(307, "").header("Location", there))
+    })?;
+    let node = Node::with(Limits {
+        parallel_layers: 4,
+        layers_per_host: 1,
+        ..Limits::default()
+    })?;
+    node.images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    assert_eq!(most.load(Ordering::SeqCst), 1);
+    Ok(())
+}
+
+async fn dripping_head() -> Result<(), Failure> {
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |request| {
+        let mut answer = Answer::new(200, "").dripping(Duration::from_millis(200));
+        answer.slow_head = true;
+        request.path.contains("/blobs/").then_some(answer)
+    })?;
+    let node = Node::with(Limits {
+        silence: Duration::from_secs(1),
+        ..Limits::default()
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(
+        error.to_string().contains("no answer within 1 s"),
+        "{error}"
+    );
     Ok(())
 }
 

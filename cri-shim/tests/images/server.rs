@@ -25,8 +25,12 @@ pub struct Answer {
     pub body: Vec<u8>,
     /// Bytes after which the connection breaks off, although more was announced.
     pub cut: Option<usize>,
-    /// A pause between pieces of 16 KiB.
+    /// A pause between pieces.
     pub slow: Duration,
+    /// Bytes of a piece.
+    pub piece: usize,
+    /// The head comes in such pieces, too.
+    pub slow_head: bool,
 }
 
 impl Answer {
@@ -37,11 +41,19 @@ impl Answer {
             body: body.into(),
             cut: None,
             slow: Duration::ZERO,
+            piece: 16 << 10,
+            slow_head: false,
         }
     }
 
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
+        self
+    }
+
+    /// A byte now and then.
+    pub fn dripping(mut self, pause: Duration) -> Self {
+        (self.slow, self.piece) = (pause, 1);
         self
     }
 
@@ -158,25 +170,34 @@ fn read(stream: &TcpStream) -> Option<Request> {
 }
 
 fn write(mut stream: TcpStream, answer: &Answer) -> std::io::Result<()> {
-    write!(
-        stream,
+    let mut head = format!(
         "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
         answer.status,
         answer.body.len()
-    )?;
+    );
     for (name, value) in &answer.headers {
-        write!(stream, "{name}: {value}\r\n")?;
+        head += &format!("{name}: {value}\r\n");
     }
-    stream.write_all(b"\r\n")?;
+    head += "\r\n";
     let end = answer
         .cut
         .unwrap_or(answer.body.len())
         .min(answer.body.len());
-    for piece in answer.body[..end].chunks(16 << 10) {
-        stream.write_all(piece)?;
-        if !answer.slow.is_zero() {
-            std::thread::sleep(answer.slow);
+    let mut send = |bytes: &[u8], slow: Duration| {
+        for piece in bytes.chunks(match slow.is_zero() {
+            true => 16 << 10,
+            false => answer.piece,
+        }) {
+            stream.write_all(piece)?;
+            if !slow.is_zero() {
+                std::thread::sleep(slow);
+            }
         }
+        Ok(())
+    };
+    match answer.slow_head {
+        true => send(head.as_bytes(), answer.slow)?,
+        false => send(head.as_bytes(), Duration::ZERO)?,
     }
-    Ok(())
+    send(&answer.body[..end], answer.slow)
 }

@@ -1,0 +1,220 @@
+//! How fast an answer comes.
+//!
+//! Only the time counts that was spent waiting for the network: a full disk, or a turn that is
+//! waited for, is not the registry's fault.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::error::{ImageError, Kind};
+use super::lock;
+use super::registry::Failure;
+use super::slots::Slot;
+
+/// How often a wait is looked at.
+const TICK: Duration = Duration::from_millis(500);
+
+/// An answer of which fewer than these bytes come in so long does not move.
+const STILL: Duration = Duration::from_secs(10);
+const STILL_BYTES: u64 = 512;
+
+/// The same before its first byte: on a slow line names, connections and TLS take their time.
+const STILL_BEFORE: Duration = Duration::from_secs(20);
+
+/// The least rate of an answer: so many bytes a second, over so long. No bytes: any rate will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Least {
+    pub rate: u64,
+    pub over: Duration,
+}
+
+/// Watches the answers that one layer or document comes by.
+pub struct Watch {
+    least: Least,
+    /// Of a layer; documents are small and need none.
+    slot: Option<Arc<Slot>>,
+    pace: Mutex<Pace>,
+}
+
+#[derive(Default)]
+struct Pace {
+    /// Since the rate was last found good.
+    waited: Duration,
+    came: u64,
+    /// Since it was last asked whether anything moves.
+    lately_waited: Duration,
+    lately_came: u64,
+    still: bool,
+    asked: Option<Instant>,
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// A connection and the head of an answer; reqwest bounds that time as a whole.
+    Head,
+    Body,
+}
+
+impl Watch {
+    pub fn new(least: Least, slot: Option<Arc<Slot>>) -> Self {
+        Watch {
+            least,
+            slot,
+            pace: Mutex::default(),
+        }
+    }
+
+    /// Waits for something from the network, no longer than the rate and those who wait for the
+    /// slot allow.
+    pub async fn wait<T>(&self, phase: Phase, work: impl Future<Output = T>) -> Result<T, Failure> {
+        let mut work = pin!(work);
+        loop {
+            let begun = Instant::now();
+            let done = tokio::select! {
+                biased;
+                done = &mut work => Some(done),
+                () = tokio::time::sleep(TICK) => None,
+            };
+            self.add(phase, begun.elapsed(), 0);
+            match done {
+                Some(done) => return Ok(done),
+                None => self.check(phase)?,
+            }
+        }
+    }
+
+    /// So many bytes of an answer have come.
+    pub fn came(&self, bytes: u64) -> Result<(), Failure> {
+        if let Some(slot) = &self.slot {
+            slot.came(bytes);
+        }
+        self.add(Phase::Body, Duration::ZERO, bytes);
+        self.check(Phase::Body)
+    }
+
+    /// The answer comes from `host`; an error if it must wait until fewer layers do.
+    pub fn comes_from(&self, host: &str) -> Result<(), Failure> {
+        match &self.slot {
+            Some(slot) if !slot.moves_to(host) => {
+                let why = format!("it comes from {host}, and so do as many others as may");
+                Err(ImageError::new(Kind::Unavailable, why).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The slot was given to another: the rest comes in the next turn.
+    pub fn gave_way(&self) -> bool {
+        self.slot.as_ref().is_some_and(|slot| slot.gave_way())
+    }
+
+    fn add(&self, phase: Phase, waited: Duration, came: u64) {
+        let mut pace = lock(&self.pace);
+        if phase == Phase::Body {
+            pace.waited += waited;
+        }
+        pace.lately_waited += waited;
+        pace.came += came;
+        pace.lately_came += came;
+    }
+
+    fn check(&self, phase: Phase) -> Result<(), Failure> {
+        let still = {
+            let mut pace = lock(&self.pace);
+            let Least { rate, over } = self.least;
+            if rate > 0 && pace.waited >= over {
+                let seconds = pace.waited.as_secs();
+                if pace.came < rate.saturating_mul(seconds) {
+                    return Err(too_slow(pace.came, seconds, rate));
+                }
+                (pace.waited, pace.came) = (Duration::ZERO, 0);
+            }
+            let patience = match phase {
+                Phase::Head => STILL_BEFORE,
+                Phase::Body => STILL,
+            };
+            if pace.lately_came >= STILL_BYTES || pace.lately_waited >= patience {
+                pace.still = pace.lately_came < STILL_BYTES;
+                (pace.lately_waited, pace.lately_came) = (Duration::ZERO, 0);
+            }
+            let now = Instant::now();
+            if pace
+                .asked
+                .is_some_and(|then| now.duration_since(then) < TICK)
+            {
+                return Ok(());
+            }
+            pace.asked = Some(now);
+            pace.still
+        };
+        match &self.slot {
+            Some(slot) if slot.gives_way(still) => Err(gave_way(still)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn too_slow(came: u64, seconds: u64, least: u64) -> Failure {
+    let what = format!(
+        "{came} bytes came in {seconds} s, where image.least_rate wants {least} bytes a second"
+    );
+    Failure {
+        slow: true,
+        ..ImageError::new(Kind::Unavailable, what).into()
+    }
+}
+
+fn gave_way(still: bool) -> Failure {
+    let why = match still {
+        true => "hardly anything comes, and another image waits",
+        false => "it has had its turn, and another image waits",
+    };
+    ImageError::new(Kind::Unavailable, why).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch(rate: u64, seconds: u64) -> Watch {
+        let over = Duration::from_secs(seconds);
+        Watch::new(Least { rate, over }, None)
+    }
+
+    fn after(watch: &Watch, phase: Phase, seconds: u64, bytes: u64) -> Result<(), String> {
+        watch.add(phase, Duration::from_secs(seconds), bytes);
+        watch
+            .check(phase)
+            .map_err(|failure| failure.error.to_string())
+    }
+
+    #[test]
+    fn a_rate_below_the_least_fails_with_its_numbers() {
+        let watch = watch(100, 60);
+        assert_eq!(after(&watch, Phase::Body, 59, 12), Ok(()));
+        let told = after(&watch, Phase::Body, 1, 0);
+        assert!(
+            told.as_ref()
+                .is_err_and(|told| told.contains("12 bytes came in 60 s")
+                    && told.contains("100 bytes a second")),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn a_slow_line_that_moves_is_good_for_ever() {
+        let watch = watch(100, 60);
+        for _ in 0..1000 {
+            assert_eq!(after(&watch, Phase::Body, 10, 1000), Ok(()));
+        }
+    }
+
+    #[test]
+    fn the_rate_counts_neither_heads_nor_without_a_bound() {
+        assert_eq!(after(&watch(100, 60), Phase::Head, 600, 0), Ok(()));
+        assert_eq!(after(&watch(0, 60), Phase::Body, 600, 0), Ok(()));
+    }
+}

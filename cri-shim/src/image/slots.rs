@@ -1,0 +1,439 @@
+//! Which layers may be fetched now.
+//!
+//! So many at once over all pulls, and fewer from one host, or one host could hold up the pulls
+//! from all others. A slot is for bytes that move: a fetch that gets nothing gives it up as soon as
+//! another pull waits for it, and so does one that has had it for long.
+//! What has come until then is kept, and the fetch goes on from there in its next turn.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::lock;
+
+/// How long a fetch keeps its slot while another pull waits for it.
+const TURN: Duration = Duration::from_secs(60);
+
+/// The same for one that is fast, or that has much behind it: what has come is unpacked anew in
+/// the next turn, which must not be most of the work.
+const LONG_TURN: Duration = Duration::from_secs(600);
+
+/// Bytes in a second that are fast.
+const FAST: u64 = 1 << 20;
+
+/// Bytes that are much.
+const MUCH: u64 = 64 << 20;
+
+/// How often a layer queues anew because it comes from another host than it was thought to.
+const MOVES: u64 = 3;
+
+/// A wait that is worth a line in the log.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The slots of a node.
+pub struct Slots {
+    /// Over all hosts, and from one of them.
+    most: usize,
+    per_host: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    holders: Vec<Holder>,
+    /// In the order in which they came.
+    waiters: VecDeque<Waiter>,
+}
+
+struct Holder {
+    id: u64,
+    pull: u64,
+    host: String,
+    since: Instant,
+    gauge: Arc<Gauge>,
+}
+
+struct Waiter {
+    id: u64,
+    pull: u64,
+    host: String,
+    gauge: Arc<Gauge>,
+    granted: oneshot::Sender<()>,
+}
+
+/// What came of a layer in an earlier turn, and in this one.
+#[derive(Default)]
+struct Gauge {
+    before: AtomicU64,
+    now: AtomicU64,
+}
+
+impl Holder {
+    /// Bytes in a second.
+    fn rate(&self, now: Instant) -> u64 {
+        let seconds = now.duration_since(self.since).as_secs().max(1);
+        self.gauge.now.load(Ordering::Relaxed) / seconds
+    }
+
+    fn has_had_its_turn(&self, now: Instant) -> bool {
+        let much = self.gauge.before.load(Ordering::Relaxed) >= MUCH;
+        let turn = match much || self.rate(now) >= FAST {
+            true => LONG_TURN,
+            false => TURN,
+        };
+        now.duration_since(self.since) >= turn
+    }
+}
+
+impl Slots {
+    pub fn new(most: usize, per_host: usize) -> Arc<Self> {
+        let most = most.max(1);
+        Arc::new(Slots {
+            most,
+            per_host: per_host.clamp(1, most),
+            state: Mutex::default(),
+        })
+    }
+
+    /// For one layer of one pull. `what` is for the log: "layer sha256:…".
+    pub fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
+        let mut state = lock(&self.state);
+        state.next += 1;
+        Slot {
+            id: state.next,
+            slots: Arc::clone(self),
+            pull,
+            what,
+            gauge: Arc::default(),
+            gave_way: Arc::default(),
+            moves: AtomicU64::new(0),
+        }
+    }
+
+    fn from_host(state: &State, host: &str) -> usize {
+        state.holders.iter().filter(|h| h.host == host).count()
+    }
+
+    /// Lets in all those for whom there is a slot: the pull that has the fewest goes first, or an
+    /// image of many layers would be a long queue before the next image.
+    fn grant(&self, state: &mut State) {
+        state.waiters.retain(|waiter| !waiter.granted.is_closed());
+        while state.holders.len() < self.most {
+            let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
+            let next = state
+                .waiters
+                .iter()
+                .enumerate()
+                .filter(|(_, waiter)| Self::from_host(state, &waiter.host) < self.per_host)
+                .min_by_key(|(_, waiter)| of_pull(waiter.pull))
+                .map(|(at, _)| at);
+            let Some(waiter) = next.and_then(|at| state.waiters.remove(at)) else {
+                return;
+            };
+            if waiter.granted.send(()).is_ok() {
+                waiter.gauge.now.store(0, Ordering::Relaxed);
+                state.holders.push(Holder {
+                    id: waiter.id,
+                    pull: waiter.pull,
+                    host: waiter.host,
+                    since: Instant::now(),
+                    gauge: waiter.gauge,
+                });
+            }
+        }
+    }
+
+    /// Whether another pull waits for what this holder has, and this holder is the one to give it
+    /// up. Layers of the same image gain nothing from each other's turns.
+    fn must_leave(&self, state: &State, id: u64, still: bool, now: Instant) -> bool {
+        let Some(ours) = state.holders.iter().find(|holder| holder.id == id) else {
+            return false;
+        };
+        let full = state.holders.len() >= self.most;
+        let waiting = state.waiters.iter().filter(|w| !w.granted.is_closed());
+        for waiter in waiting.filter(|waiter| waiter.pull != ours.pull) {
+            let host_full = Self::from_host(state, &waiter.host) >= self.per_host;
+            let helps = |holder: &Holder| match host_full {
+                true => holder.host == waiter.host,
+                false => full,
+            };
+            if !helps(ours) {
+                continue;
+            }
+            if still {
+                return true;
+            }
+            // Of those whose turn is over, the slowest.
+            let slowest = state
+                .holders
+                .iter()
+                .filter(|holder| holder.pull != waiter.pull && helps(holder))
+                .filter(|holder| holder.has_had_its_turn(now))
+                .min_by_key(|holder| holder.rate(now));
+            if slowest.is_some_and(|slowest| slowest.id == id) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// The right to fetch one layer, held or not. Dropped, it is given back.
+pub struct Slot {
+    slots: Arc<Slots>,
+    id: u64,
+    pull: u64,
+    what: String,
+    gauge: Arc<Gauge>,
+    gave_way: Arc<AtomicBool>,
+    moves: AtomicU64,
+}
+
+impl Slot {
+    /// Waits until the layer may be fetched from `host`. A slot that is held for another host is
+    /// given up for it. To be called with nothing in hand that holders of slots may wait for.
+    pub async fn at(&self, host: &str) {
+        let (granted, answer) = oneshot::channel();
+        {
+            let mut state = lock(&self.slots.state);
+            let held = state.holders.iter().position(|h| h.id == self.id);
+            if let Some(at) = held {
+                if state.holders[at].host == host {
+                    return;
+                }
+                state.holders.remove(at);
+            }
+            state.waiters.push_back(Waiter {
+                id: self.id,
+                pull: self.pull,
+                host: host.to_owned(),
+                gauge: Arc::clone(&self.gauge),
+                granted,
+            });
+            self.slots.grant(&mut state);
+        }
+        let mut answer = answer;
+        let begun = Instant::now();
+        let mut patience = PATIENCE;
+        // The sender lives as long as the waiter is in the queue, and only a grant takes it out.
+        while tokio::time::timeout(patience, &mut answer).await.is_err() {
+            patience = (patience * 2).min(LONG_TURN);
+            if self.stands_for_its_pull() {
+                let Slots { most, per_host, .. } = &*self.slots;
+                log::warn!(
+                    "{}: waiting for {} s for its turn, for at most {per_host} layers are fetched at once from {host}, and {most} from everywhere",
+                    self.what,
+                    begun.elapsed().as_secs()
+                );
+            }
+        }
+    }
+
+    /// The layer comes from another host than the slot is held for. False: as many as may come from
+    /// there already, and the slot is given up.
+    pub fn moves_to(&self, host: &str) -> bool {
+        let mut state = lock(&self.slots.state);
+        let room = Slots::from_host(&state, host) < self.slots.per_host;
+        let Some(at) = state.holders.iter().position(|h| h.id == self.id) else {
+            return false;
+        };
+        if state.holders[at].host == host {
+            return true;
+        }
+        // Hosts that send us from one to the other must not do so without end.
+        let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MOVES;
+        match stays {
+            true => host.clone_into(&mut state.holders[at].host),
+            false => {
+                self.gave_way.store(true, Ordering::Relaxed);
+                state.holders.remove(at);
+            }
+        }
+        self.slots.grant(&mut state);
+        stays
+    }
+
+    /// No layer of its image is fetched now, and it is the first of those that wait: one line in
+    /// the log is enough for all of them.
+    fn stands_for_its_pull(&self) -> bool {
+        let state = lock(&self.slots.state);
+        let mut waiting = state.waiters.iter().filter(|w| w.pull == self.pull);
+        let fetched = state.holders.iter().any(|h| h.pull == self.pull);
+        !fetched && waiting.next().is_some_and(|first| first.id == self.id)
+    }
+
+    /// Gives the slot back.
+    pub fn leave(&self) {
+        let mut state = lock(&self.slots.state);
+        let before = state.holders.len();
+        state.holders.retain(|holder| holder.id != self.id);
+        if state.holders.len() != before {
+            self.slots.grant(&mut state);
+        }
+    }
+
+    /// An earlier turn has left so many bytes.
+    pub fn begins_at(&self, bytes: u64) {
+        self.gauge.before.store(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes have come.
+    pub fn came(&self, bytes: u64) {
+        self.gauge.now.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Gives the slot to whoever waits for it if it is time to; `still`: nothing comes any more.
+    pub fn gives_way(&self, still: bool) -> bool {
+        let mut state = lock(&self.slots.state);
+        if !self
+            .slots
+            .must_leave(&state, self.id, still, Instant::now())
+        {
+            return false;
+        }
+        self.gave_way.store(true, Ordering::Relaxed);
+        state.holders.retain(|holder| holder.id != self.id);
+        self.slots.grant(&mut state);
+        true
+    }
+
+    /// Whether it has been given to another.
+    pub fn gave_way(&self) -> bool {
+        self.gave_way.load(Ordering::Relaxed)
+    }
+
+    /// The same for a thread that may outlive the fetch, and must not keep the slot.
+    pub fn whether_it_gave_way(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.gave_way)
+    }
+
+    /// The next turn begins.
+    pub fn again(&self) {
+        self.gave_way.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    fn slot(slots: &Arc<Slots>, pull: u64) -> Slot {
+        slots.slot(pull, "a layer".to_owned())
+    }
+
+    /// Whether the slot is held at once.
+    fn enters(slot: &Slot, host: &str) -> bool {
+        slot.at(host).now_or_never().is_some()
+    }
+
+    #[tokio::test]
+    async fn one_host_never_has_all_slots() {
+        let slots = Slots::new(3, 2);
+        let all: Vec<Slot> = (0..4).map(|_| slot(&slots, 1)).collect();
+        assert!(enters(&all[0], "a"));
+        assert!(enters(&all[1], "a"));
+        assert!(!enters(&all[2], "a"));
+        assert!(enters(&all[3], "b"));
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_let_in_when_a_slot_is_free_and_not_before_others() {
+        let slots = Slots::new(2, 1);
+        let (first, second, third) = (slot(&slots, 1), slot(&slots, 2), slot(&slots, 3));
+        assert!(enters(&first, "a"));
+        let mut second_waits = Box::pin(second.at("a"));
+        assert!((&mut second_waits).now_or_never().is_none());
+        let mut third_waits = Box::pin(third.at("a"));
+        assert!((&mut third_waits).now_or_never().is_none());
+        drop(first);
+        assert!((&mut third_waits).now_or_never().is_none());
+        assert!((&mut second_waits).now_or_never().is_some());
+        // One that is dropped while it waits takes nobody's place.
+        drop(third_waits);
+        drop(second_waits);
+        drop(second);
+        assert!(enters(&slot(&slots, 4), "a"));
+    }
+
+    #[tokio::test]
+    async fn a_redirection_counts_where_it_leads() {
+        let slots = Slots::new(3, 1);
+        let (first, second) = (slot(&slots, 1), slot(&slots, 2));
+        assert!(enters(&first, "a"));
+        assert!(enters(&second, "b"));
+        assert!(!second.moves_to("a"), "a second one from the same host");
+        assert!(second.gave_way());
+        // It holds nothing any more.
+        let third = slot(&slots, 3);
+        assert!(enters(&third, "b"));
+        assert!(third.moves_to("c"));
+        assert!(enters(&second, "b"));
+        // Sent from one full host to the next, it stays at last.
+        for _ in 1..MOVES {
+            assert!(!second.moves_to("a"));
+            assert!(enters(&second, "b"));
+        }
+        assert!(second.moves_to("a"));
+    }
+
+    #[tokio::test]
+    async fn what_does_not_move_gives_way_to_whoever_waits_for_it() {
+        let slots = Slots::new(2, 1);
+        let (still, other) = (slot(&slots, 1), slot(&slots, 1));
+        assert!(enters(&still, "a"));
+        assert!(enters(&other, "b"));
+        assert!(!still.gives_way(true), "nobody waits");
+        let sibling = slot(&slots, 1);
+        let mut sibling_waits = Box::pin(sibling.at("b"));
+        assert!((&mut sibling_waits).now_or_never().is_none());
+        assert!(!other.gives_way(true), "a layer of the same image can wait");
+        let waiter = slot(&slots, 2);
+        let mut waits = Box::pin(waiter.at("b"));
+        assert!((&mut waits).now_or_never().is_none());
+        assert!(!still.gives_way(true), "it would be of no use");
+        assert!(!other.gives_way(false), "it moves");
+        assert!(other.gives_way(true) && other.gave_way());
+        // Before the layer of an image that has a slot already.
+        assert!((&mut waits).now_or_never().is_some());
+        assert!((&mut sibling_waits).now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn after_its_turn_the_slowest_gives_way_to_another_pull() {
+        let slots = Slots::new(2, 2);
+        let (slow, fast) = (slot(&slots, 1), slot(&slots, 1));
+        assert!(enters(&slow, "a"));
+        assert!(enters(&fast, "a"));
+        slow.came(1000);
+        fast.came(100_000);
+        let sibling = slot(&slots, 1);
+        let mut sibling_waits = Box::pin(sibling.at("b"));
+        assert!((&mut sibling_waits).now_or_never().is_none());
+        let must = |slot: &Slot, after| {
+            let state = lock(&slots.state);
+            slots.must_leave(&state, slot.id, false, Instant::now() + after)
+        };
+        assert!(!must(&slow, TURN), "a layer of the same image can wait");
+        let other = slot(&slots, 2);
+        let mut other_waits = Box::pin(other.at("b"));
+        assert!((&mut other_waits).now_or_never().is_none());
+        assert!(!must(&slow, TURN / 2));
+        assert!(must(&slow, TURN));
+        assert!(!must(&fast, TURN));
+        slow.begins_at(MUCH);
+        assert!(!must(&slow, TURN), "there is much to unpack anew");
+        assert!(must(&slow, LONG_TURN));
+    }
+}

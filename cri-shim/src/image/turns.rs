@@ -1,0 +1,167 @@
+//! Who may unpack now: as many threads as the node is to spend on it.
+//!
+//! A thread takes a turn when it has bytes to work on and gives it back while it waits for more,
+//! so that what comes slowly holds up nothing. A long piece of work gives its turn to whoever waits
+//! for one and queues again.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::lock;
+
+/// How long a turn may be while another thread waits.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// A wait that is worth a line in the log.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub struct Turns {
+    most: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    taken: usize,
+    next: u64,
+    waiting: VecDeque<u64>,
+}
+
+impl Turns {
+    pub fn new(most: usize) -> Arc<Self> {
+        Arc::new(Turns {
+            most: most.max(1),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn take(&self, what: &str) {
+        let mut state = lock(&self.state);
+        if state.taken < self.most && state.waiting.is_empty() {
+            state.taken += 1;
+            return;
+        }
+        let ours = state.next;
+        state.next += 1;
+        state.waiting.push_back(ours);
+        let begun = Instant::now();
+        let mut patience = PATIENCE;
+        while state.taken >= self.most || state.waiting.front() != Some(&ours) {
+            let waited = self.changed.wait_timeout(state, PATIENCE);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if begun.elapsed() >= patience {
+                patience *= 2;
+                log::warn!(
+                    "{what}: waiting for {} s to be unpacked, for {} layers are at once",
+                    begun.elapsed().as_secs(),
+                    self.most
+                );
+            }
+        }
+        state.waiting.pop_front();
+        state.taken += 1;
+        // There may be a turn for the next one, too.
+        self.changed.notify_all();
+    }
+
+    fn give_back(&self) {
+        let mut state = lock(&self.state);
+        state.taken = state.taken.saturating_sub(1);
+        if !state.waiting.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
+    fn wanted(&self) -> bool {
+        !lock(&self.state).waiting.is_empty()
+    }
+}
+
+/// One thread's turn, taken or not.
+pub struct Turn {
+    turns: Arc<Turns>,
+    what: String,
+    since: Option<Instant>,
+}
+
+impl Turn {
+    /// `what` is for the log: "layer sha256:…".
+    pub fn new(turns: &Arc<Turns>, what: String) -> Self {
+        Turn {
+            turns: Arc::clone(turns),
+            what,
+            since: None,
+        }
+    }
+
+    /// Waits for a turn; who has had one for long lets others go first. Blocks.
+    pub fn take(&mut self) {
+        match self.since {
+            Some(since) if since.elapsed() < SLICE || !self.turns.wanted() => return,
+            Some(_) => self.give_back(),
+            None => {}
+        }
+        self.turns.take(&self.what);
+        self.since = Some(Instant::now());
+    }
+
+    pub fn give_back(&mut self) {
+        if self.since.take().is_some() {
+            self.turns.give_back();
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+/// What is read in turns, and is always there to be read.
+pub struct InTurns<R> {
+    pub reader: R,
+    pub turn: Turn,
+}
+
+impl<R: Read> Read for InTurns<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.turn.take();
+        self.reader.read(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn no_more_threads_than_allowed_have_a_turn_and_each_gets_one() {
+        let turns = Turns::new(2);
+        let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let rounds = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let mut turn = Turn::new(&turns, "a layer".to_owned());
+                    for _ in 0..200 {
+                        turn.take();
+                        most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                        std::thread::yield_now();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        turn.give_back();
+                        rounds.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(rounds.load(Ordering::SeqCst), 8 * 200);
+        assert!(most.load(Ordering::SeqCst) <= 2, "{most:?}");
+    }
+}
