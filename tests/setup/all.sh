@@ -13,13 +13,12 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 # Each set is what it adds to the ones before it.
 demo() {
     "$HERE/packages.sh"
-    # The root is fetched and unpacked while Go compiles.
-    "$HERE/root.sh" >/dev/null &
-    local root=$!
+    # These are fetched and unpacked while Go compiles.
+    { "$HERE/root.sh" && "$HERE/busybox.sh"; } >/dev/null &
+    local fetched=$!
     disks crictl
-    wait "$root"
+    wait "$fetched"
     ROOT=$("$HERE/root.sh")
-    "$HERE/busybox.sh" >/dev/null
     [[ -n ${ALL_IMAGES-} ]] || "$HERE/../vm/disk.sh" "$("$HERE/../images/build.sh" --demo)" >/dev/null
     "$HERE/../vm/initramfs.sh" "$ROOT" >/dev/null
     "$HERE/../vm/disk.sh" "$ROOT" 12G >/dev/null

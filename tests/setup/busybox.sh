@@ -32,7 +32,8 @@ build_busybox() {
         -e 's/^(CONFIG_INSTALL_APPLET_SYMLINKS)=y/# \1 is not set/' \
         -e 's/^# (CONFIG_INSTALL_APPLET_HARDLINKS) is not set/\1=y/' .config
     yes '' | make -s oldconfig >/dev/null || true
-    nice -n 10 make -s -j"$(nproc)" busybox >"$apt/log" 2>&1 || { tail -n 30 "$apt/log"; die "busybox does not compile"; }
+    nice -n 10 make -j"$(nproc)" busybox 2>&1 | tee "$apt/log" | progress busybox 750 '^  (CC|AR|LD|HOSTCC) ' files ||
+        { tail -n 30 "$apt/log"; die "busybox does not compile"; }
     make -s install CONFIG_PREFIX="$out" >/dev/null
     rm -f "$out/linuxrc"
     cd /
