@@ -10,7 +10,8 @@ DESTDIR ?=
 
 CARGO ?= cargo
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
-# What .cargo/config.toml builds for. Without rustc, as under sudo, what `build` named the same.
+# The target that .cargo/config.toml builds for. rustc may be missing under sudo: then the default
+# is the name that rustc gave to `build`.
 TARGET ?= $(or $(shell rustc --print host-tuple 2>/dev/null),$(shell uname -m)-unknown-linux-gnu)
 RELEASE = $(CARGO_TARGET_DIR)/$(TARGET)/release
 DIST = $(CARGO_TARGET_DIR)/$(TARGET)/dist
@@ -20,7 +21,7 @@ DIST = $(CARGO_TARGET_DIR)/$(TARGET)/dist
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# rrun is small enough to be optimised as a whole each time, and is built for a target of its own.
+# rrun is small, so every build optimises it over all crates. It is built for a target of its own.
 define build_rrun
 	@target=$$(tests/setup/rust-target.sh); set -x; \
 	$(CARGO) build --locked --profile dist --target $$target -p rrun; \
@@ -28,18 +29,18 @@ define build_rrun
 	@ls -l $(1)/{rrun,rrun-cri,rrun-monitor}
 endef
 
-build: ## optimised binaries, static: rrun, rrun-cri, rrun-monitor; quick after a change
+build: ## optimised static binaries, quick after a change: rrun, rrun-cri, rrun-monitor
 	$(CARGO) build --locked --release -p rrun-cri
 	$(call build_rrun,$(RELEASE))
 
-dist: ## the same, a fifth smaller, as they are installed: optimised over all crates, which takes minutes
+dist: ## the binaries to install, optimised over all crates: a fifth smaller; takes minutes
 	$(CARGO) build --locked --profile dist -p rrun-cri
 	$(call build_rrun,$(DIST))
 
-debug: ## the same and the end-to-end tests, quicker to build, for tests/native/run and tests/vm/run
+debug: ## all programs and the end-to-end tests, unoptimised, for tests/native/run and tests/vm/run
 	$(CARGO) build --locked --workspace
 
-install: ## installs what `make dist` built below PREFIX= (/usr/local) and DESTDIR=
+install: ## installs the binaries of `make dist` below PREFIX= (/usr/local) and DESTDIR=
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(DIST)/{rrun,rrun-cri,rrun-monitor}
 	@contrib/install '$(DESTDIR)' '$(PREFIX)'
 
@@ -49,13 +50,13 @@ setup: ## what the tests stand on: packages, a root, clients, images (cached out
 lint: ## formatting, clippy, dependencies and licences, arm64
 	@tests/lint/run
 
-test: ## everything that `.ci/run` runs; at most 75 minutes from nothing, 40 after that
+test: ## everything that `.ci/run` runs; at most 75 minutes with empty caches, 40 otherwise
 	@tests/run
 
 test-full: ## the same and what takes longer
 	@tests/run --full
 
-demo: ## an image, a pod, limits, logs: the main job with real output; 10 minutes from nothing
+demo: ## an image, a pod, limits, logs: the main job with real output; 10 minutes with empty caches
 	@tests/setup/demo.sh
 	@RRUN_BIN_DIR=$(RELEASE) tests/demo.sh
 

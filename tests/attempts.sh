@@ -1,8 +1,10 @@
 # shellcheck shell=bash
-# Sourced, not run: checks that are shell commands, reported in the manner of cargo's tests. A check
-# that fails is run once more, at once; one that passes the second time is reported as `flaky: NAME`.
+# Sourced, not run. Runs checks that are shell commands, and reports them as cargo reports tests. A
+# check that fails is repeated once, immediately. If it then passes, the line `flaky: NAME` reports
+# it.
 #
-#   attempt NAME CMD…     runs it; status 77 means skipped, the last line of its output is the reason
+#   attempt NAME CMD…     runs the check; status 77 means skipped, and the last line of the output is
+#                         the reason
 #   attempts_result       prints the result line, and fails if a check failed
 
 passed=0 failed=0 ignored=0

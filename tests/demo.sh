@@ -20,7 +20,7 @@ outside() {
     exec "$HERE/vm/run" --timeout 1200 -- /src/tests/demo.sh inside
 }
 
-# title TEXT: each step says how many there are.
+# title TEXT: prints the title of a step, its number and the number of steps.
 STEPS=$(grep -c '^    title ' "$0") step=0
 title() {
     step=$((step + 1))

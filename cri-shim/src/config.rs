@@ -188,7 +188,7 @@ impl ImagePart {
         }
         let default = Limits::default();
         let parallel_layers = self.parallel_layers.unwrap_or(default.parallel_layers);
-        // One host leaves a slot for the others, where there is more than one.
+        // If there is more than one slot, one host must leave a slot for the others.
         let most_per_host = parallel_layers.saturating_sub(1).max(1);
         let layers_per_host = self.parallel_layers_per_host.unwrap_or(most_per_host);
         if layers_per_host > most_per_host {
@@ -211,7 +211,7 @@ impl ImagePart {
                 rate: self.least_rate.unwrap_or(default.least.rate),
                 over: seconds(self.least_rate_seconds, default.least.over),
             },
-            // More than the clock's range is for ever, too.
+            // A larger number would overflow the clock, and this one is as good as no limit.
             abandoned: seconds(
                 self.abandoned_seconds.map(|s| s.min(u32::MAX.into())),
                 default.abandoned,

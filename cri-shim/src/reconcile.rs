@@ -56,7 +56,7 @@ pub async fn run(node: &Arc<Node>) -> Result<()> {
     Ok(())
 }
 
-/// Pods that an earlier version of rrun made may still accept router advertisements.
+/// Makes running pods refuse router advertisements, since an earlier version of rrun did not.
 async fn refuse_routers(node: &Node) {
     let connected = |sandbox: &Sandbox| {
         let sharing = namespaces::sharing(&sandbox.config);
@@ -71,7 +71,7 @@ async fn refuse_routers(node: &Node) {
         .map(|sandbox| sandbox.id.clone())
         .collect();
     if let Err(error) = node.network.refuse_routers(&pods).await {
-        log::error!("have the pods' interfaces refuse router advertisements: {error}");
+        log::error!("make the pods' interfaces refuse router advertisements: {error}");
     }
 }
 

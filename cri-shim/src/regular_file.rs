@@ -1,12 +1,12 @@
 //! Opens of files at paths that an image, a container or a pod controls.
 //!
-//! The rule: such a path is never opened before it is known what is there. To open a device is to
-//! call its driver, whatever is read or written afterwards: a watchdog begins to count, a tape
-//! rewinds, a terminal hangs up. To open a FIFO waits for its other end. So the path is looked up
-//! with O_PATH, which calls no driver and waits for nobody; only if a regular file is there, that
-//! very file is opened, by its descriptor and not by the path, at which there may be something else
-//! by now. Directories need less: with O_DIRECTORY the kernel refuses everything else before it
-//! calls a driver.
+//! The rule: such a path is opened only once the kind of its file is known. To open a device calls
+//! its driver, even if nothing is read or written: a watchdog begins to count, a tape rewinds, a
+//! terminal hangs up. To open a FIFO waits for its other end. So the path is looked up with O_PATH,
+//! which calls no driver and does not wait. If the file is a regular one, it is opened through its
+//! descriptor. It is not opened by its path, because that may lead to another file by now.
+//! Directories are simpler: with O_DIRECTORY the kernel refuses everything else before it calls a
+//! driver.
 
 use std::fmt;
 use std::fs::File;
@@ -28,9 +28,9 @@ const PROCFS_ROOT: u64 = 1;
 /// Why a file was not opened or read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unfit {
-    /// It is something else.
+    /// It is a file of this other kind.
     Kind(FileType),
-    /// It has more than so many bytes.
+    /// It has more bytes than this limit.
     Larger(u64),
     Kernel(Errno),
 }
@@ -64,7 +64,7 @@ impl Unfit {
     }
 }
 
-/// For after a colon, where the file has been named.
+/// The text to put after the file's name and a colon.
 impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -82,13 +82,13 @@ impl From<Errno> for Unfit {
     }
 }
 
-/// Opens the regular file at `path`; links are followed. `flags` say for what.
+/// Opens the regular file at `path` with the access that `flags` request. Follows links.
 pub fn open(path: &Path, flags: OFlags) -> Result<File, Unfit> {
     open_at(CWD, path, flags, true)
 }
 
-/// Opens the regular file at `path` below `dir`. Where links are not followed, one in the last place
-/// is no regular file.
+/// Opens the regular file at `path` below `dir`. Without `follow`, a link as the last component is
+/// refused.
 pub fn open_at(
     dir: impl AsFd,
     path: impl rustix::path::Arg,
@@ -101,20 +101,20 @@ pub fn open_at(
     reopen(found, flags)
 }
 
-/// Opens what has been looked up with O_PATH, if it is a regular file.
+/// Opens the file that `found`, an O_PATH descriptor, refers to, if it is a regular file.
 pub fn reopen(found: impl AsFd, flags: OFlags) -> Result<File, Unfit> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
     if kind != FileType::RegularFile {
         return Err(Unfit::Kind(kind));
     }
-    // Neither matters to a regular file, but for a lease, which nobody waits for then.
+    // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a lease.
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let name = found.as_fd().as_raw_fd().to_string();
     Ok(rustix::fs::openat(own_descriptors()?, name, flags, Mode::empty())?.into())
 }
 
-/// The directory of this thread's descriptors, in a procfs that is the kernel's own: nothing that is
-/// mounted inside it is entered.
+/// The directory of this thread's descriptors in the kernel's procfs. Refuses to enter anything
+/// that is mounted inside the procfs.
 fn own_descriptors() -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let proc = rustix::fs::open("/proc", flags | OFlags::NOFOLLOW, Mode::empty())?;
@@ -122,7 +122,7 @@ fn own_descriptors() -> Result<OwnedFd, Errno> {
     if !is_procfs || rustix::fs::fstat(&proc)?.st_ino != PROCFS_ROOT {
         return Err(Errno::NOSYS);
     }
-    // `thread-self` is a link, but to names beside it.
+    // `thread-self` is a relative link that stays below /proc, which BENEATH allows.
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
     rustix::fs::openat2(proc, "thread-self/fd", flags, Mode::empty(), resolve)
 }
@@ -178,8 +178,8 @@ mod tests {
         Ok(())
     }
 
-    /// Rooms that deal with the paths of images, containers and pods. An open there that goes another
-    /// way than through this room is of a file of /proc, or has a comment on the line before it that
+    /// Checks the modules that handle paths of images, containers and pods. An open there that does
+    /// not use this module must be of a file of /proc, or have a comment on the line before it that
     /// begins with `Ours` or `The kernel's`.
     #[test]
     fn what_others_control_is_opened_here_alone() -> Result {

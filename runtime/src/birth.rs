@@ -108,7 +108,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
     // An agent that is not there is found out before anything is made.
     let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) if request.waits => {
-            // Only `start` has a filter loaded.
+            // Only `start` loads the filter, and it connects to the agent then.
             listener.check()?;
             None
         }

@@ -181,11 +181,11 @@ impl Sets {
     }
 
     /// Sets effective, permitted, inheritable and ambient set of this process. With
-    /// `until_execution` it keeps CAP_SYS_ADMIN as well, if it has that.
+    /// `until_execution` the process also keeps CAP_SYS_ADMIN, if it has that.
     ///
-    /// The program does not get it from there: execve(2) computes the new sets from the bounding,
-    /// the inheritable and the ambient set alone, which do not have it ("Transformation of
-    /// capabilities during execve()" in capabilities(7)).
+    /// The program does not get CAP_SYS_ADMIN from this: execve(2) computes the new sets from the
+    /// bounding, the inheritable and the ambient set alone, and it is added to none of these
+    /// ("Transformation of capabilities during execve()" in capabilities(7)).
     pub fn apply(&self, until_execution: bool) -> Result<()> {
         let with = |more: u64| CapabilitySets {
             effective: CapabilitySet::from_bits_retain(self.effective | more),

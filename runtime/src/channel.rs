@@ -43,7 +43,7 @@ pub enum Message {
     Terminal(OwnedFd),
     /// Nothing is left to do but to execute the program.
     Ready,
-    /// The same, under a filter: what it still has to say is in the shared page.
+    /// As `Ready`, but a filter follows: the process reports everything else in the shared page.
     Filtered(Report),
     /// It could not go on.
     Failed(Error),
@@ -112,10 +112,11 @@ impl Channel {
         self.ask(RUN_HOOKS)
     }
 
-    /// From now on this process may not be allowed to say anything.
+    /// Hands the shared page to the parent. The filter that is loaded next may forbid this process
+    /// to send messages.
     pub fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), page, &[FILTERED])
-            .doing(|| "hand memory to report by to the parent process")
+            .doing(|| "hand the shared page to the parent process")
     }
 
     pub fn ready(&self) -> Result<()> {
@@ -190,7 +191,7 @@ pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
         .doing(|| "send the process's descriptor over --pidfd-socket")
 }
 
-/// Receives some bytes, and the descriptor that may have come with them.
+/// Receives a message, and the descriptor that came with it, if any.
 pub fn receive_descriptor(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],

@@ -1,7 +1,7 @@
 //! The option `tmpcopyup` of a tmpfs: it begins with what the directory has that it covers.
 //!
 //! That directory is the container's, and hostile: nothing is opened by more than one name
-//! below a descriptor, no link is followed, no FIFO or device opened ([`regular_file`]).
+//! below a descriptor, no link is followed, and no FIFO or device is opened ([`regular_file`]).
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};

@@ -3,11 +3,11 @@
 //! A descriptor of the host that is open in a process on its way into a container has a name
 //! there: /proc/self/fd/N. The kernel resolves that name in `process.cwd`, in `process.args` and
 //! in every symbolic link of the image, long before execve(2) closes anything. Close-on-exec is
-//! therefore not enough: what the program is not meant to have is closed before the first path
-//! of the container is resolved.
+//! therefore not enough: rrun closes every descriptor that the program must not have before it
+//! resolves the first path of the container.
 //!
-//! A descriptor that rrun inherited can't be marked close-on-exec, and rrun marks all of its own.
-//! The two are told apart at the start, when rrun has not opened anything yet.
+//! A descriptor that rrun inherited through execve(2) is not marked close-on-exec, and rrun marks
+//! all of its own. rrun lists the inherited ones at its start, before it opens a file.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -21,23 +21,23 @@ const OPEN: &str = "/proc/self/fd";
 /// Standard input, output and error.
 const STANDARD: u32 = 3;
 
-/// Which descriptors of rrun's caller the program gets beside the standard three, and which it
-/// must not get.
+/// The descriptors of rrun's caller that the program gets beside the standard three, and those
+/// that it must not get.
 #[derive(Clone, Debug, Default)]
 pub struct Descriptors {
-    /// Sockets announced by LISTEN_FDS.
+    /// How many sockets LISTEN_FDS announces.
     pub listen: u32,
-    /// Those asked for with --preserve-fds.
+    /// How many further descriptors --preserve-fds requests.
     pub preserve: u32,
-    /// All others that the caller left open, in ascending order.
+    /// All other descriptors that the caller left open, in ascending order.
     leaked: Vec<u32>,
 }
 
 /// The descriptors, other than the standard three, that rrun's caller left open, in ascending
-/// order. To be called before rrun opens a file of its own.
+/// order. Must be called before rrun opens a file of its own.
 pub fn inherited() -> Result<Vec<u32>> {
     let doing = || format!("look at the open descriptors in {OPEN}");
-    // Since Linux 6.2 the size is their number; before, it is 0.
+    // Since Linux 6.2 the size is the number of open descriptors; before, it is 0.
     let size = rustix::fs::stat(OPEN).doing(doing)?.st_size;
     if size == i64::from(STANDARD) {
         return Ok(Vec::new());
@@ -61,18 +61,18 @@ pub fn inherited() -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Has every inherited descriptor closed in the programs that rrun executes, such as hooks.
+/// Marks every inherited descriptor close-on-exec, so that hooks do not get it.
 pub fn keep_from_hooks() -> Result<()> {
     syscalls::close_range_cloexec(STANDARD).doing(|| "mark descriptors close-on-exec")
 }
 
 impl Descriptors {
-    /// Divides what was [`inherited`] into what the program gets and the rest, none of which
-    /// hooks on the host get.
+    /// Separates the [`inherited`] descriptors that the program gets from the leaked ones. Hooks
+    /// on the host get neither.
     ///
     /// # Errors
-    /// One that the program is to get is not open: a descriptor of rrun's own could take its
-    /// number.
+    /// A descriptor that the program should get is not open: a descriptor of rrun's own could
+    /// take its number.
     pub fn new(listen: u32, preserve: u32, mut inherited: Vec<u32>) -> Result<Descriptors> {
         let mut descriptors = Descriptors {
             listen,
@@ -94,15 +94,15 @@ impl Descriptors {
         Ok(descriptors)
     }
 
-    /// The first that the program does not get.
+    /// The first number that the program does not get.
     fn first_closed(&self) -> u32 {
         STANDARD
             .saturating_add(self.listen)
             .saturating_add(self.preserve)
     }
 
-    /// Closes what the caller leaked. For a new process, before anything else: other processes
-    /// of the container may see it from its birth.
+    /// Closes what the caller leaked. A new process must do this first, because other processes of
+    /// the container may see it as soon as it exists.
     pub fn close_leaked(&self) -> Result<()> {
         let adjacent = |a: &u32, b: &u32| b.checked_sub(1) == Some(*a);
         for range in self.leaked.chunk_by(adjacent) {
@@ -116,14 +116,14 @@ impl Descriptors {
     }
 
     /// Closes all descriptors but the standard three, those that the program gets, and `kept`,
-    /// which execve(2) will close. Nothing of the host's is open in this process afterwards.
+    /// which execve(2) will close. Afterwards no file of the host is open in this process.
     ///
     /// # Safety
     /// Nothing that owns another descriptor may be used or dropped afterwards.
     pub unsafe fn close_all_but(&self, kept: &[BorrowedFd<'_>]) -> Result<()> {
-        let doing = || "close the descriptors that the container is not to have";
+        let doing = || "close the descriptors that the container must not have";
         for number in STANDARD..self.first_closed() {
-            // SAFETY: rrun inherited it and never closes it.
+            // SAFETY: rrun inherited this descriptor and never closes it.
             let fd = unsafe { BorrowedFd::borrow_raw(number as i32) };
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())
                 .doing(|| format!("preserve descriptor {number}"))?;
@@ -133,7 +133,7 @@ impl Descriptors {
         let mut next = self.first_closed();
         for number in kept {
             if next < number {
-                // SAFETY: the caller vouches for it that their owners do nothing any more.
+                // SAFETY: the caller guarantees that the owners are not used any more.
                 unsafe { syscalls::close_range(next, number - 1) }.doing(doing)?;
             }
             next = number.saturating_add(1);

@@ -31,10 +31,10 @@ pub fn from_spec(env: &[String]) -> Result<Vec<CString>> {
         .collect()
 }
 
-/// Adds HOME as /etc/passwd of the current root has it, if the environment does not set it (without
-/// /proc that file cannot be opened safely, and HOME is /), and announces sockets handed over as
-/// systemd does. If a name is there twice, the last entry stays, since programs take the first that
-/// they find: `exec --env` appends.
+/// Adds HOME from /etc/passwd of the current root, if the environment does not set it. Without
+/// /proc that file cannot be opened safely, and HOME is /. Announces preserved sockets as systemd
+/// does. If a name occurs twice, only the last entry stays: programs use the first that they find,
+/// and `exec --env` appends.
 pub fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
     let has_home = env
         .iter()
@@ -74,7 +74,8 @@ fn keep_last(env: &mut Vec<CString>) {
 
 fn home_of(uid: u32) -> Option<String> {
     use std::io::Read as _;
-    // The file is the container's, and so is /proc by now; without one nothing is opened.
+    // The container controls the file, and by now also /proc, which `Procfs::open` checks. Without
+    // a /proc nothing is opened.
     let found = rustix::fs::openat2(
         CWD,
         "/etc/passwd",

@@ -107,13 +107,14 @@ pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
 }
 
-/// From the container's first process: from now on it may not be allowed to say anything.
+/// From the container's first process: hands over the shared page. The filter that is loaded next
+/// may forbid this process to send messages.
 pub fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
-    send_descriptor(starter, page, &[FILTERED]).doing(|| "hand memory to report by to start")
+    send_descriptor(starter, page, &[FILTERED]).doing(|| "hand the shared page to start")
 }
 
-/// From `start`: has the container's program executed, and returns when it is. Once the first
-/// process is about to load its filter, `accompany` is called.
+/// From `start`: makes the first process execute the container's program, and returns when it has
+/// done so. Calls `accompany` when that process is about to load its filter.
 ///
 /// # Errors
 /// The container is not waiting to be started; or what prevented the execution.

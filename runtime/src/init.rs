@@ -61,8 +61,8 @@ pub struct Init<'a> {
 pub fn end() -> ! {
     // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
     unsafe { libc::syscall(libc::SYS_exit_group, 1) };
-    // A filter may have refused that, and C libraries would try for ever. This ends with an
-    // instruction that is none.
+    // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
+    // last executes an instruction that the processor refuses.
     std::process::abort()
 }
 
@@ -169,13 +169,13 @@ impl Init<'_> {
         let hooks = self.config.hooks.start_container().as_deref();
         let hooks = hooks.filter(|list| !list.is_empty());
         match (filter, hooks) {
-            // The agent is asked about the calls of the hooks, too, for which there can be but
-            // one listener.
+            // The agent also decides about the hooks' system calls. A process can have only one
+            // listener, so this process loads the filter before it starts the hooks.
             (Some((filter, page)), Some(_)) if filter.listener.is_some() => {
                 let reporter = page.hand_over(program, send)?;
                 filter.confine(&reporter)?;
                 if let Err(error) = self.start_container_hooks(process, None) {
-                    // The filter may forbid this process to report it in another way.
+                    // The filter may forbid every other way to report this.
                     reporter.failed(Errno::CANCELED);
                     return Err(error);
                 }
@@ -313,7 +313,8 @@ impl Init<'_> {
         Ok(())
     }
 
-    /// `filter` is loaded in each hook alone; this process loads it only after them.
+    /// Each hook loads `filter`, if there is one, for itself alone; this process loads its own only
+    /// after the hooks.
     fn start_container_hooks(&self, process: &Process, filter: Option<&Filter>) -> Result<()> {
         hooks::run(
             "startContainer",
@@ -435,10 +436,9 @@ pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
 }
 
 /// Everything between the container's root and the program: the working directory, the
-/// user, and the descriptors, of which `kept` stay open until the execution. Returns the
-/// program's path.
+/// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
 ///
-/// All that a filter could forbid is done here, before one is loaded.
+/// A filter could forbid these steps, so they all happen before one is loaded.
 pub fn settle(
     process: &mut Process,
     labels: OpenLabels,
@@ -448,10 +448,10 @@ pub fn settle(
 ) -> Result<CString> {
     labels.apply()?;
     drop(labels);
-    // No path of the container is resolved before this, and none of the host after it.
+    // Before this, no path of the container is resolved; after it, no path of the host.
     log::close();
-    // SAFETY: what owns other descriptors belongs to the code that this copy of rrun was born in,
-    // into which it never returns ([`NeverReturn`]).
+    // SAFETY: the owners of other descriptors belong to the code that forked this process, and it
+    // never returns there ([`NeverReturn`]).
     unsafe { descriptors.close_all_but(kept) }?;
     environment::complete(&mut process.env, process.uid, descriptors.listen);
     process.apply_inherited()?;
@@ -475,11 +475,11 @@ pub fn settle(
     process.find_program()
 }
 
-/// Becomes the program; returns only with the reason why not. `send` hands over the page by
+/// Becomes the program; if that fails, returns the reason. `send` hands over the page through
 /// which a filtered process reports.
 ///
-/// Once a filter is loaded, execve(2) is the only system call: any profile allows it under which
-/// a program can be started at all.
+/// Once a filter is loaded, this process makes no system call but execve(2). A profile must allow
+/// that call, or no program could be started under it.
 pub fn execute(
     program: &CStr,
     process: &Process,

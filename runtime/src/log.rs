@@ -25,7 +25,7 @@ struct Log {
 enum Destination {
     StandardError,
     File(File),
-    /// The log is out of reach: this process is in a container.
+    /// This process is in a container, from which the log must not be reachable.
     Nowhere,
 }
 
@@ -33,7 +33,7 @@ static LOG: OnceLock<Log> = OnceLock::new();
 
 impl Log {
     fn destination(&self) -> MutexGuard<'_, Destination> {
-        // Half a line at most is missing.
+        // After a panic under the lock, at most half a line is missing.
         self.destination
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -91,8 +91,8 @@ fn write(level: &str, message: &str) {
     };
 }
 
-/// Closes the log file, which is the host's, in a process that is about to resolve the
-/// container's paths.
+/// Closes the log file, a file of the host, in a process that is about to resolve paths of the
+/// container.
 pub fn close() {
     if let Some(mut destination) = LOG.get().map(Log::destination)
         && let Destination::File(_) = *destination

@@ -169,8 +169,8 @@ impl Process {
             .doing(|| format!("set process.oomScoreAdj to {adj}"))
     }
 
-    /// Takes on group and user ids and capabilities, for good. Nothing privileged can be done
-    /// afterwards, but a filter can be loaded if `until_execution` keeps the right to.
+    /// Takes on group and user ids and capabilities, for good. Afterwards nothing privileged is
+    /// possible, except to load a filter, for which `until_execution` keeps CAP_SYS_ADMIN.
     pub fn become_user(&self, until_execution: bool) -> Result<()> {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
@@ -274,7 +274,7 @@ pub fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
     })
 }
 
-/// Why execve(2) of a program failed that was there a moment ago.
+/// The error of an execve(2) that failed although [`Process::find_program`] found the program.
 pub fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
     use rustix::io::Errno;
     match errno {
@@ -349,9 +349,9 @@ fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
 /// Enters the working directory, in the current root.
 ///
 /// # Errors
-/// Also if the directory turns out to lie outside the root: links in /proc lead to whatever a
-/// process has as its root, its working directory or a descriptor, of the host's processes, too,
-/// where the container sees those (CVE-2024-21626).
+/// Also if the directory lies outside the root. Links in /proc lead to the root, the working
+/// directory and the descriptors of a process, and the container may see processes of the host
+/// there (CVE-2024-21626).
 pub fn enter_cwd(cwd: &Path) -> Result<()> {
     rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
     let current = rustix::process::getcwd(Vec::new())
@@ -365,9 +365,9 @@ pub fn enter_cwd(cwd: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the working directory, which is missing, in the current root, and enters it. No link in
-/// /proc that leads into a process is followed: this process may do more than the program may,
-/// and could make directories of the host.
+/// Makes the missing working directory in the current root, and enters it. Follows no link in /proc
+/// that leads into a process: this process has more rights than the program, and could make
+/// directories on the host.
 pub fn make_cwd(cwd: &Path) -> Result<()> {
     let root = rustix::fs::open(
         "/",

@@ -50,8 +50,8 @@ impl Procfs {
         )
     }
 
-    /// Opens, for reading, the very file that a descriptor of this process is of. With an O_PATH
-    /// descriptor: what has been looked at, and not what has its name by now.
+    /// Opens for reading the file that descriptor `number` of this process refers to. For an O_PATH
+    /// descriptor, that is the file that was looked up, even if its path names another one by now.
     pub fn own_descriptor(&self, number: i32) -> std::result::Result<OwnedFd, Errno> {
         let directory = rustix::fs::openat2(
             &self.0,
@@ -60,8 +60,8 @@ impl Procfs {
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS,
         )?;
-        // Neither O_NONBLOCK nor O_NOCTTY matters to a regular file, but for a lease, which nobody
-        // waits for then.
+        // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a
+        // lease.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         rustix::fs::openat(directory, number.to_string(), flags, Mode::empty())
     }

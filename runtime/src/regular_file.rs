@@ -1,10 +1,10 @@
 //! Opens of files at paths that a container, an image or a configuration controls.
 //!
-//! The rule: such a path is never opened before it is known what is there. To open a device is to
-//! call its driver, whatever is read afterwards: a watchdog begins to count, a tape rewinds. To open
-//! a FIFO waits for its other end. So the path is looked up with O_PATH, which calls no driver and
-//! waits for nobody; only if a regular file is there, that very file is opened, by its descriptor and
-//! not by the path, at which there may be something else by now. Directories need less: with
+//! The rule: such a path is opened only once the kind of its file is known. To open a device calls
+//! its driver, even if nothing is read: a watchdog begins to count, a tape rewinds. To open a FIFO
+//! waits for its other end. So the path is looked up with O_PATH, which calls no driver and does
+//! not wait. If the file is a regular one, it is opened through its descriptor. It is not opened by
+//! its path, because that may lead to another file by now. Directories are simpler: with
 //! O_DIRECTORY the kernel refuses everything else before it calls a driver.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,8 +17,8 @@ use crate::error::{Error, Reason as _, Result};
 use crate::procfs::Procfs;
 use crate::refuse;
 
-/// Opens the regular file at `path` for reading; links are followed. The files of namespaces are
-/// regular ones. The error is what comes after the file's name and a colon.
+/// Opens the regular file at `path` for reading, and follows links. The kernel's namespace files
+/// are regular files, too. The error is the text to put after the file's name and a colon.
 pub fn open(path: &Path) -> Result<OwnedFd> {
     let found = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let found = found.map_err(kernel_said)?;
@@ -26,7 +26,7 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
     Ok(file)
 }
 
-/// Opens what has been looked up with O_PATH for reading, if it is a regular file.
+/// Opens for reading the file that `found`, an O_PATH descriptor, refers to, if it is regular.
 pub fn reopen(procfs: &Procfs, found: &impl AsFd) -> Result<(OwnedFd, Stat)> {
     let stat = rustix::fs::fstat(found).map_err(kernel_said)?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {

@@ -166,12 +166,12 @@ impl Rootfs {
             })
     }
 
-    /// Makes a directory and those that lead to it, name by name: a name below a descriptor, no
-    /// link followed, can't lead elsewhere. Needs no /proc, unlike [`Rootfs::make_directory`].
-    /// Returns its path without links.
+    /// Makes a directory and its missing parents, name by name. Each name is opened below a
+    /// descriptor and no link is followed, so that it can't lead elsewhere. Needs no /proc, unlike
+    /// [`Rootfs::make_directory`]. Returns the path of the directory without links.
     ///
     /// # Errors
-    /// Also if the way there leads through a link of /proc into a process.
+    /// Also if the path leads through a link in /proc into a process.
     pub fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
         match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
             Err(Errno::NOENT) => {}

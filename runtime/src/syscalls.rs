@@ -273,8 +273,8 @@ pub fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     }
 }
 
-/// An execve(2) with its arguments laid out as the kernel wants them, so that nothing has to be
-/// allocated any more.
+/// An execve(2) whose arguments are already laid out for the kernel, so that the call itself
+/// allocates nothing.
 pub struct Execution<'a> {
     path: &'a CStr,
     argv: Vec<*const libc::c_char>,
@@ -491,8 +491,8 @@ pub fn load_seccomp_filter(
     Ok(Some(unsafe { OwnedFd::from_raw_fd(returned as i32) }))
 }
 
-/// Maps the start of a file into memory that all who have the file share, for as long as this
-/// process runs its program. See mmap(2).
+/// Maps the start of a file into memory that is shared with all processes that map the file. The
+/// mapping lasts until execve(2). See mmap(2).
 pub fn map_shared(file: BorrowedFd<'_>, length: usize) -> Result<NonNull<libc::c_void>, Errno> {
     // SAFETY: the kernel chooses an address that nothing else is mapped at.
     let address = unsafe {

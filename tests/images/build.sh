@@ -5,12 +5,12 @@
 #
 #   tests/images/build.sh [--demo] [--peek]
 #
-# --demo: the one image that the demo wants, where all are not built yet.
+# --demo: builds only the image that the demo uses, unless all images are built already.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/../setup/cache.sh"
 
-# build_images OUT [IMAGES-OF-WHAT]
+# build_images OUT [all | demo]
 build_images() {
     local out=$1
     export RRUN_MAKING_IMAGES=${2:-all}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes every test image (with `demo`, the one that the demo wants) and pushes it to a registry whose
-# directory is then kept. Runs in the native view, for tests/images/build.sh: /out holds busybox/, nnp and pause, and receives registry/ and
-# archives/.
+# Makes every test image, or with `demo` only the one that the demo uses, and pushes it to a
+# registry whose directory is then kept. Runs in the native view, for tests/images/build.sh: /out
+# holds busybox/, nnp and pause, and receives registry/ and archives/.
 set -euo pipefail
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 . "$HERE/oci.sh"
@@ -12,7 +12,7 @@ oci_layout "$tree/layout"
 mkdir -p /out/registry /out/archives
 skopeo() { command skopeo --insecure-policy "$@"; }
 
-# Served by the real thing once, and kept as it stores them.
+# Pushes all images to a real registry once. The files that it stores are kept.
 push() {
     local name
     local -a names=()

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# What the tests and the demo stand on, in the order of need. What is in the cache costs nothing.
+# Sets up what the tests and the demo need. Entries that are in the cache already take no time.
 #
 #   tests/setup/all.sh [demo | base | kubernetes]…    default: base kubernetes
 #
-#   demo          packages, the root, one image, crictl, the guest machine: 3 minutes from nothing
-#   base          the same with all test images, critest: 5 minutes
+#   demo          packages, the root, one image, crictl, the guest machine: 3 minutes if not cached
+#   base          as demo, with all test images and critest: 5 minutes
 #   kubernetes    kubelet and the rest of a cluster: 7 minutes more
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/cache.sh"
 
-# Each set is what it adds to the ones before it.
 demo() {
     "$HERE/packages.sh"
-    # These are fetched and unpacked while Go compiles.
+    # The root is fetched and unpacked, and busybox compiled, while Go compiles.
     { "$HERE/root.sh" && "$HERE/busybox.sh"; } >/dev/null &
     local fetched=$!
+    trap 'pkill -TERM -P "$fetched"' EXIT
     disks crictl
     wait "$fetched"
+    trap - EXIT
     ROOT=$("$HERE/root.sh")
     [[ -n ${ALL_IMAGES-} ]] || "$HERE/../vm/disk.sh" "$("$HERE/../images/build.sh" --demo)" >/dev/null
     "$HERE/../vm/initramfs.sh" "$ROOT" >/dev/null
@@ -31,11 +32,11 @@ base() {
 }
 
 kubernetes() {
-    # What only `make test-full` runs.
+    # Only `make test-full` uses the last two.
     disks kubelet cluster ${RRUN_TEST_FULL:+kubelet-old metrics}
 }
 
-# disks TOOL…: builds them, and makes the guest's disks of them.
+# disks TOOL…: builds these tools, and makes a disk for the guest machine of each.
 disks() {
     local name entry
     for name in "$@"; do

@@ -5,7 +5,7 @@
 #   cache_entry NAME KEY BUILD   prints the path of the entry NAME-KEY; if it is not there,
 #                                runs the function BUILD with an empty directory to fill
 #   say / die                    a line with elapsed seconds, on stderr
-#   progress WHAT TOTAL PATTERN  reads a command's output, and shows how many of its lines match
+#   progress WHAT TOTAL PATTERN UNIT   reads a command's output, shows how many of its lines match
 #   progress_size WHAT FILE MB   runs beside a command, and shows how much of a file is written
 #
 # An entry is built under a temporary name and renamed when complete, so an interrupted build
@@ -22,13 +22,14 @@ export RRUN_STARTED=${RRUN_STARTED:-$EPOCHSECONDS}
 say() { printf '[%4ds] %s\n' "$((EPOCHSECONDS - RRUN_STARTED))" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Whether progress is one line that changes; steps that run side by side would overwrite each other's.
+# Whether progress is shown as one line that changes. Steps that run side by side would overwrite
+# each other's line.
 one_line() { [[ -t 2 && -z ${RRUN_SIDE_BY_SIDE-} ]]; }
 
-# show_count WHAT DONE TOTAL UNIT: on a terminal one line that changes, else a line now and then.
+# show_count WHAT DONE TOTAL UNIT: changes one line on a terminal, and prints a new line elsewhere.
 show_count() {
     local text
-    # An estimate can fall short.
+    # TOTAL is an estimate, so that DONE may be more.
     text=$(printf '[%4ds] %s: %d %s of about %d (%d %%)' "$((EPOCHSECONDS - RRUN_STARTED))" "$1" "$2" "$4" "$3" \
         "$(($2 * 100 / ($3 > $2 ? $3 : $2 + 1)))")
     if one_line; then
@@ -38,8 +39,8 @@ show_count() {
     fi
 }
 
-# progress WHAT TOTAL PATTERN UNIT <OUTPUT: TOTAL is how many lines are expected to match PATTERN, an
-# extended regular expression. Prints nothing for what is over within five seconds.
+# progress WHAT TOTAL PATTERN UNIT <OUTPUT: TOTAL is how many lines are expected to match PATTERN,
+# an extended regular expression. Prints nothing in the first five seconds.
 progress() {
     local what=$1 total=$2 pattern=$3 unit=$4 line count=0 shown=$EPOCHSECONDS pause=5
     [[ $total -gt 0 ]] || total=1
@@ -54,10 +55,10 @@ progress() {
     ! one_line || printf '\r\e[K' >&2
 }
 
-# progress_size WHAT FILE MEGABYTES: until it is killed.
+# progress_size WHAT FILE MEGABYTES: shows the size of FILE every five seconds, until it is killed.
 progress_size() {
     local never
-    # Nothing is ever written there. A `sleep` would outlive whoever ends this function.
+    # Nothing is ever written to this pipe. If this function is killed, a `sleep` would outlive it.
     exec {never}<> <(:)
     while ! read -r -t 5 -u "$never"; do
         show_count "$1" "$(du -m "$2" 2>/dev/null | cut -f1)" "$3" MB

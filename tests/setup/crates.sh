@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Compiled dependencies, kept outside the checkout: a fresh clone compiles only its own crates.
+# Keeps compiled dependencies outside the checkout, so that a fresh clone compiles only its own
+# crates.
 #
 #   tests/setup/crates.sh restore     into a target directory that does not exist yet
 #   tests/setup/crates.sh save        from one in which everything has been compiled, if none is kept
 #
-# The key is all that cargo's own fingerprints of dependencies hold: the compiler, the lock file,
-# features and profiles, flags. cargo checks them again; what does not fit is compiled.
+# The key covers what cargo's own fingerprints of dependencies cover: the compiler, the lock file,
+# features, profiles and flags. cargo checks the fingerprints again, and compiles what does not
+# match.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/cache.sh"
@@ -14,7 +16,7 @@ target=${CARGO_TARGET_DIR:-$PWD/target}
 
 key=$(cache_key "$(rustc -vV)" "$(cat Cargo.lock Cargo.toml ./*/Cargo.toml .cargo/config.toml)")
 
-# Of the workspace's own crates nothing is kept, since cargo knows them by their directory.
+# Removes the workspace's own crates, because cargo identifies those by their directory.
 save() {
     local profile
     while read -r profile; do
@@ -22,7 +24,7 @@ save() {
         cp -a "$target/$profile"/{.fingerprint,build,deps} "$1/$profile/"
     done < <(cd "$target" && find . -mindepth 2 -maxdepth 4 -type d -name .fingerprint -printf '%h\n')
     find "$1" -mindepth 3 \( -name 'rrun*' -o -name 'librrun*' \) -prune -exec rm -rf {} +
-    # Programs: tests, which are the workspace's.
+    # All programs here are tests of the workspace's crates.
     find "$1" -path '*/deps/*' -type f -perm -u+x ! -name '*.so' -delete
 }
 
@@ -33,7 +35,7 @@ case ${1-} in
         mkdir -p "$(dirname "$target")"
         cp -a "$entry" "$target"
         touch -c "$entry"
-        say "dependencies come compiled from $entry"
+        say "copied compiled dependencies from $entry"
         ;;
     save) cache_entry crates "$key" save >/dev/null ;;
     *) die "usage: tests/setup/crates.sh restore | save" ;;

@@ -12,12 +12,12 @@ debian_mirror() {
         awk -v release="$release" '$2 == release { print $1; found = 1; exit } END { exit !found }'
 }
 
-# mmdebstrap installs in one run of dpkg what debootstrap installs one by one, in half the time.
-# The archive is a copy that may be older than its signature's last day.
+# mmdebstrap installs all packages in one run of dpkg. That takes half the time of debootstrap,
+# which installs them one by one. The archive may be an old copy whose Valid-Until has passed.
 debian_root() {
     local what=$1 suite=$2 root=$3 log=$RRUN_CACHE/$1.log
     shift 3
-    # Each package is fetched, unpacked and set up; and the smallest root has some sixty packages.
+    # Each package counts three times: it is fetched, unpacked and set up.
     mmdebstrap --verbose --mode=root --variant=minbase --include="$(IFS=,; echo "$*")" \
         --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -25,6 +25,6 @@ debian_root() {
         "$suite" "$root" "$(debian_mirror)" 2>&1 </dev/null | tee "$log" |
         progress "the packages of the $what" "$((DEBIAN_ROOT_PACKAGES * 3))" '^(Get:[0-9]+ .*\[|Unpacking |Setting up )' steps ||
         { tail -n 20 "$log" >&2; die "installing the Debian packages of the $what failed, see $log"; }
-    # What lies there speeds dpkg up, and would speak for it in the root, too.
+    # mmdebstrap's settings for a fast dpkg must not stay in the root.
     rm -f "$root"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$root"/etc/apt/apt.conf.d/99mmdebstrap
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests want on this machine, and those that are named (root
-# needed). A quick no-op when they are there.
+# Installs the Debian packages that the tests need on this machine, and any PACKAGE that is given.
+# Needs root. Does nothing if they are installed.
 #
 #   tests/setup/packages.sh [PACKAGE…]
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
 
-# mmdebstrap, debootstrap: the test root, the lower layers of an image. e2fsprogs: guest disks. secilc: the guest's SELinux policy. The rest: building busybox, running views.
+# mmdebstrap: the test root. debootstrap: the lower layers of an image. e2fsprogs: guest disks.
+# secilc: the guest's SELinux policy. The others build busybox and run the views.
 PACKAGES=(mmdebstrap debootstrap e2fsprogs secilc cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
     util-linux procps iproute2 kmod strace shellcheck ca-certificates)
 

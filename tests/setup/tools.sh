@@ -32,8 +32,8 @@ scratch_module() {
     go mod init scratch
 }
 
-# go_program NAME-AND-VERSION COMMAND… PACKAGE: `go build` or `go test -c`, with its progress. Modules
-# are fetched first, since listing what is to be compiled needs them.
+# go_program NAME-AND-VERSION COMMAND… PACKAGE: runs `go build` or `go test -c` and shows its
+# progress. `go list` counts the packages to compile, and fetches the modules for that.
 go_program() {
     local what=$1 total log=$RRUN_CACHE/go.log.$$
     shift

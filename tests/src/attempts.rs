@@ -1,6 +1,6 @@
-//! How a test is run: the machine is looked at before and after it, and a test that fails is run
-//! once more, at once. A test that passes the second time counts as passed, and its name is
-//! reported: one unlucky wait fails no run, and cannot hide either.
+//! Runs a test, and compares the machine before and after it. A test that fails is repeated once,
+//! immediately. A test that passes the second time counts as passed, and its name is reported. So
+//! one unlucky wait does not fail the run, and does not stay hidden.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::ensure;
 use crate::leavings::Machine;
 use crate::needs::Test;
 
-/// Where the views keep what a run leaves: one file for each flaky test.
+/// The directory with one file for each flaky test. The views keep /out after a run.
 const KEPT: &str = "/out/flaky";
 
 struct Flaky {
@@ -24,7 +24,7 @@ struct Flaky {
 static FLAKY: Mutex<Vec<Flaky>> = Mutex::new(Vec::new());
 static TOOK: Mutex<Vec<(Duration, &'static str)>> = Mutex::new(Vec::new());
 
-/// Runs one test, a second time if it fails.
+/// Runs one test, and repeats it once if it fails.
 pub fn run(name: &'static str, test: &Test) -> Result<Completion, Failed> {
     if let Some(lacking) = test.needs.iter().find_map(|need| need.lacking()) {
         return Ok(Completion::ignored_with(lacking));
@@ -55,8 +55,8 @@ enum Outcome {
     Failed { first: String, second: String },
 }
 
-/// Runs a test, and once more if it fails. `look` takes down what is on the machine before it,
-/// `unchanged` compares with that afterwards.
+/// Runs a test, and repeats it once if it fails. `look` records what is on the machine before the
+/// test, and `unchanged` compares the machine with that record afterwards.
 fn attempts<M>(
     run: impl Fn() -> Result<(), Failed>,
     look: impl Fn() -> M,
@@ -66,8 +66,8 @@ fn attempts<M>(
     let (first, before) = match run() {
         Ok(()) => match unchanged(&before) {
             Ok(()) => return Outcome::Passed,
-            // The second attempt is held to the machine as it was before the first, or what a
-            // test always leaves at the same path would count as there already.
+            // The second attempt is compared with the machine before the first one. Otherwise a
+            // file that the test leaves at the same path each time would count as there before.
             Err(first) => (first, before),
         },
         Err(first) => (first, look()),

@@ -1,5 +1,5 @@
-//! Files that an image or a pod names and the server reads or writes: a device, a FIFO, a link in
-//! their place. To open a device is to call its driver, so that none is ever opened.
+//! Files that an image or a pod names and that the server reads or writes, if a device, a FIFO or a
+//! link is in their place. To open a device calls its driver, so the server must never open one.
 
 use std::fs;
 use std::path::Path;
@@ -71,7 +71,7 @@ fn built(archive: Archive, user: &str) -> Image {
     )
 }
 
-/// A container of an image that is only here.
+/// A container of an image that only this test's registry has.
 fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
     let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
     let reference = format!("{}/{name}:1", server.host());
@@ -81,7 +81,7 @@ fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
     Ok(container)
 }
 
-/// The container is refused with these words, and the server goes on.
+/// The container is refused with these words, and the server still answers.
 fn is_refused(
     node: &Node,
     (pod_id, pod): (&str, &Value),
@@ -185,7 +185,8 @@ fn passwd_and_group_of_an_image_are_files_or_the_container_is_refused() -> Resul
             let container = container_of(node, name, &built(archive, ""))?;
             is_refused(node, (&pod_id, &pod), &container, words)?;
         }
-        // A link to a file is as good as a file, wherever it seems to lead.
+        // A link to a regular file is followed inside the image, even if it seems to lead out of
+        // it.
         let archive = new()
             .symlink("etc/passwd", "/../../real/passwd")
             .file("real/passwd", "web:x:33:34::/:/bin/sh\n")
@@ -268,7 +269,7 @@ fn a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count() -> Result {
     tested
 }
 
-/// Puts a FIFO, a device or a link to another file at `path`, and gives what it is called.
+/// Puts a FIFO, a device or a link to another file at `path`, and returns the name of that kind.
 fn place(path: &Path, kind: usize, other: &Path) -> Result<Option<&'static str>> {
     let _ = fs::remove_file(path);
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
@@ -311,7 +312,7 @@ fn a_log_is_a_regular_file_or_the_container_is_refused() -> Result {
             "untouched",
             "the file of the link"
         );
-        // A file that is there already is written on.
+        // If a regular file exists already, the log is appended to it.
         fs::write(&log, "before\n")?;
         let id = node.run(
             &pod_id,
@@ -354,7 +355,7 @@ fn a_log_that_is_opened_again_is_a_regular_file_too() -> Result {
                 "should say {words:?}: {}",
                 output.told()
             );
-            // The old file is written on.
+            // The old file still receives lines.
             let length = fs::metadata(&rotated)?.len();
             wait_for("more in the old log", || {
                 Ok((fs::metadata(&rotated)?.len() > length).then_some(()))

@@ -1,4 +1,4 @@
-//! Images that share a layer: what one of them says of a directory is not seen in another.
+//! Images that share a layer: the owner and mode of a directory in one do not show in another.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
@@ -28,7 +28,8 @@ fn dir<'a>(path: &'a str, mode: u32, owner: u64) -> Item<'a> {
     }
 }
 
-/// A program, a layer that lists `/`, `etc` and `tmp`, and one that uses them and lists nothing.
+/// An image of a program, a layer that lists `/`, `etc` and `tmp`, and a layer that uses them and
+/// lists nothing.
 fn tenant(root: (u32, u64), etc: (u32, u64), tmp: (u32, u64)) -> Result<Image> {
     let program = Archive::new().item(&Item {
         path: b"inside",

@@ -1,4 +1,4 @@
-//! Registries that drip: a byte now and then holds up nobody else, and nothing for ever.
+//! Registries that send a byte now and then: they hold up no other pull, and no pull for ever.
 
 use std::fs;
 use std::time::Duration;
@@ -40,7 +40,7 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-/// Of a drip, one byte each.
+/// The pause after each byte of a slow answer.
 const PAUSE: Duration = Duration::from_millis(500);
 
 fn serve(
@@ -50,7 +50,7 @@ fn serve(
     Server::start(images, answer).map_err(|error| error.to_string().into())
 }
 
-/// An image of so many layers, each another.
+/// An image of `count` different layers.
 fn of_layers(name: &str, count: usize) -> Image {
     let layers: Vec<_> = (0..count)
         .map(|n| {
@@ -85,15 +85,15 @@ fn configure(node: &mut Node, image: &str) -> Result {
     node.start_server()
 }
 
-/// All these layers have been asked for.
+/// Waits until all these layers have been requested.
 fn asked(server: &Server, image: &Image) -> Result {
-    wait_for("the layers to be asked for", || {
+    wait_for("the layers to be requested", || {
         let asked = |layer: &String| server.count(layer) > 0;
         Ok(image.layers.iter().all(asked).then_some(()))
     })
 }
 
-/// The pull ends with the server, which leaves nothing of it.
+/// Restarts the server, which ends the pull, and checks that nothing of the pull is left.
 fn ends(node: &mut Node, hanging: Running) -> Result {
     drop(hanging);
     node.terminate_server()?;
@@ -101,7 +101,7 @@ fn ends(node: &mut Node, hanging: Running) -> Result {
     is_clean(node)
 }
 
-/// Neither layers nor what was under way is left.
+/// Waits until neither layers nor partial blobs are left.
 fn is_clean(node: &Node) -> Result {
     for (dir, most) in [("root/layers", 1), ("root/ingest", 0)] {
         wait_for(&format!("{dir} to be empty"), || {
@@ -113,7 +113,7 @@ fn is_clean(node: &Node) -> Result {
 
 fn layers_that_drip_hold_up_no_other_registry() -> Result {
     on_a_node(|node| {
-        // However its layers are spread, one host has three of the four slots.
+        // The host gets three of the four slots, which is the most that one host may have.
         let drip = of_layers("drip", 3);
         let server = serve(&[("drip", &drip)], dripping(&drip))?;
         let hanging = node
@@ -137,7 +137,7 @@ fn layers_that_drip_give_way_to_their_own_registry() -> Result {
         node.pull(&format!("{host}/small:1"))?;
         ensure!(
             node.log().contains("another image waits; it goes on later"),
-            "nothing is told of the turn that was given up"
+            "the log does not report the turn that was given up"
         );
         node.asks(&["rmi", &format!("{host}/small:1")])?;
         ends(node, hanging)
@@ -152,7 +152,7 @@ fn a_pull_that_nobody_waits_for_ends() -> Result {
         let name = format!("{}/drip:1", server.host());
         for round in 1..=2 {
             let hanging = node.crictl(&["pull", &name]).start()?;
-            wait_for("the layers to be asked for", || {
+            wait_for("the layers to be requested", || {
                 let asked = |layer: &String| server.count(layer) == round;
                 Ok(drip.layers.iter().all(asked).then_some(()))
             })?;
@@ -171,7 +171,7 @@ fn a_retry_joins_the_pull() -> Result {
     on_a_node(|node| {
         let drip = of_layers("drip", 1);
         let mut whole = Answer::new(200, drip.blobs[0].clone());
-        // In all some 3 s.
+        // The answer takes about 3 s in all.
         whole.piece = drip.blobs[0].len() / 6 + 1;
         whole.slow = PAUSE;
         let (layer, piece) = (drip.layers[0].clone(), whole.piece);
@@ -186,12 +186,15 @@ fn a_retry_joins_the_pull() -> Result {
         drop(first);
         node.pull(&name)?;
         ensure_eq!(server.count(&drip.layers[0]), 1, "how often it was fetched");
-        ensure!(!node.log().contains("nobody has waited"), "given up");
+        ensure!(
+            !node.log().contains("nobody has waited"),
+            "the pull was given up"
+        );
         Ok(())
     })
 }
 
-/// One answer of an image comes a byte at a time; that of the token server, too.
+/// In each case one answer comes a byte at a time: one of an image's, or the token server's.
 fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
     on_a_node(|node| {
         configure(node, "least_rate = 50\nleast_rate_seconds = 2\n")?;
@@ -255,7 +258,7 @@ fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
     })
 }
 
-/// The first mirror drips layers, and then even manifests.
+/// The mirror sends its layers a byte at a time, and then its manifests, too.
 fn after_a_mirror_that_drips_the_next_is_asked() -> Result {
     on_a_node(|node| {
         configure(node, "least_rate = 50\nleast_rate_seconds = 2\n")?;

@@ -204,19 +204,19 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// Where a router of nobody's making has its link-local address.
+/// The link-local address of a router that does not exist.
 const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xbad);
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
-/// Sends a router advertisement, RFC 4861, 4.2, to everybody on the link of the interface: of a
-/// default router, and of a prefix to make addresses of. As a frame, for which neither an address
-/// nor a route is needed.
+/// Sends a router advertisement (RFC 4861, 4.2) to all nodes on the interface's link. It announces
+/// a default router and a prefix for addresses. It is sent as a frame, which needs neither an
+/// address nor a route.
 pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), Error> {
     const LIFETIME: u16 = 1800;
     let mut message = vec![134, 0, 0, 0, 64, 0];
     message.extend(LIFETIME.to_be_bytes());
     message.extend([0; 8]);
-    // The prefix: its length, on the link and for addresses, valid and preferred for so long.
+    // The prefix option: the length, flags (on-link, autonomous), valid and preferred lifetime.
     message.extend([3, 4, 64, 0xc0]);
     message.extend(86_400_u32.to_be_bytes());
     message.extend(14_400_u32.to_be_bytes());
@@ -239,8 +239,8 @@ pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), Error> {
     send_frame(interface, [0x33, 0x33, 0, 0, 0, 1], 0x86dd, &packet)
 }
 
-/// Sends `victim`, a pod, in the name of its `router` a redirect, RFC 792: what goes to `away` is to
-/// go to `to`.
+/// Sends a redirect (RFC 792) to the pod `victim` in the name of its `router`: packets to `away`
+/// are to go through `to`.
 fn redirect(
     interface: &str,
     victim: Ipv4Addr,
@@ -258,7 +258,7 @@ fn redirect(
         header[10..12].copy_from_slice(&sum.to_be_bytes());
         header
     };
-    // For a host; after it the packet that is said to have come: an answer to a ping.
+    // A redirect for a host, and the packet that it claims to answer: an echo reply.
     let mut message = vec![5, 1, 0, 0];
     message.extend(to.octets());
     message.extend(header(victim, away, 28));
@@ -267,12 +267,12 @@ fn redirect(
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut packet = header(router, victim, u16::try_from(20 + message.len())?);
     packet.extend(message);
-    // The hardware address of a pod has its IPv4 address in it.
+    // The hardware address of a pod contains its IPv4 address.
     let [a, b, c, d] = victim.octets();
     send_frame(interface, [0x0a, 0x58, a, b, c, d], 0x0800, &packet)
 }
 
-/// RFC 1071.
+/// The Internet checksum, RFC 1071.
 fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| {
         u32::from(u16::from_be_bytes([
@@ -306,8 +306,8 @@ fn send_frame(interface: &str, to: [u8; 6], protocol: u16, packet: &[u8]) -> Res
         sll_halen: 6,
         sll_addr: hardware,
     };
-    // SAFETY: the packet and the address live through the call, and their lengths are theirs; the
-    // descriptor is nobody else's.
+    // SAFETY: the packet and the address outlive the call, and the lengths are theirs. Nothing else
+    // owns the descriptor.
     let sent = unsafe {
         let fd = libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         if fd < 0 {

@@ -220,14 +220,14 @@ fn name_of(test: &needs::Test) -> &'static str {
     test.name.trim_start_matches("rrun_e2e::")
 }
 
-/// What the environment says of the tests to run; an unset variable selects all.
+/// The tests that the environment selects; an unset variable selects all.
 struct Selection {
     /// RRUN_TEST_ONLY: whole names, separated by commas.
     only: String,
-    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas. Without effect beside
-    /// RRUN_TEST_ONLY: tests that run some of the others inherit this one.
+    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas. RRUN_TEST_ONLY overrides it,
+    /// because a test that runs other tests passes this variable on to them.
     subjects: String,
-    /// RRUN_TEST_PLAN: no test is run; those that cannot run on this machine are reported as
+    /// RRUN_TEST_PLAN: no test is run. Tests that cannot run on this machine are reported as
     /// ignored, the others as passed.
     plan: bool,
 }

@@ -1,5 +1,5 @@
-//! Who is a router: never a pod, whatever it advertises; and, as before rrun, whoever the node's
-//! other interfaces believe.
+//! Router advertisements and redirects. Those of a pod are refused everywhere, and the node's other
+//! interfaces accept the same ones as without rrun.
 
 use std::fs;
 use std::net::IpAddr;
@@ -62,11 +62,11 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-/// An address that only the default route leads to.
+/// An address that is reached only by the default route.
 const ELSEWHERE: &str = "203.0.113.9";
 
-/// Runs a test on a thread whose network namespace is new, so that nothing forwards yet; the
-/// programs that it starts are there, too.
+/// Runs a test on a thread whose network namespace is new, so that nothing forwards yet. The
+/// programs that the test starts run there, too.
 fn in_a_new_network(test: impl FnOnce() -> Result + Send) -> Result {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -113,7 +113,8 @@ impl Beyond {
         within(self.0.as_fd(), work)
     }
 
-    /// A link of the node to here, up at both ends. What the node's end accepts is set before.
+    /// Makes a link from the node to this network, up at both ends. Sets `sysctls` at the node's
+    /// end before that is up.
     fn uplink(&self, name: &str, sysctls: &[(&str, &str)]) -> Result {
         ip(&format!("link add {name} type veth peer name far-{name}"))?;
         let set_up = || {
@@ -144,7 +145,7 @@ fn within<T: Send>(namespace: BorrowedFd, work: impl FnOnce() -> Result<T> + Sen
     })
 }
 
-/// The default routes of IPv6 by this interface of the thread's network.
+/// The IPv6 default routes through this interface of the thread's network.
 fn default_routes(interface: &str) -> Result<String> {
     let all = ip("-6 route show default")?;
     let by = format!(" dev {interface} ");
@@ -164,7 +165,7 @@ fn heard(interface: &str) -> Result<u64> {
     counter(&path, "Icmp6InRouterAdvertisements")
 }
 
-/// A number in a file of lines of a name and a number; 0 if there is no such line.
+/// The number after `name` in a file of names and numbers; 0 if the name is missing.
 fn counter(path: &str, name: &str) -> Result<u64> {
     let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
     let mut words = text.split_whitespace();
@@ -216,8 +217,8 @@ impl Pods {
             .map(drop)
     }
 
-    /// The attacker advertises itself as a router with this prefix. Waits until the other pod
-    /// and this interface of the node have heard of it.
+    /// The attacker advertises itself as a router with this prefix. Waits until this interface of
+    /// the node has received the advertisement.
     fn advertise(&self, node: &Node, prefix: &str, interface: &str) -> Result {
         let before = heard(interface)?;
         self.attack(node, &["/inside", "net", "advertise", "eth0", prefix])?;
@@ -270,7 +271,7 @@ fn doubts(interface: &str, prefix: &str) -> Result {
     Ok(())
 }
 
-/// The router beyond an uplink advertises this prefix: the node believes it, or does not.
+/// The router beyond an uplink advertises this prefix. The node must believe it if `wanted`.
 fn is_believed(beyond: &Beyond, uplink: &str, prefix: &str, wanted: bool) -> Result {
     let before = heard(uplink)?;
     beyond.advertises(uplink, prefix)?;
@@ -305,7 +306,7 @@ fn a_pod_that_advertises_itself_becomes_nobodys_router() -> Result {
             pods.nobody_believes("2001:db8:bad::")?;
             ensure_eq!(ours()?.len(), 3, "the bridge and two ports ({:?})", ours()?);
 
-            // A bridge that rrun-cri makes anew, and one that somebody else has made in its place.
+            // First rrun-cri makes the bridge again, and then somebody else makes one in its place.
             ip("link delete rrun0")?;
             node.asks(&["info"])?;
             pods.advertise(node, "2001:db8:bad:1::", "rrun0")?;
@@ -321,9 +322,9 @@ fn a_pod_that_advertises_itself_becomes_nobodys_router() -> Result {
 fn pods_without_ipv6_believe_no_advertisement() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
-            // Whatever the node accepts on other interfaces.
+            // The node's default for new interfaces must not matter.
             set("ipv6/conf/default/accept_ra", "2")?;
-            // With an MTU below 1280 the bridge has no IPv6 at all, and then it gets it.
+            // With an MTU below 1280 the bridge has no IPv6; with 1400 it gets IPv6.
             for mtu in [1200, 1400] {
                 node.terminate_server()?;
                 let text = format!("[network]\nrange6 = \"\"\nmtu = {mtu}\n");
@@ -344,8 +345,8 @@ fn pods_without_ipv6_believe_no_advertisement() -> Result {
 fn a_pod_that_sends_redirects_diverts_nobody() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
-            // The kernel follows redirects where a host does not forward, and where the sysctl is
-            // written it begins to.
+            // The kernel follows redirects on a host that does not forward, and accepts them from
+            // the moment that this sysctl is written.
             let pods = Pods::new(node, json!({ "net.ipv4.ip_forward": "0" }))?;
             let [attackers, victims] = [pods.attackers, pods.victims].map(|ip| ip.to_string());
             let serving = format!("{victims}:5000");
@@ -412,7 +413,7 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
                     ("always", 2, true),
                     ("forwards", 3, false),
                     ("refuses", 4, false),
-                    // It appeared when the node forwarded.
+                    // This interface appeared when the node forwarded already.
                     ("late", 5, true),
                 ] {
                     let prefix = format!("2001:db8:{server}{number}::");
@@ -427,7 +428,7 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
                 ensure_eq!(sysctl(&name)?, value, "{name}");
             }
 
-            // A later server, and a later pod, change nothing.
+            // Another start of the server and another pod change nothing.
             set("ipv6/conf/late/accept_ra", "1")?;
             set("ipv6/conf/always/accept_ra", "0")?;
             node.terminate_server()?;
@@ -438,7 +439,7 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
                 ensure_eq!(sysctl(&name)?, value, "{name}");
             }
 
-            // Nor does a server that has to have the node forward once more.
+            // A server that has to switch forwarding on again changes nothing, either.
             set("ipv6/conf/all/forwarding", "0")?;
             set("ipv6/conf/refuses/forwarding", "1")?;
             set("ipv6/conf/refuses/accept_ra", "1")?;
@@ -499,7 +500,7 @@ fn what_an_earlier_version_let_in_is_closed_at_the_start() -> Result {
                 ] {
                     set(name, "1")?;
                 }
-                // Somebody's choice.
+                // A value that somebody chose.
                 set("ipv6/conf/lo/accept_ra", "2")
             })?;
             within(pods.attackers_network.as_fd(), || {
@@ -542,7 +543,7 @@ fn no_port_of_a_lost_bridge_believes_its_pod() -> Result {
             let pods = Pods::new(node, json!({}))?;
             ip("link delete rrun0")?;
             for (port, prefix) in ours()?.iter().zip(["2001:db8:1::", "2001:db8:2::"]) {
-                // The attacker's is one of the two.
+                // One of the two ports is the attacker's.
                 pods.attack(node, &["/inside", "net", "advertise", "eth0", prefix])?;
                 refuses(port)?;
             }

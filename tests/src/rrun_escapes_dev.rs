@@ -258,7 +258,7 @@ fn no_device_of_a_root_file_system_is_opened() -> Result {
             "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
         }),
     );
-    // As a privileged container has it.
+    // All devices are allowed, as in a privileged container.
     bundle.set(
         "/linux/resources/devices",
         json!([{ "allow": true, "access": "rwm" }]),
@@ -296,6 +296,9 @@ fn no_device_of_a_root_file_system_is_opened() -> Result {
             .find(|line| line.contains(name) && !line.contains("O_PATH"));
         ensure!(wrong.is_none(), "the device was opened: {wrong:?}");
     }
-    ensure!(trace.contains("/etc/passwd\""), "no user was looked for");
+    ensure!(
+        trace.contains("/etc/passwd\""),
+        "/etc/passwd was not looked for"
+    );
     Ok(())
 }

@@ -115,7 +115,7 @@ impl HostDirectory {
         Ok(HostDirectory(directory))
     }
 
-    /// `bundle.runtime`, by a caller with these redirections, in which `DIR` is the directory.
+    /// As `bundle.runtime`, but the caller has these redirections. `DIR` stands for the directory.
     fn open_in_caller(&self, redirections: &str, bundle: &Bundle, args: &[&str]) -> Run {
         let directory = self.0.path().to_string_lossy();
         let line = format!(
@@ -144,7 +144,7 @@ impl HostDirectory {
     }
 }
 
-/// Spellings of a descriptor's place in the container, after [`link_to_leaks`].
+/// Paths in the container that lead to a leaked descriptor, after [`link_to_leaks`].
 const LEAKED: [&str; 8] = [
     "/proc/self/fd/8",
     "/proc/self/fd/40",
@@ -198,7 +198,7 @@ fn a_leaked_directory_is_neither_written_to_nor_executed_from() -> Result {
             let output = host.leaked(&bundle, &["run", bundle.id()]).end()?;
             ensure!(output.code != 0, "run, {case}: {}", output.told());
             ensure_eq!(output.stdout, "", "output of run, {case}");
-            // crun looks for the program at the start.
+            // crun looks for the program only in `start`.
             let mut output = host.leaked(&bundle, &["create", bundle.id()]).end()?;
             if output.code == 0 {
                 output = bundle.runtime(&["start", bundle.id()]).end()?;
@@ -275,8 +275,8 @@ fn a_users_home_is_not_read_from_a_leaked_file() -> Result {
     Ok(())
 }
 
-/// The container is meant to have these descriptors, and to see these processes; but rrun may make
-/// directories where the program may not.
+/// The container may have these descriptors and see these processes. But rrun has more rights than
+/// the program, and must not make directories through them.
 fn a_working_directory_is_not_made_through_a_process() -> Result {
     let mut bundle = Bundle::new(&["echo", "executed"])?;
     let host = HostDirectory::new(&bundle)?;
@@ -304,7 +304,7 @@ fn a_working_directory_is_not_made_through_a_process() -> Result {
         ensure!(output.code != 0, "{cwd}: {}", output.told());
         host.unchanged(&cwd)?;
     }
-    // What is missing is still made, with the links of the image's on the way.
+    // A directory that is missing in the image is still made, also through links of the image.
     symlink("../made", bundle.join("rootfs/tmp/link"))?;
     bundle
         .args(&["report"])
@@ -353,7 +353,7 @@ fn a_preserved_descriptor_reaches_the_program_alone() -> Result {
     Ok(())
 }
 
-/// Links of /proc/PID/fd beside the standard three.
+/// The targets of the links in /proc/PID/fd, without the standard three.
 fn held_by(pid: i32) -> Result<Vec<String>> {
     let mut held = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -382,8 +382,8 @@ fn a_created_process_holds_no_file_of_the_hosts() -> Result {
     let log = bundle.join("rrun.log").to_string_lossy().into_owned();
     let args = ["--debug", "--log", &log, "create", bundle.id()];
     host.leaked(&bundle, &args).ok()?;
-    // A socket whose other end is closed, one at which `start` will knock, and the memory by which
-    // a filtered process reports.
+    // The process may hold a socket whose other end is closed, the socket to which `start` will
+    // connect, and the shared page for reports.
     for link in held_by(bundle.pid()?)? {
         let own = link.starts_with("socket:") || link.starts_with("/memfd:rrun ");
         ensure!(own, "the process holds {link}");

@@ -368,14 +368,14 @@ fn a_filter_is_the_programs_concern_alone() -> Result {
     Ok(())
 }
 
-/// The only calls that a program itself makes which does nothing but end or wait, and execve(2),
-/// which makes it that program. crun calls close(2) and close_range(2) besides, runc many more.
+/// execve(2), which starts a program, and the only calls of a program that does nothing but end or
+/// wait. crun also calls close(2) and close_range(2), and runc many more.
 const LEAST: [&str; 3] = ["execve", "exit_group", "ppoll"];
 
-/// Executed with one word it succeeds, with two it ends with status 7, with more it waits.
+/// With one word in `args` it succeeds, with two it ends with status 7, with more it waits.
 const LEAST_PROGRAM: &str = "/bin/least";
 
-/// A 64-bit ELF file of this machine's architecture, with no more than [`LEAST`] in it.
+/// A 64-bit ELF file for this machine's architecture that makes only the calls of [`LEAST`].
 fn least_program() -> Vec<u8> {
     #[cfg(target_arch = "x86_64")]
     const CODE: &[u8] = &[
@@ -503,7 +503,7 @@ fn between_a_filter_and_its_program_execve_is_the_only_call() -> Result {
     Ok(())
 }
 
-/// The process itself may not be allowed to report it.
+/// The filter may forbid the process to report the failure itself.
 fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
     let nothing = |default: &str| json!({ "defaultAction": default, "syscalls": [] });
     for (profile, program, words) in [
@@ -576,7 +576,7 @@ fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
     Ok(())
 }
 
-/// The capability by which the filter is loaded is not the program's.
+/// The program does not get the capability that loads the filter.
 fn the_right_to_load_a_filter_ends_with_that() -> Result {
     for uid in [0, 1000] {
         let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["report"])?;
@@ -627,7 +627,7 @@ impl AgentSocket {
 
     /// What the next runtime process sends. The connection must be closed after it.
     fn accept(&self) -> Result<Asked> {
-        let stream = wait_for("a process that has an agent", || {
+        let stream = wait_for("a runtime process to connect to the agent", || {
             match self.listener.accept() {
                 Ok((stream, _)) => Ok(Some(stream)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
@@ -682,7 +682,7 @@ impl Asked {
         self.decide(|_| Some(errno))
     }
 
-    /// The same; without an errno, the call is made.
+    /// The same, but `errno` depends on the call's number. If it is `None`, the call is made.
     fn decide(&self, errno: impl FnOnce(i32) -> Option<i32>) -> Result<i32> {
         // SAFETY: all-zero values of these plain types are valid, and RECV wants them so.
         let (mut question, mut answer): (libc::seccomp_notif, libc::seccomp_notif_resp) =
@@ -772,7 +772,7 @@ fn an_agent_is_asked_about_what_exec_runs() -> Result {
     Ok(())
 }
 
-/// An agent that is asked about every call, and allows those of [`LEAST`] alone.
+/// The agent is asked about every call, and allows only those of [`LEAST`].
 fn an_agent_is_asked_about_the_execution_itself() -> Result {
     for no_new_privileges in [true, false] {
         let socket = AgentSocket::new()?;

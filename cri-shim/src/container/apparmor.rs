@@ -45,7 +45,7 @@ fn asked(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile> {
 }
 
 fn enabled() -> bool {
-    // The kernel's.
+    // The kernel's: a file of sysfs.
     std::fs::read(ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
         && Path::new(LOADED).exists()
 }
@@ -89,7 +89,7 @@ pub fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<String>
 
 /// Lines are `NAME (MODE)`.
 fn is_loaded(name: &str) -> Result<bool> {
-    // The kernel's.
+    // The kernel's: a file of securityfs.
     let loaded = std::fs::read_to_string(LOADED).during(|| format!("read {LOADED}"))?;
     Ok(loaded.lines().any(|line| {
         let mode = line.strip_prefix(name);

@@ -145,8 +145,8 @@ fn mount_one(
         lower.push(empty.clone());
     }
     let tree = if lower.len() < 2 {
-        // An image of nothing.
-        // Ours: a directory.
+        // The image has no layers.
+        // Ours: the server made this directory.
         clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
     } else {
         idmap::overlay(&lower, None, users, label, target)?

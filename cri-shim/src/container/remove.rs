@@ -134,7 +134,7 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
 /// if the monitor had come to write that down.
 pub async fn end_without_monitor(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
-    // Ours: the monitor's.
+    // Ours: the monitor writes this file.
     let exit = std::fs::read(bundle.join("exit.json"))
         .ok()
         .and_then(|json| serde_json::from_slice::<ExitRecord>(&json).ok());

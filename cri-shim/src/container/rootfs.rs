@@ -42,7 +42,7 @@ pub fn make_mount_points(root: &Path) -> Result<()> {
         mode(&path, 0o755)?;
     }
     for path in FILES.map(|name| layer.join(name)) {
-        // Ours: below every container's layers, where none can write.
+        // Ours: this layer is below those of every container, and none can write to it.
         let mut options = std::fs::OpenOptions::new();
         let opened = options.create(true).append(true).open(&path);
         opened.map(drop).during(|| what(&path))?;
@@ -84,7 +84,7 @@ impl Overlay<'_> {
         let (upper, work) = (self.writable.join("upper"), self.writable.join("work"));
         private_dir(&upper)?;
         private_dir(&work)?;
-        // The upper directory's owner and mode are the root directory's as containers see it.
+        // Containers see the owner and mode of the upper directory as those of their root.
         let (owner, group, mode) = match self.lower.first() {
             Some(top) => {
                 let looks = std::fs::metadata(top)

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::regular_file::{self, Unfit};
 
-/// The most bytes that either file may have: with a part of it a user could be taken for another.
+/// The most bytes that either file may have. A larger one is refused: a truncated file could give
+/// a user the ids of another.
 const LIMIT: u64 = 4 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

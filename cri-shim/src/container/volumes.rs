@@ -61,7 +61,7 @@ fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Res
         Error::invalid(format!("open it in the image, as a directory: {error}"))
     };
     let root = Root::open(rootfs).map_err(failed)?;
-    // Ours, made just now.
+    // Ours: the server has just made this directory.
     let into: OwnedFd = File::open(host)
         .during(|| format!("open {}", host.display()))?
         .into();

@@ -24,22 +24,22 @@ pub struct Layer {
     pub inodes: u64,
     /// See [`crate::layer::Unpacked`].
     pub opaque_root: bool,
-    /// It has directories that its archive did not list.
+    /// The layer has directories that its archive did not list.
     #[serde(default)]
     pub unlisted: bool,
 }
 
-/// The key of a layer that depends on nothing but its archive, so that all images share it.
+/// The key of a layer whose content depends on its archive alone, so that all images share it.
 ///
-/// Versions before this one kept layers under their bare diff IDs, and gave the directories that
-/// an archive did not list the looks that they had in the first image that brought the layer. The
-/// images and containers of such a store go on using those; no other image may.
+/// Older versions kept a layer under its bare diff ID. There, directories that the archive did not
+/// list have the owner and mode that they had in the first image with that layer. The images and
+/// containers of such a store keep using that layer; no other image may use it.
 pub fn key_of(diff_id: &str) -> String {
     format!("shared/{diff_id}")
 }
 
-/// The key of the layer that goes on top of layers with these keys, lowest first, and gives
-/// directories their looks: nothing but what is below decides on it.
+/// The key of the layer that goes on top of layers with these keys, lowest first, and sets the
+/// owner and mode of directories. Its content depends on the layers below it alone.
 pub fn key_of_looks(keys: &[String]) -> String {
     let chain = crate::layer::digest_of(keys.join(" ").as_bytes());
     format!("looks/{chain}")

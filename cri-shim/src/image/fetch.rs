@@ -44,11 +44,11 @@ pub struct Wanted {
     pub bounds: Bounds,
 }
 
-/// What a fetch waits for.
+/// The queues in which a fetch waits.
 pub struct Queues {
     pub slots: Arc<Slots>,
-    /// One for each layer that may be half unpacked, be it that it comes, or that it has come and
-    /// waits for its turn: each has a thread and its decoder's memory.
+    /// One permit for each layer that may be half unpacked, because it is arriving or because it
+    /// waits for its turn. Each such layer has a thread and the memory of a decoder.
     pub places: Arc<Semaphore>,
     pub turns: Arc<Turns>,
     pub least: Least,
@@ -92,7 +92,7 @@ pub async fn fetch(
 }
 
 async fn place(queues: &Queues, digest: &str) -> Option<OwnedSemaphorePermit> {
-    let what = format!("layer {digest}: others to be unpacked");
+    let what = format!("layer {digest}: unpack other layers first");
     // Nobody closes the semaphore.
     slow(what, Arc::clone(&queues.places).acquire_owned())
         .await
@@ -125,10 +125,10 @@ async fn download(
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
     let promise = &wanted.promise;
-    // A blob may be a little longer than what it unpacks to, but not much.
+    // A blob may be a little longer than its unpacked content, but not twice as long.
     if promise.size / 2 > wanted.bounds.bytes {
         return Err(LayerError::Bound(format!(
-            "it has {} bytes where {} are the most that a layer may unpack to",
+            "it has {} bytes, and a layer may unpack to at most {} bytes",
             promise.size, wanted.bounds.bytes
         ))
         .into());
@@ -136,7 +136,7 @@ async fn download(
     let slot = Arc::new(slot);
     let watch = Arc::new(Watch::new(queues.least, Some(Arc::clone(&slot))));
     let _piece = Forgotten::at_the_end(&wanted.root, &promise.digest, promise.size);
-    // The farthest that any try has come: what comes once more is no progress.
+    // The most bytes that any attempt has received: bytes that arrive again are no progress.
     let farthest = AtomicU64::new(0);
     let mut anew = false;
     loop {
@@ -157,7 +157,7 @@ async fn download(
             log::info!("layer {}: {error}; it goes on later", promise.digest);
             continue;
         }
-        // What was kept of an earlier try may be what is wrong.
+        // The bytes that an earlier attempt left may be the wrong ones.
         if had == 0 || anew || error.kind() != Kind::DataLoss {
             return Err(error);
         }
@@ -211,7 +211,7 @@ async fn attempt(
             .blob(digest, *size, had, &to_thread, watch, progress)
             .await
     };
-    // What is left to do needs no registry.
+    // The remaining work needs no registry.
     slot.leave();
     drop(to_thread);
     let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
@@ -260,8 +260,8 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
     made.ok_or_else(ended_early)
 }
 
-/// Makes the layer that gives the directories of an image their looks, if it needs one: on top of
-/// `stack`, which is named uppermost first. Blocks.
+/// Makes the layer that sets the owner and mode of an image's directories, if the image needs one.
+/// It goes on top of `stack`, which is listed uppermost first. Blocks.
 pub fn make_looks(root: &Path, number: u64, stack: &[Layer]) -> Result<Option<Placed>, ImageError> {
     let layers: Vec<Stacked> = stack
         .iter()
@@ -278,12 +278,12 @@ pub fn make_looks(root: &Path, number: u64, stack: &[Layer]) -> Result<Option<Pl
             ..Unpacked::default()
         }))
     });
-    let what = "the looks of directories that its layers do not list";
+    let what = "set the owner and mode of directories that its layers do not list";
     made.map_err(|error| ImageError::from(error).context(what))
 }
 
-/// Has `fill` make a layer in `ingest/NUMBER/fs`, and moves it to its place; `None` if there is
-/// none to be made.
+/// Lets `fill` make a layer in `ingest/NUMBER/fs`, and moves the layer to its place. `None`: `fill`
+/// made no layer.
 fn make(
     root: &Path,
     number: u64,
@@ -300,8 +300,7 @@ fn make(
             return Ok(None);
         };
         let path = directory(root, number);
-        std::fs::rename(&ingest, &path)
-            .map_err(|error| fail("move to its place the layer in", error))?;
+        std::fs::rename(&ingest, &path).map_err(|error| fail("move the layer from", error))?;
         Ok(Some(Placed {
             path: Some(path),
             number,
@@ -357,7 +356,7 @@ pub fn remove(path: &Path) {
 struct Arriving {
     chunks: mpsc::Receiver<Bytes>,
     current: Bytes,
-    /// Taken while there are bytes to work on.
+    /// Held while there are bytes to unpack.
     turn: Turn,
     partial: Option<Partial>,
     /// Bytes that an earlier try left.
@@ -383,8 +382,8 @@ impl Arriving {
         }
     }
 
-    /// Keeps what has come if all that is wrong is that the rest has not: of a large blob for
-    /// whoever pulls it again, of each that only gave way.
+    /// Keeps the bytes that have arrived, if the only error is that the rest has not. A large blob
+    /// is kept for a later pull. A blob of any size is kept if the fetch gave its slot away.
     fn end(self, error: Option<&LayerError>, size: u64, gave_way: bool) {
         let broke_off = self.ended && self.replay + self.came < size;
         let ours = matches!(

@@ -18,8 +18,8 @@ pub const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
 /// The most bytes of a manifest, an index or a configuration, each.
 pub const DOCUMENT_BYTES: u64 = 8 << 20;
 
-/// overlayfs takes 500 lower directories, and two are ours: the places to mount on below, and the
-/// directories' looks on top.
+/// overlayfs takes 500 lower directories, and rrun-cri adds two: the mount points at the bottom,
+/// and at the top the layer that sets the owner and mode of directories.
 const LAYERS: usize = 498;
 
 #[derive(Debug, Deserialize)]

@@ -55,7 +55,7 @@ type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 pub struct Limits {
     /// Layers fetched at once, over all pulls.
     pub parallel_layers: usize,
-    /// The same from one host.
+    /// Layers fetched at once from one host.
     pub layers_per_host: usize,
     /// Layers unpacked at once.
     pub parallel_unpacks: usize,
@@ -65,9 +65,9 @@ pub struct Limits {
     pub layer_entries: u64,
     /// How long a registry may send nothing in the middle of an answer.
     pub silence: Duration,
-    /// How slow its answers may be.
+    /// The least rate of a registry's answers.
     pub least: Least,
-    /// How long a pull goes on that nobody waits for.
+    /// How long a pull continues after its last caller has gone.
     pub abandoned: Duration,
 }
 
@@ -115,7 +115,7 @@ struct Inner {
     pulls: Mutex<HashMap<pull::Key, pull::Pulling>>,
     /// By the layer's key.
     fetches: Mutex<HashMap<String, pull::Fetching>>,
-    /// What layers that are fetched wait for.
+    /// The queues in which fetches of layers wait.
     queues: Arc<fetch::Queues>,
     next_layer: AtomicU64,
     next_pull: AtomicU64,
@@ -181,8 +181,9 @@ impl Images {
         &self.inner.registries
     }
 
-    /// Fetches the image that `reference` names. Whoever asks for what is being pulled already
-    /// joins that pull; when all who asked have gone it goes on for a while, for a retry to join.
+    /// Fetches the image that `reference` names. A call for an image that is being pulled joins
+    /// that pull. A pull continues for a while after its last caller has gone, so that a retry can
+    /// join.
     pub async fn pull(
         &self,
         reference: &str,

@@ -1,7 +1,7 @@
-//! How fast an answer comes.
+//! Measures how fast a registry's answer arrives.
 //!
-//! Only the time counts that was spent waiting for the network: a full disk, or a turn that is
-//! waited for, is not the registry's fault.
+//! Only time spent waiting for the network counts. A slow disk, or a wait for a turn to unpack, is
+//! not the registry's fault.
 
 use std::future::Future;
 use std::pin::pin;
@@ -13,47 +13,47 @@ use super::lock;
 use super::registry::Failure;
 use super::slots::Slot;
 
-/// How often a wait is looked at.
+/// How often a wait is checked.
 const TICK: Duration = Duration::from_millis(500);
 
-/// An answer of which fewer than these bytes come in so long does not move.
+/// An answer stands still if fewer than [`STILL_BYTES`] arrive within this time.
 const STILL: Duration = Duration::from_secs(10);
 const STILL_BYTES: u64 = 512;
 
-/// The same before its first byte: on a slow line names, connections and TLS take their time.
+/// The same before the first byte, since a slow line makes DNS, TCP and TLS slow as well.
 const STILL_BEFORE: Duration = Duration::from_secs(20);
 
-/// The least rate of an answer: so many bytes a second, over so long. No bytes: any rate will do.
+/// The least rate of an answer: `rate` bytes a second, on the average of `over`. 0 allows any rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Least {
     pub rate: u64,
     pub over: Duration,
 }
 
-/// Watches the answers that one layer or document comes by.
+/// Watches the answers that bring one layer or document.
 pub struct Watch {
     least: Least,
-    /// Of a layer; documents are small and need none.
+    /// The slot of a layer; documents are small and need none.
     slot: Option<Arc<Slot>>,
     pace: Mutex<Pace>,
 }
 
 #[derive(Default)]
 struct Pace {
-    /// Since the rate was last found good.
+    /// Since the rate was last checked and sufficient.
     waited: Duration,
     came: u64,
-    /// Since it was last asked whether anything moves.
+    /// Since `still` was last set.
     lately_waited: Duration,
     lately_came: u64,
     still: bool,
     asked: Option<Instant>,
 }
 
-/// What is waited for.
+/// The purpose of a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// A connection and the head of an answer; reqwest bounds that time as a whole.
+    /// A connection and the head of an answer; reqwest limits the time for both together.
     Head,
     Body,
 }
@@ -67,8 +67,8 @@ impl Watch {
         }
     }
 
-    /// Waits for something from the network, no longer than the rate and those who wait for the
-    /// slot allow.
+    /// Waits for `work`, which waits for the network. Fails if the answer is too slow, or if the
+    /// slot goes to another layer meanwhile.
     pub async fn wait<T>(&self, phase: Phase, work: impl Future<Output = T>) -> Result<T, Failure> {
         let mut work = pin!(work);
         loop {
@@ -86,7 +86,7 @@ impl Watch {
         }
     }
 
-    /// So many bytes of an answer have come.
+    /// Counts bytes of an answer that have arrived.
     pub fn came(&self, bytes: u64) -> Result<(), Failure> {
         if let Some(slot) = &self.slot {
             slot.came(bytes);
@@ -95,18 +95,19 @@ impl Watch {
         self.check(Phase::Body)
     }
 
-    /// The answer comes from `host`; an error if it must wait until fewer layers do.
+    /// Notes that the answer comes from `host`. Fails if too many layers come from there already.
     pub fn comes_from(&self, host: &str) -> Result<(), Failure> {
         match &self.slot {
             Some(slot) if !slot.moves_to(host) => {
-                let why = format!("it comes from {host}, and so do as many others as may");
+                let why =
+                    format!("it comes from {host}, and no further layer may come from there now");
                 Err(ImageError::new(Kind::Unavailable, why).into())
             }
             _ => Ok(()),
         }
     }
 
-    /// The slot was given to another: the rest comes in the next turn.
+    /// Whether the slot went to another layer. The rest is then fetched in the next turn.
     pub fn gave_way(&self) -> bool {
         self.slot.as_ref().is_some_and(|slot| slot.gave_way())
     }
@@ -169,7 +170,7 @@ fn too_slow(came: u64, seconds: u64, least: u64) -> Failure {
 
 fn gave_way(still: bool) -> Failure {
     let why = match still {
-        true => "hardly anything comes, and another image waits",
+        true => "almost no bytes arrive, and another image waits",
         false => "it has had its turn, and another image waits",
     };
     ImageError::new(Kind::Unavailable, why).into()

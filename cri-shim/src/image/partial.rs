@@ -1,9 +1,9 @@
-//! What has come of a large blob, kept in a file while it comes.
+//! The beginning of a large blob, kept in a file while the rest arrives.
 //!
-//! A pull that breaks off for good, or with rrun-cri itself, goes on from there when it is tried
-//! again, and one that gave way to others when it has its next turn. Nobody trusts the file: its bytes go through the same hash as those that follow, and it
-//! is removed when the blob was whole or proved bad. What nobody comes back for goes after an
-//! hour.
+//! A pull that failed, or that ended with rrun-cri, goes on from there when it is repeated. A fetch
+//! that gave its slot away goes on from there in its next turn. Nothing trusts the file: its bytes
+//! go through the same hash as those that follow. The file is removed when the blob is complete or
+//! proves bad, or when no pull has come back for it within an hour.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,10 +13,10 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// Smaller blobs are sooner fetched again than kept for a later pull.
+/// Smaller blobs are not kept for a later pull: to fetch them again costs less.
 pub const WORTH_KEEPING: u64 = 4 << 20;
 
-/// Smaller blobs are not even kept for the next turn of the same pull.
+/// Smaller blobs are not kept even for the next turn of the same pull.
 const SMALL: u64 = 64 << 10;
 
 /// How long after its last byte a partial blob is kept.
@@ -24,7 +24,7 @@ pub const KEPT: Duration = Duration::from_secs(3600);
 
 const SUFFIX: &str = ".partial";
 
-/// Of a blob that is not kept for a later pull, and not over a restart.
+/// The suffix for a blob that is kept neither for a later pull nor over a restart.
 const SUFFIX_OF_SMALL: &str = ".piece";
 
 /// The beginning of one blob. Locked: two that fetch the same bytes don't write to one file.
@@ -100,7 +100,7 @@ pub fn discard(root: &Path, digest: &str, size: u64) {
     let _ = std::fs::remove_file(path_of(root, digest, size));
 }
 
-/// Forgets, when it is dropped, what there is of a blob that no later pull has a use for.
+/// Removes, when it is dropped, the file of a blob that is not kept for a later pull.
 pub struct Forgotten<'a> {
     root: &'a Path,
     digest: &'a str,
@@ -109,7 +109,7 @@ pub struct Forgotten<'a> {
 
 impl<'a> Forgotten<'a> {
     pub fn at_the_end(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
-        // Not then_some, which would make one to drop it.
+        // `then_some` would make the value in any case, and drop it: that removes the file.
         (size < WORTH_KEEPING).then(|| Forgotten { root, digest, size })
     }
 }

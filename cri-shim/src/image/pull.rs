@@ -59,11 +59,11 @@ pub type Pulled = Result<Arc<Image>, ImageError>;
 /// One pull that any number of callers wait for.
 pub struct Pulling {
     answer: Shared<BoxFuture<'static, Pulled>>,
-    /// How many they are.
+    /// How many callers wait.
     callers: Arc<watch::Sender<usize>>,
 }
 
-/// One who waits for a pull.
+/// A caller that waits for a pull.
 struct Caller(Arc<watch::Sender<usize>>);
 
 impl Caller {
@@ -158,18 +158,18 @@ async fn run(inner: Arc<Inner>, key: Key, callers: Arc<watch::Sender<usize>>) ->
     result
 }
 
-/// Returns when nobody has waited for the pull for as long as the configuration allows; whoever
-/// asks for it from then on begins a new one.
+/// Returns when no caller has waited for the pull for as long as the configuration allows. A later
+/// caller starts a new pull.
 async fn abandoned(inner: &Inner, key: &Key, callers: &watch::Sender<usize>) {
     let bound = inner.limits.abandoned;
     let mut count = callers.subscribe();
-    // The sender is borrowed: it does not go while this waits.
+    // `wait_for` fails only if the sender is gone, and this function borrows it.
     while count.wait_for(|count| *count == 0).await.is_ok() {
         let back = tokio::time::timeout(bound, count.wait_for(|count| *count > 0));
         if back.await.is_ok_and(|back| back.is_ok()) {
             continue;
         }
-        // Who joins does so under this lock.
+        // Callers join under this lock, so none can join between the check and the removal.
         let mut pulls = lock(&inner.pulls);
         if *callers.borrow() == 0 {
             pulls.remove(key);
@@ -178,12 +178,12 @@ async fn abandoned(inner: &Inner, key: &Key, callers: &watch::Sender<usize>) {
     }
 }
 
-/// Removes what an abandoned pull leaves, and says why it ended.
+/// Removes what an abandoned pull has left, and returns the error to report.
 async fn clear(inner: &Arc<Inner>) -> ImageError {
     let why = ImageError::new(
         Kind::Unavailable,
         format!(
-            "nobody has waited for it for {} s (image.abandoned_seconds), so it ends; large layers go on from where they are if it is pulled again within an hour",
+            "nobody has waited for it for {} s (image.abandoned_seconds), so it ends; a pull within the next hour resumes its large layers",
             inner.limits.abandoned.as_secs()
         ),
     );
@@ -296,7 +296,7 @@ impl Found {
     }
 }
 
-/// Keeps layers from being swept while a pull stands on them.
+/// Prevents the removal of layers while a pull needs them.
 struct Hold<'a> {
     inner: &'a Inner,
     keys: Vec<String>,
@@ -319,7 +319,7 @@ impl Drop for Hold<'_> {
 impl Inner {
     /// Removes the layers of a pull that has failed or was abandoned.
     async fn let_go_of_fetches(self: &Arc<Self>) -> Result<(), ImageError> {
-        // Fetches that nobody wants any more have ended; so do the layers that came.
+        // Fetches that no pull needs have ended; the sweep removes their layers.
         lock(&self.fetches).retain(|_, fetching| fetching.upgrade().is_some());
         self.sweep_partials_later();
         self.sweep().await
@@ -363,7 +363,7 @@ pub async fn bring(
     published
 }
 
-/// Has every layer unpacked and on the disk; returns the keys of all that make the image's root.
+/// Brings every layer to the disk; returns the keys of all layers that make up the image's root.
 async fn bring_layers(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
@@ -412,7 +412,7 @@ async fn bring_layers(
         ImageError::new(Kind::Internal, "a layer vanished while it was being pulled")
     })?;
     let mut unpacked = keys.to_vec();
-    // What another image of the same layers has found out: that there is something to give.
+    // An image with the same layers needed this one, and so does this image.
     if known {
         unpacked.push(looks.clone());
         if recorded {
@@ -427,7 +427,7 @@ async fn bring_layers(
             Some(number) => fetch::make_looks(&root, number, &stack)?,
             None => None,
         };
-        // From here on the store may speak of them.
+        // The store may name only layers that are on the disk.
         if !recorded || placed.is_some() {
             layer::sync(&root)?;
         }
@@ -435,7 +435,7 @@ async fn bring_layers(
     });
     if let Some(placed) = settled.await? {
         let mut catalog = lock(&inner.catalog);
-        // Of two pulls at once the first has made it; the other's goes when it is dropped.
+        // If another pull has added the layer meanwhile, dropping `placed` removes ours.
         if catalog.layer(&looks).is_none() {
             catalog.add_layer(&looks, placed.keep());
         }
@@ -444,7 +444,7 @@ async fn bring_layers(
     Ok(unpacked)
 }
 
-/// One layer: it is here, or someone is fetching it, or we do.
+/// Brings one layer: it is here, or another pull is fetching it, or this one fetches it.
 async fn bring_layer(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
@@ -468,7 +468,7 @@ async fn bring_layer(
                 None => {
                     if catalog.layer(&promise.diff_id).is_some() {
                         log::info!(
-                            "layer {}: an older version unpacked it for the directories of one image alone, so it is fetched once more",
+                            "layer {}: an older version unpacked it for one image alone, so it is fetched again",
                             promise.digest
                         );
                     }

@@ -17,8 +17,8 @@ pub struct Image {
     /// Lowest first, as the manifest lists them.
     pub layers: Vec<LayerName>,
     /// The keys of the unpacked layers that make up its root, lowest first: one for each of
-    /// `layers`, and above them, where it needs one, the layer that gives directories their looks.
-    /// Empty in the records of older versions: see [`Image::keys`].
+    /// `layers`, and on top, if the image needs it, the layer that sets the owner and mode of
+    /// directories. Empty in the records of older versions: see [`Image::keys`].
     #[serde(default)]
     pub unpacked: Vec<String>,
     /// When the image was built (RFC 3339), if it says so.
@@ -31,7 +31,7 @@ impl Image {
     /// The keys of its unpacked layers, lowest first.
     pub fn keys(&self) -> Vec<&str> {
         match self.unpacked.is_empty() {
-            // Older versions kept a layer under its diff ID.
+            // Older versions kept each layer under its diff ID.
             true => self.layers.iter().map(|l| l.diff_id.as_str()).collect(),
             false => self.unpacked.iter().map(String::as_str).collect(),
         }

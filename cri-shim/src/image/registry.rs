@@ -44,7 +44,7 @@ pub struct Failure {
     pub retry: bool,
     /// What the registry asks for by `Retry-After`, bounded.
     pub wait: Option<Duration>,
-    /// The endpoint is too slow to be asked again.
+    /// The endpoint is too slow to be used again.
     pub slow: bool,
 }
 
@@ -59,10 +59,10 @@ impl From<ImageError> for Failure {
     }
 }
 
-/// How long a registry is waited for.
+/// How long rrun-cri waits for a registry.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// Without any byte.
+    /// How long a registry may send no byte.
     pub silence: Duration,
     pub least: Least,
 }
@@ -82,9 +82,9 @@ pub struct Registry {
     elsewhere: Client,
     waits: Waits,
     least: Least,
-    /// Why it is not asked any more.
+    /// The reason why this endpoint is not used any more.
     slowness: std::sync::Mutex<Option<ImageError>>,
-    /// Where the last answer came from if not from here.
+    /// The host that the registry last redirected a request to, if it did.
     sends_to: std::sync::Mutex<Option<String>>,
     endpoint: Endpoint,
     repository: String,
@@ -182,7 +182,7 @@ impl Registry {
         let url = self.url("blobs", digest)?;
         watch.comes_from(&self.layers_come_from())?;
         let response = self.get(url, None, offset, &watch).await?;
-        // Where the registry has sent us is what the bytes come from.
+        // After a redirection, the bytes come from that host.
         let elsewhere = self.elsewhere_of(&response);
         lock(&self.sends_to).clone_from(&elsewhere);
         let begins = match response.status() {
@@ -201,13 +201,13 @@ impl Registry {
         })
     }
 
-    /// The host that layers come from, as far as is known: this one, or where it sends us.
+    /// The host that layers come from, as far as is known: this one, or one it redirects to.
     pub fn layers_come_from(&self) -> String {
         let elsewhere = lock(&self.sends_to).clone();
         elsewhere.unwrap_or_else(|| self.endpoint.host.clone())
     }
 
-    /// The host that has answered in this endpoint's place.
+    /// The host that answered instead of this endpoint, after a redirection.
     fn elsewhere_of(&self, response: &Response) -> Option<String> {
         let url = response.url();
         let base = Url::parse(&self.endpoint.base).ok()?;
@@ -217,12 +217,12 @@ impl Registry {
         Some(host_of(url))
     }
 
-    /// For a small answer, which needs no slot.
+    /// A watch for a small answer, which needs no slot.
     fn watch(&self) -> Arc<Watch> {
         Arc::new(Watch::new(self.least, None))
     }
 
-    /// Why it is not to be asked for layers again in this pull.
+    /// The reason why this pull must not use this endpoint again.
     pub fn slowness(&self) -> Option<ImageError> {
         lock(&self.slowness).clone()
     }
@@ -483,7 +483,7 @@ pub struct Blob {
     /// The offset of the first byte that comes.
     pub begins: u64,
     waits: Waits,
-    /// Who has answered.
+    /// The host that answers.
     host: String,
     watch: Arc<Watch>,
 }
@@ -516,7 +516,7 @@ async fn next(
     Ok(chunk)
 }
 
-/// An address' host, with the port if that is not its scheme's.
+/// The host of a URL, with the port if that is not the default of its scheme.
 fn host_of(url: &Url) -> String {
     let host = clean(url.host_str().unwrap_or_default());
     match url.port() {
@@ -661,7 +661,7 @@ fn transport(error: reqwest::Error, waits: Waits) -> Failure {
     let why = if error.is_timeout() && error.is_connect() {
         format!("no connection within {:?}", waits.connect)
     } else if error.is_timeout() && what == "ask" {
-        // Its head may have dripped: that time is bounded as a whole.
+        // Bytes of the head may have arrived: the limit is for the whole head.
         format!("no answer within {} s", waits.silence.as_secs())
     } else if error.is_timeout() {
         format!("nothing came for {} s", waits.silence.as_secs())

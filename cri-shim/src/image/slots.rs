@@ -1,9 +1,9 @@
-//! Which layers may be fetched now.
+//! Decides which layers may be fetched now.
 //!
-//! So many at once over all pulls, and fewer from one host, or one host could hold up the pulls
-//! from all others. A slot is for bytes that move: a fetch that gets nothing gives it up as soon as
-//! another pull waits for it, and so does one that has had it for long.
-//! What has come until then is kept, and the fetch goes on from there in its next turn.
+//! The number of slots limits the fetches of all pulls together. One host may have fewer, or it
+//! could hold up the pulls from all others. A fetch that receives almost nothing gives its slot up
+//! as soon as another pull waits for it, and so does a fetch that has had its slot for long. The
+//! bytes that have arrived are kept, and the fetch goes on from there in its next turn.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,25 +17,25 @@ use super::lock;
 /// How long a fetch keeps its slot while another pull waits for it.
 const TURN: Duration = Duration::from_secs(60);
 
-/// The same for one that is fast, or that has much behind it: what has come is unpacked anew in
-/// the next turn, which must not be most of the work.
+/// The same for a fetch that is fast, or that already has many bytes. The next turn unpacks those
+/// bytes again, and that must not become most of the work.
 const LONG_TURN: Duration = Duration::from_secs(600);
 
-/// Bytes in a second that are fast.
+/// The rate of a fast fetch, in bytes a second.
 const FAST: u64 = 1 << 20;
 
-/// Bytes that are much.
+/// How many bytes of earlier turns count as many.
 const MUCH: u64 = 64 << 20;
 
-/// How often a layer queues anew because it comes from another host than it was thought to.
+/// How often a layer queues again because it comes from another host than expected.
 const MOVES: u64 = 3;
 
-/// A wait that is worth a line in the log.
+/// A wait that is long enough to be logged.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The slots of a node.
 pub struct Slots {
-    /// Over all hosts, and from one of them.
+    /// How many there are over all hosts, and how many of them one host may have.
     most: usize,
     per_host: usize,
     state: Mutex<State>,
@@ -65,7 +65,7 @@ struct Waiter {
     granted: oneshot::Sender<()>,
 }
 
-/// What came of a layer in an earlier turn, and in this one.
+/// How many bytes of a layer arrived in earlier turns, and in this one.
 #[derive(Default)]
 struct Gauge {
     before: AtomicU64,
@@ -99,7 +99,7 @@ impl Slots {
         })
     }
 
-    /// For one layer of one pull. `what` is for the log: "layer sha256:…".
+    /// A slot for one layer of one pull, not held yet. `what` is for the log: "layer sha256:…".
     pub fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
         let mut state = lock(&self.state);
         state.next += 1;
@@ -118,8 +118,8 @@ impl Slots {
         state.holders.iter().filter(|h| h.host == host).count()
     }
 
-    /// Lets in all those for whom there is a slot: the pull that has the fewest goes first, or an
-    /// image of many layers would be a long queue before the next image.
+    /// Grants the free slots. The pull that has the fewest goes first, or the next image would have
+    /// to wait for all layers of an image that has many.
     fn grant(&self, state: &mut State) {
         state.waiters.retain(|waiter| !waiter.granted.is_closed());
         while state.holders.len() < self.most {
@@ -147,8 +147,8 @@ impl Slots {
         }
     }
 
-    /// Whether another pull waits for what this holder has, and this holder is the one to give it
-    /// up. Layers of the same image gain nothing from each other's turns.
+    /// Whether this holder must give its slot to another pull that waits. Layers of the same image
+    /// keep their slots, since the image gains nothing if they take turns.
     fn must_leave(&self, state: &State, id: u64, still: bool, now: Instant) -> bool {
         let Some(ours) = state.holders.iter().find(|holder| holder.id == id) else {
             return false;
@@ -167,7 +167,7 @@ impl Slots {
             if still {
                 return true;
             }
-            // Of those whose turn is over, the slowest.
+            // The slowest of the holders whose turn is over must leave.
             let slowest = state
                 .holders
                 .iter()
@@ -182,7 +182,7 @@ impl Slots {
     }
 }
 
-/// The right to fetch one layer, held or not. Dropped, it is given back.
+/// The right to fetch one layer, held or not. To drop it gives it back.
 pub struct Slot {
     slots: Arc<Slots>,
     id: u64,
@@ -194,8 +194,9 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Waits until the layer may be fetched from `host`. A slot that is held for another host is
-    /// given up for it. To be called with nothing in hand that holders of slots may wait for.
+    /// Waits until the layer may be fetched from `host`, and gives up a slot held for another host.
+    /// The caller must not hold anything that a holder of a slot may wait for: that would be a
+    /// deadlock.
     pub async fn at(&self, host: &str) {
         let (granted, answer) = oneshot::channel();
         {
@@ -219,13 +220,13 @@ impl Slot {
         let mut answer = answer;
         let begun = Instant::now();
         let mut patience = PATIENCE;
-        // The sender lives as long as the waiter is in the queue, and only a grant takes it out.
+        // The sender stays in the queue until the slot is granted, so that this does not end early.
         while tokio::time::timeout(patience, &mut answer).await.is_err() {
             patience = (patience * 2).min(LONG_TURN);
             if self.stands_for_its_pull() {
                 let Slots { most, per_host, .. } = &*self.slots;
                 log::warn!(
-                    "{}: waiting for {} s for its turn, for at most {per_host} layers are fetched at once from {host}, and {most} from everywhere",
+                    "{}: waiting for {} s to be fetched: at most {per_host} layers are fetched at once from {host}, and {most} from all hosts",
                     self.what,
                     begun.elapsed().as_secs()
                 );
@@ -233,8 +234,8 @@ impl Slot {
         }
     }
 
-    /// The layer comes from another host than the slot is held for. False: as many as may come from
-    /// there already, and the slot is given up.
+    /// Notes that the layer comes from `host`, for which the slot may not be held. False: no
+    /// further layer may come from there now, and the slot has been given up.
     pub fn moves_to(&self, host: &str) -> bool {
         let mut state = lock(&self.slots.state);
         let room = Slots::from_host(&state, host) < self.slots.per_host;
@@ -244,7 +245,7 @@ impl Slot {
         if state.holders[at].host == host {
             return true;
         }
-        // Hosts that send us from one to the other must not do so without end.
+        // Hosts that redirect to each other must not make the layer queue for ever.
         let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MOVES;
         match stays {
             true => host.clone_into(&mut state.holders[at].host),
@@ -257,8 +258,8 @@ impl Slot {
         stays
     }
 
-    /// No layer of its image is fetched now, and it is the first of those that wait: one line in
-    /// the log is enough for all of them.
+    /// Whether no layer of this pull is fetched now and this is the first of those that wait. Only
+    /// the first one logs its wait: one line is enough for the pull.
     fn stands_for_its_pull(&self) -> bool {
         let state = lock(&self.slots.state);
         let mut waiting = state.waiters.iter().filter(|w| w.pull == self.pull);
@@ -276,17 +277,18 @@ impl Slot {
         }
     }
 
-    /// An earlier turn has left so many bytes.
+    /// Notes how many bytes earlier turns have left.
     pub fn begins_at(&self, bytes: u64) {
         self.gauge.before.store(bytes, Ordering::Relaxed);
     }
 
-    /// So many bytes have come.
+    /// Counts bytes that have arrived.
     pub fn came(&self, bytes: u64) {
         self.gauge.now.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Gives the slot to whoever waits for it if it is time to; `still`: nothing comes any more.
+    /// Gives the slot to another pull that waits, if it is time to. `still`: almost nothing
+    /// arrives.
     pub fn gives_way(&self, still: bool) -> bool {
         let mut state = lock(&self.slots.state);
         if !self
@@ -301,12 +303,12 @@ impl Slot {
         true
     }
 
-    /// Whether it has been given to another.
+    /// Whether the slot has been given to another pull.
     pub fn gave_way(&self) -> bool {
         self.gave_way.load(Ordering::Relaxed)
     }
 
-    /// The same for a thread that may outlive the fetch, and must not keep the slot.
+    /// As [`Slot::gave_way`], for a thread that may outlive the fetch and must not keep the slot.
     pub fn whether_it_gave_way(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.gave_way)
     }
@@ -333,7 +335,7 @@ mod tests {
         slots.slot(pull, "a layer".to_owned())
     }
 
-    /// Whether the slot is held at once.
+    /// Whether the slot is granted at once.
     fn enters(slot: &Slot, host: &str) -> bool {
         slot.at(host).now_or_never().is_some()
     }
@@ -360,7 +362,7 @@ mod tests {
         drop(first);
         assert!((&mut third_waits).now_or_never().is_none());
         assert!((&mut second_waits).now_or_never().is_some());
-        // One that is dropped while it waits takes nobody's place.
+        // A waiter that is dropped takes no slot.
         drop(third_waits);
         drop(second_waits);
         drop(second);
@@ -375,12 +377,12 @@ mod tests {
         assert!(enters(&second, "b"));
         assert!(!second.moves_to("a"), "a second one from the same host");
         assert!(second.gave_way());
-        // It holds nothing any more.
+        // `second` holds no slot any more.
         let third = slot(&slots, 3);
         assert!(enters(&third, "b"));
         assert!(third.moves_to("c"));
         assert!(enters(&second, "b"));
-        // Sent from one full host to the next, it stays at last.
+        // After enough redirections between full hosts, the layer stays where it is.
         for _ in 1..MOVES {
             assert!(!second.moves_to("a"));
             assert!(enters(&second, "b"));
@@ -405,7 +407,7 @@ mod tests {
         assert!(!still.gives_way(true), "it would be of no use");
         assert!(!other.gives_way(false), "it moves");
         assert!(other.gives_way(true) && other.gave_way());
-        // Before the layer of an image that has a slot already.
+        // The other image gets it before the layer of an image that already has a slot.
         assert!((&mut waits).now_or_never().is_some());
         assert!((&mut sibling_waits).now_or_never().is_none());
     }

@@ -61,7 +61,7 @@ impl Source {
         Ok(Source { registries })
     }
 
-    /// The host that a layer will come from, if all goes well.
+    /// The host that a layer is expected to come from: that of the first endpoint in use.
     pub fn first_host(&self) -> Option<String> {
         let mut able = self.registries.iter().filter(|r| r.endpoint().pull);
         able.find(|registry| registry.slowness().is_none())
@@ -120,8 +120,8 @@ impl Source {
     }
 
     /// Sends a blob's bytes from `offset` on to `to`, each once and in order, from wherever they
-    /// can be had; goes on where a connection broke off, but not where `watch` has given its slot
-    /// away. `progress` is told how many bytes came.
+    /// can be had. Goes on where a connection broke off, unless the slot of `watch` has been given
+    /// away. Calls `progress` with the number of bytes that arrived.
     pub async fn blob(
         &self,
         digest: &str,
@@ -162,9 +162,13 @@ impl Source {
             .round(false, |registry| {
                 let (digest, watch) = (digest.to_owned(), Arc::clone(watch));
                 async move {
-                    // For another endpoint it does not wait any more.
+                    // Without its slot the fetch must not use another endpoint.
                     if watch.gave_way() {
-                        return Err(ImageError::new(Kind::Unavailable, "it gave way").into());
+                        return Err(ImageError::new(
+                            Kind::Unavailable,
+                            "another image has its turn",
+                        )
+                        .into());
                     }
                     let blob = registry.blob(&digest, offset, watch).await?;
                     Ok((blob, registry))
@@ -211,7 +215,7 @@ impl Source {
     }
 
     /// Asks each endpoint in turn, and all of them again after a pause as long as one of them
-    /// failed in a way that may pass. One that has proved too slow is passed over.
+    /// failed in a way that may pass. An endpoint that has proved too slow is skipped.
     async fn round<T>(
         &self,
         resolve: bool,

@@ -1,8 +1,8 @@
-//! Who may unpack now: as many threads as the node is to spend on it.
+//! Decides which threads may unpack layers now, and limits their number.
 //!
-//! A thread takes a turn when it has bytes to work on and gives it back while it waits for more,
-//! so that what comes slowly holds up nothing. A long piece of work gives its turn to whoever waits
-//! for one and queues again.
+//! A thread takes a turn when it has bytes to unpack and gives it back while it waits for more, so
+//! that a layer that arrives slowly holds up no other. A thread that has had its turn for long
+//! gives it to one that waits, and queues again.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -14,7 +14,7 @@ use super::lock;
 /// How long a turn may be while another thread waits.
 const SLICE: Duration = Duration::from_millis(100);
 
-/// A wait that is worth a line in the log.
+/// A wait that is long enough to be logged.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Turns {
@@ -56,7 +56,7 @@ impl Turns {
             if begun.elapsed() >= patience {
                 patience *= 2;
                 log::warn!(
-                    "{what}: waiting for {} s to be unpacked, for {} layers are at once",
+                    "{what}: waiting for {} s to be unpacked: at most {} layers are unpacked at once",
                     begun.elapsed().as_secs(),
                     self.most
                 );
@@ -64,7 +64,7 @@ impl Turns {
         }
         state.waiting.pop_front();
         state.taken += 1;
-        // There may be a turn for the next one, too.
+        // The next thread may find a free turn, too.
         self.changed.notify_all();
     }
 
@@ -98,7 +98,7 @@ impl Turn {
         }
     }
 
-    /// Waits for a turn; who has had one for long lets others go first. Blocks.
+    /// Waits for a turn. A thread that has had one for long lets others go first. Blocks.
     pub fn take(&mut self) {
         match self.since {
             Some(since) if since.elapsed() < SLICE || !self.turns.wanted() => return,
@@ -122,7 +122,7 @@ impl Drop for Turn {
     }
 }
 
-/// What is read in turns, and is always there to be read.
+/// A reader that is used in turns and whose bytes are always available.
 pub struct InTurns<R> {
     pub reader: R,
     pub turn: Turn,

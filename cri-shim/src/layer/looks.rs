@@ -1,11 +1,13 @@
-//! The layer that gives an image's directories their owner, mode, attributes and time.
+//! Makes the layer that gives an image's directories their looks: owner, mode, extended attributes
+//! and time.
 //!
-//! An archive may use a directory without listing it: `etc/app.conf` and no `etc/`. In the image
-//! that directory looks as the layers below say, and those differ from image to image, while the
-//! unpacked layer is shared by all of them. So a shared layer never takes anything over: there the
-//! directory belongs to root with mode 0755 and is marked (see [`super::tree`]). An image whose
-//! lower layers say otherwise gets a small layer of its own on top, of nothing but directories.
-//! overlayfs shows the attributes of the uppermost directory and merges what the directories hold.
+//! An archive may use a directory without listing it: `etc/app.conf`, but no `etc/`. In an image,
+//! such a directory has the looks that the layers below give it. Those layers differ from image to
+//! image, but all images share the unpacked layer. So a shared layer takes nothing from the layers
+//! below: there the directory belongs to root, has mode 0755 and is marked (see [`super::tree`]).
+//! If the lower layers of an image give it other looks, the image gets a small layer on top, which
+//! has nothing but directories. overlayfs shows the looks of the uppermost directory of a name and
+//! merges the contents of all of them.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,14 +19,14 @@ use rustix::io::Errno;
 use super::LayerError;
 use super::tree::{is_opaque, is_unlisted, modified};
 
-/// How often a directory is looked for in a layer. Images of many layers with ten thousands of
-/// shared directories stay far below; a hostile one must not keep a thread busy for hours.
+/// The most lookups of a directory in a layer. An image of many layers that share tens of thousands
+/// of directories needs far fewer. A hostile image must not keep a thread busy for hours.
 const LOOKUPS: u64 = 1 << 24;
 
-/// The most bytes of names of directories that are still to be visited.
+/// The most bytes that the paths of directories still to be visited may take.
 const PENDING_BYTES: usize = 64 << 20;
 
-/// An overlayfs attribute is about the layer that it is in.
+/// The prefix of overlayfs's attributes, which concern only the layer that they are in.
 const OVERLAY: &[u8] = b"trusted.overlay.";
 
 const OPEN: OFlags = OFlags::RDONLY
@@ -41,9 +43,9 @@ pub struct Stacked {
     pub unlisted: bool,
 }
 
-/// Makes the directory `into` as the layer that goes on top of `layers`, which are named uppermost
-/// first and end above what a layer hides as a whole. Returns how many directories it has; 0: the
-/// image needs none, and `into` was not made. Blocks.
+/// Makes the directory `into`, which is the layer on top of `layers`. Those are listed uppermost
+/// first, without the ones that another layer hides as a whole. Returns the number of directories
+/// in the new layer. 0: the image needs no such layer, and `into` was not made. Blocks.
 pub fn looks(layers: &[Stacked], into: &Path) -> Result<u64, LayerError> {
     let roots = layers
         .iter()
@@ -80,9 +82,9 @@ pub fn looks(layers: &[Stacked], into: &Path) -> Result<u64, LayerError> {
 struct Part {
     layer: usize,
     directory: OwnedFd,
-    /// The archive says how it looks.
+    /// The archive lists it, and so gives it its looks.
     listed: bool,
-    /// Nothing in it shows from the layers below; its own looks may come from there.
+    /// It hides the contents of the directory below it, but its looks may come from there.
     opaque: bool,
 }
 
@@ -95,7 +97,7 @@ struct Walk<'a> {
     lookups: u64,
 }
 
-/// Those whose content overlayfs merges.
+/// The parts whose contents overlayfs merges.
 fn merged(parts: &mut Vec<Part>) -> &[Part] {
     if let Some(last) = parts.iter().position(|part| part.opaque) {
         parts.truncate(last + 1);
@@ -103,8 +105,8 @@ fn merged(parts: &mut Vec<Part>) -> &[Part] {
     parts
 }
 
-/// The part that says how the directory looks in the image: the uppermost that is listed. Where no
-/// layer lists it, it is as it was made.
+/// The part that gives the directory its looks in the image: the uppermost that is listed, or the
+/// uppermost of all if no layer lists the directory.
 fn source(parts: &[Part]) -> Option<&Part> {
     parts.iter().find(|part| part.listed).or(parts.first())
 }
@@ -123,12 +125,12 @@ impl Walk<'_> {
         self.roots.iter().enumerate().map(part).collect()
     }
 
-    /// The directory `name` in each of the layers that have it as part of `parents`.
+    /// The directory `name` in each of `parents` that has it, above the first that hides the rest.
     fn parts(&mut self, parents: &[Part], name: &[u8]) -> Result<Vec<Part>, LayerError> {
         self.lookups += parents.len() as u64;
         if self.lookups > LOOKUPS {
             return Err(LayerError::Bound(format!(
-                "its layers share more directories than can be compared with {LOOKUPS} look-ups, which is the bound"
+                "its layers share too many directories: to compare them takes more than {LOOKUPS} lookups"
             )));
         }
         let mut parts = Vec::new();
@@ -136,7 +138,7 @@ impl Walk<'_> {
             let directory = match rustix::fs::openat(&parent.directory, name, OPEN, Mode::empty()) {
                 Ok(directory) => directory,
                 Err(Errno::NOENT) => continue,
-                // A file, a link or a whiteout: nothing of the layers below shows.
+                // A file, a link or a whiteout hides the directory in the layers below.
                 Err(Errno::NOTDIR | Errno::LOOP) => break,
                 Err(error) => return Err(failed("open the directory", name, error)),
             };
@@ -162,8 +164,8 @@ impl Walk<'_> {
         Ok(parts)
     }
 
-    /// The image's root is the root of a container's writable layer, which is as new as the
-    /// container: of a difference in the time alone nothing would be seen.
+    /// Gives the root directory its looks. A difference in its time alone does not matter:
+    /// containers see the time of their writable layer's root, which is as new as the container.
     fn root(&mut self) -> Result<(), LayerError> {
         let parts = self.root_parts()?;
         let (Some(top), Some(source)) = (parts.first(), source(&parts)) else {
@@ -185,8 +187,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Gives the directories in `path` their looks, and hands those to `later` in which there may
-    /// be more of them; `later` answers whether there is room for it.
+    /// Gives the directories in `path` their looks. Passes those that may contain further ones to
+    /// `later`, which returns whether it has room for another path.
     fn visit(
         &mut self,
         path: &[u8],
@@ -194,7 +196,7 @@ impl Walk<'_> {
     ) -> Result<(), LayerError> {
         let mut parts = self.parts_of(path)?;
         let parents = merged(&mut parts);
-        // In the lowest layer that has it there is nothing to take over.
+        // The lowest layer that has the directory takes no looks from a layer below.
         let upper = parents.len().saturating_sub(1);
         for parent in &parents[..upper] {
             if !self.layers[parent.layer].unlisted {
@@ -211,7 +213,7 @@ impl Walk<'_> {
                     continue;
                 }
                 let mut below = self.parts(parents, name)?;
-                // Each name once: by the uppermost of the layers that are read here.
+                // Each name is handled once, in the uppermost of the layers that are read here.
                 let first = below.iter().find(|part| self.layers[part.layer].unlisted);
                 if first.is_none_or(|first| first.layer != parent.layer) {
                     continue;
@@ -231,7 +233,7 @@ impl Walk<'_> {
                     .any(|part| self.layers[part.layer].unlisted);
                 if more && !later(whole.to_vec()) {
                     return Err(LayerError::Bound(format!(
-                        "the names of the directories that its layers share take more than {PENDING_BYTES} bytes, which is the bound"
+                        "the paths of the directories that its layers share take more than {PENDING_BYTES} bytes"
                     )));
                 }
             }
@@ -239,7 +241,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Makes a directory of the layer, and those above it, each as it looks in the image.
+    /// Makes a directory of the layer and its parents, and gives each the looks that it has in the
+    /// image.
     fn make(&mut self, path: &[u8]) -> Result<(), LayerError> {
         let mut parts = self.root_parts()?;
         let mut at = self.top(&parts)?;
@@ -269,7 +272,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The root of the layer, made when it is first asked for.
+    /// The root of the layer, which the first call makes.
     fn top(&mut self, parts: &[Part]) -> Result<OwnedFd, LayerError> {
         let name = self.into.as_os_str().as_encoded_bytes();
         let fail = |e| LayerError::system("make the directory", name, e);
@@ -339,7 +342,7 @@ fn dress(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), LayerErr
     rustix::fs::fchmod(ours, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(fail)?;
     for (name, value) in attributes(theirs).map_err(fail)? {
         match rustix::fs::fsetxattr(ours, name.as_slice(), &value, XattrFlags::empty()) {
-            // As when a layer is unpacked: the label of a security module, for example.
+            // Ignored as when a layer is unpacked: a security module's label, for example.
             Ok(()) | Err(Errno::NOTSUP | Errno::PERM | Errno::INVAL) => {}
             Err(error) => return Err(fail(error)),
         }

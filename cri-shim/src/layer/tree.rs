@@ -23,8 +23,8 @@ const OPENAT2_TRIES: usize = 64;
 
 pub const OPAQUE: &str = "trusted.overlay.opaque";
 
-/// Marks a directory that the archive used without listing it. overlayfs ignores attributes of
-/// this prefix that it does not know and shows none of them, and no archive can set them.
+/// Marks a directory that the archive used without listing it. overlayfs ignores unknown attributes
+/// with this prefix and hides all of them. No archive can set one.
 const UNLISTED: &str = "trusted.overlay.rrun.unlisted";
 
 /// The name of a file below the root: no empty part, no `.`, no `..`.
@@ -212,11 +212,12 @@ impl Tree {
                         Err(error) => return Err(fail(error)),
                     }
                     let opened = self.open(prefix, flags).map_err(fail)?;
-                    // A set-group-ID directory above passes its group on, the umask takes bits away.
+                    // mkdir(2) takes the group of a set-group-ID parent and clears the umask's
+                    // bits.
                     let (root, group) = (Uid::ROOT, Gid::ROOT);
                     rustix::fs::fchown(&opened, Some(root), Some(group)).map_err(fail)?;
                     rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o755)).map_err(fail)?;
-                    // The whiteout removed what the layers below have: this directory is new.
+                    // The whiteout hides the directory of the layers below: this one is new.
                     if whiteout {
                         make_opaque(&opened).map_err(fail)?;
                     } else if mark_unlisted(&opened).map_err(fail)? {
@@ -238,15 +239,15 @@ pub fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
     rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
 }
 
-/// Whether nothing of the directory shows from the layers below.
+/// Whether the directory hides its contents in the layers below.
 pub fn is_opaque(directory: impl AsFd) -> bool {
     let mut value = [0; 1];
     let found = rustix::fs::fgetxattr(directory, OPAQUE, &mut value);
     found.is_ok() && value == *b"y"
 }
 
-/// Marks a directory whose owner, mode, attributes and time are those of the layers below. False:
-/// the file system has no such attributes, and the directory keeps what it was made with.
+/// Marks a directory that takes its owner, mode, attributes and time from the layers below. False:
+/// the file system does not support the mark, and the directory keeps its own.
 pub fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fsetxattr(directory, UNLISTED, b"y", XattrFlags::empty()) {
         Ok(()) => Ok(true),
@@ -255,8 +256,8 @@ pub fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     }
 }
 
-/// Removes the mark, since the archive lists the directory after all or removes what the layers
-/// below have of it. False: there was none.
+/// Removes the mark, because the archive lists the directory after all, or hides it in the layers
+/// below. False: the directory had no mark.
 pub fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fremovexattr(directory, UNLISTED) {
         Ok(()) => Ok(true),

@@ -24,8 +24,8 @@ pub struct Unpacked {
     /// Bytes on the disk, in blocks of 4 KiB.
     pub bytes: u64,
     pub inodes: u64,
-    /// Directories below the root that the archive used and did not list. They are marked, and
-    /// look in each image as the layers below them say (see [`super::looks`]).
+    /// How many directories below the root the archive used and did not list. They are marked, and
+    /// in each image they take their looks from the layers below (see [`super::looks`]).
     pub unlisted: u64,
     /// The layer hides everything below it.
     pub opaque_root: bool,
@@ -177,7 +177,7 @@ impl Unpacking {
                         rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
                             .map_err(fail)?;
                     make_opaque(&opened).map_err(fail)?;
-                    // Removed and made anew, it takes nothing over from below.
+                    // It was removed and made again, so it takes no looks from below.
                     if unmark(&opened).map_err(fail)? {
                         self.tree.unlisted -= 1;
                     }

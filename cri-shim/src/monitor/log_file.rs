@@ -238,11 +238,11 @@ struct Sink {
 }
 
 impl Sink {
-    /// Opens the file; the old one goes on if that fails. The directory can be one that a pod writes
-    /// to: no link in the file's place is followed, and nothing opened but a regular file.
+    /// Opens the file; if that fails, the old one stays in use. A pod may be able to write to the
+    /// directory, so this does not follow a link at the path, and opens only a regular file.
     fn open(&mut self, path: &Path) -> Result<(), Unfit> {
         let mut opened = self.try_open(path);
-        // It was there, and then it was not: a rotation.
+        // The file existed at the first open and was gone at the second: it was rotated.
         if opened
             .as_ref()
             .is_err_and(|unfit| *unfit == Errno::NOENT.into())
@@ -263,7 +263,7 @@ impl Sink {
     }
 
     fn try_open(&mut self, path: &Path) -> Result<File, Unfit> {
-        // Ours, if there was nothing before.
+        // Ours: `create_new` opens only a file that this call makes.
         let made = OpenOptions::new()
             .append(true)
             .mode(0o640)

@@ -28,7 +28,7 @@ const ELSEWHERE: [IpAddr; 2] = [
 /// Ethernet's, for a node without a default route.
 const DEFAULT_MTU: u32 = 1500;
 
-/// The smallest MTU that the kernel gives an interface IPv6 with.
+/// The smallest MTU with which an interface has IPv6.
 const IPV6_MIN_MTU: u32 = 1280;
 
 /// IFALIASZ, with its NUL.
@@ -272,7 +272,8 @@ impl Bridge {
         link::delete_together(&mut socket, &names)
     }
 
-    /// Deletes every interface of ours but those of `keep`, which refuse routers from now on.
+    /// Deletes every interface of rrun's but those in `keep`, and makes those refuse router
+    /// advertisements and redirects.
     pub(super) fn sweep(&self, keep: &HashSet<String>) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
         let links = link::list(&mut socket)?;
@@ -296,8 +297,8 @@ impl Bridge {
         Ok(())
     }
 
-    /// Makes the interfaces of pods that run already refuse router advertisements and redirects. A
-    /// failure for one pod does not keep the others from it; the error is the last one.
+    /// Makes the interfaces of running pods refuse router advertisements and redirects. After a
+    /// failure for one pod, the others still follow; the error is the last one.
     pub(super) fn refuse_routers(&self, netns: &[PathBuf]) -> Result<(), NetworkError> {
         let refuse = |path: &PathBuf| {
             namespace::enter(namespace::open(path)?.as_fd(), path)?;
@@ -342,8 +343,9 @@ impl Bridge {
         Ok(Standing { mtu, ..standing })
     }
 
-    /// Sets the bridge's MTU. Below IPv6's minimum the bridge has no IPv6; with more it begins anew
-    /// with the node's defaults, so that it must be down until it refuses what pods send.
+    /// Sets the bridge's MTU. Below IPv6's minimum the bridge has no IPv6. When the MTU rises above
+    /// it, IPv6 begins with the node's default sysctls. So the bridge is down until it refuses
+    /// router advertisements.
     fn set_mtu(
         &self,
         socket: &mut Socket,
@@ -475,7 +477,7 @@ impl Bridge {
                 link::create_bridge(socket, bridge, link::mac_of(&gateways), mtu)?;
                 let made = link::find(socket, bridge)?
                     .ok_or_else(|| NetworkError::kernel(bridge, Errno::ENODEV))?;
-                // Before it is up and has ports.
+                // The bridge is not up and has no ports yet.
                 forwarding::refuse_routers(bridge)?;
                 self.rejoin(socket, made.index, &live.pods);
                 made
@@ -588,8 +590,8 @@ impl Bridge {
         self.create_pair(socket, &pair, namespace)
     }
 
-    /// The node's end refuses what pods send, too: without the bridge, if somebody deletes it, what
-    /// comes in there is the node's.
+    /// Makes a pair of interfaces. The node's end refuses router advertisements, too: if somebody
+    /// deletes the bridge, packets that arrive at that end are for the node itself.
     fn create_pair(
         &self,
         socket: &mut Socket,
@@ -625,9 +627,9 @@ impl Bridge {
     }
 }
 
-/// Deletes the routes that pods may have advertised while the bridge, `index` with the addresses
-/// `has`, accepted advertisements: the kernel would keep them for as long as the pods wished. The
-/// routes of its addresses go with the addresses, if these are not ours.
+/// Deletes the routes that pods may have advertised while the bridge accepted advertisements. The
+/// kernel would keep them for as long as the pods chose. `index` is the bridge and `has` are its
+/// addresses. The routes of these addresses stay: deleting an address deletes its route.
 fn forget_advertisements(
     socket: &mut Socket,
     index: u32,

@@ -119,8 +119,8 @@ impl PodNetwork {
         reconciled.map_err(|error| Error::internal(error.to_string()))
     }
 
-    /// Makes the interfaces of these pods refuse router advertisements and redirects. Pods that
-    /// plugins connected are left as they are.
+    /// Makes the interfaces of these pods refuse router advertisements and redirects. Pods that CNI
+    /// plugins connected stay as they are.
     pub async fn refuse_routers(&self, pods: &[String]) -> Result<()> {
         let embedded = pods.iter().filter(|pod| !self.cni.has(pod));
         let netns = embedded.map(|pod| self.namespaces.of(pod)).collect();

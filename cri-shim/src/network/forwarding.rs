@@ -15,9 +15,9 @@ pub(super) fn has_ipv6() -> bool {
     std::fs::read(all).is_ok_and(|value| value.first() == Some(&b'0'))
 }
 
-/// What an interface that pods share a link with refuses, as files below `/proc/sys/net`. A pod may
-/// send what only a router of the link should: without this the node and the other pods would take
-/// its advertisements as routes, addresses and DNS servers, and would follow its redirects.
+/// The files below `/proc/sys/net` that are 0 for an interface whose link pods share. A pod can
+/// send what only a router should send. Without this, the node and the other pods would take
+/// routes, addresses and DNS servers from its advertisements, and would follow its redirects.
 fn refused(interface: &str) -> [String; 3] {
     [
         format!("ipv6/conf/{interface}/accept_ra"),
@@ -26,9 +26,9 @@ fn refused(interface: &str) -> [String; 3] {
     ]
 }
 
-/// Makes `interface`, of the node, refuse router advertisements and redirects, and send no redirects
-/// to pods, which refuse them, too. To be called while the interface is down: what arrives before is
-/// accepted.
+/// Makes `interface`, which is the node's, refuse router advertisements and redirects. It sends no
+/// redirects either, because pods refuse them. Must be called while the interface is down: what
+/// arrives earlier is accepted.
 pub(super) fn refuse_routers(interface: &str) -> Result<(), NetworkError> {
     let refused = refused(interface);
     refused.iter().try_for_each(|name| clear(name))?;
@@ -50,14 +50,14 @@ pub(super) fn refuse_routers_in_pod(interface: &str) -> Result<(), NetworkError>
 fn all_refused_in_pod(interface: &str) -> Vec<String> {
     let mut all = Vec::from(refused(interface));
     all.extend(refused("lo"));
-    // Where a host does not forward, the kernel follows a redirect if the interface or `all` accepts
-    // it.
+    // On a host that does not forward, the kernel follows a redirect if either the interface or
+    // `all` accepts redirects.
     all.push("ipv4/conf/all/accept_redirects".to_owned());
     all
 }
 
-/// As [`refuse_routers_in_pod`], in a pod that runs already. What is neither 0 nor the kernel's
-/// default is somebody's choice and stays.
+/// As [`refuse_routers_in_pod`], in a running pod. A value that is neither 0 nor the kernel's
+/// default was set on purpose and stays.
 pub(super) fn refuse_routers_in_running_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
     let mut defaults = all.iter().filter(|name| is(path(name), "1"));
@@ -68,7 +68,8 @@ fn path(name: &str) -> String {
     format!("/proc/sys/net/{name}")
 }
 
-/// Writes 0. A family that the kernel lacks, or that the interface is too small for, has no such file.
+/// Writes 0. The file does not exist if the kernel lacks IPv6, or if the interface's MTU is too
+/// small for it.
 fn clear(name: &str) -> Result<(), NetworkError> {
     let path = path(name);
     match set(&path, "0") {
@@ -82,22 +83,21 @@ pub(super) fn is_on(ipv6: bool) -> bool {
     is_set(if ipv6 { IPV6 } else { IPV4 })
 }
 
-/// Makes the node forward packets. Other interfaces accept the router advertisements that they
-/// accepted before, and no others.
+/// Makes the node forward packets. The node's other interfaces accept router advertisements if they
+/// did so before, and refuse them otherwise.
 ///
-/// The redirects that a host follows, a router does not: the kernel refuses them for IPv6 on every
-/// interface that forwards, and for IPv4 by clearing `conf/all/accept_redirects`. That stays so.
+/// A router follows no redirects: for IPv6 the kernel refuses them on every interface that
+/// forwards, and for IPv4 it clears `conf/all/accept_redirects`. rrun-cri does not change that.
 pub(super) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
     if is_on(ipv6) {
         return Ok(());
     }
     if ipv6 {
-        // Interfaces that appear from here on copy it. Those that appeared before are in the listing.
+        // Interfaces that appear later copy this value. Earlier ones are in the listing below.
         keep_advertisements(&Path::new(IPV6_INTERFACES).join("default"))?;
         let interfaces = std::fs::read_dir(IPV6_INTERFACES);
         for interface in interfaces.into_iter().flatten().flatten() {
-            // The kernel asks `all` neither for what an interface accepts nor for what a new one
-            // begins with.
+            // `all/accept_ra` affects neither existing nor new interfaces.
             if interface.file_name() != "all" {
                 keep_advertisements(&interface.path())?;
             }
@@ -107,10 +107,10 @@ pub(super) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
     set(IPV4, "1")
 }
 
-/// Lets an interface that accepts router advertisements accept them when it forwards, too: with 1 an
-/// interface accepts them only as long as it does not forward, with 2 always. Without this a node
-/// with an address by SLAAC would lose the address and its default route. An interface that forwards
-/// already refuses advertisements with 1, and goes on refusing them.
+/// Lets an interface that accepts router advertisements accept them while it forwards, too. With 1
+/// in `accept_ra` an interface accepts them only if it does not forward, with 2 always. Without
+/// this, a node with an address by SLAAC would lose the address and its default route. An interface
+/// that already forwards refuses advertisements with 1, and keeps refusing them.
 fn keep_advertisements(interface: &Path) -> Result<(), NetworkError> {
     let path = interface.join("accept_ra");
     if is_set(interface.join("forwarding")) || !is_set(&path) || is(&path, "2") {
@@ -139,7 +139,7 @@ pub(super) fn can_translate_loopback6() -> bool {
     !is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1")
 }
 
-/// Whether a number is there that is not 0.
+/// Whether the file exists and holds a number other than 0.
 fn is_set(path: impl AsRef<Path>) -> bool {
     std::fs::read_to_string(path).is_ok_and(|value| value.trim_end() != "0")
 }

@@ -208,8 +208,8 @@ pub(super) struct VethPair<'a> {
 }
 
 /// Makes the pair with both ends where they belong from the first moment: the pod's in its
-/// namespace under its name, the node's on the bridge. Nothing is moved or renamed, which would make
-/// the kernel wait for RCU. Both ends are down.
+/// namespace under its name, the node's on the bridge. Nothing is moved or renamed, since the
+/// kernel would then wait for RCU. Both ends are down.
 pub(super) fn create_veth(
     socket: &mut Socket,
     pair: &VethPair,
@@ -468,8 +468,8 @@ pub(super) struct Route {
 }
 
 impl Route {
-    /// Whether a router's advertisement can have made it: a default route, or the route to a prefix
-    /// on the link, which the kernel marks as it does those that belong to an address.
+    /// Whether a router advertisement may have made the route. It makes default routes, and routes
+    /// to prefixes on the link, which have the same protocol as the routes of addresses.
     pub(super) fn is_advertised(&self) -> bool {
         let link_local = matches!(self.destination, IpAddr::V6(to) if to.is_unicast_link_local());
         match self.protocol {
@@ -509,7 +509,7 @@ pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, Ne
         .collect())
 }
 
-/// Deletes a route that leads out of the link `index`; it need not be there.
+/// Deletes a route that leads out of the link `index`. A missing route is no error.
 pub(super) fn delete_route(
     socket: &mut Socket,
     index: u32,
@@ -568,7 +568,7 @@ pub(super) fn set_down(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} down");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         let mut header = link_header(index, IFF_UP);
-        // The flags that are to change, without their new value.
+        // The mask of flags to change keeps IFF_UP, whose new value is 0.
         header[8..12].fill(0);
         body.header(&header);
     });

@@ -266,8 +266,8 @@ impl Network {
         .await
     }
 
-    /// Makes the interfaces of connected pods, in the namespaces pinned at these paths, refuse router
-    /// advertisements and redirects, as the interfaces of new pods do from the beginning.
+    /// Makes the interfaces of connected pods refuse router advertisements and redirects, as those
+    /// of new pods do from the beginning. `netns` are the paths of the pods' network namespaces.
     pub async fn refuse_routers(&self, netns: Vec<PathBuf>) -> Result<(), NetworkError> {
         let inner = Arc::clone(&self.inner);
         blocking(move || inner.bridge.refuse_routers(&netns)).await

@@ -62,14 +62,14 @@ pub fn check_sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<()> 
     sysctls(config, sharing).map(drop)
 }
 
-/// Whether the pod's sysctls say themselves which router advertisements or redirects its interfaces
+/// Whether the pod's own sysctls set which router advertisements or redirects its interfaces
 /// accept.
 pub fn chooses_routers(config: &PodSandboxConfig) -> bool {
     names(config).any(|name| name.ends_with(".accept_ra") || name.ends_with(".accept_redirects"))
 }
 
-/// Whether the pod's sysctls switch the forwarding of IPv4 on or off, whereupon the kernel changes
-/// which redirects all interfaces accept.
+/// Whether the pod's sysctls switch the forwarding of IPv4 on or off. The kernel then changes which
+/// redirects all interfaces accept.
 pub fn switches_forwarding(config: &PodSandboxConfig) -> bool {
     names(config)
         .any(|name| name == "net.ipv4.ip_forward" || name == "net.ipv4.conf.all.forwarding")

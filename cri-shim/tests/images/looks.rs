@@ -1,5 +1,5 @@
-//! Directories that a layer uses without listing them: in each image they look as the layers below
-//! them say there, whatever other images share the layer.
+//! Directories that a layer uses without listing them. In each image they have the owner and mode
+//! that the layers below give them, whatever other images share the layer.
 
 use std::path::Path;
 use std::process::Command;
@@ -61,7 +61,7 @@ fn built(layers: Vec<Archive>) -> Image {
     image(&layers, json!({}))
 }
 
-/// What `stat` says of the files of an image, in a container's eyes.
+/// The output of `stat` for files of an image, as a container sees them.
 async fn stat(node: &Node, image: &str, format: &str, paths: &str) -> Result<String, Failure> {
     let id = node.images.find(image).ok_or("no such image")?.id.clone();
     let lowers = node.images.lease("test", &id).await?;
@@ -71,7 +71,7 @@ async fn stat(node: &Node, image: &str, format: &str, paths: &str) -> Result<Str
 }
 
 fn seen(dir: &Path, lowers: &[impl AsRef<Path>], script: &str) -> Result<String, Failure> {
-    // overlayfs wants two layers where nothing can be written.
+    // An overlay that is read-only needs at least two layers.
     let (nothing, merged) = (dir.join("nothing"), dir.join("merged"));
     std::fs::create_dir_all(&nothing)?;
     std::fs::create_dir_all(&merged)?;
@@ -96,7 +96,7 @@ fn seen(dir: &Path, lowers: &[impl AsRef<Path>], script: &str) -> Result<String,
 
 const LOOKS: &str = "%n %a %u:%g %Y";
 
-/// Lists no directory.
+/// A layer that lists no directory.
 fn shared() -> Archive {
     Archive::new()
         .file("etc/app.conf", "x")
@@ -118,7 +118,7 @@ fn evil() -> Image {
     built(vec![below, shared()])
 }
 
-/// Nothing below says how the directories look.
+/// No layer below lists the directories.
 fn alone() -> Image {
     built(vec![Archive::new().file("bin/x", ""), shared()])
 }
@@ -159,7 +159,7 @@ async fn each_image() -> Result<(), Failure> {
         let node = node.restart()?;
         expected(&node, &server).await?;
         for name in order {
-            // Pulled again, nothing changes.
+            // Another pull changes nothing.
             let name = format!("{}/{name}:1", server.host());
             node.images.pull(&name, None).await?;
         }
@@ -192,7 +192,7 @@ async fn at_once() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The first image fails at another layer, when the shared one is here already.
+/// The pull of the first image fails at another layer, after the shared one has arrived.
 async fn aborted() -> Result<(), Failure> {
     let (good, evil, alone) = (good(), evil(), alone());
     let images = [("good", &good), ("evil", &evil), ("alone", &alone)];
@@ -225,7 +225,7 @@ async fn aborted() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Layers, lowest first, a path, and how it looks.
+/// Each case has a name, layers, lowest first, and the expected mode and owner of two directories.
 async fn removed() -> Result<(), Failure> {
     let below = || {
         Archive::new()
@@ -396,13 +396,13 @@ async fn counted() -> Result<(), Failure> {
     assert_eq!(node.leavings()?.len(), 2);
     let before = node.images.fs_usage();
     let image = node.images.pull(&name("good"), None).await?;
-    // What is below, and the looks; the layer that both use is here.
+    // The lower layer and the layer of looks are new; the shared layer was there before.
     assert_eq!(node.leavings()?.len(), 4);
     assert_eq!(image.layers.len(), 2);
     let after = node.images.fs_usage();
     assert_eq!(after.inodes - before.inodes, 3 + 3);
     assert!(node.images.bytes_of(&image) >= 2 * 3 * 4096);
-    // A container keeps it over the image's removal and a restart.
+    // A container keeps the layers over the image's removal and a restart.
     let lowers = node.images.lease("c", &good.id).await?;
     assert_eq!(lowers.len(), 3);
     node.images.remove(&name("good")).await?;
@@ -414,7 +414,7 @@ async fn counted() -> Result<(), Failure> {
     node.becomes_clean().await
 }
 
-/// A store of 27ab645: a layer under its diff ID, with the looks of the image that brought it.
+/// A store as commit 27ab645 wrote it: layers under their diff IDs, with the looks of one image.
 async fn older() -> Result<(), Failure> {
     let evil = evil();
     let diff_ids: Vec<String> = [
@@ -479,7 +479,7 @@ async fn older() -> Result<(), Failure> {
     node.images.pull(&name("good"), None).await?;
     let found = stat(&node, &name("good"), "%n %a %u:%g", ". etc tmp").await?;
     assert_eq!(found, OF_GOOD);
-    // Pulled again, the old image is made anew, and its containers keep what they have.
+    // Another pull makes the old image again, and its containers keep the old layers.
     node.images.pull(&name("evil"), None).await?;
     let found = stat(&node, &name("evil"), "%n %a %u:%g", ". etc tmp").await?;
     assert_eq!(found, OF_EVIL);
@@ -501,7 +501,7 @@ async fn many() -> Result<(), Failure> {
     node.images.pull(&name, None).await?;
     let lowers = node.images.lease("c", &built.id).await?;
     assert_eq!(lowers.len(), 202);
-    // Paths of this length would not fit into the page of mount(2): the two that matter do.
+    // All paths do not fit into the one page of options of mount(2); those that matter do.
     let found = seen(
         &node.dir.0,
         &[&lowers[0], &lowers[1], &lowers[201]],

@@ -29,7 +29,7 @@ pub struct Answer {
     pub slow: Duration,
     /// Bytes of a piece.
     pub piece: usize,
-    /// The head comes in such pieces, too.
+    /// Whether the head comes in such pieces, too.
     pub slow_head: bool,
 }
 
@@ -51,7 +51,7 @@ impl Answer {
         self
     }
 
-    /// A byte now and then.
+    /// Sends one byte at a time, with a pause after each.
     pub fn dripping(mut self, pause: Duration) -> Self {
         (self.slow, self.piece) = (pause, 1);
         self

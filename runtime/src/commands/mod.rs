@@ -45,7 +45,7 @@ pub struct Globals {
     pub default_root: bool,
     /// Whether systemd makes the cgroups of new containers.
     pub systemd_cgroup: bool,
-    /// What [`descriptors::inherited`] found, for the commands that make processes of containers.
+    /// The result of [`descriptors::inherited`], for commands that start processes in containers.
     inherited: Vec<u32>,
 }
 
@@ -286,7 +286,7 @@ fn bundle(arguments: &Arguments) -> &Path {
 /// Descriptors for the program: LISTEN_FDS of the environment and --preserve-fds.
 ///
 /// # Errors
-/// One that is not open.
+/// One of them is not open.
 fn descriptors(globals: &Globals, arguments: &Arguments) -> Result<Descriptors> {
     let number = |name| -> Option<u32> { std::env::var(name).ok()?.parse().ok() };
     // Meant for another process if it says so; see sd_listen_fds(3).

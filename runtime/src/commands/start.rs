@@ -40,7 +40,7 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// Hands the listener of the container's filter to the agent, if it has one.
+/// Hands the listener of the container's filter to the agent, if the filter has an agent.
 fn tell_agent(state: &State, report: &Report) -> Result<()> {
     let Some(listener) = state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) else {
         return Ok(());

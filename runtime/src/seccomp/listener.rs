@@ -58,7 +58,7 @@ impl Listener {
         })
     }
 
-    /// Whether an agent may be there, for a container that will need it at its start.
+    /// Checks that the agent's socket exists, for a container whose `start` will connect to it.
     pub fn check(&self) -> Result<()> {
         let doing = || format!("look for linux.seccomp.listenerPath {}", self.path);
         let stat = rustix::fs::stat(&*self.path).doing(doing)?;
@@ -70,8 +70,8 @@ impl Listener {
 }
 
 impl Agent<'_> {
-    /// Hands the agent the listener of a process that is about to load its filter, as soon as it
-    /// has, and lets the process go on.
+    /// Waits until the process has loaded its filter, hands the filter's listener to the agent, and
+    /// lets the process go on.
     pub fn serve(
         self,
         report: &Report,
@@ -80,7 +80,7 @@ impl Agent<'_> {
         state: Shown<'_>,
     ) -> Result<()> {
         let Some(number) = report.await_listener(process) else {
-            // The process reports why.
+            // The process failed before that, and reports the reason itself.
             return Ok(());
         };
         let told = self.tell(process.as_fd(), pid, number, state);

@@ -98,14 +98,14 @@ impl Filter {
             .doing(|| "load the seccomp filter (linux.seccomp)")
     }
 
-    /// The same, and returns only when the agent has the listener, if there is one. No system call
-    /// is made once the filter is loaded.
+    /// As [`Filter::load`], but returns only when the agent has the listener, if there is one.
+    /// Makes no system call once the filter is loaded.
     pub fn confine(&self, reporter: &Reporter) -> Result<()> {
         if let Some(listener) = self.load()? {
             if !reporter.await_agent(listener.as_fd()) {
                 end();
             }
-            // execve(2) closes it; this process may not be allowed to.
+            // execve(2) closes the listener; the filter may forbid close(2).
             let _ = listener.into_raw_fd();
         }
         Ok(())

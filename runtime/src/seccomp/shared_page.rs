@@ -1,10 +1,10 @@
-//! What a process under its filter still says to rrun outside, without a system call.
+//! Memory through which a process under its filter reports to rrun without a system call.
 //!
-//! Between the load of a filter and execve(2) nothing is certain to be allowed: the least
-//! profile under which runc and crun start a program allows little more than execve(2), and the
-//! rest is refused, or the end of the process, or put to an agent that does not have the
-//! listener yet. A page of shared memory, handed over before, carries the two things that are
-//! left to say: which descriptor the listener is, and why the execution failed.
+//! Between the load of a filter and execve(2), no other system call is certain to be allowed. The
+//! least profile under which runc and crun start a program allows little more than execve(2). Any
+//! other call may fail, end the process, or wait for an agent that does not have the listener yet.
+//! So the process hands over a page of shared memory before it loads the filter. The page carries
+//! two reports: the number of the listener's descriptor, and the reason why the execution failed.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -21,13 +21,13 @@ use crate::error::{Context, Result};
 use crate::process::not_executed;
 use crate::syscalls;
 
-/// The part of the program's path that is carried, with a NUL at its end.
+/// The most bytes of the program's path that the page carries, with a NUL at the end.
 const PATH_LIMIT: usize = 3072;
 
-/// What lies in the page. All of it is 0 at first.
+/// The content of the page, which is all 0 at first.
 #[repr(C)]
 struct Content {
-    /// The descriptor's number, never one of the standard three.
+    /// The number of the listener's descriptor, which is never 0, 1 or 2.
     listener: AtomicU32,
     /// [`TAKEN`] or [`REFUSED`].
     answer: AtomicU32,
@@ -39,12 +39,11 @@ struct Content {
 const TAKEN: u32 = 1;
 const REFUSED: u32 = 2;
 
-/// How often the process looks for the answer, some ten nanoseconds apart, before it takes rrun
-/// for dead. It can't ask for the time: where the clock is no memory of the kernel's, that is a
-/// system call.
+/// How often the process checks for the answer, about every ten nanoseconds, before it assumes that
+/// rrun is dead. It can't read the clock instead: that may be a system call.
 const PATIENCE: u64 = 1 << 31;
 
-/// How long rrun sleeps between two looks for the listener.
+/// How long rrun sleeps between two checks for the listener.
 const LOOK_AGAIN: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000,
@@ -57,9 +56,9 @@ pub struct SharedPage {
 }
 
 impl SharedPage {
-    /// To be made before the limits of the process are set, which may forbid it.
+    /// Must be called before the limits of the process are set, because they may forbid it.
     pub fn new() -> Result<SharedPage> {
-        let doing = || "make memory for a filtered process to report by (memfd_create)";
+        let doing = || "make shared memory for the reports of a filtered process (memfd_create)";
         let flags = MemfdFlags::CLOEXEC;
         let file = match rustix::fs::memfd_create("rrun", flags | MemfdFlags::NOEXEC_SEAL) {
             // Before Linux 6.3.
@@ -69,13 +68,13 @@ impl SharedPage {
         let file = file.doing(doing)?;
         rustix::fs::ftruncate(&file, size_of::<Content>() as u64).doing(doing)?;
         let address = syscalls::map_shared(file.as_fd(), size_of::<Content>()).doing(doing)?;
-        // SAFETY: so many bytes are mapped there, aligned to a page, and are never unmapped. Any
-        // value of them is valid, and what others write meanwhile is seen by atomic accesses only.
+        // SAFETY: this many bytes are mapped there, aligned to a page, and are never unmapped. Any
+        // value of them is valid. Others may write them meanwhile, but all accesses are atomic.
         let content = unsafe { address.cast::<Content>().as_ref() };
         Ok(SharedPage { file, content })
     }
 
-    /// Has `send` hand the page over.
+    /// Writes the program's path into the page, and hands the page over with `send`.
     pub fn hand_over(
         self,
         program: &CStr,
@@ -96,12 +95,12 @@ impl AsFd for SharedPage {
     }
 }
 
-/// The page when rrun has it.
+/// The page in the process, once rrun has it as well.
 pub struct Reporter(&'static Content);
 
 impl Reporter {
-    /// Tells rrun which descriptor the listener is, and waits until the agent has it. If not, rrun
-    /// reports why, or is dead.
+    /// Reports the listener's descriptor to rrun, and waits until the agent has it. False: rrun
+    /// failed to hand it over and reports the reason, or rrun is dead.
     pub fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
         let number = listener.as_raw_fd() as u32;
         self.0.listener.store(number, Ordering::Release);
@@ -114,14 +113,14 @@ impl Reporter {
         false
     }
 
-    /// Why the program could not be executed.
+    /// Reports why the program could not be executed.
     pub fn failed(&self, errno: Errno) {
         let number = errno.raw_os_error() as u32;
         self.0.failure.store(number, Ordering::Release);
     }
 }
 
-/// The same page, outside.
+/// The same page, in rrun outside the container.
 pub struct Report {
     file: File,
 }
@@ -137,7 +136,8 @@ impl Report {
         Some(u32::from_ne_bytes(word)).filter(|word| *word != 0)
     }
 
-    /// Waits until the process has loaded its filter. `None` if it can't have done so any more.
+    /// Waits until the process has loaded its filter, and returns the number of its listener.
+    /// `None`: the process died or failed before that.
     pub fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
         loop {
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
@@ -151,18 +151,18 @@ impl Report {
         }
     }
 
-    /// Lets the process go on, or not if the agent could not be given the listener.
+    /// Lets the process go on if the agent has the listener (`taken`); otherwise the process ends.
     pub fn answer(&self, taken: bool) {
         let word = if taken { TAKEN } else { REFUSED };
-        // A process that is not answered gives up.
+        // If this fails, the process gives up after a while.
         let offset = offset_of!(Content, answer) as u64;
         let _ = self.file.write_all_at(&word.to_ne_bytes(), offset);
     }
 
-    /// Once the process has executed its program or died.
+    /// The result, to be read once the process has executed its program or died.
     ///
     /// # Errors
-    /// Why the program could not be executed.
+    /// The program could not be executed.
     pub fn verdict(&self) -> Result<()> {
         let Some(errno) = self.word(offset_of!(Content, failure)) else {
             return Ok(());
