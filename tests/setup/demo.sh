@@ -18,7 +18,7 @@ say "compiling rrun, rrun-cri and rrun-monitor"
 crates=$(grep -c '^name = ' Cargo.lock)
 CARGO_TERM_COLOR=never make build 2>&1 | tee "$log" | progress "compiling rrun" "$crates" '^ +Compiling ' crates || {
     cat "$log"
-    kill "$setup"
+    pkill -TERM -P "$setup"
     exit 1
 }
 tail -n 3 "$log"

@@ -58,6 +58,7 @@ the_guest_is_switched_off_at_its_deadline() {
 
 a_check_that_fails_once_is_reported_as_flaky_and_passes() {
     local mark=$OUT/mark printed
+    rm -f "$mark"
     fails_once() { [[ -e $mark ]] || { : >"$mark"; echo 'too early'; return 1; }; }
     printed=$(passed=0 failed=0; attempt check fails_once; attempts_result)
     [[ $? -eq 0 && $printed == *'flaky: check'*'too early'*'test check ... ok'*'1 passed; 0 failed'* ]]

@@ -11,15 +11,15 @@ ENTRY=$(readlink -f -- "$1")
 SIZE=${2-}
 
 build_disk() {
-    local size=$SIZE holds watcher
+    local size=$SIZE holds
     holds=$(du -sm --apparent-size "$ENTRY" | cut -f1)
     [[ -n $size ]] || size=$((holds * 5 / 4 + 16))M
     truncate -s "$size" "$1/disk.img"
     progress_size "the disk of $name" "$1/disk.img" "$holds" &
     watcher=$!
+    trap 'kill "$watcher"' EXIT
     # No journal: nobody reads the disk after a crash, and under emulation it costs time.
     mkfs.ext4 -q -F -m 0 -O ^has_journal -E nodiscard -d "$ENTRY" "$1/disk.img"
-    kill "$watcher"
 }
 
 name=$(basename -- "$ENTRY")
