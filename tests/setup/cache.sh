@@ -83,7 +83,9 @@ cache_entry() {
             partial=$RRUN_CACHE/.partial-$name
             mkdir "$partial"
             # The lock must not outlive us in a daemon that the build leaves behind.
-            ("$build" "$partial" {lock}>&-) >&2
+            # Bash does not stop at a failure within $(…), unless -e is set again.
+            (set -e; "$build" "$partial" {lock}>&-) >&2
+            [[ $? -eq 0 ]] || die "building $name-$key failed"
             mv "$partial" "$dest"
             find "$RRUN_CACHE" -mindepth 1 -maxdepth 1 -name "$name-????????????" \
                 -mtime +14 -exec rm -rf --one-file-system {} +

@@ -23,4 +23,5 @@ build_disk() {
 }
 
 name=$(basename -- "$ENTRY")
-printf '%s/disk.img\n' "$(cache_entry "disk-${name%-*}" "$(cache_key "$name" "$SIZE")" build_disk)"
+disk=$(cache_entry "disk-${name%-*}" "$(cache_key "$name" "$SIZE")" build_disk)
+echo "$disk/disk.img"

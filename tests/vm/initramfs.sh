@@ -32,4 +32,5 @@ build_initramfs() {
 }
 
 key=$(cache_key "$(basename "$ROOT")" "$(basename "$BUSYBOX")" "$(sha256sum <"$HERE/initramfs-init")")
-printf '%s/initramfs\n' "$(cache_entry initramfs "$key" build_initramfs)"
+entry=$(cache_entry initramfs "$key" build_initramfs)
+echo "$entry/initramfs"
