@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg,
-    socket_with, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    recvmsg, sendmsg, socket_with, socketpair,
 };
 
 use crate::error::{Context, Error, Result};
@@ -192,6 +192,9 @@ pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
 }
 
 /// Receives a message, and the descriptor that came with it, if any.
+///
+/// # Errors
+/// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
 pub fn receive_descriptor(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -209,6 +212,9 @@ pub fn receive_descriptor(
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
     });
+    if descriptor.is_none() && received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Errno::MFILE);
+    }
     Ok((received.bytes, descriptor))
 }
 

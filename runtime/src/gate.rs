@@ -19,6 +19,7 @@ use rustix::net::{
 use crate::channel::{receive_descriptor, send_descriptor};
 use crate::claim::Claim;
 use crate::error::{Context, Error, Result};
+use crate::refuse;
 use crate::seccomp::Report;
 use crate::state::{GATE, GATE_SHUT};
 
@@ -141,8 +142,11 @@ pub fn open(directory: &Path, id: &str, accompany: impl Fn(&Report) -> Result<()
     let mut let_in = false;
     let mut report = None;
     loop {
-        let (length, descriptor) =
-            receive_descriptor(socket.as_fd(), &mut buffer).unwrap_or_default();
+        let (length, descriptor) = match receive_descriptor(socket.as_fd(), &mut buffer) {
+            // Closed, and the process had not read everything.
+            Err(Errno::CONNRESET) => (0, None),
+            received => received.doing(|| "wait for the container's first process")?,
+        };
         match (buffer.get(..length).unwrap_or_default(), descriptor) {
             ([LET_IN], _) if !let_in => {
                 let_in = true;
@@ -155,7 +159,7 @@ pub fn open(directory: &Path, id: &str, accompany: impl Fn(&Report) -> Result<()
             // Closed: by executing the program, if it had let us in.
             ([], _) if let_in => return report.as_ref().map_or(Ok(()), Report::verdict),
             ([], _) => return Err(not_created()),
-            _ => {}
+            _ => refuse!("the container's first process sent what it can not have sent"),
         }
     }
 }
