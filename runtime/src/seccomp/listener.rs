@@ -1,7 +1,7 @@
 //! The agent that decides about the calls with SCMP_ACT_NOTIFY.
 //! See config-linux.md of the runtime specification, "The Container Process State".
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::FileType;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -13,6 +13,9 @@ use crate::channel::send_descriptor;
 use crate::error::{Context, Error, Result};
 use crate::refuse;
 use crate::state::{OCI_VERSION, Shown};
+
+/// What the link of a listener in /proc/self/fd contains. No path begins like this.
+const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
 /// Where the agent listens, and what it is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -95,6 +98,16 @@ impl Agent<'_> {
     fn tell(self, process: BorrowedFd<'_>, pid: i32, number: i32, state: Shown<'_>) -> Result<()> {
         let doing = || format!("hand the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
+        // A process in the same PID namespace may have written another number into the shared page.
+        let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+        let what = rustix::fs::readlink(&link, Vec::new()).doing(doing)?;
+        if what.as_bytes() != LISTENER {
+            refuse!(
+                "{}: descriptor {number} of the process is {}, not a seccomp listener",
+                doing(),
+                what.to_string_lossy()
+            );
+        }
         let message = serde_json::to_vec(&ProcessState {
             oci_version: OCI_VERSION,
             fds: ["seccompFd"],
