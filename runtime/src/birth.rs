@@ -467,6 +467,8 @@ pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
             Some(libc::SIGKILL) => error.while_doing(
                 "killed by SIGKILL, perhaps because its memory limit is too low to start in",
             ),
+            // It ended itself ([`crate::init::trap`]), and the error says why.
+            Some(libc::SIGILL) => error,
             Some(signal) => error.while_doing(format!("killed by signal {signal}")),
             None => error,
         },

@@ -66,6 +66,23 @@ pub fn end() -> ! {
     std::process::abort()
 }
 
+/// Ends the process by an instruction that the processor refuses. A filter can hold or refuse every
+/// system call, exit_group(2) included, but not this.
+pub fn trap() -> ! {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction raises SIGILL, which has its default disposition and ends the process.
+    unsafe {
+        std::arch::asm!("ud2", options(noreturn, nomem, nostack))
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("udf #0", options(noreturn, nomem, nostack))
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    end()
+}
+
 /// Ends the process on any way out of its story, so that a copy of rrun never returns into
 /// the parent's code.
 pub struct NeverReturn;
@@ -176,11 +193,11 @@ impl Init<'_> {
                 filter.confine(&reporter)?;
                 if let Err(error) = self.start_container_hooks(process, None) {
                     // The filter may forbid every other way to report this.
-                    reporter.failed(Errno::CANCELED);
-                    return Err(error);
+                    reporter.hook_failed(&error);
+                    filter.end()
                 }
                 reporter.failed(Execution::new(program, &process.args, &process.env).execute());
-                end()
+                filter.end()
             }
             (filter, hooks) => {
                 if hooks.is_some() {
@@ -498,7 +515,7 @@ pub fn execute(
         Err(error) => error,
         Ok(reporter) => {
             reporter.failed(execution.execute());
-            end()
+            filter.end()
         }
     }
 }

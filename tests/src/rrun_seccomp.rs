@@ -41,6 +41,7 @@ pub const TESTS: &[Test] = &[
     test!(an_agent_is_asked),
     test!(an_agent_is_asked_about_the_execution_itself, Need::Rrun),
     test!(an_agent_is_asked_about_what_a_hook_does),
+    test!(a_hook_that_fails_under_an_agent_is_reported, Need::Rrun),
     test!(an_agent_that_went_away_is_reported_by_start, Need::Rrun),
     test!(an_agent_is_asked_about_what_exec_runs),
     test!(an_agent_that_is_not_there_is_told),
@@ -837,18 +838,54 @@ fn an_agent_is_asked_about_what_a_hook_does() -> Result {
     Ok(())
 }
 
-fn an_agent_that_went_away_is_reported_by_start() -> Result {
+/// The filter forbids the process to report it by a message.
+fn a_hook_that_fails_under_an_agent_is_reported() -> Result {
     let socket = AgentSocket::new()?;
-    let path = socket.path();
-    let bundle = filtered(asking(&socket), &["exit", "0"])?;
-    bundle.call(&["create"])?.ok()?;
-    drop(socket);
-    let output = bundle.call(&["start"])?.exits(1)?;
-    ensure!(output.stderr.contains(&path), "{}", output.told());
+    let mut profile = asking(&socket);
+    profile["syscalls"] = json!([
+        { "names": ["getpgid"], "action": "SCMP_ACT_NOTIFY" },
+        { "names": ["sendto", "sendmsg"], "action": "SCMP_ACT_ERRNO" },
+    ]);
+    let mut bundle = filtered(profile, &["exit", "0"])?;
+    bundle.set(
+        "/hooks/startContainer",
+        json!([{ "path": "/bin/inside", "args": ["inside", "exit", "3"] }]),
+    );
+    let failed = |output: &crate::machine::Output| -> Result {
+        let words = ["hooks.startContainer[0]", "exit status: 3"];
+        let reported = words.iter().all(|word| output.stderr.contains(word));
+        ensure!(
+            reported && !output.stderr.contains("execve"),
+            "{}",
+            output.told()
+        );
+        Ok(())
+    };
+    failed(&bundle.call(&["run"])?.exits(1)?)?;
+    bundle.runtime(&["create", bundle.id()]).ok()?;
+    failed(&bundle.runtime(&["start", bundle.id()]).exits(1)?)?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
-    let output = bundle.call(&["create"])?.exits(1)?;
-    ensure!(output.stderr.contains(&path), "{}", output.told());
+    Ok(())
+}
+
+fn an_agent_that_went_away_is_reported_by_start() -> Result {
+    // With NOTIFY, the process cannot even end by a system call.
+    for default in ["SCMP_ACT_ALLOW", "SCMP_ACT_NOTIFY"] {
+        let socket = AgentSocket::new()?;
+        let path = socket.path();
+        let mut profile = asking(&socket);
+        profile["defaultAction"] = json!(default);
+        let bundle = filtered(profile, &["exit", "0"])?;
+        bundle.call(&["create"])?.ok()?;
+        drop(socket);
+        let output = bundle.call(&["start"])?.exits(1)?;
+        ensure!(output.stderr.contains(&path), "{}", output.told());
+        bundle.wait_status("stopped")?;
+        bundle.delete()?;
+        let output = bundle.call(&["create"])?.exits(1)?;
+        ensure!(output.stderr.contains(&path), "{}", output.told());
+    }
     Ok(())
 }
 

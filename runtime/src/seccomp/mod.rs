@@ -26,7 +26,7 @@ pub use profile::{ACTIONS, OPERATORS, Profile};
 pub use shared_page::{Report, Reporter, SharedPage};
 
 use crate::error::{Context, Result};
-use crate::init::end;
+use crate::init::{end, trap};
 use crate::{log, refuse, syscalls};
 
 /// Flags by their names; seccomp(2) explains them.
@@ -103,12 +103,23 @@ impl Filter {
     pub fn confine(&self, reporter: &Reporter) -> Result<()> {
         if let Some(listener) = self.load()? {
             if !reporter.await_agent(listener.as_fd()) {
-                end();
+                self.end();
             }
             // execve(2) closes the listener; the filter may forbid close(2).
             let _ = listener.into_raw_fd();
         }
         Ok(())
+    }
+
+    /// Ends this process once the filter is loaded.
+    pub fn end(&self) -> ! {
+        if self.listener.is_some() {
+            // The filter may send exit_group(2) to the agent. If the agent is gone, nobody answers:
+            // the kernel sees that this process itself holds the listener, and lets it wait for
+            // ever.
+            trap()
+        }
+        end()
     }
 }
 

@@ -4,7 +4,7 @@
 //! least profile under which runc and crun start a program allows little more than execve(2). Any
 //! other call may fail, end the process, or wait for an agent that does not have the listener yet.
 //! So the process hands over a page of shared memory before it loads the filter. The page carries
-//! two reports: the number of the listener's descriptor, and the reason why the execution failed.
+//! two reports: the number of the listener's descriptor, and the reason why the program was not executed.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -14,15 +14,15 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::process::not_executed;
 use crate::syscalls;
 
-/// The most bytes of the program's path that the page carries, with a NUL at the end.
-const PATH_LIMIT: usize = 3072;
+/// The most bytes of the text that the page carries, with a NUL at the end.
+const TEXT_LIMIT: usize = 3072;
 
 /// The content of the page, which is all 0 at first.
 #[repr(C)]
@@ -31,17 +31,34 @@ struct Content {
     listener: AtomicU32,
     /// [`TAKEN`] or [`REFUSED`].
     answer: AtomicU32,
-    /// The errno of execve(2).
+    /// The errno of execve(2), or [`HOOK_FAILED`].
     failure: AtomicU32,
-    program: [AtomicU8; PATH_LIMIT],
+    /// The program's path, or the error of a hook.
+    text: [AtomicU8; TEXT_LIMIT],
+}
+
+impl Content {
+    fn write(&self, text: &[u8]) {
+        let end = std::iter::once(&0);
+        let text = text.iter().take(TEXT_LIMIT - 1).chain(end);
+        for (to, byte) in self.text.iter().zip(text) {
+            to.store(*byte, Ordering::Relaxed);
+        }
+    }
 }
 
 const TAKEN: u32 = 1;
 const REFUSED: u32 = 2;
+const HOOK_FAILED: u32 = u32::MAX;
 
-/// How often the process checks for the answer, about every ten nanoseconds, before it assumes that
-/// rrun is dead. It can't read the clock instead: that may be a system call.
-const PATIENCE: u64 = 1 << 31;
+/// How often the process checks for the answer before it assumes that rrun is dead. It can't read
+/// the clock instead: that may be a system call.
+///
+/// A check takes 10 to 50 nanoseconds, so this is 3 to 13 seconds of processor time. rrun needs
+/// milliseconds. On a busy machine it gets them, because the scheduler gives both processes their
+/// share while this one checks. Even if this one is real-time and both have one processor, the
+/// kernel leaves the others 50 milliseconds of every second (sched_rt_runtime_us).
+const PATIENCE: u64 = 1 << 28;
 
 /// How long rrun sleeps between two checks for the listener.
 const LOOK_AGAIN: Timespec = Timespec {
@@ -59,7 +76,7 @@ impl SharedPage {
     /// Must be called before the limits of the process are set, because they may forbid it.
     pub fn new() -> Result<SharedPage> {
         let doing = || "make shared memory for the reports of a filtered process (memfd_create)";
-        let flags = MemfdFlags::CLOEXEC;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = match rustix::fs::memfd_create("rrun", flags | MemfdFlags::NOEXEC_SEAL) {
             // Before Linux 6.3.
             Err(Errno::INVAL) => rustix::fs::memfd_create("rrun", flags),
@@ -67,6 +84,10 @@ impl SharedPage {
         };
         let file = file.doing(doing)?;
         rustix::fs::ftruncate(&file, size_of::<Content>() as u64).doing(doing)?;
+        // A process in the same PID namespace may open the file through /proc. If it made the file
+        // shorter, an access to the page would end this process with SIGBUS.
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&file, seals).doing(doing)?;
         let address = syscalls::map_shared(file.as_fd(), size_of::<Content>()).doing(doing)?;
         // SAFETY: this many bytes are mapped there, aligned to a page, and are never unmapped. Any
         // value of them is valid. Others may write them meanwhile, but all accesses are atomic.
@@ -80,10 +101,7 @@ impl SharedPage {
         program: &CStr,
         send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<Reporter> {
-        let place = self.content.program.iter().take(PATH_LIMIT - 1);
-        for (to, byte) in place.zip(program.to_bytes()) {
-            to.store(*byte, Ordering::Relaxed);
-        }
+        self.content.write(program.to_bytes());
         send(self.file.as_fd())?;
         Ok(Reporter(self.content))
     }
@@ -117,6 +135,12 @@ impl Reporter {
     pub fn failed(&self, errno: Errno) {
         let number = errno.raw_os_error() as u32;
         self.0.failure.store(number, Ordering::Release);
+    }
+
+    /// Reports why the program is not executed at all.
+    pub fn hook_failed(&self, error: &Error) {
+        self.0.write(error.to_string().as_bytes());
+        self.0.failure.store(HOOK_FAILED, Ordering::Release);
     }
 }
 
@@ -162,19 +186,26 @@ impl Report {
     /// The result, to be read once the process has executed its program or died.
     ///
     /// # Errors
-    /// The program could not be executed.
+    /// A hook failed under the filter, or the program could not be executed.
     pub fn verdict(&self) -> Result<()> {
         let Some(errno) = self.word(offset_of!(Content, failure)) else {
             return Ok(());
         };
-        let mut path = [0; PATH_LIMIT];
-        let offset = offset_of!(Content, program) as u64;
-        let length = self.file.read_at(&mut path, offset).unwrap_or(0);
-        let path = path
+        let mut text = [0; TEXT_LIMIT];
+        let offset = offset_of!(Content, text) as u64;
+        let length = self.file.read_at(&mut text, offset).unwrap_or(0);
+        let text = text
             .get(..length)
             .and_then(|it| it.split(|byte| *byte == 0).next());
-        let path = String::from_utf8_lossy(path.unwrap_or_default());
-        let errno = Errno::from_raw_os_error(errno as i32);
-        Err(not_executed(&path, errno, true))
+        let text = String::from_utf8_lossy(text.unwrap_or_default());
+        if errno == HOOK_FAILED {
+            return Err(Error::new(text));
+        }
+        // Another process may have written the number, and rustix panics at one out of range.
+        let errno = i32::try_from(errno)
+            .ok()
+            .filter(|it| (1..4096).contains(it));
+        let errno = errno.map_or(Errno::IO, Errno::from_raw_os_error);
+        Err(not_executed(&text, errno, true))
     }
 }
