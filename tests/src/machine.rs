@@ -113,6 +113,33 @@ pub struct Output {
     pub took: Duration,
 }
 
+/// `strace` of all opens of a program and its children. Each thread gets a trace of its own in the
+/// directory, because a shared one would contain interrupted lines.
+pub fn strace_opens(traces: &Path) -> Result<Run> {
+    std::fs::create_dir_all(traces)?;
+    let calls = "trace=open,openat,openat2";
+    Ok(command("strace", ["-ff", "-y", "-e", calls, "-o"]).arg(traces.join("of")))
+}
+
+/// Fails if a traced program opened a file whose path ends with `path`, other than with O_PATH. This
+/// includes an open through a descriptor: `strace -y` adds the path of the opened file to its number.
+/// Returns whether a program looked the file up.
+pub fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
+    let mut looked_up = false;
+    let (argument, result) = (format!("{path}\""), format!("{path}<"));
+    for trace in std::fs::read_dir(traces)? {
+        for line in std::fs::read_to_string(trace?.path())?.lines() {
+            let (call, returned) = line.rsplit_once(" = ").unwrap_or((line, ""));
+            let opened = returned.contains(&result) || returned.ends_with(&format!("{path}>"));
+            if call.contains(&argument) || opened {
+                looked_up = true;
+                ensure!(call.contains("O_PATH"), "{path} was opened: {line}");
+            }
+        }
+    }
+    Ok(looked_up)
+}
+
 pub fn command<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Run {
     let mut command = Command::new(program);
     command.args(args);
