@@ -62,6 +62,7 @@ fn assemble(
     )
     .map_err(io::Error::from)
     .during(|| format!("mount a tmpfs on {}", scratch.display()))?;
+    // O_PATH calls no driver.
     let here = rustix::fs::open(scratch, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .during(|| format!("open {}", scratch.display()))?;
     // Of this thread only: unshare(2) says so of CLONE_NEWNS.
@@ -145,6 +146,7 @@ impl Users {
     /// Of a process in it.
     pub fn of(pid: i32, root: (u32, u32)) -> Result<Self> {
         let path = format!("/proc/{pid}/ns/user");
+        // The kernel's: a file of /proc.
         let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .during(|| format!("open the pod's user namespace {path}"))?;
         Ok(Users { namespace, root })

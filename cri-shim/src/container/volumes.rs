@@ -68,6 +68,7 @@ fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Res
     let inside = place.strip_prefix("/").unwrap_or(place);
     let from: OwnedFd = match root.resolve(inside) {
         Ok(found) => found
+            // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
             .reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY)
             .map_err(failed)?
             .into(),
@@ -116,6 +117,7 @@ fn copy_entry(
             mkdirat(into, name, Mode::RWXU).during(|| "make it".to_owned())?;
             let open = |dir: &OwnedFd| {
                 let flags = plain | OFlags::RDONLY | OFlags::DIRECTORY;
+                // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
                 openat(dir, name, flags, Mode::empty()).during(|| "open it".to_owned())
             };
             copy_directory(&open(from)?, &open(into)?, depth)
@@ -124,6 +126,7 @@ fn copy_entry(
             let mut source = regular_file::open_at(from, name, OFlags::RDONLY, false)
                 .map_err(|unfit| Error::invalid(unfit.to_string()))?;
             let flags = plain | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+            // Ours: O_EXCL opens only a file that this call makes.
             let target = openat(into, name, flags, private).during(|| "make it".to_owned())?;
             let mut target = File::from(target);
             io::copy(&mut source, &mut target).during(|| "copy it".to_owned())?;

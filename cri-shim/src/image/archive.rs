@@ -272,6 +272,7 @@ fn decompressed(file: &File, scratch: &Path, most: u64) -> Result<File, ImageErr
         ImageError::new(kind, format!("{what} {}: {error}", scratch.display()))
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    // Ours: O_TMPFILE makes a new file.
     let into = rustix::fs::openat(CWD, scratch, flags, Mode::from_raw_mode(0o600))
         .map_err(|error| here("make a file in", error.into()))?;
     let mut into = File::from(into);

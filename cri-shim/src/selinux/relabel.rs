@@ -57,6 +57,7 @@ pub fn relabel(path: &Path, label: &Label) -> Result<()> {
             path.display()
         )
     };
+    // O_PATH calls no driver.
     let open = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(what)?;
     let by_descriptor = of_descriptor(&open);
     let real = std::fs::read_link(&by_descriptor).during(what)?;
@@ -74,6 +75,7 @@ pub fn relabel(path: &Path, label: &Label) -> Result<()> {
     let stat = rustix::fs::fstat(&open).during(what)?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
         let dir = openat(CWD, &by_descriptor, flags, Mode::empty()).during(what)?;
         entries(&dir, text.as_bytes(), DEPTH).during(what)?;
     }
@@ -107,6 +109,7 @@ fn entries(dir: &OwnedFd, label: &[u8], depth: usize) -> Result<()> {
                 | OFlags::NOFOLLOW
                 | OFlags::NONBLOCK
                 | OFlags::CLOEXEC;
+            // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
             match openat(dir, name, flags, Mode::empty()) {
                 Ok(below) => {
                     let Some(depth) = depth.checked_sub(1) else {
