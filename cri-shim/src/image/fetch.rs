@@ -24,7 +24,7 @@ use super::slots::{Slot, Slots};
 use super::source::Source;
 use super::turns::{InTurns, Turn, Turns};
 use crate::layer::{self, Bounds, LayerError, Promise, Stacked, Unpacked};
-use crate::slow::slow;
+use crate::slow::{blocking, slow};
 
 /// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
 const QUEUE: usize = 8;
@@ -91,8 +91,9 @@ pub async fn fetch(
     fetched.map_err(|error| error.context(what))
 }
 
-async fn place(queues: &Queues, digest: &str) -> Option<OwnedSemaphorePermit> {
-    let what = format!("layer {digest}: unpack other layers first");
+/// `what` is for the log: "layer sha256:…".
+async fn place(queues: &Queues, what: &str) -> Option<OwnedSemaphorePermit> {
+    let what = format!("{what}: unpack other layers first");
     // Nobody closes the semaphore.
     slow(what, Arc::clone(&queues.places).acquire_owned())
         .await
@@ -107,8 +108,9 @@ async fn extract(
 ) -> Result<Layer, ImageError> {
     let Promise { digest, size, .. } = wanted.promise.clone();
     let reader = archive.blob(&digest)?;
-    let _place = place(queues, &digest).await;
-    let turn = Turn::new(&queues.turns, format!("layer {digest}"));
+    let what = format!("layer {digest}");
+    let _place = place(queues, &what).await;
+    let turn = Turn::new(&queues.turns, what);
     let unpacked = on_a_thread(wanted.number, move || {
         receive(InTurns { reader, turn }, &wanted)
     })?;
@@ -180,11 +182,12 @@ async fn attempt(
     if let Some(host) = source.first_host() {
         slot.at(&host).await;
     }
-    let _place = place(queues, &promise.digest).await;
+    let what = format!("layer {}", promise.digest);
+    let _place = place(queues, &what).await;
     let (to_thread, chunks) = mpsc::channel(QUEUE);
     let (tell, told) = oneshot::channel();
     let for_thread = wanted.clone();
-    let turn = Turn::new(&queues.turns, format!("layer {}", promise.digest));
+    let turn = Turn::new(&queues.turns, what);
     let gave_way = slot.whether_it_gave_way();
     let unpacked = on_a_thread(wanted.number, move || {
         let Promise { digest, size, .. } = &for_thread.promise;
@@ -261,8 +264,18 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
 }
 
 /// Makes the layer that sets the owner and mode of an image's directories, if the image needs one.
-/// It goes on top of `stack`, which is listed uppermost first. Blocks.
-pub fn make_looks(root: &Path, number: u64, stack: &[Layer]) -> Result<Option<Placed>, ImageError> {
+/// It goes on top of `stack`, which is listed uppermost first. `pull` is for the log.
+///
+/// An image may make this as much work as a large layer, and each layer of the image costs several
+/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its place
+/// until it ends, and it ends soon after the pull has been abandoned.
+pub async fn make_looks(
+    queues: &Queues,
+    root: &Path,
+    number: u64,
+    stack: &[Layer],
+    pull: &str,
+) -> Result<Option<Placed>, ImageError> {
     let layers: Vec<Stacked> = stack
         .iter()
         .map(|layer| Stacked {
@@ -270,15 +283,33 @@ pub fn make_looks(root: &Path, number: u64, stack: &[Layer]) -> Result<Option<Pl
             unlisted: layer.unlisted,
         })
         .collect();
-    let made = make(root, number, |into| {
-        let inodes = layer::looks(&layers, into)?;
-        Ok((inodes > 0).then(|| Unpacked {
-            bytes: inodes.saturating_mul(4096),
-            inodes,
-            ..Unpacked::default()
-        }))
-    });
+    let root = root.to_owned();
     let what = "set the owner and mode of directories that its layers do not list";
+    let whole = format!("pull {pull}: {what}");
+    let place = place(queues, &whole).await;
+    let mut turn = Turn::new(&queues.turns, whole.clone());
+    let waits = Arc::new(());
+    let waiter = Arc::downgrade(&waits);
+    let made = blocking(whole, move || {
+        let _place = place;
+        let go_on = || {
+            turn.take();
+            match waiter.strong_count() {
+                0 => Err(LayerError::Stream(io::Error::other("nobody waits for it"))),
+                _ => Ok(()),
+            }
+        };
+        make(&root, number, |into| {
+            let inodes = layer::looks(&layers, into, go_on)?;
+            Ok((inodes > 0).then(|| Unpacked {
+                bytes: inodes.saturating_mul(4096),
+                inodes,
+                ..Unpacked::default()
+            }))
+        })
+    });
+    let made = made.await;
+    drop(waits);
     made.map_err(|error| ImageError::from(error).context(what))
 }
 

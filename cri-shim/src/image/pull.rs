@@ -419,21 +419,19 @@ async fn bring_layers(
             return Ok(unpacked);
         }
     }
-    let root = inner.root.clone();
-    let number = (!known).then(|| inner.next_layer.fetch_add(1, Ordering::Relaxed));
-    let what = format!("pull {told}: write its layers to the disk");
-    let settled = blocking(what, move || {
-        let placed = match number {
-            Some(number) => fetch::make_looks(&root, number, &stack)?,
-            None => None,
-        };
-        // The store may name only layers that are on the disk.
-        if !recorded || placed.is_some() {
-            layer::sync(&root)?;
-        }
-        Ok::<_, ImageError>(placed)
-    });
-    if let Some(placed) = settled.await? {
+    let placed = if known {
+        None
+    } else {
+        let number = inner.next_layer.fetch_add(1, Ordering::Relaxed);
+        fetch::make_looks(&inner.queues, &inner.root, number, &stack, told).await?
+    };
+    // The store may name only layers that are on the disk.
+    if !recorded || placed.is_some() {
+        let root = inner.root.clone();
+        let what = format!("pull {told}: write its layers to the disk");
+        blocking(what, move || layer::sync(&root)).await?;
+    }
+    if let Some(placed) = placed {
         let mut catalog = lock(&inner.catalog);
         // If another pull has added the layer meanwhile, dropping `placed` removes ours.
         if catalog.layer(&looks).is_none() {

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -45,21 +46,28 @@ pub struct Stacked {
 
 /// Makes the directory `into`, which is the layer on top of `layers`. Those are listed uppermost
 /// first, without the ones that another layer hides as a whole. Returns the number of directories
-/// in the new layer. 0: the image needs no such layer, and `into` was not made. Blocks.
-pub fn looks(layers: &[Stacked], into: &Path) -> Result<u64, LayerError> {
+/// in the new layer. 0: the image needs no such layer, and `into` was not made. Calls `go_on` before
+/// each step; an error of `go_on` ends the work. Blocks.
+pub fn looks(
+    layers: &[Stacked],
+    into: &Path,
+    go_on: impl FnMut() -> Result<(), LayerError>,
+) -> Result<u64, LayerError> {
     let roots = layers
         .iter()
         .map(|layer| {
-            rustix::fs::openat(CWD, &layer.path, OPEN, Mode::empty()).map_err(|e| {
+            let root = rustix::fs::openat(CWD, &layer.path, OPEN, Mode::empty()).map_err(|e| {
                 let path = layer.path.as_os_str().as_encoded_bytes();
                 LayerError::system("open the layer", path, e)
-            })
+            })?;
+            Ok::<_, LayerError>(Rc::new(root))
         })
         .collect::<Result<Vec<_>, _>>()?;
     let mut walk = Walk {
         layers,
         roots,
         into,
+        go_on,
         made: false,
         count: 0,
         lookups: 0,
@@ -81,17 +89,18 @@ pub fn looks(layers: &[Stacked], into: &Path) -> Result<u64, LayerError> {
 /// A directory of the image in one of its layers.
 struct Part {
     layer: usize,
-    directory: OwnedFd,
+    directory: Rc<OwnedFd>,
     /// The archive lists it, and so gives it its looks.
     listed: bool,
     /// It hides the contents of the directory below it, but its looks may come from there.
     opaque: bool,
 }
 
-struct Walk<'a> {
+struct Walk<'a, G> {
     layers: &'a [Stacked],
-    roots: Vec<OwnedFd>,
+    roots: Vec<Rc<OwnedFd>>,
     into: &'a Path,
+    go_on: G,
     made: bool,
     count: u64,
     lookups: u64,
@@ -111,13 +120,12 @@ fn source(parts: &[Part]) -> Option<&Part> {
     parts.iter().find(|part| part.listed).or(parts.first())
 }
 
-impl Walk<'_> {
+impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     fn root_parts(&self) -> Result<Vec<Part>, LayerError> {
-        let part = |(layer, root): (usize, &OwnedFd)| {
+        let part = |(layer, root): (usize, &Rc<OwnedFd>)| {
             Ok(Part {
                 layer,
-                directory: rustix::io::fcntl_dupfd_cloexec(root, 0)
-                    .map_err(|e| failed("open", b"", e))?,
+                directory: Rc::clone(root),
                 listed: !is_unlisted(root).map_err(|e| failed("look at", b"", e))?,
                 opaque: false,
             })
@@ -127,6 +135,7 @@ impl Walk<'_> {
 
     /// The directory `name` in each of `parents` that has it, above the first that hides the rest.
     fn parts(&mut self, parents: &[Part], name: &[u8]) -> Result<Vec<Part>, LayerError> {
+        (self.go_on)()?;
         self.lookups += parents.len() as u64;
         if self.lookups > LOOKUPS {
             return Err(LayerError::Bound(format!(
@@ -148,7 +157,7 @@ impl Walk<'_> {
                 layer: parent.layer,
                 listed: !marked,
                 opaque: is_opaque(&directory),
-                directory,
+                directory: Rc::new(directory),
             });
         }
         Ok(parts)
