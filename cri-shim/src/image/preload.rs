@@ -140,7 +140,16 @@ async fn import(
     } in images
     {
         let told = path.display().to_string();
-        let image = pull::bring(inner, &origin, found, &names, digest.as_deref(), &told).await?;
+        let image = pull::bring(
+            inner,
+            &origin,
+            found,
+            &names,
+            digest.as_deref(),
+            &told,
+            None,
+        )
+        .await?;
         let names: Vec<String> = names.iter().map(Name::canonical).collect();
         log::info!(
             "preload {told}: image {} as {}",

@@ -123,7 +123,7 @@ async fn run(inner: Arc<Inner>, key: Key, callers: Arc<watch::Sender<usize>>) ->
     let begun = Instant::now();
     log::info!("pull {reference}: begun");
     let pulled = tokio::select! {
-        pulled = pull(&inner, &key) => Some(pulled),
+        pulled = pull(&inner, &key, &callers) => Some(pulled),
         () = abandoned(&inner, &key, &callers) => None,
     };
     let result = match pulled {
@@ -190,7 +190,11 @@ async fn clear(inner: &Arc<Inner>) -> ImageError {
     inner.let_go_of_fetches().await.err().unwrap_or(why)
 }
 
-async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
+async fn pull(
+    inner: &Arc<Inner>,
+    (name, auth): &Key,
+    callers: &Arc<watch::Sender<usize>>,
+) -> Pulled {
     let reference = name.canonical();
     let origin = {
         let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
@@ -236,7 +240,16 @@ async fn pull(inner: &Arc<Inner>, (name, auth): &Key) -> Pulled {
     let configuration = patiently(&reference, "its configuration", bytes).await?;
     let found = Found::of_manifest(&document, manifest_size as u64, configuration)?;
     let names = std::slice::from_ref(name);
-    bring(inner, &origin, found, names, Some(&digest), &reference).await
+    let published = bring(
+        inner,
+        &origin,
+        found,
+        names,
+        Some(&digest),
+        &reference,
+        Some(callers),
+    );
+    published.await
 }
 
 /// An image of which all is known but its layers are yet to come.
@@ -327,7 +340,8 @@ impl Inner {
 }
 
 /// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
-/// the digest of its manifest. `told` is what the log calls it.
+/// the digest of its manifest. `told` is what the log calls it. `callers` counts who waits for it, if
+/// it can be abandoned.
 pub async fn bring(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
@@ -335,6 +349,7 @@ pub async fn bring(
     names: &[Name],
     digest: Option<&str>,
     told: &str,
+    callers: Option<&Arc<watch::Sender<usize>>>,
 ) -> Pulled {
     let Found {
         mut image,
@@ -352,6 +367,9 @@ pub async fn bring(
         match bring_layers(inner, origin, pull, &promises, &keys, looks, told).await {
             Ok(unpacked) => {
                 image.unpacked = unpacked;
+                // The pull counts as its own caller, so that nobody can abandon it while the store
+                // writes: the image would be known although the pull has failed.
+                let _caller = callers.map(Caller::new);
                 publish(inner, image, names, digest, &configuration).await
             }
             Err(error) => Err(error),
