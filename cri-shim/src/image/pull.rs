@@ -532,16 +532,13 @@ fn begin(
             progress.fetch_add(bytes, Ordering::Relaxed);
         })
         .await;
-        match (inner.upgrade(), result) {
-            (Some(inner), result) => {
-                let result = result.map(|layer| lock(&inner.catalog).add_layer(&key, layer));
-                lock(&inner.fetches).remove(&key);
-                result
-            }
-            (None, result) => {
-                fetch::remove(&placed);
-                result.map(drop)
-            }
+        if let Some(inner) = inner.upgrade() {
+            let result = result.map(|layer| lock(&inner.catalog).add_layer(&key, layer));
+            lock(&inner.fetches).remove(&key);
+            result
+        } else {
+            fetch::remove(&placed);
+            result.map(drop)
         }
     }
     .boxed()

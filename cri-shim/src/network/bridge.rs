@@ -286,12 +286,14 @@ impl Bridge {
             let ours = link.kind.as_deref() == Some("veth")
                 && is_host_interface(&link.name)
                 && (on_bridge || alias.starts_with(&self.alias("")));
-            match keep.contains(&link.name) {
-                _ if !ours => {}
-                // An earlier version of rrun may have made it.
-                true => forwarding::refuse_routers(&link.name)
-                    .unwrap_or_else(|error| log::error!("{error}")),
-                false => link::delete(&mut socket, &link.name)?,
+            if !ours {
+                continue;
+            }
+            if !keep.contains(&link.name) {
+                link::delete(&mut socket, &link.name)?;
+            } else if let Err(error) = forwarding::refuse_routers(&link.name) {
+                // The interface may be an earlier version's, so this can be its first refusal.
+                log::error!("{error}");
             }
         }
         Ok(())
