@@ -126,7 +126,7 @@ impl Bridge {
         };
         let standing = self.whole(pods)?;
         let mut socket = Socket::route()?;
-        let standing = self.with_mtu_of_uplink(&mut socket, standing)?;
+        let standing = self.with_mtu_of_uplink(&mut socket, standing, pods)?;
         match self.make_pair(standing, &mut socket, pod, mac, &connected) {
             // Nothing tells that somebody deleted the bridge, but that it is not there.
             Err(_) if self.is_gone(&mut socket, standing) => {
@@ -333,10 +333,15 @@ impl Bridge {
         &self,
         socket: &mut Socket,
         standing: Standing,
+        pods: Pods,
     ) -> Result<Standing, NetworkError> {
         let mtu = self.mtu(socket, Some(standing.index))?;
         if mtu == standing.mtu {
             return Ok(standing);
+        }
+        if standing.mtu < IPV6_MIN_MTU && mtu >= IPV6_MIN_MTU {
+            // The bridge gets IPv6 again, but the kernel has forgotten its IPv6 addresses and routes.
+            return self.repair_standing(&mut self.standing(), false, pods);
         }
         self.set_mtu(socket, standing.index, standing.mtu, mtu)?;
         if let Some(known) = self.standing().as_mut() {
