@@ -143,6 +143,7 @@ async fn download(
     let mut anew = false;
     loop {
         slot.again();
+        let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
         let progress = |bytes: u64| {
             let now = at.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -156,6 +157,9 @@ async fn download(
             Err(failure) => failure,
         };
         if slot.gave_way() && error.kind() == Kind::Unavailable {
+            if farthest.load(Ordering::Relaxed) == before {
+                slot.came_no_farther();
+            }
             log::info!("layer {}: {error}; it goes on later", promise.digest);
             continue;
         }

@@ -4,9 +4,12 @@
 //! could hold up the pulls from all others. A fetch that receives almost nothing gives its slot up
 //! as soon as another pull waits for it, and so does a fetch that has had its slot for long. The
 //! bytes that have arrived are kept, and the fetch goes on from there in its next turn.
+//!
+//! That does not help a small layer, of which no bytes are kept, nor a layer of a registry that
+//! sends each blob only from its beginning. Such a fetch gets longer turns until it comes farther.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +23,9 @@ const TURN: Duration = Duration::from_secs(60);
 /// The same for a fetch that is fast, or that already has many bytes. The next turn unpacks those
 /// bytes again, and that must not become most of the work.
 const LONG_TURN: Duration = Duration::from_secs(600);
+
+/// The longest turn of a fetch whose turns are made longer. Others wait for as long.
+const LONGEST_TURN: Duration = Duration::from_secs(3600);
 
 /// The rate of a fast fetch, in bytes a second.
 const FAST: u64 = 1 << 20;
@@ -70,6 +76,8 @@ struct Waiter {
 struct Gauge {
     before: AtomicU64,
     now: AtomicU64,
+    /// How often a turn was over before the fetch came farther than in earlier turns.
+    in_vain: AtomicU32,
 }
 
 impl Holder {
@@ -85,7 +93,8 @@ impl Holder {
             true => LONG_TURN,
             false => TURN,
         };
-        now.duration_since(self.since) >= turn
+        let longer = 2u32.saturating_pow(self.gauge.in_vain.load(Ordering::Relaxed));
+        now.duration_since(self.since) >= turn.saturating_mul(longer).min(LONGEST_TURN)
     }
 }
 
@@ -110,6 +119,7 @@ impl Slots {
             what,
             gauge: Arc::default(),
             gave_way: Arc::default(),
+            turn_was_over: AtomicBool::new(false),
             moves: AtomicU64::new(0),
         }
     }
@@ -190,6 +200,8 @@ pub struct Slot {
     what: String,
     gauge: Arc<Gauge>,
     gave_way: Arc<AtomicBool>,
+    /// It gave way because its turn was over.
+    turn_was_over: AtomicBool,
     moves: AtomicU64,
 }
 
@@ -298,6 +310,7 @@ impl Slot {
             return false;
         }
         self.gave_way.store(true, Ordering::Relaxed);
+        self.turn_was_over.store(!still, Ordering::Relaxed);
         state.holders.retain(|holder| holder.id != self.id);
         self.slots.grant(&mut state);
         true
@@ -316,6 +329,15 @@ impl Slot {
     /// The next turn begins.
     pub fn again(&self) {
         self.gave_way.store(false, Ordering::Relaxed);
+        self.turn_was_over.store(false, Ordering::Relaxed);
+    }
+
+    /// Notes that the last turn brought only bytes that earlier turns had brought as well. If it
+    /// was not long enough, the next one is twice as long. A fetch that stood still gains nothing.
+    pub fn came_no_farther(&self) {
+        if self.turn_was_over.load(Ordering::Relaxed) {
+            self.gauge.in_vain.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -437,5 +459,51 @@ mod tests {
         slow.begins_at(MUCH);
         assert!(!must(&slow, TURN), "there is much to unpack anew");
         assert!(must(&slow, LONG_TURN));
+    }
+
+    /// Whether the slot must leave, for another pull, after it has been held for this long.
+    fn must_leave_after(slot: &Slot, held: Duration) -> bool {
+        let mut state = lock(&slot.slots.state);
+        for holder in state.holders.iter_mut().filter(|h| h.id == slot.id) {
+            holder.since = Instant::now().checked_sub(held).unwrap_or(holder.since);
+        }
+        drop(state);
+        slot.gives_way(false)
+    }
+
+    #[tokio::test]
+    async fn turns_without_progress_become_longer_until_the_layer_comes_farther() {
+        let slots = Slots::new(1, 1);
+        let small = slot(&slots, 1);
+        let second = Duration::from_secs(1);
+        let mut turn = TURN;
+        for _ in 0..8 {
+            small.again();
+            assert!(enters(&small, "a"));
+            let other = slot(&slots, 2);
+            let mut waits = Box::pin(other.at("a"));
+            assert!((&mut waits).now_or_never().is_none());
+            assert!(!must_leave_after(&small, turn - second), "{turn:?}");
+            assert!(must_leave_after(&small, turn), "{turn:?}");
+            small.came_no_farther();
+            turn = (turn * 2).min(LONGEST_TURN);
+        }
+        assert_eq!(turn, LONGEST_TURN);
+    }
+
+    #[tokio::test]
+    async fn a_fetch_that_stands_still_gets_no_longer_turns() {
+        let slots = Slots::new(1, 1);
+        let still = slot(&slots, 1);
+        for _ in 0..3 {
+            still.again();
+            assert!(enters(&still, "a"));
+            let other = slot(&slots, 2);
+            let mut waits = Box::pin(other.at("a"));
+            assert!((&mut waits).now_or_never().is_none());
+            assert!(still.gives_way(true));
+            still.came_no_farther();
+        }
+        assert_eq!(still.gauge.in_vain.load(Ordering::Relaxed), 0);
     }
 }
