@@ -311,6 +311,8 @@ impl Slot {
         }
         self.gave_way.store(true, Ordering::Relaxed);
         self.turn_was_over.store(!still, Ordering::Relaxed);
+        // It has fetched for a while, so hosts that redirect to each other cannot repeat this fast.
+        self.moves.store(0, Ordering::Relaxed);
         state.holders.retain(|holder| holder.id != self.id);
         self.slots.grant(&mut state);
         true
@@ -505,5 +507,25 @@ mod tests {
             still.came_no_farther();
         }
         assert_eq!(still.gauge.in_vain.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn each_turn_may_queue_again_for_another_host() {
+        let slots = Slots::new(2, 1);
+        let (first, second) = (slot(&slots, 1), slot(&slots, 2));
+        assert!(enters(&first, "a"));
+        for _ in 0..MOVES {
+            assert!(enters(&second, "b"));
+            assert!(!second.moves_to("a"));
+        }
+        assert!(enters(&second, "b"));
+        let other = slot(&slots, 3);
+        let mut waits = Box::pin(other.at("b"));
+        assert!((&mut waits).now_or_never().is_none());
+        assert!(second.gives_way(true));
+        drop(waits);
+        drop(other);
+        assert!(enters(&second, "b"));
+        assert!(!second.moves_to("a"), "a second one from the same host");
     }
 }
