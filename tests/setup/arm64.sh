@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Debian root with a Rust that has the standard library of both architectures, and a C
 # cross-compiler for what dependencies compile: for checking on x86-64 that everything compiles for
-# arm64, where rustup can not fetch it. Prints its directory. Takes about 2 minutes.
+# arm64, where rustup can not fetch it. Prints its directory. Takes about a minute.
 #
 #   tests/setup/arm64.sh
 set -euo pipefail

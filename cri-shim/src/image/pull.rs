@@ -340,7 +340,7 @@ impl Inner {
 }
 
 /// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
-/// the digest of its manifest. `told` is what the log calls it. `callers` counts who waits for it, if
+/// the digest of its manifest. `told` is its name in the log. `callers` counts the calls that wait, if
 /// it can be abandoned.
 pub async fn bring(
     inner: &Arc<Inner>,

@@ -509,7 +509,7 @@ pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, Ne
         .collect())
 }
 
-/// Deletes a route that leads out of the link `index`. A missing route is no error.
+/// Deletes a route that leads out of the link `index`. Succeeds if the route is missing.
 pub(super) fn delete_route(
     socket: &mut Socket,
     index: u32,

@@ -14,7 +14,8 @@ use crate::error::{Context, Error, Result};
 use crate::refuse;
 use crate::state::{OCI_VERSION, Shown};
 
-/// What the link of a listener in /proc/self/fd contains. No path begins like this.
+/// The target of a listener's link in /proc/self/fd. The target of a file's link begins with `/`, so
+/// no file can pass for a listener.
 const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
 /// Where the agent listens, and what it is told.
