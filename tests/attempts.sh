@@ -5,6 +5,8 @@
 #
 #   attempt NAME CMD…     runs the check; status 77 means skipped, and the last line of the output is
 #                         the reason
+#   count_results FILE    prints how many tests passed, failed and were ignored, by the result lines in
+#                         a file
 #   attempts_result       prints the result line, and fails if a check failed
 
 passed=0 failed=0 ignored=0
@@ -35,4 +37,15 @@ attempts_result() {
     [[ $failed -eq 0 ]] || result=FAILED
     printf '\ntest result: %s. %d passed; %d failed; %d ignored\n' "$result" "$passed" "$failed" "$ignored"
     [[ $failed -eq 0 ]]
+}
+
+count_results() {
+    awk '/^test result: / {
+        for (i = 2; i <= NF; i++) {
+            if ($i == "passed;") passed += $(i - 1)
+            if ($i == "failed;") failed += $(i - 1)
+            if ($i ~ /^ignored;?$/) ignored += $(i - 1)
+        }
+    }
+    END { print passed + 0, failed + 0, ignored + 0 }' "$1"
 }
