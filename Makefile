@@ -30,11 +30,11 @@ define build_rrun
 endef
 
 build: ## optimised static binaries, quick after a change: rrun, rrun-cri, rrun-monitor
-	$(CARGO) build --locked --release -p rrun-cri
+	$(CARGO) build --locked --release -p rrun-cri -p rrun-monitor
 	$(call build_rrun,$(RELEASE))
 
 dist: ## the binaries to install, optimised over all crates: a fifth smaller; takes minutes
-	$(CARGO) build --locked --profile dist -p rrun-cri
+	$(CARGO) build --locked --profile dist -p rrun-cri -p rrun-monitor
 	$(call build_rrun,$(DIST))
 
 debug: ## all programs and the end-to-end tests, unoptimised, for tests/native/run and tests/vm/run

@@ -14,7 +14,7 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 cd "$HERE/../.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-key=$(cache_key "$(rustc -vV)" "$(cat Cargo.lock Cargo.toml ./*/Cargo.toml .cargo/config.toml)")
+key=$(cache_key "$(rustc -vV)" "$(cat Cargo.lock Cargo.toml ./*/Cargo.toml ./*/*/Cargo.toml .cargo/config.toml)")
 
 # Removes the workspace's own crates, because cargo identifies those by their directory.
 save() {

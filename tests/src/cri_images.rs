@@ -17,10 +17,10 @@ use crate::{ensure, ensure_eq, test};
 
 // Images made by hand and a registry that misbehaves are those of the library's tests.
 #[allow(dead_code, reason = "what only the library's tests want of it")]
-#[path = "../../cri-shim/tests/images/build.rs"]
+#[path = "../../cri-shim/images/tests/images/build.rs"]
 pub mod build;
 #[allow(dead_code, reason = "what only the library's tests want of it")]
-#[path = "../../cri-shim/tests/images/server.rs"]
+#[path = "../../cri-shim/images/tests/images/server.rs"]
 pub mod server;
 
 pub const TESTS: &[Test] = &[

@@ -1,0 +1,357 @@
+//! One hosts.toml: what its keys mean, and in which line there is something else.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::position;
+
+/// What may stand at the top of the file and in each `[host]`.
+const KEYS: &str = "capabilities, ca, client, skip_verify, header, override_path, dial_timeout";
+
+/// The longest `dial_timeout`.
+const DIAL_MOST: Duration = Duration::from_secs(3600);
+
+/// How to speak to one host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// `None` or empty: all.
+    pub capabilities: Option<Vec<String>>,
+    pub skip_verify: bool,
+    pub ca: Vec<PathBuf>,
+    /// A certificate and its key, which may be in the same file.
+    pub client: Vec<(PathBuf, Option<PathBuf>)>,
+    pub headers: Vec<(String, String)>,
+    pub override_path: bool,
+    pub dial_timeout: Option<Duration>,
+}
+
+/// An address with its settings, and where it stands.
+pub struct Host {
+    pub url: String,
+    pub line: usize,
+    pub settings: Settings,
+}
+
+#[derive(Default)]
+pub struct File {
+    /// In the order of the file.
+    pub hosts: Vec<Host>,
+    /// `server`, if the file has it.
+    pub server: Option<(String, usize)>,
+    /// The settings at the top, which are the server's.
+    pub of_server: Settings,
+    /// A sentence for each key that nobody knows. containerd ignores them, and so do we, aloud.
+    pub unknown: Vec<String>,
+}
+
+/// `line N, KEY: WHY`.
+fn at(line: usize, key: &str, why: &str) -> String {
+    format!("line {line}, {key}: {why}")
+}
+
+/// Reads `text`, the content of `path`; relative paths in it stand beside that.
+pub fn parse(path: &Path, text: &str) -> Result<File, String> {
+    let table = DeTable::parse(text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let (line, key) = position::of(text, start);
+        at(line, &key, error.message())
+    })?;
+    let mut file = File::default();
+    for (key, value) in table.get_ref() {
+        let line = position::line(text, key.span().start);
+        match (key.get_ref().as_ref(), value.get_ref()) {
+            ("server", DeValue::String(url)) => {
+                file.server = Some((url.clone().into_owned(), line));
+            }
+            ("server", _) => return Err(at(line, "server", "is no text")),
+            ("host", DeValue::Table(hosts)) => {
+                for (url, value) in hosts {
+                    let line = position::line(text, url.span().start);
+                    let url = url.get_ref();
+                    let DeValue::Table(table) = value.get_ref() else {
+                        let why = "is no table: it is to be [host.\"https://…\"]";
+                        return Err(at(line, &format!("host.{url}"), why));
+                    };
+                    let mut settings = Settings::default();
+                    for (key, value) in table {
+                        settings.take(path, text, key, value, &mut file.unknown)?;
+                    }
+                    file.hosts.push(Host {
+                        url: url.clone().into_owned(),
+                        line,
+                        settings,
+                    });
+                }
+            }
+            ("host", _) => {
+                return Err(at(
+                    line,
+                    "host",
+                    "is no table: it is to be [host.\"https://…\"]",
+                ));
+            }
+            _ => {
+                file.of_server
+                    .take(path, text, key, value, &mut file.unknown)?;
+            }
+        }
+    }
+    Ok(file)
+}
+
+impl Settings {
+    fn take(
+        &mut self,
+        path: &Path,
+        text: &str,
+        key: &Spanned<std::borrow::Cow<'_, str>>,
+        value: &Spanned<DeValue<'_>>,
+        unknown: &mut Vec<String>,
+    ) -> Result<(), String> {
+        let line = position::line(text, key.span().start);
+        let key = key.get_ref().as_ref();
+        let refuse = |why: &str| at(line, key, why);
+        let value = value.get_ref();
+        match key {
+            "capabilities" => {
+                let all = texts(value).filter(|_| matches!(value, DeValue::Array(_)));
+                let all = all.ok_or_else(|| refuse("is no list of texts"))?;
+                let all: Vec<String> = all.iter().map(|one| one.to_lowercase()).collect();
+                for one in &all {
+                    if !matches!(one.as_str(), "pull" | "resolve" | "push") {
+                        let why = format!(
+                            "{one:?} is unknown; there are \"pull\", \"resolve\" and \"push\""
+                        );
+                        return Err(refuse(&why));
+                    }
+                }
+                self.capabilities = Some(all);
+            }
+            "skip_verify" | "override_path" => {
+                let DeValue::Boolean(value) = value else {
+                    return Err(refuse("is neither true nor false"));
+                };
+                match key {
+                    "skip_verify" => self.skip_verify = *value,
+                    _ => self.override_path = *value,
+                }
+            }
+            "ca" => {
+                let paths = texts(value).ok_or_else(|| refuse("is no path or list of paths"))?;
+                self.ca = paths.iter().map(|ca| beside(path, ca)).collect();
+            }
+            "client" => {
+                self.client = clients(value, path).ok_or_else(|| {
+                    refuse("is no path, list of paths or list of [certificate, key]")
+                })?;
+            }
+            "header" => {
+                self.headers = headers(value)
+                    .ok_or_else(|| refuse("is no table of texts or lists of texts"))?;
+            }
+            "dial_timeout" => {
+                let DeValue::String(text) = value else {
+                    return Err(refuse("is no text like \"5s\""));
+                };
+                self.dial_timeout = duration(text).map_err(|why| refuse(&why))?;
+            }
+            _ => unknown.push(at(
+                line,
+                key,
+                &format!("nobody knows this key, it is ignored; there are {KEYS}, and at the top server and host"),
+            )),
+        }
+        Ok(())
+    }
+}
+
+/// A path beside the file, or an absolute one.
+fn beside(file: &Path, path: &str) -> PathBuf {
+    file.parent().unwrap_or(file).join(path)
+}
+
+fn text(value: &DeValue) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.clone().into_owned()),
+        _ => None,
+    }
+}
+
+/// A text or a list of them.
+fn texts(value: &DeValue) -> Option<Vec<String>> {
+    match value {
+        DeValue::Array(list) => list.iter().map(|one| text(one.get_ref())).collect(),
+        one => Some(vec![text(one)?]),
+    }
+}
+
+fn clients(value: &DeValue, file: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)>> {
+    let one = |value: &DeValue| {
+        let pair = texts(value)?;
+        match pair.as_slice() {
+            [certificate] => Some((beside(file, certificate), None)),
+            [certificate, key] => {
+                let key = (!key.is_empty()).then(|| beside(file, key));
+                Some((beside(file, certificate), key))
+            }
+            _ => None,
+        }
+    };
+    match value {
+        DeValue::Array(list) => list.iter().map(|value| one(value.get_ref())).collect(),
+        other => Some(vec![one(other)?]),
+    }
+}
+
+fn headers(value: &DeValue) -> Option<Vec<(String, String)>> {
+    let DeValue::Table(table) = value else {
+        return None;
+    };
+    let mut headers = Vec::new();
+    for (name, value) in table {
+        for text in texts(value.get_ref())? {
+            headers.push((name.get_ref().clone().into_owned(), text));
+        }
+    }
+    Some(headers)
+}
+
+/// A duration as Go's `time.ParseDuration` has it: `300ms`, `1m30s`, `1.5h`. `None` is 0, which
+/// asks for no bound of one's own.
+fn duration(text: &str) -> Result<Option<Duration>, String> {
+    let wrong = || format!("{text:?} is no duration like \"5s\", \"300ms\" or \"1m30s\"");
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Ok(None);
+    }
+    if rest.is_empty() {
+        return Err(wrong());
+    }
+    let mut seconds = 0.0;
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(wrong)?;
+        let (number, after) = rest.split_at(digits);
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        let end = after
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(after.len());
+        let (unit, after) = after.split_at(end);
+        seconds += number
+            * match unit {
+                "ns" => 1e-9,
+                "us" | "µs" | "μs" => 1e-6,
+                "ms" => 1e-3,
+                "s" => 1.0,
+                "m" => 60.0,
+                "h" => 3600.0,
+                _ => return Err(wrong()),
+            };
+        rest = after;
+    }
+    if seconds == 0.0 {
+        return Ok(None);
+    }
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if duration <= DIAL_MOST => Ok(Some(duration)),
+        _ => Err(format!("{text:?} is more than an hour")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_those_of_go() {
+        for (text, milliseconds) in [
+            ("5s", 5000),
+            ("300ms", 300),
+            ("1m30s", 90_000),
+            ("1.5s", 1500),
+            ("+2s", 2000),
+            ("1h", 3_600_000),
+        ] {
+            let expected = Ok(Some(Duration::from_millis(milliseconds)));
+            assert_eq!(duration(text), expected, "{text}");
+        }
+        for text in ["0", "0s"] {
+            assert_eq!(duration(text), Ok(None), "{text}");
+        }
+        for text in [
+            "",
+            "5",
+            "s",
+            "-1s",
+            "5 s",
+            "1d",
+            "1..5s",
+            "1e3s",
+            "9999999999h",
+            "2h",
+        ] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_told_with_its_line_and_changes_nothing() -> Result<(), String> {
+        let text = "server = \"https://r\"\nskip_verfy = true\n\n[host.\"https://m\"]\n  ca = \"a\"\n  \
+                    cleint = \"b\"\n[host.\"https://m\".header]\nanything = \"goes\"\n[hosts]\n";
+        let file = parse(Path::new("/c/x/hosts.toml"), text)?;
+        let begin: Vec<_> = file
+            .unknown
+            .iter()
+            .filter_map(|told| told.split(": ").next())
+            .collect();
+        assert_eq!(
+            begin,
+            ["line 2, skip_verfy", "line 6, cleint", "line 9, hosts"]
+        );
+        assert_eq!(file.of_server, Settings::default());
+        Ok(())
+    }
+
+    #[test]
+    fn a_mistake_is_told_with_its_line_and_key_in_any_table() {
+        for (text, told) in [
+            ("\nserver = 3", "line 2, server"),
+            ("host = 3", "line 1, host"),
+            (
+                "[host]\ncapabilities = [\"pull\"]",
+                "line 2, host.capabilities",
+            ),
+            (
+                "[host.\"https://x\"]\n\ncapabilities=[\"fly\"]",
+                "line 3, capabilities: \"fly\"",
+            ),
+            ("[host.\"https://x\"]\nca=1", "line 2, ca"),
+            (
+                "[host.\"https://x\"]\nskip_verify = \"no\"",
+                "line 2, skip_verify",
+            ),
+            (
+                "[host.\"https://x\"]\nclient=[[\"a\",\"b\",\"c\"]]",
+                "line 2, client",
+            ),
+            (
+                "[host.\"https://x\"]\ndial_timeout = 5",
+                "line 2, dial_timeout",
+            ),
+            ("dial_timeout = \"5\"", "line 1, dial_timeout"),
+            ("header = 1", "line 1, header"),
+            ("server =", "line 1, server"),
+            ("ca = \"a\"\nca = \"b\"", "line 2, ca"),
+        ] {
+            let error = parse(Path::new("/c/x/hosts.toml"), text).err();
+            assert!(
+                error.as_ref().is_some_and(|error| error.starts_with(told)),
+                "{text}: {error:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! `ROOT/preload/`: archives of images for nodes that reach no registry, imported at start and at
+//! SIGHUP.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::archive::{Archive, Saved};
+use super::error::{ImageError, Kind};
+use super::fetch::Origin;
+use super::reference::Name;
+use super::{Images, Inner, lock, pull};
+use rrun_store::{Change, Table};
+
+/// What is remembered of an archive, so that it need not be read again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Imported {
+    length: u64,
+    /// The last change of its content or attributes, in nanoseconds since 1970.
+    changed: i128,
+    inode: u64,
+    /// Each with the names that it got.
+    images: Vec<(String, Vec<String>)>,
+}
+
+impl Imported {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = std::fs::metadata(path)?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        Ok(Imported {
+            length: metadata.len(),
+            changed: i128::from(metadata.ctime()) * 1_000_000_000
+                + i128::from(metadata.ctime_nsec()),
+            inode: metadata.ino(),
+            images: Vec::new(),
+        })
+    }
+
+    fn is_of(&self, other: &Imported) -> bool {
+        (self.length, self.changed, self.inode) == (other.length, other.changed, other.inode)
+    }
+}
+
+impl Images {
+    /// Imports the archives in `ROOT/preload` whose images are not here yet. What can't be
+    /// imported is told in one line of the log, and stops nothing else. One call at a time: a
+    /// second one waits.
+    pub async fn preload(&self) {
+        let inner = &self.inner;
+        let _one = inner.preloading.lock().await;
+        let root = inner.root.clone();
+        let listed = tokio::task::spawn_blocking(move || archives(&root)).await;
+        let archives = match listed {
+            Ok(Ok(archives)) => archives,
+            Ok(Err(error)) => {
+                log::warn!("preload: {error}");
+                return;
+            }
+            Err(error) => {
+                log::error!("preload: {error}");
+                return;
+            }
+        };
+        if archives.is_empty() {
+            return;
+        }
+        let known = match inner.store.load::<Imported>(Table::PRELOADS) {
+            Ok(known) => known.into_iter().collect(),
+            Err(error) => {
+                log::error!("preload: {error}");
+                std::collections::HashMap::new()
+            }
+        };
+        for path in archives {
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            if let Err(error) = import(inner, &path, &name, known.get(&name)).await {
+                log::warn!("preload {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+/// The archives, in the order of their names.
+fn archives(root: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let dir = root.join("preload");
+    let entries = match std::fs::read_dir(&dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(|error| super::failed("read", &dir, &error))?,
+    };
+    let is_archive = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let endings = [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.zstd"];
+        endings.iter().any(|ending| name.ends_with(ending)) && !name.starts_with('.')
+    };
+    let mut archives: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(is_archive)
+        .collect();
+    archives.sort();
+    Ok(archives)
+}
+
+async fn import(
+    inner: &Arc<Inner>,
+    path: &Path,
+    name: &str,
+    known: Option<&Imported>,
+) -> Result<(), ImageError> {
+    let mut now = Imported::of(path)
+        .map_err(|error| ImageError::new(Kind::DataLoss, format!("it can't be read: {error}")))?;
+    if known.is_some_and(|known| known.is_of(&now) && is_here(inner, known)) {
+        log::debug!("preload {}: is here already", path.display());
+        return Ok(());
+    }
+    let (archive, scratch) = (path.to_owned(), inner.root.join("ingest"));
+    let most = inner.limits.layer_bytes;
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut archive = Archive::open(&archive, &scratch, most)?;
+        let images = archive.images()?;
+        Ok::<_, ImageError>((archive, images))
+    });
+    let (archive, images) = opened
+        .await
+        .map_err(|error| ImageError::new(Kind::Internal, format!("read it: {error}")))??;
+    let origin = Arc::new(Origin::Archive(archive));
+    for Saved {
+        names,
+        digest,
+        found,
+    } in images
+    {
+        let told = path.display().to_string();
+        let image = pull::bring(
+            inner,
+            &origin,
+            found,
+            &names,
+            digest.as_deref(),
+            &told,
+            None,
+        )
+        .await?;
+        let names: Vec<String> = names.iter().map(Name::canonical).collect();
+        log::info!(
+            "preload {told}: image {} as {}",
+            image.id,
+            if names.is_empty() {
+                "nothing, the archive has no name for it".to_owned()
+            } else {
+                names.join(", ")
+            }
+        );
+        now.images.push((image.id.clone(), names));
+    }
+    let change = Change::put(Table::PRELOADS, name, &now)?;
+    Ok(inner.store.commit(vec![change]).await?)
+}
+
+/// Whether every image of an archive is here under the names that it brought. A name that was
+/// moved to another image since then stays where it is.
+fn is_here(inner: &Inner, known: &Imported) -> bool {
+    let catalog = lock(&inner.catalog);
+    known.images.iter().all(|(id, names)| {
+        catalog.image(id).is_some() && names.iter().all(|name| catalog.find(name).is_some())
+    })
+}

@@ -1,0 +1,680 @@
+//! Registries that break off, lie, refuse, or are not there.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use rrun_images::{Auth, ImageError, Kind, Limits};
+use serde_json::json;
+
+use crate::build::{Archive, Compression, Failure, ITEM, Image, Item, digest, image};
+use crate::node::{Dir, Node, free_port, open};
+use crate::server::{Answer, Server};
+use crate::trial;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("a_blob_that_breaks_off_goes_on_where_it_broke", breaks_off),
+        trial("a_registry_without_ranges_begins_anew", no_ranges),
+        trial("a_blob_that_never_ends_well_fails_the_pull", never_whole),
+        trial(
+            "wrong_digests_fail_the_pull_and_leave_nothing",
+            wrong_digests,
+        ),
+        trial("refusals_have_their_kinds_and_sentences", refusals),
+        trial("a_dead_registry_is_unavailable", dead),
+        trial("a_busy_registry_is_asked_again", busy),
+        trial("documents_have_bounds", documents),
+        trial("bearer_tokens_are_fetched_and_bad_ones_refused", bearer),
+        trial("passwords_are_sent_when_asked_for_and_never_shown", basic),
+        trial("mirrors_are_asked_in_order", mirrors),
+        trial("a_shared_layer_is_fetched_once", shared),
+        trial("a_pull_goes_on_when_its_caller_has_gone", abandoned),
+        trial("other_credentials_are_another_pull", other_credentials),
+        trial("an_index_yields_the_image_of_this_machine", index),
+        trial("a_bomb_is_stopped_at_the_bound", bomb),
+        trial("a_directory_that_is_not_listed_looks_as_below", implied),
+        trial("a_head_that_drips_is_not_waited_for_long", dripping_head),
+        trial("layers_count_for_the_host_that_they_come_from", sent_on),
+        trial("killed_in_a_pull_nothing_is_left_after_the_restart", killed),
+        trial("a_large_blob_goes_on_after_a_restart", resumed),
+        trial("a_spoilt_beginning_is_fetched_again", spoilt),
+    ]
+}
+
+/// Something that does not compress, so that there is a middle to break off in.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        })
+        .collect()
+}
+
+fn noisy(name: &str, length: usize) -> (Vec<u8>, Compression) {
+    let archive = Archive::new().item(&Item {
+        path: name.as_bytes(),
+        content: &noise(length),
+        ..ITEM
+    });
+    (archive.end(), Compression::Gzip)
+}
+
+pub fn simple() -> Image {
+    image(&[noisy("a", 300_000), noisy("b", 200_000)], json!({}))
+}
+
+pub async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
+    let Err(error) = node.images.pull(reference, None).await else {
+        return Err("the pull should have failed".into());
+    };
+    node.becomes_clean().await?;
+    assert!(node.images.list().is_empty());
+    assert!(error.to_string().contains(reference), "{error}");
+    Ok(error)
+}
+
+async fn breaks_off() -> Result<(), Failure> {
+    let built = simple();
+    let layer = built.layers[0].clone();
+    let whole = built.blobs[0].clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        if !request.path.ends_with(&layer) || request.range.unwrap_or(0) > 200_000 {
+            return None;
+        }
+        let mut answer = Answer::new(200, whole.clone()).ranged(request);
+        answer.cut = Some(90_000);
+        Some(answer)
+    })?;
+    let node = Node::new()?;
+    let reference = format!("{}/app:1", server.host());
+    node.images.pull(&reference, None).await?;
+    let ranges: Vec<_> = server.seen().into_iter().filter_map(|r| r.range).collect();
+    assert_eq!(ranges, [90_000, 180_000, 270_000]);
+    Ok(())
+}
+
+async fn no_ranges() -> Result<(), Failure> {
+    let built = simple();
+    let layer = built.layers[0].clone();
+    let whole = built.blobs[0].clone();
+    let tries = AtomicUsize::new(0);
+    let server = Server::start(&[("app", &built)], move |request| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        let mut answer = Answer::new(200, whole.clone());
+        match tries.fetch_add(1, Ordering::Relaxed) {
+            0 => answer.cut = Some(100_000),
+            1 => answer.cut = Some(200_000),
+            _ => {}
+        }
+        Some(answer)
+    })?;
+    let node = Node::new()?;
+    node.images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    assert_eq!(node.leavings()?.len(), 2);
+    Ok(())
+}
+
+async fn never_whole() -> Result<(), Failure> {
+    let built = simple();
+    let layer = built.layers[0].clone();
+    let whole = built.blobs[0].clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        // Always the beginning only, whatever is asked for.
+        let mut answer = Answer::new(200, whole.clone());
+        answer.cut = Some(100_000);
+        Some(answer)
+    })?;
+    let node = Node::new()?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    Ok(())
+}
+
+async fn wrong_digests() -> Result<(), Failure> {
+    let node = Node::new()?;
+    // The blob is another.
+    let built = simple();
+    let layer = built.layers[1].clone();
+    let mut other = built.blobs[1].clone();
+    let middle = other.len() / 2;
+    other[middle] ^= 1;
+    let server = Server::start(&[("app", &built)], move |request| {
+        let hit = request.path.ends_with(&layer);
+        hit.then(|| Answer::new(200, other.clone()).ranged(request))
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::DataLoss, "{error}");
+    assert!(error.to_string().contains("digest"), "{error}");
+    // The configuration promises another archive.
+    let mut lying = simple();
+    let config = lying.blobs.len() - 2;
+    let text = String::from_utf8(lying.blobs[config].clone())?;
+    let text = text.replace(&digest(&noisy("a", 300_000).0), &digest(b"else"));
+    let manifest = String::from_utf8(lying.blobs[config + 1].clone())?
+        .replace(&lying.id, &digest(text.as_bytes()));
+    lying.blobs[config] = text.into_bytes();
+    lying.manifest = digest(manifest.as_bytes());
+    lying.blobs[config + 1] = manifest.into_bytes();
+    let server = Server::start(&[("app", &lying)], |_| None)?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::DataLoss, "{error}");
+    // The manifest is not the one that the reference names.
+    let server = Server::start(&[("app", &built)], |request| {
+        let hit = request.path.contains("manifests");
+        hit.then(|| Answer::new(200, "{}"))
+    })?;
+    let reference = format!("{}/app@{}", server.host(), built.manifest);
+    let error = failure(&node, &reference).await?;
+    assert_eq!(error.kind(), Kind::DataLoss, "{error}");
+    Ok(())
+}
+
+async fn refusals() -> Result<(), Failure> {
+    let node = Node::new()?;
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |request| {
+        let status = request
+            .path
+            .split("/status")
+            .nth(1)?
+            .get(..3)?
+            .parse()
+            .ok()?;
+        Some(Answer::new(
+            status,
+            r#"{"errors":[{"code":"DENIED","message":"not\nfor you"}]}"#,
+        ))
+    })?;
+    let host = server.host();
+    for (status, kind) in [
+        (401, Kind::Unauthenticated),
+        (403, Kind::PermissionDenied),
+        (404, Kind::NotFound),
+    ] {
+        let error = failure(&node, &format!("{host}/status{status}:1")).await?;
+        assert_eq!(error.kind(), kind, "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains("not for you") && text.contains(&host),
+            "{text}"
+        );
+        assert!(text.contains(&status.to_string()), "{text}");
+    }
+    let error = failure(&node, &format!("{host}/app:2")).await?;
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert!(error.to_string().contains("manifest unknown"), "{error}");
+    let error = node.images.pull("Not A Name", None).await;
+    assert!(error.is_err_and(|e| e.kind() == Kind::InvalidArgument));
+    Ok(())
+}
+
+async fn dead() -> Result<(), Failure> {
+    let node = Node::new()?;
+    let error = failure(&node, &format!("127.0.0.1:{}/app:1", free_port()?)).await?;
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.to_string().contains("refused"), "{error}");
+    Ok(())
+}
+
+async fn busy() -> Result<(), Failure> {
+    let built = simple();
+    let tries = AtomicUsize::new(0);
+    let server = Server::start(&[("app", &built)], move |_| {
+        match tries.fetch_add(1, Ordering::Relaxed) {
+            0 => Some(Answer::new(429, "").header("Retry-After", "1")),
+            1 => Some(Answer::new(503, "<html>busy</html>")),
+            _ => None,
+        }
+    })?;
+    let node = Node::new()?;
+    node.images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    // One that stays so.
+    let server = Server::start(&[], |_| Some(Answer::new(500, "")))?;
+    let node = Node::new()?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(server.seen().len() < 10);
+    Ok(())
+}
+
+async fn documents() -> Result<(), Failure> {
+    let node = Node::new()?;
+    let server = Server::start(&[], |_| Some(Answer::new(200, vec![b' '; 9 << 20])))?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert!(error.to_string().contains("longer than"), "{error}");
+    // A configuration larger than its descriptor says.
+    let built = simple();
+    let id = built.id.clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        let hit = request.path.ends_with(&id);
+        hit.then(|| Answer::new(200, vec![b' '; 1 << 20]))
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::DataLoss, "{error}");
+    for nonsense in ["", "[]", "{}", "\u{0}", r#"{"schemaVersion":1}"#] {
+        let server = Server::start(&[], move |_| Some(Answer::new(200, nonsense)))?;
+        failure(&node, &format!("{}/app:1", server.host())).await?;
+    }
+    Ok(())
+}
+
+async fn bearer() -> Result<(), Failure> {
+    let built = simple();
+    let token_server = Server::start(&[], |request| {
+        let query = request.path.split('?').nth(1).unwrap_or_default();
+        let token = if query.contains("repository%3Aapp%3Apull") && query.contains("service=here") {
+            "good"
+        } else {
+            "bad\\nX-Evil: 1"
+        };
+        Some(Answer::new(
+            200,
+            format!("{{\"token\":\"{token}\",\"expires_in\":300}}"),
+        ))
+    })?;
+    let realm = format!("http://{}/token", token_server.host());
+    let server = Server::start(&[("app", &built), ("evil", &built)], move |request| {
+        if request.authorization.as_deref() == Some("Bearer good") {
+            return None;
+        }
+        let challenge = format!("Bearer realm=\"{realm}\",service=\"here\"");
+        Some(Answer::new(401, "").header("WWW-Authenticate", challenge))
+    })?;
+    let node = Node::new()?;
+    // A token that no header can carry must be an error, not the end of the process.
+    let error = failure(&node, &format!("{}/evil:1", server.host())).await?;
+    assert!(error.to_string().contains("token"), "{error}");
+    node.images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    assert_eq!(token_server.seen().len(), 2);
+    // One that goes there as it is.
+    let node = Node::new()?;
+    let auth = Some(Auth::bearer("good"));
+    node.images
+        .pull(&format!("{}/app:1", server.host()), auth)
+        .await?;
+    Ok(())
+}
+
+async fn basic() -> Result<(), Failure> {
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |request| {
+        match request.authorization.as_deref() {
+            // me:sesame
+            Some("Basic bWU6c2VzYW1l") => None,
+            _ => Some(Answer::new(401, "").header("WWW-Authenticate", "Basic realm=\"r\"")),
+        }
+    })?;
+    let reference = format!("{}/app:1", server.host());
+    let node = Node::new()?;
+    let with = |password: &str| Auth::from_cri("me", password, "", "", "", "");
+    let error = failure(&node, &reference).await?;
+    assert_eq!(error.kind(), Kind::Unauthenticated, "{error}");
+    let Err(error) = node.images.pull(&reference, with("wrong-word")?).await else {
+        return Err("let in".into());
+    };
+    assert_eq!(error.kind(), Kind::Unauthenticated, "{error}");
+    assert!(!error.to_string().contains("wrong-word"));
+    node.images.pull(&reference, with("sesame")?).await?;
+    Ok(())
+}
+
+async fn mirrors() -> Result<(), Failure> {
+    let built = simple();
+    let empty = Server::start(&[], |_| None)?;
+    let server = Server::start(&[("library/app", &built)], |_| None)?;
+    let node = Node::new()?;
+    node.hosts(
+        "docker.io",
+        &format!(
+            "server = \"http://127.0.0.1:{}\"\n[host.\"http://127.0.0.1:{}\"]\n[host.\"http://{}\"]\n[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
+            free_port()?,
+            free_port()?,
+            empty.host(),
+            server.host()
+        ),
+    )?;
+    let image = node.images.pull("app:1", None).await?;
+    assert_eq!(image.repo_tags, ["docker.io/library/app:1"]);
+    assert!(
+        server
+            .seen()
+            .iter()
+            .all(|r| r.path.ends_with("?ns=docker.io"))
+    );
+    assert!(!empty.seen().is_empty());
+    node.hosts("bad.example", "server = 7")?;
+    let error = node.images.pull("bad.example/app", None).await;
+    let told = error.err().ok_or("a bad hosts.toml was taken")?.to_string();
+    assert!(
+        told.contains("bad.example/hosts.toml") && told.contains("line 1, server"),
+        "{told}"
+    );
+    Ok(())
+}
+
+async fn shared() -> Result<(), Failure> {
+    let one = image(&[noisy("base", 400_000), noisy("one", 1000)], json!({}));
+    let two = image(&[noisy("base", 400_000), noisy("two", 1000)], json!({}));
+    let layer = one.layers[0].clone();
+    let whole = one.blobs[0].clone();
+    let server = Server::start(&[("one", &one), ("two", &two)], move |request| {
+        let mut answer = Answer::new(200, whole.clone());
+        answer.slow = Duration::from_millis(10);
+        request.path.ends_with(&layer).then_some(answer)
+    })?;
+    let node = Node::new()?;
+    let (names, host) = (["one", "two"], server.host());
+    let references = names.map(|name| format!("{host}/{name}:1"));
+    let pulls = references.iter().map(|name| node.images.pull(name, None));
+    for pulled in futures_util::future::join_all(pulls).await {
+        pulled?;
+    }
+    assert_eq!(server.count(&one.layers[0]), 1);
+    assert_eq!(node.leavings()?.len(), 3);
+    node.images.remove(&references[0]).await?;
+    node.comes_down_to(2).await
+}
+
+async fn abandoned() -> Result<(), Failure> {
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |_| {
+        std::thread::sleep(Duration::from_millis(50));
+        None
+    })?;
+    let reference = format!("{}/app:1", server.host());
+    let node = Node::new()?;
+    {
+        let mut pull = Box::pin(node.images.pull(&reference, None));
+        assert!(futures_util::poll!(&mut pull).is_pending());
+    }
+    while node.images.find(&reference).is_none() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(server.count("manifests"), 1);
+    Ok(())
+}
+
+async fn other_credentials() -> Result<(), Failure> {
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |request| {
+        std::thread::sleep(Duration::from_millis(30));
+        match request.authorization {
+            Some(_) => None,
+            None => Some(Answer::new(401, "").header("WWW-Authenticate", "Basic")),
+        }
+    })?;
+    let reference = format!("{}/app:1", server.host());
+    let node = Node::new()?;
+    let known = node
+        .images
+        .pull(&reference, Auth::from_cri("me", "x", "", "", "", "")?);
+    let stranger = node.images.pull(&reference, None);
+    let (known, stranger) = tokio::join!(known, stranger);
+    known?;
+    assert!(stranger.is_err());
+    Ok(())
+}
+
+async fn index() -> Result<(), Failure> {
+    let built = simple();
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        _ => "arm64",
+    };
+    let entry = |os: &str, architecture: &str, digest: &str| {
+        json!({"mediaType": "application/vnd.oci.image.manifest.v1+json", "size": 1,
+               "digest": digest, "platform": {"os": os, "architecture": architecture}})
+    };
+    let list = json!({"schemaVersion": 2, "manifests": [
+        entry("unknown", "unknown", &digest(b"attestation")),
+        entry("linux", "s390x", &digest(b"another machine")),
+        entry("linux", architecture, &built.manifest),
+    ]})
+    .to_string();
+    let name = digest(list.as_bytes());
+    let server = Server::start(&[("app", &built)], move |request| {
+        let hit = request.path.ends_with("manifests/many");
+        hit.then(|| Answer::new(200, list.clone()))
+    })?;
+    let node = Node::new()?;
+    let host = server.host();
+    let image = node.images.pull(&format!("{host}/app:many"), None).await?;
+    assert_eq!(image.id, built.id);
+    assert_eq!(image.repo_digests, [format!("{host}/app@{name}")]);
+    Ok(())
+}
+
+async fn bomb() -> Result<(), Failure> {
+    let archive = Archive::new().item(&Item {
+        path: b"zeros",
+        content: &vec![0; 16 << 20],
+        ..ITEM
+    });
+    let built = image(&[(archive.end(), Compression::Gzip)], json!({}));
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let node = Node::with(Limits {
+        layer_bytes: 1 << 20,
+        ..Limits::default()
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
+    Ok(())
+}
+
+async fn sent_on() -> Result<(), Failure> {
+    let layers: Vec<_> = (0..6).map(|n| noisy(&n.to_string(), 1000)).collect();
+    let built = image(&layers, json!({}));
+    let blobs: Vec<_> = built
+        .layers
+        .iter()
+        .cloned()
+        .zip(built.blobs.clone())
+        .collect();
+    let now = AtomicUsize::new(0);
+    let most = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&most);
+    let elsewhere = Server::start(&[], move |request| {
+        let (_, blob) = blobs
+            .iter()
+            .find(|(name, _)| request.path.ends_with(name))?;
+        seen.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(50));
+        now.fetch_sub(1, Ordering::SeqCst);
+        Some(Answer::new(200, blob.clone()))
+    })?;
+    let host = elsewhere.host();
+    let names = built.layers.clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        let name = names.iter().find(|name| request.path.ends_with(*name))?;
+        let there = format!("http://{host}/{name}");
+        Some(Answer::new(307, "").header("Location", there))
+    })?;
+    let node = Node::with(Limits {
+        parallel_layers: 4,
+        layers_per_host: 1,
+        ..Limits::default()
+    })?;
+    node.images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    assert_eq!(most.load(Ordering::SeqCst), 1);
+    Ok(())
+}
+
+async fn dripping_head() -> Result<(), Failure> {
+    let built = simple();
+    let server = Server::start(&[("app", &built)], |request| {
+        let mut answer = Answer::new(200, "").dripping(Duration::from_millis(200));
+        answer.slow_head = true;
+        request.path.contains("/blobs/").then_some(answer)
+    })?;
+    let node = Node::with(Limits {
+        silence: Duration::from_secs(1),
+        ..Limits::default()
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(
+        error.to_string().contains("no answer within 1 s"),
+        "{error}"
+    );
+    Ok(())
+}
+
+async fn implied() -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt as _;
+    let gzip = |archive: Archive| (archive.end(), Compression::Gzip);
+    let base = Archive::new().item(&Item {
+        path: b"tmp/",
+        kind: b'5',
+        mode: 0o1777,
+        uid: 3,
+        gid: 4,
+        mtime: 77,
+        ..ITEM
+    });
+    let above = Archive::new().file("tmp/file", "");
+    let built = image(&[gzip(base), gzip(above)], json!({}));
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let node = Node::new()?;
+    let image = node
+        .images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    let lowers = node.images.lease("c", &image.id).await?;
+    let tmp = std::fs::metadata(lowers[0].join("tmp"))?;
+    assert_eq!((tmp.mode() & 0o7777, tmp.uid(), tmp.gid()), (0o1777, 3, 4));
+    assert_eq!(tmp.mtime(), 77);
+    Ok(())
+}
+
+/// An image with one layer that is worth keeping the beginning of.
+fn large() -> Image {
+    image(&[noisy("large", 9 << 20)], json!({}))
+}
+
+/// The name of what is kept of a blob.
+fn partial(dir: &Dir, digest: &str) -> PathBuf {
+    let hex = digest.trim_start_matches("sha256:");
+    dir.0.join("ingest").join(format!("{hex}.partial"))
+}
+
+async fn resumed() -> Result<(), Failure> {
+    let built = large();
+    let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    let server = Server::start(&[("app", &built)], move |request| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        // The first connection breaks off, and so does each that tries to go on, until the server
+        // has been started again.
+        let mut answer = Answer::new(200, whole.clone()).ranged(request);
+        match counted.fetch_add(1, Ordering::Relaxed) {
+            0 => answer.cut = Some(5 << 20),
+            1 => answer.cut = Some(0),
+            _ => {}
+        }
+        Some(answer)
+    })?;
+    let reference = format!("{}/app:1", server.host());
+    let node = Node::new()?;
+    assert!(node.images.pull(&reference, None).await.is_err());
+    let kept = partial(&node.dir, &built.layers[0]);
+    assert_eq!(std::fs::metadata(&kept)?.len(), 5 << 20);
+    let node = node.restart()?;
+    assert!(node.images.list().is_empty());
+    node.images.pull(&reference, None).await?;
+    let ranges: Vec<_> = server.seen().into_iter().filter_map(|r| r.range).collect();
+    assert_eq!(ranges.last(), Some(&(5 << 20)));
+    assert!(!kept.exists());
+    assert_eq!(node.leavings()?.len(), 1);
+    Ok(())
+}
+
+async fn spoilt() -> Result<(), Failure> {
+    let built = large();
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let reference = format!("{}/app:1", server.host());
+    for length in [1 << 20, built.blobs[0].len(), built.blobs[0].len() + 1] {
+        let node = Node::new()?;
+        std::fs::write(partial(&node.dir, &built.layers[0]), vec![7; length])?;
+        let image = node.images.pull(&reference, None).await?;
+        assert_eq!(image.id, built.id);
+        assert_eq!(node.leavings()?.len(), 1);
+    }
+    Ok(())
+}
+
+const CHILD: &str = "RRUN_TEST_PULL";
+
+/// The process that is killed: pulls `RRUN_TEST_PULL` into the directory named first.
+pub fn be_the_child() {
+    let Ok(what) = std::env::var(CHILD) else {
+        return;
+    };
+    let pull = || -> Result<(), Failure> {
+        let (dir, reference) = what.split_once(' ').ok_or("arguments")?;
+        let runtime = tokio::runtime::Runtime::new()?;
+        runtime.block_on(async {
+            let images = open(dir.as_ref(), Limits::default())?;
+            images.pull(reference, None).await?;
+            Ok(())
+        })
+    };
+    std::process::exit(i32::from(pull().is_err()));
+}
+
+async fn killed() -> Result<(), Failure> {
+    let built = simple();
+    let slow = built.layers[0].clone();
+    let whole = built.blobs[0].clone();
+    let server = Server::start(&[("app", &built)], move |request| {
+        let mut answer = Answer::new(200, whole.clone());
+        answer.slow = Duration::from_secs(5);
+        request.path.ends_with(&slow).then_some(answer)
+    })?;
+    let dir = Dir::new()?;
+    let reference = format!("{}/app:1", server.host());
+    let mut child = Command::new(std::env::current_exe()?)
+        .env(CHILD, format!("{} {reference}", dir.0.display()))
+        .spawn()?;
+    // One layer is whole, the other under way.
+    while !(dir.0.join("layers/1").exists() || dir.0.join("layers/2").exists()) {
+        if child.try_wait()?.is_some() {
+            return Err("the child ended too soon".into());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    child.kill()?;
+    child.wait()?;
+    let images = open(&dir.0, Limits::default())?;
+    let node = Node { images, dir };
+    assert_eq!(node.leavings()?, Vec::<PathBuf>::new());
+    assert!(node.images.list().is_empty());
+    let good = Server::start(&[("app", &built)], |_| None)?;
+    node.images
+        .pull(&format!("{}/app:1", good.host()), None)
+        .await?;
+    Ok(())
+}

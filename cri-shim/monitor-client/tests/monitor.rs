@@ -1,0 +1,425 @@
+//! The monitor and its client, over the real protocol, with real processes. The runtime is a
+//! shell script with an OCI runtime's command line, so that these need neither root nor cgroups;
+//! real runtimes and cgroups are for the end-to-end tests.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use rrun_monitor_client::{Events, MonitorClient, MonitorError};
+use rrun_protocol::{Create, Event, Exec, ExitRecord, FailureKind, Hello, Phase, Pod};
+
+/// `create` starts BUNDLE/program, which waits until `start`; `exec` runs its process as a
+/// script. A file BUNDLE/refuse is an error, BUNDLE/hang a runtime that never ends, looked at when
+/// the pipe `--after` says so, if there is one.
+const RUNTIME: &str = r#"#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in
+    --log) log=$2; shift ;;
+    --log-format) shift ;;
+    --bundle) bundle=$2; shift ;;
+    --pid-file) pid_file=$2; shift ;;
+    --process) process=$2; shift ;;
+    --after) after=$2; shift ;;
+    --detach | --force) ;;
+    create | start | delete | exec | kill) verb=$1 ;;
+    *) id=$1 ;;
+    esac
+    shift
+done
+root=${0%/*}
+case $verb in
+create)
+    if [ -n "$after" ] && [ -z "$(head -c 1 "$after")" ]; then
+        echo '{"level":"error","msg":"called off"}' >> "$log"
+        exit 1
+    fi
+    if [ -e "$bundle/refuse" ]; then
+        echo '{"level":"error","msg":"no such luck"}' >> "$log"
+        exit 1
+    fi
+    [ ! -e "$bundle/hang" ] || exec sleep 1000
+    mkfifo "$root/start-$id"
+    setsid sh -c "read go < $root/start-$id; exec sh $bundle/program" &
+    echo $! > "$pid_file"
+    ;;
+start) echo go > "$root/start-$id" ;;
+exec)
+    script=$(cat "$process")
+    setsid sh -c "$script" &
+    echo $! > "$pid_file"
+    ;;
+delete) rm -f "$root/start-$id" ;;
+esac
+"#;
+
+/// The monitor's binary, which cargo puts beside the directory of this one.
+fn monitor() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let binary = own.ancestors().nth(2).unwrap().join("rrun-monitor");
+    assert!(
+        binary.is_file(),
+        "there is no {}: run `cargo build --workspace` first",
+        binary.display()
+    );
+    binary
+}
+
+/// A monitor in a directory of its own, whose path is too long for a socket's address.
+struct Fixture {
+    dir: PathBuf,
+    client: MonitorClient,
+}
+
+fn write_script(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+impl Fixture {
+    async fn new(name: &str) -> Self {
+        Self::with_options(name, "").await
+    }
+
+    async fn with_options(name: &str, options: &str) -> Self {
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join("monitor".repeat(20))
+            .join(name);
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        write_script(&dir.join("runtime"), RUNTIME);
+        let binary = dir.join("rrun-monitor");
+        let monitor = monitor();
+        let monitor = monitor.display();
+        write_script(
+            &binary,
+            &format!("#!/bin/sh\nexec {monitor} \"$@\" {options}\n"),
+        );
+        let pod = Pod {
+            id: name.into(),
+            hostname: None,
+            new_ipc: false,
+            shared_pid: false,
+            users: None,
+            runtime: None,
+        };
+        rrun_monitor_client::spawn(&dir, &pod, &binary)
+            .await
+            .unwrap();
+        let client = MonitorClient::new(dir.join(rrun_monitor_client::SOCKET_NAME));
+        Fixture { dir, client }
+    }
+
+    fn bundle(&self, id: &str, program: &str) -> PathBuf {
+        let bundle = self.dir.join(id);
+        std::fs::create_dir_all(&bundle).unwrap();
+        std::fs::write(bundle.join("program"), program).unwrap();
+        bundle
+    }
+
+    fn create(&self, id: &str, program: &str) -> Create {
+        let bundle = self.bundle(id, program);
+        Create {
+            id: id.into(),
+            cgroup: bundle.join("no-cgroup"),
+            log: Some(bundle.join("log")),
+            bundle,
+            runtime: vec![self.dir.join("runtime").to_str().unwrap().to_owned()],
+            terminal: false,
+            stdin: false,
+            stdin_once: false,
+            native: true,
+        }
+    }
+
+    async fn run(&self, id: &str, program: &str) {
+        let create = self.create(id, program);
+        self.client.create(create, None).await.unwrap();
+        self.client.start(id).await.unwrap();
+    }
+
+    /// The log without its timestamps.
+    fn log(&self, id: &str) -> Vec<String> {
+        let text = std::fs::read_to_string(self.dir.join(id).join("log")).unwrap();
+        text.lines().map(|line| line[31..].to_owned()).collect()
+    }
+
+    async fn hello(&self) -> Hello {
+        self.client.subscribe().await.unwrap().0
+    }
+
+    async fn end(self) {
+        for container in self.hello().await.containers {
+            self.client.delete(&container.id).await.unwrap();
+        }
+        self.client.shutdown().await.unwrap();
+        let gone = self.client.subscribe().await;
+        assert!(matches!(gone, Err(MonitorError::Gone { .. })));
+        std::fs::remove_dir_all(&self.dir).unwrap();
+    }
+}
+
+async fn exit_of(events: &mut Events, id: &str) -> ExitRecord {
+    loop {
+        if let Event::Exited { id: of, exit } = events.next().await.unwrap()
+            && of == id
+        {
+            return exit;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_exit_is_on_the_disk_and_the_log_whole_when_it_is_told() {
+    let pod = Fixture::new("exit").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    pod.run("a", "echo out; echo err >&2; printf part; exit 7")
+        .await;
+    let exit = exit_of(&mut events, "a").await;
+    assert_eq!((exit.code, exit.oom_killed), (7, false));
+    let record = std::fs::read(pod.dir.join("a/exit.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<ExitRecord>(&record).unwrap(), exit);
+    let mut log = pod.log("a");
+    log.sort();
+    assert_eq!(log, ["stderr F err", "stdout F out", "stdout P part"]);
+    let container = &pod.hello().await.containers[0];
+    assert_eq!(container.phase, Phase::Exited(exit));
+    pod.client.delete("a").await.unwrap();
+    assert!(!pod.dir.join("a/exit.json").exists());
+    assert!(pod.hello().await.containers.is_empty());
+    pod.client.delete("a").await.unwrap();
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_signal_is_128_more_and_a_background_process_does_not_delay_the_exit() {
+    let pod = Fixture::new("signal").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    pod.run("a", "sleep 1000 & echo $!; wait").await;
+    pod.client.kill("a", 15, false).await.unwrap();
+    assert_eq!(exit_of(&mut events, "a").await.code, 128 + 15);
+    // There is no cgroup here by which the monitor could have killed it.
+    if let Some(pid) = pod.log("a").first().and_then(|line| line[9..].parse().ok()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
+    }
+    pod.client.kill("a", 15, false).await.unwrap();
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_runtime_that_refuses_gives_the_reason_and_leaves_nothing() {
+    let pod = Fixture::new("refuse").await;
+    let create = pod.create("a", "");
+    std::fs::write(create.bundle.join("refuse"), "").unwrap();
+    match pod.client.create(create, None).await {
+        Err(MonitorError::Failed(failure)) => {
+            assert_eq!(failure.kind, FailureKind::Runtime);
+            assert_eq!(failure.message, "no such luck");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(pod.hello().await.containers.is_empty());
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_runtime_that_hangs_is_killed_and_stops_nobody_else() {
+    let pod = Fixture::with_options("hang", "--runtime-timeout 1").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    let create = pod.create("a", "");
+    std::fs::write(create.bundle.join("hang"), "").unwrap();
+    let client = pod.client.clone();
+    let hanging = tokio::spawn(async move { client.create(create, None).await });
+    pod.run("b", "exit 3").await;
+    assert_eq!(exit_of(&mut events, "b").await.code, 3);
+    match hanging.await.unwrap() {
+        Err(MonitorError::Failed(failure)) => {
+            assert_eq!(failure.kind, FailureKind::Runtime);
+            assert!(failure.message.contains("killed"), "{}", failure.message);
+        }
+        other => panic!("{other:?}"),
+    }
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_runtime_can_be_started_before_its_bundle_is_written() {
+    let pod = Fixture::new("after").await;
+    assert!(pod.hello().await.passes_after);
+    for (id, written) in [("a", true), ("b", false)] {
+        let create = pod.create(id, "");
+        let refuse = create.bundle.join("refuse");
+        std::fs::write(&refuse, "").unwrap();
+        let (after, mut writer) = std::io::pipe().unwrap();
+        let client = pod.client.clone();
+        let create = tokio::spawn(async move { client.create(create, Some(after.into())).await });
+        tokio::task::yield_now().await;
+        // The monitor has the request: what comes next is answered after it.
+        pod.hello().await;
+        std::fs::remove_file(&refuse).unwrap();
+        if written {
+            writer.write_all(b"1").unwrap();
+        }
+        drop(writer);
+        match create.await.unwrap() {
+            Ok(_) if written => {}
+            Err(MonitorError::Failed(failure)) if !written => {
+                assert_eq!(failure.message, "called off");
+            }
+            other => panic!("create {id}: {other:?}"),
+        }
+    }
+    assert_eq!(pod.hello().await.containers.len(), 1);
+    pod.client.kill("a", 9, true).await.unwrap();
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn an_exec_has_its_own_stdio_and_status() {
+    let pod = Fixture::new("exec").await;
+    pod.run("a", "exec sleep 1000").await;
+    let (mut out, theirs) = std::io::pipe().unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let exec = Exec {
+        id: "a".into(),
+        process: "echo here; exit 5".into(),
+        terminal: false,
+    };
+    let stdio = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
+    let mut handle = pod.client.exec(exec, &stdio).await.unwrap();
+    drop(theirs);
+    assert_eq!(handle.wait().await.unwrap(), 5);
+    let mut text = String::new();
+    out.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "here\n");
+    assert!(pod.log("a").is_empty());
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn an_exec_dies_with_its_client() {
+    let pod = Fixture::new("exec-dies").await;
+    pod.run("a", "exec sleep 1000").await;
+    let (mut out, theirs) = std::io::pipe().unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let exec = Exec {
+        id: "a".into(),
+        process: "exec sleep 1000".into(),
+        terminal: false,
+    };
+    let stdio = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
+    let handle = pod.client.exec(exec, &stdio).await.unwrap();
+    drop((theirs, handle));
+    // The end of the file comes when the process is gone.
+    assert_eq!(out.read(&mut [0]).unwrap(), 0);
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn an_exec_needs_a_running_container() {
+    let pod = Fixture::new("exec-none").await;
+    let exec = |id: &str| Exec {
+        id: id.into(),
+        process: String::new(),
+        terminal: true,
+    };
+    pod.client.create(pod.create("a", ""), None).await.unwrap();
+    for (id, kind) in [("a", FailureKind::WrongState), ("b", FailureKind::NotFound)] {
+        match pod.client.exec(exec(id), &[]).await {
+            Err(MonitorError::Failed(failure)) => assert_eq!(failure.kind, kind),
+            other => panic!("{:?}", other.err()),
+        }
+    }
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn garbage_closes_its_own_connection_only() {
+    let pod = Fixture::new("garbage").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    // The path is too long for this test's own address.
+    let short = std::env::temp_dir().join(format!("rrun-monitor-{}", std::process::id()));
+    let _ = std::fs::remove_file(&short);
+    std::os::unix::fs::symlink(&pod.dir, &short).unwrap();
+    for garbage in [
+        &b"\xff\xff\xff\xff"[..],
+        b"\x03\0\0\0abc",
+        b"\x02\0\0\0{}rest",
+    ] {
+        let mut socket = UnixStream::connect(short.join("monitor.sock")).unwrap();
+        socket.write_all(garbage).unwrap();
+        assert_eq!(socket.read(&mut [0; 16]).unwrap_or(0), 0);
+    }
+    std::fs::remove_file(&short).unwrap();
+    pod.run("a", "exit 0").await;
+    assert_eq!(exit_of(&mut events, "a").await.code, 0);
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_create_whose_client_dies_is_done_and_a_delete_waits_for_it() {
+    let pod = Fixture::new("orphan").await;
+    let create = pod.create("a", "exec sleep 1000");
+    let client = pod.client.clone();
+    let create = tokio::spawn(async move { client.create(create, None).await });
+    // Gone at some point of the create, whichever that is.
+    tokio::task::yield_now().await;
+    create.abort();
+    pod.client.delete("a").await.unwrap();
+    assert!(pod.hello().await.containers.is_empty());
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_hundred_thousand_lines_are_all_there_through_a_rotation() {
+    let pod = Fixture::new("lines").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    pod.run("a", "seq 1 100000").await;
+    let (log, old) = (pod.dir.join("a/log"), pod.dir.join("a/log.1"));
+    std::fs::rename(&log, &old).unwrap();
+    pod.client.reopen_log("a").await.unwrap();
+    assert_eq!(exit_of(&mut events, "a").await.code, 0);
+    let mut text = std::fs::read_to_string(&old).unwrap();
+    text += &std::fs::read_to_string(&log).unwrap();
+    let numbers = text.lines().map(|line| line[40..].parse::<u32>().unwrap());
+    assert!(numbers.eq(1..=100_000));
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn a_monitor_does_not_end_while_a_container_lives() {
+    let pod = Fixture::new("shutdown").await;
+    pod.run("a", "exec sleep 1000").await;
+    match pod.client.shutdown().await {
+        Err(MonitorError::Failed(failure)) => {
+            assert_eq!(failure.kind, FailureKind::WrongState);
+        }
+        other => panic!("{other:?}"),
+    }
+    pod.end().await;
+}
+
+#[tokio::test]
+async fn many_containers_end_at_once() {
+    let pod = Fixture::new("many").await;
+    let (_, mut events) = pod.client.subscribe().await.unwrap();
+    for number in 0..20 {
+        pod.run(&format!("c{number}"), "exec sleep 1000").await;
+    }
+    for number in 0..20 {
+        pod.client
+            .kill(&format!("c{number}"), 9, true)
+            .await
+            .unwrap();
+    }
+    let mut ended = Vec::new();
+    while ended.len() < 20 {
+        if let Event::Exited { id, exit } = events.next().await.unwrap() {
+            assert_eq!(exit.code, 137);
+            ended.push(id);
+        }
+    }
+    pod.end().await;
+}

@@ -1,0 +1,38 @@
+//! One `rrun-monitor` process per pod: the parent of its containers.
+//!
+//! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
+//! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
+//! set. What it does for a container is in `container`, `undoing`, `ending`, `exec` and `attach`;
+//! what it needs from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
+
+mod attach;
+mod cgroup;
+mod connection;
+mod console;
+mod container;
+mod descendants;
+mod ending;
+mod exec;
+mod exec_cgroup;
+mod exit;
+mod journal;
+mod log_file;
+mod logs;
+mod pod_init;
+mod runtime;
+mod sealed;
+mod serve;
+mod startup;
+mod undoing;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match startup::run(std::env::args().skip(1)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rrun-monitor: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

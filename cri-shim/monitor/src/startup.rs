@@ -1,0 +1,244 @@
+//! How a monitor comes to be what it is: from the command line to the first wait.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::io::Errno;
+use rustix::thread::UnshareFlags;
+
+use super::journal::note;
+use super::pod_init;
+use super::serve::Monitor;
+use rrun_kernel::errno::describe;
+use rrun_protocol::{LISTEN_FD, Pod};
+
+/// What the CRI server wrote for us, in our directory.
+const CONFIGURATION: &str = "monitor.json";
+const SOCKET: &str = "monitor.sock";
+
+/// The configuration is a few hundred bytes.
+const MAX_CONFIGURATION: u64 = 64 << 10;
+
+/// How long one run of a runtime may take.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+const USAGE: &str = "usage: rrun-monitor --dir DIRECTORY [--runtime-timeout SECONDS]";
+
+const HELP: &str = "\
+rrun-monitor looks after one pod: it is the parent of its containers' processes, keeps their logs
+and exit codes, and outlives rrun-cri, which starts it. Nobody needs to start it by hand.
+
+  --dir DIRECTORY            the pod's directory, with monitor.json and room for monitor.sock
+  --runtime-timeout SECONDS  how long one run of an OCI runtime may take (120)
+  -h, --help                 this text
+  -V, --version              the version
+";
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{USAGE}")]
+    Usage,
+    #[error("{what}: {}", describe(.error))]
+    Io { what: String, error: std::io::Error },
+    #[error("read {CONFIGURATION}: {0}")]
+    Configuration(serde_json::Error),
+}
+
+impl StartError {
+    fn io<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let what = what.into();
+        move |error| StartError::Io {
+            what,
+            error: error.into(),
+        }
+    }
+}
+
+struct Arguments {
+    dir: PathBuf,
+    timeout: Duration,
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, StartError> {
+    let (mut dir, mut timeout) = (None, TIMEOUT);
+    while let Some(name) = arguments.next() {
+        let value = arguments.next().ok_or(StartError::Usage)?;
+        match name.as_str() {
+            "--dir" => dir = Some(PathBuf::from(value)),
+            "--runtime-timeout" => {
+                let seconds = value.parse().map_err(|_| StartError::Usage)?;
+                timeout = Duration::from_secs(seconds);
+            }
+            _ => return Err(StartError::Usage),
+        }
+    }
+    Ok(Arguments {
+        dir: dir.ok_or(StartError::Usage)?,
+        timeout,
+    })
+}
+
+/// The whole life of a monitor; returns when it was told to end.
+pub fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
+    let mut arguments = arguments.peekable();
+    if arguments
+        .peek()
+        .is_some_and(|name| name == pod_init::ARGUMENT)
+    {
+        pod_init::run();
+        return Ok(());
+    }
+    match arguments.peek().map(String::as_str) {
+        Some("-h" | "--help") => return say(&format!("{HELP}\n{USAGE}\n")),
+        Some("-V" | "--version") => {
+            return say(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
+        }
+        _ => {}
+    }
+    let arguments = parse(arguments)?;
+    let what = format!("enter {}", arguments.dir.display());
+    std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
+    let served = serve(arguments.timeout);
+    if let Err(error) = &served {
+        note(&error.to_string());
+    }
+    served
+}
+
+/// To standard output; a reader that went away is no error.
+fn say(text: &str) -> Result<(), StartError> {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+fn serve(timeout: Duration) -> Result<(), StartError> {
+    let dir = std::env::current_dir().map_err(StartError::io("find the own directory"))?;
+    let mut pod = read_configuration(Path::new(CONFIGURATION))?;
+    let listener = take_descriptors()?;
+    // It leads a session already if somebody started it so.
+    let _ = rustix::process::setsid();
+    let signals = take_signals().map_err(StartError::io("block signals"))?;
+    // Any process will do as the argument: it is only whether there is one.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(StartError::io("become the child subreaper"))?;
+    if pod.users.is_none() {
+        enter_namespaces(&pod)?;
+    }
+    // The logs' threads need none of their own.
+    rrun_kernel::heap::one_heap();
+    let held = match pod.shared_pid || pod.users.is_some() {
+        true => Some(pod_init::start(&pod).map_err(StartError::io("start the pod's process"))?),
+        false => None,
+    };
+    let pid1 = held.filter(|_| pod.shared_pid);
+    let holder = held.filter(|_| pod.users.is_some());
+    let runtime = pod.runtime.take();
+    drop(pod);
+    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), runtime, signals, listener)
+        .map_err(StartError::io("make the epoll set"))?;
+    monitor.run().map_err(StartError::io("wait for events"))?;
+    let _ = std::fs::remove_file(SOCKET);
+    Ok(())
+}
+
+fn read_configuration(path: &Path) -> Result<Pod, StartError> {
+    let what = || format!("read {}", path.display());
+    let file = File::open(path).map_err(StartError::io(what()))?;
+    let mut json = Vec::new();
+    file.take(MAX_CONFIGURATION)
+        .read_to_end(&mut json)
+        .map_err(StartError::io(what()))?;
+    serde_json::from_slice(&json).map_err(StartError::Configuration)
+}
+
+/// Keeps the listening socket and closes whatever else was inherited. Stdio is /dev/null: it
+/// may be the CRI server's terminal or its pipe to a journal, which ends with the server.
+fn take_descriptors() -> Result<OwnedFd, StartError> {
+    // SAFETY: borrowed only to look whether it is a socket that listens; nothing is done with
+    // the number if it is not open.
+    let listener = unsafe { BorrowedFd::borrow_raw(LISTEN_FD) };
+    match rustix::net::sockopt::socket_acceptconn(listener) {
+        Ok(true) => {}
+        Ok(false) => return Err(StartError::io("listen on descriptor 3")(Errno::INVAL)),
+        Err(errno) => return Err(StartError::io("listen on descriptor 3")(errno)),
+    }
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(StartError::io("open /dev/null"))?;
+    nix::unistd::dup2_stdin(&null)
+        .and_then(|()| nix::unistd::dup2_stdout(&null))
+        .and_then(|()| nix::unistd::dup2_stderr(&null))
+        .map_err(StartError::io("use /dev/null as stdio"))?;
+    drop(null);
+    close_from(LISTEN_FD.cast_unsigned() + 1);
+    rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::CLOEXEC)
+        .and_then(|()| rustix::io::ioctl_fionbio(listener, true))
+        .map_err(StartError::io("set up descriptor 3"))?;
+    // SAFETY: nobody else owns the listener: it was inherited.
+    Ok(unsafe { OwnedFd::from_raw_fd(LISTEN_FD) })
+}
+
+/// Closes every descriptor from this one on. Only for a process that owns none of them.
+pub fn close_from(first: u32) {
+    // SAFETY: close_range(2) takes no pointers; the caller owns none of the descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0u32) };
+}
+
+/// All signals are blocked, so that nobody's Ctrl-C and no shutdown's SIGTERM keeps us from
+/// recording how the containers end; SIGCHLD comes by descriptor.
+fn take_signals() -> nix::Result<SignalFd> {
+    nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+fn enter_namespaces(pod: &Pod) -> Result<(), StartError> {
+    let mut flags = UnshareFlags::empty();
+    if pod.new_ipc {
+        flags |= UnshareFlags::NEWIPC;
+    }
+    if pod.hostname.is_some() {
+        flags |= UnshareFlags::NEWUTS;
+    }
+    if !flags.is_empty() {
+        // SAFETY: neither flag changes how this process's memory or descriptors are shared.
+        unsafe { rustix::thread::unshare_unsafe(flags) }
+            .map_err(StartError::io("make the pod's IPC and UTS namespaces"))?;
+    }
+    if let Some(name) = &pod.hostname {
+        rustix::system::sethostname(name.as_bytes())
+            .map_err(StartError::io(format!("set the host name {name}")))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Option<(PathBuf, u64)> {
+        let arguments = arguments.iter().map(ToString::to_string);
+        let parsed = parse(arguments).ok()?;
+        Some((parsed.dir, parsed.timeout.as_secs()))
+    }
+
+    #[test]
+    fn the_command_line_is_a_directory_and_perhaps_a_timeout() {
+        assert_eq!(parsed(&["--dir", "/a"]), Some(("/a".into(), 120)));
+        assert_eq!(
+            parsed(&["--runtime-timeout", "5", "--dir", "/a"]),
+            Some(("/a".into(), 5))
+        );
+        assert_eq!(parsed(&[]), None);
+        assert_eq!(parsed(&["--dir"]), None);
+        assert_eq!(parsed(&["--dir", "/a", "--runtime-timeout", "soon"]), None);
+    }
+}

@@ -1,0 +1,579 @@
+//! Pods' networks by plugins, as the Container Network Interface specification, 1.1.0, has it.
+//!
+//! [`configuration`] reads the directory of configurations, [`plugin`] runs one plugin, [`chain`]
+//! those of a network in their order, [`runtime_config`] says what plugins are told of a pod,
+//! [`result`] reads what they answer, [`readiness`] asks them for their STATUS, [`teardown`] sees
+//! to it that each ADD meets its DEL, [`watch`] notices new configurations.
+//!
+//! Before a pod's first ADD the store has what it is ADDed with, and after it the results: DEL gets
+//! the same configuration, whatever has become of the files, after a crash, after a reboot.
+
+mod chain;
+mod configuration;
+mod leftover;
+mod plugin;
+mod readiness;
+mod result;
+mod runtime_config;
+mod teardown;
+mod watch;
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use rrun_proto::v1::PodSandboxConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::sync::{Notify, RwLock};
+use tokio::time::Instant;
+
+pub use teardown::{Detached, Patience};
+
+use super::lock;
+use super::namespace::Namespaces;
+use chain::Target;
+use configuration::{Fingerprint, List};
+use plugin::Directories;
+use readiness::Readiness;
+use rrun_calls::error::{Error, Result};
+use rrun_calls::wait::{blocking, slow};
+use rrun_store::{Change, Store, StoreError, Table};
+
+/// How long a plugin may take for GC.
+const GC: Duration = Duration::from_secs(10);
+
+/// A file that is just being written is read again after this long.
+const HALF_WRITTEN: Duration = Duration::from_millis(100);
+
+/// Where the node's ranges for pods are in [`Table::NETWORK`].
+const RANGES_KEY: &str = "ranges";
+
+/// What the configuration says of CNI.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where configurations are.
+    pub conf_dir: PathBuf,
+    /// Where plugins are; the first directory that has one wins.
+    pub bin_dirs: Vec<PathBuf>,
+    /// How many configurations are used, a network each; 0 is all.
+    pub max_conf_num: usize,
+    /// How long all of a network's ADD or DEL may take.
+    pub deadline: Duration,
+    /// How long a DEL that fails keeps a pod from being stopped.
+    pub patience: Duration,
+    /// Where pods' namespaces are.
+    pub namespaces: Namespaces,
+}
+
+/// The networks of the configuration directory; clones share one state.
+#[derive(Clone)]
+pub struct Cni {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    settings: Settings,
+    directories: Directories,
+    store: Store,
+    configured: Mutex<Configured>,
+    attachments: Mutex<HashMap<String, Attachment>>,
+    /// The node's ranges for pods, as kubelet tells them.
+    ranges: Mutex<Vec<String>>,
+    /// ADD and DEL share it, GC has it alone: the specification wants them apart.
+    at_work: RwLock<()>,
+    /// A new configuration is in use: it wants GC, and what failed may work now.
+    changed: Notify,
+    collect: Notify,
+    readiness: Readiness,
+    /// Half-made pods are told from made ones, and plugins may run.
+    started: AtomicBool,
+}
+
+/// The configurations in use.
+struct Configured {
+    /// `None`: never looked.
+    seen: Option<Fingerprint>,
+    lists: std::result::Result<Arc<Vec<List>>, String>,
+    /// How often they have changed.
+    generation: u64,
+}
+
+/// A pod that plugins know, or are about to. What is large of it is in the store.
+struct Attachment {
+    /// The name of each network, and of its interface in the pod.
+    networks: Vec<(String, String)>,
+    /// Until its ADD has ended.
+    record: Option<Arc<Record>>,
+    /// Plugins of a pod never run side by side but for different networks.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Of an earlier life of the server, whose plugins may still run.
+    inherited: bool,
+    /// A task of its own sees to its DEL.
+    orphan: bool,
+    failing_since: Option<Instant>,
+}
+
+/// An entry of [`Table::ATTACHMENTS`]; the key is the pod's id.
+#[derive(Clone, Serialize, Deserialize)]
+struct Record {
+    arguments: String,
+    capabilities: Map<String, Value>,
+    networks: Vec<Attached>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Attached {
+    interface: String,
+    /// As it was when the pod was made.
+    list: List,
+    /// What ADD gave; `None`: it has not ended well, as far as is known.
+    result: Option<Value>,
+}
+
+impl Record {
+    fn names(&self) -> Vec<(String, String)> {
+        let networks = self.networks.iter();
+        networks
+            .map(|one| (one.list.name.clone(), one.interface.clone()))
+            .collect()
+    }
+}
+
+impl Attachment {
+    fn new(record: &Record) -> Self {
+        Attachment {
+            networks: record.names(),
+            record: None,
+            turn: Arc::default(),
+            inherited: false,
+            orphan: false,
+            failing_since: None,
+        }
+    }
+}
+
+impl Cni {
+    /// Reads which pods plugins know. None is run until [`Cni::start`].
+    pub fn open(store: Store, settings: Settings) -> std::result::Result<Cni, StoreError> {
+        let mut attachments = HashMap::new();
+        for (pod, record) in store.load::<Record>(Table::ATTACHMENTS)? {
+            let attachment = Attachment {
+                inherited: true,
+                ..Attachment::new(&record)
+            };
+            attachments.insert(pod, attachment);
+        }
+        let ranges = store.get(Table::NETWORK, RANGES_KEY)?.unwrap_or_default();
+        Ok(Cni {
+            inner: Arc::new(Inner {
+                directories: Directories::new(settings.bin_dirs.clone()),
+                settings,
+                store,
+                configured: Mutex::new(Configured {
+                    seen: None,
+                    lists: Ok(Arc::default()),
+                    generation: 0,
+                }),
+                attachments: Mutex::new(attachments),
+                ranges: Mutex::new(ranges),
+                at_work: RwLock::default(),
+                changed: Notify::new(),
+                collect: Notify::new(),
+                readiness: Readiness::default(),
+                started: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// Whether there is a configuration, be it broken.
+    pub async fn is_configured(&self) -> bool {
+        let lists = self.lists().await;
+        !lists.is_ok_and(|lists| lists.is_empty())
+    }
+
+    /// Whether plugins know the pod, or are about to.
+    pub fn has(&self, pod: &str) -> bool {
+        lock(&self.inner.attachments).contains_key(pod)
+    }
+
+    /// Refuses what plugins could not be told of the pod.
+    pub fn check(&self, config: &PodSandboxConfig) -> Result<()> {
+        runtime_config::arguments("", config)?;
+        runtime_config::capabilities(config, &[]).map(drop)
+    }
+
+    /// Writes down what the pod is to be ADDed with, ahead of [`Cni::attach`].
+    pub async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+        let mut lists = self.lists().await;
+        if lists.is_err() {
+            tokio::time::sleep(HALF_WRITTEN).await;
+            lists = self.lists().await;
+        }
+        let lists = lists.map_err(Error::internal)?;
+        if lists.is_empty() {
+            return Err(Error::internal(self.inner.none()));
+        }
+        // Before any is run: one that is not there could not DEL either.
+        self.inner.all_there(&lists).map_err(Error::internal)?;
+        let ranges = lock(&self.inner.ranges).clone();
+        let capabilities = runtime_config::capabilities(config, &ranges)?;
+        if capabilities.contains_key("portMappings")
+            && !lists.iter().any(|list| list.takes("portMappings"))
+        {
+            log::warn!(
+                "pod {pod} maps host ports (port_mappings), and no CNI plugin takes them \
+                 (capabilities.portMappings): they will not be open"
+            );
+        }
+        let networks = lists.iter().enumerate().map(|(at, list)| Attached {
+            interface: format!("eth{at}"),
+            list: list.clone(),
+            result: None,
+        });
+        let record = Record {
+            arguments: runtime_config::arguments(pod, config)?,
+            capabilities,
+            networks: networks.collect(),
+        };
+        let written = self.inner.write(pod, &record)?;
+        let attachment = Attachment {
+            record: Some(Arc::new(record.clone())),
+            ..Attachment::new(&record)
+        };
+        lock(&self.inner.attachments).insert(pod.to_owned(), attachment);
+        let written = written.await.map_err(stored);
+        if written.is_err() {
+            lock(&self.inner.attachments).remove(pod);
+        }
+        written
+    }
+
+    /// ADDs the pod, whose namespace is pinned at `netns`, to every network: its addresses. If it
+    /// fails, [`Cni::detach`] has to follow.
+    pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
+        let inner = &self.inner;
+        let (turn, record) = {
+            let attachments = lock(&inner.attachments);
+            let attachment = attachments.get(pod);
+            attachment
+                .and_then(|one| Some((Arc::clone(&one.turn), Arc::clone(one.record.as_ref()?))))
+                .ok_or_else(|| Error::internal(format!("pod {pod} has no network to be made")))?
+        };
+        let _turn = turn.lock().await;
+        let _at_work = slow(
+            format!("pod {pod}: the end of CNI's GC"),
+            inner.at_work.read(),
+        )
+        .await;
+        let netns = netns.to_string_lossy();
+        let deadline = Instant::now() + inner.settings.deadline;
+        let adds = record.networks.iter().map(|network| {
+            let target = record.target(network, pod, &netns);
+            chain::add(&inner.directories, &network.list, target, deadline)
+        });
+        let results = join_all(adds).await;
+        let mut record = Record::clone(&record);
+        let mut addresses = None;
+        for (network, result) in record.networks.iter_mut().zip(results) {
+            let name = &network.list.name;
+            let failed = |why: &dyn std::fmt::Display| {
+                Error::internal(format!("add it to the CNI network {name}: {why}"))
+            };
+            let result = result.map_err(|error| failed(&error))?;
+            let found = result::addresses(&result, &network.interface);
+            let found = found.map_err(|why| failed(&why))?;
+            // The status shows those of the first.
+            addresses.get_or_insert(found);
+            network.result = Some(result);
+        }
+        let addresses = addresses.unwrap_or_default();
+        if addresses.is_empty() {
+            return Err(Error::internal(format!(
+                "the CNI network {} gave it no address",
+                record.networks.first().map_or("", |one| &one.list.name)
+            )));
+        }
+        inner.write(pod, &record)?.await.map_err(stored)?;
+        if let Some(attachment) = lock(&inner.attachments).get_mut(pod) {
+            attachment.record = None;
+        }
+        Ok(addresses)
+    }
+
+    /// Sees to pods that are gone, whatever kept their DEL, watches the directory, and collects
+    /// what belongs to nobody. `live` are the pods that are there.
+    pub fn start(&self, live: &HashSet<String>) {
+        self.inner.started.store(true, Ordering::Release);
+        let dead: Vec<String> = {
+            let attachments = lock(&self.inner.attachments);
+            let pods = attachments.keys();
+            pods.filter(|pod| !live.contains(*pod)).cloned().collect()
+        };
+        for pod in dead {
+            log::info!("pod {pod}: is not there, its CNI networks are taken away");
+            self.adopt(&pod);
+        }
+        tokio::spawn(watch::run(self.clone()));
+        tokio::spawn(self.clone().collect_garbage());
+        tokio::spawn(self.clone().check_all(live.clone()));
+        self.inner.collect.notify_one();
+    }
+
+    /// Looks at the directory again.
+    pub async fn reload(&self) {
+        // What is wrong has been logged.
+        let _ = self.lists().await;
+        self.inner.changed.notify_waiters();
+    }
+
+    /// The node's ranges for pods, comma-separated, for plugins that take `ipRanges`.
+    pub async fn set_ranges(&self, cidrs: &str) -> Result<()> {
+        let ranges: Vec<String> = cidrs.split(',').map(|one| one.trim().to_owned()).collect();
+        let is_range = |text: &String| {
+            let parts = text.split_once('/');
+            parts.is_some_and(|(address, prefix)| {
+                let most = match address.parse() {
+                    Ok(IpAddr::V4(_)) => 32,
+                    Ok(IpAddr::V6(_)) => 128,
+                    Err(_) => return false,
+                };
+                prefix.parse::<u8>().is_ok_and(|prefix| prefix <= most)
+            })
+        };
+        if let Some(wrong) = ranges.iter().find(|range| !is_range(range)) {
+            return Err(Error::invalid(format!(
+                "pod_cidr has {wrong:?}, which is no range of addresses"
+            )));
+        }
+        let change = Change::put(Table::NETWORK, RANGES_KEY, &ranges).map_err(stored)?;
+        let written = {
+            let mut now = lock(&self.inner.ranges);
+            *now = ranges;
+            self.inner.store.commit(vec![change])
+        };
+        written.await.map_err(stored)
+    }
+
+    /// What the verbose Status shows, by containerd's names.
+    pub async fn shown(&self) -> [(&'static str, String); 2] {
+        let lists = self.lists().await;
+        let loaded = match &lists {
+            Ok(lists) if lists.is_empty() => self.inner.none(),
+            Ok(_) => "OK".to_owned(),
+            Err(error) => error.clone(),
+        };
+        let lists = lists.unwrap_or_default();
+        let networks = lists.iter().enumerate();
+        let networks = networks.map(|(at, list)| list.shown(&format!("eth{at}")));
+        let networks: Vec<Value> = networks.collect();
+        let settings = &self.inner.settings;
+        let config = json!({
+            "PluginDirs": self.inner.directories.all(),
+            "PluginConfDir": settings.conf_dir,
+            "PluginMaxConfNum": settings.max_conf_num,
+            "Prefix": "eth",
+            "Networks": networks,
+        });
+        [
+            ("cniconfig", config.to_string()),
+            ("lastCNILoadStatus", loaded),
+        ]
+    }
+
+    /// What ADD gave the pod, by network, for the verbose PodSandboxStatus.
+    pub async fn results(&self, pod: &str) -> Option<Value> {
+        if !self.has(pod) {
+            return None;
+        }
+        let record = self.inner.record(pod).await.ok()??;
+        let results = record.networks.into_iter();
+        let results = results.map(|one| (one.list.name, one.result.unwrap_or_default()));
+        Some(Value::Object(results.collect()))
+    }
+
+    async fn lists(&self) -> std::result::Result<Arc<Vec<List>>, String> {
+        let inner = Arc::clone(&self.inner);
+        let what = format!(
+            "read the CNI configurations in {}",
+            inner.settings.conf_dir.display()
+        );
+        blocking(what, move || inner.refresh()).await
+    }
+
+    /// GC at the start and after each change, while no ADD or DEL is under way.
+    async fn collect_garbage(self) {
+        loop {
+            self.inner.collect.notified().await;
+            let Ok(lists) = self.lists().await else {
+                continue;
+            };
+            // A writer that waits would hold up every ADD behind one that hangs.
+            let _alone = loop {
+                match self.inner.at_work.try_write() {
+                    Ok(alone) => break alone,
+                    Err(_) => tokio::time::sleep(HALF_WRITTEN).await,
+                }
+            };
+            for list in lists.iter() {
+                let valid = self.inner.valid(&list.name);
+                let collected = chain::gc(&self.inner.directories, list, &valid, GC).await;
+                if let Err(error) = collected {
+                    log::warn!("collect garbage of the CNI network {}: {error}", list.name);
+                }
+            }
+        }
+    }
+
+    /// CHECKs the pods that an earlier life of the server has left, one after another. The log has
+    /// what is wrong: it is not for the runtime to mend.
+    async fn check_all(self, live: HashSet<String>) {
+        for pod in live {
+            let turn = lock(&self.inner.attachments)
+                .get(&pod)
+                .map(|one| Arc::clone(&one.turn));
+            let Some(turn) = turn else { continue };
+            let _turn = turn.lock().await;
+            let Ok(Some(record)) = self.inner.record(&pod).await else {
+                continue;
+            };
+            let netns = self.inner.pinned(&pod);
+            let deadline = Instant::now() + self.inner.settings.deadline;
+            for network in &record.networks {
+                let Some(result) = &network.result else {
+                    continue;
+                };
+                let target = record.target(network, &pod, &netns);
+                let (list, directories) = (&network.list, &self.inner.directories);
+                let checked = chain::check(directories, list, target, result, deadline).await;
+                if let Err(error) = checked {
+                    let name = &list.name;
+                    log::warn!("pod {pod}: its CNI network {name} is not as it was made: {error}");
+                }
+            }
+        }
+    }
+}
+
+impl Record {
+    fn target<'a>(&'a self, network: &'a Attached, pod: &'a str, netns: &'a str) -> Target<'a> {
+        Target {
+            pod,
+            netns,
+            interface: &network.interface,
+            arguments: &self.arguments,
+            capabilities: &self.capabilities,
+        }
+    }
+}
+
+impl Inner {
+    /// The configurations as they are now; unchanged ones are not read again. Blocks.
+    fn refresh(&self) -> std::result::Result<Arc<Vec<List>>, String> {
+        let (files, seen) = configuration::look(&self.settings.conf_dir)?;
+        {
+            let configured = lock(&self.configured);
+            if configured.seen.as_ref() == Some(&seen) {
+                return configured.lists.clone();
+            }
+        }
+        let lists = configuration::load(&files, self.settings.max_conf_num).map(Arc::new);
+        let mut configured = lock(&self.configured);
+        let first = configured.seen.is_none();
+        configured.seen = Some(seen);
+        if configured.lists == lists && !first {
+            return lists;
+        }
+        match &lists {
+            Ok(lists) if lists.is_empty() && first => {}
+            Ok(lists) if lists.is_empty() => log::info!("{}", self.none()),
+            Ok(lists) => {
+                for list in lists.iter() {
+                    log::info!(
+                        "the CNI network {} of {}, version {}, is in use",
+                        list.name,
+                        list.file.display(),
+                        list.version
+                    );
+                }
+                if let Err(missing) = self.all_there(lists) {
+                    log::warn!("no pod can be given a network: {missing}");
+                }
+            }
+            Err(error) => log::error!("no CNI network can be used: {error}"),
+        }
+        configured.lists.clone_from(&lists);
+        configured.generation += 1;
+        drop(configured);
+        self.changed.notify_waiters();
+        self.collect.notify_one();
+        lists
+    }
+
+    /// A sentence if a plugin's binary is missing.
+    fn all_there(&self, lists: &[List]) -> std::result::Result<(), String> {
+        for list in lists {
+            for plugin in &list.plugins {
+                let found = self.directories.find(configuration::kind(plugin));
+                found.map_err(|error| format!("{}: {error}", list.file.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn none(&self) -> String {
+        format!(
+            "there is no CNI configuration in {}",
+            self.settings.conf_dir.display()
+        )
+    }
+
+    /// Queues the record to be written; the future ends when it is on the disk.
+    fn write(
+        &self,
+        pod: &str,
+        record: &Record,
+    ) -> Result<impl Future<Output = std::result::Result<(), StoreError>> + use<>> {
+        let change = Change::put(Table::ATTACHMENTS, pod, record).map_err(stored)?;
+        Ok(self.store.commit(vec![change]))
+    }
+
+    async fn record(&self, pod: &str) -> Result<Option<Record>> {
+        let (store, key) = (self.store.clone(), pod.to_owned());
+        let read = move || store.get(Table::ATTACHMENTS, &key);
+        blocking(format!("pod {pod}: read its CNI networks"), read)
+            .await
+            .map_err(stored)
+    }
+
+    /// The path of the pod's namespace; empty if it is gone.
+    fn pinned(&self, pod: &str) -> String {
+        let path = self.settings.namespaces.of(pod);
+        match super::namespace::is_pinned(&path) {
+            true => path.to_string_lossy().into_owned(),
+            false => String::new(),
+        }
+    }
+
+    /// The attachments of a network, pod and interface.
+    fn valid(&self, network: &str) -> Vec<(String, String)> {
+        let attachments = lock(&self.attachments);
+        let mut valid = Vec::new();
+        for (pod, attachment) in attachments.iter() {
+            for (name, interface) in &attachment.networks {
+                if name == network {
+                    valid.push((pod.clone(), interface.clone()));
+                }
+            }
+        }
+        valid
+    }
+}
+
+fn stored(error: StoreError) -> Error {
+    Error::internal(error.to_string())
+}

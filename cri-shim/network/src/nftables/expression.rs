@@ -1,0 +1,479 @@
+//! The rules of the table, as the expressions that nf_tables runs: each loads something into
+//! registers, compares one, or acts. `nft --debug=netlink list ruleset` shows them.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use crate::address::Range;
+use crate::host_ports::Mapping;
+use crate::netlink::Body;
+
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+
+pub(super) const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_EXPR_NAME: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
+const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_DATA_VERDICT: u16 = 2;
+const NFTA_VERDICT_CODE: u16 = 1;
+const NFTA_VERDICT_CHAIN: u16 = 2;
+const NF_DROP: i32 = 0;
+const NFT_JUMP: i32 = -3;
+const NFT_RETURN: i32 = -5;
+
+const NFTA_META_DREG: u16 = 1;
+const NFTA_META_KEY: u16 = 2;
+const NFT_META_IIFNAME: u32 = 6;
+const NFT_META_OIFNAME: u32 = 7;
+const NFT_META_NFPROTO: u32 = 15;
+const NFT_META_L4PROTO: u32 = 16;
+
+const NFTA_PAYLOAD_DREG: u16 = 1;
+const NFTA_PAYLOAD_BASE: u16 = 2;
+const NFTA_PAYLOAD_OFFSET: u16 = 3;
+const NFTA_PAYLOAD_LEN: u16 = 4;
+const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
+const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+
+const NFTA_BITWISE_SREG: u16 = 1;
+const NFTA_BITWISE_DREG: u16 = 2;
+const NFTA_BITWISE_LEN: u16 = 3;
+const NFTA_BITWISE_MASK: u16 = 4;
+const NFTA_BITWISE_XOR: u16 = 5;
+
+const NFTA_CMP_SREG: u16 = 1;
+const NFTA_CMP_OP: u16 = 2;
+const NFTA_CMP_DATA: u16 = 3;
+const NFT_CMP_EQ: u32 = 0;
+const NFT_CMP_NEQ: u32 = 1;
+
+const NFTA_IMMEDIATE_DREG: u16 = 1;
+const NFTA_IMMEDIATE_DATA: u16 = 2;
+
+const NFTA_LOOKUP_SET: u16 = 1;
+const NFTA_LOOKUP_SREG: u16 = 2;
+const NFTA_LOOKUP_DREG: u16 = 3;
+
+const NFTA_FIB_DREG: u16 = 1;
+const NFTA_FIB_RESULT: u16 = 2;
+const NFTA_FIB_FLAGS: u16 = 3;
+const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
+const NFTA_FIB_F_DADDR: u32 = 1 << 1;
+
+const NFTA_CT_DREG: u16 = 1;
+const NFTA_CT_KEY: u16 = 2;
+const NFTA_CT_SREG: u16 = 4;
+const NFT_CT_STATUS: u32 = 2;
+const NFT_CT_MARK: u32 = 3;
+const IPS_DST_NAT: u32 = 1 << 5;
+
+/// The bit of a connection's mark by which one from a pod to a host port is known. Kubernetes uses
+/// marks of packets, 0x2000 to 0x8000, and none of connections.
+const HAIRPIN_MARK: u32 = 0x1000;
+
+const NFTA_NAT_TYPE: u16 = 1;
+const NFTA_NAT_FAMILY: u16 = 2;
+const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
+const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
+const NFT_NAT_DNAT: u32 = 1;
+
+const NFTA_MASQ_FLAGS: u16 = 1;
+const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 1 << 4;
+
+const NFT_REG_VERDICT: u32 = 0;
+/// The first of the sixteen registers of four bytes.
+const NFT_REG32_00: u32 = 8;
+/// Where a lookup leaves what it found.
+const FOUND: u32 = NFT_REG32_00 + 8;
+
+/// The address and the mask of all its bits.
+const LOOPBACK6: (Ipv6Addr, Ipv6Addr) = (Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX));
+
+/// IFNAMSIZ: interface names are compared with their padding.
+const INTERFACE_NAME_BYTES: usize = 16;
+
+/// The numbers by which nft(8) knows the types of a map's parts, six bits each.
+const IPV4_ADDR: u32 = 7;
+const IPV6_ADDR: u32 = 8;
+const INET_PROTO: u32 = 12;
+const INET_SERVICE: u32 = 13;
+
+/// What a map's keys or data are: for the kernel their length, for nft(8) also a number.
+pub(super) struct Type {
+    pub number: u32,
+    pub bytes: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(super) fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+
+    pub(super) fn has(self, mapping: &Mapping) -> bool {
+        self == Family::of(mapping.address)
+    }
+
+    /// The name of the map with its host ports.
+    pub(super) fn map(self) -> &'static str {
+        match self {
+            Family::V4 => "host_ports4",
+            Family::V6 => "host_ports6",
+        }
+    }
+
+    /// The number of that map in the transaction that makes it.
+    pub(super) fn id(self) -> u32 {
+        match self {
+            Family::V4 => 1,
+            Family::V6 => 2,
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        }
+    }
+
+    fn address_bytes(self) -> u32 {
+        match self {
+            Family::V4 => 4,
+            Family::V6 => 16,
+        }
+    }
+
+    /// Where the header has the source and the destination.
+    fn offsets(self) -> (u32, u32) {
+        match self {
+            Family::V4 => (12, 16),
+            Family::V6 => (8, 24),
+        }
+    }
+
+    /// Of the map's keys and data. Every part is padded to four bytes.
+    pub(super) fn types(self) -> (Type, Type) {
+        let address = match self {
+            Family::V4 => IPV4_ADDR,
+            Family::V6 => IPV6_ADDR,
+        };
+        let data = Type {
+            number: address << 6 | INET_SERVICE,
+            bytes: self.address_bytes() + 4,
+        };
+        let key = Type {
+            number: INET_PROTO << 12 | data.number,
+            bytes: 4 + data.bytes,
+        };
+        (key, data)
+    }
+}
+
+/// Key and data of a map's element.
+pub(super) fn element(mapping: &Mapping) -> (Vec<u8>, Vec<u8>) {
+    let mut key = vec![mapping.protocol.number(), 0, 0, 0];
+    key.extend(octets(mapping.address));
+    key.extend(mapping.port.to_be_bytes());
+    key.extend([0, 0]);
+    let mut data = octets(mapping.to.ip());
+    data.extend(mapping.to.port().to_be_bytes());
+    data.extend([0, 0]);
+    (key, data)
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().into(),
+        IpAddr::V6(address) => address.octets().into(),
+    }
+}
+
+/// A value inside an attribute of this kind.
+pub(super) fn value(body: &mut Body, kind: u16, bytes: &[u8]) {
+    body.nest(kind, |inside| inside.bytes(NFTA_DATA_VALUE, bytes));
+}
+
+type Expression = Box<dyn Fn(&mut Body)>;
+
+/// A rule: its expressions, in their order.
+#[derive(Default)]
+pub(super) struct Rule(Vec<(&'static str, Expression)>);
+
+impl Rule {
+    pub(super) fn write(&self, list: &mut Body) {
+        for (name, data) in &self.0 {
+            list.nest(NFTA_LIST_ELEM, |element| {
+                element.string(NFTA_EXPR_NAME, name);
+                element.nest(NFTA_EXPR_DATA, data);
+            });
+        }
+    }
+
+    /// Drops what comes from a pod for the node's 127.0.0.1.
+    pub(super) fn guard(bridge: &str) -> Rule {
+        let bridge = interface(bridge);
+        Rule::default()
+            .interface(NFT_META_IIFNAME, NFT_CMP_EQ, bridge)
+            .family(Family::V4)
+            .destination(NFT_CMP_EQ, [127, 0, 0, 0].into(), [255, 0, 0, 0].into())
+            .verdict(NF_DROP, None)
+    }
+
+    /// Sends what is meant for an address of the node to another chain.
+    pub(super) fn local_goes_to(chain: &'static str) -> Rule {
+        Rule::default()
+            .add("fib", |data| {
+                data.be32(NFTA_FIB_DREG, NFT_REG32_00);
+                data.be32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
+                data.be32(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+            })
+            .compare(NFT_CMP_EQ, u32::from(libc::RTN_LOCAL).to_ne_bytes())
+            .verdict(NFT_JUMP, Some(chain))
+    }
+
+    /// Leaves ::1 alone.
+    pub(super) fn not_for_loopback6() -> Rule {
+        let (one, mask) = LOOPBACK6;
+        Rule::default()
+            .family(Family::V6)
+            .destination(NFT_CMP_EQ, one.into(), mask.into())
+            .verdict(NFT_RETURN, None)
+    }
+
+    /// Sends what is meant for a host port of this address, or of any, to its pod.
+    pub(super) fn host_port(family: Family, of_any: bool) -> Rule {
+        let bytes = family.address_bytes();
+        Rule::default()
+            .family(family)
+            .look_up_host_port(family, of_any)
+            .add("nat", move |data| {
+                data.be32(NFTA_NAT_TYPE, NFT_NAT_DNAT);
+                data.be32(NFTA_NAT_FAMILY, family.number().into());
+                data.be32(NFTA_NAT_REG_ADDR_MIN, FOUND);
+                data.be32(NFTA_NAT_REG_PROTO_MIN, FOUND + bytes / 4);
+            })
+    }
+
+    /// Marks the connection of a pod to a host port of this address, or of any.
+    pub(super) fn mark_hairpin(range: Range, of_any: bool) -> Rule {
+        let family = Family::of(range.network());
+        Rule::default()
+            .family(family)
+            .source(range.network(), range.mask())
+            .look_up_host_port(family, of_any)
+            .ct(NFT_CT_MARK)
+            .bitwise(
+                (!HAIRPIN_MARK).to_ne_bytes().into(),
+                HAIRPIN_MARK.to_ne_bytes().into(),
+            )
+            .add("ct", |data| {
+                data.be32(NFTA_CT_KEY, NFT_CT_MARK);
+                data.be32(NFTA_CT_SREG, NFT_REG32_00);
+            })
+    }
+
+    /// Gives what leaves the pods' range the node's address.
+    pub(super) fn masquerade(bridge: &str, range: Range) -> Rule {
+        let family = Family::of(range.network());
+        // Multicast has no answers that would need the way back.
+        let (multicast, mask) = match family {
+            Family::V4 => (IpAddr::from([224, 0, 0, 0]), IpAddr::from([240, 0, 0, 0])),
+            Family::V6 => {
+                let front = IpAddr::from([0xff00, 0, 0, 0, 0, 0, 0, 0]);
+                (front, front)
+            }
+        };
+        Rule::default()
+            .family(family)
+            .source(range.network(), range.mask())
+            .destination(NFT_CMP_NEQ, range.network(), range.mask())
+            .interface(NFT_META_OIFNAME, NFT_CMP_NEQ, interface(bridge))
+            .destination(NFT_CMP_NEQ, multicast, mask)
+            .masquerade_now()
+    }
+
+    /// Gives what comes to a pod from the node's 127.0.0.1 or ::1 an address that it can answer to.
+    pub(super) fn masquerade_loopback(bridge: &str, family: Family) -> Rule {
+        let (network, mask): (IpAddr, IpAddr) = match family {
+            Family::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
+            Family::V6 => (LOOPBACK6.0.into(), LOOPBACK6.1.into()),
+        };
+        Rule::default()
+            .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
+            .family(family)
+            .source(network, mask)
+            .masquerade_now()
+    }
+
+    /// Gives what comes from a pod, and by a host port to a pod of this node, the node's address.
+    pub(super) fn hairpin(bridge: &str, range: Range) -> Rule {
+        Rule::default()
+            .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
+            .family(Family::of(range.network()))
+            .source(range.network(), range.mask())
+            .ct(NFT_CT_STATUS)
+            .mask(IPS_DST_NAT.to_ne_bytes().into())
+            .compare(NFT_CMP_NEQ, [0; 4])
+            .ct(NFT_CT_MARK)
+            .mask(HAIRPIN_MARK.to_ne_bytes().into())
+            .compare(NFT_CMP_NEQ, [0; 4])
+            .masquerade_now()
+    }
+
+    /// Looks protocol, destination, or any, and port up in the family's map; without an entry the
+    /// rule ends.
+    fn look_up_host_port(self, family: Family, of_any: bool) -> Rule {
+        let bytes = family.address_bytes();
+        let port = NFT_REG32_00 + 1 + bytes / 4;
+        let rule = self.meta(NFT_META_L4PROTO, NFT_REG32_00);
+        let (_, destination) = family.offsets();
+        let network = NFT_PAYLOAD_NETWORK_HEADER;
+        let rule = match of_any {
+            true => rule.any_address(family),
+            false => rule.payload(network, destination, bytes, NFT_REG32_00 + 1),
+        };
+        // Ports are at the same place in TCP, UDP and SCTP.
+        rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)
+            .look_up(family)
+    }
+
+    fn add(mut self, name: &'static str, data: impl Fn(&mut Body) + 'static) -> Rule {
+        self.0.push((name, Box::new(data)));
+        self
+    }
+
+    fn meta(self, key: u32, register: u32) -> Rule {
+        self.add("meta", move |data| {
+            data.be32(NFTA_META_DREG, register);
+            data.be32(NFTA_META_KEY, key);
+        })
+    }
+
+    fn payload(self, base: u32, offset: u32, bytes: u32, register: u32) -> Rule {
+        self.add("payload", move |data| {
+            data.be32(NFTA_PAYLOAD_DREG, register);
+            data.be32(NFTA_PAYLOAD_BASE, base);
+            data.be32(NFTA_PAYLOAD_OFFSET, offset);
+            data.be32(NFTA_PAYLOAD_LEN, bytes);
+        })
+    }
+
+    /// What connection tracking knows.
+    fn ct(self, key: u32) -> Rule {
+        self.add("ct", move |data| {
+            data.be32(NFTA_CT_DREG, NFT_REG32_00);
+            data.be32(NFTA_CT_KEY, key);
+        })
+    }
+
+    /// Compares what is in the first register.
+    fn compare(self, operator: u32, with: impl Into<Vec<u8>>) -> Rule {
+        let with = with.into();
+        self.add("cmp", move |data| {
+            data.be32(NFTA_CMP_SREG, NFT_REG32_00);
+            data.be32(NFTA_CMP_OP, operator);
+            value(data, NFTA_CMP_DATA, &with);
+        })
+    }
+
+    /// Masks what is in the first register.
+    fn mask(self, mask: Vec<u8>) -> Rule {
+        let nothing = vec![0; mask.len()];
+        self.bitwise(mask, nothing)
+    }
+
+    /// Masks what is in the first register, and then turns these bits round.
+    fn bitwise(self, mask: Vec<u8>, turned: Vec<u8>) -> Rule {
+        self.add("bitwise", move |data| {
+            data.be32(NFTA_BITWISE_SREG, NFT_REG32_00);
+            data.be32(NFTA_BITWISE_DREG, NFT_REG32_00);
+            data.be32(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0));
+            value(data, NFTA_BITWISE_MASK, &mask);
+            value(data, NFTA_BITWISE_XOR, &turned);
+        })
+    }
+
+    fn family(self, family: Family) -> Rule {
+        self.meta(NFT_META_NFPROTO, NFT_REG32_00)
+            .compare(NFT_CMP_EQ, [family.number()])
+    }
+
+    fn interface(self, key: u32, operator: u32, name: Vec<u8>) -> Rule {
+        self.meta(key, NFT_REG32_00).compare(operator, name)
+    }
+
+    fn source(self, network: IpAddr, mask: IpAddr) -> Rule {
+        let family = Family::of(network);
+        let (offset, _) = family.offsets();
+        self.masked_address(family, offset, mask)
+            .compare(NFT_CMP_EQ, octets(network))
+    }
+
+    fn destination(self, operator: u32, network: IpAddr, mask: IpAddr) -> Rule {
+        let family = Family::of(network);
+        let (_, offset) = family.offsets();
+        self.masked_address(family, offset, mask)
+            .compare(operator, octets(network))
+    }
+
+    fn masked_address(self, family: Family, offset: u32, mask: IpAddr) -> Rule {
+        let base = NFT_PAYLOAD_NETWORK_HEADER;
+        self.payload(base, offset, family.address_bytes(), NFT_REG32_00)
+            .mask(octets(mask))
+    }
+
+    /// The unspecified address, which stands for any in the maps' keys.
+    fn any_address(self, family: Family) -> Rule {
+        let zeros = vec![0; if family == Family::V4 { 4 } else { 16 }];
+        self.add("immediate", move |data| {
+            data.be32(NFTA_IMMEDIATE_DREG, NFT_REG32_00 + 1);
+            value(data, NFTA_IMMEDIATE_DATA, &zeros);
+        })
+    }
+
+    /// Looks the key in the first registers up in the family's map; without it the rule ends.
+    fn look_up(self, family: Family) -> Rule {
+        self.add("lookup", move |data| {
+            data.string(NFTA_LOOKUP_SET, family.map());
+            data.be32(NFTA_LOOKUP_SREG, NFT_REG32_00);
+            data.be32(NFTA_LOOKUP_DREG, FOUND);
+        })
+    }
+
+    fn verdict(self, code: i32, chain: Option<&'static str>) -> Rule {
+        self.add("immediate", move |data| {
+            data.be32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
+            data.nest(NFTA_IMMEDIATE_DATA, |inside| {
+                inside.nest(NFTA_DATA_VERDICT, |verdict| {
+                    verdict.bytes(NFTA_VERDICT_CODE, &code.to_be_bytes());
+                    if let Some(chain) = chain {
+                        verdict.string(NFTA_VERDICT_CHAIN, chain);
+                    }
+                });
+            });
+        })
+    }
+
+    fn masquerade_now(self) -> Rule {
+        // Two connections that begin at once from the same port of two pods would otherwise race
+        // for the same port of the node.
+        self.add("masq", |data| {
+            data.be32(NFTA_MASQ_FLAGS, NF_NAT_RANGE_PROTO_RANDOM_FULLY);
+        })
+    }
+}
+
+fn interface(name: &str) -> Vec<u8> {
+    let mut padded = name.as_bytes().to_vec();
+    padded.resize(INTERFACE_NAME_BYTES, 0);
+    padded
+}

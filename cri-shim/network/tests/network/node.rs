@@ -1,0 +1,212 @@
+//! A node to test on: a network namespace with an uplink to another one, `outside`.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use rrun_network::{Attachment, Network, NetworkConfig, NetworkError, namespace};
+use rrun_store::{Store, Table};
+
+/// The node's address on its uplink.
+pub const NODE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+/// The address of what is beyond the uplink, which has no route to the pods.
+pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// Unlike the default, so that it is seen to be taken over.
+pub const UPLINK_MTU: &str = "1400";
+
+/// Long enough for a busy machine; what waits for it has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Takes the process, which has one thread yet, away from the host: to a mount namespace with a
+/// /run of its own, where ip(8) looks for network namespaces, and an empty network.
+pub fn leave_the_host() -> Result<(), String> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |errno: nix::Error| format!("{what}: {} ({errno:?})", errno.desc())
+    };
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+        .map_err(failed("leave the host's mount and network namespaces"))?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(failed("make / private"))?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)
+        .map_err(failed("mount a tmpfs on /run"))?;
+    std::fs::create_dir("/run/netns").map_err(|error| error.to_string())?;
+    ip("link set lo up")
+        .map(drop)
+        .map_err(|_| "ip(8) of iproute2 does not work here".to_owned())
+}
+
+/// What a whole test may take.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+pub struct Node {
+    pub dir: PathBuf,
+    outside: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Node {
+    /// Runs `test` on a thread that has moved to a new node. Threads and processes that it starts
+    /// are on that node too.
+    pub fn run(test: fn(&Node) -> Result<(), Failed>) -> Result<(), Failed> {
+        let (done, result) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let run = || {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                test(&Node::new()?)
+            };
+            let _ = done.send(run());
+        });
+        match result.recv_timeout(DEADLINE) {
+            Ok(result) => result,
+            Err(error) => Err(format!("it hangs or panicked: {error}").into()),
+        }
+    }
+
+    fn new() -> Result<Node, Failed> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = PathBuf::from(format!("/run/node{count}"));
+        std::fs::create_dir_all(dir.join("netns"))?;
+        let outside = PathBuf::from(format!("/run/netns/outside{count}"));
+        namespace::create(&outside)?;
+        ip("link set lo up")?;
+        let mtu = UPLINK_MTU;
+        ip(&format!(
+            "link add up0 mtu {mtu} type veth peer name up1 mtu {mtu} netns outside{count}"
+        ))?;
+        ip(&format!("address add {NODE}/24 dev up0"))?;
+        ip("link set up0 up")?;
+        ip(&format!("route add default via {OUTSIDE}"))?;
+        inside(&outside, || {
+            ip(&format!("address add {OUTSIDE}/24 dev up1"))?;
+            ip("link set up1 up").map(drop)
+        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        Ok(Node {
+            dir,
+            outside,
+            runtime,
+        })
+    }
+
+    pub fn outside(&self) -> &Path {
+        &self.outside
+    }
+
+    pub fn store(&self) -> Result<Store, Failed> {
+        open_store(&self.dir)
+    }
+
+    pub fn network(&self) -> Result<Network, Failed> {
+        self.network_with(NetworkConfig::default())
+    }
+
+    pub fn network_with(&self, config: NetworkConfig) -> Result<Network, Failed> {
+        Ok(Network::open(self.store()?, config)?)
+    }
+
+    pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
+    pub fn netns(&self, pod: &str) -> PathBuf {
+        self.dir.join("netns").join(pod)
+    }
+
+    /// A pod with a namespace of its own, connected.
+    pub fn pod(&self, network: &Network, pod: &str) -> Result<Attachment, NetworkError> {
+        namespace::create(&self.netns(pod))?;
+        self.wait(network.attach(pod, &self.netns(pod)))
+    }
+
+    /// The pod's end.
+    pub fn remove(&self, network: &Network, pod: &str) -> Result<(), NetworkError> {
+        self.wait(network.detach(pod, Some(&self.netns(pod))))?;
+        self.wait(network.settled());
+        namespace::remove(&self.netns(pod))
+    }
+
+    /// The node's interfaces of pods, of any sort but what belongs to the node.
+    pub fn pod_interfaces(&self) -> Result<Vec<String>, Failed> {
+        let links = ip("-oneline link show type veth")?;
+        Ok(links
+            .lines()
+            .filter_map(|line| line.split(": ").nth(1))
+            .filter(|name| !name.starts_with("up0"))
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// The addresses that the store has for pods. No network may be open.
+    pub fn stored_addresses(&self) -> Result<Vec<String>, Failed> {
+        let entries = self
+            .store()?
+            .load::<serde_json::Value>(Table::ADDRESSES)?
+            .into_iter()
+            .filter(|(_, value)| value.get("pod").is_some());
+        Ok(entries.map(|(address, _)| address).collect())
+    }
+
+    pub fn nothing_of_pods_is_left(&self) -> Result<(), Failed> {
+        let interfaces = self.pod_interfaces()?;
+        let addresses = self.stored_addresses()?;
+        let namespaces = std::fs::read_dir(self.dir.join("netns"))?.count();
+        if !interfaces.is_empty() || !addresses.is_empty() || namespaces != 0 {
+            return Err(Failed::from(format!(
+                "left: interfaces {interfaces:?}, addresses {addresses:?}, {namespaces} namespaces"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Opens the store of the node whose directory is `dir`.
+pub fn open_store(dir: &Path) -> Result<Store, Failed> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        // The last handle's writer may still be letting go of the file.
+        match Store::open(&dir.join("meta.redb")) {
+            Ok(store) => return Ok(store),
+            Err(error) if Instant::now() > end => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Runs ip(8) on the calling thread's node, and returns what it printed.
+pub fn ip(arguments: &str) -> Result<String, Failed> {
+    program("ip", &arguments.split(' ').collect::<Vec<_>>())
+}
+
+pub fn program(program: &str, arguments: &[&str]) -> Result<String, Failed> {
+    let output = Command::new(program).args(arguments).output()?;
+    if !output.status.success() {
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Failed::from(format!("{program} {arguments:?}: {error}")));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `work` in the namespace pinned at `path`.
+pub fn inside<T: Send>(
+    path: &Path,
+    work: impl FnOnce() -> Result<T, Failed> + Send,
+) -> Result<T, Failed> {
+    let namespace = std::fs::File::open(path)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            work()
+        });
+        thread.join().map_err(|_| Failed::from("it panicked"))?
+    })
+}

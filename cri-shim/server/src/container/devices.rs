@@ -1,0 +1,209 @@
+//! Devices of the node in a container.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rrun_proto::v1::Device;
+use serde_json::{Value, json};
+
+use rrun_calls::error::{During, Error, Result};
+
+/// How deep a directory of devices is followed.
+const DEPTH: u32 = 8;
+
+/// Below /dev, but of one terminal, one mount namespace or one process.
+const NOT_SHARED: [&str; 7] = [
+    "pts",
+    "shm",
+    "fd",
+    "mqueue",
+    ".lxc",
+    ".lxd-mounts",
+    "console",
+];
+
+/// The specification's `linux.devices` and `linux.resources.devices`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    pub nodes: Vec<Value>,
+    pub rules: Vec<Value>,
+}
+
+/// The devices asked for, everything else denied; for the privileged every device. Blocks.
+pub fn devices(asked: &[Device], privileged: bool) -> Result<Devices> {
+    let mut devices = Devices::default();
+    if privileged {
+        devices
+            .rules
+            .push(json!({ "allow": true, "access": "rwm" }));
+        devices.add_all(Path::new("/dev"), DEPTH);
+    } else {
+        devices
+            .rules
+            .push(json!({ "allow": false, "access": "rwm" }));
+    }
+    for device in asked {
+        if device.permissions.chars().any(|c| !"rwm".contains(c)) {
+            return Err(Error::invalid(format!(
+                "the permissions {:?} of the device {} are not of r, w and m",
+                device.permissions, device.host_path
+            )));
+        }
+        let host = Path::new(&device.host_path);
+        let container = if device.container_path.is_empty() {
+            host
+        } else {
+            Path::new(&device.container_path)
+        };
+        let access = if device.permissions.is_empty() {
+            "rwm"
+        } else {
+            &device.permissions
+        };
+        devices.add(host, container, access, !privileged, DEPTH)?;
+    }
+    Ok(devices)
+}
+
+impl Devices {
+    /// A device, or every device in a directory.
+    fn add(
+        &mut self,
+        host: &Path,
+        container: &Path,
+        access: &str,
+        rule: bool,
+        depth: u32,
+    ) -> Result<()> {
+        let what = || format!("look at the device {}", host.display());
+        let metadata = std::fs::metadata(host).during(what)?;
+        if metadata.is_dir() && depth > 0 {
+            for entry in std::fs::read_dir(host).during(what)? {
+                let name = entry.during(what)?.file_name();
+                let (inner, shown): (PathBuf, PathBuf) = (host.join(&name), container.join(&name));
+                let kind = std::fs::symlink_metadata(&inner).during(what)?.file_type();
+                if kind.is_dir() || kind.is_block_device() || kind.is_char_device() {
+                    self.add(&inner, &shown, access, rule, depth - 1)?;
+                }
+            }
+            return Ok(());
+        }
+        let Some(kind) = kind(&metadata) else {
+            return Err(Error::invalid(format!(
+                "{} is no device of the node",
+                host.display()
+            )));
+        };
+        let (major, minor) = numbers(metadata.rdev());
+        self.nodes.retain(|node| node["path"] != json!(container));
+        self.nodes.push(node(container, kind, &metadata));
+        if rule {
+            self.rules.push(json!({
+                "allow": true, "type": kind, "major": major, "minor": minor, "access": access,
+            }));
+        }
+        Ok(())
+    }
+
+    /// Every device below a directory that two mount namespaces can share.
+    fn add_all(&mut self, dir: &Path, depth: u32) {
+        let Ok(entries) = std::fs::read_dir(dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let name = entry.file_name();
+            if NOT_SHARED.iter().any(|not| name == *not) {
+                continue;
+            }
+            // Not followed: a link's target is there under its own name.
+            let Ok(metadata) = std::fs::symlink_metadata(&path) else {
+                continue;
+            };
+            if metadata.is_dir() && depth > 0 {
+                self.add_all(&path, depth - 1);
+            } else if let Some(kind) = kind(&metadata) {
+                self.nodes.push(node(&path, kind, &metadata));
+            }
+        }
+    }
+}
+
+/// The specification's entry for a device of the node, under another path.
+pub fn node_of(host: &Path, container: &Path) -> Result<Value> {
+    let metadata =
+        std::fs::metadata(host).during(|| format!("look at the device {}", host.display()))?;
+    match kind(&metadata) {
+        Some(kind) => Ok(node(container, kind, &metadata)),
+        None => Err(Error::invalid(format!(
+            "{} is no device of the node",
+            host.display()
+        ))),
+    }
+}
+
+fn kind(metadata: &std::fs::Metadata) -> Option<&'static str> {
+    let kind = metadata.file_type();
+    if kind.is_block_device() {
+        Some("b")
+    } else if kind.is_char_device() {
+        Some("c")
+    } else {
+        None
+    }
+}
+
+fn numbers(device: u64) -> (u32, u32) {
+    (rustix::fs::major(device), rustix::fs::minor(device))
+}
+
+fn node(path: &Path, kind: &str, metadata: &std::fs::Metadata) -> Value {
+    let (major, minor) = numbers(metadata.rdev());
+    json!({
+        "path": path, "type": kind, "major": major, "minor": minor,
+        "fileMode": metadata.mode() & 0o7777, "uid": metadata.uid(), "gid": metadata.gid(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(host: &str, container: &str, permissions: &str) -> Device {
+        Device {
+            container_path: container.into(),
+            host_path: host.into(),
+            permissions: permissions.into(),
+        }
+    }
+
+    #[test]
+    fn a_device_gets_a_node_and_a_rule() -> Result<()> {
+        let devices = devices(&[device("/dev/null", "/dev/nothing", "rw")], false)?;
+        assert_eq!(devices.nodes.len(), 1);
+        assert_eq!(devices.nodes[0]["path"], "/dev/nothing");
+        assert_eq!(devices.nodes[0]["major"], 1);
+        assert_eq!(
+            devices.rules,
+            [
+                json!({ "allow": false, "access": "rwm" }),
+                json!({ "allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw" }),
+            ]
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_privileged_get_all_but_terminals() -> Result<()> {
+        let devices = devices(&[], true)?;
+        let has = |path: &str| devices.nodes.iter().any(|node| node["path"] == path);
+        assert!(has("/dev/null") && !has("/dev/console") && !has("/dev/pts/ptmx"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_is_no_device() {
+        assert!(devices(&[device("/etc/passwd", "/x", "r")], false).is_err());
+        assert!(devices(&[device("/dev/null", "/x", "z")], false).is_err());
+    }
+}

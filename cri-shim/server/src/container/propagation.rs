@@ -1,0 +1,112 @@
+//! Whether a mount's source can give what a mount propagation promises, mount_namespaces(7).
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rrun_proto::v1::{Mount, MountPropagation};
+
+use rrun_calls::error::{During, Error, Result};
+
+/// One line of proc_pid_mountinfo(5).
+struct Line<'a> {
+    point: PathBuf,
+    /// `shared:N`, `master:N` and others.
+    fields: Vec<&'a str>,
+}
+
+/// Refuses propagation that the kernel would silently not give: what is mounted on the node shows
+/// in the container only if the source lies on a mount that is shared or a slave, and the other
+/// way only if it is shared. Blocks.
+pub fn check(asked: &[Mount]) -> Result<()> {
+    let wants = |mount: &&Mount| mount.propagation() != MountPropagation::PropagationPrivate;
+    let mut asked = asked.iter().filter(wants).peekable();
+    if asked.peek().is_none() {
+        return Ok(());
+    }
+    let table =
+        std::fs::read("/proc/self/mountinfo").during(|| "read /proc/self/mountinfo".to_owned())?;
+    let table = String::from_utf8_lossy(&table);
+    let lines: Vec<Line<'_>> = table.lines().filter_map(parse).collect();
+    for mount in asked {
+        let source = std::fs::canonicalize(&mount.host_path)
+            .during(|| format!("look at the mount source {}", mount.host_path))?;
+        let Some(line) = holding(&lines, &source) else {
+            continue;
+        };
+        let has = |kind: &str| line.fields.iter().any(|field| field.starts_with(kind));
+        let (word, fits) = match mount.propagation() {
+            MountPropagation::PropagationBidirectional => ("shared", has("shared:")),
+            _ => ("shared or a slave", has("shared:") || has("master:")),
+        };
+        if !fits {
+            return Err(Error::invalid(format!(
+                "the mount at {:?} has the propagation {}, but its source {} is on the mount {}, which is not {word}",
+                mount.container_path,
+                mount.propagation().as_str_name(),
+                mount.host_path,
+                line.point.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn parse(line: &str) -> Option<Line<'_>> {
+    let mut words = line.split(' ');
+    let point = unescaped(words.nth(4)?);
+    words.next()?;
+    Some(Line {
+        point,
+        fields: words.take_while(|word| *word != "-").collect(),
+    })
+}
+
+/// Blanks and the like are three octal digits.
+fn unescaped(word: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(word.len());
+    let mut rest = word.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = (first == b'\\')
+            .then(|| tail.get(..3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match code {
+            Some(code) => {
+                bytes.push(code);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsStr::from_bytes(&bytes))
+}
+
+/// The mount that a path lies on: the longest mount point above it, and of those on the same
+/// point the last.
+fn holding<'a, 'b>(lines: &'a [Line<'b>], path: &Path) -> Option<&'a Line<'b>> {
+    let above = lines.iter().filter(|line| path.starts_with(&line.point));
+    above.max_by_key(|line| line.point.as_os_str().len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_lies_on_the_deepest_and_last_mount() {
+        let table = "\
+            1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n\
+            2 1 8:1 / /mnt/a\\040b rw - tmpfs t rw\n\
+            3 1 8:1 / /mnt/a\\040b rw,nodev master:4 propagate_from:2 - tmpfs t rw\n";
+        let lines: Vec<Line<'_>> = table.lines().filter_map(parse).collect();
+        let fields = |path: &str| holding(&lines, Path::new(path)).map(|line| line.fields.clone());
+        assert_eq!(
+            fields("/mnt/a b/c"),
+            Some(vec!["master:4", "propagate_from:2"])
+        );
+        assert_eq!(fields("/mnt/a"), Some(vec!["shared:1"]));
+    }
+}

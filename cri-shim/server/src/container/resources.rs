@@ -1,0 +1,214 @@
+//! The CRI's resources as the runtime specification's, for create and for update.
+
+use std::path::Path;
+
+use rrun_proto::v1::LinuxContainerResources;
+use serde_json::{Map, Value, json};
+
+use crate::cgroup;
+use rrun_calls::error::{Error, Result};
+
+/// What the pod's cgroup can limit at all: kubelet names limits for every huge page size of the
+/// node whether or not a controller is there, and swap accounting can be off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Controllers {
+    pub hugetlb: bool,
+    pub swap: bool,
+}
+
+impl Controllers {
+    /// Those of a pod's cgroup, or of the nearest above it that systemd has made.
+    pub fn of(dir: &Path) -> Self {
+        let dir = cgroup::nearest(dir);
+        let there = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
+        let has = |wanted: &str| there.split_ascii_whitespace().any(|name| name == wanted);
+        // The root has no such files; a slice of systemd's does.
+        let below = dir.join("system.slice");
+        let swap = [dir, &below].map(|dir| dir.join("memory.swap.max").exists());
+        Controllers {
+            hugetlb: has("hugetlb"),
+            swap: has("memory") && swap.contains(&true),
+        }
+    }
+}
+
+/// The specification's `linux.resources`, without devices. Zero and empty are "not specified".
+pub fn to_json(asked: &LinuxContainerResources, controllers: Controllers) -> Result<Value> {
+    let mut all = Map::new();
+    let mut cpu = Map::new();
+    let mut set = |name: &str, value: i64| {
+        if value != 0 {
+            cpu.insert(name.to_owned(), json!(value));
+        }
+    };
+    set("shares", positive(asked.cpu_shares, "cpu_shares")?);
+    set("period", positive(asked.cpu_period, "cpu_period")?);
+    // -1 is no limit.
+    set("quota", asked.cpu_quota);
+    for (name, list) in [("cpus", &asked.cpuset_cpus), ("mems", &asked.cpuset_mems)] {
+        if !list.is_empty() {
+            cpu.insert(name.to_owned(), json!(list));
+        }
+    }
+    if !cpu.is_empty() {
+        all.insert("cpu".to_owned(), Value::Object(cpu));
+    }
+    let limit = asked.memory_limit_in_bytes;
+    let swap = asked.memory_swap_limit_in_bytes;
+    if swap > 0 && (limit <= 0 || swap < limit) {
+        return Err(Error::invalid(format!(
+            "memory_swap_limit_in_bytes is {swap}, memory and swap together, and memory_limit_in_bytes {limit}: it can't be less"
+        )));
+    }
+    if !(-1000..=1000).contains(&asked.oom_score_adj) {
+        return Err(Error::invalid(format!(
+            "oom_score_adj is {}, it can be from -1000 to 1000",
+            asked.oom_score_adj
+        )));
+    }
+    // Unless it says otherwise a container with a memory limit does not swap beyond it.
+    let swap = match asked.memory_swap_limit_in_bytes {
+        0 => limit,
+        swap => swap,
+    };
+    if limit != 0 {
+        let mut memory = json!({ "limit": limit });
+        if controllers.swap {
+            memory["swap"] = json!(swap);
+        }
+        all.insert("memory".to_owned(), memory);
+    }
+    if controllers.hugetlb && !asked.hugepage_limits.is_empty() {
+        let pages = asked.hugepage_limits.iter();
+        let limits: Vec<Value> = pages
+            .map(|page| json!({ "pageSize": page.page_size, "limit": page.limit }))
+            .collect();
+        all.insert("hugepageLimits".to_owned(), json!(limits));
+    }
+    if !asked.unified.is_empty() {
+        all.insert("unified".to_owned(), json!(asked.unified));
+    }
+    Ok(Value::Object(all))
+}
+
+fn positive(value: i64, field: &str) -> Result<i64> {
+    if value < 0 {
+        return Err(Error::invalid(format!(
+            "{field} is {value}, it can't be negative"
+        )));
+    }
+    Ok(value)
+}
+
+/// What holds after an update: what it specifies, over what there was.
+pub fn updated(
+    old: &LinuxContainerResources,
+    new: &LinuxContainerResources,
+) -> LinuxContainerResources {
+    let number = |old: i64, new: i64| if new == 0 { old } else { new };
+    let text = |old: &String, new: &String| if new.is_empty() { old } else { new }.clone();
+    let mut unified = old.unified.clone();
+    unified.extend(new.unified.clone());
+    LinuxContainerResources {
+        cpu_period: number(old.cpu_period, new.cpu_period),
+        cpu_quota: number(old.cpu_quota, new.cpu_quota),
+        cpu_shares: number(old.cpu_shares, new.cpu_shares),
+        memory_limit_in_bytes: number(old.memory_limit_in_bytes, new.memory_limit_in_bytes),
+        oom_score_adj: number(old.oom_score_adj, new.oom_score_adj),
+        cpuset_cpus: text(&old.cpuset_cpus, &new.cpuset_cpus),
+        cpuset_mems: text(&old.cpuset_mems, &new.cpuset_mems),
+        hugepage_limits: if new.hugepage_limits.is_empty() {
+            old.hugepage_limits.clone()
+        } else {
+            new.hugepage_limits.clone()
+        },
+        unified,
+        memory_swap_limit_in_bytes: number(
+            old.memory_swap_limit_in_bytes,
+            new.memory_swap_limit_in_bytes,
+        ),
+    }
+}
+
+/// Refuses a memory limit that the container is above already: the kernel would reclaim and then
+/// kill, and kubelet expects an error instead.
+pub fn check_use(dir: &Path, new: &LinuxContainerResources) -> Result<()> {
+    let limit = match u64::try_from(new.memory_limit_in_bytes) {
+        Ok(limit) if limit > 0 => limit,
+        _ => return Ok(()),
+    };
+    match cgroup::number(dir, "memory.current") {
+        Some(used) if used > limit => Err(Error::wrong_state(format!(
+            "the new memory limit of {limit} bytes is below the {used} bytes in use"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rrun_proto::v1::HugepageLimit;
+
+    use super::*;
+
+    const ALL: Controllers = Controllers {
+        hugetlb: true,
+        swap: true,
+    };
+
+    #[test]
+    fn what_is_not_specified_is_not_there() -> Result<()> {
+        let nothing = LinuxContainerResources::default();
+        assert_eq!(to_json(&nothing, ALL)?, json!({}));
+        Ok(())
+    }
+
+    #[test]
+    fn kubelets_resources_for_a_web_server() -> Result<()> {
+        let asked = LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 102,
+            memory_limit_in_bytes: 64 << 20,
+            hugepage_limits: vec![HugepageLimit {
+                page_size: "2MB".into(),
+                limit: 0,
+            }],
+            unified: [("memory.oom.group".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        let memory = 64 << 20;
+        assert_eq!(
+            to_json(&asked, ALL)?,
+            json!({
+                "cpu": { "shares": 102, "period": 100_000, "quota": 50_000 },
+                "memory": { "limit": memory, "swap": memory },
+                "hugepageLimits": [{ "pageSize": "2MB", "limit": 0 }],
+                "unified": { "memory.oom.group": "1" },
+            })
+        );
+        let poor = to_json(&asked, Controllers::default())?;
+        assert_eq!(poor["memory"], json!({ "limit": memory }));
+        assert_eq!(poor.get("hugepageLimits"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn an_update_keeps_what_it_does_not_name() {
+        let old = LinuxContainerResources {
+            cpu_shares: 2,
+            memory_limit_in_bytes: 5,
+            ..Default::default()
+        };
+        let new = LinuxContainerResources {
+            cpu_quota: 7,
+            memory_limit_in_bytes: 6,
+            ..Default::default()
+        };
+        let both = updated(&old, &new);
+        assert_eq!(
+            (both.cpu_shares, both.cpu_quota, both.memory_limit_in_bytes),
+            (2, 7, 6)
+        );
+    }
+}

@@ -1,0 +1,195 @@
+//! Which seccomp profile a container gets.
+
+use std::path::{Path, PathBuf};
+
+use rrun_proto::v1::security_profile::ProfileType;
+use rrun_proto::v1::{LinuxContainerSecurityContext, SecurityProfile};
+use rustix::fs::OFlags;
+use serde_json::Value;
+
+use super::capabilities::Sets;
+use super::seccomp_default;
+use rrun_calls::error::{Error, Result};
+use rrun_kernel::regular_file;
+
+/// The most of a profile that is read; large ones have some 50 kB.
+const SIZE_LIMIT: u64 = 1 << 20;
+
+/// A profile as the CRI, the configuration and old kubelets name it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Asked {
+    #[default]
+    Unconfined,
+    RuntimeDefault,
+    /// A file on the node with `linux.seccomp` of the OCI specification as JSON.
+    Localhost(PathBuf),
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Asked::Unconfined => formatter.write_str("unconfined"),
+            Asked::RuntimeDefault => formatter.write_str("runtime/default"),
+            Asked::Localhost(path) => write!(formatter, "localhost/{}", path.display()),
+        }
+    }
+}
+
+impl Asked {
+    /// `runtime/default`, `unconfined` or `localhost/PATH`; empty means not confined.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &str) -> std::result::Result<Asked, String> {
+        // As `Display` writes it.
+        match text {
+            "" | "unconfined" => Ok(Asked::Unconfined),
+            "runtime/default" | "docker/default" => Ok(Asked::RuntimeDefault),
+            _ => match text.strip_prefix("localhost/") {
+                Some(path) => Asked::localhost(path),
+                None => Err(format!(
+                    "{text:?} is not runtime/default, unconfined or localhost/PATH"
+                )),
+            },
+        }
+    }
+
+    fn localhost(path: &str) -> std::result::Result<Asked, String> {
+        if !path.starts_with('/') {
+            return Err(format!("{path:?} is not an absolute path"));
+        }
+        Ok(Asked::Localhost(path.into()))
+    }
+
+    fn from_profile(profile: &SecurityProfile) -> std::result::Result<Asked, String> {
+        match ProfileType::try_from(profile.profile_type) {
+            Ok(ProfileType::RuntimeDefault) => Ok(Asked::RuntimeDefault),
+            Ok(ProfileType::Unconfined) => Ok(Asked::Unconfined),
+            Ok(ProfileType::Localhost) => Asked::localhost(&profile.localhost_ref),
+            Err(_) => Err(format!("{} is no profile type", profile.profile_type)),
+        }
+    }
+
+    /// What a container asks for; `unset` if it asks for nothing.
+    pub fn of(context: &LinuxContainerSecurityContext, unset: &Asked) -> Result<Asked> {
+        // No profile applies to the privileged.
+        if context.privileged {
+            return Ok(Asked::Unconfined);
+        }
+        #[allow(deprecated)] // old kubelets have nothing else
+        let old = context.seccomp_profile_path.as_str();
+        let (field, asked) = match &context.seccomp {
+            Some(profile) => ("seccomp", Asked::from_profile(profile)),
+            None if old.is_empty() => return Ok(unset.clone()),
+            None => ("seccomp_profile_path", Asked::parse(old)),
+        };
+        asked.map_err(|reason| {
+            Error::invalid(format!(
+                "the container's linux.security_context.{field}: {reason}"
+            ))
+        })
+    }
+
+    /// `linux.seccomp` of config.json. Blocks if it has to read a file.
+    pub fn profile(&self, capabilities: &Sets) -> Result<Option<Value>> {
+        match self {
+            Asked::Unconfined => Ok(None),
+            Asked::RuntimeDefault => Ok(Some(seccomp_default::profile(capabilities))),
+            Asked::Localhost(path) => read(path).map(Some).map_err(|reason| {
+                Error::invalid(format!(
+                    "the container's seccomp profile {} (linux.security_context.seccomp): {reason}",
+                    path.display()
+                ))
+            }),
+        }
+    }
+}
+
+fn read(path: &Path) -> std::result::Result<Value, String> {
+    let text = regular_file::open(path, OFlags::RDONLY)
+        .and_then(|file| regular_file::read(file, SIZE_LIMIT))
+        .map_err(|unfit| unfit.to_string())?;
+    let profile: Value =
+        serde_json::from_slice(&text).map_err(|error| format!("is not JSON: {error}"))?;
+    if !profile["defaultAction"].is_string() {
+        return Err("has no defaultAction".to_owned());
+    }
+    Ok(profile)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn localhost(path: &str) -> LinuxContainerSecurityContext {
+        LinuxContainerSecurityContext {
+            seccomp: Some(SecurityProfile {
+                profile_type: ProfileType::Localhost.into(),
+                localhost_ref: path.to_owned(),
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_what_is_given() -> Result<()> {
+        let unset = Asked::RuntimeDefault;
+        let nothing = LinuxContainerSecurityContext::default();
+        assert_eq!(Asked::of(&nothing, &unset)?, Asked::RuntimeDefault);
+        assert_eq!(Asked::of(&nothing, &Asked::Unconfined)?, Asked::Unconfined);
+        assert_eq!(
+            Asked::of(&localhost("/p.json"), &unset)?,
+            Asked::Localhost("/p.json".into())
+        );
+        let mut privileged = localhost("/p.json");
+        privileged.privileged = true;
+        assert_eq!(Asked::of(&privileged, &unset)?, Asked::Unconfined);
+        #[allow(deprecated)]
+        let old = LinuxContainerSecurityContext {
+            seccomp_profile_path: "localhost//p.json".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(Asked::of(&old, &unset)?, Asked::Localhost("/p.json".into()));
+        Ok(())
+    }
+
+    #[test]
+    fn a_profile_that_can_not_be_had_is_told_with_its_path() {
+        let relative = Asked::of(&localhost("p.json"), &Asked::Unconfined).unwrap_err();
+        assert!(relative.sentence().contains("security_context.seccomp"));
+        for text in ["default", "localhost/p.json", "runtime/other"] {
+            assert!(Asked::parse(text).is_err(), "{text}");
+        }
+        let directory = std::env::temp_dir().join(format!("rrun-seccomp-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let file = directory.join("profile.json");
+        let told = |path: &Path| {
+            let read = Asked::Localhost(path.to_owned()).profile(&Sets {
+                held: Default::default(),
+                ambient: Default::default(),
+            });
+            read.err().map(|error| error.sentence().to_owned())
+        };
+        for (text, word) in [
+            ("{", "JSON"),
+            ("{}", "defaultAction"),
+            ("[]", "defaultAction"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let told = told(&file).unwrap_or_default();
+            assert!(
+                told.contains(word) && told.contains("profile.json"),
+                "{told}"
+            );
+        }
+        std::fs::write(&file, r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#).unwrap();
+        assert_eq!(told(&file), None);
+        assert!(
+            told(&directory)
+                .unwrap_or_default()
+                .contains("is a directory, not a regular file")
+        );
+        std::fs::remove_dir_all(&directory).unwrap();
+        assert!(told(&file).unwrap_or_default().contains("No such file"));
+    }
+}

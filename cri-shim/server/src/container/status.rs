@@ -1,0 +1,204 @@
+//! The CRI's view of a container, and the events about it.
+
+use rrun_proto::v1::{
+    self as cri, ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerResources,
+    ContainerState, ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, Signal,
+};
+
+use super::{Container, Phase};
+use crate::node::{Node, now};
+use crate::sandbox::status::has_labels;
+use crate::sandbox::{self, Sandbox};
+use rrun_images::{Image, Name};
+
+impl Phase {
+    fn cri(self) -> ContainerState {
+        match self {
+            Phase::Created => ContainerState::ContainerCreated,
+            Phase::Running => ContainerState::ContainerRunning,
+            Phase::Exited => ContainerState::ContainerExited,
+        }
+    }
+}
+
+pub fn list_entry(container: &Container) -> cri::Container {
+    cri::Container {
+        id: container.id.clone(),
+        pod_sandbox_id: container.sandbox.id.clone(),
+        metadata: container.config.metadata.clone(),
+        image: container.config.image.clone(),
+        image_ref: container.image_ref.clone(),
+        state: container.phase().cri().into(),
+        created_at: container.created_at,
+        labels: container.config.labels.clone(),
+        annotations: container.config.annotations.clone(),
+        image_id: container.image_id.clone(),
+    }
+}
+
+/// The name that a container's status has for its image. Kubelet asks for containers by the image's
+/// id and shows users what the status says: so the name that they wrote, in full, or a tag.
+pub fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
+    let asked = asked.cloned().unwrap_or_default();
+    let mut known = image.repo_tags.iter().chain(&image.repo_digests);
+    let is_of_image = |name: &String| known.any(|known| known == name);
+    [asked.user_specified_image, asked.image]
+        .iter()
+        .filter_map(|name| Some(Name::parse(name).ok()?.canonical()))
+        .find(is_of_image)
+        .or_else(|| image.repo_tags.first().cloned())
+        .unwrap_or_default()
+}
+
+pub fn status(container: &Container) -> ContainerStatus {
+    let state = container.state();
+    let config = &container.config;
+    let mut image = config.image.clone().unwrap_or_default();
+    if !container.image_name.is_empty() {
+        image.image.clone_from(&container.image_name);
+    }
+    let user = &container.user;
+    let stop_signal = match config.stop_signal() {
+        Signal::RuntimeDefault => signal_name(container.stop_signal),
+        asked => asked,
+    };
+    ContainerStatus {
+        id: container.id.clone(),
+        metadata: config.metadata.clone(),
+        state: state.phase.cri().into(),
+        created_at: container.created_at,
+        started_at: state.started_at,
+        finished_at: state.finished_at,
+        exit_code: state.exit_code,
+        image: Some(image),
+        image_ref: container.image_ref.clone(),
+        reason: state.reason,
+        message: state.message,
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        mounts: config.mounts.clone(),
+        log_path: container
+            .log_path()
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        resources: Some(ContainerResources {
+            linux: Some(state.resources),
+            windows: None,
+        }),
+        image_id: container.image_id.clone(),
+        user: Some(ContainerUser {
+            linux: Some(LinuxContainerUser {
+                uid: user.uid.into(),
+                gid: user.gid.into(),
+                supplemental_groups: user.groups.iter().map(|gid| (*gid).into()).collect(),
+            }),
+        }),
+        stop_signal: stop_signal.into(),
+    }
+}
+
+/// The CRI's own number of a signal; the real-time ones count from both ends.
+fn signal_name(number: i32) -> Signal {
+    let (first, last) = (libc::SIGRTMIN(), libc::SIGRTMAX());
+    let name = if number == first {
+        "SIGRTMIN".to_owned()
+    } else if number == last {
+        "SIGRTMAX".to_owned()
+    } else if number > first && number <= first + 15 {
+        format!("SIGRTMINPLUS{}", number - first)
+    } else if number > first && number < last {
+        format!("SIGRTMAXMINUS{}", last - number)
+    } else {
+        match nix::sys::signal::Signal::try_from(number) {
+            Ok(signal) => signal.as_str().to_owned(),
+            Err(_) => String::new(),
+        }
+    };
+    Signal::from_str_name(&name).unwrap_or(Signal::RuntimeDefault)
+}
+
+/// Whether the filter lets the container through; everything set must match, ids by their
+/// beginnings.
+pub fn matches(filter: Option<&ContainerFilter>, container: &Container) -> bool {
+    let Some(filter) = filter else { return true };
+    let state = filter.state.as_ref();
+    container.id.starts_with(&filter.id)
+        && container.sandbox.id.starts_with(&filter.pod_sandbox_id)
+        && state.is_none_or(|wanted| wanted.state() == container.phase().cri())
+        && has_labels(&filter.label_selector, &container.config.labels)
+}
+
+/// Tells whoever listens what happened to a container.
+pub fn publish(node: &Node, container: &Container, kind: ContainerEventType) {
+    event(node, &container.sandbox, &container.id, kind);
+}
+
+/// Tells whoever listens what happened to a pod: as an event of its sandbox, which other servers
+/// have as a container.
+pub fn publish_sandbox(node: &Node, sandbox: &Sandbox, kind: ContainerEventType) {
+    event(node, sandbox, &sandbox.id, kind);
+}
+
+fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
+    node.events.publish(|| ContainerEventResponse {
+        container_id: id.to_owned(),
+        container_event_type: kind.into(),
+        created_at: now(),
+        pod_sandbox_status: Some(sandbox::status::status(sandbox)),
+        containers_statuses: node
+            .containers_of(&sandbox.id)
+            .iter()
+            .map(|container| status(container))
+            .collect(),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_told_by_the_name_that_a_user_knows() {
+        let mut image = Image {
+            id: "sha256:00".into(),
+            repo_tags: vec![
+                "docker.io/library/a:1".into(),
+                "docker.io/library/a:2".into(),
+            ],
+            repo_digests: vec![format!("docker.io/library/a@sha256:{}", "0".repeat(64))],
+            size: 0,
+            config: Default::default(),
+            layers: Vec::new(),
+            unpacked: Vec::new(),
+            created: None,
+            pinned: false,
+        };
+        let told = |asked: &str, user: &str, image: &Image| {
+            let spec = ImageSpec {
+                image: asked.into(),
+                user_specified_image: user.into(),
+                ..ImageSpec::default()
+            };
+            image_name(Some(&spec), image)
+        };
+        let id = format!("sha256:{}", "1".repeat(64));
+        assert_eq!(told(&id, "a:2", &image), "docker.io/library/a:2");
+        assert_eq!(told("a:2", "", &image), "docker.io/library/a:2");
+        // The tag has moved on; nothing was said.
+        assert_eq!(told(&id, "a:3", &image), "docker.io/library/a:1");
+        assert_eq!(told(&id, "", &image), "docker.io/library/a:1");
+        let digest = image.repo_digests[0].clone();
+        assert_eq!(told(&id, &digest, &image), digest);
+        image.repo_tags.clear();
+        assert_eq!(told(&id, &digest, &image), digest);
+        assert_eq!(told(&id, "a:2", &image), "");
+    }
+
+    #[test]
+    fn signals_go_back_to_the_cris_names() {
+        assert_eq!(signal_name(libc::SIGTERM), Signal::Sigterm);
+        assert_eq!(signal_name(libc::SIGRTMIN() + 3), Signal::Sigrtminplus3);
+        assert_eq!(signal_name(libc::SIGRTMAX() - 2), Signal::Sigrtmaxminus2);
+        assert_eq!(signal_name(0), Signal::RuntimeDefault);
+    }
+}

@@ -1,0 +1,264 @@
+//! Who a container's process is, from the request, the image, and the image's passwd(5) and
+//! group(5), which are hostile input.
+
+use std::path::Path;
+
+use pathrs::{Root, error::ErrorKind};
+use rrun_proto::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use rrun_calls::error::{Error, Result};
+use rrun_kernel::regular_file::{self, Unfit};
+
+/// The most bytes that either file may have. A larger one is refused: a truncated file could give
+/// a user the ids of another.
+const LIMIT: u64 = 4 << 20;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    /// Without duplicates, in the order of appearance.
+    pub groups: Vec<u32>,
+}
+
+/// The two files of an image that name users; empty where missing.
+#[derive(Default)]
+pub struct Accounts {
+    passwd: String,
+    group: String,
+}
+
+impl Accounts {
+    /// Reads them inside `rootfs`, whatever symlinks are there. Blocks.
+    pub fn read(rootfs: &Path) -> Result<Self> {
+        let root = Root::open(rootfs).map_err(|error| {
+            Error::internal(format!("open the image's root file system: {error}"))
+        })?;
+        let text = |path: &str| {
+            let bytes = match root.resolve(path) {
+                Ok(found) => regular_file::reopen(found, OFlags::RDONLY)
+                    .and_then(|file| regular_file::read(file, LIMIT)),
+                Err(error) => match error.kind() {
+                    ErrorKind::OsError(Some(libc::ENOENT | libc::ENOTDIR)) => Ok(Vec::new()),
+                    ErrorKind::OsError(Some(errno)) => {
+                        Err(Unfit::Kernel(Errno::from_raw_os_error(errno)))
+                    }
+                    _ => {
+                        return Err(Error::internal(format!(
+                            "look for {path} in the image: {error}"
+                        )));
+                    }
+                },
+            };
+            let bytes = bytes.map_err(|unfit| {
+                let file = format!("{path} in the image's root file system");
+                Error::invalid(unfit.sentence(&file))
+            })?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        Ok(Accounts {
+            passwd: text("etc/passwd")?,
+            group: text("etc/group")?,
+        })
+    }
+
+    /// (name, uid, gid) of each well-formed line.
+    fn users(&self) -> impl Iterator<Item = (&str, u32, u32)> {
+        self.passwd.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            let uid = fields.nth(1)?.parse().ok()?;
+            let gid = fields.next()?.parse().ok()?;
+            Some((name, uid, gid))
+        })
+    }
+
+    /// (name, gid, members) of each well-formed line.
+    fn groups(&self) -> impl Iterator<Item = (&str, u32, &str)> {
+        self.group.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            let gid = fields.nth(1)?.parse().ok()?;
+            Some((name, gid, fields.next().unwrap_or_default()))
+        })
+    }
+
+    fn group(&self, name: &str) -> Result<u32> {
+        if let Ok(gid) = name.parse() {
+            return Ok(gid);
+        }
+        let mut groups = self.groups();
+        groups
+            .find(|(known, ..)| *known == name)
+            .map(|(_, gid, _)| gid)
+            .ok_or_else(|| Error::invalid(format!("the image's /etc/group has no group {name:?}")))
+    }
+
+    /// The user that the request, or else the image (`user[:group]`), asks for.
+    pub fn resolve(
+        &self,
+        context: Option<&LinuxContainerSecurityContext>,
+        image_user: &str,
+    ) -> Result<User> {
+        let default = LinuxContainerSecurityContext::default();
+        let context = context.unwrap_or(&default);
+        let given = match (&context.run_as_user, context.run_as_username.as_str()) {
+            (Some(_), name) if !name.is_empty() => {
+                return Err(Error::invalid(
+                    "run_as_user and run_as_username are both set",
+                ));
+            }
+            (Some(uid), _) => Some(number(uid.value, "run_as_user")?.to_string()),
+            (None, "") => None,
+            (None, name) => Some(name.to_owned()),
+        };
+        let (image_name, image_group) = match image_user.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (image_user, None),
+        };
+        let run_as_group = match &context.run_as_group {
+            Some(_) if given.is_none() => {
+                return Err(Error::invalid(
+                    "run_as_group is set without run_as_user or run_as_username",
+                ));
+            }
+            Some(gid) => Some(number(gid.value, "run_as_group")?),
+            None => None,
+        };
+        // The image's group belongs to the image's user.
+        let group = image_group.filter(|group| given.is_none() && !group.is_empty());
+        let name = given.as_deref().unwrap_or(image_name);
+        let name = if name.is_empty() { "0" } else { name };
+
+        let by_number = name.parse::<u32>().ok();
+        let entry = self.users().find(|(known, uid, _)| match by_number {
+            Some(number) => *uid == number,
+            None => *known == name,
+        });
+        let (uid, own_gid) = match (entry, by_number) {
+            (Some((_, uid, gid)), _) => (uid, gid),
+            (None, Some(uid)) => (uid, 0),
+            (None, None) => {
+                return Err(Error::invalid(format!(
+                    "the image's /etc/passwd has no user {name:?}"
+                )));
+            }
+        };
+        let gid = match (run_as_group, group) {
+            (Some(gid), _) => gid,
+            (None, Some(group)) => self.group(group)?,
+            (None, None) => own_gid,
+        };
+        let mut groups = vec![gid];
+        if context.supplemental_groups_policy() == SupplementalGroupsPolicy::Merge
+            && let Some((login, ..)) = entry
+        {
+            let of_login = self
+                .groups()
+                .filter(|(_, _, members)| members.split(',').any(|member| member == login));
+            groups.extend(of_login.map(|(_, gid, _)| gid));
+        }
+        for asked in &context.supplemental_groups {
+            groups.push(number(*asked, "supplemental_groups")?);
+        }
+        let mut seen = std::collections::HashSet::new();
+        groups.retain(|gid| seen.insert(*gid));
+        Ok(User { uid, gid, groups })
+    }
+}
+
+fn number(value: i64, field: &str) -> Result<u32> {
+    // (uid_t) -1 means "no change" to the kernel.
+    u32::try_from(value)
+        .ok()
+        .filter(|value| *value != u32::MAX)
+        .ok_or_else(|| Error::invalid(format!("{field} is {value}, which is no id")))
+}
+
+#[cfg(test)]
+mod tests {
+    use rrun_proto::v1::Int64Value;
+
+    use super::*;
+
+    fn accounts() -> Accounts {
+        Accounts {
+            passwd: "root:x:0:0:root:/:/bin/sh\nbroken\nwww:x:33:34::/:/bin/sh\n".into(),
+            group: "root:x:0:\nwww:x:34:\ncdrom:x:24:root,www\naudio:x:29:www\nbad:x:y:www\n"
+                .into(),
+        }
+    }
+
+    fn user(uid: u32, gid: u32, groups: &[u32]) -> User {
+        User {
+            uid,
+            gid,
+            groups: groups.to_vec(),
+        }
+    }
+
+    fn context(uid: Option<i64>, gid: Option<i64>) -> LinuxContainerSecurityContext {
+        LinuxContainerSecurityContext {
+            run_as_user: uid.map(|value| Int64Value { value }),
+            run_as_group: gid.map(|value| Int64Value { value }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_images_user_by_name_number_and_group() -> Result<()> {
+        let all = accounts();
+        assert_eq!(all.resolve(None, "")?, user(0, 0, &[0, 24]));
+        assert_eq!(all.resolve(None, "www")?, user(33, 34, &[34, 24, 29]));
+        assert_eq!(all.resolve(None, "33:cdrom")?, user(33, 24, &[24, 29]));
+        assert_eq!(all.resolve(None, "1000")?, user(1000, 0, &[0]));
+        assert_eq!(
+            all.resolve(None, "1000:50000")?,
+            user(1000, 50000, &[50000])
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_request_wins_over_the_image() -> Result<()> {
+        let all = accounts();
+        let asked = context(Some(33), None);
+        assert_eq!(
+            all.resolve(Some(&asked), "5:6")?,
+            user(33, 34, &[34, 24, 29])
+        );
+        let mut asked = context(Some(33), Some(7));
+        asked.supplemental_groups = vec![24, 99];
+        assert_eq!(
+            all.resolve(Some(&asked), "")?,
+            user(33, 7, &[7, 24, 29, 99])
+        );
+        asked.set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
+        assert_eq!(all.resolve(Some(&asked), "")?, user(33, 7, &[7, 24, 99]));
+        Ok(())
+    }
+
+    #[test]
+    fn what_can_not_be_is_refused() {
+        let all = accounts();
+        let mut refused = vec![
+            all.resolve(None, "nobody"),
+            all.resolve(None, "root:nogroup"),
+            all.resolve(Some(&context(None, Some(1))), ""),
+            all.resolve(Some(&context(Some(-1), None)), ""),
+            all.resolve(Some(&context(Some(i64::from(u32::MAX)), None)), ""),
+        ];
+        let mut both = context(Some(1), None);
+        both.run_as_username = "www".into();
+        refused.push(all.resolve(Some(&both), ""));
+        for result in refused {
+            assert!(
+                result.is_err_and(|error| error.code() == tonic::Code::InvalidArgument),
+                "taken"
+            );
+        }
+    }
+}

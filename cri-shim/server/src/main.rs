@@ -1,0 +1,115 @@
+//! The CRI server.
+
+mod cgroup;
+mod config;
+mod container;
+mod events;
+mod handlers;
+mod journal;
+mod metrics;
+mod node;
+mod reconcile;
+mod reload;
+mod sandbox;
+mod selinux;
+mod server;
+mod services;
+mod stats;
+mod streaming;
+mod surroundings;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use crate::config::{DEFAULT_TEXT, Partial, Source};
+use clap::{Parser, Subcommand};
+use rrun_images::Registries;
+
+/// A CRI v1 server for kubelet and crictl.
+#[derive(Parser)]
+#[command(name = "rrun-cri", version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// The configuration file; config.d/*.toml beside it are read, too
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Partial,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// About the configuration
+    Config {
+        #[command(subcommand)]
+        what: ConfigCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print the whole default configuration, commented, as TOML
+    Default,
+    /// Say what is wrong with the configuration and the registries' files, and exit with 1 if anything
+    /// is; a running server is not asked
+    Check {
+        /// The configuration file; config.d/*.toml beside it are read, too
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        Some(Command::Config {
+            what: ConfigCommand::Default,
+        }) => {
+            print!("{DEFAULT_TEXT}");
+            Ok(())
+        }
+        Some(Command::Config {
+            what: ConfigCommand::Check { config },
+        }) => check(config),
+        None => run(arguments.config, arguments.flags),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("rrun-cri: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a start with this file would refuse, and what pulls would.
+fn check(file: Option<PathBuf>) -> Result<(), String> {
+    journal::open(false);
+    let flags = Partial::default();
+    let config = Source { file, flags }.load();
+    let config = config.map_err(|error| error.to_string())?;
+    let registries = Registries::new(&config.registry_config_path);
+    let files = registries.files();
+    let wrong: Vec<String> = files
+        .keys()
+        .filter_map(|file| registries.check(file).err())
+        .map(|error| error.to_string())
+        .collect();
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(wrong.join("\nrrun-cri: "))
+    }
+}
+
+fn run(file: Option<PathBuf>, flags: Partial) -> Result<(), String> {
+    let source = Source { file, flags };
+    let config = source.load().map_err(|error| error.to_string())?;
+    if !rustix::process::geteuid().is_root() {
+        return Err("this must run as root".to_owned());
+    }
+    cgroup::check()?;
+    journal::open(config.debug);
+    server::run(source, config).map_err(|error| error.to_string())
+}

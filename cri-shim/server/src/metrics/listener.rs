@@ -1,0 +1,93 @@
+//! The socket of `metrics_listen`: HTTP/1, as much of it as a scraper needs.
+//!
+//! One request a connection, a bounded number of bytes and of connections, each with a deadline:
+//! whatever comes from there costs no more than that.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use super::exposition;
+use crate::node::Node;
+use rrun_calls::error::{During, Result};
+use rrun_kernel::errno::describe;
+
+/// Connections at once; the rest wait in the backlog.
+const CONNECTIONS: usize = 8;
+
+/// A request's line and headers.
+const REQUEST_BYTES: usize = 8 << 10;
+
+/// For the request, and for the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Serves until the task is ended.
+pub async fn serve(node: Arc<Node>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let node = Arc::clone(&node);
+                tokio::spawn(async move {
+                    let _ = tokio::time::timeout(PATIENCE, answer(&node, stream)).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                log::error!("accept a connection for metrics: {}", describe(&error));
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Binds the socket.
+pub async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let what = || format!("listen on {address} for metrics");
+    TcpListener::bind(address).await.during(what)
+}
+
+async fn answer(node: &Node, mut stream: TcpStream) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    let mut buffer = [0_u8; 1024];
+    let is_whole = |request: &[u8]| {
+        let mut windows = request.windows(4);
+        windows.any(|four| four == b"\r\n\r\n")
+    };
+    while !is_whole(&request) && request.len() < REQUEST_BYTES {
+        let count = stream.read(&mut buffer).await?;
+        if count == 0 {
+            break;
+        }
+        request.extend_from_slice(buffer.get(..count).unwrap_or_default());
+    }
+    let line = request.split(|byte| *byte == b'\r').next();
+    let line = String::from_utf8_lossy(line.unwrap_or_default()).into_owned();
+    let mut words = line.split(' ');
+    let (method, path, version) = (words.next(), words.next(), words.next());
+    let path = path.map(|path| path.split('?').next().unwrap_or_default());
+    let is_http = version.is_some_and(|version| version.starts_with("HTTP/1."));
+    let (status, body) = match (method, path) {
+        _ if !is_http || !is_whole(&request) => ("400 Bad Request", "no HTTP/1 request\n".into()),
+        (Some("GET" | "HEAD"), Some("/metrics")) => ("200 OK", exposition::text(node)),
+        (Some("GET" | "HEAD"), _) => ("404 Not Found", "metrics are at /metrics\n".into()),
+        _ => ("405 Method Not Allowed", "only GET\n".into()),
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    if method != Some("HEAD") {
+        stream.write_all(body.as_bytes()).await?;
+    }
+    stream.shutdown().await
+}

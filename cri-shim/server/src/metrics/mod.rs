@@ -1,0 +1,185 @@
+//! What the server counts of itself, for Prometheus.
+//!
+//! Counters are atomics, a fixed number of them: no caller can make another one. [`exposition`]
+//! writes them as text, [`listener`] serves that.
+
+mod exposition;
+pub mod listener;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rrun_images::PullEnd;
+use tonic::Code;
+
+/// The methods of both services; whatever else is called counts as the last.
+const METHODS: [&str; 42] = [
+    "Attach",
+    "CheckpointContainer",
+    "ContainerStats",
+    "ContainerStatus",
+    "CreateContainer",
+    "Exec",
+    "ExecSync",
+    "GetContainerEvents",
+    "ImageFsInfo",
+    "ImageStatus",
+    "ListContainerStats",
+    "ListContainers",
+    "ListImages",
+    "ListMetricDescriptors",
+    "ListPodSandbox",
+    "ListPodSandboxMetrics",
+    "ListPodSandboxStats",
+    "PodSandboxStats",
+    "PodSandboxStatus",
+    "PortForward",
+    "PullImage",
+    "RemoveContainer",
+    "RemoveImage",
+    "RemovePodSandbox",
+    "ReopenContainerLog",
+    "RunPodSandbox",
+    "RuntimeConfig",
+    "StartContainer",
+    "Status",
+    "StopContainer",
+    "StopPodSandbox",
+    "StreamContainerStats",
+    "StreamContainers",
+    "StreamImages",
+    "StreamPodSandboxMetrics",
+    "StreamPodSandboxStats",
+    "StreamPodSandboxes",
+    "UpdateContainerResources",
+    "UpdatePodSandboxResources",
+    "UpdateRuntimeConfig",
+    "Version",
+    "other",
+];
+
+/// gRPC's codes, 0 to 16.
+const CODES: usize = 17;
+
+/// Upper bounds of the histograms' buckets, in microseconds.
+const BOUNDS: [u64; 16] = [
+    500,
+    1_000,
+    2_500,
+    5_000,
+    10_000,
+    25_000,
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    30_000_000,
+    120_000_000,
+];
+
+/// A histogram of durations.
+struct Histogram {
+    /// How many took at most as long as the bound of the same place, and longer than those before.
+    buckets: [AtomicU64; BOUNDS.len()],
+    count: AtomicU64,
+    microseconds: AtomicU64,
+}
+
+impl Histogram {
+    const fn new() -> Self {
+        Histogram {
+            buckets: [const { AtomicU64::new(0) }; BOUNDS.len()],
+            count: AtomicU64::new(0),
+            microseconds: AtomicU64::new(0),
+        }
+    }
+
+    fn add(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let bucket = BOUNDS.iter().position(|bound| took <= *bound);
+        if let Some(bucket) = bucket.and_then(|at| self.buckets.get(at)) {
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.microseconds.fetch_add(took, Ordering::Relaxed);
+    }
+}
+
+struct Operation {
+    codes: [AtomicU64; CODES],
+    took: Histogram,
+}
+
+struct Metrics {
+    operations: [Operation; METHODS.len()],
+    pulled: Histogram,
+    pulled_bytes: AtomicU64,
+    pulls_failed: AtomicU64,
+}
+
+/// Of the whole process.
+static METRICS: Metrics = Metrics {
+    operations: [const {
+        Operation {
+            codes: [const { AtomicU64::new(0) }; CODES],
+            took: Histogram::new(),
+        }
+    }; METHODS.len()],
+    pulled: Histogram::new(),
+    pulled_bytes: AtomicU64::new(0),
+    pulls_failed: AtomicU64::new(0),
+};
+
+/// A call under way. One that is dropped before its answer was cancelled by its client.
+pub struct Call {
+    method: usize,
+    begun: Instant,
+    code: usize,
+}
+
+impl Call {
+    /// `path` is the request's: `/runtime.v1.RuntimeService/Version`.
+    pub fn begin(path: &str) -> Self {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let method = METHODS.iter().position(|method| *method == name);
+        Call {
+            method: method.unwrap_or(METHODS.len() - 1),
+            begun: Instant::now(),
+            code: Code::Cancelled as usize,
+        }
+    }
+
+    /// The answer has begun. `status` is its header `grpc-status`, which a failure has.
+    pub fn answered(mut self, status: Option<&[u8]>) {
+        let code = status.map_or(Code::Ok, Code::from_bytes);
+        self.code = code as usize;
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if let Some(operation) = METRICS.operations.get(self.method) {
+            if let Some(code) = operation.codes.get(self.code) {
+                code.fetch_add(1, Ordering::Relaxed);
+            }
+            operation.took.add(self.begun.elapsed());
+        }
+    }
+}
+
+/// Counts a pull.
+pub fn pull_ended(end: PullEnd) {
+    match end {
+        PullEnd::Pulled { bytes, took } => {
+            METRICS.pulled.add(took);
+            METRICS.pulled_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        PullEnd::Failed => {
+            METRICS.pulls_failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! What the server knows of its node. Memory is what it works from; the store follows.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rrun_proto::v1::PodSandboxMetadata;
+
+use crate::config::Config;
+use crate::container::Container;
+use crate::container::trash::Trash;
+use crate::events::Bus;
+use crate::handlers::Handlers;
+use crate::sandbox::Sandbox;
+use crate::selinux::Selinux;
+use crate::stats::Cache;
+use crate::streaming::Streams;
+use rrun_calls::error::{During, Error, Result};
+use rrun_calls::singleflight::InFlight;
+use rrun_images::Images;
+use rrun_network::PodNetwork;
+use rrun_store::Store;
+
+/// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
+const MAKING: Duration = Duration::from_secs(5 * 60);
+
+/// Everything that a call needs.
+pub struct Node {
+    pub config: Config,
+    pub store: Store,
+    pub images: Images,
+    pub network: PodNetwork,
+    pub selinux: Selinux,
+    pub events: Bus,
+    pub stats: Cache,
+    /// Where removed writable layers go.
+    pub trash: Arc<Trash>,
+    pub handlers: Handlers,
+    pub streams: Streams,
+    /// Calls that make something, by what they make; the answer is an id.
+    pub making: InFlight<String>,
+    /// Calls that change or end something, by what they do.
+    pub doing: InFlight<()>,
+    index: Mutex<Index>,
+}
+
+#[derive(Default)]
+struct Index {
+    sandboxes: BTreeMap<String, Arc<Sandbox>>,
+    containers: BTreeMap<String, Arc<Container>>,
+}
+
+impl Node {
+    pub fn new(
+        config: Config,
+        store: Store,
+        images: Images,
+        network: PodNetwork,
+        selinux: Selinux,
+    ) -> Self {
+        Node {
+            trash: Arc::new(Trash::new(&config.root)),
+            handlers: Handlers::new(&config),
+            config,
+            store,
+            images,
+            network,
+            selinux,
+            events: Bus::default(),
+            stats: Cache::default(),
+            streams: Streams::default(),
+            making: InFlight::within(MAKING),
+            doing: InFlight::default(),
+            index: Mutex::default(),
+        }
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add_sandbox(&self, sandbox: Arc<Sandbox>) {
+        self.index().sandboxes.insert(sandbox.id.clone(), sandbox);
+    }
+
+    pub fn add_container(&self, container: Arc<Container>) {
+        let id = container.id.clone();
+        self.index().containers.insert(id, container);
+    }
+
+    pub fn forget_sandbox(&self, id: &str) {
+        self.index().sandboxes.remove(id);
+    }
+
+    pub fn forget_container(&self, id: &str) {
+        self.index().containers.remove(id);
+    }
+
+    pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        self.index().sandboxes.values().cloned().collect()
+    }
+
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        self.index().containers.values().cloned().collect()
+    }
+
+    /// The pod's containers, the newest first: where kubelet does not sort them itself (the statuses
+    /// in PodSandboxStatus, by which it goes with EventedPLEG) it takes the first of a name for the
+    /// one that counts, and would start a second beside a running one that comes later.
+    pub fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
+        let index = self.index();
+        let of = index.containers.values();
+        let mut found: Vec<_> = of
+            .filter(|container| container.sandbox.id == sandbox)
+            .cloned()
+            .collect();
+        found.sort_by_key(|container| Reverse(container.created_at));
+        found
+    }
+
+    /// The pod with this id, or with the only id that begins so.
+    pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        by_prefix(&self.index().sandboxes, id)
+            .ok_or_else(|| Error::not_found(format!("there is no pod {id:?}")))
+    }
+
+    /// The container with this id, or with the only id that begins so.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        by_prefix(&self.index().containers, id)
+            .ok_or_else(|| Error::not_found(format!("there is no container {id:?}")))
+    }
+
+    /// The pod made for this metadata.
+    pub fn sandbox_named(&self, metadata: &PodSandboxMetadata) -> Option<Arc<Sandbox>> {
+        let index = self.index();
+        let mut all = index.sandboxes.values();
+        all.find(|sandbox| sandbox.config.metadata.as_ref() == Some(metadata))
+            .cloned()
+    }
+
+    /// `STATE/pods/POD`.
+    pub fn sandbox_dir(&self, sandbox: &str) -> PathBuf {
+        self.config.state.join("pods").join(sandbox)
+    }
+
+    /// Where the pod's network namespace is pinned.
+    pub fn netns(&self, sandbox: &str) -> PathBuf {
+        self.config.namespaces.of(sandbox)
+    }
+
+    /// `STATE/pods/POD/containers/CID`.
+    pub fn bundle(&self, sandbox: &str, container: &str) -> PathBuf {
+        let mut bundle = self.sandbox_dir(sandbox);
+        bundle.push("containers");
+        bundle.push(container);
+        bundle
+    }
+
+    /// `ROOT/containers/CID`.
+    pub fn writable_layer(&self, container: &str) -> PathBuf {
+        self.config.root.join("containers").join(container)
+    }
+}
+
+fn by_prefix<T>(all: &BTreeMap<String, Arc<T>>, id: &str) -> Option<Arc<T>> {
+    if let Some(found) = all.get(id) {
+        return Some(Arc::clone(found));
+    }
+    if id.is_empty() {
+        return None;
+    }
+    let mut matches = all
+        .range::<str, _>((std::ops::Bound::Included(id), std::ops::Bound::Unbounded))
+        .take_while(|(key, _)| key.starts_with(id));
+    match (matches.next(), matches.next()) {
+        (Some((_, found)), None) => Some(Arc::clone(found)),
+        _ => None,
+    }
+}
+
+/// A new id: 64 hexadecimal digits from the kernel's random numbers.
+pub fn new_id() -> Result<String> {
+    let mut bytes = [0_u8; 32];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut urandom| std::io::Read::read_exact(&mut urandom, &mut bytes))
+        .during(|| "read random numbers from /dev/urandom".to_owned())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Nanoseconds since the epoch.
+pub fn now() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// The first digits of an id, for the log.
+pub fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_finds_only_what_is_unambiguous() {
+        let all: BTreeMap<String, Arc<u32>> = [("ab1", 1), ("ab2", 2), ("c", 3)]
+            .map(|(id, n)| (id.to_owned(), Arc::new(n)))
+            .into();
+        assert_eq!(by_prefix(&all, "ab1").as_deref(), Some(&1));
+        assert_eq!(by_prefix(&all, "ab"), None);
+        assert_eq!(by_prefix(&all, "c").as_deref(), Some(&3));
+        assert_eq!(by_prefix(&all, ""), None);
+        assert_eq!(by_prefix(&all, "d"), None);
+    }
+
+    #[test]
+    fn ids_are_64_hexadecimal_digits() -> Result<()> {
+        let id = new_id()?;
+        assert_eq!(id.len(), 64);
+        assert!(id.bytes().all(|b| b.is_ascii_hexdigit()));
+        assert_ne!(id, new_id()?);
+        Ok(())
+    }
+}

@@ -1,0 +1,327 @@
+//! From configuration to service, and its orderly end. Containers live on without it.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
+use rustix::fs::{FlockOperation, flock};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use crate::config::{Config, Source};
+use crate::container::rootfs::make_mount_points;
+use crate::node::Node;
+use crate::reload::Reload;
+use crate::sandbox::files::private_dir;
+use crate::selinux::Selinux;
+use crate::streaming::{self, server::Ending};
+use crate::{metrics, reconcile, services, surroundings};
+use rrun_calls::error::{During, Error, Result};
+use rrun_calls::wait::blocking;
+use rrun_images::{Images, Registries};
+use rrun_kernel::errno::describe;
+use rrun_kernel::{descriptor_limit, heap};
+use rrun_network::cni::{self, Cni};
+use rrun_network::{Network, NetworkConfig, PodNetwork};
+use rrun_store::Store;
+
+/// How long calls under way may take to end after SIGTERM.
+const LAST_CALLS: Duration = Duration::from_secs(5);
+
+/// How long a server that was killed may hold its locks.
+const LAST_BREATH: Duration = Duration::from_secs(3);
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(source: Source, config: Config) -> Result<()> {
+    heap::one_heap();
+    descriptor_limit::raise();
+    // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
+    // has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_stack_size(heap::STACK)
+        .thread_name("rrun-cri")
+        .enable_all()
+        .build()
+        .during(|| "start the async runtime".to_owned())?;
+    runtime.block_on(serve(source, config))
+}
+
+async fn serve(source: Source, config: Config) -> Result<()> {
+    private_dir(&config.root)?;
+    private_dir(&config.state)?;
+    for dir in ["pods", "runtime"] {
+        private_dir(&config.state.join(dir))?;
+    }
+    let namespaces = &config.namespaces;
+    std::fs::create_dir_all(namespaces.dir())
+        .during(|| format!("make the directory {}", namespaces.dir().display()))?;
+    private_dir(&config.root.join("containers"))?;
+    // Held until the process ends.
+    let _root = lock(&config.root).await?;
+    let _state = lock(&config.state).await?;
+    make_mount_points(&config.root)?;
+    let socket = config.socket.clone();
+    let listener = listen(&socket).await?;
+    let scraped = match config.metrics_listen {
+        Some(address) => Some(metrics::listener::listen(address).await?),
+        None => None,
+    };
+
+    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
+    let store = Store::open(&config.root.join("meta.redb")).map_err(|error| internal(&error))?;
+    let images = Images::open(
+        &config.root,
+        store.clone(),
+        Registries::new(&config.registry_config_path),
+        config.images.clone(),
+    )
+    .map_err(|error| internal(&error))?;
+    images.on_pull_end(metrics::pull_ended);
+    surroundings::warn(&config);
+    let network = network(&config, &store)?;
+    let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
+    let node = Arc::new(Node::new(config, store, images, network, selinux));
+    let streams = streaming::server::Server::listen(&node).await?;
+    reconcile::run(&node).await?;
+    let (end, ending) = watch::channel(false);
+    tokio::spawn(streams.serve(Arc::clone(&node), Ending(ending.clone())));
+
+    let routes = Routes::new(services::runtime(Arc::clone(&node)))
+        .add_service(services::image(Arc::clone(&node)))
+        .prepare();
+    let mut terminate = signal(SignalKind::terminate()).during(|| "wait for SIGTERM".to_owned())?;
+    let mut interrupt = signal(SignalKind::interrupt()).during(|| "wait for SIGINT".to_owned())?;
+    let hangup = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
+    let reloads = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
+    let reloading = tokio::spawn(reload(Reload::new(source, &node), reloads));
+    let scraping =
+        scraped.map(|socket| tokio::spawn(metrics::listener::serve(Arc::clone(&node), socket)));
+    let accepting = tokio::spawn(accept(listener, routes, ending));
+    notify("READY=1");
+    log::info!(
+        "rrun-cri {} serves {} with {} pods and {} containers",
+        env!("CARGO_PKG_VERSION"),
+        socket.display(),
+        node.sandboxes().len(),
+        node.containers().len()
+    );
+    let preload = tokio::spawn(preload(Arc::clone(&node), hangup));
+    tokio::select! {
+        _ = terminate.recv() => log::info!("SIGTERM: ends, containers live on"),
+        _ = interrupt.recv() => log::info!("SIGINT: ends, containers live on"),
+    }
+    preload.abort();
+    reloading.abort();
+    if let Some(scraping) = scraping {
+        scraping.abort();
+    }
+    notify("STOPPING=1");
+    let _ = std::fs::remove_file(&socket);
+    let _ = end.send(true);
+    // Connections and sessions hold the other end. Streams of events have no end of their own.
+    let _ = tokio::time::timeout(LAST_CALLS, async {
+        let _ = accepting.await;
+        end.closed().await;
+    })
+    .await;
+    Ok(())
+}
+
+/// Serves each connection in a task until `ending` turns true.
+///
+/// Not by tonic's own server, for one reason: that ends a call itself when the client's deadline
+/// (`grpc-timeout`) passes, with the status Cancelled, racing with the client, which then sees
+/// that instead of DeadlineExceeded.
+async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Receiver<bool>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = turned(&mut ending) => return,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: some will be closed.
+                log::error!("accept a connection: {}", describe(&error));
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let routes = TowerToHyperService::new(routes.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let call = metrics::Call::begin(request.uri().path());
+            let answer = routes.call(request);
+            async move {
+                let answer = answer.await?;
+                // A failure is told in the headers; what fails in the middle of a stream counts
+                // as begun well.
+                let status = answer.headers().get("grpc-status");
+                call.answered(status.map(|status| status.as_bytes()));
+                Ok::<_, std::convert::Infallible>(answer)
+            }
+        });
+        let mut ending = ending.clone();
+        tokio::spawn(async move {
+            let stream = TokioIo::new(services::Connection::new(stream));
+            let connection =
+                http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service);
+            let mut connection = std::pin::pin!(connection);
+            let result = tokio::select! {
+                result = connection.as_mut() => result,
+                () = turned(&mut ending) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = result {
+                log::debug!("a connection ended: {error}");
+            }
+        });
+    }
+}
+
+/// Waits until it is true, or nobody is left to make it so.
+async fn turned(ending: &mut watch::Receiver<bool>) {
+    let _ = ending.wait_for(|ending| *ending).await;
+}
+
+/// Imports the archives in `ROOT/preload`, now and at each SIGHUP.
+async fn preload(node: Arc<Node>, mut hangup: Signal) {
+    loop {
+        node.images.preload().await;
+        heap::give_back();
+        if hangup.recv().await.is_none() {
+            return;
+        }
+        log::info!("SIGHUP: looks for images to import and CNI configurations");
+        node.network.reload().await;
+    }
+}
+
+/// Reads the configuration again at each SIGHUP.
+async fn reload(mut reload: Reload, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let microseconds = since_boot.tv_sec * 1_000_000 + since_boot.tv_nsec / 1000;
+        notify(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
+        let work = move || (reload.run(), reload);
+        let wrong;
+        (wrong, reload) = blocking("read the configuration again", work).await;
+        // `systemctl status` shows it; sd_notify(3) wants one line.
+        let status = wrong.unwrap_or_default().replace('\n', " ");
+        notify(&format!("READY=1\nSTATUS={status}"));
+    }
+}
+
+fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
+    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
+    let namespaces = config.namespaces.clone();
+    let settings = cni::Settings {
+        conf_dir: config.cni_conf_dir.clone(),
+        bin_dirs: config.cni_bin_dirs.clone(),
+        max_conf_num: config.cni.max_conf_num,
+        deadline: config.cni.timeout,
+        patience: config.cni.teardown_patience,
+        namespaces: namespaces.clone(),
+    };
+    let embedded = Network::open(store.clone(), NetworkConfig::of(&config.network))
+        .map_err(|error| internal(&error))?;
+    let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
+    let mode = config.network.mode.unwrap_or_default();
+    Ok(PodNetwork::new(mode, embedded, cni, namespaces))
+}
+
+/// Keeps a second server off this directory. One that was killed is given time to end: its lock
+/// goes only with the last of its memory.
+async fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let what = || format!("lock {}", path.display());
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .during(what)?;
+    let begin = Instant::now();
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LAST_BREATH => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::internal(format!(
+                    "another rrun-cri uses {}: {} is locked",
+                    dir.display(),
+                    path.display()
+                )));
+            }
+            Err(errno) => return Err(errno).during(what),
+        }
+    }
+    file.set_len(0).during(what)?;
+    writeln!(file, "{}", std::process::id()).during(what)?;
+    Ok(file)
+}
+
+/// Binds the CRI socket, for root only, in the place of one that nobody listens at.
+async fn listen(path: &Path) -> Result<UnixListener> {
+    let what = || format!("listen on {}", path.display());
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).during(what)?;
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(Error::internal(format!(
+            "{}: another server listens there",
+            what()
+        )));
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).during(what);
+        }
+        _ => {}
+    }
+    // Bound under another name, so that nobody can connect before the mode is right.
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let _ = std::fs::remove_file(&name);
+    let listener = UnixListener::bind(&name).during(what)?;
+    std::fs::set_permissions(&name, std::fs::Permissions::from_mode(0o600)).during(what)?;
+    std::fs::rename(&name, path).during(what)?;
+    Ok(listener)
+}
+
+/// Tells systemd how far the server is, sd_notify(3); without it, nobody.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let sent = UnixDatagram::unbound().and_then(|socket| {
+        match path.as_encoded_bytes().strip_prefix(b"@") {
+            Some(name) => {
+                use std::os::linux::net::SocketAddrExt;
+                let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+                socket.send_to_addr(state.as_bytes(), &address)
+            }
+            None => socket.send_to(state.as_bytes(), &path),
+        }
+    });
+    if let Err(error) = sent {
+        log::warn!("tell systemd {state}: {error}");
+    }
+}

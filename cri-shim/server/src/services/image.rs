@@ -1,0 +1,209 @@
+//! ImageService.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rrun_proto::v1::image_service_server::ImageService;
+use rrun_proto::v1::{
+    self as cri, FilesystemIdentifier, FilesystemUsage, ImageFilter, ImageFsInfoRequest,
+    ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Int64Value,
+    ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest,
+    RemoveImageResponse, StreamImagesRequest, StreamImagesResponse, UInt64Value,
+};
+use serde_json::json;
+use tonic::{Request, Response, Status};
+
+use super::{Answers, answer, in_chunks};
+use crate::node::{Node, now};
+use rrun_calls::error::{Error, Result};
+use rrun_calls::wait::{blocking, slow};
+use rrun_images::Auth;
+use rrun_kernel::heap;
+
+/// How long ImageFsInfo waits for removed images and containers to be gone from the disk.
+const REMOVAL: Duration = Duration::from_secs(5);
+
+pub struct Image {
+    pub(super) node: Arc<Node>,
+}
+
+/// The CRI's view of an image.
+fn message(node: &Node, image: &rrun_images::Image) -> cri::Image {
+    let user = image.config.user.split(':').next().unwrap_or_default();
+    let uid = user.parse::<i64>().ok();
+    cri::Image {
+        id: image.id.clone(),
+        repo_tags: image.repo_tags.clone(),
+        repo_digests: image.repo_digests.clone(),
+        size: node.images.bytes_of(image).max(1),
+        uid: uid.map(|value| Int64Value { value }),
+        username: if uid.is_some() {
+            String::new()
+        } else {
+            user.to_owned()
+        },
+        spec: None,
+        pinned: image.pinned || node.config.pins.hold(image),
+    }
+}
+
+fn name(spec: Option<ImageSpec>) -> Result<String> {
+    let name = spec.unwrap_or_default().image;
+    if name.is_empty() {
+        return Err(Error::invalid("the request names no image"));
+    }
+    Ok(name)
+}
+
+impl Image {
+    fn list(&self, filter: Option<ImageFilter>) -> Vec<cri::Image> {
+        let wanted = filter
+            .and_then(|filter| filter.image)
+            .unwrap_or_default()
+            .image;
+        if wanted.is_empty() {
+            let all = self.node.images.list();
+            return all.iter().map(|image| message(&self.node, image)).collect();
+        }
+        let found = self.node.images.find(&wanted);
+        let message = |image: &Arc<rrun_images::Image>| message(&self.node, image);
+        found.iter().map(message).collect()
+    }
+
+    async fn pull(&self, request: PullImageRequest) -> Result<PullImageResponse> {
+        let name = name(request.image)?;
+        let auth = match request.auth {
+            Some(auth) => Auth::from_cri(
+                &auth.username,
+                &auth.password,
+                &auth.auth,
+                &auth.identity_token,
+                &auth.registry_token,
+                &auth.server_address,
+            )?,
+            None => None,
+        };
+        let pull = self.node.images.pull(&name, auth);
+        let image = slow(format!("pull {name}"), pull).await?;
+        heap::give_back();
+        Ok(PullImageResponse {
+            image_ref: image.id.clone(),
+        })
+    }
+
+    async fn remove(&self, request: RemoveImageRequest) -> Result<RemoveImageResponse> {
+        let name = name(request.image)?;
+        let node = Arc::clone(&self.node);
+        let key = format!("remove image {name}");
+        let removal = self.node.doing.join(&key, || async move {
+            node.images.remove(&name).await?;
+            Ok(())
+        });
+        slow(&key, removal).await?;
+        Ok(RemoveImageResponse {})
+    }
+
+    async fn status(&self, request: ImageStatusRequest) -> Result<ImageStatusResponse> {
+        let name = name(request.image)?;
+        let found = self.node.images.find(&name);
+        let mut response = ImageStatusResponse::default();
+        if let Some(image) = found {
+            response.image = Some(message(&self.node, &image));
+            if request.verbose {
+                let info = self.info(&image).await?;
+                response.info.insert("info".to_owned(), info);
+            }
+        }
+        Ok(response)
+    }
+
+    /// What `crictl inspecti` shows below the status; `imageSpec` is where containerd has it.
+    async fn info(&self, image: &rrun_images::Image) -> Result<String> {
+        let (images, id) = (self.node.images.clone(), image.id.clone());
+        let what = format!("read the configuration of the image {id}");
+        let configuration = blocking(what, move || images.configuration(&id)).await?;
+        let info = json!({
+            "imageSpec": configuration,
+            "compressedSize": image.size,
+            "layers": image.layers,
+        });
+        Ok(info.to_string())
+    }
+
+    fn fs_info(&self) -> ImageFsInfoResponse {
+        let usage = self.node.images.fs_usage();
+        let filesystem = |path: &std::path::Path, bytes, inodes| FilesystemUsage {
+            timestamp: now(),
+            fs_id: Some(FilesystemIdentifier {
+                mountpoint: path.to_string_lossy().into_owned(),
+            }),
+            used_bytes: Some(UInt64Value { value: bytes }),
+            inodes_used: Some(UInt64Value { value: inodes }),
+        };
+        // Both are under --root, on one file system: told apart they would make kubelet count
+        // the same bytes for two.
+        let images = filesystem(&usage.path, usage.bytes, usage.inodes);
+        ImageFsInfoResponse {
+            container_filesystems: vec![images.clone()],
+            image_filesystems: vec![images],
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Image {
+    async fn list_images(
+        &self,
+        request: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        let images = self.list(request.into_inner().filter);
+        Ok(Response::new(ListImagesResponse { images }))
+    }
+
+    type StreamImagesStream = Answers<StreamImagesResponse>;
+
+    async fn stream_images(
+        &self,
+        request: Request<StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        let images = self.list(request.into_inner().filter);
+        let answers = in_chunks(images, |images| StreamImagesResponse { images });
+        Ok(Response::new(answers))
+    }
+
+    async fn image_status(
+        &self,
+        request: Request<ImageStatusRequest>,
+    ) -> Result<Response<ImageStatusResponse>, Status> {
+        answer("ImageStatus", self.status(request.into_inner()).await)
+    }
+
+    async fn pull_image(
+        &self,
+        request: Request<PullImageRequest>,
+    ) -> Result<Response<PullImageResponse>, Status> {
+        // The pull has told the log, once for all who wait for it.
+        let pulled = self.pull(request.into_inner()).await;
+        Ok(Response::new(pulled?))
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<RemoveImageRequest>,
+    ) -> Result<Response<RemoveImageResponse>, Status> {
+        answer("RemoveImage", self.remove(request.into_inner()).await)
+    }
+
+    async fn image_fs_info(
+        &self,
+        _request: Request<ImageFsInfoRequest>,
+    ) -> Result<Response<ImageFsInfoResponse>, Status> {
+        // kubelet looks at the disk after this call, and evicts pods if what it has just removed,
+        // images and the containers of pods that it has evicted, is still there.
+        tokio::join!(
+            self.node.images.removed(REMOVAL),
+            self.node.trash.emptied(REMOVAL),
+        );
+        Ok(Response::new(self.fs_info()))
+    }
+}

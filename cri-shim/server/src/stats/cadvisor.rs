@@ -1,0 +1,498 @@
+//! What kubelet shows at /metrics/cadvisor with PodAndContainerStatsFromCRI: the names and labels
+//! are cAdvisor's, so that dashboards go on working. Values are whole numbers, seconds too: the
+//! CRI has no others.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rrun_proto::v1::{
+    ContainerMetrics, Metric, MetricDescriptor, MetricType, PodSandboxMetrics, UInt64Value,
+};
+
+use super::cgroup_files;
+use crate::cgroup::{MOUNT_POINT, directory, key, number, read};
+use crate::container::{Container, Phase};
+use crate::node::{Node, now};
+use crate::sandbox::Sandbox;
+use rrun_network::Counters;
+
+/// The labels that all have, in this order.
+const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod"];
+
+use MetricType::{Counter, Gauge};
+
+/// A metric's name, kind, further labels and help.
+struct Descriptor {
+    name: &'static str,
+    kind: MetricType,
+    labels: &'static [&'static str],
+    help: &'static str,
+}
+
+macro_rules! descriptors {
+    ($($name:ident: $kind:expr, [$($label:literal),*], $help:literal;)*) => {
+        const DESCRIPTORS: &[Descriptor] = &[$(Descriptor {
+            name: stringify!($name),
+            kind: $kind,
+            labels: &[$($label),*],
+            help: $help,
+        }),*];
+    };
+}
+
+descriptors! {
+    container_blkio_device_usage_total: Counter, ["device", "major", "minor", "operation"], "Bytes read from and written to a device.";
+    container_cpu_cfs_periods_total: Counter, [], "Periods in which the CPU quota was in force.";
+    container_cpu_cfs_throttled_periods_total: Counter, [], "Periods in which the CPU quota was used up.";
+    container_cpu_cfs_throttled_seconds_total: Counter, [], "Seconds spent waiting for the next period of the CPU quota.";
+    container_cpu_system_seconds_total: Counter, [], "CPU seconds spent in the kernel.";
+    container_cpu_usage_seconds_total: Counter, ["cpu"], "CPU seconds.";
+    container_cpu_user_seconds_total: Counter, [], "CPU seconds spent in programs.";
+    container_file_descriptors: Gauge, [], "Open file descriptors.";
+    container_fs_inodes_free: Gauge, ["device"], "Free inodes of the file system of the writable layer.";
+    container_fs_inodes_total: Gauge, ["device"], "Inodes of the file system of the writable layer.";
+    container_fs_limit_bytes: Gauge, ["device"], "Size of the file system of the writable layer.";
+    container_fs_reads_bytes_total: Counter, ["device"], "Bytes read from a device.";
+    container_fs_reads_total: Counter, ["device"], "Reads from a device.";
+    container_fs_usage_bytes: Gauge, ["device"], "Bytes in the writable layer.";
+    container_fs_writes_bytes_total: Counter, ["device"], "Bytes written to a device.";
+    container_fs_writes_total: Counter, ["device"], "Writes to a device.";
+    container_hugetlb_usage_bytes: Gauge, ["pagesize"], "Bytes of huge pages in use.";
+    container_last_seen: Gauge, [], "When the container was last looked at, in seconds since the epoch.";
+    container_memory_active_anon_bytes: Gauge, [], "Anonymous memory on the active list.";
+    container_memory_anon_thp_bytes: Gauge, [], "Anonymous memory in transparent huge pages.";
+    container_memory_cache: Gauge, [], "Bytes of page cache.";
+    container_memory_failcnt: Counter, [], "How often the memory limit was reached.";
+    container_memory_failures_total: Counter, ["failure_type", "scope"], "Page faults, by kind.";
+    container_memory_file_thp_bytes: Gauge, [], "Page cache in transparent huge pages.";
+    container_memory_inactive_anon_bytes: Gauge, [], "Anonymous memory on the inactive list.";
+    container_memory_kernel_usage: Gauge, [], "Bytes of the kernel's own memory.";
+    container_memory_mapped_file: Gauge, [], "Bytes of mapped files.";
+    container_memory_max_usage_bytes: Gauge, [], "The most bytes of memory that were ever in use.";
+    container_memory_rss: Gauge, [], "Bytes of anonymous memory.";
+    container_memory_shmem_thp_bytes: Gauge, [], "Shared memory in transparent huge pages.";
+    container_memory_swap: Gauge, [], "Bytes of swap in use.";
+    container_memory_total_active_file_bytes: Gauge, [], "Page cache on the active list.";
+    container_memory_total_inactive_file_bytes: Gauge, [], "Page cache on the inactive list.";
+    container_memory_usage_bytes: Gauge, [], "Bytes of memory in use, page cache among them.";
+    container_memory_working_set_bytes: Gauge, [], "Bytes of memory in use, without the page cache's inactive list.";
+    container_network_receive_bytes_total: Counter, ["interface"], "Bytes received.";
+    container_network_receive_errors_total: Counter, ["interface"], "Errors while receiving.";
+    container_network_receive_packets_dropped_total: Counter, ["interface"], "Packets dropped while receiving.";
+    container_network_receive_packets_total: Counter, ["interface"], "Packets received.";
+    container_network_transmit_bytes_total: Counter, ["interface"], "Bytes sent.";
+    container_network_transmit_errors_total: Counter, ["interface"], "Errors while sending.";
+    container_network_transmit_packets_dropped_total: Counter, ["interface"], "Packets dropped while sending.";
+    container_network_transmit_packets_total: Counter, ["interface"], "Packets sent.";
+    container_oom_events_total: Counter, [], "Processes that the kernel killed for want of memory.";
+    container_pressure_cpu_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for a CPU.";
+    container_pressure_cpu_waiting_seconds_total: Counter, [], "Seconds in which some process waited for a CPU.";
+    container_pressure_io_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for I/O.";
+    container_pressure_io_waiting_seconds_total: Counter, [], "Seconds in which some process waited for I/O.";
+    container_pressure_memory_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for memory.";
+    container_pressure_memory_waiting_seconds_total: Counter, [], "Seconds in which some process waited for memory.";
+    container_processes: Gauge, [], "Processes.";
+    container_sockets: Gauge, [], "Open sockets.";
+    container_spec_cpu_period: Gauge, [], "The CPU quota's period in microseconds.";
+    container_spec_cpu_quota: Gauge, [], "The CPU quota in microseconds.";
+    container_spec_cpu_shares: Gauge, [], "CPU shares.";
+    container_spec_memory_limit_bytes: Gauge, [], "The memory limit, 0 for none.";
+    container_spec_memory_reservation_limit_bytes: Gauge, [], "The memory reserved, 0 for none.";
+    container_spec_memory_swap_limit_bytes: Gauge, [], "The limit of memory and swap, 0 for none.";
+    container_start_time_seconds: Gauge, [], "When the container was started, in seconds since the epoch.";
+    container_threads: Gauge, [], "Threads.";
+    container_threads_max: Gauge, [], "The most threads there may be, 0 for any number.";
+    container_ulimits_soft: Gauge, ["ulimit"], "Soft limits of the first process.";
+}
+
+/// The most processes of a container whose descriptors are counted.
+const PROCESSES: usize = 256;
+
+/// Every metric that [`sandbox`] can give.
+pub fn descriptors() -> Vec<MetricDescriptor> {
+    let labels = |more: &[&str]| {
+        let all = LABELS.iter().chain(more);
+        all.map(|label| (*label).to_owned()).collect()
+    };
+    let all = DESCRIPTORS.iter().map(|one| MetricDescriptor {
+        name: one.name.to_owned(),
+        help: one.help.to_owned(),
+        label_keys: labels(one.labels),
+    });
+    all.collect()
+}
+
+/// Metrics of one object under construction.
+struct Metrics {
+    labels: Vec<String>,
+    all: Vec<Metric>,
+}
+
+impl Metrics {
+    fn add(&mut self, name: &str, more: &[&str], value: Option<u64>) {
+        let (Some(value), Some(descriptor)) = (
+            value,
+            DESCRIPTORS
+                .iter()
+                .find(|descriptor| descriptor.name == name),
+        ) else {
+            return;
+        };
+        let mut label_values = self.labels.clone();
+        label_values.extend(more.iter().map(|label| (*label).to_owned()));
+        self.all.push(Metric {
+            name: name.to_owned(),
+            timestamp: 0,
+            metric_type: descriptor.kind.into(),
+            label_values,
+            value: Some(UInt64Value { value }),
+        });
+    }
+}
+
+/// A pod's metrics, its running containers' among them. Reads some dozens of the kernel's files
+/// for each. Blocks on nothing else.
+pub fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
+    let metadata = sandbox.config.metadata.clone().unwrap_or_default();
+    let dir = directory(&sandbox.cgroup);
+    let labels = [
+        "",
+        &path_of(&dir),
+        "",
+        &sandbox.id,
+        &metadata.namespace,
+        &metadata.name,
+    ];
+    let mut metrics = Metrics {
+        labels: labels.map(str::to_owned).into(),
+        all: Vec::new(),
+    };
+    of_cgroup(&mut metrics, &dir);
+    for counted in counters.of(&sandbox.id) {
+        for (name, value) in [
+            ("container_network_receive_bytes_total", counted.rx_bytes),
+            ("container_network_receive_errors_total", counted.rx_errors),
+            (
+                "container_network_receive_packets_dropped_total",
+                counted.rx_dropped,
+            ),
+            (
+                "container_network_receive_packets_total",
+                counted.rx_packets,
+            ),
+            ("container_network_transmit_bytes_total", counted.tx_bytes),
+            ("container_network_transmit_errors_total", counted.tx_errors),
+            (
+                "container_network_transmit_packets_dropped_total",
+                counted.tx_dropped,
+            ),
+            (
+                "container_network_transmit_packets_total",
+                counted.tx_packets,
+            ),
+        ] {
+            metrics.add(name, &[&counted.name], Some(value));
+        }
+    }
+    let containers = node.containers_of(&sandbox.id);
+    let running = containers
+        .iter()
+        .filter(|one| one.phase() == Phase::Running);
+    PodSandboxMetrics {
+        pod_sandbox_id: sandbox.id.clone(),
+        metrics: metrics.all,
+        container_metrics: running.map(|one| container(node, one)).collect(),
+    }
+}
+
+fn container(node: &Node, container: &Container) -> ContainerMetrics {
+    let config = &container.config;
+    let pod = container
+        .sandbox
+        .config
+        .metadata
+        .clone()
+        .unwrap_or_default();
+    let name = config.metadata.as_ref().map(|data| data.name.as_str());
+    let image = config.image.as_ref().map(|image| {
+        // What the pod asked for; `image` itself can be an id.
+        match image.user_specified_image.as_str() {
+            "" => image.image.as_str(),
+            name => name,
+        }
+    });
+    let dir = container.cgroup_dir();
+    let labels = [
+        name.unwrap_or_default(),
+        &path_of(&dir),
+        image.unwrap_or_default(),
+        &container.id,
+        &pod.namespace,
+        &pod.name,
+    ];
+    let mut metrics = Metrics {
+        labels: labels.map(str::to_owned).into(),
+        all: Vec::new(),
+    };
+    of_cgroup(&mut metrics, &dir);
+    of_processes(&mut metrics, &dir);
+    of_disk(&mut metrics, node, container);
+    let state = container.state();
+    let positive = |value: i64| u64::try_from(value).ok();
+    let seconds = |nanoseconds: i64| positive(nanoseconds / 1_000_000_000);
+    let asked = &state.resources;
+    for (name, value) in [
+        ("container_last_seen", seconds(now())),
+        ("container_start_time_seconds", seconds(state.started_at)),
+        ("container_spec_cpu_period", positive(asked.cpu_period)),
+        ("container_spec_cpu_shares", positive(asked.cpu_shares)),
+        (
+            "container_spec_memory_limit_bytes",
+            positive(asked.memory_limit_in_bytes),
+        ),
+        ("container_spec_memory_reservation_limit_bytes", Some(0)),
+        (
+            "container_spec_memory_swap_limit_bytes",
+            positive(asked.memory_swap_limit_in_bytes),
+        ),
+    ] {
+        metrics.add(name, &[], value);
+    }
+    // As cAdvisor has it: only where there is one.
+    let quota = positive(asked.cpu_quota).filter(|quota| *quota != 0);
+    metrics.add("container_spec_cpu_quota", &[], quota);
+    ContainerMetrics {
+        container_id: container.id.clone(),
+        metrics: metrics.all,
+    }
+}
+
+/// A cgroup's path, `/kubepods/pod1`.
+fn path_of(dir: &Path) -> String {
+    let below = dir.strip_prefix(MOUNT_POINT).unwrap_or(dir);
+    format!("/{}", below.display())
+}
+
+/// What the controllers count, cgroup-v2.rst; nothing of those that are not there.
+fn of_cgroup(metrics: &mut Metrics, dir: &Path) {
+    if let Some(stat) = read(dir, "cpu.stat") {
+        let seconds = |name| key(&stat, name).map(|microseconds| microseconds / 1_000_000);
+        metrics.add(
+            "container_cpu_usage_seconds_total",
+            &["total"],
+            seconds("usage_usec"),
+        );
+        metrics.add(
+            "container_cpu_user_seconds_total",
+            &[],
+            seconds("user_usec"),
+        );
+        metrics.add(
+            "container_cpu_system_seconds_total",
+            &[],
+            seconds("system_usec"),
+        );
+        let throttled = seconds("throttled_usec");
+        metrics.add("container_cpu_cfs_throttled_seconds_total", &[], throttled);
+        for (name, of) in [
+            ("container_cpu_cfs_periods_total", "nr_periods"),
+            ("container_cpu_cfs_throttled_periods_total", "nr_throttled"),
+        ] {
+            metrics.add(name, &[], key(&stat, of));
+        }
+    }
+    of_memory(metrics, dir);
+    for (resource, file) in [
+        ("cpu", "cpu.pressure"),
+        ("memory", "memory.pressure"),
+        ("io", "io.pressure"),
+    ] {
+        let Some(pressure) = cgroup_files::pressure(dir, file) else {
+            continue;
+        };
+        for (what, data) in [("waiting", pressure.some), ("stalled", pressure.full)] {
+            let name = format!("container_pressure_{resource}_{what}_seconds_total");
+            metrics.add(&name, &[], data.map(|data| data.total / 1_000_000_000));
+        }
+    }
+    of_devices(metrics, &read(dir, "io.stat").unwrap_or_default());
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let size = name
+            .strip_prefix("hugetlb.")
+            .and_then(|rest| rest.strip_suffix(".current"));
+        if let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) {
+            metrics.add("container_hugetlb_usage_bytes", &[size], number(dir, &name));
+        }
+    }
+}
+
+fn of_memory(metrics: &mut Metrics, dir: &Path) {
+    let Some(usage) = number(dir, "memory.current") else {
+        return;
+    };
+    let stat = read(dir, "memory.stat").unwrap_or_default();
+    let events = read(dir, "memory.events").unwrap_or_default();
+    metrics.add("container_memory_usage_bytes", &[], Some(usage));
+    let working = usage.saturating_sub(key(&stat, "inactive_file").unwrap_or_default());
+    metrics.add("container_memory_working_set_bytes", &[], Some(working));
+    for (name, of) in [
+        ("container_memory_active_anon_bytes", "active_anon"),
+        ("container_memory_anon_thp_bytes", "anon_thp"),
+        ("container_memory_cache", "file"),
+        ("container_memory_file_thp_bytes", "file_thp"),
+        ("container_memory_inactive_anon_bytes", "inactive_anon"),
+        ("container_memory_kernel_usage", "kernel"),
+        ("container_memory_mapped_file", "file_mapped"),
+        ("container_memory_rss", "anon"),
+        ("container_memory_shmem_thp_bytes", "shmem_thp"),
+        ("container_memory_total_active_file_bytes", "active_file"),
+        (
+            "container_memory_total_inactive_file_bytes",
+            "inactive_file",
+        ),
+    ] {
+        metrics.add(name, &[], key(&stat, of));
+    }
+    // The hierarchy's count is in the cgroup's own file: both scopes are one on cgroup v2.
+    for (kind, of) in [("pgfault", "pgfault"), ("pgmajfault", "pgmajfault")] {
+        for scope in ["container", "hierarchy"] {
+            let value = key(&stat, of);
+            metrics.add("container_memory_failures_total", &[kind, scope], value);
+        }
+    }
+    metrics.add("container_memory_failcnt", &[], key(&events, "max"));
+    metrics.add("container_oom_events_total", &[], key(&events, "oom_kill"));
+    metrics.add(
+        "container_memory_max_usage_bytes",
+        &[],
+        number(dir, "memory.peak"),
+    );
+    let swap = number(dir, "memory.swap.current");
+    metrics.add("container_memory_swap", &[], swap);
+}
+
+/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`
+fn of_devices(metrics: &mut Metrics, stat: &str) {
+    for line in stat.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some((major, minor)) = words.next().and_then(|number| number.split_once(':')) else {
+            continue;
+        };
+        let counted: BTreeMap<&str, u64> = words
+            .filter_map(|word| word.split_once('='))
+            .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
+            .collect();
+        let device = device_name(&format!("{major}:{minor}"));
+        let device = device.as_str();
+        for (name, of) in [
+            ("container_fs_reads_bytes_total", "rbytes"),
+            ("container_fs_reads_total", "rios"),
+            ("container_fs_writes_bytes_total", "wbytes"),
+            ("container_fs_writes_total", "wios"),
+        ] {
+            metrics.add(name, &[device], counted.get(of).copied());
+        }
+        for (operation, of) in [("Read", "rbytes"), ("Write", "wbytes")] {
+            let labels = [device, major, minor, operation];
+            let value = counted.get(of).copied();
+            metrics.add("container_blkio_device_usage_total", &labels, value);
+        }
+    }
+}
+
+/// `/dev/vda` of `254:0`; the number if there is no name.
+fn device_name(number: &str) -> String {
+    let uevent = std::fs::read_to_string(format!("/sys/dev/block/{number}/uevent"));
+    let uevent = uevent.unwrap_or_default();
+    let name = uevent
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="));
+    name.map_or_else(|| number.to_owned(), |name| format!("/dev/{name}"))
+}
+
+fn of_processes(metrics: &mut Metrics, dir: &Path) {
+    let processes = cgroup_files::process_ids(dir);
+    let count = u64::try_from(processes.len()).ok();
+    metrics.add("container_processes", &[], count);
+    let threads = number(dir, "pids.current");
+    metrics.add("container_threads", &[], threads);
+    let most = read(dir, "pids.max").map(|text| text.trim().parse().unwrap_or(0));
+    metrics.add("container_threads_max", &[], most);
+    let (mut descriptors, mut sockets) = (0, 0);
+    for pid in processes.iter().take(PROCESSES) {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
+        for entry in open.into_iter().flatten().flatten() {
+            descriptors += 1;
+            let target = std::fs::read_link(entry.path()).unwrap_or_default();
+            sockets += u64::from(target.to_string_lossy().starts_with("socket:"));
+        }
+    }
+    metrics.add("container_file_descriptors", &[], Some(descriptors));
+    metrics.add("container_sockets", &[], Some(sockets));
+    let first = processes.first().copied().unwrap_or_default();
+    let limits = std::fs::read_to_string(format!("/proc/{first}/limits")).unwrap_or_default();
+    let open_files = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .and_then(|rest| rest.split_ascii_whitespace().next()?.parse().ok());
+    metrics.add("container_ulimits_soft", &["max_open_files"], open_files);
+}
+
+fn of_disk(metrics: &mut Metrics, node: &Node, container: &Container) {
+    let usage = node.stats.writable.of(&container.id);
+    let layer: PathBuf = node.writable_layer(&container.id);
+    let Ok(disk) = rustix::fs::statvfs(&layer) else {
+        return;
+    };
+    let device = rustix::fs::stat(&layer).map_or_else(
+        |_| String::new(),
+        |stat| {
+            let (major, minor) = (
+                rustix::fs::major(stat.st_dev),
+                rustix::fs::minor(stat.st_dev),
+            );
+            device_name(&format!("{major}:{minor}"))
+        },
+    );
+    for (name, value) in [
+        ("container_fs_inodes_free", disk.f_ffree),
+        ("container_fs_inodes_total", disk.f_files),
+        (
+            "container_fs_limit_bytes",
+            disk.f_blocks.saturating_mul(disk.f_frsize),
+        ),
+        ("container_fs_usage_bytes", usage.bytes),
+    ] {
+        metrics.add(name, &[&device], Some(value));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_told_by_number_where_they_have_no_name() {
+        let mut metrics = Metrics {
+            labels: vec![String::new(); LABELS.len()],
+            all: Vec::new(),
+        };
+        of_devices(
+            &mut metrics,
+            "4095:7 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
+        );
+        assert_eq!(metrics.all.len(), 6);
+        let read = metrics.all.first().map(|metric| &metric.label_values);
+        assert_eq!(
+            read.and_then(|labels| labels.last()).map(String::as_str),
+            Some("4095:7")
+        );
+    }
+
+    #[test]
+    fn descriptors_are_in_order_and_each_name_is_there_once() {
+        let names: Vec<&str> = DESCRIPTORS.iter().map(|one| one.name).collect();
+        assert!(names.is_sorted_by(|one, next| one < next), "{names:?}");
+    }
+}

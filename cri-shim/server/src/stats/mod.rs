@@ -1,0 +1,215 @@
+//! What cgroups count, as the CRI reports it. A controller that is not there leaves its field
+//! out.
+
+pub mod cadvisor;
+mod cgroup_files;
+mod writable;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rrun_proto::v1::{
+    ContainerAttributes, ContainerStats, ContainerStatsFilter, CpuUsage, FilesystemIdentifier,
+    FilesystemUsage, LinuxPodSandboxStats, NetworkInterfaceUsage, NetworkUsage,
+    PodSandboxAttributes, PodSandboxStats, PodSandboxStatsFilter, ProcessUsage, UInt64Value,
+};
+
+use crate::cgroup;
+use crate::container::{Container, Phase};
+use crate::node::{Node, now};
+use crate::sandbox::Sandbox;
+use crate::sandbox::status::has_labels;
+use rrun_network::{Counters, Interface};
+
+pub use writable::Usage;
+
+/// The least time between two readings from which a rate is told, in nanoseconds.
+const WINDOW: i64 = 1_000_000_000;
+
+/// What is remembered from one call to the next, by id.
+#[derive(Default)]
+pub struct Cache {
+    cpu: Mutex<HashMap<String, Reading>>,
+    writable: writable::Cache,
+}
+
+/// CPU time at a moment, and the rate that was told last.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    at: i64,
+    used: u64,
+    rate: Option<u64>,
+}
+
+impl Cache {
+    pub fn forget(&self, id: &str) {
+        let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        cpu.remove(id);
+        self.writable.forget(id);
+    }
+
+    /// Has figures of these containers that take a walk through a disk made anew, if that is soon done.
+    pub async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
+        let ids = containers.iter().map(|container| container.id.as_str());
+        self.writable.refresh(node, ids).await;
+    }
+
+    /// Nanoseconds of CPU time a second since the last reading; of readings that follow closely
+    /// the older one counts.
+    fn rate(&self, id: &str, at: i64, used: u64) -> Option<u64> {
+        let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(last) = cpu.get_mut(id) else {
+            let rate = None;
+            cpu.insert(id.to_owned(), Reading { at, used, rate });
+            return None;
+        };
+        let elapsed = at - last.at;
+        if elapsed < WINDOW {
+            return last.rate;
+        }
+        let spent = u128::from(used.saturating_sub(last.used));
+        let rate = u64::try_from(spent * 1_000_000_000 / elapsed.unsigned_abs() as u128).ok();
+        *last = Reading { at, used, rate };
+        rate
+    }
+}
+
+fn value(value: u64) -> Option<UInt64Value> {
+    Some(UInt64Value { value })
+}
+
+fn cpu(cache: &Cache, id: &str, dir: &Path) -> Option<CpuUsage> {
+    let mut usage = cgroup_files::cpu(dir)?;
+    usage.usage_nano_cores = usage
+        .usage_core_nano_seconds
+        .and_then(|used| cache.rate(id, usage.timestamp, used.value))
+        .and_then(value);
+    Some(usage)
+}
+
+/// One container's statistics. Reads a handful of the kernel's files, and blocks no longer than
+/// that.
+pub fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats {
+    let config = &container.config;
+    let attributes = ContainerAttributes {
+        id: container.id.clone(),
+        metadata: config.metadata.clone(),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+    };
+    let writable = node.stats.writable.of(&container.id);
+    let dir = container.cgroup_dir();
+    if container.phase() == Phase::Exited || !dir.is_dir() {
+        return ContainerStats {
+            attributes: Some(attributes),
+            writable_layer: Some(writable_layer(node, container, writable)),
+            ..ContainerStats::default()
+        };
+    }
+    ContainerStats {
+        attributes: Some(attributes),
+        cpu: cpu(&node.stats, &container.id, &dir),
+        memory: Some(cgroup_files::memory(&dir)),
+        writable_layer: Some(writable_layer(node, container, writable)),
+        swap: cgroup_files::swap(&dir),
+        io: cgroup_files::io(&dir),
+    }
+}
+
+fn writable_layer(node: &Node, container: &Container, usage: Usage) -> FilesystemUsage {
+    let dir = node.writable_layer(&container.id);
+    FilesystemUsage {
+        timestamp: if usage.at == 0 { now() } else { usage.at },
+        fs_id: Some(FilesystemIdentifier {
+            mountpoint: dir.to_string_lossy().into_owned(),
+        }),
+        used_bytes: value(usage.bytes),
+        inodes_used: value(usage.inodes),
+    }
+}
+
+/// One pod's statistics, its containers' among them.
+pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
+    let config = &sandbox.config;
+    let attributes = PodSandboxAttributes {
+        id: sandbox.id.clone(),
+        metadata: config.metadata.clone(),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+    };
+    let dir = cgroup::directory(&sandbox.cgroup);
+    let containers: Vec<ContainerStats> = node
+        .containers_of(&sandbox.id)
+        .iter()
+        .filter(|one| one.phase() == Phase::Running)
+        .map(|one| container(node, one))
+        .collect();
+    let processes = u64::try_from(cgroup_files::process_ids(&dir).len()).ok();
+    let mut interfaces = counters.of(&sandbox.id).into_iter().map(usage);
+    let network = interfaces.next().map(|default| NetworkUsage {
+        timestamp: now(),
+        default_interface: Some(default),
+        interfaces: interfaces.collect(),
+    });
+    PodSandboxStats {
+        attributes: Some(attributes),
+        linux: Some(LinuxPodSandboxStats {
+            cpu: cpu(&node.stats, &sandbox.id, &dir),
+            memory: Some(cgroup_files::memory(&dir)),
+            network,
+            process: processes.map(|count| ProcessUsage {
+                timestamp: now(),
+                process_count: value(count),
+            }),
+            containers,
+            io: cgroup_files::io(&dir),
+        }),
+        windows: None,
+    }
+}
+
+fn usage(counted: Interface) -> NetworkInterfaceUsage {
+    NetworkInterfaceUsage {
+        name: counted.name,
+        rx_bytes: value(counted.rx_bytes),
+        rx_errors: value(counted.rx_errors),
+        tx_bytes: value(counted.tx_bytes),
+        tx_errors: value(counted.tx_errors),
+    }
+}
+
+/// Whether the filter lets the container through.
+pub fn matches_container(filter: Option<&ContainerStatsFilter>, container: &Container) -> bool {
+    let Some(filter) = filter else { return true };
+    container.id.starts_with(&filter.id)
+        && container.sandbox.id.starts_with(&filter.pod_sandbox_id)
+        && has_labels(&filter.label_selector, &container.config.labels)
+}
+
+/// Whether the filter lets the pod through.
+pub fn matches_sandbox(filter: Option<&PodSandboxStatsFilter>, sandbox: &Sandbox) -> bool {
+    let Some(filter) = filter else { return true };
+    sandbox.id.starts_with(&filter.id) && has_labels(&filter.label_selector, &sandbox.config.labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_needs_two_readings_and_a_second_between() {
+        let cache = Cache::default();
+        let second = 1_000_000_000;
+        assert_eq!(cache.rate("c", second, 100), None);
+        assert_eq!(cache.rate("c", second + 1, 200), None);
+        assert_eq!(
+            cache.rate("c", 3 * second, 1_000_000_100),
+            Some(500_000_000)
+        );
+        // Too soon: the last one told.
+        assert_eq!(cache.rate("c", 3 * second + 5, 9), Some(500_000_000));
+        cache.forget("c");
+        assert_eq!(cache.rate("c", 9 * second, 9), None);
+    }
+}

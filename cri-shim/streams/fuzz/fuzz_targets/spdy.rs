@@ -1,0 +1,12 @@
+//! What a client may send on a SPDY connection. See ../README.md.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[allow(dead_code)]
+#[path = "../../src/spdy/mod.rs"]
+mod spdy;
+
+include!("../exercise.rs");
+
+fuzz_target!(|input: &[u8]| exercise(input));
