@@ -26,7 +26,7 @@ const FILES: usize = 1 << 16;
 const LINKS: usize = 8;
 
 /// An archive whose files are known by their places.
-pub struct Archive {
+pub(crate) struct Archive {
     file: Arc<File>,
     files: HashMap<String, Span>,
     /// By digest.
@@ -41,7 +41,7 @@ struct Span {
 }
 
 /// One image of an archive.
-pub struct Saved {
+pub(crate) struct Saved {
     /// As the archive has it; most often one, sometimes none.
     pub names: Vec<Name>,
     /// The digest of its manifest or index, which `docker save` does not write down.
@@ -69,7 +69,7 @@ fn unreadable(error: &io::Error) -> ImageError {
 impl Archive {
     /// Opens `path`, and finds what is where. One that is compressed is first unpacked, to at most
     /// `most` bytes, into a file without a name in `scratch`. Blocks.
-    pub fn open(path: &Path, scratch: &Path, most: u64) -> Result<Self, ImageError> {
+    pub(crate) fn open(path: &Path, scratch: &Path, most: u64) -> Result<Self, ImageError> {
         let file = regular_file::open(path, OFlags::RDONLY)
             .map_err(|unfit| broken(format!("it can't be read: {unfit}")))?;
         let mut first = [0; 6];
@@ -99,7 +99,7 @@ impl Archive {
     }
 
     /// What is in it. Blocks.
-    pub fn images(&mut self) -> Result<Vec<Saved>, ImageError> {
+    pub(crate) fn images(&mut self) -> Result<Vec<Saved>, ImageError> {
         if self.files.contains_key("oci-layout") && self.files.contains_key("index.json") {
             self.layout()
         } else if self.files.contains_key("manifest.json") {
@@ -227,7 +227,7 @@ impl Archive {
 
     /// The bytes of a blob as the archive has them; whether they are what the digest says shows
     /// when they have been read.
-    pub fn blob(&self, digest: &str) -> Result<impl Read + Send + 'static, ImageError> {
+    pub(crate) fn blob(&self, digest: &str) -> Result<impl Read + Send + 'static, ImageError> {
         let span = self.blobs.get(digest).copied();
         let span = span.ok_or_else(|| broken("the archive does not hold it"))?;
         Ok(self.reader(span))

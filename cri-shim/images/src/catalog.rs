@@ -13,11 +13,11 @@ use super::reference::{Name, Target};
 use rrun_store::{Change, Store, Table};
 
 /// The directory of the layer that stands for none: overlayfs wants at least one.
-pub const EMPTY_LAYER: u64 = 0;
+pub(crate) const EMPTY_LAYER: u64 = 0;
 
 /// One unpacked layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// It is in `layers/NUMBER/fs`: short, for the mount's options have to fit into a page.
     pub number: u64,
     pub bytes: u64,
@@ -34,27 +34,27 @@ pub struct Layer {
 /// Older versions kept a layer under its bare diff ID. There, directories that the archive did not
 /// list have the owner and mode that they had in the first image with that layer. The images and
 /// containers of such a store keep using that layer; no other image may use it.
-pub fn key_of(diff_id: &str) -> String {
+pub(crate) fn key_of(diff_id: &str) -> String {
     format!("shared/{diff_id}")
 }
 
 /// The key of the layer that goes on top of layers with these keys, lowest first, and sets the
 /// owner and mode of directories. Its content depends on the layers below it alone.
-pub fn key_of_looks(keys: &[String]) -> String {
+pub(crate) fn key_of_looks(keys: &[String]) -> String {
     let chain = crate::layer::digest_of(keys.join(" ").as_bytes());
     format!("looks/{chain}")
 }
 
 /// What a container or pod keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Lease {
+pub(crate) struct Lease {
     pub image: String,
     /// Keys of layers, lowest first.
     pub layers: Vec<String>,
 }
 
 #[derive(Default)]
-pub struct Catalog {
+pub(crate) struct Catalog {
     images: BTreeMap<String, Arc<Image>>,
     /// Tag and digest references in full, to ids.
     names: HashMap<String, String>,
@@ -67,13 +67,13 @@ pub struct Catalog {
     holds: HashMap<String, usize>,
 }
 
-pub fn directory(root: &Path, number: u64) -> PathBuf {
+pub(crate) fn directory(root: &Path, number: u64) -> PathBuf {
     root.join("layers").join(number.to_string())
 }
 
 impl Catalog {
     /// Reads the store; layers whose directory is gone are forgotten, and the images with them.
-    pub fn load(store: &Store, root: &Path) -> Result<(Self, Vec<Change>), ImageError> {
+    pub(crate) fn load(store: &Store, root: &Path) -> Result<(Self, Vec<Change>), ImageError> {
         let mut catalog = Catalog::default();
         let mut changes = Vec::new();
         for (key, layer) in store.load::<Layer>(Table::LAYERS)? {
@@ -107,12 +107,12 @@ impl Catalog {
         self.images.insert(image.id.clone(), image);
     }
 
-    pub fn list(&self) -> Vec<Arc<Image>> {
+    pub(crate) fn list(&self) -> Vec<Arc<Image>> {
         self.images.values().cloned().collect()
     }
 
     /// By name, id, or the beginning of just one id.
-    pub fn find(&self, wanted: &str) -> Option<Arc<Image>> {
+    pub(crate) fn find(&self, wanted: &str) -> Option<Arc<Image>> {
         if let Some(image) = self.images.get(wanted) {
             return Some(Arc::clone(image));
         }
@@ -138,7 +138,7 @@ impl Catalog {
 
     /// Makes an image that has come known under `names`, and by the digest of its manifest. A tag
     /// that another image had moves to this one.
-    pub fn publish(
+    pub(crate) fn publish(
         &mut self,
         mut image: Image,
         names: &[Name],
@@ -182,7 +182,7 @@ impl Catalog {
     }
 
     /// Takes an image and all its names away; its layers stay until [`Catalog::sweep`].
-    pub fn remove(&mut self, id: &str) -> Vec<Change> {
+    pub(crate) fn remove(&mut self, id: &str) -> Vec<Change> {
         if self.images.remove(id).is_none() {
             return Vec::new();
         }
@@ -194,34 +194,34 @@ impl Catalog {
     }
 
     /// Undoes a [`Catalog::publish`] that did not reach the store.
-    pub fn restore(&mut self, id: &str, before: Option<Arc<Image>>) {
+    pub(crate) fn restore(&mut self, id: &str, before: Option<Arc<Image>>) {
         self.remove(id);
         if let Some(before) = before {
             self.insert(before);
         }
     }
 
-    pub fn layer(&self, key: &str) -> Option<&Layer> {
+    pub(crate) fn layer(&self, key: &str) -> Option<&Layer> {
         self.layers.get(key)
     }
 
-    pub fn add_layer(&mut self, key: &str, layer: Layer) {
+    pub(crate) fn add_layer(&mut self, key: &str, layer: Layer) {
         self.unrecorded.insert(key.to_owned());
         self.layers.insert(key.to_owned(), layer);
     }
 
     /// Whether the store knows all of these.
-    pub fn all_recorded<'a>(&self, mut keys: impl Iterator<Item = &'a str>) -> bool {
+    pub(crate) fn all_recorded<'a>(&self, mut keys: impl Iterator<Item = &'a str>) -> bool {
         keys.all(|key| self.layers.contains_key(key) && !self.unrecorded.contains(key))
     }
 
-    pub fn hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
+    pub(crate) fn hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
         for key in keys {
             *self.holds.entry(key.to_owned()).or_default() += 1;
         }
     }
 
-    pub fn let_go<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
+    pub(crate) fn let_go<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
         for key in keys {
             if let Some(count) = self.holds.get_mut(key) {
                 *count -= 1;
@@ -234,7 +234,7 @@ impl Catalog {
 
     /// Forgets the layers that nobody names, keeps or is pulling. Their directories are the
     /// caller's to remove, when the store has forgotten them too.
-    pub fn sweep(&mut self) -> (Vec<Layer>, Vec<Change>) {
+    pub(crate) fn sweep(&mut self) -> (Vec<Layer>, Vec<Change>) {
         let used: HashSet<&str> = self
             .images
             .values()
@@ -263,35 +263,39 @@ impl Catalog {
         (layers, changes)
     }
 
-    pub fn lease(&self, owner: &str) -> Option<&Lease> {
+    pub(crate) fn lease(&self, owner: &str) -> Option<&Lease> {
         self.leases.get(owner)
     }
 
-    pub fn image(&self, id: &str) -> Option<&Arc<Image>> {
+    pub(crate) fn image(&self, id: &str) -> Option<&Arc<Image>> {
         self.images.get(id)
     }
 
-    pub fn add_lease(&mut self, owner: &str, lease: Lease) -> Result<Vec<Change>, ImageError> {
+    pub(crate) fn add_lease(
+        &mut self,
+        owner: &str,
+        lease: Lease,
+    ) -> Result<Vec<Change>, ImageError> {
         let change = Change::put(Table::LEASES, owner, &lease)?;
         self.leases.insert(owner.to_owned(), lease);
         Ok(vec![change])
     }
 
-    pub fn remove_lease(&mut self, owner: &str) -> Vec<Change> {
+    pub(crate) fn remove_lease(&mut self, owner: &str) -> Vec<Change> {
         match self.leases.remove(owner) {
             Some(_) => vec![Change::delete(Table::LEASES, owner)],
             None => Vec::new(),
         }
     }
 
-    pub fn owners(&self) -> Vec<String> {
+    pub(crate) fn owners(&self) -> Vec<String> {
         self.leases.keys().cloned().collect()
     }
 
     /// The overlay lower directories of layers named lowest first: uppermost first, each once,
     /// for the kernel refuses a directory twice and the lower one shows nothing anyway; nothing
     /// below a layer that hides all. `None` if one is missing.
-    pub fn lowers<'a>(
+    pub(crate) fn lowers<'a>(
         &self,
         keys: impl DoubleEndedIterator<Item = &'a str>,
         root: &Path,
@@ -305,7 +309,10 @@ impl Catalog {
     }
 
     /// The layers that [`Catalog::lowers`] names.
-    pub fn stack<'a>(&self, keys: impl DoubleEndedIterator<Item = &'a str>) -> Option<Vec<Layer>> {
+    pub(crate) fn stack<'a>(
+        &self,
+        keys: impl DoubleEndedIterator<Item = &'a str>,
+    ) -> Option<Vec<Layer>> {
         let mut stack: Vec<Layer> = Vec::new();
         for key in keys.rev() {
             let layer = self.layers.get(key)?;
@@ -320,12 +327,12 @@ impl Catalog {
     }
 
     /// Numbers of all directories in use.
-    pub fn numbers(&self) -> HashSet<u64> {
+    pub(crate) fn numbers(&self) -> HashSet<u64> {
         self.layers.values().map(|layer| layer.number).collect()
     }
 
     /// What an image takes on the disk, in bytes, layers that it shares with others included.
-    pub fn bytes_of(&self, image: &Image) -> u64 {
+    pub(crate) fn bytes_of(&self, image: &Image) -> u64 {
         let mut counted = HashSet::new();
         image
             .keys()
@@ -337,7 +344,7 @@ impl Catalog {
     }
 
     /// Bytes and inodes of all layers.
-    pub fn usage(&self) -> (u64, u64) {
+    pub(crate) fn usage(&self) -> (u64, u64) {
         self.layers.values().fold((0, 0), |(bytes, inodes), layer| {
             (bytes + layer.bytes, inodes + layer.inodes)
         })

@@ -3,7 +3,7 @@
 
 /// One way to authenticate that a registry offers.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Challenge {
+pub(crate) enum Challenge {
     Basic,
     Bearer {
         realm: String,
@@ -13,7 +13,7 @@ pub enum Challenge {
 }
 
 /// The first challenge in the header that can be met, bearer tokens before passwords.
-pub fn choose<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
+pub(crate) fn choose<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
     let mut basic = None;
     for header in headers {
         let (scheme, parameters) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));

@@ -12,7 +12,7 @@ use super::registry::cause;
 
 /// A client that follows no redirection by itself: the library would strip the headers that it
 /// knows to be secret from a request to another host, and send those of hosts.toml along.
-pub fn build(
+pub(crate) fn build(
     endpoint: &Endpoint,
     silence: Duration,
     with_identity: bool,

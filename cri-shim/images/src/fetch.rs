@@ -30,14 +30,14 @@ use rrun_calls::wait::{blocking, slow};
 const QUEUE: usize = 8;
 
 /// Where an image's layers come from.
-pub enum Origin {
+pub(crate) enum Origin {
     Registry(Source),
     Archive(Archive),
 }
 
 /// A layer that is to come, and where it goes.
 #[derive(Clone)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     pub root: PathBuf,
     pub number: u64,
     pub promise: Promise,
@@ -45,7 +45,7 @@ pub struct Wanted {
 }
 
 /// The queues in which a fetch waits.
-pub struct Queues {
+pub(crate) struct Queues {
     pub slots: Arc<Slots>,
     /// One permit for each layer that may be half unpacked, because it is arriving or because it
     /// waits for its turn. Each such layer has a thread and the memory of a decoder.
@@ -55,7 +55,7 @@ pub struct Queues {
 }
 
 impl Queues {
-    pub fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &Limits) -> Self {
         let fetched = limits.parallel_layers.max(1);
         Queues {
             slots: Slots::new(fetched, limits.layers_per_host),
@@ -73,7 +73,7 @@ impl Queues {
 /// Fetches, verifies and unpacks one layer into `layers/NUMBER`. Dropped before its end, it
 /// leaves nothing but the beginning of a large blob, for the next try; after it the layer is the
 /// caller's.
-pub async fn fetch(
+pub(crate) async fn fetch(
     origin: Arc<Origin>,
     wanted: Wanted,
     pull: u64,
@@ -273,7 +273,7 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
 /// An image may make this as much work as a large layer, and each layer of the image costs several
 /// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its place
 /// until it ends, and it ends soon after the pull has been abandoned.
-pub async fn make_looks(
+pub(crate) async fn make_looks(
     queues: &Queues,
     root: &Path,
     number: u64,
@@ -349,14 +349,14 @@ fn make(
 }
 
 /// A layer in its place that belongs to nobody yet; it goes when it is dropped.
-pub struct Placed {
+pub(crate) struct Placed {
     path: Option<PathBuf>,
     number: u64,
     unpacked: Unpacked,
 }
 
 impl Placed {
-    pub fn keep(mut self) -> Layer {
+    pub(crate) fn keep(mut self) -> Layer {
         self.path = None;
         Layer {
             number: self.number,
@@ -381,7 +381,7 @@ impl Drop for Placed {
 }
 
 /// Removes a directory that nobody names; what can't be removed now is at the next start.
-pub fn remove(path: &Path) {
+pub(crate) fn remove(path: &Path) {
     if let Err(error) = layer::remove_path(path) {
         log::warn!("remove {}: {}", path.display(), io::Error::from(error));
     }

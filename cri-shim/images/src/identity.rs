@@ -12,14 +12,14 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
 /// All certificates of a PEM file; `None` if there is none, or one is broken.
-pub fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+pub(crate) fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     all.ok().filter(|all| !all.is_empty())
 }
 
 /// A certificate with its key.
 #[derive(Debug)]
-pub struct Identity {
+pub(crate) struct Identity {
     certified: Arc<CertifiedKey>,
     /// Who vouches for it, and for each certificate of its chain: distinguished names in DER.
     issuers: Vec<DistinguishedName>,
@@ -27,7 +27,7 @@ pub struct Identity {
 
 impl Identity {
     /// `pem` has the certificate and perhaps its chain, `key` the key.
-    pub fn new(pem: &[u8], key: &[u8]) -> Result<Self, &'static str> {
+    pub(crate) fn new(pem: &[u8], key: &[u8]) -> Result<Self, &'static str> {
         const NEITHER: &str = "holds no certificate and key in PEM form";
         let chain = certificates(pem).ok_or(NEITHER)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| NEITHER)?;
@@ -54,10 +54,10 @@ impl Identity {
 
 /// The certificates that may be shown, in the order of hosts.toml.
 #[derive(Debug)]
-pub struct Choice(Vec<Identity>);
+pub(crate) struct Choice(Vec<Identity>);
 
 impl Choice {
-    pub fn of(identities: Vec<Identity>) -> Self {
+    pub(crate) fn of(identities: Vec<Identity>) -> Self {
         Choice(identities)
     }
 }
@@ -84,7 +84,7 @@ impl ResolvesClientCert for Choice {
 }
 
 /// TLS that shows one of `ours`, and trusts `authorities` and the system's, or everybody.
-pub fn tls(
+pub(crate) fn tls(
     ours: Choice,
     authorities: Vec<CertificateDer<'static>>,
     skip_verify: bool,

@@ -10,13 +10,13 @@ use super::reference::is_digest;
 use crate::layer::Promise;
 
 /// What is asked for under a tag or a digest.
-pub const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
+pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json";
 
 /// The most bytes of a manifest, an index or a configuration, each.
-pub const DOCUMENT_BYTES: u64 = 8 << 20;
+pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 
 /// overlayfs takes 500 lower directories, and rrun-cri adds two: the mount points at the bottom,
 /// and at the top the layer that sets the owner and mode of directories.
@@ -24,7 +24,7 @@ const LAYERS: usize = 498;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Descriptor {
+pub(crate) struct Descriptor {
     pub digest: String,
     pub size: u64,
     #[serde(default)]
@@ -37,7 +37,7 @@ pub struct Descriptor {
 impl Descriptor {
     /// What an image layout calls the image: its full name where containerd or Docker wrote it,
     /// else what stands where the specification wants it (OCI image-spec, annotations.md).
-    pub fn name(&self) -> Option<&str> {
+    pub(crate) fn name(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
         [
             "io.containerd.image.name",
@@ -49,7 +49,7 @@ impl Descriptor {
     }
 
     /// Nothing says that it is not for this machine.
-    pub fn may_fit(&self) -> bool {
+    pub(crate) fn may_fit(&self) -> bool {
         let machine = architecture();
         self.platform.as_ref().is_none_or(|platform| {
             let (os, architecture) = (platform.os.as_str(), platform.architecture.as_str());
@@ -74,14 +74,14 @@ struct Platform {
 }
 
 #[derive(Debug)]
-pub struct Manifest {
+pub(crate) struct Manifest {
     pub config: Descriptor,
     /// Lowest first.
     pub layers: Vec<Descriptor>,
 }
 
 #[derive(Debug)]
-pub enum Document {
+pub(crate) enum Document {
     Image(Manifest),
     /// The digest of the manifest for this machine.
     Index(String),
@@ -101,7 +101,7 @@ fn broken(what: impl Into<String>) -> ImageError {
 }
 
 /// Reads a manifest or an index by its content, for media types are often wrong.
-pub fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
     let raw: Raw = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("the manifest can't be read: {error}")))?;
     if raw.schema_version == Some(1) {
@@ -163,7 +163,7 @@ fn check_digest(digest: &str) -> Result<(), ImageError> {
 }
 
 /// Go's name of the architecture that this program was built for.
-pub fn architecture() -> &'static str {
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -256,7 +256,7 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
 }
 
 /// An image layout's index.json: each image, with the name that the layout gives it.
-pub fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
+pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
     let raw: Raw = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("its index.json can't be read: {error}")))?;
     let manifests = raw.manifests.unwrap_or_default();
@@ -268,7 +268,7 @@ pub fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
 
 /// What a configuration says, as far as it matters here.
 #[derive(Debug)]
-pub struct Configuration {
+pub(crate) struct Configuration {
     pub config: ImageConfig,
     pub created: Option<String>,
     pub diff_ids: Vec<String>,
@@ -300,7 +300,7 @@ struct RawConfig {
     labels: Option<BTreeMap<String, Option<String>>>,
 }
 
-pub fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
+pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
     let raw: RawConfiguration = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("the image's configuration can't be read: {error}")))?;
     if let Some(os) = raw.os.as_deref().filter(|os| !matches!(*os, "" | "linux")) {
@@ -339,7 +339,10 @@ pub fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
 }
 
 /// Brings the manifest's layers and the configuration's diff IDs together.
-pub fn promises(manifest: &Manifest, diff_ids: &[String]) -> Result<Vec<Promise>, ImageError> {
+pub(crate) fn promises(
+    manifest: &Manifest,
+    diff_ids: &[String],
+) -> Result<Vec<Promise>, ImageError> {
     if manifest.layers.len() != diff_ids.len() {
         return Err(broken(format!(
             "the manifest has {} layers and the configuration {}: the image was built wrongly, or is none that can be run",

@@ -31,7 +31,7 @@ pub struct Least {
 }
 
 /// Watches the answers that bring one layer or document.
-pub struct Watch {
+pub(crate) struct Watch {
     least: Least,
     /// The slot of a layer; documents are small and need none.
     slot: Option<Arc<Slot>>,
@@ -52,14 +52,14 @@ struct Pace {
 
 /// The purpose of a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// A connection and the head of an answer; reqwest limits the time for both together.
     Head,
     Body,
 }
 
 impl Watch {
-    pub fn new(least: Least, slot: Option<Arc<Slot>>) -> Self {
+    pub(crate) fn new(least: Least, slot: Option<Arc<Slot>>) -> Self {
         Watch {
             least,
             slot,
@@ -69,7 +69,11 @@ impl Watch {
 
     /// Waits for `work`, which waits for the network. Fails if the answer is too slow, or if the
     /// slot goes to another layer meanwhile.
-    pub async fn wait<T>(&self, phase: Phase, work: impl Future<Output = T>) -> Result<T, Failure> {
+    pub(crate) async fn wait<T>(
+        &self,
+        phase: Phase,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
         let mut work = pin!(work);
         loop {
             let begun = Instant::now();
@@ -87,7 +91,7 @@ impl Watch {
     }
 
     /// Counts bytes of an answer that have arrived.
-    pub fn came(&self, bytes: u64) -> Result<(), Failure> {
+    pub(crate) fn came(&self, bytes: u64) -> Result<(), Failure> {
         if let Some(slot) = &self.slot {
             slot.came(bytes);
         }
@@ -96,7 +100,7 @@ impl Watch {
     }
 
     /// Notes that the answer comes from `host`. Fails if too many layers come from there already.
-    pub fn comes_from(&self, host: &str) -> Result<(), Failure> {
+    pub(crate) fn comes_from(&self, host: &str) -> Result<(), Failure> {
         match &self.slot {
             Some(slot) if !slot.moves_to(host) => {
                 let why =
@@ -108,7 +112,7 @@ impl Watch {
     }
 
     /// Whether the slot went to another layer. The rest is then fetched in the next turn.
-    pub fn gave_way(&self) -> bool {
+    pub(crate) fn gave_way(&self) -> bool {
         self.slot.as_ref().is_some_and(|slot| slot.gave_way())
     }
 

@@ -14,13 +14,13 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 
 /// Smaller blobs are not kept for a later pull: to fetch them again costs less.
-pub const WORTH_KEEPING: u64 = 4 << 20;
+pub(crate) const WORTH_KEEPING: u64 = 4 << 20;
 
 /// Smaller blobs are not kept even for the next turn of the same pull.
 const SMALL: u64 = 64 << 10;
 
 /// How long after its last byte a partial blob is kept.
-pub const KEPT: Duration = Duration::from_secs(3600);
+pub(crate) const KEPT: Duration = Duration::from_secs(3600);
 
 const SUFFIX: &str = ".partial";
 
@@ -28,7 +28,7 @@ const SUFFIX: &str = ".partial";
 const SUFFIX_OF_SMALL: &str = ".piece";
 
 /// The beginning of one blob. Locked: two that fetch the same bytes don't write to one file.
-pub struct Partial {
+pub(crate) struct Partial {
     file: File,
     path: PathBuf,
     length: u64,
@@ -46,7 +46,7 @@ fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
 impl Partial {
     /// Opens what there is of the blob, or begins; `None` if it is not worth it or can't be done,
     /// and the blob is fetched as a whole. Blocks on the disk.
-    pub fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
+    pub(crate) fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
         if size < SMALL {
             return None;
         }
@@ -71,24 +71,24 @@ impl Partial {
     }
 
     /// Bytes of the blob that are here.
-    pub fn length(&self) -> u64 {
+    pub(crate) fn length(&self) -> u64 {
         self.length
     }
 
-    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         match self.file.read_at(buffer, offset)? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             count => Ok(count),
         }
     }
 
-    pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, self.length)?;
         self.length += bytes.len() as u64;
         Ok(())
     }
 
-    pub fn remove(self) {
+    pub(crate) fn remove(self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::warn!("remove {}: {error}", self.path.display());
         }
@@ -96,19 +96,19 @@ impl Partial {
 }
 
 /// Forgets what there is of a blob.
-pub fn discard(root: &Path, digest: &str, size: u64) {
+pub(crate) fn discard(root: &Path, digest: &str, size: u64) {
     let _ = std::fs::remove_file(path_of(root, digest, size));
 }
 
 /// Removes, when it is dropped, the file of a blob that is not kept for a later pull.
-pub struct Forgotten<'a> {
+pub(crate) struct Forgotten<'a> {
     root: &'a Path,
     digest: &'a str,
     size: u64,
 }
 
 impl<'a> Forgotten<'a> {
-    pub fn at_the_end(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
+    pub(crate) fn at_the_end(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
         // `then_some` would make the value in any case, and drop it: that removes the file.
         (size < WORTH_KEEPING).then(|| Forgotten { root, digest, size })
     }
@@ -121,7 +121,7 @@ impl Drop for Forgotten<'_> {
 }
 
 /// Whether this is a partial blob that may still be of use.
-pub fn is_fresh(path: &Path) -> bool {
+pub(crate) fn is_fresh(path: &Path) -> bool {
     let named = path
         .file_name()
         .and_then(|name| name.to_str())
@@ -136,7 +136,7 @@ pub fn is_fresh(path: &Path) -> bool {
 }
 
 /// Removes the partial blobs that nobody came back for. Blocks on the disk.
-pub fn sweep(root: &Path) {
+pub(crate) fn sweep(root: &Path) {
     let Ok(entries) = std::fs::read_dir(root.join("ingest")) else {
         return;
     };

@@ -54,10 +54,10 @@ impl Milestones {
     }
 }
 
-pub type Pulled = Result<Arc<Image>, ImageError>;
+pub(crate) type Pulled = Result<Arc<Image>, ImageError>;
 
 /// One pull that any number of callers wait for.
-pub struct Pulling {
+pub(crate) struct Pulling {
     answer: Shared<BoxFuture<'static, Pulled>>,
     /// How many callers wait.
     callers: Arc<watch::Sender<usize>>,
@@ -82,14 +82,14 @@ impl Drop for Caller {
 type Fetched = Shared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// One layer's fetch; it stops when no pull wants it any more.
-pub type Fetching = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
+pub(crate) type Fetching = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// What makes two pulls the same: with other credentials it is another, or the first to ask
 /// would vouch for the second.
-pub type Key = (Name, Option<Auth>);
+pub(crate) type Key = (Name, Option<Auth>);
 
 /// Starts a pull, or joins the one under way, and waits for it.
-pub async fn join(inner: &Arc<Inner>, name: Name, auth: Option<Auth>) -> Pulled {
+pub(crate) async fn join(inner: &Arc<Inner>, name: Name, auth: Option<Auth>) -> Pulled {
     let key = (name, auth);
     let (answer, _caller) = {
         let mut pulls = lock(&inner.pulls);
@@ -256,7 +256,7 @@ async fn pull(
 }
 
 /// An image of which all is known but its layers are yet to come.
-pub struct Found {
+pub(crate) struct Found {
     image: Image,
     promises: Vec<Promise>,
     configuration: Bytes,
@@ -264,7 +264,7 @@ pub struct Found {
 
 impl Found {
     /// `manifest_size` bytes of manifest count for the image's size.
-    pub fn of_manifest(
+    pub(crate) fn of_manifest(
         document: &Manifest,
         manifest_size: u64,
         configuration: Bytes,
@@ -276,7 +276,7 @@ impl Found {
     }
 
     /// `id` is the digest of `configuration`.
-    pub fn new(
+    pub(crate) fn new(
         id: String,
         promises: Vec<Promise>,
         manifest_size: u64,
@@ -345,7 +345,7 @@ impl Inner {
 /// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
 /// the digest of its manifest. `told` is its name in the log. `callers` counts the calls that wait, if
 /// it can be abandoned.
-pub async fn bring(
+pub(crate) async fn bring(
     inner: &Arc<Inner>,
     origin: &Arc<Origin>,
     found: Found,

@@ -150,7 +150,7 @@ fn is_tag(text: &str) -> bool {
 }
 
 /// Whether `text` is a sha256 digest, the one algorithm that registries use.
-pub fn is_digest(text: &str) -> bool {
+pub(crate) fn is_digest(text: &str) -> bool {
     text.strip_prefix("sha256:").is_some_and(|hex| {
         hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     })

@@ -39,7 +39,7 @@ const RETRY_AFTER_MOST: Duration = Duration::from_secs(10);
 
 /// Why a request failed, and whether the same may succeed later.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     pub error: ImageError,
     pub retry: bool,
     /// What the registry asks for by `Retry-After`, bounded.
@@ -61,7 +61,7 @@ impl From<ImageError> for Failure {
 
 /// How long rrun-cri waits for a registry.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub(crate) struct Patience {
     /// How long a registry may send no byte.
     pub silence: Duration,
     pub least: Least,
@@ -75,7 +75,7 @@ struct Waits {
 }
 
 /// One repository at one endpoint, for the time of one pull.
-pub struct Registry {
+pub(crate) struct Registry {
     client: Client,
     /// For other servers that the registry sends us to: without the certificate that says who we
     /// are.
@@ -98,7 +98,7 @@ pub struct Registry {
 
 impl Registry {
     /// Blocks on the disk for certificates.
-    pub fn new(
+    pub(crate) fn new(
         endpoint: Endpoint,
         registry: &str,
         repository: &str,
@@ -156,12 +156,12 @@ impl Registry {
         })
     }
 
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
     /// A manifest by tag or digest.
-    pub async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
+    pub(crate) async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
         let url = self.url("manifests", target)?;
         let watch = self.watch();
         let response = self
@@ -173,7 +173,7 @@ impl Registry {
     }
 
     /// A blob from `offset` on; what comes back says where it really begins.
-    pub async fn blob(
+    pub(crate) async fn blob(
         &self,
         digest: &str,
         offset: u64,
@@ -202,7 +202,7 @@ impl Registry {
     }
 
     /// The host that layers come from, as far as is known: this one, or one it redirects to.
-    pub fn layers_come_from(&self) -> String {
+    pub(crate) fn layers_come_from(&self) -> String {
         let elsewhere = lock(&self.sends_to).clone();
         elsewhere.unwrap_or_else(|| self.endpoint.host.clone())
     }
@@ -223,16 +223,16 @@ impl Registry {
     }
 
     /// The reason why this pull must not use this endpoint again.
-    pub fn slowness(&self) -> Option<ImageError> {
+    pub(crate) fn slowness(&self) -> Option<ImageError> {
         lock(&self.slowness).clone()
     }
 
-    pub fn is_too_slow(&self, error: &ImageError) {
+    pub(crate) fn is_too_slow(&self, error: &ImageError) {
         *lock(&self.slowness) = Some(error.clone());
     }
 
     /// A small blob as a whole.
-    pub async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
+    pub(crate) async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
         let blob = self.blob(digest, 0, self.watch()).await?;
         let what = "the image's configuration";
         bounded(blob.response, most, what, self.waits, &blob.watch)
@@ -478,7 +478,7 @@ impl Registry {
 }
 
 /// A blob as it arrives.
-pub struct Blob {
+pub(crate) struct Blob {
     response: Response,
     /// The offset of the first byte that comes.
     pub begins: u64,
@@ -490,7 +490,7 @@ pub struct Blob {
 
 impl Blob {
     /// The next bytes, `None` at the end.
-    pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
         next(&mut self.response, self.waits, &self.watch)
             .await
             .map_err(|failure| Failure {

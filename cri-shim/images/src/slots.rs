@@ -40,7 +40,7 @@ const MOVES: u64 = 3;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The slots of a node.
-pub struct Slots {
+pub(crate) struct Slots {
     /// How many there are over all hosts, and how many of them one host may have.
     most: usize,
     per_host: usize,
@@ -99,7 +99,7 @@ impl Holder {
 }
 
 impl Slots {
-    pub fn new(most: usize, per_host: usize) -> Arc<Self> {
+    pub(crate) fn new(most: usize, per_host: usize) -> Arc<Self> {
         let most = most.max(1);
         Arc::new(Slots {
             most,
@@ -109,7 +109,7 @@ impl Slots {
     }
 
     /// A slot for one layer of one pull, not held yet. `what` is for the log: "layer sha256:…".
-    pub fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
+    pub(crate) fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
         let mut state = lock(&self.state);
         state.next += 1;
         Slot {
@@ -193,7 +193,7 @@ impl Slots {
 }
 
 /// The right to fetch one layer, held or not. To drop it gives it back.
-pub struct Slot {
+pub(crate) struct Slot {
     slots: Arc<Slots>,
     id: u64,
     pull: u64,
@@ -209,7 +209,7 @@ impl Slot {
     /// Waits until the layer may be fetched from `host`, and gives up a slot held for another host.
     /// The caller must not hold anything that a holder of a slot may wait for: that would be a
     /// deadlock.
-    pub async fn at(&self, host: &str) {
+    pub(crate) async fn at(&self, host: &str) {
         let (granted, answer) = oneshot::channel();
         {
             let mut state = lock(&self.slots.state);
@@ -248,7 +248,7 @@ impl Slot {
 
     /// Notes that the layer comes from `host`, for which the slot may not be held. False: no
     /// further layer may come from there now, and the slot has been given up.
-    pub fn moves_to(&self, host: &str) -> bool {
+    pub(crate) fn moves_to(&self, host: &str) -> bool {
         let mut state = lock(&self.slots.state);
         let room = Slots::from_host(&state, host) < self.slots.per_host;
         let Some(at) = state.holders.iter().position(|h| h.id == self.id) else {
@@ -280,7 +280,7 @@ impl Slot {
     }
 
     /// Gives the slot back.
-    pub fn leave(&self) {
+    pub(crate) fn leave(&self) {
         let mut state = lock(&self.slots.state);
         let before = state.holders.len();
         state.holders.retain(|holder| holder.id != self.id);
@@ -290,18 +290,18 @@ impl Slot {
     }
 
     /// Notes how many bytes earlier turns have left.
-    pub fn begins_at(&self, bytes: u64) {
+    pub(crate) fn begins_at(&self, bytes: u64) {
         self.gauge.before.store(bytes, Ordering::Relaxed);
     }
 
     /// Counts bytes that have arrived.
-    pub fn came(&self, bytes: u64) {
+    pub(crate) fn came(&self, bytes: u64) {
         self.gauge.now.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Gives the slot to another pull that waits, if it is time to. `still`: almost nothing
     /// arrives.
-    pub fn gives_way(&self, still: bool) -> bool {
+    pub(crate) fn gives_way(&self, still: bool) -> bool {
         let mut state = lock(&self.slots.state);
         if !self
             .slots
@@ -319,24 +319,24 @@ impl Slot {
     }
 
     /// Whether the slot has been given to another pull.
-    pub fn gave_way(&self) -> bool {
+    pub(crate) fn gave_way(&self) -> bool {
         self.gave_way.load(Ordering::Relaxed)
     }
 
     /// As [`Slot::gave_way`], for a thread that may outlive the fetch and must not keep the slot.
-    pub fn whether_it_gave_way(&self) -> Arc<AtomicBool> {
+    pub(crate) fn whether_it_gave_way(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.gave_way)
     }
 
     /// The next turn begins.
-    pub fn again(&self) {
+    pub(crate) fn again(&self) {
         self.gave_way.store(false, Ordering::Relaxed);
         self.turn_was_over.store(false, Ordering::Relaxed);
     }
 
     /// Notes that the last turn brought only bytes that earlier turns had brought as well. If it
     /// was not long enough, the next one is twice as long. A fetch that stood still gains nothing.
-    pub fn came_no_farther(&self) {
+    pub(crate) fn came_no_farther(&self) {
         if self.turn_was_over.load(Ordering::Relaxed) {
             self.gauge.in_vain.fetch_add(1, Ordering::Relaxed);
         }

@@ -28,7 +28,7 @@ const PAUSES: [Duration; 3] = [
 const BREAKS: usize = 20;
 
 /// Where one pull gets its image from.
-pub struct Source {
+pub(crate) struct Source {
     registries: Vec<Arc<Registry>>,
 }
 
@@ -36,7 +36,7 @@ impl Source {
     /// Credentials that name no server are shown to every endpoint that asks for them, as
     /// containerd does it: a mirror is where the operator says the registry is. Blocks on the disk:
     /// configuration and certificates.
-    pub fn open(
+    pub(crate) fn open(
         configured: &Registries,
         name: &Name,
         auth: Option<&Auth>,
@@ -62,14 +62,14 @@ impl Source {
     }
 
     /// The host that a layer is expected to come from: that of the first endpoint in use.
-    pub fn first_host(&self) -> Option<String> {
+    pub(crate) fn first_host(&self) -> Option<String> {
         let mut able = self.registries.iter().filter(|r| r.endpoint().pull);
         able.find(|registry| registry.slowness().is_none())
             .map(|registry| registry.layers_come_from())
     }
 
     /// The manifest or index that a tag or digest names, with its digest.
-    pub async fn manifest(&self, target: &Target) -> Result<(Bytes, String), ImageError> {
+    pub(crate) async fn manifest(&self, target: &Target) -> Result<(Bytes, String), ImageError> {
         let (wanted, resolve) = match target {
             Target::Tag(tag) => (tag, true),
             Target::Digest(digest) => (digest, false),
@@ -90,7 +90,7 @@ impl Source {
     }
 
     /// A small blob, verified.
-    pub async fn document(&self, wanted: &str, size: u64) -> Result<Bytes, ImageError> {
+    pub(crate) async fn document(&self, wanted: &str, size: u64) -> Result<Bytes, ImageError> {
         if size > DOCUMENT_BYTES {
             return Err(ImageError::new(
                 Kind::DataLoss,
@@ -122,7 +122,7 @@ impl Source {
     /// Sends a blob's bytes from `offset` on to `to`, each once and in order, from wherever they
     /// can be had. Goes on where a connection broke off, unless the slot of `watch` has been given
     /// away. Calls `progress` with the number of bytes that arrived.
-    pub async fn blob(
+    pub(crate) async fn blob(
         &self,
         digest: &str,
         size: u64,

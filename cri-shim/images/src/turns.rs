@@ -17,7 +17,7 @@ const SLICE: Duration = Duration::from_millis(100);
 /// A wait that is long enough to be logged.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub struct Turns {
+pub(crate) struct Turns {
     most: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -31,7 +31,7 @@ struct State {
 }
 
 impl Turns {
-    pub fn new(most: usize) -> Arc<Self> {
+    pub(crate) fn new(most: usize) -> Arc<Self> {
         Arc::new(Turns {
             most: most.max(1),
             state: Mutex::default(),
@@ -82,7 +82,7 @@ impl Turns {
 }
 
 /// One thread's turn, taken or not.
-pub struct Turn {
+pub(crate) struct Turn {
     turns: Arc<Turns>,
     what: String,
     since: Option<Instant>,
@@ -90,7 +90,7 @@ pub struct Turn {
 
 impl Turn {
     /// `what` is for the log: "layer sha256:…".
-    pub fn new(turns: &Arc<Turns>, what: String) -> Self {
+    pub(crate) fn new(turns: &Arc<Turns>, what: String) -> Self {
         Turn {
             turns: Arc::clone(turns),
             what,
@@ -99,7 +99,7 @@ impl Turn {
     }
 
     /// Waits for a turn. A thread that has had one for long lets others go first. Blocks.
-    pub fn take(&mut self) {
+    pub(crate) fn take(&mut self) {
         match self.since {
             Some(since) if since.elapsed() < SLICE || !self.turns.wanted() => return,
             Some(_) => self.give_back(),
@@ -109,7 +109,7 @@ impl Turn {
         self.since = Some(Instant::now());
     }
 
-    pub fn give_back(&mut self) {
+    pub(crate) fn give_back(&mut self) {
         if self.since.take().is_some() {
             self.turns.give_back();
         }
@@ -123,7 +123,7 @@ impl Drop for Turn {
 }
 
 /// A reader that is used in turns and whose bytes are always available.
-pub struct InTurns<R> {
+pub(crate) struct InTurns<R> {
     pub reader: R,
     pub turn: Turn,
 }

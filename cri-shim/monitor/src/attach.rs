@@ -18,7 +18,7 @@ use rrun_protocol::{Attach, FailureKind, Reply, left_out};
 const RESUME: u64 = 16 << 10;
 
 /// An attached client.
-pub struct Follower {
+pub(crate) struct Follower {
     client: ClientId,
     stdout: Option<Tap>,
     stderr: Option<Tap>,
@@ -35,7 +35,7 @@ struct Tap {
 
 impl Follower {
     /// Gives on what was read, as far as the client keeps up.
-    pub fn give(&mut self, stream: Stream, bytes: &[u8]) {
+    pub(crate) fn give(&mut self, stream: Stream, bytes: &[u8]) {
         let tap = match stream {
             Stream::Stdout => &mut self.stdout,
             Stream::Stderr => &mut self.stderr,

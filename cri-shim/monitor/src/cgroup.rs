@@ -13,13 +13,13 @@ use rustix::process::Signal;
 const MAX_DEPTH: u32 = 16;
 
 /// Is any process in the cgroup or below it? A cgroup that is not there has none.
-pub fn populated(cgroup: &Path) -> bool {
+pub(crate) fn populated(cgroup: &Path) -> bool {
     std::fs::read_to_string(cgroup.join("cgroup.events"))
         .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
 }
 
 /// Kills every process in the cgroup and below, at once and with no way out by forking.
-pub fn kill(cgroup: &Path) -> std::io::Result<()> {
+pub(crate) fn kill(cgroup: &Path) -> std::io::Result<()> {
     match std::fs::write(cgroup.join("cgroup.kill"), "1") {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -27,7 +27,7 @@ pub fn kill(cgroup: &Path) -> std::io::Result<()> {
 }
 
 /// Removes the cgroup and those below it. It need not be there; its processes must be gone.
-pub fn remove(cgroup: &Path) -> std::io::Result<()> {
+pub(crate) fn remove(cgroup: &Path) -> std::io::Result<()> {
     remove_below(cgroup, 0)
 }
 
@@ -47,7 +47,7 @@ fn remove_below(cgroup: &Path, depth: u32) -> std::io::Result<()> {
 }
 
 /// A signal's number, real-time signals included, if the kernel knows it.
-pub fn checked(signal: i32) -> Option<Signal> {
+pub(crate) fn checked(signal: i32) -> Option<Signal> {
     if !(1..=64).contains(&signal) {
         return None;
     }
@@ -58,20 +58,20 @@ pub fn checked(signal: i32) -> Option<Signal> {
 
 /// `oom_kill` in memory.events: how often the kernel has killed in this cgroup for want of
 /// memory. The file stays open, since the count must be read after the last process is gone.
-pub struct OomCount {
+pub(crate) struct OomCount {
     events: File,
     seen: u64,
 }
 
 impl OomCount {
     /// None where the memory controller is not enabled.
-    pub fn open(cgroup: &Path) -> Option<Self> {
+    pub(crate) fn open(cgroup: &Path) -> Option<Self> {
         let events = File::open(cgroup.join("memory.events")).ok()?;
         Some(OomCount { events, seen: 0 })
     }
 
     /// Has the kernel killed since this was last asked? Fails when the cgroup is gone.
-    pub fn rose(&mut self) -> std::io::Result<bool> {
+    pub(crate) fn rose(&mut self) -> std::io::Result<bool> {
         let mut text = [0; 512];
         let count = self.events.read_at(&mut text, 0)?;
         let kills = text

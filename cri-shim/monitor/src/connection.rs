@@ -10,7 +10,7 @@ use rrun_protocol::Request;
 use rrun_protocol::wire;
 
 /// A connection's number; never used twice.
-pub type ClientId = u64;
+pub(crate) type ClientId = u64;
 
 /// How long a client may take to send its request, or to read its answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -20,7 +20,7 @@ const MAX_WAITING: usize = 256 << 10;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// Its request is not whole yet.
     Asking,
     /// Its request is being worked on.
@@ -32,7 +32,7 @@ pub enum Role {
 }
 
 /// What came in.
-pub enum Input {
+pub(crate) enum Input {
     /// Nothing whole yet.
     Partial,
     Request(Request),
@@ -40,7 +40,7 @@ pub enum Input {
     Closed,
 }
 
-pub struct Connection {
+pub(crate) struct Connection {
     pub role: Role,
     socket: OwnedFd,
     received: Vec<u8>,
@@ -52,7 +52,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn new(socket: OwnedFd) -> Self {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
         Connection {
             role: Role::Asking,
             socket,
@@ -64,25 +64,25 @@ impl Connection {
         }
     }
 
-    pub fn socket(&self) -> BorrowedFd<'_> {
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    pub fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
     /// The descriptors that came with the request.
-    pub fn take_fds(&mut self) -> Vec<OwnedFd> {
+    pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.fds)
     }
 
-    pub fn has_output(&self) -> bool {
+    pub(crate) fn has_output(&self) -> bool {
         !self.waiting.is_empty()
     }
 
     /// Reads what has come. Called when the socket is readable.
-    pub fn read(&mut self) -> Input {
+    pub(crate) fn read(&mut self) -> Input {
         loop {
             match wire::receive(&self.socket, &mut self.received, &mut self.fds) {
                 Ok(0) => return Input::Closed,
@@ -108,7 +108,7 @@ impl Connection {
 
     /// Sends a message, or as much of it as the client takes now. False if the connection is of
     /// no use any more.
-    pub fn send<T: Serialize>(&mut self, message: &T, fds: Vec<OwnedFd>) -> bool {
+    pub(crate) fn send<T: Serialize>(&mut self, message: &T, fds: Vec<OwnedFd>) -> bool {
         if self.waiting.len() > MAX_WAITING {
             return false;
         }
@@ -125,7 +125,7 @@ impl Connection {
     }
 
     /// Sends what waits. False if the connection is of no use any more.
-    pub fn flush(&mut self) -> bool {
+    pub(crate) fn flush(&mut self) -> bool {
         let mut sent = 0;
         while let Some(rest) = self.waiting.get(sent..).filter(|rest| !rest.is_empty()) {
             let passing: Vec<_> = self.passing.iter().map(AsFd::as_fd).collect();

@@ -10,14 +10,14 @@ use rrun_protocol::wire;
 
 /// A socket in our working directory on which one runtime call sends one terminal. The name is
 /// gone when this is dropped.
-pub struct Console {
+pub(crate) struct Console {
     name: String,
     listener: OwnedFd,
 }
 
 impl Console {
     /// `number` makes the name unique within the monitor.
-    pub fn open(number: u64) -> Result<Self, Errno> {
+    pub(crate) fn open(number: u64) -> Result<Self, Errno> {
         let name = format!("console-{number}.sock");
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let listener =
@@ -29,13 +29,13 @@ impl Console {
     }
 
     /// A path for the runtime that fits into an address, however deep our directory is.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         let cwd = format!("/proc/{}/cwd", std::process::id());
         PathBuf::from(cwd).join(&self.name)
     }
 
     /// The terminal's master, once the runtime has ended: it sends it before.
-    pub fn receive(&self) -> Result<OwnedFd, Errno> {
+    pub(crate) fn receive(&self) -> Result<OwnedFd, Errno> {
         let socket = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC)?;
         let (mut name, mut fds) = (Vec::new(), Vec::new());
         wire::receive(&socket, &mut name, &mut fds)?;

@@ -32,7 +32,7 @@ const MAX_DRAIN: usize = 64;
 /// container's writer goes on while we nap, and pays for the pages itself.
 const WIDE: usize = 1 << 20;
 
-pub struct Container {
+pub(crate) struct Container {
     /// Ids can come back; this does not.
     pub serial: u64,
     pub spec: Create,
@@ -56,7 +56,7 @@ pub struct Container {
     pub(super) undone: Option<Undone>,
 }
 
-pub enum State {
+pub(crate) enum State {
     Creating,
     Created,
     /// `start` has been done.
@@ -160,7 +160,7 @@ impl Output {
 }
 
 /// A process id from the file that a runtime wrote.
-pub fn read_pid(path: &Path) -> Option<i32> {
+pub(crate) fn read_pid(path: &Path) -> Option<i32> {
     let text = std::fs::read_to_string(path).ok()?;
     text.trim().parse().ok().filter(|pid| *pid > 1)
 }
@@ -171,15 +171,15 @@ fn program(command: &[String]) -> &str {
 }
 
 impl Container {
-    pub fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.spec.id
     }
 
-    pub fn is_alive_as(&self, pid: i32) -> bool {
+    pub(crate) fn is_alive_as(&self, pid: i32) -> bool {
         self.pid == pid && matches!(self.state, State::Created | State::Running)
     }
 
-    pub fn next_check(&self) -> Option<Instant> {
+    pub(crate) fn next_check(&self) -> Option<Instant> {
         match (&self.state, &self.deletion) {
             (State::Creating, _) => self.undone.as_ref().map(Undone::give_up),
             (State::Ending(ending), _) => ending.next_look(),

@@ -51,7 +51,7 @@ impl Process {
 
 /// Kills `leader`, which must be our unreaped child, the processes of `cgroup` that are in its
 /// session or descend from it, and none of `init`'s session. False if there seemed to be no end.
-pub fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
+pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     let session = |pid| Process::read(pid).map(|process| process.session);
     let own = session(leader).filter(|own| session(init) != Some(*own));
     let mut family: Vec<i32> = Vec::new();

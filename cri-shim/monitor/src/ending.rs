@@ -38,7 +38,7 @@ const MAX_PAUSE: Duration = Duration::from_millis(50);
 const HURRY: Duration = Duration::from_secs(10);
 
 /// The first process is gone; is the rest?
-pub struct Ending {
+pub(crate) struct Ending {
     code: i32,
     finished_at: i64,
     /// When what was left in the cgroup is given up, once it has been killed.
@@ -50,27 +50,27 @@ pub struct Ending {
 }
 
 impl Ending {
-    pub fn next_look(&self) -> Option<Instant> {
+    pub(crate) fn next_look(&self) -> Option<Instant> {
         self.next_look
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cleanup {
+pub(crate) enum Cleanup {
     Running,
     Done,
     Failed,
 }
 
 /// Those who asked for the container's removal.
-pub struct Deletion {
+pub(crate) struct Deletion {
     clients: Vec<ClientId>,
     /// When they are told that its first process does not die.
     give_up: Instant,
 }
 
 impl Deletion {
-    pub fn give_up(&self) -> Instant {
+    pub(crate) fn give_up(&self) -> Instant {
         self.give_up
     }
 }

@@ -18,7 +18,7 @@ use rrun_kernel::errno::describe;
 use rrun_protocol::{Exec, FailureKind, Reply};
 
 /// An exec whose runtime is still at work.
-pub struct Starting {
+pub(crate) struct Starting {
     client: ClientId,
     serial: u64,
     pid_file: PathBuf,
@@ -27,7 +27,7 @@ pub struct Starting {
 }
 
 /// An exec's process.
-pub struct Running {
+pub(crate) struct Running {
     client: ClientId,
     pid: i32,
     /// The container's first process and its cgroup.

@@ -16,11 +16,11 @@ use rustix::fs::Mode;
 use super::cgroup;
 
 /// Of those that daemons live in, the most that are watched; the rest go with the container.
-pub const MAX_KEPT: usize = 64;
+pub(crate) const MAX_KEPT: usize = 64;
 
 /// Removed when it is dropped, if it is empty then.
 #[derive(Debug)]
-pub struct ExecCgroup {
+pub(crate) struct ExecCgroup {
     path: PathBuf,
     name: String,
 }
@@ -29,7 +29,7 @@ impl ExecCgroup {
     /// `number` has never been given for this container. None where the container's cgroup can
     /// have no such one below it: there is no cgroup v2, the container has made its own a
     /// threaded one or bounded how many there are below. Then the exec does without.
-    pub fn make(container: &Path, number: u64) -> Option<Self> {
+    pub(crate) fn make(container: &Path, number: u64) -> Option<Self> {
         let name = format!("rrun-exec-{number}");
         let path = container.join(&name);
         rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755)).ok()?;
@@ -41,17 +41,17 @@ impl ExecCgroup {
     }
 
     /// From the container's cgroup.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Kills all in it. False if there was nothing: a runtime may not do as its `--cgroup` says.
-    pub fn kill(&self) -> bool {
+    pub(crate) fn kill(&self) -> bool {
         cgroup::populated(&self.path) && cgroup::kill(&self.path).is_ok()
     }
 
     /// What is left in it once its first process has ended, if anything.
-    pub fn left(self) -> Option<Left> {
+    pub(crate) fn left(self) -> Option<Left> {
         if cgroup::remove(&self.path).is_ok() {
             return None;
         }
@@ -69,7 +69,7 @@ impl Drop for ExecCgroup {
 
 /// A cgroup whose exec has ended and left something running.
 #[derive(Debug)]
-pub struct Left {
+pub(crate) struct Left {
     own: ExecCgroup,
     events: File,
 }
@@ -77,7 +77,7 @@ pub struct Left {
 impl Left {
     /// Whether it is gone: it was empty and has been removed, or its container has. If not, the
     /// kernel tells when that changes.
-    pub fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         let mut text = [0; 128];
         let populated = match self.events.read_at(&mut text, 0) {
             Ok(length) => text
@@ -88,7 +88,7 @@ impl Left {
         !populated && cgroup::remove(&self.own.path).is_ok()
     }
 
-    pub fn is_below(&self, container: &Path) -> bool {
+    pub(crate) fn is_below(&self, container: &Path) -> bool {
         self.own.path.starts_with(container)
     }
 }

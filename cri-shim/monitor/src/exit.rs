@@ -14,7 +14,7 @@ const RECORD: &str = "exit.json";
 const UNFINISHED: &str = "exit.json.tmp";
 
 /// An exit status as a shell would give it.
-pub fn code(status: WaitStatus) -> i32 {
+pub(crate) fn code(status: WaitStatus) -> i32 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code,
         (None, Some(signal)) => 128 + signal,
@@ -23,7 +23,7 @@ pub fn code(status: WaitStatus) -> i32 {
 }
 
 /// Nanoseconds since the epoch.
-pub fn now() -> i64 {
+pub(crate) fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .ok()
@@ -32,7 +32,7 @@ pub fn now() -> i64 {
 }
 
 /// Puts the record on the disk whole or not at all.
-pub fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
+pub(crate) fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
     let unfinished = bundle.join(UNFINISHED);
     let mut file = File::create(&unfinished)?;
     file.write_all(&serde_json::to_vec(exit)?)?;
@@ -43,7 +43,7 @@ pub fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
 }
 
 /// Removes the record; it need not be there.
-pub fn forget(bundle: &Path) {
+pub(crate) fn forget(bundle: &Path) {
     for name in [RECORD, UNFINISHED] {
         let _ = std::fs::remove_file(bundle.join(name));
     }

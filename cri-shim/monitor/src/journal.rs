@@ -13,7 +13,7 @@ const FILE: &str = "monitor.log";
 const MAX_LENGTH: u64 = 64 << 10;
 
 /// Writes a line. There is nobody to tell if that fails.
-pub fn note(line: &str) {
+pub(crate) fn note(line: &str) {
     let opened = OpenOptions::new()
         .append(true)
         .create(true)

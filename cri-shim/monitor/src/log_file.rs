@@ -30,7 +30,7 @@ const KEPT: usize = 32 << 10;
 const STACK: usize = 64 << 10;
 
 /// The loop's side of a log's file. When it is dropped the thread writes what waits, and ends.
-pub struct LogFile {
+pub(crate) struct LogFile {
     shared: Arc<Shared>,
 }
 
@@ -69,7 +69,7 @@ impl Shared {
 impl LogFile {
     /// Starts the thread, which opens the file. `wake` is written to when something is done that
     /// the loop has been refused before.
-    pub fn open(path: PathBuf, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
+    pub(crate) fn open(path: PathBuf, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             path,
             desk: Mutex::default(),
@@ -84,17 +84,17 @@ impl LogFile {
         Ok(LogFile { shared })
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.shared.path
     }
 
     /// Whether the file could be opened at first; `None` while that is under way.
-    pub fn opened(&self) -> Option<Result<(), Unfit>> {
+    pub(crate) fn opened(&self) -> Option<Result<(), Unfit>> {
         self.shared.desk().opened
     }
 
     /// Whether more may come. If not, the loop is woken when it may.
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         let mut desk = self.shared.desk();
         let room = desk.waiting.len() < MAX_WAITING;
         desk.tell |= !room;
@@ -102,14 +102,14 @@ impl LogFile {
     }
 
     /// Lets `fill` append whole lines to what waits; it gives their number.
-    pub fn append(&self, fill: impl FnOnce(&mut Vec<u8>) -> u64) {
+    pub(crate) fn append(&self, fill: impl FnOnce(&mut Vec<u8>) -> u64) {
         let mut desk = self.shared.desk();
         desk.lines += fill(&mut desk.waiting);
         self.nudge(desk);
     }
 
     /// Has the file opened again at its path once what waits is written.
-    pub fn reopen(&self) {
+    pub(crate) fn reopen(&self) {
         let mut desk = self.shared.desk();
         desk.reopen = true;
         desk.reopened = None;
@@ -118,7 +118,7 @@ impl LogFile {
     }
 
     /// What came of [`LogFile::reopen`]; `None` while that is under way.
-    pub fn reopened(&self) -> Option<Result<(), Unfit>> {
+    pub(crate) fn reopened(&self) -> Option<Result<(), Unfit>> {
         let mut desk = self.shared.desk();
         desk.tell |= desk.reopened.is_none();
         desk.reopened
@@ -126,21 +126,21 @@ impl LogFile {
 
     /// Has the file removed if it was made for this log and nothing is in it: kubelet counts a
     /// container's attempts by its logs. Never mind if this is dropped before.
-    pub fn discard(&self) {
+    pub(crate) fn discard(&self) {
         let mut desk = self.shared.desk();
         desk.discard = true;
         self.nudge(desk);
     }
 
     /// Whether [`LogFile::discard`] has been done. If not, the loop is woken when it is.
-    pub fn is_discarded(&self) -> bool {
+    pub(crate) fn is_discarded(&self) -> bool {
         let mut desk = self.shared.desk();
         desk.tell |= !desk.discarded;
         desk.discarded
     }
 
     /// Whether all is in the file. If not, the loop is woken when it is.
-    pub fn is_written(&self) -> bool {
+    pub(crate) fn is_written(&self) -> bool {
         let mut desk = self.shared.desk();
         let written = desk.idle && desk.waiting.is_empty() && !desk.reopen;
         desk.tell |= !written;

@@ -20,21 +20,21 @@ const MAX_LINE: usize = 16 << 10;
 const INPUT: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stream {
+pub(crate) enum Stream {
     Stdout,
     Stderr,
 }
 
 /// The time as the CRI's logs have it, in UTC: RFC 3339 with nine digits of a second.
-pub struct Timestamp([u8; 30]);
+pub(crate) struct Timestamp([u8; 30]);
 
 impl Timestamp {
-    pub fn now() -> Self {
+    pub(crate) fn now() -> Self {
         Timestamp::at(exit::now())
     }
 
     /// `nanoseconds` since the epoch; the years 1970 to 9999.
-    pub fn at(nanoseconds: i64) -> Self {
+    pub(crate) fn at(nanoseconds: i64) -> Self {
         let (seconds, fraction) = (
             nanoseconds.max(0) / 1_000_000_000,
             nanoseconds.max(0) % 1_000_000_000,
@@ -71,21 +71,21 @@ impl Timestamp {
         Timestamp(text)
     }
 
-    pub fn text(&self) -> &[u8] {
+    pub(crate) fn text(&self) -> &[u8] {
         &self.0
     }
 }
 
 /// What all containers of the pod share while one of them is read: large, but only touched pages
 /// are memory.
-pub struct Buffers {
+pub(crate) struct Buffers {
     input: Vec<u8>,
     /// Where in `input` what was read last is.
     fresh: std::ops::Range<usize>,
 }
 
 impl Buffers {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Buffers {
             input: vec![0; INPUT],
             fresh: 0..0,
@@ -93,7 +93,7 @@ impl Buffers {
     }
 
     /// What the last [`Log::pump`] read.
-    pub fn fresh(&self) -> &[u8] {
+    pub(crate) fn fresh(&self) -> &[u8] {
         self.input.get(self.fresh.clone()).unwrap_or_default()
     }
 }
@@ -106,7 +106,7 @@ impl Default for Buffers {
 
 /// What a look at a stream found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pumped {
+pub(crate) enum Pumped {
     /// Something; there may be more.
     Data,
     /// Nothing now.
@@ -116,7 +116,7 @@ pub enum Pumped {
 }
 
 /// One container's log.
-pub struct Log {
+pub(crate) struct Log {
     /// `None` throws everything away.
     pub file: Option<LogFile>,
     /// The beginnings of lines whose end has not come yet, at most [`MAX_LINE`] long.
@@ -127,7 +127,7 @@ pub struct Log {
 impl Log {
     /// Has the log opened, or, with no path, throws everything away. `wake` as in
     /// [`LogFile::open`].
-    pub fn open(path: Option<PathBuf>, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
+    pub(crate) fn open(path: Option<PathBuf>, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let file = path.map(|path| LogFile::open(path, wake)).transpose()?;
         Ok(Log {
             file,
@@ -137,29 +137,29 @@ impl Log {
     }
 
     /// Whether a look at a stream could find something. If not, the loop is woken when it could.
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::has_room)
     }
 
     /// Whether all is in the file. If not, the loop is woken when it is.
-    pub fn is_written(&self) -> bool {
+    pub(crate) fn is_written(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::is_written)
     }
 
     /// As [`LogFile::discard`].
-    pub fn discard(&self) {
+    pub(crate) fn discard(&self) {
         if let Some(file) = &self.file {
             file.discard();
         }
     }
 
     /// As [`LogFile::is_discarded`].
-    pub fn is_discarded(&self) -> bool {
+    pub(crate) fn is_discarded(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::is_discarded)
     }
 
     /// Reads from one of the container's streams once, and passes the lines that are whole on.
-    pub fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
+    pub(crate) fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
         let held = self.held(stream);
         let length = held.len();
         // What is held is shorter than the buffer by far.
@@ -187,7 +187,7 @@ impl Log {
     }
 
     /// Writes what is left of a line that will never end.
-    pub fn finish(&mut self, stream: Stream) {
+    pub(crate) fn finish(&mut self, stream: Stream) {
         let held = std::mem::take(self.held(stream));
         if let (false, Some(file)) = (held.is_empty(), &self.file) {
             file.append(|waiting| {

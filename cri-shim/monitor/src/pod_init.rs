@@ -32,7 +32,7 @@ use rrun_protocol::{Pod, Users};
 const NAME: &CStr = c"rrun-pod";
 
 /// The argument that makes a monitor's binary this process.
-pub const ARGUMENT: &str = "--pod-init";
+pub(crate) const ARGUMENT: &str = "--pod-init";
 const ARGUMENT_C: &CStr = c"--pod-init";
 
 /// What it says when nothing of the node is left within its reach.
@@ -51,7 +51,7 @@ const DEADLINE: Timespec = Timespec {
 const ROOT: &str = "/proc";
 
 /// Starts it, in the namespaces that it is to hold, and returns its pid here when it is ready.
-pub fn start(pod: &Pod) -> std::io::Result<i32> {
+pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
     // The binary's mount is in our mount namespace, not in the one that the child will be in.
     let binary = read_only_binary()?;
     let (from_child, to_us) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -205,7 +205,7 @@ fn say(what: &[u8]) {
 }
 
 /// The whole life of the new program. Returns only if it could not isolate itself.
-pub fn run() {
+pub(crate) fn run() {
     match isolate() {
         Ok(()) => say(READY),
         Err((step, error)) => return say(format!("{step}: {}", describe(&error)).as_bytes()),

@@ -31,7 +31,7 @@ const MAX_REASON_INPUT: u64 = 16 << 10;
 const MAX_REASON: usize = 2 << 10;
 
 /// A file in memory with this content, from its start.
-pub fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
+pub(crate) fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
     if !content.is_empty() {
         file.write_all(content)?;
@@ -41,12 +41,12 @@ pub fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
 }
 
 /// How another process of this node finds one of our descriptors.
-pub fn path_of(fd: impl AsFd) -> String {
+pub(crate) fn path_of(fd: impl AsFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), fd.as_fd().as_raw_fd())
 }
 
 /// The stdio of a run.
-pub enum Stdio<'a> {
+pub(crate) enum Stdio<'a> {
     /// Nothing to read; what it writes is its log, too.
     Log,
     /// As `Log`, but this to read.
@@ -56,7 +56,7 @@ pub enum Stdio<'a> {
 }
 
 /// A runtime that is running.
-pub struct Call {
+pub(crate) struct Call {
     pub pid: i32,
     /// The subcommand and the container, for sentences.
     what: String,
@@ -70,7 +70,7 @@ pub struct Call {
 }
 
 /// What a clock found out about a call.
-pub enum Lateness {
+pub(crate) enum Lateness {
     None,
     /// It has been running for this many seconds, and nobody has been told.
     Slow(u64),
@@ -81,7 +81,7 @@ pub enum Lateness {
 impl Call {
     /// Starts `command… --log … VERB arguments…` for the container with this id; `input` is kept
     /// until the call is dropped.
-    pub fn start(
+    pub(crate) fn start(
         command: &[String],
         verb: &'static str,
         id: &str,
@@ -123,12 +123,12 @@ impl Call {
         })
     }
 
-    pub fn what(&self) -> &str {
+    pub(crate) fn what(&self) -> &str {
         &self.what
     }
 
     /// When somebody should call [`Call::check`] again.
-    pub fn next_check(&self) -> Option<Instant> {
+    pub(crate) fn next_check(&self) -> Option<Instant> {
         match (self.expired, self.noted) {
             (true, _) => None,
             (false, false) => Some(self.deadline.min(self.started + SLOW)),
@@ -137,7 +137,7 @@ impl Call {
     }
 
     /// Looks at the clock, and kills a call that has had its time.
-    pub fn check(&mut self, now: Instant) -> Lateness {
+    pub(crate) fn check(&mut self, now: Instant) -> Lateness {
         let seconds = now.duration_since(self.started).as_secs();
         if !self.expired && now >= self.deadline {
             self.expired = true;
@@ -152,7 +152,7 @@ impl Call {
     }
 
     /// Leaves the call no more than this from now on.
-    pub fn hurry(&mut self, timeout: Duration) {
+    pub(crate) fn hurry(&mut self, timeout: Duration) {
         self.deadline = self.deadline.min(Instant::now() + timeout);
     }
 
@@ -166,7 +166,7 @@ impl Call {
 
     /// Why the call failed with this exit status: the runtime's own last word, from its log or
     /// else from what it wrote to `stderr`.
-    pub fn reason(&self, code: i32, stderr: Option<BorrowedFd<'_>>) -> String {
+    pub(crate) fn reason(&self, code: i32, stderr: Option<BorrowedFd<'_>>) -> String {
         if self.expired {
             let seconds = self.started.elapsed().as_secs();
             return format!("{}: the runtime was killed after {seconds} s", self.what);

@@ -34,7 +34,7 @@ static LAST: Mutex<Option<Sealed>> = Mutex::new(None);
 
 /// The path by which a child of ours that has our descriptors executes `program` from a read-only
 /// file system. `None` for what is not rrun, or where no such file system can be had.
-pub fn path(program: &CStr) -> Option<CString> {
+pub(crate) fn path(program: &CStr) -> Option<CString> {
     let path = Path::new(OsStr::from_bytes(program.to_bytes()));
     if path.file_name() != Some(OsStr::new(NAME)) {
         return None;
@@ -52,7 +52,7 @@ pub fn path(program: &CStr) -> Option<CString> {
 }
 
 /// Makes the file system for a program that [`path`] will be asked for.
-pub fn prepare(program: &Path) {
+pub(crate) fn prepare(program: &Path) {
     if let Ok(program) = CString::new(program.as_os_str().as_bytes()) {
         path(&program);
     }
@@ -74,7 +74,7 @@ fn seal(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<Sealed> {
 /// The file at `path` in an overlay of its directory that has no layer to write to and is
 /// attached nowhere. As far as the kernel counts who writes to it and who executes it, it is
 /// another file than the one below.
-pub fn overlaid(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn overlaid(path: &Path) -> io::Result<OwnedFd> {
     let path = std::fs::canonicalize(path)?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::IsADirectory.into());

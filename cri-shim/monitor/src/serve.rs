@@ -51,7 +51,7 @@ pub(super) const MUCH: usize = 48 << 10;
 
 /// What a descriptor in the epoll set belongs to. The number goes into the kernel's 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     Listener,
     Signals,
     Client(ClientId),
@@ -101,7 +101,7 @@ impl Source {
 
 /// What a runtime call is for, and who waits for it. Containers go by their serial number here,
 /// since an id can come back.
-pub enum Purpose {
+pub(crate) enum Purpose {
     Create {
         serial: u64,
         client: ClientId,
@@ -134,7 +134,7 @@ struct Seen {
     control: bool,
 }
 
-pub struct Monitor {
+pub(crate) struct Monitor {
     /// Our directory, absolute, for paths that others use; it is our working directory, too.
     pub(super) dir: PathBuf,
     pub(super) timeout: Duration,
@@ -173,7 +173,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    pub fn new(
+    pub(crate) fn new(
         dir: PathBuf,
         timeout: Duration,
         (pid1, holder): (Option<i32>, Option<i32>),
@@ -216,7 +216,7 @@ impl Monitor {
     }
 
     /// Works until a client's Shutdown.
-    pub fn run(&mut self) -> Result<(), Errno> {
+    pub(crate) fn run(&mut self) -> Result<(), Errno> {
         let mut space = [const { MaybeUninit::uninit() }; 32];
         let mut nap = false;
         loop {

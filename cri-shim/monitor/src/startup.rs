@@ -40,7 +40,7 @@ and exit codes, and outlives rrun-cri, which starts it. Nobody needs to start it
 ";
 
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
+pub(crate) enum StartError {
     #[error("{USAGE}")]
     Usage,
     #[error("{what}: {}", describe(.error))]
@@ -84,7 +84,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Start
 }
 
 /// The whole life of a monitor; returns when it was told to end.
-pub fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
+pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
     let mut arguments = arguments.peekable();
     if arguments
         .peek()
@@ -186,7 +186,7 @@ fn take_descriptors() -> Result<OwnedFd, StartError> {
 }
 
 /// Closes every descriptor from this one on. Only for a process that owns none of them.
-pub fn close_from(first: u32) {
+pub(crate) fn close_from(first: u32) {
     // SAFETY: close_range(2) takes no pointers; the caller owns none of the descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0u32) };
 }

@@ -1,7 +1,7 @@
 //! cgroup v2 directories: made for pods, read for statistics, killed and removed at the end.
 //! Limits are the OCI runtime's business.
 
-pub mod slice;
+pub(crate) mod slice;
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -15,13 +15,13 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
 
 /// Where the hierarchy is mounted.
-pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
+pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
 /// statfs(2).
 const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
 
 /// One sentence if this host has no cgroup v2.
-pub fn check() -> Result<(), String> {
+pub(crate) fn check() -> Result<(), String> {
     match statfs(MOUNT_POINT) {
         Ok(found) if found.f_type == CGROUP2_SUPER_MAGIC => Ok(()),
         Ok(_) => Err(format!(
@@ -35,12 +35,12 @@ pub fn check() -> Result<(), String> {
 }
 
 /// The directory of a cgroup path such as `/kubepods/burstable/pod1`.
-pub fn directory(cgroup: &str) -> PathBuf {
+pub(crate) fn directory(cgroup: &str) -> PathBuf {
     Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
 }
 
 /// The cgroup path of a pod with this parent, in the form of the driver.
-pub fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
+pub(crate) fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
     if driver == CgroupDriver::Systemd {
         // Kubelet sends the slice's name, others its path.
         let name = parent.rsplit('/').next().unwrap_or(parent);
@@ -60,7 +60,7 @@ pub fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
 }
 
 /// The cgroup path of a pod that names no parent: its own, in the one that is configured for such.
-pub fn own(parent: &str, pod: &str) -> String {
+pub(crate) fn own(parent: &str, pod: &str) -> String {
     match parent.strip_suffix(".slice") {
         Some(prefix) => {
             let name = prefix.rsplit('/').next().unwrap_or(prefix);
@@ -72,7 +72,7 @@ pub fn own(parent: &str, pod: &str) -> String {
 
 /// Makes the cgroup and the ones above it, with every controller handed down. Returns the
 /// directories made, outermost first.
-pub fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
+pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
     // A parent can go when the last pod in it does, just before the next one is made.
     let mut tries = 0;
     loop {
@@ -140,12 +140,12 @@ fn hand_down(dir: &Path) {
 }
 
 /// The directory, or, while systemd has not made it, the nearest one above that is there.
-pub fn nearest(dir: &Path) -> &Path {
+pub(crate) fn nearest(dir: &Path) -> &Path {
     dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir)
 }
 
 /// Removes directories made by [`create`], innermost first, as far as they are empty.
-pub fn remove_dirs(made: &[PathBuf]) {
+pub(crate) fn remove_dirs(made: &[PathBuf]) {
     for dir in made.iter().rev() {
         match std::fs::remove_dir(dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return,
@@ -156,7 +156,7 @@ pub fn remove_dirs(made: &[PathBuf]) {
 
 /// Kills every process in the cgroup and below, waits for their end and removes it and what is
 /// below. Done if it is not there.
-pub async fn destroy(dir: &Path) -> Result<()> {
+pub(crate) async fn destroy(dir: &Path) -> Result<()> {
     match std::fs::write(dir.join("cgroup.kill"), "1") {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -202,7 +202,7 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
 
 /// A file of the cgroup, if it is there: a controller may be missing. The kernel writes these,
 /// none is larger than a page or two.
-pub fn read(dir: &Path, file: &str) -> Option<String> {
+pub(crate) fn read(dir: &Path, file: &str) -> Option<String> {
     let file = std::fs::File::open(dir.join(file)).ok()?;
     let mut text = vec![0; 16 << 10];
     let length = file.read_at(&mut text, 0).ok()?;
@@ -211,12 +211,12 @@ pub fn read(dir: &Path, file: &str) -> Option<String> {
 }
 
 /// A file with one number; `None` also for `max`.
-pub fn number(dir: &Path, file: &str) -> Option<u64> {
+pub(crate) fn number(dir: &Path, file: &str) -> Option<u64> {
     read(dir, file)?.trim().parse().ok()
 }
 
 /// The value of `name` in a flat keyed file.
-pub fn key(text: &str, name: &str) -> Option<u64> {
+pub(crate) fn key(text: &str, name: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
         .and_then(|value| value.trim().parse().ok())

@@ -19,14 +19,14 @@ use rrun_images::{Least, Limits, Pins};
 use rrun_network::NetworkSettings;
 use rrun_network::namespace::Namespaces;
 
-pub use load::Source;
-pub use rlimit::Rlimit;
+pub(crate) use load::Source;
+pub(crate) use rlimit::Rlimit;
 
 /// Read unless `--config` names another; need not be there.
-pub const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
+pub(crate) const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
 
 /// What `rrun-cri config default` prints.
-pub const DEFAULT_TEXT: &str = include_str!("config_default.toml");
+pub(crate) const DEFAULT_TEXT: &str = include_str!("config_default.toml");
 
 /// How many seconds nothing may move on a stream, as kubelet has it.
 const STREAM_IDLE_TIMEOUT: u64 = 4 * 60 * 60;
@@ -34,7 +34,7 @@ const STREAM_IDLE_TIMEOUT: u64 = 4 * 60 * 60;
 /// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum CgroupDriver {
+pub(crate) enum CgroupDriver {
     Cgroupfs,
     Systemd,
 }
@@ -42,7 +42,7 @@ pub enum CgroupDriver {
 /// One `[runtime.NAME]`: an OCI runtime that a pod's RuntimeClass can choose.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RuntimeHandler {
+pub(crate) struct RuntimeHandler {
     /// The binary; a bare name is looked up beside rrun-cri and in PATH.
     pub path: PathBuf,
     /// Global options, before the subcommand.
@@ -62,7 +62,7 @@ pub struct RuntimeHandler {
 
 impl RuntimeHandler {
     /// A sentence if the binary is not there.
-    pub fn missing(&self) -> Option<String> {
+    pub(crate) fn missing(&self) -> Option<String> {
         let path = self.path.display();
         (!self.path.is_file()).then(|| format!("there is no runtime at {path}"))
     }
@@ -75,7 +75,7 @@ fn yes() -> bool {
 /// `[cni]`: how plugins are run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct CniPart {
+pub(crate) struct CniPart {
     pub max_conf_num: Option<usize>,
     pub timeout_seconds: Option<u64>,
     pub teardown_patience_seconds: Option<u64>,
@@ -83,7 +83,7 @@ pub struct CniPart {
 
 /// See [`rrun_network::cni::Settings`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CniSettings {
+pub(crate) struct CniSettings {
     pub max_conf_num: usize,
     pub timeout: Duration,
     pub teardown_patience: Duration,
@@ -120,7 +120,7 @@ impl CniPart {
 /// `[image]`: what may be pulled, and what is kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ImagePart {
+pub(crate) struct ImagePart {
     pub parallel_layers: Option<usize>,
     pub parallel_layers_per_host: Option<usize>,
     pub parallel_unpacks: Option<usize>,
@@ -209,7 +209,7 @@ impl ImagePart {
 /// What one source says; unset keys leave the rest as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
-pub struct Partial {
+pub(crate) struct Partial {
     /// What outlives a reboot: images, layers, writable layers, the store
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
@@ -283,7 +283,7 @@ pub struct Partial {
 
 /// What the server runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Config {
+pub(crate) struct Config {
     pub root: PathBuf,
     pub state: PathBuf,
     /// Where pods' network namespaces are pinned.
@@ -326,7 +326,7 @@ pub struct Config {
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     #[error("read the configuration {file}: {reason}")]
     Read { file: PathBuf, reason: String },
     #[error("{file}, line {line}, {key}: {reason}")]
@@ -342,7 +342,7 @@ pub enum ConfigError {
 
 impl Partial {
     /// Parses one file's text; `file` is for the error.
-    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+    pub(crate) fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         toml::from_str(text).map_err(|error| {
             let (line, key) =
                 rrun_images::position::of(text, error.span().map_or(0, |span| span.start));
@@ -531,7 +531,7 @@ impl Partial {
 impl Config {
     /// The handler's command for the containers of a pod with this cgroup: binary, `--root` and
     /// options. `None`: no such handler.
-    pub fn runtime_command(&self, handler: &str, pod_cgroup: &str) -> Option<Vec<String>> {
+    pub(crate) fn runtime_command(&self, handler: &str, pod_cgroup: &str) -> Option<Vec<String>> {
         let name = self.handler_name(handler);
         let runtime = self.runtimes.get(name)?;
         let root = self.state.join("runtime").join(name);
@@ -549,25 +549,25 @@ impl Config {
     }
 
     /// A sentence if the monitor's binary is not there.
-    pub fn monitor_missing(&self) -> Option<String> {
+    pub(crate) fn monitor_missing(&self) -> Option<String> {
         let path = self.monitor.display();
         let missing = !self.monitor.is_file();
         missing.then(|| format!("there is no monitor at {path}: no pod can be made"))
     }
 
     /// The handler of this name; empty is the default one.
-    pub fn runtime(&self, handler: &str) -> Option<&RuntimeHandler> {
+    pub(crate) fn runtime(&self, handler: &str) -> Option<&RuntimeHandler> {
         self.runtimes.get(self.handler_name(handler))
     }
 
     /// Whether the handler's containers are processes of the node's kernel.
-    pub fn is_native(&self, handler: &str) -> bool {
+    pub(crate) fn is_native(&self, handler: &str) -> bool {
         let handler = self.runtimes.get(self.handler_name(handler));
         handler.is_none_or(|handler| handler.native)
     }
 
     /// The name of the handler that a pod asks for; empty is the default one.
-    pub fn handler_name<'a>(&'a self, handler: &'a str) -> &'a str {
+    pub(crate) fn handler_name<'a>(&'a self, handler: &'a str) -> &'a str {
         if handler.is_empty() {
             &self.default_runtime
         } else {

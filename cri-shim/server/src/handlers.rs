@@ -20,7 +20,7 @@ const TELL: Duration = Duration::from_secs(20);
 
 /// What is asked of a handler besides running containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features {
+pub(crate) struct Features {
     /// The mount option `rro`.
     pub recursive_read_only: bool,
     /// It knows user namespaces.
@@ -33,13 +33,13 @@ pub struct Features {
 }
 
 /// Asked once, when somebody first wants to know.
-pub struct Handlers {
+pub(crate) struct Handlers {
     features: BTreeMap<String, OnceCell<Features>>,
     users: OnceCell<bool>,
 }
 
 impl Handlers {
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         let names = config.runtimes.keys();
         Handlers {
             features: names.map(|name| (name.clone(), OnceCell::new())).collect(),
@@ -48,7 +48,7 @@ impl Handlers {
     }
 
     /// Of a handler by its name; empty is the default one.
-    pub async fn features(&self, config: &Config, handler: &str) -> Features {
+    pub(crate) async fn features(&self, config: &Config, handler: &str) -> Features {
         let name = config.handler_name(handler);
         let (Some(cell), Some(runtime)) = (self.features.get(name), config.runtimes.get(name))
         else {
@@ -62,7 +62,7 @@ impl Handlers {
     }
 
     /// Whether the node can give pods user namespaces: the kernel must map the ids of layers.
-    pub async fn users(&self, config: &Config) -> bool {
+    pub(crate) async fn users(&self, config: &Config) -> bool {
         let root = config.root.clone();
         *self
             .users

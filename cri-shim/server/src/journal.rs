@@ -12,7 +12,7 @@ struct Stderr {
 
 /// Sends what this program logs to stderr. Libraries' lines come through from `warn` up only:
 /// below that they carry headers and payloads.
-pub fn open(debug: bool) {
+pub(crate) fn open(debug: bool) {
     let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     if log::set_boxed_logger(Box::new(Stderr { to_journal })).is_ok() {
         set_level(debug);
@@ -20,7 +20,7 @@ pub fn open(debug: bool) {
 }
 
 /// Whether what is done is logged, too, and not only what goes wrong.
-pub fn set_level(debug: bool) {
+pub(crate) fn set_level(debug: bool) {
     log::set_max_level(if debug {
         LevelFilter::Debug
     } else {

@@ -27,7 +27,7 @@ use rrun_store::Store;
 const MAKING: Duration = Duration::from_secs(5 * 60);
 
 /// Everything that a call needs.
-pub struct Node {
+pub(crate) struct Node {
     pub config: Config,
     pub store: Store,
     pub images: Images,
@@ -53,7 +53,7 @@ struct Index {
 }
 
 impl Node {
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         store: Store,
         images: Images,
@@ -81,35 +81,35 @@ impl Node {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn add_sandbox(&self, sandbox: Arc<Sandbox>) {
+    pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) {
         self.index().sandboxes.insert(sandbox.id.clone(), sandbox);
     }
 
-    pub fn add_container(&self, container: Arc<Container>) {
+    pub(crate) fn add_container(&self, container: Arc<Container>) {
         let id = container.id.clone();
         self.index().containers.insert(id, container);
     }
 
-    pub fn forget_sandbox(&self, id: &str) {
+    pub(crate) fn forget_sandbox(&self, id: &str) {
         self.index().sandboxes.remove(id);
     }
 
-    pub fn forget_container(&self, id: &str) {
+    pub(crate) fn forget_container(&self, id: &str) {
         self.index().containers.remove(id);
     }
 
-    pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+    pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
         self.index().sandboxes.values().cloned().collect()
     }
 
-    pub fn containers(&self) -> Vec<Arc<Container>> {
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
         self.index().containers.values().cloned().collect()
     }
 
     /// The pod's containers, the newest first: where kubelet does not sort them itself (the statuses
     /// in PodSandboxStatus, by which it goes with EventedPLEG) it takes the first of a name for the
     /// one that counts, and would start a second beside a running one that comes later.
-    pub fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
+    pub(crate) fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
         let index = self.index();
         let of = index.containers.values();
         let mut found: Vec<_> = of
@@ -121,19 +121,19 @@ impl Node {
     }
 
     /// The pod with this id, or with the only id that begins so.
-    pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+    pub(crate) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
         by_prefix(&self.index().sandboxes, id)
             .ok_or_else(|| Error::not_found(format!("there is no pod {id:?}")))
     }
 
     /// The container with this id, or with the only id that begins so.
-    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
         by_prefix(&self.index().containers, id)
             .ok_or_else(|| Error::not_found(format!("there is no container {id:?}")))
     }
 
     /// The pod made for this metadata.
-    pub fn sandbox_named(&self, metadata: &PodSandboxMetadata) -> Option<Arc<Sandbox>> {
+    pub(crate) fn sandbox_named(&self, metadata: &PodSandboxMetadata) -> Option<Arc<Sandbox>> {
         let index = self.index();
         let mut all = index.sandboxes.values();
         all.find(|sandbox| sandbox.config.metadata.as_ref() == Some(metadata))
@@ -141,17 +141,17 @@ impl Node {
     }
 
     /// `STATE/pods/POD`.
-    pub fn sandbox_dir(&self, sandbox: &str) -> PathBuf {
+    pub(crate) fn sandbox_dir(&self, sandbox: &str) -> PathBuf {
         self.config.state.join("pods").join(sandbox)
     }
 
     /// Where the pod's network namespace is pinned.
-    pub fn netns(&self, sandbox: &str) -> PathBuf {
+    pub(crate) fn netns(&self, sandbox: &str) -> PathBuf {
         self.config.namespaces.of(sandbox)
     }
 
     /// `STATE/pods/POD/containers/CID`.
-    pub fn bundle(&self, sandbox: &str, container: &str) -> PathBuf {
+    pub(crate) fn bundle(&self, sandbox: &str, container: &str) -> PathBuf {
         let mut bundle = self.sandbox_dir(sandbox);
         bundle.push("containers");
         bundle.push(container);
@@ -159,7 +159,7 @@ impl Node {
     }
 
     /// `ROOT/containers/CID`.
-    pub fn writable_layer(&self, container: &str) -> PathBuf {
+    pub(crate) fn writable_layer(&self, container: &str) -> PathBuf {
         self.config.root.join("containers").join(container)
     }
 }
@@ -181,7 +181,7 @@ fn by_prefix<T>(all: &BTreeMap<String, Arc<T>>, id: &str) -> Option<Arc<T>> {
 }
 
 /// A new id: 64 hexadecimal digits from the kernel's random numbers.
-pub fn new_id() -> Result<String> {
+pub(crate) fn new_id() -> Result<String> {
     let mut bytes = [0_u8; 32];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut urandom| std::io::Read::read_exact(&mut urandom, &mut bytes))
@@ -190,7 +190,7 @@ pub fn new_id() -> Result<String> {
 }
 
 /// Nanoseconds since the epoch.
-pub fn now() -> i64 {
+pub(crate) fn now() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -198,7 +198,7 @@ pub fn now() -> i64 {
 }
 
 /// The first digits of an id, for the log.
-pub fn short(id: &str) -> &str {
+pub(crate) fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 

@@ -16,7 +16,7 @@ use rrun_store::Table;
 
 /// Loads what the store has, asks every monitor how its containers are, and removes what belongs
 /// to nobody.
-pub async fn run(node: &Arc<Node>) -> Result<()> {
+pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     let read = |error: rrun_store::StoreError| Error::internal(error.to_string());
     let sandboxes: Vec<(String, sandbox::Record)> =
         node.store.load(Table::SANDBOXES).map_err(read)?;

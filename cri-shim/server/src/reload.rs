@@ -11,7 +11,7 @@ use crate::node::Node;
 use rrun_images::Registries;
 
 /// What was in force when it was last looked.
-pub struct Reload {
+pub(crate) struct Reload {
     source: Source,
     config: Config,
     registries: Registries,
@@ -21,7 +21,7 @@ pub struct Reload {
 
 impl Reload {
     /// The log tells what in the registries' configuration can't be understood. Blocks on the disk.
-    pub fn new(source: Source, node: &Arc<Node>) -> Self {
+    pub(crate) fn new(source: Source, node: &Arc<Node>) -> Self {
         let registries = node.images.registries().clone();
         let hosts = registries.files();
         for path in hosts.keys() {
@@ -38,7 +38,7 @@ impl Reload {
     }
 
     /// Reads everything again; a sentence if something is wrong with it. Blocks on the disk.
-    pub fn run(&mut self) -> Option<String> {
+    pub(crate) fn run(&mut self) -> Option<String> {
         let mut wrong = None;
         match self.source.load() {
             Ok(config) => self.take(config),

@@ -44,7 +44,7 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 const LAST_BREATH: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
-pub fn run(source: Source, config: Config) -> Result<()> {
+pub(crate) fn run(source: Source, config: Config) -> Result<()> {
     heap::one_heap();
     descriptor_limit::raise();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature

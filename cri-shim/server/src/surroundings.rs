@@ -9,7 +9,7 @@ use crate::config::{CgroupDriver, Config};
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 /// One line of the log for each thing that is missing.
-pub fn warn(config: &Config) {
+pub(crate) fn warn(config: &Config) {
     for lack in lacks(config) {
         log::warn!("{lack}");
     }

@@ -16,7 +16,7 @@ const DIAL_MOST: Duration = Duration::from_secs(3600);
 
 /// How to speak to one host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub(super) struct Settings {
     /// `None` or empty: all.
     pub capabilities: Option<Vec<String>>,
     pub skip_verify: bool,
@@ -29,14 +29,14 @@ pub struct Settings {
 }
 
 /// An address with its settings, and where it stands.
-pub struct Host {
+pub(super) struct Host {
     pub url: String,
     pub line: usize,
     pub settings: Settings,
 }
 
 #[derive(Default)]
-pub struct File {
+pub(super) struct File {
     /// In the order of the file.
     pub hosts: Vec<Host>,
     /// `server`, if the file has it.
@@ -53,7 +53,7 @@ fn at(line: usize, key: &str, why: &str) -> String {
 }
 
 /// Reads `text`, the content of `path`; relative paths in it stand beside that.
-pub fn parse(path: &Path, text: &str) -> Result<File, String> {
+pub(super) fn parse(path: &Path, text: &str) -> Result<File, String> {
     let table = DeTable::parse(text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         let (line, key) = position::of(text, start);

@@ -29,7 +29,7 @@ fn malformed<T>(what: impl Into<String>) -> Result<T, ArchiveError> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     File,
     Directory,
     Symlink,
@@ -41,7 +41,7 @@ pub enum Kind {
 
 /// One file of the archive; its content is read from the [`Archive`] before the next entry.
 #[derive(Debug)]
-pub struct Entry {
+pub(crate) struct Entry {
     pub kind: Kind,
     /// Bytes as the archive has them: not always UTF-8, not always relative, never with a NUL.
     pub path: Vec<u8>,
@@ -60,14 +60,14 @@ pub struct Entry {
 
 /// Where the bytes of a file go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Content {
+pub(crate) struct Content {
     /// The file's length in bytes.
     pub length: u64,
     /// (offset, length) of what the archive holds, ascending; the rest are holes.
     pub pieces: Vec<(u64, u64)>,
 }
 
-pub struct Archive<R> {
+pub(crate) struct Archive<R> {
     reader: R,
     /// What is left of the current entry's content.
     body: u64,
@@ -83,7 +83,7 @@ struct Pax {
 }
 
 impl<R: Read> Archive<R> {
-    pub fn new(reader: R) -> Self {
+    pub(crate) fn new(reader: R) -> Self {
         Archive {
             reader,
             body: 0,
@@ -94,17 +94,17 @@ impl<R: Read> Archive<R> {
 
     /// The stream that the archive is read from; right after [`Archive::next_entry`] it stands
     /// where the entry's content begins.
-    pub fn reader(&self) -> &R {
+    pub(crate) fn reader(&self) -> &R {
         &self.reader
     }
 
     /// The stream that the archive is read from.
-    pub fn into_inner(self) -> R {
+    pub(crate) fn into_inner(self) -> R {
         self.reader
     }
 
     /// The next file, or `None` at the end of the archive.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
+    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut pax = self.global.clone();
         let mut long_name = None;
         let mut long_link = None;
@@ -140,7 +140,7 @@ impl<R: Read> Archive<R> {
     }
 
     /// Reads of the current entry's content; 0 at its end.
-    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
         let most = usize::try_from(self.body).unwrap_or(usize::MAX);
         let most = most.min(buffer.len());
         if most == 0 {
@@ -434,7 +434,7 @@ impl Content {
     }
 
     /// Whether the archive holds less than the whole file, or a map of it before its content.
-    pub fn is_sparse(&self) -> bool {
+    pub(crate) fn is_sparse(&self) -> bool {
         self.length > 0 && self.pieces != [(0, self.length)]
     }
 

@@ -11,7 +11,7 @@ const BUFFER: usize = 64 << 10;
 const ZSTD_WINDOW_LOG: u32 = 25;
 
 /// Wraps `compressed` into the decoder that its first bytes call for.
-pub fn decoder<'a>(compressed: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+pub(crate) fn decoder<'a>(compressed: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut first = [0; 6];
     let mut compressed = compressed;
     let mut filled = 0;
@@ -51,7 +51,7 @@ impl Format {
 }
 
 /// Whether what begins with these bytes, six or all, is not compressed.
-pub fn is_plain(first: &[u8]) -> io::Result<bool> {
+pub(crate) fn is_plain(first: &[u8]) -> io::Result<bool> {
     Ok(Format::of(first)? == Format::Plain)
 }
 

@@ -28,7 +28,7 @@ pub fn remove_path(path: &Path) -> Result<(), Errno> {
 }
 
 /// Removes `name` in `parent`.
-pub fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
+pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     let parent = parent.as_fd();
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),

@@ -21,7 +21,7 @@ const NAME_BYTES: usize = 255;
 /// The kernel answers EAGAIN when something was renamed anywhere while it followed `..`.
 const OPENAT2_TRIES: usize = 64;
 
-pub const OPAQUE: &str = "trusted.overlay.opaque";
+pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
 
 /// Marks a directory that the archive used without listing it. overlayfs ignores unknown attributes
 /// with this prefix and hides all of them. No archive can set one.
@@ -29,11 +29,11 @@ const UNLISTED: &str = "trusted.overlay.rrun.unlisted";
 
 /// The name of a file below the root: no empty part, no `.`, no `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Name(Vec<u8>);
+pub(super) struct Name(Vec<u8>);
 
 impl Name {
     /// From an archive's path, taken as relative to the root even if it begins with `/`.
-    pub fn parse(path: &[u8]) -> Result<Self, LayerError> {
+    pub(super) fn parse(path: &[u8]) -> Result<Self, LayerError> {
         let mut clean = Vec::with_capacity(path.len());
         for part in path.split(|byte| *byte == b'/') {
             match part {
@@ -67,28 +67,28 @@ impl Name {
         Ok(Name(clean))
     }
 
-    pub fn is_root(&self) -> bool {
+    pub(super) fn is_root(&self) -> bool {
         self.0.is_empty()
     }
 
-    pub fn as_bytes(&self) -> &[u8] {
+    pub(super) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
     /// The directory and the last part; the root has neither.
-    pub fn split(&self) -> (&[u8], &[u8]) {
+    pub(super) fn split(&self) -> (&[u8], &[u8]) {
         match self.0.iter().rposition(|byte| *byte == b'/') {
             Some(slash) => (&self.0[..slash], &self.0[slash + 1..]),
             None => (&[], &self.0),
         }
     }
 
-    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+    pub(super) fn parts(&self) -> impl Iterator<Item = &[u8]> {
         self.0.split(|byte| *byte == b'/')
     }
 }
 
-pub struct Tree {
+pub(super) struct Tree {
     root: OwnedFd,
     /// The directory of the last entry, since the next is most often its neighbour; with the
     /// times it must have again when we leave it, for making a file in it changes them.
@@ -100,7 +100,7 @@ pub struct Tree {
 }
 
 impl Tree {
-    pub fn new(root: OwnedFd) -> Self {
+    pub(super) fn new(root: OwnedFd) -> Self {
         Tree {
             root,
             current: None,
@@ -109,12 +109,12 @@ impl Tree {
         }
     }
 
-    pub fn root(&self) -> BorrowedFd<'_> {
+    pub(super) fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
 
     /// Opens what is there, links followed inside the root.
-    pub fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(super) fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
         for _ in 1..OPENAT2_TRIES {
             match self.try_open(path, flags) {
@@ -137,7 +137,7 @@ impl Tree {
 
     /// Opens the directory that an entry goes into and keeps it open; makes it, and those above
     /// it, if the archive did not.
-    pub fn enter(&mut self, directory: &[u8]) -> Result<BorrowedFd<'_>, LayerError> {
+    pub(super) fn enter(&mut self, directory: &[u8]) -> Result<BorrowedFd<'_>, LayerError> {
         if self
             .current
             .as_ref()
@@ -161,7 +161,7 @@ impl Tree {
     }
 
     /// Closes the current directory and gives it its times back.
-    pub fn leave(&mut self) -> Result<(), LayerError> {
+    pub(super) fn leave(&mut self) -> Result<(), LayerError> {
         if let Some((path, directory, times)) = self.current.take() {
             rustix::fs::futimens(&directory, &times)
                 .map_err(|e| LayerError::system("set the times of", &path, e))?;
@@ -235,12 +235,12 @@ impl Tree {
 
 /// Tells overlayfs that nothing of the directory shows from the layers below
 /// (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
-pub fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
+pub(super) fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
     rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
 }
 
 /// Whether the directory hides its contents in the layers below.
-pub fn is_opaque(directory: impl AsFd) -> bool {
+pub(super) fn is_opaque(directory: impl AsFd) -> bool {
     let mut value = [0; 1];
     let found = rustix::fs::fgetxattr(directory, OPAQUE, &mut value);
     found.is_ok() && value == *b"y"
@@ -248,7 +248,7 @@ pub fn is_opaque(directory: impl AsFd) -> bool {
 
 /// Marks a directory that takes its owner, mode, attributes and time from the layers below. False:
 /// the file system does not support the mark, and the directory keeps its own.
-pub fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
+pub(super) fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fsetxattr(directory, UNLISTED, b"y", XattrFlags::empty()) {
         Ok(()) => Ok(true),
         Err(Errno::NOTSUP) => Ok(false),
@@ -258,7 +258,7 @@ pub fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
 
 /// Removes the mark, because the archive lists the directory after all, or hides it in the layers
 /// below. False: the directory had no mark.
-pub fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
+pub(super) fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fremovexattr(directory, UNLISTED) {
         Ok(()) => Ok(true),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(false),
@@ -267,7 +267,7 @@ pub fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
 }
 
 /// Whether the archive used the directory without listing it.
-pub fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
+pub(super) fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fgetxattr(directory, UNLISTED, &mut [0; 1]) {
         Ok(_) => Ok(true),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(false),
@@ -276,7 +276,7 @@ pub fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
 }
 
 /// overlayfs's sign for "gone": a character device 0/0.
-pub fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
+pub(super) fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     rustix::fs::mknodat(
         directory,
         name,
@@ -286,14 +286,14 @@ pub fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     )
 }
 
-pub fn is_whiteout(directory: impl AsFd, name: &[u8]) -> bool {
+pub(super) fn is_whiteout(directory: impl AsFd, name: &[u8]) -> bool {
     look_at(directory, name).is_some_and(|stat| {
         FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
     })
 }
 
 /// What is there under that name, a link itself and not where it leads.
-pub fn look_at(directory: impl AsFd, name: &[u8]) -> Option<Stat> {
+pub(super) fn look_at(directory: impl AsFd, name: &[u8]) -> Option<Stat> {
     rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()
 }
 
@@ -303,7 +303,7 @@ fn times_of(file: impl AsFd) -> Result<Timestamps, Errno> {
 }
 
 /// Times that set the modification and leave the access alone.
-pub fn modified(seconds: i64, nanoseconds: u32) -> Timestamps {
+pub(super) fn modified(seconds: i64, nanoseconds: u32) -> Timestamps {
     Timestamps {
         last_access: Timespec {
             tv_sec: 0,

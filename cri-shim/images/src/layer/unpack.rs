@@ -31,7 +31,7 @@ pub struct Unpacked {
     pub opaque_root: bool,
 }
 
-pub fn unpack<R: Read>(
+pub(super) fn unpack<R: Read>(
     archive: &mut Archive<R>,
     root: OwnedFd,
     bounds: &Bounds,

@@ -13,7 +13,7 @@ use crate::build::{Archive, Compression, Failure, ITEM, Item, digest};
 use crate::node::Dir;
 use crate::trial;
 
-pub fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("names_that_lead_upwards_are_refused", upwards),
         trial("absolute_names_land_below_the_root", absolute),
@@ -39,7 +39,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Those that have GNU tar write the archive.
-pub fn trials_of_gnu_tar() -> Vec<Trial> {
+pub(crate) fn trials_of_gnu_tar() -> Vec<Trial> {
     vec![
         trial("every_dialect_of_tar_is_read", dialects),
         trial("sparse_files_have_their_holes", sparse),

@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-pub type Failure = Box<dyn std::error::Error>;
+pub(crate) type Failure = Box<dyn std::error::Error>;
 
-pub fn digest(bytes: &[u8]) -> String {
+pub(crate) fn digest(bytes: &[u8]) -> String {
     let hex: String = Sha256::digest(bytes)
         .iter()
         .map(|byte| format!("{byte:02x}"))
@@ -17,9 +17,9 @@ pub fn digest(bytes: &[u8]) -> String {
 }
 
 /// An archive under construction; every header field can be what it should not be.
-pub struct Archive(tar::Builder<Vec<u8>>);
+pub(crate) struct Archive(tar::Builder<Vec<u8>>);
 
-pub struct Item<'a> {
+pub(crate) struct Item<'a> {
     pub path: &'a [u8],
     pub kind: u8,
     pub link: &'a [u8],
@@ -31,7 +31,7 @@ pub struct Item<'a> {
     pub content: &'a [u8],
 }
 
-pub const ITEM: Item = Item {
+pub(crate) const ITEM: Item = Item {
     path: b"",
     kind: b'0',
     link: b"",
@@ -44,11 +44,11 @@ pub const ITEM: Item = Item {
 };
 
 impl Archive {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Archive(tar::Builder::new(Vec::new()))
     }
 
-    pub fn item(mut self, item: &Item) -> Self {
+    pub(crate) fn item(mut self, item: &Item) -> Self {
         let mut header = tar::Header::new_gnu();
         {
             let old = header.as_old_mut();
@@ -72,7 +72,7 @@ impl Archive {
         self
     }
 
-    pub fn dir(self, path: &str, mode: u32) -> Self {
+    pub(crate) fn dir(self, path: &str, mode: u32) -> Self {
         self.item(&Item {
             path: path.as_bytes(),
             kind: b'5',
@@ -81,7 +81,7 @@ impl Archive {
         })
     }
 
-    pub fn file(self, path: &str, content: &str) -> Self {
+    pub(crate) fn file(self, path: &str, content: &str) -> Self {
         self.item(&Item {
             path: path.as_bytes(),
             content: content.as_bytes(),
@@ -89,7 +89,7 @@ impl Archive {
         })
     }
 
-    pub fn symlink(self, path: &str, to: &str) -> Self {
+    pub(crate) fn symlink(self, path: &str, to: &str) -> Self {
         self.item(&Item {
             path: path.as_bytes(),
             kind: b'2',
@@ -98,7 +98,7 @@ impl Archive {
         })
     }
 
-    pub fn hard_link(self, path: &str, to: &str) -> Self {
+    pub(crate) fn hard_link(self, path: &str, to: &str) -> Self {
         self.item(&Item {
             path: path.as_bytes(),
             kind: b'1',
@@ -108,7 +108,7 @@ impl Archive {
     }
 
     /// A pax header for the next item.
-    pub fn pax(self, records: &[(&str, &[u8])]) -> Self {
+    pub(crate) fn pax(self, records: &[(&str, &[u8])]) -> Self {
         let mut content = Vec::new();
         for (key, value) in records {
             let rest = key.len() + value.len() + 3;
@@ -129,7 +129,7 @@ impl Archive {
     }
 
     /// GNU tar's long name (`L`) or long link (`K`) for the next item.
-    pub fn gnu_long(self, kind: u8, name: &[u8]) -> Self {
+    pub(crate) fn gnu_long(self, kind: u8, name: &[u8]) -> Self {
         let mut content = name.to_vec();
         content.push(0);
         self.item(&Item {
@@ -140,20 +140,20 @@ impl Archive {
         })
     }
 
-    pub fn end(self) -> Vec<u8> {
+    pub(crate) fn end(self) -> Vec<u8> {
         self.0.into_inner().expect("memory")
     }
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub enum Compression {
+pub(crate) enum Compression {
     None,
     Gzip,
     Zstd,
 }
 
 impl Compression {
-    pub fn apply(self, archive: &[u8]) -> Vec<u8> {
+    pub(crate) fn apply(self, archive: &[u8]) -> Vec<u8> {
         match self {
             Compression::None => archive.to_vec(),
             Compression::Gzip => {
@@ -176,14 +176,14 @@ impl Compression {
 }
 
 /// All the blobs of an image; the last is its manifest.
-pub struct Image {
+pub(crate) struct Image {
     pub blobs: Vec<Vec<u8>>,
     pub id: String,
     pub manifest: String,
     pub layers: Vec<String>,
 }
 
-pub fn image(layers: &[(Vec<u8>, Compression)], config: Value) -> Image {
+pub(crate) fn image(layers: &[(Vec<u8>, Compression)], config: Value) -> Image {
     let mut blobs = Vec::new();
     let mut descriptors = Vec::new();
     for (archive, compression) in layers {
@@ -227,7 +227,7 @@ pub fn image(layers: &[(Vec<u8>, Compression)], config: Value) -> Image {
 
 impl Image {
     /// Writes an OCI image layout that skopeo can push, under the tag `latest`.
-    pub fn write_layout(&self, dir: &Path) -> Result<(), Failure> {
+    pub(crate) fn write_layout(&self, dir: &Path) -> Result<(), Failure> {
         let blobs = dir.join("blobs/sha256");
         std::fs::create_dir_all(&blobs)?;
         for blob in &self.blobs {

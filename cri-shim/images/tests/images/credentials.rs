@@ -9,7 +9,7 @@ use crate::node::Node;
 use crate::server::{Answer, Server};
 use crate::trial;
 
-pub fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("redirections_carry_no_credentials_elsewhere", redirected),
         trial("an_identity_token_goes_to_the_token_server_only", identity),

@@ -15,7 +15,7 @@ use crate::node::{Dir, Node, free_port, open};
 use crate::server::{Answer, Server};
 use crate::trial;
 
-pub fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("a_blob_that_breaks_off_goes_on_where_it_broke", breaks_off),
         trial("a_registry_without_ranges_begins_anew", no_ranges),
@@ -67,11 +67,11 @@ fn noisy(name: &str, length: usize) -> (Vec<u8>, Compression) {
     (archive.end(), Compression::Gzip)
 }
 
-pub fn simple() -> Image {
+pub(crate) fn simple() -> Image {
     image(&[noisy("a", 300_000), noisy("b", 200_000)], json!({}))
 }
 
-pub async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
+pub(crate) async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
     let Err(error) = node.images.pull(reference, None).await else {
         return Err("the pull should have failed".into());
     };
@@ -629,7 +629,7 @@ async fn spoilt() -> Result<(), Failure> {
 const CHILD: &str = "RRUN_TEST_PULL";
 
 /// The process that is killed: pulls `RRUN_TEST_PULL` into the directory named first.
-pub fn be_the_child() {
+pub(crate) fn be_the_child() {
     let Ok(what) = std::env::var(CHILD) else {
         return;
     };

@@ -16,7 +16,7 @@ use crate::node::{Node, open};
 use crate::server::{Answer, Server};
 use crate::trial;
 
-pub fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
             "a_directory_looks_as_the_layers_below_say_in_each_image",

@@ -15,10 +15,10 @@ use crate::build::{Failure, Image};
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 /// A directory of one test, gone at its end.
-pub struct Dir(pub PathBuf);
+pub(crate) struct Dir(pub PathBuf);
 
 impl Dir {
-    pub fn new() -> Result<Self, Failure> {
+    pub(crate) fn new() -> Result<Self, Failure> {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let base = std::env::var_os("RRUN_TEST_DIR").map_or("/var/tmp".into(), PathBuf::from);
         let path = base.join(format!("rrun-images-{}-{count}", std::process::id()));
@@ -33,12 +33,12 @@ impl Drop for Dir {
     }
 }
 
-pub struct Node {
+pub(crate) struct Node {
     pub images: Images,
     pub dir: Dir,
 }
 
-pub fn open(dir: &Path, limits: Limits) -> Result<Images, Failure> {
+pub(crate) fn open(dir: &Path, limits: Limits) -> Result<Images, Failure> {
     // The writer of a store that has just been dropped may hold the file for a moment.
     let mut tries = 0;
     let store = loop {
@@ -58,30 +58,30 @@ pub fn open(dir: &Path, limits: Limits) -> Result<Images, Failure> {
 }
 
 impl Node {
-    pub fn new() -> Result<Self, Failure> {
+    pub(crate) fn new() -> Result<Self, Failure> {
         Self::with(Limits::default())
     }
 
-    pub fn with(limits: Limits) -> Result<Self, Failure> {
+    pub(crate) fn with(limits: Limits) -> Result<Self, Failure> {
         let dir = Dir::new()?;
         let images = open(&dir.0, limits)?;
         Ok(Node { images, dir })
     }
 
     /// The same node after rrun-cri has been started again.
-    pub fn restart(self) -> Result<Self, Failure> {
+    pub(crate) fn restart(self) -> Result<Self, Failure> {
         let Node { images, dir } = self;
         drop(images);
         let images = open(&dir.0, Limits::default())?;
         Ok(Node { images, dir })
     }
 
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.dir.0
     }
 
     /// What lies in `layers/` beside the empty layer, and in `ingest/`.
-    pub fn leavings(&self) -> Result<Vec<PathBuf>, Failure> {
+    pub(crate) fn leavings(&self) -> Result<Vec<PathBuf>, Failure> {
         let mut found = Vec::new();
         for dir in ["layers", "ingest"] {
             for entry in std::fs::read_dir(self.root().join(dir))? {
@@ -96,12 +96,12 @@ impl Node {
 
     /// Waits until nothing is left: other layers of a failed pull end in threads of their own, and
     /// what is removed goes with nobody waiting.
-    pub async fn becomes_clean(&self) -> Result<(), Failure> {
+    pub(crate) async fn becomes_clean(&self) -> Result<(), Failure> {
         self.comes_down_to(0).await
     }
 
     /// Waits until this much is left.
-    pub async fn comes_down_to(&self, count: usize) -> Result<(), Failure> {
+    pub(crate) async fn comes_down_to(&self, count: usize) -> Result<(), Failure> {
         for _ in 0..1000 {
             if self.leavings()?.len() == count {
                 return Ok(());
@@ -111,7 +111,7 @@ impl Node {
         Err(format!("left: {:?}", self.leavings()?).into())
     }
 
-    pub fn hosts(&self, registry: &str, text: &str) -> Result<(), Failure> {
+    pub(crate) fn hosts(&self, registry: &str, text: &str) -> Result<(), Failure> {
         let dir = self.root().join("certs.d").join(registry);
         std::fs::create_dir_all(&dir)?;
         std::fs::write(dir.join("hosts.toml"), text)?;
@@ -120,14 +120,14 @@ impl Node {
 }
 
 /// Debian's docker-registry on a loopback port.
-pub struct Registry {
+pub(crate) struct Registry {
     child: Child,
     pub port: u16,
     _dir: Dir,
 }
 
 /// What a test needs and this machine lacks.
-pub fn missing(programs: &[&str]) -> Option<String> {
+pub(crate) fn missing(programs: &[&str]) -> Option<String> {
     let found = |program: &&str| {
         std::env::var_os("PATH")
             .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
@@ -137,19 +137,19 @@ pub fn missing(programs: &[&str]) -> Option<String> {
 }
 
 /// Busybox's tar writes one dialect, and no sparse files.
-pub fn no_gnu_tar() -> Option<String> {
+pub(crate) fn no_gnu_tar() -> Option<String> {
     let version = Command::new("tar").arg("--version").output();
     let is_gnu = version.is_ok_and(|out| out.stdout.starts_with(b"tar (GNU tar)"));
     (!is_gnu).then(|| "tar is not GNU tar".to_owned())
 }
 
-pub fn free_port() -> Result<u16, Failure> {
+pub(crate) fn free_port() -> Result<u16, Failure> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 impl Registry {
     /// `http` is added to the section of that name.
-    pub fn start(http: &str) -> Result<Self, Failure> {
+    pub(crate) fn start(http: &str) -> Result<Self, Failure> {
         let dir = Dir::new()?;
         let port = free_port()?;
         let config = dir.0.join("config.yml");
@@ -195,18 +195,28 @@ impl Registry {
             .is_ok()
     }
 
-    pub fn host(&self) -> String {
+    pub(crate) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
     /// Pushes with skopeo; returns the reference.
-    pub fn push(&self, image: &Image, name: &str, options: &[&str]) -> Result<String, Failure> {
+    pub(crate) fn push(
+        &self,
+        image: &Image,
+        name: &str,
+        options: &[&str],
+    ) -> Result<String, Failure> {
         let dir = Dir::new()?;
         image.write_layout(&dir.0)?;
         self.push_layout(&dir.0, name, options)
     }
 
-    pub fn push_layout(&self, dir: &Path, name: &str, options: &[&str]) -> Result<String, Failure> {
+    pub(crate) fn push_layout(
+        &self,
+        dir: &Path,
+        name: &str,
+        options: &[&str],
+    ) -> Result<String, Failure> {
         let reference = format!("{}/{name}", self.host());
         let output = Command::new("skopeo")
             .args([

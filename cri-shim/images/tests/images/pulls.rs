@@ -11,7 +11,7 @@ use crate::build::{Archive, Compression, Failure, Image, image};
 use crate::node::{Dir, Node, Registry};
 use crate::trial;
 
-pub fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
             "an_image_is_found_by_tag_digest_and_id_and_gone_after_removal",
@@ -27,7 +27,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Those that have openssl make certificates.
-pub fn trials_of_tls() -> Vec<Trial> {
+pub(crate) fn trials_of_tls() -> Vec<Trial> {
     vec![trial("tls_is_verified_by_the_authority_of_hosts_toml", tls)]
 }
 

@@ -10,7 +10,7 @@ use super::build::{Failure, Image, digest};
 
 /// One request as it came.
 #[derive(Clone, Debug, Default)]
-pub struct Request {
+pub(crate) struct Request {
     pub path: String,
     pub range: Option<u64>,
     pub authorization: Option<String>,
@@ -19,7 +19,7 @@ pub struct Request {
     pub body: String,
 }
 
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
@@ -34,7 +34,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
         Answer {
             status,
             headers: Vec::new(),
@@ -46,18 +46,18 @@ impl Answer {
         }
     }
 
-    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+    pub(crate) fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
     }
 
     /// Sends one byte at a time, with a pause after each.
-    pub fn dripping(mut self, pause: Duration) -> Self {
+    pub(crate) fn dripping(mut self, pause: Duration) -> Self {
         (self.slow, self.piece) = (pause, 1);
         self
     }
 
-    pub fn ranged(mut self, request: &Request) -> Self {
+    pub(crate) fn ranged(mut self, request: &Request) -> Self {
         if let Some(offset) = request.range {
             self.status = 206;
             self.body = self.body.split_off(offset as usize);
@@ -68,7 +68,7 @@ impl Answer {
 
 type Seen = Arc<Mutex<Vec<Request>>>;
 
-pub struct Server {
+pub(crate) struct Server {
     pub port: u16,
     seen: Seen,
 }
@@ -76,7 +76,7 @@ pub struct Server {
 impl Server {
     /// Serves until the test's process ends. `answer` is asked first; what it leaves is served
     /// from the images, each under its name with the tag 1.
-    pub fn start(
+    pub(crate) fn start(
         images: &[(&str, &Image)],
         answer: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
@@ -120,18 +120,18 @@ impl Server {
         Ok(Server { port, seen })
     }
 
-    pub fn host(&self) -> String {
+    pub(crate) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    pub fn seen(&self) -> Vec<Request> {
+    pub(crate) fn seen(&self) -> Vec<Request> {
         self.seen
             .lock()
             .map(|seen| seen.clone())
             .unwrap_or_default()
     }
 
-    pub fn count(&self, part: &str) -> usize {
+    pub(crate) fn count(&self, part: &str) -> usize {
         self.seen().iter().filter(|r| r.path.contains(part)).count()
     }
 }

@@ -9,7 +9,7 @@ use super::result;
 
 /// What of a pod a network is told.
 #[derive(Clone, Copy)]
-pub struct Target<'a> {
+pub(super) struct Target<'a> {
     pub pod: &'a str,
     /// The namespace's path; empty: it is gone.
     pub netns: &'a str,
@@ -58,7 +58,7 @@ fn input(
 }
 
 /// ADD by all plugins: the last one's result.
-pub async fn add(
+pub(super) async fn add(
     directories: &Directories,
     list: &List,
     target: Target<'_>,
@@ -86,7 +86,7 @@ pub async fn add(
 
 /// DEL by all plugins, the last one first. One that fails keeps none of the others from theirs;
 /// the first error is told. One that hangs gets no more than its share of the time.
-pub async fn del(
+pub(super) async fn del(
     directories: &Directories,
     list: &List,
     target: Target<'_>,
@@ -118,7 +118,7 @@ pub async fn del(
 }
 
 /// CHECK by all plugins that the list lets be asked.
-pub async fn check(
+pub(super) async fn check(
     directories: &Directories,
     list: &List,
     target: Target<'_>,
@@ -169,7 +169,7 @@ async fn of_no_pod(
 }
 
 /// STATUS by all plugins: whether ADD would do.
-pub async fn status(
+pub(super) async fn status(
     directories: &Directories,
     list: &List,
     patience: Duration,
@@ -194,7 +194,7 @@ pub async fn status(
 
 /// GC by all plugins: what is of none of the attachments, pod and interface, is removed. Every
 /// plugin is told; the first error is.
-pub async fn gc(
+pub(super) async fn gc(
     directories: &Directories,
     list: &List,
     valid: &[(String, String)],

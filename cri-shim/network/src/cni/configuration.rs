@@ -16,7 +16,7 @@ const FILE_BYTES: u64 = 1 << 20;
 
 /// Versions of the specification that plugins are talked to in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Version {
+pub(super) enum Version {
     #[serde(rename = "0.3.0")]
     V0_3_0,
     #[serde(rename = "0.3.1")]
@@ -38,7 +38,7 @@ impl Version {
         Version::V1_1_0,
     ];
 
-    pub fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Version::V0_3_0 => "0.3.0",
             Version::V0_3_1 => "0.3.1",
@@ -63,7 +63,7 @@ impl fmt::Display for Version {
 
 /// A network: plugins that run one after another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct List {
+pub(super) struct List {
     pub file: PathBuf,
     pub name: String,
     /// As negotiated: the highest that both sides know.
@@ -77,18 +77,18 @@ pub struct List {
 }
 
 /// The name of a plugin's binary.
-pub fn kind(plugin: &Map<String, Value>) -> &str {
+pub(super) fn kind(plugin: &Map<String, Value>) -> &str {
     plugin.get("type").and_then(Value::as_str).unwrap_or("")
 }
 
 impl List {
     /// Whether a plugin of the list takes this capability.
-    pub fn takes(&self, capability: &str) -> bool {
+    pub(super) fn takes(&self, capability: &str) -> bool {
         self.plugins.iter().any(|plugin| takes(plugin, capability))
     }
 
     /// As containerd shows it in the verbose Status.
-    pub fn shown(&self, interface: &str) -> Value {
+    pub(super) fn shown(&self, interface: &str) -> Value {
         let plugins = self.plugins.iter().map(|plugin| {
             let source = Value::Object(plugin.clone()).to_string();
             json!({ "Network": plugin, "Source": source })
@@ -107,18 +107,18 @@ impl List {
 }
 
 /// Whether the plugin's configuration asks for this capability.
-pub fn takes(plugin: &Map<String, Value>, capability: &str) -> bool {
+pub(super) fn takes(plugin: &Map<String, Value>, capability: &str) -> bool {
     let wanted = plugin.get("capabilities");
     wanted.and_then(|wanted| wanted.get(capability)) == Some(&Value::Bool(true))
 }
 
 /// What says that a directory's configurations have changed: name, inode, size and time of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Fingerprint(Vec<(PathBuf, u64, u64, i64, i64)>);
+pub(super) struct Fingerprint(Vec<(PathBuf, u64, u64, i64, i64)>);
 
 /// The configuration files in the order of their names, and their state. A directory that is not
 /// there has none.
-pub fn look(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
+pub(super) fn look(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
     let mut files = named(dir, &["conf", "conflist", "json"])?;
     files.sort();
     let mut marks = Vec::new();
@@ -183,7 +183,7 @@ fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
 
 /// Reads the first `most` files (0: all). One that is broken is an error, as it is to containerd:
 /// a later file must not take its place unnoticed.
-pub fn load(files: &[PathBuf], most: usize) -> Result<Vec<List>, String> {
+pub(super) fn load(files: &[PathBuf], most: usize) -> Result<Vec<List>, String> {
     let most = if most == 0 { files.len() } else { most };
     let lists: Vec<List> = files
         .iter()

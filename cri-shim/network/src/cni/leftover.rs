@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const ENVIRONMENT_BYTES: u64 = 256 << 10;
 
 /// Kills every process that a plugin for this pod has left, and waits until they are gone.
-pub async fn end(container: &str) {
+pub(super) async fn end(container: &str) {
     let variable = format!("CNI_CONTAINERID={container}");
     let what = format!("pod {container}: end what is left of its CNI plugins");
     blocking(what, move || {

@@ -38,7 +38,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 /// What is wrong, in sentences; the first word is the plugin's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PluginError {
+pub(super) enum PluginError {
     #[error("the CNI plugin {plugin} is in none of {dirs}")]
     Missing { plugin: String, dirs: String },
     #[error("run the CNI plugin {path}: {reason}")]
@@ -78,7 +78,7 @@ pub enum PluginError {
 }
 
 /// CNI_COMMAND and what goes with it.
-pub struct Call<'a> {
+pub(super) struct Call<'a> {
     pub command: &'static str,
     /// The binary's name.
     pub plugin: &'a str,
@@ -92,7 +92,7 @@ pub struct Call<'a> {
 
 /// Where plugins are.
 #[derive(Clone, Debug)]
-pub struct Directories {
+pub(super) struct Directories {
     dirs: Vec<PathBuf>,
     /// As CNI_PATH has it.
     joined: String,
@@ -110,18 +110,18 @@ struct Told {
 }
 
 impl Directories {
-    pub fn new(dirs: Vec<PathBuf>) -> Self {
+    pub(super) fn new(dirs: Vec<PathBuf>) -> Self {
         let joined = dirs.iter().map(|dir| dir.to_string_lossy());
         let joined = joined.collect::<Vec<_>>().join(":");
         Directories { dirs, joined }
     }
 
-    pub fn all(&self) -> &[PathBuf] {
+    pub(super) fn all(&self) -> &[PathBuf] {
         &self.dirs
     }
 
     /// The plugin's binary: the first by its name.
-    pub fn find(&self, plugin: &str) -> Result<PathBuf, PluginError> {
+    pub(super) fn find(&self, plugin: &str) -> Result<PathBuf, PluginError> {
         let mut paths = self.dirs.iter().map(|dir| dir.join(plugin));
         paths
             .find(|path| path.is_file())
@@ -133,7 +133,7 @@ impl Directories {
 
     /// Runs a plugin to its end and gives what it printed. At the deadline it is killed, and all
     /// that it has started. Whoever drops the future leaves it running.
-    pub async fn run(&self, call: Call<'_>) -> Result<Vec<u8>, PluginError> {
+    pub(super) async fn run(&self, call: Call<'_>) -> Result<Vec<u8>, PluginError> {
         let path = self.find(call.plugin)?;
         let begin = Instant::now();
         let mut child = self
@@ -238,7 +238,7 @@ impl Directories {
 }
 
 /// The answer as JSON.
-pub fn parse(call: &'static str, plugin: &str, answer: &[u8]) -> Result<Value, PluginError> {
+pub(super) fn parse(call: &'static str, plugin: &str, answer: &[u8]) -> Result<Value, PluginError> {
     serde_json::from_slice::<Value>(answer)
         .ok()
         .filter(Value::is_object)

@@ -26,7 +26,7 @@ const STALE: Duration = Duration::from_secs(30);
 const WAIT: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
-pub struct Readiness {
+pub(super) struct Readiness {
     state: Mutex<State>,
     told: Notify,
 }

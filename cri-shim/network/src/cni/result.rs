@@ -8,7 +8,7 @@ use super::configuration::Version;
 
 /// The answer in the network's version, to be the prevResult of the next plugin and of DEL. What
 /// the versions differ in is `ips[].version`, which 1.0.0 did away with.
-pub fn in_version(mut result: Value, version: Version) -> Value {
+pub(super) fn in_version(mut result: Value, version: Version) -> Value {
     let Some(all) = result.as_object_mut() else {
         return result;
     };
@@ -36,7 +36,7 @@ fn address(ip: &Map<String, Value>) -> Option<IpAddr> {
 
 /// The addresses of the pod's `interface`, the primary one first: as containerd has it by default,
 /// that is the first of IPv4 if there is one. An address that names no interface is its too.
-pub fn addresses(result: &Value, interface: &str) -> Result<Vec<IpAddr>, String> {
+pub(super) fn addresses(result: &Value, interface: &str) -> Result<Vec<IpAddr>, String> {
     let none = Vec::new();
     let ips = result.get("ips").and_then(Value::as_array).unwrap_or(&none);
     let mut addresses = Vec::new();

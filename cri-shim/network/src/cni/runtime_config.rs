@@ -16,14 +16,14 @@ const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
 /// The annotation for the address of the pod's interface, and that for its IP addresses.
-pub const MAC: &str = "io.rrun/mac";
-pub const IPS: &str = "io.rrun/ips";
+pub(super) const MAC: &str = "io.rrun/mac";
+pub(super) const IPS: &str = "io.rrun/ips";
 
 /// All annotations, for plugins that look for their own.
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 
 /// CNI_ARGS of a pod.
-pub fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> {
+pub(super) fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> {
     let metadata = config.metadata.clone().unwrap_or_default();
     let pairs = [
         ("IgnoreUnknown", "1"),
@@ -45,7 +45,10 @@ pub fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> {
 }
 
 /// The capability arguments of a pod; `ranges` are those that the node was given for its pods.
-pub fn capabilities(config: &PodSandboxConfig, ranges: &[String]) -> Result<Map<String, Value>> {
+pub(super) fn capabilities(
+    config: &PodSandboxConfig,
+    ranges: &[String],
+) -> Result<Map<String, Value>> {
     let mut all = Map::new();
     let ports: Vec<Value> = config.port_mappings.iter().filter_map(port).collect();
     if !ports.is_empty() {

@@ -14,7 +14,7 @@ use super::Cni;
 const QUIET: Duration = Duration::from_millis(200);
 
 /// Watches until the server ends.
-pub async fn run(cni: Cni) {
+pub(super) async fn run(cni: Cni) {
     let dir = cni.inner.settings.conf_dir.clone();
     loop {
         cni.reload().await;

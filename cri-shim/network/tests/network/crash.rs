@@ -18,7 +18,7 @@ const ROUNDS: u32 = 40;
 /// How long to go on for all rounds, on a machine that is slow to start a process.
 const ENOUGH: Duration = Duration::from_secs(60);
 
-pub fn is_child() -> bool {
+pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
@@ -27,7 +27,7 @@ fn pods() -> Vec<String> {
 }
 
 /// Attaches and detaches pods for ever.
-pub fn child() -> ! {
+pub(crate) fn child() -> ! {
     // A test that is killed takes the child along.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let dir = PathBuf::from(std::env::var_os(CHILD).unwrap_or_default());
@@ -58,7 +58,7 @@ fn churn(dir: &std::path::Path) -> Result<(), Failed> {
     }
 }
 
-pub fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Failed> {
+pub(crate) fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Failed> {
     let begun = Instant::now();
     crash(node, || -> Result<(), Failed> {
         while node.pod_interfaces()?.is_empty() && begun.elapsed() < PATIENCE {}

@@ -13,18 +13,18 @@ use rrun_network::{Attachment, Network, NetworkConfig, NetworkError, namespace};
 use rrun_store::{Store, Table};
 
 /// The node's address on its uplink.
-pub const NODE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// The address of what is beyond the uplink, which has no route to the pods.
-pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// Unlike the default, so that it is seen to be taken over.
-pub const UPLINK_MTU: &str = "1400";
+pub(crate) const UPLINK_MTU: &str = "1400";
 
 /// Long enough for a busy machine; what waits for it has failed.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Takes the process, which has one thread yet, away from the host: to a mount namespace with a
 /// /run of its own, where ip(8) looks for network namespaces, and an empty network.
-pub fn leave_the_host() -> Result<(), String> {
+pub(crate) fn leave_the_host() -> Result<(), String> {
     let failed = |what: &str| {
         let what = what.to_owned();
         move |errno: nix::Error| format!("{what}: {} ({errno:?})", errno.desc())
@@ -45,7 +45,7 @@ pub fn leave_the_host() -> Result<(), String> {
 /// What a whole test may take.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-pub struct Node {
+pub(crate) struct Node {
     pub dir: PathBuf,
     outside: PathBuf,
     runtime: tokio::runtime::Runtime,
@@ -54,7 +54,7 @@ pub struct Node {
 impl Node {
     /// Runs `test` on a thread that has moved to a new node. Threads and processes that it starts
     /// are on that node too.
-    pub fn run(test: fn(&Node) -> Result<(), Failed>) -> Result<(), Failed> {
+    pub(crate) fn run(test: fn(&Node) -> Result<(), Failed>) -> Result<(), Failed> {
         let (done, result) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let run = || {
@@ -98,45 +98,45 @@ impl Node {
         })
     }
 
-    pub fn outside(&self) -> &Path {
+    pub(crate) fn outside(&self) -> &Path {
         &self.outside
     }
 
-    pub fn store(&self) -> Result<Store, Failed> {
+    pub(crate) fn store(&self) -> Result<Store, Failed> {
         open_store(&self.dir)
     }
 
-    pub fn network(&self) -> Result<Network, Failed> {
+    pub(crate) fn network(&self) -> Result<Network, Failed> {
         self.network_with(NetworkConfig::default())
     }
 
-    pub fn network_with(&self, config: NetworkConfig) -> Result<Network, Failed> {
+    pub(crate) fn network_with(&self, config: NetworkConfig) -> Result<Network, Failed> {
         Ok(Network::open(self.store()?, config)?)
     }
 
-    pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+    pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> T {
         self.runtime.block_on(work)
     }
 
-    pub fn netns(&self, pod: &str) -> PathBuf {
+    pub(crate) fn netns(&self, pod: &str) -> PathBuf {
         self.dir.join("netns").join(pod)
     }
 
     /// A pod with a namespace of its own, connected.
-    pub fn pod(&self, network: &Network, pod: &str) -> Result<Attachment, NetworkError> {
+    pub(crate) fn pod(&self, network: &Network, pod: &str) -> Result<Attachment, NetworkError> {
         namespace::create(&self.netns(pod))?;
         self.wait(network.attach(pod, &self.netns(pod)))
     }
 
     /// The pod's end.
-    pub fn remove(&self, network: &Network, pod: &str) -> Result<(), NetworkError> {
+    pub(crate) fn remove(&self, network: &Network, pod: &str) -> Result<(), NetworkError> {
         self.wait(network.detach(pod, Some(&self.netns(pod))))?;
         self.wait(network.settled());
         namespace::remove(&self.netns(pod))
     }
 
     /// The node's interfaces of pods, of any sort but what belongs to the node.
-    pub fn pod_interfaces(&self) -> Result<Vec<String>, Failed> {
+    pub(crate) fn pod_interfaces(&self) -> Result<Vec<String>, Failed> {
         let links = ip("-oneline link show type veth")?;
         Ok(links
             .lines()
@@ -147,7 +147,7 @@ impl Node {
     }
 
     /// The addresses that the store has for pods. No network may be open.
-    pub fn stored_addresses(&self) -> Result<Vec<String>, Failed> {
+    pub(crate) fn stored_addresses(&self) -> Result<Vec<String>, Failed> {
         let entries = self
             .store()?
             .load::<serde_json::Value>(Table::ADDRESSES)?
@@ -156,7 +156,7 @@ impl Node {
         Ok(entries.map(|(address, _)| address).collect())
     }
 
-    pub fn nothing_of_pods_is_left(&self) -> Result<(), Failed> {
+    pub(crate) fn nothing_of_pods_is_left(&self) -> Result<(), Failed> {
         let interfaces = self.pod_interfaces()?;
         let addresses = self.stored_addresses()?;
         let namespaces = std::fs::read_dir(self.dir.join("netns"))?.count();
@@ -170,7 +170,7 @@ impl Node {
 }
 
 /// Opens the store of the node whose directory is `dir`.
-pub fn open_store(dir: &Path) -> Result<Store, Failed> {
+pub(crate) fn open_store(dir: &Path) -> Result<Store, Failed> {
     let end = Instant::now() + PATIENCE;
     loop {
         // The last handle's writer may still be letting go of the file.
@@ -183,11 +183,11 @@ pub fn open_store(dir: &Path) -> Result<Store, Failed> {
 }
 
 /// Runs ip(8) on the calling thread's node, and returns what it printed.
-pub fn ip(arguments: &str) -> Result<String, Failed> {
+pub(crate) fn ip(arguments: &str) -> Result<String, Failed> {
     program("ip", &arguments.split(' ').collect::<Vec<_>>())
 }
 
-pub fn program(program: &str, arguments: &[&str]) -> Result<String, Failed> {
+pub(crate) fn program(program: &str, arguments: &[&str]) -> Result<String, Failed> {
     let output = Command::new(program).args(arguments).output()?;
     if !output.status.success() {
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -197,7 +197,7 @@ pub fn program(program: &str, arguments: &[&str]) -> Result<String, Failed> {
 }
 
 /// Runs `work` in the namespace pinned at `path`.
-pub fn inside<T: Send>(
+pub(crate) fn inside<T: Send>(
     path: &Path,
     work: impl FnOnce() -> Result<T, Failed> + Send,
 ) -> Result<T, Failed> {

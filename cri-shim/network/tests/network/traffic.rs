@@ -13,7 +13,7 @@ use rustix::net::{
 
 use crate::node::{PATIENCE, inside};
 
-pub const PORT: u16 = 5000;
+pub(crate) const PORT: u16 = 5000;
 
 /// Until it executes its program, a child of another test's has a copy of every listener here: also
 /// of the last one at this port.
@@ -31,7 +31,7 @@ fn listen() -> io::Result<TcpListener> {
 
 /// Listens in `server`'s namespace, or on the node, and fetches from `client`'s by `address`.
 /// Returns where the server saw the client come from.
-pub fn fetch(
+pub(crate) fn fetch(
     server: Option<&Path>,
     client: Option<&Path>,
     address: Ipv4Addr,
@@ -72,10 +72,10 @@ pub fn fetch(
 }
 
 /// What a fetch transfers, in bytes.
-pub const PAGE: usize = 100_000;
+pub(crate) const PAGE: usize = 100_000;
 
 /// One ICMP echo and its answer, from the namespace `from`.
-pub fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
+pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
     inside(from, || {
         let socket = socket_with(
             AddressFamily::INET,

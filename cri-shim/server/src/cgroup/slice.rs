@@ -16,17 +16,17 @@ const PREFIX: &str = "cri-rrun";
 const STOP: Duration = Duration::from_secs(60);
 
 /// Whether systemd is PID 1, sd_booted(3).
-pub fn is_systemd_booted() -> bool {
+pub(crate) fn is_systemd_booted() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
 /// Whether this is the name or the cgroup path of a slice.
-pub fn is_slice(name: &str) -> bool {
+pub(crate) fn is_slice(name: &str) -> bool {
     name.ends_with(".slice")
 }
 
 /// The cgroup path of a slice: `a-b.slice` is `/a.slice/a-b.slice`, systemd.slice(5).
-pub fn path(slice: &str) -> Result<String> {
+pub(crate) fn path(slice: &str) -> Result<String> {
     let refuse = |why: &str| {
         Err(Error::invalid(format!(
             "the cgroup parent {slice:?} {why}; with the cgroup driver systemd it is a slice, such as kubepods-burstable-pod1.slice"
@@ -56,17 +56,17 @@ fn name(path: &str) -> &str {
 }
 
 /// The cgroup path of a container in a pod's slice.
-pub fn scope(slice: &str, container: &str) -> String {
+pub(crate) fn scope(slice: &str, container: &str) -> String {
     format!("{slice}/{PREFIX}-{container}.scope")
 }
 
 /// The same as runtimes are told with `--systemd-cgroup`: `SLICE:PREFIX:NAME`.
-pub fn for_runtime(slice: &str, container: &str) -> String {
+pub(crate) fn for_runtime(slice: &str, container: &str) -> String {
     format!("{}:{PREFIX}:{container}", name(slice))
 }
 
 /// Stops a slice that nobody else looks after, with what is left in it. Done if it is not there.
-pub async fn stop(slice: &str) -> Result<()> {
+pub(crate) async fn stop(slice: &str) -> Result<()> {
     let name = name(slice);
     let what = || format!("run systemctl stop {name}");
     let stopping = Command::new("systemctl")

@@ -14,7 +14,7 @@ use rrun_network::NetworkConfig;
 
 /// Where a configuration comes from, to read it again.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub(crate) struct Source {
     pub file: Option<PathBuf>,
     pub flags: Partial,
 }
@@ -25,7 +25,7 @@ type Text = (PathBuf, String);
 impl Source {
     /// Reads the file (or the default one, if it is there) and the drop-ins in `config.d` beside
     /// it, lays the command line over them, and refuses what can't be served. Blocks on the disk.
-    pub fn load(&self) -> Result<Config, ConfigError> {
+    pub(crate) fn load(&self) -> Result<Config, ConfigError> {
         let texts = self.texts()?;
         let mut all = Partial::default();
         for (file, text) in &texts {

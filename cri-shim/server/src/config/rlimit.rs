@@ -26,7 +26,7 @@ const NAMES: [&str; 16] = [
 /// `nofile=1024:65536`, soft and hard, `core=0` for both, `memlock=unlimited`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Rlimit {
+pub(crate) struct Rlimit {
     name: String,
     soft: u64,
     hard: u64,
@@ -34,7 +34,7 @@ pub struct Rlimit {
 
 impl Rlimit {
     /// An entry of the runtime specification's `process.rlimits`.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         json!({ "type": format!("RLIMIT_{}", self.name), "soft": self.soft, "hard": self.hard })
     }
 }

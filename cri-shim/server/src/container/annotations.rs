@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::config::RuntimeHandler;
 
 /// The pod's and the container's that the handler's patterns let through; the container's win.
-pub fn chosen(
+pub(crate) fn chosen(
     handler: &RuntimeHandler,
     pod: &BTreeMap<String, String>,
     container: &BTreeMap<String, String>,

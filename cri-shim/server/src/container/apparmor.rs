@@ -54,7 +54,7 @@ fn enabled() -> bool {
 ///
 /// # Errors
 /// A profile that is not loaded, or one by name where AppArmor is off.
-pub fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
+pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
     let asked = asked(context)?;
     let reference = asked.localhost_ref.as_str();
     let kind = asked.profile_type();

@@ -73,7 +73,7 @@ const DEFAULT: [&str; 14] = [
 
 /// The sets of a container, names without `CAP_`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sets {
+pub(crate) struct Sets {
     /// Bounding, permitted and effective.
     pub held: BTreeSet<&'static str>,
     /// Inheritable and ambient.
@@ -82,7 +82,7 @@ pub struct Sets {
 
 /// The default set with what the container adds and drops; `ours` is what this process has, which
 /// is all that it can give for ALL and to the privileged.
-pub fn sets(
+pub(crate) fn sets(
     asked: Option<&Capability>,
     privileged: bool,
     ours: &BTreeSet<&'static str>,
@@ -130,7 +130,7 @@ fn named(names: &[String]) -> Result<Vec<&'static str>> {
 }
 
 /// What this process may give away: its bounding set, capabilities(7), which nobody changes.
-pub fn ours() -> &'static BTreeSet<&'static str> {
+pub(crate) fn ours() -> &'static BTreeSet<&'static str> {
     static OURS: OnceLock<BTreeSet<&str>> = OnceLock::new();
     OURS.get_or_init(bounding_set)
 }
@@ -152,7 +152,7 @@ fn bounding_set() -> BTreeSet<&'static str> {
 
 impl Sets {
     /// The runtime specification's `process.capabilities`.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         let names = |set: &BTreeSet<&str>| -> Vec<String> {
             set.iter().map(|name| format!("CAP_{name}")).collect()
         };

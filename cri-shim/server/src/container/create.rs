@@ -29,7 +29,7 @@ use rrun_images::Image;
 use rrun_protocol::Create;
 
 /// What two calls for the same container have in common.
-pub fn key(sandbox: &str, config: &ContainerConfig) -> String {
+pub(crate) fn key(sandbox: &str, config: &ContainerConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     let (name, attempt) = (metadata.name, metadata.attempt);
     format!("create container {name:?} attempt {attempt} in pod {sandbox}")
@@ -38,7 +38,7 @@ pub fn key(sandbox: &str, config: &ContainerConfig) -> String {
 /// Makes the container and returns its id; of one that was made for the same metadata and has not
 /// ended, that one's. (kubelet counts `attempt` up before it asks for another one; peers answer
 /// that the name is reserved.)
-pub async fn create(
+pub(crate) async fn create(
     node: Arc<Node>,
     sandbox: Arc<Sandbox>,
     config: ContainerConfig,

@@ -24,13 +24,13 @@ const NOT_SHARED: [&str; 7] = [
 
 /// The specification's `linux.devices` and `linux.resources.devices`.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Devices {
+pub(crate) struct Devices {
     pub nodes: Vec<Value>,
     pub rules: Vec<Value>,
 }
 
 /// The devices asked for, everything else denied; for the privileged every device. Blocks.
-pub fn devices(asked: &[Device], privileged: bool) -> Result<Devices> {
+pub(crate) fn devices(asked: &[Device], privileged: bool) -> Result<Devices> {
     let mut devices = Devices::default();
     if privileged {
         devices
@@ -130,7 +130,7 @@ impl Devices {
 }
 
 /// The specification's entry for a device of the node, under another path.
-pub fn node_of(host: &Path, container: &Path) -> Result<Value> {
+pub(crate) fn node_of(host: &Path, container: &Path) -> Result<Value> {
     let metadata =
         std::fs::metadata(host).during(|| format!("look at the device {}", host.display()))?;
     match kind(&metadata) {

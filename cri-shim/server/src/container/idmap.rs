@@ -22,7 +22,7 @@ use rrun_kernel::mount_setattr;
 ///
 /// It is put together in a mount namespace of a thread's own, which takes the layers' mounts along
 /// when it ends: there is nothing to unmount, also after a kill.
-pub fn overlay(
+pub(crate) fn overlay(
     lower: &[PathBuf],
     writable: Option<&Path>,
     users: Option<&Users>,
@@ -129,14 +129,14 @@ fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
 }
 
 /// Puts a detached mount on a path.
-pub fn attach(tree: BorrowedFd<'_>, target: &Path) -> Result<()> {
+pub(crate) fn attach(tree: BorrowedFd<'_>, target: &Path) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(tree, "", CWD, target, flags)
         .during(|| format!("mount it on {}", target.display()))
 }
 
 /// A pod's user namespace.
-pub struct Users {
+pub(crate) struct Users {
     pub namespace: OwnedFd,
     /// The node's ids of its root.
     pub root: (u32, u32),
@@ -144,7 +144,7 @@ pub struct Users {
 
 impl Users {
     /// Of a process in it.
-    pub fn of(pid: i32, root: (u32, u32)) -> Result<Self> {
+    pub(crate) fn of(pid: i32, root: (u32, u32)) -> Result<Self> {
         let path = format!("/proc/{pid}/ns/user");
         // The kernel's: a file of /proc.
         let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
@@ -155,7 +155,7 @@ impl Users {
 
 /// Runs `work` with what it makes belonging to this user and group of the node: on a mount with
 /// mapped ids the node's root is nobody, who can own nothing.
-pub fn as_owner<T>(owner: (u32, u32), work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn as_owner<T>(owner: (u32, u32), work: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = become_owner(owner);
     let done = before.and_then(|before| {
         let done = work();
@@ -179,7 +179,7 @@ fn become_owner((uid, gid): (u32, u32)) -> Result<(u32, u32)> {
 
 /// Whether this kernel and the file system under `root` can do that; tried, with a user namespace
 /// of a process that does nothing else. `empty` is an empty layer. Blocks.
-pub fn probe(root: &Path, empty: &Path) -> Result<()> {
+pub(crate) fn probe(root: &Path, empty: &Path) -> Result<()> {
     let dir = root.join("idmap-probe");
     let made = (|| {
         for part in ["upper", "work", "scratch"] {

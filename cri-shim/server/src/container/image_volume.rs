@@ -25,7 +25,7 @@ fn owner(container: &str, number: usize) -> String {
 }
 
 /// All of a container's.
-pub fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
+pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     let images = mounts
         .iter()
         .enumerate()
@@ -34,7 +34,7 @@ pub fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
 }
 
 /// An image that a mount asks for, and that is here.
-pub struct Found {
+pub(crate) struct Found {
     /// Which of the container's mounts.
     number: usize,
     /// Its layers, uppermost first.
@@ -43,7 +43,7 @@ pub struct Found {
 }
 
 /// Whether a mount is of an image.
-pub fn is_asked(mount: &Mount) -> bool {
+pub(crate) fn is_asked(mount: &Mount) -> bool {
     mount
         .image
         .as_ref()
@@ -51,7 +51,7 @@ pub fn is_asked(mount: &Mount) -> bool {
 }
 
 /// Refuses mounts of images that contradict themselves.
-pub fn check(mount: &Mount) -> Result<()> {
+pub(crate) fn check(mount: &Mount) -> Result<()> {
     let path = &mount.container_path;
     let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?} {why}")));
     if !is_asked(mount) {
@@ -74,7 +74,11 @@ pub fn check(mount: &Mount) -> Result<()> {
 }
 
 /// Finds the images of the mounts and keeps their layers; the mounts' `image_ref` is filled.
-pub async fn lease(node: &Node, container: &str, mounts: &mut [Mount]) -> Result<Vec<Found>> {
+pub(crate) async fn lease(
+    node: &Node,
+    container: &str,
+    mounts: &mut [Mount],
+) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     for (number, mount) in mounts.iter_mut().enumerate() {
         if !is_asked(mount) {
@@ -105,7 +109,7 @@ pub async fn lease(node: &Node, container: &str, mounts: &mut [Mount]) -> Result
 
 /// Mounts them in the bundle and makes the mounts binds of that. `users` is the pod's user
 /// namespace, `label` the SELinux label of the images' files. Blocks.
-pub fn mount(
+pub(crate) fn mount(
     node: &Node,
     bundle: &Path,
     found: &[Found],
@@ -207,7 +211,7 @@ fn protect(tree: &OwnedFd) -> Result<()> {
 }
 
 /// Unmounts what [`mount`] mounted. Right also when nothing is. Blocks.
-pub fn unmount(bundle: &Path) -> Result<()> {
+pub(crate) fn unmount(bundle: &Path) -> Result<()> {
     let Ok(entries) = std::fs::read_dir(bundle.join(DIR)) else {
         return Ok(());
     };

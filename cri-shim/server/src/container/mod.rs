@@ -6,29 +6,29 @@
 //! [`start`], [`stop`] and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's
 //! view.
 
-pub mod annotations;
-pub mod apparmor;
-pub mod capabilities;
-pub mod cdi;
-pub mod create;
-pub mod devices;
-pub mod idmap;
-pub mod image_volume;
-pub mod mounts;
-pub mod propagation;
-pub mod remove;
-pub mod resources;
-pub mod rootfs;
-pub mod seccomp;
+pub(crate) mod annotations;
+pub(crate) mod apparmor;
+pub(crate) mod capabilities;
+pub(crate) mod cdi;
+pub(crate) mod create;
+pub(crate) mod devices;
+pub(crate) mod idmap;
+pub(crate) mod image_volume;
+pub(crate) mod mounts;
+pub(crate) mod propagation;
+pub(crate) mod remove;
+pub(crate) mod resources;
+pub(crate) mod rootfs;
+pub(crate) mod seccomp;
 mod seccomp_default;
-pub mod signal;
-pub mod spec;
-pub mod start;
-pub mod status;
-pub mod stop;
-pub mod trash;
-pub mod user;
-pub mod volumes;
+pub(crate) mod signal;
+pub(crate) mod spec;
+pub(crate) mod start;
+pub(crate) mod status;
+pub(crate) mod stop;
+pub(crate) mod trash;
+pub(crate) mod user;
+pub(crate) mod volumes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ use rrun_store::{Entry, Table};
 use user::User;
 
 /// One container. What can change is in `state`.
-pub struct Container {
+pub(crate) struct Container {
     pub id: String,
     pub sandbox: Arc<Sandbox>,
     pub config: ContainerConfig,
@@ -73,7 +73,7 @@ pub struct Container {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Phase {
+pub(crate) enum Phase {
     Created,
     Running,
     Exited,
@@ -81,7 +81,7 @@ pub enum Phase {
 
 /// What changes in a container's life. Times are nanoseconds since the epoch, 0 for not yet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub(crate) struct State {
     pub phase: Phase,
     /// The first process, while it lives.
     pub pid: i32,
@@ -98,7 +98,7 @@ pub struct State {
 
 /// The container in the store, and in its bundle while it is being made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     pub id: String,
     pub sandbox: String,
     #[serde(with = "rrun_store::record")]
@@ -117,10 +117,10 @@ pub struct Record {
 }
 
 /// The name of the record in a container's bundle.
-pub const RECORD: &str = "container.json";
+pub(crate) const RECORD: &str = "container.json";
 
 impl Container {
-    pub fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
+    pub(crate) fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
         Container {
             record: Entry::new(Table::CONTAINERS, &record.id),
             id: record.id,
@@ -137,7 +137,7 @@ impl Container {
         }
     }
 
-    pub fn to_record(&self) -> Record {
+    pub(crate) fn to_record(&self) -> Record {
         Record {
             id: self.id.clone(),
             sandbox: self.sandbox.id.clone(),
@@ -153,21 +153,21 @@ impl Container {
         }
     }
 
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         self.state.borrow().clone()
     }
 
-    pub fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         self.state.borrow().phase
     }
 
     /// Changes the state; waiting calls look at it again.
-    pub fn change(&self, change: impl FnOnce(&mut State)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut State)) {
         self.state.send_modify(change);
     }
 
     /// Waits for the container's end.
-    pub async fn wait_exited(&self) {
+    pub(crate) async fn wait_exited(&self) {
         let mut state = self.state.subscribe();
         // The sender is in `self`: it can't close.
         let _ = state.wait_for(|state| state.phase == Phase::Exited).await;
@@ -175,20 +175,20 @@ impl Container {
 
     /// `BUNDLE/container.json`: the container as it is being made and, once made and once started,
     /// as it is, until the store has it; as with [`Sandbox::write_down`].
-    pub fn write_down(&self, node: &Node) -> Result<()> {
+    pub(crate) fn write_down(&self, node: &Node) -> Result<()> {
         let bundle = node.bundle(&self.sandbox.id, &self.id);
         files::write_record(&bundle.join(RECORD), &self.to_record())
     }
 
     /// Writes the container's state to the store.
-    pub async fn save(&self, node: &Node) -> Result<()> {
+    pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
         let written = slow(format!("{}: write its record", self.name()), saved).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
     /// Takes the container out of the store, for good.
-    pub async fn delete_record(&self, node: &Node) -> Result<()> {
+    pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
         written.map_err(|error| Error::internal(error.to_string()))
@@ -196,7 +196,7 @@ impl Container {
 
     /// Saves without anyone waiting: what is lost by a kill before that has been written down, or
     /// is known to the monitor.
-    pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
+    pub(crate) fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (container, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
             let saved = container
@@ -210,7 +210,7 @@ impl Container {
     }
 
     /// The monitor says that it runs.
-    pub fn is_running(self: &Arc<Self>, node: &Arc<Node>, pid: i32) {
+    pub(crate) fn is_running(self: &Arc<Self>, node: &Arc<Node>, pid: i32) {
         let mut changed = false;
         self.change(|state| {
             changed = state.phase == Phase::Created;
@@ -228,7 +228,7 @@ impl Container {
     }
 
     /// The monitor says how it ended.
-    pub fn has_exited(self: &Arc<Self>, node: &Arc<Node>, exit: &ExitRecord) {
+    pub(crate) fn has_exited(self: &Arc<Self>, node: &Arc<Node>, exit: &ExitRecord) {
         let reason = if exit.oom_killed {
             "OOMKilled"
         } else if exit.code == 0 {
@@ -240,7 +240,7 @@ impl Container {
     }
 
     /// Records an end, unless there is one already.
-    pub fn ended(
+    pub(crate) fn ended(
         self: &Arc<Self>,
         node: &Arc<Node>,
         code: i32,
@@ -273,7 +273,7 @@ impl Container {
         }
     }
 
-    pub fn cgroup_dir(&self) -> PathBuf {
+    pub(crate) fn cgroup_dir(&self) -> PathBuf {
         let pod = &self.sandbox.cgroup;
         let path = match slice::is_slice(pod) {
             true => slice::scope(pod, &self.id),
@@ -283,18 +283,18 @@ impl Container {
     }
 
     /// The command of the pod's runtime handler, without a subcommand.
-    pub fn runtime_command(&self, node: &Node) -> Option<Vec<String>> {
+    pub(crate) fn runtime_command(&self, node: &Node) -> Option<Vec<String>> {
         let (handler, cgroup) = (&self.sandbox.handler, &self.sandbox.cgroup);
         node.config.runtime_command(handler, cgroup)
     }
 
     /// Where its log goes; `None` without a log directory or path.
-    pub fn log_path(&self) -> Option<PathBuf> {
+    pub(crate) fn log_path(&self) -> Option<PathBuf> {
         log_path(&self.sandbox.config.log_directory, &self.config.log_path)
     }
 
     /// `container NAME (ID) of pod …`, for the log and for errors.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let name = self.config.metadata.as_ref().map(|m| m.name.as_str());
         let short = crate::node::short(&self.id);
         let pod = self.sandbox.name();

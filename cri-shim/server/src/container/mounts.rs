@@ -10,7 +10,7 @@ use crate::handlers::Features;
 use rrun_calls::error::{During, Error, Result};
 
 /// What the mounts depend on beside the request's own.
-pub struct Surroundings<'a> {
+pub(crate) struct Surroundings<'a> {
     /// `STATE/pods/POD`, with hostname, hosts, resolv.conf and shm.
     pub pod: &'a Path,
     pub privileged: bool,
@@ -22,7 +22,7 @@ pub struct Surroundings<'a> {
 }
 
 /// The specification's `mounts`, in the order in which to mount them.
-pub fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<Value>> {
+pub(crate) fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<Value>> {
     let mut all: Vec<(PathBuf, Value)> = Vec::new();
     let mut add = |destination: &str, kind: &str, source: &str, options: &[&str]| {
         let mount = json!({
@@ -148,7 +148,7 @@ fn one(mount: &Mount, around: &Surroundings<'_>) -> Result<(PathBuf, Value)> {
 }
 
 /// The specification's form of ranges of ids.
-pub fn id_mappings(ranges: &[IdMapping]) -> Value {
+pub(crate) fn id_mappings(ranges: &[IdMapping]) -> Value {
     let one = |range: &IdMapping| {
         json!({
             "containerID": range.container_id, "hostID": range.host_id, "size": range.length,
@@ -159,7 +159,7 @@ pub fn id_mappings(ranges: &[IdMapping]) -> Value {
 
 /// An absolute path without `.`, `..` and doubled slashes, as text: the runtime resolves it in
 /// the root filesystem.
-pub fn cleaned(path: &str) -> PathBuf {
+pub(crate) fn cleaned(path: &str) -> PathBuf {
     let mut clean = PathBuf::from("/");
     for part in Path::new(path).components() {
         match part {
@@ -175,7 +175,7 @@ pub fn cleaned(path: &str) -> PathBuf {
 
 /// The propagation that the root of the container's mounts needs for theirs to work; `None` is
 /// private.
-pub fn root_propagation(asked: &[Mount]) -> Option<&'static str> {
+pub(crate) fn root_propagation(asked: &[Mount]) -> Option<&'static str> {
     let mut wanted = None;
     for mount in asked {
         match mount.propagation() {
@@ -188,7 +188,7 @@ pub fn root_propagation(asked: &[Mount]) -> Option<&'static str> {
 }
 
 /// Makes missing sources, as directories, as containerd does. Blocks, on a hung volume for ever.
-pub fn make_sources(asked: &[Mount]) -> Result<()> {
+pub(crate) fn make_sources(asked: &[Mount]) -> Result<()> {
     for mount in asked {
         let path = Path::new(&mount.host_path);
         // Not followed: a dangling link is the runtime's to complain about.

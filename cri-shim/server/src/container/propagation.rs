@@ -17,7 +17,7 @@ struct Line<'a> {
 /// Refuses propagation that the kernel would silently not give: what is mounted on the node shows
 /// in the container only if the source lies on a mount that is shared or a slave, and the other
 /// way only if it is shared. Blocks.
-pub fn check(asked: &[Mount]) -> Result<()> {
+pub(crate) fn check(asked: &[Mount]) -> Result<()> {
     let wants = |mount: &&Mount| mount.propagation() != MountPropagation::PropagationPrivate;
     let mut asked = asked.iter().filter(wants).peekable();
     if asked.peek().is_none() {

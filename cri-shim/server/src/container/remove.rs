@@ -22,7 +22,7 @@ const DELETE: Duration = Duration::from_secs(120);
 
 /// Kills the container if it lives, and removes all that there is of it. Its log stays: that is
 /// kubelet's.
-pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     stop::stop(node, container, 0).await?;
     remove_files(node, container).await?;
     // One transaction, most likely.
@@ -36,7 +36,7 @@ pub async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> 
 }
 
 /// Removes everything that was ever made for the container but its record.
-pub async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+pub(crate) async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     remove_files(node, container).await?;
     release(node, container).await
 }
@@ -67,7 +67,7 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
 }
 
 /// Lets the monitor and the runtime forget the container, killing what is left of it.
-pub async fn delete_from_runtime(node: &Node, container: &Container) -> Result<()> {
+pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> Result<()> {
     if !container.state().in_runtime {
         return Ok(());
     }
@@ -132,7 +132,10 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
 
 /// Ends a container whose monitor died: kills what is left of it and records how it had ended,
 /// if the monitor had come to write that down.
-pub async fn end_without_monitor(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+pub(crate) async fn end_without_monitor(
+    node: &Arc<Node>,
+    container: &Arc<Container>,
+) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     // Ours: the monitor writes this file.
     let exit = std::fs::read(bundle.join("exit.json"))

@@ -11,14 +11,14 @@ use rrun_calls::error::{Error, Result};
 /// What the pod's cgroup can limit at all: kubelet names limits for every huge page size of the
 /// node whether or not a controller is there, and swap accounting can be off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Controllers {
+pub(crate) struct Controllers {
     pub hugetlb: bool,
     pub swap: bool,
 }
 
 impl Controllers {
     /// Those of a pod's cgroup, or of the nearest above it that systemd has made.
-    pub fn of(dir: &Path) -> Self {
+    pub(crate) fn of(dir: &Path) -> Self {
         let dir = cgroup::nearest(dir);
         let there = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
         let has = |wanted: &str| there.split_ascii_whitespace().any(|name| name == wanted);
@@ -33,7 +33,7 @@ impl Controllers {
 }
 
 /// The specification's `linux.resources`, without devices. Zero and empty are "not specified".
-pub fn to_json(asked: &LinuxContainerResources, controllers: Controllers) -> Result<Value> {
+pub(crate) fn to_json(asked: &LinuxContainerResources, controllers: Controllers) -> Result<Value> {
     let mut all = Map::new();
     let mut cpu = Map::new();
     let mut set = |name: &str, value: i64| {
@@ -101,7 +101,7 @@ fn positive(value: i64, field: &str) -> Result<i64> {
 }
 
 /// What holds after an update: what it specifies, over what there was.
-pub fn updated(
+pub(crate) fn updated(
     old: &LinuxContainerResources,
     new: &LinuxContainerResources,
 ) -> LinuxContainerResources {
@@ -132,7 +132,7 @@ pub fn updated(
 
 /// Refuses a memory limit that the container is above already: the kernel would reclaim and then
 /// kill, and kubelet expects an error instead.
-pub fn check_use(dir: &Path, new: &LinuxContainerResources) -> Result<()> {
+pub(crate) fn check_use(dir: &Path, new: &LinuxContainerResources) -> Result<()> {
     let limit = match u64::try_from(new.memory_limit_in_bytes) {
         Ok(limit) if limit > 0 => limit,
         _ => return Ok(()),

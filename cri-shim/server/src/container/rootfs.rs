@@ -31,7 +31,7 @@ fn mount_points(root: &Path) -> PathBuf {
 }
 
 /// Makes the layer of mount points under `root` (rrun-cri's `--root`), or what is missing of it.
-pub fn make_mount_points(root: &Path) -> Result<()> {
+pub(crate) fn make_mount_points(root: &Path) -> Result<()> {
     let layer = mount_points(root);
     let what = |path: &Path| format!("make the mount point {}", path.display());
     let mode = |path: &Path, mode: u32| {
@@ -55,7 +55,7 @@ pub fn make_mount_points(root: &Path) -> Result<()> {
 /// The layers of an image, uppermost first, over the layer of mount points: whatever the image
 /// says of a path hides what is there, and what it lacks need not be made in each container's
 /// writable layer, for which overlayfs would copy /etc up first.
-pub fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<PathBuf> {
+pub(crate) fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<PathBuf> {
     // An image of nothing is mounted without an overlay.
     if !image.is_empty() {
         image.push(mount_points(root));
@@ -64,7 +64,7 @@ pub fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<PathBuf> {
 }
 
 /// The directories of one overlay.
-pub struct Overlay<'a> {
+pub(crate) struct Overlay<'a> {
     /// The image's layers, uppermost first.
     pub lower: &'a [PathBuf],
     /// `ROOT/containers/CID`: gets `upper` and `work`.
@@ -81,7 +81,7 @@ pub struct Overlay<'a> {
 
 impl Overlay<'_> {
     /// Mounts it. Blocks.
-    pub fn mount(&self) -> Result<()> {
+    pub(crate) fn mount(&self) -> Result<()> {
         let (upper, work) = (self.writable.join("upper"), self.writable.join("work"));
         private_dir(&upper)?;
         private_dir(&work)?;
@@ -253,7 +253,7 @@ fn said(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error 
 
 /// Makes the working directory inside the root filesystem, where an image may lack it, for the
 /// root of the container (ids of the node). Blocks.
-pub fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> Result<()> {
+pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> Result<()> {
     let inside = dir.trim_start_matches('/');
     if inside.is_empty() {
         return Ok(());

@@ -17,7 +17,7 @@ const SIZE_LIMIT: u64 = 1 << 20;
 
 /// A profile as the CRI, the configuration and old kubelets name it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Asked {
+pub(crate) enum Asked {
     #[default]
     Unconfined,
     RuntimeDefault,
@@ -40,7 +40,7 @@ impl Asked {
     ///
     /// # Errors
     /// What is wrong with the text.
-    pub fn parse(text: &str) -> std::result::Result<Asked, String> {
+    pub(crate) fn parse(text: &str) -> std::result::Result<Asked, String> {
         // As `Display` writes it.
         match text {
             "" | "unconfined" => Ok(Asked::Unconfined),
@@ -71,7 +71,7 @@ impl Asked {
     }
 
     /// What a container asks for; `unset` if it asks for nothing.
-    pub fn of(context: &LinuxContainerSecurityContext, unset: &Asked) -> Result<Asked> {
+    pub(crate) fn of(context: &LinuxContainerSecurityContext, unset: &Asked) -> Result<Asked> {
         // No profile applies to the privileged.
         if context.privileged {
             return Ok(Asked::Unconfined);
@@ -91,7 +91,7 @@ impl Asked {
     }
 
     /// `linux.seccomp` of config.json. Blocks if it has to read a file.
-    pub fn profile(&self, capabilities: &Sets) -> Result<Option<Value>> {
+    pub(crate) fn profile(&self, capabilities: &Sets) -> Result<Option<Value>> {
         match self {
             Asked::Unconfined => Ok(None),
             Asked::RuntimeDefault => Ok(Some(seccomp_default::profile(capabilities))),

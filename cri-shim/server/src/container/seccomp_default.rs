@@ -562,7 +562,7 @@ fn allow_if(name: &str, op: &str, value: u32) -> Value {
 }
 
 /// `linux.seccomp` for a container with these capabilities.
-pub fn profile(capabilities: &Sets) -> Value {
+pub(super) fn profile(capabilities: &Sets) -> Value {
     let has = |name: &&str| capabilities.held.contains(name);
     let mut rules: Vec<Value> = GROUPS
         .iter()

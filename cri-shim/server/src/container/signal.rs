@@ -6,7 +6,7 @@ use rrun_proto::v1::Signal;
 use rrun_calls::error::{Error, Result};
 
 /// The signal that stops a container: the CRI's, else the image's, else SIGTERM.
-pub fn stop_signal(config: Signal, image: Option<&str>) -> Result<i32> {
+pub(crate) fn stop_signal(config: Signal, image: Option<&str>) -> Result<i32> {
     let name = match (config, image) {
         (Signal::RuntimeDefault, None | Some("")) => return Ok(libc::SIGTERM),
         (Signal::RuntimeDefault, Some(image)) => image,

@@ -44,7 +44,7 @@ const READONLY: [&str; 5] = [
 
 /// The namespaces to join; where there is no path, whether a new one.
 #[derive(Debug, Default)]
-pub struct Namespaces {
+pub(crate) struct Namespaces {
     pub network: Option<PathBuf>,
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
@@ -54,7 +54,7 @@ pub struct Namespaces {
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
-pub enum PidNamespace {
+pub(crate) enum PidNamespace {
     #[default]
     New,
     Node,
@@ -62,7 +62,7 @@ pub enum PidNamespace {
 }
 
 /// Everything that the configuration is made of.
-pub struct Parts<'a> {
+pub(crate) struct Parts<'a> {
     pub config: &'a ContainerConfig,
     pub image: &'a ImageConfig,
     pub user: &'a User,
@@ -87,7 +87,7 @@ pub struct Parts<'a> {
 }
 
 /// Refuses what this server can't do yet, by the field's name.
-pub fn check(config: &ContainerConfig) -> Result<()> {
+pub(crate) fn check(config: &ContainerConfig) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid(
             "the container has a configuration for Windows (windows)",
@@ -109,7 +109,7 @@ pub fn check(config: &ContainerConfig) -> Result<()> {
 }
 
 /// The container's security context; an absent one is the default.
-pub fn context(config: &ContainerConfig) -> LinuxContainerSecurityContext {
+pub(crate) fn context(config: &ContainerConfig) -> LinuxContainerSecurityContext {
     let linux = config.linux.as_ref();
     linux
         .and_then(|linux| linux.security_context.clone())
@@ -117,7 +117,7 @@ pub fn context(config: &ContainerConfig) -> LinuxContainerSecurityContext {
 }
 
 /// The container's PID namespace mode.
-pub fn pid_mode(config: &ContainerConfig) -> (NamespaceMode, String) {
+pub(crate) fn pid_mode(config: &ContainerConfig) -> (NamespaceMode, String) {
     let options = context(config).namespace_options.unwrap_or_default();
     (options.pid(), options.target_id)
 }
@@ -169,7 +169,10 @@ fn environment(parts: &Parts<'_>) -> Result<Vec<String>> {
 }
 
 /// The working directory, absolute.
-pub fn working_dir<'a>(config: &'a ContainerConfig, image: &'a ImageConfig) -> Result<&'a str> {
+pub(crate) fn working_dir<'a>(
+    config: &'a ContainerConfig,
+    image: &'a ImageConfig,
+) -> Result<&'a str> {
     let dir = [&config.working_dir, &image.working_dir]
         .into_iter()
         .find(|dir| !dir.is_empty());
@@ -183,7 +186,7 @@ pub fn working_dir<'a>(config: &'a ContainerConfig, image: &'a ImageConfig) -> R
 }
 
 /// config.json.
-pub fn spec(parts: Parts<'_>) -> Result<Value> {
+pub(crate) fn spec(parts: Parts<'_>) -> Result<Value> {
     let context = context(parts.config);
     let mut process = json!({
         "terminal": parts.config.tty,

@@ -21,7 +21,7 @@ const START_FAILED: i32 = 128;
 const AGAIN: Duration = Duration::from_millis(20);
 
 /// Starts the container's process. One that runs already is as it should be.
-pub async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
+pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     let name = container.name();
     match container.phase() {
         super::Phase::Created => {}
@@ -109,7 +109,7 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
 }
 
 /// Changes the limits of a container that lives.
-pub async fn update(
+pub(crate) async fn update(
     node: Arc<Node>,
     container: Arc<Container>,
     asked: LinuxContainerResources,

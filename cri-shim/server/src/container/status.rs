@@ -21,7 +21,7 @@ impl Phase {
     }
 }
 
-pub fn list_entry(container: &Container) -> cri::Container {
+pub(crate) fn list_entry(container: &Container) -> cri::Container {
     cri::Container {
         id: container.id.clone(),
         pod_sandbox_id: container.sandbox.id.clone(),
@@ -38,7 +38,7 @@ pub fn list_entry(container: &Container) -> cri::Container {
 
 /// The name that a container's status has for its image. Kubelet asks for containers by the image's
 /// id and shows users what the status says: so the name that they wrote, in full, or a tag.
-pub fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
+pub(crate) fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
     let asked = asked.cloned().unwrap_or_default();
     let mut known = image.repo_tags.iter().chain(&image.repo_digests);
     let is_of_image = |name: &String| known.any(|known| known == name);
@@ -50,7 +50,7 @@ pub fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
         .unwrap_or_default()
 }
 
-pub fn status(container: &Container) -> ContainerStatus {
+pub(crate) fn status(container: &Container) -> ContainerStatus {
     let state = container.state();
     let config = &container.config;
     let mut image = config.image.clone().unwrap_or_default();
@@ -119,7 +119,7 @@ fn signal_name(number: i32) -> Signal {
 
 /// Whether the filter lets the container through; everything set must match, ids by their
 /// beginnings.
-pub fn matches(filter: Option<&ContainerFilter>, container: &Container) -> bool {
+pub(crate) fn matches(filter: Option<&ContainerFilter>, container: &Container) -> bool {
     let Some(filter) = filter else { return true };
     let state = filter.state.as_ref();
     container.id.starts_with(&filter.id)
@@ -129,13 +129,13 @@ pub fn matches(filter: Option<&ContainerFilter>, container: &Container) -> bool 
 }
 
 /// Tells whoever listens what happened to a container.
-pub fn publish(node: &Node, container: &Container, kind: ContainerEventType) {
+pub(crate) fn publish(node: &Node, container: &Container, kind: ContainerEventType) {
     event(node, &container.sandbox, &container.id, kind);
 }
 
 /// Tells whoever listens what happened to a pod: as an event of its sandbox, which other servers
 /// have as a container.
-pub fn publish_sandbox(node: &Node, sandbox: &Sandbox, kind: ContainerEventType) {
+pub(crate) fn publish_sandbox(node: &Node, sandbox: &Sandbox, kind: ContainerEventType) {
     event(node, sandbox, &sandbox.id, kind);
 }
 

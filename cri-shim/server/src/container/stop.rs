@@ -14,7 +14,7 @@ use rrun_protocol::FailureKind;
 const KILLED: Duration = Duration::from_secs(120);
 
 /// Stops the container and returns when it has ended. `grace` in seconds.
-pub async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i64) -> Result<()> {
+pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i64) -> Result<()> {
     let name = container.name();
     let phase = container.phase();
     if phase == Phase::Exited {

@@ -14,7 +14,7 @@ use rrun_images::layer;
 use rrun_kernel::errno::describe;
 
 /// `ROOT/trash`, on the file system of the writable layers.
-pub struct Trash {
+pub(crate) struct Trash {
     dir: PathBuf,
     /// Something came since the thread that empties looked last.
     more: Mutex<bool>,
@@ -23,7 +23,7 @@ pub struct Trash {
 }
 
 impl Trash {
-    pub fn new(root: &Path) -> Self {
+    pub(crate) fn new(root: &Path) -> Self {
         Trash {
             dir: root.join("trash"),
             more: Mutex::default(),
@@ -33,7 +33,7 @@ impl Trash {
 
     /// Moves a directory here, under a name that nothing else has, and has it removed. Right also
     /// when it is not there. Blocks for a rename.
-    pub fn put(self: &Arc<Self>, path: &Path, name: &str) -> Result<()> {
+    pub(crate) fn put(self: &Arc<Self>, path: &Path, name: &str) -> Result<()> {
         let what = || format!("move {} to {}", path.display(), self.dir.display());
         let target = self.dir.join(name);
         let moved = match std::fs::rename(path, &target) {
@@ -53,7 +53,7 @@ impl Trash {
     }
 
     /// Removes what is here, in a thread of its own.
-    pub fn empty_soon(self: &Arc<Self>) {
+    pub(crate) fn empty_soon(self: &Arc<Self>) {
         {
             let mut more = self.more.lock().unwrap_or_else(PoisonError::into_inner);
             *more = true;
@@ -66,7 +66,7 @@ impl Trash {
     }
 
     /// Waits, for so long at most, until all that was put here is gone from the disk.
-    pub async fn emptied(&self, limit: Duration) {
+    pub(crate) async fn emptied(&self, limit: Duration) {
         let mut emptying = self.emptying.subscribe();
         let _ = tokio::time::timeout(limit, emptying.wait_for(|emptying| !emptying)).await;
     }

@@ -17,7 +17,7 @@ use rrun_kernel::regular_file::{self, Unfit};
 const LIMIT: u64 = 4 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct User {
+pub(crate) struct User {
     pub uid: u32,
     pub gid: u32,
     /// Without duplicates, in the order of appearance.
@@ -26,14 +26,14 @@ pub struct User {
 
 /// The two files of an image that name users; empty where missing.
 #[derive(Default)]
-pub struct Accounts {
+pub(crate) struct Accounts {
     passwd: String,
     group: String,
 }
 
 impl Accounts {
     /// Reads them inside `rootfs`, whatever symlinks are there. Blocks.
-    pub fn read(rootfs: &Path) -> Result<Self> {
+    pub(crate) fn read(rootfs: &Path) -> Result<Self> {
         let root = Root::open(rootfs).map_err(|error| {
             Error::internal(format!("open the image's root file system: {error}"))
         })?;
@@ -98,7 +98,7 @@ impl Accounts {
     }
 
     /// The user that the request, or else the image (`user[:group]`), asks for.
-    pub fn resolve(
+    pub(crate) fn resolve(
         &self,
         context: Option<&LinuxContainerSecurityContext>,
         image_user: &str,

@@ -28,7 +28,7 @@ const XATTR: usize = 64 << 10;
 
 /// Makes the volumes in `dir` and returns a mount for each; what the request mounts at the same
 /// place is in no need of one. `owner` has those of which the image has nothing. Blocks.
-pub fn make(
+pub(crate) fn make(
     declared: &[String],
     asked: &[Mount],
     rootfs: &Path,

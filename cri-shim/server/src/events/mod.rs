@@ -7,7 +7,7 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 256;
 
 /// Everyone who listens to container events.
-pub struct Bus {
+pub(crate) struct Bus {
     sender: broadcast::Sender<ContainerEventResponse>,
 }
 
@@ -21,13 +21,13 @@ impl Default for Bus {
 
 impl Bus {
     /// Sends what `event` makes, which nobody pays for while nobody listens.
-    pub fn publish(&self, event: impl FnOnce() -> ContainerEventResponse) {
+    pub(crate) fn publish(&self, event: impl FnOnce() -> ContainerEventResponse) {
         if self.sender.receiver_count() > 0 {
             let _ = self.sender.send(event());
         }
     }
 
-    pub fn subscribe(&self) -> broadcast::Receiver<ContainerEventResponse> {
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<ContainerEventResponse> {
         self.sender.subscribe()
     }
 }

@@ -65,7 +65,7 @@ impl Text {
 }
 
 /// All there is to tell.
-pub fn text(node: &Node) -> String {
+pub(super) fn text(node: &Node) -> String {
     let mut text = Text::default();
     operations(&mut text);
     pulls(&mut text);

@@ -26,7 +26,7 @@ const REQUEST_BYTES: usize = 8 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Serves until the task is ended.
-pub async fn serve(node: Arc<Node>, listener: TcpListener) {
+pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
@@ -49,7 +49,7 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
 }
 
 /// Binds the socket.
-pub async fn listen(address: SocketAddr) -> Result<TcpListener> {
+pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener> {
     let what = || format!("listen on {address} for metrics");
     TcpListener::bind(address).await.during(what)
 }

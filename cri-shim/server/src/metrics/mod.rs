@@ -4,7 +4,7 @@
 //! writes them as text, [`listener`] serves that.
 
 mod exposition;
-pub mod listener;
+pub(crate) mod listener;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -135,7 +135,7 @@ static METRICS: Metrics = Metrics {
 };
 
 /// A call under way. One that is dropped before its answer was cancelled by its client.
-pub struct Call {
+pub(crate) struct Call {
     method: usize,
     begun: Instant,
     code: usize,
@@ -143,7 +143,7 @@ pub struct Call {
 
 impl Call {
     /// `path` is the request's: `/runtime.v1.RuntimeService/Version`.
-    pub fn begin(path: &str) -> Self {
+    pub(crate) fn begin(path: &str) -> Self {
         let name = path.rsplit('/').next().unwrap_or_default();
         let method = METHODS.iter().position(|method| *method == name);
         Call {
@@ -154,7 +154,7 @@ impl Call {
     }
 
     /// The answer has begun. `status` is its header `grpc-status`, which a failure has.
-    pub fn answered(mut self, status: Option<&[u8]>) {
+    pub(crate) fn answered(mut self, status: Option<&[u8]>) {
         let code = status.map_or(Code::Ok, Code::from_bytes);
         self.code = code as usize;
     }
@@ -172,7 +172,7 @@ impl Drop for Call {
 }
 
 /// Counts a pull.
-pub fn pull_ended(end: PullEnd) {
+pub(crate) fn pull_ended(end: PullEnd) {
     match end {
         PullEnd::Pulled { bytes, took } => {
             METRICS.pulled.add(took);

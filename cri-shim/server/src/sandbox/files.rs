@@ -20,7 +20,7 @@ const SHM_SIZE: &str = "64m";
 const COPY_LIMIT: u64 = 1 << 20;
 
 /// Makes a directory that only root reads; parents too.
-pub fn private_dir(path: &Path) -> Result<()> {
+pub(crate) fn private_dir(path: &Path) -> Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -28,12 +28,12 @@ pub fn private_dir(path: &Path) -> Result<()> {
         .during(|| format!("make the directory {}", path.display()))
 }
 
-pub fn write(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).during(|| format!("write {}", path.display()))
 }
 
 /// Writes a record that a kill at any instruction leaves whole, in its old or its new form.
-pub fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Result<()> {
+pub(crate) fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Result<()> {
     let what = || format!("write the record {}", path.display());
     let json = serde_json::to_vec(record)
         .map_err(io::Error::from)
@@ -44,7 +44,7 @@ pub fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Result<()> 
 }
 
 /// A record as [`write_record`] left it; `None` if there is none.
-pub fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
@@ -52,7 +52,7 @@ pub fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
 const SEEN: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 /// Gives them, as far as they are there, an SELinux label.
-pub fn label(dir: &Path, label: &Label) -> Result<()> {
+pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
     for path in SEEN.map(|name| dir.join(name)) {
         if path.exists() {
             relabel::one(&path, label)?;
@@ -62,7 +62,7 @@ pub fn label(dir: &Path, label: &Label) -> Result<()> {
 }
 
 /// Gives what containers see of the pod's files to the root of its user namespace.
-pub fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
+pub(crate) fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
     for name in SEEN {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
@@ -78,7 +78,7 @@ pub fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
 /// Lets the runtime, once it is in the pod's user namespace, come to the bundles: anybody who knows
 /// what to ask for can pass through the directories that all pods are in, the group of the pod's
 /// root through the pod's own.
-pub fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
+pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
     let set = |path: &Path, mode: u32| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
             .during(|| format!("set the mode of {}", path.display()))
@@ -96,7 +96,11 @@ pub fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
 
 /// Mounts the /dev/shm that the containers of the pod share, for this user and group, with this
 /// SELinux label.
-pub fn mount_shm(path: &Path, root: Option<(u32, u32)>, label: Option<&Label>) -> Result<()> {
+pub(crate) fn mount_shm(
+    path: &Path,
+    root: Option<(u32, u32)>,
+    label: Option<&Label>,
+) -> Result<()> {
     std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let (uid, gid) = root.unwrap_or_default();
@@ -110,7 +114,7 @@ pub fn mount_shm(path: &Path, root: Option<(u32, u32)>, label: Option<&Label>) -
 }
 
 /// Unmounts whatever is mounted on `path`, every layer of it. Right also when nothing is.
-pub fn unmount(path: &Path) -> Result<()> {
+pub(crate) fn unmount(path: &Path) -> Result<()> {
     loop {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
@@ -124,7 +128,7 @@ pub fn unmount(path: &Path) -> Result<()> {
 }
 
 /// Removes a directory and what is in it. Right also when nothing is there.
-pub fn remove_tree(path: &Path) -> Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).during(|| format!("remove {}", path.display()))
@@ -134,7 +138,7 @@ pub fn remove_tree(path: &Path) -> Result<()> {
 }
 
 /// Refuses what would be another line, or another word, of resolv.conf(5).
-pub fn check_dns(dns: &DnsConfig) -> Result<()> {
+pub(crate) fn check_dns(dns: &DnsConfig) -> Result<()> {
     let fields = [
         ("servers", &dns.servers),
         ("searches", &dns.searches),
@@ -154,7 +158,7 @@ pub fn check_dns(dns: &DnsConfig) -> Result<()> {
 }
 
 /// resolv.conf(5) of the pod's DNS configuration; without one, the node's.
-pub fn resolv_conf(dns: Option<&DnsConfig>) -> String {
+pub(crate) fn resolv_conf(dns: Option<&DnsConfig>) -> String {
     let Some(dns) = dns.filter(|dns| **dns != DnsConfig::default()) else {
         return of_node("/etc/resolv.conf");
     };
@@ -172,7 +176,7 @@ pub fn resolv_conf(dns: Option<&DnsConfig>) -> String {
 }
 
 /// hosts(5) of a pod with a network of its own. Kubelet mounts its own over it.
-pub fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
+pub(crate) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     let mut text = String::from(
         "127.0.0.1\tlocalhost\n\
          ::1\tlocalhost ip6-localhost ip6-loopback\n\
@@ -187,7 +191,7 @@ pub fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
 }
 
 /// A file of the node for pods in the node's network; empty if there is none.
-pub fn of_node(path: &str) -> String {
+pub(crate) fn of_node(path: &str) -> String {
     let mut text = String::new();
     if let Ok(file) = std::fs::File::open(path) {
         let _ = io::Read::read_to_string(&mut io::Read::take(file, COPY_LIMIT), &mut text);

@@ -4,14 +4,14 @@
 //! in removal. [`files`] are what containers see in /etc and /dev/shm, [`namespaces`] says who
 //! shares what, [`users`] whose ids the pod's are, [`watch`] follows the pod's monitor, [`status`] is the CRI's view.
 
-pub mod files;
-pub mod namespaces;
-pub mod run;
-pub mod status;
-pub mod stop;
-pub mod sysctl;
-pub mod users;
-pub mod watch;
+pub(crate) mod files;
+pub(crate) mod namespaces;
+pub(crate) mod run;
+pub(crate) mod status;
+pub(crate) mod stop;
+pub(crate) mod sysctl;
+pub(crate) mod users;
+pub(crate) mod watch;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -29,10 +29,10 @@ use rrun_monitor_client::{MonitorClient, SOCKET_NAME};
 use rrun_store::{Entry, Table};
 
 /// The name of the record in a pod's directory.
-pub const RECORD: &str = "pod.json";
+pub(crate) const RECORD: &str = "pod.json";
 
 /// One pod. What can change is in `state`, which is never locked across I/O.
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     pub id: String,
     pub config: PodSandboxConfig,
     /// As the pod asked; empty is the default handler.
@@ -57,7 +57,7 @@ pub struct Sandbox {
 
 /// What changes in a pod's life.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct State {
+pub(crate) struct State {
     pub ready: bool,
     /// The primary address first; none in the node's network.
     pub addresses: Vec<IpAddr>,
@@ -78,7 +78,7 @@ pub struct State {
 
 /// The pod in the store, and in its directory while it is being made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     pub id: String,
     #[serde(with = "rrun_store::record")]
     pub config: PodSandboxConfig,
@@ -93,7 +93,7 @@ pub struct Record {
 }
 
 impl Sandbox {
-    pub fn from_record(node: &Node, record: Record) -> Self {
+    pub(crate) fn from_record(node: &Node, record: Record) -> Self {
         let linux = record.config.linux.as_ref();
         let state = State {
             ready: record.ready,
@@ -121,11 +121,11 @@ impl Sandbox {
         }
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn to_record(&self) -> Record {
+    pub(crate) fn to_record(&self) -> Record {
         let state = self.state();
         let mut config = self.config.clone();
         if let Some(linux) = &mut config.linux {
@@ -148,13 +148,13 @@ impl Sandbox {
     /// `STATE/pods/POD/pod.json`: the pod as it is being made, and, once it says `ready`, as it is,
     /// until the store has it. It is what a kill of the server leaves; a reboot, after which there
     /// is no pod, takes it along.
-    pub fn write_down(&self, node: &Node) -> Result<()> {
+    pub(crate) fn write_down(&self, node: &Node) -> Result<()> {
         files::write_record(&node.sandbox_dir(&self.id).join(RECORD), &self.to_record())
     }
 
     /// Writes the pod to the store without anyone waiting for the disk; it has been written down.
     /// At once all the same: what CNI plugins hold for a pod, a reboot does not take along.
-    pub fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
+    pub(crate) fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
             if let Err(error) = sandbox.save(&node).await {
@@ -164,46 +164,46 @@ impl Sandbox {
     }
 
     /// Writes the pod's state to the store.
-    pub async fn save(&self, node: &Node) -> Result<()> {
+    pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
         let written = slow(format!("{}: write its record", self.name()), saved).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
     /// Takes the pod out of the store, for good.
-    pub async fn delete_record(&self, node: &Node) -> Result<()> {
+    pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
         written.map_err(|error| Error::internal(error.to_string()))
     }
 
     /// The process whose `/proc/PID/ns/…` are the pod's.
-    pub fn namespaces(&self) -> i32 {
+    pub(crate) fn namespaces(&self) -> i32 {
         let state = self.state();
         state.holder.unwrap_or(state.monitor)
     }
 
     /// Counts a container as being made until the guard goes.
-    pub fn begin_create(&self) -> Creating<'_> {
+    pub(crate) fn begin_create(&self) -> Creating<'_> {
         self.creating.send_modify(|count| *count += 1);
         Creating(self)
     }
 
     /// `pod NAMESPACE/NAME (ID)`, for the log and for errors.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         name(&self.id, &self.config)
     }
 }
 
 /// See [`Sandbox::name`].
-pub fn name(id: &str, config: &PodSandboxConfig) -> String {
+pub(crate) fn name(id: &str, config: &PodSandboxConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     let short = crate::node::short(id);
     format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
 }
 
 /// See [`Sandbox::begin_create`].
-pub struct Creating<'a>(&'a Sandbox);
+pub(crate) struct Creating<'a>(&'a Sandbox);
 
 impl Drop for Creating<'_> {
     fn drop(&mut self) {

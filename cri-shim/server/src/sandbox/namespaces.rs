@@ -7,7 +7,7 @@ use rrun_calls::error::{Error, Result};
 
 /// What a pod's namespace options come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sharing {
+pub(crate) struct Sharing {
     /// A network namespace of the pod's own.
     pub own_network: bool,
     pub own_ipc: bool,
@@ -20,7 +20,7 @@ pub struct Sharing {
 }
 
 /// The pod's options; absent ones are the message's defaults.
-pub fn options(config: &PodSandboxConfig) -> NamespaceOption {
+pub(crate) fn options(config: &PodSandboxConfig) -> NamespaceOption {
     let context = config
         .linux
         .as_ref()
@@ -31,7 +31,7 @@ pub fn options(config: &PodSandboxConfig) -> NamespaceOption {
 }
 
 /// Reads a pod's options; what makes no sense for a pod is refused.
-pub fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
+pub(crate) fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
     let options = options(config);
     if options.pid() == NamespaceMode::Target {
         return Err(Error::invalid(

@@ -22,7 +22,7 @@ const HOST_NAME_MAX: usize = 64;
 const MONITOR_START: Duration = Duration::from_secs(30);
 
 /// What two calls for the same pod have in common.
-pub fn key(metadata: &PodSandboxMetadata) -> String {
+pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
     let PodSandboxMetadata {
         name,
         uid,
@@ -33,11 +33,15 @@ pub fn key(metadata: &PodSandboxMetadata) -> String {
 }
 
 /// Said of what is asked for again, otherwise than it was made. No refusal: kubelet would be stuck.
-pub const MADE_ALREADY: &str = "asked for again with another configuration, which has no effect: \
+pub(crate) const MADE_ALREADY: &str = "asked for again with another configuration, which has no effect: \
     it is there already; remove it first, or ask for another attempt";
 
 /// Runs a pod and returns its id; of one that is ready already for the same metadata, that one's.
-pub async fn run(node: Arc<Node>, config: PodSandboxConfig, handler: String) -> Result<String> {
+pub(crate) async fn run(
+    node: Arc<Node>,
+    config: PodSandboxConfig,
+    handler: String,
+) -> Result<String> {
     let metadata = config.metadata.clone().unwrap_or_default();
     if let Some(there) = node.sandbox_named(&metadata)
         && there.state().ready

@@ -23,7 +23,7 @@ impl State {
     }
 }
 
-pub fn list_entry(sandbox: &Sandbox) -> PodSandbox {
+pub(crate) fn list_entry(sandbox: &Sandbox) -> PodSandbox {
     PodSandbox {
         id: sandbox.id.clone(),
         metadata: sandbox.config.metadata.clone(),
@@ -35,7 +35,7 @@ pub fn list_entry(sandbox: &Sandbox) -> PodSandbox {
     }
 }
 
-pub fn status(sandbox: &Sandbox) -> PodSandboxStatus {
+pub(crate) fn status(sandbox: &Sandbox) -> PodSandboxStatus {
     let (state, addresses) = {
         let state = sandbox.state();
         (state.cri(), state.addresses.clone())
@@ -65,7 +65,7 @@ pub fn status(sandbox: &Sandbox) -> PodSandboxStatus {
 /// What PodSandboxStatus tells beside the status, where clients look for it in containerd's:
 /// `pid` is of a process in the pod's namespaces, 0 while there is none, `runtimeSpec` has where
 /// the namespaces are. The monitor's process is in the node's network.
-pub async fn info(node: &Node, sandbox: &Sandbox) -> Value {
+pub(crate) async fn info(node: &Node, sandbox: &Sandbox) -> Value {
     let state = sandbox.state().clone();
     let netns = node.netns(&sandbox.id);
     let own_network = namespaces::options(&sandbox.config).network() == NamespaceMode::Pod;
@@ -120,7 +120,7 @@ fn shown_namespaces(node: &Node, sandbox: &Sandbox) -> Vec<Value> {
 }
 
 /// Whether the filter lets the pod through; everything set must match, an id by its beginning.
-pub fn matches(filter: Option<&PodSandboxFilter>, sandbox: &Sandbox) -> bool {
+pub(crate) fn matches(filter: Option<&PodSandboxFilter>, sandbox: &Sandbox) -> bool {
     let Some(filter) = filter else { return true };
     let state = filter.state.as_ref();
     sandbox.id.starts_with(&filter.id)
@@ -129,7 +129,10 @@ pub fn matches(filter: Option<&PodSandboxFilter>, sandbox: &Sandbox) -> bool {
 }
 
 /// Whether every wanted pair is among the labels.
-pub fn has_labels(wanted: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
+pub(crate) fn has_labels(
+    wanted: &BTreeMap<String, String>,
+    labels: &BTreeMap<String, String>,
+) -> bool {
     wanted
         .iter()
         .all(|(name, value)| labels.get(name) == Some(value))

@@ -21,7 +21,7 @@ use rrun_protocol::FailureKind;
 const CREATIONS: Duration = Duration::from_secs(10);
 
 /// Stops what runs in the pod and gives its network back.
-pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
+pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     // From here on no container begins; one under way finds out at its end.
     let was_ready = std::mem::replace(&mut sandbox.state().ready, false);
     let containers = node.containers_of(&sandbox.id);
@@ -45,7 +45,7 @@ pub async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
 }
 
 /// Stops the pod, removes its containers, and then all that is left of it.
-pub async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
+pub(crate) async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     stop(Arc::clone(&node), Arc::clone(&sandbox)).await?;
     creations_ended(&sandbox).await?;
     let containers = node.containers_of(&sandbox.id);
@@ -165,7 +165,7 @@ fn kill_monitor(sandbox: &Sandbox) {
 }
 
 /// Removes everything that was ever made for the pod, its containers excepted.
-pub async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
+pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
     release(node, sandbox, &[], Patience::Nobody).await?;
     let name = sandbox.name();
     let parent = &node.config.default_cgroup_parent;

@@ -58,19 +58,19 @@ fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, St
 }
 
 /// Refuses what [`write_sysctls`] would refuse.
-pub fn check_sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
+pub(crate) fn check_sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
     sysctls(config, sharing).map(drop)
 }
 
 /// Whether the pod's own sysctls set which router advertisements or redirects its interfaces
 /// accept.
-pub fn chooses_routers(config: &PodSandboxConfig) -> bool {
+pub(crate) fn chooses_routers(config: &PodSandboxConfig) -> bool {
     names(config).any(|name| name.ends_with(".accept_ra") || name.ends_with(".accept_redirects"))
 }
 
 /// Whether the pod's sysctls switch the forwarding of IPv4 on or off. The kernel then changes which
 /// redirects all interfaces accept.
-pub fn switches_forwarding(config: &PodSandboxConfig) -> bool {
+pub(crate) fn switches_forwarding(config: &PodSandboxConfig) -> bool {
     names(config)
         .any(|name| name == "net.ipv4.ip_forward" || name == "net.ipv4.conf.all.forwarding")
 }
@@ -83,7 +83,7 @@ fn names(config: &PodSandboxConfig) -> impl Iterator<Item = String> {
 
 /// Writes the pod's sysctls from a thread inside its namespaces, which are those of the process
 /// `holder`. Blocks.
-pub fn write_sysctls(
+pub(crate) fn write_sysctls(
     config: &PodSandboxConfig,
     sharing: Sharing,
     netns: &Path,

@@ -11,13 +11,13 @@ const RANGES: usize = 340;
 
 /// The ranges of a pod with a user namespace of its own.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Mappings {
+pub(crate) struct Mappings {
     pub uids: Vec<IdMapping>,
     pub gids: Vec<IdMapping>,
 }
 
 /// The pod's ranges; `None`: its ids are the node's.
-pub fn mappings(config: &PodSandboxConfig) -> Result<Option<Mappings>> {
+pub(crate) fn mappings(config: &PodSandboxConfig) -> Result<Option<Mappings>> {
     match namespaces::options(config).userns_options {
         Some(options) => read(&options),
         None => Ok(None),
@@ -25,7 +25,7 @@ pub fn mappings(config: &PodSandboxConfig) -> Result<Option<Mappings>> {
 }
 
 /// What the options ask for.
-pub fn read(options: &UserNamespace) -> Result<Option<Mappings>> {
+pub(crate) fn read(options: &UserNamespace) -> Result<Option<Mappings>> {
     match options.mode() {
         NamespaceMode::Node if options.uids.is_empty() && options.gids.is_empty() => Ok(None),
         NamespaceMode::Node => Err(Error::invalid(
@@ -47,7 +47,7 @@ pub fn read(options: &UserNamespace) -> Result<Option<Mappings>> {
 }
 
 /// Refuses ranges that the kernel would, and a namespace without a root. `field` is for the error.
-pub fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
+pub(crate) fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
     let refuse = |why: &str| {
         let shown: Vec<String> = ranges.iter().map(line).collect();
         let shown = shown.concat().replace('\n', ", ");
@@ -89,7 +89,7 @@ fn line(range: &IdMapping) -> String {
 }
 
 /// The node's id of an id inside.
-pub fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
+pub(crate) fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
     ranges.iter().find_map(|range| {
         let offset = id.checked_sub(range.container_id)?;
         (offset < range.length).then(|| range.host_id.checked_add(offset))?
@@ -98,7 +98,7 @@ pub fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
 
 impl Mappings {
     /// For the monitor, which makes the namespace.
-    pub fn for_monitor(&self) -> Users {
+    pub(crate) fn for_monitor(&self) -> Users {
         Users {
             uid_map: self.uids.iter().map(line).collect(),
             gid_map: self.gids.iter().map(line).collect(),
@@ -106,7 +106,7 @@ impl Mappings {
     }
 
     /// The node's ids of the pod's root user and group.
-    pub fn root(&self) -> (u32, u32) {
+    pub(crate) fn root(&self) -> (u32, u32) {
         let id = |ranges: &[IdMapping]| outside(ranges, 0).unwrap_or_default();
         (id(&self.uids), id(&self.gids))
     }

@@ -15,7 +15,7 @@ use rrun_protocol::{Event, Hello, Phase};
 const TRIES: u32 = 5;
 
 /// Begins a task that lives as long as the monitor.
-pub fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let weak_node = Arc::downgrade(node);
     let weak_sandbox = Arc::downgrade(sandbox);
     let monitor = sandbox.monitor.clone();
@@ -75,7 +75,7 @@ fn is_dead(error: &MonitorError, failures: u32) -> bool {
 }
 
 /// Brings the containers' states to what the monitor says.
-pub fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
+pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
     {
         let mut state = sandbox.state();
         state.monitor = hello.pid;
@@ -115,7 +115,11 @@ fn handle(node: &Arc<Node>, sandbox: &Sandbox, event: Event) {
 
 /// The monitor is gone and was not told to go: its containers can't be looked after any more.
 /// They end, as they would have if their runtime's shim had died elsewhere.
-pub async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, why: &MonitorError) -> Result<()> {
+pub(crate) async fn lost(
+    node: &Arc<Node>,
+    sandbox: &Arc<Sandbox>,
+    why: &MonitorError,
+) -> Result<()> {
     if node.sandbox_dir(&sandbox.id).is_dir() {
         log::error!(
             "{}: {why}; its containers are stopped, the pod is not ready",

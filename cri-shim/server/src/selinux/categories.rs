@@ -7,20 +7,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rrun_calls::error::{Error, Result};
 
 /// The levels that pods have, and how many of them.
-pub struct Categories {
+pub(crate) struct Categories {
     /// Pairs are of c0 up to, and without, this one.
     range: u16,
     held: Mutex<HashMap<String, usize>>,
 }
 
 /// A level that no new pod is given until this is dropped.
-pub struct Held {
+pub(crate) struct Held {
     categories: Arc<Categories>,
     level: String,
 }
 
 impl Categories {
-    pub fn new(range: u16) -> Self {
+    pub(crate) fn new(range: u16) -> Self {
         Categories {
             range,
             held: Mutex::default(),
@@ -32,14 +32,14 @@ impl Categories {
     }
 
     /// This level, whoever has it besides.
-    pub fn hold(self: &Arc<Self>, level: &str) -> Held {
+    pub(crate) fn hold(self: &Arc<Self>, level: &str) -> Held {
         *self.held().entry(level.to_owned()).or_default() += 1;
         self.of(level)
     }
 
     /// One that nobody holds. The search begins where the pod's id, a random number, says: what a
     /// pod has left behind is not the next one's.
-    pub fn unique(self: &Arc<Self>, id: &str) -> Result<Held> {
+    pub(crate) fn unique(self: &Arc<Self>, id: &str) -> Result<Held> {
         let range = u64::from(self.range);
         let all = range * range.saturating_sub(1) / 2;
         let digits = id.get(..8).unwrap_or_default();
@@ -67,7 +67,7 @@ impl Categories {
 }
 
 impl Held {
-    pub fn level(&self) -> &str {
+    pub(crate) fn level(&self) -> &str {
         &self.level
     }
 }

@@ -73,7 +73,7 @@ impl From<Label> for String {
 }
 
 /// Refuses what can't be part of a label, by the field's name; also where SELinux is off.
-pub fn check(asked: Option<&SeLinuxOption>) -> Result<()> {
+pub(crate) fn check(asked: Option<&SeLinuxOption>) -> Result<()> {
     let Some(asked) = asked else { return Ok(()) };
     let refuse = |field: &str, value: &str| {
         Err(Error::invalid(format!(

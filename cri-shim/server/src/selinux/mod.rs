@@ -5,10 +5,10 @@
 //! container asks for is laid over that. The labels are in the pod's record: what a pod was made
 //! with it keeps, whatever the configuration says later.
 
-pub mod categories;
-pub mod label;
+pub(crate) mod categories;
+pub(crate) mod label;
 mod policy;
-pub mod relabel;
+pub(crate) mod relabel;
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use rrun_calls::error::{Error, Result};
 
 /// The labels of a pod or of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Labels {
+pub(crate) struct Labels {
     pub process: Label,
     pub files: Label,
 }
@@ -63,7 +63,7 @@ impl Labels {
 }
 
 /// What the node knows of SELinux.
-pub struct Selinux {
+pub(crate) struct Selinux {
     /// `None`: off.
     policy: Option<Policy>,
     categories: Arc<Categories>,
@@ -74,7 +74,7 @@ impl Selinux {
     ///
     /// # Errors
     /// A policy that has no labels for containers.
-    pub fn open(enable: bool, range: u16) -> Result<Self> {
+    pub(crate) fn open(enable: bool, range: u16) -> Result<Self> {
         let mut policy = None;
         if enable && policy::is_in_kernel() {
             policy = Some(Policy::read()?);
@@ -91,7 +91,7 @@ impl Selinux {
 
     /// The labels of a new pod, and a hold on their level. `None` where SELinux is off; what the
     /// pod asks for has no effect there.
-    pub fn of_pod(&self, id: &str, asked: &SeLinuxOption) -> Result<Option<(Labels, Held)>> {
+    pub(crate) fn of_pod(&self, id: &str, asked: &SeLinuxOption) -> Result<Option<(Labels, Held)>> {
         let Some(policy) = &self.policy else {
             if *asked != SeLinuxOption::default() && policy::is_in_kernel() {
                 log::warn!(
@@ -117,13 +117,13 @@ impl Selinux {
     }
 
     /// Keeps new pods off the level of one that is there.
-    pub fn hold(&self, labels: &Labels) -> Held {
+    pub(crate) fn hold(&self, labels: &Labels) -> Held {
         self.categories.hold(&labels.process.level)
     }
 }
 
 /// The labels of a container of a pod: the pod's, where it asks for no others.
-pub fn of_container(pod: &Labels, asked: &SeLinuxOption) -> Result<Labels> {
+pub(crate) fn of_container(pod: &Labels, asked: &SeLinuxOption) -> Result<Labels> {
     let labels = pod.clone().overlaid(asked);
     if labels != *pod {
         labels.check_with_kernel()?;

@@ -17,19 +17,19 @@ const CONTEXTS: &str = "/usr/share/containers/selinux/contexts";
 /// Of a file of the node's.
 const FILE_BYTES: u64 = 1 << 20;
 
-pub struct Policy {
+pub(super) struct Policy {
     /// Of a container, before it is told apart from the others.
     pub labels: Labels,
 }
 
 /// Whether the kernel has SELinux on and a policy loaded.
-pub fn is_in_kernel() -> bool {
+pub(super) fn is_in_kernel() -> bool {
     rustix::fs::statfs(SELINUXFS).is_ok_and(|fs| fs.f_type as u64 == SELINUX_MAGIC)
         && std::fs::read_to_string("/proc/self/attr/current").is_ok_and(|label| label.contains(':'))
 }
 
 /// Whether the loaded policy knows the label; else what the kernel says.
-pub fn check(label: &Label) -> std::result::Result<(), String> {
+pub(super) fn check(label: &Label) -> std::result::Result<(), String> {
     let path = Path::new(SELINUXFS).join("context");
     std::fs::OpenOptions::new()
         .write(true)
@@ -40,7 +40,7 @@ pub fn check(label: &Label) -> std::result::Result<(), String> {
 
 impl Policy {
     /// Reads the labels of containers from where other runtimes have them.
-    pub fn read() -> Result<Policy> {
+    pub(super) fn read() -> Result<Policy> {
         let mut file = Path::new(CONTEXTS).to_owned();
         if !file.exists() {
             let kind = value(&text(Path::new(CONFIG))?, "SELINUXTYPE").unwrap_or_default();

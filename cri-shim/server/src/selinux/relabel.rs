@@ -50,7 +50,7 @@ const OF_THE_NODE: [&str; 24] = [
 ///
 /// # Errors
 /// A directory without which the node is no use.
-pub fn relabel(path: &Path, label: &Label) -> Result<()> {
+pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
     let what = || {
         format!(
             "give {} the SELinux label {label} (selinux_relabel)",
@@ -89,7 +89,7 @@ pub fn relabel(path: &Path, label: &Label) -> Result<()> {
 }
 
 /// Labels one file of ours.
-pub fn one(path: &Path, label: &Label) -> Result<()> {
+pub(crate) fn one(path: &Path, label: &Label) -> Result<()> {
     let text = label.to_string();
     rustix::fs::lsetxattr(path, NAME, text.as_bytes(), XattrFlags::empty())
         .during(|| format!("give {} the SELinux label {label}", path.display()))

@@ -30,7 +30,7 @@ const NAME: &[u8] = b":authority";
 const NAME_CODED: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
 /// A client's connection, with an authority that a URI can have.
-pub struct Connection<S> {
+pub(crate) struct Connection<S> {
     stream: S,
     frames: Frames,
     /// Read, and to be given on from `given`.
@@ -39,7 +39,7 @@ pub struct Connection<S> {
 }
 
 impl<S> Connection<S> {
-    pub fn new(stream: S) -> Self {
+    pub(crate) fn new(stream: S) -> Self {
         Connection {
             stream,
             frames: Frames::default(),

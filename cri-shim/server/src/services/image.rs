@@ -23,7 +23,7 @@ use rrun_kernel::heap;
 /// How long ImageFsInfo waits for removed images and containers to be gone from the disk.
 const REMOVAL: Duration = Duration::from_secs(5);
 
-pub struct Image {
+pub(crate) struct Image {
     pub(super) node: Arc<Node>,
 }
 

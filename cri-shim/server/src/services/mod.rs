@@ -15,7 +15,7 @@ use tonic::Status;
 use crate::node::Node;
 use rrun_calls::error::Error;
 
-pub use authority::Connection;
+pub(crate) use authority::Connection;
 
 /// What a server-streaming method answers with.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -30,13 +30,13 @@ const REQUEST_BYTES: usize = 16 << 20;
 /// The most bytes of an answer: an ExecSync's two outputs.
 const ANSWER_BYTES: usize = 40 << 20;
 
-pub fn runtime(node: Arc<Node>) -> RuntimeServiceServer<runtime::Runtime> {
+pub(crate) fn runtime(node: Arc<Node>) -> RuntimeServiceServer<runtime::Runtime> {
     RuntimeServiceServer::new(runtime::Runtime { node })
         .max_decoding_message_size(REQUEST_BYTES)
         .max_encoding_message_size(ANSWER_BYTES)
 }
 
-pub fn image(node: Arc<Node>) -> ImageServiceServer<image::Image> {
+pub(crate) fn image(node: Arc<Node>) -> ImageServiceServer<image::Image> {
     ImageServiceServer::new(image::Image { node })
         .max_decoding_message_size(REQUEST_BYTES)
         .max_encoding_message_size(ANSWER_BYTES)

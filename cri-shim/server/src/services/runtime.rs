@@ -26,7 +26,7 @@ const API_VERSION: &str = "v1";
 /// What this server calls itself; kubelet shows `NAME://VERSION` on the node.
 const NAME: &str = "rrun";
 
-pub struct Runtime {
+pub(crate) struct Runtime {
     pub(super) node: Arc<Node>,
 }
 

@@ -109,7 +109,7 @@ descriptors! {
 const PROCESSES: usize = 256;
 
 /// Every metric that [`sandbox`] can give.
-pub fn descriptors() -> Vec<MetricDescriptor> {
+pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     let labels = |more: &[&str]| {
         let all = LABELS.iter().chain(more);
         all.map(|label| (*label).to_owned()).collect()
@@ -152,7 +152,7 @@ impl Metrics {
 
 /// A pod's metrics, its running containers' among them. Reads some dozens of the kernel's files
 /// for each. Blocks on nothing else.
-pub fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
+pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
     let metadata = sandbox.config.metadata.clone().unwrap_or_default();
     let dir = directory(&sandbox.cgroup);
     let labels = [

@@ -9,7 +9,7 @@ use crate::cgroup::{key, number, read};
 use crate::node::now;
 
 /// `cpu.stat` has the usage even without the controller.
-pub fn cpu(dir: &Path) -> Option<CpuUsage> {
+pub(super) fn cpu(dir: &Path) -> Option<CpuUsage> {
     let stat = read(dir, "cpu.stat")?;
     let used = key(&stat, "usage_usec")?;
     Some(CpuUsage {
@@ -21,7 +21,7 @@ pub fn cpu(dir: &Path) -> Option<CpuUsage> {
 }
 
 /// Without the controller nothing is counted, but a reader of ours wants to know when.
-pub fn memory(dir: &Path) -> MemoryUsage {
+pub(super) fn memory(dir: &Path) -> MemoryUsage {
     let Some(usage) = number(dir, "memory.current") else {
         return MemoryUsage {
             timestamp: now(),
@@ -46,7 +46,7 @@ pub fn memory(dir: &Path) -> MemoryUsage {
     }
 }
 
-pub fn swap(dir: &Path) -> Option<SwapUsage> {
+pub(super) fn swap(dir: &Path) -> Option<SwapUsage> {
     let usage = number(dir, "memory.swap.current")?;
     Some(SwapUsage {
         timestamp: now(),
@@ -56,7 +56,7 @@ pub fn swap(dir: &Path) -> Option<SwapUsage> {
     })
 }
 
-pub fn io(dir: &Path) -> Option<IoUsage> {
+pub(super) fn io(dir: &Path) -> Option<IoUsage> {
     Some(IoUsage {
         timestamp: now(),
         psi: Some(pressure(dir, "io.pressure")?),
@@ -68,7 +68,7 @@ const DEPTH: u32 = 4;
 const PROCESSES: usize = 1 << 16;
 
 /// The processes in the cgroup and below.
-pub fn process_ids(dir: &Path) -> Vec<i32> {
+pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
     let mut all = Vec::new();
     list_processes(dir, 0, &mut all);
     all
@@ -93,7 +93,7 @@ fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
 }
 
 /// A pressure file, psi.rst; none if the kernel does not keep it.
-pub fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
+pub(super) fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
     parse_pressure(&read(dir, file)?)
 }
 

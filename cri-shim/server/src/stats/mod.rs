@@ -1,7 +1,7 @@
 //! What cgroups count, as the CRI reports it. A controller that is not there leaves its field
 //! out.
 
-pub mod cadvisor;
+pub(crate) mod cadvisor;
 mod cgroup_files;
 mod writable;
 
@@ -22,14 +22,14 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::status::has_labels;
 use rrun_network::{Counters, Interface};
 
-pub use writable::Usage;
+pub(crate) use writable::Usage;
 
 /// The least time between two readings from which a rate is told, in nanoseconds.
 const WINDOW: i64 = 1_000_000_000;
 
 /// What is remembered from one call to the next, by id.
 #[derive(Default)]
-pub struct Cache {
+pub(crate) struct Cache {
     cpu: Mutex<HashMap<String, Reading>>,
     writable: writable::Cache,
 }
@@ -43,14 +43,14 @@ struct Reading {
 }
 
 impl Cache {
-    pub fn forget(&self, id: &str) {
+    pub(crate) fn forget(&self, id: &str) {
         let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
         cpu.remove(id);
         self.writable.forget(id);
     }
 
     /// Has figures of these containers that take a walk through a disk made anew, if that is soon done.
-    pub async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
+    pub(crate) async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
         let ids = containers.iter().map(|container| container.id.as_str());
         self.writable.refresh(node, ids).await;
     }
@@ -90,7 +90,7 @@ fn cpu(cache: &Cache, id: &str, dir: &Path) -> Option<CpuUsage> {
 
 /// One container's statistics. Reads a handful of the kernel's files, and blocks no longer than
 /// that.
-pub fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats {
+pub(crate) fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats {
     let config = &container.config;
     let attributes = ContainerAttributes {
         id: container.id.clone(),
@@ -130,7 +130,7 @@ fn writable_layer(node: &Node, container: &Container, usage: Usage) -> Filesyste
 }
 
 /// One pod's statistics, its containers' among them.
-pub fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
+pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
     let config = &sandbox.config;
     let attributes = PodSandboxAttributes {
         id: sandbox.id.clone(),
@@ -180,7 +180,10 @@ fn usage(counted: Interface) -> NetworkInterfaceUsage {
 }
 
 /// Whether the filter lets the container through.
-pub fn matches_container(filter: Option<&ContainerStatsFilter>, container: &Container) -> bool {
+pub(crate) fn matches_container(
+    filter: Option<&ContainerStatsFilter>,
+    container: &Container,
+) -> bool {
     let Some(filter) = filter else { return true };
     container.id.starts_with(&filter.id)
         && container.sandbox.id.starts_with(&filter.pod_sandbox_id)
@@ -188,7 +191,7 @@ pub fn matches_container(filter: Option<&ContainerStatsFilter>, container: &Cont
 }
 
 /// Whether the filter lets the pod through.
-pub fn matches_sandbox(filter: Option<&PodSandboxStatsFilter>, sandbox: &Sandbox) -> bool {
+pub(crate) fn matches_sandbox(filter: Option<&PodSandboxStatsFilter>, sandbox: &Sandbox) -> bool {
     let Some(filter) = filter else { return true };
     sandbox.id.starts_with(&filter.id) && has_labels(&filter.label_selector, &sandbox.config.labels)
 }

@@ -25,14 +25,14 @@ const ENTRIES: u64 = 1 << 20;
 
 /// A count, and when it was made (nanoseconds since the epoch, 0: not yet).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
+pub(crate) struct Usage {
     pub at: i64,
     pub bytes: u64,
     pub inodes: u64,
 }
 
 #[derive(Default)]
-pub struct Cache {
+pub(super) struct Cache {
     counts: Counts,
 }
 
@@ -58,18 +58,18 @@ fn lock(counts: &Counts) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
 }
 
 impl Cache {
-    pub fn forget(&self, id: &str) {
+    pub(super) fn forget(&self, id: &str) {
         lock(&self.counts).remove(id);
     }
 
     /// The last count.
-    pub fn of(&self, id: &str) -> Usage {
+    pub(super) fn of(&self, id: &str) -> Usage {
         let counts = lock(&self.counts);
         counts.get(id).map(|entry| entry.usage).unwrap_or_default()
     }
 
     /// Counts again what is due of these containers; waits a moment for it, and no longer.
-    pub async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
+    pub(super) async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
         let mut due = Vec::new();
         {
             let (mut counts, now) = (lock(&self.counts), now());

@@ -37,7 +37,7 @@ struct Attached {
 const STOPPED: &str = "the CRI server is being stopped; the container runs on";
 
 /// Serves the client until it goes, or the container or the server ends.
-pub async fn attach(
+pub(crate) async fn attach(
     node: &Node,
     request: &AttachRequest,
     sender: &Sender,

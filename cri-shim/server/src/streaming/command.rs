@@ -10,7 +10,7 @@ use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 
 /// The container's own process with another command: same user, environment and confinement.
-pub fn process(
+pub(super) fn process(
     node: &Node,
     container: &Container,
     command: &[String],
@@ -51,7 +51,7 @@ fn know_the_terminal(process: &mut Value) {
 }
 
 /// What is read and written where nobody wants to read or write.
-pub fn null() -> Result<OwnedFd> {
+pub(super) fn null() -> Result<OwnedFd> {
     rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .during(|| "open /dev/null".to_owned())
 }

@@ -42,7 +42,7 @@ struct Stdio {
 
 /// Runs the command until it ends or the client goes, which ends it, and tells the client. So does the
 /// server's end.
-pub async fn exec(
+pub(crate) async fn exec(
     node: &Node,
     request: &ExecRequest,
     sender: &Sender,
@@ -232,7 +232,7 @@ async fn output(
 }
 
 /// What a closed pipe says; anything else is worth telling.
-pub fn is_gone(error: &io::Error) -> bool {
+pub(crate) fn is_gone(error: &io::Error) -> bool {
     let kinds = [
         io::ErrorKind::BrokenPipe,
         io::ErrorKind::ConnectionReset,

@@ -27,7 +27,7 @@ const CUT: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
 
 /// Runs a command in a container and returns what it wrote and its exit code. `timeout` in
 /// seconds, 0 for none; after it the command is killed.
-pub async fn exec_sync(
+pub(crate) async fn exec_sync(
     node: &Node,
     container: &Container,
     command: &[String],

@@ -6,15 +6,15 @@
 //! on a [`transport`], sending by its [`output`]. [`exec`] and [`attach`] then serve five channels ([`remotecommand`]),
 //! [`port_forward`] as many as the client opens.
 
-pub mod attach;
+pub(crate) mod attach;
 mod command;
-pub mod exec;
-pub mod exec_sync;
-pub mod port_forward;
-pub mod server;
-pub mod token;
+pub(crate) mod exec;
+pub(crate) mod exec_sync;
+pub(crate) mod port_forward;
+pub(crate) mod server;
+pub(crate) mod token;
 
-pub use exec_sync::exec_sync;
+pub(crate) use exec_sync::exec_sync;
 
 use std::sync::OnceLock;
 
@@ -27,7 +27,7 @@ use token::{Permit, Tokens};
 
 /// What the gRPC service and the streaming server share.
 #[derive(Default)]
-pub struct Streams {
+pub(crate) struct Streams {
     tokens: Tokens,
     /// `http://ADDRESS:PORT`, once the server listens.
     base: OnceLock<String>,
@@ -46,7 +46,7 @@ impl Streams {
 }
 
 /// The URL for an exec.
-pub fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> {
+pub(crate) fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> {
     let container = running(node, &request.container_id)?;
     if request.cmd.is_empty() {
         return Err(Error::invalid("cmd: there is no command to execute"));
@@ -57,7 +57,7 @@ pub fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> {
 }
 
 /// The URL for an attach.
-pub fn attach_url(node: &Node, mut request: AttachRequest) -> Result<String> {
+pub(crate) fn attach_url(node: &Node, mut request: AttachRequest) -> Result<String> {
     let container = running(node, &request.container_id)?;
     check(request.tty, request.stdin, request.stdout, request.stderr)?;
     request.container_id.clone_from(&container.id);
@@ -69,7 +69,7 @@ pub fn attach_url(node: &Node, mut request: AttachRequest) -> Result<String> {
 }
 
 /// The URL for a port-forward.
-pub fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> Result<String> {
+pub(crate) fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> Result<String> {
     let sandbox = node.sandbox(&request.pod_sandbox_id)?;
     if !sandbox.state().ready {
         let name = sandbox.name();

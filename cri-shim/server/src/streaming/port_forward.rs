@@ -176,7 +176,7 @@ struct Served {
 }
 
 /// Serves a client's streams for as long as it is there.
-pub async fn over_spdy(
+pub(crate) async fn over_spdy(
     node: &Arc<Node>,
     request: &PortForwardRequest,
     mut reader: connection::Reader,
@@ -481,7 +481,7 @@ async fn from_pod(from: OwnedReadHalf, line: &Line) -> io::Result<()> {
 }
 
 /// Serves a pair of channels for each port that was asked for.
-pub async fn over_websocket(
+pub(crate) async fn over_websocket(
     node: &Arc<Node>,
     request: &PortForwardRequest,
     mut reader: websocket::Reader,

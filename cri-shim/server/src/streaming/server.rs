@@ -46,11 +46,11 @@ const MAX_CONNECTIONS: usize = 1024;
 
 /// The server's end, which sessions wait for. Whoever tells it can wait until all of them are gone.
 #[derive(Clone)]
-pub struct Ending(pub watch::Receiver<bool>);
+pub(crate) struct Ending(pub watch::Receiver<bool>);
 
 impl Ending {
     /// Waits until it comes, or nobody is left to tell.
-    pub async fn come(&mut self) {
+    pub(crate) async fn come(&mut self) {
         let _ = self.0.wait_for(|ending| *ending).await;
     }
 
@@ -64,14 +64,14 @@ impl Ending {
 }
 
 /// The server before it serves.
-pub struct Server {
+pub(crate) struct Server {
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
 }
 
 impl Server {
     /// Listens where the configuration says, and lets the node's URLs begin with that.
-    pub async fn listen(node: &Node) -> Result<Self> {
+    pub(crate) async fn listen(node: &Node) -> Result<Self> {
         let config = &node.config;
         let tls = tls(config).map_err(|error| Error::invalid(error.to_string()))?;
         let what = || format!("listen for streams on {}", config.stream_listen);
@@ -90,7 +90,7 @@ impl Server {
     }
 
     /// Serves until `ending` comes; what is open then is ended, and its clients are told.
-    pub async fn serve(self, node: Arc<Node>, mut ending: Ending) {
+    pub(crate) async fn serve(self, node: Arc<Node>, mut ending: Ending) {
         let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let accepted = tokio::select! {
@@ -129,7 +129,7 @@ impl Server {
 }
 
 /// The certificate and key of the configuration, if it has them.
-pub fn tls(config: &Config) -> std::result::Result<Option<TlsAcceptor>, ConfigError> {
+pub(crate) fn tls(config: &Config) -> std::result::Result<Option<TlsAcceptor>, ConfigError> {
     let (Some(cert), Some(key)) = (&config.stream_tls_cert, &config.stream_tls_key) else {
         return Ok(None);
     };

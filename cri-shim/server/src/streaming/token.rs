@@ -18,7 +18,7 @@ const MAX_TOKENS: usize = 1000;
 
 /// What a client may do, once.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Permit {
+pub(crate) enum Permit {
     Exec(ExecRequest),
     Attach(AttachRequest),
     PortForward(PortForwardRequest),
@@ -26,7 +26,7 @@ pub enum Permit {
 
 impl Permit {
     /// The first part of its URL's path.
-    pub fn method(&self) -> &'static str {
+    pub(crate) fn method(&self) -> &'static str {
         match self {
             Permit::Exec(_) => "exec",
             Permit::Attach(_) => "attach",
@@ -36,7 +36,7 @@ impl Permit {
 }
 
 #[derive(Default)]
-pub struct Tokens(Mutex<BTreeMap<String, (Instant, Permit)>>);
+pub(crate) struct Tokens(Mutex<BTreeMap<String, (Instant, Permit)>>);
 
 impl Tokens {
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, (Instant, Permit)>> {
@@ -44,7 +44,7 @@ impl Tokens {
     }
 
     /// A new token.
-    pub fn give(&self, permit: Permit) -> Result<String> {
+    pub(crate) fn give(&self, permit: Permit) -> Result<String> {
         let token = new_id()?;
         let now = Instant::now();
         let mut all = self.all();
@@ -62,7 +62,7 @@ impl Tokens {
     }
 
     /// What a token is for, if it is still good.
-    pub fn look(&self, method: &str, token: &str) -> Option<Permit> {
+    pub(crate) fn look(&self, method: &str, token: &str) -> Option<Permit> {
         let all = self.all();
         let (until, permit) = all.get(token)?;
         let good = *until > Instant::now() && permit.method() == method;
@@ -70,7 +70,7 @@ impl Tokens {
     }
 
     /// Uses a token up; false if another client was quicker.
-    pub fn spend(&self, token: &str) -> bool {
+    pub(crate) fn spend(&self, token: &str) -> bool {
         self.all().remove(token).is_some()
     }
 }

@@ -6,9 +6,9 @@
 use std::sync::LazyLock;
 
 /// Its Adler-32 checksum, by which a zlib stream names its dictionary (RFC 1950, section 2.2).
-pub const CHECKSUM: u32 = 0xe3c6a7c2;
+pub(super) const CHECKSUM: u32 = 0xe3c6a7c2;
 
-pub static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| {
+pub(super) static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut bytes = Vec::with_capacity(1423);
     for word in WORDS {
         bytes.extend_from_slice(&u32::try_from(word.len()).unwrap_or(0).to_be_bytes());

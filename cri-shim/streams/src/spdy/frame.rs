@@ -318,7 +318,7 @@ mod tests {
         Ok(frames)
     }
 
-    pub fn syn_stream(theirs: &mut Compressor, id: u32, pairs: &[(&str, &str)]) -> Vec<u8> {
+    pub(super) fn syn_stream(theirs: &mut Compressor, id: u32, pairs: &[(&str, &str)]) -> Vec<u8> {
         let mut body = id.to_be_bytes().to_vec();
         body.extend_from_slice(&[0; 6]);
         body.extend_from_slice(&theirs.block(pairs));

@@ -76,7 +76,7 @@ struct Mount {
 
 /// The edits for a container, in the order in which to make them.
 #[derive(Debug, Default)]
-pub struct Found(Vec<Edits>);
+pub(crate) struct Found(Vec<Edits>);
 
 /// The names in the request and in its annotations, each once.
 fn asked(config: &ContainerConfig) -> Vec<&str> {
@@ -96,7 +96,7 @@ fn asked(config: &ContainerConfig) -> Vec<&str> {
 }
 
 /// Looks up the devices that the container asks for. Blocks.
-pub fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<Found> {
+pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<Found> {
     let names = asked(config);
     if names.is_empty() {
         return Ok(Found::default());
@@ -118,7 +118,7 @@ pub fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<Found> {
 
 impl Found {
     /// Makes the edits in config.json. Looks at the devices, which blocks.
-    pub fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
+    pub(crate) fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
         for edits in &self.0 {
             edits.apply(spec, privileged)?;
         }

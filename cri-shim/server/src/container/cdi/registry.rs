@@ -48,7 +48,7 @@ struct SpecDevice {
 }
 
 /// A device as its file has it.
-pub struct Device {
+pub(super) struct Device {
     /// A number for the file.
     pub file: usize,
     pub path: PathBuf,
@@ -62,7 +62,7 @@ pub struct Device {
 }
 
 #[derive(Default)]
-pub struct Registry {
+pub(super) struct Registry {
     dirs: Vec<PathBuf>,
     devices: BTreeMap<String, Device>,
     /// Files that could not be understood, and why.
@@ -72,7 +72,7 @@ pub struct Registry {
 impl Registry {
     /// Reads the directories, the weightiest last. What is wrong with a file concerns those who ask
     /// for a device that is not there.
-    pub fn read(dirs: &[PathBuf]) -> Self {
+    pub(super) fn read(dirs: &[PathBuf]) -> Self {
         let mut registry = Registry {
             dirs: dirs.to_vec(),
             ..Registry::default()
@@ -113,7 +113,7 @@ impl Registry {
     }
 
     /// The device of this name, `vendor/class=name`.
-    pub fn device(&self, name: &str) -> Result<&Device> {
+    pub(super) fn device(&self, name: &str) -> Result<&Device> {
         if !is_qualified(name) {
             return Err(Error::invalid(format!(
                 "the CDI device {name:?} is not named VENDOR/CLASS=NAME"

@@ -15,7 +15,7 @@ struct Line<'a> {
 }
 
 /// Reads one document. The error has the line.
-pub fn parse(text: &str) -> Result<Value, String> {
+pub(super) fn parse(text: &str) -> Result<Value, String> {
     let mut lines = Vec::new();
     for (at, line) in text.lines().enumerate() {
         let number = at + 1;
