@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use rustix::fs::{FsWord, statfs};
 
-use crate::config::CgroupDriver;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
 
@@ -19,6 +18,14 @@ pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
 /// statfs(2).
 const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
+
+/// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum CgroupDriver {
+    Cgroupfs,
+    Systemd,
+}
 
 /// One sentence if this host has no cgroup v2.
 pub(crate) fn check() -> Result<(), String> {

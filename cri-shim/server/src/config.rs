@@ -5,6 +5,7 @@
 
 mod load;
 mod rlimit;
+pub(crate) mod tls;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::cgroup::{self, slice};
+use crate::cgroup::{self, CgroupDriver, slice};
 use crate::container::seccomp::Asked;
 use rrun_images::{Least, Limits, Pins};
 use rrun_network::NetworkSettings;
@@ -30,14 +31,6 @@ pub(crate) const DEFAULT_TEXT: &str = include_str!("config_default.toml");
 
 /// How many seconds nothing may move on a stream, as kubelet has it.
 const STREAM_IDLE_TIMEOUT: u64 = 4 * 60 * 60;
-
-/// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum CgroupDriver {
-    Cgroupfs,
-    Systemd,
-}
 
 /// One `[runtime.NAME]`: an OCI runtime that a pod's RuntimeClass can choose.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -1,10 +1,12 @@
 //! The CRI server.
 
 mod cgroup;
+mod clock;
 mod config;
 mod container;
 mod events;
 mod handlers;
+mod id;
 mod journal;
 mod metrics;
 mod node;

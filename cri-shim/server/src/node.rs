@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use rrun_proto::v1::PodSandboxMetadata;
 
@@ -13,11 +13,12 @@ use crate::container::Container;
 use crate::container::trash::Trash;
 use crate::events::Bus;
 use crate::handlers::Handlers;
+use crate::id::by_prefix;
 use crate::sandbox::Sandbox;
 use crate::selinux::Selinux;
 use crate::stats::Cache;
 use crate::streaming::Streams;
-use rrun_calls::error::{During, Error, Result};
+use rrun_calls::error::{Error, Result};
 use rrun_calls::singleflight::InFlight;
 use rrun_images::Images;
 use rrun_network::PodNetwork;
@@ -161,69 +162,5 @@ impl Node {
     /// `ROOT/containers/CID`.
     pub(crate) fn writable_layer(&self, container: &str) -> PathBuf {
         self.config.root.join("containers").join(container)
-    }
-}
-
-fn by_prefix<T>(all: &BTreeMap<String, Arc<T>>, id: &str) -> Option<Arc<T>> {
-    if let Some(found) = all.get(id) {
-        return Some(Arc::clone(found));
-    }
-    if id.is_empty() {
-        return None;
-    }
-    let mut matches = all
-        .range::<str, _>((std::ops::Bound::Included(id), std::ops::Bound::Unbounded))
-        .take_while(|(key, _)| key.starts_with(id));
-    match (matches.next(), matches.next()) {
-        (Some((_, found)), None) => Some(Arc::clone(found)),
-        _ => None,
-    }
-}
-
-/// A new id: 64 hexadecimal digits from the kernel's random numbers.
-pub(crate) fn new_id() -> Result<String> {
-    let mut bytes = [0_u8; 32];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut urandom| std::io::Read::read_exact(&mut urandom, &mut bytes))
-        .during(|| "read random numbers from /dev/urandom".to_owned())?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Nanoseconds since the epoch.
-pub(crate) fn now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// The first digits of an id, for the log.
-pub(crate) fn short(id: &str) -> &str {
-    id.get(..12).unwrap_or(id)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_prefix_finds_only_what_is_unambiguous() {
-        let all: BTreeMap<String, Arc<u32>> = [("ab1", 1), ("ab2", 2), ("c", 3)]
-            .map(|(id, n)| (id.to_owned(), Arc::new(n)))
-            .into();
-        assert_eq!(by_prefix(&all, "ab1").as_deref(), Some(&1));
-        assert_eq!(by_prefix(&all, "ab"), None);
-        assert_eq!(by_prefix(&all, "c").as_deref(), Some(&3));
-        assert_eq!(by_prefix(&all, ""), None);
-        assert_eq!(by_prefix(&all, "d"), None);
-    }
-
-    #[test]
-    fn ids_are_64_hexadecimal_digits() -> Result<()> {
-        let id = new_id()?;
-        assert_eq!(id.len(), 64);
-        assert!(id.bytes().all(|b| b.is_ascii_hexdigit()));
-        assert_ne!(id, new_id()?);
-        Ok(())
     }
 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
+use crate::clock::now;
 use crate::container::{self, Container, Phase, remove};
-use crate::node::{Node, now};
+use crate::node::Node;
 use crate::sandbox::{self, Sandbox, files, namespaces, stop, sysctl, watch};
 use rrun_calls::error::{During, Error, Result};
 use rrun_monitor_client::MonitorError;

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use crate::cgroup::CgroupDriver;
 use crate::cgroup::{self, slice};
-use crate::config::{CgroupDriver, Config};
+use crate::config::Config;
 
 /// The controllers that pods' limits and statistics need, cgroup-v2.rst.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];

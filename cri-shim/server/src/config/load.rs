@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 use super::{Config, ConfigError, DEFAULT_FILE, Partial};
-use crate::streaming;
 use rrun_images::position;
 use rrun_kernel::errno::describe;
 use rrun_network::NetworkConfig;
@@ -33,7 +32,7 @@ impl Source {
         }
         let served = |all: Partial| {
             let config = all.finished()?;
-            streaming::server::tls(&config)?;
+            super::tls::tls(&config)?;
             NetworkConfig::of(&config.network)
                 .check()
                 .map_err(|(key, reason)| ConfigError::Value { key, reason })?;

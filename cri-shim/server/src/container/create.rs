@@ -18,8 +18,10 @@ use super::{
     volumes,
 };
 use crate::cgroup::slice;
+use crate::clock::now;
 use crate::handlers::Features;
-use crate::node::{Node, new_id, now};
+use crate::id::new_id;
+use crate::node::Node;
 use crate::sandbox::files::{let_through, private_dir, write, write_record};
 use crate::sandbox::{Sandbox, namespaces, users};
 use crate::selinux::{self, relabel};

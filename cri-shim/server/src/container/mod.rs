@@ -39,7 +39,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::cgroup::{self, slice};
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use crate::sandbox::{Sandbox, files};
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::slow;
@@ -296,7 +297,7 @@ impl Container {
     /// `container NAME (ID) of pod …`, for the log and for errors.
     pub(crate) fn name(&self) -> String {
         let name = self.config.metadata.as_ref().map(|m| m.name.as_str());
-        let short = crate::node::short(&self.id);
+        let short = crate::id::short(&self.id);
         let pod = self.sandbox.name();
         format!("container {} ({short}) of {pod}", name.unwrap_or_default())
     }

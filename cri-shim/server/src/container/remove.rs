@@ -10,7 +10,8 @@ use tokio::process::Command;
 
 use super::{Container, Phase, image_volume, status, stop};
 use crate::cgroup;
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use crate::sandbox::files::{remove_tree, unmount};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};

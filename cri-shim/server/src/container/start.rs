@@ -7,7 +7,8 @@ use std::time::Duration;
 use rrun_proto::v1::{ContainerEventType, LinuxContainerResources};
 
 use super::{Container, resources, status};
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use crate::sandbox::watch;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;

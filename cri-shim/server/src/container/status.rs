@@ -6,7 +6,8 @@ use rrun_proto::v1::{
 };
 
 use super::{Container, Phase};
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use crate::sandbox::status::has_labels;
 use crate::sandbox::{self, Sandbox};
 use rrun_images::{Image, Name};

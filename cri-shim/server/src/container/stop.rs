@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Container, Phase};
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::slow;
 use rrun_monitor_client::MonitorError;

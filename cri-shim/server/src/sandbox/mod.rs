@@ -198,7 +198,7 @@ impl Sandbox {
 /// See [`Sandbox::name`].
 pub(crate) fn name(id: &str, config: &PodSandboxConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
-    let short = crate::node::short(id);
+    let short = crate::id::short(id);
     format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
 }
 

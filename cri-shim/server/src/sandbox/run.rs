@@ -8,7 +8,9 @@ use rrun_proto::v1::{ContainerEventType, PodSandboxConfig, PodSandboxMetadata, S
 use super::namespaces::{self, Sharing};
 use super::{RECORD, Record, Sandbox, files, stop, sysctl, users, watch};
 use crate::cgroup;
-use crate::node::{Node, new_id, now};
+use crate::clock::now;
+use crate::id::new_id;
+use crate::node::Node;
 use crate::selinux::label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};

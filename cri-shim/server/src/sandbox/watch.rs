@@ -104,7 +104,7 @@ fn handle(node: &Arc<Node>, sandbox: &Sandbox, event: Event) {
             }
         }
         Event::OutOfMemory { id } => {
-            let id = crate::node::short(&id);
+            let id = crate::id::short(&id);
             log::warn!(
                 "{}: container {id}: the kernel killed a process, it had reached its memory limit",
                 sandbox.name()

@@ -96,7 +96,7 @@ impl Selinux {
             if *asked != SeLinuxOption::default() && policy::is_in_kernel() {
                 log::warn!(
                     "pod {}: asks for an SELinux label (linux.security_context.selinux_options), which has no effect: enable_selinux is not set",
-                    crate::node::short(id)
+                    crate::id::short(id)
                 );
             }
             return Ok(None);

@@ -14,7 +14,8 @@ use serde_json::json;
 use tonic::{Request, Response, Status};
 
 use super::{Answers, answer, in_chunks};
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::Auth;

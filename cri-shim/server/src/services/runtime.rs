@@ -14,8 +14,9 @@ use tokio_stream::wrappers::BroadcastStream;
 use tonic::{Request, Response, Status};
 
 use super::{Answers, answer, in_chunks};
-use crate::config::CgroupDriver as ConfiguredDriver;
-use crate::node::{Node, now};
+use crate::cgroup::CgroupDriver as ConfiguredDriver;
+use crate::clock::now;
+use crate::node::Node;
 use crate::{container, sandbox, stats, streaming};
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::slow;

@@ -11,8 +11,9 @@ use rrun_proto::v1::{
 
 use super::cgroup_files;
 use crate::cgroup::{MOUNT_POINT, directory, key, number, read};
+use crate::clock::now;
 use crate::container::{Container, Phase};
-use crate::node::{Node, now};
+use crate::node::Node;
 use crate::sandbox::Sandbox;
 use rrun_network::Counters;
 

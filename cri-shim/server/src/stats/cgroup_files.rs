@@ -6,7 +6,7 @@ use rrun_proto::v1::{CpuUsage, IoUsage, MemoryUsage, PsiData, PsiStats, SwapUsag
 
 use super::value;
 use crate::cgroup::{key, number, read};
-use crate::node::now;
+use crate::clock::now;
 
 /// `cpu.stat` has the usage even without the controller.
 pub(super) fn cpu(dir: &Path) -> Option<CpuUsage> {

@@ -16,8 +16,9 @@ use rrun_proto::v1::{
 };
 
 use crate::cgroup;
+use crate::clock::now;
 use crate::container::{Container, Phase};
-use crate::node::{Node, now};
+use crate::node::Node;
 use crate::sandbox::Sandbox;
 use crate::sandbox::status::has_labels;
 use rrun_network::{Counters, Interface};

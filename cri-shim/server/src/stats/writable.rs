@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::node::{Node, now};
+use crate::clock::now;
+use crate::node::Node;
 
 /// A layer is counted again after so many times what the last walk took: at most a hundredth of one
 /// CPU's time goes there. kubelet evicts who uses most by these figures, so that they must not lag

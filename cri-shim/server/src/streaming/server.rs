@@ -6,7 +6,6 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +15,6 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustls::ServerConfig;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
@@ -26,7 +22,7 @@ use tokio_rustls::TlsAcceptor;
 use super::exec::is_gone;
 use super::token::Permit;
 use super::{attach, exec, port_forward};
-use crate::config::{Config, ConfigError};
+use crate::config::tls::tls;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
@@ -126,30 +122,6 @@ impl Server {
             });
         }
     }
-}
-
-/// The certificate and key of the configuration, if it has them.
-pub(crate) fn tls(config: &Config) -> std::result::Result<Option<TlsAcceptor>, ConfigError> {
-    let (Some(cert), Some(key)) = (&config.stream_tls_cert, &config.stream_tls_key) else {
-        return Ok(None);
-    };
-    let bad = |key, path: &Path, why: &dyn std::fmt::Display| ConfigError::Value {
-        key,
-        reason: format!("{}: {why}", path.display()),
-    };
-    let chain = CertificateDer::pem_file_iter(cert)
-        .and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>)
-        .map_err(|error| bad("stream_tls_cert", cert, &error))?;
-    let private =
-        PrivateKeyDer::from_pem_file(key).map_err(|error| bad("stream_tls_key", key, &error))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let server = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| bad("stream_tls_cert", cert, &error))?
-        .with_no_client_auth()
-        .with_single_cert(chain, private)
-        .map_err(|error| bad("stream_tls_cert", cert, &error))?;
-    Ok(Some(TlsAcceptor::from(Arc::new(server))))
 }
 
 /// Takes a connection as far as the end of its request.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rrun_proto::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 use tonic::Code;
 
-use crate::node::new_id;
+use crate::id::new_id;
 use rrun_calls::error::{Error, Result};
 
 /// How long a token is good for.
