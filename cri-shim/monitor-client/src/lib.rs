@@ -2,6 +2,8 @@
 //!
 //! [`spawn`] starts a pod's monitor; a [`MonitorClient`] asks it things, one connection each.
 
+mod code;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;

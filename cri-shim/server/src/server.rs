@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tonic::Status;
 use tonic::service::Routes;
 
 use crate::config::{Config, Source};
@@ -166,10 +167,8 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
             let answer = routes.call(request);
             async move {
                 let answer = answer.await?;
-                // A failure is told in the headers; what fails in the middle of a stream counts
-                // as begun well.
-                let status = answer.headers().get("grpc-status");
-                call.answered(status.map(|status| status.as_bytes()));
+                // The headers report a failure. A stream that fails later counts as a success.
+                call.answered(Status::from_header_map(answer.headers()));
                 Ok::<_, std::convert::Infallible>(answer)
             }
         });

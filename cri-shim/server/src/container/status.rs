@@ -11,6 +11,7 @@ use crate::node::Node;
 use crate::sandbox::status::has_labels;
 use crate::sandbox::{self, Sandbox};
 use rrun_images::{Image, Name};
+use serde_json::{Value, json};
 
 impl Phase {
     fn cri(self) -> ContainerState {
@@ -152,6 +153,20 @@ fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
             .map(|container| status(container))
             .collect(),
     });
+}
+
+/// What `crictl inspect` shows below the status. Blocks on the disk for one small file.
+pub(crate) fn info(node: &Node, container: &Container) -> Value {
+    let bundle = node.bundle(&container.sandbox.id, &container.id);
+    let spec = std::fs::read(bundle.join("config.json"))
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+    json!({
+        "pid": container.state().pid,
+        "sandboxID": container.sandbox.id,
+        "bundle": bundle,
+        "runtimeSpec": spec,
+    })
 }
 
 #[cfg(test)]

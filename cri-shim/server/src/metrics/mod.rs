@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rrun_images::PullEnd;
-use tonic::Code;
+use tonic::{Code, Status};
 
 /// The methods of both services; whatever else is called counts as the last.
 const METHODS: [&str; 42] = [
@@ -153,10 +153,23 @@ impl Call {
         }
     }
 
-    /// The answer has begun. `status` is its header `grpc-status`, which a failure has.
-    pub(crate) fn answered(mut self, status: Option<&[u8]>) {
-        let code = status.map_or(Code::Ok, Code::from_bytes);
-        self.code = code as usize;
+    /// The answer has begun. `status` stands in its header if the call failed; it is logged, since
+    /// kubelet's own log is often elsewhere.
+    pub(crate) fn answered(mut self, status: Option<Status>) {
+        self.code = status.as_ref().map_or(Code::Ok, Status::code) as usize;
+        if let Some(failure) = status.filter(|status| status.code() != Code::Ok) {
+            self.log(&failure);
+        }
+    }
+
+    fn log(&self, failure: &Status) {
+        let method = METHODS.get(self.method).copied().unwrap_or_default();
+        match (method, failure.code()) {
+            // The pull has logged its failure, once for all callers that wait for it.
+            ("PullImage", _) => {}
+            (_, Code::NotFound) => log::debug!("{method}: {}", failure.message()),
+            _ => log::warn!("{method}: {}", failure.message()),
+        }
     }
 }
 

@@ -348,9 +348,7 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
         runtime: handler.map(|handler| handler.path.clone()),
     };
     let dir = node.sandbox_dir(&sandbox.id);
-    rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+    rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor).await?;
     // Its answer means that the namespaces are there.
     match tokio::time::timeout(MONITOR_START, sandbox.monitor.subscribe()).await {
         Ok(Ok((hello, _events))) => Ok(hello),

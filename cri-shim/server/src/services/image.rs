@@ -13,7 +13,7 @@ use rrun_proto::v1::{
 use serde_json::json;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, answer, in_chunks};
+use super::answers::{Answers, in_chunks};
 use crate::clock::now;
 use crate::node::Node;
 use rrun_calls::error::{Error, Result};
@@ -22,7 +22,7 @@ use rrun_images::Auth;
 use rrun_kernel::heap;
 
 /// How long ImageFsInfo waits for removed images and containers to be gone from the disk.
-const REMOVAL: Duration = Duration::from_secs(5);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Image {
     pub(super) node: Arc<Node>,
@@ -176,23 +176,21 @@ impl ImageService for Image {
         &self,
         request: Request<ImageStatusRequest>,
     ) -> Result<Response<ImageStatusResponse>, Status> {
-        answer("ImageStatus", self.status(request.into_inner()).await)
+        Ok(Response::new(self.status(request.into_inner()).await?))
     }
 
     async fn pull_image(
         &self,
         request: Request<PullImageRequest>,
     ) -> Result<Response<PullImageResponse>, Status> {
-        // The pull has told the log, once for all who wait for it.
-        let pulled = self.pull(request.into_inner()).await;
-        Ok(Response::new(pulled?))
+        Ok(Response::new(self.pull(request.into_inner()).await?))
     }
 
     async fn remove_image(
         &self,
         request: Request<RemoveImageRequest>,
     ) -> Result<Response<RemoveImageResponse>, Status> {
-        answer("RemoveImage", self.remove(request.into_inner()).await)
+        Ok(Response::new(self.remove(request.into_inner()).await?))
     }
 
     async fn image_fs_info(
@@ -202,8 +200,8 @@ impl ImageService for Image {
         // kubelet looks at the disk after this call, and evicts pods if what it has just removed,
         // images and the containers of pods that it has evicted, is still there.
         tokio::join!(
-            self.node.images.removed(REMOVAL),
-            self.node.trash.emptied(REMOVAL),
+            self.node.images.removed(REMOVAL_TIMEOUT),
+            self.node.trash.emptied(REMOVAL_TIMEOUT),
         );
         Ok(Response::new(self.fs_info()))
     }

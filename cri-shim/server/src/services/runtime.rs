@@ -1,4 +1,7 @@
-//! RuntimeService.
+//! RuntimeService: each method takes its request apart, calls, and puts the answer together.
+//!
+//! A call that makes, changes or ends something runs in a task of its own, which outlives an
+//! impatient client, and which a retry joins.
 
 mod statistics;
 mod status;
@@ -9,16 +12,15 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use rrun_proto::v1::runtime_service_server::RuntimeService;
 use rrun_proto::v1::*;
-use serde_json::json;
 use tokio_stream::wrappers::BroadcastStream;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, answer, in_chunks};
+use super::answers::{Answers, in_chunks};
 use crate::cgroup::CgroupDriver as ConfiguredDriver;
 use crate::clock::now;
 use crate::node::Node;
 use crate::{container, sandbox, stats, streaming};
-use rrun_calls::error::{Error, Result};
+use rrun_calls::error::{During, Error};
 use rrun_calls::wait::slow;
 
 /// The CRI's version, which clients compare with theirs.
@@ -32,150 +34,12 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    async fn run_sandbox(&self, request: RunPodSandboxRequest) -> Result<RunPodSandboxResponse> {
-        let config = request
-            .config
-            .ok_or_else(|| Error::invalid("the request has no pod configuration"))?;
-        let metadata = config.metadata.clone().unwrap_or_default();
-        let node = Arc::clone(&self.node);
-        let handler = request.runtime_handler;
-        let key = sandbox::run::key(&metadata);
-        let making = self
-            .node
-            .making
-            .join(&key, || sandbox::run::run(node, config, handler));
-        let pod_sandbox_id = slow(&key, making).await?;
-        Ok(RunPodSandboxResponse { pod_sandbox_id })
-    }
-
-    async fn stop_sandbox(&self, id: &str) -> Result<StopPodSandboxResponse> {
-        // What is gone is stopped.
-        if let Ok(sandbox) = self.node.sandbox(id) {
-            let node = Arc::clone(&self.node);
-            let key = format!("stop pod {}", sandbox.id);
-            let stopping = self
-                .node
-                .doing
-                .join(&key, || sandbox::stop::stop(node, sandbox));
-            stopping.await?;
-        }
-        Ok(StopPodSandboxResponse {})
-    }
-
-    async fn remove_sandbox(&self, id: &str) -> Result<RemovePodSandboxResponse> {
-        if let Ok(sandbox) = self.node.sandbox(id) {
-            let node = Arc::clone(&self.node);
-            let key = format!("remove pod {}", sandbox.id);
-            let removing = self
-                .node
-                .doing
-                .join(&key, || sandbox::stop::remove(node, sandbox));
-            removing.await?;
-        }
-        Ok(RemovePodSandboxResponse {})
-    }
-
-    async fn sandbox_status(
-        &self,
-        request: &PodSandboxStatusRequest,
-    ) -> Result<PodSandboxStatusResponse> {
-        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
-        let timestamp = now();
-        let containers = self.node.containers_of(&sandbox.id);
-        let mut info = BTreeMap::new();
-        if request.verbose {
-            let shown = sandbox::status::info(&self.node, &sandbox).await;
-            info.insert("info".to_owned(), shown.to_string());
-        }
-        Ok(PodSandboxStatusResponse {
-            status: Some(sandbox::status::status(&sandbox)),
-            info,
-            containers_statuses: containers
-                .iter()
-                .map(|container| container::status::status(container))
-                .collect(),
-            timestamp,
-        })
-    }
-
     fn sandboxes(&self, filter: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
         let all = self.node.sandboxes();
         all.iter()
             .filter(|sandbox| sandbox::status::matches(filter, sandbox))
             .map(|sandbox| sandbox::status::list_entry(sandbox))
             .collect()
-    }
-
-    async fn update_sandbox(
-        &self,
-        request: UpdatePodSandboxResourcesRequest,
-    ) -> Result<UpdatePodSandboxResourcesResponse> {
-        // Kubelet has changed the pod's cgroup itself: what is left is to know of it.
-        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
-        {
-            let mut state = sandbox.state();
-            if request.resources.is_some() {
-                state.resources = request.resources;
-            }
-            if request.overhead.is_some() {
-                state.overhead = request.overhead;
-            }
-        }
-        sandbox.save(&self.node).await?;
-        Ok(UpdatePodSandboxResourcesResponse {})
-    }
-
-    async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
-        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
-        let config = request
-            .config
-            .ok_or_else(|| Error::invalid("the request has no container configuration"))?;
-        let node = Arc::clone(&self.node);
-        let key = container::create::key(&sandbox.id, &config);
-        let making = self
-            .node
-            .making
-            .join(&key, || container::create::create(node, sandbox, config));
-        let container_id = slow(&key, making).await?;
-        Ok(CreateContainerResponse { container_id })
-    }
-
-    async fn start(&self, id: &str) -> Result<StartContainerResponse> {
-        let container = self.node.container(id)?;
-        let node = Arc::clone(&self.node);
-        let key = format!("start container {}", container.id);
-        let starting = self
-            .node
-            .doing
-            .join(&key, || container::start::start(node, container));
-        starting.await?;
-        Ok(StartContainerResponse {})
-    }
-
-    async fn stop(&self, request: &StopContainerRequest) -> Result<StopContainerResponse> {
-        if let Ok(container) = self.node.container(&request.container_id) {
-            let node = Arc::clone(&self.node);
-            let grace = request.timeout;
-            // A second call with less patience is not to wait for the first one's.
-            let key = format!("stop container {} within {grace} s", container.id);
-            let stopping = self.node.doing.join(&key, || async move {
-                container::stop::stop(&node, &container, grace).await
-            });
-            stopping.await?;
-        }
-        Ok(StopContainerResponse {})
-    }
-
-    async fn remove(&self, id: &str) -> Result<RemoveContainerResponse> {
-        if let Ok(container) = self.node.container(id) {
-            let node = Arc::clone(&self.node);
-            let key = format!("remove container {}", container.id);
-            let removing = self.node.doing.join(&key, || async move {
-                container::remove::remove(&node, &container).await
-            });
-            removing.await?;
-        }
-        Ok(RemoveContainerResponse {})
     }
 
     fn containers(&self, filter: Option<&ContainerFilter>) -> Vec<Container> {
@@ -185,77 +49,6 @@ impl Runtime {
             .map(|container| container::status::list_entry(container))
             .collect()
     }
-
-    fn container_status(
-        &self,
-        request: &ContainerStatusRequest,
-    ) -> Result<ContainerStatusResponse> {
-        let container = self.node.container(&request.container_id)?;
-        let mut info = BTreeMap::new();
-        if request.verbose {
-            let bundle = self.node.bundle(&container.sandbox.id, &container.id);
-            let spec = std::fs::read(bundle.join("config.json"))
-                .ok()
-                .and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
-            let shown = json!({
-                "pid": container.state().pid,
-                "sandboxID": container.sandbox.id,
-                "bundle": bundle,
-                "runtimeSpec": spec,
-            });
-            info.insert("info".to_owned(), shown.to_string());
-        }
-        Ok(ContainerStatusResponse {
-            status: Some(container::status::status(&container)),
-            info,
-        })
-    }
-
-    async fn update(
-        &self,
-        request: UpdateContainerResourcesRequest,
-    ) -> Result<UpdateContainerResourcesResponse> {
-        let container = self.node.container(&request.container_id)?;
-        if request.windows.is_some() {
-            return Err(Error::invalid(
-                "the update has resources for Windows (windows)",
-            ));
-        }
-        let Some(asked) = request.linux else {
-            return Ok(UpdateContainerResourcesResponse {});
-        };
-        let (node, name) = (Arc::clone(&self.node), container.name());
-        // Not joined: the next one may ask for something else.
-        let task = tokio::spawn(container::start::update(node, container, asked));
-        let ended = task.await;
-        ended.map_err(|error| Error::internal(format!("update {name}: {error}")))??;
-        Ok(UpdateContainerResourcesResponse {})
-    }
-
-    async fn reopen_log(&self, id: &str) -> Result<ReopenContainerLogResponse> {
-        let container = self.node.container(id)?;
-        let name = container.name();
-        if container.phase() != container::Phase::Running {
-            return Err(Error::wrong_state(format!("{name} is not running")));
-        }
-        let reopened = container.sandbox.monitor.reopen_log(&container.id).await;
-        reopened.map_err(|error| Error::internal(format!("reopen the log of {name}: {error}")))?;
-        Ok(ReopenContainerLogResponse {})
-    }
-
-    async fn exec_sync(&self, request: ExecSyncRequest) -> Result<ExecSyncResponse> {
-        let container = self.node.container(&request.container_id)?;
-        streaming::exec_sync(&self.node, &container, &request.cmd, request.timeout).await
-    }
-}
-
-fn not_yet<T>(method: &str, what: &str) -> Result<Response<T>, Status> {
-    answer(
-        method,
-        Err(Error::unimplemented(format!(
-            "rrun-cri does not {what} yet"
-        ))),
-    )
 }
 
 #[tonic::async_trait]
@@ -277,8 +70,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
-        let status = Runtime::status(self, request.into_inner().verbose).await;
-        Ok(Response::new(status))
+        let verbose = request.into_inner().verbose;
+        Ok(Response::new(status::status(&self.node, verbose).await))
     }
 
     async fn runtime_config(
@@ -302,10 +95,8 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<UpdateRuntimeConfigResponse>, Status> {
         let config = request.into_inner().runtime_config.unwrap_or_default();
         let cidr = config.network_config.unwrap_or_default().pod_cidr;
-        if !cidr.is_empty()
-            && let Err(error) = self.node.network.set_ranges(&cidr).await
-        {
-            return answer("UpdateRuntimeConfig", Err(error));
+        if !cidr.is_empty() {
+            self.node.network.set_ranges(&cidr).await?;
         }
         Ok(Response::new(UpdateRuntimeConfigResponse {}))
     }
@@ -314,36 +105,67 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<RunPodSandboxRequest>,
     ) -> Result<Response<RunPodSandboxResponse>, Status> {
-        answer(
-            "RunPodSandbox",
-            self.run_sandbox(request.into_inner()).await,
-        )
+        let request = request.into_inner();
+        let config = request
+            .config
+            .ok_or_else(|| Error::invalid("the request has no pod configuration"))?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        let (node, handler) = (Arc::clone(&self.node), request.runtime_handler);
+        let key = sandbox::run::key(&metadata);
+        let run = || sandbox::run::run(node, config, handler);
+        let pod_sandbox_id = slow(&key, self.node.making.join(&key, run)).await?;
+        Ok(Response::new(RunPodSandboxResponse { pod_sandbox_id }))
     }
 
     async fn stop_pod_sandbox(
         &self,
         request: Request<StopPodSandboxRequest>,
     ) -> Result<Response<StopPodSandboxResponse>, Status> {
-        let id = request.into_inner().pod_sandbox_id;
-        answer("StopPodSandbox", self.stop_sandbox(&id).await)
+        // A pod that does not exist is stopped.
+        if let Ok(sandbox) = self.node.sandbox(&request.get_ref().pod_sandbox_id) {
+            let node = Arc::clone(&self.node);
+            let key = format!("stop pod {}", sandbox.id);
+            let stop = || sandbox::stop::stop(node, sandbox);
+            self.node.doing.join(&key, stop).await?;
+        }
+        Ok(Response::new(StopPodSandboxResponse {}))
     }
 
     async fn remove_pod_sandbox(
         &self,
         request: Request<RemovePodSandboxRequest>,
     ) -> Result<Response<RemovePodSandboxResponse>, Status> {
-        let id = request.into_inner().pod_sandbox_id;
-        answer("RemovePodSandbox", self.remove_sandbox(&id).await)
+        if let Ok(sandbox) = self.node.sandbox(&request.get_ref().pod_sandbox_id) {
+            let node = Arc::clone(&self.node);
+            let key = format!("remove pod {}", sandbox.id);
+            let remove = || sandbox::stop::remove(node, sandbox);
+            self.node.doing.join(&key, remove).await?;
+        }
+        Ok(Response::new(RemovePodSandboxResponse {}))
     }
 
     async fn pod_sandbox_status(
         &self,
         request: Request<PodSandboxStatusRequest>,
     ) -> Result<Response<PodSandboxStatusResponse>, Status> {
-        answer(
-            "PodSandboxStatus",
-            self.sandbox_status(request.get_ref()).await,
-        )
+        let request = request.into_inner();
+        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
+        let timestamp = now();
+        let containers = self.node.containers_of(&sandbox.id);
+        let mut info = BTreeMap::new();
+        if request.verbose {
+            let shown = sandbox::status::info(&self.node, &sandbox).await;
+            info.insert("info".to_owned(), shown.to_string());
+        }
+        Ok(Response::new(PodSandboxStatusResponse {
+            status: Some(sandbox::status::status(&sandbox)),
+            info,
+            containers_statuses: containers
+                .iter()
+                .map(|container| container::status::status(container))
+                .collect(),
+            timestamp,
+        }))
     }
 
     async fn list_pod_sandbox(
@@ -369,38 +191,78 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<UpdatePodSandboxResourcesResponse>, Status> {
-        let updated = self.update_sandbox(request.into_inner()).await;
-        answer("UpdatePodSandboxResources", updated)
+        let request = request.into_inner();
+        // Kubelet has changed the pod's cgroup itself. Only the record has to follow.
+        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
+        {
+            let mut state = sandbox.state();
+            if request.resources.is_some() {
+                state.resources = request.resources;
+            }
+            if request.overhead.is_some() {
+                state.overhead = request.overhead;
+            }
+        }
+        sandbox.save(&self.node).await?;
+        Ok(Response::new(UpdatePodSandboxResourcesResponse {}))
     }
 
     async fn create_container(
         &self,
         request: Request<CreateContainerRequest>,
     ) -> Result<Response<CreateContainerResponse>, Status> {
-        answer("CreateContainer", self.create(request.into_inner()).await)
+        let request = request.into_inner();
+        let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
+        let config = request
+            .config
+            .ok_or_else(|| Error::invalid("the request has no container configuration"))?;
+        let node = Arc::clone(&self.node);
+        let key = container::create::key(&sandbox.id, &config);
+        let create = || container::create::create(node, sandbox, config);
+        let container_id = slow(&key, self.node.making.join(&key, create)).await?;
+        Ok(Response::new(CreateContainerResponse { container_id }))
     }
 
     async fn start_container(
         &self,
         request: Request<StartContainerRequest>,
     ) -> Result<Response<StartContainerResponse>, Status> {
-        let id = request.into_inner().container_id;
-        answer("StartContainer", self.start(&id).await)
+        let container = self.node.container(&request.get_ref().container_id)?;
+        let node = Arc::clone(&self.node);
+        let key = format!("start container {}", container.id);
+        let start = || container::start::start(node, container);
+        self.node.doing.join(&key, start).await?;
+        Ok(Response::new(StartContainerResponse {}))
     }
 
     async fn stop_container(
         &self,
         request: Request<StopContainerRequest>,
     ) -> Result<Response<StopContainerResponse>, Status> {
-        answer("StopContainer", self.stop(request.get_ref()).await)
+        let request = request.into_inner();
+        if let Ok(container) = self.node.container(&request.container_id) {
+            let node = Arc::clone(&self.node);
+            let grace = request.timeout;
+            // The key holds the timeout, so that a second call with a shorter one need not wait for
+            // the first.
+            let key = format!("stop container {} within {grace} s", container.id);
+            let stop = || async move { container::stop::stop(&node, &container, grace).await };
+            self.node.doing.join(&key, stop).await?;
+        }
+        Ok(Response::new(StopContainerResponse {}))
     }
 
     async fn remove_container(
         &self,
         request: Request<RemoveContainerRequest>,
     ) -> Result<Response<RemoveContainerResponse>, Status> {
-        let id = request.into_inner().container_id;
-        answer("RemoveContainer", self.remove(&id).await)
+        if let Ok(container) = self.node.container(&request.get_ref().container_id) {
+            let node = Arc::clone(&self.node);
+            let key = format!("remove container {}", container.id);
+            let remove = || async move { container::remove::remove(&node, &container).await };
+            self.node.doing.join(&key, remove).await?;
+        }
+        Ok(Response::new(RemoveContainerResponse {}))
     }
 
     async fn list_containers(
@@ -426,77 +288,111 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ContainerStatusRequest>,
     ) -> Result<Response<ContainerStatusResponse>, Status> {
-        let status = Runtime::container_status(self, request.get_ref());
-        answer("ContainerStatus", status)
+        let request = request.into_inner();
+        let container = self.node.container(&request.container_id)?;
+        let mut info = BTreeMap::new();
+        if request.verbose {
+            let shown = container::status::info(&self.node, &container);
+            info.insert("info".to_owned(), shown.to_string());
+        }
+        Ok(Response::new(ContainerStatusResponse {
+            status: Some(container::status::status(&container)),
+            info,
+        }))
     }
 
     async fn update_container_resources(
         &self,
         request: Request<UpdateContainerResourcesRequest>,
     ) -> Result<Response<UpdateContainerResourcesResponse>, Status> {
-        let updated = self.update(request.into_inner()).await;
-        answer("UpdateContainerResources", updated)
+        let request = request.into_inner();
+        let container = self.node.container(&request.container_id)?;
+        if request.windows.is_some() {
+            let sentence = "the update has resources for Windows (windows)";
+            return Err(Error::invalid(sentence).into());
+        }
+        if let Some(resources) = request.linux {
+            let (node, name) = (Arc::clone(&self.node), container.name());
+            // A task outlives an impatient client. Updates are not joined, because the next one may
+            // request something else.
+            let update = tokio::spawn(container::start::update(node, container, resources));
+            let ended = update.await;
+            ended.map_err(|error| Error::internal(format!("update {name}: {error}")))??;
+        }
+        Ok(Response::new(UpdateContainerResourcesResponse {}))
     }
 
     async fn reopen_container_log(
         &self,
         request: Request<ReopenContainerLogRequest>,
     ) -> Result<Response<ReopenContainerLogResponse>, Status> {
-        let id = request.into_inner().container_id;
-        answer("ReopenContainerLog", self.reopen_log(&id).await)
+        let container = self.node.container(&request.get_ref().container_id)?;
+        let name = container.name();
+        if container.phase() != container::Phase::Running {
+            return Err(Error::wrong_state(format!("{name} is not running")).into());
+        }
+        let reopened = container.sandbox.monitor.reopen_log(&container.id).await;
+        reopened.map_err(Error::from).during(|| format!("reopen the log of {name}"))?;
+        Ok(Response::new(ReopenContainerLogResponse {}))
     }
 
     async fn checkpoint_container(
         &self,
         _request: Request<CheckpointContainerRequest>,
     ) -> Result<Response<CheckpointContainerResponse>, Status> {
-        not_yet("CheckpointContainer", "checkpoint containers")
+        Err(Error::unimplemented("rrun-cri does not checkpoint containers yet").into())
     }
 
     async fn exec_sync(
         &self,
         request: Request<ExecSyncRequest>,
     ) -> Result<Response<ExecSyncResponse>, Status> {
-        let result = Runtime::exec_sync(self, request.into_inner()).await;
-        answer("ExecSync", result)
+        let request = request.into_inner();
+        let container = self.node.container(&request.container_id)?;
+        let executed =
+            streaming::exec_sync(&self.node, &container, &request.cmd, request.timeout).await?;
+        Ok(Response::new(executed))
     }
 
-    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
-        let url = streaming::exec_url(&self.node, request.into_inner());
-        answer("Exec", url.map(|url| ExecResponse { url }))
+    async fn exec(
+        &self,
+        request: Request<ExecRequest>,
+    ) -> Result<Response<ExecResponse>, Status> {
+        let url = streaming::exec_url(&self.node, request.into_inner())?;
+        Ok(Response::new(ExecResponse { url }))
     }
 
     async fn attach(
         &self,
         request: Request<AttachRequest>,
     ) -> Result<Response<AttachResponse>, Status> {
-        let url = streaming::attach_url(&self.node, request.into_inner());
-        answer("Attach", url.map(|url| AttachResponse { url }))
+        let url = streaming::attach_url(&self.node, request.into_inner())?;
+        Ok(Response::new(AttachResponse { url }))
     }
 
     async fn port_forward(
         &self,
         request: Request<PortForwardRequest>,
     ) -> Result<Response<PortForwardResponse>, Status> {
-        let url = streaming::port_forward_url(&self.node, request.into_inner());
-        answer("PortForward", url.map(|url| PortForwardResponse { url }))
+        let url = streaming::port_forward_url(&self.node, request.into_inner())?;
+        Ok(Response::new(PortForwardResponse { url }))
     }
 
     async fn container_stats(
         &self,
         request: Request<ContainerStatsRequest>,
     ) -> Result<Response<ContainerStatsResponse>, Status> {
-        let stats = Runtime::container_stats(self, &request.get_ref().container_id).await;
-        answer("ContainerStats", stats)
+        let container = self.node.container(&request.get_ref().container_id)?;
+        let stats = statistics::container(&self.node, &container).await;
+        Ok(Response::new(ContainerStatsResponse { stats: Some(stats) }))
     }
 
     async fn list_container_stats(
         &self,
         request: Request<ListContainerStatsRequest>,
     ) -> Result<Response<ListContainerStatsResponse>, Status> {
-        let stats = self
-            .all_container_stats(request.get_ref().filter.as_ref())
-            .await;
+        let filter = request.get_ref().filter.as_ref();
+        let stats = statistics::containers(&self.node, filter).await;
         Ok(Response::new(ListContainerStatsResponse { stats }))
     }
 
@@ -506,9 +402,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        let stats = self
-            .all_container_stats(request.get_ref().filter.as_ref())
-            .await;
+        let filter = request.get_ref().filter.as_ref();
+        let stats = statistics::containers(&self.node, filter).await;
         let message = |container_stats| StreamContainerStatsResponse { container_stats };
         Ok(Response::new(in_chunks(stats, message)))
     }
@@ -517,17 +412,17 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<PodSandboxStatsRequest>,
     ) -> Result<Response<PodSandboxStatsResponse>, Status> {
-        let stats = self.sandbox_stats(&request.get_ref().pod_sandbox_id).await;
-        answer("PodSandboxStats", stats)
+        let sandbox = self.node.sandbox(&request.get_ref().pod_sandbox_id)?;
+        let stats = statistics::sandbox(&self.node, &sandbox).await;
+        Ok(Response::new(PodSandboxStatsResponse { stats: Some(stats) }))
     }
 
     async fn list_pod_sandbox_stats(
         &self,
         request: Request<ListPodSandboxStatsRequest>,
     ) -> Result<Response<ListPodSandboxStatsResponse>, Status> {
-        let stats = self
-            .all_sandbox_stats(request.get_ref().filter.as_ref())
-            .await;
+        let filter = request.get_ref().filter.as_ref();
+        let stats = statistics::sandboxes(&self.node, filter).await;
         Ok(Response::new(ListPodSandboxStatsResponse { stats }))
     }
 
@@ -537,9 +432,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        let stats = self
-            .all_sandbox_stats(request.get_ref().filter.as_ref())
-            .await;
+        let filter = request.get_ref().filter.as_ref();
+        let stats = statistics::sandboxes(&self.node, filter).await;
         let message = |pod_sandbox_stats| StreamPodSandboxStatsResponse { pod_sandbox_stats };
         Ok(Response::new(in_chunks(stats, message)))
     }
@@ -548,16 +442,15 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<ListMetricDescriptorsRequest>,
     ) -> Result<Response<ListMetricDescriptorsResponse>, Status> {
-        Ok(Response::new(ListMetricDescriptorsResponse {
-            descriptors: stats::cadvisor::descriptors(),
-        }))
+        let descriptors = stats::cadvisor::descriptors();
+        Ok(Response::new(ListMetricDescriptorsResponse { descriptors }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _request: Request<ListPodSandboxMetricsRequest>,
     ) -> Result<Response<ListPodSandboxMetricsResponse>, Status> {
-        let pod_metrics = self.sandbox_metrics().await;
+        let pod_metrics = statistics::metrics(&self.node).await;
         Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
@@ -567,10 +460,10 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
+        let metrics = statistics::metrics(&self.node).await;
         let message = |pod_sandbox_metrics| StreamPodSandboxMetricsResponse {
             pod_sandbox_metrics,
         };
-        let metrics = self.sandbox_metrics().await;
         Ok(Response::new(in_chunks(metrics, message)))
     }
 

@@ -7,99 +7,103 @@ use rrun_proto::v1::{
     RuntimeCondition, RuntimeFeatures, RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus,
     StatusResponse,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::Runtime;
+use crate::config::Config;
+use crate::node::Node;
 use rrun_calls::wait::slow;
 
-impl Runtime {
-    pub(super) async fn status(&self, verbose: bool) -> StatusResponse {
-        let condition = |kind: &str, trouble: Option<(&str, String)>| {
-            let (reason, message) = trouble.clone().unwrap_or_default();
-            RuntimeCondition {
-                r#type: kind.to_owned(),
-                status: trouble.is_none(),
-                reason: reason.to_owned(),
-                message,
-            }
-        };
-        let network = slow("look at the pods' network", self.node.network.ready()).await;
-        let network = network.err().map(|why| ("NetworkPluginNotReady", why));
-        let mut response = StatusResponse {
-            status: Some(RuntimeStatus {
-                conditions: vec![
-                    condition("RuntimeReady", self.essentials_missing()),
-                    condition("NetworkReady", network),
-                    condition("RuntimeHandlersReady", self.other_runtimes_missing()),
-                ],
-            }),
-            info: BTreeMap::new(),
-            runtime_handlers: self.handlers().await,
-            features: Some(RuntimeFeatures {
-                supplemental_groups_policy: true,
-                user_namespaces_host_network: false,
-            }),
-        };
-        if verbose {
-            let config = &self.node.config;
-            let shown = json!({
-                "root": config.root,
-                "state": config.state,
-                // containerd's name for it: clients look there for what the file system can.
-                "stateDir": config.state,
-                "monitor": config.monitor,
-                "defaultRuntime": config.default_runtime,
-                "runtimes": config.runtimes.iter().map(|(name, handler)| (name.clone(), json!({
-                    "path": handler.path, "options": handler.options,
-                }))).collect::<BTreeMap<_, _>>(),
-                "restrictOomScoreAdj": config.restrict_oom_score_adj,
-                "enableSelinux": config.enable_selinux,
-                "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
-                // seccomp(2), "/proc interfaces": not there in kernels without it.
-                "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
-                "pods": self.node.sandboxes().len(),
-                "containers": self.node.containers().len(),
-            });
-            response.info.insert("config".to_owned(), shown.to_string());
-            response.info.extend(self.node.network.shown().await);
+/// The answer of Status.
+pub(super) async fn status(node: &Node, verbose: bool) -> StatusResponse {
+    let condition = |kind: &str, trouble: Option<(&str, String)>| {
+        let (reason, message) = trouble.clone().unwrap_or_default();
+        RuntimeCondition {
+            r#type: kind.to_owned(),
+            status: trouble.is_none(),
+            reason: reason.to_owned(),
+            message,
         }
-        response
+    };
+    let network = slow("look at the pods' network", node.network.ready()).await;
+    let network = network.err().map(|why| ("NetworkPluginNotReady", why));
+    let mut response = StatusResponse {
+        status: Some(RuntimeStatus {
+            conditions: vec![
+                condition("RuntimeReady", essentials_missing(&node.config)),
+                condition("NetworkReady", network),
+                condition("RuntimeHandlersReady", other_runtimes_missing(&node.config)),
+            ],
+        }),
+        info: BTreeMap::new(),
+        runtime_handlers: handlers(node).await,
+        features: Some(RuntimeFeatures {
+            supplemental_groups_policy: true,
+            user_namespaces_host_network: false,
+        }),
+    };
+    if verbose {
+        let shown = shown_config(node).to_string();
+        response.info.insert("config".to_owned(), shown);
+        response.info.extend(node.network.shown().await);
     }
+    response
+}
 
-    /// Without these no pod can be made.
-    fn essentials_missing(&self) -> Option<(&'static str, String)> {
-        let config = &self.node.config;
-        let runtime = config.runtime("").and_then(|runtime| runtime.missing());
-        Some((
-            "RuntimeMissing",
-            runtime.or_else(|| config.monitor_missing())?,
-        ))
-    }
+/// What `crictl info` shows under `config`.
+fn shown_config(node: &Node) -> Value {
+    let config = &node.config;
+    json!({
+        "root": config.root,
+        "state": config.state,
+        // containerd's name for it: clients look there for what the file system can.
+        "stateDir": config.state,
+        "monitor": config.monitor,
+        "defaultRuntime": config.default_runtime,
+        "runtimes": config.runtimes.iter().map(|(name, handler)| (name.clone(), json!({
+            "path": handler.path, "options": handler.options,
+        }))).collect::<BTreeMap<_, _>>(),
+        "restrictOomScoreAdj": config.restrict_oom_score_adj,
+        "enableSelinux": config.enable_selinux,
+        "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
+        // seccomp(2), "/proc interfaces": not there in kernels without it.
+        "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
+        "pods": node.sandboxes().len(),
+        "containers": node.containers().len(),
+    })
+}
 
-    /// Pods can do without a handler that is not the default one: those that choose it can't.
-    fn other_runtimes_missing(&self) -> Option<(&'static str, String)> {
-        let runtimes = self.node.config.runtimes.iter();
-        let missing: Vec<String> = runtimes
-            .filter_map(|(name, handler)| Some(format!("{name}: {}", handler.missing()?)))
-            .collect();
-        (!missing.is_empty()).then(|| ("RuntimeMissing", missing.join("; ")))
-    }
+/// Without these no pod can be made.
+fn essentials_missing(config: &Config) -> Option<(&'static str, String)> {
+    let runtime = config.runtime("").and_then(|runtime| runtime.missing());
+    Some((
+        "RuntimeMissing",
+        runtime.or_else(|| config.monitor_missing())?,
+    ))
+}
 
-    /// Every handler; the default one a second time, without a name.
-    async fn handlers(&self) -> Vec<RuntimeHandler> {
-        let config = &self.node.config;
-        let users = self.node.handlers.users(config).await;
-        let mut handlers = Vec::new();
-        for name in std::iter::once("").chain(config.runtimes.keys().map(String::as_str)) {
-            let features = self.node.handlers.features(config, name).await;
-            handlers.push(RuntimeHandler {
-                name: name.to_owned(),
-                features: Some(RuntimeHandlerFeatures {
-                    recursive_read_only_mounts: features.recursive_read_only,
-                    user_namespaces: users && features.users && features.mapped_mounts,
-                }),
-            });
-        }
-        handlers
+/// Pods can do without a handler that is not the default one: those that choose it can't.
+fn other_runtimes_missing(config: &Config) -> Option<(&'static str, String)> {
+    let runtimes = config.runtimes.iter();
+    let missing: Vec<String> = runtimes
+        .filter_map(|(name, handler)| Some(format!("{name}: {}", handler.missing()?)))
+        .collect();
+    (!missing.is_empty()).then(|| ("RuntimeMissing", missing.join("; ")))
+}
+
+/// Every handler; the default one a second time, without a name.
+async fn handlers(node: &Node) -> Vec<RuntimeHandler> {
+    let config = &node.config;
+    let users = node.handlers.users(config).await;
+    let mut handlers = Vec::new();
+    for name in std::iter::once("").chain(config.runtimes.keys().map(String::as_str)) {
+        let features = node.handlers.features(config, name).await;
+        handlers.push(RuntimeHandler {
+            name: name.to_owned(),
+            features: Some(RuntimeHandlerFeatures {
+                recursive_read_only_mounts: features.recursive_read_only,
+                user_namespaces: users && features.users && features.mapped_mounts,
+            }),
+        });
     }
+    handlers
 }
