@@ -283,17 +283,7 @@ fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Contain
         created_at: 0,
         user: Default::default(),
         stop_signal: libc::SIGTERM,
-        state: container::State {
-            phase: Phase::Created,
-            pid: 0,
-            started_at: 0,
-            finished_at: 0,
-            exit_code: 0,
-            reason: String::new(),
-            message: String::new(),
-            in_runtime: true,
-            resources: Default::default(),
-        },
+        state: container::State::new(Default::default()),
         made: false,
     });
     Container::from_record(Arc::clone(sandbox), record)

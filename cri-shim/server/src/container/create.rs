@@ -1,30 +1,23 @@
 //! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rrun_proto::v1::{
     ContainerConfig, ContainerEventType, LinuxContainerSecurityContext, NamespaceMode,
 };
-
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::seccomp::Asked;
-use super::spec::{Namespaces, Parts, PidNamespace};
-use super::user::{Accounts, User};
+use super::spec::PidNamespace;
+use super::user::User;
 use super::{
-    Container, Phase, RECORD, Record, State, annotations, apparmor, capabilities, cdi, devices,
-    idmap, image_volume, mounts, propagation, remove, resources, rootfs, signal, spec, status,
-    volumes,
+    Container, Phase, RECORD, Record, State, bundle, image_volume, remove, signal, spec, status,
 };
-use crate::cgroup::slice;
 use crate::clock::now;
-use crate::handlers::Features;
 use crate::id::new_id;
 use crate::node::Node;
-use crate::sandbox::files::{let_through, private_dir, write, write_record};
-use crate::sandbox::{Sandbox, namespaces, users};
-use crate::selinux::{self, relabel};
+use crate::sandbox::files::{private_dir, write_record};
+use crate::sandbox::{Sandbox, users};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::Image;
@@ -64,36 +57,7 @@ pub(crate) async fn create(
         .images
         .find(name)
         .ok_or_else(|| Error::not_found(format!("the image {name:?} is not on this node")))?;
-    let resources = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.resources.clone());
-    let record = Record {
-        id: new_id()?,
-        sandbox: sandbox.id.clone(),
-        image_id: image.id.clone(),
-        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
-        image_name: status::image_name(config.image.as_ref(), &image),
-        created_at: now(),
-        user: User::default(),
-        stop_signal: signal::stop_signal(
-            config.stop_signal(),
-            image.config.stop_signal.as_deref(),
-        )?,
-        state: State {
-            phase: Phase::Created,
-            pid: 0,
-            started_at: 0,
-            finished_at: 0,
-            exit_code: 0,
-            reason: String::new(),
-            message: String::new(),
-            in_runtime: true,
-            resources: resources.unwrap_or_default(),
-        },
-        config,
-        made: false,
-    };
+    let record = new_record(&sandbox, &image, config)?;
     let made = make(&node, &sandbox, record.clone(), &image).await;
     match made {
         Ok(container) => {
@@ -111,6 +75,28 @@ pub(crate) async fn create(
             Err(error).during(|| format!("create {}", rest.name()))
         }
     }
+}
+
+/// The record of a container that is about to be made.
+fn new_record(sandbox: &Sandbox, image: &Image, config: ContainerConfig) -> Result<Record> {
+    let resources = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.clone());
+    let image_signal = image.config.stop_signal.as_deref();
+    Ok(Record {
+        id: new_id()?,
+        sandbox: sandbox.id.clone(),
+        image_id: image.id.clone(),
+        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+        image_name: status::image_name(config.image.as_ref(), image),
+        created_at: now(),
+        user: User::default(),
+        stop_signal: signal::stop_signal(config.stop_signal(), image_signal)?,
+        state: State::new(resources.unwrap_or_default()),
+        config,
+        made: false,
+    })
 }
 
 fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
@@ -195,50 +181,40 @@ async fn assemble(
     sandbox: &Arc<Sandbox>,
     mut record: Record,
     image: &Arc<Image>,
-    bundle: PathBuf,
+    dir: PathBuf,
 ) -> Result<Arc<Container>> {
     let pod = sandbox.name();
-    let lower = node.images.lease_soon(&record.id, &image.id)?;
-    let images = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
+    let layers = node.images.lease_soon(&record.id, &image.id)?;
+    let image_volumes = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
-    // The runtime starts while the bundle is written, and waits for that. Its time counts from
-    // then on: not beside what has no bound.
+    // The runtime starts early and waits until the bundle is there. It does not if volumes are
+    // relabelled: that takes as long as it takes, and would use up the runtime's deadline.
     let relabels = record.config.mounts.iter().any(|it| it.selinux_relabel);
     let early = features.after && sandbox.state().passes_after && !relabels;
-    let (after, written) = match early {
-        true => pipe_with(PipeFlags::CLOEXEC)
-            .map(|(after, written)| (Some(after), Some(written)))
-            .during(|| "make a pipe".to_owned())?,
-        false => (None, None),
+    let (after, written) = if early {
+        let pipe = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned());
+        let (after, written) = pipe?;
+        (Some(after), Some(written))
+    } else {
+        (None, None)
     };
     let mut container = Container::from_record(Arc::clone(sandbox), record.clone());
-    let runtime = container
-        .runtime_command(node)
-        .ok_or_else(|| Error::internal(format!("no runtime handler {:?}", sandbox.handler)))?;
-    let config = &container.config;
-    let request = Create {
-        id: container.id.clone(),
-        bundle: bundle.clone(),
-        runtime,
-        cgroup: container.cgroup_dir(),
-        log: container.log_path(),
-        terminal: config.tty,
-        stdin: config.stdin,
-        stdin_once: config.stdin_once,
-        native: node.config.is_native(&sandbox.handler),
-    };
+    let request = request(node, &container, dir.clone())?;
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
-        let from = From {
-            image,
-            lower,
-            images,
-            pid,
-            features,
-        };
         move || {
-            let user = prepare(&node, &sandbox, &record, &bundle, from)?;
+            let user = bundle::fill(bundle::Inputs {
+                node: &node,
+                sandbox: &sandbox,
+                record: &record,
+                dir: &dir,
+                image,
+                layers,
+                image_volumes,
+                pid,
+                features,
+            })?;
             if let Some(written) = written {
                 // If nobody reads there any more, the runtime's answer says why.
                 let _ = rustix::io::write(written, b"1");
@@ -247,24 +223,41 @@ async fn assemble(
         }
     };
     let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
-    let prepared = blocking(what, job);
+    let filled = blocking(what, job);
     let created = async {
-        let asked = sandbox.monitor.create(request, after);
-        let created = slow(format!("{pod}: the runtime's create"), asked);
-        created
-            .await
-            .map_err(|error| Error::internal(error.to_string()))
+        let created = sandbox.monitor.create(request, after);
+        let created = slow(format!("{pod}: the runtime's create"), created);
+        created.await.map_err(Error::from)
     };
-    let (user, pid) = match early {
-        true => {
-            let (prepared, created) = tokio::join!(prepared, created);
-            (prepared?, created?)
-        }
-        false => (prepared.await?, created.await?),
+    let (user, pid) = if early {
+        let (filled, created) = tokio::join!(filled, created);
+        (filled?, created?)
+    } else {
+        (filled.await?, created.await?)
     };
     container.user = user;
     container.change(|state| state.pid = pid);
     Ok(Arc::new(container))
+}
+
+/// What the monitor is to create.
+fn request(node: &Node, container: &Container, bundle: PathBuf) -> Result<Create> {
+    let handler = &container.sandbox.handler;
+    let runtime = container
+        .runtime_command(node)
+        .ok_or_else(|| Error::internal(format!("no runtime handler {handler:?}")))?;
+    let config = &container.config;
+    Ok(Create {
+        id: container.id.clone(),
+        bundle,
+        runtime,
+        cgroup: container.cgroup_dir(),
+        log: container.log_path(),
+        terminal: config.tty,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        native: node.config.is_native(handler),
+    })
 }
 
 fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<PidNamespace> {
@@ -294,166 +287,4 @@ fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Re
             }
         }
     }
-}
-
-/// What a container is made from, beside its request.
-struct From {
-    image: Arc<Image>,
-    /// The image's layers, uppermost first.
-    lower: Vec<PathBuf>,
-    /// Images among the mounts.
-    images: Vec<image_volume::Found>,
-    pid: PidNamespace,
-    features: Features,
-}
-
-/// Mounts the root filesystem and writes config.json. Blocks.
-fn prepare(
-    node: &Node,
-    sandbox: &Sandbox,
-    record: &Record,
-    bundle: &Path,
-    from: From,
-) -> Result<User> {
-    let image = from.image;
-    let config = &record.config;
-    let context = spec::context(config);
-    let capabilities = capabilities::sets(
-        context.capabilities.as_ref(),
-        context.privileged,
-        capabilities::ours(),
-    )?;
-    let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
-    let seccomp = seccomp.profile(&capabilities)?;
-    let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
-    if let Some(dir) = log.as_deref().and_then(Path::parent) {
-        std::fs::create_dir_all(dir)
-            .during(|| format!("make the log directory {}", dir.display()))?;
-    }
-    let target = bundle.join("rootfs");
-    let writable = node.writable_layer(&record.id);
-    private_dir(&writable)?;
-    let mappings = users::mappings(&sandbox.config)?;
-    let root = mappings.as_ref().map(|users| users.root());
-    let holder = sandbox.namespaces();
-    let users = match root {
-        Some(root) => {
-            let_through(&[], &[bundle], root.1)?;
-            Some(idmap::Users::of(holder, root)?)
-        }
-        None => None,
-    };
-    let selinux = match &sandbox.selinux {
-        Some(pod) => {
-            let asked = context.selinux_options.clone().unwrap_or_default();
-            Some(selinux::of_container(pod, &asked)?)
-        }
-        None => None,
-    };
-    let files = selinux.as_ref().map(|labels| &labels.files);
-    let lower = rootfs::over_mount_points(from.lower, &node.config.root);
-    rootfs::Overlay {
-        lower: &lower,
-        writable: &writable,
-        target: &target,
-        base: &node.config.root,
-        users: users.as_ref(),
-        label: files,
-    }
-    .mount()?;
-    let root = root.unwrap_or_default();
-
-    let user = Accounts::read(&target)?.resolve(Some(&context), &image.config.user)?;
-    rootfs::make_working_dir(&target, spec::working_dir(config, &image.config)?, root)?;
-    let mut asked_mounts = config.mounts.clone();
-    mounts::make_sources(&asked_mounts)?;
-    propagation::check(&asked_mounts)?;
-    image_volume::mount(
-        node,
-        bundle,
-        &from.images,
-        users.as_ref(),
-        files,
-        &mut asked_mounts,
-    )?;
-    let volumes = writable.join("volumes");
-    let volumes = volumes::make(
-        &image.config.volumes,
-        &asked_mounts,
-        &target,
-        &volumes,
-        root,
-    )?;
-    asked_mounts.extend(volumes);
-    if let Some(label) = files {
-        for mount in asked_mounts.iter().filter(|mount| mount.selinux_relabel) {
-            relabel::relabel(Path::new(&mount.host_path), label)?;
-        }
-    }
-    let devices = cdi::find(&node.config.cdi_spec_dirs, config)?;
-
-    let sharing = namespaces::sharing(&sandbox.config)?;
-    let of_holder = |kind: &str| PathBuf::from(format!("/proc/{holder}/ns/{kind}"));
-    let own_uts = sharing.own_uts;
-    let hostname = match own_uts {
-        true => sandbox.config.hostname.clone(),
-        false => crate::sandbox::files::of_node("/proc/sys/kernel/hostname")
-            .trim()
-            .to_owned(),
-    };
-    let pod_dir = node.sandbox_dir(&sandbox.id);
-    let around = mounts::Surroundings {
-        pod: &pod_dir,
-        privileged: context.privileged,
-        readonly_rootfs: context.readonly_rootfs,
-        own_ipc: sharing.own_ipc,
-        features: from.features,
-    };
-    let pod_cgroup = crate::cgroup::directory(&sandbox.cgroup);
-    let cgroup = match slice::is_slice(&sandbox.cgroup) {
-        true => slice::for_runtime(&sandbox.cgroup, &record.id),
-        false => format!("{}/{}", sandbox.cgroup, record.id),
-    };
-    let asked = &record.state.resources;
-    let handler = node.config.runtime(&sandbox.handler);
-    let mut spec = spec::spec(Parts {
-        config,
-        image: &image.config,
-        user: &user,
-        hostname: &hostname,
-        rootfs: &target,
-        cgroup: &cgroup,
-        namespaces: Namespaces {
-            network: sharing.own_network.then(|| node.netns(&sandbox.id)),
-            ipc: sharing.own_ipc.then(|| of_holder("ipc")),
-            uts: own_uts.then(|| of_holder("uts")),
-            pid: from.pid,
-            users: mappings.map(|users| (of_holder("user"), users)),
-        },
-        capabilities,
-        devices: devices::devices(&config.devices, context.privileged)?,
-        mounts: mounts::mounts(&asked_mounts, &around)?,
-        root_propagation: mounts::root_propagation(&asked_mounts),
-        resources: resources::to_json(asked, resources::Controllers::of(&pod_cgroup))?,
-        oom_score_adj: oom_score_adj(asked.oom_score_adj, node.config.restrict_oom_score_adj),
-        seccomp,
-        rlimits: &node.config.rlimits,
-        annotations: handler.map_or_else(Default::default, |handler| {
-            annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
-        }),
-        apparmor: apparmor::profile(&context)?,
-        selinux,
-    })?;
-    devices.apply(&mut spec, context.privileged)?;
-    write(&bundle.join("config.json"), &spec.to_string())?;
-    Ok(user)
-}
-
-/// Where the server may not lower it, no lower than its own.
-fn oom_score_adj(asked: i64, restrict: bool) -> i64 {
-    if !restrict {
-        return asked;
-    }
-    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
-    asked.max(own.trim().parse().unwrap_or_default())
 }

@@ -1,13 +1,15 @@
 //! A container's life.
 //!
-//! [`create`] makes it: its writable layer mounted over the image's layers ([`rootfs`]), its OCI
-//! configuration ([`spec`], of [`mounts`], [`capabilities`], [`devices`], [`resources`],
-//! [`seccomp`] and the [`user`] it runs as), and the runtime's `create` through the pod's monitor.
+//! [`create`] makes it: the [`bundle`] (its writable layer mounted over the image's layers,
+//! [`rootfs`], and its OCI configuration, [`spec`], of [`mounts`], [`capabilities`], [`devices`],
+//! [`resources`], [`seccomp`] and the [`user`] it runs as), and the runtime's `create` through the
+//! pod's monitor.
 //! [`start`], [`stop`] and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's
 //! view.
 
 pub(crate) mod annotations;
 pub(crate) mod apparmor;
+mod bundle;
 pub(crate) mod capabilities;
 pub(crate) mod cdi;
 pub(crate) mod create;
@@ -95,6 +97,23 @@ pub(crate) struct State {
     pub in_runtime: bool,
     #[serde(with = "rrun_store::record")]
     pub resources: LinuxContainerResources,
+}
+
+impl State {
+    /// A container that is about to be made.
+    pub(crate) fn new(resources: LinuxContainerResources) -> Self {
+        State {
+            phase: Phase::Created,
+            pid: 0,
+            started_at: 0,
+            finished_at: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            in_runtime: true,
+            resources,
+        }
+    }
 }
 
 /// The container in the store, and in its bundle while it is being made.

@@ -12,7 +12,10 @@ pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send
 const ITEMS_PER_MESSAGE: usize = 256;
 
 /// A list in messages of some items each.
-pub(super) fn in_chunks<T, M>(items: Vec<T>, message: impl Fn(Vec<T>) -> M + Send + 'static) -> Answers<M>
+pub(super) fn in_chunks<T, M>(
+    items: Vec<T>,
+    message: impl Fn(Vec<T>) -> M + Send + 'static,
+) -> Answers<M>
 where
     T: Send + 'static,
     M: Send + 'static,

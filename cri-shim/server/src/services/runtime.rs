@@ -332,7 +332,9 @@ impl RuntimeService for Runtime {
             return Err(Error::wrong_state(format!("{name} is not running")).into());
         }
         let reopened = container.sandbox.monitor.reopen_log(&container.id).await;
-        reopened.map_err(Error::from).during(|| format!("reopen the log of {name}"))?;
+        reopened
+            .map_err(Error::from)
+            .during(|| format!("reopen the log of {name}"))?;
         Ok(Response::new(ReopenContainerLogResponse {}))
     }
 
@@ -354,10 +356,7 @@ impl RuntimeService for Runtime {
         Ok(Response::new(executed))
     }
 
-    async fn exec(
-        &self,
-        request: Request<ExecRequest>,
-    ) -> Result<Response<ExecResponse>, Status> {
+    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
         let url = streaming::exec_url(&self.node, request.into_inner())?;
         Ok(Response::new(ExecResponse { url }))
     }
@@ -414,7 +413,9 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<PodSandboxStatsResponse>, Status> {
         let sandbox = self.node.sandbox(&request.get_ref().pod_sandbox_id)?;
         let stats = statistics::sandbox(&self.node, &sandbox).await;
-        Ok(Response::new(PodSandboxStatsResponse { stats: Some(stats) }))
+        Ok(Response::new(PodSandboxStatsResponse {
+            stats: Some(stats),
+        }))
     }
 
     async fn list_pod_sandbox_stats(

@@ -1,0 +1,276 @@
+//! A container's bundle, as the runtime's `create` needs it: the root filesystem is mounted, the
+//! volumes are there, and config.json describes the rest. All of this blocks.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rrun_proto::v1::{LinuxContainerSecurityContext, Mount};
+use serde_json::Value;
+
+use super::seccomp::Asked;
+use super::spec::{Namespaces, Parts, PidNamespace};
+use super::user::{Accounts, User};
+use super::{
+    Record, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume, mounts,
+    propagation, resources, rootfs, spec, volumes,
+};
+use crate::cgroup::{self, slice};
+use crate::handlers::Features;
+use crate::node::Node;
+use crate::sandbox::files::{let_through, of_node, private_dir, write};
+use crate::sandbox::{Sandbox, namespaces, users};
+use crate::selinux::{self, Labels, relabel};
+use rrun_calls::error::{During, Result};
+use rrun_images::Image;
+
+/// What a bundle is made from.
+pub(super) struct Inputs<'a> {
+    pub node: &'a Node,
+    pub sandbox: &'a Sandbox,
+    pub record: &'a Record,
+    /// Its directory.
+    pub dir: &'a Path,
+    pub image: Arc<Image>,
+    /// The image's layers, uppermost first.
+    pub layers: Vec<PathBuf>,
+    /// The images among the mounts.
+    pub image_volumes: Vec<image_volume::Found>,
+    pub pid: PidNamespace,
+    /// What the runtime can do.
+    pub features: Features,
+}
+
+/// What the container may do.
+struct Security {
+    context: LinuxContainerSecurityContext,
+    capabilities: capabilities::Sets,
+    /// `linux.seccomp`.
+    seccomp: Option<Value>,
+    selinux: Option<Labels>,
+}
+
+/// The pod's user namespace, if it has one of its own.
+struct UserNamespace {
+    mappings: Option<users::Mappings>,
+    users: Option<idmap::Users>,
+    /// The ids on the node of the namespace's root.
+    root: (u32, u32),
+}
+
+/// Fills the bundle, and returns the user that the container runs as.
+pub(super) fn fill(inputs: Inputs<'_>) -> Result<User> {
+    let security = security(&inputs)?;
+    make_log_directory(&inputs)?;
+    let writable = inputs.node.writable_layer(&inputs.record.id);
+    private_dir(&writable)?;
+    let ids = user_namespace(&inputs)?;
+    let rootfs = mount_rootfs(&inputs, &security, &ids, &writable)?;
+
+    let image = &inputs.image.config;
+    let user = Accounts::read(&rootfs)?.resolve(Some(&security.context), &image.user)?;
+    let working_dir = spec::working_dir(&inputs.record.config, image)?;
+    rootfs::make_working_dir(&rootfs, working_dir, ids.root)?;
+    let mounts = prepare_mounts(&inputs, &security, &ids, &rootfs, &writable)?;
+    write_config(inputs, security, ids, &rootfs, &user, &mounts)?;
+    Ok(user)
+}
+
+fn security(inputs: &Inputs<'_>) -> Result<Security> {
+    let context = spec::context(&inputs.record.config);
+    let capabilities = capabilities::sets(
+        context.capabilities.as_ref(),
+        context.privileged,
+        capabilities::ours(),
+    )?;
+    let profile = Asked::of(&context, &inputs.node.config.unset_seccomp_profile)?;
+    let seccomp = profile.profile(&capabilities)?;
+    let selinux = match &inputs.sandbox.selinux {
+        Some(pod) => {
+            let options = context.selinux_options.clone().unwrap_or_default();
+            Some(selinux::of_container(pod, &options)?)
+        }
+        None => None,
+    };
+    Ok(Security {
+        context,
+        capabilities,
+        seccomp,
+        selinux,
+    })
+}
+
+impl Security {
+    /// The label of the container's files.
+    fn file_label(&self) -> Option<&selinux::label::Label> {
+        self.selinux.as_ref().map(|labels| &labels.files)
+    }
+}
+
+fn make_log_directory(inputs: &Inputs<'_>) -> Result<()> {
+    let directory = &inputs.sandbox.config.log_directory;
+    let log = super::log_path(directory, &inputs.record.config.log_path);
+    match log.as_deref().and_then(Path::parent) {
+        Some(dir) => std::fs::create_dir_all(dir)
+            .during(|| format!("make the log directory {}", dir.display())),
+        None => Ok(()),
+    }
+}
+
+fn user_namespace(inputs: &Inputs<'_>) -> Result<UserNamespace> {
+    let mappings = users::mappings(&inputs.sandbox.config)?;
+    let root = mappings.as_ref().map(|mappings| mappings.root());
+    let users = match root {
+        Some(root) => {
+            let_through(&[], &[inputs.dir], root.1)?;
+            Some(idmap::Users::of(inputs.sandbox.namespaces(), root)?)
+        }
+        None => None,
+    };
+    Ok(UserNamespace {
+        mappings,
+        users,
+        root: root.unwrap_or_default(),
+    })
+}
+
+/// Mounts the writable layer over the image's layers, and returns the mount's path.
+fn mount_rootfs(
+    inputs: &Inputs<'_>,
+    security: &Security,
+    ids: &UserNamespace,
+    writable: &Path,
+) -> Result<PathBuf> {
+    let target = inputs.dir.join("rootfs");
+    let base = &inputs.node.config.root;
+    let lower = rootfs::over_mount_points(inputs.layers.clone(), base);
+    rootfs::Overlay {
+        lower: &lower,
+        writable,
+        target: &target,
+        base,
+        users: ids.users.as_ref(),
+        label: security.file_label(),
+    }
+    .mount()?;
+    Ok(target)
+}
+
+/// Makes the sources of the container's mounts, and returns the mounts: those of the request, with
+/// images mounted, and the volumes that the image declares.
+fn prepare_mounts(
+    inputs: &Inputs<'_>,
+    security: &Security,
+    ids: &UserNamespace,
+    rootfs: &Path,
+    writable: &Path,
+) -> Result<Vec<Mount>> {
+    let label = security.file_label();
+    let mut all = inputs.record.config.mounts.clone();
+    mounts::make_sources(&all)?;
+    propagation::check(&all)?;
+    let images = &inputs.image_volumes;
+    let users = ids.users.as_ref();
+    image_volume::mount(inputs.node, inputs.dir, images, users, label, &mut all)?;
+    let declared = &inputs.image.config.volumes;
+    let dir = writable.join("volumes");
+    all.extend(volumes::make(declared, &all, rootfs, &dir, ids.root)?);
+    if let Some(label) = label {
+        for mount in all.iter().filter(|mount| mount.selinux_relabel) {
+            relabel::relabel(Path::new(&mount.host_path), label)?;
+        }
+    }
+    Ok(all)
+}
+
+fn write_config(
+    inputs: Inputs<'_>,
+    security: Security,
+    ids: UserNamespace,
+    rootfs: &Path,
+    user: &User,
+    mounts: &[Mount],
+) -> Result<()> {
+    let (node, sandbox, record) = (inputs.node, inputs.sandbox, inputs.record);
+    let config = &record.config;
+    let context = &security.context;
+    let privileged = context.privileged;
+    let cdi = cdi::find(&node.config.cdi_spec_dirs, config)?;
+    let sharing = namespaces::sharing(&sandbox.config)?;
+    let surroundings = mounts::Surroundings {
+        pod: &node.sandbox_dir(&sandbox.id),
+        privileged,
+        readonly_rootfs: context.readonly_rootfs,
+        own_ipc: sharing.own_ipc,
+        features: inputs.features,
+    };
+    let requested = &record.state.resources;
+    let controllers = resources::Controllers::of(&cgroup::directory(&sandbox.cgroup));
+    let handler = node.config.runtime(&sandbox.handler);
+    let mut spec = spec::spec(Parts {
+        config,
+        image: &inputs.image.config,
+        user,
+        hostname: &hostname(sandbox, sharing.own_uts),
+        rootfs,
+        cgroup: &cgroups_path(sandbox, &record.id),
+        namespaces: namespaces_to_join(node, sandbox, sharing, inputs.pid, ids.mappings),
+        devices: devices::devices(&config.devices, privileged)?,
+        mounts: mounts::mounts(mounts, &surroundings)?,
+        root_propagation: mounts::root_propagation(mounts),
+        resources: resources::to_json(requested, controllers)?,
+        oom_score_adj: oom_score_adj(requested.oom_score_adj, node.config.restrict_oom_score_adj),
+        rlimits: &node.config.rlimits,
+        annotations: handler.map_or_else(Default::default, |handler| {
+            annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
+        }),
+        apparmor: apparmor::profile(context)?,
+        capabilities: security.capabilities,
+        seccomp: security.seccomp,
+        selinux: security.selinux,
+    })?;
+    cdi.apply(&mut spec, privileged)?;
+    write(&inputs.dir.join("config.json"), &spec.to_string())
+}
+
+fn hostname(sandbox: &Sandbox, own_uts: bool) -> String {
+    if own_uts {
+        return sandbox.config.hostname.clone();
+    }
+    of_node("/proc/sys/kernel/hostname").trim().to_owned()
+}
+
+/// `linux.cgroupsPath`, in the form of the cgroup driver.
+fn cgroups_path(sandbox: &Sandbox, id: &str) -> String {
+    if slice::is_slice(&sandbox.cgroup) {
+        slice::for_runtime(&sandbox.cgroup, id)
+    } else {
+        format!("{}/{id}", sandbox.cgroup)
+    }
+}
+
+fn namespaces_to_join(
+    node: &Node,
+    sandbox: &Sandbox,
+    sharing: namespaces::Sharing,
+    pid: PidNamespace,
+    mappings: Option<users::Mappings>,
+) -> Namespaces {
+    let holder = sandbox.namespaces();
+    let of_holder = |kind: &str| PathBuf::from(format!("/proc/{holder}/ns/{kind}"));
+    Namespaces {
+        network: sharing.own_network.then(|| node.netns(&sandbox.id)),
+        ipc: sharing.own_ipc.then(|| of_holder("ipc")),
+        uts: sharing.own_uts.then(|| of_holder("uts")),
+        pid,
+        users: mappings.map(|mappings| (of_holder("user"), mappings)),
+    }
+}
+
+/// The requested value. A server that may not lower it gives no lower one than its own.
+fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
+    if !restrict {
+        return requested;
+    }
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    requested.max(own.trim().parse().unwrap_or_default())
+}
