@@ -39,10 +39,10 @@ use rrun_network::{Network, NetworkConfig, PodNetwork};
 use rrun_store::Store;
 
 /// How long calls under way may take to end after SIGTERM.
-const LAST_CALLS: Duration = Duration::from_secs(5);
+const CALLS_GRACE: Duration = Duration::from_secs(5);
 
 /// How long a server that was killed may hold its locks.
-const LAST_BREATH: Duration = Duration::from_secs(3);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(source: Source, config: Config) -> Result<()> {
@@ -61,40 +61,18 @@ pub(crate) fn run(source: Source, config: Config) -> Result<()> {
 }
 
 async fn serve(source: Source, config: Config) -> Result<()> {
-    private_dir(&config.root)?;
-    private_dir(&config.state)?;
-    for dir in ["pods", "runtime"] {
-        private_dir(&config.state.join(dir))?;
-    }
-    let namespaces = &config.namespaces;
-    std::fs::create_dir_all(namespaces.dir())
-        .during(|| format!("make the directory {}", namespaces.dir().display()))?;
-    private_dir(&config.root.join("containers"))?;
+    make_directories(&config)?;
     // Held until the process ends.
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
     make_mount_points(&config.root)?;
     let socket = config.socket.clone();
     let listener = listen(&socket).await?;
-    let scraped = match config.metrics_listen {
+    let metrics_listener = match config.metrics_listen {
         Some(address) => Some(metrics::listener::listen(address).await?),
         None => None,
     };
-
-    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
-    let store = Store::open(&config.root.join("meta.redb")).map_err(|error| internal(&error))?;
-    let images = Images::open(
-        &config.root,
-        store.clone(),
-        Registries::new(&config.registry_config_path),
-        config.images.clone(),
-    )
-    .map_err(|error| internal(&error))?;
-    images.on_pull_end(metrics::pull_ended);
-    surroundings::warn(&config);
-    let network = network(&config, &store)?;
-    let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
-    let node = Arc::new(Node::new(config, store, images, network, selinux));
+    let node = open_node(config)?;
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
     let (end, ending) = watch::channel(false);
@@ -108,8 +86,8 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let hangup = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
     let reloads = signal(SignalKind::hangup()).during(|| "wait for SIGHUP".to_owned())?;
     let reloading = tokio::spawn(reload(Reload::new(source, &node), reloads));
-    let scraping =
-        scraped.map(|socket| tokio::spawn(metrics::listener::serve(Arc::clone(&node), socket)));
+    let scraping = metrics_listener
+        .map(|listener| tokio::spawn(metrics::listener::serve(Arc::clone(&node), listener)));
     let accepting = tokio::spawn(accept(listener, routes, ending));
     notify("READY=1");
     log::info!(
@@ -133,12 +111,43 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let _ = std::fs::remove_file(&socket);
     let _ = end.send(true);
     // Connections and sessions hold the other end. Streams of events have no end of their own.
-    let _ = tokio::time::timeout(LAST_CALLS, async {
+    let _ = tokio::time::timeout(CALLS_GRACE, async {
         let _ = accepting.await;
         end.closed().await;
     })
     .await;
     Ok(())
+}
+
+fn make_directories(config: &Config) -> Result<()> {
+    private_dir(&config.root)?;
+    private_dir(&config.state)?;
+    for dir in ["pods", "runtime"] {
+        private_dir(&config.state.join(dir))?;
+    }
+    let namespaces = config.namespaces.dir();
+    std::fs::create_dir_all(namespaces)
+        .during(|| format!("make the directory {}", namespaces.display()))?;
+    private_dir(&config.root.join("containers"))
+}
+
+/// Loads what the store has of the node. Blocks on the disk; nothing is served yet.
+fn open_node(config: Config) -> Result<Arc<Node>> {
+    let store = Store::open(&config.root.join("meta.redb"))
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let registries = Registries::new(&config.registry_config_path);
+    let images = Images::open(
+        &config.root,
+        store.clone(),
+        registries,
+        config.images.clone(),
+    )
+    .map_err(|error| Error::internal(error.to_string()))?;
+    images.on_pull_end(metrics::pull_ended);
+    surroundings::warn(&config);
+    let network = network(&config, &store)?;
+    let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
+    Ok(Arc::new(Node::new(config, store, images, network, selinux)))
 }
 
 /// Serves each connection in a task until `ending` turns true.
@@ -259,7 +268,7 @@ async fn lock(dir: &Path) -> Result<File> {
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => break,
-            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LAST_BREATH => {
+            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LOCK_TIMEOUT => {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {

@@ -1,5 +1,6 @@
 //! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -192,13 +193,7 @@ async fn assemble(
     // relabelled: that takes as long as it takes, and would use up the runtime's deadline.
     let relabels = record.config.mounts.iter().any(|it| it.selinux_relabel);
     let early = features.after && sandbox.state().passes_after && !relabels;
-    let (after, written) = if early {
-        let pipe = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned());
-        let (after, written) = pipe?;
-        (Some(after), Some(written))
-    } else {
-        (None, None)
-    };
+    let (after, written) = if early { start_pipe()? } else { (None, None) };
     let mut container = Container::from_record(Arc::clone(sandbox), record.clone());
     let request = request(node, &container, dir.clone())?;
     let job = {
@@ -238,6 +233,12 @@ async fn assemble(
     container.user = user;
     container.change(|state| state.pid = pid);
     Ok(Arc::new(container))
+}
+
+/// The pipe whose first byte tells the runtime that the bundle is there: its end, and ours.
+fn start_pipe() -> Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+    let (after, written) = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned())?;
+    Ok((Some(after), Some(written)))
 }
 
 /// What the monitor is to create.

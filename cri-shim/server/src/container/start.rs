@@ -18,8 +18,8 @@ use rrun_protocol::{FailureKind, Phase};
 /// The exit code of what could not be started, as containerd's users know it.
 const START_FAILED: i32 = 128;
 
-/// Between two questions whether a start that somebody else asked for has ended.
-const AGAIN: Duration = Duration::from_millis(20);
+/// How often the monitor is asked whether a start that somebody else requested has ended.
+const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Starts the container's process. One that runs already is as it should be.
 pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
@@ -38,30 +38,46 @@ pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<
     container.starting.store(true, Ordering::Relaxed);
     let starting = ask(&node, &container);
     let started = slow(format!("{name}: the runtime's start"), starting).await;
-    if let Err(error) = started {
-        let error = error.to_string();
-        // What the runtime would not start must not be left waiting for it.
-        let monitor = &container.sandbox.monitor;
-        if let Err(error) = monitor.kill(&container.id, libc::SIGKILL, true).await {
-            log::warn!("{name}: kill it after a failed start: {error}");
-        }
-        container.change(|state| {
-            container.starting.store(false, Ordering::Relaxed);
-            state.phase = super::Phase::Exited;
-            state.pid = 0;
-            state.started_at = 0;
-            state.finished_at = now();
-            state.exit_code = START_FAILED;
-            "StartError".clone_into(&mut state.reason);
-            state.message.clone_from(&error);
-        });
-        container.save(&node).await?;
-        status::publish(&node, &container, ContainerEventType::ContainerStoppedEvent);
-        return Err(Error::internal(error)).during(|| format!("start {name}"));
+    match started {
+        Ok(()) => has_started(&node, &container),
+        Err(error) => Err(has_not_started(&node, &container, error.to_string()).await?)
+            .during(|| format!("start {name}")),
+    }
+}
+
+/// Records the failed start as the container's end, and returns the error to answer with.
+async fn has_not_started(
+    node: &Arc<Node>,
+    container: &Arc<Container>,
+    reason: String,
+) -> Result<Error> {
+    // The created process must not be left waiting for its start.
+    let monitor = &container.sandbox.monitor;
+    if let Err(error) = monitor.kill(&container.id, libc::SIGKILL, true).await {
+        log::warn!(
+            "{}: kill it after a failed start: {error}",
+            container.name()
+        );
     }
     container.change(|state| {
+        container.starting.store(false, Ordering::Relaxed);
+        state.phase = super::Phase::Exited;
+        state.pid = 0;
+        state.started_at = 0;
+        state.finished_at = now();
+        state.exit_code = START_FAILED;
+        "StartError".clone_into(&mut state.reason);
+        state.message.clone_from(&reason);
+    });
+    container.save(node).await?;
+    status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
+    Ok(Error::internal(reason))
+}
+
+fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+    container.change(|state| {
         if state.started_at == 0 {
-            // Its end may have been told first.
+            // Its end may have been reported first.
             let ended = Some(state.finished_at).filter(|ended| *ended != 0);
             state.started_at = ended.map_or(now(), |ended| ended.min(now()));
         }
@@ -70,18 +86,18 @@ pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<
             state.phase = super::Phase::Running;
         }
     });
-    status::publish(&node, &container, ContainerEventType::ContainerStartedEvent);
-    log::info!("{name}: started");
+    status::publish(node, container, ContainerEventType::ContainerStartedEvent);
+    log::info!("{}: started", container.name());
     let mut ended = false;
     container.change(|state| {
         container.starting.store(false, Ordering::Relaxed);
         ended = state.phase == super::Phase::Exited;
     });
     if ended {
-        status::publish(&node, &container, ContainerEventType::ContainerStoppedEvent);
+        status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
     }
-    container.write_down(&node)?;
-    container.save_soon(&node);
+    container.write_down(node)?;
+    container.save_soon(node);
     Ok(())
 }
 
@@ -96,7 +112,7 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
                 let told = hello.containers.iter().find(|one| one.id == container.id);
                 match told.map(|one| &one.phase) {
                     // The other start is under way.
-                    Some(Phase::Created) => tokio::time::sleep(AGAIN).await,
+                    Some(Phase::Created) => tokio::time::sleep(START_POLL_INTERVAL).await,
                     Some(_) => {
                         watch::apply(node, &container.sandbox, hello);
                         return Ok(());

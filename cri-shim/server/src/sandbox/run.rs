@@ -1,5 +1,6 @@
 //! RunPodSandbox: everything that the containers of a pod share, or nothing.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use crate::cgroup;
 use crate::clock::now;
 use crate::id::new_id;
 use crate::node::Node;
+use crate::selinux::categories::Held;
 use crate::selinux::label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
@@ -34,7 +36,8 @@ pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
     format!("run pod {namespace:?}/{name:?} uid {uid:?} attempt {attempt}")
 }
 
-/// Said of what is asked for again, otherwise than it was made. No refusal: kubelet would be stuck.
+/// Logged when a retry differs from the object that exists. It is no error, because kubelet would
+/// retry forever.
 pub(crate) const MADE_ALREADY: &str = "asked for again with another configuration, which has no effect: \
     it is there already; remove it first, or ask for another attempt";
 
@@ -44,87 +47,24 @@ pub(crate) async fn run(
     config: PodSandboxConfig,
     handler: String,
 ) -> Result<String> {
-    let metadata = config.metadata.clone().unwrap_or_default();
-    if let Some(there) = node.sandbox_named(&metadata)
-        && there.state().ready
-    {
-        if there.config != config {
-            log::warn!("{}: {}", there.name(), MADE_ALREADY);
-        }
-        return Ok(there.id.clone());
+    if let Some(there) = existing(&node, &config) {
+        return Ok(there);
     }
     let sharing = check(&node, &config, &handler)?;
-    if sharing.own_network {
-        node.network.check(&config).await?;
-    } else if !config.hostname.is_empty() {
-        // CRI-O takes it so, too; containerd refuses it.
-        log::warn!(
-            "pod {}/{}: its hostname, {:?}, has no effect: it is on the node's network, which goes with the node's name",
-            metadata.namespace,
-            metadata.name,
-            config.hostname
-        );
-    }
-    let id = new_id()?;
-    let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
-        Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
-        _ => cgroup::own(&node.config.default_cgroup_parent, &id),
-    };
-    // Until the pod holds its level itself.
-    let (selinux, _level) = match node.selinux.of_pod(&id, &selinux_options(&config))? {
-        Some((labels, held)) => (Some(labels), Some(held)),
-        None => (None, None),
-    };
-    let record = Record {
-        id,
-        config,
-        handler,
-        created_at: now(),
-        cgroup,
-        cgroups_made: Vec::new(),
-        ready: false,
-        addresses: Vec::new(),
-        selinux,
-    };
-    let name = format!("pod {}", record.id);
-    let files = {
-        let (node, record) = (Arc::clone(&node), record.clone());
-        blocking(format!("{name}: make its files"), move || {
-            prepare(&node, record, sharing)
-        })
-    };
-    // The address is written to the disk meanwhile.
-    let address = async {
-        let (told, config) = (super::name(&record.id, &record.config), &record.config);
-        if sharing.own_network || !config.port_mappings.is_empty() {
-            let network = &node.network;
-            let reserved = network.reserve(&record.id, &told, config, sharing.own_network);
-            reserved.await?;
-        }
-        Ok(())
-    };
-    let (files, address) = tokio::join!(files, slow(format!("{name}: its address"), address));
-    let mut sandbox = files.and_then(|sandbox| address.map(|()| sandbox));
-    if let Ok(made) = &mut sandbox
-        && let Err(error) = connect(&node, made, sharing).await
-    {
-        sandbox = Err(error);
-    }
-    let sandbox = match sandbox {
+    check_network(&node, &config, sharing).await?;
+    // Held until the pod itself holds its SELinux level.
+    let (record, _level) = new_record(&node, config, handler)?;
+    let sandbox = match make(&node, &record, sharing).await {
         Ok(sandbox) => Arc::new(sandbox),
         Err(error) => {
             let rest = Sandbox::from_record(&node, left_behind(&node, record));
-            if let Err(more) = stop::unmake(&node, &rest).await {
-                log::error!("{}: clean up after a failure: {more}", rest.name());
-            }
+            unmake(&node, &rest).await;
             return Err(error).during(|| format!("run {}", rest.name()));
         }
     };
     sandbox.state().ready = true;
     if let Err(error) = sandbox.write_down(&node) {
-        if let Err(more) = stop::unmake(&node, &sandbox).await {
-            log::error!("{}: clean up after a failure: {more}", sandbox.name());
-        }
+        unmake(&node, &sandbox).await;
         return Err(error);
     }
     node.add_sandbox(Arc::clone(&sandbox));
@@ -139,6 +79,97 @@ pub(crate) async fn run(
     }
     log::info!("{}: ready", sandbox.name());
     Ok(sandbox.id.clone())
+}
+
+/// The id of the pod that is ready for the same metadata.
+fn existing(node: &Node, config: &PodSandboxConfig) -> Option<String> {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    let there = node.sandbox_named(&metadata)?;
+    if !there.state().ready {
+        return None;
+    }
+    if there.config != *config {
+        log::warn!("{}: {}", there.name(), MADE_ALREADY);
+    }
+    Some(there.id.clone())
+}
+
+async fn check_network(node: &Node, config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
+    if sharing.own_network {
+        return node.network.check(config).await;
+    }
+    if !config.hostname.is_empty() {
+        // CRI-O takes it so, too; containerd refuses it.
+        let metadata = config.metadata.clone().unwrap_or_default();
+        log::warn!(
+            "pod {}/{}: its hostname, {:?}, has no effect: it is on the node's network, which goes with the node's name",
+            metadata.namespace,
+            metadata.name,
+            config.hostname
+        );
+    }
+    Ok(())
+}
+
+/// The record of a pod that is about to be made, and the hold on its SELinux level.
+fn new_record(
+    node: &Node,
+    config: PodSandboxConfig,
+    handler: String,
+) -> Result<(Record, Option<Held>)> {
+    let id = new_id()?;
+    let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
+        Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
+        _ => cgroup::own(&node.config.default_cgroup_parent, &id),
+    };
+    let (selinux, level) = node.selinux.of_pod(&id, &selinux_options(&config))?.unzip();
+    let record = Record {
+        id,
+        config,
+        handler,
+        created_at: now(),
+        cgroup,
+        cgroups_made: Vec::new(),
+        ready: false,
+        addresses: Vec::new(),
+        selinux,
+    };
+    Ok((record, level))
+}
+
+/// Makes the pod: its files, and beside them its addresses, which are written to the disk; then its
+/// monitor and network.
+async fn make(node: &Arc<Node>, record: &Record, sharing: Sharing) -> Result<Sandbox> {
+    let name = format!("pod {}", record.id);
+    let files = {
+        let (node, record) = (Arc::clone(node), record.clone());
+        blocking(format!("{name}: make its files"), move || {
+            prepare(&node, record, sharing)
+        })
+    };
+    let address = async {
+        let config = &record.config;
+        if !sharing.own_network && config.port_mappings.is_empty() {
+            return Ok(());
+        }
+        let pod = super::name(&record.id, config);
+        node.network
+            .reserve(&record.id, &pod, config, sharing.own_network)
+            .await
+            .map(drop)
+    };
+    let (files, address) = tokio::join!(files, slow(format!("{name}: its address"), address));
+    let mut sandbox = files?;
+    address?;
+    connect(node, &mut sandbox, sharing).await?;
+    Ok(sandbox)
+}
+
+/// Undoes what was made of a pod that failed.
+async fn unmake(node: &Arc<Node>, sandbox: &Sandbox) {
+    if let Err(more) = stop::unmake(node, sandbox).await {
+        log::error!("{}: clean up after a failure: {more}", sandbox.name());
+    }
 }
 
 fn selinux_options(config: &PodSandboxConfig) -> SeLinuxOption {
@@ -272,8 +303,27 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
     Ok(Sandbox::from_record(node, record))
 }
 
-/// Monitor and network, side by side.
+/// Starts the monitor and connects the network, side by side, and applies what needs both.
 async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> Result<()> {
+    let (hello, addresses) = start_monitor_and_network(node, sandbox, sharing).await?;
+    if sharing.own_network {
+        write_hosts(node, sandbox, &addresses)?;
+    }
+    set_sysctls(node, sandbox, sharing, hello.holder.unwrap_or(hello.pid)).await?;
+    let mut state = sandbox.state();
+    state.monitor = hello.pid;
+    state.pid1 = hello.pid1;
+    state.holder = hello.holder;
+    state.passes_after = hello.passes_after;
+    state.addresses = addresses;
+    Ok(())
+}
+
+async fn start_monitor_and_network(
+    node: &Arc<Node>,
+    sandbox: &Sandbox,
+    sharing: Sharing,
+) -> Result<(Hello, Vec<IpAddr>)> {
     let name = sandbox.name();
     let monitor = slow(
         format!("{name}: start its monitor"),
@@ -283,39 +333,40 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
         format!("{name}: connect its network"),
         attach(node, sandbox, sharing),
     );
-    let (hello, addresses) = if sharing.own_users {
-        // Whose root is to rule over the network namespace must be there before it.
-        let hello = monitor.await?;
-        if let Some(holder) = hello.holder {
-            let netns = node.netns(&sandbox.id);
-            let of_holder = format!("/proc/{holder}/ns/net");
-            blocking(format!("{name}: keep its network namespace"), move || {
-                netns::pin(of_holder.as_ref(), &netns)
-            })
-            .await
-            .map_err(|error| Error::internal(error.to_string()))?;
-        }
-        (hello, network.await?)
-    } else {
+    if !sharing.own_users {
         let (monitor, network) = tokio::join!(monitor, network);
-        (monitor?, network?)
-    };
-    let hostname = &sandbox.config.hostname;
-    if sharing.own_network {
-        let hosts = files::hosts(hostname, &addresses);
-        let dir = node.sandbox_dir(&sandbox.id);
-        files::write(&dir.join("hosts"), &hosts)?;
-        if let Some(users) = users::mappings(&sandbox.config)? {
-            files::give_to(&dir, users.root())?;
-        }
-        if let Some(labels) = &sandbox.selinux {
-            files::label(&dir, &labels.files)?;
-        }
+        return Ok((monitor?, network?));
     }
-    let netns = node.netns(&sandbox.id);
-    let config = sandbox.config.clone();
-    let holder = hello.holder.unwrap_or(hello.pid);
-    blocking(format!("{name}: set its sysctls"), move || {
+    // The user namespace owns the network namespace, so it must be there first.
+    let hello = monitor.await?;
+    if let Some(holder) = hello.holder {
+        let netns = node.netns(&sandbox.id);
+        let of_holder = format!("/proc/{holder}/ns/net");
+        blocking(format!("{name}: keep its network namespace"), move || {
+            netns::pin(of_holder.as_ref(), &netns)
+        })
+        .await
+        .map_err(|error| Error::internal(error.to_string()))?;
+    }
+    Ok((hello, network.await?))
+}
+
+fn write_hosts(node: &Node, sandbox: &Sandbox, addresses: &[IpAddr]) -> Result<()> {
+    let hosts = files::hosts(&sandbox.config.hostname, addresses);
+    let dir = node.sandbox_dir(&sandbox.id);
+    files::write(&dir.join("hosts"), &hosts)?;
+    if let Some(users) = users::mappings(&sandbox.config)? {
+        files::give_to(&dir, users.root())?;
+    }
+    if let Some(labels) = &sandbox.selinux {
+        files::label(&dir, &labels.files)?;
+    }
+    Ok(())
+}
+
+async fn set_sysctls(node: &Node, sandbox: &Sandbox, sharing: Sharing, holder: i32) -> Result<()> {
+    let (config, netns) = (sandbox.config.clone(), node.netns(&sandbox.id));
+    blocking(format!("{}: set its sysctls", sandbox.name()), move || {
         sysctl::write_sysctls(&config, sharing, &netns, holder)
     })
     .await?;
@@ -327,12 +378,6 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
         let pods = std::slice::from_ref(&sandbox.id);
         node.network.refuse_routers(pods).await?;
     }
-    let mut state = sandbox.state();
-    state.monitor = hello.pid;
-    state.pid1 = hello.pid1;
-    state.holder = hello.holder;
-    state.passes_after = hello.passes_after;
-    state.addresses = addresses;
     Ok(())
 }
 
@@ -352,7 +397,7 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     // Its answer means that the namespaces are there.
     match tokio::time::timeout(MONITOR_START, sandbox.monitor.subscribe()).await {
         Ok(Ok((hello, _events))) => Ok(hello),
-        Ok(Err(error)) => Err(Error::internal(error.to_string())),
+        Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(Error::internal(format!(
             "the monitor {} did not come up within {} s",
             node.config.monitor.display(),
@@ -361,7 +406,7 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     }
 }
 
-async fn attach(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Vec<std::net::IpAddr>> {
+async fn attach(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Vec<IpAddr>> {
     if !sharing.own_network {
         return Ok(Vec::new());
     }

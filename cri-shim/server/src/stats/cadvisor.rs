@@ -207,6 +207,23 @@ pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> Po
 }
 
 fn container(node: &Node, container: &Container) -> ContainerMetrics {
+    let dir = container.cgroup_dir();
+    let mut metrics = Metrics {
+        labels: labels(container, &dir),
+        all: Vec::new(),
+    };
+    of_cgroup(&mut metrics, &dir);
+    of_processes(&mut metrics, &dir);
+    of_disk(&mut metrics, node, container);
+    of_specification(&mut metrics, container);
+    ContainerMetrics {
+        container_id: container.id.clone(),
+        metrics: metrics.all,
+    }
+}
+
+/// The labels that each of a container's metrics has.
+fn labels(container: &Container, dir: &Path) -> Vec<String> {
     let config = &container.config;
     let pod = container
         .sandbox
@@ -216,56 +233,48 @@ fn container(node: &Node, container: &Container) -> ContainerMetrics {
         .unwrap_or_default();
     let name = config.metadata.as_ref().map(|data| data.name.as_str());
     let image = config.image.as_ref().map(|image| {
-        // What the pod asked for; `image` itself can be an id.
+        // What the pod names; `image` itself can be an id.
         match image.user_specified_image.as_str() {
             "" => image.image.as_str(),
             name => name,
         }
     });
-    let dir = container.cgroup_dir();
     let labels = [
         name.unwrap_or_default(),
-        &path_of(&dir),
+        &path_of(dir),
         image.unwrap_or_default(),
         &container.id,
         &pod.namespace,
         &pod.name,
     ];
-    let mut metrics = Metrics {
-        labels: labels.map(str::to_owned).into(),
-        all: Vec::new(),
-    };
-    of_cgroup(&mut metrics, &dir);
-    of_processes(&mut metrics, &dir);
-    of_disk(&mut metrics, node, container);
+    labels.map(str::to_owned).into()
+}
+
+fn of_specification(metrics: &mut Metrics, container: &Container) {
     let state = container.state();
     let positive = |value: i64| u64::try_from(value).ok();
     let seconds = |nanoseconds: i64| positive(nanoseconds / 1_000_000_000);
-    let asked = &state.resources;
+    let requested = &state.resources;
     for (name, value) in [
         ("container_last_seen", seconds(now())),
         ("container_start_time_seconds", seconds(state.started_at)),
-        ("container_spec_cpu_period", positive(asked.cpu_period)),
-        ("container_spec_cpu_shares", positive(asked.cpu_shares)),
+        ("container_spec_cpu_period", positive(requested.cpu_period)),
+        ("container_spec_cpu_shares", positive(requested.cpu_shares)),
         (
             "container_spec_memory_limit_bytes",
-            positive(asked.memory_limit_in_bytes),
+            positive(requested.memory_limit_in_bytes),
         ),
         ("container_spec_memory_reservation_limit_bytes", Some(0)),
         (
             "container_spec_memory_swap_limit_bytes",
-            positive(asked.memory_swap_limit_in_bytes),
+            positive(requested.memory_swap_limit_in_bytes),
         ),
     ] {
         metrics.add(name, &[], value);
     }
-    // As cAdvisor has it: only where there is one.
-    let quota = positive(asked.cpu_quota).filter(|quota| *quota != 0);
+    // Only if there is a quota, as in cAdvisor.
+    let quota = positive(requested.cpu_quota).filter(|quota| *quota != 0);
     metrics.add("container_spec_cpu_quota", &[], quota);
-    ContainerMetrics {
-        container_id: container.id.clone(),
-        metrics: metrics.all,
-    }
 }
 
 /// A cgroup's path, `/kubepods/pod1`.
