@@ -1,41 +1,50 @@
-//! mount_setattr(2), which rustix does not have.
+//! mount_setattr(2), which rustix lacks.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Sets attributes (`MOUNT_ATTR_…`) of a mount, and of those below it. With `users`, files in it
-/// have the ids that this user namespace maps theirs to; its mount must be attached nowhere yet.
-pub fn set(
-    mount: impl AsFd,
-    recursive: bool,
-    attributes: u64,
-    users: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    // SAFETY: mount_attr is plain numbers, for which zero means no change.
-    let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attr.attr_set = attributes;
-    if let Some(users) = users {
-        attr.attr_set |= libc::MOUNT_ATTR_IDMAP;
-        attr.userns_fd = u64::try_from(users.as_raw_fd()).unwrap_or_default();
+use rustix::io::Errno;
+
+/// `struct mount_attr` of mount_setattr(2). Zero means no change.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MountAttr {
+    pub attr_set: u64,
+    pub attr_clr: u64,
+    pub propagation: u64,
+    pub userns_fd: u64,
+}
+
+impl MountAttr {
+    /// Also maps the ids of the mount's files by the user namespace `users`. Such a mount must not
+    /// be attached anywhere yet.
+    pub fn with_ids_of(mut self, users: BorrowedFd<'_>) -> Self {
+        self.attr_set |= libc::MOUNT_ATTR_IDMAP;
+        self.userns_fd = u64::try_from(users.as_raw_fd()).unwrap_or_default();
+        self
     }
-    let flags = match recursive {
-        true => libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-        false => libc::AT_EMPTY_PATH,
-    };
-    // SAFETY: the descriptor, the string and the structure outlive the call; the size is the
-    // structure's.
-    let set = unsafe {
+}
+
+/// Changes the attributes of the mount that `mount` refers to, and of all below it if `recursive`.
+pub fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attr: &MountAttr,
+) -> Result<(), Errno> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a NUL-terminated string, attr a valid mount_attr of the length given.
+    let returned = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            mount.as_fd().as_raw_fd(),
+            mount.as_raw_fd(),
             c"".as_ptr(),
-            flags,
-            &raw const attr,
-            size_of::<libc::mount_attr>(),
+            flags as libc::c_uint,
+            attr as *const MountAttr,
+            std::mem::size_of::<MountAttr>(),
         )
     };
-    match set {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    if returned < 0 {
+        return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO));
     }
+    Ok(())
 }

@@ -120,7 +120,11 @@ fn read_only_binary() -> std::io::Result<OwnedFd> {
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
-    rrun_kernel::mount_setattr::set(&tree, false, libc::MOUNT_ATTR_RDONLY, None)?;
+    let attr = rrun_kernel::mount_setattr::MountAttr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        ..Default::default()
+    };
+    rrun_kernel::mount_setattr::mount_setattr(tree.as_fd(), false, &attr)?;
     Ok(tree)
 }
 

@@ -8,16 +8,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FsWord, statfs};
+use rustix::io::Errno;
 
 use rrun_calls::error::{During, Error, Result};
+use rrun_kernel::cgroup;
 use rrun_kernel::errno::describe;
 
-/// Where the hierarchy is mounted.
-pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
-
-/// statfs(2).
-const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
+pub(crate) use rrun_kernel::cgroup::{MOUNT_POINT, keyed};
 
 /// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
@@ -29,9 +26,9 @@ pub(crate) enum CgroupDriver {
 
 /// One sentence if this host has no cgroup v2.
 pub(crate) fn check() -> Result<(), String> {
-    match statfs(MOUNT_POINT) {
-        Ok(found) if found.f_type == CGROUP2_SUPER_MAGIC => Ok(()),
-        Ok(_) => Err(format!(
+    match cgroup::is_mounted() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!(
             "{MOUNT_POINT} is not a cgroup2 file system: rrun needs cgroup v2 (the unified hierarchy)"
         )),
         Err(errno) => Err(format!(
@@ -125,18 +122,8 @@ fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, Gone> {
 /// Makes every controller that `dir` has available to its children. What the kernel refuses here
 /// (a controller in use by realtime threads, a parent with processes) shows when a limit is set.
 fn hand_down(dir: &Path) {
-    let (Ok(there), Ok(handed)) = (
-        std::fs::read_to_string(dir.join("cgroup.controllers")),
-        std::fs::read_to_string(dir.join("cgroup.subtree_control")),
-    ) else {
-        return;
-    };
-    for controller in there.split_ascii_whitespace() {
-        if handed.split_ascii_whitespace().any(|had| had == controller) {
-            continue;
-        }
-        let written = std::fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
-        if let Err(error) = written {
+    for controller in cgroup::missing_below(dir) {
+        if let Err(error) = cgroup::enable_below(dir, &controller) {
             log::debug!(
                 "hand {controller} down in {}: {}",
                 dir.display(),
@@ -164,22 +151,18 @@ pub(crate) fn remove_dirs(made: &[PathBuf]) {
 /// Kills every process in the cgroup and below, waits for their end and removes it and what is
 /// below. Done if it is not there.
 pub(crate) async fn destroy(dir: &Path) -> Result<()> {
-    match std::fs::write(dir.join("cgroup.kill"), "1") {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).during(|| format!("kill the cgroup {}", dir.display())),
-    }
+    cgroup::kill(dir).during(|| format!("kill the cgroup {}", dir.display()))?;
     let mut pause = Duration::from_millis(1);
     // A process in an uninterruptible sleep can take long to die; rmdir says EBUSY until then.
     for _ in 0..100 {
-        match remove_tree(dir) {
+        match cgroup::remove_tree(dir) {
             Ok(()) => return Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            Err((_, Errno::BUSY)) => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(100));
             }
-            Err(error) => {
-                return Err(error).during(|| format!("remove the cgroup {}", dir.display()));
+            Err((dir, errno)) => {
+                return Err(errno).during(|| format!("remove the cgroup {}", dir.display()));
             }
         }
     }
@@ -187,24 +170,6 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
         "remove the cgroup {}: its processes do not die",
         dir.display()
     )))
-}
-
-fn remove_tree(dir: &Path) -> io::Result<()> {
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    match std::fs::remove_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 /// A file of the cgroup, if it is there: a controller may be missing. The kernel writes these,
@@ -222,24 +187,9 @@ pub(crate) fn number(dir: &Path, file: &str) -> Option<u64> {
     read(dir, file)?.trim().parse().ok()
 }
 
-/// The value of `name` in a flat keyed file.
-pub(crate) fn key(text: &str, name: &str) -> Option<u64> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
-        .and_then(|value| value.trim().parse().ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn flat_keyed_files_are_read_by_whole_keys() {
-        let text = "inactive_file 5\nfile 7\n";
-        assert_eq!(key(text, "file"), Some(7));
-        assert_eq!(key(text, "inactive_file"), Some(5));
-        assert_eq!(key(text, "inactive"), None);
-    }
 
     #[test]
     fn a_parent_has_the_drivers_form() -> Result<()> {

@@ -13,7 +13,8 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 
 use crate::selinux::label::Label;
 use rrun_calls::error::{During, Error, Result};
-use rrun_kernel::mount_setattr;
+use rrun_kernel::clone3::{Cloned, clone3};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// An overlay, attached nowhere. `lower` is uppermost first; `writable` has `upper` and `work`,
 /// without it the overlay is read-only and wants two layers; `users` is the user namespace, if the
@@ -122,8 +123,8 @@ fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, dir, flags).during(what)?;
     if let Some(users) = users {
-        let namespace = Some(users.namespace.as_fd());
-        mount_setattr::set(&tree, false, 0, namespace).during(what)?;
+        let mapped = MountAttr::default().with_ids_of(users.namespace.as_fd());
+        mount_setattr(tree.as_fd(), false, &mapped).during(what)?;
     }
     attach(tree.as_fd(), Path::new(name)).during(what)
 }
@@ -199,21 +200,11 @@ pub(crate) fn probe(root: &Path, empty: &Path) -> Result<()> {
 
 /// A user namespace that lives as long as its descriptor.
 fn throw_away_users() -> io::Result<OwnedFd> {
-    // SAFETY: clone_args is plain numbers, for which zero means absent.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::try_from(libc::CLONE_NEWUSER).unwrap_or_default();
-    arguments.exit_signal = u64::try_from(libc::SIGCHLD).unwrap_or_default();
-    // SAFETY: without CLONE_VM this is a fork; the child makes no calls but prctl(2), pause(2) and
-    // _exit(2), which are safe in the copy of a process with several threads.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    match pid {
-        0 => {
+    let flags = u64::try_from(libc::CLONE_NEWUSER).unwrap_or_default();
+    // SAFETY: the child makes no calls but prctl(2), pause(2) and _exit(2), which are safe in the
+    // copy of a process with several threads.
+    match unsafe { clone3(flags, None) }? {
+        Cloned::Child => {
             // SAFETY: as above.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -221,18 +212,17 @@ fn throw_away_users() -> io::Result<OwnedFd> {
                 libc::_exit(0)
             }
         }
-        1.. => {
+        Cloned::Parent { pid, .. } => {
             let opened = map_and_open(pid);
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap_or_default());
+            let pid = nix::unistd::Pid::from_raw(pid);
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
             nix::sys::wait::waitpid(pid, None)?;
             opened
         }
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
-fn map_and_open(pid: i64) -> io::Result<OwnedFd> {
+fn map_and_open(pid: i32) -> io::Result<OwnedFd> {
     for name in ["uid_map", "gid_map"] {
         std::fs::write(format!("/proc/{pid}/{name}"), "0 65536 65536")?;
     }

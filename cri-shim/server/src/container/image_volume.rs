@@ -14,7 +14,7 @@ use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
-use rrun_kernel::mount_setattr;
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// Where they are mounted, in the bundle.
 const DIR: &str = "images";
@@ -203,11 +203,15 @@ fn clone(dir: &impl AsFd) -> Result<OwnedFd> {
 
 /// Data, says Kubernetes, and nothing to run.
 fn protect(tree: &OwnedFd) -> Result<()> {
-    let attributes = libc::MOUNT_ATTR_RDONLY
+    let attr_set = libc::MOUNT_ATTR_RDONLY
         | libc::MOUNT_ATTR_NOSUID
         | libc::MOUNT_ATTR_NODEV
         | libc::MOUNT_ATTR_NOEXEC;
-    mount_setattr::set(tree, false, attributes, None).during(|| "make it read-only".to_owned())
+    let attr = MountAttr {
+        attr_set,
+        ..MountAttr::default()
+    };
+    mount_setattr(tree.as_fd(), false, &attr).during(|| "make it read-only".to_owned())
 }
 
 /// Unmounts what [`mount`] mounted. Right also when nothing is. Blocks.

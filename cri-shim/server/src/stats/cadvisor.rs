@@ -10,7 +10,7 @@ use rrun_proto::v1::{
 };
 
 use super::cgroup_files;
-use crate::cgroup::{MOUNT_POINT, directory, key, number, read};
+use crate::cgroup::{MOUNT_POINT, directory, keyed, number, read};
 use crate::clock::now;
 use crate::container::{Container, Phase};
 use crate::node::Node;
@@ -286,7 +286,7 @@ fn path_of(dir: &Path) -> String {
 /// What the controllers count, cgroup-v2.rst; nothing of those that are not there.
 fn of_cgroup(metrics: &mut Metrics, dir: &Path) {
     if let Some(stat) = read(dir, "cpu.stat") {
-        let seconds = |name| key(&stat, name).map(|microseconds| microseconds / 1_000_000);
+        let seconds = |name| keyed(&stat, name).map(|microseconds| microseconds / 1_000_000);
         metrics.add(
             "container_cpu_usage_seconds_total",
             &["total"],
@@ -308,7 +308,7 @@ fn of_cgroup(metrics: &mut Metrics, dir: &Path) {
             ("container_cpu_cfs_periods_total", "nr_periods"),
             ("container_cpu_cfs_throttled_periods_total", "nr_throttled"),
         ] {
-            metrics.add(name, &[], key(&stat, of));
+            metrics.add(name, &[], keyed(&stat, of));
         }
     }
     of_memory(metrics, dir);
@@ -344,7 +344,7 @@ fn of_memory(metrics: &mut Metrics, dir: &Path) {
     let stat = read(dir, "memory.stat").unwrap_or_default();
     let events = read(dir, "memory.events").unwrap_or_default();
     metrics.add("container_memory_usage_bytes", &[], Some(usage));
-    let working = usage.saturating_sub(key(&stat, "inactive_file").unwrap_or_default());
+    let working = usage.saturating_sub(keyed(&stat, "inactive_file").unwrap_or_default());
     metrics.add("container_memory_working_set_bytes", &[], Some(working));
     for (name, of) in [
         ("container_memory_active_anon_bytes", "active_anon"),
@@ -362,17 +362,21 @@ fn of_memory(metrics: &mut Metrics, dir: &Path) {
             "inactive_file",
         ),
     ] {
-        metrics.add(name, &[], key(&stat, of));
+        metrics.add(name, &[], keyed(&stat, of));
     }
     // The hierarchy's count is in the cgroup's own file: both scopes are one on cgroup v2.
     for (kind, of) in [("pgfault", "pgfault"), ("pgmajfault", "pgmajfault")] {
         for scope in ["container", "hierarchy"] {
-            let value = key(&stat, of);
+            let value = keyed(&stat, of);
             metrics.add("container_memory_failures_total", &[kind, scope], value);
         }
     }
-    metrics.add("container_memory_failcnt", &[], key(&events, "max"));
-    metrics.add("container_oom_events_total", &[], key(&events, "oom_kill"));
+    metrics.add("container_memory_failcnt", &[], keyed(&events, "max"));
+    metrics.add(
+        "container_oom_events_total",
+        &[],
+        keyed(&events, "oom_kill"),
+    );
     metrics.add(
         "container_memory_max_usage_bytes",
         &[],

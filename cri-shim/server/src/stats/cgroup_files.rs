@@ -5,13 +5,13 @@ use std::path::Path;
 use rrun_proto::v1::{CpuUsage, IoUsage, MemoryUsage, PsiData, PsiStats, SwapUsage};
 
 use super::value;
-use crate::cgroup::{key, number, read};
+use crate::cgroup::{keyed, number, read};
 use crate::clock::now;
 
 /// `cpu.stat` has the usage even without the controller.
 pub(super) fn cpu(dir: &Path) -> Option<CpuUsage> {
     let stat = read(dir, "cpu.stat")?;
-    let used = key(&stat, "usage_usec")?;
+    let used = keyed(&stat, "usage_usec")?;
     Some(CpuUsage {
         timestamp: now(),
         usage_core_nano_seconds: value(used.saturating_mul(1000)),
@@ -29,7 +29,7 @@ pub(super) fn memory(dir: &Path) -> MemoryUsage {
         };
     };
     let stat = read(dir, "memory.stat").unwrap_or_default();
-    let counted = |name| key(&stat, name).unwrap_or_default();
+    let counted = |name| keyed(&stat, name).unwrap_or_default();
     // As cAdvisor has it: what the kernel could not get back without writing or swapping.
     let working_set = usage.saturating_sub(counted("inactive_file"));
     let major = counted("pgmajfault");
