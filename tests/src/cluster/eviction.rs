@@ -5,11 +5,10 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::kubelet::application::limits::MIB;
-use crate::kubelet::disk::{Disk, FREE, is_told};
 use crate::support::cluster::{APISERVER, Cluster, eventually, timeout};
+use crate::support::disk::{Disk, FREE_MIB, is_told};
 use crate::support::kubelet::{COUNTED, KUBELET, Kubelet, UNCOUNTED, busybox_pod, lives};
-use crate::support::machine::Result;
+use crate::support::machine::{MIB, Result};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -109,7 +108,7 @@ fn who_fills_a_disk_is_evicted_and_nobody_else() -> Result {
 fn on_two_small_disks(node: &mut Node, images: &Disk, own: &Disk) -> Result {
     // Volumes are looked at as often as everything else.
     let config = format!(
-        "evictionHard: {{memory.available: 1Mi, nodefs.available: {FREE}Mi, imagefs.available: {FREE}Mi}}\n\
+        "evictionHard: {{memory.available: 1Mi, nodefs.available: {FREE_MIB}Mi, imagefs.available: {FREE_MIB}Mi}}\n\
          evictionPressureTransitionPeriod: 1s\nvolumeStatsAggPeriod: 1s\n{UNCOUNTED}"
     );
     let cluster = Cluster::configured(node, &config)?;
@@ -137,14 +136,19 @@ fn on_two_small_disks(node: &mut Node, images: &Disk, own: &Disk) -> Result {
     evicted(&cluster, "bounded", &words)?;
 
     // The images' disk, by its writable layer; what has been evicted may give its room back meanwhile.
-    writes(&cluster, "writer", "/file", all_but(images, FREE - 64)?)?;
+    writes(&cluster, "writer", "/file", all_but(images, FREE_MIB - 64)?)?;
     let words = ["low on resource", "Container c was using"];
     evicted(&cluster, "writer", &words)?;
     has_room(images)?;
     relieved(&cluster, "DiskPressure")?;
 
     // kubelet's own disk, by a volume, of whose size kubelet takes a while to hear.
-    writes(&cluster, "keeper", "/data/much", all_but(own, FREE + 16)?)?;
+    writes(
+        &cluster,
+        "keeper",
+        "/data/much",
+        all_but(own, FREE_MIB + 16)?,
+    )?;
     keeps(&cluster, "keeper", 64 * MIB)?;
     writes(&cluster, "keeper", "/data/more", 32)?;
     evicted(&cluster, "keeper", &["low on resource"])?;
@@ -179,13 +183,13 @@ fn keeps(cluster: &Cluster, pod: &str, bytes: u64) -> Result {
 }
 
 /// What is to stay available, and what is left when more than that has been taken, in MiB.
-const AVAILABLE: u64 = 400;
-const LEFT: u64 = 250;
+const AVAILABLE_MIB: u64 = 400;
+const LEFT_MIB: u64 = 250;
 
 fn who_takes_the_memory_is_evicted_and_nobody_else() -> Result {
     on_a_node(|node| {
         let config = format!(
-            "evictionHard: {{memory.available: {AVAILABLE}Mi, nodefs.available: 1%}}\n\
+            "evictionHard: {{memory.available: {AVAILABLE_MIB}Mi, nodefs.available: 1%}}\n\
              evictionPressureTransitionPeriod: 1s\n"
         );
         let cluster = Cluster::configured(node, &config)?;
@@ -197,7 +201,7 @@ fn who_takes_the_memory_is_evicted_and_nobody_else() -> Result {
             let available = &summary["node"]["memory"]["availableBytes"];
             Ok(available.as_u64())
         })?;
-        let size = (available / MIB).checked_sub(LEFT);
+        let size = (available / MIB).checked_sub(LEFT_MIB);
         let size = size.ok_or(format!("only {available} bytes are available"))?;
         ensure!(size > 100, "only {available} bytes are available");
         let take = format!("echo {size} >/take");
@@ -215,7 +219,7 @@ fn who_takes_the_memory_is_evicted_and_nobody_else() -> Result {
 fn has_room(disk: &Disk) -> Result {
     eventually("the disk to have room again", || {
         let free = disk.free()?;
-        ensure!(free > FREE * MIB, "{free} bytes are free");
+        ensure!(free > FREE_MIB * MIB, "{free} bytes are free");
         Ok(Some(()))
     })
 }

@@ -6,15 +6,15 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::kubelet::application::limits::{MIB, Swap};
 use crate::support::cgroup_use::{file, held_to};
 use crate::support::cluster::{APISERVER, Cluster, eventually, timeout};
 use crate::support::kubelet::{
     COUNTED, KUBELET, Kubelet, busybox_pod, container_id, container_status, static_pod,
 };
-use crate::support::machine::{Result, note};
+use crate::support::machine::{MIB, Result, note};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, on_a_node};
+use crate::support::swap::Swap;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

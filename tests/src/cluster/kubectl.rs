@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::cri::streaming::{TMUX, Terminal};
 use crate::support::cluster::{
     APISERVER, Cluster, TRANSPORTS, Transport, environment, eventually, patience, timeout,
 };
@@ -14,6 +13,7 @@ use crate::support::kubelet::{KUBELET, Kubelet, container_status};
 use crate::support::machine::{Result, Running, command, note, wait_for, wait_within};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, WEB, on_a_node};
+use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

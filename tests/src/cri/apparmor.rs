@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::support::machine::{Result, command};
-use crate::support::needs::{Need, Test};
+use crate::support::needs::{APPARMOR, Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -23,7 +23,6 @@ pub const TESTS: &[Test] = &[
     test!(a_profile_that_can_not_be_had_is_refused, A_NODE),
 ];
 
-pub const APPARMOR: Need = Need::File("/sys/kernel/security/apparmor/profiles");
 const PARSER: Need = Need::Program("apparmor_parser");
 
 /// A container's exit code and output, with this security context.

@@ -3,21 +3,19 @@
 use std::fs;
 use std::time::Duration;
 
-use rrun_proto::v1::image_service_client::ImageServiceClient;
-use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
-    CheckpointContainerRequest, ContainerConfig, ContainerEventType, ContainerMetadata,
-    ContainerStatus, CreateContainerRequest, GetEventsRequest, ImageSpec, ListPodSandboxRequest,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest, PullImageRequest,
+    CheckpointContainerRequest, ContainerEventType, ContainerStatus, CreateContainerRequest,
+    GetEventsRequest, ListPodSandboxRequest, PodSandboxStatusRequest, PullImageRequest,
     RemoveContainerRequest, RemovePodSandboxRequest, ReopenContainerLogRequest,
     RunPodSandboxRequest, RuntimeConfigRequest, StopPodSandboxRequest,
 };
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
 
-use crate::support::machine::{Result, command, deadline, wait_for};
+use crate::support::calls::{Calls, container, image, pod};
+use crate::support::counted_lines::{line_numbers, without_gap};
+use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -43,93 +41,14 @@ pub const TESTS: &[Test] = &[
     test!(methods_to_come_say_so, A_NODE, Need::RrunCri),
 ];
 
-/// A connection to a node's server.
-pub struct Calls {
-    threads: tokio::runtime::Runtime,
-    channel: Channel,
-}
-
-impl Calls {
-    pub fn new(node: &Node) -> Result<Self> {
-        let threads = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let address = format!("unix://{}", node.socket().display());
-        let channel = threads.block_on(Endpoint::try_from(address)?.connect())?;
-        Ok(Calls { threads, channel })
-    }
-
-    pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
-        RuntimeServiceClient::new(self.channel.clone())
-    }
-
-    pub fn image(&self) -> ImageServiceClient<Channel> {
-        ImageServiceClient::new(self.channel.clone())
-    }
-
-    /// Runs this to its end, within the deadline of everything.
-    pub fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
-        let limited = async { tokio::time::timeout(deadline(), work).await };
-        self.threads
-            .block_on(limited)
-            .map_err(|_| format!("no answer within {:?}", deadline()).into())
-    }
-
-    /// Runs all of these at the same time.
-    pub fn together<T: Send + 'static>(
-        &self,
-        work: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
-    ) -> Result<Vec<T>> {
-        let mut set = tokio::task::JoinSet::new();
-        let _inside = self.threads.enter();
-        for one in work {
-            set.spawn(one);
-        }
-        self.wait(set.join_all())
-    }
-
-    fn pods(&self) -> Result<usize> {
-        let mut client = self.runtime();
-        let list = self.wait(async move {
-            client
-                .list_pod_sandbox(ListPodSandboxRequest::default())
-                .await
-        })?;
-        Ok(list?.into_inner().items.len())
-    }
-}
-
-/// A pod as kubelet would ask for it.
-pub fn pod(name: &str) -> PodSandboxConfig {
-    PodSandboxConfig {
-        metadata: Some(PodSandboxMetadata {
-            name: name.to_owned(),
-            namespace: "default".to_owned(),
-            uid: format!("uid-of-{name}"),
-            attempt: 0,
-        }),
-        hostname: name.to_owned(),
-        ..PodSandboxConfig::default()
-    }
-}
-
-pub fn container(name: &str, command: &[&str]) -> ContainerConfig {
-    ContainerConfig {
-        metadata: Some(ContainerMetadata {
-            name: name.to_owned(),
-            attempt: 0,
-        }),
-        image: Some(image(BUSYBOX)),
-        command: command.iter().map(|&word| word.to_owned()).collect(),
-        ..ContainerConfig::default()
-    }
-}
-
-fn image(name: &str) -> ImageSpec {
-    ImageSpec {
-        image: name.to_owned(),
-        ..ImageSpec::default()
-    }
+fn count_pods(calls: &Calls) -> Result<usize> {
+    let mut client = calls.runtime();
+    let list = calls.wait(async move {
+        client
+            .list_pod_sandbox(ListPodSandboxRequest::default())
+            .await
+    })?;
+    Ok(list?.into_inner().items.len())
 }
 
 /// The same answer from everybody.
@@ -178,7 +97,7 @@ fn a_call_joins_the_one_that_is_in_flight() -> Result {
                     .map(|answer| answer.into_inner().pod_sandbox_id)
             }
         }))?)?;
-        ensure_eq!(calls.pods()?, 1, "pods after eight calls for one");
+        ensure_eq!(count_pods(&calls)?, 1, "pods after eight calls for one");
 
         one_answer(calls.together((0..8).map(|_| {
             let mut client = calls.runtime();
@@ -225,32 +144,13 @@ fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
             let again = request();
             calls.wait(async move { client.run_pod_sandbox(again).await })??;
         }
-        ensure_eq!(calls.pods()?, 12, "pods after twelve impatient callers");
+        ensure_eq!(
+            count_pods(&calls)?,
+            12,
+            "pods after twelve impatient callers"
+        );
         Ok(())
     })
-}
-
-/// The numbers of the lines `line N` in a CRI log.
-pub fn line_numbers(log: &str) -> Result<Vec<u64>> {
-    log.lines()
-        .map(|line| {
-            let number = line
-                .splitn(4, ' ')
-                .nth(3)
-                .and_then(|text| text.strip_prefix("line "));
-            Ok(number
-                .ok_or(format!("not a line of the counter: {line:?}"))?
-                .parse()?)
-        })
-        .collect()
-}
-
-/// 1, 2, 3 … without a gap or a repetition.
-pub fn without_gap(numbers: &[u64]) -> Result {
-    for (at, number) in numbers.iter().enumerate() {
-        ensure_eq!(*number, at as u64 + 1, "number of the line {}", at + 1);
-    }
-    Ok(())
 }
 
 fn a_log_is_whole_through_rotations() -> Result {

@@ -3,18 +3,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::cri::apparmor::APPARMOR;
-use crate::network::cni_plugins::{FIREWALL, PLUGINS, tidy};
+use crate::support::cni::{FIREWALL, PLUGINS, tidy};
+use crate::support::critest::{CRITEST, CRITEST_TIMEOUT};
 use crate::support::machine::{Result, command, note, tail};
-use crate::support::needs::{Need, Test};
+use crate::support::needs::{APPARMOR, Need, Test};
 use crate::support::node::{A_NODE, Node, on_a_node};
 use crate::{ensure, test};
 
-const CRITEST: Need = Need::Program("critest");
 const MEMORY: &str = "memory";
 
 pub const TESTS: &[Test] = &[
@@ -64,9 +62,6 @@ const SKIPPED: &[(&str, &str, Option<&str>)] = &[
 /// What wants AppArmor or a memory limit.
 const OF_A_WHOLE_MACHINE: &str = "AppArmor|OOM";
 
-/// Three minutes with containerd on an idle machine, fifteen under emulation.
-pub const PATIENCE: Duration = Duration::from_secs(3600);
-
 fn every_test_passes_on_the_embedded_network() -> Result {
     on_a_node(|node| critest(node, "the embedded network", None))
 }
@@ -104,7 +99,7 @@ fn critest(node: &Node, network: &str, focus: Option<&str>) -> Result {
         .arg(format!("-image-endpoint={endpoint}"))
         .arg(format!("-ginkgo.json-report={}", report.display()))
         .args(focus.map(|focus| format!("-ginkgo.focus={focus}")))
-        .within(PATIENCE);
+        .within(CRITEST_TIMEOUT);
     for (name, _) in skips() {
         critest = critest.arg(format!("-ginkgo.skip={name}"));
     }

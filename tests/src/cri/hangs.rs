@@ -10,10 +10,10 @@ use std::time::Duration;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
-use crate::cri::calls::{line_numbers, without_gap};
+use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const FUSE: Need = Need::File("/dev/fuse");
@@ -194,7 +194,7 @@ fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
             }
             drop(file);
             // What needs room says that there is none; the rest goes on.
-            let refused = node.crictl(&["pull", crate::support::node::WEB]).end()?;
+            let refused = node.crictl(&["pull", WEB]).end()?;
             ensure!(
                 refused.code != 0 && refused.stderr.contains("No space left"),
                 "a pull onto a full disk: {}",

@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use serde_json::{Value, json};
 
-use crate::cri::images::build::{Archive, Compression, ITEM, Image, Item, image};
-use crate::cri::images::server::Server;
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::server::Server;
 use crate::support::machine::{Result, command, only_looked_up, strace_opens, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};

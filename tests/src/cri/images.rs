@@ -3,25 +3,17 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
-use build::{Archive, Compression, ITEM, Item, image};
-use rrun_proto::v1::{
-    AuthConfig, ImageFsInfoRequest, ImageSpec, PullImageRequest, RemoveImageRequest,
-};
+use crate::support::images::build::{Archive, Compression, ITEM, Item, image};
+use rrun_proto::v1::{ImageFsInfoRequest, ImageSpec, RemoveImageRequest};
 use serde_json::{Value, json};
 
-use crate::cri::calls::Calls;
-use crate::support::machine::{Result, note, wait_for};
+use crate::support::calls::Calls;
+use crate::support::images::pull;
+use crate::support::images::server::Server;
+use crate::support::machine::{Result, command, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
-
-// Images made by hand and a registry that misbehaves are those of the library's tests.
-#[allow(dead_code, reason = "what only the library's tests want of it")]
-#[path = "../../../cri-shim/tests/images/build.rs"]
-pub mod build;
-#[allow(dead_code, reason = "what only the library's tests want of it")]
-#[path = "../../../cri-shim/tests/images/server.rs"]
-pub mod server;
 
 pub const TESTS: &[Test] = &[
     test!(an_image_is_inspected_with_its_configuration, A_NODE),
@@ -48,25 +40,6 @@ pub const TESTS: &[Test] = &[
         Need::RrunCri
     ),
 ];
-
-/// PullImage as kubelet asks for it: the image's reference, or what went wrong.
-pub fn pull(
-    calls: &Calls,
-    image: &str,
-    auth: Option<AuthConfig>,
-) -> Result<std::result::Result<String, tonic::Status>> {
-    let mut client = calls.image();
-    let request = PullImageRequest {
-        image: Some(ImageSpec {
-            image: image.to_owned(),
-            ..ImageSpec::default()
-        }),
-        auth,
-        ..PullImageRequest::default()
-    };
-    let answer = calls.wait(async move { client.pull_image(request).await })?;
-    Ok(answer.map(|answer| answer.into_inner().image_ref))
-}
 
 fn an_image_is_inspected_with_its_configuration() -> Result {
     on_a_node(|node| {
@@ -131,7 +104,7 @@ fn an_images_size_is_what_it_takes_on_the_disk() -> Result {
         let used = number(&used["status"]["imageFilesystems"][0]["usedBytes"]["value"])?;
         let size = number(&node.json(&["inspecti", WEB])?["status"]["size"])?;
         ensure_eq!(size, used, "the size of the only image");
-        let du = crate::support::machine::command("du", ["-s", "-B1"])
+        let du = command("du", ["-s", "-B1"])
             .arg(node.join("root/layers"))
             .ok()?;
         let on_disk: u64 = du.stdout.split_whitespace().next().unwrap_or("0").parse()?;
@@ -222,8 +195,8 @@ fn what_layers_hold_is_seen_from_inside() -> Result {
             (upper.end(), Compression::Zstd),
         ];
         let built = image(&layers, json!({ "User": "1000:1000" }));
-        let server = server::Server::start(&[("held", &built)], |_| None)
-            .map_err(|error| error.to_string())?;
+        let server =
+            Server::start(&[("held", &built)], |_| None).map_err(|error| error.to_string())?;
         let name = format!("{}/held:1", server.host());
         let calls = Calls::new(node)?;
         pull(&calls, &name, None)??;

@@ -7,13 +7,13 @@ use std::time::Duration;
 use serde_json::json;
 use tonic::Code;
 
-use crate::cri::calls::Calls;
-use crate::cri::images::build::{Archive, Compression, ITEM, Image, Item, image};
-use crate::cri::images::pull;
-use crate::cri::images::server::{Answer, Request, Server};
+use crate::support::calls::Calls;
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::pull;
+use crate::support::images::server::{Answer, Request, Server};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, Node, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -228,8 +228,8 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
         wait_for("the stalled registry to be asked", || {
             Ok((server.count(&asked) > 0).then_some(()))
         })?;
-        node.pull(crate::support::node::BUSYBOX)?;
-        node.asks(&["rmi", crate::support::node::BUSYBOX])?;
+        node.pull(BUSYBOX)?;
+        node.asks(&["rmi", BUSYBOX])?;
         let output = hanging.end()?;
         ensure!(output.code != 0, "pulled:\n{}", output.told());
         ensure!(

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cri::images::build::{Archive, Compression, ITEM, Image, Item, image};
-use crate::cri::images::server;
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::server;
 use crate::support::machine::Result;
 use crate::support::needs::Test;
 use crate::support::node::{A_NODE, Node, is_rrun, on_a_node};

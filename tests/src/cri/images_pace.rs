@@ -6,13 +6,13 @@ use std::time::Duration;
 use serde_json::json;
 use tonic::Code;
 
-use crate::cri::calls::Calls;
-use crate::cri::images::build::{Archive, Compression, Image, image};
-use crate::cri::images::pull;
-use crate::cri::images::server::{Answer, Request, Server};
+use crate::support::calls::Calls;
+use crate::support::images::build::{Archive, Compression, Image, digest, image};
+use crate::support::images::pull;
+use crate::support::images::server::{Answer, Request, Server};
 use crate::support::machine::{Result, Running, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, Node, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -120,8 +120,8 @@ fn layers_that_drip_hold_up_no_other_registry() -> Result {
             .crictl(&["pull", &format!("{}/drip:1", server.host())])
             .start()?;
         asked(&server, &drip)?;
-        node.pull(crate::support::node::BUSYBOX)?;
-        node.asks(&["rmi", crate::support::node::BUSYBOX])?;
+        node.pull(BUSYBOX)?;
+        node.asks(&["rmi", BUSYBOX])?;
         ends(node, hanging)
     })
 }
@@ -271,7 +271,7 @@ fn after_a_mirror_that_drips_the_next_is_asked() -> Result {
                 let target = path.rsplit('/').next()?;
                 let blob = whole
                     .iter()
-                    .find(|blob| crate::cri::images::build::digest(blob) == target)
+                    .find(|blob| digest(blob) == target)
                     .or(whole.last())?;
                 path.contains(what)
                     .then(|| Answer::new(200, blob.clone()).dripping(PAUSE))

@@ -8,15 +8,16 @@ use rrun_proto::v1::AuthConfig;
 use serde_json::json;
 use tonic::Code;
 
-use crate::cri::calls::Calls;
-use crate::cri::images::pull;
-use crate::cri::images::server::{Answer, Server};
+use crate::support::calls::Calls;
+use crate::support::certificates::{OPENSSL, certificates, certificates_by};
+use crate::support::images::pull;
+use crate::support::images::server::{Answer, Server};
 use crate::support::machine::{Directory, Result, Running, command, wait_for};
 use crate::support::needs::{Need, Test};
+use crate::support::node;
 use crate::support::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const OPENSSL: Need = Need::Program("openssl");
 const HTPASSWD: Need = Need::Program("htpasswd");
 
 pub const TESTS: &[Test] = &[
@@ -53,7 +54,7 @@ impl Guarded {
     fn start(http: &str, auth: &str) -> Result<Self> {
         let directory = Directory::new("registry")?;
         let config = directory.join("config.yml");
-        let data = format!("/var/lib/registry/{}", crate::support::node::PORT);
+        let data = format!("/var/lib/registry/{}", node::PORT);
         fs::write(
             &config,
             format!(
@@ -75,27 +76,6 @@ impl Guarded {
             _directory: directory,
         })
     }
-}
-
-/// An authority, a certificate for 127.0.0.1 and one for a client.
-pub fn certificates(dir: &Path) -> Result {
-    certificates_by("test-ca", dir)
-}
-
-fn certificates_by(authority: &str, dir: &Path) -> Result {
-    let script = r#"
-        openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" \
-            -keyout ca.key -out ca.pem
-        echo subjectAltName=IP:127.0.0.1 > ext
-        for name in server client; do
-            openssl req -newkey rsa:2048 -nodes -subj /CN=$name -keyout $name.key -out req.pem
-            openssl x509 -req -in req.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
-                -extfile ext -out $name.pem
-        done"#;
-    let made = command("sh", ["-ec", script, "sh", authority])
-        .dir(dir)
-        .ok();
-    made.map(|_| ())
 }
 
 fn hosts(node: &Node, text: &str) -> Result {

@@ -3,7 +3,7 @@
 use rrun_proto::v1::{LinuxContainerResources, UpdatePodSandboxResourcesRequest};
 use serde_json::{Value, json};
 
-use crate::cri::calls::Calls;
+use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
 use crate::support::machine::{Result, note, wait_for};
 use crate::support::needs::{Need, Test};

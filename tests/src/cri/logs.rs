@@ -6,7 +6,8 @@ use std::fs;
 use rrun_proto::v1::ReopenContainerLogRequest;
 use serde_json::json;
 
-use crate::cri::calls::{Calls, line_numbers, without_gap};
+use crate::support::calls::Calls;
+use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::{Result, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};

@@ -14,8 +14,8 @@ use rrun_proto::v1::{
     StreamPodSandboxStatsRequest, StreamPodSandboxesRequest, UpdatePodSandboxResourcesRequest,
 };
 
-use crate::cri::calls::Calls;
-use crate::support::machine::{Result, command, wait_for};
+use crate::support::calls::Calls;
+use crate::support::machine::{Directory, Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, METRICS, Node, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -408,7 +408,7 @@ fn prometheus_metrics_count_calls_and_garbage_is_harmless() -> Result {
 }
 
 fn bad_configuration_names_file_line_and_key() -> Result {
-    let directory = crate::support::machine::Directory::new("config")?;
+    let directory = Directory::new("config")?;
     let main = directory.join("config.toml");
     fs::create_dir(directory.join("config.d"))?;
     let drop_in = directory.join("config.d/50-here.toml");

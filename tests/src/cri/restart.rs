@@ -9,7 +9,8 @@ use rrun_proto::v1::{
 };
 use serde_json::json;
 
-use crate::cri::calls::{Calls, container, line_numbers, pod, without_gap};
+use crate::support::calls::{Calls, container, pod};
+use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};

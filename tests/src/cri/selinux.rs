@@ -5,11 +5,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cri::users;
-use crate::runtime::labels::SELINUX;
 use crate::support::machine::{Result, command, wait_for};
-use crate::support::needs::{Need, Test};
+use crate::support::needs::{Need, SELINUX, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
+use crate::support::user_namespace;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -256,8 +255,8 @@ fn selinux_goes_with_user_namespaces_and_images_as_volumes() -> Result {
             let name = if users { "users" } else { "plain" };
             let (config, mut container) = match users {
                 true => (
-                    users::pod(node, name, 1),
-                    users::container(node, name, 1, &["sleep", "3600"]),
+                    user_namespace::pod(node, name, 1),
+                    user_namespace::container(node, name, 1, &["sleep", "3600"]),
                 ),
                 false => (node.pod(name), node.container(name, &["sleep", "3600"])),
             };

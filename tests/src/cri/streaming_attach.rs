@@ -9,11 +9,12 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use rrun_proto::v1::{AttachRequest, ReopenContainerLogRequest};
 
-use crate::cri::calls::Calls;
-use crate::cri::streaming::{TRANSPORTS, message, reads, websocket};
+use crate::support::calls::Calls;
 use crate::support::machine::{Result, Running, command, wait_for};
 use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::streams::TRANSPORTS;
+use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 
-use crate::cri::images_registries::OPENSSL;
-use crate::cri::streaming::{TMUX, TRANSPORTS, Terminal, count_processes, waiting};
+use crate::support::certificates::OPENSSL;
 use crate::support::machine::{Result, command, deadline, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
+use crate::support::streams::{TRANSPORTS, count_processes, waiting};
+use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

@@ -4,14 +4,14 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use nix::sys::signal::Signal;
-use rrun_proto::v1::PortForwardRequest;
 
-use crate::cri::calls::Calls;
-use crate::cri::streaming::{TRANSPORTS, reads, websocket};
-use crate::cri::streaming_spdy::Client;
+use crate::support::calls::Calls;
 use crate::support::machine::{Result, command, deadline, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
+use crate::support::spdy::SpdyClient;
+use crate::support::streams::{TRANSPORTS, port_forward_url};
+use crate::support::websocket::{reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
 const SOCAT: Need = Need::Program("socat");
@@ -204,16 +204,6 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
     })
 }
 
-pub fn port_forward_url(calls: &Calls, pod_id: &str, ports: &[i32]) -> Result<String> {
-    let mut runtime = calls.runtime();
-    let request = PortForwardRequest {
-        pod_sandbox_id: pod_id.to_owned(),
-        port: ports.to_vec(),
-    };
-    let answer = calls.wait(async move { runtime.port_forward(request).await })??;
-    Ok(answer.into_inner().url)
-}
-
 /// The first clients end their half of a connection only when they have been told that all is over.
 fn a_forwarded_port_ends_with_its_program() -> Result {
     on_a_node(|node| {
@@ -226,7 +216,7 @@ fn a_forwarded_port_ends_with_its_program() -> Result {
         node.asks(&["exec", &id, "sh", "-c", listens])?;
         let calls = Calls::new(node)?;
         let url = port_forward_url(&calls, &pod_id, &[])?;
-        let mut client = Client::upgraded(&url, "portforward.k8s.io")?;
+        let mut client = SpdyClient::upgraded(&url, "portforward.k8s.io")?;
         for kind in ["error", "data"] {
             client.open_with(kind, &[("port", "6000"), ("requestid", "0")])?;
         }

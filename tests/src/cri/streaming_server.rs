@@ -9,16 +9,14 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use rrun_proto::v1::{AttachRequest, ExecRequest};
 
-use crate::cri::calls::Calls;
-use crate::cri::images_registries::{OPENSSL, certificates};
-use crate::cri::streaming::{
-    TRANSPORTS, count_processes, exec_url, message, reads, waiting, websocket,
-};
-use crate::cri::streaming_ports::port_forward_url;
-use crate::cri::streaming_spdy::Client;
-use crate::support::machine::{Result, deadline, rounds, wait_for};
+use crate::support::calls::Calls;
+use crate::support::certificates::{OPENSSL, certificates};
+use crate::support::machine::{Failed, Result, deadline, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::spdy::SpdyClient;
+use crate::support::streams::{TRANSPORTS, count_processes, exec_url, port_forward_url, waiting};
+use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -145,7 +143,7 @@ fn a_stream_s_request_is_checked() -> Result {
             change(&mut request);
             let mut runtime = calls.runtime();
             let answer = calls.wait(async move { runtime.exec(request).await })?;
-            Ok::<_, crate::support::machine::Failed>(match answer {
+            Ok::<_, Failed>(match answer {
                 Ok(answer) => answer.into_inner().url,
                 Err(status) => format!("{:?}", status.code()),
             })
@@ -444,7 +442,7 @@ fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
         2 => ("portforward.k8s.io", &["error", "data"]),
         _ => ("v4.channel.k8s.io", &["error", "stdin", "stdout"]),
     };
-    let mut client = Client::upgraded(&url, version)?;
+    let mut client = SpdyClient::upgraded(&url, version)?;
     for name in kinds.iter().take(steps - 1) {
         let ports = [("port", "6000"), ("requestid", "0")];
         client.open_with(name, if kind == 2 { &ports } else { &[] })?;

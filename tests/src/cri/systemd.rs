@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use crate::cri::calls::{line_numbers, without_gap};
-use crate::support::machine::{Result, command, program_path, wait_for};
+use crate::support::counted_lines::{line_numbers, without_gap};
+use crate::support::machine::{Failed, Result, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -87,9 +87,7 @@ fn story(node: &mut Node) -> Result {
     let id = node.run(&pod_id, &pod, &container)?;
     let pid = node.pid(&id)?;
     let log = node.join("logs/unit/counts.log");
-    let lines = || {
-        Ok::<_, crate::support::machine::Failed>(line_numbers(&fs::read_to_string(&log)?)?.len())
-    };
+    let lines = || Ok::<_, Failed>(line_numbers(&fs::read_to_string(&log)?)?.len());
     let goes_on = || {
         let before = lines()?;
         wait_for("the container to write on", || {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::support::machine::Result;
 use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::user_namespace::{FIRST, container, ids, pod};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -15,32 +16,6 @@ pub const TESTS: &[Test] = &[
     test!(a_volume_has_the_ids_of_the_pod, A_NODE),
     test!(user_namespaces_that_can_not_be_are_refused_by_name, A_NODE),
 ];
-
-const FIRST: u32 = 1_000_000;
-
-fn ids() -> Value {
-    json!([{ "host_id": FIRST, "container_id": 0, "length": 65536 }])
-}
-
-/// `userns_options` of a pod and of its containers.
-fn options() -> Value {
-    json!({ "mode": 0, "uids": ids(), "gids": ids() })
-}
-
-pub fn pod(node: &Node, name: &str, pid: i32) -> Value {
-    let mut pod = node.pod(name);
-    let context = &mut pod["linux"]["security_context"]["namespace_options"];
-    context["pid"] = json!(pid);
-    context["userns_options"] = options();
-    pod
-}
-
-pub fn container(node: &Node, name: &str, pid: i32, command: &[&str]) -> Value {
-    let mut container = node.container(name, command);
-    container["linux"]["security_context"]["namespace_options"] =
-        json!({ "pid": pid, "userns_options": options() });
-    container
-}
 
 /// The features of the default handler in `crictl info`.
 fn features(node: &Node) -> Result<Value> {

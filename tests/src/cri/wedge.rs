@@ -19,7 +19,8 @@ use rrun_proto::v1::{
 use tonic::Status;
 use tonic::transport::Channel;
 
-use crate::cri::calls::{Calls, container, line_numbers, pod, without_gap};
+use crate::support::calls::{Calls, container, pod};
+use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::{Dice, Result, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};

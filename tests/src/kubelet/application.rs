@@ -17,18 +17,19 @@ use crate::support::machine::{Result, deadline, note, wait_within};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, on_a_node};
 use crate::support::reboot::reboot;
+use crate::support::swap::Swap;
 use crate::{ensure, ensure_eq, test};
 use limits::{
-    Swap, a_busy_loop_is_held_to_its_limit, a_resize_in_place_takes_effect,
+    a_busy_loop_is_held_to_its_limit, a_resize_in_place_takes_effect,
     allocations_are_oomkilled_and_backed_off, limits_are_as_kubelet_means_them, restarted,
     statistics_are_plausible, there_is_no_swap_for_a_critical_pod,
 };
 use logs::no_line_is_lost_by_rotation;
 use streams::{events_come, exec, streams_go_through_kubelet};
 
-pub mod limits;
+mod limits;
 mod logs;
-pub mod streams;
+mod streams;
 
 pub const TESTS: &[Test] = &[
     test!(

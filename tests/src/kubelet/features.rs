@@ -6,10 +6,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::kubelet::application::streams::logs;
-use crate::support::application::name;
 use crate::support::kubelet::{
-    KUBELET, Kubelet, Options, UNCOUNTED, container_id, static_pod, without_limits,
+    KUBELET, Kubelet, Options, UNCOUNTED, container_id, logs, pod_name, static_pod, without_limits,
 };
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
@@ -182,8 +180,8 @@ fn statistics_are_the_servers(kubelet: &Kubelet, pods: &[Value]) -> Result {
             let told = summary["pods"].as_array().into_iter().flatten();
             let told = told
                 .clone()
-                .find(|told| told["podRef"]["name"] == name(pod))
-                .ok_or(format!("no {} in {summary}", name(pod)))?;
+                .find(|told| told["podRef"]["name"] == pod_name(pod))
+                .ok_or(format!("no {} in {summary}", pod_name(pod)))?;
             let number = |what: &str| {
                 let number = told.pointer(what).and_then(Value::as_u64);
                 number.ok_or(format!("no {what} in {told}"))
@@ -197,7 +195,7 @@ fn statistics_are_the_servers(kubelet: &Kubelet, pods: &[Value]) -> Result {
     })?;
     let metrics = kubelet.reads("/metrics/cadvisor")?;
     for pod in pods {
-        let of_it = format!("pod=\"{}\"", name(pod));
+        let of_it = format!("pod=\"{}\"", pod_name(pod));
         let mut lines = metrics
             .lines()
             .filter(|line| line.starts_with("container_network_receive_bytes_total"));

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::cni_recorder::{ADDRESS, Call, behave, calls, configure, install, write};
+use crate::support::cni::write;
+use crate::support::cni_recorder::{ADDRESS, Call, behave, calls, configure, install};
 use crate::support::machine::{Dice, Result, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, on_a_node};

@@ -5,22 +5,17 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::network::host_ports::node_fetches;
-use crate::support::cni_recorder::write;
+use crate::support::cni::{FIREWALL, PLUGINS, tidy, write};
 use crate::support::inside::traffic::pour;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
+use crate::support::pod_network::{addresses, node_fetches};
 use crate::{ensure, ensure_eq, test};
 
-pub const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
 const SHAPING: Need = Need::Works(
     "ifb interfaces and tbf queues, which the plugin bandwidth is made of",
     "ip link add rrprobe type ifb && { tc qdisc add dev rrprobe root tbf rate 1mbit burst 10k latency 1s; code=$?; ip link delete rrprobe; exit $code; }",
-);
-pub const FIREWALL: Need = Need::Works(
-    "iptables, which the plugins portmap and firewall call",
-    "iptables -w -t nat -S && ip6tables -w -t nat -S && iptables -w -S",
 );
 const MACVLAN: Need = Need::Works(
     "macvlan interfaces",
@@ -52,20 +47,6 @@ pub const TESTS: &[Test] = &[
     test!(pods_reach_each_other_by_macvlan, A_NODE, PLUGINS, MACVLAN),
 ];
 
-/// What plugins keep outside of their configuration's reach.
-pub fn tidy() {
-    // Where systemd is, the package's tmpfiles.d has made this one, empty, at boot.
-    let leases = if Path::new("/run/systemd/system").exists() {
-        "/var/lib/cni/networks/wire"
-    } else {
-        "/var/lib/cni"
-    };
-    for file in ["/run/xtables.lock", "/run/cni", "/run/e2e-cni", leases] {
-        let _ = fs::remove_file(file);
-        let _ = fs::remove_dir_all(file);
-    }
-}
-
 fn ipam(node: &Node, subnets: &[&str]) -> Value {
     let ranges: Vec<Value> = subnets
         .iter()
@@ -75,18 +56,6 @@ fn ipam(node: &Node, subnets: &[&str]) -> Value {
         "type": "host-local", "dataDir": node.join("ipam"), "ranges": ranges,
         "routes": [{ "dst": "0.0.0.0/0" }],
     })
-}
-
-/// The pod's addresses, by its status.
-fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
-    let status = node.json(&["inspectp", pod_id])?;
-    let network = &status["status"]["network"];
-    let mut all = vec![network["ip"].as_str().unwrap_or_default().to_owned()];
-    let more = network["additionalIps"].as_array().cloned();
-    for one in more.unwrap_or_default() {
-        all.push(one["ip"].as_str().unwrap_or_default().to_owned());
-    }
-    Ok(all)
 }
 
 /// Leases of host-local.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tonic::Status;
 use tonic::transport::Channel;
 
-use crate::cri::calls::{Calls, pod};
+use crate::support::calls::{Calls, pod};
 use crate::support::machine::{Dice, Result, command, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, is_pods_interface, on_a_node};

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::network::host_ports::{Uplink, addresses, mapped, node_fetches, web};
 use crate::support::inside::traffic::{Sctp, ask};
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
+use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, web};
 use crate::{ensure, ensure_eq, test};
 
 macro_rules! tests {

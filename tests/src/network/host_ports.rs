@@ -1,111 +1,20 @@
 //! Host ports of the embedded network, and its two families of addresses: by what arrives.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::support::machine::{Result, command, wait_for};
-use crate::support::needs::Test;
-use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
+use crate::support::needs::{Need, Test};
+use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
+use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, pod_fetches, web};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
     test!(a_host_port_leads_to_its_pod_from_everywhere, A_NODE),
-    test!(
-        a_host_port_has_one_pod,
-        A_NODE,
-        crate::support::needs::Need::Rrun
-    ),
-    test!(
-        host_ports_outlive_a_kill_and_a_flush,
-        A_NODE,
-        crate::support::needs::Need::Rrun
-    ),
-    test!(
-        pods_have_both_families,
-        A_NODE,
-        crate::support::needs::Need::Rrun
-    ),
-    test!(
-        a_full_range_is_named,
-        A_NODE,
-        crate::support::needs::Need::Rrun
-    ),
+    test!(a_host_port_has_one_pod, A_NODE, Need::Rrun),
+    test!(host_ports_outlive_a_kill_and_a_flush, A_NODE, Need::Rrun),
+    test!(pods_have_both_families, A_NODE, Need::Rrun),
+    test!(a_full_range_is_named, A_NODE, Need::Rrun),
 ];
-
-/// An address of the node beside those of the loopback, and, as VPNs have it, half of the way to
-/// everywhere; on a link that ends with the guard.
-pub struct Uplink;
-
-impl Uplink {
-    pub const V4: &str = "198.51.100.7";
-    pub const V6: &str = "2001:db8::7";
-
-    pub fn new() -> Result<Self> {
-        let ip = |args: &[&str]| command("ip", args).ok().map(|_| ());
-        ip(&["link", "add", "uplink7", "type", "bridge"])?;
-        let uplink = Uplink;
-        ip(&["link", "set", "uplink7", "up", "mtu", "1400"])?;
-        ip(&["address", "add", "198.51.100.7/24", "dev", "uplink7"])?;
-        ip(&[
-            "address",
-            "add",
-            "2001:db8::7/64",
-            "dev",
-            "uplink7",
-            "nodad",
-        ])?;
-        ip(&["route", "add", "128.0.0.0/1", "via", "198.51.100.1"])?;
-        Ok(uplink)
-    }
-}
-
-impl Drop for Uplink {
-    fn drop(&mut self) {
-        let _ = command("ip", ["link", "delete", "uplink7"]).end();
-    }
-}
-
-pub fn mapped(node: &Node, name: &str, ports: Value) -> Value {
-    let mut pod = node.pod(name);
-    pod["port_mappings"] = ports;
-    pod
-}
-
-/// A pod whose web server, at port 5000, answers.
-pub fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
-    let pod_id = node.runp(pod)?;
-    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-    let mut web = node.container(&format!("web-{name}"), &[]);
-    web["image"]["image"] = json!(WEB);
-    let id = node.run(&pod_id, pod, &web)?;
-    Ok((pod_id, id))
-}
-
-pub fn node_fetches(url: &str) -> Result {
-    wait_for(&format!("{url} to answer the node"), || {
-        let got = command("curl", ["-gfsS", "--max-time", "3", url]).end()?;
-        Ok(got.text().contains("hello from rrun").then_some(()))
-    })
-}
-
-pub fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
-    wait_for(&format!("{url} to answer the pod"), || {
-        let args = [
-            "exec", "-s", container, "wget", "-T", "3", "-q", "-O", "-", url,
-        ];
-        let got = node.crictl(&args).end()?;
-        Ok(got.text().contains("hello from rrun").then_some(()))
-    })
-}
-
-pub fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
-    let status = node.json(&["inspectp", pod_id])?;
-    let network = status["status"]["network"].clone();
-    let mut all = vec![network["ip"].as_str().unwrap_or_default().to_owned()];
-    for more in network["additionalIps"].as_array().into_iter().flatten() {
-        all.push(more["ip"].as_str().unwrap_or_default().to_owned());
-    }
-    Ok(all)
-}
 
 fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
     let _uplink = Uplink::new()?;

@@ -8,11 +8,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 
-use crate::network::host_ports::addresses;
 use crate::support::inside::traffic::advertise;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
+use crate::support::pod_network::addresses;
 use crate::{ensure, ensure_eq, test};
 
 const IPV6: Need = Need::File("/proc/sys/net/ipv6/conf/all/accept_ra");

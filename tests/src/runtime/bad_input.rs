@@ -6,8 +6,9 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::{Output, Result, note, wait_for};
+use crate::support::machine::{Result, note, wait_for};
 use crate::support::needs::{Need, Test};
+use crate::support::refusals::{complaint, nothing_made, refused};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -32,59 +33,6 @@ pub const TESTS: &[Test] = &[
     test!(two_creates_of_one_id_have_one_winner),
     test!(a_terminal_without_a_console_socket_is_refused),
 ];
-
-/// The complaint must be one line and hold one of these words.
-pub fn complaint(output: &Output, words: &[&str]) -> Result {
-    let text = output.stderr.trim_end();
-    ensure!(
-        !text.is_empty(),
-        "there is no word of what is wrong:\n{}",
-        output.told()
-    );
-    // runc says things besides.
-    let line = if runtime_program().ends_with("rrun") {
-        ensure!(
-            !text.contains('\n'),
-            "more than one line:\n{}",
-            output.told()
-        );
-        ensure!(!text.contains("panicked"), "a panic:\n{}", output.told());
-        text
-    } else {
-        text.lines().last().unwrap_or_default()
-    };
-    ensure!(
-        words.is_empty() || words.iter().any(|word| line.contains(word)),
-        "does not say {}:\n{}",
-        words.join(" or "),
-        output.told()
-    );
-    Ok(())
-}
-
-/// `run` and `create` fail with 1, say one of these words, and no container is there.
-pub fn refused(bundle: &Bundle, words: &[&str]) -> Result {
-    for command in ["run", "create"] {
-        let output = bundle.runtime(&[command, bundle.id()]).exits(1)?;
-        complaint(&output, words)?;
-        nothing_made(bundle, &output)?;
-    }
-    Ok(())
-}
-
-pub fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
-    ensure!(
-        !bundle.root().join(bundle.id()).exists(),
-        "its state is left:\n{}",
-        output.told()
-    );
-    ensure!(
-        !bundle.cgroup().exists(),
-        "its cgroup is left:\n{}",
-        output.told()
-    );
-    Ok(())
-}
 
 fn a_missing_configuration_is_refused() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;

@@ -7,10 +7,10 @@ use std::os::unix::net::UnixListener;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
-use crate::runtime::bad_input::{complaint, nothing_made, refused};
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Directory, Output, Result, command, note};
 use crate::support::needs::{Need, Test};
+use crate::support::refusals::{complaint, nothing_made, refused};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::cri::critest;
 use crate::support::bundle::runtime_program;
 use crate::support::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings};
+use crate::support::critest::{CRITEST, CRITEST_TIMEOUT};
 use crate::support::leak_check::PEERS;
 use crate::support::machine::{
     Directory, Result, Run, Running, command, deadline, program_path, wait_for,
@@ -42,7 +42,7 @@ pub const TESTS: &[Test] = &[
         CRICTL,
         REGISTRY,
         IMAGES,
-        Need::Program("critest")
+        CRITEST
     ),
 ];
 
@@ -326,6 +326,6 @@ fn containerd_keeps_pods_as_a_cri_server() -> Result {
 fn containerd_passes_critest() -> Result {
     passes(
         &["cri::critest::every_test_passes_on_a_bridge_of_cni_plugins"],
-        critest::PATIENCE,
+        CRITEST_TIMEOUT,
     )
 }

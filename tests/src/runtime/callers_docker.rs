@@ -6,6 +6,7 @@ use crate::support::bundle::runtime_program;
 use crate::support::caller::{
     ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes,
 };
+use crate::support::cgroup_use::held_to;
 use crate::support::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -207,7 +208,7 @@ fn docker_limits_hold_and_are_updated() -> Result {
         .call(&["inspect", "-f", "{{.State.Pid}}", "half"])
         .ok()?;
     let cgroup = cgroup_of(pid.text())?;
-    crate::support::cgroup_use::held_to(0.5, &cgroup)?;
+    held_to(0.5, &cgroup)?;
     docker
         .call(&[
             "update",

@@ -8,6 +8,7 @@ use crate::support::bundle::runtime_program;
 use crate::support::caller::{
     ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes,
 };
+use crate::support::cgroup_use::held_to;
 use crate::support::machine::{Directory, Output, Result, Run, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -402,7 +403,7 @@ fn podman_limits_hold() -> Result {
         .call(&["inspect", "-f", "{{.State.Pid}}", "half"])
         .ok()?;
     let cgroup = cgroup_of(pid.text())?;
-    crate::support::cgroup_use::held_to(0.5, &cgroup)?;
+    held_to(0.5, &cgroup)?;
     podman
         .call(&["update", "--memory", "64m", "--pids-limit", "50", "half"])
         .ok()?;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::runtime::limits::split;
 use crate::support::bundle::Bundle;
+use crate::support::cgroup_use::split_of_a_cpu;
 use crate::support::machine::{Result, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -67,7 +67,7 @@ fn no_limit_needs_no_controller() -> Result {
 }
 
 fn an_idle_container_runs_when_nothing_else_does() -> Result {
-    let part = split(json!({ "cpu": {} }), json!({ "cpu": { "idle": 1 } }))?;
+    let part = split_of_a_cpu(json!({ "cpu": {} }), json!({ "cpu": { "idle": 1 } }))?;
     note(format!(
         "beside an idle one: {:.1} % of the CPU",
         part * 100.0

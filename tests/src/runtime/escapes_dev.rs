@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value, json};
 
-use crate::runtime::bad_input::refused;
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::inside::attacker::{Exchange, rounds};
 use crate::support::machine::{Directory, Result, note, only_looked_up, strace_opens};
 use crate::support::needs::{Need, Test};
+use crate::support::refusals::refused;
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[

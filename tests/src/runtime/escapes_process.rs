@@ -34,7 +34,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// `bundle.runtime`, by a caller that has left / open as descriptor 9.
-fn leaking(bundle: &Bundle, args: &[&str]) -> crate::support::machine::Run {
+fn leaking(bundle: &Bundle, args: &[&str]) -> Run {
     let program = runtime_program();
     command(
         "/bin/sh",

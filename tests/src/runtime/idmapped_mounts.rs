@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
+use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Directory, Result};
 use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
@@ -242,7 +242,7 @@ fn mappings_that_can_not_be_are_refused() -> Result {
         bad["gidMappings"] = maps(1000, 10);
         cases.push((bad, word));
     }
-    let is_rrun = crate::support::bundle::runtime_program().ends_with("rrun");
+    let is_rrun = runtime_program().ends_with("rrun");
     for (mount, word) in cases {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.add("/mounts", mount.clone());

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::{Result, deadline, full, note, wait_for};
+use crate::support::machine::{Failed, Result, deadline, full, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -213,7 +213,7 @@ fn each_step(
     nothing_is_left(bundle, mounts_before)?;
     let mut killed = 0;
     for at in steps(whole.calls) {
-        let context = |failed: crate::support::machine::Failed| {
+        let context = |failed: Failed| {
             let why = failed.message().unwrap_or_default().to_owned();
             format!(
                 "{victim:?} of {args:?} killed at system call {at} of {}: {why}",

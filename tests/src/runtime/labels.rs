@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::bundle::Bundle;
 use crate::support::machine::{Result, command};
-use crate::support::needs::{Need, Test};
+use crate::support::needs::{APPARMOR, APPARMOR_PROFILES, Need, SELINUX, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub const TESTS: &[Test] = &[
@@ -26,7 +26,7 @@ pub const TESTS: &[Test] = &[
     ),
     test!(
         a_profile_without_apparmor_is_refused,
-        Need::Absent(PROFILES),
+        Need::Absent(APPARMOR_PROFILES),
         Need::Rrun
     ),
     test!(an_selinux_label_reaches_the_process, SELINUX),
@@ -42,12 +42,7 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
-const APPARMOR: Need = Need::File(PROFILES);
 const PARSER: Need = Need::Program("apparmor_parser");
-/// Only the guest of `tests/vm/run --selinux` has it.
-pub const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
-
 /// A profile in the kernel; dropped, it is taken out again.
 struct Profile(String);
 

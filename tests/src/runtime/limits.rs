@@ -1,15 +1,14 @@
 //! cgroup limits, by their effect on a real kernel.
 
 use std::fs;
-use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::runtime::bad_input::nothing_made;
 use crate::support::bundle::Bundle;
-use crate::support::cgroup_use::{held_to, parts_of_a_cpu};
+use crate::support::cgroup_use::{held_to, split_of_a_cpu};
 use crate::support::machine::{Result, note, wait_for};
 use crate::support::needs::{Need, Test};
+use crate::support::refusals::nothing_made;
 use crate::{ensure, ensure_eq, test};
 
 const CPU: Need = Need::Controller("cpu");
@@ -87,30 +86,10 @@ fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
     Ok(())
 }
 
-/// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
-pub fn split(first: serde_json::Value, second: serde_json::Value) -> Result<f64> {
-    let bundles = [first, second]
-        .into_iter()
-        .map(|resources| {
-            let mut bundle = Bundle::new(&["spin", "600"])?;
-            bundle.set("/linux/resources", resources);
-            bundle.set("/linux/resources/cpu/cpus", json!("0"));
-            bundle.start()?;
-            Ok(bundle)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let groups: Vec<_> = bundles.iter().map(Bundle::cgroup).collect();
-    let used = parts_of_a_cpu(&groups.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
-    for bundle in &bundles {
-        bundle.end()?;
-    }
-    Ok(used[0] / (used[0] + used[1]))
-}
-
 fn requests_of_two_to_one_split_a_cpu_two_to_one() -> Result {
     // Requests of 1000m and 500m as kubelet gives them. The conversion bends the ratio a little:
     // weights 100 and 59.
-    let part = split(
+    let part = split_of_a_cpu(
         json!({ "cpu": { "shares": 1024 } }),
         json!({ "cpu": { "shares": 512 } }),
     )?;
@@ -128,7 +107,7 @@ fn requests_of_two_to_one_split_a_cpu_two_to_one() -> Result {
 }
 
 fn unified_weights_of_two_to_one_split_a_cpu_two_to_one() -> Result {
-    let part = split(
+    let part = split_of_a_cpu(
         json!({ "unified": { "cpu.weight": "200" } }),
         json!({ "unified": { "cpu.weight": "100" } }),
     )?;

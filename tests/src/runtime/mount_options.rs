@@ -5,9 +5,9 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::runtime::mounts::{line, options};
 use crate::support::bundle::Bundle;
 use crate::support::machine::{Directory, Result, command, wait_for};
+use crate::support::mountinfo::{line, options};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 

@@ -4,10 +4,11 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::support::bundle::Bundle;
 use crate::support::machine::{Directory, Result};
+use crate::support::mountinfo::{line, options};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -45,27 +46,6 @@ fn bind(bundle: &mut Bundle, source: &std::path::Path, destination: &str, option
             "destination": destination, "type": "bind", "source": source, "options": options,
         }),
     );
-}
-
-/// The line of mountinfo for this mount point.
-pub fn line(report: &Value, point: &str) -> Result<String> {
-    let lines = report["mounts"]
-        .as_array()
-        .ok_or("no mounts in the report")?;
-    let found = lines
-        .iter()
-        .filter_map(Value::as_str)
-        .rfind(|line| line.split(' ').nth(4).is_some_and(|there| there == point));
-    Ok(found
-        .ok_or(format!("nothing is mounted on {point} in {lines:#?}"))?
-        .to_owned())
-}
-
-/// The mount's own options, sorted.
-pub fn options(report: &Value, point: &str) -> Result<Vec<String>> {
-    let line = line(report, point)?;
-    let own = line.split(' ').nth(5).unwrap_or_default();
-    Ok(own.split(',').map(str::to_owned).collect())
 }
 
 fn a_readonly_root_is_readonly() -> Result {

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
-use crate::support::machine::{Result, command};
+use crate::support::machine::{Output, Result, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -39,7 +39,7 @@ impl Drop for Device {
     }
 }
 
-fn ip(args: &[&str]) -> Result<crate::support::machine::Output> {
+fn ip(args: &[&str]) -> Result<Output> {
     command("ip", args).ok()
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::fields::{is_time, keys};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -52,27 +53,6 @@ fn has(value: &Value, fields: &[(&str, &str)]) -> Result {
         ensure!(is == *should, "{pointer} is {is}, not {should}, in {value}");
     }
     Ok(())
-}
-
-pub fn keys(value: &Value) -> Vec<&str> {
-    let mut keys: Vec<&str> = value
-        .as_object()
-        .into_iter()
-        .flat_map(|map| map.keys().map(String::as_str))
-        .collect();
-    keys.sort_unstable();
-    keys
-}
-
-/// RFC 3339 in UTC, as Go's RFC3339Nano writes it.
-pub fn is_time(text: &str) -> bool {
-    let (date, time) = text.split_once('T').unwrap_or_default();
-    let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    date.len() == 10
-        && date.split('-').all(digits)
-        && time
-            .strip_suffix('Z')
-            .is_some_and(|time| time.len() >= 8 && time.split([':', '.']).all(digits))
 }
 
 /// The fields of `state` and of an entry of `list`.

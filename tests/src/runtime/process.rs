@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
+use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
@@ -461,7 +461,7 @@ fn run_works_on_its_own_terminal() -> Result {
     bundle.write_config()?;
     let pair = nix::pty::openpty(None, None)?;
     let master = std::fs::File::from(pair.master);
-    let mut runtime = std::process::Command::new(crate::support::bundle::runtime_program())
+    let mut runtime = std::process::Command::new(runtime_program())
         .arg("--root")
         .arg(bundle.root())
         .args(["run", bundle.id()])

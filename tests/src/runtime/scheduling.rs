@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::Result;
+use crate::support::machine::{Output, Result, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -173,9 +173,9 @@ fn cpus() -> Result<String> {
 }
 
 /// Runs the runtime bound to CPU 0.
-fn bound(bundle: &Bundle, args: &[&str]) -> Result<crate::support::machine::Output> {
+fn bound(bundle: &Bundle, args: &[&str]) -> Result<Output> {
     bundle.write_config()?;
-    crate::support::machine::command("taskset", ["--cpu-list", "0", &runtime_program()])
+    command("taskset", ["--cpu-list", "0", &runtime_program()])
         .arg("--root")
         .arg(bundle.root())
         .args(args)

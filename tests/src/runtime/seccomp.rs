@@ -10,7 +10,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
-use crate::support::machine::{Directory, Result, command, wait_for};
+use crate::support::machine::{Directory, Output, Result, command, deadline, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -743,7 +743,7 @@ fn an_agent_is_asked() -> Result {
             libc::SYS_getpgid,
             "call"
         );
-        let output = running.end_within(crate::support::machine::deadline())?;
+        let output = running.end_within(deadline())?;
         ensure_eq!(output.text(), "EOWNERDEAD", "what the call gave");
     }
     Ok(())
@@ -767,7 +767,7 @@ fn an_agent_is_asked_about_what_exec_runs() -> Result {
         "exec's pid"
     );
     asked.answer(libc::EDOM)?;
-    let output = running.end_within(crate::support::machine::deadline())?;
+    let output = running.end_within(deadline())?;
     ensure_eq!(output.text(), "EDOM", "what the call gave");
     bundle.end()?;
     Ok(())
@@ -797,7 +797,7 @@ fn an_agent_is_asked_about_the_execution_itself() -> Result {
         let bundle = with(2)?;
         let running = bundle.call(&["run"])?.start()?;
         asked_in_order(&socket.accept()?, &least[..2])?;
-        let output = running.end_within(crate::support::machine::deadline())?;
+        let output = running.end_within(deadline())?;
         ensure_eq!(output.code, 7, "run: {}", output.told());
 
         let bundle = with(3)?;
@@ -807,12 +807,12 @@ fn an_agent_is_asked_about_the_execution_itself() -> Result {
         ensure_eq!(asked.state["state"]["id"], bundle.id(), "id");
         ensure_eq!(asked.state["pid"], bundle.pid()?, "pid");
         asked_in_order(&asked, &[least[0], least[2]])?;
-        let output = starting.end_within(crate::support::machine::deadline())?;
+        let output = starting.end_within(deadline())?;
         ensure_eq!(output.code, 0, "start: {}", output.told());
         let exec = [&["exec"], &[bundle.id()], &[LEAST_PROGRAM; 2][..]].concat();
         let running = bundle.runtime(&exec).start()?;
         asked_in_order(&socket.accept()?, &least[..2])?;
-        let output = running.end_within(crate::support::machine::deadline())?;
+        let output = running.end_within(deadline())?;
         ensure_eq!(output.code, 7, "exec: {}", output.told());
         bundle.end()?;
     }
@@ -833,7 +833,7 @@ fn an_agent_is_asked_about_what_a_hook_does() -> Result {
         let call = i64::from(asked.answer(libc::EDOM)?);
         ensure_eq!(call, libc::SYS_getpgid, "call of the {asker}");
     }
-    let output = running.end_within(crate::support::machine::deadline())?;
+    let output = running.end_within(deadline())?;
     ensure_eq!(output.text(), "EDOM", "what the program's call gave");
     Ok(())
 }
@@ -851,7 +851,7 @@ fn a_hook_that_fails_under_an_agent_is_reported() -> Result {
         "/hooks/startContainer",
         json!([{ "path": "/bin/inside", "args": ["inside", "exit", "3"] }]),
     );
-    let failed = |output: &crate::support::machine::Output| -> Result {
+    let failed = |output: &Output| -> Result {
         let words = ["hooks.startContainer[0]", "exit status: 3"];
         let reported = words.iter().all(|word| output.stderr.contains(word));
         ensure!(
@@ -1011,8 +1011,8 @@ fn decisions_are_libseccomps() -> Result {
     ensure!(filters.len() >= 40, "only {} profiles", filters.len());
     let compared = python(&["compare"])
         .stdin(serde_json::to_vec(&filters)?)
-        .within(crate::support::machine::deadline() * 4)
+        .within(deadline() * 4)
         .ok()?;
-    crate::support::machine::note(compared.text().to_owned());
+    note(compared.text().to_owned());
     Ok(())
 }

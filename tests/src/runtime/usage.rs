@@ -5,8 +5,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::runtime::output::{is_time, keys};
 use crate::support::bundle::Bundle;
+use crate::support::fields::{is_time, keys};
 use crate::support::machine::{Output, Result, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};

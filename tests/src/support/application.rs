@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use serde_json::{Value, json};
 
 use crate::ensure_eq;
-use crate::support::kubelet::static_pod;
+use crate::support::kubelet::{pod_name, static_pod};
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::node::{BUSYBOX, Node};
 
@@ -148,10 +148,6 @@ pub fn address(pod: &Value) -> Result<&str> {
     Ok(address.ok_or(format!("no podIP: {}", pod["status"]))?)
 }
 
-pub fn name(pod: &Value) -> &str {
-    pod["metadata"]["name"].as_str().unwrap_or_default()
-}
-
 /// POST to the application, which it answers with ok.
 pub fn tells(pod: &Value, path: &str) -> Result {
     let url = format!("http://{}:5000{path}", address(pod)?);
@@ -205,7 +201,7 @@ pub fn answer_shows_what_it_was_given(pod: &Value, number: usize) -> Result {
         ),
         ("sidecar", &told["shared"]["sidecar"], json!("beside\n")),
     ] {
-        ensure_eq!(*is, should, "{what} of {}", name(pod));
+        ensure_eq!(*is, should, "{what} of {}", pod_name(pod));
     }
     for node in ["127.0.0.1", "192.0.2.2"] {
         let url = format!("http://{node}:{}/", host_port(number));

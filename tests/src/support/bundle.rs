@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::support::machine::{Directory, Output, Result, Run, command, wait_for};
+use crate::support::machine::{Directory, Output, Result, Run, Running, command, wait_for};
 
 pub fn runtime_program() -> String {
     std::env::var("RRUN_TEST_RUNTIME").unwrap_or_else(|_| "rrun".to_owned())
@@ -267,7 +267,7 @@ impl Bundle {
     }
 
     /// Runs it in the background: its output can be read while it runs.
-    pub fn run_beside(&self) -> Result<crate::support::machine::Running> {
+    pub fn run_beside(&self) -> Result<Running> {
         let running = self.call(&["run"])?.start()?;
         self.wait_status("running")?;
         Ok(running)

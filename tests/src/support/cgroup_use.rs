@@ -4,7 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use crate::ensure;
+use crate::support::bundle::Bundle;
 use crate::support::machine::{Failed, Result, note};
 
 /// One file of the group, without the last line end.
@@ -55,6 +58,26 @@ pub fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
         .zip(after)
         .map(|(before, after)| (after - before) / wall)
         .collect())
+}
+
+/// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
+pub fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
+    let bundles = [first, second]
+        .into_iter()
+        .map(|resources| {
+            let mut bundle = Bundle::new(&["spin", "600"])?;
+            bundle.set("/linux/resources", resources);
+            bundle.set("/linux/resources/cpu/cpus", json!("0"));
+            bundle.start()?;
+            Ok(bundle)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let groups: Vec<_> = bundles.iter().map(Bundle::cgroup).collect();
+    let used = parts_of_a_cpu(&groups.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
+    for bundle in &bundles {
+        bundle.end()?;
+    }
+    Ok(used[0] / (used[0] + used[1]))
 }
 
 /// Whether processes that never rest are held to this part of a CPU, ± 5 of a hundred.

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::{Value, json};
 
+use crate::support::cni::write;
 use crate::support::machine::Result;
 use crate::support::node::Node;
 
@@ -70,13 +71,6 @@ pub fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]) -> Re
     let plugins: Vec<Value> = plugins.collect();
     let list = json!({ "cniVersion": version, "name": "recorded", "plugins": plugins });
     write(node, file, &list.to_string())
-}
-
-/// Puts a configuration file in its place, as installers do.
-pub fn write(node: &Node, file: &str, text: &str) -> Result {
-    let new = node.join("cni").join(format!(".{file}"));
-    fs::write(&new, text)?;
-    Ok(fs::rename(new, node.join("cni").join(file))?)
 }
 
 /// Lines of shell that the plugin runs on this command (`DEL`, or `NAME-DEL`); empty: none.

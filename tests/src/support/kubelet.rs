@@ -305,6 +305,23 @@ pub fn busybox_pod(name: &str, command: &[&str]) -> Value {
     )
 }
 
+/// The pod's name, by its manifest or its status.
+pub fn pod_name(pod: &Value) -> &str {
+    pod["metadata"]["name"].as_str().unwrap_or_default()
+}
+
+/// The URL of a pod at kubelet's own endpoint.
+pub fn url(path: &str, pod: &Value, rest: &str) -> String {
+    format!("{ENDPOINT}/{path}/default/{}{rest}", pod_name(pod))
+}
+
+/// What the container has logged, by kubelet. All of it: minutes can have gone by on a busy machine,
+/// with a probe's line each second.
+pub fn logs(pod: &Value, container: &str) -> Result<String> {
+    let url = url("containerLogs", pod, &format!("/{container}"));
+    Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
+}
+
 pub fn is_ready(pod: &Value) -> bool {
     let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
     conditions

@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::support::node::is_rrun;
+
 /// The kernel lets go of namespaces and interfaces a little after their last user.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -105,7 +107,7 @@ pub const PEERS: &[&str] = &[
 ];
 
 fn ours(path: &Path) -> bool {
-    if !crate::support::node::is_rrun() && PEERS.iter().any(|prefix| path.starts_with(prefix)) {
+    if !is_rrun() && PEERS.iter().any(|prefix| path.starts_with(prefix)) {
         return false;
     }
     !NOT_OURS.iter().any(|prefix| path.starts_with(prefix))

@@ -83,6 +83,8 @@ impl Dice {
     }
 }
 
+pub const MIB: u64 = 1 << 20;
+
 /// Where PATH has this program.
 pub fn program_path(name: &str) -> Option<PathBuf> {
     if name.contains('/') {

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use crate::support::machine::{Result, program_path};
+use crate::support::bundle::runtime_program;
+use crate::support::machine::{Result, command, full, program_path};
+use crate::support::node::{is_rrun, server_program};
 
 /// One test. Its name reads as a sentence of the specification.
 pub struct Test {
@@ -25,6 +27,13 @@ macro_rules! test {
 
 /// The socket that systemd has where it is PID 1.
 pub const SYSTEMD: &str = "/run/systemd/private";
+
+/// The profiles that the kernel has, if it has AppArmor.
+pub const APPARMOR_PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
+pub const APPARMOR: Need = Need::File(APPARMOR_PROFILES);
+
+/// Only the guest of `tests/vm/run --selinux` has it.
+pub const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
 
 /// Something that not every machine has.
 #[derive(Clone, Copy, Debug)]
@@ -84,7 +93,7 @@ impl Need {
                 .lacking()
                 .is_none()
                 .then(|| "wants the native view: the guest has more than this".to_owned()),
-            Need::Long => (!crate::support::machine::full())
+            Need::Long => (!full())
                 .then(|| "takes long: `make test-full` runs it (RRUN_TEST_FULL)".to_owned()),
             Need::NativeOrLong => Need::OwnMachine
                 .lacking()
@@ -95,24 +104,24 @@ impl Need {
                 (!Path::new(SYSTEMD).exists()).then(|| "no systemd is PID 1 here".to_owned())
             }
             Need::CriServer => {
-                let server = crate::support::node::server_program();
+                let server = server_program();
                 let programs = match server.as_str() {
                     "rrun-cri" => vec!["rrun-cri", "rrun-monitor", "rrun"],
                     other => vec![other],
                 };
                 programs.into_iter().find_map(no_program)
             }
-            Need::RrunCri => (!crate::support::node::is_rrun()).then(|| {
-                let server = crate::support::node::server_program();
+            Need::RrunCri => (!is_rrun()).then(|| {
+                let server = server_program();
                 format!("goes beyond what {server} does")
             }),
             Need::Works(what, script) => {
-                let works = crate::support::machine::command("sh", ["-c", script]).ok();
+                let works = command("sh", ["-c", script]).ok();
                 works.is_err().then(|| format!("no {what} here"))
             }
             Need::All(needs) => needs.iter().find_map(|need| need.lacking()),
             Need::Rrun => {
-                let runtime = crate::support::bundle::runtime_program();
+                let runtime = runtime_program();
                 (!runtime.ends_with("rrun")).then(|| format!("goes beyond what {runtime} does"))
             }
         }

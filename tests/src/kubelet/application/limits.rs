@@ -2,18 +2,15 @@
 //! what it tells of it.
 
 use std::collections::BTreeSet;
-use std::fs;
 
 use serde_json::Value;
 
-use crate::support::application::{address, name, tells};
+use crate::support::application::{address, tells};
 use crate::support::cgroup_use::{file, held_to};
-use crate::support::kubelet::{Kubelet, PATIENCE, container_id, container_status};
-use crate::support::machine::{Result, command, note, wait_for, wait_within};
+use crate::support::kubelet::{Kubelet, PATIENCE, container_id, container_status, pod_name};
+use crate::support::machine::{MIB, Result, command, note, wait_for, wait_within};
 use crate::support::node::{Node, is_rrun};
 use crate::{ensure, ensure_eq};
-
-pub const MIB: u64 = 1 << 20;
 
 pub fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value], protection: &str) -> Result {
     // floor((request + 0.9 * (limit - request)) / 4096) * 4096
@@ -66,35 +63,6 @@ pub fn a_resize_in_place_takes_effect(node: &Node, pod: &Value) -> Result {
     ensure_eq!(file(&group, "cpu.max")?, "50000 100000", "cpu.max");
     ensure_eq!(node.pid(&id)?, pid, "the process");
     Ok(())
-}
-
-/// Swap space; dropped, it is taken away.
-pub struct Swap;
-
-impl Swap {
-    const FILE: &str = "/var/tmp/kubelet-swap";
-
-    pub fn on() -> Result<Self> {
-        Self::of(256)
-    }
-
-    /// So many MiB.
-    pub fn of(size: u64) -> Result<Self> {
-        let swap = Swap;
-        let length = format!("{size}M");
-        command("fallocate", ["--length", &length, Self::FILE]).ok()?;
-        command("chmod", ["600", Self::FILE]).ok()?;
-        command("mkswap", [Self::FILE]).ok()?;
-        command("swapon", [Self::FILE]).ok()?;
-        Ok(swap)
-    }
-}
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        let _ = command("swapoff", [Self::FILE]).end();
-        let _ = fs::remove_file(Self::FILE);
-    }
 }
 
 pub fn a_busy_loop_is_held_to_its_limit(node: &Node, pod: &Value) -> Result {
@@ -173,7 +141,7 @@ pub fn statistics_are_plausible(kubelet: &Kubelet) -> Result {
 pub fn restarted(kubelet: &Kubelet, pod: &Value, count: i64) -> Result<Value> {
     wait_within(
         PATIENCE,
-        &format!("restart {count} of {}", name(pod)),
+        &format!("restart {count} of {}", pod_name(pod)),
         || {
             let web = container_status(&kubelet.pod(pod)?, "web")?;
             ensure!(web["restartCount"] == count, "{web}");
@@ -190,7 +158,7 @@ pub fn allocations_are_oomkilled_and_backed_off(kubelet: &Kubelet, pod: &Value) 
         // The application's end takes the answer along.
         let url = format!("http://{}:5000/grow/200", address(pod)?);
         command("curl", ["-sS", "-m", "60", "-X", "POST", &url]).end()?;
-        let what = format!("kill {count} of {}", name(pod));
+        let what = format!("kill {count} of {}", pod_name(pod));
         let killed = wait_within(PATIENCE, &what, || {
             let web = container_status(&kubelet.pod(pod)?, "web")?;
             let waits = web["state"]["waiting"]["reason"] == "CrashLoopBackOff";

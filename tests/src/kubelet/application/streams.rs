@@ -6,27 +6,23 @@ use std::net::TcpStream;
 
 use serde_json::Value;
 
-use crate::cri::streaming::{message, reads, websocket};
-use crate::cri::streaming_spdy::{Client, FIN};
-use crate::support::application::{name, tells};
-use crate::support::kubelet::{ENDPOINT, Kubelet};
-use crate::support::machine::{Result, command};
+use crate::support::application::tells;
+use crate::support::kubelet::{Kubelet, logs, url};
+use crate::support::machine::Result;
+use crate::support::spdy::{FIN, SpdyClient};
+use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq};
-
-fn url(path: &str, pod: &Value, rest: &str) -> String {
-    format!("{ENDPOINT}/{path}/default/{}{rest}", name(pod))
-}
 
 fn by_websocket(path: &str, pod: &Value, rest: &str) -> Result<TcpStream> {
     websocket(&url(path, pod, rest), "v4.channel.k8s.io")
 }
 
-fn by_spdy(path: &str, pod: &Value, rest: &str) -> Result<Client> {
+fn by_spdy(path: &str, pod: &Value, rest: &str) -> Result<SpdyClient> {
     let protocol = match path {
         "portForward" => "portforward.k8s.io",
         _ => "v4.channel.k8s.io",
     };
-    Client::upgraded(&url(path, pod, rest), protocol)
+    SpdyClient::upgraded(&url(path, pod, rest), protocol)
 }
 
 /// The query that names this command.
@@ -58,13 +54,6 @@ pub fn exec(
     }
     exec.sends("stdin", FIN, input)?;
     exec.all()
-}
-
-/// What the container has logged, by kubelet. All of it: minutes can have gone by on a busy machine,
-/// with a probe's line each second.
-pub fn logs(pod: &Value, container: &str) -> Result<String> {
-    let url = url("containerLogs", pod, &format!("/{container}"));
-    Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
 }
 
 pub fn streams_go_through_kubelet(pod: &Value) -> Result {

@@ -14,15 +14,13 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+use crate::support::machine::full;
+
 type Error = Box<dyn std::error::Error>;
 
 /// How often a race is tried.
 pub fn rounds() -> usize {
-    if crate::support::machine::full() {
-        500
-    } else {
-        40
-    }
+    if full() { 500 } else { 40 }
 }
 
 pub fn main(args: &[&str]) -> Result<(), Error> {
