@@ -26,7 +26,7 @@ use crate::{
 };
 
 #[derive(clap::Args)]
-pub struct Options {
+pub struct CriOptions {
     /// containerd, rrun-cri, or NAME=unix:///PATH of one that runs; figures are compared with the
     /// first one's
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
@@ -102,16 +102,16 @@ pub enum Network {
 }
 
 /// Nothing here is expected to take this long; it keeps a stuck server from hanging the run.
-const DEADLINE: Duration = Duration::from_secs(120);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
-pub fn run(options: &Options, programs: &Path, results: &Path) -> Result {
+pub fn run(options: &CriOptions, programs: &Path, results: &Path) -> Result {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     executor.block_on(measure(options, programs, results))
 }
 
-async fn measure(options: &Options, programs: &Path, results: &Path) -> Result {
+async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Result {
     let mut servers = Vec::new();
     let mut skipped = Vec::new();
     let mut services = vec![Service::start("registry")?];
@@ -242,7 +242,7 @@ pub fn cpu_of_others() -> Result<f64> {
 }
 
 impl Server {
-    async fn connect(name: &str, address: &str, options: &Options) -> Result<(Self, String)> {
+    async fn connect(name: &str, address: &str, options: &CriOptions) -> Result<(Self, String)> {
         let mut server = Self::open(name, address).await?;
         let version = server
             .runtime
@@ -259,7 +259,7 @@ impl Server {
     pub async fn open(name: &str, address: &str) -> Result<Self> {
         let channel = Endpoint::from_shared(address.to_owned())?
             .connect_timeout(Duration::from_secs(5))
-            .timeout(DEADLINE)
+            .timeout(ANSWER_TIMEOUT)
             .connect()
             .await
             .map_err(|error| format!("{address}: {error:?}"))?;
@@ -282,7 +282,7 @@ impl Server {
                 Ok(_) => return Ok(()),
                 // containerd answers before it is ready.
                 Err(status)
-                    if status.code() == Code::Unavailable && started.elapsed() < DEADLINE =>
+                    if status.code() == Code::Unavailable && started.elapsed() < ANSWER_TIMEOUT =>
                 {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }

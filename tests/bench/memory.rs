@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::cri::{Network, Options, SLEEP, Server};
+use crate::cri::{CriOptions, Network, SLEEP, Server};
 use crate::report::{self, Table, figure, ratio};
 
 /// Proportional set sizes of all processes but the workload's, by program, and resident set sizes.
@@ -19,7 +19,7 @@ struct Memory {
 }
 
 pub async fn run(
-    options: &Options,
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
@@ -95,7 +95,7 @@ pub async fn run(
 /// In the view, but no part of a server.
 const OTHERS: &[&str] = &["rrun-bench", "docker-registry", "bash"];
 
-async fn measure(server: &mut Server, options: &Options) -> Result<(Memory, Memory)> {
+async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, Memory)> {
     // What the first pod brings into memory once is not any pod's.
     let pod = server
         .start_pod(Network::Own, &options.image, SLEEP)

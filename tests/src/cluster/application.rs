@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::cluster::{APISERVER, Cluster, eventually, patience, timeout};
+use crate::support::cluster::{APISERVER, Cluster, cluster_timeout, eventually, timeout_flag};
 use crate::support::kubelet::{KUBELET, Kubelet, container_id, is_ready, lives};
 use crate::support::machine::{Result, deadline, note, wait_within};
 use crate::support::needs::{Need, Test};
@@ -58,7 +58,7 @@ fn an_application_from_its_first_replica_to_its_removal() -> Result {
         an_update_fails_no_request(&cluster, service)?;
         restarts_go_unnoticed(node, &cluster, service)?;
 
-        cluster.asks(&["delete", "-f", MANIFEST, &timeout()])?;
+        cluster.asks(&["delete", "-f", MANIFEST, &timeout_flag()])?;
         eventually("the pods to be gone", || {
             Ok(pods_of(&cluster)?.is_empty().then_some(()))
         })?;
@@ -72,7 +72,12 @@ fn pods_of(cluster: &Cluster) -> Result<Vec<Value>> {
 
 /// Waits until so many replicas are Ready, and no other pod of it is there.
 fn rolled_out(cluster: &Cluster, replicas: usize) -> Result<Vec<Value>> {
-    cluster.asks(&["rollout", "status", "deployment/application", &timeout()])?;
+    cluster.asks(&[
+        "rollout",
+        "status",
+        "deployment/application",
+        &timeout_flag(),
+    ])?;
     eventually(&format!("{replicas} Ready replicas"), || {
         let pods = pods_of(cluster)?;
         let states: Vec<_> = pods.iter().map(|pod| &pod["status"]["phase"]).collect();
@@ -115,7 +120,7 @@ fn every_replica_answers(service: SocketAddr, pods: &[Value]) -> Result {
         .filter_map(|pod| pod["metadata"]["name"].as_str())
         .collect();
     let mut wanted = names.clone();
-    wait_within(patience(), "an answer by every replica", || {
+    wait_within(cluster_timeout(), "an answer by every replica", || {
         let host = host(&request(service)?);
         ensure!(names.contains(&host.as_str()), "{host} answered");
         wanted.retain(|name| *name != host);
@@ -166,12 +171,12 @@ fn an_answer_shows_what_it_was_given(service: SocketAddr) -> Result {
 }
 
 /// Somebody who asks the Service all the time.
-struct Client {
+struct ConstantRequests {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<(BTreeMap<String, usize>, Vec<String>)>,
 }
 
-impl Client {
+impl ConstantRequests {
     fn start(service: SocketAddr) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let told = stop.clone();
@@ -195,7 +200,7 @@ impl Client {
             }
             (versions, failures)
         });
-        Client { stop, thread }
+        ConstantRequests { stop, thread }
     }
 
     /// How many requests each version of the application has answered; none may have failed.
@@ -214,7 +219,7 @@ impl Client {
 }
 
 fn an_update_fails_no_request(cluster: &Cluster, service: SocketAddr) -> Result {
-    let client = Client::start(service);
+    let client = ConstantRequests::start(service);
     let image = "web=127.0.0.1:5000/demo/flask:2";
     let updated = cluster
         .asks(&["set", "image", "deployment/application", image])
@@ -234,7 +239,7 @@ fn an_update_fails_no_request(cluster: &Cluster, service: SocketAddr) -> Result 
 fn restarts_go_unnoticed(node: &mut Node, cluster: &Cluster, service: SocketAddr) -> Result {
     let pods = rolled_out(cluster, 2)?;
     let before = lives(node, &pods)?;
-    let client = Client::start(service);
+    let client = ConstantRequests::start(service);
     let restarted = restarts(node, cluster);
     client.end()?;
     restarted?;
@@ -303,7 +308,12 @@ fn runtime_classes_pick_runtimes(node: &Node, cluster: &Cluster) -> Result {
             },
         }))?;
     }
-    cluster.asks(&["wait", "pod/by-runc", "--for=condition=Ready", &timeout()])?;
+    cluster.asks(&[
+        "wait",
+        "pod/by-runc",
+        "--for=condition=Ready",
+        &timeout_flag(),
+    ])?;
     let pod = cluster.json(&["get", "pod", "by-runc"])?;
     let id = container_id(&pod, "main")?;
     if is_rrun() {
@@ -318,7 +328,7 @@ fn runtime_classes_pick_runtimes(node: &Node, cluster: &Cluster) -> Result {
         ensure!(events.contains("none-such"), "{events}");
         Ok(Some(()))
     })?;
-    let delete = ["delete", "pod", "by-runc", "by-none-such", &timeout()];
+    let delete = ["delete", "pod", "by-runc", "by-none-such", &timeout_flag()];
     cluster.asks(&delete)?;
     Ok(())
 }
@@ -327,7 +337,7 @@ fn a_node_is_drained_and_comes_back(node: &Node, cluster: &Cluster) -> Result {
     cluster.asks(&["apply", "-f", MANIFEST])?;
     let before = rolled_out(cluster, 3)?;
     let name = before[0]["spec"]["nodeName"].as_str().unwrap_or_default();
-    cluster.asks(&["drain", name, "--delete-emptydir-data", &timeout()])?;
+    cluster.asks(&["drain", name, "--delete-emptydir-data", &timeout_flag()])?;
     // The replicas that take the evicted ones' places find no node.
     Kubelet::has_stopped_everything(node)?;
     for pod in pods_of(cluster)? {
@@ -336,7 +346,7 @@ fn a_node_is_drained_and_comes_back(node: &Node, cluster: &Cluster) -> Result {
     cluster.asks(&["uncordon", name])?;
     let pods = rolled_out(cluster, 3)?;
     every_replica_answers(service(cluster)?, &pods)?;
-    cluster.asks(&["delete", "-f", MANIFEST, &timeout()])?;
+    cluster.asks(&["delete", "-f", MANIFEST, &timeout_flag()])?;
     eventually("the pods to be gone", || {
         Ok(pods_of(cluster)?.is_empty().then_some(()))
     })?;

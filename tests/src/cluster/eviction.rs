@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::support::cluster::{APISERVER, Cluster, eventually, timeout};
+use crate::support::cluster::{APISERVER, Cluster, eventually, timeout_flag};
 use crate::support::disk::{Disk, FREE_MIB, is_told};
 use crate::support::kubelet::{COUNTED, KUBELET, Kubelet, UNCOUNTED, busybox_pod, lives};
 use crate::support::machine::{MIB, Result};
@@ -90,7 +90,13 @@ fn start_pods(cluster: &Cluster, pods: &[Value]) -> Result {
     for pod in pods {
         cluster.apply(pod)?;
     }
-    let ready = ["wait", "pod", "--all", "--for=condition=Ready", &timeout()];
+    let ready = [
+        "wait",
+        "pod",
+        "--all",
+        "--for=condition=Ready",
+        &timeout_flag(),
+    ];
     cluster.asks(&ready)?;
     Ok(())
 }
@@ -157,7 +163,7 @@ fn on_two_small_disks(node: &mut Node, images: &Disk, own: &Disk) -> Result {
 
     let after = lives_of(node, &cluster, "bystander")?;
     ensure_eq!(after, before, "containers, processes and restarts");
-    cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+    cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
     Kubelet::has_stopped_everything(node)
 }
 
@@ -211,7 +217,7 @@ fn who_takes_the_memory_is_evicted_and_nobody_else() -> Result {
         relieved(&cluster, "MemoryPressure")?;
         let after = lives_of(node, &cluster, "bystander")?;
         ensure_eq!(after, before, "containers, processes and restarts");
-        cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+        cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
         Kubelet::has_stopped_everything(node)
     })
 }

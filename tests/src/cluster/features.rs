@@ -7,7 +7,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::support::cgroup_use::{file, held_to};
-use crate::support::cluster::{APISERVER, Cluster, eventually, timeout};
+use crate::support::cluster::{APISERVER, Cluster, eventually, timeout_flag};
 use crate::support::kubelet::{
     COUNTED, KUBELET, Kubelet, busybox_pod, container_id, container_status, static_pod,
 };
@@ -90,7 +90,12 @@ fn read_only(node: &mut Node, source: &Path) -> Result {
                 "hostPath": { "path": source, "type": "Directory" } }],
         }),
     ))?;
-    cluster.asks(&["wait", "pod/reader", "--for=condition=Ready", &timeout()])?;
+    cluster.asks(&[
+        "wait",
+        "pod/reader",
+        "--for=condition=Ready",
+        &timeout_flag(),
+    ])?;
     let wanted = "top is not\ntop/below is written\nall is not\nall/below is not\n\
                   maybe is not\nmaybe/below is not";
     eventually("the pod to have tried", || {
@@ -110,7 +115,7 @@ fn read_only(node: &mut Node, source: &Path) -> Result {
         let told = told.map(|mount| mount["recursiveReadOnly"].clone());
         ensure_eq!(told, Some(mode.into()), "{path} in {status}");
     }
-    cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+    cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
     Kubelet::has_stopped_everything(node)
 }
 
@@ -165,10 +170,16 @@ fn limits_change_in_place_and_swap_is_shared_out() -> Result {
         for (name, resources) in &pods {
             cluster.apply(&pod(name, resources))?;
         }
-        cluster.asks(&["wait", "pod", "--all", "--for=condition=Ready", &timeout()])?;
+        cluster.asks(&[
+            "wait",
+            "pod",
+            "--all",
+            "--for=condition=Ready",
+            &timeout_flag(),
+        ])?;
         swap_is_shared_out(node, &cluster)?;
         limits_change_in_place(node, &cluster)?;
-        cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+        cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
         Kubelet::has_stopped_everything(node)
     })
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::cluster::{
-    APISERVER, Cluster, TRANSPORTS, Transport, environment, eventually, patience, timeout,
+    APISERVER, Cluster, TRANSPORTS, Transport, cluster_timeout, environment, eventually,
+    timeout_flag,
 };
 use crate::support::kubelet::{KUBELET, Kubelet, container_status};
 use crate::support::machine::{Result, Running, command, note, wait_for, wait_within};
@@ -35,10 +36,10 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// How much is copied and piped each way.
-const BYTES: usize = 3_000_000;
+const COPIED_BYTES: usize = 3_000_000;
 
 /// How many lines a container logs while somebody follows.
-const LINES: usize = 3000;
+const LOG_LINES: usize = 3000;
 
 fn a_pod_is_worked_with_over_both_transports() -> Result {
     on_a_node(|node| {
@@ -56,7 +57,7 @@ fn a_pod_is_worked_with_over_both_transports() -> Result {
         a_debugger_joins_its_target(&cluster)?;
         the_node_itself_is_debugged(&cluster)?;
         statistics_come_through_the_api_server(&cluster)?;
-        cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+        cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
         Kubelet::has_stopped_everything(node)
     })
 }
@@ -65,7 +66,7 @@ fn a_pod_is_worked_with_over_both_transports() -> Result {
 fn start_pod(cluster: &Cluster) -> Result {
     let talk = format!(
         "while [ ! -e /tmp/go ]; do sleep 0.1; done; \
-         i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo line $i of the log; done"
+         i=0; while [ $i -lt {LOG_LINES} ]; do i=$((i+1)); echo line $i of the log; done"
     );
     cluster.apply(&json!({
         "apiVersion": "v1",
@@ -84,7 +85,7 @@ fn start_pod(cluster: &Cluster) -> Result {
             ],
         },
     }))?;
-    cluster.asks(&["wait", "pod/pod", "--for=condition=Ready", &timeout()])?;
+    cluster.asks(&["wait", "pod/pod", "--for=condition=Ready", &timeout_flag()])?;
     Ok(())
 }
 
@@ -102,8 +103,8 @@ fn a_log_is_followed_to_its_end(cluster: &Cluster) -> Result {
     ];
     cluster.asks(&go)?;
     // It ends by itself, with the container.
-    let output = follower.end_within(patience())?;
-    let all: String = (1..=LINES)
+    let output = follower.end_within(cluster_timeout())?;
+    let all: String = (1..=LOG_LINES)
         .map(|n| format!("line {n} of the log\n"))
         .collect();
     ensure!(
@@ -112,7 +113,7 @@ fn a_log_is_followed_to_its_end(cluster: &Cluster) -> Result {
         output.told()
     );
     let last = ["logs", "--tail=1", "pod", "--container", "talk"];
-    let last_line = format!("line {LINES} of the log");
+    let last_line = format!("line {LOG_LINES} of the log");
     ensure_eq!(cluster.asks(&last)?, last_line, "the log's tail");
     Ok(())
 }
@@ -137,7 +138,9 @@ fn much() -> String {
         number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         format!("{number:08x}\n")
     };
-    std::iter::repeat_with(&mut line).take(BYTES / 9).collect()
+    std::iter::repeat_with(&mut line)
+        .take(COPIED_BYTES / 9)
+        .collect()
 }
 
 fn exec_carries_much_both_ways(cluster: &Cluster, transport: Transport) -> Result {
@@ -205,10 +208,14 @@ fn attach_talks_to_the_first_process(
 }
 
 fn says(client: &mut Running, what: &str) -> Result {
-    wait_within(patience(), &format!("a client to get {what:?}"), || {
-        ensure!(client.lives(), "it ended: {}", client.stderr());
-        Ok(client.stdout().contains(what).then_some(()))
-    })
+    wait_within(
+        cluster_timeout(),
+        &format!("a client to get {what:?}"),
+        || {
+            ensure!(client.lives(), "it ended: {}", client.stderr());
+            Ok(client.stdout().contains(what).then_some(()))
+        },
+    )
 }
 
 fn files_are_copied_both_ways(node: &Node, cluster: &Cluster, transport: Transport) -> Result {
@@ -256,13 +263,13 @@ fn ports_are_forwarded(cluster: &Cluster, transport: Transport) -> Result {
         .and_then(|rest| rest.split(' ').next());
     let url = format!("http://127.0.0.1:{}/", port.ok_or("no port")?);
     // One after the other, then at once, by streams of one connection.
-    let ask = || command("curl", ["-fsS", &url]).within(patience());
+    let ask = || command("curl", ["-fsS", &url]).within(cluster_timeout());
     for _ in 0..3 {
         ask().ok()?.says("hello from rrun")?;
     }
     let all: Vec<Running> = (0..10).map(|_| ask().start()).collect::<Result<_>>()?;
     for one in all {
-        let output = one.end_within(patience())?;
+        let output = one.end_within(cluster_timeout())?;
         ensure_eq!(output.code, 0, "{}", output.told());
         output.says("hello from rrun")?;
     }
@@ -387,7 +394,7 @@ fn top_shows_what_nodes_and_pods_use() -> Result {
             note(format!("kubectl top:\n{pods}\n{nodes}"));
             Ok(Some(()))
         })?;
-        cluster.asks(&["delete", "pod", "--all", &timeout()])?;
+        cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
         Kubelet::has_stopped_everything(node)
     })
 }

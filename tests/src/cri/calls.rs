@@ -131,12 +131,12 @@ fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
                 config: Some(pod(&name)),
                 ..RunPodSandboxRequest::default()
             };
-            let patience = Duration::from_millis(round * 3);
+            let timeout = Duration::from_millis(round * 3);
             let mut client = calls.runtime();
             let first = request();
             // Dropped in the middle, as a connection that breaks.
             let _ = calls.wait(async move {
-                tokio::time::timeout(patience, client.run_pod_sandbox(first))
+                tokio::time::timeout(timeout, client.run_pod_sandbox(first))
                     .await
                     .is_ok()
             })?;

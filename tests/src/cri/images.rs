@@ -1,13 +1,13 @@
-//! Images as crictl shows and removes them; what the tests of registries and faults share.
+//! Images as crictl shows and removes them.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
-use crate::support::images::build::{Archive, Compression, ITEM, Item, image};
 use rrun_proto::v1::{ImageFsInfoRequest, ImageSpec, RemoveImageRequest};
 use serde_json::{Value, json};
 
 use crate::support::calls::Calls;
+use crate::support::images::build::{Archive, Compression, ITEM, Item, image};
 use crate::support::images::pull;
 use crate::support::images::server::Server;
 use crate::support::machine::{Result, command, note, wait_for};
@@ -239,7 +239,7 @@ fn what_layers_hold_is_seen_from_inside() -> Result {
 /// itself: pods are evicted if what was removed is still there.
 fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
     /// ImageFsInfo waits this long at most (services/image.rs).
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const IMAGE_FS_INFO_TIMEOUT: Duration = Duration::from_secs(5);
     const FILES: usize = 30_000;
     on_a_node(|node| {
         let calls = Calls::new(node)?;
@@ -274,7 +274,7 @@ fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
             })?;
             let left = layers.iter().any(|layer| layer.exists());
             // On a machine that is too busy for that, it is not waited for to the end.
-            if asked? < PATIENCE {
+            if asked? < IMAGE_FS_INFO_TIMEOUT {
                 ensure!(!left, "removed layers are still there: {layers:?}");
                 return Ok(());
             }

@@ -41,7 +41,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// The pause after each byte of a slow answer.
-const PAUSE: Duration = Duration::from_millis(500);
+const DRIP_INTERVAL: Duration = Duration::from_millis(500);
 
 fn serve(
     images: &[(&str, &Image)],
@@ -73,7 +73,7 @@ fn dripping(image: &Image) -> impl Fn(&Request) -> Option<Answer> + Send + Sync 
         let (_, blob) = layers
             .iter()
             .find(|(layer, _)| request.path.ends_with(layer.as_str()))?;
-        Some(Answer::new(200, blob.clone()).dripping(PAUSE))
+        Some(Answer::new(200, blob.clone()).dripping(DRIP_INTERVAL))
     }
 }
 
@@ -173,11 +173,11 @@ fn a_retry_joins_the_pull() -> Result {
         let mut whole = Answer::new(200, drip.blobs[0].clone());
         // The answer takes about 3 s in all.
         whole.piece = drip.blobs[0].len() / 6 + 1;
-        whole.slow = PAUSE;
+        whole.slow = DRIP_INTERVAL;
         let (layer, piece) = (drip.layers[0].clone(), whole.piece);
         let server = serve(&[("drip", &drip)], move |request| {
             let mut answer = Answer::new(200, whole.body.clone());
-            (answer.slow, answer.piece) = (PAUSE, piece);
+            (answer.slow, answer.piece) = (DRIP_INTERVAL, piece);
             request.path.ends_with(&layer).then_some(answer)
         })?;
         let name = format!("{}/drip:1", server.host());
@@ -201,7 +201,7 @@ fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
         let calls = Calls::new(node)?;
         let built = of_layers("drip", 1);
         let [layer, config, manifest] = [0, 1, 2].map(|at| built.blobs[at].clone());
-        let slow = |body: &[u8]| Answer::new(200, body).dripping(PAUSE);
+        let slow = |body: &[u8]| Answer::new(200, body).dripping(DRIP_INTERVAL);
         let elsewhere = {
             let layer = layer.clone();
             serve(&[], move |_| Some(slow(&layer)))?
@@ -274,7 +274,7 @@ fn after_a_mirror_that_drips_the_next_is_asked() -> Result {
                     .find(|blob| digest(blob) == target)
                     .or(whole.last())?;
                 path.contains(what)
-                    .then(|| Answer::new(200, blob.clone()).dripping(PAUSE))
+                    .then(|| Answer::new(200, blob.clone()).dripping(DRIP_INTERVAL))
             })?;
             let dir = node.join("certs.d").join("mirrored.example");
             fs::create_dir_all(&dir)?;

@@ -9,7 +9,7 @@ use rrun_proto::v1::{
 };
 use serde_json::json;
 
-use crate::support::calls::{Calls, container, pod};
+use crate::support::calls::{Calls, RuntimeClient, container, pod};
 use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
@@ -107,7 +107,7 @@ fn a_killed_server_finds_everything_as_it_was() -> Result {
 /// What kubelet does for a pod of one container, at first and after a failure: it looks for what
 /// is there, and makes what is not.
 async fn a_whole_pod(
-    mut client: Runtime,
+    mut client: RuntimeClient,
     name: String,
 ) -> std::result::Result<String, tonic::Status> {
     let config = pod(&name);
@@ -156,9 +156,6 @@ async fn a_whole_pod(
     client.start_container(request).await?;
     Ok(container_id)
 }
-
-type Runtime =
-    rrun_proto::v1::runtime_service_client::RuntimeServiceClient<tonic::transport::Channel>;
 
 fn a_server_killed_at_its_work_leaves_nothing_half_done() -> Result {
     on_a_node(|node| {

@@ -78,10 +78,10 @@ fn every_version_of_remotecommand_is_spoken() -> Result {
 
 fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
     /// More than a terminal holds, which is 64 KiB and some.
-    const TYPED: usize = 400_000;
+    const TYPED_BYTES: usize = 400_000;
     let script = format!(
         "stty raw -echo; echo ready; until [ \"$(stty size)\" = '31 101' ]; do sleep 0.1; done; \
-         echo resized; head -c {TYPED} | wc -c"
+         echo resized; head -c {TYPED_BYTES} | wc -c"
     );
     on_a_node(|node| {
         let id = waiting(node, "unread")?;
@@ -97,7 +97,7 @@ fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
             }
         };
         client.until(said("ready"))?;
-        for _ in 0..TYPED / 20_000 {
+        for _ in 0..TYPED_BYTES / 20_000 {
             client.sends("stdin", 0, &[b'x'; 20_000])?;
         }
         client.sends("resize", 0, b"{\"Width\":101,\"Height\":31}\n")?;
@@ -106,7 +106,7 @@ fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
         // What was typed before it is all there.
         let came = client.all()?;
         let read = came.get("stdout").map(|text| text.trim().to_owned());
-        ensure_eq!(read, Some(TYPED.to_string()), "what the program read");
+        ensure_eq!(read, Some(TYPED_BYTES.to_string()), "what the program read");
         Ok(())
     })
 }

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
     Container, ContainerConfig, ContainerFilter, ContainerState, CreateContainerRequest, ImageSpec,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainersRequest,
@@ -17,9 +16,8 @@ use rrun_proto::v1::{
     StopPodSandboxRequest,
 };
 use tonic::Status;
-use tonic::transport::Channel;
 
-use crate::support::calls::{Calls, container, pod};
+use crate::support::calls::{Calls, RuntimeClient, container, pod};
 use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::{Dice, Result, rounds, wait_for};
 use crate::support::needs::{Need, Test};
@@ -50,7 +48,6 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-type Runtime = RuntimeServiceClient<Channel>;
 type Answer<T> = std::result::Result<T, Status>;
 
 /// Lines that the container of each pod writes.
@@ -145,7 +142,7 @@ fn writer_config(code: i32) -> ContainerConfig {
 }
 
 /// A pod's whole life, told step by step.
-async fn live(mut client: Runtime, told: Told, logs: std::path::PathBuf) -> Answer<()> {
+async fn live(mut client: RuntimeClient, told: Told, logs: std::path::PathBuf) -> Answer<()> {
     let config = pod_config(&told.copy(), &logs);
     let code = told.look().code;
     let sandbox_config = || Some(config.clone());
@@ -221,7 +218,7 @@ async fn live(mut client: Runtime, told: Told, logs: std::path::PathBuf) -> Answ
     Ok(())
 }
 
-async fn containers(client: &mut Runtime, pod: &str) -> Answer<Vec<Container>> {
+async fn containers(client: &mut RuntimeClient, pod: &str) -> Answer<Vec<Container>> {
     let filter = ContainerFilter {
         pod_sandbox_id: pod.to_owned(),
         ..ContainerFilter::default()

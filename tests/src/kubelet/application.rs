@@ -10,8 +10,8 @@ use crate::support::application::{
     answer_shows_what_it_was_given, answers, replica, tells, write_config,
 };
 use crate::support::kubelet::{
-    COUNTED, KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, container_status, is_ready, lives,
-    without_limits,
+    COUNTED, KUBELET, KUBELET_TIMEOUT, Kubelet, Options, UNCOUNTED, container_status, is_ready,
+    lives, without_limits,
 };
 use crate::support::machine::{Result, deadline, note, wait_within};
 use crate::support::needs::{Need, Test};
@@ -173,15 +173,19 @@ fn story(options: Options, protection: Option<&str>) -> Result {
 /// The third replica fails its readiness, which takes it out; then its liveness, which restarts it.
 fn a_failed_probe_takes_out_and_restarts(kubelet: &Kubelet, pod: &Value) -> Result {
     tells(pod, "/fail/ready")?;
-    wait_within(PATIENCE, "the failing replica to be not Ready", || {
-        let now = kubelet.pod(pod)?;
-        ensure_eq!(
-            container_status(&now, "web")?["restartCount"],
-            0,
-            "restarts"
-        );
-        Ok((!is_ready(&now)).then_some(()))
-    })?;
+    wait_within(
+        KUBELET_TIMEOUT,
+        "the failing replica to be not Ready",
+        || {
+            let now = kubelet.pod(pod)?;
+            ensure_eq!(
+                container_status(&now, "web")?["restartCount"],
+                0,
+                "restarts"
+            );
+            Ok((!is_ready(&now)).then_some(()))
+        },
+    )?;
     exec(pod, "web", &["rm", "/shared/alive"], b"")?;
     let web = restarted(kubelet, pod, 1)?;
     // Python ends by itself when told to.
@@ -235,7 +239,7 @@ fn all_come_again_after_a_reboot(node: &mut Node, kubelet: &Kubelet) -> Result {
     kubelet.stop()?;
     reboot(node)?;
     kubelet.begin()?;
-    let again = wait_within(PATIENCE, "every container to be another one", || {
+    let again = wait_within(KUBELET_TIMEOUT, "every container to be another one", || {
         let pods = kubelet.ready(3)?;
         let now = lives(node, &pods)?;
         ensure_eq!(now.len(), before.len(), "containers");

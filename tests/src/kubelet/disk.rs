@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::support::application::FLASK;
 use crate::support::disk::{DISK_MIB, Disk, FREE_MIB, is_told};
 use crate::support::kubelet::{
-    KUBELET, Kubelet, Options, PATIENCE, UNCOUNTED, busybox_pod, lives, without_limits,
+    KUBELET, KUBELET_TIMEOUT, Kubelet, Options, UNCOUNTED, busybox_pod, lives, without_limits,
 };
 use crate::support::machine::{MIB, Result, wait_for, wait_within};
 use crate::support::needs::{Need, Test};
@@ -109,7 +109,7 @@ fn above_the_high_threshold_unused_images_go() -> Result {
 }
 
 fn only_the_pods_image_stays(node: &Node) -> Result {
-    wait_within(PATIENCE, "the unused images to go", || {
+    wait_within(KUBELET_TIMEOUT, "the unused images to go", || {
         let images = images(node)?;
         ensure!(images == [BUSYBOX], "{images:?}");
         Ok(Some(()))

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::cgroup_use::held_to;
 use crate::support::kubelet::{
-    COUNTED, KUBELET, Kubelet, Options, PATIENCE, container_id, container_status, lives, static_pod,
+    COUNTED, KUBELET, KUBELET_TIMEOUT, Kubelet, Options, container_id, container_status, lives,
+    static_pod,
 };
 use crate::support::machine::{Result, command, note, wait_within};
 use crate::support::needs::Test;
@@ -136,21 +137,25 @@ fn an_allocation_over_the_limit_is_oomkilled_and_restarted(
         "bs=200M",
     ])
     .end()?;
-    wait_within(PATIENCE, "the killed container to be restarted", || {
-        let pods = kubelet.pods()?;
-        let pod = pods
-            .iter()
-            .find(|pod| pod["metadata"]["name"] == *name)
-            .ok_or("it is gone")?;
-        let status = container_status(pod, "web")?;
-        let last = &status["lastState"]["terminated"];
-        ensure!(
-            last["reason"] == "OOMKilled" && last["exitCode"] == 137,
-            "{status}"
-        );
-        ensure!(status["restartCount"] == 1, "{status}");
-        Ok(Some(()))
-    })?;
+    wait_within(
+        KUBELET_TIMEOUT,
+        "the killed container to be restarted",
+        || {
+            let pods = kubelet.pods()?;
+            let pod = pods
+                .iter()
+                .find(|pod| pod["metadata"]["name"] == *name)
+                .ok_or("it is gone")?;
+            let status = container_status(pod, "web")?;
+            let last = &status["lastState"]["terminated"];
+            ensure!(
+                last["reason"] == "OOMKilled" && last["exitCode"] == 137,
+                "{status}"
+            );
+            ensure!(status["restartCount"] == 1, "{status}");
+            Ok(Some(()))
+        },
+    )?;
     let pods = kubelet.ready(3)?;
     answers(&pods)
 }

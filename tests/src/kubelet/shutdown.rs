@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::kubelet::{KUBELET, Kubelet, Options, PATIENCE, static_pod};
+use crate::support::kubelet::{KUBELET, KUBELET_TIMEOUT, Kubelet, Options, static_pod};
 use crate::support::machine::{Result, command, wait_for, wait_within};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, on_a_node};
@@ -41,7 +41,7 @@ fn pods_are_stopped_before_the_node_goes_down() -> Result {
         })?;
         // What logind says to all when somebody has asked for a shutdown.
         prepare_for_shutdown(true)?;
-        wait_within(PATIENCE, "the pod to be ended", || {
+        wait_within(KUBELET_TIMEOUT, "the pod to be ended", || {
             let pods = kubelet.pods()?;
             let status = &pods.first().ok_or("it is gone")?["status"];
             ensure!(status["reason"] == "Terminated", "{status}");

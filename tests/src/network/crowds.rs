@@ -3,16 +3,14 @@
 use std::fs;
 use std::time::Duration;
 
-use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
 use rrun_proto::v1::{
     ListPodSandboxRequest, PodSandboxConfig, PortMapping, Protocol, RemovePodSandboxRequest,
     RunPodSandboxRequest, StopPodSandboxRequest,
 };
 use serde_json::{Value, json};
 use tonic::Status;
-use tonic::transport::Channel;
 
-use crate::support::calls::{Calls, pod};
+use crate::support::calls::{Calls, RuntimeClient, pod};
 use crate::support::machine::{Dice, Result, command, rounds, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, is_pods_interface, on_a_node};
@@ -33,8 +31,6 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-type Runtime = RuntimeServiceClient<Channel>;
-
 /// A pod of its own network with a host port of TCP and of UDP.
 fn config(name: &str, port: i32) -> PodSandboxConfig {
     let mapping = |protocol: Protocol| PortMapping {
@@ -49,7 +45,10 @@ fn config(name: &str, port: i32) -> PodSandboxConfig {
     }
 }
 
-async fn run(mut client: Runtime, config: PodSandboxConfig) -> std::result::Result<String, Status> {
+async fn run(
+    mut client: RuntimeClient,
+    config: PodSandboxConfig,
+) -> std::result::Result<String, Status> {
     let request = RunPodSandboxRequest {
         config: Some(config),
         ..RunPodSandboxRequest::default()
@@ -58,7 +57,7 @@ async fn run(mut client: Runtime, config: PodSandboxConfig) -> std::result::Resu
     Ok(answer.into_inner().pod_sandbox_id)
 }
 
-async fn remove(mut client: Runtime, id: String) -> std::result::Result<(), Status> {
+async fn remove(mut client: RuntimeClient, id: String) -> std::result::Result<(), Status> {
     let pod_sandbox_id = id.clone();
     let stop = StopPodSandboxRequest { pod_sandbox_id };
     client.stop_pod_sandbox(stop).await?;

@@ -45,7 +45,7 @@ enum Victim {
 }
 
 /// What came of a command that was to be killed.
-struct Outcome {
+struct Traced {
     /// System calls that the victim came to.
     calls: usize,
     /// The command's exit code, if it was not the one killed.
@@ -53,7 +53,7 @@ struct Outcome {
 }
 
 /// Runs the command and kills the victim when it is about to make its call number `at`.
-fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<Outcome> {
+fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<Traced> {
     let mut command = Command::new(runtime_program());
     command
         .arg("--root")
@@ -71,7 +71,7 @@ fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<
     }
 }
 
-fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Result<Outcome, String> {
+fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Result<Traced, String> {
     // SAFETY: between fork and exec, only a system call is made.
     unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
     let child = command.spawn().map_err(|error| error.to_string())?;
@@ -86,7 +86,7 @@ fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Resul
     ptrace::setoptions(main, options).map_err(said)?;
     ptrace::syscall(main, None).map_err(said)?;
 
-    let mut outcome = Outcome {
+    let mut outcome = Traced {
         calls: 0,
         code: None,
     };
@@ -198,7 +198,7 @@ fn each_step(
     args: &[&str],
     victim: Victim,
     before: impl Fn() -> Result,
-    after: impl Fn(&Outcome) -> Result,
+    after: impl Fn(&Traced) -> Result,
 ) -> Result {
     bundle.write_config()?;
     let mounts_before = mounts()?;

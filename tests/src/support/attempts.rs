@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Completion, Failed};
 
 use crate::ensure;
-use crate::support::leak_check::Machine;
+use crate::support::leak_check::Snapshot;
 use crate::support::needs::Test;
 
 /// The directory with one file for each flaky test. The views keep /out after a run.
@@ -30,7 +30,7 @@ pub fn run(name: &'static str, test: &Test) -> Result<Completion, Failed> {
         return Ok(Completion::ignored_with(lacking));
     }
     let started = Instant::now();
-    let outcome = attempts(test.run, Machine::look, left_unchanged);
+    let outcome = attempts(test.run, Snapshot::look, left_unchanged);
     if let Ok(mut took) = TOOK.lock() {
         took.push((started.elapsed(), name));
     }
@@ -86,7 +86,7 @@ fn message(failed: &Failed) -> String {
     failed.message().unwrap_or_default().to_owned()
 }
 
-fn left_unchanged(before: &Machine) -> Result<(), Failed> {
+fn left_unchanged(before: &Snapshot) -> Result<(), Failed> {
     let left = before.leavings();
     ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     let lost = before.losses();

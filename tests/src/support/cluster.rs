@@ -28,13 +28,13 @@ pub struct Cluster<'a> {
 }
 
 /// How long a cluster takes at most for anything: its parts act on each other's clocks.
-pub fn patience() -> Duration {
+pub fn cluster_timeout() -> Duration {
     deadline() * 5
 }
 
 /// Waits until the cluster gives this. kubectl costs too much CPU time to be asked all the time.
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    wait_within(patience(), what, || {
+    wait_within(cluster_timeout(), what, || {
         let found = probe();
         if !matches!(found, Ok(Some(_))) {
             std::thread::sleep(Duration::from_millis(300));
@@ -44,8 +44,8 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -
 }
 
 /// How long a cluster takes at most, as kubectl's flag.
-pub fn timeout() -> String {
-    format!("--timeout={}s", patience().as_secs())
+pub fn timeout_flag() -> String {
+    format!("--timeout={}s", cluster_timeout().as_secs())
 }
 
 /// Whether limits can be set on this machine.
@@ -82,7 +82,7 @@ impl<'a> Cluster<'a> {
 
     /// Adds the metrics API to it.
     pub fn serve_metrics(&self) -> Result {
-        let metrics = command(SCRIPT, ["metrics"]).within(patience());
+        let metrics = command(SCRIPT, ["metrics"]).within(cluster_timeout());
         metrics.ok().map(|_| ())
     }
 
@@ -94,7 +94,7 @@ impl<'a> Cluster<'a> {
         command("env", environment(transport))
             .arg("kubectl")
             .args(args)
-            .within(patience())
+            .within(cluster_timeout())
     }
 
     /// kubectl with these arguments, which must succeed: its standard output.
@@ -121,7 +121,7 @@ impl<'a> Cluster<'a> {
 
 impl Drop for Cluster<'_> {
     fn drop(&mut self) {
-        let _ = command(SCRIPT, ["stop"]).within(patience()).end();
+        let _ = command(SCRIPT, ["stop"]).within(cluster_timeout()).end();
     }
 }
 

@@ -26,7 +26,7 @@ pub const COUNTED: Need = Need::All(&[
 ]);
 
 /// For what takes kubelet several rounds of its own clocks.
-pub const PATIENCE: Duration = Duration::from_secs(1200);
+pub const KUBELET_TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// Where kubelet's own endpoint is to be had without TLS.
 pub const ENDPOINT: &str = "http://127.0.0.1:10251";
@@ -131,7 +131,7 @@ impl<'a> Kubelet<'a> {
             .args(script)
             .arg(&self.socket)
             .arg(&self.manifests)
-            .within(PATIENCE)
+            .within(KUBELET_TIMEOUT)
             .ok()
     }
 
@@ -189,12 +189,16 @@ impl<'a> Kubelet<'a> {
 
     /// Waits until as many pods are Ready.
     pub fn ready(&self, count: usize) -> Result<Vec<Value>> {
-        wait_within(PATIENCE, &format!("{count} pods to be Ready"), || {
-            let pods = self.pods()?;
-            let ready = pods.iter().filter(|pod| is_ready(pod)).count();
-            ensure!(ready == count, "{ready} are Ready among {}", states(&pods));
-            Ok(Some(pods))
-        })
+        wait_within(
+            KUBELET_TIMEOUT,
+            &format!("{count} pods to be Ready"),
+            || {
+                let pods = self.pods()?;
+                let ready = pods.iter().filter(|pod| is_ready(pod)).count();
+                ensure!(ready == count, "{ready} are Ready among {}", states(&pods));
+                Ok(Some(pods))
+            },
+        )
     }
 
     /// Removes the pods, and waits until nothing is left of them.
@@ -202,7 +206,7 @@ impl<'a> Kubelet<'a> {
         for pod in manifests {
             self.remove_manifest(pod)?;
         }
-        wait_within(PATIENCE, "kubelet's pods to be gone", || {
+        wait_within(KUBELET_TIMEOUT, "kubelet's pods to be gone", || {
             Ok(self.pods()?.is_empty().then_some(()))
         })?;
         Self::has_left_nothing(node)
@@ -212,7 +216,7 @@ impl<'a> Kubelet<'a> {
     pub fn has_left_nothing(node: &Node) -> Result {
         Self::has_stopped_everything(node)?;
         // kubelet does this once a minute.
-        wait_within(PATIENCE, "the pods' logs to be gone", || {
+        wait_within(KUBELET_TIMEOUT, "the pods' logs to be gone", || {
             let left = entries("/var/log/pods");
             ensure!(left.is_empty(), "left: {}", left.join(" "));
             Ok(Some(()))
@@ -221,7 +225,7 @@ impl<'a> Kubelet<'a> {
 
     /// Waits until nothing of any pod runs or is mounted on the node; kubelet keeps the logs longer.
     pub fn has_stopped_everything(node: &Node) -> Result {
-        wait_within(PATIENCE, "everything of the pods to be gone", || {
+        wait_within(KUBELET_TIMEOUT, "everything of the pods to be gone", || {
             let mut left: Vec<String> = pods_groups()
                 .into_iter()
                 .map(|group| group.display().to_string())

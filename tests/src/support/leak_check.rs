@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::support::node::is_rrun;
 
 /// The kernel lets go of namespaces and interfaces a little after their last user.
-const GRACE: Duration = Duration::from_secs(10);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Trees in which runtimes and servers keep things, and how deep a new entry is worth a line.
 const TREES: &[(&str, usize)] = &[
@@ -34,13 +34,13 @@ const NOT_OURS: &[&str] = &[
     "/var/lib/systemd",
 ];
 
-pub struct Machine {
+pub struct Snapshot {
     things: BTreeSet<String>,
     /// By their number: the parent's number, and what they are.
     processes: BTreeMap<u32, (u32, String)>,
 }
 
-impl Machine {
+impl Snapshot {
     pub fn look() -> Self {
         let mut all = BTreeSet::new();
         cgroups(Path::new("/sys/fs/cgroup"), &mut all);
@@ -51,7 +51,7 @@ impl Machine {
         for name in names(Path::new("/sys/class/net")) {
             all.insert(format!("interface {name}"));
         }
-        Machine {
+        Snapshot {
             things: all,
             processes: processes(),
         }
@@ -61,10 +61,10 @@ impl Machine {
     pub fn leavings(&self) -> Vec<String> {
         let started = Instant::now();
         loop {
-            let now = Machine::look();
+            let now = Snapshot::look();
             let mut left: Vec<String> = now.things.difference(&self.things).cloned().collect();
             left.extend(self.new_processes(&now));
-            if left.is_empty() || started.elapsed() > GRACE {
+            if left.is_empty() || started.elapsed() > CLEANUP_TIMEOUT {
                 return left;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -73,7 +73,7 @@ impl Machine {
 
     /// A child of what was there before is its parent's affair (the guest's init has a loop with
     /// a sleep in it); children of PID 1 are whoever was orphaned.
-    fn new_processes(&self, now: &Machine) -> Vec<String> {
+    fn new_processes(&self, now: &Snapshot) -> Vec<String> {
         let own = std::process::id();
         now.processes
             .iter()
@@ -89,7 +89,7 @@ impl Machine {
     /// what was not its own either.)
     pub fn losses(&self) -> Vec<String> {
         self.things
-            .difference(&Machine::look().things)
+            .difference(&Snapshot::look().things)
             .cloned()
             .collect()
     }

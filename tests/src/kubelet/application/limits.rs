@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::application::{address, tells};
 use crate::support::cgroup_use::{file, held_to};
-use crate::support::kubelet::{Kubelet, PATIENCE, container_id, container_status, pod_name};
+use crate::support::kubelet::{KUBELET_TIMEOUT, Kubelet, container_id, container_status, pod_name};
 use crate::support::machine::{MIB, Result, command, note, wait_for, wait_within};
 use crate::support::node::{Node, is_rrun};
 use crate::{ensure, ensure_eq};
@@ -140,7 +140,7 @@ pub fn statistics_are_plausible(kubelet: &Kubelet) -> Result {
 /// Waits until the application of this pod has been restarted so often.
 pub fn restarted(kubelet: &Kubelet, pod: &Value, count: i64) -> Result<Value> {
     wait_within(
-        PATIENCE,
+        KUBELET_TIMEOUT,
         &format!("restart {count} of {}", pod_name(pod)),
         || {
             let web = container_status(&kubelet.pod(pod)?, "web")?;
@@ -159,7 +159,7 @@ pub fn allocations_are_oomkilled_and_backed_off(kubelet: &Kubelet, pod: &Value) 
         let url = format!("http://{}:5000/grow/200", address(pod)?);
         command("curl", ["-sS", "-m", "60", "-X", "POST", &url]).end()?;
         let what = format!("kill {count} of {}", pod_name(pod));
-        let killed = wait_within(PATIENCE, &what, || {
+        let killed = wait_within(KUBELET_TIMEOUT, &what, || {
             let web = container_status(&kubelet.pod(pod)?, "web")?;
             let waits = web["state"]["waiting"]["reason"] == "CrashLoopBackOff";
             ensure!(waits || web["restartCount"] == count, "{web}");

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::ensure;
 use crate::support::application::LINES;
-use crate::support::kubelet::{PATIENCE, pod_name};
+use crate::support::kubelet::{KUBELET_TIMEOUT, pod_name};
 use crate::support::machine::{Result, command, wait_within};
 
 /// All that the first replica's second container has said, in whichever files, compressed or not.
@@ -16,7 +16,7 @@ pub fn no_line_is_lost_by_rotation(pod: &Value) -> Result {
     let uid = pod["metadata"]["annotations"]["kubernetes.io/config.hash"].as_str();
     let uid = uid.ok_or(format!("no hash in {}", pod["metadata"]))?;
     let dir = format!("/var/log/pods/default_{}_{uid}/neighbour", pod_name(pod));
-    wait_within(PATIENCE, "the log's last line", || {
+    wait_within(KUBELET_TIMEOUT, "the log's last line", || {
         let mut files: Vec<_> = fs::read_dir(&dir)
             .map_err(|error| format!("{dir}: {error}"))?
             .flatten()

@@ -14,16 +14,15 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+use super::InsideError;
 use crate::support::machine::full;
-
-type Error = Box<dyn std::error::Error>;
 
 /// How often a race is tried.
 pub fn rounds() -> usize {
     if full() { 500 } else { 40 }
 }
 
-pub fn main(args: &[&str]) -> Result<(), Error> {
+pub fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
@@ -57,7 +56,7 @@ fn is_own_program(exe: &fs::Metadata) -> bool {
 
 /// CVE-2019-5736: opens the executable of whoever comes in by another program than this one, and
 /// writes to it as soon as nobody executes it any more.
-fn overwrite(time: Duration) -> Result<(), Error> {
+fn overwrite(time: Duration) -> Result<(), InsideError> {
     say("ready");
     let started = Instant::now();
     let mut held: Vec<File> = Vec::new();
@@ -104,7 +103,7 @@ fn overwrite(time: Duration) -> Result<(), Error> {
 
 /// CVE-2016-9962: looks into every process that comes in, before it has become the program that
 /// it was to become.
-fn pry(time: Duration) -> Result<(), Error> {
+fn pry(time: Duration) -> Result<(), InsideError> {
     say("ready");
     let started = Instant::now();
     let mut seen = BTreeSet::new();

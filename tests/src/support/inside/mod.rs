@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 pub mod attacker;
 pub mod traffic;
 
-type Error = Box<dyn std::error::Error>;
+/// Whatever a command of the program failed of.
+pub type InsideError = Box<dyn std::error::Error>;
 
 /// `inside COMMAND ARG…`. The exit code is the command's; 99 says that it was no known one.
 pub fn main(args: &[String]) -> i32 {
@@ -27,38 +28,44 @@ pub fn main(args: &[String]) -> i32 {
             eprintln!("{}", words.join(" "));
             Ok(())
         }
-        ["sleep", seconds] => seconds.parse().map_err(Error::from).map(|seconds| {
+        ["sleep", seconds] => seconds.parse().map_err(InsideError::from).map(|seconds| {
             std::thread::sleep(Duration::from_secs_f64(seconds));
         }),
         ["cat"] => std::io::copy(&mut std::io::stdin(), &mut std::io::stdout())
             .map(|_| ())
-            .map_err(Error::from),
+            .map_err(InsideError::from),
         ["cat", files @ ..] => cat(files),
         ["ls", dir] => list(dir),
         ["stat", path] => stat(path),
-        ["write", path, text] => fs::write(path, text).map_err(Error::from),
-        ["mkdir", path] => fs::create_dir(path).map_err(Error::from),
+        ["write", path, text] => fs::write(path, text).map_err(InsideError::from),
+        ["mkdir", path] => fs::create_dir(path).map_err(InsideError::from),
         ["wait"] => wait(),
         ["notify", text] => notify(text),
         ["deaf"] => deaf(),
-        ["spin", seconds] => seconds.parse().map_err(Error::from).map(spin),
-        ["allocate", megabytes] => megabytes.parse().map_err(Error::from).and_then(allocate),
+        ["spin", seconds] => seconds.parse().map_err(InsideError::from).map(spin),
+        ["allocate", megabytes] => megabytes
+            .parse()
+            .map_err(InsideError::from)
+            .and_then(allocate),
         ["read", path] => read(path),
         ["fill", path, megabytes] => megabytes
             .parse()
-            .map_err(Error::from)
+            .map_err(InsideError::from)
             .and_then(|megabytes| fill(path, megabytes)),
-        ["huge", pages] => pages.parse().map_err(Error::from).and_then(huge),
-        ["forks", most] => most.parse().map_err(Error::from).and_then(forks),
+        ["huge", pages] => pages.parse().map_err(InsideError::from).and_then(huge),
+        ["forks", most] => most.parse().map_err(InsideError::from).and_then(forks),
         ["orphan", seconds] => orphan(seconds),
-        ["count", milliseconds] => milliseconds.parse().map_err(Error::from).and_then(count),
+        ["count", milliseconds] => milliseconds
+            .parse()
+            .map_err(InsideError::from)
+            .and_then(count),
         ["call", numbers @ ..] => call(numbers),
         ["call32", numbers @ ..] => call32(numbers),
         ["call-in-thread", numbers @ ..] => call_in_thread(numbers),
         ["call-and-catch", numbers @ ..] => call_and_catch(numbers),
-        ["burst", lines] => lines.parse().map_err(Error::from).and_then(burst),
+        ["burst", lines] => lines.parse().map_err(InsideError::from).and_then(burst),
         ["tell", lines, code] => {
-            let told = lines.parse().map_err(Error::from).and_then(burst);
+            let told = lines.parse().map_err(InsideError::from).and_then(burst);
             return told.map_or(98, |()| code.parse().unwrap_or(99));
         }
         ["later", seconds, code] => {
@@ -78,7 +85,7 @@ pub fn main(args: &[String]) -> i32 {
     }
 }
 
-fn say(line: &str) -> Result<(), Error> {
+fn say(line: &str) -> Result<(), InsideError> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
@@ -103,7 +110,7 @@ fn links(dir: &str) -> BTreeMap<String, String> {
 }
 
 /// Everything about this process that a runtime has a hand in.
-fn report() -> Result<(), Error> {
+fn report() -> Result<(), InsideError> {
     let status: BTreeMap<String, String> = text("/proc/self/status")
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -201,7 +208,7 @@ fn keyring() -> String {
     String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned()
 }
 
-fn cat(files: &[&str]) -> Result<(), Error> {
+fn cat(files: &[&str]) -> Result<(), InsideError> {
     for file in files {
         let bytes = fs::read(file).map_err(|error| format!("{file}: {error}"))?;
         std::io::stdout().write_all(&bytes)?;
@@ -209,7 +216,7 @@ fn cat(files: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-fn list(dir: &str) -> Result<(), Error> {
+fn list(dir: &str) -> Result<(), InsideError> {
     let mut names: Vec<_> = fs::read_dir(dir)?
         .flatten()
         .map(|entry| entry.file_name())
@@ -220,7 +227,7 @@ fn list(dir: &str) -> Result<(), Error> {
         .try_for_each(|name| say(&name.to_string_lossy()))
 }
 
-fn stat(path: &str) -> Result<(), Error> {
+fn stat(path: &str) -> Result<(), InsideError> {
     let file = fs::symlink_metadata(path)?;
     let kind = file.file_type();
     let kind = match () {
@@ -244,7 +251,7 @@ fn stat(path: &str) -> Result<(), Error> {
 
 /// Waits for a signal, says which, and ends well if it was SIGTERM. The first process of a PID
 /// namespace gets only signals that it asks for.
-fn wait() -> Result<(), Error> {
+fn wait() -> Result<(), InsideError> {
     let mut set = SigSet::empty();
     for signal in [
         Signal::SIGTERM,
@@ -266,7 +273,7 @@ fn wait() -> Result<(), Error> {
 }
 
 /// sd_notify(3), and then waits for its end.
-fn notify(text: &str) -> Result<(), Error> {
+fn notify(text: &str) -> Result<(), InsideError> {
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     socket.send_to(text.as_bytes(), std::env::var("NOTIFY_SOCKET")?)?;
     loop {
@@ -275,7 +282,7 @@ fn notify(text: &str) -> Result<(), Error> {
 }
 
 /// Hears no signal but SIGKILL.
-fn deaf() -> Result<(), Error> {
+fn deaf() -> Result<(), InsideError> {
     SigSet::all().thread_block()?;
     say("ready")?;
     loop {
@@ -295,14 +302,14 @@ fn spin(seconds: f64) {
 
 /// Takes memory a megabyte at a time and says so, then waits for its end.
 /// Reads a file, which then is in the page cache.
-fn read(path: &str) -> Result<(), Error> {
+fn read(path: &str) -> Result<(), InsideError> {
     let mut file = fs::File::open(path)?;
     std::io::copy(&mut file, &mut std::io::sink())?;
     Ok(())
 }
 
 /// Writes so much to a file, and waits until it is on the disk.
-fn fill(path: &str, megabytes: usize) -> Result<(), Error> {
+fn fill(path: &str, megabytes: usize) -> Result<(), InsideError> {
     use std::io::Write as _;
     let mut file = fs::File::create(path)?;
     for _ in 0..megabytes {
@@ -313,7 +320,7 @@ fn fill(path: &str, megabytes: usize) -> Result<(), Error> {
 }
 
 /// Uses so many huge pages of 2 MB.
-fn huge(pages: usize) -> Result<(), Error> {
+fn huge(pages: usize) -> Result<(), InsideError> {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
     const SIZE: usize = 2 << 20;
     let length = std::num::NonZeroUsize::new(pages * SIZE).ok_or("no pages")?;
@@ -328,7 +335,7 @@ fn huge(pages: usize) -> Result<(), Error> {
     say(&format!("{pages} huge pages"))
 }
 
-fn allocate(megabytes: usize) -> Result<(), Error> {
+fn allocate(megabytes: usize) -> Result<(), InsideError> {
     let mut kept = Vec::new();
     for taken in 1..=megabytes {
         let mut block = vec![0u8; 1 << 20];
@@ -342,7 +349,7 @@ fn allocate(megabytes: usize) -> Result<(), Error> {
 }
 
 /// Makes as many children as it is let, at most this many, and says how many there were.
-fn forks(most: usize) -> Result<(), Error> {
+fn forks(most: usize) -> Result<(), InsideError> {
     let mut children = Vec::new();
     let mut refusal = None;
     for _ in 0..most {
@@ -368,7 +375,7 @@ fn forks(most: usize) -> Result<(), Error> {
 }
 
 /// Ends at once and leaves a child behind that has neither parent nor session in common with it.
-fn orphan(seconds: &str) -> Result<(), Error> {
+fn orphan(seconds: &str) -> Result<(), InsideError> {
     let child = std::process::Command::new("/proc/self/exe")
         .args(["sleep", seconds])
         .env("RRUN_E2E_INSIDE", "1")
@@ -377,7 +384,7 @@ fn orphan(seconds: &str) -> Result<(), Error> {
 }
 
 /// Numbered lines for ever, one each so many milliseconds.
-fn count(milliseconds: u64) -> Result<(), Error> {
+fn count(milliseconds: u64) -> Result<(), InsideError> {
     for number in 1u64.. {
         say(&format!("line {number}"))?;
         std::thread::sleep(Duration::from_millis(milliseconds));
@@ -386,7 +393,7 @@ fn count(milliseconds: u64) -> Result<(), Error> {
 }
 
 /// Numbered lines as fast as they are read.
-fn burst(lines: u64) -> Result<(), Error> {
+fn burst(lines: u64) -> Result<(), InsideError> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     for number in 1..=lines {
         writeln!(out, "line {number}")?;
@@ -395,7 +402,7 @@ fn burst(lines: u64) -> Result<(), Error> {
 }
 
 /// A system call's number and its arguments, missing ones being 0.
-fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], Error> {
+fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], InsideError> {
     let mut all = [0; 7];
     for (place, number) in all.iter_mut().zip(numbers) {
         *place = number.parse::<u64>()? as i64;
@@ -404,7 +411,7 @@ fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], Error> {
 }
 
 /// Makes a system call and says what came of it: a number, or an errno by its name.
-fn call(numbers: &[&str]) -> Result<(), Error> {
+fn call(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, a, b, c, d, e, f] = words_of_call(numbers)?;
     // SAFETY: the tests make calls without pointers, or with null ones.
     let returned = unsafe { nix::libc::syscall(number, a, b, c, d, e, f) };
@@ -416,7 +423,7 @@ fn call(numbers: &[&str]) -> Result<(), Error> {
 
 /// The same by the entry of 32-bit programs, with at most one argument.
 #[cfg(target_arch = "x86_64")]
-fn call32(numbers: &[&str]) -> Result<(), Error> {
+fn call32(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, argument, ..] = words_of_call(numbers)?;
     let returned: i64;
     // SAFETY: as above; rbx, which the compiler keeps for itself, has its value back after.
@@ -437,12 +444,12 @@ fn call32(numbers: &[&str]) -> Result<(), Error> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn call32(_numbers: &[&str]) -> Result<(), Error> {
+fn call32(_numbers: &[&str]) -> Result<(), InsideError> {
     Err("only x86-64 has that entry".into())
 }
 
 /// Makes the call in a thread of its own, and says whether the process outlived it.
-fn call_in_thread(numbers: &[&str]) -> Result<(), Error> {
+fn call_in_thread(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, a, ..] = words_of_call(numbers)?;
     // SAFETY: as above. Nobody joins the thread, which may be killed in the middle of it.
     std::thread::spawn(move || unsafe { nix::libc::syscall(number, a) });
@@ -454,7 +461,7 @@ fn call_in_thread(numbers: &[&str]) -> Result<(), Error> {
 }
 
 /// Makes the call with a handler for SIGSYS in place.
-fn call_and_catch(numbers: &[&str]) -> Result<(), Error> {
+fn call_and_catch(numbers: &[&str]) -> Result<(), InsideError> {
     extern "C" fn caught(_signal: nix::libc::c_int) {
         // SAFETY: both may be called in a signal handler.
         unsafe {

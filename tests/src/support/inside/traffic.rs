@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 
-type Error = Box<dyn std::error::Error>;
+use super::InsideError;
 
 /// Nothing here is silent for longer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const SOCKET_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub fn main(args: &[&str]) -> Result<(), Error> {
+pub fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["serve", port, word] => serve(port.parse()?, word),
         ["ask", address] => {
@@ -39,7 +39,7 @@ pub fn main(args: &[&str]) -> Result<(), Error> {
 }
 
 /// Answers `WORD ADDRESS`, the caller's, to every connection and every datagram.
-fn serve(port: u16, word: &str) -> Result<(), Error> {
+fn serve(port: u16, word: &str) -> Result<(), InsideError> {
     let any = (Ipv6Addr::UNSPECIFIED, port);
     let (listener, datagrams) = (TcpListener::bind(any)?, UdpSocket::bind(any)?);
     let told = word.to_owned();
@@ -60,16 +60,16 @@ fn answer(word: &str, from: SocketAddr) -> String {
 }
 
 /// What a server of [`serve`] answers to a connection.
-pub fn ask(address: SocketAddr) -> Result<String, Error> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+pub fn ask(address: SocketAddr) -> Result<String, InsideError> {
+    let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
+    stream.set_read_timeout(Some(SOCKET_TIMEOUT))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
 }
 
 /// Takes what is poured, and says so at its end.
-fn sink(port: u16) -> Result<(), Error> {
+fn sink(port: u16) -> Result<(), InsideError> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
     loop {
         let (mut stream, _) = listener.accept()?;
@@ -82,8 +82,8 @@ fn sink(port: u16) -> Result<(), Error> {
 }
 
 /// How long so many megabytes take to a server of [`sink`].
-pub fn pour(address: SocketAddr, megabytes: usize) -> Result<Duration, Error> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+pub fn pour(address: SocketAddr, megabytes: usize) -> Result<Duration, InsideError> {
+    let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
     let block = vec![1; 1 << 20];
     let begun = Instant::now();
     for _ in 0..megabytes {
@@ -113,7 +113,7 @@ pub struct Chunk {
 }
 
 impl Sctp {
-    pub fn open() -> Result<Self, Error> {
+    pub fn open() -> Result<Self, InsideError> {
         // SAFETY: no memory is passed; the descriptor is nobody else's.
         let socket: std::os::fd::OwnedFd = unsafe {
             let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
@@ -128,7 +128,13 @@ impl Sctp {
         Ok(Sctp(socket))
     }
 
-    pub fn send(&self, kind: u8, to: Ipv4Addr, from_port: u16, to_port: u16) -> Result<(), Error> {
+    pub fn send(
+        &self,
+        kind: u8,
+        to: Ipv4Addr,
+        from_port: u16,
+        to_port: u16,
+    ) -> Result<(), InsideError> {
         let mut packet = Vec::new();
         packet.extend(from_port.to_be_bytes());
         packet.extend(to_port.to_be_bytes());
@@ -166,9 +172,9 @@ impl Sctp {
     }
 
     /// Begins an association until it is answered: who answered.
-    pub fn begin(&self, to: Ipv4Addr, from_port: u16, to_port: u16) -> Result<Chunk, Error> {
+    pub fn begin(&self, to: Ipv4Addr, from_port: u16, to_port: u16) -> Result<Chunk, InsideError> {
         let begun = Instant::now();
-        while begun.elapsed() < PATIENCE {
+        while begun.elapsed() < SOCKET_TIMEOUT {
             self.send(INIT, to, from_port, to_port)?;
             while let Some(chunk) = self.receive() {
                 if chunk.kind == INIT_ACK && chunk.to == from_port {
@@ -182,7 +188,7 @@ impl Sctp {
 
 const TAG: u32 = 0x7272_756e;
 
-fn answer_sctp(port: u16) -> Result<(), Error> {
+fn answer_sctp(port: u16) -> Result<(), InsideError> {
     let socket = Sctp::open()?;
     println!("ready");
     loop {
@@ -211,7 +217,7 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Sends a router advertisement (RFC 4861, 4.2) to all nodes on the interface's link. It announces
 /// a default router and a prefix for addresses. It is sent as a frame, which needs neither an
 /// address nor a route.
-pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), Error> {
+pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideError> {
     const LIFETIME: u16 = 1800;
     let mut message = vec![134, 0, 0, 0, 64, 0];
     message.extend(LIFETIME.to_be_bytes());
@@ -247,7 +253,7 @@ fn redirect(
     router: Ipv4Addr,
     away: Ipv4Addr,
     to: Ipv4Addr,
-) -> Result<(), Error> {
+) -> Result<(), InsideError> {
     let header = |from: Ipv4Addr, to: Ipv4Addr, length: u16| {
         let mut header = vec![0x45, 0];
         header.extend(length.to_be_bytes());
@@ -288,7 +294,12 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// Sends a frame with this packet, packet(7); the kernel makes its header.
-fn send_frame(interface: &str, to: [u8; 6], protocol: u16, packet: &[u8]) -> Result<(), Error> {
+fn send_frame(
+    interface: &str,
+    to: [u8; 6],
+    protocol: u16,
+    packet: &[u8],
+) -> Result<(), InsideError> {
     let name = std::ffi::CString::new(interface)?;
     // SAFETY: the name ends with a NUL.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
