@@ -40,6 +40,7 @@ suites! {
         notify,
         rootless,
         seccomp,
+        seccomp_agent,
         hooks,
         bad_input,
         bad_surroundings,

@@ -26,6 +26,7 @@ pub mod node;
 pub mod pod_network;
 pub mod reboot;
 pub mod refusals;
+pub mod seccomp;
 pub mod secret;
 pub mod spdy;
 pub mod streams;
