@@ -23,7 +23,7 @@ pub struct Bundle {
     flags: Vec<&'static str>,
 }
 
-/// The program of inside.rs: hard-linked into each root file system, so that each costs nothing.
+/// The program of `inside`: hard-linked into each root file system, so that each costs nothing.
 fn program() -> Result<&'static Path> {
     static PROGRAM: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
     let made = PROGRAM.get_or_init(|| {
