@@ -36,7 +36,7 @@ const FILES: &[(&str, &[(&str, &str)])] = &[
 /// Turns that the servers take.
 const TURNS: usize = 3;
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &[Server],
     results: &Path,

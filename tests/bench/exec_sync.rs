@@ -11,7 +11,7 @@ use crate::report::{self, Comparison};
 /// CPU is measured over this many calls in a row.
 const BATCH: usize = 10;
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,

@@ -26,7 +26,7 @@ const QUANTITIES: &[&str] = &[
 /// How often each list is asked for.
 const ROUNDS: usize = 20;
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     services: &[Service],

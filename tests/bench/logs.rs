@@ -17,7 +17,7 @@ const QUANTITIES: &[&str] = &["lines a second", "CPU beside the writer, ns a lin
 /// Where `lines` (lines.c) is in the container.
 const LINES: &str = "/lines";
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     programs: &Path,

@@ -18,7 +18,7 @@ struct Memory {
     rss: BTreeMap<String, f64>,
 }
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
@@ -124,18 +124,18 @@ async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, M
 }
 
 /// The proportional set size of a program's processes, in kB.
-pub fn of_program(name: &str) -> Result<f64> {
+pub(crate) fn of_program(name: &str) -> Result<f64> {
     Ok(look()?.pss.get(name).copied().unwrap_or(0.0))
 }
 
 /// The resident set size of a program's processes, in kB.
-pub fn resident(name: &str) -> Result<f64> {
+pub(crate) fn resident(name: &str) -> Result<f64> {
     Ok(look()?.rss.get(name).copied().unwrap_or(0.0))
 }
 
 /// The proportional set sizes of all processes of this view by program, in kB, without these and
 /// what is no part of a server.
-pub fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
+pub(crate) fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
     let mut programs = look()?.pss;
     programs
         .retain(|name, _| !OTHERS.contains(&name.as_str()) && !workload.contains(&name.as_str()));

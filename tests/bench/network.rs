@@ -33,7 +33,7 @@ const SOCKET_TIMEOUT: Duration = Duration::from_secs(60);
 /// What the plugins' stand-in (plugin.c) writes.
 const TIMES: &str = "/run/rrun-bench-plugins";
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,

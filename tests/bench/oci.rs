@@ -16,7 +16,7 @@ use crate::samples::Samples;
 use crate::{Error, Result};
 
 #[derive(clap::Args)]
-pub struct OciOptions {
+pub(crate) struct OciOptions {
     /// How often each is measured
     #[arg(long, default_value_t = 100)]
     rounds: usize,
@@ -120,7 +120,7 @@ struct Bench<'a> {
 
 type Measured = BTreeMap<Operation, BTreeMap<String, Vec<Usage>>>;
 
-pub fn run(options: &OciOptions, programs: &Path, results: &Path) -> Result {
+pub(crate) fn run(options: &OciOptions, programs: &Path, results: &Path) -> Result {
     let scratch = Scratch(std::env::temp_dir().join(format!("rrun-bench-{}", std::process::id())));
     fs::create_dir_all(&scratch.0)?;
     let nothing = programs.join("nothing");

@@ -20,7 +20,7 @@ const CALLS: &[&str] = &[
     "CPU of the node, an exec too",
 ];
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,

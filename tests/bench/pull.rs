@@ -8,7 +8,7 @@ use crate::Result;
 use crate::cri::{CriOptions, Server, cpu_of_others, timed};
 use crate::report::{self, Comparison};
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,

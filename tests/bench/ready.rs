@@ -18,7 +18,7 @@ use crate::service::Service;
 use crate::{Result, cri};
 
 #[derive(clap::Args)]
-pub struct ReadyOptions {
+pub(crate) struct ReadyOptions {
     /// containerd, rrun-cri; figures are compared with the first one's
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
     servers: Vec<String>,
@@ -53,7 +53,7 @@ struct Times {
     gone: f64,
 }
 
-pub fn run(options: &ReadyOptions, results: &Path) -> Result {
+pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
     let _registry = Service::start("registry")?;
     let mut times = Table::new(
         "kubelet, static pods with an HTTP readiness probe and an exec liveness probe each second (seconds, medians)",

@@ -61,7 +61,7 @@ const QUANTITIES: &[&str] = &[
     "a silent forwarded port, kB of the server",
 ];
 
-pub async fn run(
+pub(crate) async fn run(
     options: &CriOptions,
     servers: &mut [Server],
     results: &Path,

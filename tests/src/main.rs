@@ -16,7 +16,7 @@ use support::{attempts, bundle, inside, machine, needs};
 macro_rules! suites {
     ($($kind:ident: [$($subject:ident),* $(,)?],)*) => {
         $(mod $kind {
-            $(pub mod $subject;)*
+            $(pub(crate) mod $subject;)*
         })*
 
         const SUITES: &[&[needs::Test]] = &[$($($kind::$subject::TESTS),*),*];

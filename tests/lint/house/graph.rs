@@ -5,23 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::tokens::{Token, after_group};
 
 /// A module's path below the crate's root, which has the empty one.
-pub type Module = Vec<String>;
+pub(crate) type Module = Vec<String>;
 
 /// The crate's modules with their product code.
-pub type Modules = BTreeMap<Module, Vec<Token>>;
+pub(crate) type Modules = BTreeMap<Module, Vec<Token>>;
 
 /// What each module imports. A path counts for the deepest module that it leads through; it need not
 /// stand in a `use`. A re-export is an import.
-pub type Imports = BTreeMap<Module, BTreeSet<Module>>;
+pub(crate) type Imports = BTreeMap<Module, BTreeSet<Module>>;
 
-pub fn name(module: &Module) -> String {
+pub(crate) fn name(module: &Module) -> String {
     if module.is_empty() {
         return "crate".to_owned();
     }
     module.join("::")
 }
 
-pub fn imports(modules: &Modules) -> Imports {
+pub(crate) fn imports(modules: &Modules) -> Imports {
     let macros = exported_macros(modules);
     modules
         .iter()
@@ -299,7 +299,7 @@ impl Tree<'_> {
 
 /// Modules that import each other in a loop, the largest loop first: the strongly connected
 /// components with more than one module, by Tarjan's algorithm.
-pub fn loops(imports: &Imports) -> Vec<Vec<Module>> {
+pub(crate) fn loops(imports: &Imports) -> Vec<Vec<Module>> {
     let mut search = Search {
         imports,
         next: 0,

@@ -2,23 +2,23 @@
 
 use crate::tokens::{Kind, Token, after_group};
 
-pub struct Function {
-    pub name: String,
-    pub line: usize,
+pub(crate) struct Function {
+    pub(crate) name: String,
+    pub(crate) line: usize,
     /// From `fn` to the closing brace.
-    pub lines: usize,
+    pub(crate) lines: usize,
     /// Whether `#[expect(clippy::too_many_lines, …)]` or `#[allow(…)]` of it stands before it.
-    pub may_be_long: bool,
+    pub(crate) may_be_long: bool,
 }
 
-pub struct Type {
-    pub name: String,
-    pub line: usize,
+pub(crate) struct Type {
+    pub(crate) name: String,
+    pub(crate) line: usize,
     /// Whether it is defined in a function's body.
-    pub local: bool,
+    pub(crate) local: bool,
 }
 
-pub fn functions(tokens: &[Token]) -> Vec<Function> {
+pub(crate) fn functions(tokens: &[Token]) -> Vec<Function> {
     let mut all = Vec::new();
     for (at, token) in tokens.iter().enumerate() {
         // `fn(u32)` is a type.
@@ -112,7 +112,7 @@ enum Block {
     Code,
 }
 
-pub fn types(tokens: &[Token]) -> Vec<Type> {
+pub(crate) fn types(tokens: &[Token]) -> Vec<Type> {
     let mut all = Vec::new();
     let mut blocks = Vec::new();
     let mut next = Block::Code;

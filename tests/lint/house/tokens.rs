@@ -2,7 +2,7 @@
 
 /// What a token is. Of literals, nothing but their presence matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Word(String),
     /// One character of punctuation, or `::`.
     Mark(&'static str),
@@ -12,21 +12,21 @@ pub enum Kind {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Token {
-    pub kind: Kind,
+pub(crate) struct Token {
+    pub(crate) kind: Kind,
     /// The line that it begins in, counted from 1.
-    pub line: usize,
+    pub(crate) line: usize,
 }
 
 impl Token {
-    pub fn word(&self) -> Option<&str> {
+    pub(crate) fn word(&self) -> Option<&str> {
         match &self.kind {
             Kind::Word(word) => Some(word),
             _ => None,
         }
     }
 
-    pub fn is(&self, text: &str) -> bool {
+    pub(crate) fn is(&self, text: &str) -> bool {
         match &self.kind {
             Kind::Word(word) => word == text,
             Kind::Mark(mark) => *mark == text,
@@ -169,7 +169,7 @@ fn is_of_word(char: char) -> bool {
 }
 
 /// All tokens of a source file.
-pub fn tokens(source: &str) -> Vec<Token> {
+pub(crate) fn tokens(source: &str) -> Vec<Token> {
     let mut reader = Reader {
         chars: source.chars().collect(),
         at: 0,
@@ -209,7 +209,7 @@ pub fn tokens(source: &str) -> Vec<Token> {
 }
 
 /// The index behind the group that begins at `open`, which is a bracket of any kind.
-pub fn after_group(tokens: &[Token], open: usize) -> usize {
+pub(crate) fn after_group(tokens: &[Token], open: usize) -> usize {
     let mut depth = 0;
     for (at, token) in tokens.iter().enumerate().skip(open) {
         match &token.kind {
@@ -227,16 +227,16 @@ pub fn after_group(tokens: &[Token], open: usize) -> usize {
 }
 
 /// A file's product code: its tokens without items under `#[cfg(test)]`.
-pub struct Product {
-    pub tokens: Vec<Token>,
+pub(crate) struct Product {
+    pub(crate) tokens: Vec<Token>,
     /// Modules in files of their own that are under `#[cfg(test)]`.
-    pub test_modules: Vec<String>,
+    pub(crate) test_modules: Vec<String>,
     /// How many lines the items under `#[cfg(test)]` have.
-    pub test_lines: usize,
+    pub(crate) test_lines: usize,
 }
 
 /// Takes out what only tests compile.
-pub fn product(all: &[Token]) -> Product {
+pub(crate) fn product(all: &[Token]) -> Product {
     let mut product = Product {
         tokens: Vec::new(),
         test_modules: Vec::new(),

@@ -18,7 +18,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         an_application_from_its_first_replica_to_its_removal,
         Need::NativeOrLong,

@@ -13,7 +13,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         who_fills_a_disk_is_evicted_and_nobody_else,
         Need::Native,

@@ -17,7 +17,7 @@ use crate::support::node::{BUSYBOX, Node, on_a_node};
 use crate::support::swap::Swap;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         read_only_mounts_are_so_all_the_way_down,
         Need::NativeOrLong,

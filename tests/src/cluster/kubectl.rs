@@ -17,7 +17,7 @@ use crate::support::node::{BUSYBOX, Node, WEB, on_a_node};
 use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_pod_is_worked_with_over_both_transports,
         Need::NativeOrLong,

@@ -7,7 +7,7 @@ use crate::support::needs::{APPARMOR, Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         the_default_profile_is_there_unless_refused,
         A_NODE,

@@ -18,7 +18,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_call_joins_the_one_that_is_in_flight,
         A_NODE,

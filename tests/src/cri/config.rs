@@ -9,7 +9,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, CRICTL, Node, SERVER, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         limits_and_annotations_are_a_matter_of_configuration,
         A_NODE,

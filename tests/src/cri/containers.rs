@@ -10,7 +10,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_container_gets_what_its_configuration_says, A_NODE),
     test!(
         what_every_container_has_mounted_leaves_its_writable_layer_empty,

@@ -9,7 +9,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(the_server_says_who_it_is, A_NODE),
     test!(a_web_server_from_the_registry_to_its_removal, A_NODE),
     test!(images_are_pulled_by_tag_and_by_digest, A_NODE),

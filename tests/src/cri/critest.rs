@@ -15,7 +15,7 @@ use crate::{ensure, test};
 
 const MEMORY: &str = "memory";
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         every_test_passes_on_the_embedded_network,
         CRITEST,

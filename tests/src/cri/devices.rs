@@ -9,7 +9,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(a_cdi_device_brings_all_that_its_file_says, A_NODE)];
+pub(crate) const TESTS: &[Test] = &[test!(a_cdi_device_brings_all_that_its_file_says, A_NODE)];
 
 fn a_cdi_device_brings_all_that_its_file_says() -> Result {
     on_a_node(|node| {

@@ -10,7 +10,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(containers_are_the_same_under_every_handler, A_NODE),
     test!(a_handler_that_is_missing_is_told, A_NODE, Need::RrunCri),
     test!(

@@ -18,7 +18,7 @@ use crate::{ensure, ensure_eq, test};
 
 const FUSE: Need = Need::File("/dev/fuse");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_volume_that_hangs_stalls_its_own_container_only,
         A_NODE,

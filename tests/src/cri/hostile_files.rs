@@ -15,7 +15,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         passwd_and_group_of_an_image_are_files_or_the_container_is_refused,
         A_NODE,

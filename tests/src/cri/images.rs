@@ -15,7 +15,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(an_image_is_inspected_with_its_configuration, A_NODE),
     test!(a_container_tells_its_images_name, A_NODE),
     test!(

@@ -16,7 +16,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_registry_that_lies_is_found_out, A_NODE),
     test!(a_hostile_layer_is_refused, A_NODE, Need::RrunCri),
     test!(a_stalled_registry_stalls_nobody_else, A_NODE, Need::RrunCri),

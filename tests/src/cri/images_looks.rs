@@ -12,7 +12,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     a_shared_layers_directories_look_as_each_image_says,
     A_NODE
 )];

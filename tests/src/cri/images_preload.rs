@@ -13,7 +13,7 @@ use crate::{ensure, ensure_eq, test};
 
 const SKOPEO: Need = Need::Program("skopeo");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         archives_are_imported_at_start_under_their_names,
         A_NODE,

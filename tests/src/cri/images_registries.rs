@@ -20,7 +20,7 @@ use crate::{ensure, ensure_eq, test};
 
 const HTPASSWD: Need = Need::Program("htpasswd");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_registry_behind_tls_is_known_by_its_authority,
         A_NODE,

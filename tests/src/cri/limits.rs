@@ -13,7 +13,7 @@ use crate::{ensure, ensure_eq, test};
 const CPU: Need = Need::Controller("cpu");
 const MEMORY: Need = Need::Controller("memory");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(limits_are_enforced_and_updated, A_NODE, CPU, MEMORY),
     test!(an_allocation_over_the_limit_is_oomkilled, A_NODE, MEMORY),
     test!(

@@ -22,7 +22,7 @@ use crate::{ensure, ensure_eq, test};
 
 const MEMORY: Need = Need::Controller("memory");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         metrics_for_kubelet_are_described_and_given,
         A_NODE,

@@ -10,7 +10,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_pod_can_be_on_the_nodes_network, A_NODE),
     test!(the_containers_of_a_pod_share_what_pods_share, A_NODE),
     test!(pods_and_node_reach_each_other, A_NODE),

@@ -16,7 +16,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_killed_server_finds_everything_as_it_was, A_NODE),
     test!(
         a_server_killed_at_its_work_leaves_nothing_half_done,

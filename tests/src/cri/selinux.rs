@@ -11,7 +11,7 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
 use crate::support::user_namespace;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         each_pod_has_an_selinux_level_of_its_own,
         SELINUX,

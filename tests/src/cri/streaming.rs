@@ -6,7 +6,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, on_a_node};
 use crate::test;
 
-pub const TESTS: &[Test] = &[test!(critest_s_streaming_tests_pass, A_NODE, CRITEST)];
+pub(crate) const TESTS: &[Test] = &[test!(critest_s_streaming_tests_pass, A_NODE, CRITEST)];
 
 /// critest's own tests, over SPDY and with each WebSocket flag.
 fn critest_s_streaming_tests_pass() -> Result {

@@ -17,7 +17,7 @@ use crate::support::streams::TRANSPORTS;
 use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(many_attach_and_one_detaches, A_NODE),
     test!(an_attach_works_after_the_server_was_killed, A_NODE),
     test!(stdin_once_ends_with_its_first_client, A_NODE),

@@ -13,7 +13,7 @@ use crate::support::streams::{TRANSPORTS, count_processes, waiting};
 use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(an_exec_has_streams_and_an_exit_code, A_NODE),
     test!(an_exec_carries_much_both_ways, A_NODE),
     test!(a_terminal_is_resized, A_NODE, TMUX),

@@ -16,7 +16,7 @@ use crate::{ensure, ensure_eq, test};
 
 const SOCAT: Need = Need::Program("socat");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(ports_are_forwarded, A_NODE, SOCAT),
     test!(the_node_s_ports_are_forwarded, A_NODE),
     test!(

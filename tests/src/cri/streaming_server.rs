@@ -19,7 +19,7 @@ use crate::support::streams::{TRANSPORTS, count_processes, exec_url, port_forwar
 use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_stream_s_request_is_checked, A_NODE),
     test!(garbage_and_slow_heads_are_closed, A_NODE),
     test!(two_hundred_sessions_at_once, A_NODE),

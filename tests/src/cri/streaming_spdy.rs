@@ -12,7 +12,7 @@ use crate::support::spdy::{FIN, SpdyClient};
 use crate::support::streams::waiting;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(every_version_of_remotecommand_is_spoken, A_NODE),
     test!(
         a_new_size_does_not_wait_behind_what_nobody_reads,

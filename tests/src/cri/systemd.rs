@@ -10,7 +10,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     the_units_restart_reload_and_end_leave_the_pods_alone,
     Need::Systemd,
     A_NODE,

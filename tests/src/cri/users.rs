@@ -11,7 +11,7 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::support::user_namespace::{FIRST, container, ids, pod};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_pods_root_is_nobody_on_the_node, A_NODE),
     test!(a_volume_has_the_ids_of_the_pod, A_NODE),
     test!(user_namespaces_that_can_not_be_are_refused_by_name, A_NODE),

@@ -11,7 +11,7 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, Node, PORT, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
     test!(what_an_image_declares_is_a_volume_of_its_own, A_NODE),
     test!(mounts_are_read_only_and_propagate_as_asked, A_NODE),

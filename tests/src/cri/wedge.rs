@@ -25,7 +25,7 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::support::reboot::reboot;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_server_killed_at_random_under_load_loses_and_leaks_nothing,
         A_NODE,

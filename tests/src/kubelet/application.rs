@@ -31,7 +31,7 @@ mod limits;
 mod logs;
 mod streams;
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         three_replicas_from_their_manifests_to_their_removal,
         Need::Long,

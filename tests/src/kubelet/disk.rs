@@ -15,7 +15,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         under_pressure_unused_images_go_and_the_pod_stays,
         Need::Native,

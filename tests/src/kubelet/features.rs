@@ -14,7 +14,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     pods_have_the_users_volumes_and_filters_that_they_ask_for,
     Need::Native,
     Need::RrunCri,

@@ -16,7 +16,7 @@ use crate::support::needs::Test;
 use crate::support::node::{Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     three_static_pods_from_their_manifests_to_their_removal,
     KUBELET,
     COUNTED,

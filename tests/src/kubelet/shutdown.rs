@@ -10,7 +10,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{BUSYBOX, Node, on_a_node};
 use crate::{ensure, test};
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     pods_are_stopped_before_the_node_goes_down,
     Need::Systemd,
     Need::Program("dbus-send"),

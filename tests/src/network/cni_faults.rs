@@ -19,7 +19,7 @@ macro_rules! tests {
     };
 }
 
-pub const TESTS: &[Test] = tests![
+pub(crate) const TESTS: &[Test] = tests![
     plugins_are_told_of_the_pod_and_given_back_what_they_answered,
     a_plugin_that_fails_hangs_or_prints_garbage_is_told_and_followed_by_del,
     a_broken_configuration_is_told_with_file_and_line_and_by_the_nodes_status,

@@ -22,7 +22,7 @@ const MACVLAN: Need = Need::Works(
     "ip link add rrprobe type dummy && { ip link add rrprobe1 link rrprobe type macvlan; code=$?; ip link delete rrprobe; exit $code; }",
 );
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth,
         A_NODE,

@@ -16,7 +16,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, is_pods_interface, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         two_hundred_pods_ten_at_a_time_leave_nothing,
         A_NODE,

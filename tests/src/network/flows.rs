@@ -29,7 +29,7 @@ const SCTP: Need = Need::Works(
     "test -e /proc/sys/net/netfilter/nf_conntrack_sctp_timeout_established",
 );
 
-pub const TESTS: &[Test] = tests![
+pub(crate) const TESTS: &[Test] = tests![
     pods_call_the_node_by_their_own_addresses;
     a_host_port_is_at_the_loopback_of_both_families;
     where_ipv6_is_bridged_through_netfilter_a_call_of_the_loopback_is_refused_at_once, BR_NETFILTER;

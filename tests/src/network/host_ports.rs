@@ -8,7 +8,7 @@ use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, pod_fetches, web};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_host_port_leads_to_its_pod_from_everywhere, A_NODE),
     test!(a_host_port_has_one_pod, A_NODE, Need::Rrun),
     test!(host_ports_outlive_a_kill_and_a_flush, A_NODE, Need::Rrun),

@@ -17,7 +17,7 @@ use crate::{ensure, ensure_eq, test};
 
 const IPV6: Need = Need::File("/proc/sys/net/ipv6/conf/all/accept_ra");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         a_pod_that_advertises_itself_becomes_nobodys_router,
         A_NODE,

@@ -11,7 +11,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::refusals::{complaint, nothing_made, refused};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_missing_configuration_is_refused),
     test!(a_broken_configuration_is_refused),
     test!(a_missing_root_file_system_is_refused),

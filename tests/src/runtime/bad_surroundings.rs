@@ -13,7 +13,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::refusals::{complaint, nothing_made, refused};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_bundle_that_is_not_there_is_refused),
     test!(an_unsupported_version_is_refused, Need::Rrun),
     test!(a_huge_configuration_is_refused, Need::Rrun),

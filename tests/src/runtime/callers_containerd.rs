@@ -17,7 +17,7 @@ use crate::{ensure, ensure_eq, test};
 const CTR: Need = Need::Program("ctr");
 const CONTAINERD: Need = Need::Program("containerd");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(containerd_runs_what_it_is_asked_to, CTR, CONTAINERD, IMAGE),
     test!(containerd_lives_with_a_container, CTR, CONTAINERD, IMAGE),
     test!(

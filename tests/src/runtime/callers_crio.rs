@@ -5,7 +5,7 @@ use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
 use crate::test;
 
-pub const TESTS: &[Test] = &[test!(
+pub(crate) const TESTS: &[Test] = &[test!(
     crio_keeps_pods_as_a_cri_server,
     Need::Works(
         "CRI-O (Debian has no package of it, the Go module proxy no version)",

@@ -14,7 +14,7 @@ use crate::{ensure, ensure_eq, test};
 const DOCKER: Need = Need::Program("docker");
 const DOCKERD: Need = Need::Program("dockerd");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(docker_runs_what_it_is_asked_to, DOCKER, DOCKERD, IMAGE),
     test!(docker_lives_with_a_container, DOCKER, DOCKERD, IMAGE),
     test!(

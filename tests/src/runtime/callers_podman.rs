@@ -15,7 +15,7 @@ use crate::{ensure, ensure_eq, test};
 
 const PODMAN: Need = Need::Program("podman");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(podman_runs_what_it_is_asked_to, PODMAN, IMAGE),
     test!(podman_shapes_a_containers_world, PODMAN, IMAGE),
     test!(podman_lives_with_a_container, PODMAN, IMAGE),
@@ -38,7 +38,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// A podman of its own: storage, state and configuration in one directory.
-pub struct Podman {
+pub(crate) struct Podman {
     _leavings: Leavings,
     directory: Directory,
 }

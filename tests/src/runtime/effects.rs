@@ -15,7 +15,7 @@ use crate::{ensure, ensure_eq, test};
 const CPU: Need = Need::Controller("cpu");
 const MEMORY: Need = Need::Controller("memory");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(no_limit_needs_no_controller, Need::Rrun),
     test!(
         an_idle_container_runs_when_nothing_else_does,

@@ -15,7 +15,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::refusals::refused;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(cve_2025_31133_masked_paths_are_masked_by_the_true_null),
     test!(
         cve_2025_52565_the_console_is_the_terminal_that_was_opened,

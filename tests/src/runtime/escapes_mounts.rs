@@ -14,7 +14,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::secret::{SECRET, Secret};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(cve_2025_52881_nothing_is_written_to_a_false_proc),
     test!(cve_2025_52881_nothing_but_proc_is_mounted_on_proc),
     test!(

@@ -12,7 +12,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::secret::Secret;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(cve_2024_21626_a_leaked_descriptor_is_no_working_directory),
     test!(cve_2024_21626_no_descriptor_of_the_callers_leaks),
     test!(a_leaked_directory_is_neither_written_to_nor_executed_from),

@@ -9,7 +9,7 @@ use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     // runc has poststart run by create; crun, by start, as the specification says.
     test!(hooks_run_in_the_specifications_order, Need::Rrun),
     test!(hooks_get_the_containers_state, Need::Rrun),

@@ -12,7 +12,7 @@ use crate::support::machine::{Directory, Result};
 use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(ids_are_mapped_without_a_user_namespace),
     test!(ids_are_mapped_as_in_the_containers_user_namespace),
     test!(ids_are_mapped_as_the_mount_says_in_a_user_namespace),

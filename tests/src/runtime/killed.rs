@@ -21,7 +21,7 @@ use crate::support::machine::{Failed, Result, deadline, full, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_create_killed_at_any_step_leaves_nothing, Need::Rrun),
     test!(
         a_create_of_everything_killed_at_any_step_leaves_nothing,

@@ -10,7 +10,7 @@ use crate::support::machine::{Result, command};
 use crate::support::needs::{APPARMOR, APPARMOR_PROFILES, Need, SELINUX, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(
         an_apparmor_profile_confines_the_first_process_and_exec,
         APPARMOR,

@@ -12,7 +12,7 @@ use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(run_gives_the_programs_output_and_exit_code),
     test!(run_passes_standard_input_on),
     test!(run_gives_128_and_the_number_for_a_signal),

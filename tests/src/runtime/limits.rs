@@ -16,7 +16,7 @@ const CPUSET: Need = Need::Controller("cpuset");
 const MEMORY: Need = Need::Controller("memory");
 const PIDS: Need = Need::Controller("pids");
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(half_a_cpu_of_quota_yields_half_a_cpu, CPU),
     test!(requests_of_two_to_one_split_a_cpu_two_to_one, CPU, CPUSET),
     test!(

@@ -11,7 +11,7 @@ use crate::support::mountinfo::{line, options};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(every_option_of_the_specification_is_taken),
     test!(several_options_in_one_string_are_taken),
     test!(a_remount_changes_what_is_mounted),

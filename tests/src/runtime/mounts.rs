@@ -12,7 +12,7 @@ use crate::support::mountinfo::{line, options};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(without_pivot_the_root_is_changed_all_the_same),
     test!(a_readonly_root_is_readonly),
     test!(a_writable_root_is_written_through),

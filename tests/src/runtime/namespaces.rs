@@ -9,7 +9,7 @@ use crate::support::machine::Result;
 use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(each_namespace_asked_for_is_new),
     test!(each_namespace_not_asked_for_is_the_runtimes),
     test!(namespaces_are_joined_by_path),

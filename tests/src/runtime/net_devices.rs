@@ -7,7 +7,7 @@ use crate::support::machine::{Output, Result, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_device_moves_with_its_addresses_under_a_new_name, NEEDS),
     test!(a_device_moves_to_a_container_with_a_user_namespace, NEEDS),
     test!(a_device_that_is_not_there_is_told_by_its_name, NEEDS),

@@ -10,7 +10,7 @@ use crate::support::machine::{Directory, Result, Run, command, wait_for};
 use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(start_returns_when_the_container_is_ready),
     test!(run_in_the_background_returns_when_the_container_is_ready),
     test!(a_container_that_ends_without_being_ready_does_not_hold_start),

@@ -11,7 +11,7 @@ use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(state_has_runcs_fields_in_every_status),
     test!(list_is_a_table_with_columns_below_their_names),
     test!(list_is_json_or_ids),

@@ -12,7 +12,7 @@ use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_callers_socket_is_sent_the_processs_descriptor),
     test!(user_group_and_additional_groups_are_set),
     test!(the_working_directory_is_set),

@@ -12,7 +12,7 @@ use crate::support::machine::{Result, Running, full, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(of_many_creates_of_one_id_one_wins),
     test!(a_delete_that_meets_a_create_leaves_nothing, Need::Rrun),
     test!(commands_do_not_wait_for_a_create_in_flight, Need::Rrun),

@@ -10,7 +10,7 @@ use crate::support::machine::{Result, Run, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_user_runs_a_container_as_its_root),
     test!(a_users_container_lives_from_create_to_delete),
     test!(

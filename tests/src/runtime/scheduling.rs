@@ -10,7 +10,7 @@ use crate::support::machine::{Output, Result, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(the_scheduler_is_set_for_the_first_process_and_exec),
     test!(a_deadline_scheduler_has_its_values),
     test!(

@@ -11,7 +11,7 @@ use crate::support::seccomp::{
 };
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(each_action_has_its_effect),
     test!(errno_and_default_errno_are_those_asked_for),
     test!(arguments_decide),

@@ -15,7 +15,7 @@ use crate::support::needs::{Need, Test};
 use crate::support::seccomp::{LEAST_PROGRAM, filtered, for_getpgid, getpgid, with_least_program};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(an_agent_is_asked),
     test!(an_agent_is_asked_about_the_execution_itself, Need::Rrun),
     test!(an_agent_is_asked_about_what_a_hook_does),

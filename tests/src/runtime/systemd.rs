@@ -15,7 +15,7 @@ use crate::{ensure, ensure_eq, test};
 const SYSTEMD: Need = Need::Systemd;
 const SLICE: &str = "e2epods-burstable-pod1.slice";
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(a_scope_lives_and_goes_with_its_container, SYSTEMD),
     test!(limits_are_properties_and_files, SYSTEMD),
     test!(limits_survive_a_reload_of_systemd, SYSTEMD),

@@ -11,7 +11,7 @@ use crate::support::machine::{Output, Result, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     test!(help_is_there_for_all_and_for_each_command),
     test!(bash_completes_each_word_once, Need::Rrun, COMPLETIONS),
     test!(wrong_use_has_runcs_exit_codes_and_words),

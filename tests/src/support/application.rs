@@ -11,13 +11,13 @@ use crate::support::kubelet::{pod_name, static_pod};
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::node::{BUSYBOX, Node};
 
-pub const FLASK: &str = "127.0.0.1:5000/demo/flask:1";
+pub(crate) const FLASK: &str = "127.0.0.1:5000/demo/flask:1";
 
 /// How many lines a container logs while kubelet rotates its log.
-pub const LINES: usize = 9000;
+pub(crate) const LINES: usize = 9000;
 
 /// What the pods mount from the host.
-pub fn write_config(node: &Node) -> Result {
+pub(crate) fn write_config(node: &Node) -> Result {
     for (name, text) in [
         ("config/greeting", "hello from a file"),
         ("secret/password", "not told to anyone"),
@@ -37,7 +37,7 @@ pub fn write_config(node: &Node) -> Result {
 const TRAP: &str = "trap exit TERM";
 
 /// The manifest of one replica.
-pub fn replica(node: &Node, number: usize) -> Value {
+pub(crate) fn replica(node: &Node, number: usize) -> Value {
     let host_path = |name: &str| json!({ "path": node.join(name), "type": "Directory" });
     let talks = format!(
         "i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); \
@@ -143,13 +143,13 @@ fn host_port(number: usize) -> usize {
     18_080 + number
 }
 
-pub fn address(pod: &Value) -> Result<&str> {
+pub(crate) fn address(pod: &Value) -> Result<&str> {
     let address = pod["status"]["podIP"].as_str();
     Ok(address.ok_or(format!("no podIP: {}", pod["status"]))?)
 }
 
 /// POST to the application, which it answers with ok.
-pub fn tells(pod: &Value, path: &str) -> Result {
+pub(crate) fn tells(pod: &Value, path: &str) -> Result {
     let url = format!("http://{}:5000{path}", address(pod)?);
     command("curl", ["-fsS", "-X", "POST", &url])
         .ok()?
@@ -157,12 +157,12 @@ pub fn tells(pod: &Value, path: &str) -> Result {
     Ok(())
 }
 
-pub fn answers(pod: &Value) -> Result<Value> {
+pub(crate) fn answers(pod: &Value) -> Result<Value> {
     let url = format!("http://{}:5000/", address(pod)?);
     command("curl", ["-fsS", &url]).ok()?.json()
 }
 
-pub fn answer_shows_what_it_was_given(pod: &Value, number: usize) -> Result {
+pub(crate) fn answer_shows_what_it_was_given(pod: &Value, number: usize) -> Result {
     // The neighbour's first request is answered when it has talked.
     let told = answers(pod)?;
     for (what, is, should) in [

@@ -25,7 +25,7 @@ static FLAKY: Mutex<Vec<Flaky>> = Mutex::new(Vec::new());
 static TOOK: Mutex<Vec<(Duration, &'static str)>> = Mutex::new(Vec::new());
 
 /// Runs one test, and repeats it once if it fails.
-pub fn run(name: &'static str, test: &Test) -> Result<Completion, Failed> {
+pub(crate) fn run(name: &'static str, test: &Test) -> Result<Completion, Failed> {
     if let Some(lacking) = test.needs.iter().find_map(|need| need.lacking()) {
         return Ok(Completion::ignored_with(lacking));
     }
@@ -101,7 +101,7 @@ fn left_unchanged(before: &Snapshot) -> Result<(), Failed> {
 /// Prints what `tests/run` collects after all tests: `flaky: NAME`, with the output of the failed
 /// attempt indented below it, and `took SECONDS NAME` for the slowest ones. Both outputs of a
 /// flaky test are kept in /out/flaky, too.
-pub fn report() {
+pub(crate) fn report() {
     for flaky in FLAKY.lock().iter().flat_map(|flaky| flaky.iter()) {
         println!("flaky: {}", flaky.name);
         for line in flaky.first.lines() {

@@ -9,15 +9,15 @@ use serde_json::{Value, json};
 
 use crate::support::machine::{Directory, Output, Result, Run, Running, command, wait_for};
 
-pub fn runtime_program() -> String {
+pub(crate) fn runtime_program() -> String {
     std::env::var("RRUN_TEST_RUNTIME").unwrap_or_else(|_| "rrun".to_owned())
 }
 
 /// A bundle on disk and the containers made from it. Dropped, all of it goes.
-pub struct Bundle {
+pub(crate) struct Bundle {
     directory: Directory,
     /// What config.json will say; written by each [`Bundle::call`].
-    pub config: Value,
+    pub(crate) config: Value,
     id: String,
     /// Given before every command.
     flags: Vec<&'static str>,
@@ -56,12 +56,12 @@ fn wants_a_loader(elf: &[u8]) -> bool {
 }
 
 /// Makes what tests share, so that no test is blamed for it.
-pub fn prepare() {
+pub(crate) fn prepare() {
     let _ = program();
 }
 
 /// Puts a root file system there that holds the program `/bin/inside` and little else.
-pub fn make_rootfs(path: &Path) -> Result {
+pub(crate) fn make_rootfs(path: &Path) -> Result {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp", "data"] {
         fs::create_dir_all(path.join(dir))?;
     }
@@ -79,7 +79,7 @@ pub fn make_rootfs(path: &Path) -> Result {
 impl Bundle {
     /// A bundle whose container runs `inside` with these arguments; everything else is as `runc
     /// spec` has it, but for the terminal.
-    pub fn new(args: &[&str]) -> Result<Self> {
+    pub(crate) fn new(args: &[&str]) -> Result<Self> {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let id = format!("e2e-{}-{number}", std::process::id());
@@ -97,7 +97,7 @@ impl Bundle {
     }
 
     /// The same under the systemd cgroup driver, as a scope in this slice.
-    pub fn in_slice(slice: &str, args: &[&str]) -> Result<Self> {
+    pub(crate) fn in_slice(slice: &str, args: &[&str]) -> Result<Self> {
         let mut bundle = Bundle::new(args)?;
         let path = format!("{slice}:e2e:{}", bundle.id);
         bundle.set("/linux/cgroupsPath", json!(path));
@@ -106,34 +106,34 @@ impl Bundle {
     }
 
     /// The unit of systemd that a container of [`Bundle::in_slice`] is.
-    pub fn unit(&self) -> String {
+    pub(crate) fn unit(&self) -> String {
         format!("e2e-{}.scope", self.id)
     }
 
-    pub fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 
     /// A path below the bundle's directory.
-    pub fn join(&self, name: &str) -> PathBuf {
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    pub fn rootfs(&self) -> PathBuf {
+    pub(crate) fn rootfs(&self) -> PathBuf {
         self.directory.join("rootfs")
     }
 
     /// Where the runtime keeps its state: with the bundle, so that it shows what it leaves.
-    pub fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         self.directory.join("state")
     }
 
     /// The container's cgroup directory.
-    pub fn cgroup(&self) -> PathBuf {
+    pub(crate) fn cgroup(&self) -> PathBuf {
         let path = self.config["linux"]["cgroupsPath"]
             .as_str()
             .unwrap_or_default();
@@ -152,7 +152,7 @@ impl Bundle {
         }
     }
 
-    pub fn cgroup_file(&self, name: &str) -> Result<String> {
+    pub(crate) fn cgroup_file(&self, name: &str) -> Result<String> {
         let path = self.cgroup().join(name);
         let text =
             fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -160,7 +160,7 @@ impl Bundle {
     }
 
     /// A number of a file of lines such as `oom_kill 1`.
-    pub fn cgroup_count(&self, file: &str, key: &str) -> Result<u64> {
+    pub(crate) fn cgroup_count(&self, file: &str, key: &str) -> Result<u64> {
         let text = self.cgroup_file(file)?;
         let line = text
             .lines()
@@ -171,7 +171,7 @@ impl Bundle {
     }
 
     /// The arguments of `inside`.
-    pub fn args(&mut self, args: &[&str]) -> &mut Self {
+    pub(crate) fn args(&mut self, args: &[&str]) -> &mut Self {
         let mut all = vec!["/bin/inside"];
         all.extend(args);
         self.config["process"]["args"] = json!(all);
@@ -179,7 +179,7 @@ impl Bundle {
     }
 
     /// Sets the value at this JSON pointer; objects on the way are made.
-    pub fn set(&mut self, pointer: &str, value: Value) -> &mut Self {
+    pub(crate) fn set(&mut self, pointer: &str, value: Value) -> &mut Self {
         let mut place = &mut self.config;
         for key in pointer.split('/').skip(1) {
             place = match key.parse::<usize>() {
@@ -192,7 +192,7 @@ impl Bundle {
     }
 
     /// Adds to the array at this JSON pointer; it is made if it is not there.
-    pub fn add(&mut self, pointer: &str, value: Value) -> &mut Self {
+    pub(crate) fn add(&mut self, pointer: &str, value: Value) -> &mut Self {
         let mut all = self
             .config
             .pointer(pointer)
@@ -204,13 +204,13 @@ impl Bundle {
     }
 
     /// The entries of `mounts`, to be changed.
-    pub fn mounts(&mut self) -> impl Iterator<Item = &mut Value> {
+    pub(crate) fn mounts(&mut self) -> impl Iterator<Item = &mut Value> {
         let mounts = self.config["mounts"].as_array_mut();
         mounts.into_iter().flatten()
     }
 
     /// Takes the key out.
-    pub fn without(&mut self, pointer: &str) -> &mut Self {
+    pub(crate) fn without(&mut self, pointer: &str) -> &mut Self {
         if let Some((parent, key)) = pointer.rsplit_once('/')
             && let Some(Value::Object(map)) = self.config.pointer_mut(parent)
         {
@@ -220,14 +220,14 @@ impl Bundle {
     }
 
     /// Takes the namespace of this type out: the container shares the runtime's.
-    pub fn without_namespace(&mut self, kind: &str) -> &mut Self {
+    pub(crate) fn without_namespace(&mut self, kind: &str) -> &mut Self {
         if let Some(Value::Array(all)) = self.config.pointer_mut("/linux/namespaces") {
             all.retain(|namespace| namespace["type"] != kind);
         }
         self
     }
 
-    pub fn write_config(&self) -> Result {
+    pub(crate) fn write_config(&self) -> Result {
         Ok(fs::write(
             self.join("config.json"),
             serde_json::to_vec_pretty(&self.config)?,
@@ -235,7 +235,7 @@ impl Bundle {
     }
 
     /// The runtime with these arguments, as they are.
-    pub fn runtime(&self, args: &[&str]) -> Run {
+    pub(crate) fn runtime(&self, args: &[&str]) -> Run {
         command(&runtime_program(), ["--root"])
             .arg(self.root())
             .args(&self.flags)
@@ -244,36 +244,36 @@ impl Bundle {
     }
 
     /// `RUNTIME COMMAND OPTION… ID`.
-    pub fn call(&self, args: &[&str]) -> Result<Run> {
+    pub(crate) fn call(&self, args: &[&str]) -> Result<Run> {
         self.write_config()?;
         Ok(self.runtime(args).arg(&self.id))
     }
 
     /// `run`, which must end well.
-    pub fn run(&self) -> Result<Output> {
+    pub(crate) fn run(&self) -> Result<Output> {
         self.call(&["run"])?.ok()
     }
 
     /// `run` of a container that reports on itself.
-    pub fn report(&mut self) -> Result<Value> {
+    pub(crate) fn report(&mut self) -> Result<Value> {
         self.args(&["report"]).run()?.json()
     }
 
     /// `create` and `start`. Gives what tells of the container's output.
-    pub fn start(&self) -> Result<Output> {
+    pub(crate) fn start(&self) -> Result<Output> {
         let created = self.call(&["create"])?.ok()?;
         self.call(&["start"])?.ok()?;
         Ok(created)
     }
 
     /// Runs it in the background: its output can be read while it runs.
-    pub fn run_beside(&self) -> Result<Running> {
+    pub(crate) fn run_beside(&self) -> Result<Running> {
         let running = self.call(&["run"])?.start()?;
         self.wait_status("running")?;
         Ok(running)
     }
 
-    pub fn exec(&self, options: &[&str], args: &[&str]) -> Run {
+    pub(crate) fn exec(&self, options: &[&str], args: &[&str]) -> Run {
         self.runtime(&["exec"])
             .args(options)
             .arg(&self.id)
@@ -281,36 +281,36 @@ impl Bundle {
             .args(args)
     }
 
-    pub fn state(&self) -> Result<Value> {
+    pub(crate) fn state(&self) -> Result<Value> {
         self.runtime(&["state", &self.id]).ok()?.json()
     }
 
-    pub fn status(&self) -> Result<String> {
+    pub(crate) fn status(&self) -> Result<String> {
         Ok(self.state()?["status"]
             .as_str()
             .unwrap_or_default()
             .to_owned())
     }
 
-    pub fn pid(&self) -> Result<i32> {
+    pub(crate) fn pid(&self) -> Result<i32> {
         Ok(self.state()?["pid"]
             .as_i64()
             .unwrap_or_default()
             .try_into()?)
     }
 
-    pub fn wait_status(&self, status: &str) -> Result {
+    pub(crate) fn wait_status(&self, status: &str) -> Result {
         wait_for(&format!("{} to be {status}", self.id), || {
             Ok((self.status()? == status).then_some(()))
         })
     }
 
-    pub fn delete(&self) -> Result<Output> {
+    pub(crate) fn delete(&self) -> Result<Output> {
         self.runtime(&["delete", &self.id]).ok()
     }
 
     /// Ends it in whatever state it is.
-    pub fn end(&self) -> Result<Output> {
+    pub(crate) fn end(&self) -> Result<Output> {
         self.runtime(&["delete", "--force", &self.id]).ok()
     }
 }

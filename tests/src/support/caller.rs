@@ -7,11 +7,11 @@ use crate::support::machine::{Output, Result, Run, command};
 use crate::support::needs::Need;
 use crate::{ensure, ensure_eq};
 
-pub const ARCHIVE: &str = "/images/archives/demo-busybox.docker.tar";
-pub const IMAGE: Need = Need::File(ARCHIVE);
-pub const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
+pub(crate) const ARCHIVE: &str = "/images/archives/demo-busybox.docker.tar";
+pub(crate) const IMAGE: Need = Need::File(ARCHIVE);
+pub(crate) const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
 
-pub trait Caller {
+pub(crate) trait Caller {
     /// The program and its global options, after variables of its environment.
     fn program(&self) -> Vec<String>;
 
@@ -51,7 +51,7 @@ pub trait Caller {
 
 /// What docker and podman have a container do from its first exec to its removal. It runs, under this
 /// name, `sh -c "echo begun; exec sleep 600"`.
-pub fn lives(caller: &impl Caller, name: &str) -> Result {
+pub(crate) fn lives(caller: &impl Caller, name: &str) -> Result {
     let exec = |args: &[&str]| caller.call(&["exec"]).args(args);
     exec(&[name, "ps"]).ok()?.says("sleep 600")?;
     exec(&[
@@ -101,7 +101,7 @@ pub fn lives(caller: &impl Caller, name: &str) -> Result {
 }
 
 /// What docker and podman make of a container's world by the same options.
-pub fn shapes(caller: &impl Caller) -> Result {
+pub(crate) fn shapes(caller: &impl Caller) -> Result {
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
     caller.prints(&[], &status("Seccomp:"), "Seccomp:\t2")?;
     caller.prints(
@@ -153,7 +153,7 @@ pub fn shapes(caller: &impl Caller) -> Result {
 }
 
 /// The directory of the cgroup that a process is in, by its id as a caller prints it.
-pub fn cgroup_of(pid: &str) -> Result<PathBuf> {
+pub(crate) fn cgroup_of(pid: &str) -> Result<PathBuf> {
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"));
     Ok(Path::new("/sys/fs/cgroup").join(path.ok_or("no cgroup")?))
@@ -161,14 +161,14 @@ pub fn cgroup_of(pid: &str) -> Result<PathBuf> {
 
 /// What a caller makes beside its own directory, at places that it shares with others of its kind.
 /// Dropped, mounts below its directory go, and of those places the ones that were not there before.
-pub struct Leavings {
+pub(crate) struct Leavings {
     directory: PathBuf,
     made: Vec<PathBuf>,
 }
 
 impl Leavings {
     /// To be called before it is started.
-    pub fn of(directory: &Path, places: &[&str]) -> Leavings {
+    pub(crate) fn of(directory: &Path, places: &[&str]) -> Leavings {
         Leavings {
             directory: directory.to_owned(),
             made: places

@@ -11,16 +11,16 @@ use crate::support::machine::{Result, deadline};
 use crate::support::node::{BUSYBOX, Node};
 
 /// The client of the runtime service, as [`Calls::runtime`] gives it.
-pub type RuntimeClient = RuntimeServiceClient<Channel>;
+pub(crate) type RuntimeClient = RuntimeServiceClient<Channel>;
 
 /// A connection to a node's server.
-pub struct Calls {
+pub(crate) struct Calls {
     threads: tokio::runtime::Runtime,
     channel: Channel,
 }
 
 impl Calls {
-    pub fn new(node: &Node) -> Result<Self> {
+    pub(crate) fn new(node: &Node) -> Result<Self> {
         let threads = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -29,16 +29,16 @@ impl Calls {
         Ok(Calls { threads, channel })
     }
 
-    pub fn runtime(&self) -> RuntimeClient {
+    pub(crate) fn runtime(&self) -> RuntimeClient {
         RuntimeServiceClient::new(self.channel.clone())
     }
 
-    pub fn image(&self) -> ImageServiceClient<Channel> {
+    pub(crate) fn image(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone())
     }
 
     /// Runs this to its end, within the deadline of everything.
-    pub fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+    pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
         let limited = async { tokio::time::timeout(deadline(), work).await };
         self.threads
             .block_on(limited)
@@ -46,7 +46,7 @@ impl Calls {
     }
 
     /// Runs all of these at the same time.
-    pub fn together<T: Send + 'static>(
+    pub(crate) fn together<T: Send + 'static>(
         &self,
         work: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
     ) -> Result<Vec<T>> {
@@ -60,7 +60,7 @@ impl Calls {
 }
 
 /// A pod as kubelet would ask for it.
-pub fn pod(name: &str) -> PodSandboxConfig {
+pub(crate) fn pod(name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: name.to_owned(),
@@ -74,7 +74,7 @@ pub fn pod(name: &str) -> PodSandboxConfig {
 }
 
 /// A container of busybox that runs this command.
-pub fn container(name: &str, command: &[&str]) -> ContainerConfig {
+pub(crate) fn container(name: &str, command: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: name.to_owned(),
@@ -86,7 +86,7 @@ pub fn container(name: &str, command: &[&str]) -> ContainerConfig {
     }
 }
 
-pub fn image(name: &str) -> ImageSpec {
+pub(crate) fn image(name: &str) -> ImageSpec {
     ImageSpec {
         image: name.to_owned(),
         ..ImageSpec::default()

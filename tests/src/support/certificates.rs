@@ -5,15 +5,15 @@ use std::path::Path;
 use crate::support::machine::{Result, command};
 use crate::support::needs::Need;
 
-pub const OPENSSL: Need = Need::Program("openssl");
+pub(crate) const OPENSSL: Need = Need::Program("openssl");
 
 /// An authority, a certificate for 127.0.0.1 and one for a client.
-pub fn certificates(dir: &Path) -> Result {
+pub(crate) fn certificates(dir: &Path) -> Result {
     certificates_by("test-ca", dir)
 }
 
 /// As [`certificates`], by an authority of this name.
-pub fn certificates_by(authority: &str, dir: &Path) -> Result {
+pub(crate) fn certificates_by(authority: &str, dir: &Path) -> Result {
     let script = r#"
         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" \
             -keyout ca.key -out ca.pem

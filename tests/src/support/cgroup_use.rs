@@ -11,14 +11,14 @@ use crate::support::bundle::Bundle;
 use crate::support::machine::{Failed, Result, note};
 
 /// One file of the group, without the last line end.
-pub fn file(group: &Path, name: &str) -> Result<String> {
+pub(crate) fn file(group: &Path, name: &str) -> Result<String> {
     let path = group.join(name);
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(text.trim_end().to_owned())
 }
 
 /// Groups below this one, the deepest first.
-pub fn groups_below(dir: &Path) -> Vec<PathBuf> {
+pub(crate) fn groups_below(dir: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -39,7 +39,7 @@ fn usage(group: &Path) -> Result<f64> {
 }
 
 /// Which parts of one CPU the processes of these groups used over five seconds.
-pub fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
+pub(crate) fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
     // Past their start, and the first whole period of a quota.
     std::thread::sleep(Duration::from_secs(1));
     let started = Instant::now();
@@ -61,7 +61,7 @@ pub fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
 }
 
 /// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
-pub fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
+pub(crate) fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
     let bundles = [first, second]
         .into_iter()
         .map(|resources| {
@@ -85,7 +85,7 @@ pub fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
 /// At no time may they get more. They must get as much in one of several windows, or, on a machine
 /// that is too busy otherwise to give it, have been stopped by their quota, or their parent's: what
 /// has none never is.
-pub fn held_to(limit: f64, group: &Path) -> Result<f64> {
+pub(crate) fn held_to(limit: f64, group: &Path) -> Result<f64> {
     let mut all = Vec::new();
     let before = throttling(group)?;
     for _ in 0..6 {

@@ -9,31 +9,31 @@ use crate::support::machine::{Result, Run, command, deadline, note, wait_within}
 use crate::support::needs::Need;
 use crate::support::node::Node;
 
-pub const APISERVER: Need = Need::Program("kube-apiserver");
+pub(crate) const APISERVER: Need = Need::Program("kube-apiserver");
 
 const SCRIPT: &str = "/src/tests/setup/cluster.sh";
 
 /// What the streams of kubectl go over: what it speaks now, and what it spoke before.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Transport {
+pub(crate) enum Transport {
     WebSocket,
     Spdy,
 }
 
-pub const TRANSPORTS: [Transport; 2] = [Transport::WebSocket, Transport::Spdy];
+pub(crate) const TRANSPORTS: [Transport; 2] = [Transport::WebSocket, Transport::Spdy];
 
 /// A cluster; dropped, it is stopped, and what its parts keep is removed.
-pub struct Cluster<'a> {
-    pub kubelet: Kubelet<'a>,
+pub(crate) struct Cluster<'a> {
+    pub(crate) kubelet: Kubelet<'a>,
 }
 
 /// How long a cluster takes at most for anything: its parts act on each other's clocks.
-pub fn cluster_timeout() -> Duration {
+pub(crate) fn cluster_timeout() -> Duration {
     deadline() * 5
 }
 
 /// Waits until the cluster gives this. kubectl costs too much CPU time to be asked all the time.
-pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub(crate) fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     wait_within(cluster_timeout(), what, || {
         let found = probe();
         if !matches!(found, Ok(Some(_))) {
@@ -44,23 +44,23 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -
 }
 
 /// How long a cluster takes at most, as kubectl's flag.
-pub fn timeout_flag() -> String {
+pub(crate) fn timeout_flag() -> String {
     format!("--timeout={}s", cluster_timeout().as_secs())
 }
 
 /// Whether limits can be set on this machine.
-pub fn counts() -> bool {
+pub(crate) fn counts() -> bool {
     let controllers = ["cpu", "memory", "pids"].map(Need::Controller);
     controllers.iter().all(|need| need.lacking().is_none())
 }
 
 impl<'a> Cluster<'a> {
-    pub fn start(node: &mut Node) -> Result<Self> {
+    pub(crate) fn start(node: &mut Node) -> Result<Self> {
         Self::configured(node, if counts() { "" } else { UNCOUNTED })
     }
 
     /// One whose kubelet has these lines in its configuration: [`UNCOUNTED`] where that is so.
-    pub fn configured(node: &mut Node, config: &'a str) -> Result<Self> {
+    pub(crate) fn configured(node: &mut Node, config: &'a str) -> Result<Self> {
         if !counts() {
             without_limits(node)?;
         }
@@ -81,16 +81,16 @@ impl<'a> Cluster<'a> {
     }
 
     /// Adds the metrics API to it.
-    pub fn serve_metrics(&self) -> Result {
+    pub(crate) fn serve_metrics(&self) -> Result {
         let metrics = command(SCRIPT, ["metrics"]).within(cluster_timeout());
         metrics.ok().map(|_| ())
     }
 
-    pub fn kubectl(&self, args: &[&str]) -> Run {
+    pub(crate) fn kubectl(&self, args: &[&str]) -> Run {
         self.kubectl_over(Transport::WebSocket, args)
     }
 
-    pub fn kubectl_over(&self, transport: Transport, args: &[&str]) -> Run {
+    pub(crate) fn kubectl_over(&self, transport: Transport, args: &[&str]) -> Run {
         command("env", environment(transport))
             .arg("kubectl")
             .args(args)
@@ -98,21 +98,21 @@ impl<'a> Cluster<'a> {
     }
 
     /// kubectl with these arguments, which must succeed: its standard output.
-    pub fn asks(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn asks(&self, args: &[&str]) -> Result<String> {
         Ok(self.kubectl(args).ok()?.text().to_owned())
     }
 
-    pub fn json(&self, args: &[&str]) -> Result<Value> {
+    pub(crate) fn json(&self, args: &[&str]) -> Result<Value> {
         self.kubectl(args).args(["-o", "json"]).ok()?.json()
     }
 
     /// What `kubectl get` lists of this, in the order of the names.
-    pub fn list(&self, what: &[&str]) -> Result<Vec<Value>> {
+    pub(crate) fn list(&self, what: &[&str]) -> Result<Vec<Value>> {
         let list = self.json(&[&["get"], what].concat())?;
         Ok(list["items"].as_array().cloned().unwrap_or_default())
     }
 
-    pub fn apply(&self, manifest: &Value) -> Result {
+    pub(crate) fn apply(&self, manifest: &Value) -> Result {
         let apply = self.kubectl(&["apply", "-f", "-"]);
         apply.stdin(serde_json::to_vec(manifest)?).ok()?;
         Ok(())
@@ -126,7 +126,7 @@ impl Drop for Cluster<'_> {
 }
 
 /// kubectl's environment, as words for env(1).
-pub fn environment(transport: Transport) -> Vec<String> {
+pub(crate) fn environment(transport: Transport) -> Vec<String> {
     let websockets = transport == Transport::WebSocket;
     vec![
         "KUBECONFIG=/run/cluster/admin.conf".to_owned(),

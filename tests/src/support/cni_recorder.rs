@@ -10,17 +10,17 @@ use crate::support::machine::Result;
 use crate::support::node::Node;
 
 /// What the plugin answers to ADD.
-pub const ADDRESS: &str = "10.77.0.2";
+pub(crate) const ADDRESS: &str = "10.77.0.2";
 
 /// One call of the plugin.
 #[derive(Debug)]
-pub struct Call {
-    pub environment: Vec<String>,
-    pub input: Value,
+pub(crate) struct Call {
+    pub(crate) environment: Vec<String>,
+    pub(crate) input: Value,
 }
 
 impl Call {
-    pub fn variable(&self, name: &str) -> Option<&str> {
+    pub(crate) fn variable(&self, name: &str) -> Option<&str> {
         let mut all = self.environment.iter();
         all.find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
     }
@@ -28,7 +28,7 @@ impl Call {
 
 /// Puts the plugin under this name into a directory of its own, which the server looks into first,
 /// and starts the server again; `settings` go into its `[cni]`, `mode` is `network.mode`.
-pub fn install(node: &mut Node, plugins: &[&str], mode: &str, settings: &str) -> Result {
+pub(crate) fn install(node: &mut Node, plugins: &[&str], mode: &str, settings: &str) -> Result {
     let bin = node.join("bin");
     for dir in ["bin", "calls", "behave"] {
         fs::create_dir_all(node.join(dir))?;
@@ -60,7 +60,7 @@ pub fn install(node: &mut Node, plugins: &[&str], mode: &str, settings: &str) ->
 }
 
 /// A configuration of these plugins; those without a prefix ask for every capability.
-pub fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]) -> Result {
+pub(crate) fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]) -> Result {
     let capabilities = json!({
         "portMappings": true, "bandwidth": true, "ipRanges": true, "dns": true, "mac": true,
         "ips": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true,
@@ -74,7 +74,7 @@ pub fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]) -> Re
 }
 
 /// Lines of shell that the plugin runs on this command (`DEL`, or `NAME-DEL`); empty: none.
-pub fn behave(node: &Node, command: &str, script: &str) -> Result {
+pub(crate) fn behave(node: &Node, command: &str, script: &str) -> Result {
     let path = node.join("behave").join(command);
     if script.is_empty() {
         return Ok(fs::remove_file(path)?);
@@ -85,7 +85,7 @@ pub fn behave(node: &Node, command: &str, script: &str) -> Result {
 }
 
 /// All calls so far with this command, in their order.
-pub fn calls(node: &Node, command: &str) -> Result<Vec<Call>> {
+pub(crate) fn calls(node: &Node, command: &str) -> Result<Vec<Call>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(node.join("calls"))? {
         let name = entry?.file_name().to_string_lossy().into_owned();

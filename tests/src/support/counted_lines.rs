@@ -4,7 +4,7 @@ use crate::ensure_eq;
 use crate::support::machine::Result;
 
 /// The numbers of the lines `line N` in a CRI log.
-pub fn line_numbers(log: &str) -> Result<Vec<u64>> {
+pub(crate) fn line_numbers(log: &str) -> Result<Vec<u64>> {
     log.lines()
         .map(|line| {
             let number = line
@@ -19,7 +19,7 @@ pub fn line_numbers(log: &str) -> Result<Vec<u64>> {
 }
 
 /// 1, 2, 3 … without a gap or a repetition.
-pub fn without_gap(numbers: &[u64]) -> Result {
+pub(crate) fn without_gap(numbers: &[u64]) -> Result {
     for (at, number) in numbers.iter().enumerate() {
         ensure_eq!(*number, at as u64 + 1, "number of the line {}", at + 1);
     }

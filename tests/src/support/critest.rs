@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::support::needs::Need;
 
-pub const CRITEST: Need = Need::Program("critest");
+pub(crate) const CRITEST: Need = Need::Program("critest");
 
 /// Three minutes with containerd on an idle machine, fifteen under emulation.
-pub const CRITEST_TIMEOUT: Duration = Duration::from_secs(3600);
+pub(crate) const CRITEST_TIMEOUT: Duration = Duration::from_secs(3600);

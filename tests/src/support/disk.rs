@@ -12,17 +12,17 @@ use crate::support::node::Node;
 use crate::{ensure, ensure_eq};
 
 /// The size of the disk.
-pub const DISK_MIB: u64 = 384;
+pub(crate) const DISK_MIB: u64 = 384;
 
 /// How much of it kubelet is to keep free.
-pub const FREE_MIB: u64 = 96;
+pub(crate) const FREE_MIB: u64 = 96;
 
 /// A disk of [`DISK_MIB`] MiB.
-pub struct Disk(PathBuf);
+pub(crate) struct Disk(PathBuf);
 
 impl Disk {
     /// For what is kept in this directory.
-    pub fn at(place: PathBuf) -> Result<Self> {
+    pub(crate) fn at(place: PathBuf) -> Result<Self> {
         let size = format!("size={DISK_MIB}m,mode=755");
         let flags = MsFlags::empty();
         mount(
@@ -36,28 +36,28 @@ impl Disk {
     }
 
     /// For the images and containers of a node that has none yet; it goes with the node.
-    pub fn of_the_images(node: &mut Node) -> Result<Self> {
+    pub(crate) fn of_the_images(node: &mut Node) -> Result<Self> {
         node.terminate_server()?;
         let disk = Disk::at(node.join("root"))?;
         node.start_server()?;
         Ok(disk)
     }
 
-    pub fn unmount(self) -> Result {
+    pub(crate) fn unmount(self) -> Result {
         Ok(umount2(&self.0, MntFlags::MNT_DETACH)?)
     }
 
-    pub fn ballast(&self) -> PathBuf {
+    pub(crate) fn ballast(&self) -> PathBuf {
         self.0.join("ballast")
     }
 
-    pub fn free(&self) -> Result<u64> {
+    pub(crate) fn free(&self) -> Result<u64> {
         let told = statvfs(&self.0)?;
         Ok(told.blocks_available() * told.fragment_size())
     }
 
     /// Fills it until no more than this is free.
-    pub fn leave(&self, bytes: u64) -> Result {
+    pub(crate) fn leave(&self, bytes: u64) -> Result {
         let size = self.free()?.saturating_sub(bytes);
         let old = fs::metadata(self.ballast()).map_or(0, |file| file.len());
         let zeros = vec![0; usize::try_from(old + size)?];
@@ -66,7 +66,7 @@ impl Disk {
 }
 
 /// Whether kubelet tells the size of this disk, and what is free, which is given.
-pub fn is_told(told: &Value, disk: &Disk) -> Result<u64> {
+pub(crate) fn is_told(told: &Value, disk: &Disk) -> Result<u64> {
     let free = disk.free()?;
     ensure_eq!(
         told["capacityBytes"],

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 /// The names of an object's fields, sorted.
-pub fn keys(value: &Value) -> Vec<&str> {
+pub(crate) fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value
         .as_object()
         .into_iter()
@@ -14,7 +14,7 @@ pub fn keys(value: &Value) -> Vec<&str> {
 }
 
 /// RFC 3339 in UTC, as Go's RFC3339Nano writes it.
-pub fn is_time(text: &str) -> bool {
+pub(crate) fn is_time(text: &str) -> bool {
     let (date, time) = text.split_once('T').unwrap_or_default();
     let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     date.len() == 10

@@ -8,13 +8,13 @@ use crate::support::machine::Result;
 // Both belong to the library's own tests.
 #[allow(dead_code, reason = "what only the library's tests want of it")]
 #[path = "../../../cri-shim/tests/images/build.rs"]
-pub mod build;
+pub(crate) mod build;
 #[allow(dead_code, reason = "what only the library's tests want of it")]
 #[path = "../../../cri-shim/tests/images/server.rs"]
-pub mod server;
+pub(crate) mod server;
 
 /// PullImage as kubelet asks for it: the image's reference, or what went wrong.
-pub fn pull(
+pub(crate) fn pull(
     calls: &Calls,
     image: &str,
     auth: Option<AuthConfig>,

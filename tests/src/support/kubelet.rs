@@ -16,26 +16,26 @@ use crate::support::needs::Need;
 use crate::support::node::{A_NODE, BUSYBOX, Node, WITHOUT_LIMITS, is_pods_interface, is_rrun};
 
 /// The newest kubelet, on a node.
-pub const KUBELET: Need = Need::All(&[Need::Program("kubelet"), A_NODE]);
+pub(crate) const KUBELET: Need = Need::All(&[Need::Program("kubelet"), A_NODE]);
 
 /// A machine whose limits are kubelet's to set.
-pub const COUNTED: Need = Need::All(&[
+pub(crate) const COUNTED: Need = Need::All(&[
     Need::OwnMachine,
     Need::Controller("cpu"),
     Need::Controller("memory"),
 ]);
 
 /// For what takes kubelet several rounds of its own clocks.
-pub const KUBELET_TIMEOUT: Duration = Duration::from_secs(1200);
+pub(crate) const KUBELET_TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// Where kubelet's own endpoint is to be had without TLS.
-pub const ENDPOINT: &str = "http://127.0.0.1:10251";
+pub(crate) const ENDPOINT: &str = "http://127.0.0.1:10251";
 
 /// Where kubelet keeps its pods' cgroups, by either driver.
 const GROUPS: [&str; 2] = ["/sys/fs/cgroup/kubepods", "/sys/fs/cgroup/kubepods.slice"];
 
 /// For a kernel's view without controllers: kubelet makes no groups, and no limit is held.
-pub const UNCOUNTED: &str = "\
+pub(crate) const UNCOUNTED: &str = "\
 cgroupsPerQOS: false
 enforceNodeAllocatable: []
 cpuCFSQuota: false
@@ -43,7 +43,7 @@ cpuCFSQuota: false
 
 /// Has the server run its containers by runtimes that are told of no limits: kubelet asks for CPU
 /// shares whatever it is told itself.
-pub fn without_limits(node: &mut Node) -> Result {
+pub(crate) fn without_limits(node: &mut Node) -> Result {
     let mut config = "default_runtime = 'unlimited'\n".to_owned();
     for (handler, runtime) in [("unlimited", "rrun"), ("runc", "runc")] {
         let script = node.join(&format!("{runtime}-without-limits"));
@@ -61,17 +61,17 @@ pub fn without_limits(node: &mut Node) -> Result {
 
 /// How kubelet is to run.
 #[derive(Clone, Copy, Default)]
-pub struct Options<'a> {
+pub(crate) struct Options<'a> {
     /// Another kubelet than the one in PATH.
-    pub program: Option<&'a str>,
+    pub(crate) program: Option<&'a str>,
     /// Lines for its configuration.
-    pub config: &'a str,
+    pub(crate) config: &'a str,
     /// The API server that it belongs to, by a kubeconfig file; none, for static pods alone.
-    pub kubeconfig: Option<&'a str>,
+    pub(crate) kubeconfig: Option<&'a str>,
 }
 
 /// A kubelet; dropped, it is stopped, and what it keeps is removed.
-pub struct Kubelet<'a> {
+pub(crate) struct Kubelet<'a> {
     socket: PathBuf,
     manifests: PathBuf,
     options: Options<'a>,
@@ -85,7 +85,7 @@ const MOUNT_TABLE: &str = "/run/mount";
 
 impl<'a> Kubelet<'a> {
     /// One that does not run yet.
-    pub fn new(node: &Node, options: Options<'a>) -> Self {
+    pub(crate) fn new(node: &Node, options: Options<'a>) -> Self {
         Kubelet {
             socket: node.socket(),
             manifests: node.join("manifests"),
@@ -95,7 +95,7 @@ impl<'a> Kubelet<'a> {
         }
     }
 
-    pub fn start(node: &Node, options: Options<'a>) -> Result<Self> {
+    pub(crate) fn start(node: &Node, options: Options<'a>) -> Result<Self> {
         let mut kubelet = Kubelet::new(node, options);
         kubelet.begin()?;
         let tls = [
@@ -106,7 +106,7 @@ impl<'a> Kubelet<'a> {
         Ok(kubelet)
     }
 
-    pub fn begin(&self) -> Result {
+    pub(crate) fn begin(&self) -> Result {
         let output = self.launch(&["/src/tests/setup/kubelet.sh", "start"])?;
         note(format!(
             "kubelet answered {:.0} s after its start",
@@ -116,7 +116,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// Runs a script that starts it, as [`Options`] say.
-    pub fn launch(&self, script: &[&str]) -> Result<Output> {
+    pub(crate) fn launch(&self, script: &[&str]) -> Result<Output> {
         let program = self.options.program.unwrap_or("kubelet");
         let mut environment = vec![
             format!("KUBELET={program}"),
@@ -135,21 +135,21 @@ impl<'a> Kubelet<'a> {
             .ok()
     }
 
-    pub fn stop(&self) -> Result {
+    pub(crate) fn stop(&self) -> Result {
         command("/src/tests/setup/kubelet.sh", ["stop"])
             .ok()
             .map(|_| ())
     }
 
     /// Has kubelet run this pod.
-    pub fn write_manifest(&self, pod: &Value) -> Result {
+    pub(crate) fn write_manifest(&self, pod: &Value) -> Result {
         // kubelet passes over what begins with a dot: it never sees half a manifest.
         let partial = self.manifests.join(".partial");
         fs::write(&partial, serde_json::to_vec(pod)?)?;
         Ok(fs::rename(partial, self.manifest(pod))?)
     }
 
-    pub fn remove_manifest(&self, pod: &Value) -> Result {
+    pub(crate) fn remove_manifest(&self, pod: &Value) -> Result {
         Ok(fs::remove_file(self.manifest(pod))?)
     }
 
@@ -159,7 +159,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// What kubelet says of its pods, in the order of their names.
-    pub fn pods(&self) -> Result<Vec<Value>> {
+    pub(crate) fn pods(&self) -> Result<Vec<Value>> {
         let pods = self.asks("/pods")?;
         let mut pods = pods["items"].as_array().cloned().unwrap_or_default();
         pods.sort_by_key(|pod| pod["metadata"]["name"].to_string());
@@ -167,18 +167,18 @@ impl<'a> Kubelet<'a> {
     }
 
     /// What is to be read without credentials.
-    pub fn asks(&self, path: &str) -> Result<Value> {
+    pub(crate) fn asks(&self, path: &str) -> Result<Value> {
         Ok(serde_json::from_str(&self.reads(path)?)?)
     }
 
     /// The same, as the text that it is.
-    pub fn reads(&self, path: &str) -> Result<String> {
+    pub(crate) fn reads(&self, path: &str) -> Result<String> {
         let url = format!("http://127.0.0.1:10255{path}");
         Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
     }
 
     /// The pod of this name, as it is now.
-    pub fn pod(&self, pod: &Value) -> Result<Value> {
+    pub(crate) fn pod(&self, pod: &Value) -> Result<Value> {
         let name = &pod["metadata"]["name"];
         let found = self
             .pods()?
@@ -188,7 +188,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// Waits until as many pods are Ready.
-    pub fn ready(&self, count: usize) -> Result<Vec<Value>> {
+    pub(crate) fn ready(&self, count: usize) -> Result<Vec<Value>> {
         wait_within(
             KUBELET_TIMEOUT,
             &format!("{count} pods to be Ready"),
@@ -202,7 +202,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// Removes the pods, and waits until nothing is left of them.
-    pub fn removes(&self, node: &Node, manifests: &[Value]) -> Result {
+    pub(crate) fn removes(&self, node: &Node, manifests: &[Value]) -> Result {
         for pod in manifests {
             self.remove_manifest(pod)?;
         }
@@ -213,7 +213,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// Waits until nothing of any pod is on the node.
-    pub fn has_left_nothing(node: &Node) -> Result {
+    pub(crate) fn has_left_nothing(node: &Node) -> Result {
         Self::has_stopped_everything(node)?;
         // kubelet does this once a minute.
         wait_within(KUBELET_TIMEOUT, "the pods' logs to be gone", || {
@@ -224,7 +224,7 @@ impl<'a> Kubelet<'a> {
     }
 
     /// Waits until nothing of any pod runs or is mounted on the node; kubelet keeps the logs longer.
-    pub fn has_stopped_everything(node: &Node) -> Result {
+    pub(crate) fn has_stopped_everything(node: &Node) -> Result {
         wait_within(KUBELET_TIMEOUT, "everything of the pods to be gone", || {
             let mut left: Vec<String> = pods_groups()
                 .into_iter()
@@ -284,7 +284,7 @@ impl Drop for Kubelet<'_> {
 }
 
 /// A pod that runs one container, and what else its specification says.
-pub fn static_pod(name: &str, spec: &Value) -> Value {
+pub(crate) fn static_pod(name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -294,7 +294,7 @@ pub fn static_pod(name: &str, spec: &Value) -> Value {
 }
 
 /// A static pod of one container, `c`, of busybox, which is killed when it is to end.
-pub fn busybox_pod(name: &str, command: &[&str]) -> Value {
+pub(crate) fn busybox_pod(name: &str, command: &[&str]) -> Value {
     static_pod(
         name,
         &json!({
@@ -310,23 +310,23 @@ pub fn busybox_pod(name: &str, command: &[&str]) -> Value {
 }
 
 /// The pod's name, by its manifest or its status.
-pub fn pod_name(pod: &Value) -> &str {
+pub(crate) fn pod_name(pod: &Value) -> &str {
     pod["metadata"]["name"].as_str().unwrap_or_default()
 }
 
 /// The URL of a pod at kubelet's own endpoint.
-pub fn url(path: &str, pod: &Value, rest: &str) -> String {
+pub(crate) fn url(path: &str, pod: &Value, rest: &str) -> String {
     format!("{ENDPOINT}/{path}/default/{}{rest}", pod_name(pod))
 }
 
 /// What the container has logged, by kubelet. All of it: minutes can have gone by on a busy machine,
 /// with a probe's line each second.
-pub fn logs(pod: &Value, container: &str) -> Result<String> {
+pub(crate) fn logs(pod: &Value, container: &str) -> Result<String> {
     let url = url("containerLogs", pod, &format!("/{container}"));
     Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
 }
 
-pub fn is_ready(pod: &Value) -> bool {
+pub(crate) fn is_ready(pod: &Value) -> bool {
     let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
     conditions
         .into_iter()
@@ -358,7 +358,7 @@ fn pods_groups() -> Vec<PathBuf> {
 }
 
 /// What kubelet says of this container, a sidecar too.
-pub fn container_status(pod: &Value, name: &str) -> Result<Value> {
+pub(crate) fn container_status(pod: &Value, name: &str) -> Result<Value> {
     let status = ["containerStatuses", "initContainerStatuses"]
         .iter()
         .flat_map(|list| pod["status"][list].as_array().into_iter().flatten())
@@ -369,7 +369,7 @@ pub fn container_status(pod: &Value, name: &str) -> Result<Value> {
 }
 
 /// The container's id without the runtime's name before it.
-pub fn container_id(pod: &Value, name: &str) -> Result<String> {
+pub(crate) fn container_id(pod: &Value, name: &str) -> Result<String> {
     let status = container_status(pod, name)?;
     let id = status["containerID"].as_str();
     let id = id.and_then(|id| id.split("://").nth(1));
@@ -378,7 +378,7 @@ pub fn container_id(pod: &Value, name: &str) -> Result<String> {
 
 /// What must stay as it is while kubelet and the server come and go: every container's id, process
 /// and restarts.
-pub fn lives(node: &Node, pods: &[Value]) -> Result<Vec<(String, i32, i64)>> {
+pub(crate) fn lives(node: &Node, pods: &[Value]) -> Result<Vec<(String, i32, i64)>> {
     let mut all = Vec::new();
     for pod in pods {
         for list in ["containerStatuses", "initContainerStatuses"] {

@@ -34,14 +34,14 @@ const NOT_OURS: &[&str] = &[
     "/var/lib/systemd",
 ];
 
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     things: BTreeSet<String>,
     /// By their number: the parent's number, and what they are.
     processes: BTreeMap<u32, (u32, String)>,
 }
 
 impl Snapshot {
-    pub fn look() -> Self {
+    pub(crate) fn look() -> Self {
         let mut all = BTreeSet::new();
         cgroups(Path::new("/sys/fs/cgroup"), &mut all);
         mounts(&mut all);
@@ -58,7 +58,7 @@ impl Snapshot {
     }
 
     /// What is there now and was not when this was looked at; waits a little for it to go.
-    pub fn leavings(&self) -> Vec<String> {
+    pub(crate) fn leavings(&self) -> Vec<String> {
         let started = Instant::now();
         loop {
             let now = Snapshot::look();
@@ -87,7 +87,7 @@ impl Snapshot {
 
     /// What was there when this was looked at and is there no more. (A test must not tidy away
     /// what was not its own either.)
-    pub fn losses(&self) -> Vec<String> {
+    pub(crate) fn losses(&self) -> Vec<String> {
         self.things
             .difference(&Snapshot::look().things)
             .cloned()
@@ -96,7 +96,7 @@ impl Snapshot {
 }
 
 /// What the peer that can be tested in rrun-cri's place keeps, and its plugins.
-pub const PEERS: &[&str] = &[
+pub(crate) const PEERS: &[&str] = &[
     "/run/containerd",
     "/run/e2e-cni",
     "/run/netns",
@@ -216,7 +216,7 @@ fn files(dir: &Path, depth: usize, all: &mut BTreeSet<String>) {
 }
 
 /// Mount points below this directory, the last first.
-pub fn mounts_below(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn mounts_below(directory: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = table.lines().rev();
     points
@@ -227,14 +227,14 @@ pub fn mounts_below(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// Unmounts all below a directory, as far as it can be.
-pub fn unmount_below(directory: &Path) {
+pub(crate) fn unmount_below(directory: &Path) {
     for point in mounts_below(directory) {
         let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
 /// Removes a tree of empty cgroups, or of files.
-pub fn remove(path: &Path) {
+pub(crate) fn remove(path: &Path) {
     if !path.starts_with("/sys/fs/cgroup") {
         unmount_below(path);
         let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));

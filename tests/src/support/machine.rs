@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::Value;
 
-pub use libtest_mimic::Failed;
+pub(crate) use libtest_mimic::Failed;
 
-pub type Result<T = ()> = std::result::Result<T, Failed>;
+pub(crate) type Result<T = ()> = std::result::Result<T, Failed>;
 
 /// Ends the test with a message unless the condition holds.
 #[macro_export]
@@ -42,30 +42,30 @@ macro_rules! ensure_eq {
 }
 
 /// Nothing that is waited for may take longer; the guest computes twenty times slower than a host.
-pub fn deadline() -> Duration {
+pub(crate) fn deadline() -> Duration {
     let guest = std::env::var("RRUN_TEST_VIEW").is_ok_and(|view| view.starts_with("vm"));
     Duration::from_secs(if guest { 120 } else { 30 })
 }
 
 /// Whether this is `make test-full`.
-pub fn full() -> bool {
+pub(crate) fn full() -> bool {
     std::env::var_os("RRUN_TEST_FULL").is_some()
 }
 
 /// How often something random is tried: seldom, or, for `make test-full`, as often as the
 /// specification has it.
-pub fn rounds(few: u64, many: u64) -> u64 {
+pub(crate) fn rounds(few: u64, many: u64) -> u64 {
     if full() { many } else { few }
 }
 
 /// Numbers of no pattern: xorshift64 from the clock. The seed is told with a failure.
-pub struct Dice {
-    pub seed: u64,
+pub(crate) struct Dice {
+    pub(crate) seed: u64,
     state: u64,
 }
 
 impl Dice {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let seed = since.map_or(1, |since| since.subsec_nanos()) | 1;
         Dice {
@@ -75,7 +75,7 @@ impl Dice {
     }
 
     /// From 0 to below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.state ^= self.state << 13;
         self.state ^= self.state >> 7;
         self.state ^= self.state << 17;
@@ -83,10 +83,10 @@ impl Dice {
     }
 }
 
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// Where PATH has this program.
-pub fn program_path(name: &str) -> Option<PathBuf> {
+pub(crate) fn program_path(name: &str) -> Option<PathBuf> {
     if name.contains('/') {
         return Some(PathBuf::from(name)).filter(|path| path.exists());
     }
@@ -98,7 +98,7 @@ pub fn program_path(name: &str) -> Option<PathBuf> {
 
 /// A command to run. Its output goes to anonymous files, not pipes: a container that it leaves
 /// behind holds them open, and nobody must wait for that.
-pub struct Run {
+pub(crate) struct Run {
     command: Command,
     stdin: Option<Vec<u8>>,
     deadline: Duration,
@@ -106,18 +106,18 @@ pub struct Run {
 
 /// What a command did.
 #[derive(Debug)]
-pub struct Output {
-    pub command: String,
+pub(crate) struct Output {
+    pub(crate) command: String,
     /// The exit code, or 128 + the signal's number.
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
-    pub took: Duration,
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) took: Duration,
 }
 
 /// `strace` of all opens of a program and its children. Each thread gets a trace of its own in the
 /// directory, because a shared one would contain interrupted lines.
-pub fn strace_opens(traces: &Path) -> Result<Run> {
+pub(crate) fn strace_opens(traces: &Path) -> Result<Run> {
     std::fs::create_dir_all(traces)?;
     let calls = "trace=open,openat,openat2";
     Ok(command("strace", ["-ff", "-y", "-e", calls, "-o"]).arg(traces.join("of")))
@@ -126,7 +126,7 @@ pub fn strace_opens(traces: &Path) -> Result<Run> {
 /// Fails if a traced program opened a file whose path ends with `path`, other than with O_PATH. This
 /// includes an open through a descriptor: `strace -y` adds the path of the opened file to its number.
 /// Returns whether a program looked the file up.
-pub fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
+pub(crate) fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
     let mut looked_up = false;
     let (argument, result) = (format!("{path}\""), format!("{path}<"));
     for trace in std::fs::read_dir(traces)? {
@@ -142,7 +142,7 @@ pub fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
     Ok(looked_up)
 }
 
-pub fn command<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Run {
+pub(crate) fn command<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Run {
     let mut command = Command::new(program);
     command.args(args);
     Run {
@@ -153,27 +153,27 @@ pub fn command<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>
 }
 
 impl Run {
-    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+    pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
     }
 
-    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+    pub(crate) fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.command.args(args);
         self
     }
 
-    pub fn dir(mut self, dir: &Path) -> Self {
+    pub(crate) fn dir(mut self, dir: &Path) -> Self {
         self.command.current_dir(dir);
         self
     }
 
-    pub fn stdin(mut self, text: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn stdin(mut self, text: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(text.into());
         self
     }
 
-    pub fn within(mut self, deadline: Duration) -> Self {
+    pub(crate) fn within(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
@@ -187,7 +187,7 @@ impl Run {
     }
 
     /// Starts it and leaves it running.
-    pub fn start(mut self) -> Result<Running> {
+    pub(crate) fn start(mut self) -> Result<Running> {
         let told = self.told();
         let (out, out_end) = output_file()?;
         let (err, err_end) = output_file()?;
@@ -218,18 +218,18 @@ impl Run {
     }
 
     /// Runs it to its end, whatever that is.
-    pub fn end(self) -> Result<Output> {
+    pub(crate) fn end(self) -> Result<Output> {
         let deadline = self.deadline;
         self.start()?.end_within(deadline)
     }
 
     /// Runs it; it must succeed.
-    pub fn ok(self) -> Result<Output> {
+    pub(crate) fn ok(self) -> Result<Output> {
         self.exits(0)
     }
 
     /// Runs it; it must exit with this code.
-    pub fn exits(self, code: i32) -> Result<Output> {
+    pub(crate) fn exits(self, code: i32) -> Result<Output> {
         let output = self.end()?;
         ensure!(
             output.code == code,
@@ -241,7 +241,7 @@ impl Run {
 }
 
 impl Output {
-    pub fn told(&self) -> String {
+    pub(crate) fn told(&self) -> String {
         let mut text = format!(
             "$ {}\nexit code {} after {:?}",
             self.command, self.code, self.took
@@ -254,18 +254,18 @@ impl Output {
         text
     }
 
-    pub fn json(&self) -> Result<Value> {
+    pub(crate) fn json(&self) -> Result<Value> {
         serde_json::from_str(&self.stdout)
             .map_err(|error| format!("not JSON ({error}):\n{}", self.told()).into())
     }
 
     /// Standard output without the last newline.
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         self.stdout.trim_end_matches('\n')
     }
 
     /// Standard output must have this in it.
-    pub fn says(self, what: &str) -> Result<Self> {
+    pub(crate) fn says(self, what: &str) -> Result<Self> {
         ensure!(
             self.stdout.contains(what),
             "should say {what:?}:\n{}",
@@ -275,7 +275,7 @@ impl Output {
     }
 
     /// It must have failed, and told why on standard error in these words.
-    pub fn fails_with(&self, why: &str) -> Result {
+    pub(crate) fn fails_with(&self, why: &str) -> Result {
         ensure!(
             self.code != 0 && self.stderr.contains(why),
             "should fail and tell {why:?}:\n{}",
@@ -286,7 +286,7 @@ impl Output {
 }
 
 /// The end of a text, at most `most` bytes of it.
-pub fn tail(text: &str, most: usize) -> String {
+pub(crate) fn tail(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();
     }
@@ -317,7 +317,7 @@ fn contents(file: &mut File) -> String {
 }
 
 /// A command that runs. Dropped, it is killed.
-pub struct Running {
+pub(crate) struct Running {
     told: String,
     child: Child,
     out: File,
@@ -326,32 +326,32 @@ pub struct Running {
 }
 
 impl Running {
-    pub fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).unwrap_or(-1)
     }
 
-    pub fn stdout(&mut self) -> String {
+    pub(crate) fn stdout(&mut self) -> String {
         contents(&mut self.out)
     }
 
-    pub fn stderr(&mut self) -> String {
+    pub(crate) fn stderr(&mut self) -> String {
         contents(&mut self.err)
     }
 
     /// Whether it has not ended yet.
-    pub fn lives(&mut self) -> bool {
+    pub(crate) fn lives(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal);
     }
 
-    pub fn end(self) -> Result<Output> {
+    pub(crate) fn end(self) -> Result<Output> {
         self.end_within(deadline())
     }
 
-    pub fn end_within(mut self, deadline: Duration) -> Result<Output> {
+    pub(crate) fn end_within(mut self, deadline: Duration) -> Result<Output> {
         let asked = Instant::now();
         let mut pause = Duration::from_millis(1);
         let status = loop {
@@ -394,12 +394,12 @@ impl Drop for Running {
 }
 
 /// Waits until this gives a value; `what` says what was waited for in vain.
-pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub(crate) fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     wait_within(deadline(), what, &mut probe)
 }
 
 /// As [`wait_for`], with a deadline of the caller's own.
-pub fn wait_within<T>(
+pub(crate) fn wait_within<T>(
     deadline: Duration,
     what: &str,
     mut probe: impl FnMut() -> Result<Option<T>>,
@@ -420,10 +420,10 @@ pub fn wait_within<T>(
 }
 
 /// A directory under /tmp that goes with its owner.
-pub struct Directory(PathBuf);
+pub(crate) struct Directory(PathBuf);
 
 impl Directory {
-    pub fn new(name: &str) -> Result<Self> {
+    pub(crate) fn new(name: &str) -> Result<Self> {
         let path = std::env::temp_dir().join(format!("rrun-e2e-{name}-XXXXXX"));
         let path = nix::unistd::mkdtemp(&path)
             .map_err(|errno| format!("mkdtemp {}: {errno}", path.display()))?;
@@ -432,11 +432,11 @@ impl Directory {
         Ok(Directory(path))
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
-    pub fn join(&self, name: &str) -> PathBuf {
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 }
@@ -450,12 +450,12 @@ impl Drop for Directory {
 static NOTES: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
 /// A figure worth reading, shown after all tests; nothing may depend on it.
-pub fn note(text: String) {
+pub(crate) fn note(text: String) {
     if let Ok(mut notes) = NOTES.lock() {
         notes.push(text);
     }
 }
 
-pub fn notes() -> Vec<String> {
+pub(crate) fn notes() -> Vec<String> {
     NOTES.lock().map(|notes| notes.clone()).unwrap_or_default()
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::support::machine::Result;
 
 /// The line of mountinfo for this mount point.
-pub fn line(report: &Value, point: &str) -> Result<String> {
+pub(crate) fn line(report: &Value, point: &str) -> Result<String> {
     let lines = report["mounts"]
         .as_array()
         .ok_or("no mounts in the report")?;
@@ -19,7 +19,7 @@ pub fn line(report: &Value, point: &str) -> Result<String> {
 }
 
 /// The mount's own options, sorted.
-pub fn options(report: &Value, point: &str) -> Result<Vec<String>> {
+pub(crate) fn options(report: &Value, point: &str) -> Result<Vec<String>> {
     let line = line(report, point)?;
     let own = line.split(' ').nth(5).unwrap_or_default();
     Ok(own.split(',').map(str::to_owned).collect())

@@ -7,10 +7,10 @@ use crate::support::machine::{Result, command, full, program_path};
 use crate::support::node::{is_rrun, server_program};
 
 /// One test. Its name reads as a sentence of the specification.
-pub struct Test {
-    pub name: &'static str,
-    pub needs: &'static [Need],
-    pub run: fn() -> Result,
+pub(crate) struct Test {
+    pub(crate) name: &'static str,
+    pub(crate) needs: &'static [Need],
+    pub(crate) run: fn() -> Result,
 }
 
 /// A test by its function: `test!(name)` or `test!(name, Need, Need)`.
@@ -26,18 +26,18 @@ macro_rules! test {
 }
 
 /// The socket that systemd has where it is PID 1.
-pub const SYSTEMD: &str = "/run/systemd/private";
+pub(crate) const SYSTEMD: &str = "/run/systemd/private";
 
 /// The profiles that the kernel has, if it has AppArmor.
-pub const APPARMOR_PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
-pub const APPARMOR: Need = Need::File(APPARMOR_PROFILES);
+pub(crate) const APPARMOR_PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
+pub(crate) const APPARMOR: Need = Need::File(APPARMOR_PROFILES);
 
 /// Only the guest of `tests/vm/run --selinux` has it.
-pub const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
+pub(crate) const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
 
 /// Something that not every machine has.
 #[derive(Clone, Copy, Debug)]
-pub enum Need {
+pub(crate) enum Need {
     /// A cgroup v2 controller, handed down to the root's children or ready to be.
     Controller(&'static str),
     /// A program in PATH.
@@ -70,7 +70,7 @@ pub enum Need {
 
 impl Need {
     /// Why this is not to be had here; `None` if it is.
-    pub fn lacking(self) -> Option<String> {
+    pub(crate) fn lacking(self) -> Option<String> {
         match self {
             Need::Controller(name) => {
                 let there = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");

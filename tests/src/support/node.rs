@@ -19,34 +19,34 @@ use crate::support::machine::{
 };
 use crate::support::needs::Need;
 
-pub const REGISTRY: Need = Need::Program("docker-registry");
-pub const IMAGES: Need = Need::File("/images/registry");
-pub const CRICTL: Need = Need::Program("crictl");
-pub const SERVER: Need = Need::CriServer;
+pub(crate) const REGISTRY: Need = Need::Program("docker-registry");
+pub(crate) const IMAGES: Need = Need::File("/images/registry");
+pub(crate) const CRICTL: Need = Need::Program("crictl");
+pub(crate) const SERVER: Need = Need::CriServer;
 
 /// What every test needs that calls [`on_a_node`].
-pub const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
+pub(crate) const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
 
 /// Where rrun-cri serves its metrics.
-pub const METRICS: &str = "127.0.0.1:9464";
+pub(crate) const METRICS: &str = "127.0.0.1:9464";
 
 /// A runtime that drops all limits and calls the real one.
-pub const WITHOUT_LIMITS: &str = "/src/tests/setup/runc-without-limits";
+pub(crate) const WITHOUT_LIMITS: &str = "/src/tests/setup/runc-without-limits";
 
-pub const PORT: &str = "5000";
-pub const WEB: &str = "127.0.0.1:5000/demo/web:1";
-pub const BUSYBOX: &str = "127.0.0.1:5000/demo/busybox:latest";
+pub(crate) const PORT: &str = "5000";
+pub(crate) const WEB: &str = "127.0.0.1:5000/demo/web:1";
+pub(crate) const BUSYBOX: &str = "127.0.0.1:5000/demo/busybox:latest";
 
 /// The server under test.
-pub fn server_program() -> String {
+pub(crate) fn server_program() -> String {
     std::env::var("RRUN_TEST_CRI").unwrap_or_else(|_| "rrun-cri".to_owned())
 }
 
-pub fn is_rrun() -> bool {
+pub(crate) fn is_rrun() -> bool {
     server_program().ends_with("rrun-cri")
 }
 
-pub struct Node {
+pub(crate) struct Node {
     directory: Directory,
     server: Option<Running>,
     /// What earlier lives of the server have written.
@@ -55,7 +55,7 @@ pub struct Node {
 
 /// Runs a test on a node of its own; afterwards everything on it is removed, and nothing may be
 /// left. What the server wrote is told with a failure.
-pub fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
+pub(crate) fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
     let mut node = Node::start()?;
     let result = test(&mut node);
     let pods = match &result {
@@ -92,15 +92,15 @@ impl Node {
         Ok(node)
     }
 
-    pub fn join(&self, name: &str) -> PathBuf {
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.join("cri.sock")
     }
 
-    pub fn log(&mut self) -> String {
+    pub(crate) fn log(&mut self) -> String {
         let now = self
             .server
             .as_mut()
@@ -157,12 +157,12 @@ impl Node {
     }
 
     /// Gives pods their network by Debian's CNI plugins, with host ports.
-    pub fn has_cni_bridge(&self) -> Result {
+    pub(crate) fn has_cni_bridge(&self) -> Result {
         Ok(fs::write(self.join("cni/10-bridge.conflist"), CNI)?)
     }
 
     /// Starts the server, and waits until it answers.
-    pub fn start_server(&mut self) -> Result {
+    pub(crate) fn start_server(&mut self) -> Result {
         let program = server_program();
         let config = self.join("config.toml");
         let mut server = command(&program, ["--config"]).arg(config).start()?;
@@ -183,19 +183,19 @@ impl Node {
     }
 
     /// Has the server read its configuration again.
-    pub fn hang_up_server(&self) {
+    pub(crate) fn hang_up_server(&self) {
         if let Some(server) = &self.server {
             server.signal(Signal::SIGHUP);
         }
     }
 
     /// Ends the server as a crash would; nothing else.
-    pub fn kill_server(&mut self) -> Result {
+    pub(crate) fn kill_server(&mut self) -> Result {
         self.stop_server(Signal::SIGKILL).map(|_| ())
     }
 
     /// Ends the server as an upgrade would.
-    pub fn terminate_server(&mut self) -> Result {
+    pub(crate) fn terminate_server(&mut self) -> Result {
         let code = self.stop_server(Signal::SIGTERM)?;
         ensure!(
             code == 0 || !is_rrun(),
@@ -205,14 +205,14 @@ impl Node {
     }
 
     /// Sends the server a signal that it lives through.
-    pub fn signal_server(&self, signal: Signal) {
+    pub(crate) fn signal_server(&self, signal: Signal) {
         if let Some(server) = &self.server {
             server.signal(signal);
         }
     }
 
     /// What the server takes of memory, in kB (proc(5), VmRSS).
-    pub fn server_resident(&self) -> Result<u64> {
+    pub(crate) fn server_resident(&self) -> Result<u64> {
         let server = self.server.as_ref().ok_or("the server does not run")?;
         let status = fs::read_to_string(format!("/proc/{}/status", server.pid()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -221,20 +221,20 @@ impl Node {
     }
 
     /// The server's process.
-    pub fn server_pid(&self) -> Result<i32> {
+    pub(crate) fn server_pid(&self) -> Result<i32> {
         let server = self.server.as_ref().ok_or("the server does not run")?;
         Ok(server.pid())
     }
 
     /// How many descriptors the server has open, and how many threads it has.
-    pub fn server_holds(&self) -> Result<(usize, usize)> {
+    pub(crate) fn server_holds(&self) -> Result<(usize, usize)> {
         let server = self.server.as_ref().ok_or("the server does not run")?;
         let count = |what| Ok(fs::read_dir(format!("/proc/{}/{what}", server.pid()))?.count());
         count("fd").and_then(|fds| Ok((fds, count("task")?)))
     }
 
     /// The process that looks after a pod.
-    pub fn monitor(&self, pod_id: &str) -> Result<Pid> {
+    pub(crate) fn monitor(&self, pod_id: &str) -> Result<Pid> {
         let info = self.json(&["inspectp", pod_id])?;
         let pid = info.pointer("/info/monitor").and_then(Value::as_i64);
         Ok(Pid::from_raw(i32::try_from(
@@ -254,7 +254,7 @@ impl Node {
     }
 
     /// crictl with these arguments.
-    pub fn crictl(&self, args: &[&str]) -> Run {
+    pub(crate) fn crictl(&self, args: &[&str]) -> Run {
         let endpoint = format!("unix://{}", self.socket().display());
         let timeout = format!("{}s", deadline().as_secs());
         command(
@@ -267,12 +267,12 @@ impl Node {
     }
 
     /// crictl with these arguments, which must succeed: its standard output.
-    pub fn asks(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn asks(&self, args: &[&str]) -> Result<String> {
         Ok(self.crictl(args).ok()?.text().to_owned())
     }
 
     /// crictl with this command's `--output json`.
-    pub fn json(&self, args: &[&str]) -> Result<Value> {
+    pub(crate) fn json(&self, args: &[&str]) -> Result<Value> {
         let (command, rest) = args.split_first().ok_or("no command")?;
         self.crictl(&[command, "--output", "json"])
             .args(rest)
@@ -280,7 +280,7 @@ impl Node {
             .json()
     }
 
-    pub fn pull(&self, image: &str) -> Result {
+    pub(crate) fn pull(&self, image: &str) -> Result {
         self.asks(&["pull", image]).map(|_| ())
     }
 
@@ -292,7 +292,7 @@ impl Node {
     }
 
     /// A pod's configuration; logs go to a directory of its own.
-    pub fn pod(&self, name: &str) -> Value {
+    pub(crate) fn pod(&self, name: &str) -> Value {
         json!({
             "metadata": { "name": name, "namespace": "default", "uid": format!("uid-{name}"), "attempt": 0 },
             "hostname": name,
@@ -303,18 +303,18 @@ impl Node {
         })
     }
 
-    pub fn runp(&self, pod: &Value) -> Result<String> {
+    pub(crate) fn runp(&self, pod: &Value) -> Result<String> {
         self.runp_by("", pod)
     }
 
     /// `runp` with a runtime handler; empty is the default one.
-    pub fn runp_by(&self, handler: &str, pod: &Value) -> Result<String> {
+    pub(crate) fn runp_by(&self, handler: &str, pod: &Value) -> Result<String> {
         let file = self.pod_file(pod)?;
         self.asks(&["runp", "--runtime", handler, &file])
     }
 
     /// Runs the container to its end: what `/inside report`, its command, tells.
-    pub fn report(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Value> {
+    pub(crate) fn report(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Value> {
         let id = self.run(pod_id, pod, container)?;
         self.exited(&id)?;
         let text = self.asks(&["logs", &id])?;
@@ -322,7 +322,7 @@ impl Node {
     }
 
     /// `runp`, whatever comes of it.
-    pub fn try_runp(&self, pod: &Value) -> Result<Output> {
+    pub(crate) fn try_runp(&self, pod: &Value) -> Result<Output> {
         let file = self.pod_file(pod)?;
         self.crictl(&["runp", &file]).end()
     }
@@ -333,7 +333,7 @@ impl Node {
     }
 
     /// A container's configuration, of the image [`BUSYBOX`] with the tests' own program in it.
-    pub fn container(&self, name: &str, command: &[&str]) -> Value {
+    pub(crate) fn container(&self, name: &str, command: &[&str]) -> Value {
         let inside = std::env::temp_dir().join("rrun-e2e-inside");
         json!({
             "metadata": { "name": name, "attempt": 0 },
@@ -345,23 +345,33 @@ impl Node {
         })
     }
 
-    pub fn create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
+    pub(crate) fn create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
         let create = self.create_command(pod_id, pod, container)?;
         Ok(create.ok()?.text().to_owned())
     }
 
     /// `create`, whatever comes of it.
-    pub fn try_create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Output> {
+    pub(crate) fn try_create(
+        &self,
+        pod_id: &str,
+        pod: &Value,
+        container: &Value,
+    ) -> Result<Output> {
         self.create_command(pod_id, pod, container)?.end()
     }
 
     /// `create`, under way.
-    pub fn start_create(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Running> {
+    pub(crate) fn start_create(
+        &self,
+        pod_id: &str,
+        pod: &Value,
+        container: &Value,
+    ) -> Result<Running> {
         self.create_command(pod_id, pod, container)?.start()
     }
 
     /// `logs --reopen`, under way.
-    pub fn start_reopen(&self, container: &str) -> Result<Running> {
+    pub(crate) fn start_reopen(&self, container: &str) -> Result<Running> {
         self.crictl(&["logs", "--reopen", container]).start()
     }
 
@@ -375,7 +385,7 @@ impl Node {
     }
 
     /// Unmounts all that the server has mounted, as a reboot does.
-    pub fn unmount_all(&self) -> Result {
+    pub(crate) fn unmount_all(&self) -> Result {
         for point in mounts_below(self.directory.path()) {
             nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH)?;
         }
@@ -383,19 +393,19 @@ impl Node {
     }
 
     /// `create` and `start`: the container's id.
-    pub fn run(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
+    pub(crate) fn run(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
         let id = self.create(pod_id, pod, container)?;
         self.asks(&["start", &id])?;
         Ok(id)
     }
 
     /// The `status` of `inspect`.
-    pub fn status(&self, container: &str) -> Result<Value> {
+    pub(crate) fn status(&self, container: &str) -> Result<Value> {
         Ok(self.json(&["inspect", container])?["status"].clone())
     }
 
     /// Waits until the container has exited, and gives its status.
-    pub fn exited(&self, container: &str) -> Result<Value> {
+    pub(crate) fn exited(&self, container: &str) -> Result<Value> {
         wait_for(&format!("container {container} to exit"), || {
             let status = self.status(container)?;
             Ok((status["state"] == "CONTAINER_EXITED").then_some(status))
@@ -403,21 +413,21 @@ impl Node {
     }
 
     /// The process ids of a container's first process and the path of its cgroup.
-    pub fn pid(&self, container: &str) -> Result<i32> {
+    pub(crate) fn pid(&self, container: &str) -> Result<i32> {
         let info = self.json(&["inspect", container])?;
         let pid = info.pointer("/info/pid").and_then(Value::as_i64);
         Ok(pid.ok_or(format!("no info.pid in {info}"))?.try_into()?)
     }
 
     /// The directory of the cgroup that this process is in.
-    pub fn cgroup(&self, container: &str) -> Result<PathBuf> {
+    pub(crate) fn cgroup(&self, container: &str) -> Result<PathBuf> {
         let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid(container)?))?;
         let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
         Ok(Path::new("/sys/fs/cgroup").join(path.ok_or(format!("no 0:: in {groups}"))?))
     }
 
     /// The log file's lines: time, stream, tag and text.
-    pub fn log_of(&self, pod: &str, container: &str) -> Result<String> {
+    pub(crate) fn log_of(&self, pod: &str, container: &str) -> Result<String> {
         let path = self.join("logs").join(pod).join(format!("{container}.log"));
         fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()).into())
     }
@@ -476,7 +486,7 @@ impl Node {
 }
 
 /// The node's end of a pod's link: CNI calls it veth…, rrun-cri rr and twelve digits.
-pub fn is_pods_interface(name: &str) -> bool {
+pub(crate) fn is_pods_interface(name: &str) -> bool {
     name.contains("veth") || name.starts_with("rr") && name != "rrun0"
 }
 

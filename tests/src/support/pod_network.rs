@@ -7,13 +7,13 @@ use crate::support::node::{Node, WEB};
 
 /// An address of the node beside those of the loopback, and, as VPNs have it, half of the way to
 /// everywhere; on a link that ends with the guard.
-pub struct Uplink;
+pub(crate) struct Uplink;
 
 impl Uplink {
-    pub const V4: &str = "198.51.100.7";
-    pub const V6: &str = "2001:db8::7";
+    pub(crate) const V4: &str = "198.51.100.7";
+    pub(crate) const V6: &str = "2001:db8::7";
 
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let ip = |args: &[&str]| command("ip", args).ok().map(|_| ());
         ip(&["link", "add", "uplink7", "type", "bridge"])?;
         let uplink = Uplink;
@@ -39,14 +39,14 @@ impl Drop for Uplink {
 }
 
 /// A pod with these host ports.
-pub fn mapped(node: &Node, name: &str, ports: Value) -> Value {
+pub(crate) fn mapped(node: &Node, name: &str, ports: Value) -> Value {
     let mut pod = node.pod(name);
     pod["port_mappings"] = ports;
     pod
 }
 
 /// A pod whose web server, at port 5000, answers.
-pub fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
+pub(crate) fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
     let pod_id = node.runp(pod)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let mut web = node.container(&format!("web-{name}"), &[]);
@@ -55,14 +55,14 @@ pub fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
     Ok((pod_id, id))
 }
 
-pub fn node_fetches(url: &str) -> Result {
+pub(crate) fn node_fetches(url: &str) -> Result {
     wait_for(&format!("{url} to answer the node"), || {
         let got = command("curl", ["-gfsS", "--max-time", "3", url]).end()?;
         Ok(got.text().contains("hello from rrun").then_some(()))
     })
 }
 
-pub fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
+pub(crate) fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
     wait_for(&format!("{url} to answer the pod"), || {
         let args = [
             "exec", "-s", container, "wget", "-T", "3", "-q", "-O", "-", url,
@@ -73,7 +73,7 @@ pub fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
 }
 
 /// The pod's addresses, by its status.
-pub fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
+pub(crate) fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
     let status = node.json(&["inspectp", pod_id])?;
     let network = status["status"]["network"].clone();
     let mut all = vec![network["ip"].as_str().unwrap_or_default().to_owned()];

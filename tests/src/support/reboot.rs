@@ -12,7 +12,7 @@ use crate::support::machine::{Result, command, wait_for};
 use crate::support::node::Node;
 
 /// Takes it, and starts the server over what is left. kubelet, if there is one, has been stopped.
-pub fn reboot(node: &mut Node) -> Result {
+pub(crate) fn reboot(node: &mut Node) -> Result {
     let mut groups = BTreeSet::new();
     for container in node.asks(&["ps", "--quiet"])?.lines() {
         let group = node.cgroup(container)?;

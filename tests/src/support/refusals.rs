@@ -5,7 +5,7 @@ use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Output, Result};
 
 /// The complaint must be one line and hold one of these words.
-pub fn complaint(output: &Output, words: &[&str]) -> Result {
+pub(crate) fn complaint(output: &Output, words: &[&str]) -> Result {
     let text = output.stderr.trim_end();
     ensure!(
         !text.is_empty(),
@@ -34,7 +34,7 @@ pub fn complaint(output: &Output, words: &[&str]) -> Result {
 }
 
 /// `run` and `create` fail with 1, say one of these words, and no container is there.
-pub fn refused(bundle: &Bundle, words: &[&str]) -> Result {
+pub(crate) fn refused(bundle: &Bundle, words: &[&str]) -> Result {
     for command in ["run", "create"] {
         let output = bundle.runtime(&[command, bundle.id()]).exits(1)?;
         complaint(&output, words)?;
@@ -44,7 +44,7 @@ pub fn refused(bundle: &Bundle, words: &[&str]) -> Result {
 }
 
 /// Neither the container's directory nor its cgroup is there.
-pub fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
+pub(crate) fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
     ensure!(
         !bundle.root().join(bundle.id()).exists(),
         "its state is left:\n{}",

@@ -7,36 +7,36 @@ use crate::support::bundle::Bundle;
 use crate::support::machine::Result;
 
 /// A container with this profile.
-pub fn filtered(profile: Value, args: &[&str]) -> Result<Bundle> {
+pub(crate) fn filtered(profile: Value, args: &[&str]) -> Result<Bundle> {
     let mut bundle = Bundle::new(args)?;
     bundle.set("/linux/seccomp", profile);
     Ok(bundle)
 }
 
 /// All calls are allowed but those that the rules are about.
-pub fn but(rules: Value) -> Value {
+pub(crate) fn but(rules: Value) -> Value {
     json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules })
 }
 
 /// About a call that neither the program nor runc makes on its way.
-pub fn for_getpgid(action: &str) -> Value {
+pub(crate) fn for_getpgid(action: &str) -> Value {
     but(json!([{ "names": ["getpgid"], "action": action }]))
 }
 
 /// The number of that call.
-pub fn getpgid() -> String {
+pub(crate) fn getpgid() -> String {
     libc::SYS_getpgid.to_string()
 }
 
 /// execve(2), which starts a program, and the only calls of a program that does nothing but end or
 /// wait. crun also calls close(2) and close_range(2), and runc many more.
-pub const LEAST: [&str; 3] = ["execve", "exit_group", "ppoll"];
+pub(crate) const LEAST: [&str; 3] = ["execve", "exit_group", "ppoll"];
 
 /// With one word in `args` it succeeds, with two it ends with status 7, with more it waits.
-pub const LEAST_PROGRAM: &str = "/bin/least";
+pub(crate) const LEAST_PROGRAM: &str = "/bin/least";
 
 /// A 64-bit ELF file for this machine's architecture that makes only the calls of [`LEAST`].
-pub fn least_program() -> Vec<u8> {
+pub(crate) fn least_program() -> Vec<u8> {
     #[cfg(target_arch = "x86_64")]
     const CODE: &[u8] = &[
         0x48, 0x8b, 0x04, 0x24, // mov (%rsp), %rax: how many words there are
@@ -95,7 +95,7 @@ pub fn least_program() -> Vec<u8> {
 }
 
 /// A profile that allows the calls of [`LEAST`], and nothing else.
-pub fn least(default: &str) -> Value {
+pub(crate) fn least(default: &str) -> Value {
     json!({
         "defaultAction": default,
         "syscalls": [{ "names": LEAST, "action": "SCMP_ACT_ALLOW" }],
@@ -103,7 +103,7 @@ pub fn least(default: &str) -> Value {
 }
 
 /// A container of [`LEAST_PROGRAM`] with so many words in `args`, beside files that cannot be executed.
-pub fn with_least_program(profile: Value, words: usize) -> Result<Bundle> {
+pub(crate) fn with_least_program(profile: Value, words: usize) -> Result<Bundle> {
     let mut bundle = filtered(profile, &[])?;
     for (name, content) in [
         (LEAST_PROGRAM, least_program()),
@@ -120,4 +120,4 @@ pub fn with_least_program(profile: Value, words: usize) -> Result<Bundle> {
 }
 
 /// Actions that keep a call from being made.
-pub const REFUSING: [&str; 2] = ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"];
+pub(crate) const REFUSING: [&str; 2] = ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"];

@@ -9,17 +9,17 @@ use crate::ensure;
 use crate::support::machine::{Result, deadline};
 
 /// The flag of a stream's last frame.
-pub const FIN: u8 = 1;
+pub(crate) const FIN: u8 = 1;
 
 /// A SPDY/3.1 client, as far as one exec or one forwarded connection needs it.
-pub struct SpdyClient {
+pub(crate) struct SpdyClient {
     stream: TcpStream,
     /// Each stream's number by what it is for.
     opened: BTreeMap<&'static str, u32>,
 }
 
 impl SpdyClient {
-    pub fn upgraded(url: &str, version: &str) -> Result<Self> {
+    pub(crate) fn upgraded(url: &str, version: &str) -> Result<Self> {
         let (host, path) = url
             .strip_prefix("http://")
             .and_then(|rest| rest.split_once('/'))
@@ -54,12 +54,12 @@ impl SpdyClient {
 
     /// SYN_STREAM. Its headers are a piece of one zlib stream, which need not compress anything
     /// (RFC 1951, section 3.2.4).
-    pub fn open(&mut self, kind: &'static str) -> Result {
+    pub(crate) fn open(&mut self, kind: &'static str) -> Result {
         self.open_with(kind, &[])
     }
 
     /// As [`SpdyClient::open`], with more headers; their names in the order of the alphabet.
-    pub fn open_with(&mut self, kind: &'static str, more: &[(&str, &str)]) -> Result {
+    pub(crate) fn open_with(&mut self, kind: &'static str, more: &[(&str, &str)]) -> Result {
         let mut headers = u32::try_from(more.len() + 1)?.to_be_bytes().to_vec();
         let more = more.iter().flat_map(|(name, value)| [*name, *value]);
         for text in more.chain(["streamtype", kind]) {
@@ -87,22 +87,22 @@ impl SpdyClient {
         Ok(self.stream.write_all(&frame)?)
     }
 
-    pub fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
+    pub(crate) fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
         let id = self.opened.get(kind).ok_or(format!("no stream {kind}"))?;
         self.frame(id.to_be_bytes(), flags, data)
     }
 
-    pub fn socket(&self) -> &TcpStream {
+    pub(crate) fn socket(&self) -> &TcpStream {
         &self.stream
     }
 
     /// Reads until the server has closed all but stdin and resize: what came on each stream.
-    pub fn all(&mut self) -> Result<BTreeMap<&'static str, String>> {
+    pub(crate) fn all(&mut self) -> Result<BTreeMap<&'static str, String>> {
         self.until(|_| false)
     }
 
     /// As [`SpdyClient::all`], or until what has come is enough.
-    pub fn until(
+    pub(crate) fn until(
         &mut self,
         enough: impl Fn(&BTreeMap<&'static str, String>) -> bool,
     ) -> Result<BTreeMap<&'static str, String>> {

@@ -10,10 +10,10 @@ use crate::support::machine::Result;
 use crate::support::node::{BUSYBOX, Node};
 
 /// What crictl can carry streams over.
-pub const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
+pub(crate) const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
 /// A container that waits, in a pod of its own.
-pub fn waiting(node: &Node, name: &str) -> Result<String> {
+pub(crate) fn waiting(node: &Node, name: &str) -> Result<String> {
     node.pull(BUSYBOX)?;
     let pod = node.pod(name);
     let pod_id = node.runp(&pod)?;
@@ -21,7 +21,7 @@ pub fn waiting(node: &Node, name: &str) -> Result<String> {
 }
 
 /// The processes in a cgroup and in those right below it, where execs are.
-pub fn count_processes(cgroup: &Path) -> Result<usize> {
+pub(crate) fn count_processes(cgroup: &Path) -> Result<usize> {
     let mut count = fs::read_to_string(cgroup.join("cgroup.procs"))?
         .lines()
         .count();
@@ -34,7 +34,7 @@ pub fn count_processes(cgroup: &Path) -> Result<usize> {
 }
 
 /// The URL at which this command is executed in the container.
-pub fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
+pub(crate) fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
     let mut runtime = calls.runtime();
     let request = ExecRequest {
         container_id: id.to_owned(),
@@ -48,7 +48,7 @@ pub fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
 }
 
 /// The URL at which these ports of the pod are forwarded.
-pub fn port_forward_url(calls: &Calls, pod_id: &str, ports: &[i32]) -> Result<String> {
+pub(crate) fn port_forward_url(calls: &Calls, pod_id: &str, ports: &[i32]) -> Result<String> {
     let mut runtime = calls.runtime();
     let request = PortForwardRequest {
         pod_sandbox_id: pod_id.to_owned(),

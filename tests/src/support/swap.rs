@@ -5,17 +5,17 @@ use std::fs;
 use crate::support::machine::{Result, command};
 
 /// Swap space; dropped, it is taken away.
-pub struct Swap;
+pub(crate) struct Swap;
 
 impl Swap {
     const FILE: &str = "/var/tmp/kubelet-swap";
 
-    pub fn on() -> Result<Self> {
+    pub(crate) fn on() -> Result<Self> {
         Self::of(256)
     }
 
     /// So many MiB.
-    pub fn of(size: u64) -> Result<Self> {
+    pub(crate) fn of(size: u64) -> Result<Self> {
         let swap = Swap;
         let length = format!("{size}M");
         command("fallocate", ["--length", &length, Self::FILE]).ok()?;

@@ -7,15 +7,15 @@ use crate::ensure;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::Need;
 
-pub const TMUX: Need = Need::Program("tmux");
+pub(crate) const TMUX: Need = Need::Program("tmux");
 
 /// A terminal that somebody could sit at.
-pub struct Terminal(PathBuf);
+pub(crate) struct Terminal(PathBuf);
 
 impl Terminal {
     /// Its server listens on a socket next to this path: one that is on its way out takes no more
     /// sessions, and nothing tells when it has gone.
-    pub fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
+    pub(crate) fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let terminal = Terminal(socket.with_extension(number.to_string()));
@@ -23,18 +23,18 @@ impl Terminal {
         Ok(terminal)
     }
 
-    pub fn tmux(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn tmux(&self, args: &[&str]) -> Result<String> {
         let run = command("tmux", ["-f", "/dev/null", "-S"])
             .arg(&self.0)
             .args(args);
         Ok(run.ok()?.stdout)
     }
 
-    pub fn types(&self, line: &str) -> Result {
+    pub(crate) fn types(&self, line: &str) -> Result {
         self.tmux(&["send-keys", line, "Enter"]).map(|_| ())
     }
 
-    pub fn shows(&self, what: &str) -> Result {
+    pub(crate) fn shows(&self, what: &str) -> Result {
         wait_for(&format!("{what:?} on the terminal"), || {
             let screen = self.tmux(&["capture-pane", "-p"])?;
             ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");

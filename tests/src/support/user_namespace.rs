@@ -5,20 +5,20 @@ use serde_json::{Value, json};
 use crate::support::node::Node;
 
 /// The id on the node of root in the pod.
-pub const FIRST: u32 = 1_000_000;
+pub(crate) const FIRST: u32 = 1_000_000;
 
 /// The mapping of the pod's ids.
-pub fn ids() -> Value {
+pub(crate) fn ids() -> Value {
     json!([{ "host_id": FIRST, "container_id": 0, "length": 65536 }])
 }
 
 /// `userns_options` of a pod and of its containers.
-pub fn options() -> Value {
+pub(crate) fn options() -> Value {
     json!({ "mode": 0, "uids": ids(), "gids": ids() })
 }
 
 /// A pod with that mapping; `pid` is its PID namespace's mode.
-pub fn pod(node: &Node, name: &str, pid: i32) -> Value {
+pub(crate) fn pod(node: &Node, name: &str, pid: i32) -> Value {
     let mut pod = node.pod(name);
     let context = &mut pod["linux"]["security_context"]["namespace_options"];
     context["pid"] = json!(pid);
@@ -27,7 +27,7 @@ pub fn pod(node: &Node, name: &str, pid: i32) -> Value {
 }
 
 /// A container of such a pod.
-pub fn container(node: &Node, name: &str, pid: i32, command: &[&str]) -> Value {
+pub(crate) fn container(node: &Node, name: &str, pid: i32, command: &[&str]) -> Value {
     let mut container = node.container(name, command);
     container["linux"]["security_context"]["namespace_options"] =
         json!({ "pid": pid, "userns_options": options() });

@@ -8,7 +8,7 @@ use crate::ensure;
 use crate::support::machine::{Result, deadline};
 
 /// A client by hand: a WebSocket whose handshake is done.
-pub fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
+pub(crate) fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
     let (host, path) = url
         .strip_prefix("http://")
         .and_then(|rest| rest.split_once('/'))
@@ -37,7 +37,7 @@ pub fn websocket(url: &str, protocol: &str) -> Result<TcpStream> {
 }
 
 /// Reads messages until one has this in it; each is a channel's number and data.
-pub fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
+pub(crate) fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     let mut from = 0;
@@ -62,7 +62,7 @@ pub fn reads(stream: &mut TcpStream, what: &[u8]) -> Result {
 }
 
 /// A client's message, masked with zeros.
-pub fn message(channel: u8, data: &[u8]) -> Vec<u8> {
+pub(crate) fn message(channel: u8, data: &[u8]) -> Vec<u8> {
     let length = u8::try_from(data.len() + 1).unwrap_or(0);
     let mut message = vec![0x82, 0x80 | length, 0, 0, 0, 0, channel];
     message.extend_from_slice(data);

@@ -12,7 +12,11 @@ use crate::support::machine::{MIB, Result, command, note, wait_for, wait_within}
 use crate::support::node::{Node, is_rrun};
 use crate::{ensure, ensure_eq};
 
-pub fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value], protection: &str) -> Result {
+pub(crate) fn limits_are_as_kubelet_means_them(
+    node: &Node,
+    pods: &[Value],
+    protection: &str,
+) -> Result {
     // floor((request + 0.9 * (limit - request)) / 4096) * 4096
     let high = (48 * MIB + 80 * MIB * 9 / 10) / 4096 * 4096;
     for pod in pods {
@@ -43,7 +47,7 @@ pub fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value], protection:
 }
 
 /// Under LimitedSwap a critical pod has none, which every static pod is; others get a part.
-pub fn there_is_no_swap_for_a_critical_pod(node: &Node, pods: &[Value]) -> Result {
+pub(crate) fn there_is_no_swap_for_a_critical_pod(node: &Node, pods: &[Value]) -> Result {
     for pod in pods {
         let group = node.cgroup(&container_id(pod, "web")?)?;
         ensure_eq!(file(&group, "memory.swap.max")?, "0", "memory.swap.max");
@@ -52,7 +56,7 @@ pub fn there_is_no_swap_for_a_critical_pod(node: &Node, pods: &[Value]) -> Resul
 }
 
 /// By the call that kubelet resizes with; without an API server it resizes nothing itself.
-pub fn a_resize_in_place_takes_effect(node: &Node, pod: &Value) -> Result {
+pub(crate) fn a_resize_in_place_takes_effect(node: &Node, pod: &Value) -> Result {
     let id = container_id(pod, "web")?;
     let group = node.cgroup(&id)?;
     let pid = node.pid(&id)?;
@@ -65,7 +69,7 @@ pub fn a_resize_in_place_takes_effect(node: &Node, pod: &Value) -> Result {
     Ok(())
 }
 
-pub fn a_busy_loop_is_held_to_its_limit(node: &Node, pod: &Value) -> Result {
+pub(crate) fn a_busy_loop_is_held_to_its_limit(node: &Node, pod: &Value) -> Result {
     let group = node.cgroup(&container_id(pod, "web")?)?;
     // Longer than the watch over it.
     tells(pod, "/burn/40")?;
@@ -78,7 +82,7 @@ pub fn a_busy_loop_is_held_to_its_limit(node: &Node, pod: &Value) -> Result {
 }
 
 /// What kubelet says of its pods' use, which it asks the CRI server for.
-pub fn statistics_are_plausible(kubelet: &Kubelet) -> Result {
+pub(crate) fn statistics_are_plausible(kubelet: &Kubelet) -> Result {
     wait_for("three replicas' statistics", || {
         let summary = kubelet.asks("/stats/summary")?;
         let pods = summary["pods"].as_array().cloned().unwrap_or_default();
@@ -138,7 +142,7 @@ pub fn statistics_are_plausible(kubelet: &Kubelet) -> Result {
 }
 
 /// Waits until the application of this pod has been restarted so often.
-pub fn restarted(kubelet: &Kubelet, pod: &Value, count: i64) -> Result<Value> {
+pub(crate) fn restarted(kubelet: &Kubelet, pod: &Value, count: i64) -> Result<Value> {
     wait_within(
         KUBELET_TIMEOUT,
         &format!("restart {count} of {}", pod_name(pod)),
@@ -151,7 +155,7 @@ pub fn restarted(kubelet: &Kubelet, pod: &Value, count: i64) -> Result<Value> {
 }
 
 /// A replica allocates more than it may, again and again, until it has to wait for its restart.
-pub fn allocations_are_oomkilled_and_backed_off(kubelet: &Kubelet, pod: &Value) -> Result {
+pub(crate) fn allocations_are_oomkilled_and_backed_off(kubelet: &Kubelet, pod: &Value) -> Result {
     // The first restart comes at once. The others' back-off begins with the container's end and
     // doubles from ten seconds on: a kubelet that is slow to see the end may be past the first.
     for count in 1..=4 {

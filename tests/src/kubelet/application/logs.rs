@@ -12,7 +12,7 @@ use crate::support::kubelet::{KUBELET_TIMEOUT, pod_name};
 use crate::support::machine::{Result, command, wait_within};
 
 /// All that the first replica's second container has said, in whichever files, compressed or not.
-pub fn no_line_is_lost_by_rotation(pod: &Value) -> Result {
+pub(crate) fn no_line_is_lost_by_rotation(pod: &Value) -> Result {
     let uid = pod["metadata"]["annotations"]["kubernetes.io/config.hash"].as_str();
     let uid = uid.ok_or(format!("no hash in {}", pod["metadata"]))?;
     let dir = format!("/var/log/pods/default_{}_{uid}/neighbour", pod_name(pod));

@@ -42,7 +42,7 @@ fn query(container: &str, words: &[&str]) -> String {
 }
 
 /// What a command in this container writes, and its status, over SPDY.
-pub fn exec(
+pub(crate) fn exec(
     pod: &Value,
     container: &str,
     words: &[&str],
@@ -56,7 +56,7 @@ pub fn exec(
     exec.all()
 }
 
-pub fn streams_go_through_kubelet(pod: &Value) -> Result {
+pub(crate) fn streams_go_through_kubelet(pod: &Value) -> Result {
     over_websockets(pod)?;
     over_spdy(pod)?;
     let told = logs(pod, "web")?;
@@ -114,7 +114,7 @@ fn over_spdy(pod: &Value) -> Result {
 }
 
 /// That kubelet was told of its containers by events.
-pub fn events_come(kubelet: &Kubelet) -> Result {
+pub(crate) fn events_come(kubelet: &Kubelet) -> Result {
     let metrics = kubelet.reads("/metrics")?;
     let count = |name: &str| {
         let line = metrics.lines().find(|line| line.starts_with(name));

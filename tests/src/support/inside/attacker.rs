@@ -18,11 +18,11 @@ use super::InsideError;
 use crate::support::machine::full;
 
 /// How often a race is tried.
-pub fn rounds() -> usize {
+pub(crate) fn rounds() -> usize {
     if full() { 500 } else { 40 }
 }
 
-pub fn main(args: &[&str]) -> Result<(), InsideError> {
+pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
@@ -127,14 +127,14 @@ fn pry(time: Duration) -> Result<(), InsideError> {
 }
 
 /// Exchanges two files, again and again, as fast as it can, until it is dropped.
-pub struct Exchange {
+pub(crate) struct Exchange {
     stop: Arc<AtomicBool>,
     times: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Exchange {
-    pub fn start(one: &Path, other: &Path) -> Exchange {
+    pub(crate) fn start(one: &Path, other: &Path) -> Exchange {
         let stop = Arc::new(AtomicBool::new(false));
         let times = Arc::new(AtomicU64::new(0));
         let (one, other) = (one.to_owned(), other.to_owned());
@@ -154,7 +154,7 @@ impl Exchange {
         }
     }
 
-    pub fn times(&self) -> u64 {
+    pub(crate) fn times(&self) -> u64 {
         self.times.load(Ordering::Relaxed)
     }
 }

@@ -11,14 +11,14 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
-pub mod attacker;
-pub mod traffic;
+pub(crate) mod attacker;
+pub(crate) mod traffic;
 
 /// Whatever a command of the program failed of.
-pub type InsideError = Box<dyn std::error::Error>;
+pub(crate) type InsideError = Box<dyn std::error::Error>;
 
 /// `inside COMMAND ARG…`. The exit code is the command's; 99 says that it was no known one.
-pub fn main(args: &[String]) -> i32 {
+pub(crate) fn main(args: &[String]) -> i32 {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
         ["report"] => report(),

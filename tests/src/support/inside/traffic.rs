@@ -12,7 +12,7 @@ use super::InsideError;
 /// Nothing here is silent for longer.
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub fn main(args: &[&str]) -> Result<(), InsideError> {
+pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["serve", port, word] => serve(port.parse()?, word),
         ["ask", address] => {
@@ -60,7 +60,7 @@ fn answer(word: &str, from: SocketAddr) -> String {
 }
 
 /// What a server of [`serve`] answers to a connection.
-pub fn ask(address: SocketAddr) -> Result<String, InsideError> {
+pub(crate) fn ask(address: SocketAddr) -> Result<String, InsideError> {
     let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
     stream.set_read_timeout(Some(SOCKET_TIMEOUT))?;
     let mut answer = String::new();
@@ -82,7 +82,7 @@ fn sink(port: u16) -> Result<(), InsideError> {
 }
 
 /// How long so many megabytes take to a server of [`sink`].
-pub fn pour(address: SocketAddr, megabytes: usize) -> Result<Duration, InsideError> {
+pub(crate) fn pour(address: SocketAddr, megabytes: usize) -> Result<Duration, InsideError> {
     let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
     let block = vec![1; 1 << 20];
     let begun = Instant::now();
@@ -101,19 +101,19 @@ const INIT_ACK: u8 = 2;
 
 /// A raw socket of SCTP, which even a kernel without the protocol has, and whose connection
 /// tracking knows it all the same. The standard library asks no datagram socket what it carries.
-pub struct Sctp(UdpSocket);
+pub(crate) struct Sctp(UdpSocket);
 
 /// The beginning of an association, or the answer to it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Chunk {
-    pub kind: u8,
-    pub peer: Ipv4Addr,
-    pub from: u16,
-    pub to: u16,
+pub(crate) struct Chunk {
+    pub(crate) kind: u8,
+    pub(crate) peer: Ipv4Addr,
+    pub(crate) from: u16,
+    pub(crate) to: u16,
 }
 
 impl Sctp {
-    pub fn open() -> Result<Self, InsideError> {
+    pub(crate) fn open() -> Result<Self, InsideError> {
         // SAFETY: no memory is passed; the descriptor is nobody else's.
         let socket: std::os::fd::OwnedFd = unsafe {
             let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
@@ -128,7 +128,7 @@ impl Sctp {
         Ok(Sctp(socket))
     }
 
-    pub fn send(
+    pub(crate) fn send(
         &self,
         kind: u8,
         to: Ipv4Addr,
@@ -153,7 +153,7 @@ impl Sctp {
     }
 
     /// The next chunk whose checksum is right; nothing if a second is over.
-    pub fn receive(&self) -> Option<Chunk> {
+    pub(crate) fn receive(&self) -> Option<Chunk> {
         let mut packet = [0; 256];
         let (length, _) = self.0.recv_from(&mut packet).ok()?;
         let packet = packet.get(..length)?;
@@ -172,7 +172,12 @@ impl Sctp {
     }
 
     /// Begins an association until it is answered: who answered.
-    pub fn begin(&self, to: Ipv4Addr, from_port: u16, to_port: u16) -> Result<Chunk, InsideError> {
+    pub(crate) fn begin(
+        &self,
+        to: Ipv4Addr,
+        from_port: u16,
+        to_port: u16,
+    ) -> Result<Chunk, InsideError> {
         let begun = Instant::now();
         while begun.elapsed() < SOCKET_TIMEOUT {
             self.send(INIT, to, from_port, to_port)?;
@@ -217,7 +222,7 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Sends a router advertisement (RFC 4861, 4.2) to all nodes on the interface's link. It announces
 /// a default router and a prefix for addresses. It is sent as a frame, which needs neither an
 /// address nor a route.
-pub fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideError> {
+pub(crate) fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideError> {
     const LIFETIME: u16 = 1800;
     let mut message = vec![134, 0, 0, 0, 64, 0];
     message.extend(LIFETIME.to_be_bytes());
