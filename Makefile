@@ -16,7 +16,7 @@ TARGET ?= $(or $(shell rustc --print host-tuple 2>/dev/null),$(shell uname -m)-u
 RELEASE = $(CARGO_TARGET_DIR)/$(TARGET)/release
 DIST = $(CARGO_TARGET_DIR)/$(TARGET)/dist
 
-.PHONY: help build dist debug install setup lint test test-full demo bench shell clean
+.PHONY: help build dist debug install setup format lint test test-full demo bench shell clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ install: ## installs the binaries of `make dist` below PREFIX= (/usr/local) and 
 
 setup: ## what the tests stand on: packages, a root, clients, images (cached outside the checkout)
 	@tests/setup/all.sh
+
+format: ## formats the Rust sources, the end-to-end tests too, which `cargo fmt` alone does not find
+	@tests/lint/format
 
 lint: ## formatting, clippy, dependencies and licences, arm64
 	@tests/lint/run

@@ -14,7 +14,7 @@ const SECCOMP: &str = include_str!("../seccomp/default.json");
 
 /// What is asked of the runtimes beyond the plain configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Variant {
+pub(crate) enum Variant {
     /// `runc spec` without its device rules and, as it has it, without seccomp
     Plain,
     /// `runc spec` as it is: with device rules, which become an eBPF program
@@ -26,7 +26,7 @@ pub enum Variant {
 }
 
 /// Makes a bundle whose container runs `/bin/nothing ARGUMENTS`.
-pub fn make(
+pub(crate) fn make(
     directory: &Path,
     nothing: &Path,
     arguments: &[&str],

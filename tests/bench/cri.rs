@@ -26,7 +26,7 @@ use crate::{
 };
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(crate) struct CriOptions {
     /// containerd, rrun-cri, or NAME=unix:///PATH of one that runs; figures are compared with the
     /// first one's
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
@@ -40,22 +40,22 @@ pub struct Options {
     parts: Vec<Part>,
     /// How many pods of each kind for each server
     #[arg(long, default_value_t = 30)]
-    pub rounds: usize,
+    pub(crate) rounds: usize,
     /// How many pods stay for the memory figures
     #[arg(long, default_value_t = 20)]
-    pub pods: usize,
+    pub(crate) pods: usize,
     /// How many pods a full node has
     #[arg(long, default_value_t = 150)]
-    pub fleet: usize,
+    pub(crate) fleet: usize,
     /// How many lines are logged
     #[arg(long, default_value_t = 1_000_000)]
-    pub lines: u64,
+    pub(crate) lines: u64,
     /// What the containers run: an image with a shell, true and sleep
     #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2")]
-    pub image: String,
+    pub(crate) image: String,
     /// What is pulled and removed
     #[arg(long, default_value = "127.0.0.1:5000/demo/web:1")]
-    pub pulled: String,
+    pub(crate) pulled: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -81,37 +81,37 @@ enum Part {
 }
 
 /// A server, connected.
-pub struct Server {
-    pub name: String,
-    pub address: String,
-    pub runtime: RuntimeServiceClient<Channel>,
+pub(crate) struct Server {
+    pub(crate) name: String,
+    pub(crate) address: String,
+    pub(crate) runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
 }
 
 /// A pod that runs, and its container.
-pub struct Pod {
-    pub id: String,
-    pub config: PodSandboxConfig,
-    pub container: String,
+pub(crate) struct Pod {
+    pub(crate) id: String,
+    pub(crate) config: PodSandboxConfig,
+    pub(crate) container: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Network {
+pub(crate) enum Network {
     Node,
     Own,
 }
 
 /// Nothing here is expected to take this long; it keeps a stuck server from hanging the run.
-const DEADLINE: Duration = Duration::from_secs(120);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
-pub fn run(options: &Options, programs: &Path, results: &Path) -> Result {
+pub(crate) fn run(options: &CriOptions, programs: &Path, results: &Path) -> Result {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     executor.block_on(measure(options, programs, results))
 }
 
-async fn measure(options: &Options, programs: &Path, results: &Path) -> Result {
+async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Result {
     let mut servers = Vec::new();
     let mut skipped = Vec::new();
     let mut services = vec![Service::start("registry")?];
@@ -188,7 +188,7 @@ async fn measure(options: &Options, programs: &Path, results: &Path) -> Result {
 }
 
 /// Has a server pull an image, on its own.
-pub fn pull_once(address: &str, image: &str) -> Result {
+pub(crate) fn pull_once(address: &str, image: &str) -> Result {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -196,7 +196,7 @@ pub fn pull_once(address: &str, image: &str) -> Result {
 }
 
 /// How many pods a server has that run.
-pub fn running_pods(address: &str) -> Result<usize> {
+pub(crate) fn running_pods(address: &str) -> Result<usize> {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -218,7 +218,7 @@ pub fn running_pods(address: &str) -> Result<usize> {
 }
 
 /// The wall time of a call in milliseconds, and its answer.
-pub async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
+pub(crate) async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
     let started = Instant::now();
     let answer = call.await?;
     Ok((started.elapsed().as_secs_f64() * 1e3, answer))
@@ -226,7 +226,7 @@ pub async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)>
 
 /// Milliseconds of CPU that this view has used, this program's own left out: what the servers and
 /// all that they started used. (cpu.stat counts times without any controller.)
-pub fn cpu_of_others() -> Result<f64> {
+pub(crate) fn cpu_of_others() -> Result<f64> {
     let path = "/sys/fs/cgroup/cpu.stat";
     let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
     let all = text
@@ -242,7 +242,7 @@ pub fn cpu_of_others() -> Result<f64> {
 }
 
 impl Server {
-    async fn connect(name: &str, address: &str, options: &Options) -> Result<(Self, String)> {
+    async fn connect(name: &str, address: &str, options: &CriOptions) -> Result<(Self, String)> {
         let mut server = Self::open(name, address).await?;
         let version = server
             .runtime
@@ -256,10 +256,10 @@ impl Server {
         ))
     }
 
-    pub async fn open(name: &str, address: &str) -> Result<Self> {
+    pub(crate) async fn open(name: &str, address: &str) -> Result<Self> {
         let channel = Endpoint::from_shared(address.to_owned())?
             .connect_timeout(Duration::from_secs(5))
-            .timeout(DEADLINE)
+            .timeout(ANSWER_TIMEOUT)
             .connect()
             .await
             .map_err(|error| format!("{address}: {error:?}"))?;
@@ -271,7 +271,7 @@ impl Server {
         })
     }
 
-    pub async fn pull(&mut self, image: &str) -> Result {
+    pub(crate) async fn pull(&mut self, image: &str) -> Result {
         let request = PullImageRequest {
             image: Some(image_spec(image)),
             ..Default::default()
@@ -282,7 +282,7 @@ impl Server {
                 Ok(_) => return Ok(()),
                 // containerd answers before it is ready.
                 Err(status)
-                    if status.code() == Code::Unavailable && started.elapsed() < DEADLINE =>
+                    if status.code() == Code::Unavailable && started.elapsed() < ANSWER_TIMEOUT =>
                 {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -291,7 +291,7 @@ impl Server {
         }
     }
 
-    pub async fn remove_image(&mut self, image: &str) -> Result {
+    pub(crate) async fn remove_image(&mut self, image: &str) -> Result {
         let request = RemoveImageRequest {
             image: Some(image_spec(image)),
         };
@@ -302,7 +302,7 @@ impl Server {
         Ok(())
     }
 
-    pub async fn run_pod(&mut self, config: &PodSandboxConfig) -> Result<String> {
+    pub(crate) async fn run_pod(&mut self, config: &PodSandboxConfig) -> Result<String> {
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             ..Default::default()
@@ -315,7 +315,7 @@ impl Server {
     }
 
     /// What is asked for of a container that runs this.
-    pub fn container(image: &str, command: &[&str]) -> ContainerConfig {
+    pub(crate) fn container(image: &str, command: &[&str]) -> ContainerConfig {
         ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: "bench".to_owned(),
@@ -329,7 +329,7 @@ impl Server {
         }
     }
 
-    pub async fn create(
+    pub(crate) async fn create(
         &mut self,
         pod: &str,
         config: &PodSandboxConfig,
@@ -340,7 +340,7 @@ impl Server {
         self.create_from(pod, config, container).await
     }
 
-    pub async fn create_from(
+    pub(crate) async fn create_from(
         &mut self,
         pod: &str,
         config: &PodSandboxConfig,
@@ -358,7 +358,7 @@ impl Server {
             .container_id)
     }
 
-    pub async fn has_exited(&mut self, container: &str) -> Result<bool> {
+    pub(crate) async fn has_exited(&mut self, container: &str) -> Result<bool> {
         let request = ContainerStatusRequest {
             container_id: container.to_owned(),
             verbose: false,
@@ -371,7 +371,7 @@ impl Server {
         Ok(status.is_some_and(|status| status.state() == ContainerState::ContainerExited))
     }
 
-    pub async fn start(&mut self, container: &str) -> Result {
+    pub(crate) async fn start(&mut self, container: &str) -> Result {
         let request = StartContainerRequest {
             container_id: container.to_owned(),
         };
@@ -381,7 +381,7 @@ impl Server {
     }
 
     /// Runs a program in a container; it must succeed.
-    pub async fn exec(&mut self, container: &str, command: &[&str]) -> Result {
+    pub(crate) async fn exec(&mut self, container: &str, command: &[&str]) -> Result {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
@@ -399,7 +399,7 @@ impl Server {
     }
 
     /// Where an exec is served, with a terminal or not.
-    pub async fn exec_url(
+    pub(crate) async fn exec_url(
         &mut self,
         container: &str,
         command: &[&str],
@@ -421,7 +421,7 @@ impl Server {
     }
 
     /// Where a pod's ports are forwarded.
-    pub async fn port_forward_url(&mut self, pod: &str) -> Result<String> {
+    pub(crate) async fn port_forward_url(&mut self, pod: &str) -> Result<String> {
         let request = PortForwardRequest {
             pod_sandbox_id: pod.to_owned(),
             port: Vec::new(),
@@ -433,7 +433,7 @@ impl Server {
             .url)
     }
 
-    pub async fn stop(&mut self, container: &str) -> Result {
+    pub(crate) async fn stop(&mut self, container: &str) -> Result {
         let request = StopContainerRequest {
             container_id: container.to_owned(),
             timeout: 30,
@@ -443,7 +443,7 @@ impl Server {
         Ok(())
     }
 
-    pub async fn remove(&mut self, container: &str) -> Result {
+    pub(crate) async fn remove(&mut self, container: &str) -> Result {
         let request = RemoveContainerRequest {
             container_id: container.to_owned(),
         };
@@ -452,7 +452,7 @@ impl Server {
         Ok(())
     }
 
-    pub async fn stop_pod(&mut self, pod: &str) -> Result {
+    pub(crate) async fn stop_pod(&mut self, pod: &str) -> Result {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod.to_owned(),
         };
@@ -461,7 +461,7 @@ impl Server {
         Ok(())
     }
 
-    pub async fn remove_pod(&mut self, pod: &str) -> Result {
+    pub(crate) async fn remove_pod(&mut self, pod: &str) -> Result {
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: pod.to_owned(),
         };
@@ -471,7 +471,7 @@ impl Server {
     }
 
     /// A pod with one running container.
-    pub async fn start_pod(
+    pub(crate) async fn start_pod(
         &mut self,
         network: Network,
         image: &str,
@@ -488,7 +488,7 @@ impl Server {
         })
     }
 
-    pub async fn end_pod(&mut self, pod: &Pod) -> Result {
+    pub(crate) async fn end_pod(&mut self, pod: &Pod) -> Result {
         self.stop_pod(&pod.id).await?;
         self.remove_pod(&pod.id).await?;
         match &pod.config.log_directory {
@@ -499,7 +499,7 @@ impl Server {
 }
 
 /// A call's failure.
-pub fn told(call: &str, status: &tonic::Status) -> String {
+pub(crate) fn told(call: &str, status: &tonic::Status) -> String {
     format!("{call}: {:?}: {}", status.code(), status.message())
 }
 
@@ -511,7 +511,7 @@ fn image_spec(image: &str) -> ImageSpec {
 }
 
 /// A pod that nobody has had before.
-pub fn pod_config(network: Network) -> Result<PodSandboxConfig> {
+pub(crate) fn pod_config(network: Network) -> Result<PodSandboxConfig> {
     static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let name = format!("bench-{}-{number}", std::process::id());
@@ -551,10 +551,10 @@ pub fn pod_config(network: Network) -> Result<PodSandboxConfig> {
 }
 
 /// Waits to be killed.
-pub const SLEEP: &[&str] = &["sleep", "86399"];
+pub(crate) const SLEEP: &[&str] = &["sleep", "86399"];
 
 /// Ends at once when it is told to.
-pub const OBEDIENT: &[&str] = &[
+pub(crate) const OBEDIENT: &[&str] = &[
     "sh",
     "-c",
     "trap 'exit 0' TERM; while :; do sleep 86399 & wait $!; done",

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::cri::{Options, Server};
+use crate::cri::{CriOptions, Server};
 use crate::report::{self, Comparison};
 
 /// critest writes one file for each kind of thing, with a name of its own for each call.
@@ -36,8 +36,8 @@ const FILES: &[(&str, &[(&str, &str)])] = &[
 /// Turns that the servers take.
 const TURNS: usize = 3;
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &[Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {

@@ -5,14 +5,14 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{Network, Options, SLEEP, Server, cpu_of_others, timed};
+use crate::cri::{CriOptions, Network, SLEEP, Server, cpu_of_others, timed};
 use crate::report::{self, Comparison};
 
 /// CPU is measured over this many calls in a row.
 const BATCH: usize = 10;
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {

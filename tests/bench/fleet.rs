@@ -11,7 +11,7 @@ use rrun_proto::v1::{
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{Network, Options, Pod, SLEEP, Server, timed, told};
+use crate::cri::{CriOptions, Network, Pod, SLEEP, Server, timed, told};
 use crate::memory;
 use crate::report::{self, Comparison};
 use crate::service::Service;
@@ -26,8 +26,8 @@ const QUANTITIES: &[&str] = &[
 /// How often each list is asked for.
 const ROUNDS: usize = 20;
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     services: &[Service],
     results: &Path,
@@ -60,7 +60,7 @@ pub async fn run(
 async fn measure(
     server: &mut Server,
     services: &[Service],
-    options: &Options,
+    options: &CriOptions,
     pods: &mut Vec<Pod>,
     comparison: &mut Comparison,
 ) -> Result {

@@ -10,27 +10,27 @@ use crate::Result;
 
 /// What one sequence of commands took.
 #[derive(Clone, Debug, Default)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// Per command, in milliseconds.
-    pub wall: Vec<f64>,
+    pub(crate) wall: Vec<f64>,
     /// Of all processes of all commands, in milliseconds.
-    pub cpu: f64,
+    pub(crate) cpu: f64,
     /// Of the largest process that one of the commands was or waited for, in MB.
-    pub peak: f64,
+    pub(crate) peak: f64,
 }
 
 /// Commands to run and what to make of them.
-pub struct Launch<'a> {
+pub(crate) struct Launch<'a> {
     /// Where the program `launch` is.
-    pub programs: &'a Path,
+    pub(crate) programs: &'a Path,
     /// A directory for what the commands say.
-    pub scratch: &'a Path,
-    pub realtime: bool,
+    pub(crate) scratch: &'a Path,
+    pub(crate) realtime: bool,
 }
 
 impl Launch<'_> {
     /// Runs the commands; the last must exit with this status, the others with 0.
-    pub fn run(&self, commands: &[Vec<String>], last_status: i32) -> Result<Usage> {
+    pub(crate) fn run(&self, commands: &[Vec<String>], last_status: i32) -> Result<Usage> {
         let said = self.scratch.join("stderr");
         let output = Command::new(self.programs.join("launch"))
             .args(self.realtime.then_some("-r"))

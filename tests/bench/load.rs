@@ -20,7 +20,7 @@ const KUBELET: &str = "kubelet";
 const LOOKS: usize = 20;
 
 #[derive(Clone, Debug)]
-pub struct Load {
+pub(crate) struct Load {
     /// CPUs in use, by all but this program.
     cpu: f64,
     /// By kubelet, of these.
@@ -29,7 +29,7 @@ pub struct Load {
     memory: BTreeMap<String, f64>,
 }
 
-pub fn table(pods: usize) -> Table {
+pub(crate) fn table(pods: usize) -> Table {
     Table::new(
         format!("a node with {pods} such pods, all Ready"),
         &[
@@ -47,7 +47,7 @@ pub fn table(pods: usize) -> Table {
 }
 
 /// Watches the node for so many seconds.
-pub fn watch(seconds: u64) -> Result<Load> {
+pub(crate) fn watch(seconds: u64) -> Result<Load> {
     // Past the pods' start.
     sleep(Duration::from_secs(5));
     let (began, all, kubelet) = (Instant::now(), cri::cpu_of_others()?, kubelet_ticks()?);
@@ -92,7 +92,7 @@ impl Load {
         self.memory.values().sum()
     }
 
-    pub fn row(&self, table: &mut Table, name: &str, first: &Load) {
+    pub(crate) fn row(&self, table: &mut Table, name: &str, first: &Load) {
         let percent = |cpus: f64| figure(Some(cpus * 100.0));
         let times = |of: fn(&Load) -> f64| ratio(Some(of(self)), Some(of(first)));
         let mut programs: Vec<_> = self.memory.iter().collect();
@@ -117,7 +117,7 @@ impl Load {
         );
     }
 
-    pub fn raw(&self) -> Value {
+    pub(crate) fn raw(&self) -> Value {
         json!({ "cpus": self.cpu, "kubelet_cpus": self.kubelet, "memory_mb": self.memory })
     }
 }

@@ -9,7 +9,7 @@ use rrun_proto::v1::{ContainerConfig, Mount};
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{Network, Options, Server, cpu_of_others, pod_config};
+use crate::cri::{CriOptions, Network, Server, cpu_of_others, pod_config};
 use crate::report::{self, Comparison};
 
 const QUANTITIES: &[&str] = &["lines a second", "CPU beside the writer, ns a line", "lost"];
@@ -17,8 +17,8 @@ const QUANTITIES: &[&str] = &["lines a second", "CPU beside the writer, ns a lin
 /// Where `lines` (lines.c) is in the container.
 const LINES: &str = "/lines";
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     programs: &Path,
     results: &Path,
@@ -41,7 +41,7 @@ pub async fn run(
     Ok((comparison.raw(), skipped))
 }
 
-async fn once(server: &mut Server, options: &Options, programs: &Path) -> Result<Vec<f64>> {
+async fn once(server: &mut Server, options: &CriOptions, programs: &Path) -> Result<Vec<f64>> {
     let config = pod_config(Network::Node)?;
     let pod = server.run_pod(&config).await?;
     let container = ContainerConfig {

@@ -44,11 +44,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Benchmark {
     /// OCI runtimes: `run`, create + start + delete, `exec` of a program that does nothing
-    Oci(oci::Options),
+    Oci(oci::OciOptions),
     /// CRI servers: critest's benchmark, a pod's life, ExecSync, pulls, memory
-    Cri(cri::Options),
+    Cri(cri::CriOptions),
     /// kubelet: from manifests to Ready, and what a node full of probed pods uses
-    Ready(ready::Options),
+    Ready(ready::ReadyOptions),
 }
 
 fn main() -> ExitCode {

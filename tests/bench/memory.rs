@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::cri::{Network, Options, SLEEP, Server};
+use crate::cri::{CriOptions, Network, SLEEP, Server};
 use crate::report::{self, Table, figure, ratio};
 
 /// Proportional set sizes of all processes but the workload's, by program, and resident set sizes.
@@ -18,8 +18,8 @@ struct Memory {
     rss: BTreeMap<String, f64>,
 }
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
@@ -95,7 +95,7 @@ pub async fn run(
 /// In the view, but no part of a server.
 const OTHERS: &[&str] = &["rrun-bench", "docker-registry", "bash"];
 
-async fn measure(server: &mut Server, options: &Options) -> Result<(Memory, Memory)> {
+async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, Memory)> {
     // What the first pod brings into memory once is not any pod's.
     let pod = server
         .start_pod(Network::Own, &options.image, SLEEP)
@@ -124,18 +124,18 @@ async fn measure(server: &mut Server, options: &Options) -> Result<(Memory, Memo
 }
 
 /// The proportional set size of a program's processes, in kB.
-pub fn of_program(name: &str) -> Result<f64> {
+pub(crate) fn of_program(name: &str) -> Result<f64> {
     Ok(look()?.pss.get(name).copied().unwrap_or(0.0))
 }
 
 /// The resident set size of a program's processes, in kB.
-pub fn resident(name: &str) -> Result<f64> {
+pub(crate) fn resident(name: &str) -> Result<f64> {
     Ok(look()?.rss.get(name).copied().unwrap_or(0.0))
 }
 
 /// The proportional set sizes of all processes of this view by program, in kB, without these and
 /// what is no part of a server.
-pub fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
+pub(crate) fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
     let mut programs = look()?.pss;
     programs
         .retain(|name, _| !OTHERS.contains(&name.as_str()) && !workload.contains(&name.as_str()));

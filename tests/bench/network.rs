@@ -12,7 +12,7 @@ use rrun_proto::v1::PodSandboxStatusRequest;
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{Network, Options, Server, pod_config, timed, told};
+use crate::cri::{CriOptions, Network, Server, pod_config, timed, told};
 use crate::report::{self, Comparison};
 use crate::service::Service;
 
@@ -28,13 +28,13 @@ const MEGABYTES: usize = 1024;
 const ROUND_TRIPS: u32 = 10_000;
 /// How often both are measured.
 const ROUNDS: usize = 5;
-const PATIENCE: Duration = Duration::from_secs(60);
+const SOCKET_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the plugins' stand-in (plugin.c) writes.
 const TIMES: &str = "/run/rrun-bench-plugins";
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
@@ -126,13 +126,13 @@ fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
     let to = SocketAddr::new(address, listener.local_addr()?.port());
     let serving = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut bulk, _) = listener.accept()?;
-        bulk.set_read_timeout(Some(PATIENCE))?;
+        bulk.set_read_timeout(Some(SOCKET_TIMEOUT))?;
         let mut block = vec![0; 1 << 20];
         while bulk.read(&mut block)? > 0 {}
         bulk.write_all(b"!")?;
         let (mut turns, _) = listener.accept()?;
         turns.set_nodelay(true)?;
-        turns.set_read_timeout(Some(PATIENCE))?;
+        turns.set_read_timeout(Some(SOCKET_TIMEOUT))?;
         let mut byte = [0];
         while turns.read(&mut byte)? > 0 {
             turns.write_all(&byte)?;
@@ -140,8 +140,8 @@ fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
         Ok(())
     });
     let found = inside(from, move || {
-        let mut bulk = TcpStream::connect_timeout(&to, PATIENCE)?;
-        bulk.set_read_timeout(Some(PATIENCE))?;
+        let mut bulk = TcpStream::connect_timeout(&to, SOCKET_TIMEOUT)?;
+        bulk.set_read_timeout(Some(SOCKET_TIMEOUT))?;
         let block = vec![1; 1 << 20];
         let mut byte = [1];
         let begun = Instant::now();
@@ -151,9 +151,9 @@ fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
         bulk.shutdown(std::net::Shutdown::Write)?;
         bulk.read_exact(&mut byte)?;
         let rate = MEGABYTES as f64 / begun.elapsed().as_secs_f64();
-        let mut turns = TcpStream::connect_timeout(&to, PATIENCE)?;
+        let mut turns = TcpStream::connect_timeout(&to, SOCKET_TIMEOUT)?;
         turns.set_nodelay(true)?;
-        turns.set_read_timeout(Some(PATIENCE))?;
+        turns.set_read_timeout(Some(SOCKET_TIMEOUT))?;
         let begun = Instant::now();
         for _ in 0..ROUND_TRIPS {
             turns.write_all(&byte)?;
@@ -184,7 +184,7 @@ fn inside<T: Send + 'static>(
 }
 
 /// A second rrun-cri, on CNI, whose plugins write down what they take.
-async fn by_plugins(options: &Options, name: &str, comparison: &mut Comparison) -> Result {
+async fn by_plugins(options: &CriOptions, name: &str, comparison: &mut Comparison) -> Result {
     let service = Service::start("rrun-cri-cni")?;
     let mut server = Server::open(name, &service.address).await?;
     for round in 0..options.rounds + 2 {

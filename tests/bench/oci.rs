@@ -16,7 +16,7 @@ use crate::samples::Samples;
 use crate::{Error, Result};
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(crate) struct OciOptions {
     /// How often each is measured
     #[arg(long, default_value_t = 100)]
     rounds: usize,
@@ -104,7 +104,7 @@ impl Drop for Scratch {
 }
 
 struct Bench<'a> {
-    options: &'a Options,
+    options: &'a OciOptions,
     programs: &'a Path,
     scratch: Scratch,
     /// The bundle of a container that ends at once, and of one that waits.
@@ -120,7 +120,7 @@ struct Bench<'a> {
 
 type Measured = BTreeMap<Operation, BTreeMap<String, Vec<Usage>>>;
 
-pub fn run(options: &Options, programs: &Path, results: &Path) -> Result {
+pub(crate) fn run(options: &OciOptions, programs: &Path, results: &Path) -> Result {
     let scratch = Scratch(std::env::temp_dir().join(format!("rrun-bench-{}", std::process::id())));
     fs::create_dir_all(&scratch.0)?;
     let nothing = programs.join("nothing");
@@ -488,7 +488,7 @@ fn show(
     results: &Path,
     operation: Operation,
     measured: &BTreeMap<String, Vec<Usage>>,
-    options: &Options,
+    options: &OciOptions,
 ) -> Result {
     let mut columns = vec![
         "", "wall ms", "p90", "× floor", "× crun", "CPU ms", "× floor", "× crun", "peak MB",

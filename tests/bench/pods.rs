@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::cri::{Network, OBEDIENT, Options, Server, cpu_of_others, pod_config, timed};
+use crate::cri::{CriOptions, Network, OBEDIENT, Server, cpu_of_others, pod_config, timed};
 use crate::report::{self, Comparison};
 
 const CALLS: &[&str] = &[
@@ -20,8 +20,8 @@ const CALLS: &[&str] = &[
     "CPU of the node, an exec too",
 ];
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {

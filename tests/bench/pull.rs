@@ -5,11 +5,11 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{Options, Server, cpu_of_others, timed};
+use crate::cri::{CriOptions, Server, cpu_of_others, timed};
 use crate::report::{self, Comparison};
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {

@@ -18,7 +18,7 @@ use crate::service::Service;
 use crate::{Result, cri};
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(crate) struct ReadyOptions {
     /// containerd, rrun-cri; figures are compared with the first one's
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
     servers: Vec<String>,
@@ -39,7 +39,7 @@ pub struct Options {
 const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
 /// Enough for a guest that computes twenty times slower than a host.
-const DEADLINE: Duration = Duration::from_secs(600);
+const READY_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// So many pods or less are few.
 const FEW: usize = 5;
@@ -53,7 +53,7 @@ struct Times {
     gone: f64,
 }
 
-pub fn run(options: &Options, results: &Path) -> Result {
+pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
     let _registry = Service::start("registry")?;
     let mut times = Table::new(
         "kubelet, static pods with an HTTP readiness probe and an exec liveness probe each second (seconds, medians)",
@@ -131,7 +131,7 @@ fn counts_nothing() -> bool {
 fn measure(
     name: &str,
     pods: usize,
-    options: &Options,
+    options: &ReadyOptions,
     watch: Option<u64>,
 ) -> Result<(Vec<Times>, Option<Load>)> {
     let environment: &[(&str, &str)] = match counts_nothing() {
@@ -248,8 +248,8 @@ fn wait(started: Instant, pods: usize, probe: &mut dyn FnMut() -> Result<Option<
         if let Some(()) = probe()? {
             return Ok(());
         }
-        if started.elapsed() > DEADLINE {
-            return Err(format!("not within {} s", DEADLINE.as_secs()).into());
+        if started.elapsed() > READY_TIMEOUT {
+            return Err(format!("not within {} s", READY_TIMEOUT.as_secs()).into());
         }
         sleep(Duration::from_millis(if pods <= FEW { 50 } else { 250 }));
     }

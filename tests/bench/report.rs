@@ -11,13 +11,13 @@ use crate::Result;
 use crate::samples::Samples;
 
 /// A table of text; the first column is aligned left, all others right.
-pub struct Table {
+pub(crate) struct Table {
     title: String,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
+    pub(crate) fn new(title: impl Into<String>, columns: &[&str]) -> Self {
         let head = columns.iter().map(|&column| column.to_owned()).collect();
         Table {
             title: title.into(),
@@ -25,13 +25,13 @@ impl Table {
         }
     }
 
-    pub fn row(&mut self, name: &str, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, name: &str, cells: impl IntoIterator<Item = String>) {
         let mut row = vec![name.to_owned()];
         row.extend(cells);
         self.rows.push(row);
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
@@ -55,7 +55,7 @@ impl Table {
 }
 
 /// A figure with as many decimals as are worth reading, or a dash for none.
-pub fn figure(value: Option<f64>) -> String {
+pub(crate) fn figure(value: Option<f64>) -> String {
     match value {
         None => "–".to_owned(),
         Some(value) if value >= 100.0 => format!("{value:.0}"),
@@ -65,7 +65,7 @@ pub fn figure(value: Option<f64>) -> String {
 }
 
 /// `value` as a multiple of `base`.
-pub fn ratio(value: Option<f64>, base: Option<f64>) -> String {
+pub(crate) fn ratio(value: Option<f64>, base: Option<f64>) -> String {
     figure(
         value
             .zip(base)
@@ -75,7 +75,7 @@ pub fn ratio(value: Option<f64>, base: Option<f64>) -> String {
 }
 
 /// Several quantities of several servers; the table has a ratio to the first server.
-pub struct Comparison {
+pub(crate) struct Comparison {
     title: String,
     names: Vec<String>,
     quantities: Vec<String>,
@@ -83,7 +83,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    pub fn new(title: impl Into<String>, names: &[String], quantities: &[&str]) -> Self {
+    pub(crate) fn new(title: impl Into<String>, names: &[String], quantities: &[&str]) -> Self {
         let quantities = quantities
             .iter()
             .map(|&quantity| quantity.to_owned())
@@ -97,13 +97,13 @@ impl Comparison {
     }
 
     /// One value of each quantity, in their order.
-    pub fn add(&mut self, name: &str, values: &[f64]) {
+    pub(crate) fn add(&mut self, name: &str, values: &[f64]) {
         for (quantity, &value) in self.quantities.clone().iter().zip(values) {
             self.add_one(name, quantity, value);
         }
     }
 
-    pub fn add_one(&mut self, name: &str, quantity: &str, value: f64) {
+    pub(crate) fn add_one(&mut self, name: &str, quantity: &str, value: f64) {
         self.values
             .entry((name.to_owned(), quantity.to_owned()))
             .or_default()
@@ -115,7 +115,7 @@ impl Comparison {
         Samples::new(values.cloned().unwrap_or_default())
     }
 
-    pub fn table(&self) -> Table {
+    pub(crate) fn table(&self) -> Table {
         let mut columns = vec![String::new()];
         for (number, name) in self.names.iter().enumerate() {
             columns.push(name.clone());
@@ -148,7 +148,7 @@ impl Comparison {
         table
     }
 
-    pub fn raw(&self) -> Value {
+    pub(crate) fn raw(&self) -> Value {
         let mut raw: BTreeMap<&str, BTreeMap<&str, &Vec<f64>>> = BTreeMap::new();
         for ((name, quantity), values) in &self.values {
             raw.entry(name).or_default().insert(quantity, values);
@@ -158,7 +158,7 @@ impl Comparison {
 }
 
 /// What the figures were measured on.
-pub fn machine() -> Value {
+pub(crate) fn machine() -> Value {
     let first_line = |path: &str, start: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
         let line = text
@@ -181,7 +181,7 @@ pub fn machine() -> Value {
 }
 
 /// Prints a table and adds it to `results`/tables.txt, so that it outlives the terminal.
-pub fn show(results: &Path, table: &Table) -> Result {
+pub(crate) fn show(results: &Path, table: &Table) -> Result {
     use std::io::Write as _;
     let text = table.text();
     print!("{text}");
@@ -194,7 +194,7 @@ pub fn show(results: &Path, table: &Table) -> Result {
     Ok(file.write_all(text.as_bytes())?)
 }
 
-pub fn write_json(path: &Path, value: &Value) -> Result {
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result {
     let text = serde_json::to_string_pretty(value)?;
     fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
 }

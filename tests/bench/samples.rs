@@ -2,16 +2,16 @@
 
 /// The values of one measured quantity, in order of size.
 #[derive(Clone, Debug, Default)]
-pub struct Samples(Vec<f64>);
+pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
-    pub fn new(mut values: Vec<f64>) -> Self {
+    pub(crate) fn new(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         Samples(values)
     }
 
     /// The value that this share of all values does not exceed; `None` without values.
-    pub fn quantile(&self, share: f64) -> Option<f64> {
+    pub(crate) fn quantile(&self, share: f64) -> Option<f64> {
         let last = self.0.len().checked_sub(1)?;
         let position = share.clamp(0.0, 1.0) * last as f64;
         let below = *self.0.get(position.floor() as usize)?;
@@ -19,7 +19,7 @@ impl Samples {
         Some(below + (above - below) * position.fract())
     }
 
-    pub fn median(&self) -> Option<f64> {
+    pub(crate) fn median(&self) -> Option<f64> {
         self.quantile(0.5)
     }
 }

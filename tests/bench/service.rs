@@ -9,28 +9,32 @@ use crate::Result;
 const SOURCE: &str = "/src";
 
 /// Something that runs until it is dropped.
-pub struct Service {
+pub(crate) struct Service {
     script: String,
     stop: Vec<String>,
     environment: Vec<(String, String)>,
     /// Where it answers, if its script tells.
-    pub address: String,
+    pub(crate) address: String,
 }
 
 impl Service {
     /// registry, containerd or rrun-cri.
-    pub fn start(name: &str) -> Result<Self> {
+    pub(crate) fn start(name: &str) -> Result<Self> {
         Self::with(name, &[])
     }
 
     /// The same, with this in its script's environment.
-    pub fn with(name: &str, environment: &[(&str, &str)]) -> Result<Self> {
+    pub(crate) fn with(name: &str, environment: &[(&str, &str)]) -> Result<Self> {
         let (start, stop) = (["start", name], ["stop", name]);
         Self::by("tests/bench/server", &start, &stop, environment)
     }
 
     /// kubelet, for the server at this address; it looks for manifests in this directory.
-    pub fn kubelet(address: &str, manifests: &str, environment: &[(&str, &str)]) -> Result<Self> {
+    pub(crate) fn kubelet(
+        address: &str,
+        manifests: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let start = ["start", address, manifests];
         Self::by("tests/setup/kubelet.sh", &start, &["stop"], environment)
     }
@@ -56,17 +60,17 @@ impl Service {
     }
 
     /// Whether it is the one that was started by this name.
-    pub fn is(&self, name: &str) -> bool {
+    pub(crate) fn is(&self, name: &str) -> bool {
         self.stop.iter().any(|word| word == name)
     }
 
     /// Stops it, for [`Service::begin`] to start it again.
-    pub fn end(&self) -> Result {
+    pub(crate) fn end(&self) -> Result {
         self.call(&self.stop).map(|_| ())
     }
 
     /// Starts it again; the script ends when it answers.
-    pub fn begin(&self) -> Result<std::process::Child> {
+    pub(crate) fn begin(&self) -> Result<std::process::Child> {
         let start = self.stop.iter().map(|word| match word.as_str() {
             "stop" => "start",
             other => other,

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::cri::{Network, Options, Pod, Server, cpu_of_others};
+use crate::cri::{CriOptions, Network, Pod, Server, cpu_of_others};
 use crate::report::{self, Comparison};
 use crate::{Result, memory};
 
@@ -40,7 +40,7 @@ const ROUNDS: usize = 5;
 const PROMPTS: usize = 10;
 
 /// How long what happens behind an answer may take before memory is looked at.
-const SETTLE: Duration = Duration::from_millis(300);
+const MEMORY_SETTLE: Duration = Duration::from_millis(300);
 
 /// What kubectl puts into one frame.
 const FRAME: usize = 32 << 10;
@@ -61,8 +61,8 @@ const QUANTITIES: &[&str] = &[
     "a silent forwarded port, kB of the server",
 ];
 
-pub async fn run(
-    options: &Options,
+pub(crate) async fn run(
+    options: &CriOptions,
     servers: &mut [Server],
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
@@ -103,7 +103,7 @@ pub async fn run(
 }
 
 /// The values of each quantity, in their order.
-async fn one_round(server: &mut Server, options: &Options) -> Result<Vec<Vec<f64>>> {
+async fn one_round(server: &mut Server, options: &CriOptions) -> Result<Vec<Vec<f64>>> {
     let script = format!(
         "nc -ll -p {SOURCE} -e dd if=/dev/zero bs=1M count={MEGABYTES} & \
          nc -ll -p {SINK} -e dd of=/dev/null bs=1M & \
@@ -161,13 +161,13 @@ async fn measure(server: &mut Server, pod: &Pod) -> Result<Vec<Vec<f64>>> {
     figures.push(vec![(of_helpers()? - helpers) / SESSIONS as f64]);
     drop(sessions);
 
-    tokio::time::sleep(SETTLE).await;
+    tokio::time::sleep(MEMORY_SETTLE).await;
     let before = of_server()?;
     let mut sessions = Vec::new();
     for _ in 0..SESSIONS {
         sessions.push(forwarded(server, pod, SILENT).await?);
     }
-    tokio::time::sleep(SETTLE).await;
+    tokio::time::sleep(MEMORY_SETTLE).await;
     figures.push(vec![(of_server()? - before) / SESSIONS as f64]);
     Ok(figures)
 }

@@ -14,9 +14,12 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 cd "$HERE/../.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-key=$(cache_key "$(rustc -vV)" "$(cat Cargo.lock Cargo.toml ./*/Cargo.toml ./*/*/Cargo.toml .cargo/config.toml)")
+# Crates lie in folders of the checkout, and in folders of these.
+manifests() { find . -maxdepth 3 -name target -prune -o -name Cargo.toml -print | LC_ALL=C sort; }
+key=$(cache_key "$(rustc -vV)" "$(manifests | xargs cat Cargo.lock .cargo/config.toml)")
 
-# Removes the workspace's own crates, because cargo identifies those by their directory.
+# Removes the workspace's own crates, because cargo identifies those by their directory. All are named
+# rrun or rrun-SOMETHING.
 save() {
     local profile
     while read -r profile; do

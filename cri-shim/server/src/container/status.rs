@@ -158,6 +158,7 @@ fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
 /// What `crictl inspect` shows below the status. Blocks on the disk for one small file.
 pub(crate) fn info(node: &Node, container: &Container) -> Value {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
+    // Ours: the bundle is the server's own directory.
     let spec = std::fs::read(bundle.join("config.json"))
         .ok()
         .and_then(|text| serde_json::from_slice::<Value>(&text).ok());

@@ -1,0 +1,390 @@
+//! Files that an image or a pod names and that the server reads or writes, if a device, a FIFO or a
+//! link is in their place. To open a device calls its driver, so the server must never open one.
+
+use std::fs;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, SFlag, mknod};
+use serde_json::{Value, json};
+
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::server::Server;
+use crate::support::machine::{Result, command, only_looked_up, strace_opens, wait_for};
+use crate::support::needs::{Need, Test};
+use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        passwd_and_group_of_an_image_are_files_or_the_container_is_refused,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        no_device_of_an_image_is_opened,
+        A_NODE,
+        Need::RrunCri,
+        Need::Program("strace")
+    ),
+    test!(
+        a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count,
+        A_NODE,
+        Need::RrunCri,
+        Need::Works(
+            "watchdog to set off",
+            "modprobe softdog soft_noboot=1 && test -e /sys/class/watchdog/watchdog0/state"
+        )
+    ),
+    test!(
+        a_log_is_a_regular_file_or_the_container_is_refused,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_log_that_is_opened_again_is_a_regular_file_too,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(a_seccomp_profile_is_a_regular_file, A_NODE, Need::RrunCri),
+];
+
+const TUN: (u32, u32) = (10, 200);
+
+/// A device that can always be opened.
+const ZERO: (u32, u32) = (1, 5);
+
+fn device(archive: Archive, path: &str, number: (u32, u32)) -> Archive {
+    special(archive, path, b'3', number)
+}
+
+fn special(archive: Archive, path: &str, kind: u8, device: (u32, u32)) -> Archive {
+    archive.item(&Item {
+        path: path.as_bytes(),
+        kind,
+        device,
+        ..ITEM
+    })
+}
+
+fn built(archive: Archive, user: &str) -> Image {
+    image(
+        &[(archive.end(), Compression::Gzip)],
+        json!({ "User": user, "Cmd": ["/inside"] }),
+    )
+}
+
+/// A container of an image that only this test's registry has.
+fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
+    let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
+    let reference = format!("{}/{name}:1", server.host());
+    node.pull(&reference)?;
+    let mut container = node.container(name, &["/inside", "exit", "0"]);
+    container["image"]["image"] = json!(reference);
+    Ok(container)
+}
+
+/// The container is refused with these words, and the server still answers.
+fn is_refused(
+    node: &Node,
+    (pod_id, pod): (&str, &Value),
+    container: &Value,
+    words: &str,
+) -> Result {
+    let name = &container["metadata"]["name"];
+    let output = node.try_create(pod_id, pod, container)?;
+    ensure!(output.code != 0, "{name} was made");
+    ensure!(
+        output.stderr.contains(words),
+        "{name}: should say {words:?}: {}",
+        output.told()
+    );
+    ensure_eq!(node.asks(&["ps", "--all", "--quiet"])?, "", "containers");
+    Ok(())
+}
+
+fn passwd_and_group_of_an_image_are_files_or_the_container_is_refused() -> Result {
+    on_a_node(|node| {
+        let pod = node.pod("hostile");
+        let pod_id = node.runp(&pod)?;
+        let new = Archive::new;
+        let large = "x".repeat(5 << 20);
+        let cases = [
+            (
+                "character",
+                "root",
+                device(new(), "etc/passwd", TUN),
+                "etc/passwd",
+                "a character device",
+            ),
+            (
+                "by-number",
+                "0",
+                device(new(), "etc/passwd", TUN),
+                "etc/passwd",
+                "a character device",
+            ),
+            (
+                "group",
+                "0:0",
+                device(new(), "etc/group", TUN),
+                "etc/group",
+                "a character device",
+            ),
+            (
+                "block",
+                "",
+                special(new(), "etc/passwd", b'4', (7, 0)),
+                "etc/passwd",
+                "a block device",
+            ),
+            (
+                "fifo",
+                "",
+                special(new(), "etc/group", b'6', (0, 0)),
+                "etc/group",
+                "a FIFO",
+            ),
+            (
+                "directory",
+                "",
+                new().dir("etc/passwd", 0o755),
+                "etc/passwd",
+                "a directory",
+            ),
+            (
+                "link",
+                "web",
+                device(new().symlink("etc/passwd", "/data/node"), "data/node", TUN),
+                "etc/passwd",
+                "a character device",
+            ),
+            (
+                "relative",
+                "web",
+                device(
+                    new().symlink("etc/group", "../../../data/node"),
+                    "data/node",
+                    TUN,
+                ),
+                "etc/group",
+                "a character device",
+            ),
+        ];
+        for (name, user, archive, file, kind) in cases {
+            let container = container_of(node, name, &built(archive, user))?;
+            let words =
+                format!("{file} in the image's root file system is {kind}, not a regular file");
+            is_refused(node, (&pod_id, &pod), &container, &words)?;
+        }
+        for (name, archive, words) in [
+            ("loop", new().symlink("etc/passwd", "passwd"), "(ELOOP)"),
+            (
+                "large",
+                new().file("etc/group", &large),
+                "is larger than 4096 kB",
+            ),
+        ] {
+            let container = container_of(node, name, &built(archive, ""))?;
+            is_refused(node, (&pod_id, &pod), &container, words)?;
+        }
+        // A link to a regular file is followed inside the image, even if it seems to lead out of
+        // it.
+        let archive = new()
+            .symlink("etc/passwd", "/../../real/passwd")
+            .file("real/passwd", "web:x:33:34::/:/bin/sh\n")
+            .file("etc/group", "more:x:35:web\n");
+        let mut container = container_of(node, "good", &built(archive, "web"))?;
+        container["command"] = json!(["/inside", "report"]);
+        let report = node.report(&pod_id, &pod, &container)?;
+        ensure_eq!(report["uid"], 33, "user ({report})");
+        ensure_eq!(report["gid"], 34, "group ({report})");
+        Ok(())
+    })
+}
+
+fn no_device_of_an_image_is_opened() -> Result {
+    on_a_node(|node| {
+        let pod = node.pod("traced");
+        let pod_id = node.runp(&pod)?;
+        let mut containers = Vec::new();
+        for file in ["etc/passwd", "etc/group"] {
+            let name = file.replace('/', "-");
+            let archive = device(Archive::new(), file, ZERO);
+            containers.push(container_of(node, &name, &built(archive, "root"))?);
+        }
+        let traces = node.join("traces");
+        let pid = node.server_pid()?.to_string();
+        let mut strace = strace_opens(&traces)?.args(["-p", &pid]).start()?;
+        wait_for("strace to attach", || {
+            Ok(strace.stderr().contains("attached").then_some(()))
+        })?;
+        for container in &containers {
+            let output = node.try_create(&pod_id, &pod, container)?;
+            ensure!(output.code != 0, "it was made: {}", output.told());
+        }
+        strace.signal(Signal::SIGINT);
+        strace.end()?;
+        for file in ["etc/passwd", "etc/group"] {
+            ensure!(only_looked_up(&traces, file)?, "{file} was not looked up");
+        }
+        Ok(())
+    })
+}
+
+fn a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count() -> Result {
+    const STATE: &str = "/sys/class/watchdog/watchdog0/state";
+    let tested = on_a_node(|node| {
+        let number = fs::read_to_string("/sys/class/watchdog/watchdog0/dev")?;
+        let (major, minor) = number.trim().split_once(':').ok_or("no device number")?;
+        let number = (major.parse()?, minor.parse()?);
+        ensure_eq!(
+            fs::read_to_string(STATE)?.trim(),
+            "inactive",
+            "the watchdog"
+        );
+        let pod = node.pod("watchdog");
+        let pod_id = node.runp(&pod)?;
+        for file in ["etc/passwd", "etc/group"] {
+            let archive = device(Archive::new(), file, number);
+            let container = container_of(node, &file.replace('/', "-"), &built(archive, ""))?;
+            let output = node.try_create(&pod_id, &pod, &container)?;
+            ensure!(output.code != 0, "it was made: {}", output.told());
+        }
+        ensure_eq!(
+            fs::read_to_string(STATE)?.trim(),
+            "inactive",
+            "the watchdog"
+        );
+        Ok(())
+    });
+    let _ = command("rmmod", ["softdog"]).end();
+    tested
+}
+
+/// Puts a FIFO, a device or a link to another file at `path`, and returns the name of that kind.
+fn place(path: &Path, kind: usize, other: &Path) -> Result<Option<&'static str>> {
+    let _ = fs::remove_file(path);
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    Ok(match kind {
+        0 => {
+            nix::unistd::mkfifo(path, mode)?;
+            Some("a FIFO")
+        }
+        1 => {
+            let number = nix::sys::stat::makedev(TUN.0.into(), TUN.1.into());
+            mknod(path, SFlag::S_IFCHR, mode, number)?;
+            Some("a character device")
+        }
+        2 => {
+            std::os::unix::fs::symlink(other, path)?;
+            Some("a symbolic link")
+        }
+        _ => None,
+    })
+}
+
+fn a_log_is_a_regular_file_or_the_container_is_refused() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("logs");
+        let pod_id = node.runp(&pod)?;
+        let log = node.join("logs/logs/told.log");
+        let other = node.join("other");
+        fs::write(&other, "untouched")?;
+        for kind in 0.. {
+            let Some(what) = place(&log, kind, &other)? else {
+                break;
+            };
+            let container = node.container("told", &["/inside", "echo", "told"]);
+            let words = format!("it is {what}, not a regular file");
+            is_refused(node, (&pod_id, &pod), &container, &words)?;
+        }
+        ensure_eq!(
+            fs::read_to_string(&other)?,
+            "untouched",
+            "the file of the link"
+        );
+        // If a regular file exists already, the log is appended to it.
+        fs::write(&log, "before\n")?;
+        let id = node.run(
+            &pod_id,
+            &pod,
+            &node.container("told", &["/inside", "echo", "told"]),
+        )?;
+        node.exited(&id)?;
+        let text = fs::read_to_string(&log)?;
+        ensure!(
+            text.starts_with("before\n") && text.ends_with(" told\n"),
+            "{text:?}"
+        );
+        Ok(())
+    })
+}
+
+fn a_log_that_is_opened_again_is_a_regular_file_too() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("again");
+        let pod_id = node.runp(&pod)?;
+        let counts = node.container("counts", &["/inside", "count", "10"]);
+        let id = node.run(&pod_id, &pod, &counts)?;
+        let log = node.join("logs/again/counts.log");
+        let rotated = node.join("logs/again/counts.log.1");
+        let other = node.join("other");
+        fs::write(&other, "untouched")?;
+        wait_for("the first line", || {
+            Ok((fs::metadata(&log)?.len() > 0).then_some(()))
+        })?;
+        fs::rename(&log, &rotated)?;
+        for kind in 0.. {
+            let Some(what) = place(&log, kind, &other)? else {
+                break;
+            };
+            let output = node.crictl(&["logs", "--reopen", &id]).end()?;
+            let words = format!("it is {what}, not a regular file");
+            ensure!(
+                output.code != 0 && output.stderr.contains(&words),
+                "should say {words:?}: {}",
+                output.told()
+            );
+            // The old file still receives lines.
+            let length = fs::metadata(&rotated)?.len();
+            wait_for("more in the old log", || {
+                Ok((fs::metadata(&rotated)?.len() > length).then_some(()))
+            })?;
+        }
+        ensure_eq!(
+            fs::read_to_string(&other)?,
+            "untouched",
+            "the file of the link"
+        );
+        fs::remove_file(&log).or_else(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })?;
+        node.start_reopen(&id)?.end()?;
+        wait_for("the new log", || {
+            Ok((fs::metadata(&log)?.len() > 0).then_some(()))
+        })
+    })
+}
+
+fn a_seccomp_profile_is_a_regular_file() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("profiles");
+        let pod_id = node.runp(&pod)?;
+        let profile = node.join("profile.json");
+        let other = node.join("other");
+        for kind in [0, 1] {
+            let what = place(&profile, kind, &other)?.unwrap_or_default();
+            let mut container = node.container("confined", &["true"]);
+            container["linux"]["security_context"]["seccomp"] =
+                json!({ "profile_type": 2, "localhost_ref": profile });
+            let words = format!("it is {what}, not a regular file");
+            is_refused(node, (&pod_id, &pod), &container, &words)?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,211 @@
+//! Pods: what their containers share, their networks, and how they reach each other.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::{Value, json};
+
+use crate::support::machine::{Result, command, wait_for};
+use crate::support::needs::Test;
+use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(a_pod_can_be_on_the_nodes_network, A_NODE),
+    test!(the_containers_of_a_pod_share_what_pods_share, A_NODE),
+    test!(pods_and_node_reach_each_other, A_NODE),
+    test!(inspectp_leads_to_the_pods_namespaces, A_NODE),
+];
+
+fn a_pod_can_be_on_the_nodes_network() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let mut pod = node.pod("host");
+        pod["linux"]["security_context"]["namespace_options"]["network"] = json!(2);
+        if !is_rrun() {
+            // containerd refuses one; CRI-O passes over it.
+            pod.as_object_mut().and_then(|pod| pod.remove("hostname"));
+        }
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
+        let own = fs::read_to_string("/proc/sys/kernel/hostname")?;
+        ensure_eq!(
+            node.asks(&["exec", "-s", &id, "hostname"])?.trim(),
+            own.trim(),
+            "its host name"
+        );
+        let inside = node.asks(&["exec", "-s", &id, "readlink", "/proc/self/ns/net"])?;
+        let own = fs::read_link("/proc/self/ns/net")?;
+        ensure_eq!(
+            inside.trim(),
+            own.to_string_lossy(),
+            "its network namespace"
+        );
+        let status = node.json(&["inspectp", &pod_id])?["status"].clone();
+        ensure_eq!(
+            status.pointer("/linux/namespaces/options/network"),
+            Some(&json!("NODE")),
+            "its mode"
+        );
+        Ok(())
+    })
+}
+
+fn inspectp_leads_to_the_pods_namespaces() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("found");
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
+        let inside = node.pid(&id)?;
+        let namespace = |path: &str| -> Result<_> { Ok(fs::metadata(path)?.ino()) };
+        let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+        // What `nsenter --target PID` enters: not the node's.
+        let pid = &info["pid"];
+        let spec = info.pointer("/runtimeSpec/linux/namespaces");
+        let spec = spec.and_then(Value::as_array).ok_or("no namespaces")?;
+        for (kind, name) in [("net", "network"), ("ipc", "ipc"), ("uts", "uts")] {
+            let own = namespace(&format!("/proc/{inside}/ns/{kind}"))?;
+            let of_pid = namespace(&format!("/proc/{pid}/ns/{kind}"))?;
+            ensure_eq!(of_pid, own, "the {name} namespace of the pod's process");
+            let of_spec = spec.iter().find(|one| one["type"] == name);
+            let of_spec = of_spec.ok_or(format!("no {name} in {spec:?}"))?;
+            // containerd makes all but the network with the pod's first process.
+            if let Some(path) = of_spec["path"].as_str() {
+                ensure_eq!(namespace(path)?, own, "the {name} namespace at {path}");
+            }
+        }
+        ensure_eq!(info["netNamespaceClosed"], false, "its network is there");
+        node.asks(&["stopp", &pod_id])?;
+        let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+        ensure_eq!(info["netNamespaceClosed"], true, "its network is gone");
+        ensure_eq!(info["pid"], 0, "its process");
+        Ok(())
+    })
+}
+
+fn the_containers_of_a_pod_share_what_pods_share() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let mut pod = node.pod("shares");
+        pod["dns_config"] = json!({
+            "servers": ["192.0.2.53"], "searches": ["example.org"], "options": ["ndots:5"],
+        });
+        let pod_id = node.runp(&pod)?;
+        let one = node.run(&pod_id, &pod, &node.container("one", &["sleep", "600"]))?;
+        let two = node.run(&pod_id, &pod, &node.container("two", &["sleep", "600"]))?;
+        for (kind, shared) in [
+            ("net", true),
+            ("ipc", true),
+            ("uts", true),
+            ("pid", false),
+            ("mnt", false),
+        ] {
+            let path = format!("/proc/self/ns/{kind}");
+            let [first, second] =
+                [&one, &two].map(|id| node.asks(&["exec", "-s", id, "readlink", &path]));
+            let first = first?;
+            ensure_eq!(first == second?, shared, "{kind} namespace is shared");
+            let own = fs::read_link(&path)?;
+            ensure!(
+                first.trim() != own.to_string_lossy(),
+                "the {kind} namespace is the node's"
+            );
+        }
+        ensure_eq!(
+            node.asks(&["exec", "-s", &one, "hostname"])?.trim(),
+            "shares",
+            "host name"
+        );
+        node.asks(&[
+            "exec",
+            "-s",
+            &one,
+            "sh",
+            "-c",
+            "echo shared > /dev/shm/file",
+        ])?;
+        let read = node.asks(&["exec", "-s", &two, "cat", "/dev/shm/file"])?;
+        ensure_eq!(read.trim(), "shared", "/dev/shm in the other");
+        let resolv = node.asks(&["exec", "-s", &two, "cat", "/etc/resolv.conf"])?;
+        for line in [
+            "nameserver 192.0.2.53",
+            "search example.org",
+            "options ndots:5",
+        ] {
+            ensure!(resolv.contains(line), "no {line:?} in {resolv:?}");
+        }
+        let hosts = node.asks(&["exec", "-s", &two, "cat", "/etc/hostname"])?;
+        ensure_eq!(hosts.trim(), "shares", "/etc/hostname");
+
+        // One namespace of processes, if that is asked for.
+        let mut pod = node.pod("processes");
+        pod["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+        let pod_id = node.runp(&pod)?;
+        let mut ids = Vec::new();
+        for name in ["first", "second"] {
+            let mut container = node.container(name, &["sleep", "654"]);
+            container["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+            ids.push(node.run(&pod_id, &pod, &container)?);
+        }
+        let ps = node.asks(&["exec", "-s", &ids[0], "ps"])?;
+        ensure_eq!(ps.matches("sleep 654").count(), 2, "sleeps among {ps}");
+        Ok(())
+    })
+}
+
+fn address(node: &Node, pod_id: &str) -> Result<String> {
+    let status = node.json(&["inspectp", pod_id])?;
+    let address = status.pointer("/status/network/ip").and_then(Value::as_str);
+    Ok(address.ok_or(format!("no address in {status}"))?.to_owned())
+}
+
+fn pods_and_node_reach_each_other() -> Result {
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let mut pods = Vec::new();
+        for name in ["here", "there"] {
+            let pod = node.pod(name);
+            let pod_id = node.runp(&pod)?;
+            let mut web = node.container(&format!("web-{name}"), &[]);
+            web["image"]["image"] = json!(WEB);
+            let id = node.run(&pod_id, &pod, &web)?;
+            pods.push((address(node, &pod_id)?, id));
+        }
+        ensure!(
+            pods[0].0 != pods[1].0,
+            "both have the address {}",
+            pods[0].0
+        );
+        for (address, id) in [(&pods[1].0, &pods[0].1), (&pods[0].0, &pods[1].1)] {
+            let url = format!("http://{address}:5000/");
+            wait_for(&format!("{url} to answer"), || {
+                let page = node.asks(&["exec", "-s", id, "wget", "-q", "-O", "-", &url])?;
+                ensure_eq!(page.trim(), "hello from rrun", "the page");
+                Ok(Some(()))
+            })?;
+            command("curl", ["-fsS", &url])
+                .ok()?
+                .says("hello from rrun")?;
+        }
+        // A pod sees itself by 127.0.0.1, and a way out.
+        let id = &pods[0].1;
+        let page = node.asks(&[
+            "exec",
+            "-s",
+            id,
+            "wget",
+            "-q",
+            "-O",
+            "-",
+            "http://127.0.0.1:5000/",
+        ])?;
+        ensure_eq!(page.trim(), "hello from rrun", "the page by 127.0.0.1");
+        let routes = node.asks(&["exec", "-s", id, "ip", "route"])?;
+        ensure!(
+            routes.contains("default via"),
+            "no default route in {routes}"
+        );
+        Ok(())
+    })
+}

@@ -1,0 +1,237 @@
+//! Port-forward, by crictl over SPDY and over WebSocket.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+
+use nix::sys::signal::Signal;
+
+use crate::support::calls::Calls;
+use crate::support::machine::{Result, command, deadline, wait_for};
+use crate::support::needs::{Need, Test};
+use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
+use crate::support::spdy::SpdyClient;
+use crate::support::streams::{TRANSPORTS, port_forward_url};
+use crate::support::websocket::{reads, websocket};
+use crate::{ensure, ensure_eq, test};
+
+const SOCAT: Need = Need::Program("socat");
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(ports_are_forwarded, A_NODE, SOCAT),
+    test!(the_node_s_ports_are_forwarded, A_NODE),
+    test!(
+        a_program_that_does_not_read_holds_up_no_other,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(a_forwarded_port_ends_with_its_program, A_NODE),
+];
+
+fn ports_are_forwarded() -> Result {
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("ports");
+        let pod_id = node.runp(&pod)?;
+        let mut web = node.container("web", &[]);
+        web["image"]["image"] = WEB.into();
+        node.run(&pod_id, &pod, &web)?;
+        // One that listens on IPv6 only, and answers when all has been said: half-close is kept.
+        let script =
+            "while true; do nc -l -p 6000 -s ::1 -e sh -c 'sum=$(sha256sum); echo $sum'; done";
+        let sums = node.container("sums", &["sh", "-c", script]);
+        node.run(&pod_id, &pod, &sums)?;
+        let text = "x".repeat(3 << 20);
+        let sum = command("sha256sum", ["-b"])
+            .stdin(text.clone())
+            .ok()?
+            .stdout;
+        let sum = sum.split(' ').next().unwrap_or_default().to_owned();
+        for (number, transport) in TRANSPORTS.into_iter().enumerate() {
+            let (first, second, third) = (18000 + number, 18010 + number, 18020 + number);
+            let mut forward = node
+                .crictl(&["port-forward", "--transport", transport, &pod_id])
+                .args([format!("{first}:5000"), format!("{second}:6000")])
+                .start()?;
+            let url = format!("http://127.0.0.1:{first}/");
+            let page = wait_for("the page by a forwarded port", || {
+                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+                command("curl", ["-fsS", &url]).ok().map(Some)
+            })?;
+            ensure_eq!(page.text(), "hello from rrun", "page over {transport}");
+            let many: Vec<_> = (0..20)
+                .map(|_| command("curl", ["-fsS", &url]).start())
+                .collect::<Result<_>>()?;
+            for one in many {
+                let page = one.end()?;
+                ensure_eq!(
+                    page.text(),
+                    "hello from rrun",
+                    "one of many: {}",
+                    page.told()
+                );
+            }
+            forward.signal(Signal::SIGTERM);
+            forward.end()?;
+            // A port at which nobody listens: the client is told.
+            let mut refused = node
+                .crictl(&["port-forward", "--transport", transport, &pod_id])
+                .arg(format!("{third}:81"))
+                .start()?;
+            wait_for("the refusal", || {
+                let _ = command(
+                    "curl",
+                    ["-sS", "-m", "2", &format!("http://127.0.0.1:{third}/")],
+                )
+                .end()?;
+                let said = refused.stderr() + &refused.stdout();
+                Ok(said.contains("refused").then_some(()))
+            })?;
+            if is_rrun() {
+                let line = format!("pod {pod_id}: error forwarding port 81");
+                wait_for("the log to name pod and port", || {
+                    Ok(node.log().contains(&line).then_some(()))
+                })?;
+            }
+            refused.signal(Signal::SIGKILL);
+            let mut forward = node
+                .crictl(&["port-forward", "--transport", transport, &pod_id])
+                .arg(format!("{second}:6000"))
+                .start()?;
+            let address = format!("TCP:127.0.0.1:{second}");
+            let answer = wait_for("the sum by a forwarded port", || {
+                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+                let socat = command("socat", ["-t", "20", "-", &address]);
+                let answer = socat.stdin(text.clone()).ok()?;
+                Ok(answer.stdout.contains(&sum).then_some(()))
+            });
+            forward.signal(Signal::SIGKILL);
+            answer?;
+        }
+        Ok(())
+    })
+}
+
+fn the_node_s_ports_are_forwarded() -> Result {
+    on_a_node(|node| {
+        let mut pod = node.pod("host");
+        pod["linux"]["security_context"]["namespace_options"]["network"] = 2.into();
+        if let Some(pod) = pod.as_object_mut() {
+            // It would be the node's.
+            pod.remove("hostname");
+        }
+        let pod_id = node.runp(&pod)?;
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        let port = listener.local_addr()?.port();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let _ = stream.and_then(|mut stream| stream.write_all(b"the node's"));
+            }
+        });
+        for (local, transport) in (18100_u16..).zip(TRANSPORTS) {
+            let mut forward = node
+                .crictl(&["port-forward", "--transport", transport, &pod_id])
+                .arg(format!("{local}:{port}"))
+                .start()?;
+            let said = wait_for("the forwarded port", || {
+                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+                let Ok(mut stream) = TcpStream::connect(("127.0.0.1", local)) else {
+                    return Ok(None);
+                };
+                stream.set_read_timeout(Some(deadline()))?;
+                let mut said = String::new();
+                stream.read_to_string(&mut said)?;
+                Ok(Some(said))
+            });
+            forward.signal(Signal::SIGKILL);
+            ensure_eq!(said?, "the node's", "what came over {transport}");
+        }
+        Ok(())
+    })
+}
+
+/// Neither client nor server can make the client's program wait: SPDY's clients know no windows.
+fn a_program_that_does_not_read_holds_up_no_other() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("stuck");
+        let pod_id = node.runp(&pod)?;
+        let script = "nc -ll -p 6000 -e sleep 1000 & nc -ll -p 6001 -e cat & wait";
+        node.run(&pod_id, &pod, &node.container("c", &["sh", "-c", script]))?;
+        let echo = |port: u16| -> Result<Option<()>> {
+            let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
+                return Ok(None);
+            };
+            stream.set_read_timeout(Some(deadline() * 4))?;
+            stream.write_all(b"hello")?;
+            let mut said = [0; 5];
+            Ok(stream.read_exact(&mut said).is_ok().then_some(()))
+        };
+        let mut clients = Vec::new();
+        for (port, transport) in (18200_u16..).step_by(2).zip(TRANSPORTS) {
+            let mut forward = node
+                .crictl(&["port-forward", "--transport", transport, &pod_id])
+                .args([format!("{port}:6000"), format!("{}:6001", port + 1)])
+                .start()?;
+            wait_for("the forwarded port", || {
+                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+                echo(port + 1)
+            })?;
+            // Much more than all buffers on the way hold; it ends when its connection does.
+            let mut stuck = TcpStream::connect(("127.0.0.1", port))?;
+            let sending = std::thread::spawn(move || {
+                let piece = vec![0; 1 << 20];
+                while stuck.write_all(&piece).is_ok() {}
+            });
+            clients.push((port, transport, forward, sending));
+        }
+        for (port, transport, mut forward, sending) in clients {
+            let answered = echo(port + 1)?;
+            ensure!(
+                answered.is_some() && forward.lives(),
+                "over {transport} nothing came any more: {}",
+                forward.stderr()
+            );
+            ensure!(sending.join().is_ok(), "the sender over {transport}");
+            ensure!(
+                echo(port + 1)?.is_some() && forward.lives(),
+                "the client over {transport} ended with the one connection: {}",
+                forward.stderr()
+            );
+            forward.signal(Signal::SIGKILL);
+        }
+        Ok(())
+    })
+}
+
+/// The first clients end their half of a connection only when they have been told that all is over.
+fn a_forwarded_port_ends_with_its_program() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("over");
+        let pod_id = node.runp(&pod)?;
+        let script = "exec nc -ll -p 6000 -e echo bye";
+        let id = node.run(&pod_id, &pod, &node.container("c", &["sh", "-c", script]))?;
+        let listens = "until grep -q :1770 /proc/net/tcp*; do sleep 0.1; done";
+        node.asks(&["exec", &id, "sh", "-c", listens])?;
+        let calls = Calls::new(node)?;
+        let url = port_forward_url(&calls, &pod_id, &[])?;
+        let mut client = SpdyClient::upgraded(&url, "portforward.k8s.io")?;
+        for kind in ["error", "data"] {
+            client.open_with(kind, &[("port", "6000"), ("requestid", "0")])?;
+        }
+        let came = client.all()?;
+        let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
+        ensure_eq!(of("data"), "bye\n", "what the program said");
+        ensure_eq!(of("error"), "", "an error");
+        if is_rrun() {
+            // Channels have no half to end.
+            let url = port_forward_url(&calls, &pod_id, &[6000])?;
+            let mut stream = websocket(&url, "v4.channel.k8s.io")?;
+            reads(&mut stream, b"\x00bye\n")?;
+            // Goodbye.
+            reads(&mut stream, &[0x88, 2, 3, 232])?;
+        }
+        Ok(())
+    })
+}

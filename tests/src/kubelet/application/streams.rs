@@ -1,0 +1,130 @@
+//! Exec, attach, port-forward and logs by kubelet's own endpoint, over both of its transports.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::TcpStream;
+
+use serde_json::Value;
+
+use crate::support::application::tells;
+use crate::support::kubelet::{Kubelet, logs, url};
+use crate::support::machine::Result;
+use crate::support::spdy::{FIN, SpdyClient};
+use crate::support::websocket::{message, reads, websocket};
+use crate::{ensure, ensure_eq};
+
+fn by_websocket(path: &str, pod: &Value, rest: &str) -> Result<TcpStream> {
+    websocket(&url(path, pod, rest), "v4.channel.k8s.io")
+}
+
+fn by_spdy(path: &str, pod: &Value, rest: &str) -> Result<SpdyClient> {
+    let protocol = match path {
+        "portForward" => "portforward.k8s.io",
+        _ => "v4.channel.k8s.io",
+    };
+    SpdyClient::upgraded(&url(path, pod, rest), protocol)
+}
+
+/// The query that names this command.
+fn query(container: &str, words: &[&str]) -> String {
+    let escaped = |word: &str| {
+        word.bytes()
+            .map(|byte| format!("%{byte:02X}"))
+            .collect::<String>()
+    };
+    let words = words
+        .iter()
+        .map(|word| format!("&command={}", escaped(word)));
+    format!(
+        "/{container}?input=1&output=1&error=1{}",
+        words.collect::<String>()
+    )
+}
+
+/// What a command in this container writes, and its status, over SPDY.
+pub(crate) fn exec(
+    pod: &Value,
+    container: &str,
+    words: &[&str],
+    input: &[u8],
+) -> Result<BTreeMap<&'static str, String>> {
+    let mut exec = by_spdy("exec", pod, &query(container, words))?;
+    for kind in ["error", "stdin", "stdout", "stderr"] {
+        exec.open(kind)?;
+    }
+    exec.sends("stdin", FIN, input)?;
+    exec.all()
+}
+
+pub(crate) fn streams_go_through_kubelet(pod: &Value) -> Result {
+    over_websockets(pod)?;
+    over_spdy(pod)?;
+    let told = logs(pod, "web")?;
+    ensure!(told.contains("POST /fail/nothing"), "the log: {told}");
+    ensure!(told.contains("POST /fail/nobody"), "the log: {told}");
+    Ok(())
+}
+
+fn over_websockets(pod: &Value) -> Result {
+    let words = ["cat", "/config/greeting"];
+    let mut exec = by_websocket("exec", pod, &query("web", &words))?;
+    reads(&mut exec, b"hello from a file")?;
+    let mut attach = by_websocket("attach", pod, "/web?output=1&error=1")?;
+    // A line of the readiness probe's, every other second: it is attached.
+    reads(&mut attach, b"GET /ready")?;
+    tells(pod, "/fail/nothing")?;
+    reads(&mut attach, b"POST /fail/nothing")?;
+    let mut port = by_websocket("portForward", pod, "?port=5000")?;
+    port.write_all(&message(0, b"GET /ready HTTP/1.0\r\n\r\n"))?;
+    reads(&mut port, b"ok\n")
+}
+
+fn over_spdy(pod: &Value) -> Result {
+    let script = "cat; echo err >&2; exit 3";
+    let came = exec(pod, "web", &["sh", "-c", script], b"typed")?;
+    let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
+    ensure_eq!(of("stdout"), "typed", "stdout of an exec");
+    ensure_eq!(of("stderr"), "err\n", "stderr of an exec");
+    let status: Value = serde_json::from_str(of("error"))?;
+    let code = status.pointer("/details/causes/0/message").cloned();
+    ensure_eq!(code, Some("3".into()), "the exit code in {status}");
+
+    let mut attach = by_spdy("attach", pod, "/web?output=1&error=1")?;
+    for kind in ["error", "stdout", "stderr"] {
+        attach.open(kind)?;
+    }
+    let mut says = |line: &str| -> Result {
+        let said = attach.until(|came| came.values().any(|text| text.contains(line)));
+        said.map(drop)
+    };
+    says("GET /ready")?;
+    tells(pod, "/fail/nobody")?;
+    says("POST /fail/nobody")?;
+
+    let mut port = by_spdy("portForward", pod, "")?;
+    for kind in ["error", "data"] {
+        port.open_with(kind, &[("port", "5000"), ("requestid", "1")])?;
+    }
+    port.sends("error", FIN, b"")?;
+    port.sends("data", FIN, b"GET /ready HTTP/1.0\r\n\r\n")?;
+    let came = port.all()?;
+    let page = came.get("data").map(String::as_str).unwrap_or_default();
+    ensure!(page.ends_with("ok\n"), "a forwarded port: {came:?}");
+    Ok(())
+}
+
+/// That kubelet was told of its containers by events.
+pub(crate) fn events_come(kubelet: &Kubelet) -> Result {
+    let metrics = kubelet.reads("/metrics")?;
+    let count = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split(' ').nth(1)?.parse::<f64>().ok())
+    };
+    let connected = count("kubelet_evented_pleg_connection_success_count");
+    let failed = count("kubelet_evented_pleg_connection_error_count");
+    ensure!(
+        connected >= Some(1.0) && failed.unwrap_or(0.0) < 1.0,
+        "the event stream: connected {connected:?}, failed {failed:?}"
+    );
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Host ports of the embedded network, and its two families of addresses: by what arrives.
+
+use serde_json::json;
+
+use crate::support::machine::{Result, command, wait_for};
+use crate::support::needs::{Need, Test};
+use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
+use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, pod_fetches, web};
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(a_host_port_leads_to_its_pod_from_everywhere, A_NODE),
+    test!(a_host_port_has_one_pod, A_NODE, Need::Rrun),
+    test!(host_ports_outlive_a_kill_and_a_flush, A_NODE, Need::Rrun),
+    test!(pods_have_both_families, A_NODE, Need::Rrun),
+    test!(a_full_range_is_named, A_NODE, Need::Rrun),
+];
+
+fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let ports = json!([
+            { "host_port": 8090, "container_port": 5000 },
+            { "host_port": 8091, "container_port": 5000, "host_ip": Uplink::V4 },
+            { "host_port": 8092, "container_port": 53, "protocol": 1 },
+        ]);
+        let (pod_id, own) = web(node, &mapped(node, "mapped", ports))?;
+        let (_, other) = web(node, &node.pod("other"))?;
+        for host in ["127.0.0.1", Uplink::V4] {
+            node_fetches(&format!("http://{host}:8090/"))?;
+        }
+        node_fetches(&format!("http://{}:8091/", Uplink::V4))?;
+        let refused = command(
+            "curl",
+            ["-fsS", "--max-time", "3", "http://127.0.0.1:8091/"],
+        );
+        ensure!(
+            refused.end()?.code != 0,
+            "the port of one address is at another"
+        );
+        for client in [&own, &other] {
+            for port in ["8090", "8091"] {
+                pod_fetches(node, client, &format!("http://{}:{port}/", Uplink::V4))?;
+            }
+        }
+        if is_rrun() {
+            node_fetches(&format!("http://[{}]:8090/", Uplink::V6))?;
+            for client in [&own, &other] {
+                pod_fetches(node, client, &format!("http://[{}]:8090/", Uplink::V6))?;
+            }
+        }
+        // UDP, by 127.0.0.1, with an answer.
+        let listen = [
+            "exec",
+            "-s",
+            &own,
+            "sh",
+            "-c",
+            "echo answer | timeout 20 nc -u -l -p 53",
+        ];
+        let listener = node.crictl(&listen).start()?;
+        wait_for("an answer by UDP", || {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            socket.set_read_timeout(Some(std::time::Duration::from_secs(1)))?;
+            socket.send_to(b"question", "127.0.0.1:8092")?;
+            let mut got = [0; 64];
+            let answered = socket.recv(&mut got).is_ok_and(|n| n > 0);
+            Ok((answered && got.starts_with(b"answer")).then_some(()))
+        })?;
+        drop(listener);
+        node.asks(&["stopp", &pod_id])?;
+        let gone = command(
+            "curl",
+            ["-fsS", "--max-time", "3", "http://127.0.0.1:8090/"],
+        )
+        .end()?;
+        ensure!(gone.code != 0, "the host port is there after the stop");
+        Ok(())
+    })
+}
+
+fn a_host_port_has_one_pod() -> Result {
+    on_a_node(|node| {
+        let port = |host_ip: &str, host_port: i32| json!([{ "host_port": host_port, "container_port": 80, "host_ip": host_ip }]);
+        let first = node.runp(&mapped(node, "first", port("", 8090)))?;
+        let mut of_the_node = mapped(node, "node", port("", 8091));
+        of_the_node["linux"]["security_context"]["namespace_options"]["network"] = json!(2);
+        of_the_node
+            .as_object_mut()
+            .and_then(|pod| pod.remove("hostname"));
+        let on_node = node.runp(&of_the_node)?;
+        for (host_ip, host_port, owner) in [
+            ("", 8090, "default/first"),
+            ("127.0.0.1", 8090, "default/first"),
+            ("", 8091, "default/node"),
+        ] {
+            let output = node.try_runp(&mapped(node, "second", port(host_ip, host_port)))?;
+            let told = output.told();
+            ensure!(
+                output.code != 0
+                    && told.contains(&format!("TCP port {host_port}"))
+                    && told.contains(owner),
+                "the answer to a taken port: {told}"
+            );
+        }
+        let output = node.try_runp(&mapped(node, "odd", port("", 65536)))?;
+        ensure!(
+            output.told().contains("port_mappings[0].host_port: 65536"),
+            "the answer to a bad port: {}",
+            output.told()
+        );
+        for stopped in [first, on_node] {
+            node.asks(&["stopp", &stopped])?;
+        }
+        node.runp(&mapped(node, "second", port("", 8090)))?;
+        node.runp(&mapped(node, "third", port("", 8091)))?;
+        Ok(())
+    })
+}
+
+fn host_ports_outlive_a_kill_and_a_flush() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let ports = json!([{ "host_port": 8090, "container_port": 5000 }]);
+        web(node, &mapped(node, "mapped", ports))?;
+        let url = "http://127.0.0.1:8090/";
+        node_fetches(url)?;
+        command("nft", ["add", "table", "inet", "others"]).ok()?;
+        node.kill_server()?;
+        node_fetches(url)?;
+        node.start_server()?;
+        node_fetches(url)?;
+        let tables = command("nft", ["list", "tables"]).ok()?.text().to_owned();
+        ensure!(
+            tables.contains("inet others"),
+            "somebody else's table is gone: {tables}"
+        );
+        // By the start, by the next pod, by SIGHUP.
+        node.kill_server()?;
+        command("nft", ["flush", "ruleset"]).ok()?;
+        node.start_server()?;
+        node_fetches(url)?;
+        command("nft", ["flush", "ruleset"]).ok()?;
+        node.runp(&node.pod("next"))?;
+        node_fetches(url)?;
+        command("nft", ["flush", "ruleset"]).ok()?;
+        node.hang_up_server();
+        node_fetches(url)
+    })
+}
+
+fn pods_have_both_families() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let mut pods = Vec::new();
+        for name in ["here", "there"] {
+            let (pod_id, id) = web(node, &node.pod(name))?;
+            pods.push((addresses(node, &pod_id)?, id));
+        }
+        for (addresses, _) in &pods {
+            let [v4, v6] = addresses.as_slice() else {
+                return Err(format!("not two addresses: {addresses:?}").into());
+            };
+            node_fetches(&format!("http://{v4}:5000/"))?;
+            node_fetches(&format!("http://[{v6}]:5000/"))?;
+            for (_, client) in &pods {
+                node.asks(&["exec", "-s", client, "ping", "-c", "1", "-W", "5", v4])?;
+                node.asks(&["exec", "-s", client, "ping", "-6", "-c", "1", "-W", "5", v6])?;
+                pod_fetches(node, client, &format!("http://{v4}:5000/"))?;
+                pod_fetches(node, client, &format!("http://[{v6}]:5000/"))?;
+            }
+        }
+        let (own, id) = pods.first().ok_or("no pod")?;
+        let hosts = node.asks(&["exec", "-s", id, "cat", "/etc/hosts"])?;
+        for address in own {
+            ensure!(
+                hosts.contains(&format!("{address}\there")),
+                "no {address} in {hosts}"
+            );
+        }
+        let link = node.asks(&["exec", "-s", id, "cat", "/sys/class/net/eth0/mtu"])?;
+        ensure_eq!(link.trim(), "1400", "the MTU, of the uplink");
+        let shown = node.asks(&["exec", "-s", id, "ip", "-6", "address"])?;
+        ensure!(
+            !shown.contains("tentative"),
+            "duplicates are looked for: {shown}"
+        );
+        Ok(())
+    })
+}
+
+fn a_full_range_is_named() -> Result {
+    on_a_node(|node| {
+        std::fs::write(
+            node.join("config.d/network.toml"),
+            "[network]\nrange = \"10.77.0.0/30\"\nrange6 = \"\"\n",
+        )?;
+        node.pull(BUSYBOX)?;
+        let old = node.pod("old");
+        let old_id = node.runp(&old)?;
+        let old_main = node.run(&old_id, &old, &node.container("old", &["sleep", "600"]))?;
+        node.terminate_server()?;
+        node.start_server()?;
+        let one = node.runp(&node.pod("one"))?;
+        ensure_eq!(addresses(node, &one)?, ["10.77.0.2"], "the only address");
+        let full = node.try_runp(&node.pod("two"))?;
+        ensure!(
+            full.code != 0 && full.told().contains("10.77.0.0/30"),
+            "the answer of a full range: {}",
+            full.told()
+        );
+        // A pod of the range before has its address and its ways.
+        let before = addresses(node, &old_id)?;
+        ensure!(
+            before.len() == 2 && before[0].starts_with("10.88."),
+            "the old pod's addresses: {before:?}"
+        );
+        for address in ["10.77.0.1", "10.77.0.2"] {
+            let ping = ["ping", "-c", "1", "-W", "5", address];
+            node.crictl(&["exec", "-s", &old_main]).args(ping).ok()?;
+        }
+        node.asks(&["rmp", "--force", &one])?;
+        wait_for("the address to be free", || {
+            let again = node.try_runp(&node.pod("two"))?;
+            Ok((again.code == 0).then_some(()))
+        })
+    })
+}

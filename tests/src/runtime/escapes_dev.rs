@@ -1,0 +1,297 @@
+//! Published ways out of a container by what stands in its /dev, and by special files anywhere. Each
+//! as it was published, and its failure.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use serde_json::{Value, json};
+
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::inside::attacker::{Exchange, rounds};
+use crate::support::machine::{Directory, Result, note, only_looked_up, strace_opens};
+use crate::support::needs::{Need, Test};
+use crate::support::refusals::refused;
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(cve_2025_31133_masked_paths_are_masked_by_the_true_null),
+    test!(
+        cve_2025_52565_the_console_is_the_terminal_that_was_opened,
+        Need::Rrun
+    ),
+    test!(cve_2025_52565_a_false_devpts_is_refused, Need::Rrun),
+    test!(special_files_neither_hang_nor_fool),
+    test!(a_configuration_and_a_namespace_are_files, Need::Rrun),
+    test!(
+        no_device_of_a_root_file_system_is_opened,
+        Need::Rrun,
+        Need::Program("strace")
+    ),
+];
+
+/// A volume for /dev with the usual nodes, and what an attacker adds.
+fn dev_volume() -> Result<Directory> {
+    let dir = Directory::new("dev")?;
+    for (name, minor) in [
+        ("null", 3),
+        ("zero", 5),
+        ("full", 7),
+        ("random", 8),
+        ("urandom", 9),
+    ] {
+        let mode = Mode::from_bits_truncate(0o666);
+        mknod(&dir.join(name), SFlag::S_IFCHR, mode, makedev(1, minor))?;
+    }
+    mknod(
+        &dir.join("tty"),
+        SFlag::S_IFCHR,
+        Mode::from_bits_truncate(0o666),
+        makedev(5, 0),
+    )?;
+    fs::create_dir(dir.join("pts"))?;
+    fs::create_dir(dir.join("shm"))?;
+    fs::create_dir(dir.join("mqueue"))?;
+    Ok(dir)
+}
+
+fn replace_dev(bundle: &mut Bundle, source: &Path) {
+    bundle.set(
+        "/mounts/1",
+        json!({ "destination": "/dev", "type": "bind", "source": source, "options": ["bind"] }),
+    );
+}
+
+/// Nothing is mounted at /dev, and what the runtime makes there it makes in the image.
+fn with_the_images_dev(bundle: &mut Bundle) {
+    if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
+        all.retain(|mount| {
+            !mount["destination"]
+                .as_str()
+                .unwrap_or_default()
+                .starts_with("/dev")
+        });
+    }
+    bundle.set("/root/readonly", json!(false));
+}
+
+const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
+
+fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
+    let before = fs::read_to_string(CORE_PATTERN)?;
+    // /dev/null of the image's leads to a file that root of the host's may write.
+    let mut bundle = Bundle::new(&["write", "/proc/keys", "|/evil"])?;
+    symlink(CORE_PATTERN, bundle.join("rootfs/dev/null"))?;
+    with_the_images_dev(&mut bundle);
+    bundle.call(&["run"])?.end()?;
+    ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+
+    // And by a rename at the right moment, in a volume that another container shares.
+    let volume = dev_volume()?;
+    symlink(CORE_PATTERN, volume.join("link"))?;
+    let mut bundle = Bundle::new(&["stat", "/proc/keys"])?;
+    replace_dev(&mut bundle, volume.path());
+    bundle.write_config()?;
+    let race = Exchange::start(&volume.join("null"), &volume.join("link"));
+    let mut made = 0;
+    for _ in 0..rounds() {
+        let output = bundle.runtime(&["run", bundle.id()]).end()?;
+        if output.code != 0 {
+            continue;
+        }
+        made += 1;
+        let stat = output.json()?;
+        ensure_eq!(stat["kind"], "character device", "/proc/keys");
+        ensure_eq!(stat["device"], json!([1, 3]), "/proc/keys");
+    }
+    ensure!(made > 0, "no container was made at all");
+    ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+    note(format!(
+        "CVE-2025-31133: {made} of {} made, {} exchanges",
+        rounds(),
+        race.times()
+    ));
+    Ok(())
+}
+
+fn cve_2025_52565_the_console_is_the_terminal_that_was_opened() -> Result {
+    let before = fs::read_to_string(CORE_PATTERN)?;
+    let volume = dev_volume()?;
+    symlink(CORE_PATTERN, volume.join("link"))?;
+    fs::write(volume.join("console"), "")?;
+    let mut bundle = Bundle::new(&["write", "/dev/console", "|/evil"])?;
+    replace_dev(&mut bundle, volume.path());
+    bundle
+        .set("/process/terminal", json!(true))
+        .write_config()?;
+    let race = Exchange::start(&volume.join("console"), &volume.join("link"));
+    let mut made = 0;
+    for _ in 0..rounds() {
+        let output = bundle.runtime(&["run", bundle.id()]).end()?;
+        made += usize::from(output.code == 0);
+        ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+    }
+    ensure!(made > 0, "no container was made at all");
+    note(format!(
+        "CVE-2025-52565: {made} of {} made, {} exchanges",
+        rounds(),
+        race.times()
+    ));
+    Ok(())
+}
+
+fn cve_2025_52565_a_false_devpts_is_refused() -> Result {
+    let before = fs::read_to_string(CORE_PATTERN)?;
+    for kind in ["link", "fifo", "file", "device", "nothing"] {
+        let volume = dev_volume()?;
+        let ptmx = volume.join("pts/ptmx");
+        let mode = Mode::from_bits_truncate(0o666);
+        match kind {
+            "link" => symlink(CORE_PATTERN, &ptmx)?,
+            "fifo" => nix::unistd::mkfifo(&ptmx, mode)?,
+            "file" => fs::write(&ptmx, "")?,
+            "device" => mknod(&ptmx, SFlag::S_IFCHR, mode, makedev(5, 2))?,
+            _ => {}
+        }
+        let mut bundle = Bundle::new(&["write", "/dev/console", "|/evil"])?;
+        replace_dev(&mut bundle, volume.path());
+        if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
+            all.retain(|mount| mount["destination"] != "/dev/pts");
+        }
+        bundle.set("/process/terminal", json!(true));
+        bundle.call(&["run"])?.exits(1)?;
+        ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+    }
+    Ok(())
+}
+
+fn special_files_neither_hang_nor_fool() -> Result {
+    let fifo = |path: PathBuf| {
+        let _ = fs::remove_file(&path);
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o666))
+    };
+    let source = Directory::new("source")?;
+    fs::write(source.join("hosts"), "text")?;
+    let bind = |destination: &str| {
+        json!({
+            "destination": destination, "type": "bind", "source": source.join("hosts"),
+            "options": ["bind"],
+        })
+    };
+    // A FIFO where a file is mounted, and where users are looked up.
+    let mut bundle = Bundle::new(&["cat", "/etc/hosts"])?;
+    fifo(bundle.join("rootfs/etc/hosts"))?;
+    fifo(bundle.join("rootfs/etc/passwd"))?;
+    bundle.add("/mounts", bind("/etc/hosts"));
+    ensure_eq!(bundle.run()?.stdout, "text", "the file mounted on a FIFO");
+    // A device, and a link to one.
+    let mut bundle = Bundle::new(&["cat", "/etc/hosts"])?;
+    let node = bundle.join("rootfs/etc/hosts");
+    mknod(
+        &node,
+        SFlag::S_IFBLK,
+        Mode::from_bits_truncate(0o600),
+        makedev(8, 0),
+    )?;
+    bundle.add("/mounts", bind("/etc/hosts"));
+    ensure_eq!(bundle.run()?.stdout, "text", "the file mounted on a device");
+    // As the program, the working directory, a device of the default ones, the root.
+    for (pointer, value, name) in [
+        ("/process/args", json!(["/etc/fifo"]), "program"),
+        ("/process/cwd", json!("/etc/fifo"), "working directory"),
+        (
+            "/mounts/1/destination",
+            json!("/etc/fifo"),
+            "mount point of a tmpfs",
+        ),
+        ("/root/path", json!("rootfs/etc/fifo"), "root"),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        fifo(bundle.join("rootfs/etc/fifo"))?;
+        bundle.set(pointer, value);
+        let output = bundle.call(&["run"])?.end()?;
+        ensure!(output.code == 1, "a FIFO as {name}: {}", output.told());
+    }
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    with_the_images_dev(&mut bundle);
+    fifo(bundle.join("rootfs/dev/null"))?;
+    bundle.call(&["run"])?.end()?;
+    Ok(())
+}
+
+fn a_configuration_and_a_namespace_are_files() -> Result {
+    let mode = Mode::from_bits_truncate(0o600);
+    type Make = fn(&Path, Mode) -> nix::Result<()>;
+    let places: [(&str, Make); 2] = [
+        ("a FIFO", nix::unistd::mkfifo),
+        ("a character device", |path, mode| {
+            mknod(path, SFlag::S_IFCHR, mode, makedev(10, 200))
+        }),
+    ];
+    for (what, make) in places {
+        let words = format!("it is {what}, not a regular file");
+        let bundle = Bundle::new(&["exit", "0"])?;
+        let path = bundle.join("config.json");
+        let _ = fs::remove_file(&path);
+        make(&path, mode)?;
+        refused(&bundle, &[&words])?;
+        for kind in ["network", "user"] {
+            let mut bundle = Bundle::new(&["exit", "0"])?;
+            let path = bundle.join("namespace");
+            make(&path, mode)?;
+            bundle.without_namespace(kind);
+            bundle.add("/linux/namespaces", json!({ "type": kind, "path": path }));
+            bundle.write_config()?;
+            refused(&bundle, &[&words])?;
+        }
+    }
+    Ok(())
+}
+
+fn no_device_of_a_root_file_system_is_opened() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    bundle.set("/process/env", json!(["PATH=/bin"]));
+    bundle.add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
+        }),
+    );
+    // All devices are allowed, as in a privileged container.
+    bundle.set(
+        "/linux/resources/devices",
+        json!([{ "allow": true, "access": "rwm" }]),
+    );
+    fs::create_dir_all(bundle.join("rootfs/data"))?;
+    fs::create_dir_all(bundle.join("rootfs/etc"))?;
+    fs::write(bundle.join("rootfs/data/file"), "text")?;
+    fs::write(
+        bundle.join("rootfs/etc/passwd"),
+        "root:x:0:0::/from/passwd:/bin/sh\n",
+    )?;
+    let report = bundle.report()?;
+    ensure_eq!(report["env"]["HOME"], "/from/passwd", "HOME ({report})");
+
+    for path in ["etc/passwd", "data/node"] {
+        let path = bundle.join("rootfs").join(path);
+        let _ = fs::remove_file(&path);
+        let mode = Mode::from_bits_truncate(0o666);
+        // A device that can always be opened: the trace shows the path of what is open.
+        mknod(&path, SFlag::S_IFCHR, mode, makedev(1, 5))?;
+    }
+    let traces = bundle.join("traces");
+    let output = strace_opens(&traces)?
+        .args([runtime_program().as_str(), "--root"])
+        .arg(bundle.root())
+        .args(["run", bundle.id()])
+        .dir(bundle.path())
+        .ok()?;
+    let report: Value = serde_json::from_str(output.text())?;
+    ensure_eq!(report["env"]["HOME"], "/", "HOME ({report})");
+    // The node is copied, which needs no look at it by an open.
+    only_looked_up(&traces, "node")?;
+    let looked_up = only_looked_up(&traces, "etc/passwd")?;
+    ensure!(looked_up, "/etc/passwd was not looked up");
+    Ok(())
+}

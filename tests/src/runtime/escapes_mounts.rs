@@ -1,0 +1,301 @@
+//! Published ways out of a container by the places at which it is mounted: links, renames at the right
+//! moment, a false /proc. Each as it was published, and its failure.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::bundle::Bundle;
+use crate::support::inside::attacker::{Exchange, rounds};
+use crate::support::machine::{Directory, Result, note};
+use crate::support::needs::{Need, Test};
+use crate::support::secret::{SECRET, Secret};
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(cve_2025_52881_nothing_is_written_to_a_false_proc),
+    test!(cve_2025_52881_nothing_but_proc_is_mounted_on_proc),
+    test!(
+        cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it,
+        Need::Rrun
+    ),
+    test!(cve_2021_30465_a_mount_lands_in_the_container, Need::Rrun),
+    test!(cve_2024_45310_nothing_is_made_on_the_host),
+    test!(cve_2023_27561_and_28642_proc_and_sys_are_no_links),
+];
+
+/// A directory that looks like /proc, where each file that a runtime writes leads to the secret.
+fn false_proc(dir: &Path, secret: &Secret) -> Result {
+    for parent in [
+        "self/attr",
+        "self/task/1",
+        "sys/net/ipv4",
+        "sys/kernel",
+        "thread-self/attr",
+    ] {
+        fs::create_dir_all(dir.join(parent))?;
+    }
+    for file in [
+        "self/attr/exec",
+        "self/attr/keycreate",
+        "thread-self/attr/exec",
+        "self/oom_score_adj",
+        "self/setgroups",
+        "self/uid_map",
+        "self/timens_offsets",
+        "sys/net/ipv4/ip_default_ttl",
+        "sysrq-trigger",
+    ] {
+        symlink(secret.path(), dir.join(file))?;
+        // Where an absolute link ends in the container.
+    }
+    Ok(())
+}
+
+fn cve_2025_52881_nothing_is_written_to_a_false_proc() -> Result {
+    let secret = Secret::new()?;
+    // No /proc is asked for, and the image brings its own.
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
+        all.retain(|mount| mount["destination"] != "/proc");
+    }
+    false_proc(&bundle.join("rootfs/proc"), &secret)?;
+    let inside = bundle.rootfs().join(secret.path().strip_prefix("/")?);
+    fs::create_dir_all(inside.parent().ok_or("no parent")?)?;
+    fs::write(&inside, SECRET)?;
+    bundle
+        .set("/root/readonly", json!(false))
+        .set("/linux/sysctl", json!({ "net.ipv4.ip_default_ttl": "77" }))
+        .set("/process/oomScoreAdj", json!(500));
+    if bundle.call(&["create"])?.end()?.code == 0 {
+        bundle.runtime(&["start", bundle.id()]).ok()?;
+        bundle.exec(&[], &["exit", "0"]).end()?;
+        bundle.end()?;
+    }
+    secret.unchanged()?;
+    ensure_eq!(
+        fs::read_to_string(&inside)?,
+        SECRET,
+        "the file that the false /proc leads to"
+    );
+
+    // A rename puts it there at the right moment.
+    let mut bundle = Bundle::new(&["cat", "/proc/sys/net/ipv4/ip_default_ttl"])?;
+    bundle
+        .set("/linux/sysctl", json!({ "net.ipv4.ip_default_ttl": "77" }))
+        .set("/root/readonly", json!(false))
+        .write_config()?;
+    fs::create_dir(bundle.join("rootfs/false"))?;
+    false_proc(&bundle.join("rootfs/false"), &secret)?;
+    let race = Exchange::start(&bundle.join("rootfs/proc"), &bundle.join("rootfs/false"));
+    for _ in 0..rounds() {
+        bundle.runtime(&["run", bundle.id()]).end()?;
+        secret.unchanged()?;
+    }
+    drop(race);
+    Ok(())
+}
+
+fn cve_2025_52881_nothing_but_proc_is_mounted_on_proc() -> Result {
+    let volume = Directory::new("false-proc")?;
+    for (destination, typ) in [
+        ("/proc", "bind"),
+        ("/proc/self", "bind"),
+        ("/proc/sys", "bind"),
+        ("/proc/self/attr", "bind"),
+        ("/proc/1", "tmpfs"),
+        ("/data/link/attr", "tmpfs"),
+        ("/proc", "tmpfs"),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        symlink("/proc/self", bundle.join("rootfs/data/link"))?;
+        let options = if typ == "bind" {
+            json!(["rbind"])
+        } else {
+            json!([])
+        };
+        bundle.add(
+            "/mounts",
+            json!({ "destination": destination, "type": typ, "source": volume.path(), "options": options }),
+        );
+        bundle.call(&["run"])?.exits(1)?;
+    }
+    Ok(())
+}
+
+/// The mounts that a container's first process sees, from the host's side: mount point, options,
+/// file system, options of the file system.
+fn mounts_of(pid: i32) -> Result<Vec<[String; 4]>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    Ok(text
+        .lines()
+        .filter_map(|line| {
+            let (own, system) = line.split_once(" - ")?;
+            let mut own = own.split(' ').skip(4);
+            let mut system = system.split(' ');
+            Some([own.next()?, own.next()?, system.next()?, system.nth(1)?].map(str::to_owned))
+        })
+        .collect())
+}
+
+fn cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.write_config()?;
+    symlink("/data", bundle.join("rootfs/link"))?;
+    let mut made = 0;
+    let race = Exchange::start(&bundle.join("rootfs/proc"), &bundle.join("rootfs/link"));
+    for _ in 0..rounds() {
+        let output = bundle.runtime(&["create", bundle.id()]).end()?;
+        if output.code != 0 {
+            continue;
+        }
+        made += 1;
+        let mounts = mounts_of(bundle.pid()?)?;
+        for (name, protection) in [
+            ("sys", "ro,"),
+            ("sysrq-trigger", "ro,"),
+            ("kcore", ""),
+            ("keys", ""),
+        ] {
+            if !Path::new("/proc").join(name).exists() {
+                continue;
+            }
+            // Whatever its directory is called at the moment.
+            let there = mounts.iter().find(|[point, ..]| {
+                ["/proc", "/link"]
+                    .iter()
+                    .any(|place| *point == format!("{place}/{name}"))
+            });
+            ensure!(
+                there.is_some_and(|[_, options, ..]| options.starts_with(protection)),
+                "/proc/{name} is not protected: {mounts:#?}"
+            );
+        }
+        bundle.end()?;
+    }
+    note(format!(
+        "CVE-2019-19921: {made} of {} made, {} exchanges",
+        rounds(),
+        race.times()
+    ));
+    drop(race);
+    // The link as the image brings it, with a volume below.
+    bundle = Bundle::new(&["exit", "0"])?;
+    fs::remove_dir(bundle.join("rootfs/proc"))?;
+    symlink("data/level1/level2", bundle.join("rootfs/proc"))?;
+    fs::create_dir_all(bundle.join("rootfs/data/level1/level2"))?;
+    bundle.call(&["run"])?.exits(1)?;
+    Ok(())
+}
+
+/// A volume in which a directory and a link to the host's are exchanged, and mounts at it.
+fn racing_volume(bundle: &mut Bundle, host: &Path) -> Result<Directory> {
+    let volume = Directory::new("shared")?;
+    fs::create_dir(volume.join("dir"))?;
+    symlink(host, volume.join("link"))?;
+    bundle.add(
+        "/mounts",
+        json!({ "destination": "/data", "type": "bind", "source": volume.path(), "options": ["rbind"] }),
+    );
+    Ok(volume)
+}
+
+fn cve_2021_30465_a_mount_lands_in_the_container() -> Result {
+    let secret = Secret::new()?;
+    let before = fs::read_to_string("/proc/self/mountinfo")?.lines().count();
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    let volume = racing_volume(&mut bundle, Path::new("/"))?;
+    for destination in ["/data/dir", "/data/dir/tmp"] {
+        bundle.add(
+            "/mounts",
+            json!({ "destination": destination, "type": "tmpfs", "source": "x", "options": ["size=1236k"] }),
+        );
+    }
+    bundle.set("/root/readonly", json!(false)).write_config()?;
+    let race = Exchange::start(&volume.join("dir"), &volume.join("link"));
+    let mut made = 0;
+    for _ in 0..rounds() {
+        if bundle.runtime(&["create", bundle.id()]).end()?.code != 0 {
+            continue;
+        }
+        made += 1;
+        let mounts = mounts_of(bundle.pid()?)?;
+        // What has landed on the host's is not in the container's list.
+        let ours = mounts
+            .iter()
+            .filter(|mount| mount[3].contains("size=1236k"));
+        ensure_eq!(
+            ours.count(),
+            2,
+            "mounts that the container sees in {mounts:#?}"
+        );
+        bundle.end()?;
+        secret.unchanged()?;
+        let now = fs::read_to_string("/proc/self/mountinfo")?.lines().count();
+        ensure_eq!(now, before, "mounts of the host");
+    }
+    note(format!(
+        "CVE-2021-30465: {made} of {} made, {} exchanges",
+        rounds(),
+        race.times()
+    ));
+    Ok(())
+}
+
+fn cve_2024_45310_nothing_is_made_on_the_host() -> Result {
+    let secret = Secret::new()?;
+    let file = Directory::new("source")?;
+    fs::write(file.join("file"), "text")?;
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    let volume = racing_volume(&mut bundle, secret.directory())?;
+    for (destination, source) in [
+        ("/data/dir/a/b", file.path().to_owned()),
+        ("/data/dir/c/file", file.join("file")),
+        ("/data/dir/d", file.join("file")),
+    ] {
+        bundle.add(
+            "/mounts",
+            json!({ "destination": destination, "type": "bind", "source": source, "options": ["rbind"] }),
+        );
+    }
+    bundle.set("/root/readonly", json!(false)).write_config()?;
+    let race = Exchange::start(&volume.join("dir"), &volume.join("link"));
+    let mut made = 0;
+    for _ in 0..rounds() {
+        made += usize::from(bundle.runtime(&["run", bundle.id()]).end()?.code == 0);
+        secret.unchanged()?;
+        // So that there is something to make each time.
+        for path in [volume.path(), &bundle.rootfs()] {
+            for name in ["dir", "link"] {
+                for made in ["a", "c"] {
+                    let _ = fs::remove_dir_all(path.join(name).join(made));
+                }
+                let _ = fs::remove_file(path.join(name).join("d"));
+            }
+        }
+        secret.unchanged()?;
+    }
+    note(format!(
+        "CVE-2024-45310: {made} of {} made, {} exchanges",
+        rounds(),
+        race.times()
+    ));
+    Ok(())
+}
+
+fn cve_2023_27561_and_28642_proc_and_sys_are_no_links() -> Result {
+    for (name, to) in [
+        ("proc", "data"),
+        ("proc", "/data"),
+        ("sys", "data"),
+        ("sys", "../data"),
+    ] {
+        let bundle = Bundle::new(&["exit", "0"])?;
+        fs::remove_dir(bundle.join("rootfs").join(name))?;
+        symlink(to, bundle.join("rootfs").join(name))?;
+        bundle.call(&["run"])?.exits(1)?;
+    }
+    Ok(())
+}

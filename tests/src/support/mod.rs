@@ -1,0 +1,36 @@
+//! What the tests of several subjects use: the harness, the machine, the programs under test, and their
+//! clients. No subject imports from another one; what two of them need is here.
+
+pub(crate) mod application;
+pub(crate) mod attempts;
+pub(crate) mod bundle;
+pub(crate) mod caller;
+pub(crate) mod calls;
+pub(crate) mod certificates;
+pub(crate) mod cgroup_use;
+pub(crate) mod cluster;
+pub(crate) mod cni;
+pub(crate) mod cni_recorder;
+pub(crate) mod counted_lines;
+pub(crate) mod critest;
+pub(crate) mod disk;
+pub(crate) mod fields;
+pub(crate) mod images;
+pub(crate) mod inside;
+pub(crate) mod kubelet;
+pub(crate) mod leak_check;
+pub(crate) mod machine;
+pub(crate) mod mountinfo;
+pub(crate) mod needs;
+pub(crate) mod node;
+pub(crate) mod pod_network;
+pub(crate) mod reboot;
+pub(crate) mod refusals;
+pub(crate) mod seccomp;
+pub(crate) mod secret;
+pub(crate) mod spdy;
+pub(crate) mod streams;
+pub(crate) mod swap;
+pub(crate) mod terminal;
+pub(crate) mod user_namespace;
+pub(crate) mod websocket;

@@ -1,0 +1,123 @@
+//! Containers with a system call filter, and a program that makes the fewest calls possible.
+
+use nix::libc;
+use serde_json::{Value, json};
+
+use crate::support::bundle::Bundle;
+use crate::support::machine::Result;
+
+/// A container with this profile.
+pub(crate) fn filtered(profile: Value, args: &[&str]) -> Result<Bundle> {
+    let mut bundle = Bundle::new(args)?;
+    bundle.set("/linux/seccomp", profile);
+    Ok(bundle)
+}
+
+/// All calls are allowed but those that the rules are about.
+pub(crate) fn but(rules: Value) -> Value {
+    json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules })
+}
+
+/// About a call that neither the program nor runc makes on its way.
+pub(crate) fn for_getpgid(action: &str) -> Value {
+    but(json!([{ "names": ["getpgid"], "action": action }]))
+}
+
+/// The number of that call.
+pub(crate) fn getpgid() -> String {
+    libc::SYS_getpgid.to_string()
+}
+
+/// execve(2), which starts a program, and the only calls of a program that does nothing but end or
+/// wait. crun also calls close(2) and close_range(2), and runc many more.
+pub(crate) const LEAST: [&str; 3] = ["execve", "exit_group", "ppoll"];
+
+/// With one word in `args` it succeeds, with two it ends with status 7, with more it waits.
+pub(crate) const LEAST_PROGRAM: &str = "/bin/least";
+
+/// A 64-bit ELF file for this machine's architecture that makes only the calls of [`LEAST`].
+pub(crate) fn least_program() -> Vec<u8> {
+    #[cfg(target_arch = "x86_64")]
+    const CODE: &[u8] = &[
+        0x48, 0x8b, 0x04, 0x24, // mov (%rsp), %rax: how many words there are
+        0x48, 0x83, 0xf8, 0x02, // cmp $2, %rax
+        0x77, 0x0d, // ja to the wait
+        0x6b, 0xf8, 0x07, // imul $7, %eax, %edi
+        0x83, 0xef, 0x07, // sub $7, %edi
+        0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05, // exit_group
+        0x31, 0xff, 0x31, 0xf6, 0x31, 0xd2, 0x45, 0x31, 0xd2, // four zeros
+        0xb8, 0x0f, 1, 0, 0, 0x0f, 0x05, // ppoll
+        0xeb, 0xee, // jmp back to the zeros
+    ];
+    #[cfg(target_arch = "aarch64")]
+    const CODE: &[u8] = &[
+        0xe0, 0x03, 0x40, 0xf9, // ldr x0, [sp]: how many words there are
+        0x1f, 0x08, 0x00, 0xf1, // cmp x0, #2
+        0xc8, 0x00, 0x00, 0x54, // b.hi to the wait
+        0x00, 0x04, 0x00, 0xd1, // sub x0, x0, #1
+        0xe1, 0x00, 0x80, 0xd2, // mov x1, #7
+        0x00, 0x7c, 0x01, 0x9b, // mul x0, x0, x1
+        0xc8, 0x0b, 0x80, 0xd2, 0x01, 0x00, 0x00, 0xd4, // exit_group
+        0x00, 0x00, 0x80, 0xd2, 0x01, 0x00, 0x80, 0xd2, // x0, x1 = 0
+        0x02, 0x00, 0x80, 0xd2, 0x03, 0x00, 0x80, 0xd2, // x2, x3 = 0
+        0x28, 0x09, 0x80, 0xd2, 0x01, 0x00, 0x00, 0xd4, // ppoll
+        0xfa, 0xff, 0xff, 0x17, // b back to the zeros
+    ];
+    const MACHINE: u16 = if cfg!(target_arch = "x86_64") {
+        62
+    } else {
+        183
+    };
+    const HEADERS: u64 = 64 + 56;
+    const ADDRESS: u64 = 0x40_0000;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, the entry, one program header right behind this one. See elf(5).
+    file.extend([2u16, MACHINE].iter().flat_map(|it| it.to_le_bytes()));
+    file.extend(1u32.to_le_bytes());
+    file.extend(
+        [ADDRESS + HEADERS, 64, 0]
+            .iter()
+            .flat_map(|it| it.to_le_bytes()),
+    );
+    file.extend(0u32.to_le_bytes());
+    file.extend(
+        [64u16, 56, 1, 0, 0, 0]
+            .iter()
+            .flat_map(|it| it.to_le_bytes()),
+    );
+    // PT_LOAD, readable and executable, all of the file.
+    let size = HEADERS + CODE.len() as u64;
+    file.extend([1u32, 5].iter().flat_map(|it| it.to_le_bytes()));
+    let load = [0, ADDRESS, ADDRESS, size, size, 0x1000];
+    file.extend(load.iter().flat_map(|it| it.to_le_bytes()));
+    file.extend(CODE);
+    file
+}
+
+/// A profile that allows the calls of [`LEAST`], and nothing else.
+pub(crate) fn least(default: &str) -> Value {
+    json!({
+        "defaultAction": default,
+        "syscalls": [{ "names": LEAST, "action": "SCMP_ACT_ALLOW" }],
+    })
+}
+
+/// A container of [`LEAST_PROGRAM`] with so many words in `args`, beside files that cannot be executed.
+pub(crate) fn with_least_program(profile: Value, words: usize) -> Result<Bundle> {
+    let mut bundle = filtered(profile, &[])?;
+    for (name, content) in [
+        (LEAST_PROGRAM, least_program()),
+        ("/bin/script", b"#!/bin/missing\n".to_vec()),
+        ("/bin/text", b"neither program nor script\n".to_vec()),
+    ] {
+        let path = bundle.rootfs().join(name.trim_start_matches('/'));
+        std::fs::write(&path, content)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&path, mode)?;
+    }
+    bundle.set("/process/args", json!(vec![LEAST_PROGRAM; words]));
+    Ok(bundle)
+}
+
+/// Actions that keep a call from being made.
+pub(crate) const REFUSING: [&str; 2] = ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"];

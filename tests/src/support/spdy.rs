@@ -1,0 +1,140 @@
+//! A client of streams over SPDY/3.1, by hand.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
+
+use crate::ensure;
+use crate::support::machine::{Result, deadline};
+
+/// The flag of a stream's last frame.
+pub(crate) const FIN: u8 = 1;
+
+/// A SPDY/3.1 client, as far as one exec or one forwarded connection needs it.
+pub(crate) struct SpdyClient {
+    stream: TcpStream,
+    /// Each stream's number by what it is for.
+    opened: BTreeMap<&'static str, u32>,
+}
+
+impl SpdyClient {
+    pub(crate) fn upgraded(url: &str, version: &str) -> Result<Self> {
+        let (host, path) = url
+            .strip_prefix("http://")
+            .and_then(|rest| rest.split_once('/'))
+            .ok_or(format!("not a URL: {url}"))?;
+        let mut stream = TcpStream::connect(host)?;
+        stream.set_read_timeout(Some(deadline()))?;
+        // The first clients named no version.
+        let named = match version {
+            "" => String::new(),
+            version => format!("X-Stream-Protocol-Version: {version}\r\n"),
+        };
+        write!(
+            stream,
+            "POST /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n\
+             Upgrade: SPDY/3.1\r\nContent-Length: 0\r\n{named}\r\n"
+        )?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            head.extend_from_slice(&byte);
+        }
+        let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
+        ensure!(head.starts_with("http/1.1 101"), "the upgrade: {head}");
+        let named = named.trim_end().to_ascii_lowercase();
+        ensure!(head.contains(&named), "not {version}: {head}");
+        Ok(SpdyClient {
+            stream,
+            opened: BTreeMap::new(),
+        })
+    }
+
+    /// SYN_STREAM. Its headers are a piece of one zlib stream, which need not compress anything
+    /// (RFC 1951, section 3.2.4).
+    pub(crate) fn open(&mut self, kind: &'static str) -> Result {
+        self.open_with(kind, &[])
+    }
+
+    /// As [`SpdyClient::open`], with more headers; their names in the order of the alphabet.
+    pub(crate) fn open_with(&mut self, kind: &'static str, more: &[(&str, &str)]) -> Result {
+        let mut headers = u32::try_from(more.len() + 1)?.to_be_bytes().to_vec();
+        let more = more.iter().flat_map(|(name, value)| [*name, *value]);
+        for text in more.chain(["streamtype", kind]) {
+            headers.extend_from_slice(&u32::try_from(text.len())?.to_be_bytes());
+            headers.extend_from_slice(text.as_bytes());
+        }
+        let id = 2 * u32::try_from(self.opened.len())? + 1;
+        let length = u16::try_from(headers.len())?;
+        let mut body = id.to_be_bytes().to_vec();
+        body.extend_from_slice(&[0; 6]);
+        if self.opened.is_empty() {
+            body.extend_from_slice(&[0x78, 0x01]);
+        }
+        body.push(0);
+        body.extend_from_slice(&length.to_le_bytes());
+        body.extend_from_slice(&(!length).to_le_bytes());
+        body.extend_from_slice(&headers);
+        self.opened.insert(kind, id);
+        self.frame([0x80, 3, 0, 1], 0, &body)
+    }
+
+    fn frame(&mut self, head: [u8; 4], flags: u8, body: &[u8]) -> Result {
+        let length = u32::try_from(body.len())? | u32::from(flags) << 24;
+        let frame = [&head, &length.to_be_bytes(), body].concat();
+        Ok(self.stream.write_all(&frame)?)
+    }
+
+    pub(crate) fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
+        let id = self.opened.get(kind).ok_or(format!("no stream {kind}"))?;
+        self.frame(id.to_be_bytes(), flags, data)
+    }
+
+    pub(crate) fn socket(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Reads until the server has closed all but stdin and resize: what came on each stream.
+    pub(crate) fn all(&mut self) -> Result<BTreeMap<&'static str, String>> {
+        self.until(|_| false)
+    }
+
+    /// As [`SpdyClient::all`], or until what has come is enough.
+    pub(crate) fn until(
+        &mut self,
+        enough: impl Fn(&BTreeMap<&'static str, String>) -> bool,
+    ) -> Result<BTreeMap<&'static str, String>> {
+        let mut came: BTreeMap<&'static str, String> = BTreeMap::new();
+        let mut open: Vec<&str> = self.opened.keys().copied().collect();
+        open.retain(|kind| !matches!(*kind, "stdin" | "resize"));
+        // Of everything; what comes now and then never lets a single read fail.
+        let give_up = Instant::now() + 10 * deadline();
+        while !open.is_empty() && !enough(&came) {
+            ensure!(
+                Instant::now() < give_up,
+                "with {open:?} open and {came:?} come"
+            );
+            let mut head = [0; 8];
+            self.stream
+                .read_exact(&mut head)
+                .map_err(|error| format!("with {open:?} open and {came:?} come: {error}"))?;
+            let [a, b, c, d, flags, x, y, z] = head;
+            let mut body = vec![0; usize::try_from(u32::from_be_bytes([0, x, y, z]))?];
+            self.stream.read_exact(&mut body)?;
+            if a & 0x80 != 0 {
+                continue;
+            }
+            let id = u32::from_be_bytes([a, b, c, d]);
+            let kind = self.opened.iter().find(|(_, opened)| **opened == id);
+            let (kind, _) = kind.ok_or(format!("data on stream {id}"))?;
+            let text = came.entry(kind).or_default();
+            text.push_str(&String::from_utf8_lossy(&body));
+            if flags & FIN != 0 {
+                open.retain(|open| open != kind);
+            }
+        }
+        Ok(came)
+    }
+}
