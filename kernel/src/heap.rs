@@ -2,7 +2,7 @@
 
 /// Bytes of a thread's stack. Below two megabytes, or a kernel with transparent huge pages gives
 /// each thread one of those.
-pub const STACK: usize = 1 << 20;
+pub const THREAD_STACK_BYTES: usize = 1 << 20;
 
 /// One heap for all threads: what a burst on one of them leaves free serves the next one's.
 /// To be called before there are threads.

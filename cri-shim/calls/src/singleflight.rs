@@ -15,29 +15,29 @@ use crate::error::{Error, Result};
 type Answer<T> = watch::Receiver<Option<Result<T>>>;
 
 /// The work under way, by key.
-pub struct InFlight<T> {
+pub struct SingleFlight<T> {
     work: Arc<Mutex<HashMap<String, Answer<T>>>>,
     /// How long a caller waits; the work goes on.
-    patience: Duration,
+    timeout: Duration,
 }
 
-impl<T> Default for InFlight<T> {
+impl<T> Default for SingleFlight<T> {
     fn default() -> Self {
-        InFlight::within(Duration::MAX)
+        SingleFlight::with_timeout(Duration::MAX)
     }
 }
 
-impl<T> InFlight<T> {
+impl<T> SingleFlight<T> {
     /// Work that nobody waits for longer, not even who has no deadline of his own.
-    pub fn within(patience: Duration) -> Self {
-        InFlight {
+    pub fn with_timeout(timeout: Duration) -> Self {
+        SingleFlight {
             work: Arc::default(),
-            patience,
+            timeout,
         }
     }
 }
 
-impl<T: Clone + Send + Sync + 'static> InFlight<T> {
+impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
     /// The answer of the work under `key`, which `begin` starts if there is none under way.
     pub async fn join<F>(&self, key: &str, begin: impl FnOnce() -> F) -> Result<T>
     where
@@ -50,7 +50,7 @@ impl<T: Clone + Send + Sync + 'static> InFlight<T> {
                 None => {
                     let (done, answer) = watch::channel(None);
                     work.insert(key.to_owned(), answer.clone());
-                    let entry = Entry {
+                    let entry = KeyGuard {
                         work: Arc::clone(&self.work),
                         key: key.to_owned(),
                     };
@@ -66,13 +66,13 @@ impl<T: Clone + Send + Sync + 'static> InFlight<T> {
                 }
             }
         };
-        let told = tokio::time::timeout(self.patience, answer.wait_for(Option::is_some)).await;
+        let told = tokio::time::timeout(self.timeout, answer.wait_for(Option::is_some)).await;
         let Ok(told) = told else {
             return Err(Error::new(
                 tonic::Code::DeadlineExceeded,
                 format!(
-                    "{key}: it has not ended within {} s and goes on; the same call again joins it",
-                    self.patience.as_secs()
+                    "{key}: it has not ended with_timeout {} s and goes on; the same call again joins it",
+                    self.timeout.as_secs()
                 ),
             ));
         };
@@ -84,12 +84,12 @@ impl<T: Clone + Send + Sync + 'static> InFlight<T> {
 }
 
 /// Takes the key out of the table, however the work ends.
-struct Entry<T> {
+struct KeyGuard<T> {
     work: Arc<Mutex<HashMap<String, Answer<T>>>>,
     key: String,
 }
 
-impl<T> Drop for Entry<T> {
+impl<T> Drop for KeyGuard<T> {
     fn drop(&mut self) {
         self.work
             .lock()
@@ -108,7 +108,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_retry_joins_and_a_caller_that_gave_up_cancels_nothing() {
-        let flights = Arc::new(InFlight::<u32>::default());
+        let flights = Arc::new(SingleFlight::<u32>::default());
         let begun = Arc::new(AtomicU32::new(0));
         let go = Arc::new(Notify::new());
         let call = || {

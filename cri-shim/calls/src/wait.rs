@@ -6,27 +6,27 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 /// How long a step may take before the log says what it waits for.
-const SLOW: Duration = Duration::from_secs(10);
+const REPORT_AFTER: Duration = Duration::from_secs(10);
 
 /// Waits for `step`, and says in the log what it is if that takes over ten seconds, and when it
 /// has ended after all. `what` as in "pod 12ab: mount the root file system".
 pub async fn slow<F: Future>(what: impl Display, step: F) -> F::Output {
     let mut step = pin!(step);
     let begin = Instant::now();
-    let mut patience = SLOW;
-    let mut said = false;
+    let mut interval = REPORT_AFTER;
+    let mut reported = false;
     loop {
-        match tokio::time::timeout(patience, step.as_mut()).await {
+        match tokio::time::timeout(interval, step.as_mut()).await {
             Ok(output) => {
-                if said {
+                if reported {
                     log::warn!("{what}: ended after {} s", begin.elapsed().as_secs());
                 }
                 return output;
             }
             Err(_) => {
-                said = true;
+                reported = true;
                 log::warn!("{what}: waiting for {} s", begin.elapsed().as_secs());
-                patience = (patience * 2).min(Duration::from_secs(600));
+                interval = (interval * 2).min(Duration::from_secs(600));
             }
         }
     }

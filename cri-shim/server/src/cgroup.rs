@@ -81,8 +81,8 @@ pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
     let mut tries = 0;
     loop {
         match make(cgroup) {
-            Err(Gone) if tries < 10 => tries += 1,
-            Err(Gone) => {
+            Err(ParentGone) if tries < 10 => tries += 1,
+            Err(ParentGone) => {
                 return Err(Error::internal(format!(
                     "make the cgroup {cgroup}: its parents are removed again and again"
                 )));
@@ -93,9 +93,9 @@ pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// A parent went while a cgroup was made in it.
-struct Gone;
+struct ParentGone;
 
-fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, Gone> {
+fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, ParentGone> {
     let mut made = Vec::new();
     let mut path = PathBuf::from(MOUNT_POINT);
     for part in cgroup.split('/').filter(|part| !part.is_empty()) {
@@ -107,7 +107,7 @@ fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, Gone> {
             Err(error) => {
                 remove_dirs(&made);
                 if error.kind() == io::ErrorKind::NotFound {
-                    return Err(Gone);
+                    return Err(ParentGone);
                 }
                 let what = || format!("make the cgroup {}", path.display());
                 return Ok(Err(error).during(what));

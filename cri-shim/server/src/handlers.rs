@@ -16,7 +16,7 @@ use crate::container::idmap;
 use rrun_calls::wait::blocking;
 
 /// How long a runtime may take to tell.
-const TELL: Duration = Duration::from_secs(20);
+const FEATURES_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What is asked of a handler besides running containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,14 +94,14 @@ async fn ask(name: &str, path: PathBuf) -> Features {
         );
         Features::default()
     };
-    match tokio::time::timeout(TELL, told).await {
+    match tokio::time::timeout(FEATURES_TIMEOUT, told).await {
         Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
             Ok(value) => read(&value, identity(&path).as_deref()),
             Err(error) => failed(error.to_string()),
         },
         Ok(Ok(output)) => failed(output.status.to_string()),
         Ok(Err(error)) => failed(rrun_kernel::errno::describe(&error)),
-        Err(_) => failed(format!("no answer within {} s", TELL.as_secs())),
+        Err(_) => failed(format!("no answer within {} s", FEATURES_TIMEOUT.as_secs())),
     }
 }
 

@@ -7,9 +7,9 @@ mod container;
 mod events;
 mod handlers;
 mod id;
-mod journal;
 mod metrics;
 mod node;
+mod preflight;
 mod reconcile;
 mod reload;
 mod sandbox;
@@ -17,8 +17,8 @@ mod selinux;
 mod server;
 mod services;
 mod stats;
+mod stderr_log;
 mod streaming;
-mod surroundings;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
 
 /// What a start with this file would refuse, and what pulls would.
 fn check(file: Option<PathBuf>) -> Result<(), String> {
-    journal::open(false);
+    stderr_log::open(false);
     let flags = Partial::default();
     let config = Source { file, flags }.load();
     let config = config.map_err(|error| error.to_string())?;
@@ -112,6 +112,6 @@ fn run(file: Option<PathBuf>, flags: Partial) -> Result<(), String> {
         return Err("this must run as root".to_owned());
     }
     cgroup::check()?;
-    journal::open(config.debug);
+    stderr_log::open(config.debug);
     server::run(source, config).map_err(|error| error.to_string())
 }

@@ -16,16 +16,16 @@ use crate::handlers::Handlers;
 use crate::id::by_prefix;
 use crate::sandbox::Sandbox;
 use crate::selinux::Selinux;
-use crate::stats::Cache;
+use crate::stats::StatsCache;
 use crate::streaming::Streams;
 use rrun_calls::error::{Error, Result};
-use rrun_calls::singleflight::InFlight;
+use rrun_calls::singleflight::SingleFlight;
 use rrun_images::Images;
 use rrun_network::PodNetwork;
 use rrun_store::Store;
 
 /// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
-const MAKING: Duration = Duration::from_secs(5 * 60);
+const CREATE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// Everything that a call needs.
 pub(crate) struct Node {
@@ -35,15 +35,15 @@ pub(crate) struct Node {
     pub network: PodNetwork,
     pub selinux: Selinux,
     pub events: Bus,
-    pub stats: Cache,
+    pub stats: StatsCache,
     /// Where removed writable layers go.
     pub trash: Arc<Trash>,
     pub handlers: Handlers,
     pub streams: Streams,
     /// Calls that make something, by what they make; the answer is an id.
-    pub making: InFlight<String>,
+    pub creations: SingleFlight<String>,
     /// Calls that change or end something, by what they do.
-    pub doing: InFlight<()>,
+    pub changes: SingleFlight<()>,
     index: Mutex<Index>,
 }
 
@@ -70,10 +70,10 @@ impl Node {
             network,
             selinux,
             events: Bus::default(),
-            stats: Cache::default(),
+            stats: StatsCache::default(),
             streams: Streams::default(),
-            making: InFlight::within(MAKING),
-            doing: InFlight::default(),
+            creations: SingleFlight::with_timeout(CREATE_TIMEOUT),
+            changes: SingleFlight::default(),
             index: Mutex::default(),
         }
     }

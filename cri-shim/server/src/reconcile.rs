@@ -19,13 +19,13 @@ use rrun_store::Table;
 /// to nobody.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     let read = |error: rrun_store::StoreError| Error::internal(error.to_string());
-    let sandboxes: Vec<(String, sandbox::Record)> =
+    let sandboxes: Vec<(String, sandbox::SandboxRecord)> =
         node.store.load(Table::SANDBOXES).map_err(read)?;
     for (_, record) in sandboxes {
         node.add_sandbox(Arc::new(Sandbox::from_record(node, record)));
     }
     adopt_sandboxes(node)?;
-    let containers: Vec<(String, container::Record)> =
+    let containers: Vec<(String, container::ContainerRecord)> =
         node.store.load(Table::CONTAINERS).map_err(read)?;
     let mut homeless = Vec::new();
     for (id, record) in containers {
@@ -81,7 +81,7 @@ fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
     for id in entries(&node.config.state.join("pods"))? {
         let path = node.sandbox_dir(&id).join(sandbox::RECORD);
         if node.sandbox(&id).is_err()
-            && let Some(record) = files::read_record::<sandbox::Record>(&path)
+            && let Some(record) = files::read_record::<sandbox::SandboxRecord>(&path)
             && record.ready
         {
             let sandbox = Arc::new(Sandbox::from_record(node, record));
@@ -97,7 +97,7 @@ fn adopt_containers(node: &Arc<Node>) -> Result<()> {
     for sandbox in node.sandboxes() {
         for id in entries(&node.sandbox_dir(&sandbox.id).join("containers"))? {
             let path = node.bundle(&sandbox.id, &id).join(container::RECORD);
-            let Some(record) = files::read_record::<container::Record>(&path) else {
+            let Some(record) = files::read_record::<container::ContainerRecord>(&path) else {
                 continue;
             };
             match node.container(&id) {
@@ -273,7 +273,7 @@ fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
 /// The container as its bundle tells of it, or with nothing but its id.
 fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
     let path = node.bundle(&sandbox.id, id).join(container::RECORD);
-    let record = files::read_record(&path).unwrap_or_else(|| container::Record {
+    let record = files::read_record(&path).unwrap_or_else(|| container::ContainerRecord {
         id: id.to_owned(),
         sandbox: sandbox.id.clone(),
         config: Default::default(),
@@ -283,7 +283,7 @@ fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Contain
         created_at: 0,
         user: Default::default(),
         stop_signal: libc::SIGTERM,
-        state: container::State::new(Default::default()),
+        state: container::ContainerState::new(Default::default()),
         made: false,
     });
     Container::from_record(Arc::clone(sandbox), record)

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::config::{Config, Source};
-use crate::journal;
 use crate::node::Node;
+use crate::stderr_log;
 use rrun_images::Registries;
 
 /// What was in force when it was last looked.
@@ -54,7 +54,7 @@ impl Reload {
     fn take(&mut self, config: Config) {
         let old = &self.config;
         if config.debug != old.debug {
-            journal::set_level(config.debug);
+            stderr_log::set_level(config.debug);
             log::info!("SIGHUP: debug is {} now", config.debug);
         }
         let changed: [(&str, bool); 24] = [

@@ -28,7 +28,7 @@ use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
 use crate::selinux::Selinux;
 use crate::streaming::{self, server::Ending};
-use crate::{metrics, reconcile, services, surroundings};
+use crate::{metrics, preflight, reconcile, services};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
@@ -52,7 +52,7 @@ pub(crate) fn run(source: Source, config: Config) -> Result<()> {
     // has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .thread_stack_size(heap::STACK)
+        .thread_stack_size(heap::THREAD_STACK_BYTES)
         .thread_name("rrun-cri")
         .enable_all()
         .build()
@@ -144,7 +144,7 @@ fn open_node(config: Config) -> Result<Arc<Node>> {
     )
     .map_err(|error| Error::internal(error.to_string()))?;
     images.on_pull_end(metrics::pull_ended);
-    surroundings::warn(&config);
+    preflight::warn(&config);
     let network = network(&config, &store)?;
     let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
     Ok(Arc::new(Node::new(config, store, images, network, selinux)))

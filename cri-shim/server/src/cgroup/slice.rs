@@ -13,7 +13,7 @@ use rrun_calls::error::{During, Error, Result};
 const PREFIX: &str = "cri-rrun";
 
 /// How long systemd may take to stop an empty slice.
-const STOP: Duration = Duration::from_secs(60);
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Whether systemd is PID 1, sd_booted(3).
 pub(crate) fn is_systemd_booted() -> bool {
@@ -74,7 +74,7 @@ pub(crate) async fn stop(slice: &str) -> Result<()> {
         .stdin(std::process::Stdio::null())
         .kill_on_drop(true)
         .output();
-    match tokio::time::timeout(STOP, stopping).await {
+    match tokio::time::timeout(STOP_TIMEOUT, stopping).await {
         Ok(output) => {
             let output = output.during(what)?;
             let said = String::from_utf8_lossy(&output.stderr);
@@ -86,7 +86,7 @@ pub(crate) async fn stop(slice: &str) -> Result<()> {
         Err(_) => Err(Error::internal(format!(
             "{}: it did not end within {} s",
             what(),
-            STOP.as_secs()
+            STOP_TIMEOUT.as_secs()
         ))),
     }
 }

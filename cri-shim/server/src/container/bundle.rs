@@ -11,8 +11,8 @@ use super::seccomp::Asked;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
-    Record, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume, mounts,
-    propagation, resources, rootfs, spec, volumes,
+    ContainerRecord, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume,
+    mounts, propagation, resources, rootfs, spec, volumes,
 };
 use crate::cgroup::{self, slice};
 use crate::handlers::Features;
@@ -27,7 +27,7 @@ use rrun_images::Image;
 pub(super) struct Inputs<'a> {
     pub node: &'a Node,
     pub sandbox: &'a Sandbox,
-    pub record: &'a Record,
+    pub record: &'a ContainerRecord,
     /// Its directory.
     pub dir: &'a Path,
     pub image: Arc<Image>,

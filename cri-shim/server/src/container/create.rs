@@ -12,7 +12,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::spec::PidNamespace;
 use super::user::User;
 use super::{
-    Container, Phase, RECORD, Record, State, bundle, image_volume, remove, signal, spec, status,
+    Container, ContainerRecord, ContainerState, Phase, RECORD, bundle, image_volume, remove,
+    signal, spec, status,
 };
 use crate::clock::now;
 use crate::id::new_id;
@@ -44,7 +45,11 @@ pub(crate) async fn create(
     };
     if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
         if there.config != config {
-            log::warn!("{}: {}", there.name(), crate::sandbox::run::MADE_ALREADY);
+            log::warn!(
+                "{}: {}",
+                there.name(),
+                crate::sandbox::run::EXISTS_WITH_OTHER_CONFIG
+            );
         }
         return Ok(there.id.clone());
     }
@@ -79,13 +84,17 @@ pub(crate) async fn create(
 }
 
 /// The record of a container that is about to be made.
-fn new_record(sandbox: &Sandbox, image: &Image, config: ContainerConfig) -> Result<Record> {
+fn new_record(
+    sandbox: &Sandbox,
+    image: &Image,
+    config: ContainerConfig,
+) -> Result<ContainerRecord> {
     let resources = config
         .linux
         .as_ref()
         .and_then(|linux| linux.resources.clone());
     let image_signal = image.config.stop_signal.as_deref();
-    Ok(Record {
+    Ok(ContainerRecord {
         id: new_id()?,
         sandbox: sandbox.id.clone(),
         image_id: image.id.clone(),
@@ -94,7 +103,7 @@ fn new_record(sandbox: &Sandbox, image: &Image, config: ContainerConfig) -> Resu
         created_at: now(),
         user: User::default(),
         stop_signal: signal::stop_signal(config.stop_signal(), image_signal)?,
-        state: State::new(resources.unwrap_or_default()),
+        state: ContainerState::new(resources.unwrap_or_default()),
         config,
         made: false,
     })
@@ -162,7 +171,7 @@ fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
 async fn make(
     node: &Arc<Node>,
     sandbox: &Arc<Sandbox>,
-    record: Record,
+    record: ContainerRecord,
     image: &Arc<Image>,
 ) -> Result<Arc<Container>> {
     let bundle = node.bundle(&sandbox.id, &record.id);
@@ -180,7 +189,7 @@ async fn make(
 async fn assemble(
     node: &Arc<Node>,
     sandbox: &Arc<Sandbox>,
-    mut record: Record,
+    mut record: ContainerRecord,
     image: &Arc<Image>,
     dir: PathBuf,
 ) -> Result<Arc<Container>> {

@@ -69,7 +69,7 @@ pub(crate) struct Container {
     /// A start is under way, which will tell of the container's end after it has told of its
     /// start. Written, and read by [`Container::ended`], while the state is held.
     starting: AtomicBool,
-    state: watch::Sender<State>,
+    state: watch::Sender<ContainerState>,
     /// The record in the store.
     record: Entry,
 }
@@ -84,7 +84,7 @@ pub(crate) enum Phase {
 
 /// What changes in a container's life. Times are nanoseconds since the epoch, 0 for not yet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct State {
+pub(crate) struct ContainerState {
     pub phase: Phase,
     /// The first process, while it lives.
     pub pid: i32,
@@ -99,10 +99,10 @@ pub(crate) struct State {
     pub resources: LinuxContainerResources,
 }
 
-impl State {
+impl ContainerState {
     /// A container that is about to be made.
     pub(crate) fn new(resources: LinuxContainerResources) -> Self {
-        State {
+        ContainerState {
             phase: Phase::Created,
             pid: 0,
             started_at: 0,
@@ -118,7 +118,7 @@ impl State {
 
 /// The container in the store, and in its bundle while it is being made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct ContainerRecord {
     pub id: String,
     pub sandbox: String,
     #[serde(with = "rrun_store::record")]
@@ -131,7 +131,7 @@ pub(crate) struct Record {
     pub created_at: i64,
     pub user: User,
     pub stop_signal: i32,
-    pub state: State,
+    pub state: ContainerState,
     /// The runtime's create has succeeded: what is in the bundle is a container.
     pub made: bool,
 }
@@ -140,7 +140,7 @@ pub(crate) struct Record {
 pub(crate) const RECORD: &str = "container.json";
 
 impl Container {
-    pub(crate) fn from_record(sandbox: Arc<Sandbox>, record: Record) -> Self {
+    pub(crate) fn from_record(sandbox: Arc<Sandbox>, record: ContainerRecord) -> Self {
         Container {
             record: Entry::new(Table::CONTAINERS, &record.id),
             id: record.id,
@@ -157,8 +157,8 @@ impl Container {
         }
     }
 
-    pub(crate) fn to_record(&self) -> Record {
-        Record {
+    pub(crate) fn to_record(&self) -> ContainerRecord {
+        ContainerRecord {
             id: self.id.clone(),
             sandbox: self.sandbox.id.clone(),
             config: self.config.clone(),
@@ -173,7 +173,7 @@ impl Container {
         }
     }
 
-    pub(crate) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> ContainerState {
         self.state.borrow().clone()
     }
 
@@ -182,7 +182,7 @@ impl Container {
     }
 
     /// Changes the state; waiting calls look at it again.
-    pub(crate) fn change(&self, change: impl FnOnce(&mut State)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut ContainerState)) {
         self.state.send_modify(change);
     }
 

@@ -19,7 +19,7 @@ use rrun_monitor_client::MonitorError;
 use rrun_protocol::ExitRecord;
 
 /// How long a runtime's `delete` may take when no monitor waits for it.
-const DELETE: Duration = Duration::from_secs(120);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Kills the container if it lives, and removes all that there is of it. Its log stays: that is
 /// kubelet's.
@@ -110,7 +110,7 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
     let child = command.spawn().during(what)?;
     let output = slow(
         what(),
-        tokio::time::timeout(DELETE, child.wait_with_output()),
+        tokio::time::timeout(DELETE_TIMEOUT, child.wait_with_output()),
     )
     .await;
     match output {
@@ -126,7 +126,7 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
         Err(_) => Err(Error::internal(format!(
             "{}: it did not end within {} s",
             what(),
-            DELETE.as_secs()
+            DELETE_TIMEOUT.as_secs()
         ))),
     }
 }

@@ -16,7 +16,7 @@ use rrun_monitor_client::MonitorError;
 use rrun_protocol::{FailureKind, Phase};
 
 /// The exit code of what could not be started, as containerd's users know it.
-const START_FAILED: i32 = 128;
+const START_FAILED_EXIT_CODE: i32 = 128;
 
 /// How often the monitor is asked whether a start that somebody else requested has ended.
 const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -65,7 +65,7 @@ async fn has_not_started(
         state.pid = 0;
         state.started_at = 0;
         state.finished_at = now();
-        state.exit_code = START_FAILED;
+        state.exit_code = START_FAILED_EXIT_CODE;
         "StartError".clone_into(&mut state.reason);
         state.message.clone_from(&reason);
     });

@@ -12,7 +12,7 @@ use rrun_monitor_client::MonitorError;
 use rrun_protocol::FailureKind;
 
 /// How long a killed container may take to end: longer only if the kernel can't end a process.
-const KILLED: Duration = Duration::from_secs(120);
+const KILL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Stops the container and returns when it has ended. `grace` in seconds.
 pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i64) -> Result<()> {
@@ -37,7 +37,7 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
     send(node, container, libc::SIGKILL, true).await?;
     let ended = slow(
         format!("{name}: its end after SIGKILL"),
-        tokio::time::timeout(KILLED, container.wait_exited()),
+        tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()),
     )
     .await;
     ended.map_err(|_| {
@@ -45,7 +45,7 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
             tonic::Code::DeadlineExceeded,
             format!(
                 "{name} did not end within {} s of SIGKILL",
-                KILLED.as_secs()
+                KILL_TIMEOUT.as_secs()
             ),
         )
     })

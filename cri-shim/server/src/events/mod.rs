@@ -4,7 +4,7 @@ use rrun_proto::v1::ContainerEventResponse;
 use tokio::sync::broadcast;
 
 /// Events that a subscriber may lag behind before it loses some; kubelet then lists anew.
-const BACKLOG: usize = 256;
+const MAX_BACKLOG: usize = 256;
 
 /// Everyone who listens to container events.
 pub(crate) struct Bus {
@@ -14,7 +14,7 @@ pub(crate) struct Bus {
 impl Default for Bus {
     fn default() -> Self {
         Bus {
-            sender: broadcast::Sender::new(BACKLOG),
+            sender: broadcast::Sender::new(MAX_BACKLOG),
         }
     }
 }

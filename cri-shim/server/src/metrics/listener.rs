@@ -17,17 +17,17 @@ use rrun_calls::error::{During, Result};
 use rrun_kernel::errno::describe;
 
 /// Connections at once; the rest wait in the backlog.
-const CONNECTIONS: usize = 8;
+const MAX_CONNECTIONS: usize = 8;
 
 /// A request's line and headers.
-const REQUEST_BYTES: usize = 8 << 10;
+const MAX_REQUEST_BYTES: usize = 8 << 10;
 
 /// For the request, and for the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves until the task is ended.
 pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
@@ -36,7 +36,7 @@ pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
             Ok((stream, _)) => {
                 let node = Arc::clone(&node);
                 tokio::spawn(async move {
-                    let _ = tokio::time::timeout(PATIENCE, answer(&node, stream)).await;
+                    let _ = tokio::time::timeout(REQUEST_TIMEOUT, answer(&node, stream)).await;
                     drop(place);
                 });
             }
@@ -61,7 +61,7 @@ async fn answer(node: &Node, mut stream: TcpStream) -> std::io::Result<()> {
         let mut windows = request.windows(4);
         windows.any(|four| four == b"\r\n\r\n")
     };
-    while !is_whole(&request) && request.len() < REQUEST_BYTES {
+    while !is_whole(&request) && request.len() < MAX_REQUEST_BYTES {
         let count = stream.read(&mut buffer).await?;
         if count == 0 {
             break;

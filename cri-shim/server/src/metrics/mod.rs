@@ -114,7 +114,7 @@ struct Operation {
     took: Histogram,
 }
 
-struct Metrics {
+struct Counters {
     operations: [Operation; METHODS.len()],
     pulled: Histogram,
     pulled_bytes: AtomicU64,
@@ -122,7 +122,7 @@ struct Metrics {
 }
 
 /// Of the whole process.
-static METRICS: Metrics = Metrics {
+static METRICS: Counters = Counters {
     operations: [const {
         Operation {
             codes: [const { AtomicU64::new(0) }; CODES],

@@ -17,7 +17,7 @@ use rrun_calls::error::{During, Error, Result};
 const SHM_SIZE: &str = "64m";
 
 /// The most that is copied of a file of the node's /etc.
-const COPY_LIMIT: u64 = 1 << 20;
+const MAX_COPY_BYTES: u64 = 1 << 20;
 
 /// Makes a directory that only root reads; parents too.
 pub(crate) fn private_dir(path: &Path) -> Result<()> {
@@ -49,11 +49,11 @@ pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option
 }
 
 /// What containers see of a pod's files.
-const SEEN: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 /// Gives them, as far as they are there, an SELinux label.
 pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
-    for path in SEEN.map(|name| dir.join(name)) {
+    for path in POD_FILES.map(|name| dir.join(name)) {
         if path.exists() {
             relabel::one(&path, label)?;
         }
@@ -63,7 +63,7 @@ pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
 
 /// Gives what containers see of the pod's files to the root of its user namespace.
 pub(crate) fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
-    for name in SEEN {
+    for name in POD_FILES {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -194,7 +194,7 @@ pub(crate) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
 pub(crate) fn of_node(path: &str) -> String {
     let mut text = String::new();
     if let Ok(file) = std::fs::File::open(path) {
-        let _ = io::Read::read_to_string(&mut io::Read::take(file, COPY_LIMIT), &mut text);
+        let _ = io::Read::read_to_string(&mut io::Read::take(file, MAX_COPY_BYTES), &mut text);
     }
     text
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::node::Node;
 use crate::selinux::Labels;
-use crate::selinux::categories::Held;
+use crate::selinux::categories::LevelHold;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::slow;
 use rrun_monitor_client::{MonitorClient, SOCKET_NAME};
@@ -46,9 +46,9 @@ pub(crate) struct Sandbox {
     /// `None` where pods have no labels.
     pub selinux: Option<Labels>,
     /// No other pod is given its level.
-    _level: Option<Held>,
+    _level: Option<LevelHold>,
     pub monitor: MonitorClient,
-    state: Mutex<State>,
+    state: Mutex<SandboxState>,
     /// Containers being made; the pod's removal waits for them.
     pub creating: tokio::sync::watch::Sender<usize>,
     /// The record in the store.
@@ -57,7 +57,7 @@ pub(crate) struct Sandbox {
 
 /// What changes in a pod's life.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct State {
+pub(crate) struct SandboxState {
     pub ready: bool,
     /// The primary address first; none in the node's network.
     pub addresses: Vec<IpAddr>,
@@ -78,7 +78,7 @@ pub(crate) struct State {
 
 /// The pod in the store, and in its directory while it is being made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct SandboxRecord {
     pub id: String,
     #[serde(with = "rrun_store::record")]
     pub config: PodSandboxConfig,
@@ -93,14 +93,14 @@ pub(crate) struct Record {
 }
 
 impl Sandbox {
-    pub(crate) fn from_record(node: &Node, record: Record) -> Self {
+    pub(crate) fn from_record(node: &Node, record: SandboxRecord) -> Self {
         let linux = record.config.linux.as_ref();
-        let state = State {
+        let state = SandboxState {
             ready: record.ready,
             addresses: record.addresses,
             resources: linux.and_then(|linux| linux.resources.clone()),
             overhead: linux.and_then(|linux| linux.overhead.clone()),
-            ..State::default()
+            ..SandboxState::default()
         };
         Sandbox {
             monitor: MonitorClient::new(node.sandbox_dir(&record.id).join(SOCKET_NAME)),
@@ -121,18 +121,18 @@ impl Sandbox {
         }
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, SandboxState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn to_record(&self) -> Record {
+    pub(crate) fn to_record(&self) -> SandboxRecord {
         let state = self.state();
         let mut config = self.config.clone();
         if let Some(linux) = &mut config.linux {
             linux.resources.clone_from(&state.resources);
             linux.overhead.clone_from(&state.overhead);
         }
-        Record {
+        SandboxRecord {
             id: self.id.clone(),
             config,
             handler: self.handler.clone(),

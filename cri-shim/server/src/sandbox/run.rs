@@ -7,12 +7,12 @@ use std::time::Duration;
 use rrun_proto::v1::{ContainerEventType, PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
 
 use super::namespaces::{self, Sharing};
-use super::{RECORD, Record, Sandbox, files, stop, sysctl, users, watch};
+use super::{RECORD, Sandbox, SandboxRecord, files, stop, sysctl, users, watch};
 use crate::cgroup;
 use crate::clock::now;
 use crate::id::new_id;
 use crate::node::Node;
-use crate::selinux::categories::Held;
+use crate::selinux::categories::LevelHold;
 use crate::selinux::label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
@@ -23,7 +23,7 @@ use rrun_protocol::{Hello, Pod};
 const HOST_NAME_MAX: usize = 64;
 
 /// How long a monitor may take to come up.
-const MONITOR_START: Duration = Duration::from_secs(30);
+const MONITOR_START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What two calls for the same pod have in common.
 pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
@@ -38,7 +38,7 @@ pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
 
 /// Logged when a retry differs from the object that exists. It is no error, because kubelet would
 /// retry forever.
-pub(crate) const MADE_ALREADY: &str = "asked for again with another configuration, which has no effect: \
+pub(crate) const EXISTS_WITH_OTHER_CONFIG: &str = "asked for again with another configuration, which has no effect: \
     it is there already; remove it first, or ask for another attempt";
 
 /// Runs a pod and returns its id; of one that is ready already for the same metadata, that one's.
@@ -52,7 +52,7 @@ pub(crate) async fn run(
     }
     let sharing = check(&node, &config, &handler)?;
     check_network(&node, &config, sharing).await?;
-    // Held until the pod itself holds its SELinux level.
+    // LevelHold until the pod itself holds its SELinux level.
     let (record, _level) = new_record(&node, config, handler)?;
     let sandbox = match make(&node, &record, sharing).await {
         Ok(sandbox) => Arc::new(sandbox),
@@ -89,7 +89,7 @@ fn existing(node: &Node, config: &PodSandboxConfig) -> Option<String> {
         return None;
     }
     if there.config != *config {
-        log::warn!("{}: {}", there.name(), MADE_ALREADY);
+        log::warn!("{}: {}", there.name(), EXISTS_WITH_OTHER_CONFIG);
     }
     Some(there.id.clone())
 }
@@ -116,14 +116,14 @@ fn new_record(
     node: &Node,
     config: PodSandboxConfig,
     handler: String,
-) -> Result<(Record, Option<Held>)> {
+) -> Result<(SandboxRecord, Option<LevelHold>)> {
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
         Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
         _ => cgroup::own(&node.config.default_cgroup_parent, &id),
     };
     let (selinux, level) = node.selinux.of_pod(&id, &selinux_options(&config))?.unzip();
-    let record = Record {
+    let record = SandboxRecord {
         id,
         config,
         handler,
@@ -139,7 +139,7 @@ fn new_record(
 
 /// Makes the pod: its files, and beside them its addresses, which are written to the disk; then its
 /// monitor and network.
-async fn make(node: &Arc<Node>, record: &Record, sharing: Sharing) -> Result<Sandbox> {
+async fn make(node: &Arc<Node>, record: &SandboxRecord, sharing: Sharing) -> Result<Sandbox> {
     let name = format!("pod {}", record.id);
     let files = {
         let (node, record) = (Arc::clone(node), record.clone());
@@ -245,12 +245,12 @@ fn check_fields(config: &PodSandboxConfig) -> Result<()> {
 }
 
 /// The record as far as making the pod had come.
-fn left_behind(node: &Node, record: Record) -> Record {
+fn left_behind(node: &Node, record: SandboxRecord) -> SandboxRecord {
     files::read_record(&node.sandbox_dir(&record.id).join(RECORD)).unwrap_or(record)
 }
 
 /// Directory, files, cgroup and network namespace. Blocks.
-fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox> {
+fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<Sandbox> {
     let dir = node.sandbox_dir(&record.id);
     files::private_dir(&dir.join("containers"))?;
     // A kill at any later instruction finds the pod by its directory, and what it owns in there.
@@ -395,13 +395,13 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     let dir = node.sandbox_dir(&sandbox.id);
     rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor).await?;
     // Its answer means that the namespaces are there.
-    match tokio::time::timeout(MONITOR_START, sandbox.monitor.subscribe()).await {
+    match tokio::time::timeout(MONITOR_START_TIMEOUT, sandbox.monitor.subscribe()).await {
         Ok(Ok((hello, _events))) => Ok(hello),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(Error::internal(format!(
             "the monitor {} did not come up within {} s",
             node.config.monitor.display(),
-            MONITOR_START.as_secs()
+            MONITOR_START_TIMEOUT.as_secs()
         ))),
     }
 }

@@ -10,10 +10,10 @@ use rrun_proto::v1::{
 
 use serde_json::{Value, json};
 
-use super::{Sandbox, State, namespaces};
+use super::{Sandbox, SandboxState, namespaces};
 use crate::node::Node;
 
-impl State {
+impl SandboxState {
     fn cri(&self) -> PodSandboxState {
         if self.ready {
             PodSandboxState::SandboxReady

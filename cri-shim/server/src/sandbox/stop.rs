@@ -18,7 +18,7 @@ use rrun_network::namespace as netns;
 use rrun_protocol::FailureKind;
 
 /// How long a pod's removal waits for containers being made in it.
-const CREATIONS: Duration = Duration::from_secs(10);
+const CREATIONS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Stops what runs in the pod and gives its network back.
 pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
@@ -69,7 +69,7 @@ async fn creations_ended(sandbox: &Sandbox) -> Result<()> {
     let ended = creating.wait_for(|count| *count == 0);
     let ended = slow(
         format!("{name}: the end of a CreateContainer in it"),
-        tokio::time::timeout(CREATIONS, ended),
+        tokio::time::timeout(CREATIONS_TIMEOUT, ended),
     );
     match ended.await {
         Ok(_) => Ok(()),

@@ -7,7 +7,7 @@ use rrun_calls::error::{Error, Result};
 use rrun_protocol::Users;
 
 /// The most ranges that the kernel takes in a map, user_namespaces(7).
-const RANGES: usize = 340;
+const MAX_RANGES: usize = 340;
 
 /// The ranges of a pod with a user namespace of its own.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +55,7 @@ pub(crate) fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
             "the {field} of a user namespace ({shown}inside, outside, length) {why}"
         )))
     };
-    if ranges.is_empty() || ranges.len() > RANGES {
+    if ranges.is_empty() || ranges.len() > MAX_RANGES {
         return refuse("are no ranges, or too many");
     }
     if outside(ranges, 0).is_none() {

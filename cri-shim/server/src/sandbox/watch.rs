@@ -12,7 +12,7 @@ use rrun_protocol::{Event, Hello, Phase};
 
 /// How often a monitor that closed its connection is asked again before it is held for dead. The
 /// kernel refuses a connection at once when there is no process behind the socket.
-const TRIES: u32 = 5;
+const SUBSCRIBE_ATTEMPTS: u32 = 5;
 
 /// Begins a task that lives as long as the monitor.
 pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
@@ -53,7 +53,7 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             if sandbox.state().retired {
                 return;
             }
-            if failures >= TRIES || is_dead(&error, failures) {
+            if failures >= SUBSCRIBE_ATTEMPTS || is_dead(&error, failures) {
                 if let Err(error) = lost(&node, &sandbox, &error).await {
                     log::error!("{}: {error}", sandbox.name());
                 }

@@ -14,7 +14,7 @@ pub(crate) struct Categories {
 }
 
 /// A level that no new pod is given until this is dropped.
-pub(crate) struct Held {
+pub(crate) struct LevelHold {
     categories: Arc<Categories>,
     level: String,
 }
@@ -32,14 +32,14 @@ impl Categories {
     }
 
     /// This level, whoever has it besides.
-    pub(crate) fn hold(self: &Arc<Self>, level: &str) -> Held {
+    pub(crate) fn hold(self: &Arc<Self>, level: &str) -> LevelHold {
         *self.held().entry(level.to_owned()).or_default() += 1;
         self.of(level)
     }
 
     /// One that nobody holds. The search begins where the pod's id, a random number, says: what a
     /// pod has left behind is not the next one's.
-    pub(crate) fn unique(self: &Arc<Self>, id: &str) -> Result<Held> {
+    pub(crate) fn unique(self: &Arc<Self>, id: &str) -> Result<LevelHold> {
         let range = u64::from(self.range);
         let all = range * range.saturating_sub(1) / 2;
         let digits = id.get(..8).unwrap_or_default();
@@ -58,21 +58,21 @@ impl Categories {
         )))
     }
 
-    fn of(self: &Arc<Self>, level: &str) -> Held {
-        Held {
+    fn of(self: &Arc<Self>, level: &str) -> LevelHold {
+        LevelHold {
             categories: Arc::clone(self),
             level: level.to_owned(),
         }
     }
 }
 
-impl Held {
+impl LevelHold {
     pub(crate) fn level(&self) -> &str {
         &self.level
     }
 }
 
-impl Drop for Held {
+impl Drop for LevelHold {
     fn drop(&mut self) {
         let mut held = self.categories.held();
         if let Some(count) = held.get_mut(&self.level) {
@@ -119,7 +119,7 @@ mod tests {
         for id in ["ffffffff01", "ffffffff02", "00000000", "odd", "7"] {
             all.push(categories.unique(id)?);
         }
-        let levels: BTreeSet<&str> = all.iter().map(Held::level).collect();
+        let levels: BTreeSet<&str> = all.iter().map(LevelHold::level).collect();
         assert_eq!(levels.len(), 5);
         assert!(!levels.contains(explicit.level()));
         let full = categories.unique("0");

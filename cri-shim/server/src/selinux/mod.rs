@@ -15,7 +15,7 @@ use std::sync::Arc;
 use rrun_proto::v1::SeLinuxOption;
 use serde::{Deserialize, Serialize};
 
-use self::categories::{Categories, Held};
+use self::categories::{Categories, LevelHold};
 use self::label::Label;
 use self::policy::Policy;
 use rrun_calls::error::{Error, Result};
@@ -91,7 +91,11 @@ impl Selinux {
 
     /// The labels of a new pod, and a hold on their level. `None` where SELinux is off; what the
     /// pod asks for has no effect there.
-    pub(crate) fn of_pod(&self, id: &str, asked: &SeLinuxOption) -> Result<Option<(Labels, Held)>> {
+    pub(crate) fn of_pod(
+        &self,
+        id: &str,
+        asked: &SeLinuxOption,
+    ) -> Result<Option<(Labels, LevelHold)>> {
         let Some(policy) = &self.policy else {
             if *asked != SeLinuxOption::default() && policy::is_in_kernel() {
                 log::warn!(
@@ -117,7 +121,7 @@ impl Selinux {
     }
 
     /// Keeps new pods off the level of one that is there.
-    pub(crate) fn hold(&self, labels: &Labels) -> Held {
+    pub(crate) fn hold(&self, labels: &Labels) -> LevelHold {
         self.categories.hold(&labels.process.level)
     }
 }

@@ -14,10 +14,10 @@ use rrun_calls::error::{During, Error, Result};
 const NAME: &str = "security.selinux";
 
 /// How deep directories may lie in each other: each costs two descriptors.
-const DEPTH: usize = 256;
+const MAX_DEPTH: usize = 256;
 
 /// With another label on these the node would be no use; those that go-selinux refuses.
-const OF_THE_NODE: [&str; 24] = [
+const NEVER_RELABELLED: [&str; 24] = [
     "/",
     "/bin",
     "/boot",
@@ -61,7 +61,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
     let open = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(what)?;
     let by_descriptor = of_descriptor(&open);
     let real = std::fs::read_link(&by_descriptor).during(what)?;
-    if OF_THE_NODE
+    if NEVER_RELABELLED
         .iter()
         .any(|refused| real.as_path() == Path::new(refused))
     {
@@ -77,7 +77,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
         let dir = openat(CWD, &by_descriptor, flags, Mode::empty()).during(what)?;
-        entries(&dir, text.as_bytes(), DEPTH).during(what)?;
+        entries(&dir, text.as_bytes(), MAX_DEPTH).during(what)?;
     }
     set(rustix::fs::setxattr(
         &by_descriptor,
@@ -114,7 +114,7 @@ fn entries(dir: &OwnedFd, label: &[u8], depth: usize) -> Result<()> {
                 Ok(below) => {
                     let Some(depth) = depth.checked_sub(1) else {
                         return Err(Error::invalid(format!(
-                            "its directories lie more than {DEPTH} deep in each other"
+                            "its directories lie more than {MAX_DEPTH} deep in each other"
                         )));
                     };
                     entries(&below, label, depth).during(shown)?;

@@ -96,7 +96,7 @@ impl Image {
         let name = name(request.image)?;
         let node = Arc::clone(&self.node);
         let key = format!("remove image {name}");
-        let removal = self.node.doing.join(&key, || async move {
+        let removal = self.node.changes.join(&key, || async move {
             node.images.remove(&name).await?;
             Ok(())
         });

@@ -113,7 +113,7 @@ impl RuntimeService for Runtime {
         let (node, handler) = (Arc::clone(&self.node), request.runtime_handler);
         let key = sandbox::run::key(&metadata);
         let run = || sandbox::run::run(node, config, handler);
-        let pod_sandbox_id = slow(&key, self.node.making.join(&key, run)).await?;
+        let pod_sandbox_id = slow(&key, self.node.creations.join(&key, run)).await?;
         Ok(Response::new(RunPodSandboxResponse { pod_sandbox_id }))
     }
 
@@ -126,7 +126,7 @@ impl RuntimeService for Runtime {
             let node = Arc::clone(&self.node);
             let key = format!("stop pod {}", sandbox.id);
             let stop = || sandbox::stop::stop(node, sandbox);
-            self.node.doing.join(&key, stop).await?;
+            self.node.changes.join(&key, stop).await?;
         }
         Ok(Response::new(StopPodSandboxResponse {}))
     }
@@ -139,7 +139,7 @@ impl RuntimeService for Runtime {
             let node = Arc::clone(&self.node);
             let key = format!("remove pod {}", sandbox.id);
             let remove = || sandbox::stop::remove(node, sandbox);
-            self.node.doing.join(&key, remove).await?;
+            self.node.changes.join(&key, remove).await?;
         }
         Ok(Response::new(RemovePodSandboxResponse {}))
     }
@@ -219,7 +219,7 @@ impl RuntimeService for Runtime {
         let node = Arc::clone(&self.node);
         let key = container::create::key(&sandbox.id, &config);
         let create = || container::create::create(node, sandbox, config);
-        let container_id = slow(&key, self.node.making.join(&key, create)).await?;
+        let container_id = slow(&key, self.node.creations.join(&key, create)).await?;
         Ok(Response::new(CreateContainerResponse { container_id }))
     }
 
@@ -231,7 +231,7 @@ impl RuntimeService for Runtime {
         let node = Arc::clone(&self.node);
         let key = format!("start container {}", container.id);
         let start = || container::start::start(node, container);
-        self.node.doing.join(&key, start).await?;
+        self.node.changes.join(&key, start).await?;
         Ok(Response::new(StartContainerResponse {}))
     }
 
@@ -247,7 +247,7 @@ impl RuntimeService for Runtime {
             // the first.
             let key = format!("stop container {} within {grace} s", container.id);
             let stop = || async move { container::stop::stop(&node, &container, grace).await };
-            self.node.doing.join(&key, stop).await?;
+            self.node.changes.join(&key, stop).await?;
         }
         Ok(Response::new(StopContainerResponse {}))
     }
@@ -260,7 +260,7 @@ impl RuntimeService for Runtime {
             let node = Arc::clone(&self.node);
             let key = format!("remove container {}", container.id);
             let remove = || async move { container::remove::remove(&node, &container).await };
-            self.node.doing.join(&key, remove).await?;
+            self.node.changes.join(&key, remove).await?;
         }
         Ok(Response::new(RemoveContainerResponse {}))
     }

@@ -107,7 +107,7 @@ descriptors! {
 }
 
 /// The most processes of a container whose descriptors are counted.
-const PROCESSES: usize = 256;
+const MAX_PROCESSES: usize = 256;
 
 /// Every metric that [`sandbox`] can give.
 pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
@@ -123,13 +123,13 @@ pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     all.collect()
 }
 
-/// Metrics of one object under construction.
-struct Metrics {
+/// LabelledMetrics of one object under construction.
+struct LabelledMetrics {
     labels: Vec<String>,
     all: Vec<Metric>,
 }
 
-impl Metrics {
+impl LabelledMetrics {
     fn add(&mut self, name: &str, more: &[&str], value: Option<u64>) {
         let (Some(value), Some(descriptor)) = (
             value,
@@ -164,7 +164,7 @@ pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> Po
         &metadata.namespace,
         &metadata.name,
     ];
-    let mut metrics = Metrics {
+    let mut metrics = LabelledMetrics {
         labels: labels.map(str::to_owned).into(),
         all: Vec::new(),
     };
@@ -208,7 +208,7 @@ pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> Po
 
 fn container(node: &Node, container: &Container) -> ContainerMetrics {
     let dir = container.cgroup_dir();
-    let mut metrics = Metrics {
+    let mut metrics = LabelledMetrics {
         labels: labels(container, &dir),
         all: Vec::new(),
     };
@@ -250,7 +250,7 @@ fn labels(container: &Container, dir: &Path) -> Vec<String> {
     labels.map(str::to_owned).into()
 }
 
-fn of_specification(metrics: &mut Metrics, container: &Container) {
+fn of_specification(metrics: &mut LabelledMetrics, container: &Container) {
     let state = container.state();
     let positive = |value: i64| u64::try_from(value).ok();
     let seconds = |nanoseconds: i64| positive(nanoseconds / 1_000_000_000);
@@ -284,7 +284,7 @@ fn path_of(dir: &Path) -> String {
 }
 
 /// What the controllers count, cgroup-v2.rst; nothing of those that are not there.
-fn of_cgroup(metrics: &mut Metrics, dir: &Path) {
+fn of_cgroup(metrics: &mut LabelledMetrics, dir: &Path) {
     if let Some(stat) = read(dir, "cpu.stat") {
         let seconds = |name| keyed(&stat, name).map(|microseconds| microseconds / 1_000_000);
         metrics.add(
@@ -337,7 +337,7 @@ fn of_cgroup(metrics: &mut Metrics, dir: &Path) {
     }
 }
 
-fn of_memory(metrics: &mut Metrics, dir: &Path) {
+fn of_memory(metrics: &mut LabelledMetrics, dir: &Path) {
     let Some(usage) = number(dir, "memory.current") else {
         return;
     };
@@ -387,7 +387,7 @@ fn of_memory(metrics: &mut Metrics, dir: &Path) {
 }
 
 /// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`
-fn of_devices(metrics: &mut Metrics, stat: &str) {
+fn of_devices(metrics: &mut LabelledMetrics, stat: &str) {
     for line in stat.lines() {
         let mut words = line.split_ascii_whitespace();
         let Some((major, minor)) = words.next().and_then(|number| number.split_once(':')) else {
@@ -425,7 +425,7 @@ fn device_name(number: &str) -> String {
     name.map_or_else(|| number.to_owned(), |name| format!("/dev/{name}"))
 }
 
-fn of_processes(metrics: &mut Metrics, dir: &Path) {
+fn of_processes(metrics: &mut LabelledMetrics, dir: &Path) {
     let processes = cgroup_files::process_ids(dir);
     let count = u64::try_from(processes.len()).ok();
     metrics.add("container_processes", &[], count);
@@ -434,7 +434,7 @@ fn of_processes(metrics: &mut Metrics, dir: &Path) {
     let most = read(dir, "pids.max").map(|text| text.trim().parse().unwrap_or(0));
     metrics.add("container_threads_max", &[], most);
     let (mut descriptors, mut sockets) = (0, 0);
-    for pid in processes.iter().take(PROCESSES) {
+    for pid in processes.iter().take(MAX_PROCESSES) {
         let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
         for entry in open.into_iter().flatten().flatten() {
             descriptors += 1;
@@ -453,7 +453,7 @@ fn of_processes(metrics: &mut Metrics, dir: &Path) {
     metrics.add("container_ulimits_soft", &["max_open_files"], open_files);
 }
 
-fn of_disk(metrics: &mut Metrics, node: &Node, container: &Container) {
+fn of_disk(metrics: &mut LabelledMetrics, node: &Node, container: &Container) {
     let usage = node.stats.writable.of(&container.id);
     let layer: PathBuf = node.writable_layer(&container.id);
     let Ok(disk) = rustix::fs::statvfs(&layer) else {
@@ -488,7 +488,7 @@ mod tests {
 
     #[test]
     fn devices_are_told_by_number_where_they_have_no_name() {
-        let mut metrics = Metrics {
+        let mut metrics = LabelledMetrics {
             labels: vec![String::new(); LABELS.len()],
             all: Vec::new(),
         };

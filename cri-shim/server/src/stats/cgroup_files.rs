@@ -64,8 +64,8 @@ pub(super) fn io(dir: &Path) -> Option<IoUsage> {
 }
 
 /// How deep below a container's cgroup processes are looked for, and how many are listed.
-const DEPTH: u32 = 4;
-const PROCESSES: usize = 1 << 16;
+const MAX_DEPTH: u32 = 4;
+const MAX_PROCESSES: usize = 1 << 16;
 
 /// The processes in the cgroup and below.
 pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
@@ -77,12 +77,12 @@ pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
 fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
     // Longer than other files of a cgroup's.
     let processes = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let room = PROCESSES.saturating_sub(all.len());
+    let room = MAX_PROCESSES.saturating_sub(all.len());
     let listed = processes
         .lines()
         .filter_map(|line| line.parse::<i32>().ok());
     all.extend(listed.take(room));
-    if depth == DEPTH {
+    if depth == MAX_DEPTH {
         return;
     }
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {

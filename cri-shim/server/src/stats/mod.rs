@@ -26,13 +26,13 @@ use rrun_network::{Counters, Interface};
 pub(crate) use writable::Usage;
 
 /// The least time between two readings from which a rate is told, in nanoseconds.
-const WINDOW: i64 = 1_000_000_000;
+const RATE_WINDOW_NANOSECONDS: i64 = 1_000_000_000;
 
 /// What is remembered from one call to the next, by id.
 #[derive(Default)]
-pub(crate) struct Cache {
+pub(crate) struct StatsCache {
     cpu: Mutex<HashMap<String, Reading>>,
-    writable: writable::Cache,
+    writable: writable::UsageCache,
 }
 
 /// CPU time at a moment, and the rate that was told last.
@@ -43,7 +43,7 @@ struct Reading {
     rate: Option<u64>,
 }
 
-impl Cache {
+impl StatsCache {
     pub(crate) fn forget(&self, id: &str) {
         let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
         cpu.remove(id);
@@ -66,7 +66,7 @@ impl Cache {
             return None;
         };
         let elapsed = at - last.at;
-        if elapsed < WINDOW {
+        if elapsed < RATE_WINDOW_NANOSECONDS {
             return last.rate;
         }
         let spent = u128::from(used.saturating_sub(last.used));
@@ -80,7 +80,7 @@ fn value(value: u64) -> Option<UInt64Value> {
     Some(UInt64Value { value })
 }
 
-fn cpu(cache: &Cache, id: &str, dir: &Path) -> Option<CpuUsage> {
+fn cpu(cache: &StatsCache, id: &str, dir: &Path) -> Option<CpuUsage> {
     let mut usage = cgroup_files::cpu(dir)?;
     usage.usage_nano_cores = usage
         .usage_core_nano_seconds
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_rate_needs_two_readings_and_a_second_between() {
-        let cache = Cache::default();
+        let cache = StatsCache::default();
         let second = 1_000_000_000;
         assert_eq!(cache.rate("c", second, 100), None);
         assert_eq!(cache.rate("c", second + 1, 200), None);

@@ -13,16 +13,16 @@ use crate::node::Node;
 /// A layer is counted again after so many times what the last walk took: at most a hundredth of one
 /// CPU's time goes there. kubelet evicts who uses most by these figures, so that they must not lag
 /// behind what the disk itself says.
-const REST: u32 = 100;
+const WALK_SHARE: u32 = 100;
 
 /// How old a count may be before the next one begins in any case.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
 /// How long an answer waits for walks.
-const PATIENCE: Duration = Duration::from_millis(100);
+const REFRESH_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The most entries that one walk looks at; a layer with more is told as so large.
-const ENTRIES: u64 = 1 << 20;
+const MAX_ENTRIES: u64 = 1 << 20;
 
 /// A count, and when it was made (nanoseconds since the epoch, 0: not yet).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,32 +33,32 @@ pub(crate) struct Usage {
 }
 
 #[derive(Default)]
-pub(super) struct Cache {
+pub(super) struct UsageCache {
     counts: Counts,
 }
 
-type Counts = Arc<Mutex<HashMap<String, Entry>>>;
+type Counts = Arc<Mutex<HashMap<String, CountedUsage>>>;
 
 #[derive(Clone, Copy, Default)]
-struct Entry {
+struct CountedUsage {
     usage: Usage,
     took: Duration,
     counting: bool,
 }
 
-impl Entry {
+impl CountedUsage {
     fn is_due(&self, now: i64) -> bool {
         let age = u128::from(now.saturating_sub(self.usage.at).unsigned_abs());
-        let rest = self.took.saturating_mul(REST).min(MAX_AGE);
+        let rest = self.took.saturating_mul(WALK_SHARE).min(MAX_AGE);
         !self.counting && age > rest.as_nanos()
     }
 }
 
-fn lock(counts: &Counts) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+fn lock(counts: &Counts) -> std::sync::MutexGuard<'_, HashMap<String, CountedUsage>> {
     counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Cache {
+impl UsageCache {
     pub(super) fn forget(&self, id: &str) {
         lock(&self.counts).remove(id);
     }
@@ -98,7 +98,7 @@ impl Cache {
                 let usage = count(&dir);
                 // Gone meanwhile: not again.
                 if let Some(entry) = lock(&counts).get_mut(&id) {
-                    *entry = Entry {
+                    *entry = CountedUsage {
                         usage,
                         took: began.elapsed(),
                         counting: false,
@@ -106,7 +106,7 @@ impl Cache {
                 }
             }
         });
-        let _ = tokio::time::timeout(PATIENCE, walks).await;
+        let _ = tokio::time::timeout(REFRESH_TIMEOUT, walks).await;
     }
 }
 
@@ -136,7 +136,7 @@ fn count(dir: &Path) -> Usage {
             };
             // st_blocks counts in units of 512 bytes, stat(2).
             usage.bytes += metadata.blocks() * 512 / names;
-            if usage.inodes >= ENTRIES {
+            if usage.inodes >= MAX_ENTRIES {
                 return usage;
             }
             if metadata.is_dir() {
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn what_took_long_is_counted_seldom() {
-        let entry = |took, at| Entry {
+        let entry = |took, at| CountedUsage {
             usage: Usage {
                 at,
                 ..Usage::default()
@@ -163,16 +163,16 @@ mod tests {
         };
         let second = 1_000_000_000;
         let now = 1000 * second;
-        assert!(Entry::default().is_due(now), "never counted");
+        assert!(CountedUsage::default().is_due(now), "never counted");
         let short = Duration::from_micros(50);
         assert!(entry(short, now - second).is_due(now));
         assert!(!entry(short, now - 1000).is_due(now));
         let long = Duration::from_secs(3);
         assert!(!entry(long, now - 29 * second).is_due(now));
         assert!(entry(long, now - 31 * second).is_due(now));
-        let counting = Entry {
+        let counting = CountedUsage {
             counting: true,
-            ..Entry::default()
+            ..CountedUsage::default()
         };
         assert!(!counting.is_due(now));
     }
