@@ -7,8 +7,7 @@
 
 use std::fmt::Write as _;
 
-use crate::error::{Error, Result};
-use crate::refuse;
+use crate::error::{Error, Result, refuse};
 
 /// One flag that a command takes.
 pub struct Flag {

@@ -98,12 +98,12 @@ impl<T, E: Reason> Context<T> for std::result::Result<T, E> {
 }
 
 /// `return Err(Error::new(format!(…)))`.
-#[macro_export]
 macro_rules! refuse {
     ($($arg:tt)*) => {
         return Err($crate::error::Error::new(format!($($arg)*)))
     };
 }
+pub(crate) use refuse;
 
 #[cfg(test)]
 mod tests {

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use crate::error::{Context, Result};
-use crate::time::rfc3339_seconds;
+use crate::sys::time::rfc3339_seconds;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {

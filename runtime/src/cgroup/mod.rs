@@ -4,6 +4,7 @@
 //! no moment in which that process is not held by them. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
+pub mod dbus;
 mod devices;
 mod properties;
 mod resources;
@@ -20,8 +21,8 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::config::Config;
-use crate::error::{Context, Error, Result};
-use crate::{log, refuse};
+use crate::error::{Context, Error, Result, refuse};
+use crate::log;
 use systemd::{Placeholder, Scope};
 
 pub use resources::{check_memory_above_use, complete, memory_swap, validate};
@@ -502,7 +503,7 @@ pub fn of_process(pid: i32) -> Result<PathBuf> {
 
 /// Whether a path below a container's cgroup exists there, for `exec --cgroup`.
 pub fn below(path: &Path, inner: &str) -> Result<PathBuf> {
-    let inner = crate::rootfs::cleaned(Path::new(inner));
+    let inner = crate::mounts::rootfs::cleaned(Path::new(inner));
     let relative = inner.strip_prefix("/").unwrap_or(&inner);
     let full = path.join(relative);
     rustix::fs::statat(rustix::fs::CWD, &full, AtFlags::SYMLINK_NOFOLLOW)

@@ -6,10 +6,9 @@ use oci_spec::runtime::{LinuxResources, LinuxThrottleDevice};
 
 use super::resources::{cpu_weight, io_weight, swap_max};
 use super::{devices, systemd};
-use crate::dbus::{Property, Value};
-use crate::error::{Error, Result};
-use crate::number_list::NumberSet;
-use crate::refuse;
+use crate::cgroup::dbus::{Property, Value};
+use crate::error::{Error, Result, refuse};
+use crate::sys::number_list::NumberSet;
 
 /// systemd's "infinity".
 const NONE: u64 = u64::MAX;

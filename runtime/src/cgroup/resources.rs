@@ -8,8 +8,7 @@ use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 
 use super::{Cgroup, MOUNT_POINT, read, write};
-use crate::error::{Context as _, Error, Result};
-use crate::refuse;
+use crate::error::{Context as _, Error, Result, refuse};
 
 /// What `events` and everyone else who looks into the files wants counted, limits or not.
 const COUNTED: [&str; 4] = ["cpu", "io", "memory", "pids"];

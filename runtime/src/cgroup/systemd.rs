@@ -2,19 +2,19 @@
 //! systemd makes, accounts for and shows, and leaves to rrun to divide ("Delegate").
 //!
 //! systemd makes no scope without a process in it. The container's own is to be born inside
-//! (see [`crate::birth`]), so a placeholder that does nothing holds the place until then.
+//! (see [`crate::lifecycle::create`]), so a placeholder that does nothing holds the place until then.
 //! See systemd.scope(5), systemd.resource-control(5) and org.freedesktop.systemd1(5).
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::birth::end_child;
-use crate::dbus::{Body, Bus, Property, Refusal, Value};
-use crate::error::{Context, Error, Result};
-use crate::init::end;
-use crate::syscalls::{Cloned, clone3};
-use crate::{log, refuse};
+use crate::cgroup::dbus::{Body, Bus, Property, Refusal, Value};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::create::end_child;
+use crate::lifecycle::init::end;
+use crate::log;
+use crate::sys::syscalls::{Cloned, clone3};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
 pub const ANNOTATION: &str = "org.systemd.property.";

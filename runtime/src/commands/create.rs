@@ -8,13 +8,12 @@ use super::{
     PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
 };
 use crate::arguments::{Arguments, Flag, value};
-use crate::birth::{self, Request};
 use crate::config::Config;
-use crate::error::{Context, Error, Result};
-use crate::notify_socket::{self, Manager};
-use crate::refuse;
-use crate::state::directory;
-use crate::terminal::connect_console;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::create::{self, Request};
+use crate::lifecycle::notify_socket::{self, Manager};
+use crate::lifecycle::state::directory;
+use crate::process::terminal::connect_console;
 
 pub const COMMAND: Command = Command {
     name: "create",
@@ -57,7 +56,7 @@ fn await_bundle(path: &str) -> Result<()> {
 
 fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::state::validate_id(id)?;
+    crate::lifecycle::state::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     if let Some(path) = arguments.value("after") {
         await_bundle(path)?;
@@ -73,7 +72,7 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if notify.is_some() {
         notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
     }
-    birth::create(Request {
+    create::create(Request {
         root: &globals.root,
         id,
         config: &config,

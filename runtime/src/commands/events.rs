@@ -8,9 +8,8 @@ use serde_json::Value;
 use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
 use crate::cgroup;
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::State;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
 
 pub const COMMAND: Command = Command {
     name: "events",

@@ -5,16 +5,14 @@ use super::{
     pidfd_socket,
 };
 use crate::arguments::{Arguments, switch, value};
-use crate::capabilities;
 use crate::config::read_bounded;
-use crate::entry::{self, Request};
-use crate::error::{Error, Result};
-use crate::foreground::Forwarding;
-use crate::process::Process;
-use crate::refuse;
-use crate::spec::Process as SpecProcess;
-use crate::state::{State, Status};
-use crate::terminal::connect_console;
+use crate::config::spec::Process as SpecProcess;
+use crate::error::{Error, Result, refuse};
+use crate::lifecycle::exec::{self, Request};
+use crate::lifecycle::foreground::Forwarding;
+use crate::lifecycle::state::{State, Status};
+use crate::process::terminal::connect_console;
+use crate::process::{Process, capabilities};
 
 pub const COMMAND: Command = Command {
     name: "exec",
@@ -115,7 +113,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     } else {
         Some(Forwarding::start()?)
     };
-    let entered = entry::enter(Request {
+    let entered = exec::enter(Request {
         state: &state,
         init,
         process,

@@ -3,8 +3,10 @@ use serde_json::json;
 use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
-use crate::state::OCI_VERSION;
-use crate::{capabilities, cgroup, memory_policy, mount_options, namespaces, seccomp};
+use crate::lifecycle::state::OCI_VERSION;
+use crate::mounts::options;
+use crate::process::{capabilities, memory_policy};
+use crate::{cgroup, namespaces, seccomp};
 
 pub const COMMAND: Command = Command {
     name: "features",
@@ -28,7 +30,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
             "prestart", "createRuntime", "createContainer", "startContainer", "poststart",
             "poststop",
         ],
-        "mountOptions": mount_options::known(),
+        "mountOptions": options::known(),
         "linux": {
             "namespaces": namespaces::TYPES.map(|(_, name)| name),
             "capabilities": capabilities,

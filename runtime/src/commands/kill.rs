@@ -4,10 +4,11 @@ use rustix::io::Errno;
 
 use super::{Command, Globals};
 use crate::arguments::{Arguments, switch};
-use crate::error::{Context, Error, Result};
-use crate::state::State;
-use crate::syscalls::{kill as send, pidfd_send_signal};
-use crate::{cgroup, refuse, signals};
+use crate::cgroup;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
+use crate::sys::signals;
+use crate::sys::syscalls::{kill as send, pidfd_send_signal};
 
 pub const COMMAND: Command = Command {
     name: "kill",

@@ -2,9 +2,9 @@ use std::io::ErrorKind;
 
 use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
-use crate::error::{Context, Error, Result};
-use crate::state::{State, Status, directory, validate_id};
-use crate::{log, refuse};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::{State, Status, directory, validate_id};
+use crate::log;
 
 pub const COMMAND: Command = Command {
     name: "list",

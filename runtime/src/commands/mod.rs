@@ -22,9 +22,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
-use crate::descriptors::{self, Descriptors};
-use crate::error::{Context, Error, Result};
-use crate::{channel, executable, log, refuse};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::channel;
+use crate::log;
+use crate::mounts::readonly_exec;
+use crate::process::descriptors::{self, Descriptors};
 
 /// One command: how it is called, and what does it.
 pub struct Command {
@@ -128,13 +130,13 @@ pub fn main(words: Vec<&'static CStr>) -> u8 {
 }
 
 fn called(words: Vec<&'static CStr>) -> Result<u8> {
-    executable::prepare()?;
+    readonly_exec::prepare()?;
     // Before anything that would have to be done once more after it. A word that only
     // looks like one of these commands does no harm.
     let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
     let mut inherited = Vec::new();
     if words.iter().any(enters) {
-        executable::protect(&words)?;
+        readonly_exec::protect(&words)?;
         inherited = descriptors::inherited()?;
     } else {
         descriptors::keep_from_hooks()?;
@@ -249,7 +251,7 @@ fn version() -> String {
     format!(
         "rrun version {}\nspec: {}\n",
         env!("CARGO_PKG_VERSION"),
-        crate::state::OCI_VERSION
+        crate::lifecycle::state::OCI_VERSION
     )
 }
 

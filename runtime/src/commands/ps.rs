@@ -1,8 +1,8 @@
 use super::{Command, Globals, print};
 use crate::arguments::{Arguments, value};
-use crate::error::{Context, Error, Result};
-use crate::state::State;
-use crate::{cgroup, refuse};
+use crate::cgroup;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
 
 pub const COMMAND: Command = Command {
     name: "ps",

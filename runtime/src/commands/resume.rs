@@ -1,8 +1,8 @@
 use super::{Command, Globals};
 use crate::arguments::Arguments;
-use crate::error::Result;
-use crate::state::{State, Status, directory};
-use crate::{cgroup, refuse};
+use crate::cgroup;
+use crate::error::{Result, refuse};
+use crate::lifecycle::state::{State, Status, directory};
 
 pub const COMMAND: Command = Command {
     name: "resume",

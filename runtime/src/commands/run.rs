@@ -5,14 +5,14 @@ use super::{
     PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
 };
 use crate::arguments::{Arguments, switch};
-use crate::birth::{self, Request};
-use crate::config::Config;
-use crate::error::Result;
-use crate::foreground::Forwarding;
-use crate::notify_socket::{self, Manager};
-use crate::state::{Status, directory};
-use crate::terminal::connect_console;
-use crate::{hooks, refuse, removal};
+use crate::config::{Config, hooks};
+use crate::error::{Result, refuse};
+use crate::lifecycle::create::{self, Request};
+use crate::lifecycle::delete;
+use crate::lifecycle::foreground::Forwarding;
+use crate::lifecycle::notify_socket::{self, Manager};
+use crate::lifecycle::state::{Status, directory};
+use crate::process::terminal::connect_console;
 
 pub const COMMAND: Command = Command {
     name: "run",
@@ -44,7 +44,7 @@ pub const COMMAND: Command = Command {
 
 fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::state::validate_id(id)?;
+    crate::lifecycle::state::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     let mut config = Config::load(bundle(arguments))?;
     let detach = arguments.is_set("detach");
@@ -69,7 +69,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     } else {
         Some(Forwarding::start()?)
     };
-    let born = birth::create(Request {
+    let born = create::create(Request {
         root: &globals.root,
         id,
         config: &config,
@@ -97,7 +97,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => forwarding.wait(&born.pidfd)?,
     };
     if !arguments.is_set("keep") {
-        removal::after_end(&globals.root, &born.state)?;
+        delete::after_end(&globals.root, &born.state)?;
     }
     Ok(status)
 }

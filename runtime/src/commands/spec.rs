@@ -6,9 +6,8 @@ use serde_json::{Value, json};
 
 use super::{Command, Globals, bundle};
 use crate::arguments::{Arguments, switch, value};
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::OCI_VERSION;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::OCI_VERSION;
 
 pub const COMMAND: Command = Command {
     name: "spec",
@@ -151,10 +150,10 @@ mod tests {
     #[test]
     fn the_example_is_a_configuration() {
         let mut value = super::example();
-        serde_json::from_value::<crate::spec::Spec>(value.clone()).unwrap();
+        serde_json::from_value::<crate::config::spec::Spec>(value.clone()).unwrap();
         super::make_rootless(&mut value);
         assert!(!value.to_string().contains("null"), "{value}");
-        let spec: crate::spec::Spec = serde_json::from_value(value).unwrap();
+        let spec: crate::config::spec::Spec = serde_json::from_value(value).unwrap();
         assert!(spec.linux.unwrap().uid_mappings.is_some());
     }
 }

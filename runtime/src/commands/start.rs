@@ -1,10 +1,11 @@
 use super::{Command, Globals};
 use crate::arguments::Arguments;
-use crate::error::{Error, Result};
-use crate::notify_socket::{Manager, NotifySocket};
+use crate::config::hooks;
+use crate::error::{Error, Result, refuse};
+use crate::lifecycle::notify_socket::{Manager, NotifySocket};
+use crate::lifecycle::start_socket;
+use crate::lifecycle::state::{State, Status, directory};
 use crate::seccomp::Report;
-use crate::state::{State, Status, directory};
-use crate::{gate, hooks, refuse};
 
 pub const COMMAND: Command = Command {
     name: "start",
@@ -25,7 +26,7 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => None,
     };
     match state.noted_status(&directory)? {
-        Status::Created => gate::open(&directory, id, |report| tell_agent(&state, report))?,
+        Status::Created => start_socket::open(&directory, id, |report| tell_agent(&state, report))?,
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
         status => refuse!("cannot start container {id} in state {}", status.as_str()),

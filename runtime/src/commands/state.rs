@@ -1,7 +1,7 @@
 use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
-use crate::state::{State, directory};
+use crate::lifecycle::state::{State, directory};
 
 pub const COMMAND: Command = Command {
     name: "state",

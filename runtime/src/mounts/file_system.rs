@@ -12,10 +12,9 @@ use rustix::mount::{
 
 use super::tree::{clone_descriptor, clone_tree};
 use super::{Mount, OwnCgroup};
-use crate::error::{Context, Error, Reason as _, Result};
-use crate::mount_options::{self, Parameter};
-use crate::refuse;
-use crate::syscalls::{MountAttr, mount_setattr};
+use crate::error::{Context, Error, Reason as _, Result, refuse};
+use crate::mounts::options::{self, Parameter};
+use crate::sys::syscalls::{MountAttr, mount_setattr};
 
 /// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
 const VALUE_LIMIT: usize = 255;
@@ -54,7 +53,7 @@ fn needs_mount_call(data: &[Parameter]) -> bool {
 fn joined(data: &[Parameter]) -> String {
     data.iter()
         .map(|(key, value)| match value {
-            Some(value) if mount_options::is_label(key) => format!("{key}=\"{value}\""),
+            Some(value) if options::is_label(key) => format!("{key}=\"{value}\""),
             Some(value) => format!("{key}={value}"),
             None => key.clone(),
         })
@@ -102,7 +101,7 @@ impl Mount {
         // Access times may be locked. The rest goes for what is mounted below, too: a sysfs
         // of its own would have nothing there.
         let attr = MountAttr {
-            attr_set: self.options.attr.attr_set & mount_options::RESTRICTIONS,
+            attr_set: self.options.attr.attr_set & options::RESTRICTIONS,
             ..MountAttr::default()
         };
         mount_setattr(mount.as_fd(), recursive, &attr).doing(doing)?;
@@ -175,7 +174,7 @@ impl Mount {
         let data = std::ffi::CString::new(data).map_err(|_| refused(Errno::INVAL))?;
         let mut flags = MountFlags::empty();
         for name in &self.options.superblock {
-            flags |= mount_options::mount_flag(name);
+            flags |= options::mount_flag(name);
         }
         mount(&self.source, PLACE, &*self.typ, flags, &*data).map_err(refused)?;
         let copy = rustix::fs::open(
@@ -205,7 +204,7 @@ impl Mount {
     fn first_attributes(&self) -> u64 {
         let wanted = self.options.attr.attr_set;
         if self.is_written_first() {
-            wanted & !mount_options::READ_ONLY.attr_set
+            wanted & !options::READ_ONLY.attr_set
         } else {
             wanted
         }

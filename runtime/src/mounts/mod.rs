@@ -11,18 +11,22 @@ use oci_spec::runtime::Mount as SpecMount;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
-use crate::error::{Context, Error, Reason as _, Result};
-use crate::idmap::IdMaps;
-use crate::mount_options::{self, Bind, Options};
-use crate::procfs::PROC_SUPER_MAGIC;
-use crate::rootfs::{Rootfs, Target, cleaned};
-use crate::syscalls::{MountAttr, mount_setattr};
-use crate::{copy_up, refuse};
+use crate::error::{Context, Error, Reason as _, Result, refuse};
+use crate::mounts::options::{Bind, Options};
+use crate::mounts::rootfs::{Rootfs, Target, cleaned};
+use crate::namespaces::idmap::IdMaps;
+use crate::sys::procfs::PROC_SUPER_MAGIC;
+use crate::sys::syscalls::{MountAttr, mount_setattr};
 
+pub mod devices;
 mod file_system;
+pub mod options;
 pub mod protection;
+pub mod readonly_exec;
 mod remount;
+pub mod rootfs;
 mod taken;
+pub mod tmpcopyup;
 pub mod tree;
 
 pub use taken::Taken;
@@ -77,7 +81,7 @@ impl Mount {
             refuse!("{field}.destination: the root itself can not be mounted over");
         }
         let options = spec.options().iter().flatten().map(String::as_str);
-        let mut options = mount_options::parse(options)
+        let mut options = options::parse(options)
             .map_err(|error| error.while_doing(format!("{field}.options")))?;
         let mut typ = spec.typ().clone().unwrap_or_default();
         if typ == "bind" && options.bind == Bind::No {
@@ -164,7 +168,7 @@ impl Mount {
             destination: destination.to_owned(),
             typ: "bind".to_owned(),
             source: source.to_owned(),
-            options: mount_options::parse(options.into_iter())?,
+            options: options::parse(options.into_iter())?,
             id_maps: IdMaps::default(),
             label: None,
         })
@@ -263,7 +267,7 @@ impl Mount {
 
     fn map_ids(&self, mount: &OwnedFd, namespace: &OwnedFd) -> Result<()> {
         let attr = MountAttr {
-            attr_set: mount_options::ATTR_IDMAP,
+            attr_set: options::ATTR_IDMAP,
             userns_fd: namespace.as_raw_fd() as u64,
             ..MountAttr::default()
         };
@@ -290,7 +294,7 @@ impl Mount {
         let unchanged = MountAttr::default();
         let mut recursive = self.options.recursive_attr;
         if self.is_written_first() {
-            recursive.attr_set &= !mount_options::READ_ONLY.attr_set;
+            recursive.attr_set &= !options::READ_ONLY.attr_set;
         }
         if recursive != unchanged {
             mount_setattr(mount.as_fd(), true, &recursive).doing(|| "set its recursive options")?;
@@ -333,13 +337,13 @@ impl Mount {
             target
         };
         if filled && self.options.copy_up {
-            copy_up::copy(&target, &mount)?;
+            tmpcopyup::copy(&target, &mount)?;
         } else if filled {
-            copy_up::copy_mode(&target, &mount)?;
+            tmpcopyup::copy_mode(&target, &mount)?;
         }
         move_mount(&mount, &target).doing(|| "attach it")?;
         let asked = [&self.options.attr, &self.options.recursive_attr];
-        if self.is_written_first() && asked.into_iter().any(mount_options::is_read_only) {
+        if self.is_written_first() && asked.into_iter().any(options::is_read_only) {
             let again = fcntl_dupfd_cloexec(&mount, 0).doing(|| "keep it in mind")?;
             rootfs.read_only_later(self.sentence(), again);
         }

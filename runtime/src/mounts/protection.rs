@@ -9,10 +9,10 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::tree::{clone_descriptor, clone_tree, move_mount};
-use crate::error::{Context, Result};
-use crate::rootfs::{Rootfs, cleaned};
-use crate::syscalls::mount_setattr;
-use crate::{mount_options, refuse};
+use crate::error::{Context, Result, refuse};
+use crate::mounts::options;
+use crate::mounts::rootfs::{Rootfs, cleaned};
+use crate::sys::syscalls::mount_setattr;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.
@@ -59,7 +59,7 @@ pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
             result => result.doing(doing)?,
         };
         let copy = clone_descriptor(&target, true).doing(doing)?;
-        mount_setattr(copy.as_fd(), true, &mount_options::READ_ONLY).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &options::READ_ONLY).doing(doing)?;
         move_mount(&copy, &target).doing(doing)?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use super::Mount;
 use super::tree::take_root;
 use crate::config::Config;
 use crate::error::Result;
-use crate::idmap;
+use crate::namespaces::idmap;
 
 /// Parts of the host's file system that were taken, as detached mounts, before the
 /// container's first process lost sight of them or the right to reach them.

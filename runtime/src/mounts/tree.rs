@@ -8,9 +8,9 @@ use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::error::{Context, Result};
-use crate::mount_options;
-use crate::rootfs::Rootfs;
-use crate::syscalls::{MountAttr, mount_setattr};
+use crate::mounts::options;
+use crate::mounts::rootfs::Rootfs;
+use crate::sys::syscalls::{MountAttr, mount_setattr};
 
 /// A detached copy of the mount at a path of the host, with those below it if `recursive`.
 pub fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
@@ -56,7 +56,7 @@ pub fn take_root(path: &Path) -> Result<OwnedFd> {
 /// arrives.
 pub fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     let attr = MountAttr {
-        propagation: mount_options::SLAVE,
+        propagation: options::SLAVE,
         ..MountAttr::default()
     };
     mount_setattr(mount.as_fd(), true, &attr)

@@ -9,8 +9,7 @@ use super::architecture::Architecture;
 use super::bpf::{ARCHITECTURE, Goal, Instruction, LIMIT, NUMBER, Program, Test};
 use super::profile::{Checked, Comparison, Condition, Rule};
 use super::table::{ARM_PRIVATE, Syscall, X32_BIT, multiplexed};
-use crate::error::Result;
-use crate::refuse;
+use crate::error::{Result, refuse};
 
 /// The number that a tracer puts in place of a call that is not to be made.
 const SKIPPED: u32 = u32::MAX;

@@ -9,10 +9,9 @@ use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
 use super::Report;
-use crate::channel::send_descriptor;
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::{OCI_VERSION, Shown};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::channel::send_descriptor;
+use crate::lifecycle::state::{OCI_VERSION, Shown};
 
 /// The target of a listener's link in /proc/self/fd. The target of a file's link begins with `/`, so
 /// no file can pass for a listener.

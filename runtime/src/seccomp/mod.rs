@@ -25,9 +25,10 @@ pub use listener::{Agent, Listener};
 pub use profile::{ACTIONS, OPERATORS, Profile};
 pub use shared_page::{Report, Reporter, SharedPage};
 
-use crate::error::{Context, Result};
-use crate::init::{end, trap};
-use crate::{log, refuse, syscalls};
+use crate::error::{Context, Result, refuse};
+use crate::lifecycle::init::{end, trap};
+use crate::log;
+use crate::sys::syscalls;
 
 /// Flags by their names; seccomp(2) explains them.
 pub const FLAGS: [(&str, u32); 4] = [

@@ -5,8 +5,7 @@ use serde::de::{Deserialize, Deserializer, Visitor};
 
 use super::architecture::{self, Architecture, NATIVE};
 use super::table::Syscall;
-use crate::error::Result;
-use crate::refuse;
+use crate::error::{Result, refuse};
 
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
 use crate::process::not_executed;
-use crate::syscalls;
+use crate::sys::syscalls;
 
 /// The most bytes of the text that the page carries, with a NUL at the end.
 const TEXT_LIMIT: usize = 3072;

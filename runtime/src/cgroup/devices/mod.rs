@@ -12,9 +12,8 @@ mod bpf;
 mod program;
 
 use super::Cgroup;
-use crate::dbus::{Property, Value};
-use crate::error::{Context, Error, Result};
-use crate::refuse;
+use crate::cgroup::dbus::{Property, Value};
+use crate::error::{Context, Error, Result, refuse};
 
 // linux/bpf.h, struct bpf_cgroup_dev_ctx
 const BLOCK: i32 = 1;

@@ -1,0 +1,239 @@
+//! The talk between a process being made into a container's and its parent, rrun.
+//!
+//! One socket pair, one message a record. It closes by itself when the program is executed
+//! (close-on-exec) or the process dies, so that neither side waits for a dead one.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    recvmsg, sendmsg, socket_with, socketpair,
+};
+
+use crate::error::{Context, Error, Result, refuse};
+use crate::seccomp::Report;
+
+/// The longest sentence that is carried.
+const LIMIT: usize = 16 << 10;
+
+const HOST_SIDE: u8 = b'M';
+const RUN_HOOKS: u8 = b'H';
+const TERMINAL: u8 = b'T';
+const READY: u8 = b'R';
+const BORN: u8 = b'B';
+const FILTERED: u8 = b'S';
+const FAILED: u8 = b'F';
+const GO_ON: u8 = b'G';
+
+/// What the new process has to say.
+pub enum Message {
+    /// From a go-between: the process that it made beside itself.
+    Born(i32),
+    /// It is in its namespaces and waits for what only the host's side can do: the mappings
+    /// of a user namespace and what that has no right to, network devices, resctrl.
+    HostSide,
+    /// All is mounted, the old root still there; it waits for the hooks to be run.
+    RunHooks,
+    /// The master side of its terminal.
+    Terminal(OwnedFd),
+    /// Nothing is left to do but to execute the program.
+    Ready,
+    /// As `Ready`, but a filter follows: the process reports everything else in the shared page.
+    Filtered(Report),
+    /// It could not go on.
+    Failed(Error),
+    /// It executed the program, or died.
+    Closed,
+}
+
+/// One end of the socket pair.
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+/// Parent's end, child's end.
+pub fn pair() -> Result<(Channel, Channel)> {
+    let (parent, child) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(|| "make a socket pair")?;
+    Ok((Channel { fd: parent }, Channel { fd: child }))
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Channel {
+    fn send(&self, message: &[u8]) -> Result<()> {
+        rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL)
+            .doing(|| "report to the parent process")?;
+        Ok(())
+    }
+
+    /// From the child: asks, and waits for the answer.
+    fn ask(&self, question: u8) -> Result<()> {
+        self.send(&[question])?;
+        self.wait_for_answer()
+    }
+
+    fn wait_for_answer(&self) -> Result<()> {
+        let mut answer = [0u8; 1];
+        loop {
+            match rustix::net::recv(&self.fd, &mut answer, RecvFlags::empty()) {
+                Ok((_, 1)) if answer == [GO_ON] => return Ok(()),
+                Err(Errno::INTR) => {}
+                Ok(_) => refuse!("the parent process is gone"),
+                Err(errno) => return Err(errno).doing(|| "wait for the parent process"),
+            }
+        }
+    }
+
+    pub fn born(&self, pid: i32) -> Result<()> {
+        let [a, b, c, d] = pid.to_ne_bytes();
+        self.send(&[BORN, a, b, c, d])
+    }
+
+    pub fn ask_for_host_side(&self) -> Result<()> {
+        self.ask(HOST_SIDE)
+    }
+
+    pub fn ask_for_hooks(&self) -> Result<()> {
+        self.ask(RUN_HOOKS)
+    }
+
+    /// Hands the shared page to the parent. The filter that is loaded next may forbid this process
+    /// to send messages.
+    pub fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
+        send_descriptor(self.fd.as_fd(), page, &[FILTERED])
+            .doing(|| "hand the shared page to the parent process")
+    }
+
+    pub fn ready(&self) -> Result<()> {
+        self.send(&[READY])
+    }
+
+    pub fn terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
+        send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
+            .doing(|| "hand the terminal to the parent process")
+    }
+
+    pub fn failed(&self, error: &Error) {
+        let mut message = vec![FAILED];
+        message.extend(error.to_string().bytes().take(LIMIT - 1));
+        // If nobody listens, nobody wants to know.
+        let _ = self.send(&message);
+    }
+
+    /// From the parent: the answer to a question.
+    pub fn go_on(&self) -> Result<()> {
+        rustix::net::send(&self.fd, &[GO_ON], SendFlags::NOSIGNAL)
+            .doing(|| "answer the container's first process")?;
+        Ok(())
+    }
+
+    /// From the parent: the next message.
+    pub fn receive(&self) -> Result<Message> {
+        let mut buffer = vec![0u8; LIMIT];
+        let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
+            Err(Errno::CONNRESET) => return Ok(Message::Closed),
+            result => result.doing(|| "wait for the container's first process")?,
+        };
+        let message = buffer.get(..length).unwrap_or_default();
+        Ok(match (message, descriptor) {
+            ([], _) => Message::Closed,
+            ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
+            ([HOST_SIDE], _) => Message::HostSide,
+            ([RUN_HOOKS], _) => Message::RunHooks,
+            ([READY], _) => Message::Ready,
+            ([TERMINAL], Some(master)) => Message::Terminal(master),
+            ([FILTERED], Some(page)) => Message::Filtered(Report::new(page)),
+            ([FAILED, sentence @ ..], _) => {
+                Message::Failed(Error::new(String::from_utf8_lossy(sentence)))
+            }
+            _ => refuse!("the container's first process sent what it can not have sent"),
+        })
+    }
+}
+
+/// Connects to a caller's socket, which is to receive a descriptor.
+///
+/// # Errors
+/// Nobody listens at `path`; `what` it is for is told with it.
+pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
+    let doing = || format!("connect to {what} {path}");
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(doing)?;
+    let address = SocketAddrUnix::new(path).doing(doing)?;
+    rustix::net::connect(&socket, &address).doing(doing)?;
+    Ok(socket)
+}
+
+/// Sends a process's descriptor away as runc does, whose message says how it was made:
+/// `standard` for a container's first process, `setns` for one of `exec`.
+pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
+    send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
+        .doing(|| "send the process's descriptor over --pidfd-socket")
+}
+
+/// Receives a message, and the descriptor that came with it, if any.
+///
+/// # Errors
+/// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
+pub fn receive_descriptor(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(buffer)];
+        match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    let descriptor = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    if descriptor.is_none() && received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Errno::MFILE);
+    }
+    Ok((received.bytes, descriptor))
+}
+
+/// Sends a descriptor with some bytes over a unix socket.
+pub fn send_descriptor(
+    socket: BorrowedFd<'_>,
+    descriptor: BorrowedFd<'_>,
+    bytes: &[u8],
+) -> std::result::Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor];
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(Errno::NOBUFS);
+    }
+    sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! A container's directory, ROOT/ID: the claim on its id, and a lock on it.
+//!
+//! Who makes or removes a container holds the lock (flock(2) on the directory) as long as
+//! that takes, so that a removal can not overlook what is being made. It ends with its
+//! holder, whatever that dies of. Everything in the directory is reached through the
+//! descriptor: who lost the directory to another can not touch that other's by its name.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Context, Result, refuse};
+use crate::lifecycle::{notify_socket, state};
+
+/// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
+/// state's file, what lives of the container can be found.
+const CGROUP: &str = "cgroup";
+
+/// How long to wait for another process to be done with a container.
+const FREE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often a directory is made again that another process removed at once.
+const MAX_AGAIN: usize = 100;
+
+pub struct Claim {
+    directory: PathBuf,
+    fd: OwnedFd,
+}
+
+/// What came of trying to hold a container's directory.
+pub enum Held {
+    Claim(Claim),
+    /// There is no such directory.
+    Nothing,
+    /// Another process has held it all the time.
+    Busy,
+}
+
+impl AsFd for Claim {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Claim {
+    /// Claims an id by making its directory.
+    pub fn new(root: &Path, id: &str) -> Result<Claim> {
+        let directory = state::directory(root, id)?;
+        for _ in 0..MAX_AGAIN {
+            make(root, &directory, id)?;
+            // Between its making and its locking, another process may have taken it for
+            // the remains of a killed one, and removed it.
+            match Claim::hold(&directory, || {})? {
+                Held::Claim(claim) => return Ok(claim),
+                Held::Nothing => {}
+                Held::Busy => break,
+            }
+        }
+        refuse!("container {id} is being removed by another process")
+    }
+
+    /// Takes an existing directory. While another process has it, `meanwhile` is called now
+    /// and then.
+    pub fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Held> {
+        let doing = || format!("lock {}", directory.display());
+        let fd = match rustix::fs::open(
+            directory,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        ) {
+            Err(Errno::NOENT) => return Ok(Held::Nothing),
+            result => result.doing(doing)?,
+        };
+        let deadline = Instant::now() + FREE_WITHIN;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(errno) => return Err(errno).doing(doing),
+            }
+            let last = Instant::now() >= deadline;
+            meanwhile();
+            if last {
+                return Ok(Held::Busy);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+        let claim = Claim {
+            directory: directory.to_owned(),
+            fd,
+        };
+        Ok(if claim.is_linked()? {
+            Held::Claim(claim)
+        } else {
+            Held::Nothing
+        })
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether nobody has removed it.
+    pub fn is_linked(&self) -> Result<bool> {
+        let stat = rustix::fs::fstat(&self.fd)
+            .doing(|| format!("look at {}", self.directory.display()))?;
+        Ok(stat.st_nlink > 0)
+    }
+
+    /// Writes down where the container's cgroup will be.
+    pub fn name_cgroup(&self, cgroup: &Path) -> Result<()> {
+        rustix::fs::symlinkat(cgroup, &self.fd, CGROUP)
+            .doing(|| format!("make link {}", self.directory.join(CGROUP).display()))
+    }
+
+    /// Gives an id back, with all that was written under it.
+    pub fn release(self) -> Result<()> {
+        let same = self.is_linked()?;
+        for name in [
+            state::FILE,
+            state::GATE,
+            state::GATE_SHUT,
+            state::FILE_NEW,
+            CGROUP,
+        ] {
+            match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                result => {
+                    result.doing(|| format!("remove {}", self.directory.join(name).display()))?;
+                }
+            }
+        }
+        if !same {
+            // Another's may stand at its path by now.
+            return Ok(());
+        }
+        let removed = match rustix::fs::rmdir(&self.directory) {
+            // Few containers have a notification socket.
+            Err(Errno::NOTEMPTY) => {
+                notify_socket::release(&self.directory)?;
+                rustix::fs::rmdir(&self.directory)
+            }
+            removed => removed,
+        };
+        match removed {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            result => result.doing(|| format!("remove {}", self.directory.display())),
+        }
+    }
+}
+
+fn make(root: &Path, directory: &Path, id: &str) -> Result<()> {
+    let mode = Mode::from_raw_mode(0o700);
+    let mut made = rustix::fs::mkdir(directory, mode);
+    if made == Err(Errno::NOENT) {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root)
+            .doing(|| format!("make --root directory {}", root.display()))?;
+        made = rustix::fs::mkdir(directory, mode);
+    }
+    match made {
+        Err(Errno::EXIST) => refuse!("container with given ID already exists: {id}"),
+        result => result.doing(|| format!("make directory {}", directory.display())),
+    }
+}
+
+/// The cgroup that was written down for the container in a directory.
+///
+/// # Errors
+/// None was, or it is none below the mount point of cgroups.
+pub fn named_cgroup(directory: &Path) -> Option<PathBuf> {
+    let link = rustix::fs::readlink(directory.join(CGROUP), Vec::new()).ok()?;
+    let path = PathBuf::from(link.into_string().ok()?);
+    let plain = path
+        .components()
+        .all(|part| !matches!(part, std::path::Component::ParentDir));
+    (plain && path.parent()?.starts_with(crate::cgroup::MOUNT_POINT)).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_held_by_one_and_its_cgroup_is_known() {
+        let root = std::env::temp_dir().join(format!("rrun-claim-test-{}", std::process::id()));
+        let claim = Claim::new(&root, "a").unwrap();
+        assert!(Claim::new(&root, "a").is_err());
+        assert_eq!(named_cgroup(claim.directory()), None);
+        claim.name_cgroup(Path::new("/sys/fs/cgroup/x/y")).unwrap();
+        assert_eq!(
+            named_cgroup(claim.directory()).as_deref(),
+            Some(Path::new("/sys/fs/cgroup/x/y"))
+        );
+        // One who lost its directory leaves alone what stands there now.
+        std::fs::rename(root.join("a"), root.join("b")).unwrap();
+        std::fs::remove_file(root.join("b/cgroup")).unwrap();
+        std::fs::remove_dir(root.join("b")).unwrap();
+        let next = Claim::new(&root, "a").unwrap();
+        claim.release().unwrap();
+        assert!(next.is_linked().unwrap());
+        next.release().unwrap();
+        assert!(matches!(
+            Claim::hold(&root.join("a"), || {}).unwrap(),
+            Held::Nothing
+        ));
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_cgroup_outside_of_the_hierarchy_is_not_believed() {
+        let root = std::env::temp_dir().join(format!("rrun-cgroup-test-{}", std::process::id()));
+        for path in ["/sys/fs/cgroup", "/sys/fs/cgroup/a/../..", "/tmp/x", "x"] {
+            let claim = Claim::new(&root, "a").unwrap();
+            claim.name_cgroup(Path::new(path)).unwrap();
+            assert_eq!(named_cgroup(claim.directory()), None, "{path}");
+            claim.release().unwrap();
+        }
+        std::fs::remove_dir_all(root).unwrap();
+    }
+}

@@ -1,0 +1,491 @@
+//! The birth of a container, from the side of rrun, its parent.
+//!
+//! One clone3(2) makes the first process: in its cgroup, whose limits are in place, and in
+//! all its new namespaces. While that process builds its own surroundings (see
+//! [`crate::lifecycle::init`]), this one writes down that it exists, and does for it what only the
+//! host's side can do. If anything fails, everything made so far is unmade.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::SystemTime;
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
+
+use crate::cgroup::{self, Cgroup, Place};
+use crate::config::{Config, hooks};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::channel::{self, Channel, Message};
+use crate::lifecycle::container_dir::Claim;
+use crate::lifecycle::init::{Init, NeverReturn, end, unshare_time};
+use crate::lifecycle::notify_socket::{self, Manager, NotifySocket};
+use crate::lifecycle::start_socket;
+use crate::lifecycle::state::{self, State, Status, process_stat};
+use crate::log;
+use crate::mounts::Taken;
+use crate::namespaces::{OpenJoin, flag, net_devices, resctrl};
+use crate::process::descriptors::Descriptors;
+use crate::seccomp::{Agent, Report};
+use crate::sys::syscalls::{Cloned, clone3, pidfd_send_signal};
+use crate::sys::time::rfc3339_nanos;
+
+/// How a container is to be made, beside its configuration.
+pub struct Request<'a> {
+    pub root: &'a Path,
+    pub id: &'a str,
+    pub config: &'a Config,
+    /// Whether its program waits for `start`.
+    pub waits: bool,
+    pub console_socket: Option<OwnedFd>,
+    pub pidfd_socket: Option<OwnedFd>,
+    pub pid_file: Option<&'a Path>,
+    pub no_pivot: bool,
+    pub new_keyring: bool,
+    /// Whether systemd makes the cgroup.
+    pub systemd_cgroup: bool,
+    pub descriptors: Descriptors,
+    /// The service manager's socket, if the container is to have one to it.
+    pub notify: Option<Manager>,
+}
+
+/// A container that was made.
+pub struct Born {
+    pub state: State,
+    pub pidfd: OwnedFd,
+    /// The master side of its terminal, if that was not sent to a console socket.
+    pub terminal: Option<OwnedFd>,
+    /// Where it says that it is ready, unless it waits for `start`.
+    pub notify: Option<NotifySocket>,
+}
+
+/// What has to be unmade if a later step fails.
+struct Unmade<'a> {
+    id: &'a str,
+    claim: Option<Claim>,
+    cgroup: Option<&'a Place>,
+    child: Option<OwnedFd>,
+    hooks: Option<(&'a Hooks, String)>,
+    resctrl: resctrl::Made,
+    kept: bool,
+}
+
+impl Drop for Unmade<'_> {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        if let Some(child) = &self.child {
+            end_child(child);
+        }
+        if let Some(place) = &self.cgroup
+            && let Err(error) = cgroup::remove(&place.path, place.unit())
+        {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Err(error) = self.resctrl.remove() {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Some(Err(error)) = self.claim.take().map(Claim::release) {
+            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        }
+        if let Some((hooks, state)) = &self.hooks {
+            hooks::run_all("poststop", hooks.poststop().as_ref(), state);
+        }
+    }
+}
+
+/// Kills a child and takes its status, so that nothing is left of it.
+pub fn end_child(pidfd: &OwnedFd) {
+    let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+    while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
+}
+
+/// Makes a container. When this returns, its program is executed, or waits for `start`.
+pub fn create(request: Request<'_>) -> Result<Born> {
+    let config = request.config;
+    let place = Place::new(config, request.id, request.systemd_cgroup)?;
+    // An agent that is not there is found out before anything is made.
+    let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) if request.waits => {
+            // Only `start` loads the filter, and it connects to the agent then.
+            listener.check()?;
+            None
+        }
+        Some(listener) => Some(listener.connect()?),
+        None => None,
+    };
+    let mut unmade = Unmade {
+        id: request.id,
+        claim: None,
+        cgroup: None,
+        child: None,
+        hooks: None,
+        resctrl: resctrl::Made::default(),
+        kept: false,
+    };
+    let claim = &*unmade.claim.insert(Claim::new(request.root, request.id)?);
+    let mut state = new_state(&request, &place);
+    // Before the cgroup is made: whatever happens, `delete` will know where it is.
+    claim.name_cgroup(&state.cgroup)?;
+    state.save(claim)?;
+    let mut notify = None;
+    if let Some(manager) = &request.notify {
+        notify_socket::make_directory(claim.directory())?;
+        if !request.waits {
+            notify = NotifySocket::bind(claim.directory(), manager)?;
+        }
+    }
+    let unprivileged = !rustix::process::geteuid().is_root();
+    let mut cgroup = match place.create(request.id, &config.resources) {
+        Err(error) if unprivileged && config.can_do_without_cgroup() => {
+            log::debug(|| format!("the container gets no cgroup of its own: {error}"));
+            None
+        }
+        cgroup => Some(cgroup?),
+    };
+    if let Some(cgroup) = &cgroup {
+        unmade.cgroup = Some(&place);
+        cgroup.apply(&config.resources)?;
+        log::debug(|| format!("made cgroup {} with its limits", state.cgroup.display()));
+    }
+    // Loading them takes long, and the first process has other things to do; a container that
+    // waits for `start` runs nothing before this one is done.
+    let devices_later = request.waits && config.opens_no_devices();
+    if let Some(cgroup) = cgroup.as_ref().filter(|_| !devices_later) {
+        cgroup.apply_devices(&config.resources)?;
+    }
+
+    let mut flags = config.namespaces.new & !flag(Type::Cgroup);
+    if !config.time_offsets.is_empty() {
+        unshare_time(&config.time_offsets)?;
+        flags &= !flag(Type::Time);
+    }
+    let user = config.namespaces.own(Type::User);
+    let taken = Taken::before_birth(config)?;
+    let joins = config.namespaces.open_joins()?;
+    let (for_newborn, before): (Vec<OpenJoin>, Vec<OpenJoin>) = joins
+        .into_iter()
+        .partition(|join| !join.is_for_children() && (!user || join.is_for_the_newborn()));
+    let gate = if request.waits {
+        Some(start_socket::build(claim.directory())?)
+    } else {
+        None
+    };
+    let (channel, childs_end) = channel::pair()?;
+
+    let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
+    let born = if user && !before.is_empty() {
+        born_by_go_between(flags, cgroup.as_ref(), before)?
+    } else {
+        for join in &before {
+            join.enter()?;
+        }
+        clone3(flags, cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
+            format!(
+                "make the container's first process {} (clone3)",
+                in_cgroup()
+            )
+        })?
+    };
+    let (pid, pidfd) = match born {
+        Cloned::Child => {
+            // The parent's things to unmake are not the child's; nor is the lock, which
+            // would otherwise be held for as long as it lives.
+            unmade.kept = true;
+            drop(unmade);
+            drop(channel);
+            drop(agent);
+            if let Some(cgroup) = cgroup {
+                cgroup.leave_to_parent();
+            }
+            Init {
+                config,
+                state: &state,
+                channel: childs_end,
+                joins: for_newborn,
+                taken,
+                console_socket: request.console_socket,
+                gate,
+                no_pivot: request.no_pivot,
+                new_keyring: request.new_keyring,
+                descriptors: request.descriptors,
+                unprivileged,
+                host_pid: None,
+            }
+            .run()
+        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
+    drop(taken);
+    drop(childs_end);
+    drop(gate);
+    log::debug(|| format!("made the container's first process {pid}"));
+    let pidfd = &*unmade.child.insert(pidfd);
+    if let Some(cgroup) = &mut cgroup {
+        cgroup.inhabited(&config.resources)?;
+    }
+    if let Some(cgroup) = cgroup.as_ref().filter(|_| devices_later) {
+        cgroup.apply_devices(&config.resources)?;
+    }
+
+    state.pid = pid;
+    state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
+    state.save(claim)?;
+
+    unmade.hooks = Some((&config.hooks, state.for_hooks(Status::Stopped)));
+    let terminal = accompany(
+        &channel,
+        &mut state,
+        &request,
+        claim,
+        pidfd,
+        &mut unmade.resctrl,
+        agent,
+    )
+    .map_err(|error| explain_death(error, pidfd))?;
+    log::debug(|| match request.waits {
+        true => format!("container {} is made, and waits for start", request.id),
+        false => format!("container {} executes its program", request.id),
+    });
+    if let Some(path) = request.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    if let Some(socket) = &request.pidfd_socket {
+        channel::send_pidfd(socket, pidfd, "standard")?;
+    }
+    if request.waits {
+        start_socket::announce(claim)?;
+    }
+    if !claim.is_linked()? {
+        refuse!(
+            "container {} was removed while it was being made",
+            request.id
+        );
+    }
+    unmade.kept = true;
+    let Some(pidfd) = unmade.child.take() else {
+        refuse!("the container's first process is lost");
+    };
+    Ok(Born {
+        state,
+        pidfd,
+        terminal,
+        notify,
+    })
+}
+
+/// Has the first process made by another, which enters the namespaces `before` first.
+///
+/// Only needed beside a user namespace. New namespaces belong to the user namespace of the
+/// process that makes them, and existing ones can be entered only by who has rights over
+/// theirs: nothing but the order host, others, user, birth will do. This process can not
+/// go that way itself, for it would not come back to the host's rights, which it needs.
+fn born_by_go_between(
+    flags: u64,
+    cgroup: Option<&Cgroup>,
+    mut before: Vec<OpenJoin>,
+) -> Result<Cloned> {
+    // Not the container's channel: on that one, the process made may be the first to speak.
+    let (answers, teller) = channel::pair()?;
+    let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
+        Cloned::Parent { pidfd, .. } => pidfd,
+        Cloned::Child => {
+            let guard = NeverReturn;
+            before.sort_by_key(OpenJoin::is_user);
+            let born = before.iter().try_for_each(OpenJoin::enter).and_then(|()| {
+                clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
+                    .doing(|| "make the container's first process beside this one (clone3)")
+            });
+            match born {
+                Ok(Cloned::Child) => {
+                    std::mem::forget(guard);
+                    return Ok(Cloned::Child);
+                }
+                // If the parent is gone, the process made will find that out itself.
+                Ok(Cloned::Parent { pid, .. }) => drop(teller.born(pid)),
+                Err(error) => teller.failed(&error),
+            }
+            end()
+        }
+    };
+    // Or it would not be told when the others die.
+    drop(teller);
+    let answer = answers.receive();
+    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    match answer? {
+        Message::Born(pid) => {
+            let doing = || format!("open process {pid}");
+            let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
+            // It is a child of this process, which has not waited for it: no other can
+            // have its id yet.
+            let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
+            Ok(Cloned::Parent { pid, pidfd })
+        }
+        Message::Failed(error) => Err(error),
+        _ => refuse!("the process that was to enter the namespaces died"),
+    }
+}
+
+fn new_state(request: &Request<'_>, place: &Place) -> State {
+    let config = request.config;
+    State {
+        oci_version: config.oci_version.clone(),
+        id: request.id.to_owned(),
+        pid: 0,
+        start_time: 0,
+        bundle: config.bundle.clone(),
+        rootfs: config.rootfs.clone(),
+        created: rfc3339_nanos(SystemTime::now()),
+        owner: owner(),
+        annotations: config.annotations.clone().into_iter().collect(),
+        cgroup: place.path.clone(),
+        unit: place.unit().map(str::to_owned),
+        memory_swap: cgroup::memory_swap(&config.resources).unwrap_or(0),
+        namespaces: config.namespaces.own_flags(),
+        new_pid_namespace: config.namespaces.is_new(Type::Pid),
+        process: config.process_spec.clone(),
+        personality: config.personality.clone(),
+        memory_policy: config.memory_policy.clone(),
+        keeps_keyring: !request.new_keyring,
+        resctrl: resctrl::Made::default(),
+        hooks: config.hooks.clone(),
+        seccomp: config.seccomp.clone(),
+    }
+}
+
+/// The name of rrun's caller, as far as the host's /etc/passwd has it.
+fn owner() -> String {
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return "root".to_owned();
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid.as_raw())).then(|| name.to_owned())
+    });
+    name.unwrap_or_else(|| uid.as_raw().to_string())
+}
+
+/// Does for the child what it asks for, until it is ready (if it then waits) or has become
+/// its program. Returns the terminal, if it hands one over.
+fn accompany(
+    channel: &Channel,
+    state: &mut State,
+    request: &Request<'_>,
+    claim: &Claim,
+    pidfd: &OwnedFd,
+    made: &mut resctrl::Made,
+    mut agent: Option<Agent<'_>>,
+) -> Result<Option<OwnedFd>> {
+    let (config, waits) = (request.config, request.waits);
+    let hooks = &config.hooks;
+    let mut terminal = None;
+    let mut ready = false;
+    let mut report = None;
+    loop {
+        match channel.receive()? {
+            Message::HostSide => {
+                if config.namespaces.is_new(Type::User) {
+                    if rustix::process::geteuid().is_root() {
+                        config.id_maps.write(state.pid, "linux.")?;
+                    } else {
+                        config.id_maps.write_unprivileged(state.pid, "linux.")?;
+                    }
+                }
+                if config.namespaces.own(Type::User) {
+                    config.process.apply_oom_score_adj(&state.pid.to_string())?;
+                    config.process.apply_limits(state.pid)?;
+                }
+                net_devices::attach(&config.net_devices, state.pid)?;
+                if let Some(resctrl) = &config.resctrl {
+                    let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
+                    // First it is known what `delete` has to remove, or the undoing.
+                    state.save(claim)?;
+                    *made = state.resctrl.clone();
+                    applied?;
+                }
+                channel.go_on()?;
+            }
+            Message::RunHooks => {
+                let shown = state.for_hooks(Status::Creating);
+                #[allow(deprecated)] // prestart is: callers use it all the same
+                let host = hooks::Where::OnHost(Some(pidfd));
+                log::debug(|| "run hooks prestart and createRuntime".to_owned());
+                hooks::run("prestart", hooks.prestart().as_ref(), &shown, host)?;
+                hooks::run(
+                    "createRuntime",
+                    hooks.create_runtime().as_ref(),
+                    &shown,
+                    host,
+                )?;
+                channel.go_on()?;
+            }
+            Message::Born(_) => refuse!("the container's first process told of another"),
+            Message::Terminal(master) => terminal = Some(master),
+            Message::Filtered(page) => {
+                ready = true;
+                let page = report.insert(page);
+                if let Some(agent) = agent.take() {
+                    let shown = state.for_others(Status::Creating);
+                    agent.serve(page, pidfd, state.pid, shown)?;
+                }
+            }
+            Message::Ready if waits => return Ok(terminal),
+            Message::Ready => ready = true,
+            Message::Closed if ready => {
+                report.as_ref().map_or(Ok(()), Report::verdict)?;
+                return Ok(terminal);
+            }
+            Message::Closed => {
+                await_death(pidfd);
+                refuse!("the container's first process died while it was being made")
+            }
+            Message::Failed(error) => return Err(error),
+        }
+    }
+}
+
+/// Waits until a process is dead that has closed its end of the channel, which it does on its
+/// way there: only then [`explain_death`] can tell of what.
+pub fn await_death(pidfd: &OwnedFd) {
+    const DEAD_WITHIN: Timespec = Timespec {
+        tv_sec: 10,
+        tv_nsec: 0,
+    };
+    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
+    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEAD_WITHIN)) {}
+}
+
+/// If the process died without a word, says of what.
+pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
+        Ok(Some(status)) => match status.terminating_signal() {
+            Some(libc::SIGKILL) => error.while_doing(
+                "killed by SIGKILL, perhaps because its memory limit is too low to start in",
+            ),
+            // It ended itself ([`crate::lifecycle::init::trap`]), and the error says why.
+            Some(libc::SIGILL) => error,
+            Some(signal) => error.while_doing(format!("killed by signal {signal}")),
+            None => error,
+        },
+        _ => error,
+    }
+}
+
+/// Writes a process id to where the caller asked for it, without a newline, as runc does.
+pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}"));
+    state::write_replacing(
+        rustix::fs::CWD,
+        &new,
+        path,
+        pid.to_string().as_bytes(),
+        0o666,
+    )
+}

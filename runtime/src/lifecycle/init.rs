@@ -1,0 +1,531 @@
+//! The life of a container's first process, from its birth to the program that it becomes.
+//!
+//! It runs as a copy of rrun, alone in its new namespaces and in its cgroup, and does its
+//! own making in the order in which the kernel has to see it. What fails is one sentence,
+//! sent to the parent, and the end.
+
+use std::convert::Infallible;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
+use rustix::fs::{Gid, Mode, Uid};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::process::DumpableBehavior;
+use rustix::thread::UnshareFlags;
+
+use crate::config::{Config, hooks};
+use crate::error::{Context, Error, Result};
+use crate::lifecycle::channel::Channel;
+use crate::lifecycle::start_socket;
+use crate::lifecycle::state::{State, Status};
+use crate::log;
+use crate::mounts::options::READ_ONLY;
+use crate::mounts::rootfs::Rootfs;
+use crate::mounts::tree::{self, attach_root, take_root};
+use crate::mounts::{Mount, OwnCgroup, Taken, devices, protection};
+use crate::namespaces::{self, OpenJoin, sysctl};
+use crate::process::descriptors::Descriptors;
+use crate::process::lsm::OpenLabels;
+use crate::process::scheduling::leave_callers_cpus;
+use crate::process::terminal::Terminal;
+use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
+use crate::seccomp::{Filter, SharedPage};
+use crate::sys::procfs::Procfs;
+use crate::sys::syscalls::{self, Execution, MountAttr, mount_setattr};
+
+/// What the first process needs to know beside its configuration.
+pub struct Init<'a> {
+    pub config: &'a Config,
+    pub state: &'a State,
+    pub channel: Channel,
+    /// Existing namespaces that are left for it to enter.
+    pub joins: Vec<OpenJoin>,
+    /// What was taken of the host's files for it.
+    pub taken: Taken,
+    /// Where the terminal's master side goes, if not to the parent.
+    pub console_socket: Option<OwnedFd>,
+    /// The closed gate at which it waits for `start`; without one it does not wait.
+    pub gate: Option<OwnedFd>,
+    pub no_pivot: bool,
+    pub new_keyring: bool,
+    pub descriptors: Descriptors,
+    /// Whether rrun's caller is not root.
+    pub unprivileged: bool,
+    /// Its id in the host's PID namespace, once it has looked.
+    pub host_pid: Option<i32>,
+}
+
+/// Ends the process without running anything of its parent's that it was born with.
+pub fn end() -> ! {
+    // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
+    unsafe { libc::syscall(libc::SYS_exit_group, 1) };
+    // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
+    // last executes an instruction that the processor refuses.
+    std::process::abort()
+}
+
+/// Ends the process by an instruction that the processor refuses. A filter can hold or refuse every
+/// system call, exit_group(2) included, but not this.
+pub fn trap() -> ! {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction raises SIGILL, which has its default disposition and ends the process.
+    unsafe {
+        std::arch::asm!("ud2", options(noreturn, nomem, nostack))
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("udf #0", options(noreturn, nomem, nostack))
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    end()
+}
+
+/// Ends the process on any way out of its story, so that a copy of rrun never returns into
+/// the parent's code.
+pub struct NeverReturn;
+
+impl Drop for NeverReturn {
+    fn drop(&mut self) {
+        end()
+    }
+}
+
+impl Init<'_> {
+    /// Tells the story to its end.
+    pub fn run(mut self) -> ! {
+        let _guard = NeverReturn;
+        let Err(error) = self.live();
+        self.channel.failed(&error);
+        end()
+    }
+
+    fn live(&mut self) -> Result<Infallible> {
+        let config = self.config;
+        self.descriptors.close_leaked()?;
+        let page = config.seccomp.as_ref().map(|_| SharedPage::new());
+        let page = page.transpose()?;
+        let new_user = config.namespaces.own(Type::User);
+        syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
+        rustix::process::setsid().doing(|| "become a session leader")?;
+        rustix::process::umask(Mode::empty());
+
+        self.enter_namespaces(new_user)?;
+        let rootfs = self.build_root(new_user)?;
+        let terminal = self.make_terminal(&rootfs)?;
+        self.run_hooks()?;
+        // The last that need the host's /proc.
+        sysctl::apply(&config.sysctl)?;
+        let labels = config.process.labels.open()?;
+        if !new_user {
+            config.process.apply_oom_score_adj("self")?;
+        }
+        self.finish_root(&rootfs)?;
+        self.change_root(&rootfs)?;
+        drop(rootfs);
+        if let Some(terminal) = terminal {
+            terminal.take()?;
+        }
+
+        if self.new_keyring {
+            make_keyring(self.state, &labels)?;
+        }
+        let mut process = config.process.clone();
+        if !new_user {
+            process.apply_limits(0)?;
+        }
+        leave_callers_cpus();
+        let filter = config.seccomp.as_ref();
+        if self.gate.is_some() {
+            // The first process of a PID namespace is deaf to all that it has no handler for;
+            // who waits to be started is to be ended like any other process.
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+                syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
+            }
+        }
+        self.joins.clear();
+        self.taken = Taken::default();
+        self.console_socket = None;
+        let mut kept = vec![self.channel.as_fd()];
+        kept.extend(self.gate.as_ref().map(AsFd::as_fd));
+        kept.extend(page.as_ref().map(AsFd::as_fd));
+        let program = settle(
+            &mut process,
+            labels,
+            &self.descriptors,
+            filter.is_some(),
+            &kept,
+        )?;
+        let Some(gate) = self.gate.take() else {
+            if filter.is_none() {
+                self.channel.ready()?;
+            }
+            let send = |page: BorrowedFd<'_>| self.channel.filtered(page);
+            return self.become_program(&process, &program, page, send);
+        };
+        self.channel.ready()?;
+        let starter = start_socket::wait(gate.as_fd())?;
+        drop(gate);
+        let send = |page: BorrowedFd<'_>| start_socket::filtered(starter.as_fd(), page);
+        let Err(error) = self.become_program(&process, &program, page, send);
+        start_socket::failed(starter.as_fd(), &error);
+        end()
+    }
+
+    /// Runs the hooks startContainer and executes the program.
+    fn become_program(
+        &self,
+        process: &Process,
+        program: &CStr,
+        page: Option<SharedPage>,
+        send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+    ) -> Result<Infallible> {
+        let filter = self.config.seccomp.as_ref().zip(page);
+        let hooks = self.config.hooks.start_container().as_deref();
+        let hooks = hooks.filter(|list| !list.is_empty());
+        match (filter, hooks) {
+            // The agent also decides about the hooks' system calls. A process can have only one
+            // listener, so this process loads the filter before it starts the hooks.
+            (Some((filter, page)), Some(_)) if filter.listener.is_some() => {
+                let reporter = page.hand_over(program, send)?;
+                filter.confine(&reporter)?;
+                if let Err(error) = self.start_container_hooks(process, None) {
+                    // The filter may forbid every other way to report this.
+                    reporter.hook_failed(&error);
+                    filter.end()
+                }
+                reporter.failed(Execution::new(program, &process.args, &process.env).execute());
+                filter.end()
+            }
+            (filter, hooks) => {
+                if hooks.is_some() {
+                    let filter = filter.as_ref().map(|(filter, _)| *filter);
+                    self.start_container_hooks(process, filter)?;
+                }
+                Err(execute(program, process, filter, send))
+            }
+        }
+    }
+
+    fn enter_namespaces(&self, new_user: bool) -> Result<()> {
+        let config = self.config;
+        for join in &self.joins {
+            join.enter()?;
+        }
+        if config.needs_host_side() {
+            // To an unprivileged parent the kernel shows no files of /proc that belong to a
+            // process which may not be looked into. Nothing of the container runs yet.
+            if self.unprivileged {
+                rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
+                    .doing(|| "let the parent process look into this one")?;
+            }
+            self.channel.ask_for_host_side()?;
+            if self.unprivileged {
+                rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+                    .doing(|| "forbid other processes to look into this one")?;
+            }
+        }
+        if new_user {
+            become_root_of_namespace()?;
+        }
+        // Not made at birth: the kernel would take the cgroup that the parent is in for its
+        // root (copy_cgroup_ns looks at the process that calls clone3).
+        if config.namespaces.is_new(Type::Cgroup) {
+            rustix_unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;
+        }
+        if config.namespaces.is_new(Type::Network) {
+            syscalls::loopback_up().doing(|| "bring the loopback interface up")?;
+        }
+        if let Some(name) = &config.hostname {
+            rustix::system::sethostname(name.as_bytes())
+                .doing(|| format!("set hostname {name}"))?;
+        }
+        if let Some(name) = &config.domainname {
+            rustix::system::setdomainname(name.as_bytes())
+                .doing(|| format!("set domainname {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Mounts everything on the root, which is not the root yet.
+    fn build_root(&mut self, new_user: bool) -> Result<Rootfs> {
+        let config = self.config;
+        // Without a cgroup namespace, only its own cgroup is shown to the container.
+        let cgroup = OwnCgroup {
+            path: &self.state.cgroup,
+            has_namespace: config.namespaces.own(Type::Cgroup),
+        };
+
+        // What is to be shared with the host must be taken while it still is, and all of it
+        // before the new root covers the old one.
+        if config.root_is_shared() || self.no_pivot {
+            self.taken.take(config, Mount::is_bind)?;
+        }
+        // From here on nothing that is mounted reaches the host; what the host mounts
+        // still reaches those that ask for it (rslave).
+        rustix::mount::mount_change(
+            "/",
+            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+        )
+        .doing(|| "cut the mounts off from the host's (make / a slave)")?;
+
+        let old_root = Path::new("/");
+        let mut rootfs = match self.taken.root.take() {
+            // Every process can reach that place; nothing has to be taken from it any more.
+            Some(root) => attach_root(root, old_root)?,
+            None if self.no_pivot => attach_root(take_root(&config.rootfs)?, old_root)?,
+            // Not on the old root: a recursive copy of that would have it on top.
+            None => attach_root(take_root(&config.rootfs)?, &config.rootfs)?,
+        };
+        for (index, mount) in config.mounts.iter().enumerate() {
+            let taken = self.taken.mounts.get_mut(index).and_then(Option::take);
+            mount.put(&mut rootfs, taken, &cgroup)?;
+        }
+        if config.fills_dev() {
+            devices::make(&rootfs, &config.devices, new_user)?;
+        }
+        Ok(rootfs)
+    }
+
+    fn make_terminal(&self, rootfs: &Rootfs) -> Result<Option<Terminal>> {
+        if !self.config.process.terminal {
+            return Ok(None);
+        }
+        let terminal = Terminal::open(rootfs, self.config.process.console_size)?;
+        terminal.mount_console(rootfs)?;
+        let socket = self.console_socket.as_ref().map(AsFd::as_fd);
+        terminal.hand_over(socket, &self.channel)?;
+        Ok(Some(terminal))
+    }
+
+    fn run_hooks(&mut self) -> Result<()> {
+        let config = self.config;
+        if config.hooks != Hooks::default() {
+            // While /proc is the host's.
+            self.host_pid = own_pid_on_host();
+        }
+        #[allow(deprecated)] // prestart is: callers use it all the same
+        let before = [config.hooks.prestart(), config.hooks.create_runtime()];
+        if before
+            .iter()
+            .any(|list| list.as_ref().is_some_and(|list| !list.is_empty()))
+        {
+            self.channel.ask_for_hooks()?;
+        }
+        if let Some(list) = config
+            .hooks
+            .create_container()
+            .as_ref()
+            .filter(|list| !list.is_empty())
+        {
+            hooks::run(
+                "createContainer",
+                Some(list),
+                &self.hook_state(Status::Creating),
+                hooks::Where::OnHost(None),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Each hook loads `filter`, if there is one, for itself alone; this process loads its own only
+    /// after the hooks.
+    fn start_container_hooks(&self, process: &Process, filter: Option<&Filter>) -> Result<()> {
+        hooks::run(
+            "startContainer",
+            self.config.hooks.start_container().as_ref(),
+            &self.hook_state(Status::Created),
+            hooks::Where::InContainer {
+                env: &process.env,
+                filter,
+            },
+        )
+    }
+
+    /// The state for hooks, with this process's id as the host knows it.
+    fn hook_state(&self, status: Status) -> String {
+        let mut state = self.state.clone();
+        state.pid = self.host_pid.unwrap_or(state.pid);
+        state.for_hooks(status)
+    }
+
+    /// Protects what is mounted.
+    fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
+        let config = self.config;
+        rootfs.make_read_only()?;
+        protection::make_read_only(rootfs, &config.readonly_paths)?;
+        protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
+        if config.root_readonly {
+            mount_setattr(rootfs.as_fd(), false, &READ_ONLY)
+                .doing(|| "make the root read-only (root.readonly)")?;
+        }
+        Ok(())
+    }
+
+    fn change_root(&self, rootfs: &Rootfs) -> Result<()> {
+        let doing = || format!("change the root to {}", self.config.rootfs.display());
+        rustix::process::fchdir(rootfs).doing(doing)?;
+        if self.no_pivot {
+            // It is on top of the old root already, which stays below it for good.
+            tree::take_off_kernels()?;
+            rustix::process::chroot(".").doing(doing)?;
+        } else {
+            // The old root ends up on top of the new one, from where it is taken off.
+            rustix::process::pivot_root(".", ".").doing(|| {
+                format!(
+                    "{} (pivot_root; on a ramdisk, --no-pivot is needed)",
+                    doing()
+                )
+            })?;
+            rustix::mount::unmount(".", UnmountFlags::DETACH).doing(doing)?;
+        }
+        rustix::process::chdir("/").doing(doing)?;
+        if let Some((propagation, recursive)) = self.config.final_propagation() {
+            let attr = MountAttr {
+                propagation,
+                ..MountAttr::default()
+            };
+            mount_setattr(rootfs.as_fd(), recursive, &attr)
+                .doing(|| "set the root's propagation (linux.rootfsPropagation)")?;
+        }
+        Ok(())
+    }
+}
+
+fn rustix_unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
+    // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
+    // with anyone; the process is single-threaded.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
+/// In a new user namespace, user 0 has to be become by a system call.
+pub fn become_root_of_namespace() -> Result<()> {
+    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .doing(|| "become group 0 of the user namespace")?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .doing(|| "become user 0 of the user namespace")
+}
+
+/// This process's id in the PID namespace of the host's /proc.
+fn own_pid_on_host() -> Option<i32> {
+    let link = rustix::fs::readlink("/proc/self", Vec::new()).ok()?;
+    link.to_str().ok()?.parse().ok()
+}
+
+/// Gives the container's first process a session keyring in place of that of rrun's caller,
+/// whose keys are none of the container's business.
+fn make_keyring(state: &State, labels: &OpenLabels) -> Result<()> {
+    // linux/keyctl.h. All that the possessor may do, and its user may see, read and link it,
+    // which is what a new one comes with.
+    const DEFAULT: u32 = 0x3f00_0000 | 0x0001_0000 | 0x0002_0000 | 0x0010_0000;
+    const USER_MAY_SEARCH: u32 = 0x0008_0000;
+    const OTHERS_MAY_SEARCH: u32 = 0x0000_0008;
+    let Some(keyring) = join_keyring(&state.id, labels)? else {
+        return Ok(());
+    };
+    // What exec brings finds it by its name.
+    let search = if state.namespaces & namespaces::flag(Type::User) != 0 {
+        OTHERS_MAY_SEARCH
+    } else {
+        USER_MAY_SEARCH
+    };
+    syscalls::set_key_permissions(keyring, DEFAULT | search)
+        .doing(|| "let the container's other processes find the session keyring")
+}
+
+/// Joins the container's session keyring, which is made if it is not there.
+pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
+    labels.label_keyring(
+        || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
+            // A kernel without keyrings has no keys to protect.
+            Err(Errno::NOSYS) => {
+                log::warning("no session keyring is made: the kernel has no keyrings");
+                Ok(None)
+            }
+            result => result
+                .map(Some)
+                .doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
+        },
+    )
+}
+
+/// Everything between the container's root and the program: the working directory, the
+/// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
+///
+/// A filter could forbid these steps, so they all happen before one is loaded.
+pub fn settle(
+    process: &mut Process,
+    labels: OpenLabels,
+    descriptors: &Descriptors,
+    will_be_filtered: bool,
+    kept: &[BorrowedFd<'_>],
+) -> Result<CString> {
+    labels.apply()?;
+    drop(labels);
+    // Before this, no path of the container is resolved; after it, no path of the host.
+    log::close();
+    // SAFETY: the owners of other descriptors belong to the code that forked this process, and it
+    // never returns there ([`NeverReturn`]).
+    unsafe { descriptors.close_all_but(kept) }?;
+    environment::complete(&mut process.env, process.uid, descriptors.listen);
+    process.apply_inherited()?;
+    process.own_stdio();
+    rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
+    // With all rights first: the directory may be root's alone. Without them then, because
+    // a network file system may know only the user.
+    let entered = match enter_cwd(&process.cwd) {
+        Err(_) if !process.cwd.exists() => make_cwd(&process.cwd),
+        entered => entered,
+    };
+    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
+    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
+    process.become_user(will_be_filtered && !process.no_new_privileges)?;
+    if entered.is_err() {
+        enter_cwd(&process.cwd)?;
+    }
+    if process.no_new_privileges {
+        rustix::thread::set_no_new_privs(true).doing(|| "set process.noNewPrivileges")?;
+    }
+    process.find_program()
+}
+
+/// Becomes the program; if that fails, returns the reason. `send` hands over the page through
+/// which a filtered process reports.
+///
+/// Once a filter is loaded, this process makes no system call but execve(2). A profile must allow
+/// that call, or no program could be started under it.
+pub fn execute(
+    program: &CStr,
+    process: &Process,
+    filter: Option<(&Filter, SharedPage)>,
+    send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+) -> Error {
+    let execution = Execution::new(program, &process.args, &process.env);
+    let Some((filter, page)) = filter else {
+        return not_executed(&program.to_string_lossy(), execution.execute(), false);
+    };
+    let confined = page.hand_over(program, send).and_then(|reporter| {
+        filter.confine(&reporter)?;
+        Ok(reporter)
+    });
+    match confined {
+        Err(error) => error,
+        Ok(reporter) => {
+            reporter.failed(execution.execute());
+            filter.end()
+        }
+    }
+}
+
+/// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
+/// that can be done only before the first process is in it.
+pub fn unshare_time(offsets: &str) -> Result<()> {
+    rustix_unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
+    Procfs::open()?
+        .write("self/timens_offsets", offsets)
+        .doing(|| "set linux.timeOffsets")
+}

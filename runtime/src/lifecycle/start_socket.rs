@@ -1,0 +1,164 @@
+//! The gate between `create` and `start`.
+//!
+//! The first process of a created container waits at a listening unix socket in the
+//! container's directory; `start` connects to it. In place of the FIFO that runc and crun
+//! use, because it tells more: nobody can connect to a process that is gone, of two
+//! starters only one is let in, and the same connection carries the error back if the
+//! program then can not be executed. Its closing by close-on-exec is the sign of success.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with,
+    bind, connect, listen, recv, send, socket_with,
+};
+
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::channel::{receive_descriptor, send_descriptor};
+use crate::lifecycle::container_dir::Claim;
+use crate::lifecycle::state::{GATE, GATE_SHUT};
+use crate::seccomp::Report;
+
+const GO: &[u8] = b"G";
+const LET_IN: u8 = b'L';
+const FAILED: u8 = b'F';
+const FILTERED: u8 = b'S';
+/// Longest error that is carried.
+const LIMIT: usize = 16 << 10;
+
+fn socket(flags: SocketFlags) -> Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .doing(|| "make a unix socket")
+}
+
+/// Calls `with` with the address of the socket `name` in a directory. A path too long for
+/// one (108 bytes) is reached through a descriptor of its directory.
+pub fn at_address<T>(
+    directory: &Path,
+    name: &str,
+    with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
+) -> std::result::Result<T, Errno> {
+    if let Ok(address) = SocketAddrUnix::new(directory.join(name)) {
+        return with(&address);
+    }
+    let directory = rustix::fs::open(
+        directory,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
+    with(&SocketAddrUnix::new(format!(
+        "/proc/self/fd/{number}/{name}"
+    ))?)
+}
+
+/// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.
+pub fn build(directory: &Path) -> Result<OwnedFd> {
+    let socket = socket(SocketFlags::empty())?;
+    at_address(directory, GATE_SHUT, |address| bind(&socket, address))
+        .and_then(|()| listen(&socket, 8))
+        .doing(|| format!("make socket {}", directory.join(GATE_SHUT).display()))?;
+    Ok(socket)
+}
+
+/// Lets starters find it: the container is made, its first process waits. A starter that
+/// came before would have to wait for that, and nobody knows how long.
+pub fn announce(claim: &Claim) -> Result<()> {
+    rustix::fs::renameat(claim, GATE_SHUT, claim, GATE)
+        .doing(|| format!("name socket {}", claim.directory().join(GATE).display()))
+}
+
+/// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
+/// starter that went away.
+pub fn is_held(directory: &Path) -> bool {
+    let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
+        return true;
+    };
+    let knocked = at_address(directory, GATE, |address| connect(&socket, address));
+    !matches!(knocked, Err(Errno::CONNREFUSED | Errno::NOENT))
+}
+
+/// From the container's first process: waits until a starter is there, and lets it in.
+pub fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
+    loop {
+        let starter = match acceptfrom_with(gate, SocketFlags::CLOEXEC) {
+            Ok((starter, _)) => starter,
+            Err(Errno::INTR | Errno::CONNABORTED) => continue,
+            Err(errno) => return Err(errno).doing(|| "wait for start"),
+        };
+        let mut word = [0u8; 1];
+        let said = recv(&starter, &mut word, RecvFlags::empty());
+        // A starter that went away before it said so has not started anything.
+        if matches!(said, Ok((_, 1))) && word == *GO {
+            let _ = send(&starter, &[LET_IN], SendFlags::NOSIGNAL);
+            return Ok(starter);
+        }
+    }
+}
+
+/// From the container's first process: tells the starter that it came to nothing.
+pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
+    let mut message = vec![FAILED];
+    message.extend(error.to_string().bytes().take(LIMIT - 1));
+    let _ = send(starter, &message, SendFlags::NOSIGNAL);
+}
+
+/// From the container's first process: hands over the shared page. The filter that is loaded next
+/// may forbid this process to send messages.
+pub fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
+    send_descriptor(starter, page, &[FILTERED]).doing(|| "hand the shared page to start")
+}
+
+/// From `start`: makes the first process execute the container's program, and returns when it has
+/// done so. Calls `accompany` when that process is about to load its filter.
+///
+/// # Errors
+/// The container is not waiting to be started; or what prevented the execution.
+pub fn open(directory: &Path, id: &str, accompany: impl Fn(&Report) -> Result<()>) -> Result<()> {
+    let not_created = || {
+        Error::new(format!(
+            "cannot start container {id}: it is not in state created"
+        ))
+    };
+    let socket = socket(SocketFlags::empty())?;
+    let path = directory.join(GATE);
+    match at_address(directory, GATE, |address| connect(&socket, address)) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Err(not_created()),
+        Err(Errno::CONNREFUSED) => {
+            // Its process is gone, or past the gate with a starter that died on the way.
+            let _ = rustix::fs::unlink(&path);
+            return Err(not_created());
+        }
+        Err(errno) => return Err(errno).doing(|| format!("connect to {}", path.display())),
+    }
+    send(&socket, GO, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
+    let mut buffer = vec![0u8; LIMIT];
+    let mut let_in = false;
+    let mut report = None;
+    loop {
+        let (length, descriptor) = match receive_descriptor(socket.as_fd(), &mut buffer) {
+            // Closed, and the process had not read everything.
+            Err(Errno::CONNRESET) => (0, None),
+            received => received.doing(|| "wait for the container's first process")?,
+        };
+        match (buffer.get(..length).unwrap_or_default(), descriptor) {
+            ([LET_IN], _) if !let_in => {
+                let_in = true;
+                let _ = rustix::fs::unlink(&path);
+            }
+            ([FILTERED], Some(page)) => accompany(report.insert(Report::new(page)))?,
+            ([FAILED, sentence @ ..], _) => {
+                return Err(Error::new(String::from_utf8_lossy(sentence)));
+            }
+            // Closed: by executing the program, if it had let us in.
+            ([], _) if let_in => return report.as_ref().map_or(Ok(()), Report::verdict),
+            ([], _) => return Err(not_created()),
+            _ => refuse!("the container's first process sent what it can not have sent"),
+        }
+    }
+}

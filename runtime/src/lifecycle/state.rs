@@ -1,0 +1,334 @@
+//! What rrun remembers of a container between two of its commands: ROOT/ID/state.json.
+//!
+//! The directory is the container's claim on its id. The file is replaced as a whole
+//! (written beside, then renamed), so that a reader sees an old state or a new one.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Hooks;
+use rustix::fs::{Access, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+use crate::config::read_bounded;
+use crate::config::spec::{MemoryPolicy, Personality, Process};
+use crate::error::{Context, Error, Kind, Result, refuse};
+use crate::lifecycle::container_dir::Claim;
+use crate::namespaces::resctrl::Made;
+use crate::seccomp::Filter;
+
+/// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
+pub const GATE: &str = "start";
+/// Where it stands until the container is made, and can be started.
+pub const GATE_SHUT: &str = "start.shut";
+pub const FILE: &str = "state.json";
+pub const FILE_NEW: &str = "state.json.new";
+
+/// The version of the runtime specification that `state` and `spec` speak.
+pub const OCI_VERSION: &str = "1.3.0";
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    pub oci_version: String,
+    pub id: String,
+    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it is born.
+    pub pid: i32,
+    /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
+    /// 22). With the pid, it names one process and no later one.
+    pub start_time: u64,
+    pub bundle: PathBuf,
+    pub rootfs: PathBuf,
+    /// RFC 3339.
+    pub created: String,
+    pub owner: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// The cgroup's directory on the host.
+    pub cgroup: PathBuf,
+    /// The unit of systemd that the cgroup is, if systemd made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// The limit on memory and swap together, in bytes, that was asked for last; the cgroup
+    /// itself knows only what is left of it for swap. 0 if none was.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub memory_swap: i64,
+    /// `CLONE_NEW*` of the namespaces that are not the host's, for exec to enter.
+    pub namespaces: u64,
+    /// Whether its PID namespace ends with its first process.
+    pub new_pid_namespace: bool,
+    /// From which exec takes what it is not told.
+    pub process: Process,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub personality: Option<Personality>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_policy: Option<MemoryPolicy>,
+    /// Whether its processes keep their callers' session keyring.
+    #[serde(default)]
+    pub keeps_keyring: bool,
+    /// Its groups in resctrl.
+    #[serde(default, skip_serializing_if = "Made::is_empty")]
+    pub resctrl: Made,
+    #[serde(default)]
+    pub hooks: Hooks,
+    /// With which exec's processes are filtered too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seccomp: Option<Filter>,
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Creating,
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Creating => "creating",
+            Status::Created => "created",
+            Status::Running => "running",
+            Status::Paused => "paused",
+            Status::Stopped => "stopped",
+        }
+    }
+}
+
+/// What `rrun state` prints and hooks get, in runc's order of fields.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shown<'a> {
+    pub oci_version: &'a str,
+    pub id: &'a str,
+    pub pid: i32,
+    pub status: &'a str,
+    pub bundle: &'a Path,
+    pub rootfs: &'a Path,
+    pub created: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: &'a BTreeMap<String, String>,
+    pub owner: &'a str,
+}
+
+/// # Errors
+/// An id that could lead out of the root directory, or that runc would not take.
+pub fn validate_id(id: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    if id.is_empty() || id == "." || id == ".." || !id.bytes().all(allowed) {
+        refuse!("invalid container id {id:?}: letters, digits and _ + - . are allowed");
+    }
+    if id.len() > 255 {
+        refuse!(
+            "invalid container id: it has {} characters, 255 are allowed",
+            id.len()
+        );
+    }
+    Ok(())
+}
+
+/// A container's directory under --root.
+pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
+    validate_id(id)?;
+    Ok(root.join(id))
+}
+
+impl State {
+    pub fn load(root: &Path, id: &str) -> Result<State> {
+        let directory = directory(root, id)?;
+        let path = directory.join(FILE);
+        let bytes = match read_bounded(&path) {
+            Ok(bytes) => bytes,
+            Err(_) if !path.exists() => {
+                return Err(Error::new(format!("container does not exist: {id}"))
+                    .with_kind(Kind::NoSuchContainer));
+            }
+            Err(error) => return Err(error),
+        };
+        serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
+    }
+
+    pub fn save(&self, claim: &Claim) -> Result<()> {
+        let text = serde_json::to_vec(self)
+            .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
+        write_replacing(claim, Path::new(FILE_NEW), Path::new(FILE), &text, 0o600)
+            .map_err(|error| error.while_doing(format!("write state of {}", self.id)))
+    }
+
+    /// A descriptor of the first process, if that very process still exists (it may be a
+    /// zombie: then the descriptor is readable).
+    pub fn open_process(&self) -> Result<Option<OwnedFd>> {
+        let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
+            return Ok(None);
+        };
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            // EINVAL: the id is a thread's by now.
+            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
+            Err(errno) => return Err(errno).doing(|| format!("open process {}", self.pid)),
+        };
+        // Only now is it sure that a look at /proc is a look at the process held.
+        match process_stat(self.pid)? {
+            Some((start_time, dead)) if start_time == self.start_time && !dead => Ok(Some(pidfd)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the first process exists and is no zombie.
+    pub fn is_alive(&self) -> Result<bool> {
+        if self.pid <= 0 {
+            return Ok(false);
+        }
+        Ok(matches!(
+            process_stat(self.pid)?,
+            Some((start_time, false)) if start_time == self.start_time
+        ))
+    }
+
+    pub fn status(&self, directory: &Path) -> Result<Status> {
+        match self.noted_status(directory)? {
+            // A `start` that was killed once it was let in has left the gate's name behind.
+            Status::Created if !crate::lifecycle::start_socket::is_held(directory) => {
+                Ok(if self.is_alive()? {
+                    Status::Running
+                } else {
+                    Status::Stopped
+                })
+            }
+            status => Ok(status),
+        }
+    }
+
+    /// The same by the files alone, without knocking at the gate, for who is about to.
+    pub fn noted_status(&self, directory: &Path) -> Result<Status> {
+        if self.pid == 0 {
+            return Ok(Status::Creating);
+        }
+        if !self.is_alive()? {
+            return Ok(Status::Stopped);
+        }
+        if crate::cgroup::is_frozen(&self.cgroup) {
+            return Ok(Status::Paused);
+        }
+        if rustix::fs::access(directory.join(GATE), Access::EXISTS).is_ok() {
+            return Ok(Status::Created);
+        }
+        match rustix::fs::access(directory.join(GATE_SHUT), Access::EXISTS) {
+            Ok(()) => Ok(Status::Creating),
+            Err(_) => Ok(Status::Running),
+        }
+    }
+
+    pub fn shown<'a>(&'a self, status: Status) -> Shown<'a> {
+        let alive = !matches!(status, Status::Stopped | Status::Creating);
+        Shown {
+            oci_version: &self.oci_version,
+            id: &self.id,
+            pid: if alive { self.pid } else { 0 },
+            status: status.as_str(),
+            bundle: &self.bundle,
+            rootfs: &self.rootfs,
+            created: &self.created,
+            annotations: &self.annotations,
+            owner: &self.owner,
+        }
+    }
+
+    /// The state as hooks and seccomp agents get it: with the process id even while the
+    /// container is being made.
+    pub fn for_others(&self, status: Status) -> Shown<'_> {
+        let mut shown = self.shown(status);
+        if status == Status::Creating {
+            shown.pid = self.pid;
+        }
+        shown
+    }
+
+    /// The state as a hook gets it on its standard input.
+    pub fn for_hooks(&self, status: Status) -> String {
+        serde_json::to_string(&self.for_others(status)).unwrap_or_default()
+    }
+}
+
+/// Writes a file beside its place and renames it there. Both paths count from `directory`.
+pub fn write_replacing(
+    directory: impl AsFd,
+    new: &Path,
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+) -> Result<()> {
+    let doing = || format!("write {}", path.display());
+    let file = rustix::fs::openat(
+        &directory,
+        new,
+        OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+        Mode::from_raw_mode(mode),
+    )
+    .doing(doing)?;
+    let mut rest = content;
+    while !rest.is_empty() {
+        let written = rustix::io::write(&file, rest).doing(doing)?;
+        rest = rest.get(written..).unwrap_or_default();
+    }
+    rustix::fs::renameat(&directory, new, &directory, path).doing(doing)
+}
+
+/// When a process was started, and whether it is a zombie; `None` if there is none.
+pub fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
+    let path = format!("/proc/{pid}/stat");
+    let mut buffer = [0u8; 1024];
+    let read = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::read(&file, &mut buffer));
+    match read {
+        Ok(length) => Ok(parse_stat(buffer.get(..length).unwrap_or_default())),
+        Err(Errno::NOENT | Errno::SRCH) => Ok(None),
+        Err(errno) => Err(errno).doing(|| format!("read {path}")),
+    }
+}
+
+fn parse_stat(stat: &[u8]) -> Option<(u64, bool)> {
+    // The second field is the program's name in parentheses, with anything in it.
+    let after_name = stat.iter().rposition(|byte| *byte == b')')?;
+    let mut fields = stat
+        .get(after_name + 1..)?
+        .trim_ascii()
+        .split(|byte| *byte == b' ');
+    let state = fields.next()?;
+    let start_time = std::str::from_utf8(fields.nth(18)?).ok()?.parse().ok()?;
+    Some((start_time, matches!(state, b"Z" | b"X" | b"x")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_in_proc_stat_can_not_deceive() {
+        let stat = b"7 (a) Z 1 ) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9\n";
+        assert_eq!(parse_stat(stat), Some((4242, false)));
+        let own = process_stat(std::process::id() as i32).unwrap().unwrap();
+        assert!(own.0 > 0 && !own.1);
+        assert_eq!(process_stat(i32::MAX).unwrap(), None);
+    }
+
+    #[test]
+    fn ids_stay_below_the_root_directory() {
+        for id in ["a", "0af-_.+Z", "..a"] {
+            assert!(validate_id(id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "a/b", "a b", "ä", "a\n"] {
+            assert!(validate_id(id).is_err(), "{id}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Which namespaces a container gets: new ones, or existing ones by path.
+
+pub mod idmap;
+pub mod net_devices;
+pub mod resctrl;
+pub mod sysctl;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
+use rustix::thread::LinkNameSpaceType;
+
+use crate::error::{Context, Result, refuse};
+use crate::sys::regular_file;
+
+/// An existing namespace to enter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    pub typ: Type,
+    pub path: PathBuf,
+}
+
+/// A namespace's file, open, and what it is to be.
+#[derive(Debug)]
+pub struct OpenJoin {
+    typ: Type,
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+/// The namespaces of a container. What is in neither list it shares with rrun's caller.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// `CLONE_NEW*` of those that are made for it.
+    pub new: u64,
+    /// Those that exist already.
+    pub join: Vec<Join>,
+}
+
+/// The `CLONE_NEW*` flag of a type of namespace.
+pub fn flag(typ: Type) -> u64 {
+    typ as u64
+}
+
+/// Every type, with its name in the specification.
+pub const TYPES: [(Type, &str); 8] = [
+    (Type::Cgroup, "cgroup"),
+    (Type::Ipc, "ipc"),
+    (Type::Mount, "mount"),
+    (Type::Network, "network"),
+    (Type::Pid, "pid"),
+    (Type::Time, "time"),
+    (Type::User, "user"),
+    (Type::Uts, "uts"),
+];
+
+/// A type's name in the specification.
+fn name(typ: Type) -> &'static str {
+    TYPES
+        .iter()
+        .find(|(known, _)| *known == typ)
+        .map_or("namespace", |(_, name)| name)
+}
+
+impl Namespaces {
+    /// # Errors
+    /// A type that is there twice, or a path that is not absolute.
+    pub fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
+        let mut namespaces = Namespaces::default();
+        for (index, namespace) in spec.iter().enumerate() {
+            let typ = namespace.typ();
+            if namespaces.own(typ) {
+                refuse!(
+                    "linux.namespaces[{index}].type: {} is there twice",
+                    name(typ)
+                );
+            }
+            match namespace
+                .path()
+                .clone()
+                .filter(|path| !path.as_os_str().is_empty())
+            {
+                None => namespaces.new |= flag(typ),
+                Some(path) if path.is_absolute() => namespaces.join.push(Join { typ, path }),
+                Some(path) => refuse!(
+                    "linux.namespaces[{index}].path: {} is not an absolute path",
+                    path.display()
+                ),
+            }
+        }
+        Ok(namespaces)
+    }
+
+    /// Whether one of this type is made for the container.
+    pub fn is_new(&self, typ: Type) -> bool {
+        self.new & flag(typ) != 0
+    }
+
+    /// Whether an existing one of this type is entered.
+    pub fn is_joined(&self, typ: Type) -> bool {
+        self.join.iter().any(|join| join.typ == typ)
+    }
+
+    /// Whether the container is in another namespace of this type than rrun's caller.
+    pub fn own(&self, typ: Type) -> bool {
+        self.is_new(typ) || self.is_joined(typ)
+    }
+
+    /// The `CLONE_NEW*` flags of all that are not rrun's caller's.
+    pub fn own_flags(&self) -> u64 {
+        self.join
+            .iter()
+            .fold(self.new, |flags, join| flags | flag(join.typ))
+    }
+
+    /// The file of the one of this type to be entered.
+    pub fn joined_path(&self, typ: Type) -> Option<&Path> {
+        self.join
+            .iter()
+            .find(|join| join.typ == typ)
+            .map(|join| &*join.path)
+    }
+
+    /// Opens the files of those to be entered, while the host's paths are still valid.
+    pub fn open_joins(&self) -> Result<Vec<OpenJoin>> {
+        self.join
+            .iter()
+            .map(|join| {
+                let fd = regular_file::open(&join.path).map_err(|error| {
+                    let (name, path) = (name(join.typ), join.path.display());
+                    error.while_doing(format!("open {name} namespace {path}"))
+                })?;
+                Ok(OpenJoin {
+                    typ: join.typ,
+                    path: join.path.clone(),
+                    fd,
+                })
+            })
+            .collect()
+    }
+}
+
+impl OpenJoin {
+    /// Whether it holds only for children, so that the parent must enter it.
+    pub fn is_for_children(&self) -> bool {
+        matches!(self.typ, Type::Pid | Type::Time)
+    }
+
+    /// Whether the new process enters it itself in any case. In its mount namespace the
+    /// host's paths are gone, and in its cgroup namespace it could not be born into a
+    /// cgroup outside of that.
+    pub fn is_for_the_newborn(&self) -> bool {
+        matches!(self.typ, Type::Mount | Type::Cgroup)
+    }
+
+    pub fn is_user(&self) -> bool {
+        self.typ == Type::User
+    }
+
+    pub fn enter(&self) -> Result<()> {
+        let link = match self.typ {
+            Type::Cgroup => LinkNameSpaceType::ControlGroup,
+            Type::Ipc => LinkNameSpaceType::InterProcessCommunication,
+            Type::Mount => LinkNameSpaceType::Mount,
+            Type::Network => LinkNameSpaceType::Network,
+            Type::Pid => LinkNameSpaceType::ProcessID,
+            Type::Time => LinkNameSpaceType::Time,
+            Type::User => LinkNameSpaceType::User,
+            Type::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
+        };
+        // The kernel checks that the file is a namespace, and of that type.
+        rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
+            .doing(|| format!("enter {} namespace {}", name(self.typ), self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Namespaces> {
+        Namespaces::from_spec(&serde_json::from_str::<Vec<LinuxNamespace>>(json).unwrap())
+    }
+
+    #[test]
+    fn new_and_joined_ones_are_told_apart() {
+        let namespaces = read(
+            r#"[{"type":"pid"},{"type":"network","path":"/run/netns/a"},{"type":"mount","path":""}]"#,
+        )
+        .unwrap();
+        assert_eq!(
+            namespaces.new,
+            (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64
+        );
+        assert!(namespaces.is_joined(Type::Network) && !namespaces.is_new(Type::Network));
+        assert!(!namespaces.own(Type::Uts));
+    }
+
+    #[test]
+    fn one_that_is_there_twice_is_refused() {
+        let error = read(r#"[{"type":"pid"},{"type":"pid","path":"/x"}]"#).unwrap_err();
+        assert!(error.to_string().contains("linux.namespaces[1]"), "{error}");
+    }
+}
