@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use nix::errno::Errno;
+use crate::sys::errno::errno_text;
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -50,15 +50,6 @@ impl Error {
         self.sentence = format!("{doing}: {}", self.sentence);
         self
     }
-}
-
-/// `Operation not permitted (EPERM)` from an errno.
-pub fn errno_text(raw: i32) -> String {
-    let errno = Errno::from_raw(raw);
-    if errno == Errno::UnknownErrno {
-        return format!("errno {raw}");
-    }
-    format!("{} ({errno:?})", errno.desc())
 }
 
 /// Something that carries the reason of a failure, mostly an errno.

@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 
 use crate::cgroup::dbus::{Body, Bus, Property, Refusal, Value};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::create::end_child;
-use crate::lifecycle::init::end;
 use crate::log;
-use crate::sys::syscalls::{Cloned, clone3};
+use crate::sys::child::{end, end_child};
+use crate::sys::clone::{Cloned, clone3};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
 pub const ANNOTATION: &str = "org.systemd.property.";

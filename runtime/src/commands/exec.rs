@@ -5,7 +5,6 @@ use super::{
     pidfd_socket,
 };
 use crate::arguments::{Arguments, switch, value};
-use crate::config::read_bounded;
 use crate::config::spec::Process as SpecProcess;
 use crate::error::{Error, Result, refuse};
 use crate::lifecycle::exec::{self, Request};
@@ -13,6 +12,7 @@ use crate::lifecycle::foreground::Forwarding;
 use crate::lifecycle::state::{State, Status};
 use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
+use crate::sys::files::read_bounded;
 
 pub const COMMAND: Command = Command {
     name: "exec",

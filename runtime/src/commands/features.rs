@@ -2,8 +2,8 @@ use serde_json::json;
 
 use super::{Command, Globals, print};
 use crate::arguments::Arguments;
+use crate::config::spec::OCI_VERSION;
 use crate::error::{Error, Result};
-use crate::lifecycle::state::OCI_VERSION;
 use crate::mounts::options;
 use crate::process::{capabilities, memory_policy};
 use crate::{cgroup, namespaces, seccomp};

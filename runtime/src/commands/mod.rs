@@ -23,10 +23,10 @@ use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel;
 use crate::log;
 use crate::mounts::readonly_exec;
 use crate::process::descriptors::{self, Descriptors};
+use crate::sys::unix_socket;
 
 /// One command: how it is called, and what does it.
 pub struct Command {
@@ -251,7 +251,7 @@ fn version() -> String {
     format!(
         "rrun version {}\nspec: {}\n",
         env!("CARGO_PKG_VERSION"),
-        crate::lifecycle::state::OCI_VERSION
+        crate::config::spec::OCI_VERSION
     )
 }
 
@@ -345,6 +345,6 @@ fn pidfd_socket(arguments: &Arguments) -> Result<Option<OwnedFd>> {
     arguments
         .value("pidfd-socket")
         .filter(|path| !path.is_empty())
-        .map(|path| channel::connect("--pidfd-socket", path))
+        .map(|path| unix_socket::connect("--pidfd-socket", path))
         .transpose()
 }

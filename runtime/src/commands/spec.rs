@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::{Command, Globals, bundle};
 use crate::arguments::{Arguments, switch, value};
+use crate::config::spec::OCI_VERSION;
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::state::OCI_VERSION;
 
 pub const COMMAND: Command = Command {
     name: "spec",

@@ -6,11 +6,11 @@ use serde_json::{Map, Value, json};
 
 use super::{Command, Globals};
 use crate::arguments::{Arguments, value};
-use crate::config::read_bounded;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{Claim, Held};
 use crate::lifecycle::state::{State, Status, directory};
 use crate::namespaces::resctrl;
+use crate::sys::files::read_bounded;
 use crate::{cgroup, log};
 
 pub const COMMAND: Command = Command {

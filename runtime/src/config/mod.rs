@@ -4,7 +4,6 @@ pub mod hooks;
 pub mod spec;
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type, LinuxResources};
@@ -22,10 +21,8 @@ use crate::namespaces::resctrl::Resctrl;
 use crate::namespaces::{Namespaces, sysctl};
 use crate::process::{Process, lsm};
 use crate::seccomp::Filter;
+use crate::sys::files::read_file;
 use crate::sys::regular_file;
-
-/// The most of a config.json that is read; the largest that occur have some 100 kB.
-const SIZE_LIMIT: u64 = 16 << 20;
 
 /// What config.json asks for, checked, and in the form in which it is used.
 pub struct Config {
@@ -63,30 +60,6 @@ pub struct Config {
     pub resctrl: Option<Resctrl>,
     pub personality: Option<spec::Personality>,
     pub memory_policy: Option<spec::MemoryPolicy>,
-}
-
-/// Reads a file of at most [`SIZE_LIMIT`] bytes.
-pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
-    read_file(file, path)
-}
-
-/// Reads at most [`SIZE_LIMIT`] bytes of the file that was opened at `path`.
-fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
-    let doing = || format!("read {}", path.display());
-    let mut bytes = Vec::with_capacity(16 << 10);
-    let read = file
-        .take(SIZE_LIMIT + 1)
-        .read_to_end(&mut bytes)
-        .doing(doing)?;
-    if read as u64 > SIZE_LIMIT {
-        refuse!(
-            "read {}: is larger than {} MB",
-            path.display(),
-            SIZE_LIMIT >> 20
-        );
-    }
-    Ok(bytes)
 }
 
 impl Config {

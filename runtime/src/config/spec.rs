@@ -7,13 +7,16 @@
 //! Unknown properties are passed over, as the specification wants ("Extensibility").
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     Hooks, LinuxDevice, LinuxIdMapping, LinuxNamespace, LinuxResources, Mount,
 };
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+
+/// The version of the runtime specification that `state` and `spec` speak.
+pub const OCI_VERSION: &str = "1.3.0";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -197,4 +200,20 @@ pub struct Rlimit {
     pub typ: String,
     pub soft: u64,
     pub hard: u64,
+}
+
+/// What `rrun state` prints and hooks get, in runc's order of fields.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shown<'a> {
+    pub oci_version: &'a str,
+    pub id: &'a str,
+    pub pid: i32,
+    pub status: &'a str,
+    pub bundle: &'a Path,
+    pub rootfs: &'a Path,
+    pub created: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: &'a BTreeMap<String, String>,
+    pub owner: &'a str,
 }

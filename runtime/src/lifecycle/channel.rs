@@ -3,19 +3,14 @@
 //! One socket pair, one message a record. It closes by itself when the program is executed
 //! (close-on-exec) or the process dies, so that neither side waits for a dead one.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    recvmsg, sendmsg, socket_with, socketpair,
-};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::error::{Context, Error, Result, refuse};
 use crate::seccomp::Report;
+use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
 
 /// The longest sentence that is carried.
 const LIMIT: usize = 16 << 10;
@@ -165,75 +160,9 @@ impl Channel {
     }
 }
 
-/// Connects to a caller's socket, which is to receive a descriptor.
-///
-/// # Errors
-/// Nobody listens at `path`; `what` it is for is told with it.
-pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
-    let doing = || format!("connect to {what} {path}");
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .doing(doing)?;
-    let address = SocketAddrUnix::new(path).doing(doing)?;
-    rustix::net::connect(&socket, &address).doing(doing)?;
-    Ok(socket)
-}
-
 /// Sends a process's descriptor away as runc does, whose message says how it was made:
 /// `standard` for a container's first process, `setns` for one of `exec`.
 pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
     send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
         .doing(|| "send the process's descriptor over --pidfd-socket")
-}
-
-/// Receives a message, and the descriptor that came with it, if any.
-///
-/// # Errors
-/// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
-pub fn receive_descriptor(
-    socket: BorrowedFd<'_>,
-    buffer: &mut [u8],
-) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = loop {
-        let mut parts = [IoSliceMut::new(buffer)];
-        match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            result => break result?,
-        }
-    };
-    let descriptor = ancillary.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
-    });
-    if descriptor.is_none() && received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Errno::MFILE);
-    }
-    Ok((received.bytes, descriptor))
-}
-
-/// Sends a descriptor with some bytes over a unix socket.
-pub fn send_descriptor(
-    socket: BorrowedFd<'_>,
-    descriptor: BorrowedFd<'_>,
-    bytes: &[u8],
-) -> std::result::Result<(), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors = [descriptor];
-    if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(Errno::NOBUFS);
-    }
-    sendmsg(
-        socket,
-        &[IoSlice::new(bytes)],
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
 }

@@ -10,8 +10,6 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use crate::cgroup::{self, Cgroup, Place};
@@ -19,16 +17,19 @@ use crate::config::{Config, hooks};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, Message};
 use crate::lifecycle::container_dir::Claim;
-use crate::lifecycle::init::{Init, NeverReturn, end, unshare_time};
+use crate::lifecycle::init::{Init, unshare_time};
 use crate::lifecycle::notify_socket::{self, Manager, NotifySocket};
 use crate::lifecycle::start_socket;
-use crate::lifecycle::state::{self, State, Status, process_stat};
+use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::mounts::Taken;
 use crate::namespaces::{OpenJoin, flag, net_devices, resctrl};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::{Agent, Report};
-use crate::sys::syscalls::{Cloned, clone3, pidfd_send_signal};
+use crate::sys::child::{NeverReturn, await_death, end, end_child, explain_death};
+use crate::sys::clone::{Cloned, clone3};
+use crate::sys::files::write_pid_file;
+use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
 /// How a container is to be made, beside its configuration.
@@ -94,12 +95,6 @@ impl Drop for Unmade<'_> {
             hooks::run_all("poststop", hooks.poststop().as_ref(), state);
         }
     }
-}
-
-/// Kills a child and takes its status, so that nothing is left of it.
-pub fn end_child(pidfd: &OwnedFd) {
-    let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-    while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }
 
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
@@ -447,45 +442,4 @@ fn accompany(
             Message::Failed(error) => return Err(error),
         }
     }
-}
-
-/// Waits until a process is dead that has closed its end of the channel, which it does on its
-/// way there: only then [`explain_death`] can tell of what.
-pub fn await_death(pidfd: &OwnedFd) {
-    const DEAD_WITHIN: Timespec = Timespec {
-        tv_sec: 10,
-        tv_nsec: 0,
-    };
-    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEAD_WITHIN)) {}
-}
-
-/// If the process died without a word, says of what.
-pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-    match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
-        Ok(Some(status)) => match status.terminating_signal() {
-            Some(libc::SIGKILL) => error.while_doing(
-                "killed by SIGKILL, perhaps because its memory limit is too low to start in",
-            ),
-            // It ended itself ([`crate::lifecycle::init::trap`]), and the error says why.
-            Some(libc::SIGILL) => error,
-            Some(signal) => error.while_doing(format!("killed by signal {signal}")),
-            None => error,
-        },
-        _ => error,
-    }
-}
-
-/// Writes a process id to where the caller asked for it, without a newline, as runc does.
-pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let new = path.with_file_name(format!(".{name}"));
-    state::write_replacing(
-        rustix::fs::CWD,
-        &new,
-        path,
-        pid.to_string().as_bytes(),
-        0o666,
-    )
 }

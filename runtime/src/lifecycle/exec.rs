@@ -14,8 +14,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use crate::cgroup;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, Message};
-use crate::lifecycle::create::{await_death, end_child, explain_death, write_pid_file};
-use crate::lifecycle::init::{NeverReturn, end, execute, join_keyring, settle};
+use crate::lifecycle::init::{execute, join_keyring, settle};
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
 use crate::namespaces::flag;
@@ -23,7 +22,10 @@ use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Agent, Report, SharedPage};
-use crate::sys::syscalls::{self, Cloned, clone3};
+use crate::sys::child::{NeverReturn, await_death, end, end_child, explain_death};
+use crate::sys::clone::{Cloned, clone3};
+use crate::sys::files::write_pid_file;
+use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 

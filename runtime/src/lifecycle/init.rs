@@ -33,8 +33,10 @@ use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
 use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
 use crate::seccomp::{Filter, SharedPage};
+use crate::sys::child::{NeverReturn, end};
+use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 use crate::sys::procfs::Procfs;
-use crate::sys::syscalls::{self, Execution, MountAttr, mount_setattr};
+use crate::sys::syscalls::{self, Execution};
 
 /// What the first process needs to know beside its configuration.
 pub struct Init<'a> {
@@ -56,42 +58,6 @@ pub struct Init<'a> {
     pub unprivileged: bool,
     /// Its id in the host's PID namespace, once it has looked.
     pub host_pid: Option<i32>,
-}
-
-/// Ends the process without running anything of its parent's that it was born with.
-pub fn end() -> ! {
-    // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
-    unsafe { libc::syscall(libc::SYS_exit_group, 1) };
-    // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
-    // last executes an instruction that the processor refuses.
-    std::process::abort()
-}
-
-/// Ends the process by an instruction that the processor refuses. A filter can hold or refuse every
-/// system call, exit_group(2) included, but not this.
-pub fn trap() -> ! {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the instruction raises SIGILL, which has its default disposition and ends the process.
-    unsafe {
-        std::arch::asm!("ud2", options(noreturn, nomem, nostack))
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("udf #0", options(noreturn, nomem, nostack))
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    end()
-}
-
-/// Ends the process on any way out of its story, so that a copy of rrun never returns into
-/// the parent's code.
-pub struct NeverReturn;
-
-impl Drop for NeverReturn {
-    fn drop(&mut self) {
-        end()
-    }
 }
 
 impl Init<'_> {

@@ -22,10 +22,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::config::Config;
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::channel::send_descriptor;
-use crate::lifecycle::start_socket::at_address;
 use crate::log;
 use crate::mounts::Mount;
+use crate::sys::unix_socket::{at_address, send_descriptor};
 
 const VARIABLE: &str = "NOTIFY_SOCKET";
 /// The directory in the container's own under --root that is shown to the container.

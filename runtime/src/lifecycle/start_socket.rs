@@ -9,18 +9,17 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with,
-    bind, connect, listen, recv, send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind, connect,
+    listen, recv, send, socket_with,
 };
 
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel::{receive_descriptor, send_descriptor};
 use crate::lifecycle::container_dir::Claim;
 use crate::lifecycle::state::{GATE, GATE_SHUT};
 use crate::seccomp::Report;
+use crate::sys::unix_socket::{at_address, receive_descriptor, send_descriptor};
 
 const GO: &[u8] = b"G";
 const LET_IN: u8 = b'L';
@@ -33,27 +32,6 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
     let flags = flags | SocketFlags::CLOEXEC;
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .doing(|| "make a unix socket")
-}
-
-/// Calls `with` with the address of the socket `name` in a directory. A path too long for
-/// one (108 bytes) is reached through a descriptor of its directory.
-pub fn at_address<T>(
-    directory: &Path,
-    name: &str,
-    with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
-) -> std::result::Result<T, Errno> {
-    if let Ok(address) = SocketAddrUnix::new(directory.join(name)) {
-        return with(&address);
-    }
-    let directory = rustix::fs::open(
-        directory,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
-    with(&SocketAddrUnix::new(format!(
-        "/proc/self/fd/{number}/{name}"
-    ))?)
 }
 
 /// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.

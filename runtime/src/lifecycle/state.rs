@@ -4,21 +4,22 @@
 //! (written beside, then renamed), so that a reader sees an old state or a new one.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
-use rustix::fs::{Access, Mode, OFlags};
+use rustix::fs::Access;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::config::read_bounded;
-use crate::config::spec::{MemoryPolicy, Personality, Process};
+use crate::config::spec::{MemoryPolicy, Personality, Process, Shown};
 use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::container_dir::Claim;
 use crate::namespaces::resctrl::Made;
 use crate::seccomp::Filter;
+use crate::sys::files::{read_bounded, write_replacing};
+use crate::sys::procfs::process_stat;
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
 pub const GATE: &str = "start";
@@ -26,9 +27,6 @@ pub const GATE: &str = "start";
 pub const GATE_SHUT: &str = "start.shut";
 pub const FILE: &str = "state.json";
 pub const FILE_NEW: &str = "state.json.new";
-
-/// The version of the runtime specification that `state` and `spec` speak.
-pub const OCI_VERSION: &str = "1.3.0";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -102,22 +100,6 @@ impl Status {
             Status::Stopped => "stopped",
         }
     }
-}
-
-/// What `rrun state` prints and hooks get, in runc's order of fields.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Shown<'a> {
-    pub oci_version: &'a str,
-    pub id: &'a str,
-    pub pid: i32,
-    pub status: &'a str,
-    pub bundle: &'a Path,
-    pub rootfs: &'a Path,
-    pub created: &'a str,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub annotations: &'a BTreeMap<String, String>,
-    pub owner: &'a str,
 }
 
 /// # Errors
@@ -260,67 +242,9 @@ impl State {
     }
 }
 
-/// Writes a file beside its place and renames it there. Both paths count from `directory`.
-pub fn write_replacing(
-    directory: impl AsFd,
-    new: &Path,
-    path: &Path,
-    content: &[u8],
-    mode: u32,
-) -> Result<()> {
-    let doing = || format!("write {}", path.display());
-    let file = rustix::fs::openat(
-        &directory,
-        new,
-        OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::from_raw_mode(mode),
-    )
-    .doing(doing)?;
-    let mut rest = content;
-    while !rest.is_empty() {
-        let written = rustix::io::write(&file, rest).doing(doing)?;
-        rest = rest.get(written..).unwrap_or_default();
-    }
-    rustix::fs::renameat(&directory, new, &directory, path).doing(doing)
-}
-
-/// When a process was started, and whether it is a zombie; `None` if there is none.
-pub fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
-    let path = format!("/proc/{pid}/stat");
-    let mut buffer = [0u8; 1024];
-    let read = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .and_then(|file| rustix::io::read(&file, &mut buffer));
-    match read {
-        Ok(length) => Ok(parse_stat(buffer.get(..length).unwrap_or_default())),
-        Err(Errno::NOENT | Errno::SRCH) => Ok(None),
-        Err(errno) => Err(errno).doing(|| format!("read {path}")),
-    }
-}
-
-fn parse_stat(stat: &[u8]) -> Option<(u64, bool)> {
-    // The second field is the program's name in parentheses, with anything in it.
-    let after_name = stat.iter().rposition(|byte| *byte == b')')?;
-    let mut fields = stat
-        .get(after_name + 1..)?
-        .trim_ascii()
-        .split(|byte| *byte == b' ');
-    let state = fields.next()?;
-    let start_time = std::str::from_utf8(fields.nth(18)?).ok()?.parse().ok()?;
-    Some((start_time, matches!(state, b"Z" | b"X" | b"x")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_in_proc_stat_can_not_deceive() {
-        let stat = b"7 (a) Z 1 ) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9\n";
-        assert_eq!(parse_stat(stat), Some((4242, false)));
-        let own = process_stat(std::process::id() as i32).unwrap().unwrap();
-        assert!(own.0 > 0 && !own.1);
-        assert_eq!(process_stat(i32::MAX).unwrap(), None);
-    }
 
     #[test]
     fn ids_stay_below_the_root_directory() {

@@ -14,7 +14,7 @@ use super::tree::{clone_descriptor, clone_tree};
 use super::{Mount, OwnCgroup};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{self, Parameter};
-use crate::sys::syscalls::{MountAttr, mount_setattr};
+use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 
 /// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
 const VALUE_LIMIT: usize = 255;

@@ -15,8 +15,8 @@ use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{Bind, Options};
 use crate::mounts::rootfs::{Rootfs, Target, cleaned};
 use crate::namespaces::idmap::IdMaps;
+use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 use crate::sys::procfs::PROC_SUPER_MAGIC;
-use crate::sys::syscalls::{MountAttr, mount_setattr};
 
 pub mod devices;
 mod file_system;

@@ -7,7 +7,7 @@
 use rustix::mount::MountFlags;
 
 use crate::error::{Result, refuse};
-use crate::sys::syscalls::MountAttr;
+use crate::sys::mount_setattr::MountAttr;
 
 // linux/mount.h
 const ATTR_RDONLY: u64 = 0x0000_0001;

@@ -12,7 +12,7 @@ use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
 use crate::mounts::options;
 use crate::mounts::rootfs::{Rootfs, cleaned};
-use crate::sys::syscalls::mount_setattr;
+use crate::sys::mount_setattr::mount_setattr;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.

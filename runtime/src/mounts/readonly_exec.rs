@@ -36,7 +36,8 @@ use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::mounts::options::READ_ONLY;
-use crate::sys::syscalls::{execveat, ignore_signal, mount_setattr};
+use crate::sys::mount_setattr::mount_setattr;
+use crate::sys::syscalls::{execveat, ignore_signal};
 
 const LINK: &str = "/proc/self/exe";
 

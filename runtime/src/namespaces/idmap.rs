@@ -12,12 +12,11 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType as Type};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::create::end_child;
-use crate::lifecycle::init::{NeverReturn, end};
 use crate::namespaces;
+use crate::sys::child::{NeverReturn, end, end_child};
+use crate::sys::clone::{Cloned, clone3};
 use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
-use crate::sys::syscalls::{Cloned, clone3};
 
 /// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
 const MAX_LINES: usize = 340;

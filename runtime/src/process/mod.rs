@@ -16,13 +16,14 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
 use crate::config::spec::{self, Process as SpecProcess};
-use crate::error::{Context, Error, Result, errno_text, refuse};
+use crate::error::{Context, Error, Result, refuse};
 use crate::mounts::rootfs::Rootfs;
 use crate::process::capabilities::Sets;
 use crate::process::lsm::Labels;
 use crate::process::memory_policy::MemoryPolicy;
 use crate::process::personality::Personality;
 use crate::process::scheduling::Scheduling;
+use crate::sys::errno::errno_text;
 use crate::sys::procfs::Procfs;
 use crate::sys::syscalls;
 

@@ -9,10 +9,11 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr};
 
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::channel::{self, Channel, send_descriptor};
+use crate::lifecycle::channel::Channel;
 use crate::mounts::rootfs::{Rootfs, Target};
 use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::sys::syscalls::set_controlling_terminal;
+use crate::sys::unix_socket::{self, send_descriptor};
 
 /// linux/magic.h
 const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
@@ -26,7 +27,7 @@ pub struct Terminal {
 
 /// Connects to the socket that is to receive the master side.
 pub fn connect_console(path: &str) -> Result<OwnedFd> {
-    channel::connect("console socket", path)
+    unix_socket::connect("console socket", path)
 }
 
 impl Terminal {

@@ -5,6 +5,8 @@
 //! stepping stone (a jump without condition, or a copy of the return) close by.
 //! See the kernel's Documentation/networking/filter.rst and seccomp_filter.rst.
 
+use crate::sys::syscalls::SockFilter;
+
 /// `BPF_MAXINSNS` of linux/bpf_common.h.
 pub const LIMIT: usize = 4096;
 
@@ -26,16 +28,6 @@ pub enum Test {
     GreaterOrEqual = 0x35, // BPF_JMP | BPF_JGE | BPF_K
 }
 
-/// `struct sock_filter` of linux/filter.h.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Instruction {
-    pub code: u16,
-    pub if_true: u8,
-    pub if_false: u8,
-    pub value: u32,
-}
-
 /// A place in the program, counted from its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place(usize);
@@ -52,7 +44,7 @@ pub enum Goal {
 #[derive(Default)]
 pub struct Program {
     /// The last instruction first.
-    reversed: Vec<Instruction>,
+    reversed: Vec<SockFilter>,
     /// For answers and far places, where the latest stepping stone to them is.
     stones: Vec<(Goal, Place)>,
 }
@@ -63,7 +55,7 @@ const REACH: usize = 250;
 
 impl Program {
     fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Place {
-        self.reversed.push(Instruction {
+        self.reversed.push(SockFilter {
             code,
             if_true,
             if_false,
@@ -138,35 +130,16 @@ impl Program {
     }
 
     /// The program that begins at `goal`.
-    pub fn finish(mut self, goal: Goal) -> Vec<Instruction> {
+    pub fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
         self.fall_into(goal);
         self.reversed.reverse();
         self.reversed
     }
 }
 
-impl Instruction {
-    /// As one number, for the container's state.
-    pub fn pack(self) -> u64 {
-        u64::from(self.code) << 48
-            | u64::from(self.if_true) << 40
-            | u64::from(self.if_false) << 32
-            | u64::from(self.value)
-    }
-
-    pub fn unpack(packed: u64) -> Instruction {
-        Instruction {
-            code: (packed >> 48) as u16,
-            if_true: (packed >> 40) as u8,
-            if_false: (packed >> 32) as u8,
-            value: packed as u32,
-        }
-    }
-}
-
 /// What the kernel would do with a program and a system call.
 #[cfg(test)]
-pub fn interpret(program: &[Instruction], architecture: u32, number: u32, args: &[u64; 6]) -> u32 {
+pub fn interpret(program: &[SockFilter], architecture: u32, number: u32, args: &[u64; 6]) -> u32 {
     let mut data = Vec::new();
     data.extend(number.to_le_bytes());
     data.extend(architecture.to_le_bytes());
@@ -174,7 +147,7 @@ pub fn interpret(program: &[Instruction], architecture: u32, number: u32, args: 
     args.iter().for_each(|arg| data.extend(arg.to_le_bytes()));
     let (mut at, mut accumulator) = (0, 0u32);
     loop {
-        let Instruction {
+        let SockFilter {
             code,
             if_true,
             if_false,
@@ -223,12 +196,12 @@ mod tests {
 
     #[test]
     fn packed_and_unpacked_is_the_same() {
-        let instruction = Instruction {
+        let instruction = SockFilter {
             code: 0x15,
             if_true: 255,
             if_false: 1,
             value: 0xdead_beef,
         };
-        assert_eq!(Instruction::unpack(instruction.pack()), instruction);
+        assert_eq!(SockFilter::unpack(instruction.pack()), instruction);
     }
 }

@@ -6,10 +6,11 @@
 //! more to load: the kernel runs the filter once for each call that there is.
 
 use super::architecture::Architecture;
-use super::bpf::{ARCHITECTURE, Goal, Instruction, LIMIT, NUMBER, Program, Test};
+use super::bpf::{ARCHITECTURE, Goal, LIMIT, NUMBER, Program, Test};
 use super::profile::{Checked, Comparison, Condition, Rule};
 use super::table::{ARM_PRIVATE, Syscall, X32_BIT, multiplexed};
 use crate::error::{Result, refuse};
+use crate::sys::syscalls::SockFilter;
 
 /// The number that a tracer puts in place of a call that is not to be made.
 const SKIPPED: u32 = u32::MAX;
@@ -135,7 +136,7 @@ struct Chain {
 
 /// # Errors
 /// A profile that needs more instructions than the kernel takes.
-pub fn compile(profile: &Checked) -> Result<Vec<Instruction>> {
+pub fn compile(profile: &Checked) -> Result<Vec<SockFilter>> {
     let mut compiler = Compiler {
         profile,
         program: Program::default(),

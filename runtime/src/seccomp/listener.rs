@@ -9,9 +9,9 @@ use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
 use super::Report;
+use crate::config::spec::{OCI_VERSION, Shown};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel::send_descriptor;
-use crate::lifecycle::state::{OCI_VERSION, Shown};
+use crate::sys::unix_socket::send_descriptor;
 
 /// The target of a listener's link in /proc/self/fd. The target of a file's link begins with `/`, so
 /// no file can pass for a listener.

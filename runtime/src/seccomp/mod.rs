@@ -20,15 +20,14 @@ use std::os::fd::{AsFd, IntoRawFd as _, OwnedFd};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-pub use bpf::Instruction;
 pub use listener::{Agent, Listener};
 pub use profile::{ACTIONS, OPERATORS, Profile};
 pub use shared_page::{Report, Reporter, SharedPage};
 
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::init::{end, trap};
 use crate::log;
-use crate::sys::syscalls;
+use crate::sys::child::{end, trap};
+use crate::sys::syscalls::{self, SockFilter};
 
 /// Flags by their names; seccomp(2) explains them.
 pub const FLAGS: [(&str, u32); 4] = [
@@ -52,7 +51,7 @@ const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Filter {
     #[serde(serialize_with = "to_hex", deserialize_with = "from_hex")]
-    program: Vec<Instruction>,
+    program: Vec<SockFilter>,
     /// `SECCOMP_FILTER_FLAG_*`.
     flags: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,7 +169,7 @@ pub fn supports(flag: &str) -> bool {
     })
 }
 
-fn to_hex<S: Serializer>(program: &[Instruction], to: S) -> std::result::Result<S::Ok, S::Error> {
+fn to_hex<S: Serializer>(program: &[SockFilter], to: S) -> std::result::Result<S::Ok, S::Error> {
     use std::fmt::Write as _;
     let mut text = String::with_capacity(program.len() * 16);
     for instruction in program {
@@ -179,7 +178,7 @@ fn to_hex<S: Serializer>(program: &[Instruction], to: S) -> std::result::Result<
     to.serialize_str(&text)
 }
 
-fn from_hex<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<Instruction>, D::Error> {
+fn from_hex<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<SockFilter>, D::Error> {
     let text = String::deserialize(from)?;
     let (words, rest) = text.as_bytes().as_chunks::<16>();
     if !rest.is_empty() {
@@ -190,7 +189,7 @@ fn from_hex<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<Instr
         .map(|word| {
             let digits = std::str::from_utf8(word).map_err(D::Error::custom)?;
             let packed = u64::from_str_radix(digits, 16).map_err(D::Error::custom)?;
-            Ok(Instruction::unpack(packed))
+            Ok(SockFilter::unpack(packed))
         })
         .collect()
 }

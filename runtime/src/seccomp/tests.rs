@@ -3,10 +3,11 @@
 use serde_json::{Value, json};
 
 use super::architecture::Architecture::{self, Aarch64, Arm, X32, X86, X86_64};
-use super::bpf::{Instruction, interpret};
+use super::bpf::interpret;
 use super::compile::compile;
 use super::profile::Profile;
 use super::table::Syscall;
+use crate::sys::syscalls::SockFilter;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const LOG: u32 = libc::SECCOMP_RET_LOG;
@@ -20,7 +21,7 @@ const fn errno(errno: i32) -> u32 {
 const EPERM: u32 = errno(libc::EPERM);
 const ENOSYS: u32 = errno(libc::ENOSYS);
 
-struct Filter(Vec<Instruction>);
+struct Filter(Vec<SockFilter>);
 
 impl Filter {
     fn on(native: Architecture, profile: Value) -> Filter {

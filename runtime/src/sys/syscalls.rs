@@ -9,122 +9,16 @@ use rustix::io::Errno;
 
 use crate::sys::number_list::NumberSet;
 
-/// linux/sched.h; the constant in libc has a type that can not hold it.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-
-/// `struct clone_args` of clone3(2), as of Linux 5.7 (`cgroup` is its last field).
-#[repr(C, align(8))]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
-/// Which of the two processes returned from [`clone3`].
-pub enum Cloned {
-    /// In the new process.
-    Child,
-    /// In the old one; `pid` is the new process's id in the caller's PID namespace.
-    Parent { pid: i32, pidfd: OwnedFd },
-}
-
-fn last_errno() -> Errno {
+pub(super) fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
-fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
+pub(super) fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
     if returned < 0 {
         Err(last_errno())
     } else {
         Ok(returned)
     }
-}
-
-/// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), born inside
-/// `cgroup` if one is given. See clone3(2).
-///
-/// With `CLONE_PARENT` among the flags, the new process is its caller's sibling instead.
-///
-/// The caller must be single-threaded; then the child is an ordinary copy of it, in which
-/// any code may run. `CLONE_VM` and its like must not be among the flags.
-pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
-    const SHARING: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
-    if flags & SHARING != 0 {
-        return Err(Errno::INVAL);
-    }
-    let beside = flags & libc::CLONE_PARENT as u64 != 0;
-    let mut pidfd: libc::c_int = -1;
-    let mut args = CloneArgs {
-        flags: flags | libc::CLONE_PIDFD as u64,
-        pidfd: &raw mut pidfd as u64,
-        // A sibling's end is told as its maker's end will be.
-        exit_signal: if beside { 0 } else { libc::SIGCHLD as u64 },
-        ..CloneArgs::default()
-    };
-    if let Some(fd) = cgroup {
-        args.flags |= CLONE_INTO_CGROUP;
-        args.cgroup = fd.as_raw_fd() as u64;
-    }
-    // SAFETY: args is a valid clone_args of the length given and outlives the call. No memory
-    // is shared with the child, and this program never starts a thread, so that the copy
-    // is in a consistent state (no lock is held by a thread that the child lacks).
-    let pid = check(unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut args,
-            std::mem::size_of::<CloneArgs>(),
-        )
-    })?;
-    if pid == 0 {
-        return Ok(Cloned::Child);
-    }
-    // SAFETY: on success the kernel has stored a new descriptor that nobody else owns.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    Ok(Cloned::Parent {
-        pid: pid as i32,
-        pidfd,
-    })
-}
-
-/// `struct mount_attr` of mount_setattr(2).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MountAttr {
-    pub attr_set: u64,
-    pub attr_clr: u64,
-    pub propagation: u64,
-    pub userns_fd: u64,
-}
-
-/// Changes the attributes of the mount that `mount` refers to, and of all below it if
-/// `recursive`. See mount_setattr(2).
-pub fn mount_setattr(
-    mount: BorrowedFd<'_>,
-    recursive: bool,
-    attr: &MountAttr,
-) -> Result<(), Errno> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a NUL-terminated string, attr a valid mount_attr of the length given.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags as libc::c_uint,
-            attr as *const MountAttr,
-            std::mem::size_of::<MountAttr>(),
-        )
-    })?;
-    Ok(())
 }
 
 /// Marks every open descriptor from `first` on close-on-exec. See close_range(2).
@@ -458,17 +352,43 @@ pub fn has_seccomp_flags(flags: u32) -> bool {
     returned < 0 && last_errno() == Errno::FAULT
 }
 
+/// `struct sock_filter` of linux/filter.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SockFilter {
+    pub code: u16,
+    pub if_true: u8,
+    pub if_false: u8,
+    pub value: u32,
+}
+
+impl SockFilter {
+    /// As one number, for the container's state.
+    pub fn pack(self) -> u64 {
+        u64::from(self.code) << 48
+            | u64::from(self.if_true) << 40
+            | u64::from(self.if_false) << 32
+            | u64::from(self.value)
+    }
+
+    pub fn unpack(packed: u64) -> SockFilter {
+        SockFilter {
+            code: (packed >> 48) as u16,
+            if_true: (packed >> 40) as u8,
+            if_false: (packed >> 32) as u8,
+            value: packed as u32,
+        }
+    }
+}
+
 /// Has this process's calls filtered from now on. Gives a descriptor if the flags ask for a
 /// listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
-pub fn load_seccomp_filter(
-    program: &[crate::seccomp::Instruction],
-    flags: u32,
-) -> Result<Option<OwnedFd>, Errno> {
+pub fn load_seccomp_filter(program: &[SockFilter], flags: u32) -> Result<Option<OwnedFd>, Errno> {
     /// `struct sock_fprog` of linux/filter.h.
     #[repr(C)]
     struct Program {
         length: libc::c_ushort,
-        instructions: *const crate::seccomp::Instruction,
+        instructions: *const SockFilter,
     }
     let program = Program {
         length: program.len().try_into().map_err(|_| Errno::INVAL)?,
