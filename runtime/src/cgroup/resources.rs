@@ -7,7 +7,8 @@ use libcgroups::common::{CgroupManager as _, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 
-use super::{Cgroup, MOUNT_POINT, read, write};
+use super::devices;
+use super::directory::{Directory, MOUNT_POINT, read};
 use crate::error::{Context as _, Error, Result, refuse};
 
 /// What `events` and everyone else who looks into the files wants counted, limits or not.
@@ -110,7 +111,7 @@ pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
             refuse!("linux.resources.unified: {key} is not a limit, and is rrun's own to write");
         }
     }
-    super::devices::validate(resources.devices().as_deref().unwrap_or_default())
+    devices::validate(resources.devices().as_deref().unwrap_or_default())
 }
 
 /// The controllers that the limits need, each with the field that needs it. What says that
@@ -242,7 +243,7 @@ fn has_unlimited(resources: &LinuxResources) -> bool {
 /// controller for them: there is none then. Podman, docker and ctr always say some.
 ///
 /// To be asked after [`enable`], which has handed down what the others need.
-fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResources {
+fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if !has_unlimited(&resources) {
         return resources;
@@ -278,7 +279,7 @@ fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResour
 }
 
 /// Puts limits in place in a cgroup that exists.
-pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
+pub fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
     enable(cgroup.path(), &needed)?;
     if needed.is_empty() && !has_unlimited(resources) {
@@ -297,7 +298,7 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         .unwrap_or(cgroup.path());
     let swap = swap_max(resources);
     let set = |field: &str, file: &str, value: &str| {
-        write(cgroup, file, value).doing(|| {
+        cgroup.write(file, value).doing(|| {
             format!(
                 "set linux.resources.{field} of cgroup {} ({file} {value})",
                 cgroup.path().display()
@@ -317,7 +318,7 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     // new one than the old: one order of the two is right.
     let burst_is_set = burst
         .as_ref()
-        .is_some_and(|burst| write(cgroup, "cpu.max.burst", burst).is_ok());
+        .is_some_and(|burst| cgroup.write("cpu.max.burst", burst).is_ok());
     let io_weight = resources
         .block_io()
         .as_ref()
@@ -338,7 +339,7 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     }
     if let Some(weight) = io_weight {
         // The file of the BFQ scheduler is there only where that is.
-        match write(cgroup, "io.bfq.weight", &weight.to_string()) {
+        match cgroup.write("io.bfq.weight", &weight.to_string()) {
             Err(rustix::io::Errno::NOENT) => {
                 let weight = self::io_weight(weight).to_string();
                 set("blockIO.weight", "io.weight", &weight)?;
@@ -352,7 +353,7 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         }
     }
     if let Some(limit) = swap {
-        match write(cgroup, "memory.swap.max", &limit) {
+        match cgroup.write("memory.swap.max", &limit) {
             // A kernel without swap accounting has no swap to forbid.
             Err(rustix::io::Errno::NOENT) if limit == "0" || limit == "max" => {}
             result => result.doing(|| {

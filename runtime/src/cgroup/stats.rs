@@ -5,14 +5,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::read;
+use super::directory::{open, read};
 use crate::error::Result;
 
 /// Everything that the cgroup's controllers count; what one that is missing would count is
 /// zero, or not there.
 pub fn stats(path: &Path) -> Result<Value> {
     // Whether it is there at all: that is worth an error.
-    super::open(path)?;
+    open(path)?;
     Ok(json!({
         "cpu": cpu(path),
         "cpuset": {},

@@ -10,9 +10,9 @@ use super::{
 use crate::arguments::{Arguments, Flag, value};
 use crate::config::Config;
 use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::create::{self, Request};
 use crate::lifecycle::notify_socket::{self, Manager};
-use crate::lifecycle::state::directory;
 use crate::process::terminal::connect_console;
 
 pub const COMMAND: Command = Command {
@@ -56,7 +56,7 @@ fn await_bundle(path: &str) -> Result<()> {
 
 fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::lifecycle::state::validate_id(id)?;
+    crate::lifecycle::container_dir::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     if let Some(path) = arguments.value("after") {
         await_bundle(path)?;

@@ -3,7 +3,8 @@ use std::io::ErrorKind;
 use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::state::{State, Status, directory, validate_id};
+use crate::lifecycle::container_dir::{directory, validate_id};
+use crate::lifecycle::state::{State, Status};
 use crate::log;
 
 pub const COMMAND: Command = Command {

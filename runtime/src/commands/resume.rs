@@ -2,7 +2,8 @@ use super::{Command, Globals};
 use crate::arguments::Arguments;
 use crate::cgroup;
 use crate::error::{Result, refuse};
-use crate::lifecycle::state::{State, Status, directory};
+use crate::lifecycle::container_dir::directory;
+use crate::lifecycle::state::{State, Status};
 
 pub const COMMAND: Command = Command {
     name: "resume",

@@ -7,11 +7,12 @@ use super::{
 use crate::arguments::{Arguments, switch};
 use crate::config::{Config, hooks};
 use crate::error::{Result, refuse};
+use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::create::{self, Request};
 use crate::lifecycle::delete;
 use crate::lifecycle::foreground::Forwarding;
 use crate::lifecycle::notify_socket::{self, Manager};
-use crate::lifecycle::state::{Status, directory};
+use crate::lifecycle::state::Status;
 use crate::process::terminal::connect_console;
 
 pub const COMMAND: Command = Command {
@@ -44,7 +45,7 @@ pub const COMMAND: Command = Command {
 
 fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::lifecycle::state::validate_id(id)?;
+    crate::lifecycle::container_dir::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     let mut config = Config::load(bundle(arguments))?;
     let detach = arguments.is_set("detach");

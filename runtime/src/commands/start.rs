@@ -2,9 +2,10 @@ use super::{Command, Globals};
 use crate::arguments::Arguments;
 use crate::config::hooks;
 use crate::error::{Error, Result, refuse};
+use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::notify_socket::{Manager, NotifySocket};
 use crate::lifecycle::start_socket;
-use crate::lifecycle::state::{State, Status, directory};
+use crate::lifecycle::state::{State, Status};
 use crate::seccomp::Report;
 
 pub const COMMAND: Command = Command {

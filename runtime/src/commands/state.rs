@@ -1,7 +1,8 @@
 use super::{Command, Globals, print};
 use crate::arguments::Arguments;
 use crate::error::{Error, Result};
-use crate::lifecycle::state::{State, directory};
+use crate::lifecycle::container_dir::directory;
+use crate::lifecycle::state::State;
 
 pub const COMMAND: Command = Command {
     name: "state",

@@ -14,7 +14,6 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::mounts::Mount;
 use crate::mounts::devices::{self, Device};
 use crate::mounts::options::{self, SLAVE};
-use crate::mounts::rootfs::cleaned;
 use crate::namespaces::idmap::IdMaps;
 use crate::namespaces::net_devices::{self, NetDevice};
 use crate::namespaces::resctrl::Resctrl;
@@ -22,6 +21,7 @@ use crate::namespaces::{Namespaces, sysctl};
 use crate::process::{Process, lsm};
 use crate::seccomp::Filter;
 use crate::sys::files::read_file;
+use crate::sys::path::cleaned;
 use crate::sys::regular_file;
 
 /// What config.json asks for, checked, and in the form in which it is used.

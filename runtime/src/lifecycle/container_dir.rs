@@ -14,8 +14,15 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::{notify_socket, state};
+use crate::lifecycle::notify_socket;
 
+/// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
+pub const GATE: &str = "start";
+/// Where it stands until the container is made, and can be started.
+pub const GATE_SHUT: &str = "start.shut";
+/// The container's state: see [`crate::lifecycle::state`].
+pub const STATE_FILE: &str = "state.json";
+pub const STATE_FILE_NEW: &str = "state.json.new";
 /// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
 /// state's file, what lives of the container can be found.
 const CGROUP: &str = "cgroup";
@@ -49,7 +56,7 @@ impl AsFd for Claim {
 impl Claim {
     /// Claims an id by making its directory.
     pub fn new(root: &Path, id: &str) -> Result<Claim> {
-        let directory = state::directory(root, id)?;
+        let directory = directory(root, id)?;
         for _ in 0..MAX_AGAIN {
             make(root, &directory, id)?;
             // Between its making and its locking, another process may have taken it for
@@ -122,13 +129,7 @@ impl Claim {
     /// Gives an id back, with all that was written under it.
     pub fn release(self) -> Result<()> {
         let same = self.is_linked()?;
-        for name in [
-            state::FILE,
-            state::GATE,
-            state::GATE_SHUT,
-            state::FILE_NEW,
-            CGROUP,
-        ] {
+        for name in [STATE_FILE, GATE, GATE_SHUT, STATE_FILE_NEW, CGROUP] {
             match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 result => {
@@ -170,6 +171,28 @@ fn make(root: &Path, directory: &Path, id: &str) -> Result<()> {
         Err(Errno::EXIST) => refuse!("container with given ID already exists: {id}"),
         result => result.doing(|| format!("make directory {}", directory.display())),
     }
+}
+
+/// # Errors
+/// An id that could lead out of the root directory, or that runc would not take.
+pub fn validate_id(id: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    if id.is_empty() || id == "." || id == ".." || !id.bytes().all(allowed) {
+        refuse!("invalid container id {id:?}: letters, digits and _ + - . are allowed");
+    }
+    if id.len() > 255 {
+        refuse!(
+            "invalid container id: it has {} characters, 255 are allowed",
+            id.len()
+        );
+    }
+    Ok(())
+}
+
+/// A container's directory under --root.
+pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
+    validate_id(id)?;
+    Ok(root.join(id))
 }
 
 /// The cgroup that was written down for the container in a directory.
@@ -225,5 +248,15 @@ mod tests {
             claim.release().unwrap();
         }
         std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn ids_stay_below_the_root_directory() {
+        for id in ["a", "0af-_.+Z", "..a"] {
+            assert!(validate_id(id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "a/b", "a b", "ä", "a\n"] {
+            assert!(validate_id(id).is_err(), "{id}");
+        }
     }
 }

@@ -100,7 +100,12 @@ impl Drop for Unmade<'_> {
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
 pub fn create(request: Request<'_>) -> Result<Born> {
     let config = request.config;
-    let place = Place::new(config, request.id, request.systemd_cgroup)?;
+    let place = Place::new(
+        &config.cgroups_path,
+        &config.annotations,
+        request.id,
+        request.systemd_cgroup,
+    )?;
     // An agent that is not there is found out before anything is made.
     let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) if request.waits => {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::config::hooks;
 use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::container_dir::{self, Claim, Held};
-use crate::lifecycle::state::{self, State, Status};
+use crate::lifecycle::state::{State, Status};
 use crate::sys::syscalls::pidfd_send_signal;
 use crate::{cgroup, log};
 
@@ -20,7 +20,7 @@ const DEAD_WITHIN: Duration = Duration::from_secs(10);
 /// Removes a container. One that runs is only removed by `force`; with that it is no error
 /// if there is none.
 pub fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
-    let directory = state::directory(root, id)?;
+    let directory = container_dir::directory(root, id)?;
     if !force && let Ok(state) = State::load(root, id) {
         // Not only once whoever makes it is done.
         check_removable(&state, &directory)?;
@@ -75,7 +75,7 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
 
 /// Removes a container whose first process has ended, unless somebody else did.
 pub fn after_end(root: &Path, state: &State) -> Result<()> {
-    match Claim::hold(&state::directory(root, &state.id)?, || {})? {
+    match Claim::hold(&container_dir::directory(root, &state.id)?, || {})? {
         Held::Claim(claim) => destroy(claim, state),
         Held::Nothing => Ok(()),
         Held::Busy => refuse!(
@@ -102,7 +102,7 @@ fn remove_unheld(root: &Path, id: &str) -> Result<()> {
     log::warning(&format!(
         "another process has been making or removing container {id} for a while; removing it all the same"
     ));
-    let directory = state::directory(root, id)?;
+    let directory = container_dir::directory(root, id)?;
     let cgroup = container_dir::named_cgroup(&directory);
     match std::fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -16,8 +16,7 @@ use rustix::net::{
 };
 
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::Claim;
-use crate::lifecycle::state::{GATE, GATE_SHUT};
+use crate::lifecycle::container_dir::{Claim, GATE, GATE_SHUT};
 use crate::seccomp::Report;
 use crate::sys::unix_socket::{at_address, receive_descriptor, send_descriptor};
 

@@ -14,19 +14,14 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use crate::config::spec::{MemoryPolicy, Personality, Process, Shown};
-use crate::error::{Context, Error, Kind, Result, refuse};
-use crate::lifecycle::container_dir::Claim;
+use crate::error::{Context, Error, Kind, Result};
+use crate::lifecycle::container_dir::{
+    Claim, GATE, GATE_SHUT, STATE_FILE, STATE_FILE_NEW, directory,
+};
 use crate::namespaces::resctrl::Made;
 use crate::seccomp::Filter;
 use crate::sys::files::{read_bounded, write_replacing};
 use crate::sys::procfs::process_stat;
-
-/// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
-pub const GATE: &str = "start";
-/// Where it stands until the container is made, and can be started.
-pub const GATE_SHUT: &str = "start.shut";
-pub const FILE: &str = "state.json";
-pub const FILE_NEW: &str = "state.json.new";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -102,32 +97,10 @@ impl Status {
     }
 }
 
-/// # Errors
-/// An id that could lead out of the root directory, or that runc would not take.
-pub fn validate_id(id: &str) -> Result<()> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
-    if id.is_empty() || id == "." || id == ".." || !id.bytes().all(allowed) {
-        refuse!("invalid container id {id:?}: letters, digits and _ + - . are allowed");
-    }
-    if id.len() > 255 {
-        refuse!(
-            "invalid container id: it has {} characters, 255 are allowed",
-            id.len()
-        );
-    }
-    Ok(())
-}
-
-/// A container's directory under --root.
-pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
-    validate_id(id)?;
-    Ok(root.join(id))
-}
-
 impl State {
     pub fn load(root: &Path, id: &str) -> Result<State> {
         let directory = directory(root, id)?;
-        let path = directory.join(FILE);
+        let path = directory.join(STATE_FILE);
         let bytes = match read_bounded(&path) {
             Ok(bytes) => bytes,
             Err(_) if !path.exists() => {
@@ -143,8 +116,14 @@ impl State {
     pub fn save(&self, claim: &Claim) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
-        write_replacing(claim, Path::new(FILE_NEW), Path::new(FILE), &text, 0o600)
-            .map_err(|error| error.while_doing(format!("write state of {}", self.id)))
+        write_replacing(
+            claim,
+            Path::new(STATE_FILE_NEW),
+            Path::new(STATE_FILE),
+            &text,
+            0o600,
+        )
+        .map_err(|error| error.while_doing(format!("write state of {}", self.id)))
     }
 
     /// A descriptor of the first process, if that very process still exists (it may be a
@@ -239,20 +218,5 @@ impl State {
     /// The state as a hook gets it on its standard input.
     pub fn for_hooks(&self, status: Status) -> String {
         serde_json::to_string(&self.for_others(status)).unwrap_or_default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_stay_below_the_root_directory() {
-        for id in ["a", "0af-_.+Z", "..a"] {
-            assert!(validate_id(id).is_ok(), "{id}");
-        }
-        for id in ["", ".", "..", "a/b", "a b", "ä", "a\n"] {
-            assert!(validate_id(id).is_err(), "{id}");
-        }
     }
 }

@@ -9,8 +9,9 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
-use crate::mounts::rootfs::{Rootfs, Target, cleaned};
+use crate::mounts::rootfs::{Rootfs, Target};
 use crate::mounts::tree::{clone_tree, move_mount};
+use crate::sys::path::cleaned;
 
 /// A device node to be made.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,9 +13,10 @@ use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{Bind, Options};
-use crate::mounts::rootfs::{Rootfs, Target, cleaned};
+use crate::mounts::rootfs::{Rootfs, Target};
 use crate::namespaces::idmap::IdMaps;
 use crate::sys::mount_setattr::{MountAttr, mount_setattr};
+use crate::sys::path::cleaned;
 use crate::sys::procfs::PROC_SUPER_MAGIC;
 
 pub mod devices;

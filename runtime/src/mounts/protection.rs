@@ -11,8 +11,9 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
 use crate::mounts::options;
-use crate::mounts::rootfs::{Rootfs, cleaned};
+use crate::mounts::rootfs::Rootfs;
 use crate::sys::mount_setattr::mount_setattr;
+use crate::sys::path::cleaned;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.

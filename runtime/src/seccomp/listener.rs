@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
-use super::Report;
+use super::shared_page::Report;
 use crate::config::spec::{OCI_VERSION, Shown};
 use crate::error::{Context, Error, Result, refuse};
 use crate::sys::unix_socket::send_descriptor;

@@ -6,6 +6,7 @@ pub mod errno;
 pub mod files;
 pub mod mount_setattr;
 pub mod number_list;
+pub mod path;
 pub mod procfs;
 pub mod regular_file;
 pub mod signals;

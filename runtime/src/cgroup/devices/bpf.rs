@@ -1,10 +1,10 @@
 //! The bpf(2) calls that put a program of ours on a cgroup, find it there and replace it.
 
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::program::Instruction;
+use super::program::BpfInsn;
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -104,7 +104,7 @@ fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub fn load(code: &[Instruction]) -> Result<OwnedFd> {
+pub fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
     bpf_fd(
         BPF_PROG_LOAD,
         &mut LoadAttributes {
@@ -124,11 +124,11 @@ pub fn load(code: &[Instruction]) -> Result<OwnedFd> {
 
 /// Puts a program on a cgroup, in the place of another if one is given: at no moment is
 /// there none.
-pub fn attach(cgroup: &OwnedFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
+pub fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
     bpf(
         BPF_PROG_ATTACH,
         &mut AttachAttributes {
-            target_fd: cgroup.as_raw_fd() as u32,
+            target_fd: cgroup.as_fd().as_raw_fd() as u32,
             attach_bpf_fd: program.as_raw_fd() as u32,
             attach_type: BPF_CGROUP_DEVICE,
             attach_flags: BPF_F_ALLOW_MULTI | old.map_or(0, |_| BPF_F_REPLACE),
@@ -138,11 +138,11 @@ pub fn attach(cgroup: &OwnedFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Res
     .map(|_| ())
 }
 
-pub fn detach(cgroup: &OwnedFd, program: &OwnedFd) -> Result<()> {
+pub fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
     bpf(
         BPF_PROG_DETACH,
         &mut AttachAttributes {
-            target_fd: cgroup.as_raw_fd() as u32,
+            target_fd: cgroup.as_fd().as_raw_fd() as u32,
             attach_bpf_fd: program.as_raw_fd() as u32,
             attach_type: BPF_CGROUP_DEVICE,
             attach_flags: 0,
@@ -153,10 +153,10 @@ pub fn detach(cgroup: &OwnedFd, program: &OwnedFd) -> Result<()> {
 }
 
 /// The program of rrun's that is on a cgroup.
-pub fn attached(cgroup: &OwnedFd) -> Result<Option<OwnedFd>> {
+pub fn attached(cgroup: &impl AsFd) -> Result<Option<OwnedFd>> {
     let mut ids = [0u32; MOST];
     let mut query = QueryAttributes {
-        target_fd: cgroup.as_raw_fd() as u32,
+        target_fd: cgroup.as_fd().as_raw_fd() as u32,
         attach_type: BPF_CGROUP_DEVICE,
         query_flags: 0,
         attach_flags: 0,

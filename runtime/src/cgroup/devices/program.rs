@@ -5,12 +5,12 @@
 //! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
 //! rights and major number, and each of those is compared once.
 
-use super::{ALL, BLOCK, CHAR, Rule};
+use super::rule::{ALL, BLOCK, CHAR, Rule};
 
 /// `struct bpf_insn`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Instruction {
+pub struct BpfInsn {
     code: u8,
     /// Destination register in the low half, source register in the high one.
     registers: u8,
@@ -45,8 +45,8 @@ const ALLOW: Label = Label(0);
 const DENY: Label = Label(1);
 
 struct Assembler {
-    code: Vec<Instruction>,
-    /// Instructions that jump, and where to.
+    code: Vec<BpfInsn>,
+    /// BpfInsns that jump, and where to.
     jumps: Vec<(usize, Label)>,
     /// Where each label is.
     places: Vec<usize>,
@@ -54,7 +54,7 @@ struct Assembler {
 
 impl Assembler {
     fn put(&mut self, code: u8, to: u8, from: u8, offset: i16, immediate: i32) {
-        self.code.push(Instruction {
+        self.code.push(BpfInsn {
             code,
             registers: to | from << 4,
             offset,
@@ -89,7 +89,7 @@ impl Assembler {
         self.put(EXIT, 0, 0, 0, 0);
     }
 
-    fn finished(mut self) -> Vec<Instruction> {
+    fn finished(mut self) -> Vec<BpfInsn> {
         for (at, label) in self.jumps {
             if let (Some(instruction), Some(place)) =
                 (self.code.get_mut(at), self.places.get(label.0))
@@ -199,7 +199,7 @@ fn merge_types(rules: &mut Vec<Rule>) {
 }
 
 /// The program that asks the rules, from the last to the first.
-pub fn compile(rules: &[Rule]) -> Vec<Instruction> {
+pub fn compile(rules: &[Rule]) -> Vec<BpfInsn> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),
@@ -236,11 +236,11 @@ pub fn compile(rules: &[Rule]) -> Vec<Instruction> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DEFAULTS, MKNOD, READ, WRITE, parsed};
+    use super::super::rule::{DEFAULTS, MKNOD, READ, WRITE, parsed};
     use super::*;
 
     /// What the program decides, computed by running it.
-    fn decides(code: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn decides(code: &[BpfInsn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0i64; 6];
         let mut at = 0usize;
         loop {
