@@ -11,9 +11,9 @@ use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type, LinuxResources};
 use crate::cgroup;
 use crate::config::spec::{Linux, Spec};
 use crate::error::{Context, Error, Result, refuse};
-use crate::mounts::Mount;
 use crate::mounts::devices::{self, Device};
 use crate::mounts::options::{self, SLAVE};
+use crate::mounts::{Mount, Sources};
 use crate::namespaces::idmap::IdMaps;
 use crate::namespaces::net_devices::{self, NetDevice};
 use crate::namespaces::resctrl::Resctrl;
@@ -250,6 +250,17 @@ impl Config {
     pub fn opens_no_devices(&self) -> bool {
         let hooks = self.hooks.create_container().as_deref();
         hooks.unwrap_or_default().is_empty() && self.mounts.iter().all(Mount::opens_no_device)
+    }
+
+    /// What leads to the host's files, for them to be opened while they can be reached.
+    pub fn mount_sources(&self) -> Sources<'_> {
+        Sources {
+            rootfs: &self.rootfs,
+            mounts: &self.mounts,
+            root_is_shared: self.root_is_shared(),
+            namespaces: &self.namespaces,
+            id_maps: &self.id_maps,
+        }
     }
 
     /// Whether mounts are meant to leave the container by its root.

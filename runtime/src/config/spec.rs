@@ -12,8 +12,10 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{
     Hooks, LinuxDevice, LinuxIdMapping, LinuxNamespace, LinuxResources, Mount,
 };
-use serde::de::IgnoredAny;
-use serde::{Deserialize, Serialize};
+use serde::de::{IgnoredAny, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::seccomp::table::Syscall;
 
 /// The version of the runtime specification that `state` and `spec` speak.
 pub const OCI_VERSION: &str = "1.3.0";
@@ -55,7 +57,7 @@ pub struct Linux {
     pub readonly_paths: Option<Vec<String>>,
     pub sysctl: Option<HashMap<String, String>>,
     pub mount_label: Option<String>,
-    pub seccomp: Option<crate::seccomp::Profile>,
+    pub seccomp: Option<SeccompProfile>,
     pub intel_rdt: Option<IntelRdt>,
     pub memory_policy: Option<MemoryPolicy>,
     pub personality: Option<Personality>,
@@ -216,4 +218,67 @@ pub struct Shown<'a> {
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: &'a BTreeMap<String, String>,
     pub owner: &'a str,
+}
+
+/// `linux.seccomp`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SeccompProfile {
+    #[serde(default)]
+    pub default_action: String,
+    pub default_errno_ret: Option<u32>,
+    pub architectures: Option<Vec<String>>,
+    pub flags: Option<Vec<String>>,
+    pub listener_path: Option<String>,
+    pub listener_metadata: Option<String>,
+    pub syscalls: Option<Vec<SeccompSyscalls>>,
+}
+
+/// An entry of `linux.seccomp.syscalls`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SeccompSyscalls {
+    #[serde(default)]
+    pub names: Vec<SeccompCallName>,
+    #[serde(default)]
+    pub action: String,
+    pub errno_ret: Option<u32>,
+    pub args: Option<Vec<SeccompArg>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SeccompArg {
+    pub index: u32,
+    pub value: u64,
+    #[serde(default)]
+    pub value_two: u64,
+    #[serde(default)]
+    pub op: String,
+}
+
+/// Looked up while it is read: a profile has hundreds of them.
+pub enum SeccompCallName {
+    Known(Syscall),
+    /// Of another architecture, or newer than rrun.
+    Unknown(String),
+}
+
+impl<'de> Deserialize<'de> for SeccompCallName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ByName;
+        impl Visitor<'_> for ByName {
+            type Value = SeccompCallName;
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("the name of a system call")
+            }
+            fn visit_str<E>(self, name: &str) -> Result<SeccompCallName, E> {
+                Ok(Syscall::by_name(name).map_or_else(
+                    || SeccompCallName::Unknown(name.to_owned()),
+                    SeccompCallName::Known,
+                ))
+            }
+        }
+        deserializer.deserialize_str(ByName)
+    }
 }

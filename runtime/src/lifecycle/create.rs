@@ -22,7 +22,7 @@ use crate::lifecycle::notify_socket::{self, Manager, NotifySocket};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
-use crate::mounts::Taken;
+use crate::mounts::HostMounts;
 use crate::namespaces::{OpenJoin, flag, net_devices, resctrl};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::{Agent, Report};
@@ -163,7 +163,7 @@ pub fn create(request: Request<'_>) -> Result<Born> {
         flags &= !flag(Type::Time);
     }
     let user = config.namespaces.own(Type::User);
-    let taken = Taken::before_birth(config)?;
+    let taken = HostMounts::before_clone(&config.mount_sources())?;
     let joins = config.namespaces.open_joins()?;
     let (for_newborn, before): (Vec<OpenJoin>, Vec<OpenJoin>) = joins
         .into_iter()

@@ -25,7 +25,7 @@ use crate::log;
 use crate::mounts::options::READ_ONLY;
 use crate::mounts::rootfs::Rootfs;
 use crate::mounts::tree::{self, attach_root, take_root};
-use crate::mounts::{Mount, OwnCgroup, Taken, devices, protection};
+use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
 use crate::namespaces::{self, OpenJoin, sysctl};
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
@@ -46,7 +46,7 @@ pub struct Init<'a> {
     /// Existing namespaces that are left for it to enter.
     pub joins: Vec<OpenJoin>,
     /// What was taken of the host's files for it.
-    pub taken: Taken,
+    pub taken: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
     pub console_socket: Option<OwnedFd>,
     /// The closed gate at which it waits for `start`; without one it does not wait.
@@ -113,7 +113,7 @@ impl Init<'_> {
             }
         }
         self.joins.clear();
-        self.taken = Taken::default();
+        self.taken = HostMounts::default();
         self.console_socket = None;
         let mut kept = vec![self.channel.as_fd()];
         kept.extend(self.gate.as_ref().map(AsFd::as_fd));
@@ -228,7 +228,7 @@ impl Init<'_> {
         // What is to be shared with the host must be taken while it still is, and all of it
         // before the new root covers the old one.
         if config.root_is_shared() || self.no_pivot {
-            self.taken.take(config, Mount::is_bind)?;
+            self.taken.take(&config.mount_sources(), Mount::is_bind)?;
         }
         // From here on nothing that is mounted reaches the host; what the host mounts
         // still reaches those that ask for it (rslave).

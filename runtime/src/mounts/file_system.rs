@@ -10,17 +10,11 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, mount, unmount,
 };
 
+use super::entry::{Mount, OwnCgroup};
 use super::tree::{clone_descriptor, clone_tree};
-use super::{Mount, OwnCgroup};
-use crate::error::{Context, Error, Reason as _, Result, refuse};
-use crate::mounts::options::{self, Parameter};
+use crate::error::{Context, Error, Reason as _, Result};
+use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
 use crate::sys::mount_setattr::{MountAttr, mount_setattr};
-
-/// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
-const VALUE_LIMIT: usize = 255;
-
-/// What mount(2) takes of parameters in all: a page less the NUL.
-const PARAMETERS_LIMIT: usize = 4095;
 
 /// Where a mount that only mount(2) can make stands for a moment: a directory that is there
 /// for certain, in a mount namespace that is the container's own.
@@ -30,35 +24,6 @@ const PLACE: &str = "/proc";
 struct Refused {
     errno: Errno,
     error: Error,
-}
-
-/// # Errors
-/// More than the kernel takes.
-pub fn check_parameters(data: &[Parameter]) -> Result<()> {
-    if needs_mount_call(data) {
-        let length = joined(data).len();
-        if length > PARAMETERS_LIMIT {
-            refuse!("are {length} bytes long, and the kernel takes {PARAMETERS_LIMIT}");
-        }
-    }
-    Ok(())
-}
-
-fn needs_mount_call(data: &[Parameter]) -> bool {
-    data.iter()
-        .any(|(_, value)| value.as_ref().is_some_and(|it| it.len() > VALUE_LIMIT))
-}
-
-/// Parameters as mount(2) takes them.
-fn joined(data: &[Parameter]) -> String {
-    data.iter()
-        .map(|(key, value)| match value {
-            Some(value) if options::is_label(key) => format!("{key}=\"{value}\""),
-            Some(value) => format!("{key}={value}"),
-            None => key.clone(),
-        })
-        .collect::<Vec<_>>()
-        .join(",")
 }
 
 impl Mount {

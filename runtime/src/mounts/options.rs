@@ -259,6 +259,41 @@ pub const SLAVE: u64 = MS_SLAVE;
 /// Mounts arrive and leave.
 pub const SHARED: u64 = MS_SHARED;
 
+/// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
+const VALUE_LIMIT: usize = 255;
+
+/// What mount(2) takes of parameters in all: a page less the NUL.
+const PARAMETERS_LIMIT: usize = 4095;
+
+/// # Errors
+/// More than the kernel takes.
+pub fn check_parameters(data: &[Parameter]) -> Result<()> {
+    if needs_mount_call(data) {
+        let length = joined(data).len();
+        if length > PARAMETERS_LIMIT {
+            refuse!("are {length} bytes long, and the kernel takes {PARAMETERS_LIMIT}");
+        }
+    }
+    Ok(())
+}
+
+pub fn needs_mount_call(data: &[Parameter]) -> bool {
+    data.iter()
+        .any(|(_, value)| value.as_ref().is_some_and(|it| it.len() > VALUE_LIMIT))
+}
+
+/// Parameters as mount(2) takes them.
+pub fn joined(data: &[Parameter]) -> String {
+    data.iter()
+        .map(|(key, value)| match value {
+            Some(value) if is_label(key) => format!("{key}=\"{value}\""),
+            Some(value) => format!("{key}={value}"),
+            None => key.clone(),
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

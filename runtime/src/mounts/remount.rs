@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, OFlags, StatxAttributes, StatxFlags};
 use rustix::mount::FsPickFlags;
 
-use super::Mount;
+use super::entry::Mount;
 use super::file_system::{said, set_parameters};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{self, Bind};

@@ -7,9 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::compile;
 use super::listener::Listener;
-use super::profile::Profile;
 use super::shared_page::Reporter;
-
+use crate::config::spec::SeccompProfile;
 use crate::error::{Context, Result, refuse};
 use crate::log;
 use crate::sys::child::{end, trap};
@@ -49,7 +48,7 @@ impl Filter {
     ///
     /// # Errors
     /// What is unknown, contradictory, or not in this kernel, by the name of its field.
-    pub fn from_profile(profile: &Profile) -> Result<Option<Filter>> {
+    pub fn from_profile(profile: &SeccompProfile) -> Result<Option<Filter>> {
         if profile.is_empty() {
             return Ok(None);
         }
@@ -110,7 +109,7 @@ impl Filter {
 }
 
 /// The flags to load with; all must be in this kernel.
-fn flags(profile: &Profile, listens: bool) -> Result<u32> {
+fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
     let mut flags = if listens { NEW_LISTENER } else { 0 };
     match &profile.flags {
         // As in runc: who says nothing does not want speculation to be slowed down.

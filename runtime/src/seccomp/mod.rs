@@ -12,11 +12,11 @@ mod filter;
 mod listener;
 mod profile;
 mod shared_page;
-mod table;
+pub mod table;
 
 pub use filter::{FLAGS, Filter, supports};
 pub use listener::Agent;
-pub use profile::{ACTIONS, OPERATORS, Profile};
+pub use profile::{ACTIONS, OPERATORS};
 pub use shared_page::{Report, SharedPage};
 
 #[cfg(test)]

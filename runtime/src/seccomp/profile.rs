@@ -1,71 +1,10 @@
 //! `linux.seccomp` as config.json has it, and what is checked of it.
 //! See config-linux.md of the runtime specification, "Seccomp".
 
-use serde::de::{Deserialize, Deserializer, Visitor};
-
 use super::architecture::{self, Architecture, NATIVE};
 use super::table::Syscall;
+use crate::config::spec::{SeccompArg, SeccompCallName, SeccompProfile, SeccompSyscalls};
 use crate::error::{Result, refuse};
-
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Profile {
-    #[serde(default)]
-    pub default_action: String,
-    pub default_errno_ret: Option<u32>,
-    pub architectures: Option<Vec<String>>,
-    pub flags: Option<Vec<String>>,
-    pub listener_path: Option<String>,
-    pub listener_metadata: Option<String>,
-    pub syscalls: Option<Vec<Entry>>,
-}
-
-/// An entry of `linux.seccomp.syscalls`.
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Entry {
-    #[serde(default)]
-    pub names: Vec<Name>,
-    #[serde(default)]
-    pub action: String,
-    pub errno_ret: Option<u32>,
-    pub args: Option<Vec<Arg>>,
-}
-
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Arg {
-    pub index: u32,
-    pub value: u64,
-    #[serde(default)]
-    pub value_two: u64,
-    #[serde(default)]
-    pub op: String,
-}
-
-/// Looked up while it is read: a profile has hundreds of them.
-pub enum Name {
-    Known(Syscall),
-    /// Of another architecture, or newer than rrun.
-    Unknown(String),
-}
-
-impl<'de> Deserialize<'de> for Name {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct ByName;
-        impl Visitor<'_> for ByName {
-            type Value = Name;
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("the name of a system call")
-            }
-            fn visit_str<E>(self, name: &str) -> std::result::Result<Name, E> {
-                Ok(Syscall::by_name(name)
-                    .map_or_else(|| Name::Unknown(name.to_owned()), Name::Known))
-            }
-        }
-        deserializer.deserialize_str(ByName)
-    }
-}
 
 /// Every action's name in alphabetical order, and the filter's answer (linux/seccomp.h).
 pub const ACTIONS: [(&str, u32); 9] = [
@@ -167,7 +106,7 @@ fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
     }
 }
 
-fn condition(field: impl Fn() -> String, arg: &Arg) -> Result<Condition> {
+fn condition(field: impl Fn() -> String, arg: &SeccompArg) -> Result<Condition> {
     if arg.index > 5 {
         refuse!(
             "{}.index: {}: the last argument is number 5",
@@ -195,7 +134,7 @@ fn condition(field: impl Fn() -> String, arg: &Arg) -> Result<Condition> {
     })
 }
 
-impl Profile {
+impl SeccompProfile {
     /// runc's callers write an empty object where they mean no seccomp at all.
     pub fn is_empty(&self) -> bool {
         self.default_action.is_empty() && self.syscalls.as_ref().is_none_or(Vec::is_empty)
@@ -250,7 +189,7 @@ impl Profile {
     }
 }
 
-impl Entry {
+impl SeccompSyscalls {
     fn check(
         &self,
         index: usize,
@@ -293,11 +232,11 @@ impl Entry {
         let rules = first..checked.rules.len();
         for (at, name) in self.names.iter().enumerate() {
             match name {
-                Name::Unknown(name) if name.is_empty() => {
+                SeccompCallName::Unknown(name) if name.is_empty() => {
                     refuse!("{}.names[{at}]: is empty", field())
                 }
-                Name::Unknown(name) => unknown(name),
-                Name::Known(syscall) => {
+                SeccompCallName::Unknown(name) => unknown(name),
+                SeccompCallName::Known(syscall) => {
                     checked.named.push(*syscall);
                     let calls = rules.clone().map(|rule| (*syscall, rule as u16));
                     checked.calls.extend(calls);
@@ -313,7 +252,7 @@ mod tests {
     use super::*;
 
     fn refusal(json: &str) -> String {
-        let profile: Profile = serde_json::from_str(json).unwrap();
+        let profile: SeccompProfile = serde_json::from_str(json).unwrap();
         match profile.check(&mut |_| {}) {
             Ok(_) => panic!("{json} was accepted"),
             Err(error) => error.to_string(),
@@ -375,7 +314,7 @@ mod tests {
         let json = serde_json::json!({
             "defaultAction": "SCMP_ACT_ALLOW", "architectures": architecture::NAMES,
         });
-        let profile: Profile = serde_json::from_value(json).unwrap();
+        let profile: SeccompProfile = serde_json::from_value(json).unwrap();
         let checked = profile
             .check_for(Architecture::X86_64, &mut |_| {})
             .unwrap();
@@ -389,7 +328,7 @@ mod tests {
     fn unknown_calls_are_passed_over_and_told() {
         let json = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
             {"names":["fly","read"],"action":"SCMP_ACT_LOG"}]}"#;
-        let profile: Profile = serde_json::from_str(json).unwrap();
+        let profile: SeccompProfile = serde_json::from_str(json).unwrap();
         let mut told = Vec::new();
         let checked = profile
             .check(&mut |name| told.push(name.to_owned()))

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 use super::architecture::Architecture::{self, Aarch64, Arm, X32, X86, X86_64};
 use super::bpf::interpret;
 use super::compile::compile;
-use super::profile::Profile;
 use super::table::Syscall;
+use crate::config::spec::SeccompProfile;
 use crate::sys::syscalls::SockFilter;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
@@ -25,7 +25,7 @@ struct Filter(Vec<SockFilter>);
 
 impl Filter {
     fn on(native: Architecture, profile: Value) -> Filter {
-        let profile: Profile = serde_json::from_value(profile).unwrap();
+        let profile: SeccompProfile = serde_json::from_value(profile).unwrap();
         let checked = profile.check_for(native, &mut |_| {}).unwrap();
         Filter(compile(&checked).unwrap())
     }
@@ -388,7 +388,7 @@ fn a_profile_of_a_rule_for_each_call_fits_and_is_searched_in_few_steps() {
 fn a_profile_too_large_for_the_kernel_is_refused() {
     let args: Vec<Value> = (0..1500u64).map(|value| when(0, "EQ", value)).collect();
     let rules = json!([rule(&["ioctl"], "SCMP_ACT_ALLOW", json!(args))]);
-    let profile: Profile = serde_json::from_value(profile("SCMP_ACT_ERRNO", rules)).unwrap();
+    let profile: SeccompProfile = serde_json::from_value(profile("SCMP_ACT_ERRNO", rules)).unwrap();
     let checked = profile.check_for(X86_64, &mut |_| {}).unwrap();
     let error = compile(&checked).unwrap_err().to_string();
     assert!(

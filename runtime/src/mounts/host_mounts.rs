@@ -1,52 +1,63 @@
 //! What is taken of the host's file system while it can be reached.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
-use super::Mount;
+use super::entry::Mount;
 use super::tree::take_root;
-use crate::config::Config;
 use crate::error::Result;
-use crate::namespaces::idmap;
+use crate::namespaces::Namespaces;
+use crate::namespaces::idmap::{self, IdMaps};
+
+/// What sources.json says about the mounts that lead to the host's files.
+pub struct Sources<'a> {
+    pub rootfs: &'a Path,
+    pub mounts: &'a [Mount],
+    /// Whether what is mounted in the container reaches the host by its root.
+    pub root_is_shared: bool,
+    pub namespaces: &'a Namespaces,
+    pub id_maps: &'a IdMaps,
+}
 
 /// Parts of the host's file system that were taken, as detached mounts, before the
 /// container's first process lost sight of them or the right to reach them.
 #[derive(Default)]
-pub struct Taken {
+pub struct HostMounts {
     pub root: Option<OwnedFd>,
     /// For each of the container's mounts.
     pub mounts: Vec<Option<OwnedFd>>,
 }
 
-impl Taken {
+impl HostMounts {
     /// Takes what the container's first process could not: in another user namespace, it
     /// could not reach the host's files; and ids are mapped only by who has all rights over
     /// the file system.
     ///
     /// An unprivileged caller can take nothing: his files are within reach of the first
     /// process as well, which has all rights over its own mounts.
-    pub fn before_birth(config: &Config) -> Result<Taken> {
-        let mut taken = Taken::default();
+    pub fn before_clone(sources: &Sources<'_>) -> Result<HostMounts> {
+        let mut taken = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
             return Ok(taken);
         }
-        if config.namespaces.own(Type::User) {
-            taken.take(config, Mount::is_bind)?;
-            taken.root = Some(take_root(&config.rootfs)?);
-        } else if config.mounts.iter().any(Mount::is_idmapped) {
-            taken.take(config, Mount::is_idmapped)?;
+        if sources.namespaces.own(Type::User) {
+            taken.take(sources, Mount::is_bind)?;
+            taken.root = Some(take_root(sources.rootfs)?);
+        } else if sources.mounts.iter().any(Mount::is_idmapped) {
+            taken.take(sources, Mount::is_idmapped)?;
         }
         Ok(taken)
     }
 
     /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
-    pub fn take(&mut self, config: &Config, wanted: fn(&Mount) -> bool) -> Result<()> {
+    pub fn take(&mut self, sources: &Sources<'_>, wanted: fn(&Mount) -> bool) -> Result<()> {
         // What the configuration shares with the host stays as it is.
-        let cut_off = !config.root_is_shared();
+        let cut_off = !sources.root_is_shared;
         let mut namespaces = idmap::Namespaces::default();
-        self.mounts.resize_with(config.mounts.len(), || None);
-        for (mount, taken) in config.mounts.iter().zip(&mut self.mounts) {
+        self.mounts.resize_with(sources.mounts.len(), || None);
+        for (mount, taken) in sources.mounts.iter().zip(&mut self.mounts) {
             if taken.is_some() || !wanted(mount) {
                 continue;
             }
@@ -54,7 +65,7 @@ impl Taken {
                 .is_idmapped()
                 .then(|| {
                     if mount.id_maps.is_empty() {
-                        namespaces.of_container(&config.namespaces, &config.id_maps)
+                        namespaces.of_container(sources.namespaces, sources.id_maps)
                     } else {
                         namespaces.with(&mount.id_maps)
                     }
