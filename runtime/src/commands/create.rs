@@ -3,11 +3,11 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{
+use crate::arguments::{Arguments, Flag, value};
+use crate::commands::globals::{
     BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
     PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
 };
-use crate::arguments::{Arguments, Flag, value};
 use crate::config::Config;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::directory;

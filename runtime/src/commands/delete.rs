@@ -1,5 +1,5 @@
-use super::{Command, Globals};
 use crate::arguments::{Arguments, switch};
+use crate::commands::globals::{Command, Globals};
 use crate::error::Result;
 use crate::lifecycle::delete;
 

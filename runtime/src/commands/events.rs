@@ -5,9 +5,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::Value;
 
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
 use crate::cgroup;
+use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
 

@@ -1,10 +1,10 @@
 use std::path::Path;
 
-use super::{
+use crate::arguments::{Arguments, switch, value};
+use crate::commands::globals::{
     CONSOLE_SOCKET, Command, Globals, PID_FILE, PIDFD_SOCKET, console_socket, descriptors,
     pidfd_socket,
 };
-use crate::arguments::{Arguments, switch, value};
 use crate::config::spec::Process as SpecProcess;
 use crate::error::{Error, Result, refuse};
 use crate::lifecycle::exec::{self, Request};

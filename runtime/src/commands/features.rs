@@ -1,7 +1,7 @@
 use serde_json::json;
 
-use super::{Command, Globals, print};
 use crate::arguments::Arguments;
+use crate::commands::globals::{Command, Globals, print};
 use crate::config::spec::OCI_VERSION;
 use crate::error::{Error, Result};
 use crate::mounts::options;

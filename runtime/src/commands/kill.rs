@@ -2,9 +2,9 @@ use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 
-use super::{Command, Globals};
 use crate::arguments::{Arguments, switch};
 use crate::cgroup;
+use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
 use crate::sys::signals;

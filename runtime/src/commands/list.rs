@@ -1,7 +1,7 @@
 use std::io::ErrorKind;
 
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
+use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{directory, validate_id};
 use crate::lifecycle::state::{State, Status};

@@ -1,6 +1,6 @@
-use super::{Command, Globals};
 use crate::arguments::Arguments;
 use crate::cgroup;
+use crate::commands::globals::{Command, Globals};
 use crate::error::{Result, refuse};
 use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::state::{State, Status};

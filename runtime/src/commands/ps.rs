@@ -1,6 +1,6 @@
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, value};
 use crate::cgroup;
+use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
 

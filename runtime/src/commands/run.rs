@@ -1,10 +1,10 @@
 use std::path::Path;
 
-use super::{
+use crate::arguments::{Arguments, switch};
+use crate::commands::globals::{
     BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
     PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
 };
-use crate::arguments::{Arguments, switch};
 use crate::config::{Config, hooks};
 use crate::error::{Result, refuse};
 use crate::lifecycle::container_dir::directory;

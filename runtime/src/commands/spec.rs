@@ -4,8 +4,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::{Command, Globals, bundle};
 use crate::arguments::{Arguments, switch, value};
+use crate::commands::globals::{Command, Globals, bundle};
 use crate::config::spec::OCI_VERSION;
 use crate::error::{Context, Error, Result, refuse};
 

@@ -1,5 +1,5 @@
-use super::{Command, Globals};
 use crate::arguments::Arguments;
+use crate::commands::globals::{Command, Globals};
 use crate::config::hooks;
 use crate::error::{Error, Result, refuse};
 use crate::lifecycle::container_dir::directory;

@@ -1,5 +1,5 @@
-use super::{Command, Globals, print};
 use crate::arguments::Arguments;
+use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Error, Result};
 use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::state::State;

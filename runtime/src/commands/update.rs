@@ -4,8 +4,8 @@ use std::path::Path;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Map, Value, json};
 
-use super::{Command, Globals};
 use crate::arguments::{Arguments, value};
+use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{Claim, Held, directory};
 use crate::lifecycle::state::{State, Status};

@@ -14,10 +14,10 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use crate::cgroup;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, Message};
-use crate::lifecycle::init::{execute, join_keyring, settle};
+use crate::lifecycle::program::{execute, join_keyring, settle};
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
-use crate::namespaces::flag;
+use crate::namespaces::{self, flag};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::terminal::Terminal;
@@ -164,7 +164,7 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
     let labels = request.process.labels.open()?;
     join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
     if state.namespaces & flag(Type::User) != 0 {
-        crate::lifecycle::init::become_root_of_namespace()?;
+        namespaces::become_root_of_namespace()?;
     }
     if !new_user {
         request.process.apply_limits(0)?;

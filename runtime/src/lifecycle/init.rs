@@ -5,37 +5,35 @@
 //! sent to the parent, and the end.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::fs::{Gid, Mode, Uid};
-use rustix::io::Errno;
+use rustix::fs::Mode;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::DumpableBehavior;
 use rustix::thread::UnshareFlags;
 
 use crate::config::{Config, hooks};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::lifecycle::channel::Channel;
+use crate::lifecycle::program::{execute, join_keyring, settle};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
-use crate::log;
 use crate::mounts::options::READ_ONLY;
 use crate::mounts::rootfs::Rootfs;
 use crate::mounts::tree::{self, attach_root, take_root};
 use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
-use crate::namespaces::{self, OpenJoin, sysctl};
+use crate::namespaces::{self, OpenJoin, become_root_of_namespace, sysctl};
+use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
 use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
-use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::child::{NeverReturn, end};
 use crate::sys::mount_setattr::{MountAttr, mount_setattr};
-use crate::sys::procfs::Procfs;
 use crate::sys::syscalls::{self, Execution};
 
 /// What the first process needs to know beside its configuration.
@@ -200,7 +198,7 @@ impl Init<'_> {
         // Not made at birth: the kernel would take the cgroup that the parent is in for its
         // root (copy_cgroup_ns looks at the process that calls clone3).
         if config.namespaces.is_new(Type::Cgroup) {
-            rustix_unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;
+            namespaces::unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;
         }
         if config.namespaces.is_new(Type::Network) {
             syscalls::loopback_up().doing(|| "bring the loopback interface up")?;
@@ -361,21 +359,6 @@ impl Init<'_> {
     }
 }
 
-fn rustix_unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
-    // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
-    // with anyone; the process is single-threaded.
-    unsafe { rustix::thread::unshare_unsafe(flags) }
-}
-
-/// In a new user namespace, user 0 has to be become by a system call.
-pub fn become_root_of_namespace() -> Result<()> {
-    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
-    rustix::thread::set_thread_res_gid(gid, gid, gid)
-        .doing(|| "become group 0 of the user namespace")?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid)
-        .doing(|| "become user 0 of the user namespace")
-}
-
 /// This process's id in the PID namespace of the host's /proc.
 fn own_pid_on_host() -> Option<i32> {
     let link = rustix::fs::readlink("/proc/self", Vec::new()).ok()?;
@@ -401,97 +384,4 @@ fn make_keyring(state: &State, labels: &OpenLabels) -> Result<()> {
     };
     syscalls::set_key_permissions(keyring, DEFAULT | search)
         .doing(|| "let the container's other processes find the session keyring")
-}
-
-/// Joins the container's session keyring, which is made if it is not there.
-pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
-    labels.label_keyring(
-        || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
-            // A kernel without keyrings has no keys to protect.
-            Err(Errno::NOSYS) => {
-                log::warning("no session keyring is made: the kernel has no keyrings");
-                Ok(None)
-            }
-            result => result
-                .map(Some)
-                .doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
-        },
-    )
-}
-
-/// Everything between the container's root and the program: the working directory, the
-/// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
-///
-/// A filter could forbid these steps, so they all happen before one is loaded.
-pub fn settle(
-    process: &mut Process,
-    labels: OpenLabels,
-    descriptors: &Descriptors,
-    will_be_filtered: bool,
-    kept: &[BorrowedFd<'_>],
-) -> Result<CString> {
-    labels.apply()?;
-    drop(labels);
-    // Before this, no path of the container is resolved; after it, no path of the host.
-    log::close();
-    // SAFETY: the owners of other descriptors belong to the code that forked this process, and it
-    // never returns there ([`NeverReturn`]).
-    unsafe { descriptors.close_all_but(kept) }?;
-    environment::complete(&mut process.env, process.uid, descriptors.listen);
-    process.apply_inherited()?;
-    process.own_stdio();
-    rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
-    // With all rights first: the directory may be root's alone. Without them then, because
-    // a network file system may know only the user.
-    let entered = match enter_cwd(&process.cwd) {
-        Err(_) if !process.cwd.exists() => make_cwd(&process.cwd),
-        entered => entered,
-    };
-    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
-    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
-    process.become_user(will_be_filtered && !process.no_new_privileges)?;
-    if entered.is_err() {
-        enter_cwd(&process.cwd)?;
-    }
-    if process.no_new_privileges {
-        rustix::thread::set_no_new_privs(true).doing(|| "set process.noNewPrivileges")?;
-    }
-    process.find_program()
-}
-
-/// Becomes the program; if that fails, returns the reason. `send` hands over the page through
-/// which a filtered process reports.
-///
-/// Once a filter is loaded, this process makes no system call but execve(2). A profile must allow
-/// that call, or no program could be started under it.
-pub fn execute(
-    program: &CStr,
-    process: &Process,
-    filter: Option<(&Filter, SharedPage)>,
-    send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
-) -> Error {
-    let execution = Execution::new(program, &process.args, &process.env);
-    let Some((filter, page)) = filter else {
-        return not_executed(&program.to_string_lossy(), execution.execute(), false);
-    };
-    let confined = page.hand_over(program, send).and_then(|reporter| {
-        filter.confine(&reporter)?;
-        Ok(reporter)
-    });
-    match confined {
-        Err(error) => error,
-        Ok(reporter) => {
-            reporter.failed(execution.execute());
-            filter.end()
-        }
-    }
-}
-
-/// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
-/// that can be done only before the first process is in it.
-pub fn unshare_time(offsets: &str) -> Result<()> {
-    rustix_unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
-    Procfs::open()?
-        .write("self/timens_offsets", offsets)
-        .doing(|| "set linux.timeOffsets")
 }

@@ -8,5 +8,6 @@ pub mod exec;
 pub mod foreground;
 pub mod init;
 pub mod notify_socket;
+pub mod program;
 pub mod start_socket;
 pub mod state;

@@ -9,9 +9,12 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
-use rustix::thread::LinkNameSpaceType;
+use rustix::fs::{Gid, Uid};
+use rustix::io::Errno;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::error::{Context, Result, refuse};
+use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
 
 /// An existing namespace to enter.
@@ -173,6 +176,30 @@ impl OpenJoin {
         rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
             .doing(|| format!("enter {} namespace {}", name(self.typ), self.path.display()))
     }
+}
+
+pub fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
+    // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
+    // with anyone; the process is single-threaded.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
+/// In a new user namespace, user 0 has to be become by a system call.
+pub fn become_root_of_namespace() -> Result<()> {
+    let (uid, gid) = (Uid::ROOT, Gid::ROOT);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .doing(|| "become group 0 of the user namespace")?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .doing(|| "become user 0 of the user namespace")
+}
+
+/// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
+/// that can be done only before the first process is in it.
+pub fn unshare_time(offsets: &str) -> Result<()> {
+    unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
+    Procfs::open()?
+        .write("self/timens_offsets", offsets)
+        .doing(|| "set linux.timeOffsets")
 }
 
 #[cfg(test)]
