@@ -11,7 +11,7 @@ use crate::error::{Context, Result};
 use crate::sys::time::rfc3339_seconds;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     Text,
     Json,
 }
@@ -41,7 +41,7 @@ impl Log {
 }
 
 /// Opens the log file, if one is named. Called once, at the start.
-pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
+pub(crate) fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
     let destination = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
         None => Destination::StandardError,
         Some(path) => Destination::File(
@@ -62,7 +62,7 @@ pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
 
 /// Logs the error that ends this program. It also appears on standard error as it is,
 /// unless the log itself goes there.
-pub fn fatal(sentence: &str) {
+pub(crate) fn fatal(sentence: &str) {
     write("error", sentence);
     let elsewhere = |log: &Log| matches!(*log.destination(), Destination::File(_));
     if LOG.get().is_some_and(elsewhere) {
@@ -70,11 +70,11 @@ pub fn fatal(sentence: &str) {
     }
 }
 
-pub fn warning(sentence: &str) {
+pub(crate) fn warning(sentence: &str) {
     write("warning", sentence);
 }
 
-pub fn debug(sentence: impl FnOnce() -> String) {
+pub(crate) fn debug(sentence: impl FnOnce() -> String) {
     if LOG.get().is_some_and(|log| log.debug) {
         write("debug", &sentence());
     }
@@ -93,7 +93,7 @@ fn write(level: &str, message: &str) {
 
 /// Closes the log file, a file of the host, in a process that is about to resolve paths of the
 /// container.
-pub fn close() {
+pub(crate) fn close() {
     if let Some(mut destination) = LOG.get().map(Log::destination)
         && let Destination::File(_) = *destination
     {

@@ -29,7 +29,7 @@ const SIGNAL: u8 = 4;
 
 /// A value of a unit's property, with its D-Bus type.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
+pub(crate) enum Value {
     Bool(bool),
     I32(i32),
     U32(u32),
@@ -43,7 +43,7 @@ pub enum Value {
     Rates(Vec<(String, u64)>),
 }
 
-pub type Property = (String, Value);
+pub(crate) type Property = (String, Value);
 
 impl Value {
     fn signature(&self) -> &'static str {
@@ -137,25 +137,25 @@ impl Writer {
 
 /// The arguments of a call.
 #[derive(Default)]
-pub struct Body {
+pub(crate) struct Body {
     writer: Writer,
     signature: String,
 }
 
 impl Body {
-    pub fn text(mut self, text: &str) -> Body {
+    pub(crate) fn text(mut self, text: &str) -> Body {
         self.signature.push('s');
         self.writer.text(text);
         self
     }
 
-    pub fn flag(mut self, value: bool) -> Body {
+    pub(crate) fn flag(mut self, value: bool) -> Body {
         self.signature.push('b');
         self.writer.u32(u32::from(value));
         self
     }
 
-    pub fn properties(mut self, properties: &[Property]) -> Body {
+    pub(crate) fn properties(mut self, properties: &[Property]) -> Body {
         self.signature.push_str("a(sv)");
         self.writer.array(properties, 8, |writer, (name, value)| {
             writer.align(8);
@@ -166,7 +166,7 @@ impl Body {
     }
 
     /// The further units that StartTransientUnit could make.
-    pub fn no_units(mut self) -> Body {
+    pub(crate) fn no_units(mut self) -> Body {
         self.signature.push_str("a(sa(sv))");
         self.writer.array::<()>(&[], 8, |_, ()| {});
         self
@@ -270,14 +270,14 @@ impl Message {
 
 /// An error that systemd answered with.
 #[derive(Debug)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     /// As `org.freedesktop.systemd1.NoSuchUnit`.
-    pub name: String,
-    pub text: String,
+    pub(crate) name: String,
+    pub(crate) text: String,
 }
 
 impl Refusal {
-    pub fn is(&self, name: &str) -> bool {
+    pub(crate) fn is(&self, name: &str) -> bool {
         self.name
             .strip_prefix("org.freedesktop.systemd1.")
             .is_some_and(|own| own == name)
@@ -285,7 +285,7 @@ impl Refusal {
 }
 
 /// A connection to the systemd that manages units here.
-pub struct Bus {
+pub(crate) struct Bus {
     stream: UnixStream,
     serial: u32,
     /// Jobs that ended, and how, in the order in which that was told.
@@ -298,7 +298,7 @@ impl Bus {
     ///
     /// # Errors
     /// No systemd here, or none that lets this user in.
-    pub fn connect() -> Result<Bus> {
+    pub(crate) fn connect() -> Result<Bus> {
         let user = !rustix::process::geteuid().is_root();
         let run = if user {
             let directory = std::env::var_os("XDG_RUNTIME_DIR").ok_or_else(|| {
@@ -378,7 +378,7 @@ impl Bus {
     }
 
     /// Calls a method of systemd's manager. Returns the first result, if it is a string.
-    pub fn call(
+    pub(crate) fn call(
         &mut self,
         method: &str,
         body: Body,
@@ -392,7 +392,7 @@ impl Bus {
     }
 
     /// A property of systemd's manager that is a string.
-    pub fn property(&mut self, name: &str) -> Result<String> {
+    pub(crate) fn property(&mut self, name: &str) -> Result<String> {
         const PROPERTIES: (&str, &str, &str) = (
             "org.freedesktop.systemd1",
             "/org/freedesktop/systemd1",
@@ -491,7 +491,7 @@ impl Bus {
 
     /// Waits for the end of a job that a call started. Returns its result, `done` if it went
     /// well; see the signal JobRemoved.
-    pub fn finished(&mut self, job: &str, what: &str) -> Result<String> {
+    pub(crate) fn finished(&mut self, job: &str, what: &str) -> Result<String> {
         let started = Instant::now();
         let deadline = started + WITHIN;
         let mut told = false;

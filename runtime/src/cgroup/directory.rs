@@ -14,7 +14,7 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 use crate::sys::path::cleaned;
 
-pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
+pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
 /// The most that is read of a cgroup's file; cgroup.procs of a large one is the longest.
 const FILE_LIMIT: u64 = 4 << 20;
@@ -110,7 +110,7 @@ impl AsFd for Directory {
 }
 
 /// Reads one file of a cgroup, without the last newline.
-pub fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std::io::Error> {
+pub(crate) fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std::io::Error> {
     use std::io::Read as _;
     let mut text = String::new();
     std::fs::File::open(cgroup.join(file))?
@@ -142,7 +142,7 @@ pub(super) fn check_unified() -> Result<()> {
 }
 
 /// Opens the cgroup of an existing container, for a process to be born into.
-pub fn open(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(
         path,
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -151,7 +151,7 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
     .doing(|| format!("open cgroup {}", path.display()))
 }
 
-pub fn is_frozen(path: &Path) -> bool {
+pub(crate) fn is_frozen(path: &Path) -> bool {
     let mut state = [0u8; 1];
     rustix::fs::open(
         path.join("cgroup.freeze"),
@@ -164,7 +164,7 @@ pub fn is_frozen(path: &Path) -> bool {
 }
 
 /// Freezes or thaws all processes of a cgroup, and waits until it is so.
-pub fn freeze(path: &Path, frozen: bool) -> Result<()> {
+pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
     let doing = || {
         let verb = if frozen { "freeze" } else { "thaw" };
         format!("{verb} cgroup {}", path.display())
@@ -187,7 +187,7 @@ pub fn freeze(path: &Path, frozen: bool) -> Result<()> {
 }
 
 /// All processes in a cgroup and those below it.
-pub fn all_pids(path: &Path) -> Result<Vec<i32>> {
+pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     let mut pids = Vec::new();
     for directory in tree(path) {
         match read(&directory, "cgroup.procs") {
@@ -210,7 +210,7 @@ fn gone(error: &std::io::Error) -> bool {
 }
 
 /// Kills every process in a cgroup and below it, and does not wait for it.
-pub fn kill_all(path: &Path) -> Result<()> {
+pub(crate) fn kill_all(path: &Path) -> Result<()> {
     let directory = match open(path) {
         Ok(directory) => directory,
         Err(_) if !path.exists() => return Ok(()),
@@ -286,7 +286,7 @@ pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Res
 
 /// The cgroup that a process is in, for when the container's own can take no processes
 /// because the container has divided it.
-pub fn of_process(pid: i32) -> Result<PathBuf> {
+pub(crate) fn of_process(pid: i32) -> Result<PathBuf> {
     let path = format!("/proc/{pid}/cgroup");
     let text = std::fs::read_to_string(&path).doing(|| format!("read {path}"))?;
     let own = text
@@ -297,7 +297,7 @@ pub fn of_process(pid: i32) -> Result<PathBuf> {
 }
 
 /// Whether a path below a container's cgroup exists there, for `exec --cgroup`.
-pub fn below(path: &Path, inner: &str) -> Result<PathBuf> {
+pub(crate) fn below(path: &Path, inner: &str) -> Result<PathBuf> {
     let inner = cleaned(Path::new(inner));
     let relative = inner.strip_prefix("/").unwrap_or(&inner);
     let full = path.join(relative);

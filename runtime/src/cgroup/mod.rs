@@ -4,7 +4,7 @@
 //! no moment in which that process is not held by them. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
-pub mod dbus;
+pub(crate) mod dbus;
 mod devices;
 mod directory;
 mod properties;
@@ -25,27 +25,29 @@ use crate::log;
 use directory::{Directory, EMPTY_WITHIN, check_unified, tree, wait_for_event};
 use systemd::{Placeholder, Scope};
 
-pub use directory::{MOUNT_POINT, all_pids, below, freeze, is_frozen, kill_all, of_process, open};
-pub use resources::{check_memory_above_use, complete, memory_swap, validate};
-pub use stats::{oom_kills, stats};
-pub use systemd::ANNOTATION;
+pub(crate) use directory::{
+    MOUNT_POINT, all_pids, below, freeze, is_frozen, kill_all, of_process, open,
+};
+pub(crate) use resources::{check_memory_above_use, complete, memory_swap, validate};
+pub(crate) use stats::{oom_kills, stats};
+pub(crate) use systemd::ANNOTATION;
 
 /// A container's cgroup, open.
-pub struct Cgroup {
+pub(crate) struct Cgroup {
     directory: Directory,
     /// Until the container's own process is born: see [`systemd`].
     placeholder: Option<Placeholder>,
 }
 
 /// Where a container's cgroup will be, and who makes it.
-pub struct Place {
-    pub path: PathBuf,
+pub(crate) struct Place {
+    pub(crate) path: PathBuf,
     scope: Option<Scope>,
 }
 
 impl Place {
     /// By the cgroupfs driver, or the systemd driver if `by_systemd`.
-    pub fn new(
+    pub(crate) fn new(
         cgroups_path: &Path,
         annotations: &HashMap<String, String>,
         id: &str,
@@ -72,12 +74,12 @@ impl Place {
     }
 
     /// The unit of systemd that the cgroup is, if it is one.
-    pub fn unit(&self) -> Option<&str> {
+    pub(crate) fn unit(&self) -> Option<&str> {
         self.scope.as_ref().map(|scope| scope.unit.as_str())
     }
 
     /// Makes the cgroup. [`Cgroup::apply`] has to follow.
-    pub fn create(&self, id: &str, resources: &LinuxResources) -> Result<Cgroup> {
+    pub(crate) fn create(&self, id: &str, resources: &LinuxResources) -> Result<Cgroup> {
         let Some(scope) = &self.scope else {
             return Ok(Cgroup {
                 directory: Directory::create(&self.path)?,
@@ -101,7 +103,7 @@ impl Place {
 /// is missing (then the container's id takes its place), it counts from the parent of the
 /// cgroup that rrun itself is in, as with runc: its own has processes, and could therefore
 /// not have controllers for children.
-pub fn path_for(cgroups_path: &Path, id: &str) -> Result<PathBuf> {
+fn path_for(cgroups_path: &Path, id: &str) -> Result<PathBuf> {
     if cgroups_path.is_absolute() {
         let relative = cgroups_path.strip_prefix("/").unwrap_or(cgroups_path);
         return Ok(Path::new(MOUNT_POINT).join(relative));
@@ -125,7 +127,7 @@ fn parent_of_own(text: &str) -> &Path {
 
 impl Cgroup {
     /// Puts all limits in place. [`Cgroup::apply_devices`] has to follow.
-    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
+    pub(crate) fn apply(&self, resources: &LinuxResources) -> Result<()> {
         resources::apply(&self.directory, resources)?;
         if self.placeholder.is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("2")?;
@@ -134,7 +136,7 @@ impl Cgroup {
     }
 
     /// Puts the device rules in place.
-    pub fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
+    pub(crate) fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
         // A user namespace is what keeps an unprivileged caller's container from devices; the
         // kernel takes no programs from him.
         if !rustix::process::geteuid().is_root() {
@@ -146,12 +148,12 @@ impl Cgroup {
 
     /// For a copy of the process that made it: closes what that has open of it, and unmakes
     /// nothing.
-    pub fn leave_to_parent(self) {
+    pub(crate) fn leave_to_parent(self) {
         std::mem::forget(self.placeholder);
     }
 
     /// To be called when the first process is in the cgroup, which then keeps it alive.
-    pub fn inhabited(&mut self, resources: &LinuxResources) -> Result<()> {
+    pub(crate) fn inhabited(&mut self, resources: &LinuxResources) -> Result<()> {
         if self.placeholder.take().is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("1")?;
         }
@@ -173,7 +175,7 @@ impl AsFd for Cgroup {
 
 /// Changes limits of an existing container, whose cgroup may be a unit of systemd. Device
 /// rules are changed if there are any.
-pub fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Result<()> {
+pub(crate) fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Result<()> {
     let cgroup = Directory::open(path)?;
     let with_devices = resources.devices().is_some();
     if let Some(unit) = unit {
@@ -192,7 +194,7 @@ pub fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Re
 
 /// The unit of systemd that a cgroup is, by its place alone: a scope in a slice, on a
 /// machine that systemd runs.
-pub fn unit_at(path: &Path) -> Option<String> {
+pub(crate) fn unit_at(path: &Path) -> Option<String> {
     let unit = path.file_name()?.to_str()?;
     let slice = path.parent()?;
     let in_slice =
@@ -206,7 +208,7 @@ pub fn unit_at(path: &Path) -> Option<String> {
 ///
 /// # Errors
 /// If a process does not die within some seconds.
-pub fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
+pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
     if let Some(unit) = unit {
         // systemd would first ask politely, and wait.
         kill_all(path)?;

@@ -18,7 +18,7 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const KNOWS_OOM_POLICY: u32 = 253;
 
 /// What can be said only when the scope is started.
-pub fn at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
+pub(crate) fn at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
     let unified = resources.unified().as_ref();
     let group = unified.and_then(|all| all.get("memory.oom.group"));
     // Else systemd would clear the file when it writes the cgroup's files anew.
@@ -34,7 +34,7 @@ const KNOWS_IDLE: u32 = 252;
 
 /// # Errors
 /// A value that can not be understood, by its field.
-pub fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Property>> {
+pub(crate) fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Property>> {
     let mut all = Properties::default();
     all.memory(resources);
     all.cpu(resources)?;

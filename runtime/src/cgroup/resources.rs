@@ -19,7 +19,7 @@ const DEFAULT_SHARES: u64 = 1024;
 
 /// # Errors
 /// What cgroup v2 does not have, or this version does not support, by its field.
-pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
+pub(crate) fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
     let escapes = path
         .components()
         .any(|component| matches!(component, std::path::Component::ParentDir));
@@ -279,7 +279,7 @@ fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxRes
 }
 
 /// Puts limits in place in a cgroup that exists.
-pub fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
+pub(crate) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
     enable(cgroup.path(), &needed)?;
     if needed.is_empty() && !has_unlimited(resources) {
@@ -526,7 +526,7 @@ fn hand_down_counted(ancestor: &Path) {
 
 /// The limit on memory and swap together that is asked for, if one is; -1 for none, which
 /// no limit on memory means, too.
-pub fn memory_swap(resources: &LinuxResources) -> Option<i64> {
+pub(crate) fn memory_swap(resources: &LinuxResources) -> Option<i64> {
     let memory = resources.memory().as_ref()?;
     match (memory.swap(), memory.limit()) {
         (None | Some(0), Some(..0)) => Some(-1),
@@ -537,7 +537,11 @@ pub fn memory_swap(resources: &LinuxResources) -> Option<i64> {
 /// What an update leaves unsaid: a limit on memory and swap together means something only
 /// beside the one on memory, and holds on when that one changes. `memory_swap` is the one
 /// that was asked for last.
-pub fn complete(path: &Path, memory_swap: i64, resources: &mut LinuxResources) -> Result<()> {
+pub(crate) fn complete(
+    path: &Path,
+    memory_swap: i64,
+    resources: &mut LinuxResources,
+) -> Result<()> {
     let swap_alone = resources
         .unified()
         .as_ref()
@@ -562,7 +566,7 @@ pub fn complete(path: &Path, memory_swap: i64, resources: &mut LinuxResources) -
 
 /// # Errors
 /// A memory limit below what is in use: setting it would make the kernel kill.
-pub fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
+pub(crate) fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
     let limit = resources
         .memory()
         .as_ref()

@@ -10,7 +10,7 @@ use crate::error::Result;
 
 /// Everything that the cgroup's controllers count; what one that is missing would count is
 /// zero, or not there.
-pub fn stats(path: &Path) -> Result<Value> {
+pub(crate) fn stats(path: &Path) -> Result<Value> {
     // Whether it is there at all: that is worth an error.
     open(path)?;
     Ok(json!({
@@ -51,7 +51,7 @@ fn count(table: &Map<String, Value>, key: &str) -> u64 {
 }
 
 /// How many processes of the cgroup were killed for want of memory.
-pub fn oom_kills(path: &Path) -> u64 {
+pub(crate) fn oom_kills(path: &Path) -> u64 {
     count(&table(path, "memory.events"), "oom_kill")
 }
 

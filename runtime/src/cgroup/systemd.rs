@@ -16,20 +16,20 @@ use crate::sys::child::{end, end_child};
 use crate::sys::clone::{Cloned, clone3};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
-pub const ANNOTATION: &str = "org.systemd.property.";
+pub(crate) const ANNOTATION: &str = "org.systemd.property.";
 
 /// A scope as `linux.cgroupsPath` names it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scope {
-    pub unit: String,
-    pub slice: String,
+pub(crate) struct Scope {
+    pub(crate) unit: String,
+    slice: String,
     properties: Vec<Property>,
 }
 
 impl Scope {
     /// From `slice:prefix:name`, which means `prefix-name.scope` in that slice. The slice is
     /// system.slice (user.slice for the user's systemd) if it is not said.
-    pub fn from_spec(
+    pub(crate) fn from_spec(
         cgroups_path: &Path,
         id: &str,
         annotations: &HashMap<String, String>,
@@ -72,7 +72,7 @@ impl Scope {
     }
 
     /// The scope's cgroup, from the root of the hierarchy.
-    pub fn path(&self) -> Result<PathBuf> {
+    pub(crate) fn path(&self) -> Result<PathBuf> {
         let mut path = PathBuf::new();
         if !rustix::process::geteuid().is_root() {
             let root = Bus::connect()?.property("ControlGroup")?;
@@ -87,7 +87,7 @@ impl Scope {
     ///
     /// # Errors
     /// A scope of that name that has processes; what systemd refuses, in its words.
-    pub fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
+    pub(crate) fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
         let doing = || format!("start {} in {} by systemd", self.unit, self.slice);
         let mut bus = Bus::connect()?;
         let placeholder = Placeholder::new()?;
@@ -215,12 +215,12 @@ fn gvariant(text: &str) -> Option<Value> {
 }
 
 /// Whether systemd runs this machine; see sd_booted(3).
-pub fn is_running() -> bool {
+pub(crate) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
 /// systemd's version, its first number.
-pub fn version() -> Result<u32> {
+pub(crate) fn version() -> Result<u32> {
     let text = Bus::connect()?.property("Version")?;
     let digits = text.split(|c: char| !c.is_ascii_digit()).next();
     digits
@@ -229,7 +229,7 @@ pub fn version() -> Result<u32> {
 }
 
 /// Changes limits of a running scope.
-pub fn set(unit: &str, limits: &[Property]) -> Result<()> {
+pub(crate) fn set(unit: &str, limits: &[Property]) -> Result<()> {
     if limits.is_empty() {
         return Ok(());
     }
@@ -241,7 +241,7 @@ pub fn set(unit: &str, limits: &[Property]) -> Result<()> {
 }
 
 /// Stops a scope, and has systemd forget it. It is no error if there is none.
-pub fn stop(unit: &str) -> Result<()> {
+pub(crate) fn stop(unit: &str) -> Result<()> {
     let doing = || format!("stop {unit} by systemd");
     let mut bus = Bus::connect()?;
     match bus.call("StopUnit", Body::default().text(unit).text("replace"))? {
@@ -268,7 +268,7 @@ fn reset_failed(bus: &mut Bus, unit: &str) -> Result<()> {
 }
 
 /// A process that does nothing but be in a scope, and dies with this program.
-pub struct Placeholder {
+pub(crate) struct Placeholder {
     pid: u32,
     pidfd: OwnedFd,
 }

@@ -15,7 +15,7 @@ use crate::lifecycle::create::{self, Request};
 use crate::lifecycle::notify_socket::{self, Manager};
 use crate::process::terminal::connect_console;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "create",
     usage: "[options] <container-id>",
     about: "create a container; its program then waits for start",

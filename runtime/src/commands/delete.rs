@@ -3,7 +3,7 @@ use crate::commands::globals::{Command, Globals};
 use crate::error::Result;
 use crate::lifecycle::delete;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "delete",
     usage: "[options] <container-id>",
     about: "remove all that belongs to a stopped container",

@@ -11,7 +11,7 @@ use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "events",
     usage: "[options] <container-id>",
     about: "tell what a container uses, and when a process of it is killed for want of memory",

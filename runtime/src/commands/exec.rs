@@ -14,7 +14,7 @@ use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
 use crate::sys::files::read_bounded;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "exec",
     usage: "[options] <container-id> <program> [arguments...]  or  --process process.json <container-id>",
     about: "execute a further program in a running container",

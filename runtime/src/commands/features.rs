@@ -8,7 +8,7 @@ use crate::mounts::options;
 use crate::process::{capabilities, memory_policy};
 use crate::{cgroup, namespaces, seccomp};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "features",
     usage: "",
     about: "print what this runtime supports as JSON",

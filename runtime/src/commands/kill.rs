@@ -10,7 +10,7 @@ use crate::lifecycle::state::State;
 use crate::sys::signals;
 use crate::sys::syscalls::{kill as send, pidfd_send_signal};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "kill",
     usage: "[options] <container-id> [signal]",
     about: "send a signal (default: SIGTERM) to a container's first process",

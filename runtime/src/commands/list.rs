@@ -7,7 +7,7 @@ use crate::lifecycle::container_dir::{directory, validate_id};
 use crate::lifecycle::state::{State, Status};
 use crate::log;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "list",
     usage: "[options]",
     about: "list the containers under --root",

@@ -88,7 +88,7 @@ const NO_SUCH_COMMAND: u8 = 3;
 /// # Safety
 /// `words` must point to `count` pointers to strings that end with NUL and live as long as
 /// the program.
-pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
+pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
     (0..usize::try_from(count).unwrap_or(0))
         // SAFETY: the caller vouches for so many pointers to such strings.
         .map(|at| unsafe { CStr::from_ptr(*words.add(at)) })
@@ -96,7 +96,7 @@ pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static C
 }
 
 /// The whole program: returns the status to exit with.
-pub fn main(words: Vec<&'static CStr>) -> u8 {
+pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
     match called(words) {
         Ok(code) => code,
         Err(error) => {

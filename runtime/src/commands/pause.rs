@@ -5,7 +5,7 @@ use crate::error::{Result, refuse};
 use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::state::{State, Status};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "pause",
     usage: "<container-id>",
     about: "freeze all processes of a container",

@@ -4,7 +4,7 @@ use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "ps",
     usage: "[options] <container-id> [options of ps(1)]",
     about: "list the processes of a container",

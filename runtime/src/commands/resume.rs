@@ -5,7 +5,7 @@ use crate::error::{Result, refuse};
 use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::state::{State, Status};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "resume",
     usage: "<container-id>",
     about: "let the processes of a paused container go on",

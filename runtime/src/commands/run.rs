@@ -15,7 +15,7 @@ use crate::lifecycle::notify_socket::{self, Manager};
 use crate::lifecycle::state::Status;
 use crate::process::terminal::connect_console;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "run",
     usage: "[options] <container-id>",
     about: "create and start a container, and remove it when it ends",

@@ -9,7 +9,7 @@ use crate::commands::globals::{Command, Globals, bundle};
 use crate::config::spec::OCI_VERSION;
 use crate::error::{Context, Error, Result, refuse};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "spec",
     usage: "[options]",
     about: "write a config.json to begin with",

@@ -8,7 +8,7 @@ use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::seccomp::Report;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "start",
     usage: "<container-id>",
     about: "execute the program of a created container",

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "state",
     usage: "<container-id>",
     about: "print the state of a container as JSON",

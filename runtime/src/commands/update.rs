@@ -13,7 +13,7 @@ use crate::namespaces::resctrl;
 use crate::sys::files::read_bounded;
 use crate::{cgroup, log};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "update",
     usage: "[options] <container-id>",
     about: "change the limits of a container",

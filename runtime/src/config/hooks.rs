@@ -29,7 +29,7 @@ const SLOW: Duration = Duration::from_secs(10);
 
 /// # Errors
 /// A hook whose path is not absolute, or whose timeout is not positive.
-pub fn validate(hooks: &Hooks) -> Result<()> {
+pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
     #[allow(deprecated)] // prestart is: callers use it all the same
     let lists = [
         ("prestart", hooks.prestart()),
@@ -57,7 +57,7 @@ pub fn validate(hooks: &Hooks) -> Result<()> {
 
 /// Where hooks run.
 #[derive(Clone, Copy)]
-pub enum Where<'a> {
+pub(crate) enum Where<'a> {
     /// In the host's or the caller's surroundings, for as long as the container's first process
     /// lives, if that is given: nobody needs them then.
     OnHost(Option<&'a OwnedFd>),
@@ -72,7 +72,12 @@ pub enum Where<'a> {
 }
 
 /// Runs hooks one after the other, until one fails.
-pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str, place: Where<'_>) -> Result<()> {
+pub(crate) fn run(
+    name: &str,
+    hooks: Option<&Vec<Hook>>,
+    state: &str,
+    place: Where<'_>,
+) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         run_one(hook, state, place).map_err(|error| {
             error.while_doing(format!(
@@ -85,7 +90,7 @@ pub fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &str, place: Where<'_>)
 }
 
 /// The same, but a failure is only logged, as it is to be for poststart and poststop.
-pub fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
+pub(crate) fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         if let Err(error) = run_one(hook, state, Where::OnHost(None)) {
             log::warning(&format!(

@@ -1,7 +1,7 @@
 //! config.json: read whole, and checked whole, before anything on the system is touched.
 
-pub mod hooks;
-pub mod spec;
+pub(crate) mod hooks;
+pub(crate) mod spec;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -25,46 +25,46 @@ use crate::sys::path::cleaned;
 use crate::sys::regular_file;
 
 /// What config.json asks for, checked, and in the form in which it is used.
-pub struct Config {
+pub(crate) struct Config {
     /// The bundle's directory, absolute and without links.
-    pub bundle: PathBuf,
+    pub(crate) bundle: PathBuf,
     /// The root file system on the host, absolute.
-    pub rootfs: PathBuf,
-    pub root_readonly: bool,
+    pub(crate) rootfs: PathBuf,
+    pub(crate) root_readonly: bool,
     /// Propagation of the container's root, and whether it is recursive; `None` if not said.
-    pub root_propagation: Option<(u64, bool)>,
-    pub oci_version: String,
-    pub hostname: Option<String>,
-    pub domainname: Option<String>,
-    pub annotations: HashMap<String, String>,
-    pub namespaces: Namespaces,
+    root_propagation: Option<(u64, bool)>,
+    pub(crate) oci_version: String,
+    pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
+    pub(crate) annotations: HashMap<String, String>,
+    pub(crate) namespaces: Namespaces,
     /// Of its new user namespace.
-    pub id_maps: IdMaps,
+    pub(crate) id_maps: IdMaps,
     /// Content for timens_offsets, see time_namespaces(7).
-    pub time_offsets: String,
-    pub mounts: Vec<Mount>,
-    pub devices: Vec<Device>,
-    pub masked_paths: Vec<String>,
-    pub readonly_paths: Vec<String>,
-    pub sysctl: HashMap<String, String>,
-    pub cgroups_path: PathBuf,
-    pub resources: LinuxResources,
-    pub hooks: Hooks,
-    pub seccomp: Option<Filter>,
-    pub process: Process,
+    pub(crate) time_offsets: String,
+    pub(crate) mounts: Vec<Mount>,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) masked_paths: Vec<String>,
+    pub(crate) readonly_paths: Vec<String>,
+    pub(crate) sysctl: HashMap<String, String>,
+    pub(crate) cgroups_path: PathBuf,
+    pub(crate) resources: LinuxResources,
+    pub(crate) hooks: Hooks,
+    pub(crate) seccomp: Option<Filter>,
+    pub(crate) process: Process,
     /// The process as it was written, from which `exec` takes what it is not told.
-    pub process_spec: spec::Process,
+    pub(crate) process_spec: spec::Process,
     /// SELinux label of what is mounted.
-    pub mount_label: Option<String>,
-    pub net_devices: Vec<NetDevice>,
-    pub resctrl: Option<Resctrl>,
-    pub personality: Option<spec::Personality>,
-    pub memory_policy: Option<spec::MemoryPolicy>,
+    pub(crate) mount_label: Option<String>,
+    pub(crate) net_devices: Vec<NetDevice>,
+    pub(crate) resctrl: Option<Resctrl>,
+    pub(crate) personality: Option<spec::Personality>,
+    pub(crate) memory_policy: Option<spec::MemoryPolicy>,
 }
 
 impl Config {
     /// Reads and checks the config.json of a bundle.
-    pub fn load(bundle: &Path) -> Result<Config> {
+    pub(crate) fn load(bundle: &Path) -> Result<Config> {
         let bundle = bundle
             .canonicalize()
             .doing(|| format!("open bundle {}", bundle.display()))?;
@@ -211,7 +211,7 @@ impl Config {
 
     /// # Errors
     /// What an unprivileged caller can not have, by its field.
-    pub fn check_unprivileged(&self) -> Result<()> {
+    fn check_unprivileged(&self) -> Result<()> {
         if !self.namespaces.own(Type::User) {
             refuse!(
                 "linux.namespaces: without root's rights, a container needs a user namespace; `rrun spec --rootless` writes a config.json with one"
@@ -225,14 +225,14 @@ impl Config {
 
     /// Whether it can be made without a cgroup of its own: nothing is asked for that only a
     /// cgroup could do.
-    pub fn can_do_without_cgroup(&self) -> bool {
+    pub(crate) fn can_do_without_cgroup(&self) -> bool {
         let mut limits = self.resources.clone();
         limits.set_devices(None);
         self.cgroups_path.as_os_str().is_empty() && limits == LinuxResources::default()
     }
 
     /// Whether the container's /dev is ours to fill: not if it is bound from elsewhere.
-    pub fn fills_dev(&self) -> bool {
+    pub(crate) fn fills_dev(&self) -> bool {
         !self
             .mounts
             .iter()
@@ -241,19 +241,19 @@ impl Config {
 
     /// Whether the first process has to wait for what only rrun can do from the host's side:
     /// id maps and what a user namespace has no right to, network devices, resctrl.
-    pub fn needs_host_side(&self) -> bool {
+    pub(crate) fn needs_host_side(&self) -> bool {
         self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
     }
 
     /// Whether the first process opens no device, until it is ready, that a rule could deny: none
     /// of a file system on a block device, and none for a hook.
-    pub fn opens_no_devices(&self) -> bool {
+    pub(crate) fn opens_no_devices(&self) -> bool {
         let hooks = self.hooks.create_container().as_deref();
         hooks.unwrap_or_default().is_empty() && self.mounts.iter().all(Mount::opens_no_device)
     }
 
     /// What leads to the host's files, for them to be opened while they can be reached.
-    pub fn mount_sources(&self) -> Sources<'_> {
+    pub(crate) fn mount_sources(&self) -> Sources<'_> {
         Sources {
             rootfs: &self.rootfs,
             mounts: &self.mounts,
@@ -264,13 +264,13 @@ impl Config {
     }
 
     /// Whether mounts are meant to leave the container by its root.
-    pub fn root_is_shared(&self) -> bool {
+    pub(crate) fn root_is_shared(&self) -> bool {
         matches!(self.root_propagation, Some((kind, _)) if kind == options::SHARED)
     }
 
     /// The propagation to set on the container's root at the end, if it differs from what
     /// it has by then.
-    pub fn final_propagation(&self) -> Option<(u64, bool)> {
+    pub(crate) fn final_propagation(&self) -> Option<(u64, bool)> {
         self.root_propagation.filter(|(kind, _)| *kind != SLAVE)
     }
 }

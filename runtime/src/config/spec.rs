@@ -18,247 +18,247 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::seccomp::table::Syscall;
 
 /// The version of the runtime specification that `state` and `spec` speak.
-pub const OCI_VERSION: &str = "1.3.0";
+pub(crate) const OCI_VERSION: &str = "1.3.0";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Spec {
+pub(crate) struct Spec {
     #[serde(default)]
-    pub oci_version: String,
-    pub root: Option<Root>,
-    pub mounts: Option<Vec<Mount>>,
-    pub process: Option<Process>,
-    pub hostname: Option<String>,
-    pub domainname: Option<String>,
-    pub hooks: Option<Hooks>,
-    pub annotations: Option<HashMap<String, String>>,
-    pub linux: Option<Linux>,
-    pub vm: Option<IgnoredAny>,
+    pub(crate) oci_version: String,
+    pub(crate) root: Option<Root>,
+    pub(crate) mounts: Option<Vec<Mount>>,
+    pub(crate) process: Option<Process>,
+    pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
+    pub(crate) hooks: Option<Hooks>,
+    pub(crate) annotations: Option<HashMap<String, String>>,
+    pub(crate) linux: Option<Linux>,
+    pub(crate) vm: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
-pub struct Root {
-    pub path: PathBuf,
-    pub readonly: Option<bool>,
+pub(crate) struct Root {
+    pub(crate) path: PathBuf,
+    pub(crate) readonly: Option<bool>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Linux {
-    pub namespaces: Option<Vec<LinuxNamespace>>,
-    pub uid_mappings: Option<Vec<LinuxIdMapping>>,
-    pub gid_mappings: Option<Vec<LinuxIdMapping>>,
-    pub time_offsets: Option<HashMap<String, TimeOffset>>,
-    pub devices: Option<Vec<LinuxDevice>>,
-    pub cgroups_path: Option<PathBuf>,
-    pub resources: Option<LinuxResources>,
-    pub rootfs_propagation: Option<String>,
-    pub masked_paths: Option<Vec<String>>,
-    pub readonly_paths: Option<Vec<String>>,
-    pub sysctl: Option<HashMap<String, String>>,
-    pub mount_label: Option<String>,
-    pub seccomp: Option<SeccompProfile>,
-    pub intel_rdt: Option<IntelRdt>,
-    pub memory_policy: Option<MemoryPolicy>,
-    pub personality: Option<Personality>,
-    pub net_devices: Option<BTreeMap<String, NetDevice>>,
+pub(crate) struct Linux {
+    pub(crate) namespaces: Option<Vec<LinuxNamespace>>,
+    pub(crate) uid_mappings: Option<Vec<LinuxIdMapping>>,
+    pub(crate) gid_mappings: Option<Vec<LinuxIdMapping>>,
+    pub(crate) time_offsets: Option<HashMap<String, TimeOffset>>,
+    pub(crate) devices: Option<Vec<LinuxDevice>>,
+    pub(crate) cgroups_path: Option<PathBuf>,
+    pub(crate) resources: Option<LinuxResources>,
+    pub(crate) rootfs_propagation: Option<String>,
+    pub(crate) masked_paths: Option<Vec<String>>,
+    pub(crate) readonly_paths: Option<Vec<String>>,
+    pub(crate) sysctl: Option<HashMap<String, String>>,
+    pub(crate) mount_label: Option<String>,
+    pub(crate) seccomp: Option<SeccompProfile>,
+    pub(crate) intel_rdt: Option<IntelRdt>,
+    pub(crate) memory_policy: Option<MemoryPolicy>,
+    pub(crate) personality: Option<Personality>,
+    pub(crate) net_devices: Option<BTreeMap<String, NetDevice>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct IntelRdt {
+pub(crate) struct IntelRdt {
     #[serde(rename = "closID")]
-    pub clos_id: String,
-    pub schemata: Option<Vec<String>>,
-    pub l3_cache_schema: String,
-    pub mem_bw_schema: String,
-    pub enable_monitoring: bool,
+    pub(crate) clos_id: String,
+    pub(crate) schemata: Option<Vec<String>>,
+    pub(crate) l3_cache_schema: String,
+    pub(crate) mem_bw_schema: String,
+    pub(crate) enable_monitoring: bool,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct MemoryPolicy {
-    pub mode: String,
+pub(crate) struct MemoryPolicy {
+    pub(crate) mode: String,
     /// As in cpuset(7), "List format".
     #[serde(default)]
-    pub nodes: String,
+    pub(crate) nodes: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub flags: Option<Vec<String>>,
+    pub(crate) flags: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Personality {
-    pub domain: String,
+pub(crate) struct Personality {
+    pub(crate) domain: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub flags: Option<Vec<String>>,
+    pub(crate) flags: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
-pub struct NetDevice {
+pub(crate) struct NetDevice {
     /// The name in the container, if it is another.
     #[serde(default)]
-    pub name: String,
+    pub(crate) name: String,
 }
 
 #[derive(Deserialize)]
-pub struct TimeOffset {
-    pub secs: Option<i64>,
-    pub nanosecs: Option<u32>,
+pub(crate) struct TimeOffset {
+    pub(crate) secs: Option<i64>,
+    pub(crate) nanosecs: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Process {
-    pub terminal: bool,
+pub(crate) struct Process {
+    pub(crate) terminal: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub console_size: Option<ConsoleSize>,
-    pub user: User,
-    pub args: Option<Vec<String>>,
+    pub(crate) console_size: Option<ConsoleSize>,
+    pub(crate) user: User,
+    pub(crate) args: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub env: Option<Vec<String>>,
-    pub cwd: PathBuf,
+    pub(crate) env: Option<Vec<String>>,
+    pub(crate) cwd: PathBuf,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub capabilities: Option<Capabilities>,
+    pub(crate) capabilities: Option<Capabilities>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rlimits: Option<Vec<Rlimit>>,
-    pub no_new_privileges: bool,
+    pub(crate) rlimits: Option<Vec<Rlimit>>,
+    pub(crate) no_new_privileges: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub oom_score_adj: Option<i32>,
+    pub(crate) oom_score_adj: Option<i32>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub apparmor_profile: Option<String>,
+    pub(crate) apparmor_profile: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub selinux_label: Option<String>,
+    pub(crate) selinux_label: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub io_priority: Option<IoPriority>,
+    pub(crate) io_priority: Option<IoPriority>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub scheduler: Option<Scheduler>,
+    pub(crate) scheduler: Option<Scheduler>,
     #[serde(skip_serializing_if = "Option::is_none", rename = "execCPUAffinity")]
-    pub exec_cpu_affinity: Option<CpuAffinity>,
+    pub(crate) exec_cpu_affinity: Option<CpuAffinity>,
 }
 
 /// Names and numbers of sched_setattr(2).
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
-pub struct Scheduler {
+pub(crate) struct Scheduler {
     /// `SCHED_OTHER` and the like.
-    pub policy: String,
-    pub nice: i32,
-    pub priority: i32,
-    pub flags: Option<Vec<String>>,
+    pub(crate) policy: String,
+    pub(crate) nice: i32,
+    pub(crate) priority: i32,
+    pub(crate) flags: Option<Vec<String>>,
     /// Nanoseconds, as the two that follow.
-    pub runtime: u64,
-    pub deadline: u64,
-    pub period: u64,
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
-pub struct IoPriority {
+pub(crate) struct IoPriority {
     /// `IOPRIO_CLASS_BE` and the like.
-    pub class: String,
-    pub priority: i32,
+    pub(crate) class: String,
+    pub(crate) priority: i32,
 }
 
 /// CPUs of a process that enters by `exec`, each as in cpuset(7), "List format".
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
-pub struct CpuAffinity {
-    pub initial: String,
+pub(crate) struct CpuAffinity {
+    pub(crate) initial: String,
     #[serde(rename = "final")]
-    pub last: String,
+    pub(crate) last: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
-pub struct ConsoleSize {
-    pub height: u64,
-    pub width: u64,
+pub(crate) struct ConsoleSize {
+    pub(crate) height: u64,
+    pub(crate) width: u64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct User {
-    pub uid: u32,
-    pub gid: u32,
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub umask: Option<u32>,
+    pub(crate) umask: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub additional_gids: Option<Vec<u32>>,
+    pub(crate) additional_gids: Option<Vec<u32>>,
 }
 
 /// Names of capabilities, as `CAP_CHOWN`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
-pub struct Capabilities {
-    pub bounding: Option<Vec<String>>,
-    pub effective: Option<Vec<String>>,
-    pub permitted: Option<Vec<String>>,
-    pub inheritable: Option<Vec<String>>,
-    pub ambient: Option<Vec<String>>,
+pub(crate) struct Capabilities {
+    pub(crate) bounding: Option<Vec<String>>,
+    pub(crate) effective: Option<Vec<String>>,
+    pub(crate) permitted: Option<Vec<String>>,
+    pub(crate) inheritable: Option<Vec<String>>,
+    pub(crate) ambient: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Rlimit {
+pub(crate) struct Rlimit {
     /// `RLIMIT_NOFILE` and the like.
     #[serde(rename = "type")]
-    pub typ: String,
-    pub soft: u64,
-    pub hard: u64,
+    pub(crate) typ: String,
+    pub(crate) soft: u64,
+    pub(crate) hard: u64,
 }
 
 /// What `rrun state` prints and hooks get, in runc's order of fields.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Shown<'a> {
-    pub oci_version: &'a str,
-    pub id: &'a str,
-    pub pid: i32,
-    pub status: &'a str,
-    pub bundle: &'a Path,
-    pub rootfs: &'a Path,
-    pub created: &'a str,
+pub(crate) struct Shown<'a> {
+    pub(crate) oci_version: &'a str,
+    pub(crate) id: &'a str,
+    pub(crate) pid: i32,
+    pub(crate) status: &'a str,
+    pub(crate) bundle: &'a Path,
+    pub(crate) rootfs: &'a Path,
+    pub(crate) created: &'a str,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub annotations: &'a BTreeMap<String, String>,
-    pub owner: &'a str,
+    pub(crate) annotations: &'a BTreeMap<String, String>,
+    pub(crate) owner: &'a str,
 }
 
 /// `linux.seccomp`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SeccompProfile {
+pub(crate) struct SeccompProfile {
     #[serde(default)]
-    pub default_action: String,
-    pub default_errno_ret: Option<u32>,
-    pub architectures: Option<Vec<String>>,
-    pub flags: Option<Vec<String>>,
-    pub listener_path: Option<String>,
-    pub listener_metadata: Option<String>,
-    pub syscalls: Option<Vec<SeccompSyscalls>>,
+    pub(crate) default_action: String,
+    pub(crate) default_errno_ret: Option<u32>,
+    pub(crate) architectures: Option<Vec<String>>,
+    pub(crate) flags: Option<Vec<String>>,
+    pub(crate) listener_path: Option<String>,
+    pub(crate) listener_metadata: Option<String>,
+    pub(crate) syscalls: Option<Vec<SeccompSyscalls>>,
 }
 
 /// An entry of `linux.seccomp.syscalls`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SeccompSyscalls {
+pub(crate) struct SeccompSyscalls {
     #[serde(default)]
-    pub names: Vec<SeccompCallName>,
+    pub(crate) names: Vec<SeccompCallName>,
     #[serde(default)]
-    pub action: String,
-    pub errno_ret: Option<u32>,
-    pub args: Option<Vec<SeccompArg>>,
+    pub(crate) action: String,
+    pub(crate) errno_ret: Option<u32>,
+    pub(crate) args: Option<Vec<SeccompArg>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SeccompArg {
-    pub index: u32,
-    pub value: u64,
+pub(crate) struct SeccompArg {
+    pub(crate) index: u32,
+    pub(crate) value: u64,
     #[serde(default)]
-    pub value_two: u64,
+    pub(crate) value_two: u64,
     #[serde(default)]
-    pub op: String,
+    pub(crate) op: String,
 }
 
 /// Looked up while it is read: a profile has hundreds of them.
-pub enum SeccompCallName {
+pub(crate) enum SeccompCallName {
     Known(Syscall),
     /// Of another architecture, or newer than rrun.
     Unknown(String),

@@ -25,7 +25,7 @@ const FAILED: u8 = b'F';
 const GO_ON: u8 = b'G';
 
 /// What the new process has to say.
-pub enum Message {
+pub(crate) enum Message {
     /// From a go-between: the process that it made beside itself.
     Born(i32),
     /// It is in its namespaces and waits for what only the host's side can do: the mappings
@@ -46,12 +46,12 @@ pub enum Message {
 }
 
 /// One end of the socket pair.
-pub struct Channel {
+pub(crate) struct Channel {
     fd: OwnedFd,
 }
 
 /// Parent's end, child's end.
-pub fn pair() -> Result<(Channel, Channel)> {
+pub(crate) fn pair() -> Result<(Channel, Channel)> {
     let (parent, child) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -93,36 +93,36 @@ impl Channel {
         }
     }
 
-    pub fn born(&self, pid: i32) -> Result<()> {
+    pub(crate) fn born(&self, pid: i32) -> Result<()> {
         let [a, b, c, d] = pid.to_ne_bytes();
         self.send(&[BORN, a, b, c, d])
     }
 
-    pub fn ask_for_host_side(&self) -> Result<()> {
+    pub(crate) fn ask_for_host_side(&self) -> Result<()> {
         self.ask(HOST_SIDE)
     }
 
-    pub fn ask_for_hooks(&self) -> Result<()> {
+    pub(crate) fn ask_for_hooks(&self) -> Result<()> {
         self.ask(RUN_HOOKS)
     }
 
     /// Hands the shared page to the parent. The filter that is loaded next may forbid this process
     /// to send messages.
-    pub fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
+    pub(crate) fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), page, &[FILTERED])
             .doing(|| "hand the shared page to the parent process")
     }
 
-    pub fn ready(&self) -> Result<()> {
+    pub(crate) fn ready(&self) -> Result<()> {
         self.send(&[READY])
     }
 
-    pub fn terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
+    pub(crate) fn terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
             .doing(|| "hand the terminal to the parent process")
     }
 
-    pub fn failed(&self, error: &Error) {
+    pub(crate) fn failed(&self, error: &Error) {
         let mut message = vec![FAILED];
         message.extend(error.to_string().bytes().take(LIMIT - 1));
         // If nobody listens, nobody wants to know.
@@ -130,14 +130,14 @@ impl Channel {
     }
 
     /// From the parent: the answer to a question.
-    pub fn go_on(&self) -> Result<()> {
+    pub(crate) fn go_on(&self) -> Result<()> {
         rustix::net::send(&self.fd, &[GO_ON], SendFlags::NOSIGNAL)
             .doing(|| "answer the container's first process")?;
         Ok(())
     }
 
     /// From the parent: the next message.
-    pub fn receive(&self) -> Result<Message> {
+    pub(crate) fn receive(&self) -> Result<Message> {
         let mut buffer = vec![0u8; LIMIT];
         let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
             Err(Errno::CONNRESET) => return Ok(Message::Closed),
@@ -162,7 +162,7 @@ impl Channel {
 
 /// Sends a process's descriptor away as runc does, whose message says how it was made:
 /// `standard` for a container's first process, `setns` for one of `exec`.
-pub fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
+pub(crate) fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
     send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
         .doing(|| "send the process's descriptor over --pidfd-socket")
 }

@@ -17,12 +17,12 @@ use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket;
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
-pub const GATE: &str = "start";
+pub(crate) const GATE: &str = "start";
 /// Where it stands until the container is made, and can be started.
-pub const GATE_SHUT: &str = "start.shut";
+pub(crate) const GATE_SHUT: &str = "start.shut";
 /// The container's state: see [`crate::lifecycle::state`].
-pub const STATE_FILE: &str = "state.json";
-pub const STATE_FILE_NEW: &str = "state.json.new";
+pub(crate) const STATE_FILE: &str = "state.json";
+pub(crate) const STATE_FILE_NEW: &str = "state.json.new";
 /// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
 /// state's file, what lives of the container can be found.
 const CGROUP: &str = "cgroup";
@@ -33,13 +33,13 @@ const FREE_WITHIN: Duration = Duration::from_secs(10);
 /// How often a directory is made again that another process removed at once.
 const MAX_AGAIN: usize = 100;
 
-pub struct Claim {
+pub(crate) struct Claim {
     directory: PathBuf,
     fd: OwnedFd,
 }
 
 /// What came of trying to hold a container's directory.
-pub enum Held {
+pub(crate) enum Held {
     Claim(Claim),
     /// There is no such directory.
     Nothing,
@@ -55,7 +55,7 @@ impl AsFd for Claim {
 
 impl Claim {
     /// Claims an id by making its directory.
-    pub fn new(root: &Path, id: &str) -> Result<Claim> {
+    pub(crate) fn new(root: &Path, id: &str) -> Result<Claim> {
         let directory = directory(root, id)?;
         for _ in 0..MAX_AGAIN {
             make(root, &directory, id)?;
@@ -72,7 +72,7 @@ impl Claim {
 
     /// Takes an existing directory. While another process has it, `meanwhile` is called now
     /// and then.
-    pub fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Held> {
+    pub(crate) fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Held> {
         let doing = || format!("lock {}", directory.display());
         let fd = match rustix::fs::open(
             directory,
@@ -109,25 +109,25 @@ impl Claim {
         })
     }
 
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Whether nobody has removed it.
-    pub fn is_linked(&self) -> Result<bool> {
+    pub(crate) fn is_linked(&self) -> Result<bool> {
         let stat = rustix::fs::fstat(&self.fd)
             .doing(|| format!("look at {}", self.directory.display()))?;
         Ok(stat.st_nlink > 0)
     }
 
     /// Writes down where the container's cgroup will be.
-    pub fn name_cgroup(&self, cgroup: &Path) -> Result<()> {
+    pub(crate) fn name_cgroup(&self, cgroup: &Path) -> Result<()> {
         rustix::fs::symlinkat(cgroup, &self.fd, CGROUP)
             .doing(|| format!("make link {}", self.directory.join(CGROUP).display()))
     }
 
     /// Gives an id back, with all that was written under it.
-    pub fn release(self) -> Result<()> {
+    pub(crate) fn release(self) -> Result<()> {
         let same = self.is_linked()?;
         for name in [STATE_FILE, GATE, GATE_SHUT, STATE_FILE_NEW, CGROUP] {
             match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
@@ -175,7 +175,7 @@ fn make(root: &Path, directory: &Path, id: &str) -> Result<()> {
 
 /// # Errors
 /// An id that could lead out of the root directory, or that runc would not take.
-pub fn validate_id(id: &str) -> Result<()> {
+pub(crate) fn validate_id(id: &str) -> Result<()> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
     if id.is_empty() || id == "." || id == ".." || !id.bytes().all(allowed) {
         refuse!("invalid container id {id:?}: letters, digits and _ + - . are allowed");
@@ -190,7 +190,7 @@ pub fn validate_id(id: &str) -> Result<()> {
 }
 
 /// A container's directory under --root.
-pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
+pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
     validate_id(id)?;
     Ok(root.join(id))
 }
@@ -199,7 +199,7 @@ pub fn directory(root: &Path, id: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// None was, or it is none below the mount point of cgroups.
-pub fn named_cgroup(directory: &Path) -> Option<PathBuf> {
+pub(crate) fn named_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
     let plain = path

@@ -33,32 +33,32 @@ use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
 /// How a container is to be made, beside its configuration.
-pub struct Request<'a> {
-    pub root: &'a Path,
-    pub id: &'a str,
-    pub config: &'a Config,
+pub(crate) struct Request<'a> {
+    pub(crate) root: &'a Path,
+    pub(crate) id: &'a str,
+    pub(crate) config: &'a Config,
     /// Whether its program waits for `start`.
-    pub waits: bool,
-    pub console_socket: Option<OwnedFd>,
-    pub pidfd_socket: Option<OwnedFd>,
-    pub pid_file: Option<&'a Path>,
-    pub no_pivot: bool,
-    pub new_keyring: bool,
+    pub(crate) waits: bool,
+    pub(crate) console_socket: Option<OwnedFd>,
+    pub(crate) pidfd_socket: Option<OwnedFd>,
+    pub(crate) pid_file: Option<&'a Path>,
+    pub(crate) no_pivot: bool,
+    pub(crate) new_keyring: bool,
     /// Whether systemd makes the cgroup.
-    pub systemd_cgroup: bool,
-    pub descriptors: Descriptors,
+    pub(crate) systemd_cgroup: bool,
+    pub(crate) descriptors: Descriptors,
     /// The service manager's socket, if the container is to have one to it.
-    pub notify: Option<Manager>,
+    pub(crate) notify: Option<Manager>,
 }
 
 /// A container that was made.
-pub struct Born {
-    pub state: State,
-    pub pidfd: OwnedFd,
+pub(crate) struct Born {
+    pub(crate) state: State,
+    pub(crate) pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
-    pub terminal: Option<OwnedFd>,
+    pub(crate) terminal: Option<OwnedFd>,
     /// Where it says that it is ready, unless it waits for `start`.
-    pub notify: Option<NotifySocket>,
+    pub(crate) notify: Option<NotifySocket>,
 }
 
 /// What has to be unmade if a later step fails.
@@ -98,7 +98,7 @@ impl Drop for Unmade<'_> {
 }
 
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
-pub fn create(request: Request<'_>) -> Result<Born> {
+pub(crate) fn create(request: Request<'_>) -> Result<Born> {
     let config = request.config;
     let place = Place::new(
         &config.cgroups_path,

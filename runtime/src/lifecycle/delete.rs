@@ -19,7 +19,7 @@ const DEAD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Removes a container. One that runs is only removed by `force`; with that it is no error
 /// if there is none.
-pub fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
+pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
     let directory = container_dir::directory(root, id)?;
     if !force && let Ok(state) = State::load(root, id) {
         // Not only once whoever makes it is done.
@@ -74,7 +74,7 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
 }
 
 /// Removes a container whose first process has ended, unless somebody else did.
-pub fn after_end(root: &Path, state: &State) -> Result<()> {
+pub(crate) fn after_end(root: &Path, state: &State) -> Result<()> {
     match Claim::hold(&container_dir::directory(root, &state.id)?, || {})? {
         Held::Claim(claim) => destroy(claim, state),
         Held::Nothing => Ok(()),

@@ -30,28 +30,28 @@ use crate::sys::syscalls;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
 /// What is to be run where.
-pub struct Request<'a> {
-    pub state: &'a State,
+pub(crate) struct Request<'a> {
+    pub(crate) state: &'a State,
     /// The container's first process.
-    pub init: OwnedFd,
-    pub process: Process,
+    pub(crate) init: OwnedFd,
+    pub(crate) process: Process,
     /// A cgroup below the container's own, from its root.
-    pub sub_cgroup: Option<&'a str>,
-    pub console_socket: Option<OwnedFd>,
-    pub pidfd_socket: Option<OwnedFd>,
-    pub pid_file: Option<&'a Path>,
-    pub descriptors: Descriptors,
+    pub(crate) sub_cgroup: Option<&'a str>,
+    pub(crate) console_socket: Option<OwnedFd>,
+    pub(crate) pidfd_socket: Option<OwnedFd>,
+    pub(crate) pid_file: Option<&'a Path>,
+    pub(crate) descriptors: Descriptors,
 }
 
 /// A process that has become its program.
-pub struct Entered {
-    pub pidfd: OwnedFd,
+pub(crate) struct Entered {
+    pub(crate) pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
-    pub terminal: Option<OwnedFd>,
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
 /// Makes the process. When this returns, it has executed its program.
-pub fn enter(mut request: Request<'_>) -> Result<Entered> {
+pub(crate) fn enter(mut request: Request<'_>) -> Result<Entered> {
     let state = request.state;
     let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) => Some(listener.connect()?),

@@ -16,14 +16,14 @@ use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, sign
 ///
 /// Made before the process is, so that none is lost in between; the process unblocks
 /// them for itself.
-pub struct Forwarding {
+pub(crate) struct Forwarding {
     signals: OwnedFd,
     /// Where the container says that it is ready.
-    pub notify: Option<NotifySocket>,
+    pub(crate) notify: Option<NotifySocket>,
 }
 
 impl Forwarding {
-    pub fn start() -> Result<Forwarding> {
+    pub(crate) fn start() -> Result<Forwarding> {
         // All but those that report an error of this program itself, or can not be had.
         let own = [
             libc::SIGKILL,
@@ -49,12 +49,8 @@ impl Forwarding {
         })
     }
 
-    pub fn descriptor(&self) -> &OwnedFd {
-        &self.signals
-    }
-
     /// Sends on what has come in.
-    pub fn forward(&self, pidfd: &OwnedFd) {
+    fn forward(&self, pidfd: &OwnedFd) {
         while let Some(signal) = read_signal(self.signals.as_fd()) {
             // A process that is gone needs no signals.
             let _ = pidfd_send_signal(pidfd.as_fd(), signal);
@@ -72,7 +68,7 @@ impl Forwarding {
 
     /// Waits for the end of a child and returns its status as a shell would: its exit
     /// status, or 128 and the number of the signal that killed it.
-    pub fn wait(&self, pidfd: &OwnedFd) -> Result<u8> {
+    pub(crate) fn wait(&self, pidfd: &OwnedFd) -> Result<u8> {
         loop {
             let mut watched = vec![
                 PollFd::new(pidfd, PollFlags::IN),
@@ -95,7 +91,7 @@ impl Forwarding {
 }
 
 /// The status of a child, if it has ended.
-pub fn ended(pidfd: &OwnedFd) -> Result<Option<u8>> {
+fn ended(pidfd: &OwnedFd) -> Result<Option<u8>> {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let status = waitid(WaitId::PidFd(pidfd.as_fd()), options)
         .doing(|| "take the status of the container's process")?;
@@ -172,7 +168,7 @@ fn write_all(to: impl AsFd, mut bytes: &[u8]) -> std::result::Result<(), Errno> 
 impl Forwarding {
     /// Like [`Forwarding::wait`], and carries bytes between the caller's standard input and
     /// output and the container's terminal.
-    pub fn relay(&self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
+    pub(crate) fn relay(&self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
         let _raw = Raw::set();
         copy_size(&master);
         let mut input_open = true;

@@ -37,30 +37,30 @@ use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 use crate::sys::syscalls::{self, Execution};
 
 /// What the first process needs to know beside its configuration.
-pub struct Init<'a> {
-    pub config: &'a Config,
-    pub state: &'a State,
-    pub channel: Channel,
+pub(crate) struct Init<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) state: &'a State,
+    pub(crate) channel: Channel,
     /// Existing namespaces that are left for it to enter.
-    pub joins: Vec<OpenJoin>,
+    pub(crate) joins: Vec<OpenJoin>,
     /// What was taken of the host's files for it.
-    pub taken: HostMounts,
+    pub(crate) taken: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
-    pub console_socket: Option<OwnedFd>,
+    pub(crate) console_socket: Option<OwnedFd>,
     /// The closed gate at which it waits for `start`; without one it does not wait.
-    pub gate: Option<OwnedFd>,
-    pub no_pivot: bool,
-    pub new_keyring: bool,
-    pub descriptors: Descriptors,
+    pub(crate) gate: Option<OwnedFd>,
+    pub(crate) no_pivot: bool,
+    pub(crate) new_keyring: bool,
+    pub(crate) descriptors: Descriptors,
     /// Whether rrun's caller is not root.
-    pub unprivileged: bool,
+    pub(crate) unprivileged: bool,
     /// Its id in the host's PID namespace, once it has looked.
-    pub host_pid: Option<i32>,
+    pub(crate) host_pid: Option<i32>,
 }
 
 impl Init<'_> {
     /// Tells the story to its end.
-    pub fn run(mut self) -> ! {
+    pub(crate) fn run(mut self) -> ! {
         let _guard = NeverReturn;
         let Err(error) = self.live();
         self.channel.failed(&error);

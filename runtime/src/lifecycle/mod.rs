@@ -1,13 +1,13 @@
 //! What happens to a container, from `create` to `delete`, a file for each step.
 
-pub mod channel;
-pub mod container_dir;
-pub mod create;
-pub mod delete;
-pub mod exec;
-pub mod foreground;
-pub mod init;
-pub mod notify_socket;
-pub mod program;
-pub mod start_socket;
-pub mod state;
+pub(crate) mod channel;
+pub(crate) mod container_dir;
+pub(crate) mod create;
+pub(crate) mod delete;
+pub(crate) mod exec;
+pub(crate) mod foreground;
+pub(crate) mod init;
+pub(crate) mod notify_socket;
+pub(crate) mod program;
+pub(crate) mod start_socket;
+pub(crate) mod state;

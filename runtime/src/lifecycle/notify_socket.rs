@@ -28,9 +28,9 @@ use crate::sys::unix_socket::{at_address, send_descriptor};
 
 const VARIABLE: &str = "NOTIFY_SOCKET";
 /// The directory in the container's own under --root that is shown to the container.
-pub const DIRECTORY: &str = "notify";
+const DIRECTORY: &str = "notify";
 /// The socket in there.
-pub const FILE: &str = "notify.sock";
+const FILE: &str = "notify.sock";
 const INSIDE: &str = "/run/notify";
 /// The longest message; systemd takes no longer ones.
 const LIMIT: usize = 4096;
@@ -47,14 +47,14 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 /// The service manager's socket, if rrun's caller has one.
-pub struct Manager {
+pub(crate) struct Manager {
     address: SocketAddrUnix,
 }
 
 impl Manager {
     /// # Errors
     /// An address that is none of a unix socket's.
-    pub fn from_environment() -> Result<Option<Manager>> {
+    pub(crate) fn from_environment() -> Result<Option<Manager>> {
         let Some(name) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) else {
             return Ok(None);
         };
@@ -70,7 +70,7 @@ impl Manager {
 }
 
 /// Has the container find a socket of its own. `directory` is the container's under --root.
-pub fn announce(config: &mut Config, directory: &Path) -> Result<()> {
+pub(crate) fn announce(config: &mut Config, directory: &Path) -> Result<()> {
     config.mounts.push(Mount::read_only_bind(
         config.mounts.len(),
         &directory.join(DIRECTORY),
@@ -88,14 +88,14 @@ pub fn announce(config: &mut Config, directory: &Path) -> Result<()> {
 }
 
 /// Makes the directory for the container's socket.
-pub fn make_directory(directory: &Path) -> Result<()> {
+pub(crate) fn make_directory(directory: &Path) -> Result<()> {
     let path = directory.join(DIRECTORY);
     rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755))
         .doing(|| format!("make directory {}", path.display()))
 }
 
 /// Removes what [`make_directory`] and [`NotifySocket::bind`] made.
-pub fn release(directory: &Path) -> Result<()> {
+pub(crate) fn release(directory: &Path) -> Result<()> {
     let directory = directory.join(DIRECTORY);
     let path = directory.join(FILE);
     match rustix::fs::unlink(&path) {
@@ -109,7 +109,7 @@ pub fn release(directory: &Path) -> Result<()> {
 }
 
 /// The container's socket, and the service manager's.
-pub struct NotifySocket {
+pub(crate) struct NotifySocket {
     socket: OwnedFd,
     path: PathBuf,
     manager: OwnedFd,
@@ -117,7 +117,7 @@ pub struct NotifySocket {
 
 impl NotifySocket {
     /// Binds the container's socket. `None` if it was made without one.
-    pub fn bind(directory: &Path, manager: &Manager) -> Result<Option<NotifySocket>> {
+    pub(crate) fn bind(directory: &Path, manager: &Manager) -> Result<Option<NotifySocket>> {
         let directory = directory.join(DIRECTORY);
         if !directory.is_dir() {
             return Ok(None);
@@ -155,13 +155,13 @@ impl NotifySocket {
     }
 
     /// Readable when the container has something to say.
-    pub fn descriptor(&self) -> BorrowedFd<'_> {
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
     /// Passes on what the container says, `main_pid` being the process that the service
     /// manager is to watch. Returns whether the container is ready.
-    pub fn pass_on(&self, main_pid: i32) -> Result<bool> {
+    pub(crate) fn pass_on(&self, main_pid: i32) -> Result<bool> {
         let mut buffer = [0u8; LIMIT];
         loop {
             let length = match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
@@ -190,7 +190,7 @@ impl NotifySocket {
 
     /// Waits until the container is ready, or its first process has ended, and then until
     /// the service manager knows.
-    pub fn wait(self, pid: i32, pidfd: &OwnedFd) -> Result<()> {
+    pub(crate) fn wait(self, pid: i32, pidfd: &OwnedFd) -> Result<()> {
         let doing = || "wait for the container's READY=1 on its NOTIFY_SOCKET";
         let mut timeout = Some(timespec(SLOW));
         loop {

@@ -19,7 +19,7 @@ use crate::sys::syscalls::{self, Execution};
 /// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
 ///
 /// A filter could forbid these steps, so they all happen before one is loaded.
-pub fn settle(
+pub(crate) fn settle(
     process: &mut Process,
     labels: OpenLabels,
     descriptors: &Descriptors,
@@ -60,7 +60,7 @@ pub fn settle(
 ///
 /// Once a filter is loaded, this process makes no system call but execve(2). A profile must allow
 /// that call, or no program could be started under it.
-pub fn execute(
+pub(crate) fn execute(
     program: &CStr,
     process: &Process,
     filter: Option<(&Filter, SharedPage)>,
@@ -84,7 +84,7 @@ pub fn execute(
 }
 
 /// Joins the container's session keyring, which is made if it is not there.
-pub fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
+pub(crate) fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
     labels.label_keyring(
         || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
             // A kernel without keyrings has no keys to protect.

@@ -34,7 +34,7 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
 }
 
 /// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.
-pub fn build(directory: &Path) -> Result<OwnedFd> {
+pub(crate) fn build(directory: &Path) -> Result<OwnedFd> {
     let socket = socket(SocketFlags::empty())?;
     at_address(directory, GATE_SHUT, |address| bind(&socket, address))
         .and_then(|()| listen(&socket, 8))
@@ -44,14 +44,14 @@ pub fn build(directory: &Path) -> Result<OwnedFd> {
 
 /// Lets starters find it: the container is made, its first process waits. A starter that
 /// came before would have to wait for that, and nobody knows how long.
-pub fn announce(claim: &Claim) -> Result<()> {
+pub(crate) fn announce(claim: &Claim) -> Result<()> {
     rustix::fs::renameat(claim, GATE_SHUT, claim, GATE)
         .doing(|| format!("name socket {}", claim.directory().join(GATE).display()))
 }
 
 /// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
 /// starter that went away.
-pub fn is_held(directory: &Path) -> bool {
+pub(crate) fn is_held(directory: &Path) -> bool {
     let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
         return true;
     };
@@ -60,7 +60,7 @@ pub fn is_held(directory: &Path) -> bool {
 }
 
 /// From the container's first process: waits until a starter is there, and lets it in.
-pub fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
     loop {
         let starter = match acceptfrom_with(gate, SocketFlags::CLOEXEC) {
             Ok((starter, _)) => starter,
@@ -78,7 +78,7 @@ pub fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
 }
 
 /// From the container's first process: tells the starter that it came to nothing.
-pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
+pub(crate) fn failed(starter: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED];
     message.extend(error.to_string().bytes().take(LIMIT - 1));
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
@@ -86,7 +86,7 @@ pub fn failed(starter: BorrowedFd<'_>, error: &Error) {
 
 /// From the container's first process: hands over the shared page. The filter that is loaded next
 /// may forbid this process to send messages.
-pub fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
+pub(crate) fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
     send_descriptor(starter, page, &[FILTERED]).doing(|| "hand the shared page to start")
 }
 
@@ -95,7 +95,11 @@ pub fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
 ///
 /// # Errors
 /// The container is not waiting to be started; or what prevented the execution.
-pub fn open(directory: &Path, id: &str, accompany: impl Fn(&Report) -> Result<()>) -> Result<()> {
+pub(crate) fn open(
+    directory: &Path,
+    id: &str,
+    accompany: impl Fn(&Report) -> Result<()>,
+) -> Result<()> {
     let not_created = || {
         Error::new(format!(
             "cannot start container {id}: it is not in state created"

@@ -25,51 +25,51 @@ use crate::sys::procfs::process_stat;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct State {
-    pub oci_version: String,
-    pub id: String,
+pub(crate) struct State {
+    pub(crate) oci_version: String,
+    pub(crate) id: String,
     /// Process id of the first process, in rrun's caller's PID namespace; 0 until it is born.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
     /// 22). With the pid, it names one process and no later one.
-    pub start_time: u64,
-    pub bundle: PathBuf,
-    pub rootfs: PathBuf,
+    pub(crate) start_time: u64,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: PathBuf,
     /// RFC 3339.
-    pub created: String,
-    pub owner: String,
+    pub(crate) created: String,
+    pub(crate) owner: String,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub annotations: BTreeMap<String, String>,
+    pub(crate) annotations: BTreeMap<String, String>,
     /// The cgroup's directory on the host.
-    pub cgroup: PathBuf,
+    pub(crate) cgroup: PathBuf,
     /// The unit of systemd that the cgroup is, if systemd made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unit: Option<String>,
+    pub(crate) unit: Option<String>,
     /// The limit on memory and swap together, in bytes, that was asked for last; the cgroup
     /// itself knows only what is left of it for swap. 0 if none was.
     #[serde(default, skip_serializing_if = "is_zero")]
-    pub memory_swap: i64,
+    pub(crate) memory_swap: i64,
     /// `CLONE_NEW*` of the namespaces that are not the host's, for exec to enter.
-    pub namespaces: u64,
+    pub(crate) namespaces: u64,
     /// Whether its PID namespace ends with its first process.
-    pub new_pid_namespace: bool,
+    pub(crate) new_pid_namespace: bool,
     /// From which exec takes what it is not told.
-    pub process: Process,
+    pub(crate) process: Process,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub personality: Option<Personality>,
+    pub(crate) personality: Option<Personality>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory_policy: Option<MemoryPolicy>,
+    pub(crate) memory_policy: Option<MemoryPolicy>,
     /// Whether its processes keep their callers' session keyring.
     #[serde(default)]
-    pub keeps_keyring: bool,
+    pub(crate) keeps_keyring: bool,
     /// Its groups in resctrl.
     #[serde(default, skip_serializing_if = "Made::is_empty")]
-    pub resctrl: Made,
+    pub(crate) resctrl: Made,
     #[serde(default)]
-    pub hooks: Hooks,
+    pub(crate) hooks: Hooks,
     /// With which exec's processes are filtered too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub seccomp: Option<Filter>,
+    pub(crate) seccomp: Option<Filter>,
 }
 
 fn is_zero(number: &i64) -> bool {
@@ -77,7 +77,7 @@ fn is_zero(number: &i64) -> bool {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub(crate) enum Status {
     Creating,
     Created,
     Running,
@@ -86,7 +86,7 @@ pub enum Status {
 }
 
 impl Status {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Status::Creating => "creating",
             Status::Created => "created",
@@ -98,7 +98,7 @@ impl Status {
 }
 
 impl State {
-    pub fn load(root: &Path, id: &str) -> Result<State> {
+    pub(crate) fn load(root: &Path, id: &str) -> Result<State> {
         let directory = directory(root, id)?;
         let path = directory.join(STATE_FILE);
         let bytes = match read_bounded(&path) {
@@ -113,7 +113,7 @@ impl State {
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
     }
 
-    pub fn save(&self, claim: &Claim) -> Result<()> {
+    pub(crate) fn save(&self, claim: &Claim) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
         write_replacing(
@@ -128,7 +128,7 @@ impl State {
 
     /// A descriptor of the first process, if that very process still exists (it may be a
     /// zombie: then the descriptor is readable).
-    pub fn open_process(&self) -> Result<Option<OwnedFd>> {
+    pub(crate) fn open_process(&self) -> Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
             return Ok(None);
         };
@@ -146,7 +146,7 @@ impl State {
     }
 
     /// Whether the first process exists and is no zombie.
-    pub fn is_alive(&self) -> Result<bool> {
+    fn is_alive(&self) -> Result<bool> {
         if self.pid <= 0 {
             return Ok(false);
         }
@@ -156,7 +156,7 @@ impl State {
         ))
     }
 
-    pub fn status(&self, directory: &Path) -> Result<Status> {
+    pub(crate) fn status(&self, directory: &Path) -> Result<Status> {
         match self.noted_status(directory)? {
             // A `start` that was killed once it was let in has left the gate's name behind.
             Status::Created if !crate::lifecycle::start_socket::is_held(directory) => {
@@ -171,7 +171,7 @@ impl State {
     }
 
     /// The same by the files alone, without knocking at the gate, for who is about to.
-    pub fn noted_status(&self, directory: &Path) -> Result<Status> {
+    pub(crate) fn noted_status(&self, directory: &Path) -> Result<Status> {
         if self.pid == 0 {
             return Ok(Status::Creating);
         }
@@ -190,7 +190,7 @@ impl State {
         }
     }
 
-    pub fn shown<'a>(&'a self, status: Status) -> Shown<'a> {
+    pub(crate) fn shown<'a>(&'a self, status: Status) -> Shown<'a> {
         let alive = !matches!(status, Status::Stopped | Status::Creating);
         Shown {
             oci_version: &self.oci_version,
@@ -207,7 +207,7 @@ impl State {
 
     /// The state as hooks and seccomp agents get it: with the process id even while the
     /// container is being made.
-    pub fn for_others(&self, status: Status) -> Shown<'_> {
+    pub(crate) fn for_others(&self, status: Status) -> Shown<'_> {
         let mut shown = self.shown(status);
         if status == Status::Creating {
             shown.pid = self.pid;
@@ -216,7 +216,7 @@ impl State {
     }
 
     /// The state as a hook gets it on its standard input.
-    pub fn for_hooks(&self, status: Status) -> String {
+    pub(crate) fn for_hooks(&self, status: Status) -> String {
         serde_json::to_string(&self.for_others(status)).unwrap_or_default()
     }
 }

@@ -32,7 +32,7 @@ const PROC_FILES: &[&str] = &[
 
 impl Mount {
     /// Mounts it in the container. `taken` is the mount, if it was made already.
-    pub fn put(
+    pub(crate) fn put(
         &self,
         rootfs: &mut Rootfs,
         taken: Option<OwnedFd>,

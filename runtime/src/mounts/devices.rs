@@ -15,7 +15,7 @@ use crate::sys::path::cleaned;
 
 /// A device node to be made.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Device {
+pub(crate) struct Device {
     path: PathBuf,
     kind: FileType,
     major: u32,
@@ -45,7 +45,7 @@ const LINKS: [(&str, &str); 4] = [
 
 /// The devices of a container: the defaults, and those of `linux.devices`, which may stand
 /// in a default's place.
-pub fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
+pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
     let mut devices: Vec<Device> = DEFAULTS
         .iter()
         .map(|(path, major, minor)| Device {
@@ -92,7 +92,7 @@ pub fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
 
 /// Makes nodes and links. `bind` takes the nodes from the host instead, because in a user
 /// namespace none can be made. The file mode creation mask must be 0.
-pub fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
+pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
     let dev = rootfs
         .open(Path::new("/dev"), OFlags::PATH | OFlags::DIRECTORY)
         .doing(|| "open /dev in the container")?;

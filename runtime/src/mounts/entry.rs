@@ -11,22 +11,22 @@ use crate::namespaces::idmap::IdMaps;
 use crate::sys::path::cleaned;
 
 /// The cgroup that a container is in.
-pub struct OwnCgroup<'a> {
-    pub path: &'a Path,
+pub(crate) struct OwnCgroup<'a> {
+    pub(crate) path: &'a Path,
     /// Whether it has a cgroup namespace; otherwise its own cgroup is shown to it in place of
     /// the whole hierarchy.
-    pub has_namespace: bool,
+    pub(crate) has_namespace: bool,
 }
 
 /// One entry of `mounts`, checked.
 #[derive(Clone, Debug)]
-pub struct Mount {
-    pub(super) index: usize,
-    pub destination: PathBuf,
+pub(crate) struct Mount {
+    index: usize,
+    pub(crate) destination: PathBuf,
     /// The file system's type; for a bind mount only a word.
     pub(super) typ: String,
     pub(super) source: PathBuf,
-    pub options: Options,
+    pub(crate) options: Options,
     /// SELinux label of the files (linux.mountLabel).
     pub(super) label: Option<String>,
     /// How ids are mapped; if they are to be (`options.idmap`) and this is empty, as in the
@@ -37,7 +37,7 @@ pub struct Mount {
 impl Mount {
     /// # Errors
     /// What is missing or not supported, by the name of its field.
-    pub fn from_spec(index: usize, spec: &SpecMount, bundle: &Path) -> Result<Mount> {
+    pub(crate) fn from_spec(index: usize, spec: &SpecMount, bundle: &Path) -> Result<Mount> {
         let field = format!("mounts[{index}]");
         let destination = cleaned(spec.destination());
         if destination == Path::new("/") {
@@ -104,7 +104,7 @@ impl Mount {
 
     /// # Errors
     /// If the mapping is to be the container's, which has none.
-    pub fn check_idmap(&self, own_user_namespace: bool) -> Result<()> {
+    pub(crate) fn check_idmap(&self, own_user_namespace: bool) -> Result<()> {
         if self.is_idmapped() && self.id_maps.is_empty() && !own_user_namespace {
             refuse!(
                 "mounts[{}].options: idmap needs uidMappings and gidMappings, because the container has no user namespace whose mappings it could use",
@@ -114,17 +114,17 @@ impl Mount {
         Ok(())
     }
 
-    pub fn is_idmapped(&self) -> bool {
+    pub(crate) fn is_idmapped(&self) -> bool {
         self.options.idmap.is_some()
     }
 
-    pub fn with_label(mut self, label: Option<&String>) -> Mount {
+    pub(crate) fn with_label(mut self, label: Option<&String>) -> Mount {
         self.label = label.cloned();
         self
     }
 
     /// A bind mount of rrun's own, behind those of the configuration.
-    pub fn read_only_bind(index: usize, source: &Path, destination: &Path) -> Result<Mount> {
+    pub(crate) fn read_only_bind(index: usize, source: &Path, destination: &Path) -> Result<Mount> {
         let options = ["bind", "nosuid", "noexec", "nodev", "ro"];
         Ok(Mount {
             index,
@@ -163,14 +163,14 @@ impl Mount {
     }
 
     /// Whether it is certain that no device is opened for it.
-    pub fn opens_no_device(&self) -> bool {
+    pub(crate) fn opens_no_device(&self) -> bool {
         const OF_NO_DEVICE: [&str; 7] = [
             "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
         ];
         self.is_bind() || OF_NO_DEVICE.contains(&&*self.typ)
     }
 
-    pub fn is_bind(&self) -> bool {
+    pub(crate) fn is_bind(&self) -> bool {
         self.options.bind != Bind::No && !self.options.remount
     }
 }

@@ -12,22 +12,22 @@ use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{self, IdMaps};
 
 /// What sources.json says about the mounts that lead to the host's files.
-pub struct Sources<'a> {
-    pub rootfs: &'a Path,
-    pub mounts: &'a [Mount],
+pub(crate) struct Sources<'a> {
+    pub(crate) rootfs: &'a Path,
+    pub(crate) mounts: &'a [Mount],
     /// Whether what is mounted in the container reaches the host by its root.
-    pub root_is_shared: bool,
-    pub namespaces: &'a Namespaces,
-    pub id_maps: &'a IdMaps,
+    pub(crate) root_is_shared: bool,
+    pub(crate) namespaces: &'a Namespaces,
+    pub(crate) id_maps: &'a IdMaps,
 }
 
 /// Parts of the host's file system that were taken, as detached mounts, before the
 /// container's first process lost sight of them or the right to reach them.
 #[derive(Default)]
-pub struct HostMounts {
-    pub root: Option<OwnedFd>,
+pub(crate) struct HostMounts {
+    pub(crate) root: Option<OwnedFd>,
     /// For each of the container's mounts.
-    pub mounts: Vec<Option<OwnedFd>>,
+    pub(crate) mounts: Vec<Option<OwnedFd>>,
 }
 
 impl HostMounts {
@@ -37,7 +37,7 @@ impl HostMounts {
     ///
     /// An unprivileged caller can take nothing: his files are within reach of the first
     /// process as well, which has all rights over its own mounts.
-    pub fn before_clone(sources: &Sources<'_>) -> Result<HostMounts> {
+    pub(crate) fn before_clone(sources: &Sources<'_>) -> Result<HostMounts> {
         let mut taken = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
             return Ok(taken);
@@ -52,7 +52,7 @@ impl HostMounts {
     }
 
     /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
-    pub fn take(&mut self, sources: &Sources<'_>, wanted: fn(&Mount) -> bool) -> Result<()> {
+    pub(crate) fn take(&mut self, sources: &Sources<'_>, wanted: fn(&Mount) -> bool) -> Result<()> {
         // What the configuration shares with the host stays as it is.
         let cut_off = !sources.root_is_shared;
         let mut namespaces = idmap::Namespaces::default();

@@ -6,17 +6,17 @@
 
 mod attach;
 mod attributes;
-pub mod devices;
+pub(crate) mod devices;
 mod entry;
 mod file_system;
 mod host_mounts;
-pub mod options;
-pub mod protection;
-pub mod readonly_exec;
+pub(crate) mod options;
+pub(crate) mod protection;
+pub(crate) mod readonly_exec;
 mod remount;
-pub mod rootfs;
+pub(crate) mod rootfs;
 mod tmpcopyup;
-pub mod tree;
+pub(crate) mod tree;
 
-pub use entry::{Mount, OwnCgroup};
-pub use host_mounts::{HostMounts, Sources};
+pub(crate) use entry::{Mount, OwnCgroup};
+pub(crate) use host_mounts::{HostMounts, Sources};

@@ -21,10 +21,10 @@ const ATTR_STRICTATIME: u64 = 0x0000_0020;
 const ATTR_NODIRATIME: u64 = 0x0000_0080;
 const ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
 /// Attributes that forbid something.
-pub const RESTRICTIONS: u64 =
+pub(crate) const RESTRICTIONS: u64 =
     ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW;
 /// The mount maps ids as the user namespace does that goes with it.
-pub const ATTR_IDMAP: u64 = 0x0010_0000;
+pub(crate) const ATTR_IDMAP: u64 = 0x0010_0000;
 
 const MS_UNBINDABLE: u64 = libc::MS_UNBINDABLE;
 const MS_PRIVATE: u64 = libc::MS_PRIVATE;
@@ -76,7 +76,7 @@ const UNSUPPORTED: &[&str] = &["move"];
 const WITHOUT_EFFECT: &[&str] = &["silent", "loud", "iversion", "noiversion", "nomand"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bind {
+pub(crate) enum Bind {
     /// A new mount of a file system.
     No,
     /// The one mount at the source.
@@ -87,34 +87,34 @@ pub enum Bind {
 
 /// What a list of options asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    pub bind: Bind,
+pub(crate) struct Options {
+    pub(crate) bind: Bind,
     /// Whether the mount is there already and is only given these options.
-    pub remount: bool,
+    pub(crate) remount: bool,
     /// Attributes of the mount itself.
-    pub attr: MountAttr,
+    pub(crate) attr: MountAttr,
     /// Attributes of the mount and of all below it.
-    pub recursive_attr: MountAttr,
+    pub(crate) recursive_attr: MountAttr,
     /// Whether ids are to be mapped, and if so, whether in all mounts below as well.
-    pub idmap: Option<bool>,
+    pub(crate) idmap: Option<bool>,
     /// Propagation types, in the order given, each with whether it is recursive.
-    pub propagation: Vec<(u64, bool)>,
+    pub(crate) propagation: Vec<(u64, bool)>,
     /// Whether a tmpfs begins with what the directory has that it covers.
-    pub copy_up: bool,
+    pub(crate) copy_up: bool,
     /// Options of the file system as a whole; a bind mount leaves them as they are.
-    pub superblock: Vec<&'static str>,
+    pub(crate) superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
-    pub data: Vec<Parameter>,
+    pub(crate) data: Vec<Parameter>,
 }
 
 /// A parameter of a file system: its name, and its value if it has one.
-pub type Parameter = (String, Option<String>);
+pub(crate) type Parameter = (String, Option<String>);
 
 /// Reads a list of option strings.
 ///
 /// # Errors
 /// An option that this version does not support, by its name.
-pub fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
+pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
     let mut parsed = Options {
         bind: Bind::No,
         remount: false,
@@ -182,12 +182,12 @@ fn parameters(option: &str) -> Vec<Parameter> {
 }
 
 /// Whether a parameter is SELinux's, whose values stand in quotes for mount(2) alone.
-pub fn is_label(key: &str) -> bool {
+fn is_label(key: &str) -> bool {
     matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext")
 }
 
 /// What mount(2) has for an option of the file system as a whole.
-pub fn mount_flag(superblock: &str) -> MountFlags {
+pub(crate) fn mount_flag(superblock: &str) -> MountFlags {
     match superblock {
         "sync" => MountFlags::SYNCHRONOUS,
         "dirsync" => MountFlags::DIRSYNC,
@@ -206,7 +206,7 @@ fn merge(attr: &mut MountAttr, set: u64, clear: u64) {
 }
 
 /// The propagation that `linux.rootfsPropagation` names, and whether it is recursive.
-pub fn propagation(name: &str) -> Option<(u64, bool)> {
+pub(crate) fn propagation(name: &str) -> Option<(u64, bool)> {
     PROPAGATIONS
         .iter()
         .find(|(known, ..)| *known == name)
@@ -214,7 +214,7 @@ pub fn propagation(name: &str) -> Option<(u64, bool)> {
 }
 
 /// All the names above, for `rrun features`.
-pub fn known() -> Vec<String> {
+pub(crate) fn known() -> Vec<String> {
     let mut names: Vec<String> = [
         "bind",
         "rbind",
@@ -239,25 +239,22 @@ pub fn known() -> Vec<String> {
 }
 
 /// Whether the mount itself is to be read-only.
-pub fn is_read_only(attr: &MountAttr) -> bool {
+pub(crate) fn is_read_only(attr: &MountAttr) -> bool {
     attr.attr_set & ATTR_RDONLY != 0
 }
 
 /// Attributes by which rrun itself mounts.
-pub const READ_ONLY: MountAttr = MountAttr {
+pub(crate) const READ_ONLY: MountAttr = MountAttr {
     attr_set: ATTR_RDONLY,
     attr_clr: 0,
     propagation: 0,
     userns_fd: 0,
 };
 
-/// Everything that `from` is mounted with becomes its own here: nothing arrives, nothing
-/// leaves.
-pub const PRIVATE: u64 = MS_PRIVATE;
 /// Mounts made on the host still arrive, none leaves.
-pub const SLAVE: u64 = MS_SLAVE;
+pub(crate) const SLAVE: u64 = MS_SLAVE;
 /// Mounts arrive and leave.
-pub const SHARED: u64 = MS_SHARED;
+pub(crate) const SHARED: u64 = MS_SHARED;
 
 /// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
 const VALUE_LIMIT: usize = 255;
@@ -267,7 +264,7 @@ const PARAMETERS_LIMIT: usize = 4095;
 
 /// # Errors
 /// More than the kernel takes.
-pub fn check_parameters(data: &[Parameter]) -> Result<()> {
+pub(crate) fn check_parameters(data: &[Parameter]) -> Result<()> {
     if needs_mount_call(data) {
         let length = joined(data).len();
         if length > PARAMETERS_LIMIT {
@@ -277,13 +274,13 @@ pub fn check_parameters(data: &[Parameter]) -> Result<()> {
     Ok(())
 }
 
-pub fn needs_mount_call(data: &[Parameter]) -> bool {
+pub(crate) fn needs_mount_call(data: &[Parameter]) -> bool {
     data.iter()
         .any(|(_, value)| value.as_ref().is_some_and(|it| it.len() > VALUE_LIMIT))
 }
 
 /// Parameters as mount(2) takes them.
-pub fn joined(data: &[Parameter]) -> String {
+pub(crate) fn joined(data: &[Parameter]) -> String {
     data.iter()
         .map(|(key, value)| match value {
             Some(value) if is_label(key) => format!("{key}=\"{value}\""),

@@ -17,7 +17,7 @@ use crate::sys::path::cleaned;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.
-pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
+pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     let mut seen = BTreeSet::new();
     // One cover is enough for what is named twice.
@@ -52,7 +52,7 @@ pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()
 }
 
 /// Makes `linux.readonlyPaths` read-only, with all that is mounted below them.
-pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     for path in paths {
         let doing = || format!("make {path} read-only (linux.readonlyPaths)");
         let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {

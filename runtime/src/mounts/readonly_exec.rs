@@ -49,7 +49,7 @@ const ALWAYS_READ_ONLY: [rustix::fs::FsWord; 3] = [0x794c_7630, 0x7371_7368, 0xe
 /// A descriptor of rrun's own must never get one of the numbers 0 to 2, or it would become
 /// a container's standard input, output or error. And a reader that went away is to be an
 /// error to the writer, not its end.
-pub fn prepare() -> Result<()> {
+pub(crate) fn prepare() -> Result<()> {
     loop {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .doing(|| "open /dev/null")?;
@@ -67,7 +67,7 @@ pub fn prepare() -> Result<()> {
 /// Makes sure that this process was executed from a read-only file system, if need be by
 /// executing it again, and that no process of a container may look into it: neither at
 /// its memory nor at its descriptors (CVE-2016-9962).
-pub fn protect(words: &[&'static CStr]) -> Result<()> {
+pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return protect_unprivileged(words);
     }

@@ -25,7 +25,7 @@ const MAX_LINKS: usize = 40;
 const MAX_AGAIN: usize = 128;
 
 /// The root of a container's file system, as a descriptor.
-pub struct Rootfs {
+pub(crate) struct Rootfs {
     fd: OwnedFd,
     /// What is mounted of the kernel's own, /proc and /sys, and where.
     kernels: Vec<(PathBuf, OwnedFd)>,
@@ -35,7 +35,7 @@ pub struct Rootfs {
 
 /// What is to be found, or made, at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     Directory,
     /// Anything that is no directory; a missing one is made as an empty file.
     File,
@@ -48,7 +48,7 @@ impl AsFd for Rootfs {
 }
 
 impl Rootfs {
-    pub fn new(fd: OwnedFd) -> Rootfs {
+    pub(crate) fn new(fd: OwnedFd) -> Rootfs {
         Rootfs {
             fd,
             kernels: Vec::new(),
@@ -57,7 +57,7 @@ impl Rootfs {
     }
 
     /// Takes note that `mount` is attached at `path`; it is the `kernels` own or not.
-    pub fn attached(&mut self, path: &Path, mount: OwnedFd, kernels: bool) {
+    pub(crate) fn attached(&mut self, path: &Path, mount: OwnedFd, kernels: bool) {
         self.kernels.retain(|(place, _)| !place.starts_with(path));
         if kernels {
             self.kernels.push((path.to_owned(), mount));
@@ -65,12 +65,12 @@ impl Rootfs {
     }
 
     /// Takes note of a mount to be made read-only by [`Rootfs::make_read_only`].
-    pub fn read_only_later(&mut self, sentence: String, mount: OwnedFd) {
+    pub(crate) fn read_only_later(&mut self, sentence: String, mount: OwnedFd) {
         self.read_only_later.push((sentence, mount));
     }
 
     /// For when nothing is written any more into what was mounted.
-    pub fn make_read_only(&self) -> Result<()> {
+    pub(crate) fn make_read_only(&self) -> Result<()> {
         for (sentence, mount) in &self.read_only_later {
             mount_setattr(mount.as_fd(), false, &READ_ONLY)
                 .doing(|| format!("{sentence}: make it read-only"))?;
@@ -81,7 +81,7 @@ impl Rootfs {
     /// Opens what is to be protected at `path`. In /proc and /sys that is looked for in what
     /// was mounted there, not in what a rename in the container's files may have put in its
     /// place since (CVE-2019-19921).
-    pub fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
+    pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
         let within = self.kernels.iter().rev().find_map(|(place, mount)| {
             let rest = path.strip_prefix(place).ok()?;
             (!rest.as_os_str().is_empty()).then_some((mount, rest))
@@ -93,12 +93,12 @@ impl Rootfs {
     }
 
     /// Opens what is at `path`, links followed, with openat2(2).
-    pub fn open(&self, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
+    pub(crate) fn open(&self, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
         open_in(&self.fd, path, flags, ResolveFlags::empty())
     }
 
     /// The same, and no link of any kind is followed.
-    pub fn open_without_links(
+    fn open_without_links(
         &self,
         path: &Path,
         flags: OFlags,
@@ -108,7 +108,7 @@ impl Rootfs {
 
     /// A descriptor (O_PATH) of what is to be mounted upon. What is missing is made, in the
     /// place where the links that do exist lead.
-    pub fn mount_target(&self, path: &Path, target: Target) -> Result<OwnedFd> {
+    pub(crate) fn mount_target(&self, path: &Path, target: Target) -> Result<OwnedFd> {
         let found = match self.open(path, OFlags::PATH) {
             Err(Errno::NOENT) => self.make(path, target),
             result => result.doing(|| format!("open {} in the container", path.display())),
@@ -126,7 +126,7 @@ impl Rootfs {
     }
 
     /// The same for a mount that others rely on, as /proc: no link on the way to it.
-    pub fn plain_directory(&self, path: &Path) -> Result<OwnedFd> {
+    pub(crate) fn plain_directory(&self, path: &Path) -> Result<OwnedFd> {
         match self.open_without_links(path, OFlags::PATH) {
             Err(Errno::NOENT) => {
                 self.make_directory(path)?;
@@ -148,7 +148,7 @@ impl Rootfs {
     }
 
     /// Makes a directory and those that lead to it; one that exists already is fine.
-    pub fn make_directory(&self, path: &Path) -> Result<OwnedFd> {
+    fn make_directory(&self, path: &Path) -> Result<OwnedFd> {
         use std::os::unix::fs::PermissionsExt as _;
         if let Some(made) = self.make_last(path)? {
             return Ok(made);
@@ -171,7 +171,7 @@ impl Rootfs {
     ///
     /// # Errors
     /// Also if the path leads through a link in /proc into a process.
-    pub fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
+    pub(crate) fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
         match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
             Err(Errno::NOENT) => {}
             Ok(_) => return Ok(path.to_owned()),
@@ -227,7 +227,7 @@ impl Rootfs {
     }
 
     /// The directory that `path` lies in, made if need be, and its name in there.
-    pub fn parent(&self, path: &Path) -> Result<(OwnedFd, OsString)> {
+    pub(crate) fn parent(&self, path: &Path) -> Result<(OwnedFd, OsString)> {
         let Some(name) = path.file_name() else {
             refuse!("{} names no file in the container", path.display());
         };

@@ -22,7 +22,7 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::CLOEXEC);
 
 /// Copies the contents of one directory, its owner and mode, to another. Both may be O_PATH.
-pub fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
+pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let open = |fd: &dyn AsFd| {
         rustix::fs::openat(fd, ".", DIRECTORY, Mode::empty()).doing(|| "open the directory")
     };
@@ -34,7 +34,7 @@ pub fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
 }
 
 /// Gives a directory the mode of another.
-pub fn copy_mode(from: impl AsFd, to: impl AsFd) -> Result<()> {
+pub(crate) fn copy_mode(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let stat = rustix::fs::fstat(from).doing(|| "look at the mount point")?;
     let to = rustix::fs::openat(to, ".", DIRECTORY, Mode::empty()).doing(|| "open the tmpfs")?;
     rustix::fs::fchmod(&to, mode(&stat)).doing(|| "set the tmpfs's mode")

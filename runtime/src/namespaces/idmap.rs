@@ -23,7 +23,7 @@ const MAX_LINES: usize = 340;
 
 /// Content for uid_map and gid_map; see user_namespaces(7).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct IdMaps {
+pub(crate) struct IdMaps {
     uid: String,
     gid: String,
 }
@@ -33,7 +33,7 @@ impl IdMaps {
     ///
     /// # Errors
     /// What the kernel would refuse, by the name of its field.
-    pub fn from_spec(
+    pub(crate) fn from_spec(
         field: &str,
         uid: &[LinuxIdMapping],
         gid: &[LinuxIdMapping],
@@ -45,16 +45,16 @@ impl IdMaps {
     }
 
     /// Whether both users and groups are mapped.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         !self.uid.is_empty() && !self.gid.is_empty()
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.uid.is_empty() && self.gid.is_empty()
     }
 
     /// Sets the maps of the user namespace that process `pid` is in.
-    pub fn write(&self, pid: i32, field: &str) -> Result<()> {
+    pub(crate) fn write(&self, pid: i32, field: &str) -> Result<()> {
         let procfs = Procfs::open()?;
         for (file, name, map) in [
             ("uid_map", "uidMappings", &self.uid),
@@ -70,7 +70,7 @@ impl IdMaps {
 
     /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
     /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
-    pub fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
+    pub(crate) fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
         let uid = rustix::process::geteuid().as_raw();
         let gid = rustix::process::getegid().as_raw();
         let procfs = Procfs::open()?;
@@ -142,7 +142,7 @@ fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
 
 /// User namespaces that exist for their mappings only, to be handed to mount_setattr(2).
 #[derive(Default)]
-pub struct Namespaces {
+pub(crate) struct Namespaces {
     made: Vec<(IdMaps, OwnedFd)>,
     /// The container's own, which exists already.
     joined: Option<OwnedFd>,
@@ -150,7 +150,7 @@ pub struct Namespaces {
 
 impl Namespaces {
     /// The container's, or one with the mappings that it will have.
-    pub fn of_container(
+    pub(crate) fn of_container(
         &mut self,
         namespaces: &namespaces::Namespaces,
         maps: &IdMaps,
@@ -166,7 +166,7 @@ impl Namespaces {
     }
 
     /// One with these mappings. Mounts with the same share it.
-    pub fn with(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
+    pub(crate) fn with(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
         let at = match self.made.iter().position(|(known, _)| known == maps) {
             Some(at) => at,
             None => {

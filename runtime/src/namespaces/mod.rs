@@ -1,9 +1,9 @@
 //! Which namespaces a container gets: new ones, or existing ones by path.
 
-pub mod idmap;
-pub mod net_devices;
-pub mod resctrl;
-pub mod sysctl;
+pub(crate) mod idmap;
+pub(crate) mod net_devices;
+pub(crate) mod resctrl;
+pub(crate) mod sysctl;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,14 +19,14 @@ use crate::sys::regular_file;
 
 /// An existing namespace to enter.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Join {
-    pub typ: Type,
-    pub path: PathBuf,
+struct Join {
+    typ: Type,
+    path: PathBuf,
 }
 
 /// A namespace's file, open, and what it is to be.
 #[derive(Debug)]
-pub struct OpenJoin {
+pub(crate) struct OpenJoin {
     typ: Type,
     path: PathBuf,
     fd: OwnedFd,
@@ -34,20 +34,20 @@ pub struct OpenJoin {
 
 /// The namespaces of a container. What is in neither list it shares with rrun's caller.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Namespaces {
+pub(crate) struct Namespaces {
     /// `CLONE_NEW*` of those that are made for it.
-    pub new: u64,
+    pub(crate) new: u64,
     /// Those that exist already.
-    pub join: Vec<Join>,
+    join: Vec<Join>,
 }
 
 /// The `CLONE_NEW*` flag of a type of namespace.
-pub fn flag(typ: Type) -> u64 {
+pub(crate) fn flag(typ: Type) -> u64 {
     typ as u64
 }
 
 /// Every type, with its name in the specification.
-pub const TYPES: [(Type, &str); 8] = [
+pub(crate) const TYPES: [(Type, &str); 8] = [
     (Type::Cgroup, "cgroup"),
     (Type::Ipc, "ipc"),
     (Type::Mount, "mount"),
@@ -69,7 +69,7 @@ fn name(typ: Type) -> &'static str {
 impl Namespaces {
     /// # Errors
     /// A type that is there twice, or a path that is not absolute.
-    pub fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
+    pub(crate) fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
         let mut namespaces = Namespaces::default();
         for (index, namespace) in spec.iter().enumerate() {
             let typ = namespace.typ();
@@ -96,29 +96,29 @@ impl Namespaces {
     }
 
     /// Whether one of this type is made for the container.
-    pub fn is_new(&self, typ: Type) -> bool {
+    pub(crate) fn is_new(&self, typ: Type) -> bool {
         self.new & flag(typ) != 0
     }
 
     /// Whether an existing one of this type is entered.
-    pub fn is_joined(&self, typ: Type) -> bool {
+    fn is_joined(&self, typ: Type) -> bool {
         self.join.iter().any(|join| join.typ == typ)
     }
 
     /// Whether the container is in another namespace of this type than rrun's caller.
-    pub fn own(&self, typ: Type) -> bool {
+    pub(crate) fn own(&self, typ: Type) -> bool {
         self.is_new(typ) || self.is_joined(typ)
     }
 
     /// The `CLONE_NEW*` flags of all that are not rrun's caller's.
-    pub fn own_flags(&self) -> u64 {
+    pub(crate) fn own_flags(&self) -> u64 {
         self.join
             .iter()
             .fold(self.new, |flags, join| flags | flag(join.typ))
     }
 
     /// The file of the one of this type to be entered.
-    pub fn joined_path(&self, typ: Type) -> Option<&Path> {
+    fn joined_path(&self, typ: Type) -> Option<&Path> {
         self.join
             .iter()
             .find(|join| join.typ == typ)
@@ -126,7 +126,7 @@ impl Namespaces {
     }
 
     /// Opens the files of those to be entered, while the host's paths are still valid.
-    pub fn open_joins(&self) -> Result<Vec<OpenJoin>> {
+    pub(crate) fn open_joins(&self) -> Result<Vec<OpenJoin>> {
         self.join
             .iter()
             .map(|join| {
@@ -146,22 +146,22 @@ impl Namespaces {
 
 impl OpenJoin {
     /// Whether it holds only for children, so that the parent must enter it.
-    pub fn is_for_children(&self) -> bool {
+    pub(crate) fn is_for_children(&self) -> bool {
         matches!(self.typ, Type::Pid | Type::Time)
     }
 
     /// Whether the new process enters it itself in any case. In its mount namespace the
     /// host's paths are gone, and in its cgroup namespace it could not be born into a
     /// cgroup outside of that.
-    pub fn is_for_the_newborn(&self) -> bool {
+    pub(crate) fn is_for_the_newborn(&self) -> bool {
         matches!(self.typ, Type::Mount | Type::Cgroup)
     }
 
-    pub fn is_user(&self) -> bool {
+    pub(crate) fn is_user(&self) -> bool {
         self.typ == Type::User
     }
 
-    pub fn enter(&self) -> Result<()> {
+    pub(crate) fn enter(&self) -> Result<()> {
         let link = match self.typ {
             Type::Cgroup => LinkNameSpaceType::ControlGroup,
             Type::Ipc => LinkNameSpaceType::InterProcessCommunication,
@@ -178,14 +178,14 @@ impl OpenJoin {
     }
 }
 
-pub fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
+pub(crate) fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
     // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
     // with anyone; the process is single-threaded.
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
 /// In a new user namespace, user 0 has to be become by a system call.
-pub fn become_root_of_namespace() -> Result<()> {
+pub(crate) fn become_root_of_namespace() -> Result<()> {
     let (uid, gid) = (Uid::ROOT, Gid::ROOT);
     rustix::thread::set_thread_res_gid(gid, gid, gid)
         .doing(|| "become group 0 of the user namespace")?;
@@ -195,7 +195,7 @@ pub fn become_root_of_namespace() -> Result<()> {
 
 /// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
 /// that can be done only before the first process is in it.
-pub fn unshare_time(offsets: &str) -> Result<()> {
+pub(crate) fn unshare_time(offsets: &str) -> Result<()> {
     unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
     Procfs::open()?
         .write("self/timens_offsets", offsets)

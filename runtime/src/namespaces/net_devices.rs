@@ -26,14 +26,14 @@ const NAME_LIMIT: usize = libc::IFNAMSIZ;
 
 /// A device by its name on the host, and its name in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetDevice {
+pub(crate) struct NetDevice {
     host: String,
     inside: String,
 }
 
 /// # Errors
 /// Names that no device can have, or two devices with one name.
-pub fn from_spec(devices: &BTreeMap<String, spec::NetDevice>) -> Result<Vec<NetDevice>> {
+pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDevice>) -> Result<Vec<NetDevice>> {
     let mut checked: Vec<NetDevice> = Vec::new();
     for (host, device) in devices {
         let inside = match device.name.as_str() {
@@ -64,7 +64,7 @@ pub fn from_spec(devices: &BTreeMap<String, spec::NetDevice>) -> Result<Vec<NetD
 }
 
 /// Moves devices of rrun's network namespace to that of a process.
-pub fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
+pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
     if devices.is_empty() {
         return Ok(());
     }

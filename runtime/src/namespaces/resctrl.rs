@@ -16,7 +16,7 @@ const RDTGROUP_SUPER_MAGIC: u64 = 0x0765_5821;
 
 /// What is asked for, checked.
 #[derive(Clone, Debug)]
-pub struct Resctrl {
+pub(crate) struct Resctrl {
     clos_id: Option<String>,
     /// Lines for the group's schemata file.
     schemata: Vec<String>,
@@ -25,7 +25,7 @@ pub struct Resctrl {
 
 /// Directories that `delete` has to remove.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Made {
+pub(crate) struct Made {
     group: Option<PathBuf>,
     monitoring: Option<PathBuf>,
 }
@@ -33,7 +33,7 @@ pub struct Made {
 impl Resctrl {
     /// # Errors
     /// No resctrl on this host; values that contradict each other, by their field.
-    pub fn from_spec(rdt: &spec::IntelRdt) -> Result<Resctrl> {
+    pub(crate) fn from_spec(rdt: &spec::IntelRdt) -> Result<Resctrl> {
         let field = "linux.intelRdt";
         let mounted = rustix::fs::statfs(MOUNT_POINT)
             .is_ok_and(|fs| fs.f_type as u64 == RDTGROUP_SUPER_MAGIC);
@@ -74,7 +74,7 @@ impl Resctrl {
 
     /// Makes the group if need be, gives it its shares, and puts a process into it, whose
     /// children will be in there too. What was made is put into `made` as soon as it is.
-    pub fn apply(&self, id: &str, pid: i32, made: &mut Made) -> Result<()> {
+    pub(crate) fn apply(&self, id: &str, pid: i32, made: &mut Made) -> Result<()> {
         let group = match self.clos_id.as_deref() {
             Some("/") => PathBuf::from(MOUNT_POINT),
             Some(name) => Path::new(MOUNT_POINT).join(name),
@@ -122,7 +122,7 @@ impl Resctrl {
 ///
 /// # Errors
 /// No resctrl on this host, or no group of the container's own.
-pub fn update(pid: i32, schemata: &[&str]) -> Result<()> {
+pub(crate) fn update(pid: i32, schemata: &[&str]) -> Result<()> {
     let doing = "--l3-cache-schema, --mem-bw-schema";
     let path = format!("/proc/{pid}/cpu_resctrl_groups");
     let groups = match std::fs::read_to_string(&path) {
@@ -151,12 +151,12 @@ fn group_of(groups: &str) -> Option<&str> {
 }
 
 impl Made {
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.group.is_none() && self.monitoring.is_none()
     }
 
     /// Removes the container's groups; processes that still are in one go back to its parent.
-    pub fn remove(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         for directory in [&self.monitoring, &self.group].into_iter().flatten() {
             match rustix::fs::rmdir(directory) {
                 Ok(()) | Err(Errno::NOENT) => {}

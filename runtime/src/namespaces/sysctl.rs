@@ -38,7 +38,7 @@ fn path_of(name: &str) -> String {
 
 /// # Errors
 /// A parameter that is not the container's own: setting it would change the host.
-pub fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Result<()> {
+pub(crate) fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Result<()> {
     for name in sysctl.keys() {
         let path = path_of(name);
         if path.split('/').any(|part| part.is_empty() || part == "..") {
@@ -65,7 +65,7 @@ pub fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Re
 
 /// Writes the parameters through the host's /proc, which nobody in the container has had a
 /// hand on; what is written belongs to the namespaces of the process that writes.
-pub fn apply(sysctl: &HashMap<String, String>) -> Result<()> {
+pub(crate) fn apply(sysctl: &HashMap<String, String>) -> Result<()> {
     if sysctl.is_empty() {
         return Ok(());
     }

@@ -13,12 +13,12 @@ use crate::log;
 
 /// Capability sets as bit masks, bit n being capability number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sets {
-    pub bounding: u64,
-    pub effective: u64,
-    pub permitted: u64,
-    pub inheritable: u64,
-    pub ambient: u64,
+pub(crate) struct Sets {
+    bounding: u64,
+    effective: u64,
+    permitted: u64,
+    inheritable: u64,
+    ambient: u64,
 }
 
 /// Without CAP_, in the order of the kernel's numbers (linux/capability.h).
@@ -69,7 +69,7 @@ const NAMES: [&str; 41] = [
 const SYS_ADMIN: u64 = 1 << 21;
 
 /// `CAP_SYS_ADMIN` of a number.
-pub fn name(number: usize) -> String {
+pub(crate) fn name(number: usize) -> String {
     NAMES.get(number).map_or_else(
         || format!("capability {number}"),
         |name| format!("CAP_{name}"),
@@ -88,7 +88,7 @@ fn bit(name: &str) -> Option<u64> {
 
 /// The bits of names. One that is unknown is left out and told in the log, as the
 /// specification has it (config.md, capabilities).
-pub fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
+pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
     names.into_iter().fold(0, |mask, name| match bit(name) {
         Some(bit) => mask | bit,
         None => {
@@ -110,7 +110,7 @@ fn names(mask: u64) -> String {
 impl Sets {
     /// Without what can not be had: names that are unknown, and ambient capabilities that are
     /// not both permitted and inheritable. Each is told in the log.
-    pub fn from_spec(capabilities: &Capabilities) -> Sets {
+    pub(crate) fn from_spec(capabilities: &Capabilities) -> Sets {
         let mut told = BTreeSet::new();
         let mut mask = |names: &Option<Vec<String>>| {
             let names = names.iter().flatten().map(String::as_str);
@@ -139,7 +139,7 @@ impl Sets {
     ///
     /// # Errors
     /// Effective capabilities that are not permitted, which the kernel would refuse.
-    pub fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let excess = self.effective & !self.permitted;
         if excess != 0 {
             refuse!(
@@ -153,7 +153,7 @@ impl Sets {
     /// Adds capabilities, as `exec --cap` does: never to the inheritable ones, which would
     /// go on to programs with capabilities of their file's own (CVE-2022-29162); and so to
     /// the ambient ones only as far as the configuration made them inheritable.
-    pub fn add(&mut self, mask: u64) {
+    pub(crate) fn add(&mut self, mask: u64) {
         self.bounding |= mask;
         self.effective |= mask;
         self.permitted |= mask;
@@ -161,7 +161,7 @@ impl Sets {
     }
 
     /// Limits the bounding set of this process. Needs CAP_SETPCAP, so it comes first.
-    pub fn drop_bounding(&self) -> Result<()> {
+    pub(crate) fn drop_bounding(&self) -> Result<()> {
         // A number that this kernel does not have gives EINVAL: all were seen then.
         for number in 0..64 {
             if self.bounding & (1 << number) != 0 {
@@ -186,7 +186,7 @@ impl Sets {
     /// The program does not get CAP_SYS_ADMIN from this: execve(2) computes the new sets from the
     /// bounding, the inheritable and the ambient set alone, and it is added to none of these
     /// ("Transformation of capabilities during execve()" in capabilities(7)).
-    pub fn apply(&self, until_execution: bool) -> Result<()> {
+    pub(crate) fn apply(&self, until_execution: bool) -> Result<()> {
         let with = |more: u64| CapabilitySets {
             effective: CapabilitySet::from_bits_retain(self.effective | more),
             permitted: CapabilitySet::from_bits_retain(self.permitted | more),

@@ -24,18 +24,18 @@ const STANDARD: u32 = 3;
 /// The descriptors of rrun's caller that the program gets beside the standard three, and those
 /// that it must not get.
 #[derive(Clone, Debug, Default)]
-pub struct Descriptors {
+pub(crate) struct Descriptors {
     /// How many sockets LISTEN_FDS announces.
-    pub listen: u32,
+    pub(crate) listen: u32,
     /// How many further descriptors --preserve-fds requests.
-    pub preserve: u32,
+    preserve: u32,
     /// All other descriptors that the caller left open, in ascending order.
     leaked: Vec<u32>,
 }
 
 /// The descriptors, other than the standard three, that rrun's caller left open, in ascending
 /// order. Must be called before rrun opens a file of its own.
-pub fn inherited() -> Result<Vec<u32>> {
+pub(crate) fn inherited() -> Result<Vec<u32>> {
     let doing = || format!("look at the open descriptors in {OPEN}");
     // Since Linux 6.2 the size is the number of open descriptors; before, it is 0.
     let size = rustix::fs::stat(OPEN).doing(doing)?.st_size;
@@ -62,7 +62,7 @@ pub fn inherited() -> Result<Vec<u32>> {
 }
 
 /// Marks every inherited descriptor close-on-exec, so that hooks do not get it.
-pub fn keep_from_hooks() -> Result<()> {
+pub(crate) fn keep_from_hooks() -> Result<()> {
     syscalls::close_range_cloexec(STANDARD).doing(|| "mark descriptors close-on-exec")
 }
 
@@ -73,7 +73,7 @@ impl Descriptors {
     /// # Errors
     /// A descriptor that the program should get is not open: a descriptor of rrun's own could
     /// take its number.
-    pub fn new(listen: u32, preserve: u32, mut inherited: Vec<u32>) -> Result<Descriptors> {
+    pub(crate) fn new(listen: u32, preserve: u32, mut inherited: Vec<u32>) -> Result<Descriptors> {
         let mut descriptors = Descriptors {
             listen,
             preserve,
@@ -103,7 +103,7 @@ impl Descriptors {
 
     /// Closes what the caller leaked. A new process must do this first, because other processes of
     /// the container may see it as soon as it exists.
-    pub fn close_leaked(&self) -> Result<()> {
+    pub(crate) fn close_leaked(&self) -> Result<()> {
         let adjacent = |a: &u32, b: &u32| b.checked_sub(1) == Some(*a);
         for range in self.leaked.chunk_by(adjacent) {
             if let (Some(first), Some(last)) = (range.first(), range.last()) {
@@ -120,7 +120,7 @@ impl Descriptors {
     ///
     /// # Safety
     /// Nothing that owns another descriptor may be used or dropped afterwards.
-    pub unsafe fn close_all_but(&self, kept: &[BorrowedFd<'_>]) -> Result<()> {
+    pub(crate) unsafe fn close_all_but(&self, kept: &[BorrowedFd<'_>]) -> Result<()> {
         let doing = || "close the descriptors that the container must not have";
         for number in STANDARD..self.first_closed() {
             // SAFETY: rrun inherited this descriptor and never closes it.

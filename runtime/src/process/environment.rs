@@ -14,7 +14,7 @@ const PASSWD_LIMIT: u64 = 4 << 20;
 
 /// # Errors
 /// An entry that is no `NAME=value`, by its place.
-pub fn from_spec(env: &[String]) -> Result<Vec<CString>> {
+pub(crate) fn from_spec(env: &[String]) -> Result<Vec<CString>> {
     env.iter()
         .enumerate()
         .map(|(index, entry)| {
@@ -35,7 +35,7 @@ pub fn from_spec(env: &[String]) -> Result<Vec<CString>> {
 /// /proc that file cannot be opened safely, and HOME is /. Announces preserved sockets as systemd
 /// does. If a name occurs twice, only the last entry stays: programs use the first that they find,
 /// and `exec --env` appends.
-pub fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
+pub(crate) fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
     let has_home = env
         .iter()
         .rfind(|entry| name_of(entry) == b"HOME")

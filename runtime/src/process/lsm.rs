@@ -16,7 +16,7 @@ const APPARMOR_ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 
 /// Profile and label that a process is to be executed with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Labels {
+pub(crate) struct Labels {
     apparmor: Option<String>,
     selinux: Option<String>,
 }
@@ -26,7 +26,7 @@ pub struct Labels {
 /// They are opened while /proc is the host's: what a container has there may be anything
 /// (CVE-2019-16884), or nothing.
 #[derive(Default)]
-pub struct OpenLabels {
+pub(crate) struct OpenLabels {
     apparmor: Option<(OwnedFd, String)>,
     selinux: Option<OpenSelinux>,
 }
@@ -42,19 +42,19 @@ fn given(text: Option<&String>) -> Option<String> {
 }
 
 /// Whether the kernel enforces AppArmor profiles.
-pub fn has_apparmor() -> bool {
+fn has_apparmor() -> bool {
     std::fs::read(APPARMOR_ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
 }
 
 /// Whether the kernel enforces SELinux labels.
-pub fn has_selinux() -> bool {
+pub(crate) fn has_selinux() -> bool {
     rustix::fs::statfs(SELINUX_MOUNT).is_ok_and(|fs| fs.f_type as u64 == SELINUX_MAGIC)
 }
 
 impl Labels {
     /// # Errors
     /// What the kernel does not have, by its field.
-    pub fn from_spec(process: &spec::Process) -> Result<Labels> {
+    pub(crate) fn from_spec(process: &spec::Process) -> Result<Labels> {
         let labels = Labels {
             apparmor: given(process.apparmor_profile.as_ref()),
             selinux: given(process.selinux_label.as_ref()),
@@ -83,7 +83,7 @@ impl Labels {
     }
 
     /// Opens what [`OpenLabels::apply`] will write to, in the host's /proc.
-    pub fn open(&self) -> Result<OpenLabels> {
+    pub(crate) fn open(&self) -> Result<OpenLabels> {
         if *self == Labels::default() {
             return Ok(OpenLabels::default());
         }
@@ -120,7 +120,7 @@ impl Labels {
 
 impl OpenLabels {
     /// Has a session keyring that is made next belong to the label, if there is one.
-    pub fn label_keyring<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn label_keyring<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(selinux) = &self.selinux else {
             return make();
         };
@@ -137,7 +137,7 @@ impl OpenLabels {
     }
 
     /// Has the program that this process executes run with profile and label.
-    pub fn apply(&self) -> Result<()> {
+    pub(crate) fn apply(&self) -> Result<()> {
         if let Some((file, profile)) = &self.apparmor {
             let request = format!("exec {profile}");
             match rustix::io::write(file, request.as_bytes()) {

@@ -7,7 +7,7 @@ use crate::sys::number_list::NumberSet;
 use crate::sys::syscalls;
 
 /// linux/mempolicy.h
-pub const MODES: [(&str, u32); 7] = [
+pub(crate) const MODES: [(&str, u32); 7] = [
     ("MPOL_DEFAULT", 0),
     ("MPOL_PREFERRED", 1),
     ("MPOL_BIND", 2),
@@ -18,7 +18,7 @@ pub const MODES: [(&str, u32); 7] = [
 ];
 
 /// linux/mempolicy.h
-pub const FLAGS: [(&str, u32); 3] = [
+pub(crate) const FLAGS: [(&str, u32); 3] = [
     ("MPOL_F_NUMA_BALANCING", 1 << 13),
     ("MPOL_F_RELATIVE_NODES", 1 << 14),
     ("MPOL_F_STATIC_NODES", 1 << 15),
@@ -26,7 +26,7 @@ pub const FLAGS: [(&str, u32); 3] = [
 
 /// Mode with flags, and nodes, as the system call wants them.
 #[derive(Clone, Debug)]
-pub struct MemoryPolicy {
+pub(crate) struct MemoryPolicy {
     name: &'static str,
     mode: u32,
     nodes: Option<NumberSet>,
@@ -35,7 +35,7 @@ pub struct MemoryPolicy {
 impl MemoryPolicy {
     /// # Errors
     /// Names that mean nothing, nodes that contradict the mode, by their field.
-    pub fn from_spec(policy: &spec::MemoryPolicy) -> Result<MemoryPolicy> {
+    pub(crate) fn from_spec(policy: &spec::MemoryPolicy) -> Result<MemoryPolicy> {
         let field = "linux.memoryPolicy";
         let Some((name, mode)) = MODES.iter().find(|(name, _)| *name == policy.mode) else {
             refuse!("{field}.mode: {:?} is unknown", policy.mode);
@@ -60,7 +60,7 @@ impl MemoryPolicy {
     }
 
     /// Sets the policy of this process.
-    pub fn apply(&self) -> Result<()> {
+    pub(crate) fn apply(&self) -> Result<()> {
         syscalls::set_mempolicy(self.mode, self.nodes.as_ref())
             .doing(|| format!("set linux.memoryPolicy to {}", self.name))
     }

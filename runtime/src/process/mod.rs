@@ -1,14 +1,14 @@
 //! The process that a configuration asks for: its arguments, environment, user, limits.
 //! One of these is a container's first process, others enter by `exec`.
 
-pub mod capabilities;
-pub mod descriptors;
-pub mod environment;
-pub mod lsm;
-pub mod memory_policy;
-pub mod personality;
-pub mod scheduling;
-pub mod terminal;
+pub(crate) mod capabilities;
+pub(crate) mod descriptors;
+pub(crate) mod environment;
+pub(crate) mod lsm;
+pub(crate) mod memory_policy;
+pub(crate) mod personality;
+pub(crate) mod scheduling;
+pub(crate) mod terminal;
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -41,24 +41,24 @@ struct Rlimit {
 
 /// A process to be, checked and in the form that the system calls want.
 #[derive(Clone, Debug)]
-pub struct Process {
-    pub args: Vec<CString>,
-    pub env: Vec<CString>,
-    pub cwd: PathBuf,
-    pub terminal: bool,
+pub(crate) struct Process {
+    pub(crate) args: Vec<CString>,
+    pub(crate) env: Vec<CString>,
+    pub(crate) cwd: PathBuf,
+    pub(crate) terminal: bool,
     /// Rows and columns of the terminal, if they are asked for.
-    pub console_size: Option<(u16, u16)>,
-    pub uid: u32,
-    pub gid: u32,
-    pub groups: Vec<u32>,
-    pub umask: Option<u32>,
+    pub(crate) console_size: Option<(u16, u16)>,
+    pub(crate) uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    pub(crate) umask: Option<u32>,
     /// None at all if the configuration says nothing about them.
-    pub capabilities: Sets,
-    pub no_new_privileges: bool,
-    pub oom_score_adj: Option<i32>,
+    pub(crate) capabilities: Sets,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) oom_score_adj: Option<i32>,
     rlimits: Vec<Rlimit>,
-    pub scheduling: Scheduling,
-    pub labels: Labels,
+    pub(crate) scheduling: Scheduling,
+    pub(crate) labels: Labels,
     personality: Option<Personality>,
     memory_policy: Option<MemoryPolicy>,
 }
@@ -66,7 +66,7 @@ pub struct Process {
 impl Process {
     /// # Errors
     /// What is missing, contradictory or not supported, by the name of its field.
-    pub fn from_spec(spec: &SpecProcess) -> Result<Process> {
+    pub(crate) fn from_spec(spec: &SpecProcess) -> Result<Process> {
         let args = spec
             .args
             .iter()
@@ -130,7 +130,7 @@ impl Process {
     }
 
     /// Takes on what the container has for all of its processes.
-    pub fn inherit(
+    pub(crate) fn inherit(
         &mut self,
         personality: Option<&spec::Personality>,
         memory_policy: Option<&spec::MemoryPolicy>,
@@ -141,7 +141,7 @@ impl Process {
     }
 
     /// Sets what needs no privilege and must be set by the process itself.
-    pub fn apply_inherited(&self) -> Result<()> {
+    pub(crate) fn apply_inherited(&self) -> Result<()> {
         if let Some(personality) = self.personality {
             personality.apply()?;
         }
@@ -152,7 +152,7 @@ impl Process {
     }
 
     /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
-    pub fn apply_limits(&self, pid: i32) -> Result<()> {
+    pub(crate) fn apply_limits(&self, pid: i32) -> Result<()> {
         self.scheduling.apply(pid)?;
         for limit in &self.rlimits {
             syscalls::setrlimit(pid, limit.resource, limit.soft, limit.hard).doing(|| {
@@ -170,7 +170,7 @@ impl Process {
     /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
     /// was set before; such a refusal is an error, for it would make the process a likelier
     /// victim than was asked for.
-    pub fn apply_oom_score_adj(&self, process: &str) -> Result<()> {
+    pub(crate) fn apply_oom_score_adj(&self, process: &str) -> Result<()> {
         let Some(adj) = self.oom_score_adj else {
             return Ok(());
         };
@@ -181,7 +181,7 @@ impl Process {
 
     /// Takes on group and user ids and capabilities, for good. Afterwards nothing privileged is
     /// possible, except to load a filter, for which `until_execution` keeps CAP_SYS_ADMIN.
-    pub fn become_user(&self, until_execution: bool) -> Result<()> {
+    pub(crate) fn become_user(&self, until_execution: bool) -> Result<()> {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {
@@ -209,7 +209,7 @@ impl Process {
     ///
     /// # Errors
     /// In runc's words, which its callers look for.
-    pub fn find_program(&self) -> Result<CString> {
+    pub(crate) fn find_program(&self) -> Result<CString> {
         let Some(name) = self.args.first() else {
             refuse!("process.args: must have at least the program to run");
         };
@@ -248,7 +248,7 @@ impl Process {
 
     /// Makes standard input, output and error belong to the process's user, so that it can
     /// open them again through /dev/stdout.
-    pub fn own_stdio(&self) {
+    pub(crate) fn own_stdio(&self) {
         if self.uid == 0 {
             return;
         }
@@ -271,7 +271,7 @@ impl Process {
 }
 
 /// Why a program can not be executed, in runc's words with the kernel's name beside them.
-pub fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
+fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
     use rustix::io::Errno;
     Error::new(match errno {
         Errno::NOENT => {
@@ -285,7 +285,7 @@ pub fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
 }
 
 /// The error of an execve(2) that failed although [`Process::find_program`] found the program.
-pub fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
+pub(crate) fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
     use rustix::io::Errno;
     match errno {
         Errno::NOENT => Error::new(format!(
@@ -362,7 +362,7 @@ fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
 /// Also if the directory lies outside the root. Links in /proc lead to the root, the working
 /// directory and the descriptors of a process, and the container may see processes of the host
 /// there (CVE-2024-21626).
-pub fn enter_cwd(cwd: &Path) -> Result<()> {
+pub(crate) fn enter_cwd(cwd: &Path) -> Result<()> {
     rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
     let current = rustix::process::getcwd(Vec::new())
         .doing(|| format!("ask where process.cwd {} is", cwd.display()))?;
@@ -378,7 +378,7 @@ pub fn enter_cwd(cwd: &Path) -> Result<()> {
 /// Makes the missing working directory in the current root, and enters it. Follows no link in /proc
 /// that leads into a process: this process has more rights than the program, and could make
 /// directories on the host.
-pub fn make_cwd(cwd: &Path) -> Result<()> {
+pub(crate) fn make_cwd(cwd: &Path) -> Result<()> {
     let root = rustix::fs::open(
         "/",
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,

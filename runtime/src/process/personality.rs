@@ -6,7 +6,7 @@ use crate::log;
 use crate::sys::syscalls;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Personality {
+pub(crate) struct Personality {
     name: &'static str,
     persona: u32,
 }
@@ -28,7 +28,7 @@ impl Personality {
     ///
     /// # Errors
     /// A domain that is unknown.
-    pub fn from_spec(personality: &spec::Personality) -> Result<Personality> {
+    pub(crate) fn from_spec(personality: &spec::Personality) -> Result<Personality> {
         for flag in personality.flags.iter().flatten() {
             log::warning(&format!(
                 "linux.personality.flags: {flag:?} is ignored, the specification has none"
@@ -44,7 +44,7 @@ impl Personality {
     }
 
     /// Sets that of this process.
-    pub fn apply(self) -> Result<()> {
+    pub(crate) fn apply(self) -> Result<()> {
         syscalls::personality(self.persona)
             .doing(|| format!("set linux.personality to {}", self.name))
     }

@@ -39,7 +39,7 @@ const IO_CLASS_SHIFT: i32 = 13;
 
 /// What is asked for, in the form of the system calls.
 #[derive(Clone, Debug, Default)]
-pub struct Scheduling {
+pub(crate) struct Scheduling {
     scheduler: Option<SchedAttr>,
     /// The `ioprio` of ioprio_set(2).
     io_priority: Option<i32>,
@@ -52,7 +52,7 @@ pub struct Scheduling {
 impl Scheduling {
     /// # Errors
     /// Names that mean nothing, values that contradict the policy, by their field.
-    pub fn from_spec(process: &spec::Process) -> Result<Scheduling> {
+    pub(crate) fn from_spec(process: &spec::Process) -> Result<Scheduling> {
         let affinity = process.exec_cpu_affinity.clone().unwrap_or_default();
         let cpus = |field: &str, list: &str| {
             NumberSet::parse(list)
@@ -68,7 +68,7 @@ impl Scheduling {
 
     /// Gives a process, 0 being this one, its scheduler and I/O priority. Both can need
     /// CAP_SYS_NICE on the host.
-    pub fn apply(&self, pid: i32) -> Result<()> {
+    pub(crate) fn apply(&self, pid: i32) -> Result<()> {
         if let Some(attr) = &self.scheduler {
             syscalls::sched_setattr(pid, attr).doing(|| {
                 let policy = POLICIES.iter().find(|(_, number)| *number == attr.policy);
@@ -94,7 +94,7 @@ impl Scheduling {
     }
 
     /// Puts the caller on the CPUs on which a process of `exec` is to be born.
-    pub fn apply_initial_affinity(&self) -> Result<()> {
+    pub(crate) fn apply_initial_affinity(&self) -> Result<()> {
         match &self.initial {
             Some(cpus) => {
                 syscalls::sched_setaffinity(cpus).doing(|| "set process.execCPUAffinity.initial")
@@ -104,7 +104,7 @@ impl Scheduling {
     }
 
     /// From a process of `exec`, in the container's cgroup.
-    pub fn apply_final_affinity(&self) -> Result<()> {
+    pub(crate) fn apply_final_affinity(&self) -> Result<()> {
         match (&self.initial, &self.last) {
             (_, Some(cpus)) => {
                 syscalls::sched_setaffinity(cpus).doing(|| "set process.execCPUAffinity.final")
@@ -120,7 +120,7 @@ impl Scheduling {
 
 /// Frees this process of the CPUs that rrun's caller is bound to: of a container's processes
 /// only its own cpuset says where they run, and the kernel cuts what is asked for to that.
-pub fn leave_callers_cpus() {
+pub(crate) fn leave_callers_cpus() {
     if let Err(errno) = syscalls::sched_setaffinity(&NumberSet::ALL) {
         log::warning(&format!(
             "the container's process keeps the CPU affinity of rrun's caller: {errno}"

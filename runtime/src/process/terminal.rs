@@ -18,21 +18,21 @@ use crate::sys::unix_socket::{self, send_descriptor};
 /// linux/magic.h
 const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 
-pub struct Terminal {
-    pub master: OwnedFd,
-    pub slave: OwnedFd,
+pub(crate) struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
     /// Its name in the container, `/dev/pts/0`.
     name: String,
 }
 
 /// Connects to the socket that is to receive the master side.
-pub fn connect_console(path: &str) -> Result<OwnedFd> {
+pub(crate) fn connect_console(path: &str) -> Result<OwnedFd> {
     unix_socket::connect("console socket", path)
 }
 
 impl Terminal {
     /// A new one, from the devpts that is mounted in the container.
-    pub fn open(rootfs: &Rootfs, size: Option<(u16, u16)>) -> Result<Terminal> {
+    pub(crate) fn open(rootfs: &Rootfs, size: Option<(u16, u16)>) -> Result<Terminal> {
         let doing = || "open /dev/pts/ptmx in the container (process.terminal)";
         // A container's image may have put anything there (CVE-2025-52565), and to open it
         // may be harm enough. In a devpts itself nobody can; nothing mounted on it is taken.
@@ -78,7 +78,7 @@ impl Terminal {
     }
 
     /// Shows the slave side as /dev/console.
-    pub fn mount_console(&self, rootfs: &Rootfs) -> Result<()> {
+    pub(crate) fn mount_console(&self, rootfs: &Rootfs) -> Result<()> {
         let doing = || "mount the terminal on /dev/console";
         let target = rootfs.mount_target(Path::new("/dev/console"), Target::File)?;
         let slave = clone_descriptor(&self.slave, false).doing(doing)?;
@@ -86,7 +86,7 @@ impl Terminal {
     }
 
     /// Gives the master side to the socket that was named, or else to rrun's own relay.
-    pub fn hand_over(&self, socket: Option<BorrowedFd<'_>>, relay: &Channel) -> Result<()> {
+    pub(crate) fn hand_over(&self, socket: Option<BorrowedFd<'_>>, relay: &Channel) -> Result<()> {
         if let Some(socket) = socket {
             return self.send_master(socket);
         }
@@ -106,7 +106,7 @@ impl Terminal {
     }
 
     /// Makes the slave side this session's terminal and standard input, output and error.
-    pub fn take(&self) -> Result<()> {
+    pub(crate) fn take(&self) -> Result<()> {
         set_controlling_terminal(self.slave.as_fd()).doing(|| "take the terminal")?;
         let doing = || "make the terminal standard input, output and error";
         rustix::stdio::dup2_stdin(&self.slave).doing(doing)?;

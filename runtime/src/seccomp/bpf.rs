@@ -8,11 +8,11 @@
 use crate::sys::syscalls::SockFilter;
 
 /// `BPF_MAXINSNS` of linux/bpf_common.h.
-pub const LIMIT: usize = 4096;
+pub(crate) const LIMIT: usize = 4096;
 
 /// Offsets in `struct seccomp_data` (linux/seccomp.h).
-pub const NUMBER: u32 = 0;
-pub const ARCHITECTURE: u32 = 4;
+pub(crate) const NUMBER: u32 = 0;
+pub(crate) const ARCHITECTURE: u32 = 4;
 
 const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
 const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
@@ -22,7 +22,7 @@ const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 /// What a conditional jump asks of the accumulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Test {
+pub(crate) enum Test {
     Equal = 0x15,          // BPF_JMP | BPF_JEQ | BPF_K
     Greater = 0x25,        // BPF_JMP | BPF_JGT | BPF_K
     GreaterOrEqual = 0x35, // BPF_JMP | BPF_JGE | BPF_K
@@ -30,11 +30,11 @@ pub enum Test {
 
 /// A place in the program, counted from its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place(usize);
+pub(crate) struct Place(usize);
 
 /// Where to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Goal {
+pub(crate) enum Goal {
     /// The filter's answer, `SECCOMP_RET_*` with its data.
     Return(u32),
     At(Place),
@@ -42,7 +42,7 @@ pub enum Goal {
 
 /// A program in the making.
 #[derive(Default)]
-pub struct Program {
+pub(crate) struct Program {
     /// The last instruction first.
     reversed: Vec<SockFilter>,
     /// For answers and far places, where the latest stepping stone to them is.
@@ -99,7 +99,7 @@ impl Program {
     }
 
     /// Goes on at one goal or the other, by the accumulator.
-    pub fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
+    pub(crate) fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
         if if_true == if_false {
             return if_true;
         }
@@ -121,7 +121,7 @@ impl Program {
 
     /// Loads a word of `seccomp_data` into the accumulator, keeps the bits in `mask`, and
     /// goes on at `goal`.
-    pub fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
+    pub(crate) fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
         self.fall_into(goal);
         if mask != u32::MAX {
             self.push(AND, 0, 0, mask);
@@ -130,7 +130,7 @@ impl Program {
     }
 
     /// The program that begins at `goal`.
-    pub fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
+    pub(crate) fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
         self.fall_into(goal);
         self.reversed.reverse();
         self.reversed
@@ -139,7 +139,12 @@ impl Program {
 
 /// What the kernel would do with a program and a system call.
 #[cfg(test)]
-pub fn interpret(program: &[SockFilter], architecture: u32, number: u32, args: &[u64; 6]) -> u32 {
+pub(crate) fn interpret(
+    program: &[SockFilter],
+    architecture: u32,
+    number: u32,
+    args: &[u64; 6],
+) -> u32 {
     let mut data = Vec::new();
     data.extend(number.to_le_bytes());
     data.extend(architecture.to_le_bytes());

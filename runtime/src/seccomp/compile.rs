@@ -136,7 +136,7 @@ struct Chain {
 
 /// # Errors
 /// A profile that needs more instructions than the kernel takes.
-pub fn compile(profile: &Checked) -> Result<Vec<SockFilter>> {
+pub(crate) fn compile(profile: &Checked) -> Result<Vec<SockFilter>> {
     let mut compiler = Compiler {
         profile,
         program: Program::default(),

@@ -15,7 +15,7 @@ use crate::sys::child::{end, trap};
 use crate::sys::syscalls::{self, SockFilter};
 
 /// Flags by their names; seccomp(2) explains them.
-pub const FLAGS: [(&str, u32); 4] = [
+pub(crate) const FLAGS: [(&str, u32); 4] = [
     (TSYNC, 0),
     (
         "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
@@ -34,13 +34,13 @@ const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 
 /// A filter ready to be loaded; as JSON, part of a container's state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Filter {
+pub(crate) struct Filter {
     #[serde(serialize_with = "to_hex", deserialize_with = "from_hex")]
     program: Vec<SockFilter>,
     /// `SECCOMP_FILTER_FLAG_*`.
     flags: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub listener: Option<Listener>,
+    pub(crate) listener: Option<Listener>,
 }
 
 impl Filter {
@@ -48,7 +48,7 @@ impl Filter {
     ///
     /// # Errors
     /// What is unknown, contradictory, or not in this kernel, by the name of its field.
-    pub fn from_profile(profile: &SeccompProfile) -> Result<Option<Filter>> {
+    pub(crate) fn from_profile(profile: &SeccompProfile) -> Result<Option<Filter>> {
         if profile.is_empty() {
             return Ok(None);
         }
@@ -78,14 +78,14 @@ impl Filter {
 
     /// Filters this process's calls from now on, for good. Gives the listener, if there is
     /// one.
-    pub fn load(&self) -> Result<Option<OwnedFd>> {
+    pub(crate) fn load(&self) -> Result<Option<OwnedFd>> {
         syscalls::load_seccomp_filter(&self.program, self.flags)
             .doing(|| "load the seccomp filter (linux.seccomp)")
     }
 
     /// As [`Filter::load`], but returns only when the agent has the listener, if there is one.
     /// Makes no system call once the filter is loaded.
-    pub fn confine(&self, reporter: &Reporter) -> Result<()> {
+    pub(crate) fn confine(&self, reporter: &Reporter) -> Result<()> {
         if let Some(listener) = self.load()? {
             if !reporter.await_agent(listener.as_fd()) {
                 self.end();
@@ -97,7 +97,7 @@ impl Filter {
     }
 
     /// Ends this process once the filter is loaded.
-    pub fn end(&self) -> ! {
+    pub(crate) fn end(&self) -> ! {
         if self.listener.is_some() {
             // The filter may send exit_group(2) to the agent. If the agent is gone, nobody answers:
             // the kernel sees that this process itself holds the listener, and lets it wait for
@@ -143,7 +143,7 @@ fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
 }
 
 /// Whether this kernel has filters with that flag.
-pub fn supports(flag: &str) -> bool {
+pub(crate) fn supports(flag: &str) -> bool {
     FLAGS.iter().any(|(name, flag_bit)| {
         let with = if *flag_bit == WAIT_KILLABLE_RECV {
             NEW_LISTENER

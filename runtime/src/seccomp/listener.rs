@@ -19,15 +19,15 @@ const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
 /// Where the agent listens, and what it is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Listener {
+pub(crate) struct Listener {
     /// Path of a unix socket on the host.
-    pub path: String,
+    pub(crate) path: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub metadata: Option<String>,
+    pub(crate) metadata: Option<String>,
 }
 
 /// A connection to the agent, good for one process.
-pub struct Agent<'a> {
+pub(crate) struct Agent<'a> {
     listener: &'a Listener,
     connection: OwnedFd,
 }
@@ -44,7 +44,7 @@ struct ProcessState<'a> {
 }
 
 impl Listener {
-    pub fn connect(&self) -> Result<Agent<'_>> {
+    pub(crate) fn connect(&self) -> Result<Agent<'_>> {
         let doing = || format!("connect to linux.seccomp.listenerPath {}", self.path);
         let connection = socket_with(
             AddressFamily::UNIX,
@@ -62,7 +62,7 @@ impl Listener {
     }
 
     /// Checks that the agent's socket exists, for a container whose `start` will connect to it.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let doing = || format!("look for linux.seccomp.listenerPath {}", self.path);
         let stat = rustix::fs::stat(&*self.path).doing(doing)?;
         match FileType::from_raw_mode(stat.st_mode) {
@@ -75,7 +75,7 @@ impl Listener {
 impl Agent<'_> {
     /// Waits until the process has loaded its filter, hands the filter's listener to the agent, and
     /// lets the process go on.
-    pub fn serve(
+    pub(crate) fn serve(
         self,
         report: &Report,
         process: &OwnedFd,

@@ -5,19 +5,19 @@
 //! from the [`table`], [`compile`] makes a program of them by means of [`bpf`], a process
 //! loads it, and the [`listener`], if there is one, is told.
 
-pub mod architecture;
+pub(crate) mod architecture;
 mod bpf;
 mod compile;
 mod filter;
 mod listener;
 mod profile;
 mod shared_page;
-pub mod table;
+pub(crate) mod table;
 
-pub use filter::{FLAGS, Filter, supports};
-pub use listener::Agent;
-pub use profile::{ACTIONS, OPERATORS};
-pub use shared_page::{Report, SharedPage};
+pub(crate) use filter::{FLAGS, Filter, supports};
+pub(crate) use listener::Agent;
+pub(crate) use profile::{ACTIONS, OPERATORS};
+pub(crate) use shared_page::{Report, SharedPage};
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use crate::config::spec::{SeccompArg, SeccompCallName, SeccompProfile, SeccompSy
 use crate::error::{Result, refuse};
 
 /// Every action's name in alphabetical order, and the filter's answer (linux/seccomp.h).
-pub const ACTIONS: [(&str, u32); 9] = [
+pub(crate) const ACTIONS: [(&str, u32); 9] = [
     ("SCMP_ACT_ALLOW", libc::SECCOMP_RET_ALLOW),
     ("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO),
     ("SCMP_ACT_KILL", libc::SECCOMP_RET_KILL_THREAD),
@@ -20,7 +20,7 @@ pub const ACTIONS: [(&str, u32); 9] = [
 ];
 
 /// Every operator's name, in alphabetical order.
-pub const OPERATORS: [&str; 7] = [
+pub(crate) const OPERATORS: [&str; 7] = [
     "SCMP_CMP_EQ",
     "SCMP_CMP_GE",
     "SCMP_CMP_GT",
@@ -35,7 +35,7 @@ const LARGEST_ERRNO: u32 = 4095;
 
 /// What an argument is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comparison {
+pub(crate) enum Comparison {
     Equal(u64),
     NotEqual(u64),
     Less(u64),
@@ -51,31 +51,31 @@ pub enum Comparison {
 
 /// A condition on an argument, the first being number 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Condition {
-    pub argument: u32,
-    pub comparison: Comparison,
+pub(crate) struct Condition {
+    pub(crate) argument: u32,
+    pub(crate) comparison: Comparison,
 }
 
 /// For some calls, what to answer if all conditions hold.
 #[derive(Clone, Debug)]
-pub struct Rule {
-    pub answer: u32,
-    pub conditions: Vec<Condition>,
+pub(crate) struct Rule {
+    pub(crate) answer: u32,
+    pub(crate) conditions: Vec<Condition>,
 }
 
 /// A profile, checked.
-pub struct Checked {
+pub(crate) struct Checked {
     /// `SECCOMP_RET_*` with its data.
-    pub default: u32,
+    pub(crate) default: u32,
     /// What is filtered for, this kernel's own architecture included.
-    pub architectures: Vec<Architecture>,
-    pub rules: Vec<Rule>,
+    pub(crate) architectures: Vec<Architecture>,
+    pub(crate) rules: Vec<Rule>,
     /// Which of the rules, by their place, are for which calls, in the profile's order.
-    pub calls: Vec<(Syscall, u16)>,
+    pub(crate) calls: Vec<(Syscall, u16)>,
     /// Every call that the profile names, whatever it says of it.
-    pub named: Vec<Syscall>,
+    pub(crate) named: Vec<Syscall>,
     /// Calls that some other process is asked about.
-    pub notifies: bool,
+    pub(crate) notifies: bool,
 }
 
 fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
@@ -136,17 +136,17 @@ fn condition(field: impl Fn() -> String, arg: &SeccompArg) -> Result<Condition> 
 
 impl SeccompProfile {
     /// runc's callers write an empty object where they mean no seccomp at all.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.default_action.is_empty() && self.syscalls.as_ref().is_none_or(Vec::is_empty)
     }
 
     /// # Errors
     /// What is unknown or contradictory, by the name of its field.
-    pub fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<Checked> {
+    pub(crate) fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<Checked> {
         self.check_for(NATIVE, unknown)
     }
 
-    pub fn check_for(
+    pub(crate) fn check_for(
         &self,
         native: Architecture,
         unknown: &mut dyn FnMut(&str),

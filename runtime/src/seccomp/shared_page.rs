@@ -67,14 +67,14 @@ const LOOK_AGAIN: Timespec = Timespec {
 };
 
 /// The page, in the process that will be filtered.
-pub struct SharedPage {
+pub(crate) struct SharedPage {
     file: OwnedFd,
     content: &'static Content,
 }
 
 impl SharedPage {
     /// Must be called before the limits of the process are set, because they may forbid it.
-    pub fn new() -> Result<SharedPage> {
+    pub(crate) fn new() -> Result<SharedPage> {
         let doing = || "make shared memory for the reports of a filtered process (memfd_create)";
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = match rustix::fs::memfd_create("rrun", flags | MemfdFlags::NOEXEC_SEAL) {
@@ -96,7 +96,7 @@ impl SharedPage {
     }
 
     /// Writes the program's path into the page, and hands the page over with `send`.
-    pub fn hand_over(
+    pub(crate) fn hand_over(
         self,
         program: &CStr,
         send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
@@ -114,12 +114,12 @@ impl AsFd for SharedPage {
 }
 
 /// The page in the process, once rrun has it as well.
-pub struct Reporter(&'static Content);
+pub(crate) struct Reporter(&'static Content);
 
 impl Reporter {
     /// Reports the listener's descriptor to rrun, and waits until the agent has it. False: rrun
     /// failed to hand it over and reports the reason, or rrun is dead.
-    pub fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
+    pub(crate) fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
         let number = listener.as_raw_fd() as u32;
         self.0.listener.store(number, Ordering::Release);
         for _ in 0..PATIENCE {
@@ -132,25 +132,25 @@ impl Reporter {
     }
 
     /// Reports why the program could not be executed.
-    pub fn failed(&self, errno: Errno) {
+    pub(crate) fn failed(&self, errno: Errno) {
         let number = errno.raw_os_error() as u32;
         self.0.failure.store(number, Ordering::Release);
     }
 
     /// Reports why the program is not executed at all.
-    pub fn hook_failed(&self, error: &Error) {
+    pub(crate) fn hook_failed(&self, error: &Error) {
         self.0.write(error.to_string().as_bytes());
         self.0.failure.store(HOOK_FAILED, Ordering::Release);
     }
 }
 
 /// The same page, in rrun outside the container.
-pub struct Report {
+pub(crate) struct Report {
     file: File,
 }
 
 impl Report {
-    pub fn new(page: OwnedFd) -> Report {
+    pub(crate) fn new(page: OwnedFd) -> Report {
         Report { file: page.into() }
     }
 
@@ -162,7 +162,7 @@ impl Report {
 
     /// Waits until the process has loaded its filter, and returns the number of its listener.
     /// `None`: the process died or failed before that.
-    pub fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
+    pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
         loop {
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
             let dead = poll(&mut process, Some(&LOOK_AGAIN)).is_ok_and(|dead| dead > 0);
@@ -176,7 +176,7 @@ impl Report {
     }
 
     /// Lets the process go on if the agent has the listener (`taken`); otherwise the process ends.
-    pub fn answer(&self, taken: bool) {
+    pub(crate) fn answer(&self, taken: bool) {
         let word = if taken { TAKEN } else { REFUSED };
         // If this fails, the process gives up after a while.
         let offset = offset_of!(Content, answer) as u64;
@@ -187,7 +187,7 @@ impl Report {
     ///
     /// # Errors
     /// A hook failed under the filter, or the program could not be executed.
-    pub fn verdict(&self) -> Result<()> {
+    pub(crate) fn verdict(&self) -> Result<()> {
         let Some(errno) = self.word(offset_of!(Content, failure)) else {
             return Ok(());
         };

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::sys::syscalls::pidfd_send_signal;
 
 /// Ends the process without running anything of its parent's that it was born with.
-pub fn end() -> ! {
+pub(crate) fn end() -> ! {
     // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
     unsafe { libc::syscall(libc::SYS_exit_group, 1) };
     // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
@@ -20,7 +20,7 @@ pub fn end() -> ! {
 
 /// Ends the process by an instruction that the processor refuses. A filter can hold or refuse every
 /// system call, exit_group(2) included, but not this.
-pub fn trap() -> ! {
+pub(crate) fn trap() -> ! {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the instruction raises SIGILL, which has its default disposition and ends the process.
     unsafe {
@@ -37,7 +37,7 @@ pub fn trap() -> ! {
 
 /// Ends the process on any way out of its story, so that a copy of rrun never returns into
 /// the parent's code.
-pub struct NeverReturn;
+pub(crate) struct NeverReturn;
 
 impl Drop for NeverReturn {
     fn drop(&mut self) {
@@ -46,14 +46,14 @@ impl Drop for NeverReturn {
 }
 
 /// Kills a child and takes its status, so that nothing is left of it.
-pub fn end_child(pidfd: &OwnedFd) {
+pub(crate) fn end_child(pidfd: &OwnedFd) {
     let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
     while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }
 
 /// Waits until a process is dead that has closed its end of the channel, which it does on its
 /// way there: only then [`explain_death`] can tell of what.
-pub fn await_death(pidfd: &OwnedFd) {
+pub(crate) fn await_death(pidfd: &OwnedFd) {
     const DEAD_WITHIN: Timespec = Timespec {
         tv_sec: 10,
         tv_nsec: 0,
@@ -63,7 +63,7 @@ pub fn await_death(pidfd: &OwnedFd) {
 }
 
 /// If the process died without a word, says of what.
-pub fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
+pub(crate) fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
         Ok(Some(status)) => match status.terminating_signal() {

@@ -27,7 +27,7 @@ struct CloneArgs {
 }
 
 /// Which of the two processes returned from [`clone3`].
-pub enum Cloned {
+pub(crate) enum Cloned {
     /// In the new process.
     Child,
     /// In the old one; `pid` is the new process's id in the caller's PID namespace.
@@ -41,7 +41,7 @@ pub enum Cloned {
 ///
 /// The caller must be single-threaded; then the child is an ordinary copy of it, in which
 /// any code may run. `CLONE_VM` and its like must not be among the flags.
-pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
+pub(crate) fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
     const SHARING: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
     if flags & SHARING != 0 {
         return Err(Errno::INVAL);

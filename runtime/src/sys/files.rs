@@ -12,13 +12,13 @@ use crate::error::{Context, Result, refuse};
 const SIZE_LIMIT: u64 = 16 << 20;
 
 /// Reads a file of at most [`SIZE_LIMIT`] bytes.
-pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>> {
     let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
     read_file(file, path)
 }
 
 /// Reads at most [`SIZE_LIMIT`] bytes of the file that was opened at `path`.
-pub fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read {}", path.display());
     let mut bytes = Vec::with_capacity(16 << 10);
     let read = file
@@ -36,7 +36,7 @@ pub fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Writes a file beside its place and renames it there. Both paths count from `directory`.
-pub fn write_replacing(
+pub(crate) fn write_replacing(
     directory: impl AsFd,
     new: &Path,
     path: &Path,
@@ -60,7 +60,7 @@ pub fn write_replacing(
 }
 
 /// Writes a process id to where the caller asked for it, without a newline, as runc does.
-pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
+pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}"));
     write_replacing(

@@ -9,16 +9,16 @@ use crate::sys::syscalls::check;
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MountAttr {
-    pub attr_set: u64,
-    pub attr_clr: u64,
-    pub propagation: u64,
-    pub userns_fd: u64,
+pub(crate) struct MountAttr {
+    pub(crate) attr_set: u64,
+    pub(crate) attr_clr: u64,
+    pub(crate) propagation: u64,
+    pub(crate) userns_fd: u64,
 }
 
 /// Changes the attributes of the mount that `mount` refers to, and of all below it if
 /// `recursive`. See mount_setattr(2).
-pub fn mount_setattr(
+pub(crate) fn mount_setattr(
     mount: BorrowedFd<'_>,
     recursive: bool,
     attr: &MountAttr,

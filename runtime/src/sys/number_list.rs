@@ -9,13 +9,13 @@ const BITS: usize = u64::BITS as usize;
 
 /// A set of numbers, as the bit mask that system calls take.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NumberSet {
+pub(crate) struct NumberSet {
     words: [u64; MOST / BITS],
 }
 
 impl NumberSet {
     /// Every number.
-    pub const ALL: NumberSet = NumberSet {
+    pub(crate) const ALL: NumberSet = NumberSet {
         words: [u64::MAX; MOST / BITS],
     };
 
@@ -23,7 +23,7 @@ impl NumberSet {
     ///
     /// # Errors
     /// What is no list, or a number that no kernel knows.
-    pub fn parse(list: &str) -> Result<Option<NumberSet>> {
+    pub(crate) fn parse(list: &str) -> Result<Option<NumberSet>> {
         let mut set = NumberSet {
             words: [0; MOST / BITS],
         };
@@ -49,7 +49,7 @@ impl NumberSet {
     }
 
     /// The same in bytes, the lowest first, as far as there are numbers.
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
         let mut bytes: Vec<u8> = bytes.collect();
         bytes.truncate(
@@ -61,7 +61,7 @@ impl NumberSet {
         bytes
     }
 
-    pub fn words(&self) -> &[u64] {
+    pub(crate) fn words(&self) -> &[u64] {
         &self.words
     }
 }

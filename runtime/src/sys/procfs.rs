@@ -13,20 +13,20 @@ use rustix::io::Errno;
 use crate::error::{Context, Result, refuse};
 
 /// linux/magic.h
-pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+pub(crate) const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 
 /// linux/proc_fs.h, PROC_ROOT_INO
 const ROOT_INODE: u64 = 1;
 
 /// The root directory of a procfs.
-pub struct Procfs(OwnedFd);
+pub(crate) struct Procfs(OwnedFd);
 
 impl Procfs {
     /// The one at /proc.
     ///
     /// # Errors
     /// If that is no procfs, or a part of one.
-    pub fn open() -> Result<Procfs> {
+    pub(crate) fn open() -> Result<Procfs> {
         let doing = || "open /proc";
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rustix::fs::open("/proc", flags, Mode::empty()).doing(doing)?;
@@ -38,7 +38,7 @@ impl Procfs {
     }
 
     /// Opens a file by its path below /proc, for writing.
-    pub fn for_writing(&self, path: &str) -> std::result::Result<OwnedFd, Errno> {
+    pub(crate) fn for_writing(&self, path: &str) -> std::result::Result<OwnedFd, Errno> {
         // `self` is a link, but to a name beside it.
         rustix::fs::openat2(
             &self.0,
@@ -51,7 +51,7 @@ impl Procfs {
 
     /// Opens for reading the file that descriptor `number` of this process refers to. For an O_PATH
     /// descriptor, that is the file that was looked up, even if its path names another one by now.
-    pub fn own_descriptor(&self, number: i32) -> std::result::Result<OwnedFd, Errno> {
+    pub(crate) fn own_descriptor(&self, number: i32) -> std::result::Result<OwnedFd, Errno> {
         let directory = rustix::fs::openat2(
             &self.0,
             "thread-self/fd",
@@ -66,7 +66,7 @@ impl Procfs {
     }
 
     /// Writes a file by its path below /proc with one write(2), as the kernel wants it.
-    pub fn write(&self, path: &str, text: &str) -> std::result::Result<(), Errno> {
+    pub(crate) fn write(&self, path: &str, text: &str) -> std::result::Result<(), Errno> {
         let file = self.for_writing(path)?;
         match rustix::io::write(&file, text.as_bytes())? {
             length if length == text.len() => Ok(()),
@@ -76,7 +76,7 @@ impl Procfs {
 }
 
 /// When a process was started, and whether it is a zombie; `None` if there is none.
-pub fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
+pub(crate) fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
     let path = format!("/proc/{pid}/stat");
     let mut buffer = [0u8; 1024];
     let read = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())

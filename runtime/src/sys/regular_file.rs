@@ -18,7 +18,7 @@ use crate::sys::procfs::Procfs;
 
 /// Opens the regular file at `path` for reading, and follows links. The kernel's namespace files
 /// are regular files, too. The error is the text to put after the file's name and a colon.
-pub fn open(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     let found = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let found = found.map_err(kernel_said)?;
     let (file, _) = reopen(&Procfs::open()?, &found)?;
@@ -26,7 +26,7 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
 }
 
 /// Opens for reading the file that `found`, an O_PATH descriptor, refers to, if it is regular.
-pub fn reopen(procfs: &Procfs, found: &impl AsFd) -> Result<(OwnedFd, Stat)> {
+pub(crate) fn reopen(procfs: &Procfs, found: &impl AsFd) -> Result<(OwnedFd, Stat)> {
     let stat = rustix::fs::fstat(found).map_err(kernel_said)?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {

@@ -44,7 +44,7 @@ const RTMIN: i32 = 34;
 const RTMAX: i32 = 64;
 
 /// A number, or a name with or without SIG, in upper or lower case; `RTMIN+3` as well.
-pub fn number(text: &str) -> Result<i32> {
+pub(crate) fn number(text: &str) -> Result<i32> {
     let unknown = || Error::new(format!("unknown signal \"{text}\""));
     if let Ok(number) = text.parse::<i32>() {
         return if (0..=RTMAX).contains(&number) {

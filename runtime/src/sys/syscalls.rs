@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use crate::sys::number_list::NumberSet;
 
-pub(super) fn last_errno() -> Errno {
+fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
@@ -22,7 +22,7 @@ pub(super) fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
 }
 
 /// Marks every open descriptor from `first` on close-on-exec. See close_range(2).
-pub fn close_range_cloexec(first: u32) -> Result<(), Errno> {
+pub(crate) fn close_range_cloexec(first: u32) -> Result<(), Errno> {
     // SAFETY: no memory is passed; setting a flag invalidates no descriptor.
     check(unsafe {
         libc::syscall(
@@ -39,7 +39,7 @@ pub fn close_range_cloexec(first: u32) -> Result<(), Errno> {
 ///
 /// # Safety
 /// Nothing that owns one of them may be used or dropped afterwards.
-pub unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
+pub(crate) unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
     // SAFETY: no memory is passed; the caller vouches for the descriptors.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
     Ok(())
@@ -48,7 +48,7 @@ pub unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
 /// Gives this process the session keyring of that name, or a new one, so that it no longer
 /// holds its parent's keys. Returns the keyring's number. See keyctl(2),
 /// `KEYCTL_JOIN_SESSION_KEYRING`.
-pub fn join_session_keyring(name: &str) -> Result<i64, Errno> {
+pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let name = CString::new(name).map_err(|_| Errno::INVAL)?;
     // SAFETY: the name is a NUL-terminated string that outlives the call.
@@ -56,7 +56,7 @@ pub fn join_session_keyring(name: &str) -> Result<i64, Errno> {
 }
 
 /// Says who may do what with a key. See keyctl(2), `KEYCTL_SETPERM`.
-pub fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
+pub(crate) fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
     const KEYCTL_SETPERM: libc::c_int = 5;
     // SAFETY: no memory is passed.
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, key, permissions) })?;
@@ -64,7 +64,7 @@ pub fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
 }
 
 /// Sends signal number `signal` (0 only checks) to the process behind `pidfd`.
-pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     // SAFETY: a null siginfo is allowed and means an ordinary kill(2).
     check(unsafe {
         libc::syscall(
@@ -79,7 +79,7 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno
 }
 
 /// Sends signal number `signal` to a process by its id. See kill(2).
-pub fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     check(libc::c_long::from(unsafe { libc::kill(pid, signal) }))?;
     Ok(())
@@ -96,18 +96,18 @@ fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), E
 }
 
 /// Gives a signal back its default disposition.
-pub fn default_signal(signal: i32) -> Result<(), Errno> {
+pub(crate) fn default_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_DFL)
 }
 
-pub fn ignore_signal(signal: i32) -> Result<(), Errno> {
+pub(crate) fn ignore_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_IGN)
 }
 
 /// Lets a signal end the process, with the status that shells know it by. Not as its default
 /// disposition does: the first process of a PID namespace is spared that. Executing a
 /// program resets it.
-pub fn end_at_signal(signal: i32) -> Result<(), Errno> {
+pub(crate) fn end_at_signal(signal: i32) -> Result<(), Errno> {
     extern "C" fn end(signal: i32) {
         // SAFETY: _exit is async-signal-safe, and does not return.
         unsafe { libc::_exit(128 + signal) }
@@ -122,7 +122,7 @@ pub fn end_at_signal(signal: i32) -> Result<(), Errno> {
 }
 
 /// Blocks exactly the signals in `mask`; returns those that were blocked before.
-pub fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
+pub(crate) fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
     // SAFETY: an all-zero sigset_t is a valid value of that plain type.
     let mut previous: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: both point to valid sets for the duration of the call.
@@ -132,7 +132,7 @@ pub fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
 }
 
 /// The set of no signals, or of those given.
-pub fn signal_set(signals: &[i32]) -> libc::sigset_t {
+pub(crate) fn signal_set(signals: &[i32]) -> libc::sigset_t {
     // SAFETY: sigemptyset initialises the set, sigaddset only refuses invalid numbers.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -145,7 +145,7 @@ pub fn signal_set(signals: &[i32]) -> libc::sigset_t {
 }
 
 /// A descriptor from which the signals in `mask` can be read. See signalfd(2).
-pub fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
+pub(crate) fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
     // SAFETY: mask points to a valid set; -1 asks for a new descriptor.
     let fd = check(libc::c_long::from(unsafe {
         libc::signalfd(-1, mask, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
@@ -155,7 +155,7 @@ pub fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
 }
 
 /// The number of the next signal pending in a [`signalfd`], if there is one.
-pub fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
+pub(crate) fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     let mut info = [0u8; std::mem::size_of::<libc::signalfd_siginfo>()];
     match rustix::io::read(fd, &mut info) {
         // ssi_signo is the first field, 32 bits wide.
@@ -169,7 +169,7 @@ pub fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
 
 /// An execve(2) whose arguments are already laid out for the kernel, so that the call itself
 /// allocates nothing.
-pub struct Execution<'a> {
+pub(crate) struct Execution<'a> {
     path: &'a CStr,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
@@ -177,7 +177,7 @@ pub struct Execution<'a> {
 }
 
 impl<'a> Execution<'a> {
-    pub fn new(path: &'a CStr, args: &'a [CString], env: &'a [CString]) -> Execution<'a> {
+    pub(crate) fn new(path: &'a CStr, args: &'a [CString], env: &'a [CString]) -> Execution<'a> {
         let pointers = |strings: &'a [CString]| {
             let pointers = strings.iter().map(|string| string.as_ptr());
             pointers.chain([std::ptr::null()]).collect()
@@ -191,7 +191,7 @@ impl<'a> Execution<'a> {
     }
 
     /// Replaces this process's program; returns only if that failed. Makes no other system call.
-    pub fn execute(&self) -> Errno {
+    pub(crate) fn execute(&self) -> Errno {
         // SAFETY: all strings are NUL-terminated and outlive `self`, and both arrays end with a
         // null pointer.
         unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
@@ -201,7 +201,7 @@ impl<'a> Execution<'a> {
 
 /// Replaces this process's program by the file that `file` refers to, with the environment
 /// that it has; returns only if that failed. See execveat(2).
-pub fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
+pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
     unsafe extern "C" {
         static environ: *const *const libc::c_char;
     }
@@ -223,7 +223,7 @@ pub fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
 }
 
 /// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
-pub fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
+pub(crate) fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
@@ -244,18 +244,18 @@ pub fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Er
 /// `struct sched_attr` of sched_setattr(2), as of Linux 5.3.
 #[repr(C)]
 #[derive(Clone, Debug)]
-pub struct SchedAttr {
-    pub size: u32,
-    pub policy: u32,
-    pub flags: u64,
-    pub nice: i32,
-    pub priority: u32,
+pub(crate) struct SchedAttr {
+    pub(crate) size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
     /// Nanoseconds, as the two that follow.
-    pub runtime: u64,
-    pub deadline: u64,
-    pub period: u64,
-    pub util_min: u32,
-    pub util_max: u32,
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+    pub(crate) util_min: u32,
+    pub(crate) util_max: u32,
 }
 
 impl Default for SchedAttr {
@@ -276,7 +276,7 @@ impl Default for SchedAttr {
 }
 
 /// Sets scheduling policy and attributes of a process, 0 being this one.
-pub fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
+pub(crate) fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
     // SAFETY: attr is a valid sched_attr whose first field is its length.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attr), 0) })?;
     Ok(())
@@ -284,7 +284,7 @@ pub fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
 
 /// Sets the I/O scheduling class and priority of a process, 0 being this one. See
 /// ioprio_set(2).
-pub fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
+pub(crate) fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
     // SAFETY: no memory is passed.
     check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, ioprio) })?;
@@ -293,7 +293,7 @@ pub fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
 
 /// Binds this process to the CPUs of the set; those that do not exist do not matter, if one
 /// does.
-pub fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
+pub(crate) fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
     let words = cpus.words();
     // SAFETY: the mask is valid for reads of the length given, in bytes.
     check(unsafe {
@@ -308,7 +308,7 @@ pub fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
 }
 
 /// Sets the NUMA memory policy of this process. See set_mempolicy(2).
-pub fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> {
+pub(crate) fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> {
     let words = nodes.map(NumberSet::words).unwrap_or_default();
     let (mask, length) = match words {
         [] => (std::ptr::null(), 0),
@@ -321,7 +321,7 @@ pub fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> 
 }
 
 /// Sets this process's execution domain. See personality(2).
-pub fn personality(persona: u32) -> Result<(), Errno> {
+pub(crate) fn personality(persona: u32) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     let previous = unsafe { libc::personality(libc::c_ulong::from(persona)) };
     check(libc::c_long::from(previous))?;
@@ -329,7 +329,7 @@ pub fn personality(persona: u32) -> Result<(), Errno> {
 }
 
 /// The terminal becomes this session's controlling terminal. See ioctl_tty(2).
-pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(crate) fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: TIOCSCTTY takes an integer, no pointer.
     let returned = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY as _, 0) };
     check(libc::c_long::from(returned))?;
@@ -339,7 +339,7 @@ pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
 /// Whether the kernel would take a seccomp filter with these `SECCOMP_FILTER_FLAG_*`.
 ///
 /// It looks at the flags before it looks for the filter, and there is none at address 0.
-pub fn has_seccomp_flags(flags: u32) -> bool {
+pub(crate) fn has_seccomp_flags(flags: u32) -> bool {
     // SAFETY: a null filter is not read; the kernel answers EFAULT.
     let returned = unsafe {
         libc::syscall(
@@ -355,23 +355,23 @@ pub fn has_seccomp_flags(flags: u32) -> bool {
 /// `struct sock_filter` of linux/filter.h.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SockFilter {
-    pub code: u16,
-    pub if_true: u8,
-    pub if_false: u8,
-    pub value: u32,
+pub(crate) struct SockFilter {
+    pub(crate) code: u16,
+    pub(crate) if_true: u8,
+    pub(crate) if_false: u8,
+    pub(crate) value: u32,
 }
 
 impl SockFilter {
     /// As one number, for the container's state.
-    pub fn pack(self) -> u64 {
+    pub(crate) fn pack(self) -> u64 {
         u64::from(self.code) << 48
             | u64::from(self.if_true) << 40
             | u64::from(self.if_false) << 32
             | u64::from(self.value)
     }
 
-    pub fn unpack(packed: u64) -> SockFilter {
+    pub(crate) fn unpack(packed: u64) -> SockFilter {
         SockFilter {
             code: (packed >> 48) as u16,
             if_true: (packed >> 40) as u8,
@@ -383,7 +383,10 @@ impl SockFilter {
 
 /// Has this process's calls filtered from now on. Gives a descriptor if the flags ask for a
 /// listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
-pub fn load_seccomp_filter(program: &[SockFilter], flags: u32) -> Result<Option<OwnedFd>, Errno> {
+pub(crate) fn load_seccomp_filter(
+    program: &[SockFilter],
+    flags: u32,
+) -> Result<Option<OwnedFd>, Errno> {
     /// `struct sock_fprog` of linux/filter.h.
     #[repr(C)]
     struct Program {
@@ -413,7 +416,10 @@ pub fn load_seccomp_filter(program: &[SockFilter], flags: u32) -> Result<Option<
 
 /// Maps the start of a file into memory that is shared with all processes that map the file. The
 /// mapping lasts until execve(2). See mmap(2).
-pub fn map_shared(file: BorrowedFd<'_>, length: usize) -> Result<NonNull<libc::c_void>, Errno> {
+pub(crate) fn map_shared(
+    file: BorrowedFd<'_>,
+    length: usize,
+) -> Result<NonNull<libc::c_void>, Errno> {
     // SAFETY: the kernel chooses an address that nothing else is mapped at.
     let address = unsafe {
         libc::mmap(
@@ -432,7 +438,7 @@ pub fn map_shared(file: BorrowedFd<'_>, length: usize) -> Result<NonNull<libc::c
 }
 
 /// Brings the loopback interface of the current network namespace up.
-pub fn loopback_up() -> Result<(), Errno> {
+pub(crate) fn loopback_up() -> Result<(), Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let socket = socket_with(
         AddressFamily::INET,

@@ -6,7 +6,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `2026-11-21T10:39:48.123456789Z`, as runc writes a container's time of creation.
-pub fn rfc3339_nanos(time: SystemTime) -> String {
+pub(crate) fn rfc3339_nanos(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut text = seconds_text(since.as_secs());
     let nanos = since.subsec_nanos();
@@ -20,7 +20,7 @@ pub fn rfc3339_nanos(time: SystemTime) -> String {
 }
 
 /// `2026-11-21T10:39:48Z`, as runc writes it into its log.
-pub fn rfc3339_seconds(time: SystemTime) -> String {
+pub(crate) fn rfc3339_seconds(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut text = seconds_text(since.as_secs());
     text.push('Z');

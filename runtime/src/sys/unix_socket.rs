@@ -17,7 +17,7 @@ use crate::error::{Context, Result};
 
 /// Calls `with` with the address of the socket `name` in a directory. A path too long for
 /// one (108 bytes) is reached through a descriptor of its directory.
-pub fn at_address<T>(
+pub(crate) fn at_address<T>(
     directory: &Path,
     name: &str,
     with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
@@ -40,7 +40,7 @@ pub fn at_address<T>(
 ///
 /// # Errors
 /// Nobody listens at `path`; `what` it is for is told with it.
-pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
+pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
     let doing = || format!("connect to {what} {path}");
     let socket = socket_with(
         AddressFamily::UNIX,
@@ -58,7 +58,7 @@ pub fn connect(what: &str, path: &str) -> Result<OwnedFd> {
 ///
 /// # Errors
 /// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
-pub fn receive_descriptor(
+pub(crate) fn receive_descriptor(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
@@ -82,7 +82,7 @@ pub fn receive_descriptor(
 }
 
 /// Sends a descriptor with some bytes over a unix socket.
-pub fn send_descriptor(
+pub(crate) fn send_descriptor(
     socket: BorrowedFd<'_>,
     descriptor: BorrowedFd<'_>,
     bytes: &[u8],

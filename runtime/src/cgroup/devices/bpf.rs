@@ -104,7 +104,7 @@ fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
+pub(crate) fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
     bpf_fd(
         BPF_PROG_LOAD,
         &mut LoadAttributes {
@@ -124,7 +124,7 @@ pub fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
 
 /// Puts a program on a cgroup, in the place of another if one is given: at no moment is
 /// there none.
-pub fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
+pub(crate) fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
     bpf(
         BPF_PROG_ATTACH,
         &mut AttachAttributes {
@@ -138,7 +138,7 @@ pub fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd>) -> R
     .map(|_| ())
 }
 
-pub fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
+pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
     bpf(
         BPF_PROG_DETACH,
         &mut AttachAttributes {
@@ -153,7 +153,7 @@ pub fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
 }
 
 /// The program of rrun's that is on a cgroup.
-pub fn attached(cgroup: &impl AsFd) -> Result<Option<OwnedFd>> {
+pub(crate) fn attached(cgroup: &impl AsFd) -> Result<Option<OwnedFd>> {
     let mut ids = [0u32; MOST];
     let mut query = QueryAttributes {
         target_fd: cgroup.as_fd().as_raw_fd() as u32,

@@ -19,7 +19,7 @@ use crate::error::{Context, Result};
 use rule::parsed;
 use rule::{BLOCK, DEFAULTS, MKNOD, READ, Rule, WRITE, rules};
 
-pub fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
+pub(crate) fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
     rules(spec).map(|_| ())
 }
 
@@ -38,7 +38,7 @@ fn allows_everything(rules: &[Rule]) -> bool {
 
 /// The rules as systemd's properties DevicePolicy and DeviceAllow, which know no exception
 /// to what they allow: they may allow more than the program does, never less.
-pub fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
+pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
     let mut allowed: Vec<Rule> = Vec::new();
@@ -120,7 +120,7 @@ fn driver<'a>(drivers: &'a str, kind: &str, major: i32) -> Option<&'a str> {
 ///
 /// # Errors
 /// What the kernel says of the program.
-pub fn apply(cgroup: &Directory, spec: &[LinuxDeviceCgroup], replace: bool) -> Result<()> {
+pub(crate) fn apply(cgroup: &Directory, spec: &[LinuxDeviceCgroup], replace: bool) -> Result<()> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
     let doing = || {

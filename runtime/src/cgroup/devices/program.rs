@@ -10,7 +10,7 @@ use super::rule::{ALL, BLOCK, CHAR, Rule};
 /// `struct bpf_insn`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BpfInsn {
+pub(crate) struct BpfInsn {
     code: u8,
     /// Destination register in the low half, source register in the high one.
     registers: u8,
@@ -199,7 +199,7 @@ fn merge_types(rules: &mut Vec<Rule>) {
 }
 
 /// The program that asks the rules, from the last to the first.
-pub fn compile(rules: &[Rule]) -> Vec<BpfInsn> {
+pub(crate) fn compile(rules: &[Rule]) -> Vec<BpfInsn> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),

@@ -22,7 +22,7 @@ pub(super) struct Rule {
     pub(super) access: i32,
 }
 
-pub(super) const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
+const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
     Rule {
         allow: true,
         kind: Some(kind),
