@@ -16,11 +16,11 @@ use crate::log;
 
 /// How long systemd may take to answer a call, or to do a job: as long as systemd itself
 /// gives a call.
-const WITHIN: Duration = Duration::from_secs(25);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(25);
 /// A wait longer than this is told.
-const SLOW: Duration = Duration::from_secs(10);
+const REPLY_WARNING_DELAY: Duration = Duration::from_secs(10);
 /// The longest message that is read; the protocol allows 128 MiB.
-const LIMIT: usize = 1 << 20;
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 const CALL: u8 = 1;
 const RETURN: u8 = 2;
@@ -29,7 +29,7 @@ const SIGNAL: u8 = 4;
 
 /// A value of a unit's property, with its D-Bus type.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Value {
+pub(crate) enum BusValue {
     Bool(bool),
     I32(i32),
     U32(u32),
@@ -43,31 +43,31 @@ pub(crate) enum Value {
     Rates(Vec<(String, u64)>),
 }
 
-pub(crate) type Property = (String, Value);
+pub(crate) type Property = (String, BusValue);
 
-impl Value {
+impl BusValue {
     fn signature(&self) -> &'static str {
         match self {
-            Value::Bool(_) => "b",
-            Value::I32(_) => "i",
-            Value::U32(_) => "u",
-            Value::I64(_) => "x",
-            Value::U64(_) => "t",
-            Value::Text(_) => "s",
-            Value::Texts(_) => "as",
-            Value::Bytes(_) => "ay",
-            Value::U32s(_) => "au",
-            Value::Pairs(_) => "a(ss)",
-            Value::Rates(_) => "a(st)",
+            BusValue::Bool(_) => "b",
+            BusValue::I32(_) => "i",
+            BusValue::U32(_) => "u",
+            BusValue::I64(_) => "x",
+            BusValue::U64(_) => "t",
+            BusValue::Text(_) => "s",
+            BusValue::Texts(_) => "as",
+            BusValue::Bytes(_) => "ay",
+            BusValue::U32s(_) => "au",
+            BusValue::Pairs(_) => "a(ss)",
+            BusValue::Rates(_) => "a(st)",
         }
     }
 }
 
 /// A message's bytes under construction, little-endian.
 #[derive(Default)]
-struct Writer(Vec<u8>);
+struct MessageWriter(Vec<u8>);
 
-impl Writer {
+impl MessageWriter {
     fn align(&mut self, to: usize) {
         self.0.resize(self.0.len().next_multiple_of(to), 0);
     }
@@ -95,7 +95,7 @@ impl Writer {
     }
 
     /// The length before an array does not count the padding up to its first element.
-    fn array<T>(&mut self, items: &[T], alignment: usize, put: impl Fn(&mut Writer, &T)) {
+    fn array<T>(&mut self, items: &[T], alignment: usize, put: impl Fn(&mut MessageWriter, &T)) {
         self.u32(0);
         let length_at = self.0.len() - 4;
         self.align(alignment);
@@ -109,24 +109,24 @@ impl Writer {
         }
     }
 
-    fn variant(&mut self, value: &Value) {
+    fn variant(&mut self, value: &BusValue) {
         self.signature(value.signature());
         match value {
-            Value::Bool(value) => self.u32(u32::from(*value)),
-            Value::I32(value) => self.u32(*value as u32),
-            Value::U32(value) => self.u32(*value),
-            Value::I64(value) => self.u64(*value as u64),
-            Value::U64(value) => self.u64(*value),
-            Value::Text(text) => self.text(text),
-            Value::Texts(all) => self.array(all, 4, |writer, text| writer.text(text)),
-            Value::Bytes(all) => self.array(all, 1, |writer, byte| writer.0.push(*byte)),
-            Value::U32s(all) => self.array(all, 4, |writer, value| writer.u32(*value)),
-            Value::Pairs(all) => self.array(all, 8, |writer, (first, second)| {
+            BusValue::Bool(value) => self.u32(u32::from(*value)),
+            BusValue::I32(value) => self.u32(*value as u32),
+            BusValue::U32(value) => self.u32(*value),
+            BusValue::I64(value) => self.u64(*value as u64),
+            BusValue::U64(value) => self.u64(*value),
+            BusValue::Text(text) => self.text(text),
+            BusValue::Texts(all) => self.array(all, 4, |writer, text| writer.text(text)),
+            BusValue::Bytes(all) => self.array(all, 1, |writer, byte| writer.0.push(*byte)),
+            BusValue::U32s(all) => self.array(all, 4, |writer, value| writer.u32(*value)),
+            BusValue::Pairs(all) => self.array(all, 8, |writer, (first, second)| {
                 writer.align(8);
                 writer.text(first);
                 writer.text(second);
             }),
-            Value::Rates(all) => self.array(all, 8, |writer, (first, second)| {
+            BusValue::Rates(all) => self.array(all, 8, |writer, (first, second)| {
                 writer.align(8);
                 writer.text(first);
                 writer.u64(*second);
@@ -138,7 +138,7 @@ impl Writer {
 /// The arguments of a call.
 #[derive(Default)]
 pub(crate) struct Body {
-    writer: Writer,
+    writer: MessageWriter,
     signature: String,
 }
 
@@ -174,12 +174,12 @@ impl Body {
 }
 
 /// Reads what another wrote; `None` where it ends early.
-struct Reader<'a> {
+struct MessageReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> MessageReader<'a> {
     fn align(&mut self, to: usize) {
         self.at = self.at.next_multiple_of(to);
     }
@@ -211,7 +211,7 @@ impl<'a> Reader<'a> {
 }
 
 /// A message that came, as far as it is looked at.
-struct Message {
+struct BusMessage {
     kind: u8,
     reply_to: u32,
     member: String,
@@ -219,16 +219,16 @@ struct Message {
     body: Vec<u8>,
 }
 
-impl Message {
-    fn parse(header: &[u8], fields: &[u8], body: Vec<u8>) -> Option<Message> {
-        let mut message = Message {
+impl BusMessage {
+    fn parse(header: &[u8], fields: &[u8], body: Vec<u8>) -> Option<BusMessage> {
+        let mut message = BusMessage {
             kind: *header.get(1)?,
             reply_to: 0,
             member: String::new(),
             error: String::new(),
             body,
         };
-        let mut reader = Reader {
+        let mut reader = MessageReader {
             bytes: fields,
             at: 0,
         };
@@ -255,8 +255,8 @@ impl Message {
         Some(message)
     }
 
-    fn reader(&self) -> Reader<'_> {
-        Reader {
+    fn reader(&self) -> MessageReader<'_> {
+        MessageReader {
             bytes: &self.body,
             at: 0,
         }
@@ -344,7 +344,7 @@ impl Bus {
         // with BEGIN, it leaves lying until more comes.
         hello.extend(b"\r\nBEGIN\r\n");
         bus.stream.write_all(&hello).doing(|| "authenticate")?;
-        let deadline = Instant::now() + WITHIN;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut answer = Vec::new();
         while !answer.ends_with(b"\r\n") && answer.len() < 512 {
             let mut byte = [0u8; 1];
@@ -433,10 +433,10 @@ impl Bus {
         (destination, path, interface): (&str, &str, &str),
         method: &str,
         body: Body,
-    ) -> Result<Message> {
+    ) -> Result<BusMessage> {
         self.serial += 1;
         let serial = self.serial;
-        let mut message = Writer(vec![b'l', CALL, 0, 1]);
+        let mut message = MessageWriter(vec![b'l', CALL, 0, 1]);
         message.u32(body.writer.0.len() as u32);
         message.u32(serial);
         let fields: [(u8, &str, &str); 5] = [
@@ -464,7 +464,7 @@ impl Bus {
         message.0.extend(&body.writer.0);
         let doing = || format!("call {method} of systemd");
         self.stream.write_all(&message.0).doing(doing)?;
-        let deadline = Instant::now() + WITHIN;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         loop {
             let message = self
                 .receive(deadline)
@@ -476,7 +476,7 @@ impl Bus {
         }
     }
 
-    fn hear(&mut self, message: &Message) {
+    fn hear(&mut self, message: &BusMessage) {
         if message.kind == SIGNAL && message.member == "JobRemoved" {
             let mut reader = message.reader();
             let told = (|| {
@@ -493,7 +493,7 @@ impl Bus {
     /// well; see the signal JobRemoved.
     pub(crate) fn finished(&mut self, job: &str, what: &str) -> Result<String> {
         let started = Instant::now();
-        let deadline = started + WITHIN;
+        let deadline = started + REPLY_TIMEOUT;
         let mut told = false;
         loop {
             while let Some((ended, result)) = self.ended.pop_front() {
@@ -501,19 +501,26 @@ impl Bus {
                     return Ok(result);
                 }
             }
-            let next = if told { deadline } else { started + SLOW };
+            let next = if told {
+                deadline
+            } else {
+                started + REPLY_WARNING_DELAY
+            };
             match self.receive(next) {
                 Ok(message) => self.hear(&message),
                 Err(_) if !told && Instant::now() >= next => {
                     told = true;
-                    log::warning(&format!("{what}: has waited {} s", SLOW.as_secs()));
+                    log::warning(&format!(
+                        "{what}: has waited {} s",
+                        REPLY_WARNING_DELAY.as_secs()
+                    ));
                 }
                 Err(error) => return Err(error.while_doing(what)),
             }
         }
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<Message> {
+    fn receive(&mut self, deadline: Instant) -> Result<BusMessage> {
         let mut header = [0u8; 16];
         self.fill(&mut header, deadline)?;
         let number = |at: usize| {
@@ -523,14 +530,14 @@ impl Bus {
                 .map_or(0, |bytes| u32::from_le_bytes(bytes) as usize)
         };
         let (body, fields) = (number(4), number(12));
-        if header.first() != Some(&b'l') || body > LIMIT || fields > LIMIT {
+        if header.first() != Some(&b'l') || body > MESSAGE_BYTES_MAX || fields > MESSAGE_BYTES_MAX {
             refuse!("systemd sent what is no message of D-Bus");
         }
         let mut rest = vec![0u8; fields.next_multiple_of(8) + body];
         self.fill(&mut rest, deadline)?;
         let body = rest.split_off(fields.next_multiple_of(8));
         rest.truncate(fields);
-        Message::parse(&header, &rest, body)
+        BusMessage::parse(&header, &rest, body)
             .ok_or_else(|| Error::new("systemd sent a message of D-Bus that can not be read"))
     }
 
@@ -541,9 +548,9 @@ impl Bus {
         while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
             let mut left = deadline.saturating_duration_since(Instant::now());
             if at > 0 {
-                left = left.max(SLOW);
+                left = left.max(REPLY_WARNING_DELAY);
             } else if left.is_zero() {
-                refuse!("no answer within {} s", WITHIN.as_secs());
+                refuse!("no answer within {} s", REPLY_TIMEOUT.as_secs());
             }
             let doing = || "read systemd's answer";
             self.stream.set_read_timeout(Some(left)).doing(doing)?;
@@ -552,7 +559,7 @@ impl Bus {
                 Ok(read) => at += read,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    refuse!("no answer within {} s", WITHIN.as_secs());
+                    refuse!("no answer within {} s", REPLY_TIMEOUT.as_secs());
                 }
                 Err(error) => return Err(error).doing(doing),
             }
@@ -570,7 +577,7 @@ mod tests {
         let body = Body::default()
             .text("a")
             .flag(true)
-            .properties(&[("B".to_owned(), Value::Rates(vec![("/x".to_owned(), 7)]))]);
+            .properties(&[("B".to_owned(), BusValue::Rates(vec![("/x".to_owned(), 7)]))]);
         assert_eq!(body.signature, "sba(sv)");
         let expected: &[u8] = &[
             1, 0, 0, 0, b'a', 0, 0, 0, // "a", up to a multiple of four
@@ -588,15 +595,15 @@ mod tests {
 
     #[test]
     fn messages_that_end_early_or_lie_are_no_messages() {
-        let mut fields = Writer::default();
+        let mut fields = MessageWriter::default();
         fields.0.extend([5, 1, b'u', 0]);
         fields.u32(9);
         fields.align(8);
         fields.0.extend([4, 1, b's', 0]);
         fields.text("org.freedesktop.systemd1.NoSuchUnit");
-        let mut body = Writer::default();
+        let mut body = MessageWriter::default();
         body.text("Unit x.scope not loaded.");
-        let message = Message::parse(&[b'l', ERROR], &fields.0, body.0.clone()).unwrap();
+        let message = BusMessage::parse(&[b'l', ERROR], &fields.0, body.0.clone()).unwrap();
         assert_eq!(message.reply_to, 9);
         assert_eq!(message.error, "org.freedesktop.systemd1.NoSuchUnit");
         assert_eq!(
@@ -606,11 +613,11 @@ mod tests {
         for length in 1..fields.0.len() {
             // Whole fields are a message of their own; no part of one is.
             let cut = &fields.0[..length];
-            let parsed = Message::parse(&[b'l', ERROR], cut, Vec::new());
+            let parsed = BusMessage::parse(&[b'l', ERROR], cut, Vec::new());
             assert_eq!(parsed.is_some(), length == 8, "{length}");
         }
         body.0[0] = 200;
-        let lie = Message::parse(&[b'l', ERROR], &[], body.0).unwrap();
+        let lie = BusMessage::parse(&[b'l', ERROR], &[], body.0).unwrap();
         assert_eq!(lie.first_text(), None);
     }
 }

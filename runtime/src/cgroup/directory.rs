@@ -17,9 +17,9 @@ use crate::sys::path::cleaned;
 pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
 /// The most that is read of a cgroup's file; cgroup.procs of a large one is the longest.
-const FILE_LIMIT: u64 = 4 << 20;
+const FILE_BYTES_MAX: u64 = 4 << 20;
 /// How long killed processes may take to leave their cgroup.
-pub(super) const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A cgroup's directory, open.
 pub(super) struct Directory {
@@ -114,7 +114,7 @@ pub(crate) fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std
     use std::io::Read as _;
     let mut text = String::new();
     std::fs::File::open(cgroup.join(file))?
-        .take(FILE_LIMIT)
+        .take(FILE_BYTES_MAX)
         .read_to_string(&mut text)?;
     text.truncate(text.trim_end().len());
     Ok(text)
@@ -173,14 +173,14 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
     let value = if frozen { "1" } else { "0" };
     write(&directory, "cgroup.freeze", value).doing(doing)?;
     let wanted = format!("frozen {value}");
-    if !wait_for_event(path, &wanted, EMPTY_WITHIN)? {
+    if !wait_for_event(path, &wanted, EMPTY_TIMEOUT)? {
         if frozen {
             let _ = write(&directory, "cgroup.freeze", "0");
         }
         refuse!(
             "{}: it was not done within {} s",
             doing(),
-            EMPTY_WITHIN.as_secs()
+            EMPTY_TIMEOUT.as_secs()
         );
     }
     Ok(())

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Result};
 use crate::log;
-use directory::{Directory, EMPTY_WITHIN, check_unified, tree, wait_for_event};
+use directory::{Directory, EMPTY_TIMEOUT, check_unified, tree, wait_for_event};
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
@@ -40,22 +40,22 @@ pub(crate) struct Cgroup {
 }
 
 /// Where a container's cgroup will be, and who makes it.
-pub(crate) struct Place {
+pub(crate) struct CgroupLocation {
     pub(crate) path: PathBuf,
     scope: Option<Scope>,
 }
 
-impl Place {
+impl CgroupLocation {
     /// By the cgroupfs driver, or the systemd driver if `by_systemd`.
     pub(crate) fn new(
         cgroups_path: &Path,
         annotations: &HashMap<String, String>,
         id: &str,
         by_systemd: bool,
-    ) -> Result<Place> {
+    ) -> Result<CgroupLocation> {
         if by_systemd {
             let scope = Scope::from_spec(cgroups_path, id, annotations)?;
-            return Ok(Place {
+            return Ok(CgroupLocation {
                 path: Path::new(MOUNT_POINT).join(scope.path()?),
                 scope: Some(scope),
             });
@@ -67,7 +67,7 @@ impl Place {
                 cgroups_path.display()
             ));
         }
-        Ok(Place {
+        Ok(CgroupLocation {
             path: path_for(cgroups_path, id)?,
             scope: None,
         })
@@ -212,7 +212,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
     if let Some(unit) = unit {
         // systemd would first ask politely, and wait.
         kill_all(path)?;
-        wait_for_event(path, "populated 0", EMPTY_WITHIN)?;
+        wait_for_event(path, "populated 0", EMPTY_TIMEOUT)?;
         systemd::stop(unit)?;
     }
     match rustix::fs::rmdir(path) {
@@ -222,7 +222,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
         // Processes, or cgroups below.
         Err(_) => kill_all(path)?,
     }
-    let deadline = Instant::now() + EMPTY_WITHIN;
+    let deadline = Instant::now() + EMPTY_TIMEOUT;
     loop {
         let emptied = wait_for_event(
             path,

@@ -12,7 +12,7 @@ use super::directory::{Directory, MOUNT_POINT, read};
 use crate::error::{Context as _, Error, Result, refuse};
 
 /// What `events` and everyone else who looks into the files wants counted, limits or not.
-const COUNTED: [&str; 4] = ["cpu", "io", "memory", "pids"];
+const COUNTED_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// The weight that every cgroup has that was given none: as good as saying nothing.
 const DEFAULT_SHARES: u64 = 1024;
@@ -471,12 +471,12 @@ fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
     };
     let present = read(path, "cgroup.controllers").unwrap_or_default();
     let has = |name: &str| present.split(' ').any(|controller| controller == name);
-    if COUNTED.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
+    if COUNTED_CONTROLLERS.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
         return Ok(());
     }
     let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
     let offers = |name: &str| offered.split(' ').any(|controller| controller == name);
-    if needed.is_empty() && !COUNTED.into_iter().any(offers) {
+    if needed.is_empty() && !COUNTED_CONTROLLERS.into_iter().any(offers) {
         return Ok(());
     }
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
@@ -517,7 +517,7 @@ fn hand_down_counted(ancestor: &Path) {
     }
     let down = read(ancestor, "cgroup.subtree_control").unwrap_or_default();
     let among = |list: &str, name: &str| list.split(' ').any(|known| known == name);
-    for name in COUNTED {
+    for name in COUNTED_CONTROLLERS {
         if among(&offered, name) && !among(&down, name) {
             let _ = std::fs::write(ancestor.join("cgroup.subtree_control"), format!("+{name}"));
         }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::cgroup::dbus::{Body, Bus, Property, Refusal, Value};
+use crate::cgroup::dbus::{Body, Bus, BusValue, Property, Refusal};
 use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 use crate::sys::child::{end, end_child};
@@ -95,7 +95,7 @@ impl Scope {
             text("Description", &format!("libcontainer container {id}")),
             text("Slice", &self.slice),
             flag("Delegate", true),
-            ("PIDs".to_owned(), Value::U32s(vec![placeholder.pid])),
+            ("PIDs".to_owned(), BusValue::U32s(vec![placeholder.pid])),
             flag("MemoryAccounting", true),
             flag("CPUAccounting", true),
             flag("IOAccounting", true),
@@ -133,11 +133,11 @@ impl Scope {
 }
 
 fn text(name: &str, value: &str) -> Property {
-    (name.to_owned(), Value::Text(value.to_owned()))
+    (name.to_owned(), BusValue::Text(value.to_owned()))
 }
 
 fn flag(name: &str, value: bool) -> Property {
-    (name.to_owned(), Value::Bool(value))
+    (name.to_owned(), BusValue::Bool(value))
 }
 
 fn refused(doing: String, refusal: &Refusal) -> Error {
@@ -171,26 +171,26 @@ fn annotated(name: &str, value: &str) -> Option<Property> {
         return Some((name.to_owned(), parsed));
     };
     let number = match parsed {
-        Value::I32(number) => u64::try_from(number).ok()?,
-        Value::I64(number) => u64::try_from(number).ok()?,
-        Value::U32(number) => u64::from(number),
-        Value::U64(number) => number,
+        BusValue::I32(number) => u64::try_from(number).ok()?,
+        BusValue::I64(number) => u64::try_from(number).ok()?,
+        BusValue::U32(number) => u64::from(number),
+        BusValue::U64(number) => number,
         _ => return None,
     };
     Some((
         format!("{seconds}USec"),
-        Value::U64(number.checked_mul(1_000_000)?),
+        BusValue::U64(number.checked_mul(1_000_000)?),
     ))
 }
 
-fn gvariant(text: &str) -> Option<Value> {
+fn gvariant(text: &str) -> Option<BusValue> {
     let quoted = |text: &str| {
         let mark = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
         let inner = text.get(1..)?.strip_suffix(mark)?;
         (!inner.contains([mark, '\\'])).then(|| inner.to_owned())
     };
     if let Some(text) = quoted(text) {
-        return Some(Value::Text(text));
+        return Some(BusValue::Text(text));
     }
     if let Some(items) = text
         .strip_prefix('[')
@@ -200,17 +200,17 @@ fn gvariant(text: &str) -> Option<Value> {
             .split(',')
             .map(|item| quoted(item.trim()))
             .collect::<Option<_>>()
-            .map(Value::Texts);
+            .map(BusValue::Texts);
     }
     match text.split_once(' ') {
-        Some(("uint64", number)) => number.trim().parse().ok().map(Value::U64),
-        Some(("int64", number)) => number.trim().parse().ok().map(Value::I64),
-        Some(("uint32", number)) => number.trim().parse().ok().map(Value::U32),
-        Some(("int32", number)) => number.trim().parse().ok().map(Value::I32),
+        Some(("uint64", number)) => number.trim().parse().ok().map(BusValue::U64),
+        Some(("int64", number)) => number.trim().parse().ok().map(BusValue::I64),
+        Some(("uint32", number)) => number.trim().parse().ok().map(BusValue::U32),
+        Some(("int32", number)) => number.trim().parse().ok().map(BusValue::I32),
         Some(_) => None,
-        None if text == "true" => Some(Value::Bool(true)),
-        None if text == "false" => Some(Value::Bool(false)),
-        None => text.parse().ok().map(Value::I32),
+        None if text == "true" => Some(BusValue::Bool(true)),
+        None if text == "false" => Some(BusValue::Bool(false)),
+        None => text.parse().ok().map(BusValue::I32),
     }
 }
 
@@ -345,30 +345,30 @@ mod tests {
             (
                 "CollectMode",
                 "'inactive'",
-                Some(("CollectMode", Value::Text("inactive".to_owned()))),
+                Some(("CollectMode", BusValue::Text("inactive".to_owned()))),
             ),
             (
                 "TimeoutStopUSec",
                 "uint64 30000000",
-                Some(("TimeoutStopUSec", Value::U64(30_000_000))),
+                Some(("TimeoutStopUSec", BusValue::U64(30_000_000))),
             ),
             (
                 "TimeoutStopSec",
                 "30",
-                Some(("TimeoutStopUSec", Value::U64(30_000_000))),
+                Some(("TimeoutStopUSec", BusValue::U64(30_000_000))),
             ),
             (
                 "After",
                 "['a.service', \"b.service\"]",
                 Some((
                     "After",
-                    Value::Texts(vec!["a.service".to_owned(), "b.service".to_owned()]),
+                    BusValue::Texts(vec!["a.service".to_owned(), "b.service".to_owned()]),
                 )),
             ),
             (
                 "SendSIGKILL",
                 "false",
-                Some(("SendSIGKILL", Value::Bool(false))),
+                Some(("SendSIGKILL", BusValue::Bool(false))),
             ),
             ("X", "'a", None),
             ("X", "(1, 2)", None),

@@ -11,8 +11,8 @@ use crate::commands::globals::{
 use crate::config::Config;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::directory;
-use crate::lifecycle::create::{self, Request};
-use crate::lifecycle::notify_socket::{self, Manager};
+use crate::lifecycle::create::{self, CreateRequest};
+use crate::lifecycle::notify_socket::{self, ServiceManager};
 use crate::process::terminal::connect_console;
 
 pub(crate) const COMMAND: Command = Command {
@@ -68,11 +68,11 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         (false, Some(_)) => refuse!("--console-socket: process.terminal is not set"),
         (false, None) => None,
     };
-    let notify = Manager::from_environment()?;
+    let notify = ServiceManager::from_environment()?;
     if notify.is_some() {
         notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
     }
-    create::create(Request {
+    create::create(CreateRequest {
         root: &globals.root,
         id,
         config: &config,

@@ -5,10 +5,10 @@ use crate::commands::globals::{
     CONSOLE_SOCKET, Command, Globals, PID_FILE, PIDFD_SOCKET, console_socket, descriptors,
     pidfd_socket,
 };
-use crate::config::spec::Process as SpecProcess;
+use crate::config::spec::ProcessSpec;
 use crate::error::{Error, Result, refuse};
-use crate::lifecycle::exec::{self, Request};
-use crate::lifecycle::foreground::Forwarding;
+use crate::lifecycle::exec::{self, ExecRequest};
+use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::state::{State, Status};
 use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
@@ -111,9 +111,9 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     let forwarding = if detach {
         None
     } else {
-        Some(Forwarding::start()?)
+        Some(Foreground::start()?)
     };
-    let entered = exec::enter(Request {
+    let entered = exec::enter(ExecRequest {
         state: &state,
         init,
         process,
@@ -137,7 +137,7 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
     let mut spec = match arguments.value("process") {
         Some(path) => {
             let bytes = read_bounded(Path::new(path))?;
-            serde_json::from_slice::<SpecProcess>(&bytes)
+            serde_json::from_slice::<ProcessSpec>(&bytes)
                 .map_err(|error| Error::new(format!("parse {path}: {error}")))?
         }
         None => from_flags(arguments, words, &state.process)?,
@@ -151,7 +151,7 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
 }
 
 /// What a process given by --process says nothing about is as the container's own is.
-fn take_from_container(spec: &mut SpecProcess, own: &SpecProcess) {
+fn take_from_container(spec: &mut ProcessSpec, own: &ProcessSpec) {
     fn take<T: Clone>(here: &mut Option<T>, own: &Option<T>) {
         if here.is_none() {
             here.clone_from(own);
@@ -167,7 +167,7 @@ fn take_from_container(spec: &mut SpecProcess, own: &SpecProcess) {
 }
 
 /// The container's own process, with what the flags say put in its place.
-fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Result<SpecProcess> {
+fn from_flags(arguments: &Arguments, words: &[String], own: &ProcessSpec) -> Result<ProcessSpec> {
     if words.is_empty() {
         refuse!("exec needs a program to execute, or --process");
     }

@@ -130,8 +130,8 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         .into_iter();
     let globals = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
     let format = match globals.value("log-format") {
-        None | Some("text") => log::Format::Text,
-        Some("json") => log::Format::Json,
+        None | Some("text") => log::LogFormat::Text,
+        Some("json") => log::LogFormat::Json,
         Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
     };
     log::open(globals.value("log"), format, globals.is_set("debug"))?;

@@ -8,10 +8,10 @@ use crate::commands::globals::{
 use crate::config::{Config, hooks};
 use crate::error::{Result, refuse};
 use crate::lifecycle::container_dir::directory;
-use crate::lifecycle::create::{self, Request};
+use crate::lifecycle::create::{self, CreateRequest};
 use crate::lifecycle::delete;
-use crate::lifecycle::foreground::Forwarding;
-use crate::lifecycle::notify_socket::{self, Manager};
+use crate::lifecycle::foreground::Foreground;
+use crate::lifecycle::notify_socket::{self, ServiceManager};
 use crate::lifecycle::state::Status;
 use crate::process::terminal::connect_console;
 
@@ -61,16 +61,16 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         }
         (_, _, None) => None,
     };
-    let notify = Manager::from_environment()?;
+    let notify = ServiceManager::from_environment()?;
     if notify.is_some() {
         notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
     }
     let forwarding = if detach {
         None
     } else {
-        Some(Forwarding::start()?)
+        Some(Foreground::start()?)
     };
-    let born = create::create(Request {
+    let born = create::create(CreateRequest {
         root: &globals.root,
         id,
         config: &config,

@@ -3,7 +3,7 @@ use crate::commands::globals::{Command, Globals};
 use crate::config::hooks;
 use crate::error::{Error, Result, refuse};
 use crate::lifecycle::container_dir::directory;
-use crate::lifecycle::notify_socket::{Manager, NotifySocket};
+use crate::lifecycle::notify_socket::{NotifySocket, ServiceManager};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::seccomp::Report;
@@ -22,7 +22,7 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     let directory = directory(&globals.root, id)?;
     // Bound before there is anyone who could say something.
-    let notify = match Manager::from_environment()? {
+    let notify = match ServiceManager::from_environment()? {
         Some(manager) => NotifySocket::bind(&directory, &manager)?,
         None => None,
     };

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::arguments::{Arguments, value};
 use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::{Claim, Held, directory};
+use crate::lifecycle::container_dir::{ContainerDir, Lock, directory};
 use crate::lifecycle::state::{State, Status};
 use crate::namespaces::resctrl;
 use crate::sys::files::read_bounded;
@@ -100,7 +100,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => (from_flags(arguments)?, schemata(arguments)),
     };
     // Two updates at once would each build on what was before the other.
-    let Held::Claim(claim) = Claim::hold(&directory, || {})? else {
+    let Lock::Acquired(claim) = ContainerDir::hold(&directory, || {})? else {
         refuse!("cannot update container {id}: another process is making, updating or removing it");
     };
     let mut state = State::load(&globals.root, id)?;

@@ -23,9 +23,9 @@ use crate::seccomp::Filter;
 
 /// How long a hook may run that says nothing about it; the specification sets no limit, but
 /// nothing here waits for ever.
-const UNSAID_TIMEOUT: Duration = Duration::from_secs(3600);
+const DEFAULT_HOOK_TIMEOUT: Duration = Duration::from_secs(3600);
 /// After this, the log says what is being waited for.
-const SLOW: Duration = Duration::from_secs(10);
+const HOOK_WARNING_DELAY: Duration = Duration::from_secs(10);
 
 /// # Errors
 /// A hook whose path is not absolute, or whose timeout is not positive.
@@ -55,9 +55,9 @@ pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// Where hooks run.
+/// HookPlace hooks run.
 #[derive(Clone, Copy)]
-pub(crate) enum Where<'a> {
+pub(crate) enum HookPlace<'a> {
     /// In the host's or the caller's surroundings, for as long as the container's first process
     /// lives, if that is given: nobody needs them then.
     OnHost(Option<&'a OwnedFd>),
@@ -76,7 +76,7 @@ pub(crate) fn run(
     name: &str,
     hooks: Option<&Vec<Hook>>,
     state: &str,
-    place: Where<'_>,
+    place: HookPlace<'_>,
 ) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         run_one(hook, state, place).map_err(|error| {
@@ -92,7 +92,7 @@ pub(crate) fn run(
 /// The same, but a failure is only logged, as it is to be for poststart and poststop.
 pub(crate) fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(error) = run_one(hook, state, Where::OnHost(None)) {
+        if let Err(error) = run_one(hook, state, HookPlace::OnHost(None)) {
             log::warning(&format!(
                 "run hooks.{name}[{index}] {}: {error}",
                 hook.path().display()
@@ -102,17 +102,17 @@ pub(crate) fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
 }
 
 /// The state on its way into a hook, which may read it late or never.
-struct Input<'a> {
+struct HookInput<'a> {
     pipe: ChildStdin,
     rest: &'a [u8],
 }
 
-impl<'a> Input<'a> {
+impl<'a> HookInput<'a> {
     fn new(pipe: ChildStdin, state: &'a str) -> Self {
         let rest = state.as_bytes();
         // What the pipe does not hold must not block. It can't fail on a descriptor of our own.
         let _ = rustix::io::ioctl_fionbio(&pipe, true);
-        Input { pipe, rest }
+        HookInput { pipe, rest }
     }
 
     /// Writes what there is room for. `None`: all is written, or nobody will read it, which makes
@@ -131,21 +131,21 @@ impl<'a> Input<'a> {
 }
 
 /// What a hook writes, to either output: the end of it tells why it failed.
-struct Output {
+struct HookOutput {
     pipe: Option<OwnedFd>,
     end: Vec<u8>,
 }
 
-impl Output {
+impl HookOutput {
     /// How much is kept, in bytes.
-    const LIMIT: usize = 4096;
+    const OUTPUT_BYTES: usize = 4096;
 
     /// Also gives the side that the hook is to have.
-    fn new() -> Result<(Output, OwnedFd)> {
+    fn new() -> Result<(HookOutput, OwnedFd)> {
         let doing = || "make a pipe for its output";
         let (pipe, hooks) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
         rustix::io::ioctl_fionbio(&pipe, true).doing(doing)?;
-        let output = Output {
+        let output = HookOutput {
             pipe: Some(pipe),
             end: Vec::new(),
         };
@@ -157,12 +157,12 @@ impl Output {
         let Some(pipe) = &self.pipe else {
             return false;
         };
-        let mut buffer = [0u8; Output::LIMIT];
+        let mut buffer = [0u8; HookOutput::OUTPUT_BYTES];
         match rustix::io::read(pipe, &mut buffer) {
             Ok(length) if length > 0 => {
                 self.end
                     .extend_from_slice(buffer.get(..length).unwrap_or_default());
-                let surplus = self.end.len().saturating_sub(Output::LIMIT);
+                let surplus = self.end.len().saturating_sub(HookOutput::OUTPUT_BYTES);
                 self.end.drain(..surplus);
                 true
             }
@@ -178,7 +178,7 @@ impl Output {
     /// Once the hook has ended. What it left running may go on writing, to nobody.
     fn said(mut self) -> String {
         // As much as a pipe holds, and no more.
-        let mut left = (64 << 10) / Output::LIMIT;
+        let mut left = (64 << 10) / HookOutput::OUTPUT_BYTES;
         while left > 0 && self.take() {
             left -= 1;
         }
@@ -201,10 +201,10 @@ fn load_in_hook(command: &mut Command, filter: &Filter) {
     unsafe { command.pre_exec(load) };
 }
 
-fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
+fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
     let container = match place {
-        Where::OnHost(container) => container,
-        Where::InContainer { .. } => None,
+        HookPlace::OnHost(container) => container,
+        HookPlace::InContainer { .. } => None,
     };
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
@@ -216,7 +216,7 @@ fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
             command.env(name, value);
         }
     }
-    if let Where::InContainer { env, filter } = place {
+    if let HookPlace::InContainer { env, filter } = place {
         if hook.env().is_none() {
             for variable in env {
                 let mut parts = variable.to_bytes().splitn(2, |byte| *byte == b'=');
@@ -229,17 +229,17 @@ fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
             load_in_hook(&mut command, filter);
         }
     }
-    let (mut output, hooks) = Output::new()?;
+    let (mut output, hooks) = HookOutput::new()?;
     let again = hooks.try_clone().doing(|| "make a pipe for its output")?;
     command.stdout(hooks).stderr(again);
     let mut child = command.spawn().doing(|| "start it")?;
     // It holds the hook's side of the pipes.
     drop(command);
-    let mut input = child.stdin.take().map(|pipe| Input::new(pipe, state));
+    let mut input = child.stdin.take().map(|pipe| HookInput::new(pipe, state));
     let timeout = hook
         .timeout()
         .map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX))
-        .map_or(UNSAID_TIMEOUT, |seconds| {
+        .map_or(DEFAULT_HOOK_TIMEOUT, |seconds| {
             Duration::from_secs(seconds.into())
         });
     let pid = Pid::from_raw(child.id() as i32);
@@ -248,7 +248,7 @@ fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let mut told = false;
         loop {
-            input = input.and_then(Input::go_on);
+            input = input.and_then(HookInput::go_on);
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let _ = child.kill();
@@ -258,7 +258,7 @@ fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
                     timeout.as_secs()
                 );
             }
-            let wait = left.min(SLOW);
+            let wait = left.min(HOOK_WARNING_DELAY);
             let wait = Timespec {
                 tv_sec: wait.as_secs() as _,
                 tv_nsec: wait.subsec_nanos() as _,
@@ -272,7 +272,7 @@ fn run_one(hook: &Hook, state: &str, place: Where<'_>) -> Result<()> {
             let polled = poll(&mut watched, Some(&wait));
             let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
             match polled {
-                Ok(0) if !told && left >= SLOW => {
+                Ok(0) if !told && left >= HOOK_WARNING_DELAY => {
                     told = true;
                     log::warning(&format!("still waiting for hook {}", hook.path().display()));
                 }

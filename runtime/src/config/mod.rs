@@ -13,7 +13,7 @@ use crate::config::spec::{Linux, Spec};
 use crate::error::{Context, Error, Result, refuse};
 use crate::mounts::devices::{self, Device};
 use crate::mounts::options::{self, SLAVE};
-use crate::mounts::{Mount, Sources};
+use crate::mounts::{Mount, MountSources};
 use crate::namespaces::idmap::IdMaps;
 use crate::namespaces::net_devices::{self, NetDevice};
 use crate::namespaces::resctrl::Resctrl;
@@ -53,13 +53,13 @@ pub(crate) struct Config {
     pub(crate) seccomp: Option<Filter>,
     pub(crate) process: Process,
     /// The process as it was written, from which `exec` takes what it is not told.
-    pub(crate) process_spec: spec::Process,
+    pub(crate) process_spec: spec::ProcessSpec,
     /// SELinux label of what is mounted.
     pub(crate) mount_label: Option<String>,
     pub(crate) net_devices: Vec<NetDevice>,
     pub(crate) resctrl: Option<Resctrl>,
-    pub(crate) personality: Option<spec::Personality>,
-    pub(crate) memory_policy: Option<spec::MemoryPolicy>,
+    pub(crate) personality: Option<spec::PersonalitySpec>,
+    pub(crate) memory_policy: Option<spec::MemoryPolicySpec>,
 }
 
 impl Config {
@@ -253,8 +253,8 @@ impl Config {
     }
 
     /// What leads to the host's files, for them to be opened while they can be reached.
-    pub(crate) fn mount_sources(&self) -> Sources<'_> {
-        Sources {
+    pub(crate) fn mount_sources(&self) -> MountSources<'_> {
+        MountSources {
             rootfs: &self.rootfs,
             mounts: &self.mounts,
             root_is_shared: self.root_is_shared(),

@@ -27,7 +27,7 @@ pub(crate) struct Spec {
     pub(crate) oci_version: String,
     pub(crate) root: Option<Root>,
     pub(crate) mounts: Option<Vec<Mount>>,
-    pub(crate) process: Option<Process>,
+    pub(crate) process: Option<ProcessSpec>,
     pub(crate) hostname: Option<String>,
     pub(crate) domainname: Option<String>,
     pub(crate) hooks: Option<Hooks>,
@@ -59,9 +59,9 @@ pub(crate) struct Linux {
     pub(crate) mount_label: Option<String>,
     pub(crate) seccomp: Option<SeccompProfile>,
     pub(crate) intel_rdt: Option<IntelRdt>,
-    pub(crate) memory_policy: Option<MemoryPolicy>,
-    pub(crate) personality: Option<Personality>,
-    pub(crate) net_devices: Option<BTreeMap<String, NetDevice>>,
+    pub(crate) memory_policy: Option<MemoryPolicySpec>,
+    pub(crate) personality: Option<PersonalitySpec>,
+    pub(crate) net_devices: Option<BTreeMap<String, NetDeviceSpec>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -76,7 +76,7 @@ pub(crate) struct IntelRdt {
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct MemoryPolicy {
+pub(crate) struct MemoryPolicySpec {
     pub(crate) mode: String,
     /// As in cpuset(7), "List format".
     #[serde(default)]
@@ -86,14 +86,14 @@ pub(crate) struct MemoryPolicy {
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct Personality {
+pub(crate) struct PersonalitySpec {
     pub(crate) domain: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) flags: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
-pub(crate) struct NetDevice {
+pub(crate) struct NetDeviceSpec {
     /// The name in the container, if it is another.
     #[serde(default)]
     pub(crate) name: String,
@@ -107,7 +107,7 @@ pub(crate) struct TimeOffset {
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(crate) struct Process {
+pub(crate) struct ProcessSpec {
     pub(crate) terminal: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) console_size: Option<ConsoleSize>,
@@ -119,7 +119,7 @@ pub(crate) struct Process {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) capabilities: Option<Capabilities>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) rlimits: Option<Vec<Rlimit>>,
+    pub(crate) rlimits: Option<Vec<RlimitSpec>>,
     pub(crate) no_new_privileges: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) oom_score_adj: Option<i32>,
@@ -196,7 +196,7 @@ pub(crate) struct Capabilities {
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct Rlimit {
+pub(crate) struct RlimitSpec {
     /// `RLIMIT_NOFILE` and the like.
     #[serde(rename = "type")]
     pub(crate) typ: String,
@@ -207,7 +207,7 @@ pub(crate) struct Rlimit {
 /// What `rrun state` prints and hooks get, in runc's order of fields.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Shown<'a> {
+pub(crate) struct OciState<'a> {
     pub(crate) oci_version: &'a str,
     pub(crate) id: &'a str,
     pub(crate) pid: i32,

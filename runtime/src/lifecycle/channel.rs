@@ -13,24 +13,24 @@ use crate::seccomp::Report;
 use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
 
 /// The longest sentence that is carried.
-const LIMIT: usize = 16 << 10;
+const MESSAGE_BYTES: usize = 16 << 10;
 
-const HOST_SIDE: u8 = b'M';
+const NEEDS_PARENT: u8 = b'M';
 const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
-const BORN: u8 = b'B';
+const CLONED: u8 = b'B';
 const FILTERED: u8 = b'S';
 const FAILED: u8 = b'F';
 const GO_ON: u8 = b'G';
 
 /// What the new process has to say.
-pub(crate) enum Message {
+pub(crate) enum ChildMessage {
     /// From a go-between: the process that it made beside itself.
-    Born(i32),
+    Cloned(i32),
     /// It is in its namespaces and waits for what only the host's side can do: the mappings
     /// of a user namespace and what that has no right to, network devices, resctrl.
-    HostSide,
+    NeedsParent,
     /// All is mounted, the old root still there; it waits for the hooks to be run.
     RunHooks,
     /// The master side of its terminal.
@@ -95,11 +95,11 @@ impl Channel {
 
     pub(crate) fn born(&self, pid: i32) -> Result<()> {
         let [a, b, c, d] = pid.to_ne_bytes();
-        self.send(&[BORN, a, b, c, d])
+        self.send(&[CLONED, a, b, c, d])
     }
 
     pub(crate) fn ask_for_host_side(&self) -> Result<()> {
-        self.ask(HOST_SIDE)
+        self.ask(NEEDS_PARENT)
     }
 
     pub(crate) fn ask_for_hooks(&self) -> Result<()> {
@@ -124,7 +124,7 @@ impl Channel {
 
     pub(crate) fn failed(&self, error: &Error) {
         let mut message = vec![FAILED];
-        message.extend(error.to_string().bytes().take(LIMIT - 1));
+        message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
         // If nobody listens, nobody wants to know.
         let _ = self.send(&message);
     }
@@ -137,23 +137,23 @@ impl Channel {
     }
 
     /// From the parent: the next message.
-    pub(crate) fn receive(&self) -> Result<Message> {
-        let mut buffer = vec![0u8; LIMIT];
+    pub(crate) fn receive(&self) -> Result<ChildMessage> {
+        let mut buffer = vec![0u8; MESSAGE_BYTES];
         let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
-            Err(Errno::CONNRESET) => return Ok(Message::Closed),
+            Err(Errno::CONNRESET) => return Ok(ChildMessage::Closed),
             result => result.doing(|| "wait for the container's first process")?,
         };
         let message = buffer.get(..length).unwrap_or_default();
         Ok(match (message, descriptor) {
-            ([], _) => Message::Closed,
-            ([BORN, a, b, c, d], _) => Message::Born(i32::from_ne_bytes([*a, *b, *c, *d])),
-            ([HOST_SIDE], _) => Message::HostSide,
-            ([RUN_HOOKS], _) => Message::RunHooks,
-            ([READY], _) => Message::Ready,
-            ([TERMINAL], Some(master)) => Message::Terminal(master),
-            ([FILTERED], Some(page)) => Message::Filtered(Report::new(page)),
+            ([], _) => ChildMessage::Closed,
+            ([CLONED, a, b, c, d], _) => ChildMessage::Cloned(i32::from_ne_bytes([*a, *b, *c, *d])),
+            ([NEEDS_PARENT], _) => ChildMessage::NeedsParent,
+            ([RUN_HOOKS], _) => ChildMessage::RunHooks,
+            ([READY], _) => ChildMessage::Ready,
+            ([TERMINAL], Some(master)) => ChildMessage::Terminal(master),
+            ([FILTERED], Some(page)) => ChildMessage::Filtered(Report::new(page)),
             ([FAILED, sentence @ ..], _) => {
-                Message::Failed(Error::new(String::from_utf8_lossy(sentence)))
+                ChildMessage::Failed(Error::new(String::from_utf8_lossy(sentence)))
             }
             _ => refuse!("the container's first process sent what it can not have sent"),
         })

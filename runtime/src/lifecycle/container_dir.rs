@@ -17,54 +17,54 @@ use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket;
 
 /// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
-pub(crate) const GATE: &str = "start";
+pub(crate) const START_SOCKET: &str = "start";
 /// Where it stands until the container is made, and can be started.
-pub(crate) const GATE_SHUT: &str = "start.shut";
+pub(crate) const START_SOCKET_PENDING: &str = "start.shut";
 /// The container's state: see [`crate::lifecycle::state`].
 pub(crate) const STATE_FILE: &str = "state.json";
 pub(crate) const STATE_FILE_NEW: &str = "state.json.new";
 /// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
 /// state's file, what lives of the container can be found.
-const CGROUP: &str = "cgroup";
+const CGROUP_LINK: &str = "cgroup";
 
 /// How long to wait for another process to be done with a container.
-const FREE_WITHIN: Duration = Duration::from_secs(10);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a directory is made again that another process removed at once.
-const MAX_AGAIN: usize = 100;
+const CREATE_RETRIES: usize = 100;
 
-pub(crate) struct Claim {
+pub(crate) struct ContainerDir {
     directory: PathBuf,
     fd: OwnedFd,
 }
 
 /// What came of trying to hold a container's directory.
-pub(crate) enum Held {
-    Claim(Claim),
+pub(crate) enum Lock {
+    Acquired(ContainerDir),
     /// There is no such directory.
-    Nothing,
+    Missing,
     /// Another process has held it all the time.
     Busy,
 }
 
-impl AsFd for Claim {
+impl AsFd for ContainerDir {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-impl Claim {
+impl ContainerDir {
     /// Claims an id by making its directory.
-    pub(crate) fn new(root: &Path, id: &str) -> Result<Claim> {
+    pub(crate) fn new(root: &Path, id: &str) -> Result<ContainerDir> {
         let directory = directory(root, id)?;
-        for _ in 0..MAX_AGAIN {
+        for _ in 0..CREATE_RETRIES {
             make(root, &directory, id)?;
             // Between its making and its locking, another process may have taken it for
             // the remains of a killed one, and removed it.
-            match Claim::hold(&directory, || {})? {
-                Held::Claim(claim) => return Ok(claim),
-                Held::Nothing => {}
-                Held::Busy => break,
+            match ContainerDir::hold(&directory, || {})? {
+                Lock::Acquired(claim) => return Ok(claim),
+                Lock::Missing => {}
+                Lock::Busy => break,
             }
         }
         refuse!("container {id} is being removed by another process")
@@ -72,17 +72,17 @@ impl Claim {
 
     /// Takes an existing directory. While another process has it, `meanwhile` is called now
     /// and then.
-    pub(crate) fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Held> {
+    pub(crate) fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Lock> {
         let doing = || format!("lock {}", directory.display());
         let fd = match rustix::fs::open(
             directory,
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
         ) {
-            Err(Errno::NOENT) => return Ok(Held::Nothing),
+            Err(Errno::NOENT) => return Ok(Lock::Missing),
             result => result.doing(doing)?,
         };
-        let deadline = Instant::now() + FREE_WITHIN;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         let mut pause = Duration::from_millis(1);
         loop {
             match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
@@ -93,19 +93,19 @@ impl Claim {
             let last = Instant::now() >= deadline;
             meanwhile();
             if last {
-                return Ok(Held::Busy);
+                return Ok(Lock::Busy);
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(20));
         }
-        let claim = Claim {
+        let claim = ContainerDir {
             directory: directory.to_owned(),
             fd,
         };
         Ok(if claim.is_linked()? {
-            Held::Claim(claim)
+            Lock::Acquired(claim)
         } else {
-            Held::Nothing
+            Lock::Missing
         })
     }
 
@@ -122,14 +122,20 @@ impl Claim {
 
     /// Writes down where the container's cgroup will be.
     pub(crate) fn name_cgroup(&self, cgroup: &Path) -> Result<()> {
-        rustix::fs::symlinkat(cgroup, &self.fd, CGROUP)
-            .doing(|| format!("make link {}", self.directory.join(CGROUP).display()))
+        rustix::fs::symlinkat(cgroup, &self.fd, CGROUP_LINK)
+            .doing(|| format!("make link {}", self.directory.join(CGROUP_LINK).display()))
     }
 
     /// Gives an id back, with all that was written under it.
     pub(crate) fn release(self) -> Result<()> {
         let same = self.is_linked()?;
-        for name in [STATE_FILE, GATE, GATE_SHUT, STATE_FILE_NEW, CGROUP] {
+        for name in [
+            STATE_FILE,
+            START_SOCKET,
+            START_SOCKET_PENDING,
+            STATE_FILE_NEW,
+            CGROUP_LINK,
+        ] {
             match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 result => {
@@ -200,7 +206,7 @@ pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
 /// # Errors
 /// None was, or it is none below the mount point of cgroups.
 pub(crate) fn named_cgroup(directory: &Path) -> Option<PathBuf> {
-    let link = rustix::fs::readlink(directory.join(CGROUP), Vec::new()).ok()?;
+    let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
     let plain = path
         .components()
@@ -215,8 +221,8 @@ mod tests {
     #[test]
     fn an_id_is_held_by_one_and_its_cgroup_is_known() {
         let root = std::env::temp_dir().join(format!("rrun-claim-test-{}", std::process::id()));
-        let claim = Claim::new(&root, "a").unwrap();
-        assert!(Claim::new(&root, "a").is_err());
+        let claim = ContainerDir::new(&root, "a").unwrap();
+        assert!(ContainerDir::new(&root, "a").is_err());
         assert_eq!(named_cgroup(claim.directory()), None);
         claim.name_cgroup(Path::new("/sys/fs/cgroup/x/y")).unwrap();
         assert_eq!(
@@ -227,13 +233,13 @@ mod tests {
         std::fs::rename(root.join("a"), root.join("b")).unwrap();
         std::fs::remove_file(root.join("b/cgroup")).unwrap();
         std::fs::remove_dir(root.join("b")).unwrap();
-        let next = Claim::new(&root, "a").unwrap();
+        let next = ContainerDir::new(&root, "a").unwrap();
         claim.release().unwrap();
         assert!(next.is_linked().unwrap());
         next.release().unwrap();
         assert!(matches!(
-            Claim::hold(&root.join("a"), || {}).unwrap(),
-            Held::Nothing
+            ContainerDir::hold(&root.join("a"), || {}).unwrap(),
+            Lock::Missing
         ));
         std::fs::remove_dir_all(root).unwrap();
     }
@@ -242,7 +248,7 @@ mod tests {
     fn a_cgroup_outside_of_the_hierarchy_is_not_believed() {
         let root = std::env::temp_dir().join(format!("rrun-cgroup-test-{}", std::process::id()));
         for path in ["/sys/fs/cgroup", "/sys/fs/cgroup/a/../..", "/tmp/x", "x"] {
-            let claim = Claim::new(&root, "a").unwrap();
+            let claim = ContainerDir::new(&root, "a").unwrap();
             claim.name_cgroup(Path::new(path)).unwrap();
             assert_eq!(named_cgroup(claim.directory()), None, "{path}");
             claim.release().unwrap();

@@ -12,18 +12,18 @@ use std::time::SystemTime;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
-use crate::cgroup::{self, Cgroup, Place};
+use crate::cgroup::{self, Cgroup, CgroupLocation};
 use crate::config::{Config, hooks};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel::{self, Channel, Message};
-use crate::lifecycle::container_dir::Claim;
+use crate::lifecycle::channel::{self, Channel, ChildMessage};
+use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::init::Init;
-use crate::lifecycle::notify_socket::{self, Manager, NotifySocket};
+use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::mounts::HostMounts;
-use crate::namespaces::{OpenJoin, flag, net_devices, resctrl, unshare_time};
+use crate::namespaces::{OpenNamespace, flag, net_devices, resctrl, unshare_time};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::{Agent, Report};
 use crate::sys::child::{NeverReturn, await_death, end, end_child, explain_death};
@@ -33,7 +33,7 @@ use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
 /// How a container is to be made, beside its configuration.
-pub(crate) struct Request<'a> {
+pub(crate) struct CreateRequest<'a> {
     pub(crate) root: &'a Path,
     pub(crate) id: &'a str,
     pub(crate) config: &'a Config,
@@ -48,11 +48,11 @@ pub(crate) struct Request<'a> {
     pub(crate) systemd_cgroup: bool,
     pub(crate) descriptors: Descriptors,
     /// The service manager's socket, if the container is to have one to it.
-    pub(crate) notify: Option<Manager>,
+    pub(crate) notify: Option<ServiceManager>,
 }
 
 /// A container that was made.
-pub(crate) struct Born {
+pub(crate) struct Created {
     pub(crate) state: State,
     pub(crate) pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
@@ -62,17 +62,17 @@ pub(crate) struct Born {
 }
 
 /// What has to be unmade if a later step fails.
-struct Unmade<'a> {
+struct Rollback<'a> {
     id: &'a str,
-    claim: Option<Claim>,
-    cgroup: Option<&'a Place>,
+    claim: Option<ContainerDir>,
+    cgroup: Option<&'a CgroupLocation>,
     child: Option<OwnedFd>,
     hooks: Option<(&'a Hooks, String)>,
-    resctrl: resctrl::Made,
+    resctrl: resctrl::ResctrlGroups,
     kept: bool,
 }
 
-impl Drop for Unmade<'_> {
+impl Drop for Rollback<'_> {
     fn drop(&mut self) {
         if self.kept {
             return;
@@ -88,7 +88,7 @@ impl Drop for Unmade<'_> {
         if let Err(error) = self.resctrl.remove() {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
-        if let Some(Err(error)) = self.claim.take().map(Claim::release) {
+        if let Some(Err(error)) = self.claim.take().map(ContainerDir::release) {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
         if let Some((hooks, state)) = &self.hooks {
@@ -98,9 +98,9 @@ impl Drop for Unmade<'_> {
 }
 
 /// Makes a container. When this returns, its program is executed, or waits for `start`.
-pub(crate) fn create(request: Request<'_>) -> Result<Born> {
+pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
     let config = request.config;
-    let place = Place::new(
+    let place = CgroupLocation::new(
         &config.cgroups_path,
         &config.annotations,
         request.id,
@@ -116,16 +116,18 @@ pub(crate) fn create(request: Request<'_>) -> Result<Born> {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
-    let mut unmade = Unmade {
+    let mut unmade = Rollback {
         id: request.id,
         claim: None,
         cgroup: None,
         child: None,
         hooks: None,
-        resctrl: resctrl::Made::default(),
+        resctrl: resctrl::ResctrlGroups::default(),
         kept: false,
     };
-    let claim = &*unmade.claim.insert(Claim::new(request.root, request.id)?);
+    let claim = &*unmade
+        .claim
+        .insert(ContainerDir::new(request.root, request.id)?);
     let mut state = new_state(&request, &place);
     // Before the cgroup is made: whatever happens, `delete` will know where it is.
     claim.name_cgroup(&state.cgroup)?;
@@ -165,7 +167,7 @@ pub(crate) fn create(request: Request<'_>) -> Result<Born> {
     let user = config.namespaces.own(Type::User);
     let taken = HostMounts::before_clone(&config.mount_sources())?;
     let joins = config.namespaces.open_joins()?;
-    let (for_newborn, before): (Vec<OpenJoin>, Vec<OpenJoin>) = joins
+    let (for_newborn, before): (Vec<OpenNamespace>, Vec<OpenNamespace>) = joins
         .into_iter()
         .partition(|join| !join.is_for_children() && (!user || join.is_for_the_newborn()));
     let gate = if request.waits {
@@ -268,7 +270,7 @@ pub(crate) fn create(request: Request<'_>) -> Result<Born> {
     let Some(pidfd) = unmade.child.take() else {
         refuse!("the container's first process is lost");
     };
-    Ok(Born {
+    Ok(Created {
         state,
         pidfd,
         terminal,
@@ -285,7 +287,7 @@ pub(crate) fn create(request: Request<'_>) -> Result<Born> {
 fn born_by_go_between(
     flags: u64,
     cgroup: Option<&Cgroup>,
-    mut before: Vec<OpenJoin>,
+    mut before: Vec<OpenNamespace>,
 ) -> Result<Cloned> {
     // Not the container's channel: on that one, the process made may be the first to speak.
     let (answers, teller) = channel::pair()?;
@@ -293,11 +295,14 @@ fn born_by_go_between(
         Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             let guard = NeverReturn;
-            before.sort_by_key(OpenJoin::is_user);
-            let born = before.iter().try_for_each(OpenJoin::enter).and_then(|()| {
-                clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
-                    .doing(|| "make the container's first process beside this one (clone3)")
-            });
+            before.sort_by_key(OpenNamespace::is_user);
+            let born = before
+                .iter()
+                .try_for_each(OpenNamespace::enter)
+                .and_then(|()| {
+                    clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
+                        .doing(|| "make the container's first process beside this one (clone3)")
+                });
             match born {
                 Ok(Cloned::Child) => {
                     std::mem::forget(guard);
@@ -315,7 +320,7 @@ fn born_by_go_between(
     let answer = answers.receive();
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     match answer? {
-        Message::Born(pid) => {
+        ChildMessage::Cloned(pid) => {
             let doing = || format!("open process {pid}");
             let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
             // It is a child of this process, which has not waited for it: no other can
@@ -323,12 +328,12 @@ fn born_by_go_between(
             let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
             Ok(Cloned::Parent { pid, pidfd })
         }
-        Message::Failed(error) => Err(error),
+        ChildMessage::Failed(error) => Err(error),
         _ => refuse!("the process that was to enter the namespaces died"),
     }
 }
 
-fn new_state(request: &Request<'_>, place: &Place) -> State {
+fn new_state(request: &CreateRequest<'_>, place: &CgroupLocation) -> State {
     let config = request.config;
     State {
         oci_version: config.oci_version.clone(),
@@ -349,7 +354,7 @@ fn new_state(request: &Request<'_>, place: &Place) -> State {
         personality: config.personality.clone(),
         memory_policy: config.memory_policy.clone(),
         keeps_keyring: !request.new_keyring,
-        resctrl: resctrl::Made::default(),
+        resctrl: resctrl::ResctrlGroups::default(),
         hooks: config.hooks.clone(),
         seccomp: config.seccomp.clone(),
     }
@@ -375,10 +380,10 @@ fn owner() -> String {
 fn accompany(
     channel: &Channel,
     state: &mut State,
-    request: &Request<'_>,
-    claim: &Claim,
+    request: &CreateRequest<'_>,
+    claim: &ContainerDir,
     pidfd: &OwnedFd,
-    made: &mut resctrl::Made,
+    made: &mut resctrl::ResctrlGroups,
     mut agent: Option<Agent<'_>>,
 ) -> Result<Option<OwnedFd>> {
     let (config, waits) = (request.config, request.waits);
@@ -388,7 +393,7 @@ fn accompany(
     let mut report = None;
     loop {
         match channel.receive()? {
-            Message::HostSide => {
+            ChildMessage::NeedsParent => {
                 if config.namespaces.is_new(Type::User) {
                     if rustix::process::geteuid().is_root() {
                         config.id_maps.write(state.pid, "linux.")?;
@@ -410,10 +415,10 @@ fn accompany(
                 }
                 channel.go_on()?;
             }
-            Message::RunHooks => {
+            ChildMessage::RunHooks => {
                 let shown = state.for_hooks(Status::Creating);
                 #[allow(deprecated)] // prestart is: callers use it all the same
-                let host = hooks::Where::OnHost(Some(pidfd));
+                let host = hooks::HookPlace::OnHost(Some(pidfd));
                 log::debug(|| "run hooks prestart and createRuntime".to_owned());
                 hooks::run("prestart", hooks.prestart().as_ref(), &shown, host)?;
                 hooks::run(
@@ -424,9 +429,9 @@ fn accompany(
                 )?;
                 channel.go_on()?;
             }
-            Message::Born(_) => refuse!("the container's first process told of another"),
-            Message::Terminal(master) => terminal = Some(master),
-            Message::Filtered(page) => {
+            ChildMessage::Cloned(_) => refuse!("the container's first process told of another"),
+            ChildMessage::Terminal(master) => terminal = Some(master),
+            ChildMessage::Filtered(page) => {
                 ready = true;
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
@@ -434,17 +439,17 @@ fn accompany(
                     agent.serve(page, pidfd, state.pid, shown)?;
                 }
             }
-            Message::Ready if waits => return Ok(terminal),
-            Message::Ready => ready = true,
-            Message::Closed if ready => {
+            ChildMessage::Ready if waits => return Ok(terminal),
+            ChildMessage::Ready => ready = true,
+            ChildMessage::Closed if ready => {
                 report.as_ref().map_or(Ok(()), Report::verdict)?;
                 return Ok(terminal);
             }
-            Message::Closed => {
+            ChildMessage::Closed => {
                 await_death(pidfd);
                 refuse!("the container's first process died while it was being made")
             }
-            Message::Failed(error) => return Err(error),
+            ChildMessage::Failed(error) => return Err(error),
         }
     }
 }

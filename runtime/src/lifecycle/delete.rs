@@ -9,13 +9,13 @@ use rustix::io::Errno;
 
 use crate::config::hooks;
 use crate::error::{Context, Error, Kind, Result, refuse};
-use crate::lifecycle::container_dir::{self, Claim, Held};
+use crate::lifecycle::container_dir::{self, ContainerDir, Lock};
 use crate::lifecycle::state::{State, Status};
 use crate::sys::syscalls::pidfd_send_signal;
 use crate::{cgroup, log};
 
 /// How long a killed first process may take to die.
-const DEAD_WITHIN: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Removes a container. One that runs is only removed by `force`; with that it is no error
 /// if there is none.
@@ -26,18 +26,18 @@ pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
         check_removable(&state, &directory)?;
     }
     let none = || Error::new(format!("container does not exist: {id}"));
-    let held = Claim::hold(&directory, || {
+    let held = ContainerDir::hold(&directory, || {
         if force {
             // Who makes it can not go on then, and gives it up.
             end_unheld(root, id);
         }
     })?;
     let claim = match held {
-        Held::Claim(claim) => claim,
-        Held::Nothing if force => return Ok(()),
-        Held::Nothing => return Err(none().with_kind(Kind::NoSuchContainer)),
-        Held::Busy if force => return remove_unheld(root, id),
-        Held::Busy => {
+        Lock::Acquired(claim) => claim,
+        Lock::Missing if force => return Ok(()),
+        Lock::Missing => return Err(none().with_kind(Kind::NoSuchContainer)),
+        Lock::Busy if force => return remove_unheld(root, id),
+        Lock::Busy => {
             refuse!("cannot delete container {id}: another process is making or removing it")
         }
     };
@@ -75,10 +75,10 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
 
 /// Removes a container whose first process has ended, unless somebody else did.
 pub(crate) fn after_end(root: &Path, state: &State) -> Result<()> {
-    match Claim::hold(&container_dir::directory(root, &state.id)?, || {})? {
-        Held::Claim(claim) => destroy(claim, state),
-        Held::Nothing => Ok(()),
-        Held::Busy => refuse!(
+    match ContainerDir::hold(&container_dir::directory(root, &state.id)?, || {})? {
+        Lock::Acquired(claim) => destroy(claim, state),
+        Lock::Missing => Ok(()),
+        Lock::Busy => refuse!(
             "cannot delete container {}: another process is removing it",
             state.id
         ),
@@ -117,7 +117,7 @@ fn remove_unheld(root: &Path, id: &str) -> Result<()> {
 
 /// Removes a container whose state can not be read. Everything of it that lives is in its
 /// cgroup.
-fn remove_damaged(claim: Claim) -> Result<()> {
+fn remove_damaged(claim: ContainerDir) -> Result<()> {
     if let Some(cgroup) = container_dir::named_cgroup(claim.directory()) {
         cgroup::remove(&cgroup, cgroup::unit_at(&cgroup).as_deref())?;
     }
@@ -125,7 +125,7 @@ fn remove_damaged(claim: Claim) -> Result<()> {
 }
 
 /// Removes all that belongs to a container, killing it if need be.
-fn destroy(claim: Claim, state: &State) -> Result<()> {
+fn destroy(claim: ContainerDir, state: &State) -> Result<()> {
     if let Some(process) = state.open_process()? {
         let doing = || format!("kill the first process of {} ({})", state.id, state.pid);
         match pidfd_send_signal(process.as_fd(), libc::SIGKILL) {
@@ -133,7 +133,7 @@ fn destroy(claim: Claim, state: &State) -> Result<()> {
             result => result.doing(doing)?,
         }
         let timeout = Timespec {
-            tv_sec: DEAD_WITHIN.as_secs() as _,
+            tv_sec: KILL_TIMEOUT.as_secs() as _,
             tv_nsec: 0,
         };
         let dead = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
@@ -141,7 +141,7 @@ fn destroy(claim: Claim, state: &State) -> Result<()> {
             return Err(Error::new(format!(
                 "{}: it still lives after {} s",
                 doing(),
-                DEAD_WITHIN.as_secs()
+                KILL_TIMEOUT.as_secs()
             )));
         }
     }

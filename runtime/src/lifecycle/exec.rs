@@ -13,7 +13,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::cgroup;
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel::{self, Channel, Message};
+use crate::lifecycle::channel::{self, Channel, ChildMessage};
 use crate::lifecycle::program::{execute, join_keyring, settle};
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
@@ -30,7 +30,7 @@ use crate::sys::syscalls;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
 /// What is to be run where.
-pub(crate) struct Request<'a> {
+pub(crate) struct ExecRequest<'a> {
     pub(crate) state: &'a State,
     /// The container's first process.
     pub(crate) init: OwnedFd,
@@ -44,14 +44,14 @@ pub(crate) struct Request<'a> {
 }
 
 /// A process that has become its program.
-pub(crate) struct Entered {
+pub(crate) struct ExecProcess {
     pub(crate) pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
 }
 
 /// Makes the process. When this returns, it has executed its program.
-pub(crate) fn enter(mut request: Request<'_>) -> Result<Entered> {
+pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     let state = request.state;
     let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) => Some(listener.connect()?),
@@ -102,7 +102,7 @@ pub(crate) fn enter(mut request: Request<'_>) -> Result<Entered> {
             Ok(terminal)
         });
     match finished {
-        Ok(terminal) => Ok(Entered { pidfd, terminal }),
+        Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
         Err(error) => {
             end_child(&pidfd);
             Err(error)
@@ -135,14 +135,14 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
-fn run(request: &mut Request<'_>, channel: Channel, joined: u64) -> ! {
+fn run(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
     let _guard = NeverReturn;
     let Err(error) = live(request, &channel, joined);
     channel.failed(&error);
     end()
 }
 
-fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
+fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
     let state = request.state;
     request.descriptors.close_leaked()?;
     let filter = match &state.seccomp {
@@ -204,7 +204,7 @@ fn live(request: &mut Request<'_>, channel: &Channel, joined: u64) -> Result<Inf
 
 fn accompany(
     channel: &Channel,
-    request: &Request<'_>,
+    request: &ExecRequest<'_>,
     pid: i32,
     mut agent: Option<Agent<'_>>,
     pidfd: &OwnedFd,
@@ -214,13 +214,13 @@ fn accompany(
     let mut report = None;
     loop {
         match channel.receive()? {
-            Message::HostSide => {
+            ChildMessage::NeedsParent => {
                 request.process.apply_oom_score_adj(&pid.to_string())?;
                 request.process.apply_limits(pid)?;
                 channel.go_on()?;
             }
-            Message::Terminal(master) => terminal = Some(master),
-            Message::Filtered(page) => {
+            ChildMessage::Terminal(master) => terminal = Some(master),
+            ChildMessage::Filtered(page) => {
                 ready = true;
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
@@ -228,17 +228,17 @@ fn accompany(
                     agent.serve(page, pidfd, pid, shown)?;
                 }
             }
-            Message::Ready => ready = true,
-            Message::Closed if ready => {
+            ChildMessage::Ready => ready = true,
+            ChildMessage::Closed if ready => {
                 report.as_ref().map_or(Ok(()), Report::verdict)?;
                 return Ok(terminal);
             }
-            Message::Closed => {
+            ChildMessage::Closed => {
                 await_death(pidfd);
                 refuse!("the process died while it was being made")
             }
-            Message::Failed(error) => return Err(error),
-            Message::Born(_) | Message::RunHooks => {
+            ChildMessage::Failed(error) => return Err(error),
+            ChildMessage::Cloned(_) | ChildMessage::RunHooks => {
                 return Err(Error::new("the process asked for what exec does not do"));
             }
         }

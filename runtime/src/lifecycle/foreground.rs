@@ -14,16 +14,16 @@ use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, sign
 
 /// Signals that are for the container's process, taken by a descriptor.
 ///
-/// Made before the process is, so that none is lost in between; the process unblocks
+/// ResctrlGroups before the process is, so that none is lost in between; the process unblocks
 /// them for itself.
-pub(crate) struct Forwarding {
+pub(crate) struct Foreground {
     signals: OwnedFd,
     /// Where the container says that it is ready.
     pub(crate) notify: Option<NotifySocket>,
 }
 
-impl Forwarding {
-    pub(crate) fn start() -> Result<Forwarding> {
+impl Foreground {
+    pub(crate) fn start() -> Result<Foreground> {
         // All but those that report an error of this program itself, or can not be had.
         let own = [
             libc::SIGKILL,
@@ -43,7 +43,7 @@ impl Forwarding {
             .collect();
         let set = signal_set(&others);
         set_signal_mask(&set).doing(|| "block signals to forward them")?;
-        Ok(Forwarding {
+        Ok(Foreground {
             signals: signalfd(&set).doing(|| "make a descriptor for signals")?,
             notify: None,
         })
@@ -108,12 +108,12 @@ fn exit_code(status: &WaitIdStatus) -> u8 {
 
 /// The caller's own terminal, put in raw mode so that every key goes on as it is; given
 /// back its mode in the end.
-struct Raw {
+struct RawTerminal {
     mode: Option<rustix::termios::Termios>,
 }
 
-impl Raw {
-    fn set() -> Raw {
+impl RawTerminal {
+    fn set() -> RawTerminal {
         let stdin = rustix::stdio::stdin();
         // Standard input that is no terminal needs nothing.
         let mode = rustix::termios::tcgetattr(stdin).ok();
@@ -125,11 +125,11 @@ impl Raw {
             raw.output_modes = mode.output_modes;
             let _ = rustix::termios::tcsetattr(stdin, rustix::termios::OptionalActions::Now, &raw);
         }
-        Raw { mode }
+        RawTerminal { mode }
     }
 }
 
-impl Drop for Raw {
+impl Drop for RawTerminal {
     fn drop(&mut self) {
         if let Some(mode) = &self.mode {
             let _ = rustix::termios::tcsetattr(
@@ -165,11 +165,11 @@ fn write_all(to: impl AsFd, mut bytes: &[u8]) -> std::result::Result<(), Errno> 
     Ok(())
 }
 
-impl Forwarding {
-    /// Like [`Forwarding::wait`], and carries bytes between the caller's standard input and
+impl Foreground {
+    /// Like [`Foreground::wait`], and carries bytes between the caller's standard input and
     /// output and the container's terminal.
     pub(crate) fn relay(&self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
-        let _raw = Raw::set();
+        let _raw = RawTerminal::set();
         copy_size(&master);
         let mut input_open = true;
         let mut buffer = vec![0u8; 32 << 10];

@@ -25,7 +25,7 @@ use crate::mounts::options::READ_ONLY;
 use crate::mounts::rootfs::Rootfs;
 use crate::mounts::tree::{self, attach_root, take_root};
 use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
-use crate::namespaces::{self, OpenJoin, become_root_of_namespace, sysctl};
+use crate::namespaces::{self, OpenNamespace, become_root_of_namespace, sysctl};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
@@ -42,7 +42,7 @@ pub(crate) struct Init<'a> {
     pub(crate) state: &'a State,
     pub(crate) channel: Channel,
     /// Existing namespaces that are left for it to enter.
-    pub(crate) joins: Vec<OpenJoin>,
+    pub(crate) joins: Vec<OpenNamespace>,
     /// What was taken of the host's files for it.
     pub(crate) taken: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
@@ -289,7 +289,7 @@ impl Init<'_> {
                 "createContainer",
                 Some(list),
                 &self.hook_state(Status::Creating),
-                hooks::Where::OnHost(None),
+                hooks::HookPlace::OnHost(None),
             )?;
         }
         Ok(())
@@ -302,7 +302,7 @@ impl Init<'_> {
             "startContainer",
             self.config.hooks.start_container().as_ref(),
             &self.hook_state(Status::Created),
-            hooks::Where::InContainer {
+            hooks::HookPlace::InContainer {
                 env: &process.env,
                 filter,
             },

@@ -33,11 +33,11 @@ const DIRECTORY: &str = "notify";
 const FILE: &str = "notify.sock";
 const INSIDE: &str = "/run/notify";
 /// The longest message; systemd takes no longer ones.
-const LIMIT: usize = 4096;
+const MESSAGE_BYTES: usize = 4096;
 /// How long the service manager may take to have read everything.
-const READ_WITHIN: Duration = Duration::from_secs(30);
+const BARRIER_TIMEOUT: Duration = Duration::from_secs(30);
 /// After this, the log says what is being waited for.
-const SLOW: Duration = Duration::from_secs(10);
+const READY_WARNING_DELAY: Duration = Duration::from_secs(10);
 
 fn timespec(duration: Duration) -> Timespec {
     Timespec {
@@ -47,14 +47,14 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 /// The service manager's socket, if rrun's caller has one.
-pub(crate) struct Manager {
+pub(crate) struct ServiceManager {
     address: SocketAddrUnix,
 }
 
-impl Manager {
+impl ServiceManager {
     /// # Errors
     /// An address that is none of a unix socket's.
-    pub(crate) fn from_environment() -> Result<Option<Manager>> {
+    pub(crate) fn from_environment() -> Result<Option<ServiceManager>> {
         let Some(name) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) else {
             return Ok(None);
         };
@@ -65,7 +65,7 @@ impl Manager {
             [b'/', ..] => SocketAddrUnix::new(name).doing(doing)?,
             _ => refuse!("{}: it is no address of a unix socket", doing()),
         };
-        Ok(Some(Manager { address }))
+        Ok(Some(ServiceManager { address }))
     }
 }
 
@@ -117,7 +117,7 @@ pub(crate) struct NotifySocket {
 
 impl NotifySocket {
     /// Binds the container's socket. `None` if it was made without one.
-    pub(crate) fn bind(directory: &Path, manager: &Manager) -> Result<Option<NotifySocket>> {
+    pub(crate) fn bind(directory: &Path, manager: &ServiceManager) -> Result<Option<NotifySocket>> {
         let directory = directory.join(DIRECTORY);
         if !directory.is_dir() {
             return Ok(None);
@@ -162,10 +162,10 @@ impl NotifySocket {
     /// Passes on what the container says, `main_pid` being the process that the service
     /// manager is to watch. Returns whether the container is ready.
     pub(crate) fn pass_on(&self, main_pid: i32) -> Result<bool> {
-        let mut buffer = [0u8; LIMIT];
+        let mut buffer = [0u8; MESSAGE_BYTES];
         loop {
             let length = match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
-                Ok((_, length)) => length.min(LIMIT),
+                Ok((_, length)) => length.min(MESSAGE_BYTES),
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno).doing(|| "read the container's notification"),
@@ -192,7 +192,7 @@ impl NotifySocket {
     /// the service manager knows.
     pub(crate) fn wait(self, pid: i32, pidfd: &OwnedFd) -> Result<()> {
         let doing = || "wait for the container's READY=1 on its NOTIFY_SOCKET";
-        let mut timeout = Some(timespec(SLOW));
+        let mut timeout = Some(timespec(READY_WARNING_DELAY));
         loop {
             let mut watched = [
                 PollFd::new(&self.socket, PollFlags::IN),
@@ -225,11 +225,11 @@ impl NotifySocket {
         send_descriptor(self.manager.as_fd(), given.as_fd(), b"BARRIER=1").doing(doing)?;
         drop(given);
         let mut watched = [PollFd::new(&end, PollFlags::empty())];
-        match poll(&mut watched, Some(&timespec(READ_WITHIN))) {
+        match poll(&mut watched, Some(&timespec(BARRIER_TIMEOUT))) {
             Ok(0) => log::warning(&format!(
                 "{}: it has not after {} s",
                 doing(),
-                READ_WITHIN.as_secs()
+                BARRIER_TIMEOUT.as_secs()
             )),
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno).doing(doing),

@@ -16,16 +16,16 @@ use rustix::net::{
 };
 
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::{Claim, GATE, GATE_SHUT};
+use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
 use crate::sys::unix_socket::{at_address, receive_descriptor, send_descriptor};
 
-const GO: &[u8] = b"G";
-const LET_IN: u8 = b'L';
+const START: &[u8] = b"G";
+const STARTING: u8 = b'L';
 const FAILED: u8 = b'F';
 const FILTERED: u8 = b'S';
 /// Longest error that is carried.
-const LIMIT: usize = 16 << 10;
+const MESSAGE_BYTES: usize = 16 << 10;
 
 fn socket(flags: SocketFlags) -> Result<OwnedFd> {
     let flags = flags | SocketFlags::CLOEXEC;
@@ -33,20 +33,31 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
         .doing(|| "make a unix socket")
 }
 
-/// Sets the gate up, closed, in a container's directory, where nobody looks for it yet.
+/// CapabilityMasks the gate up, closed, in a container's directory, where nobody looks for it yet.
 pub(crate) fn build(directory: &Path) -> Result<OwnedFd> {
     let socket = socket(SocketFlags::empty())?;
-    at_address(directory, GATE_SHUT, |address| bind(&socket, address))
-        .and_then(|()| listen(&socket, 8))
-        .doing(|| format!("make socket {}", directory.join(GATE_SHUT).display()))?;
+    at_address(directory, START_SOCKET_PENDING, |address| {
+        bind(&socket, address)
+    })
+    .and_then(|()| listen(&socket, 8))
+    .doing(|| {
+        format!(
+            "make socket {}",
+            directory.join(START_SOCKET_PENDING).display()
+        )
+    })?;
     Ok(socket)
 }
 
 /// Lets starters find it: the container is made, its first process waits. A starter that
 /// came before would have to wait for that, and nobody knows how long.
-pub(crate) fn announce(claim: &Claim) -> Result<()> {
-    rustix::fs::renameat(claim, GATE_SHUT, claim, GATE)
-        .doing(|| format!("name socket {}", claim.directory().join(GATE).display()))
+pub(crate) fn announce(claim: &ContainerDir) -> Result<()> {
+    rustix::fs::renameat(claim, START_SOCKET_PENDING, claim, START_SOCKET).doing(|| {
+        format!(
+            "name socket {}",
+            claim.directory().join(START_SOCKET).display()
+        )
+    })
 }
 
 /// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
@@ -55,7 +66,7 @@ pub(crate) fn is_held(directory: &Path) -> bool {
     let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
         return true;
     };
-    let knocked = at_address(directory, GATE, |address| connect(&socket, address));
+    let knocked = at_address(directory, START_SOCKET, |address| connect(&socket, address));
     !matches!(knocked, Err(Errno::CONNREFUSED | Errno::NOENT))
 }
 
@@ -70,8 +81,8 @@ pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
         let mut word = [0u8; 1];
         let said = recv(&starter, &mut word, RecvFlags::empty());
         // A starter that went away before it said so has not started anything.
-        if matches!(said, Ok((_, 1))) && word == *GO {
-            let _ = send(&starter, &[LET_IN], SendFlags::NOSIGNAL);
+        if matches!(said, Ok((_, 1))) && word == *START {
+            let _ = send(&starter, &[STARTING], SendFlags::NOSIGNAL);
             return Ok(starter);
         }
     }
@@ -80,7 +91,7 @@ pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
 /// From the container's first process: tells the starter that it came to nothing.
 pub(crate) fn failed(starter: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED];
-    message.extend(error.to_string().bytes().take(LIMIT - 1));
+    message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
 }
 
@@ -106,8 +117,8 @@ pub(crate) fn open(
         ))
     };
     let socket = socket(SocketFlags::empty())?;
-    let path = directory.join(GATE);
-    match at_address(directory, GATE, |address| connect(&socket, address)) {
+    let path = directory.join(START_SOCKET);
+    match at_address(directory, START_SOCKET, |address| connect(&socket, address)) {
         Ok(()) => {}
         Err(Errno::NOENT) => return Err(not_created()),
         Err(Errno::CONNREFUSED) => {
@@ -117,8 +128,8 @@ pub(crate) fn open(
         }
         Err(errno) => return Err(errno).doing(|| format!("connect to {}", path.display())),
     }
-    send(&socket, GO, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
-    let mut buffer = vec![0u8; LIMIT];
+    send(&socket, START, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
+    let mut buffer = vec![0u8; MESSAGE_BYTES];
     let mut let_in = false;
     let mut report = None;
     loop {
@@ -128,7 +139,7 @@ pub(crate) fn open(
             received => received.doing(|| "wait for the container's first process")?,
         };
         match (buffer.get(..length).unwrap_or_default(), descriptor) {
-            ([LET_IN], _) if !let_in => {
+            ([STARTING], _) if !let_in => {
                 let_in = true;
                 let _ = rustix::fs::unlink(&path);
             }

@@ -13,12 +13,12 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::config::spec::{MemoryPolicy, Personality, Process, Shown};
+use crate::config::spec::{MemoryPolicySpec, OciState, PersonalitySpec, ProcessSpec};
 use crate::error::{Context, Error, Kind, Result};
 use crate::lifecycle::container_dir::{
-    Claim, GATE, GATE_SHUT, STATE_FILE, STATE_FILE_NEW, directory,
+    ContainerDir, START_SOCKET, START_SOCKET_PENDING, STATE_FILE, STATE_FILE_NEW, directory,
 };
-use crate::namespaces::resctrl::Made;
+use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
 use crate::sys::files::{read_bounded, write_replacing};
 use crate::sys::procfs::process_stat;
@@ -28,7 +28,7 @@ use crate::sys::procfs::process_stat;
 pub(crate) struct State {
     pub(crate) oci_version: String,
     pub(crate) id: String,
-    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it is born.
+    /// ProcessSpec id of the first process, in rrun's caller's PID namespace; 0 until it is born.
     pub(crate) pid: i32,
     /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
     /// 22). With the pid, it names one process and no later one.
@@ -54,17 +54,17 @@ pub(crate) struct State {
     /// Whether its PID namespace ends with its first process.
     pub(crate) new_pid_namespace: bool,
     /// From which exec takes what it is not told.
-    pub(crate) process: Process,
+    pub(crate) process: ProcessSpec,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) personality: Option<Personality>,
+    pub(crate) personality: Option<PersonalitySpec>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) memory_policy: Option<MemoryPolicy>,
+    pub(crate) memory_policy: Option<MemoryPolicySpec>,
     /// Whether its processes keep their callers' session keyring.
     #[serde(default)]
     pub(crate) keeps_keyring: bool,
     /// Its groups in resctrl.
-    #[serde(default, skip_serializing_if = "Made::is_empty")]
-    pub(crate) resctrl: Made,
+    #[serde(default, skip_serializing_if = "ResctrlGroups::is_empty")]
+    pub(crate) resctrl: ResctrlGroups,
     #[serde(default)]
     pub(crate) hooks: Hooks,
     /// With which exec's processes are filtered too.
@@ -113,7 +113,7 @@ impl State {
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
     }
 
-    pub(crate) fn save(&self, claim: &Claim) -> Result<()> {
+    pub(crate) fn save(&self, claim: &ContainerDir) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
         write_replacing(
@@ -181,18 +181,18 @@ impl State {
         if crate::cgroup::is_frozen(&self.cgroup) {
             return Ok(Status::Paused);
         }
-        if rustix::fs::access(directory.join(GATE), Access::EXISTS).is_ok() {
+        if rustix::fs::access(directory.join(START_SOCKET), Access::EXISTS).is_ok() {
             return Ok(Status::Created);
         }
-        match rustix::fs::access(directory.join(GATE_SHUT), Access::EXISTS) {
+        match rustix::fs::access(directory.join(START_SOCKET_PENDING), Access::EXISTS) {
             Ok(()) => Ok(Status::Creating),
             Err(_) => Ok(Status::Running),
         }
     }
 
-    pub(crate) fn shown<'a>(&'a self, status: Status) -> Shown<'a> {
+    pub(crate) fn shown<'a>(&'a self, status: Status) -> OciState<'a> {
         let alive = !matches!(status, Status::Stopped | Status::Creating);
-        Shown {
+        OciState {
             oci_version: &self.oci_version,
             id: &self.id,
             pid: if alive { self.pid } else { 0 },
@@ -207,7 +207,7 @@ impl State {
 
     /// The state as hooks and seccomp agents get it: with the process id even while the
     /// container is being made.
-    pub(crate) fn for_others(&self, status: Status) -> Shown<'_> {
+    pub(crate) fn for_others(&self, status: Status) -> OciState<'_> {
         let mut shown = self.shown(status);
         if status == Status::Creating {
             shown.pid = self.pid;

@@ -11,7 +11,7 @@ use super::tree::{clone_tree, make_slave, move_mount};
 use super::{options, remount, tmpcopyup};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::Bind;
-use crate::mounts::rootfs::{Rootfs, Target};
+use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 use crate::sys::procfs::PROC_SUPER_MAGIC;
 
@@ -118,8 +118,8 @@ impl Mount {
         } else {
             let stat = rustix::fs::fstat(&mount).doing(|| "stat the source")?;
             let kind = match FileType::from_raw_mode(stat.st_mode) {
-                FileType::Directory => Target::Directory,
-                _ => Target::File,
+                FileType::Directory => MountTarget::Directory,
+                _ => MountTarget::File,
             };
             // A directory that is only made for it has nothing to give it.
             let is_there = !filled || rootfs.open(&self.destination, OFlags::PATH).is_ok();

@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
-use crate::mounts::rootfs::{Rootfs, Target};
+use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_tree, move_mount};
 use crate::sys::path::cleaned;
 
@@ -127,7 +127,7 @@ impl Device {
             if !self.is(&stat) {
                 refuse!("the host's is another device");
             }
-            let target = rootfs.mount_target(&self.path, Target::File)?;
+            let target = rootfs.mount_target(&self.path, MountTarget::File)?;
             return move_mount(&node, &target).doing(|| "attach it");
         }
         let below_dev = self.path.strip_prefix("/dev").ok();

@@ -6,7 +6,7 @@ use oci_spec::runtime::Mount as SpecMount;
 
 use super::options;
 use crate::error::{Result, refuse};
-use crate::mounts::options::{Bind, Options};
+use crate::mounts::options::{Bind, MountOptions};
 use crate::namespaces::idmap::IdMaps;
 use crate::sys::path::cleaned;
 
@@ -26,7 +26,7 @@ pub(crate) struct Mount {
     /// The file system's type; for a bind mount only a word.
     pub(super) typ: String,
     pub(super) source: PathBuf,
-    pub(crate) options: Options,
+    pub(crate) options: MountOptions,
     /// SELinux label of the files (linux.mountLabel).
     pub(super) label: Option<String>,
     /// How ids are mapped; if they are to be (`options.idmap`) and this is empty, as in the

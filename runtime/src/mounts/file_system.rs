@@ -18,10 +18,10 @@ use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 
 /// Where a mount that only mount(2) can make stands for a moment: a directory that is there
 /// for certain, in a mount namespace that is the container's own.
-const PLACE: &str = "/proc";
+const SCRATCH_MOUNT_POINT: &str = "/proc";
 
 /// What went wrong, and what the kernel said.
-struct Refused {
+struct MountRefusal {
     errno: Errno,
     error: Error,
 }
@@ -73,7 +73,7 @@ impl Mount {
         Ok(mount)
     }
 
-    fn explained(&self, refused: Refused) -> Error {
+    fn explained(&self, refused: MountRefusal) -> Error {
         if self.typ == "proc" && refused.errno == Errno::PERM {
             return Error::new(format!(
                 "{}: a user namespace needs a PID namespace of its own for that, and sight of a /proc that nothing hides parts of",
@@ -83,23 +83,23 @@ impl Mount {
         refused.error
     }
 
-    fn by_fsopen(&self) -> std::result::Result<OwnedFd, Refused> {
+    fn by_fsopen(&self) -> std::result::Result<OwnedFd, MountRefusal> {
         let fs =
             rustix::mount::fsopen(&*self.typ, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
-                Refused {
+                MountRefusal {
                     errno,
                     error: self.no_file_system(errno),
                 }
             })?;
-        let explained = |errno: Errno| Refused {
+        let explained = |errno: Errno| MountRefusal {
             errno,
             error: Error::new(format!("{}{}", errno.reason(), said(&fs))),
         };
-        let option = |name: &str, errno: Errno| Refused {
+        let option = |name: &str, errno: Errno| MountRefusal {
             errno,
             error: explained(errno).error.while_doing(format!("option {name}")),
         };
-        let label = |errno: Errno| Refused {
+        let label = |errno: Errno| MountRefusal {
             errno,
             error: explained(errno)
                 .error
@@ -127,8 +127,8 @@ impl Mount {
 
     /// By mount(2), which takes longer values. That attaches it somewhere; what it gives is a
     /// copy that is not.
-    fn by_mount_call(&self) -> std::result::Result<OwnedFd, Refused> {
-        let refused = |errno: Errno| Refused {
+    fn by_mount_call(&self) -> std::result::Result<OwnedFd, MountRefusal> {
+        let refused = |errno: Errno| MountRefusal {
             errno,
             error: self.no_file_system(errno),
         };
@@ -141,14 +141,14 @@ impl Mount {
         for name in &self.options.superblock {
             flags |= options::mount_flag(name);
         }
-        mount(&self.source, PLACE, &*self.typ, flags, &*data).map_err(refused)?;
+        mount(&self.source, SCRATCH_MOUNT_POINT, &*self.typ, flags, &*data).map_err(refused)?;
         let copy = rustix::fs::open(
-            PLACE,
+            SCRATCH_MOUNT_POINT,
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )
         .and_then(|attached| clone_descriptor(attached, false));
-        unmount(PLACE, UnmountFlags::DETACH).map_err(refused)?;
+        unmount(SCRATCH_MOUNT_POINT, UnmountFlags::DETACH).map_err(refused)?;
         let copy = copy.map_err(refused)?;
         let attr = MountAttr {
             attr_set: self.first_attributes(),

@@ -12,7 +12,7 @@ use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{self, IdMaps};
 
 /// What sources.json says about the mounts that lead to the host's files.
-pub(crate) struct Sources<'a> {
+pub(crate) struct MountSources<'a> {
     pub(crate) rootfs: &'a Path,
     pub(crate) mounts: &'a [Mount],
     /// Whether what is mounted in the container reaches the host by its root.
@@ -37,7 +37,7 @@ impl HostMounts {
     ///
     /// An unprivileged caller can take nothing: his files are within reach of the first
     /// process as well, which has all rights over its own mounts.
-    pub(crate) fn before_clone(sources: &Sources<'_>) -> Result<HostMounts> {
+    pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
         let mut taken = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
             return Ok(taken);
@@ -52,10 +52,14 @@ impl HostMounts {
     }
 
     /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
-    pub(crate) fn take(&mut self, sources: &Sources<'_>, wanted: fn(&Mount) -> bool) -> Result<()> {
+    pub(crate) fn take(
+        &mut self,
+        sources: &MountSources<'_>,
+        wanted: fn(&Mount) -> bool,
+    ) -> Result<()> {
         // What the configuration shares with the host stays as it is.
         let cut_off = !sources.root_is_shared;
-        let mut namespaces = idmap::Namespaces::default();
+        let mut namespaces = idmap::IdMapNamespaces::default();
         self.mounts.resize_with(sources.mounts.len(), || None);
         for (mount, taken) in sources.mounts.iter().zip(&mut self.mounts) {
             if taken.is_some() || !wanted(mount) {

@@ -19,4 +19,4 @@ mod tmpcopyup;
 pub(crate) mod tree;
 
 pub(crate) use entry::{Mount, OwnCgroup};
-pub(crate) use host_mounts::{HostMounts, Sources};
+pub(crate) use host_mounts::{HostMounts, MountSources};

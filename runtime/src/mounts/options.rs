@@ -65,7 +65,7 @@ const PROPAGATIONS: &[(&str, u64, bool)] = &[
     ("runbindable", MS_UNBINDABLE, true),
 ];
 
-/// Options of the file system as a whole that every file system takes.
+/// MountOptions of the file system as a whole that every file system takes.
 const SUPERBLOCK: &[&str] = &["sync", "async", "dirsync", "mand", "lazytime", "nolazytime"];
 
 /// Those that are not there yet, and are refused rather than ignored.
@@ -87,7 +87,7 @@ pub(crate) enum Bind {
 
 /// What a list of options asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Options {
+pub(crate) struct MountOptions {
     pub(crate) bind: Bind,
     /// Whether the mount is there already and is only given these options.
     pub(crate) remount: bool,
@@ -101,7 +101,7 @@ pub(crate) struct Options {
     pub(crate) propagation: Vec<(u64, bool)>,
     /// Whether a tmpfs begins with what the directory has that it covers.
     pub(crate) copy_up: bool,
-    /// Options of the file system as a whole; a bind mount leaves them as they are.
+    /// MountOptions of the file system as a whole; a bind mount leaves them as they are.
     pub(crate) superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
     pub(crate) data: Vec<Parameter>,
@@ -114,8 +114,8 @@ pub(crate) type Parameter = (String, Option<String>);
 ///
 /// # Errors
 /// An option that this version does not support, by its name.
-pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Options> {
-    let mut parsed = Options {
+pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<MountOptions> {
+    let mut parsed = MountOptions {
         bind: Bind::No,
         remount: false,
         attr: MountAttr::default(),
@@ -257,26 +257,29 @@ pub(crate) const SLAVE: u64 = MS_SLAVE;
 pub(crate) const SHARED: u64 = MS_SHARED;
 
 /// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
-const VALUE_LIMIT: usize = 255;
+const FSCONFIG_VALUE_BYTES: usize = 255;
 
 /// What mount(2) takes of parameters in all: a page less the NUL.
-const PARAMETERS_LIMIT: usize = 4095;
+const MOUNT_DATA_BYTES: usize = 4095;
 
 /// # Errors
 /// More than the kernel takes.
 pub(crate) fn check_parameters(data: &[Parameter]) -> Result<()> {
     if needs_mount_call(data) {
         let length = joined(data).len();
-        if length > PARAMETERS_LIMIT {
-            refuse!("are {length} bytes long, and the kernel takes {PARAMETERS_LIMIT}");
+        if length > MOUNT_DATA_BYTES {
+            refuse!("are {length} bytes long, and the kernel takes {MOUNT_DATA_BYTES}");
         }
     }
     Ok(())
 }
 
 pub(crate) fn needs_mount_call(data: &[Parameter]) -> bool {
-    data.iter()
-        .any(|(_, value)| value.as_ref().is_some_and(|it| it.len() > VALUE_LIMIT))
+    data.iter().any(|(_, value)| {
+        value
+            .as_ref()
+            .is_some_and(|it| it.len() > FSCONFIG_VALUE_BYTES)
+    })
 }
 
 /// Parameters as mount(2) takes them.
@@ -295,7 +298,7 @@ pub(crate) fn joined(data: &[Parameter]) -> String {
 mod tests {
     use super::*;
 
-    fn parsed(options: &[&str]) -> Options {
+    fn parsed(options: &[&str]) -> MountOptions {
         parse(options.iter().copied()).unwrap()
     }
 

@@ -39,7 +39,7 @@ use crate::mounts::options::READ_ONLY;
 use crate::sys::mount_setattr::mount_setattr;
 use crate::sys::syscalls::{execveat, ignore_signal};
 
-const LINK: &str = "/proc/self/exe";
+const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
 /// Overlays, as far as they are found read-only; squashfs; EROFS (statfs(2), linux/magic.h).
 const ALWAYS_READ_ONLY: [rustix::fs::FsWord; 3] = [0x794c_7630, 0x7371_7368, 0xe0f5_e1e2];
@@ -71,14 +71,15 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return protect_unprivileged(words);
     }
-    let look = || format!("look at {LINK}");
-    let read_only = match rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS) {
-        Err(Errno::ROFS) => true,
-        // Also if it is not writable for another reason: that could change.
-        Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => false,
-        Err(errno) => return Err(errno).doing(look),
-    };
-    let kind = rustix::fs::statfs(LINK).doing(look)?.f_type;
+    let look = || format!("look at {OWN_EXECUTABLE}");
+    let read_only =
+        match rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS) {
+            Err(Errno::ROFS) => true,
+            // Also if it is not writable for another reason: that could change.
+            Ok(()) | Err(Errno::ACCESS | Errno::TXTBSY | Errno::PERM) => false,
+            Err(errno) => return Err(errno).doing(look),
+        };
+    let kind = rustix::fs::statfs(OWN_EXECUTABLE).doing(look)?.f_type;
     if !(read_only && ALWAYS_READ_ONLY.contains(&kind)) {
         match on_own_file_system() {
             Ok(file) => return Err(execute_again(&file, words)),
@@ -87,7 +88,7 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
             Err(refused) => {
                 let file = on_own_mount().doing(|| {
                     let refused = refused.reason();
-                    format!("{AGAIN}: no overlay of its directory ({refused}) nor a read-only mount of it")
+                    format!("{EXECUTE_AGAIN}: no overlay of its directory ({refused}) nor a read-only mount of it")
                 })?;
                 return Err(execute_again(&file, words));
             }
@@ -107,13 +108,17 @@ fn hide() -> Result<()> {
 /// he can not write to, it can not either. A file of his own is copied to memory, sealed.
 fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     let doing = || "copy rrun to memory, to keep its file out of the container's hands";
-    let file = rustix::fs::open(LINK, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .doing(|| format!("open {LINK}"))?;
+    let file = rustix::fs::open(
+        OWN_EXECUTABLE,
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .doing(|| format!("open {OWN_EXECUTABLE}"))?;
     let sealed = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     let is_sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(sealed));
-    let stat = rustix::fs::fstat(&file).doing(|| format!("look at {LINK}"))?;
+    let stat = rustix::fs::fstat(&file).doing(|| format!("look at {OWN_EXECUTABLE}"))?;
     let own = stat.st_uid == rustix::process::geteuid().as_raw()
-        || rustix::fs::accessat(CWD, LINK, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
+        || rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
     if is_sealed || !own {
         return hide();
     }
@@ -129,18 +134,18 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     Err::<(), Errno>(errno).doing(doing)
 }
 
-const AGAIN: &str =
+const EXECUTE_AGAIN: &str =
     "execute rrun from where it is read-only, to keep its file out of the container's hands";
 
 /// Returns only with the reason why it could not be done.
 fn execute_again(file: &OwnedFd, words: &[&'static CStr]) -> Error {
     let errno = execveat(file.as_fd(), words);
-    Error::new(errno.reason()).while_doing(AGAIN)
+    Error::new(errno.reason()).while_doing(EXECUTE_AGAIN)
 }
 
 /// This program's file in an overlay of the directory that it is in.
 fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
-    let path = rustix::fs::readlink(LINK, Vec::new())?;
+    let path = rustix::fs::readlink(OWN_EXECUTABLE, Vec::new())?;
     let path = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()));
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::NOENT);
@@ -149,7 +154,7 @@ fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
     let directory = rustix::fs::open(directory, flags, Mode::empty())?;
     // The path is as of some root and some moment: it may lead elsewhere by now.
     let found = rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    let own = rustix::fs::stat(LINK)?;
+    let own = rustix::fs::stat(OWN_EXECUTABLE)?;
     if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino) {
         return Err(Errno::NOENT);
     }
@@ -168,7 +173,7 @@ fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
 /// This program's file on a read-only copy of its mount.
 fn on_own_mount() -> std::result::Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let mount = rustix::mount::open_tree(CWD, LINK, flags)?;
+    let mount = rustix::mount::open_tree(CWD, OWN_EXECUTABLE, flags)?;
     mount_setattr(mount.as_fd(), false, &READ_ONLY)?;
     Ok(mount)
 }

@@ -22,7 +22,7 @@ use crate::sys::mount_setattr::mount_setattr;
 const MAX_LINKS: usize = 40;
 
 /// How often a look-up is tried again that a rename disturbed.
-const MAX_AGAIN: usize = 128;
+const LOOKUP_RETRIES: usize = 128;
 
 /// The root of a container's file system, as a descriptor.
 pub(crate) struct Rootfs {
@@ -35,7 +35,7 @@ pub(crate) struct Rootfs {
 
 /// What is to be found, or made, at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
+pub(crate) enum MountTarget {
     Directory,
     /// Anything that is no directory; a missing one is made as an empty file.
     File,
@@ -108,17 +108,17 @@ impl Rootfs {
 
     /// A descriptor (O_PATH) of what is to be mounted upon. What is missing is made, in the
     /// place where the links that do exist lead.
-    pub(crate) fn mount_target(&self, path: &Path, target: Target) -> Result<OwnedFd> {
+    pub(crate) fn mount_target(&self, path: &Path, target: MountTarget) -> Result<OwnedFd> {
         let found = match self.open(path, OFlags::PATH) {
             Err(Errno::NOENT) => self.make(path, target),
             result => result.doing(|| format!("open {} in the container", path.display())),
         }?;
         let is_directory = file_type(&found, path)? == FileType::Directory;
         match target {
-            Target::Directory if !is_directory => {
+            MountTarget::Directory if !is_directory => {
                 refuse!("{} in the container is not a directory", path.display())
             }
-            Target::File if is_directory => {
+            MountTarget::File if is_directory => {
                 refuse!("{} in the container is a directory", path.display())
             }
             _ => Ok(found),
@@ -239,8 +239,8 @@ impl Rootfs {
         Ok((directory, name.to_owned()))
     }
 
-    fn make(&self, path: &Path, target: Target) -> Result<OwnedFd> {
-        if target == Target::Directory {
+    fn make(&self, path: &Path, target: MountTarget) -> Result<OwnedFd> {
+        if target == MountTarget::Directory {
             return self.make_directory(path);
         }
         let path = self.follow(path)?;
@@ -318,7 +318,7 @@ fn open_in(
         match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
             // The kernel could not rule out that a rename elsewhere was an attack on
             // this look-up; it asks to try again.
-            Err(Errno::AGAIN) if again < MAX_AGAIN => again += 1,
+            Err(Errno::AGAIN) if again < LOOKUP_RETRIES => again += 1,
             result => return result,
         }
     }
@@ -358,12 +358,12 @@ mod tests {
         );
         let make = |path: &str, target| rootfs.mount_target(Path::new(path), target);
 
-        make("/etc/resolv.conf", Target::File).unwrap();
+        make("/etc/resolv.conf", MountTarget::File).unwrap();
         assert!(root.join("run/resolv.conf").is_file());
-        make("/abs/deep", Target::Directory).unwrap();
+        make("/abs/deep", MountTarget::Directory).unwrap();
         assert!(root.join("outside/deep").is_dir());
-        assert!(make("/loop/x", Target::Directory).is_err());
-        assert!(make("/etc", Target::File).is_err());
+        assert!(make("/loop/x", MountTarget::Directory).is_err());
+        assert!(make("/etc", MountTarget::File).is_err());
         assert!(rootfs.plain_directory(Path::new("/abs")).is_err());
         assert!(rootfs.plain_directory(Path::new("/proc")).is_ok());
         assert!(!base.join("run").exists() && !Path::new("/outside").exists());

@@ -14,7 +14,7 @@ use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
 
 /// How many directories within each other are copied.
-const DEPTH: usize = 128;
+const DEPTH_MAX: usize = 128;
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -29,7 +29,7 @@ pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let from = open(&from)?;
     let stat = rustix::fs::fstat(&from).doing(|| "look at the directory")?;
     let to = open(&to)?;
-    copy_below(&Procfs::open()?, &from, &to, DEPTH)?;
+    copy_below(&Procfs::open()?, &from, &to, DEPTH_MAX)?;
     take_on(&to, &stat)
 }
 
@@ -57,7 +57,7 @@ fn take_on(to: &OwnedFd, stat: &Stat) -> Result<()> {
 
 fn copy_below(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {
     if depth == 0 {
-        refuse!("more than {DEPTH} directories are within each other");
+        refuse!("more than {DEPTH_MAX} directories are within each other");
     }
     let entries = Dir::read_from(from).doing(|| "list a directory")?;
     for entry in entries {

@@ -19,7 +19,7 @@ use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
 
 /// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
-const MAX_LINES: usize = 340;
+const MAP_LINES_MAX: usize = 340;
 
 /// Content for uid_map and gid_map; see user_namespaces(7).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl IdMaps {
         self.uid.is_empty() && self.gid.is_empty()
     }
 
-    /// Sets the maps of the user namespace that process `pid` is in.
+    /// CapabilityMasks the maps of the user namespace that process `pid` is in.
     pub(crate) fn write(&self, pid: i32, field: &str) -> Result<()> {
         let procfs = Procfs::open()?;
         for (file, name, map) in [
@@ -68,7 +68,7 @@ impl IdMaps {
         Ok(())
     }
 
-    /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
+    /// CapabilityMasks them as one who has no rights over the ids: the kernel lets everybody map himself
     /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
     pub(crate) fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
         let uid = rustix::process::geteuid().as_raw();
@@ -112,9 +112,9 @@ fn is_of_one(map: &str, id: u32) -> bool {
 }
 
 fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
-    if mappings.len() > MAX_LINES {
+    if mappings.len() > MAP_LINES_MAX {
         refuse!(
-            "{field}: has {} lines, the kernel takes {MAX_LINES}",
+            "{field}: has {} lines, the kernel takes {MAP_LINES_MAX}",
             mappings.len()
         );
     }
@@ -142,13 +142,13 @@ fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
 
 /// User namespaces that exist for their mappings only, to be handed to mount_setattr(2).
 #[derive(Default)]
-pub(crate) struct Namespaces {
+pub(crate) struct IdMapNamespaces {
     made: Vec<(IdMaps, OwnedFd)>,
     /// The container's own, which exists already.
     joined: Option<OwnedFd>,
 }
 
-impl Namespaces {
+impl IdMapNamespaces {
     /// The container's, or one with the mappings that it will have.
     pub(crate) fn of_container(
         &mut self,

@@ -19,14 +19,14 @@ use crate::sys::regular_file;
 
 /// An existing namespace to enter.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Join {
+struct NamespacePath {
     typ: Type,
     path: PathBuf,
 }
 
 /// A namespace's file, open, and what it is to be.
 #[derive(Debug)]
-pub(crate) struct OpenJoin {
+pub(crate) struct OpenNamespace {
     typ: Type,
     path: PathBuf,
     fd: OwnedFd,
@@ -38,7 +38,7 @@ pub(crate) struct Namespaces {
     /// `CLONE_NEW*` of those that are made for it.
     pub(crate) new: u64,
     /// Those that exist already.
-    join: Vec<Join>,
+    join: Vec<NamespacePath>,
 }
 
 /// The `CLONE_NEW*` flag of a type of namespace.
@@ -85,7 +85,9 @@ impl Namespaces {
                 .filter(|path| !path.as_os_str().is_empty())
             {
                 None => namespaces.new |= flag(typ),
-                Some(path) if path.is_absolute() => namespaces.join.push(Join { typ, path }),
+                Some(path) if path.is_absolute() => {
+                    namespaces.join.push(NamespacePath { typ, path })
+                }
                 Some(path) => refuse!(
                     "linux.namespaces[{index}].path: {} is not an absolute path",
                     path.display()
@@ -126,7 +128,7 @@ impl Namespaces {
     }
 
     /// Opens the files of those to be entered, while the host's paths are still valid.
-    pub(crate) fn open_joins(&self) -> Result<Vec<OpenJoin>> {
+    pub(crate) fn open_joins(&self) -> Result<Vec<OpenNamespace>> {
         self.join
             .iter()
             .map(|join| {
@@ -134,7 +136,7 @@ impl Namespaces {
                     let (name, path) = (name(join.typ), join.path.display());
                     error.while_doing(format!("open {name} namespace {path}"))
                 })?;
-                Ok(OpenJoin {
+                Ok(OpenNamespace {
                     typ: join.typ,
                     path: join.path.clone(),
                     fd,
@@ -144,7 +146,7 @@ impl Namespaces {
     }
 }
 
-impl OpenJoin {
+impl OpenNamespace {
     /// Whether it holds only for children, so that the parent must enter it.
     pub(crate) fn is_for_children(&self) -> bool {
         matches!(self.typ, Type::Pid | Type::Time)

@@ -17,12 +17,12 @@ use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
 
 /// Long enough for any single answer of the kernel's (NLMSG_GOODSIZE is at most 8 kB).
-const BUFFER: usize = 32 << 10;
+const REPLY_BYTES: usize = 32 << 10;
 /// linux/if_addr.h
 const IFA_FLAGS: u16 = 8;
 /// linux/rtnetlink.h
 const RT_SCOPE_UNIVERSE: u8 = 0;
-const NAME_LIMIT: usize = libc::IFNAMSIZ;
+const NAME_BYTES_MAX: usize = libc::IFNAMSIZ;
 
 /// A device by its name on the host, and its name in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(crate) struct NetDevice {
 
 /// # Errors
 /// Names that no device can have, or two devices with one name.
-pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDevice>) -> Result<Vec<NetDevice>> {
+pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Result<Vec<NetDevice>> {
     let mut checked: Vec<NetDevice> = Vec::new();
     for (host, device) in devices {
         let inside = match device.name.as_str() {
@@ -42,7 +42,7 @@ pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDevice>) -> Result<V
         };
         for name in [host, inside] {
             let valid = !name.is_empty()
-                && name.len() < NAME_LIMIT
+                && name.len() < NAME_BYTES_MAX
                 && name != "."
                 && name != ".."
                 && !name.contains(|letter: char| {
@@ -74,9 +74,9 @@ pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
     };
     let own = open("/proc/self/ns/net")?;
     let target = open(&format!("/proc/{pid}/ns/net"))?;
-    let host = Socket::open()?;
+    let host = NetlinkSocket::open()?;
     enter(target.as_fd())?;
-    let inside = Socket::open();
+    let inside = NetlinkSocket::open();
     // Whatever comes of it, rrun goes on where it was.
     enter(own.as_fd())?;
     let inside = inside?;
@@ -99,7 +99,12 @@ fn enter(namespace: BorrowedFd<'_>) -> Result<()> {
 }
 
 impl NetDevice {
-    fn attach(&self, host: &Socket, inside: &Socket, namespace: BorrowedFd<'_>) -> Result<()> {
+    fn attach(
+        &self,
+        host: &NetlinkSocket,
+        inside: &NetlinkSocket,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<()> {
         let index = host
             .index_of(&self.host)?
             .ok_or_else(|| Error::new("there is no such device on the host"))?;
@@ -107,7 +112,7 @@ impl NetDevice {
         let addresses = host.addresses(index)?;
         // Nothing of the host's is to use it while it is half gone.
         host.set_up(index, false).doing(|| "take it down")?;
-        let mut request = Request::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
+        let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
         request.link(index, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(&self.inside));
         request.attribute(
@@ -129,16 +134,16 @@ impl NetDevice {
 }
 
 /// An address as `struct ifaddrmsg` and attributes have it.
-struct Address {
+struct InterfaceAddress {
     family: u8,
     prefix: u8,
     local: Vec<u8>,
 }
 
-impl Address {
-    fn request(&self, index: i32) -> Request {
+impl InterfaceAddress {
+    fn request(&self, index: i32) -> NetlinkRequest {
         let flags = libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-        let mut request = Request::new(libc::RTM_NEWADDR, flags as u16);
+        let mut request = NetlinkRequest::new(libc::RTM_NEWADDR, flags as u16);
         request
             .bytes
             .extend([self.family, self.prefix, 0, RT_SCOPE_UNIVERSE]);
@@ -149,7 +154,7 @@ impl Address {
     }
 
     /// From an RTM_NEWADDR message, if it is one to take along.
-    fn from_message(body: &[u8], device: i32) -> Option<Address> {
+    fn from_message(body: &[u8], device: i32) -> Option<InterfaceAddress> {
         let [family, prefix, flags, scope, a, b, c, d, rest @ ..] = body else {
             return None;
         };
@@ -173,7 +178,7 @@ impl Address {
         (index == device && permanent && *scope == RT_SCOPE_UNIVERSE)
             .then(|| Some((*family, *prefix, local.or(address)?)))
             .flatten()
-            .map(|(family, prefix, local)| Address {
+            .map(|(family, prefix, local)| InterfaceAddress {
                 family,
                 prefix,
                 local: local.to_vec(),
@@ -200,18 +205,18 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// A message to the kernel, header first. See netlink(7).
-struct Request {
+struct NetlinkRequest {
     bytes: Vec<u8>,
 }
 
-impl Request {
-    fn new(kind: u16, flags: u16) -> Request {
+impl NetlinkRequest {
+    fn new(kind: u16, flags: u16) -> NetlinkRequest {
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
         bytes.extend((flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
         // Sequence number and port id: one question at a time, from one socket.
         bytes.extend([0; 8]);
-        Request { bytes }
+        NetlinkRequest { bytes }
     }
 
     /// `struct ifinfomsg`.
@@ -231,12 +236,12 @@ impl Request {
 }
 
 /// A netlink socket; it belongs to the network namespace in which it was opened.
-struct Socket {
+struct NetlinkSocket {
     fd: OwnedFd,
 }
 
-impl Socket {
-    fn open() -> Result<Socket> {
+impl NetlinkSocket {
+    fn open() -> Result<NetlinkSocket> {
         let fd = rustix::net::socket_with(
             AddressFamily::NETLINK,
             SocketType::RAW,
@@ -245,13 +250,13 @@ impl Socket {
             None,
         )
         .doing(|| "open a netlink socket")?;
-        Ok(Socket { fd })
+        Ok(NetlinkSocket { fd })
     }
 
     /// Sends a question, and shows every answer but the last, which is the outcome.
     fn ask(
         &self,
-        mut request: Request,
+        mut request: NetlinkRequest,
         mut answer: impl FnMut(u16, &[u8]),
     ) -> std::result::Result<(), Errno> {
         let length = (request.bytes.len() as u32).to_ne_bytes();
@@ -259,10 +264,10 @@ impl Socket {
             *to = from;
         }
         rustix::net::send(&self.fd, &request.bytes, SendFlags::empty())?;
-        let mut buffer = vec![0u8; BUFFER];
+        let mut buffer = vec![0u8; REPLY_BYTES];
         loop {
             let length = match rustix::net::recv(&self.fd, &mut *buffer, RecvFlags::empty()) {
-                Ok((_, length)) => length.min(BUFFER),
+                Ok((_, length)) => length.min(REPLY_BYTES),
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno),
             };
@@ -288,7 +293,7 @@ impl Socket {
     }
 
     fn index_of(&self, name: &str) -> Result<Option<i32>> {
-        let mut request = Request::new(libc::RTM_GETLINK, libc::NLM_F_ACK as u16);
+        let mut request = NetlinkRequest::new(libc::RTM_GETLINK, libc::NLM_F_ACK as u16);
         request.link(0, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(name));
         let mut index = None;
@@ -305,20 +310,20 @@ impl Socket {
     }
 
     fn set_up(&self, index: i32, up: bool) -> std::result::Result<(), Errno> {
-        let mut request = Request::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
+        let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
         let flag = libc::IFF_UP as u32;
         request.link(index, if up { flag } else { 0 }, flag);
         self.ask(request, |_, _| {})
     }
 
-    fn addresses(&self, index: i32) -> Result<Vec<Address>> {
-        let mut request = Request::new(libc::RTM_GETADDR, libc::NLM_F_DUMP as u16);
+    fn addresses(&self, index: i32) -> Result<Vec<InterfaceAddress>> {
+        let mut request = NetlinkRequest::new(libc::RTM_GETADDR, libc::NLM_F_DUMP as u16);
         // struct ifaddrmsg
         request.bytes.extend([0; 8]);
         let mut found = Vec::new();
         self.ask(request, |kind, body| {
             if kind == libc::RTM_NEWADDR {
-                found.extend(Address::from_message(body, index));
+                found.extend(InterfaceAddress::from_message(body, index));
             }
         })
         .doing(|| "read its addresses")?;
@@ -359,13 +364,13 @@ mod tests {
             body.extend([8, 0, libc::IFA_LOCAL as u8, 0, 192, 0, 2, 1]);
             body
         };
-        let taken = Address::from_message(&message(0x80, 0), 7).unwrap();
+        let taken = InterfaceAddress::from_message(&message(0x80, 0), 7).unwrap();
         assert_eq!(
             (taken.prefix, taken.local.as_slice()),
             (24, &[192, 0, 2, 1][..])
         );
-        assert!(Address::from_message(&message(0x80, 0), 8).is_none());
-        assert!(Address::from_message(&message(0, 0), 7).is_none());
-        assert!(Address::from_message(&message(0x80, 253), 7).is_none());
+        assert!(InterfaceAddress::from_message(&message(0x80, 0), 8).is_none());
+        assert!(InterfaceAddress::from_message(&message(0, 0), 7).is_none());
+        assert!(InterfaceAddress::from_message(&message(0x80, 253), 7).is_none());
     }
 }

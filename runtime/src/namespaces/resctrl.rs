@@ -25,7 +25,7 @@ pub(crate) struct Resctrl {
 
 /// Directories that `delete` has to remove.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Made {
+pub(crate) struct ResctrlGroups {
     group: Option<PathBuf>,
     monitoring: Option<PathBuf>,
 }
@@ -74,7 +74,7 @@ impl Resctrl {
 
     /// Makes the group if need be, gives it its shares, and puts a process into it, whose
     /// children will be in there too. What was made is put into `made` as soon as it is.
-    pub(crate) fn apply(&self, id: &str, pid: i32, made: &mut Made) -> Result<()> {
+    pub(crate) fn apply(&self, id: &str, pid: i32, made: &mut ResctrlGroups) -> Result<()> {
         let group = match self.clos_id.as_deref() {
             Some("/") => PathBuf::from(MOUNT_POINT),
             Some(name) => Path::new(MOUNT_POINT).join(name),
@@ -150,7 +150,7 @@ fn group_of(groups: &str) -> Option<&str> {
     Some(name.trim_matches('/'))
 }
 
-impl Made {
+impl ResctrlGroups {
     pub(crate) fn is_empty(&self) -> bool {
         self.group.is_none() && self.monitoring.is_none()
     }

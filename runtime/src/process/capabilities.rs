@@ -13,7 +13,7 @@ use crate::log;
 
 /// Capability sets as bit masks, bit n being capability number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Sets {
+pub(crate) struct CapabilityMasks {
     bounding: u64,
     effective: u64,
     permitted: u64,
@@ -107,17 +107,17 @@ fn names(mask: u64) -> String {
     names.join(", ")
 }
 
-impl Sets {
+impl CapabilityMasks {
     /// Without what can not be had: names that are unknown, and ambient capabilities that are
     /// not both permitted and inheritable. Each is told in the log.
-    pub(crate) fn from_spec(capabilities: &Capabilities) -> Sets {
+    pub(crate) fn from_spec(capabilities: &Capabilities) -> CapabilityMasks {
         let mut told = BTreeSet::new();
         let mut mask = |names: &Option<Vec<String>>| {
             let names = names.iter().flatten().map(String::as_str);
             // Usually in several of the sets: one line for each is enough.
             self::mask(names.filter(|name| bit(name).is_some() || told.insert(name.to_string())))
         };
-        let mut sets = Sets {
+        let mut sets = CapabilityMasks {
             bounding: mask(&capabilities.bounding),
             effective: mask(&capabilities.effective),
             permitted: mask(&capabilities.permitted),
@@ -180,7 +180,7 @@ impl Sets {
         Ok(())
     }
 
-    /// Sets effective, permitted, inheritable and ambient set of this process. With
+    /// CapabilityMasks effective, permitted, inheritable and ambient set of this process. With
     /// `until_execution` the process also keeps CAP_SYS_ADMIN, if it has that.
     ///
     /// The program does not get CAP_SYS_ADMIN from this: execve(2) computes the new sets from the
@@ -231,8 +231,8 @@ mod tests {
         assert_eq!(name(24), "CAP_SYS_RESOURCE");
     }
 
-    fn sets(json: &str) -> Sets {
-        Sets::from_spec(&serde_json::from_str(json).unwrap())
+    fn sets(json: &str) -> CapabilityMasks {
+        CapabilityMasks::from_spec(&serde_json::from_str(json).unwrap())
     }
 
     #[test]

@@ -16,10 +16,10 @@ use rustix::fs::{Mode, OFlags, RawDir};
 use crate::error::{Context, Result, refuse};
 use crate::sys::syscalls;
 
-const OPEN: &str = "/proc/self/fd";
+const OPEN_DESCRIPTORS: &str = "/proc/self/fd";
 
 /// Standard input, output and error.
-const STANDARD: u32 = 3;
+const FIRST_INHERITED: u32 = 3;
 
 /// The descriptors of rrun's caller that the program gets beside the standard three, and those
 /// that it must not get.
@@ -36,14 +36,14 @@ pub(crate) struct Descriptors {
 /// The descriptors, other than the standard three, that rrun's caller left open, in ascending
 /// order. Must be called before rrun opens a file of its own.
 pub(crate) fn inherited() -> Result<Vec<u32>> {
-    let doing = || format!("look at the open descriptors in {OPEN}");
+    let doing = || format!("look at the open descriptors in {OPEN_DESCRIPTORS}");
     // Since Linux 6.2 the size is the number of open descriptors; before, it is 0.
-    let size = rustix::fs::stat(OPEN).doing(doing)?.st_size;
-    if size == i64::from(STANDARD) {
+    let size = rustix::fs::stat(OPEN_DESCRIPTORS).doing(doing)?.st_size;
+    if size == i64::from(FIRST_INHERITED) {
         return Ok(Vec::new());
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(OPEN, flags, Mode::empty()).doing(doing)?;
+    let directory = rustix::fs::open(OPEN_DESCRIPTORS, flags, Mode::empty()).doing(doing)?;
     let own = directory.as_raw_fd() as u32;
     let mut buffer = Vec::with_capacity(4096);
     let mut entries = RawDir::new(&directory, buffer.spare_capacity_mut());
@@ -55,7 +55,7 @@ pub(crate) fn inherited() -> Result<Vec<u32>> {
             .to_str()
             .ok()
             .and_then(|it| it.parse().ok());
-        numbers.extend(number.filter(|number| *number >= STANDARD && *number != own));
+        numbers.extend(number.filter(|number| *number >= FIRST_INHERITED && *number != own));
     }
     numbers.sort_unstable();
     Ok(numbers)
@@ -63,7 +63,7 @@ pub(crate) fn inherited() -> Result<Vec<u32>> {
 
 /// Marks every inherited descriptor close-on-exec, so that hooks do not get it.
 pub(crate) fn keep_from_hooks() -> Result<()> {
-    syscalls::close_range_cloexec(STANDARD).doing(|| "mark descriptors close-on-exec")
+    syscalls::close_range_cloexec(FIRST_INHERITED).doing(|| "mark descriptors close-on-exec")
 }
 
 impl Descriptors {
@@ -80,7 +80,8 @@ impl Descriptors {
             leaked: Vec::new(),
         };
         let first = descriptors.first_closed();
-        let missing = (STANDARD..first).find(|number| inherited.binary_search(number).is_err());
+        let missing =
+            (FIRST_INHERITED..first).find(|number| inherited.binary_search(number).is_err());
         if let Some(number) = missing {
             refuse!(
                 "descriptor {number} can not be preserved (--preserve-fds, LISTEN_FDS): it is not open"
@@ -96,7 +97,7 @@ impl Descriptors {
 
     /// The first number that the program does not get.
     fn first_closed(&self) -> u32 {
-        STANDARD
+        FIRST_INHERITED
             .saturating_add(self.listen)
             .saturating_add(self.preserve)
     }
@@ -122,7 +123,7 @@ impl Descriptors {
     /// Nothing that owns another descriptor may be used or dropped afterwards.
     pub(crate) unsafe fn close_all_but(&self, kept: &[BorrowedFd<'_>]) -> Result<()> {
         let doing = || "close the descriptors that the container must not have";
-        for number in STANDARD..self.first_closed() {
+        for number in FIRST_INHERITED..self.first_closed() {
             // SAFETY: rrun inherited this descriptor and never closes it.
             let fd = unsafe { BorrowedFd::borrow_raw(number as i32) };
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())

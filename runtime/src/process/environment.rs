@@ -10,7 +10,7 @@ use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
 
 /// The most of a container's /etc/passwd that is read; it is the container's to write.
-const PASSWD_LIMIT: u64 = 4 << 20;
+const PASSWD_BYTES_MAX: u64 = 4 << 20;
 
 /// # Errors
 /// An entry that is no `NAME=value`, by its place.
@@ -87,7 +87,7 @@ fn home_of(uid: u32) -> Option<String> {
     let (fd, _) = regular_file::reopen(&Procfs::open().ok()?, &found).ok()?;
     let mut text = String::new();
     std::fs::File::from(fd)
-        .take(PASSWD_LIMIT)
+        .take(PASSWD_BYTES_MAX)
         .read_to_string(&mut text)
         .ok()?;
     home_in_passwd(&text, uid)

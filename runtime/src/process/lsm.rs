@@ -54,7 +54,7 @@ pub(crate) fn has_selinux() -> bool {
 impl Labels {
     /// # Errors
     /// What the kernel does not have, by its field.
-    pub(crate) fn from_spec(process: &spec::Process) -> Result<Labels> {
+    pub(crate) fn from_spec(process: &spec::ProcessSpec) -> Result<Labels> {
         let labels = Labels {
             apparmor: given(process.apparmor_profile.as_ref()),
             selinux: given(process.selinux_label.as_ref()),

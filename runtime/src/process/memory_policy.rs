@@ -35,7 +35,7 @@ pub(crate) struct MemoryPolicy {
 impl MemoryPolicy {
     /// # Errors
     /// Names that mean nothing, nodes that contradict the mode, by their field.
-    pub(crate) fn from_spec(policy: &spec::MemoryPolicy) -> Result<MemoryPolicy> {
+    pub(crate) fn from_spec(policy: &spec::MemoryPolicySpec) -> Result<MemoryPolicy> {
         let field = "linux.memoryPolicy";
         let Some((name, mode)) = MODES.iter().find(|(name, _)| *name == policy.mode) else {
             refuse!("{field}.mode: {:?} is unknown", policy.mode);
@@ -59,7 +59,7 @@ impl MemoryPolicy {
         Ok(MemoryPolicy { name, mode, nodes })
     }
 
-    /// Sets the policy of this process.
+    /// CapabilityMasks the policy of this process.
     pub(crate) fn apply(&self) -> Result<()> {
         syscalls::set_mempolicy(self.mode, self.nodes.as_ref())
             .doing(|| format!("set linux.memoryPolicy to {}", self.name))

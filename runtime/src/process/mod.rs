@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
 
-use crate::config::spec::{self, Process as SpecProcess};
+use crate::config::spec::{self, ProcessSpec};
 use crate::error::{Context, Error, Result, refuse};
 use crate::mounts::rootfs::Rootfs;
-use crate::process::capabilities::Sets;
+use crate::process::capabilities::CapabilityMasks;
 use crate::process::lsm::Labels;
 use crate::process::memory_policy::MemoryPolicy;
 use crate::process::personality::Personality;
@@ -53,7 +53,7 @@ pub(crate) struct Process {
     groups: Vec<u32>,
     pub(crate) umask: Option<u32>,
     /// None at all if the configuration says nothing about them.
-    pub(crate) capabilities: Sets,
+    pub(crate) capabilities: CapabilityMasks,
     pub(crate) no_new_privileges: bool,
     pub(crate) oom_score_adj: Option<i32>,
     rlimits: Vec<Rlimit>,
@@ -66,7 +66,7 @@ pub(crate) struct Process {
 impl Process {
     /// # Errors
     /// What is missing, contradictory or not supported, by the name of its field.
-    pub(crate) fn from_spec(spec: &SpecProcess) -> Result<Process> {
+    pub(crate) fn from_spec(spec: &ProcessSpec) -> Result<Process> {
         let args = spec
             .args
             .iter()
@@ -92,7 +92,7 @@ impl Process {
         let capabilities = spec
             .capabilities
             .as_ref()
-            .map(Sets::from_spec)
+            .map(CapabilityMasks::from_spec)
             .unwrap_or_default();
         capabilities.validate()?;
         if let Some(adj) = spec
@@ -132,15 +132,15 @@ impl Process {
     /// Takes on what the container has for all of its processes.
     pub(crate) fn inherit(
         &mut self,
-        personality: Option<&spec::Personality>,
-        memory_policy: Option<&spec::MemoryPolicy>,
+        personality: Option<&spec::PersonalitySpec>,
+        memory_policy: Option<&spec::MemoryPolicySpec>,
     ) -> Result<()> {
         self.personality = personality.map(Personality::from_spec).transpose()?;
         self.memory_policy = memory_policy.map(MemoryPolicy::from_spec).transpose()?;
         Ok(())
     }
 
-    /// Sets what needs no privilege and must be set by the process itself.
+    /// CapabilityMasks what needs no privilege and must be set by the process itself.
     pub(crate) fn apply_inherited(&self) -> Result<()> {
         if let Some(personality) = self.personality {
             personality.apply()?;
@@ -151,7 +151,7 @@ impl Process {
         }
     }
 
-    /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
+    /// CapabilityMasks the resource limits and the scheduling of `pid`, 0 being this process.
     pub(crate) fn apply_limits(&self, pid: i32) -> Result<()> {
         self.scheduling.apply(pid)?;
         for limit in &self.rlimits {
@@ -165,7 +165,7 @@ impl Process {
         Ok(())
     }
 
-    /// Sets the OOM score adjustment of a process, by its id or `self`.
+    /// CapabilityMasks the OOM score adjustment of a process, by its id or `self`.
     ///
     /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
     /// was set before; such a refusal is an error, for it would make the process a likelier
@@ -330,7 +330,7 @@ const RLIMITS: [(&str, i64); 16] = [
     ("RLIMIT_RTTIME", libc::RLIMIT_RTTIME as i64),
 ];
 
-fn rlimits(spec: &SpecProcess) -> Result<Vec<Rlimit>> {
+fn rlimits(spec: &ProcessSpec) -> Result<Vec<Rlimit>> {
     let mut limits: Vec<Rlimit> = Vec::new();
     for limit in spec.rlimits.iter().flatten() {
         let Some((name, resource)) = RLIMITS.iter().find(|(name, _)| *name == limit.typ) else {

@@ -28,7 +28,7 @@ impl Personality {
     ///
     /// # Errors
     /// A domain that is unknown.
-    pub(crate) fn from_spec(personality: &spec::Personality) -> Result<Personality> {
+    pub(crate) fn from_spec(personality: &spec::PersonalitySpec) -> Result<Personality> {
         for flag in personality.flags.iter().flatten() {
             log::warning(&format!(
                 "linux.personality.flags: {flag:?} is ignored, the specification has none"
@@ -43,7 +43,7 @@ impl Personality {
         }
     }
 
-    /// Sets that of this process.
+    /// CapabilityMasks that of this process.
     pub(crate) fn apply(self) -> Result<()> {
         syscalls::personality(self.persona)
             .doing(|| format!("set linux.personality to {}", self.name))

@@ -52,7 +52,7 @@ pub(crate) struct Scheduling {
 impl Scheduling {
     /// # Errors
     /// Names that mean nothing, values that contradict the policy, by their field.
-    pub(crate) fn from_spec(process: &spec::Process) -> Result<Scheduling> {
+    pub(crate) fn from_spec(process: &spec::ProcessSpec) -> Result<Scheduling> {
         let affinity = process.exec_cpu_affinity.clone().unwrap_or_default();
         let cpus = |field: &str, list: &str| {
             NumberSet::parse(list)

@@ -10,7 +10,7 @@ use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetatt
 
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::channel::Channel;
-use crate::mounts::rootfs::{Rootfs, Target};
+use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::sys::syscalls::set_controlling_terminal;
 use crate::sys::unix_socket::{self, send_descriptor};
@@ -80,7 +80,7 @@ impl Terminal {
     /// Shows the slave side as /dev/console.
     pub(crate) fn mount_console(&self, rootfs: &Rootfs) -> Result<()> {
         let doing = || "mount the terminal on /dev/console";
-        let target = rootfs.mount_target(Path::new("/dev/console"), Target::File)?;
+        let target = rootfs.mount_target(Path::new("/dev/console"), MountTarget::File)?;
         let slave = clone_descriptor(&self.slave, false).doing(doing)?;
         move_mount(&slave, &target).doing(doing)
     }

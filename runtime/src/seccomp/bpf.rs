@@ -8,7 +8,7 @@
 use crate::sys::syscalls::SockFilter;
 
 /// `BPF_MAXINSNS` of linux/bpf_common.h.
-pub(crate) const LIMIT: usize = 4096;
+pub(crate) const INSTRUCTIONS_MAX: usize = 4096;
 
 /// Offsets in `struct seccomp_data` (linux/seccomp.h).
 pub(crate) const NUMBER: u32 = 0;
@@ -30,46 +30,46 @@ pub(crate) enum Test {
 
 /// A place in the program, counted from its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place(usize);
+pub(crate) struct Position(usize);
 
 /// Where to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Goal {
     /// The filter's answer, `SECCOMP_RET_*` with its data.
     Return(u32),
-    At(Place),
+    At(Position),
 }
 
 /// A program in the making.
 #[derive(Default)]
-pub(crate) struct Program {
+pub(crate) struct ProgramBuilder {
     /// The last instruction first.
     reversed: Vec<SockFilter>,
     /// For answers and far places, where the latest stepping stone to them is.
-    stones: Vec<(Goal, Place)>,
+    stones: Vec<(Goal, Position)>,
 }
 
 /// How far a stepping stone may be: a conditional jump has two, and either may have to be
 /// laid after the other was found near enough.
-const REACH: usize = 250;
+const JUMP_MAX: usize = 250;
 
-impl Program {
-    fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Place {
+impl ProgramBuilder {
+    fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Position {
         self.reversed.push(SockFilter {
             code,
             if_true,
             if_false,
             value,
         });
-        Place(self.reversed.len() - 1)
+        Position(self.reversed.len() - 1)
     }
 
     /// How many instructions lie between the next one and `place`.
-    fn distance(&self, place: Place) -> usize {
+    fn distance(&self, place: Position) -> usize {
         self.reversed.len() - 1 - place.0
     }
 
-    fn lay_stone(&mut self, goal: Goal) -> Place {
+    fn lay_stone(&mut self, goal: Goal) -> Position {
         let place = match goal {
             Goal::Return(answer) => self.push(RETURN, 0, 0, answer),
             Goal::At(place) => {
@@ -85,15 +85,15 @@ impl Program {
     }
 
     /// A place from which, or at which, the goal is reached, within a jump's reach.
-    fn near(&mut self, goal: Goal) -> Place {
+    fn near(&mut self, goal: Goal) -> Position {
         if let Goal::At(place) = goal
-            && self.distance(place) <= REACH
+            && self.distance(place) <= JUMP_MAX
         {
             return place;
         }
         let stone = self.stones.iter().find(|(known, _)| *known == goal);
         match stone.map(|(_, stone)| *stone) {
-            Some(stone) if self.distance(stone) <= REACH => stone,
+            Some(stone) if self.distance(stone) <= JUMP_MAX => stone,
             _ => self.lay_stone(goal),
         }
     }
@@ -104,7 +104,7 @@ impl Program {
             return if_true;
         }
         let (if_true, if_false) = (self.near(if_true), self.near(if_false));
-        // Both are at most REACH and a stone away.
+        // Both are at most JUMP_MAX and a stone away.
         let (if_true, if_false) = (self.distance(if_true), self.distance(if_false));
         Goal::At(self.push(test as u16, if_true as u8, if_false as u8, value))
     }
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn far_goals_are_reached_over_stepping_stones() {
-        let mut program = Program::default();
+        let mut program = ProgramBuilder::default();
         let mut goal = Goal::Return(0);
         for number in 0..2000 {
             goal = program.branch(Test::Equal, number, Goal::Return(number + 7), goal);

@@ -9,7 +9,7 @@ use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
 use super::shared_page::Report;
-use crate::config::spec::{OCI_VERSION, Shown};
+use crate::config::spec::{OCI_VERSION, OciState};
 use crate::error::{Context, Error, Result, refuse};
 use crate::sys::unix_socket::send_descriptor;
 
@@ -40,7 +40,7 @@ struct ProcessState<'a> {
     pid: i32,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata: Option<&'a str>,
-    state: Shown<'a>,
+    state: OciState<'a>,
 }
 
 impl Listener {
@@ -80,7 +80,7 @@ impl Agent<'_> {
         report: &Report,
         process: &OwnedFd,
         pid: i32,
-        state: Shown<'_>,
+        state: OciState<'_>,
     ) -> Result<()> {
         let Some(number) = report.await_listener(process) else {
             // The process failed before that, and reports the reason itself.
@@ -95,7 +95,13 @@ impl Agent<'_> {
     /// number, and hands it to the agent.
     ///
     /// The process itself could not send it: the filter may ask the agent about that.
-    fn tell(self, process: BorrowedFd<'_>, pid: i32, number: i32, state: Shown<'_>) -> Result<()> {
+    fn tell(
+        self,
+        process: BorrowedFd<'_>,
+        pid: i32,
+        number: i32,
+        state: OciState<'_>,
+    ) -> Result<()> {
         let doing = || format!("hand the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
         // A process in the same PID namespace may have written another number into the shared page.

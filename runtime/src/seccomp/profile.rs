@@ -58,18 +58,18 @@ pub(crate) struct Condition {
 
 /// For some calls, what to answer if all conditions hold.
 #[derive(Clone, Debug)]
-pub(crate) struct Rule {
+pub(crate) struct SeccompRule {
     pub(crate) answer: u32,
     pub(crate) conditions: Vec<Condition>,
 }
 
 /// A profile, checked.
-pub(crate) struct Checked {
+pub(crate) struct CheckedProfile {
     /// `SECCOMP_RET_*` with its data.
     pub(crate) default: u32,
     /// What is filtered for, this kernel's own architecture included.
     pub(crate) architectures: Vec<Architecture>,
-    pub(crate) rules: Vec<Rule>,
+    pub(crate) rules: Vec<SeccompRule>,
     /// Which of the rules, by their place, are for which calls, in the profile's order.
     pub(crate) calls: Vec<(Syscall, u16)>,
     /// Every call that the profile names, whatever it says of it.
@@ -142,7 +142,7 @@ impl SeccompProfile {
 
     /// # Errors
     /// What is unknown or contradictory, by the name of its field.
-    pub(crate) fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<Checked> {
+    pub(crate) fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<CheckedProfile> {
         self.check_for(NATIVE, unknown)
     }
 
@@ -150,13 +150,13 @@ impl SeccompProfile {
         &self,
         native: Architecture,
         unknown: &mut dyn FnMut(&str),
-    ) -> Result<Checked> {
+    ) -> Result<CheckedProfile> {
         let default = answer(
             "linux.seccomp.defaultAction",
             &self.default_action,
             self.default_errno_ret,
         )?;
-        let mut checked = Checked {
+        let mut checked = CheckedProfile {
             default,
             architectures: self.architectures(native)?,
             rules: Vec::new(),
@@ -193,7 +193,7 @@ impl SeccompSyscalls {
     fn check(
         &self,
         index: usize,
-        checked: &mut Checked,
+        checked: &mut CheckedProfile,
         unknown: &mut dyn FnMut(&str),
     ) -> Result<()> {
         let field = || format!("linux.seccomp.syscalls[{index}]");
@@ -221,12 +221,14 @@ impl SeccompSyscalls {
                     .any(|earlier| earlier.argument == condition.argument)
             });
             if repeated {
-                checked.rules.extend(conditions.iter().map(|one| Rule {
-                    answer,
-                    conditions: vec![*one],
-                }));
+                checked
+                    .rules
+                    .extend(conditions.iter().map(|one| SeccompRule {
+                        answer,
+                        conditions: vec![*one],
+                    }));
             } else {
-                checked.rules.push(Rule { answer, conditions });
+                checked.rules.push(SeccompRule { answer, conditions });
             }
         }
         let rules = first..checked.rules.len();

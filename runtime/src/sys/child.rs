@@ -54,12 +54,12 @@ pub(crate) fn end_child(pidfd: &OwnedFd) {
 /// Waits until a process is dead that has closed its end of the channel, which it does on its
 /// way there: only then [`explain_death`] can tell of what.
 pub(crate) fn await_death(pidfd: &OwnedFd) {
-    const DEAD_WITHIN: Timespec = Timespec {
+    const DEATH_TIMEOUT: Timespec = Timespec {
         tv_sec: 10,
         tv_nsec: 0,
     };
     let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEAD_WITHIN)) {}
+    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEATH_TIMEOUT)) {}
 }
 
 /// If the process died without a word, says of what.

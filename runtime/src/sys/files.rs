@@ -9,27 +9,27 @@ use rustix::fs::{Mode, OFlags};
 use crate::error::{Context, Result, refuse};
 
 /// The most that is read of a JSON file; the largest config.json that occur have some 100 kB.
-const SIZE_LIMIT: u64 = 16 << 20;
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
-/// Reads a file of at most [`SIZE_LIMIT`] bytes.
+/// Reads a file of at most [`FILE_BYTES_MAX`] bytes.
 pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>> {
     let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
     read_file(file, path)
 }
 
-/// Reads at most [`SIZE_LIMIT`] bytes of the file that was opened at `path`.
+/// Reads at most [`FILE_BYTES_MAX`] bytes of the file that was opened at `path`.
 pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read {}", path.display());
     let mut bytes = Vec::with_capacity(16 << 10);
     let read = file
-        .take(SIZE_LIMIT + 1)
+        .take(FILE_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
         .doing(doing)?;
-    if read as u64 > SIZE_LIMIT {
+    if read as u64 > FILE_BYTES_MAX {
         refuse!(
             "read {}: is larger than {} MB",
             path.display(),
-            SIZE_LIMIT >> 20
+            FILE_BYTES_MAX >> 20
         );
     }
     Ok(bytes)

@@ -4,19 +4,19 @@
 use crate::error::{Error, Result, refuse};
 
 /// More than any kernel can be built for (CONFIG_NR_CPUS).
-const MOST: usize = 8192;
-const BITS: usize = u64::BITS as usize;
+const NUMBERS: usize = 8192;
+const WORD_BITS: usize = u64::BITS as usize;
 
 /// A set of numbers, as the bit mask that system calls take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NumberSet {
-    words: [u64; MOST / BITS],
+    words: [u64; NUMBERS / WORD_BITS],
 }
 
 impl NumberSet {
     /// Every number.
     pub(crate) const ALL: NumberSet = NumberSet {
-        words: [u64::MAX; MOST / BITS],
+        words: [u64::MAX; NUMBERS / WORD_BITS],
     };
 
     /// The set that a list names; `None` if it is empty.
@@ -25,7 +25,7 @@ impl NumberSet {
     /// What is no list, or a number that no kernel knows.
     pub(crate) fn parse(list: &str) -> Result<Option<NumberSet>> {
         let mut set = NumberSet {
-            words: [0; MOST / BITS],
+            words: [0; NUMBERS / WORD_BITS],
         };
         for range in list.split(',').map(str::trim).filter(|r| !r.is_empty()) {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -34,8 +34,8 @@ impl NumberSet {
                 refuse!("{range} is no range");
             }
             for number in first..=last {
-                if let Some(word) = set.words.get_mut(number / BITS) {
-                    *word |= 1 << (number % BITS);
+                if let Some(word) = set.words.get_mut(number / WORD_BITS) {
+                    *word |= 1 << (number % WORD_BITS);
                 }
             }
         }
@@ -68,10 +68,10 @@ impl NumberSet {
 
 fn number(text: &str) -> Result<usize> {
     match text.parse::<usize>() {
-        Ok(number) if number < MOST => Ok(number),
+        Ok(number) if number < NUMBERS => Ok(number),
         Ok(number) => Err(Error::new(format!(
             "{number} is more than {}, the most there can be",
-            MOST - 1
+            NUMBERS - 1
         ))),
         Err(_) => Err(Error::new(format!("{text:?} is no number"))),
     }

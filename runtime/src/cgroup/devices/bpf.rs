@@ -24,7 +24,7 @@ const BPF_F_REPLACE: u32 = 4;
 /// By which ours is told from systemd's on the same cgroup.
 const NAME: [u8; 16] = *b"rrun_devices\0\0\0\0";
 /// The kernel allows that many on one cgroup (BPF_CGROUP_MAX_PROGS).
-const MOST: usize = 64;
+const PROGRAMS_MAX: usize = 64;
 
 /// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used.
 #[repr(C)]
@@ -154,14 +154,14 @@ pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
 
 /// The program of rrun's that is on a cgroup.
 pub(crate) fn attached(cgroup: &impl AsFd) -> Result<Option<OwnedFd>> {
-    let mut ids = [0u32; MOST];
+    let mut ids = [0u32; PROGRAMS_MAX];
     let mut query = QueryAttributes {
         target_fd: cgroup.as_fd().as_raw_fd() as u32,
         attach_type: BPF_CGROUP_DEVICE,
         query_flags: 0,
         attach_flags: 0,
         prog_ids: ids.as_mut_ptr() as u64,
-        prog_cnt: MOST as u32,
+        prog_cnt: PROGRAMS_MAX as u32,
         padding: 0,
     };
     bpf(BPF_PROG_QUERY, &mut query)?;

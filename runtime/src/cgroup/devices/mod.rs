@@ -13,18 +13,18 @@ mod program;
 mod rule;
 
 use super::directory::Directory;
-use crate::cgroup::dbus::{Property, Value};
+use crate::cgroup::dbus::{BusValue, Property};
 use crate::error::{Context, Result};
 #[cfg(test)]
 use rule::parsed;
-use rule::{BLOCK, DEFAULTS, MKNOD, READ, Rule, WRITE, rules};
+use rule::{BLOCK, DEFAULTS, DeviceRule, MKNOD, READ, WRITE, rules};
 
 pub(crate) fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
     rules(spec).map(|_| ())
 }
 
 /// Whether nothing is denied, so that no program is needed.
-fn allows_everything(rules: &[Rule]) -> bool {
+fn allows_everything(rules: &[DeviceRule]) -> bool {
     for rule in rules.iter().rev() {
         if !rule.allow {
             return false;
@@ -41,7 +41,7 @@ fn allows_everything(rules: &[Rule]) -> bool {
 pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
-    let mut allowed: Vec<Rule> = Vec::new();
+    let mut allowed: Vec<DeviceRule> = Vec::new();
     let mut policy = "strict";
     for rule in rules {
         match (rule.allow, rule.kind) {
@@ -59,7 +59,7 @@ pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     if policy == "auto" {
         allowed.clear();
     }
-    let needs_names = |rule: &Rule| rule.major.is_some() && rule.minor.is_none();
+    let needs_names = |rule: &DeviceRule| rule.major.is_some() && rule.minor.is_none();
     let drivers = if allowed.iter().any(needs_names) {
         std::fs::read_to_string("/proc/devices").doing(|| "read /proc/devices")?
     } else {
@@ -70,12 +70,12 @@ pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
         .filter_map(|rule| Some((rule.node(&drivers)?, rule.letters())))
         .collect();
     Ok([
-        ("DevicePolicy".to_owned(), Value::Text(policy.to_owned())),
-        ("DeviceAllow".to_owned(), Value::Pairs(entries)),
+        ("DevicePolicy".to_owned(), BusValue::Text(policy.to_owned())),
+        ("DeviceAllow".to_owned(), BusValue::Pairs(entries)),
     ])
 }
 
-impl Rule {
+impl DeviceRule {
     /// The device as systemd's DeviceAllow has it; `None` if no driver has that number.
     fn node(&self, drivers: &str) -> Option<String> {
         let kind = if self.kind == Some(BLOCK) {
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn systemd_is_told_what_is_allowed() {
         let told = |json: &str| {
-            let [(_, policy), (_, Value::Pairs(allowed))] =
+            let [(_, policy), (_, BusValue::Pairs(allowed))] =
                 properties(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
             else {
                 panic!("DeviceAllow is no list of pairs");
@@ -164,7 +164,7 @@ mod tests {
                 {"allow":false},
                 {"allow":true,"type":"b","major":8,"minor":0,"access":"r"}]"#,
         );
-        assert_eq!(policy, Value::Text("strict".to_owned()));
+        assert_eq!(policy, BusValue::Text("strict".to_owned()));
         assert_eq!(
             allowed.get(..3).unwrap(),
             [
@@ -176,7 +176,7 @@ mod tests {
         assert!(allowed.contains(&entry("/dev/char/1:3", "rwm")));
         assert_eq!(
             told(r#"[{"allow":true,"type":"a"}]"#).0,
-            Value::Text("auto".to_owned())
+            BusValue::Text("auto".to_owned())
         );
         let drivers = "Character devices:\n  1 mem\n136 pts\n\nBlock devices:\n  1 ramdisk\n";
         assert_eq!(driver(drivers, "char", 136), Some("pts"));

@@ -5,7 +5,7 @@
 //! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
 //! rights and major number, and each of those is compared once.
 
-use super::rule::{ALL, BLOCK, CHAR, Rule};
+use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
 
 /// `struct bpf_insn`.
 #[repr(C)]
@@ -101,7 +101,7 @@ impl Assembler {
     }
 
     /// Rules that all say the same, in any order.
-    fn run(&mut self, mut rules: Vec<Rule>) {
+    fn run(&mut self, mut rules: Vec<DeviceRule>) {
         merge_types(&mut rules);
         rules.sort_unstable_by_key(|rule| {
             (
@@ -126,8 +126,8 @@ impl Assembler {
     }
 
     /// Rules of one type for the same rights.
-    fn with_access(&mut self, rules: &[Rule]) {
-        let Some(Rule { allow, access, .. }) = rules.first().copied() else {
+    fn with_access(&mut self, rules: &[DeviceRule]) {
+        let Some(DeviceRule { allow, access, .. }) = rules.first().copied() else {
             return;
         };
         let answer = if allow { ALLOW } else { DENY };
@@ -177,20 +177,20 @@ impl Assembler {
 }
 
 /// There are two types; a rule for each of them is one for both.
-fn merge_types(rules: &mut Vec<Rule>) {
-    let of_blocks: Vec<Rule> = rules
+fn merge_types(rules: &mut Vec<DeviceRule>) {
+    let of_blocks: Vec<DeviceRule> = rules
         .iter()
         .filter(|rule| rule.kind == Some(BLOCK))
         .copied()
         .collect();
     for block in of_blocks {
-        let char = Rule {
+        let char = DeviceRule {
             kind: Some(CHAR),
             ..block
         };
         if rules.contains(&char) {
             rules.retain(|rule| *rule != char && *rule != block);
-            rules.push(Rule {
+            rules.push(DeviceRule {
                 kind: None,
                 ..block
             });
@@ -199,7 +199,7 @@ fn merge_types(rules: &mut Vec<Rule>) {
 }
 
 /// The program that asks the rules, from the last to the first.
-pub(crate) fn compile(rules: &[Rule]) -> Vec<BpfInsn> {
+pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),
@@ -213,7 +213,7 @@ pub(crate) fn compile(rules: &[Rule]) -> Vec<BpfInsn> {
     program.put(AND_CONSTANT, R_KIND, 0, 0, 0xffff);
     program.put(SHIFT_RIGHT, R_ACCESS, 0, 0, 16);
     // What comes before a rule for everything has no say.
-    let decided = |rule: &Rule| {
+    let decided = |rule: &DeviceRule| {
         rule.kind.is_none() && rule.major.is_none() && rule.minor.is_none() && rule.access == ALL
     };
     let (first, last) = match rules.iter().rposition(decided) {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     /// What the rules say, one after the other.
-    fn meant(rules: &[Rule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn meant(rules: &[DeviceRule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         rules
             .iter()
             .rev()

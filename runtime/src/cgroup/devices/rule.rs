@@ -14,7 +14,7 @@ pub(super) const ALL: i32 = MKNOD | READ | WRITE;
 
 /// One rule; `None` stands for every one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rule {
+pub(super) struct DeviceRule {
     pub(super) allow: bool,
     pub(super) kind: Option<i32>,
     pub(super) major: Option<i32>,
@@ -22,8 +22,8 @@ pub(super) struct Rule {
     pub(super) access: i32,
 }
 
-const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
-    Rule {
+const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> DeviceRule {
+    DeviceRule {
         allow: true,
         kind: Some(kind),
         major,
@@ -34,7 +34,7 @@ const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -
 
 /// What every container may do, as with runc: make nodes (but not open them), use the
 /// default devices and terminals. These come after the configuration's own rules.
-pub(super) const DEFAULTS: [Rule; 10] = [
+pub(super) const DEFAULTS: [DeviceRule; 10] = [
     allow(CHAR, None, None, MKNOD),
     allow(BLOCK, None, None, MKNOD),
     allow(CHAR, Some(1), Some(3), ALL),
@@ -47,7 +47,7 @@ pub(super) const DEFAULTS: [Rule; 10] = [
     allow(CHAR, Some(136), None, ALL),
 ];
 
-pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
+pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<DeviceRule>> {
     let number = |index: usize, field: &str, value: Option<i64>| match value {
         None | Some(-1) => Ok(None),
         Some(value) => i32::try_from(value)
@@ -84,7 +84,7 @@ pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
             }
             // cgroup v1 took a rule for all types as one for all devices and all rights.
             let every = kind.is_none();
-            Ok(Rule {
+            Ok(DeviceRule {
                 allow: rule.allow(),
                 kind,
                 major: if every {
@@ -104,6 +104,6 @@ pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
 }
 
 #[cfg(test)]
-pub(super) fn parsed(json: &str) -> Vec<Rule> {
+pub(super) fn parsed(json: &str) -> Vec<DeviceRule> {
     rules(&serde_json::from_str::<Vec<LinuxDeviceCgroup>>(json).unwrap()).unwrap()
 }
