@@ -316,13 +316,13 @@ impl Bus {
         };
         let doing = |path: &Path| format!("--systemd-cgroup: reach systemd at {}", path.display());
         match UnixStream::connect(&own) {
-            Ok(stream) => Bus::greet(stream).map_err(|error| error.while_doing(doing(&own))),
+            Ok(stream) => Bus::authenticate(stream).map_err(|error| error.while_doing(doing(&own))),
             Err(refused) => {
                 let Ok(stream) = UnixStream::connect(&shared) else {
                     return Err(refused).doing(|| doing(&own));
                 };
-                Bus::greet(stream)
-                    .and_then(Bus::join)
+                Bus::authenticate(stream)
+                    .and_then(Bus::register)
                     .map_err(|error| error.while_doing(doing(&shared)))
             }
         }
@@ -330,7 +330,7 @@ impl Bus {
 
     /// Who calls is known from the socket; only the user id's digits, in hexadecimal, have
     /// to be said. See the specification, "Authentication Protocol".
-    fn greet(stream: UnixStream) -> Result<Bus> {
+    fn authenticate(stream: UnixStream) -> Result<Bus> {
         let mut bus = Bus {
             stream,
             serial: 0,
@@ -348,7 +348,7 @@ impl Bus {
         let mut answer = Vec::new();
         while !answer.ends_with(b"\r\n") && answer.len() < 512 {
             let mut byte = [0u8; 1];
-            bus.fill(&mut byte, deadline)?;
+            bus.read_exact(&mut byte, deadline)?;
             answer.extend(byte);
         }
         if !answer.starts_with(b"OK ") {
@@ -361,7 +361,7 @@ impl Bus {
     }
 
     /// What a message bus wants besides: a greeting, and to be told what is to be heard.
-    fn join(mut self) -> Result<Bus> {
+    fn register(mut self) -> Result<Bus> {
         const DAEMON: (&str, &str, &str) = (
             "org.freedesktop.DBus",
             "/org/freedesktop/DBus",
@@ -472,20 +472,20 @@ impl Bus {
             if matches!(message.kind, RETURN | ERROR) && message.reply_to == serial {
                 return Ok(message);
             }
-            self.hear(&message);
+            self.note_ended_job(&message);
         }
     }
 
-    fn hear(&mut self, message: &BusMessage) {
+    fn note_ended_job(&mut self, message: &BusMessage) {
         if message.kind == SIGNAL && message.member == "JobRemoved" {
             let mut reader = message.reader();
-            let told = (|| {
+            let ended = (|| {
                 reader.u32()?;
                 let job = reader.text()?.to_owned();
                 reader.text()?;
                 Some((job, reader.text()?.to_owned()))
             })();
-            self.ended.extend(told);
+            self.ended.extend(ended);
         }
     }
 
@@ -494,22 +494,22 @@ impl Bus {
     pub(crate) fn finished(&mut self, job: &str, what: &str) -> Result<String> {
         let started = Instant::now();
         let deadline = started + REPLY_TIMEOUT;
-        let mut told = false;
+        let mut warned = false;
         loop {
             while let Some((ended, result)) = self.ended.pop_front() {
                 if ended == job {
                     return Ok(result);
                 }
             }
-            let next = if told {
+            let next = if warned {
                 deadline
             } else {
                 started + REPLY_WARNING_DELAY
             };
             match self.receive(next) {
-                Ok(message) => self.hear(&message),
-                Err(_) if !told && Instant::now() >= next => {
-                    told = true;
+                Ok(message) => self.note_ended_job(&message),
+                Err(_) if !warned && Instant::now() >= next => {
+                    warned = true;
                     log::warning(&format!(
                         "{what}: has waited {} s",
                         REPLY_WARNING_DELAY.as_secs()
@@ -522,7 +522,7 @@ impl Bus {
 
     fn receive(&mut self, deadline: Instant) -> Result<BusMessage> {
         let mut header = [0u8; 16];
-        self.fill(&mut header, deadline)?;
+        self.read_exact(&mut header, deadline)?;
         let number = |at: usize| {
             header
                 .get(at..at + 4)
@@ -534,7 +534,7 @@ impl Bus {
             refuse!("systemd sent what is no message of D-Bus");
         }
         let mut rest = vec![0u8; fields.next_multiple_of(8) + body];
-        self.fill(&mut rest, deadline)?;
+        self.read_exact(&mut rest, deadline)?;
         let body = rest.split_off(fields.next_multiple_of(8));
         rest.truncate(fields);
         BusMessage::parse(&header, &rest, body)
@@ -543,7 +543,7 @@ impl Bus {
 
     /// Reads so many bytes. A message that has begun is waited for longer than one that has
     /// not, since what follows a half one could no longer be understood.
-    fn fill(&mut self, bytes: &mut [u8], deadline: Instant) -> Result<()> {
+    fn read_exact(&mut self, bytes: &mut [u8], deadline: Instant) -> Result<()> {
         let mut at = 0;
         while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
             let mut left = deadline.saturating_duration_since(Instant::now());

@@ -297,7 +297,7 @@ pub(crate) fn of_process(pid: i32) -> Result<PathBuf> {
 }
 
 /// Whether a path below a container's cgroup exists there, for `exec --cgroup`.
-pub(crate) fn below(path: &Path, inner: &str) -> Result<PathBuf> {
+pub(crate) fn existing_below(path: &Path, inner: &str) -> Result<PathBuf> {
     let inner = cleaned(Path::new(inner));
     let relative = inner.strip_prefix("/").unwrap_or(&inner);
     let full = path.join(relative);

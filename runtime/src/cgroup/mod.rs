@@ -26,9 +26,9 @@ use directory::{Directory, EMPTY_TIMEOUT, check_unified, tree, wait_for_event};
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
-    MOUNT_POINT, all_pids, below, freeze, is_frozen, kill_all, of_process, open,
+    MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, kill_all, of_process, open,
 };
-pub(crate) use resources::{check_memory_above_use, complete, memory_swap, validate};
+pub(crate) use resources::{check_memory_above_use, complete_update, memory_swap, validate};
 pub(crate) use stats::{oom_kills, stats};
 pub(crate) use systemd::ANNOTATION;
 
@@ -87,8 +87,8 @@ impl CgroupLocation {
             });
         };
         check_unified()?;
-        let mut limits = properties::from(resources, true)?;
-        limits.extend(properties::at_start(resources)?);
+        let mut limits = properties::from_resources(resources, true)?;
+        limits.extend(properties::only_at_start(resources)?);
         let placeholder = scope.start(id, limits)?;
         Ok(Cgroup {
             directory: Directory::open(&self.path)?,
@@ -153,7 +153,7 @@ impl Cgroup {
     }
 
     /// To be called when the first process is in the cgroup, which then keeps it alive.
-    pub(crate) fn inhabited(&mut self, resources: &LinuxResources) -> Result<()> {
+    pub(crate) fn release_placeholder(&mut self, resources: &LinuxResources) -> Result<()> {
         if self.placeholder.take().is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("1")?;
         }
@@ -179,7 +179,7 @@ pub(crate) fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources
     let cgroup = Directory::open(path)?;
     let with_devices = resources.devices().is_some();
     if let Some(unit) = unit {
-        systemd::set(unit, &properties::from(resources, with_devices)?)?;
+        systemd::set(unit, &properties::from_resources(resources, with_devices)?)?;
     }
     resources::apply(&cgroup, resources)?;
     if with_devices {

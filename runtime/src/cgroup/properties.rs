@@ -18,7 +18,7 @@ const DEFAULT_CPU_PERIOD: u64 = 100_000;
 const OOM_POLICY_VERSION: u32 = 253;
 
 /// What can be said only when the scope is started.
-pub(crate) fn at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
+pub(crate) fn only_at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
     let unified = resources.unified().as_ref();
     let group = unified.and_then(|all| all.get("memory.oom.group"));
     // Else systemd would clear the file when it writes the cgroup's files anew.
@@ -34,7 +34,10 @@ const IDLE_VERSION: u32 = 252;
 
 /// # Errors
 /// A value that can not be understood, by its field.
-pub(crate) fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Property>> {
+pub(crate) fn from_resources(
+    resources: &LinuxResources,
+    with_devices: bool,
+) -> Result<Vec<Property>> {
     let mut all = Properties::default();
     all.memory(resources);
     all.cpu(resources)?;
@@ -235,7 +238,7 @@ mod tests {
     use super::*;
 
     fn found(json: &str) -> Vec<Property> {
-        let mut all = from(&serde_json::from_str(json).unwrap(), false).unwrap();
+        let mut all = from_resources(&serde_json::from_str(json).unwrap(), false).unwrap();
         all.sort_by(|(first, _), (second, _)| first.cmp(second));
         all
     }
@@ -284,7 +287,7 @@ mod tests {
             (r#"{"unified":{"memory.max":"much"}}"#, "memory.max"),
         ] {
             let resources = serde_json::from_str(json).unwrap();
-            let error = from(&resources, false).unwrap_err();
+            let error = from_resources(&resources, false).unwrap_err();
             assert!(error.to_string().contains(field), "{error}");
         }
     }

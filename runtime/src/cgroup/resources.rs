@@ -537,7 +537,7 @@ pub(crate) fn memory_swap(resources: &LinuxResources) -> Option<i64> {
 /// What an update leaves unsaid: a limit on memory and swap together means something only
 /// beside the one on memory, and holds on when that one changes. `memory_swap` is the one
 /// that was asked for last.
-pub(crate) fn complete(
+pub(crate) fn complete_update(
     path: &Path,
     memory_swap: i64,
     resources: &mut LinuxResources,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::cgroup::dbus::{Body, Bus, BusValue, Property, Refusal};
 use crate::error::{Context, Error, Result, refuse};
 use crate::log;
-use crate::sys::child::{end, end_child};
+use crate::sys::child::{exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
@@ -288,7 +288,7 @@ impl Placeholder {
                     // Only a signal ends this, and those that do not kill mean nothing here.
                     let _ = rustix::event::poll(&mut [], None);
                 }
-                end()
+                exit_now()
             }
         }
     }
@@ -296,7 +296,7 @@ impl Placeholder {
 
 impl Drop for Placeholder {
     fn drop(&mut self) {
-        end_child(&self.pidfd);
+        kill_and_reap(&self.pidfd);
     }
 }
 

@@ -35,7 +35,7 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         refuse!("container with id {id} is not running");
     };
     if arguments.is_set("stats") {
-        tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+        print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
         return Ok(0);
     }
     // The kernel wakes who polls it at every change; without the controller there is none.
@@ -68,21 +68,21 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             let _ = rustix::io::pread(file, &mut [0u8; 512], 0);
         }
         for _ in killed..now {
-            tell(id, "oom", None);
+            print_event(id, "oom", None);
         }
         killed = killed.max(now);
         if ended {
             return Ok(0);
         }
         if Instant::now() >= next {
-            tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+            print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
             next += interval;
         }
     }
 }
 
 /// One event, one line.
-fn tell(id: &str, kind: &str, data: Option<Value>) {
+fn print_event(id: &str, kind: &str, data: Option<Value>) {
     // In runc's order: people grep for the beginning.
     let (kind, id) = (Value::from(kind), Value::from(id));
     let data = data.map_or_else(String::new, |data| format!(",\"data\":{data}"));

@@ -113,7 +113,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     } else {
         Some(Foreground::start()?)
     };
-    let entered = exec::enter(ExecRequest {
+    let exec_process = exec::exec(ExecRequest {
         state: &state,
         init,
         process,
@@ -126,10 +126,10 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         pid_file: arguments.value("pid-file").map(Path::new),
         descriptors,
     })?;
-    match (forwarding, entered.terminal) {
+    match (forwarding, exec_process.terminal) {
         (None, _) => Ok(0),
-        (Some(forwarding), Some(master)) => forwarding.relay(&entered.pidfd, master),
-        (Some(forwarding), None) => forwarding.wait(&entered.pidfd),
+        (Some(forwarding), Some(master)) => forwarding.relay(&exec_process.pidfd, master),
+        (Some(forwarding), None) => forwarding.wait(&exec_process.pidfd),
     }
 }
 

@@ -36,7 +36,7 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "json" => {
             let shown: Vec<_> = containers
                 .iter()
-                .map(|(state, status)| state.shown(*status))
+                .map(|(state, status)| state.oci_state(*status))
                 .collect();
             let text = if shown.is_empty() {
                 "null".to_owned() // what runc prints
@@ -86,7 +86,7 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
 fn table(containers: &[(State, Status)]) -> String {
     let mut rows = vec![["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned)];
     for (state, status) in containers {
-        let shown = state.shown(*status);
+        let shown = state.oci_state(*status);
         rows.push([
             state.id.clone(),
             shown.pid.to_string(),

@@ -97,7 +97,7 @@ pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'s
 
 /// The whole program: returns the status to exit with.
 pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
-    match called(words) {
+    match dispatch(words) {
         Ok(code) => code,
         Err(error) => {
             log::fatal(&error.to_string());
@@ -106,8 +106,8 @@ pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
     }
 }
 
-fn called(words: Vec<&'static CStr>) -> Result<u8> {
-    readonly_exec::prepare()?;
+fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
+    readonly_exec::reserve_standard_descriptors()?;
     // Before anything that would have to be done once more after it. A word that only
     // looks like one of these commands does no harm.
     let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");

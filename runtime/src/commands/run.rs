@@ -70,7 +70,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     } else {
         Some(Foreground::start()?)
     };
-    let born = create::create(CreateRequest {
+    let created = create::create(CreateRequest {
         root: &globals.root,
         id,
         config: &config,
@@ -84,21 +84,21 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         descriptors,
         notify,
     })?;
-    let shown = born.state.for_hooks(Status::Running);
-    hooks::run_all("poststart", config.hooks.poststart().as_ref(), &shown);
+    let shown = created.state.json_for_hooks(Status::Running);
+    hooks::run_and_log_failures("poststart", config.hooks.poststart().as_ref(), &shown);
     let Some(mut forwarding) = forwarding else {
-        if let Some(notify) = born.notify {
-            notify.wait(born.state.pid, &born.pidfd)?;
+        if let Some(notify) = created.notify {
+            notify.wait(created.state.pid, &created.pidfd)?;
         }
         return Ok(0);
     };
-    forwarding.notify = born.notify;
-    let status = match born.terminal {
-        Some(master) => forwarding.relay(&born.pidfd, master)?,
-        None => forwarding.wait(&born.pidfd)?,
+    forwarding.notify = created.notify;
+    let status = match created.terminal {
+        Some(master) => forwarding.relay(&created.pidfd, master)?,
+        None => forwarding.wait(&created.pidfd)?,
     };
     if !arguments.is_set("keep") {
-        delete::after_end(&globals.root, &born.state)?;
+        delete::delete_after_exit(&globals.root, &created.state)?;
     }
     Ok(status)
 }

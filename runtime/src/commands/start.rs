@@ -26,14 +26,16 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         Some(manager) => NotifySocket::bind(&directory, &manager)?,
         None => None,
     };
-    match state.noted_status(&directory)? {
-        Status::Created => start_socket::open(&directory, id, |report| tell_agent(&state, report))?,
+    match state.status_from_files(&directory)? {
+        Status::Created => {
+            start_socket::start(&directory, id, |report| serve_agent(&state, report))?
+        }
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
         status => refuse!("cannot start container {id} in state {}", status.as_str()),
     }
-    let shown = state.for_hooks(Status::Running);
-    hooks::run_all("poststart", state.hooks.poststart().as_ref(), &shown);
+    let shown = state.json_for_hooks(Status::Running);
+    hooks::run_and_log_failures("poststart", state.hooks.poststart().as_ref(), &shown);
     if let Some(notify) = notify
         && let Some(process) = state.open_process()?
     {
@@ -43,18 +45,18 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
 }
 
 /// Hands the listener of the container's filter to the agent, if the filter has an agent.
-fn tell_agent(state: &State, report: &Report) -> Result<()> {
+fn serve_agent(state: &State, report: &Report) -> Result<()> {
     let Some(listener) = state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) else {
         return Ok(());
     };
-    let told = listener.connect().and_then(|agent| {
+    let served = listener.connect().and_then(|agent| {
         let process = state.open_process()?;
         let process = process.ok_or_else(|| Error::new("the container's first process is dead"))?;
-        let shown = state.for_others(Status::Created);
+        let shown = state.oci_state_for_others(Status::Created);
         agent.serve(report, &process, state.pid, shown)
     });
-    if told.is_err() {
+    if served.is_err() {
         report.answer(false);
     }
-    told
+    served
 }

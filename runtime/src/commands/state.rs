@@ -17,7 +17,7 @@ fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     let state = State::load(&globals.root, id)?;
     let status = state.status(&directory(&globals.root, id)?)?;
-    let mut text = serde_json::to_string_pretty(&state.shown(status))
+    let mut text = serde_json::to_string_pretty(&state.oci_state(status))
         .map_err(|error| Error::new(format!("print state of {id}: {error}")))?;
     text.push('\n');
     print(&text);

@@ -100,7 +100,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => (from_flags(arguments)?, schemata(arguments)),
     };
     // Two updates at once would each build on what was before the other.
-    let Lock::Acquired(claim) = ContainerDir::hold(&directory, || {})? else {
+    let Lock::Acquired(dir) = ContainerDir::lock(&directory, || {})? else {
         refuse!("cannot update container {id}: another process is making, updating or removing it");
     };
     let mut state = State::load(&globals.root, id)?;
@@ -109,7 +109,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if resources.pids().is_some_and(|pids| pids.limit() == 0) {
         resources.set_pids(None);
     }
-    cgroup::complete(&state.cgroup, state.memory_swap, &mut resources)?;
+    cgroup::complete_update(&state.cgroup, state.memory_swap, &mut resources)?;
     cgroup::validate(Path::new("/update"), &resources)?;
     let checked = resources
         .memory()
@@ -127,7 +127,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     })?;
     if let Some(swap) = cgroup::memory_swap(&resources).filter(|swap| *swap != state.memory_swap) {
         state.memory_swap = swap;
-        state.save(&claim)?;
+        state.save(&dir)?;
     }
     if !schemata.is_empty() {
         resctrl::update(state.pid, &schemata)?;

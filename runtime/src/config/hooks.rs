@@ -90,7 +90,7 @@ pub(crate) fn run(
 }
 
 /// The same, but a failure is only logged, as it is to be for poststart and poststop.
-pub(crate) fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
+pub(crate) fn run_and_log_failures(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         if let Err(error) = run_one(hook, state, HookPlace::OnHost(None)) {
             log::warning(&format!(
@@ -117,7 +117,7 @@ impl<'a> HookInput<'a> {
 
     /// Writes what there is room for. `None`: all is written, or nobody will read it, which makes
     /// no failed hook.
-    fn go_on(mut self) -> Option<Self> {
+    fn write_more(mut self) -> Option<Self> {
         while !self.rest.is_empty() {
             match self.pipe.write(self.rest) {
                 Ok(length) => self.rest = self.rest.get(length..)?,
@@ -153,7 +153,7 @@ impl HookOutput {
     }
 
     /// Takes some of what is there; whether there was any.
-    fn take(&mut self) -> bool {
+    fn read_some(&mut self) -> bool {
         let Some(pipe) = &self.pipe else {
             return false;
         };
@@ -176,10 +176,10 @@ impl HookOutput {
     }
 
     /// Once the hook has ended. What it left running may go on writing, to nobody.
-    fn said(mut self) -> String {
+    fn text(mut self) -> String {
         // As much as a pipe holds, and no more.
         let mut left = (64 << 10) / HookOutput::OUTPUT_BYTES;
-        while left > 0 && self.take() {
+        while left > 0 && self.read_some() {
             left -= 1;
         }
         let text = String::from_utf8_lossy(&self.end);
@@ -246,9 +246,9 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
     if let Some(pid) = pid {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "watch it")?;
         let deadline = Instant::now() + timeout;
-        let mut told = false;
+        let mut warned = false;
         loop {
-            input = input.and_then(HookInput::go_on);
+            input = input.and_then(HookInput::write_more);
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let _ = child.kill();
@@ -272,8 +272,8 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
             let polled = poll(&mut watched, Some(&wait));
             let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
             match polled {
-                Ok(0) if !told && left >= HOOK_WARNING_DELAY => {
-                    told = true;
+                Ok(0) if !warned && left >= HOOK_WARNING_DELAY => {
+                    warned = true;
                     log::warning(&format!("still waiting for hook {}", hook.path().display()));
                 }
                 Ok(0) | Err(Errno::INTR) => {}
@@ -285,7 +285,7 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
                 Ok(_) if dead(0) => break,
                 // A pipe has room, or something in it.
                 Ok(_) => {
-                    output.take();
+                    output.read_some();
                 }
                 Err(errno) => return Err(errno).doing(|| "wait for it"),
             }
@@ -293,7 +293,7 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
     }
     let status = child.wait().doing(|| "wait for it")?;
     if !status.success() {
-        refuse!("it ended with {status}{}", output.said());
+        refuse!("it ended with {status}{}", output.text());
     }
     Ok(())
 }

@@ -241,7 +241,7 @@ impl Config {
 
     /// Whether the first process has to wait for what only rrun can do from the host's side:
     /// id maps and what a user namespace has no right to, network devices, resctrl.
-    pub(crate) fn needs_host_side(&self) -> bool {
+    pub(crate) fn needs_parent(&self) -> bool {
         self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
     }
 

@@ -93,36 +93,36 @@ impl Channel {
         }
     }
 
-    pub(crate) fn born(&self, pid: i32) -> Result<()> {
+    pub(crate) fn cloned(&self, pid: i32) -> Result<()> {
         let [a, b, c, d] = pid.to_ne_bytes();
         self.send(&[CLONED, a, b, c, d])
     }
 
-    pub(crate) fn ask_for_host_side(&self) -> Result<()> {
+    pub(crate) fn wait_for_parent(&self) -> Result<()> {
         self.ask(NEEDS_PARENT)
     }
 
-    pub(crate) fn ask_for_hooks(&self) -> Result<()> {
+    pub(crate) fn wait_for_hooks(&self) -> Result<()> {
         self.ask(RUN_HOOKS)
     }
 
     /// Hands the shared page to the parent. The filter that is loaded next may forbid this process
     /// to send messages.
-    pub(crate) fn filtered(&self, page: BorrowedFd<'_>) -> Result<()> {
+    pub(crate) fn send_page(&self, page: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), page, &[FILTERED])
             .doing(|| "hand the shared page to the parent process")
     }
 
-    pub(crate) fn ready(&self) -> Result<()> {
+    pub(crate) fn send_ready(&self) -> Result<()> {
         self.send(&[READY])
     }
 
-    pub(crate) fn terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
+    pub(crate) fn send_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
             .doing(|| "hand the terminal to the parent process")
     }
 
-    pub(crate) fn failed(&self, error: &Error) {
+    pub(crate) fn send_error(&self, error: &Error) {
         let mut message = vec![FAILED];
         message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
         // If nobody listens, nobody wants to know.
@@ -130,7 +130,7 @@ impl Channel {
     }
 
     /// From the parent: the answer to a question.
-    pub(crate) fn go_on(&self) -> Result<()> {
+    pub(crate) fn answer(&self) -> Result<()> {
         rustix::net::send(&self.fd, &[GO_ON], SendFlags::NOSIGNAL)
             .doing(|| "answer the container's first process")?;
         Ok(())

@@ -1,4 +1,4 @@
-//! A container's directory, ROOT/ID: the claim on its id, and a lock on it.
+//! A container's directory, ROOT/ID: the dir on its id, and a lock on it.
 //!
 //! Who makes or removes a container holds the lock (flock(2) on the directory) as long as
 //! that takes, so that a removal can not overlook what is being made. It ends with its
@@ -55,14 +55,14 @@ impl AsFd for ContainerDir {
 
 impl ContainerDir {
     /// Claims an id by making its directory.
-    pub(crate) fn new(root: &Path, id: &str) -> Result<ContainerDir> {
+    pub(crate) fn create(root: &Path, id: &str) -> Result<ContainerDir> {
         let directory = directory(root, id)?;
         for _ in 0..CREATE_RETRIES {
-            make(root, &directory, id)?;
+            make_directory(root, &directory, id)?;
             // Between its making and its locking, another process may have taken it for
             // the remains of a killed one, and removed it.
-            match ContainerDir::hold(&directory, || {})? {
-                Lock::Acquired(claim) => return Ok(claim),
+            match ContainerDir::lock(&directory, || {})? {
+                Lock::Acquired(dir) => return Ok(dir),
                 Lock::Missing => {}
                 Lock::Busy => break,
             }
@@ -72,7 +72,7 @@ impl ContainerDir {
 
     /// Takes an existing directory. While another process has it, `meanwhile` is called now
     /// and then.
-    pub(crate) fn hold(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Lock> {
+    pub(crate) fn lock(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Lock> {
         let doing = || format!("lock {}", directory.display());
         let fd = match rustix::fs::open(
             directory,
@@ -98,18 +98,18 @@ impl ContainerDir {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(20));
         }
-        let claim = ContainerDir {
+        let dir = ContainerDir {
             directory: directory.to_owned(),
             fd,
         };
-        Ok(if claim.is_linked()? {
-            Lock::Acquired(claim)
+        Ok(if dir.is_linked()? {
+            Lock::Acquired(dir)
         } else {
             Lock::Missing
         })
     }
 
-    pub(crate) fn directory(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.directory
     }
 
@@ -121,13 +121,13 @@ impl ContainerDir {
     }
 
     /// Writes down where the container's cgroup will be.
-    pub(crate) fn name_cgroup(&self, cgroup: &Path) -> Result<()> {
+    pub(crate) fn link_cgroup(&self, cgroup: &Path) -> Result<()> {
         rustix::fs::symlinkat(cgroup, &self.fd, CGROUP_LINK)
             .doing(|| format!("make link {}", self.directory.join(CGROUP_LINK).display()))
     }
 
     /// Gives an id back, with all that was written under it.
-    pub(crate) fn release(self) -> Result<()> {
+    pub(crate) fn remove(self) -> Result<()> {
         let same = self.is_linked()?;
         for name in [
             STATE_FILE,
@@ -150,7 +150,7 @@ impl ContainerDir {
         let removed = match rustix::fs::rmdir(&self.directory) {
             // Few containers have a notification socket.
             Err(Errno::NOTEMPTY) => {
-                notify_socket::release(&self.directory)?;
+                notify_socket::remove(&self.directory)?;
                 rustix::fs::rmdir(&self.directory)
             }
             removed => removed,
@@ -162,7 +162,7 @@ impl ContainerDir {
     }
 }
 
-fn make(root: &Path, directory: &Path, id: &str) -> Result<()> {
+fn make_directory(root: &Path, directory: &Path, id: &str) -> Result<()> {
     let mode = Mode::from_raw_mode(0o700);
     let mut made = rustix::fs::mkdir(directory, mode);
     if made == Err(Errno::NOENT) {
@@ -205,7 +205,7 @@ pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// None was, or it is none below the mount point of cgroups.
-pub(crate) fn named_cgroup(directory: &Path) -> Option<PathBuf> {
+pub(crate) fn linked_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
     let plain = path
@@ -221,24 +221,24 @@ mod tests {
     #[test]
     fn an_id_is_held_by_one_and_its_cgroup_is_known() {
         let root = std::env::temp_dir().join(format!("rrun-claim-test-{}", std::process::id()));
-        let claim = ContainerDir::new(&root, "a").unwrap();
-        assert!(ContainerDir::new(&root, "a").is_err());
-        assert_eq!(named_cgroup(claim.directory()), None);
-        claim.name_cgroup(Path::new("/sys/fs/cgroup/x/y")).unwrap();
+        let dir = ContainerDir::create(&root, "a").unwrap();
+        assert!(ContainerDir::create(&root, "a").is_err());
+        assert_eq!(linked_cgroup(dir.path()), None);
+        dir.link_cgroup(Path::new("/sys/fs/cgroup/x/y")).unwrap();
         assert_eq!(
-            named_cgroup(claim.directory()).as_deref(),
+            linked_cgroup(dir.path()).as_deref(),
             Some(Path::new("/sys/fs/cgroup/x/y"))
         );
         // One who lost its directory leaves alone what stands there now.
         std::fs::rename(root.join("a"), root.join("b")).unwrap();
         std::fs::remove_file(root.join("b/cgroup")).unwrap();
         std::fs::remove_dir(root.join("b")).unwrap();
-        let next = ContainerDir::new(&root, "a").unwrap();
-        claim.release().unwrap();
+        let next = ContainerDir::create(&root, "a").unwrap();
+        dir.remove().unwrap();
         assert!(next.is_linked().unwrap());
-        next.release().unwrap();
+        next.remove().unwrap();
         assert!(matches!(
-            ContainerDir::hold(&root.join("a"), || {}).unwrap(),
+            ContainerDir::lock(&root.join("a"), || {}).unwrap(),
             Lock::Missing
         ));
         std::fs::remove_dir_all(root).unwrap();
@@ -248,10 +248,10 @@ mod tests {
     fn a_cgroup_outside_of_the_hierarchy_is_not_believed() {
         let root = std::env::temp_dir().join(format!("rrun-cgroup-test-{}", std::process::id()));
         for path in ["/sys/fs/cgroup", "/sys/fs/cgroup/a/../..", "/tmp/x", "x"] {
-            let claim = ContainerDir::new(&root, "a").unwrap();
-            claim.name_cgroup(Path::new(path)).unwrap();
-            assert_eq!(named_cgroup(claim.directory()), None, "{path}");
-            claim.release().unwrap();
+            let dir = ContainerDir::create(&root, "a").unwrap();
+            dir.link_cgroup(Path::new(path)).unwrap();
+            assert_eq!(linked_cgroup(dir.path()), None, "{path}");
+            dir.remove().unwrap();
         }
         std::fs::remove_dir_all(root).unwrap();
     }

@@ -3,7 +3,7 @@
 //! One clone3(2) makes the first process: in its cgroup, whose limits are in place, and in
 //! all its new namespaces. While that process builds its own surroundings (see
 //! [`crate::lifecycle::init`]), this one writes down that it exists, and does for it what only the
-//! host's side can do. If anything fails, everything made so far is unmade.
+//! host's side can do. If anything fails, everything made so far is rollback.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -26,7 +26,7 @@ use crate::mounts::HostMounts;
 use crate::namespaces::{OpenNamespace, flag, net_devices, resctrl, unshare_time};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::{Agent, Report};
-use crate::sys::child::{NeverReturn, await_death, end, end_child, explain_death};
+use crate::sys::child::{NeverReturn, await_death, exit_now, explain_death, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::write_pid_file;
 use crate::sys::procfs::process_stat;
@@ -61,24 +61,24 @@ pub(crate) struct Created {
     pub(crate) notify: Option<NotifySocket>,
 }
 
-/// What has to be unmade if a later step fails.
+/// What has to be rollback if a later step fails.
 struct Rollback<'a> {
     id: &'a str,
-    claim: Option<ContainerDir>,
+    dir: Option<ContainerDir>,
     cgroup: Option<&'a CgroupLocation>,
     child: Option<OwnedFd>,
     hooks: Option<(&'a Hooks, String)>,
     resctrl: resctrl::ResctrlGroups,
-    kept: bool,
+    disarmed: bool,
 }
 
 impl Drop for Rollback<'_> {
     fn drop(&mut self) {
-        if self.kept {
+        if self.disarmed {
             return;
         }
         if let Some(child) = &self.child {
-            end_child(child);
+            kill_and_reap(child);
         }
         if let Some(place) = &self.cgroup
             && let Err(error) = cgroup::remove(&place.path, place.unit())
@@ -88,11 +88,11 @@ impl Drop for Rollback<'_> {
         if let Err(error) = self.resctrl.remove() {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
-        if let Some(Err(error)) = self.claim.take().map(ContainerDir::release) {
+        if let Some(Err(error)) = self.dir.take().map(ContainerDir::remove) {
             log::warning(&format!("undo the creation of {}: {error}", self.id));
         }
         if let Some((hooks, state)) = &self.hooks {
-            hooks::run_all("poststop", hooks.poststop().as_ref(), state);
+            hooks::run_and_log_failures("poststop", hooks.poststop().as_ref(), state);
         }
     }
 }
@@ -106,7 +106,7 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         request.id,
         request.systemd_cgroup,
     )?;
-    // An agent that is not there is found out before anything is made.
+    // An agent that is not there is found out before_clone anything is made.
     let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) if request.waits => {
             // Only `start` loads the filter, and it connects to the agent then.
@@ -116,27 +116,27 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
-    let mut unmade = Rollback {
+    let mut rollback = Rollback {
         id: request.id,
-        claim: None,
+        dir: None,
         cgroup: None,
         child: None,
         hooks: None,
         resctrl: resctrl::ResctrlGroups::default(),
-        kept: false,
+        disarmed: false,
     };
-    let claim = &*unmade
-        .claim
-        .insert(ContainerDir::new(request.root, request.id)?);
+    let dir = &*rollback
+        .dir
+        .insert(ContainerDir::create(request.root, request.id)?);
     let mut state = new_state(&request, &place);
     // Before the cgroup is made: whatever happens, `delete` will know where it is.
-    claim.name_cgroup(&state.cgroup)?;
-    state.save(claim)?;
+    dir.link_cgroup(&state.cgroup)?;
+    state.save(dir)?;
     let mut notify = None;
     if let Some(manager) = &request.notify {
-        notify_socket::make_directory(claim.directory())?;
+        notify_socket::make_directory(dir.path())?;
         if !request.waits {
-            notify = NotifySocket::bind(claim.directory(), manager)?;
+            notify = NotifySocket::bind(dir.path(), manager)?;
         }
     }
     let unprivileged = !rustix::process::geteuid().is_root();
@@ -148,12 +148,12 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         cgroup => Some(cgroup?),
     };
     if let Some(cgroup) = &cgroup {
-        unmade.cgroup = Some(&place);
+        rollback.cgroup = Some(&place);
         cgroup.apply(&config.resources)?;
         log::debug(|| format!("made cgroup {} with its limits", state.cgroup.display()));
     }
     // Loading them takes long, and the first process has other things to do; a container that
-    // waits for `start` runs nothing before this one is done.
+    // waits for `start` runs nothing before_clone this one is done.
     let devices_later = request.waits && config.opens_no_devices();
     if let Some(cgroup) = cgroup.as_ref().filter(|_| !devices_later) {
         cgroup.apply_devices(&config.resources)?;
@@ -165,23 +165,24 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         flags &= !flag(Type::Time);
     }
     let user = config.namespaces.own(Type::User);
-    let taken = HostMounts::before_clone(&config.mount_sources())?;
+    let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
     let joins = config.namespaces.open_joins()?;
-    let (for_newborn, before): (Vec<OpenNamespace>, Vec<OpenNamespace>) = joins
-        .into_iter()
-        .partition(|join| !join.is_for_children() && (!user || join.is_for_the_newborn()));
+    let (after_clone, before_clone): (Vec<OpenNamespace>, Vec<OpenNamespace>) =
+        joins.into_iter().partition(|join| {
+            !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
+        });
     let gate = if request.waits {
-        Some(start_socket::build(claim.directory())?)
+        Some(start_socket::listen(dir.path())?)
     } else {
         None
     };
     let (channel, childs_end) = channel::pair()?;
 
     let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
-    let born = if user && !before.is_empty() {
-        born_by_go_between(flags, cgroup.as_ref(), before)?
+    let born = if user && !before_clone.is_empty() {
+        clone_from_intermediate(flags, cgroup.as_ref(), before_clone)?
     } else {
-        for join in &before {
+        for join in &before_clone {
             join.enter()?;
         }
         clone3(flags, cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
@@ -195,8 +196,8 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         Cloned::Child => {
             // The parent's things to unmake are not the child's; nor is the lock, which
             // would otherwise be held for as long as it lives.
-            unmade.kept = true;
-            drop(unmade);
+            rollback.disarmed = true;
+            drop(rollback);
             drop(channel);
             drop(agent);
             if let Some(cgroup) = cgroup {
@@ -206,8 +207,8 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
                 config,
                 state: &state,
                 channel: childs_end,
-                joins: for_newborn,
-                taken,
+                joins: after_clone,
+                host_mounts,
                 console_socket: request.console_socket,
                 gate,
                 no_pivot: request.no_pivot,
@@ -220,13 +221,13 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
-    drop(taken);
+    drop(host_mounts);
     drop(childs_end);
     drop(gate);
     log::debug(|| format!("made the container's first process {pid}"));
-    let pidfd = &*unmade.child.insert(pidfd);
+    let pidfd = &*rollback.child.insert(pidfd);
     if let Some(cgroup) = &mut cgroup {
-        cgroup.inhabited(&config.resources)?;
+        cgroup.release_placeholder(&config.resources)?;
     }
     if let Some(cgroup) = cgroup.as_ref().filter(|_| devices_later) {
         cgroup.apply_devices(&config.resources)?;
@@ -234,16 +235,16 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
 
     state.pid = pid;
     state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
-    state.save(claim)?;
+    state.save(dir)?;
 
-    unmade.hooks = Some((&config.hooks, state.for_hooks(Status::Stopped)));
-    let terminal = accompany(
+    rollback.hooks = Some((&config.hooks, state.json_for_hooks(Status::Stopped)));
+    let terminal = serve_child(
         &channel,
         &mut state,
         &request,
-        claim,
+        dir,
         pidfd,
-        &mut unmade.resctrl,
+        &mut rollback.resctrl,
         agent,
     )
     .map_err(|error| explain_death(error, pidfd))?;
@@ -258,16 +259,16 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
         channel::send_pidfd(socket, pidfd, "standard")?;
     }
     if request.waits {
-        start_socket::announce(claim)?;
+        start_socket::publish(dir)?;
     }
-    if !claim.is_linked()? {
+    if !dir.is_linked()? {
         refuse!(
             "container {} was removed while it was being made",
             request.id
         );
     }
-    unmade.kept = true;
-    let Some(pidfd) = unmade.child.take() else {
+    rollback.disarmed = true;
+    let Some(pidfd) = rollback.child.take() else {
         refuse!("the container's first process is lost");
     };
     Ok(Created {
@@ -278,25 +279,25 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
     })
 }
 
-/// Has the first process made by another, which enters the namespaces `before` first.
+/// Has the first process made by another, which enters the namespaces `before_clone` first.
 ///
 /// Only needed beside a user namespace. New namespaces belong to the user namespace of the
 /// process that makes them, and existing ones can be entered only by who has rights over
 /// theirs: nothing but the order host, others, user, birth will do. This process can not
 /// go that way itself, for it would not come back to the host's rights, which it needs.
-fn born_by_go_between(
+fn clone_from_intermediate(
     flags: u64,
     cgroup: Option<&Cgroup>,
-    mut before: Vec<OpenNamespace>,
+    mut before_clone: Vec<OpenNamespace>,
 ) -> Result<Cloned> {
     // Not the container's channel: on that one, the process made may be the first to speak.
-    let (answers, teller) = channel::pair()?;
+    let (from_intermediate, to_parent) = channel::pair()?;
     let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
         Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             let guard = NeverReturn;
-            before.sort_by_key(OpenNamespace::is_user);
-            let born = before
+            before_clone.sort_by_key(OpenNamespace::is_user);
+            let born = before_clone
                 .iter()
                 .try_for_each(OpenNamespace::enter)
                 .and_then(|()| {
@@ -309,15 +310,15 @@ fn born_by_go_between(
                     return Ok(Cloned::Child);
                 }
                 // If the parent is gone, the process made will find that out itself.
-                Ok(Cloned::Parent { pid, .. }) => drop(teller.born(pid)),
-                Err(error) => teller.failed(&error),
+                Ok(Cloned::Parent { pid, .. }) => drop(to_parent.cloned(pid)),
+                Err(error) => to_parent.send_error(&error),
             }
-            end()
+            exit_now()
         }
     };
     // Or it would not be told when the others die.
-    drop(teller);
-    let answer = answers.receive();
+    drop(to_parent);
+    let answer = from_intermediate.receive();
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     match answer? {
         ChildMessage::Cloned(pid) => {
@@ -377,11 +378,11 @@ fn owner() -> String {
 
 /// Does for the child what it asks for, until it is ready (if it then waits) or has become
 /// its program. Returns the terminal, if it hands one over.
-fn accompany(
+fn serve_child(
     channel: &Channel,
     state: &mut State,
     request: &CreateRequest<'_>,
-    claim: &ContainerDir,
+    dir: &ContainerDir,
     pidfd: &OwnedFd,
     made: &mut resctrl::ResctrlGroups,
     mut agent: Option<Agent<'_>>,
@@ -409,14 +410,14 @@ fn accompany(
                 if let Some(resctrl) = &config.resctrl {
                     let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
                     // First it is known what `delete` has to remove, or the undoing.
-                    state.save(claim)?;
+                    state.save(dir)?;
                     *made = state.resctrl.clone();
                     applied?;
                 }
-                channel.go_on()?;
+                channel.answer()?;
             }
             ChildMessage::RunHooks => {
-                let shown = state.for_hooks(Status::Creating);
+                let shown = state.json_for_hooks(Status::Creating);
                 #[allow(deprecated)] // prestart is: callers use it all the same
                 let host = hooks::HookPlace::OnHost(Some(pidfd));
                 log::debug(|| "run hooks prestart and createRuntime".to_owned());
@@ -427,7 +428,7 @@ fn accompany(
                     &shown,
                     host,
                 )?;
-                channel.go_on()?;
+                channel.answer()?;
             }
             ChildMessage::Cloned(_) => refuse!("the container's first process told of another"),
             ChildMessage::Terminal(master) => terminal = Some(master),
@@ -435,7 +436,7 @@ fn accompany(
                 ready = true;
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
-                    let shown = state.for_others(Status::Creating);
+                    let shown = state.oci_state_for_others(Status::Creating);
                     agent.serve(page, pidfd, state.pid, shown)?;
                 }
             }

@@ -26,17 +26,17 @@ pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
         check_removable(&state, &directory)?;
     }
     let none = || Error::new(format!("container does not exist: {id}"));
-    let held = ContainerDir::hold(&directory, || {
+    let held = ContainerDir::lock(&directory, || {
         if force {
             // Who makes it can not go on then, and gives it up.
-            end_unheld(root, id);
+            kill_unlocked(root, id);
         }
     })?;
-    let claim = match held {
-        Lock::Acquired(claim) => claim,
+    let dir = match held {
+        Lock::Acquired(dir) => dir,
         Lock::Missing if force => return Ok(()),
         Lock::Missing => return Err(none().with_kind(Kind::NoSuchContainer)),
-        Lock::Busy if force => return remove_unheld(root, id),
+        Lock::Busy if force => return delete_unlocked(root, id),
         Lock::Busy => {
             refuse!("cannot delete container {id}: another process is making or removing it")
         }
@@ -45,21 +45,21 @@ pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
         Ok(state) => state,
         // What is left of a `create` that was killed before it could say what it makes.
         Err(error) if error.kind() == Kind::NoSuchContainer => {
-            remove_damaged(claim)?;
+            delete_without_state(dir)?;
             return if force { Ok(()) } else { Err(error) };
         }
         Err(error) if force => {
             log::warning(&format!(
                 "{error}; removing what is known of {id} all the same"
             ));
-            return remove_damaged(claim);
+            return delete_without_state(dir);
         }
         Err(error) => return Err(error),
     };
     if !force {
         check_removable(&state, &directory)?;
     }
-    destroy(claim, &state)
+    destroy(dir, &state)
 }
 
 fn check_removable(state: &State, directory: &Path) -> Result<()> {
@@ -74,9 +74,9 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
 }
 
 /// Removes a container whose first process has ended, unless somebody else did.
-pub(crate) fn after_end(root: &Path, state: &State) -> Result<()> {
-    match ContainerDir::hold(&container_dir::directory(root, &state.id)?, || {})? {
-        Lock::Acquired(claim) => destroy(claim, state),
+pub(crate) fn delete_after_exit(root: &Path, state: &State) -> Result<()> {
+    match ContainerDir::lock(&container_dir::directory(root, &state.id)?, || {})? {
+        Lock::Acquired(dir) => destroy(dir, state),
         Lock::Missing => Ok(()),
         Lock::Busy => refuse!(
             "cannot delete container {}: another process is removing it",
@@ -86,9 +86,9 @@ pub(crate) fn after_end(root: &Path, state: &State) -> Result<()> {
 }
 
 /// Kills what lives of a container that another process is making.
-fn end_unheld(root: &Path, id: &str) {
+fn kill_unlocked(root: &Path, id: &str) {
     let directory = root.join(id);
-    if let Some(cgroup) = container_dir::named_cgroup(&directory)
+    if let Some(cgroup) = container_dir::linked_cgroup(&directory)
         && let Err(error) = cgroup::kill_all(&cgroup)
     {
         log::warning(&error.to_string());
@@ -98,12 +98,12 @@ fn end_unheld(root: &Path, id: &str) {
 /// Removes a container whose maker hangs, in a hook for example. Its directory goes before
 /// its cgroup: the maker looks for the directory last of all, and unmakes everything if it
 /// is gone; and what it had made before then is in the cgroup.
-fn remove_unheld(root: &Path, id: &str) -> Result<()> {
+fn delete_unlocked(root: &Path, id: &str) -> Result<()> {
     log::warning(&format!(
         "another process has been making or removing container {id} for a while; removing it all the same"
     ));
     let directory = container_dir::directory(root, id)?;
-    let cgroup = container_dir::named_cgroup(&directory);
+    let cgroup = container_dir::linked_cgroup(&directory);
     match std::fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(error).doing(|| format!("remove {}", directory.display()));
@@ -117,15 +117,15 @@ fn remove_unheld(root: &Path, id: &str) -> Result<()> {
 
 /// Removes a container whose state can not be read. Everything of it that lives is in its
 /// cgroup.
-fn remove_damaged(claim: ContainerDir) -> Result<()> {
-    if let Some(cgroup) = container_dir::named_cgroup(claim.directory()) {
+fn delete_without_state(dir: ContainerDir) -> Result<()> {
+    if let Some(cgroup) = container_dir::linked_cgroup(dir.path()) {
         cgroup::remove(&cgroup, cgroup::unit_at(&cgroup).as_deref())?;
     }
-    claim.release()
+    dir.remove()
 }
 
 /// Removes all that belongs to a container, killing it if need be.
-fn destroy(claim: ContainerDir, state: &State) -> Result<()> {
+fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
     if let Some(process) = state.open_process()? {
         let doing = || format!("kill the first process of {} ({})", state.id, state.pid);
         match pidfd_send_signal(process.as_fd(), libc::SIGKILL) {
@@ -147,11 +147,11 @@ fn destroy(claim: ContainerDir, state: &State) -> Result<()> {
     }
     cgroup::remove(&state.cgroup, state.unit.as_deref())?;
     state.resctrl.remove()?;
-    claim.release()?;
-    hooks::run_all(
+    dir.remove()?;
+    hooks::run_and_log_failures(
         "poststop",
         state.hooks.poststop().as_ref(),
-        &state.for_hooks(Status::Stopped),
+        &state.json_for_hooks(Status::Stopped),
     );
     Ok(())
 }

@@ -14,7 +14,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use crate::cgroup;
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, ChildMessage};
-use crate::lifecycle::program::{execute, join_keyring, settle};
+use crate::lifecycle::program::{apply_process, execute, join_keyring};
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
 use crate::namespaces::{self, flag};
@@ -22,7 +22,7 @@ use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Agent, Report, SharedPage};
-use crate::sys::child::{NeverReturn, await_death, end, end_child, explain_death};
+use crate::sys::child::{NeverReturn, await_death, exit_now, explain_death, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::write_pid_file;
 use crate::sys::syscalls;
@@ -51,7 +51,7 @@ pub(crate) struct ExecProcess {
 }
 
 /// Makes the process. When this returns, it has executed its program.
-pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
+pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     let state = request.state;
     let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) => Some(listener.connect()?),
@@ -70,12 +70,12 @@ pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         join(&request.init, before)?;
     }
     let cgroup_path = match request.sub_cgroup {
-        Some(inner) => cgroup::below(&state.cgroup, inner)?,
+        Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
         None => state.cgroup.clone(),
     };
     let (channel, childs_end) = channel::pair()?;
     request.process.scheduling.apply_initial_affinity()?;
-    let (pid, pidfd) = match born_in(
+    let (pid, pidfd) = match clone_into_cgroup(
         &cgroup_path,
         state,
         request.sub_cgroup.is_none(),
@@ -90,7 +90,7 @@ pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     };
     drop(childs_end);
     drop(request.console_socket.take());
-    let finished = accompany(&channel, &request, pid, agent, &pidfd)
+    let finished = serve_child(&channel, &request, pid, agent, &pidfd)
         .map_err(|error| explain_death(error, &pidfd))
         .and_then(|terminal| {
             if let Some(path) = request.pid_file {
@@ -104,7 +104,7 @@ pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     match finished {
         Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
         Err(error) => {
-            end_child(&pidfd);
+            kill_and_reap(&pidfd);
             Err(error)
         }
     }
@@ -112,7 +112,12 @@ pub(crate) fn enter(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
 
 /// Forks into a cgroup. If the container has divided its own among cgroups below, it can
 /// take no processes; then the one that the first process is in has to do.
-fn born_in(path: &Path, state: &State, may_follow: bool, unprivileged: bool) -> Result<Cloned> {
+fn clone_into_cgroup(
+    path: &Path,
+    state: &State,
+    may_follow: bool,
+    unprivileged: bool,
+) -> Result<Cloned> {
     let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
     if unprivileged && !path.exists() {
         // The container of an unprivileged caller, without a cgroup of its own.
@@ -137,12 +142,16 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
 
 fn run(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
     let _guard = NeverReturn;
-    let Err(error) = live(request, &channel, joined);
-    channel.failed(&error);
-    end()
+    let Err(error) = run_to_execve(request, &channel, joined);
+    channel.send_error(&error);
+    exit_now()
 }
 
-fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result<Infallible> {
+fn run_to_execve(
+    request: &mut ExecRequest<'_>,
+    channel: &Channel,
+    joined: u64,
+) -> Result<Infallible> {
     let state = request.state;
     request.descriptors.close_leaked()?;
     let filter = match &state.seccomp {
@@ -155,7 +164,7 @@ fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result
     let new_user = state.namespaces & !joined & flag(Type::User) != 0;
     if new_user {
         // The host's rights are needed for these; the parent sets them.
-        channel.ask_for_host_side()?;
+        channel.wait_for_parent()?;
     } else {
         request.process.apply_oom_score_adj("self")?;
     }
@@ -164,7 +173,7 @@ fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result
     let labels = request.process.labels.open()?;
     join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
     if state.namespaces & flag(Type::User) != 0 {
-        namespaces::become_root_of_namespace()?;
+        namespaces::become_root_of_user_namespace()?;
     }
     if !new_user {
         request.process.apply_limits(0)?;
@@ -182,13 +191,13 @@ fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result
         let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
         let socket = request.console_socket.as_ref().map(AsFd::as_fd);
         terminal.hand_over(socket, channel)?;
-        terminal.take()?;
+        terminal.make_controlling()?;
     }
     request.console_socket = None;
     request.pidfd_socket = None;
     let mut kept = vec![channel.as_fd()];
     kept.extend(filter.as_ref().map(|(_, page)| page.as_fd()));
-    let program = settle(
+    let program = apply_process(
         &mut request.process,
         labels,
         &request.descriptors,
@@ -196,13 +205,13 @@ fn live(request: &mut ExecRequest<'_>, channel: &Channel, joined: u64) -> Result
         &kept,
     )?;
     if filter.is_none() {
-        channel.ready()?;
+        channel.send_ready()?;
     }
-    let send = |page: BorrowedFd<'_>| channel.filtered(page);
+    let send = |page: BorrowedFd<'_>| channel.send_page(page);
     Err(execute(&program, &request.process, filter, send))
 }
 
-fn accompany(
+fn serve_child(
     channel: &Channel,
     request: &ExecRequest<'_>,
     pid: i32,
@@ -217,14 +226,14 @@ fn accompany(
             ChildMessage::NeedsParent => {
                 request.process.apply_oom_score_adj(&pid.to_string())?;
                 request.process.apply_limits(pid)?;
-                channel.go_on()?;
+                channel.answer()?;
             }
             ChildMessage::Terminal(master) => terminal = Some(master),
             ChildMessage::Filtered(page) => {
                 ready = true;
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
-                    let shown = request.state.for_others(Status::Running);
+                    let shown = request.state.oci_state_for_others(Status::Running);
                     agent.serve(page, pidfd, pid, shown)?;
                 }
             }

@@ -18,21 +18,21 @@ use rustix::thread::UnshareFlags;
 use crate::config::{Config, hooks};
 use crate::error::{Context, Result};
 use crate::lifecycle::channel::Channel;
-use crate::lifecycle::program::{execute, join_keyring, settle};
+use crate::lifecycle::program::{apply_process, execute, join_keyring};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::options::READ_ONLY;
 use crate::mounts::rootfs::Rootfs;
-use crate::mounts::tree::{self, attach_root, take_root};
+use crate::mounts::tree::{self, attach_root, clone_root};
 use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
-use crate::namespaces::{self, OpenNamespace, become_root_of_namespace, sysctl};
+use crate::namespaces::{self, OpenNamespace, become_root_of_user_namespace, sysctl};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
 use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Filter, SharedPage};
-use crate::sys::child::{NeverReturn, end};
+use crate::sys::child::{NeverReturn, exit_now};
 use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 use crate::sys::syscalls::{self, Execution};
 
@@ -43,8 +43,8 @@ pub(crate) struct Init<'a> {
     pub(crate) channel: Channel,
     /// Existing namespaces that are left for it to enter.
     pub(crate) joins: Vec<OpenNamespace>,
-    /// What was taken of the host's files for it.
-    pub(crate) taken: HostMounts,
+    /// What was host_mounts of the host's files for it.
+    pub(crate) host_mounts: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
     pub(crate) console_socket: Option<OwnedFd>,
     /// The closed gate at which it waits for `start`; without one it does not wait.
@@ -62,12 +62,12 @@ impl Init<'_> {
     /// Tells the story to its end.
     pub(crate) fn run(mut self) -> ! {
         let _guard = NeverReturn;
-        let Err(error) = self.live();
-        self.channel.failed(&error);
-        end()
+        let Err(error) = self.run_to_execve();
+        self.channel.send_error(&error);
+        exit_now()
     }
 
-    fn live(&mut self) -> Result<Infallible> {
+    fn run_to_execve(&mut self) -> Result<Infallible> {
         let config = self.config;
         self.descriptors.close_leaked()?;
         let page = config.seccomp.as_ref().map(|_| SharedPage::new());
@@ -91,7 +91,7 @@ impl Init<'_> {
         self.change_root(&rootfs)?;
         drop(rootfs);
         if let Some(terminal) = terminal {
-            terminal.take()?;
+            terminal.make_controlling()?;
         }
 
         if self.new_keyring {
@@ -111,12 +111,12 @@ impl Init<'_> {
             }
         }
         self.joins.clear();
-        self.taken = HostMounts::default();
+        self.host_mounts = HostMounts::default();
         self.console_socket = None;
         let mut kept = vec![self.channel.as_fd()];
         kept.extend(self.gate.as_ref().map(AsFd::as_fd));
         kept.extend(page.as_ref().map(AsFd::as_fd));
-        let program = settle(
+        let program = apply_process(
             &mut process,
             labels,
             &self.descriptors,
@@ -125,18 +125,18 @@ impl Init<'_> {
         )?;
         let Some(gate) = self.gate.take() else {
             if filter.is_none() {
-                self.channel.ready()?;
+                self.channel.send_ready()?;
             }
-            let send = |page: BorrowedFd<'_>| self.channel.filtered(page);
+            let send = |page: BorrowedFd<'_>| self.channel.send_page(page);
             return self.become_program(&process, &program, page, send);
         };
-        self.channel.ready()?;
-        let starter = start_socket::wait(gate.as_fd())?;
+        self.channel.send_ready()?;
+        let starter = start_socket::accept(gate.as_fd())?;
         drop(gate);
-        let send = |page: BorrowedFd<'_>| start_socket::filtered(starter.as_fd(), page);
+        let send = |page: BorrowedFd<'_>| start_socket::send_page(starter.as_fd(), page);
         let Err(error) = self.become_program(&process, &program, page, send);
-        start_socket::failed(starter.as_fd(), &error);
-        end()
+        start_socket::send_error(starter.as_fd(), &error);
+        exit_now()
     }
 
     /// Runs the hooks startContainer and executes the program.
@@ -179,21 +179,21 @@ impl Init<'_> {
         for join in &self.joins {
             join.enter()?;
         }
-        if config.needs_host_side() {
+        if config.needs_parent() {
             // To an unprivileged parent the kernel shows no files of /proc that belong to a
             // process which may not be looked into. Nothing of the container runs yet.
             if self.unprivileged {
                 rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
                     .doing(|| "let the parent process look into this one")?;
             }
-            self.channel.ask_for_host_side()?;
+            self.channel.wait_for_parent()?;
             if self.unprivileged {
                 rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
                     .doing(|| "forbid other processes to look into this one")?;
             }
         }
         if new_user {
-            become_root_of_namespace()?;
+            become_root_of_user_namespace()?;
         }
         // Not made at birth: the kernel would take the cgroup that the parent is in for its
         // root (copy_cgroup_ns looks at the process that calls clone3).
@@ -223,10 +223,11 @@ impl Init<'_> {
             has_namespace: config.namespaces.own(Type::Cgroup),
         };
 
-        // What is to be shared with the host must be taken while it still is, and all of it
+        // What is to be shared with the host must be host_mounts while it still is, and all of it
         // before the new root covers the old one.
         if config.root_is_shared() || self.no_pivot {
-            self.taken.take(&config.mount_sources(), Mount::is_bind)?;
+            self.host_mounts
+                .open(&config.mount_sources(), Mount::is_bind)?;
         }
         // From here on nothing that is mounted reaches the host; what the host mounts
         // still reaches those that ask for it (rslave).
@@ -237,16 +238,20 @@ impl Init<'_> {
         .doing(|| "cut the mounts off from the host's (make / a slave)")?;
 
         let old_root = Path::new("/");
-        let mut rootfs = match self.taken.root.take() {
-            // Every process can reach that place; nothing has to be taken from it any more.
+        let mut rootfs = match self.host_mounts.root.take() {
+            // Every process can reach that place; nothing has to be host_mounts from it any more.
             Some(root) => attach_root(root, old_root)?,
-            None if self.no_pivot => attach_root(take_root(&config.rootfs)?, old_root)?,
+            None if self.no_pivot => attach_root(clone_root(&config.rootfs)?, old_root)?,
             // Not on the old root: a recursive copy of that would have it on top.
-            None => attach_root(take_root(&config.rootfs)?, &config.rootfs)?,
+            None => attach_root(clone_root(&config.rootfs)?, &config.rootfs)?,
         };
         for (index, mount) in config.mounts.iter().enumerate() {
-            let taken = self.taken.mounts.get_mut(index).and_then(Option::take);
-            mount.put(&mut rootfs, taken, &cgroup)?;
+            let host_mounts = self
+                .host_mounts
+                .mounts
+                .get_mut(index)
+                .and_then(Option::take);
+            mount.mount(&mut rootfs, host_mounts, &cgroup)?;
         }
         if config.fills_dev() {
             devices::make(&rootfs, &config.devices, new_user)?;
@@ -277,7 +282,7 @@ impl Init<'_> {
             .iter()
             .any(|list| list.as_ref().is_some_and(|list| !list.is_empty()))
         {
-            self.channel.ask_for_hooks()?;
+            self.channel.wait_for_hooks()?;
         }
         if let Some(list) = config
             .hooks
@@ -313,7 +318,7 @@ impl Init<'_> {
     fn hook_state(&self, status: Status) -> String {
         let mut state = self.state.clone();
         state.pid = self.host_pid.unwrap_or(state.pid);
-        state.for_hooks(status)
+        state.json_for_hooks(status)
     }
 
     /// Protects what is mounted.
@@ -334,10 +339,10 @@ impl Init<'_> {
         rustix::process::fchdir(rootfs).doing(doing)?;
         if self.no_pivot {
             // It is on top of the old root already, which stays below it for good.
-            tree::take_off_kernels()?;
+            tree::unmount_host_proc_and_sys()?;
             rustix::process::chroot(".").doing(doing)?;
         } else {
-            // The old root ends up on top of the new one, from where it is taken off.
+            // The old root ends up on top of the new one, from where it is host_mounts off.
             rustix::process::pivot_root(".", ".").doing(|| {
                 format!(
                     "{} (pivot_root; on a ramdisk, --no-pivot is needed)",

@@ -95,7 +95,7 @@ pub(crate) fn make_directory(directory: &Path) -> Result<()> {
 }
 
 /// Removes what [`make_directory`] and [`NotifySocket::bind`] made.
-pub(crate) fn release(directory: &Path) -> Result<()> {
+pub(crate) fn remove(directory: &Path) -> Result<()> {
     let directory = directory.join(DIRECTORY);
     let path = directory.join(FILE);
     match rustix::fs::unlink(&path) {
@@ -170,19 +170,19 @@ impl NotifySocket {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno).doing(|| "read the container's notification"),
             };
-            let said = buffer.get(..length).unwrap_or_default();
-            let ready = said
+            let message = buffer.get(..length).unwrap_or_default();
+            let ready = message
                 .split(|byte| *byte == b'\n')
                 .any(|line| line == b"READY=1");
             if ready {
-                self.tell(b"READY=1\n")?;
-                self.tell(format!("MAINPID={main_pid}\n").as_bytes())?;
+                self.send(b"READY=1\n")?;
+                self.send(format!("MAINPID={main_pid}\n").as_bytes())?;
                 return Ok(true);
             }
         }
     }
 
-    fn tell(&self, message: &[u8]) -> Result<()> {
+    fn send(&self, message: &[u8]) -> Result<()> {
         rustix::net::send(&self.manager, message, rustix::net::SendFlags::NOSIGNAL)
             .doing(|| "tell the service manager that the container is ready")?;
         Ok(())

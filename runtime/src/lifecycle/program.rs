@@ -19,7 +19,7 @@ use crate::sys::syscalls::{self, Execution};
 /// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
 ///
 /// A filter could forbid these steps, so they all happen before one is loaded.
-pub(crate) fn settle(
+pub(crate) fn apply_process(
     process: &mut Process,
     labels: OpenLabels,
     descriptors: &Descriptors,
@@ -35,7 +35,7 @@ pub(crate) fn settle(
     unsafe { descriptors.close_all_but(kept) }?;
     environment::complete(&mut process.env, process.uid, descriptors.listen);
     process.apply_inherited()?;
-    process.own_stdio();
+    process.chown_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
     // With all rights first: the directory may be root's alone. Without them then, because
     // a network file system may know only the user.

@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind, connect,
-    listen, recv, send, socket_with,
+    recv, send, socket_with,
 };
 
 use crate::error::{Context, Error, Result, refuse};
@@ -34,12 +34,12 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
 }
 
 /// CapabilityMasks the gate up, closed, in a container's directory, where nobody looks for it yet.
-pub(crate) fn build(directory: &Path) -> Result<OwnedFd> {
+pub(crate) fn listen(directory: &Path) -> Result<OwnedFd> {
     let socket = socket(SocketFlags::empty())?;
     at_address(directory, START_SOCKET_PENDING, |address| {
         bind(&socket, address)
     })
-    .and_then(|()| listen(&socket, 8))
+    .and_then(|()| rustix::net::listen(&socket, 8))
     .doing(|| {
         format!(
             "make socket {}",
@@ -51,18 +51,14 @@ pub(crate) fn build(directory: &Path) -> Result<OwnedFd> {
 
 /// Lets starters find it: the container is made, its first process waits. A starter that
 /// came before would have to wait for that, and nobody knows how long.
-pub(crate) fn announce(claim: &ContainerDir) -> Result<()> {
-    rustix::fs::renameat(claim, START_SOCKET_PENDING, claim, START_SOCKET).doing(|| {
-        format!(
-            "name socket {}",
-            claim.directory().join(START_SOCKET).display()
-        )
-    })
+pub(crate) fn publish(dir: &ContainerDir) -> Result<()> {
+    rustix::fs::renameat(dir, START_SOCKET_PENDING, dir, START_SOCKET)
+        .doing(|| format!("name socket {}", dir.path().join(START_SOCKET).display()))
 }
 
 /// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
 /// starter that went away.
-pub(crate) fn is_held(directory: &Path) -> bool {
+pub(crate) fn is_waiting(directory: &Path) -> bool {
     let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
         return true;
     };
@@ -71,7 +67,7 @@ pub(crate) fn is_held(directory: &Path) -> bool {
 }
 
 /// From the container's first process: waits until a starter is there, and lets it in.
-pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub(crate) fn accept(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
     loop {
         let starter = match acceptfrom_with(gate, SocketFlags::CLOEXEC) {
             Ok((starter, _)) => starter,
@@ -79,9 +75,9 @@ pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
             Err(errno) => return Err(errno).doing(|| "wait for start"),
         };
         let mut word = [0u8; 1];
-        let said = recv(&starter, &mut word, RecvFlags::empty());
-        // A starter that went away before it said so has not started anything.
-        if matches!(said, Ok((_, 1))) && word == *START {
+        let request = recv(&starter, &mut word, RecvFlags::empty());
+        // A starter that went away before it request so has not started anything.
+        if matches!(request, Ok((_, 1))) && word == *START {
             let _ = send(&starter, &[STARTING], SendFlags::NOSIGNAL);
             return Ok(starter);
         }
@@ -89,7 +85,7 @@ pub(crate) fn wait(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
 }
 
 /// From the container's first process: tells the starter that it came to nothing.
-pub(crate) fn failed(starter: BorrowedFd<'_>, error: &Error) {
+pub(crate) fn send_error(starter: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED];
     message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
     let _ = send(starter, &message, SendFlags::NOSIGNAL);
@@ -97,19 +93,19 @@ pub(crate) fn failed(starter: BorrowedFd<'_>, error: &Error) {
 
 /// From the container's first process: hands over the shared page. The filter that is loaded next
 /// may forbid this process to send messages.
-pub(crate) fn filtered(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
+pub(crate) fn send_page(starter: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
     send_descriptor(starter, page, &[FILTERED]).doing(|| "hand the shared page to start")
 }
 
 /// From `start`: makes the first process execute the container's program, and returns when it has
-/// done so. Calls `accompany` when that process is about to load its filter.
+/// done so. Calls `serve_agent` when that process is about to load its filter.
 ///
 /// # Errors
 /// The container is not waiting to be started; or what prevented the execution.
-pub(crate) fn open(
+pub(crate) fn start(
     directory: &Path,
     id: &str,
-    accompany: impl Fn(&Report) -> Result<()>,
+    serve_agent: impl Fn(&Report) -> Result<()>,
 ) -> Result<()> {
     let not_created = || {
         Error::new(format!(
@@ -143,7 +139,7 @@ pub(crate) fn open(
                 let_in = true;
                 let _ = rustix::fs::unlink(&path);
             }
-            ([FILTERED], Some(page)) => accompany(report.insert(Report::new(page)))?,
+            ([FILTERED], Some(page)) => serve_agent(report.insert(Report::new(page)))?,
             ([FAILED, sentence @ ..], _) => {
                 return Err(Error::new(String::from_utf8_lossy(sentence)));
             }

@@ -1,6 +1,6 @@
 //! What rrun remembers of a container between two of its commands: ROOT/ID/state.json.
 //!
-//! The directory is the container's claim on its id. The file is replaced as a whole
+//! The directory is the container's dir on its id. The file is replaced as a whole
 //! (written beside, then renamed), so that a reader sees an old state or a new one.
 
 use std::collections::BTreeMap;
@@ -113,11 +113,11 @@ impl State {
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
     }
 
-    pub(crate) fn save(&self, claim: &ContainerDir) -> Result<()> {
+    pub(crate) fn save(&self, dir: &ContainerDir) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
         write_replacing(
-            claim,
+            dir,
             Path::new(STATE_FILE_NEW),
             Path::new(STATE_FILE),
             &text,
@@ -157,9 +157,9 @@ impl State {
     }
 
     pub(crate) fn status(&self, directory: &Path) -> Result<Status> {
-        match self.noted_status(directory)? {
+        match self.status_from_files(directory)? {
             // A `start` that was killed once it was let in has left the gate's name behind.
-            Status::Created if !crate::lifecycle::start_socket::is_held(directory) => {
+            Status::Created if !crate::lifecycle::start_socket::is_waiting(directory) => {
                 Ok(if self.is_alive()? {
                     Status::Running
                 } else {
@@ -171,7 +171,7 @@ impl State {
     }
 
     /// The same by the files alone, without knocking at the gate, for who is about to.
-    pub(crate) fn noted_status(&self, directory: &Path) -> Result<Status> {
+    pub(crate) fn status_from_files(&self, directory: &Path) -> Result<Status> {
         if self.pid == 0 {
             return Ok(Status::Creating);
         }
@@ -190,7 +190,7 @@ impl State {
         }
     }
 
-    pub(crate) fn shown<'a>(&'a self, status: Status) -> OciState<'a> {
+    pub(crate) fn oci_state<'a>(&'a self, status: Status) -> OciState<'a> {
         let alive = !matches!(status, Status::Stopped | Status::Creating);
         OciState {
             oci_version: &self.oci_version,
@@ -207,8 +207,8 @@ impl State {
 
     /// The state as hooks and seccomp agents get it: with the process id even while the
     /// container is being made.
-    pub(crate) fn for_others(&self, status: Status) -> OciState<'_> {
-        let mut shown = self.shown(status);
+    pub(crate) fn oci_state_for_others(&self, status: Status) -> OciState<'_> {
+        let mut shown = self.oci_state(status);
         if status == Status::Creating {
             shown.pid = self.pid;
         }
@@ -216,7 +216,7 @@ impl State {
     }
 
     /// The state as a hook gets it on its standard input.
-    pub(crate) fn for_hooks(&self, status: Status) -> String {
-        serde_json::to_string(&self.for_others(status)).unwrap_or_default()
+    pub(crate) fn json_for_hooks(&self, status: Status) -> String {
+        serde_json::to_string(&self.oci_state_for_others(status)).unwrap_or_default()
     }
 }

@@ -32,7 +32,7 @@ const PROC_FILES: &[&str] = &[
 
 impl Mount {
     /// Mounts it in the container. `taken` is the mount, if it was made already.
-    pub(crate) fn put(
+    pub(crate) fn mount(
         &self,
         rootfs: &mut Rootfs,
         taken: Option<OwnedFd>,
@@ -44,25 +44,25 @@ impl Mount {
         }
         let mount = match taken {
             Some(mount) => mount,
-            None => self.detached(Some(cgroup), false, None)?,
+            None => self.make_detached(Some(cgroup), false, None)?,
         };
         self.attach(rootfs, mount)
     }
 
     /// Makes the mount, attached nowhere. With `cut_off`, what is mounted below a bind mount
     /// later on does not reach the host. Ids are mapped as in the user namespace `ids`.
-    pub(super) fn detached(
+    pub(super) fn make_detached(
         &self,
         cgroup: Option<&OwnCgroup<'_>>,
         cut_off: bool,
         ids: Option<&OwnedFd>,
     ) -> Result<OwnedFd> {
         let mount = match (self.is_bind(), cgroup) {
-            (true, _) => self.bound(&self.source),
+            (true, _) => self.clone_source(&self.source),
             (false, Some(cgroup)) if self.typ == "cgroup2" && !cgroup.has_namespace => {
-                self.in_its_place(cgroup.path, false)
+                self.bind_instead(cgroup.path, false)
             }
-            (false, _) => self.of_file_system(cgroup),
+            (false, _) => self.new_file_system(cgroup),
         }
         .map_err(|error| error.while_doing(self.sentence()))?;
         if cut_off && self.is_bind() {
@@ -77,7 +77,7 @@ impl Mount {
         Ok(mount)
     }
 
-    fn bound(&self, source: &Path) -> Result<OwnedFd> {
+    fn clone_source(&self, source: &Path) -> Result<OwnedFd> {
         if let Some((name, _)) = self.options.data.first() {
             refuse!("option {name} is unknown for a bind mount");
         }
@@ -101,13 +101,13 @@ impl Mount {
         })
     }
 
-    /// Moves a mount that [`Mount::detached`] made to its place in the container.
+    /// Moves a mount that [`Mount::make_detached`] made to its place in the container.
     fn attach(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
-        self.place(rootfs, mount)
+        self.attach_to_target(rootfs, mount)
             .map_err(|error| error.while_doing(self.sentence()))
     }
 
-    fn place(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
+    fn attach_to_target(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
         let is_new = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
         let mut filled = self.is_filled();
         let is_kernels = is_new || matches!(self.destination.to_str(), Some("/proc" | "/sys"));
@@ -128,14 +128,14 @@ impl Mount {
             self.refuse_inside_proc(&target, &mount)?;
             target
         };
-        if filled && self.options.copy_up {
+        if filled && self.options.tmpcopyup {
             tmpcopyup::copy(&target, &mount)?;
         } else if filled {
             tmpcopyup::copy_mode(&target, &mount)?;
         }
         move_mount(&mount, &target).doing(|| "attach it")?;
-        let asked = [&self.options.attr, &self.options.recursive_attr];
-        if self.is_written_first() && asked.into_iter().any(options::is_read_only) {
+        let attributes = [&self.options.attr, &self.options.recursive_attr];
+        if self.is_written_first() && attributes.into_iter().any(options::is_read_only) {
             let again = fcntl_dupfd_cloexec(&mount, 0).doing(|| "keep it in mind")?;
             rootfs.read_only_later(self.sentence(), again);
         }

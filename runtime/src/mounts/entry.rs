@@ -68,13 +68,13 @@ impl Mount {
             // Not recursive unless it is said, as with runc.
             options.idmap.get_or_insert(false);
         }
-        if options.copy_up && typ != "tmpfs" {
+        if options.tmpcopyup && typ != "tmpfs" {
             refuse!("{field}.options: tmpcopyup is for a tmpfs");
         }
         if options.idmap.is_some() && options.bind == Bind::No {
             refuse!("{field}: ids can be mapped only in a bind mount");
         }
-        if options.remount && (options.idmap.is_some() || options.copy_up) {
+        if options.remount && (options.idmap.is_some() || options.tmpcopyup) {
             refuse!(
                 "{field}.options: remount changes a mount that is there, and goes with neither idmap nor tmpcopyup"
             );
@@ -152,7 +152,7 @@ impl Mount {
     /// `tmpcopyup`, and its mode unless it has one of its own, as with runc.
     pub(super) fn is_filled(&self) -> bool {
         let has_mode = || self.options.data.iter().any(|(key, _)| key == "mode");
-        self.typ == "tmpfs" && !self.is_bind() && (self.options.copy_up || !has_mode())
+        self.typ == "tmpfs" && !self.is_bind() && (self.options.tmpcopyup || !has_mode())
     }
 
     /// Whether others may have to be mounted in it, for which it has no place yet: then it is

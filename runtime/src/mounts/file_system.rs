@@ -28,18 +28,18 @@ struct MountRefusal {
 
 impl Mount {
     /// A detached mount of the file system, or of what stands for it.
-    pub(super) fn of_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
+    pub(super) fn new_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
         let made = if needs_mount_call(&self.options.data) {
-            self.by_mount_call()
+            self.with_mount_call()
         } else {
-            self.by_fsopen()
+            self.with_fsopen()
         };
         let refused = match made {
             Ok(mount) => return Ok(mount),
             Err(refused) => refused,
         };
-        match self.stands_for(refused.errno, cgroup) {
-            Some((path, recursive)) => self.in_its_place(path, recursive),
+        match self.host_substitute(refused.errno, cgroup) {
+            Some((path, recursive)) => self.bind_instead(path, recursive),
             None => Err(self.explained(refused)),
         }
     }
@@ -47,7 +47,7 @@ impl Mount {
     /// What of the host's is bound where a user namespace may have no mount of its own, because
     /// the network, IPC or cgroup namespace is not its own; runc does so for a cgroup, crun for
     /// the others.
-    fn stands_for<'a>(
+    fn host_substitute<'a>(
         &self,
         errno: Errno,
         cgroup: Option<&OwnCgroup<'a>>,
@@ -60,7 +60,7 @@ impl Mount {
         }
     }
 
-    pub(super) fn in_its_place(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
+    pub(super) fn bind_instead(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
         let doing = || format!("bind {} in its place", path.display());
         let mount = clone_tree(path, recursive).doing(doing)?;
         // Access times may be locked. The rest goes for what is mounted below, too: a sysfs
@@ -83,7 +83,7 @@ impl Mount {
         refused.error
     }
 
-    fn by_fsopen(&self) -> std::result::Result<OwnedFd, MountRefusal> {
+    fn with_fsopen(&self) -> std::result::Result<OwnedFd, MountRefusal> {
         let fs =
             rustix::mount::fsopen(&*self.typ, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
                 MountRefusal {
@@ -93,7 +93,7 @@ impl Mount {
             })?;
         let explained = |errno: Errno| MountRefusal {
             errno,
-            error: Error::new(format!("{}{}", errno.reason(), said(&fs))),
+            error: Error::new(format!("{}{}", errno.reason(), kernel_log(&fs))),
         };
         let option = |name: &str, errno: Errno| MountRefusal {
             errno,
@@ -127,7 +127,7 @@ impl Mount {
 
     /// By mount(2), which takes longer values. That attaches it somewhere; what it gives is a
     /// copy that is not.
-    fn by_mount_call(&self) -> std::result::Result<OwnedFd, MountRefusal> {
+    fn with_mount_call(&self) -> std::result::Result<OwnedFd, MountRefusal> {
         let refused = |errno: Errno| MountRefusal {
             errno,
             error: self.no_file_system(errno),
@@ -202,7 +202,7 @@ pub(super) fn set_parameters<'a>(
 }
 
 /// What the file system had to say about a refusal, if anything.
-pub(super) fn said(fs: &OwnedFd) -> String {
+pub(super) fn kernel_log(fs: &OwnedFd) -> String {
     let mut buffer = [0u8; 512];
     match rustix::io::read(fs, &mut buffer) {
         Ok(length) if length > 2 => {

@@ -6,7 +6,7 @@ use std::path::Path;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
 use super::entry::Mount;
-use super::tree::take_root;
+use super::tree::clone_root;
 use crate::error::Result;
 use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{self, IdMaps};
@@ -38,21 +38,21 @@ impl HostMounts {
     /// An unprivileged caller can take nothing: his files are within reach of the first
     /// process as well, which has all rights over its own mounts.
     pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
-        let mut taken = HostMounts::default();
+        let mut host_mounts = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
-            return Ok(taken);
+            return Ok(host_mounts);
         }
         if sources.namespaces.own(Type::User) {
-            taken.take(sources, Mount::is_bind)?;
-            taken.root = Some(take_root(sources.rootfs)?);
+            host_mounts.open(sources, Mount::is_bind)?;
+            host_mounts.root = Some(clone_root(sources.rootfs)?);
         } else if sources.mounts.iter().any(Mount::is_idmapped) {
-            taken.take(sources, Mount::is_idmapped)?;
+            host_mounts.open(sources, Mount::is_idmapped)?;
         }
-        Ok(taken)
+        Ok(host_mounts)
     }
 
     /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
-    pub(crate) fn take(
+    pub(crate) fn open(
         &mut self,
         sources: &MountSources<'_>,
         wanted: fn(&Mount) -> bool,
@@ -76,7 +76,7 @@ impl HostMounts {
                 })
                 .transpose()
                 .map_err(|error| error.while_doing(mount.sentence()))?;
-            *taken = Some(mount.detached(None, cut_off, ids)?);
+            *taken = Some(mount.make_detached(None, cut_off, ids)?);
         }
         Ok(())
     }

@@ -100,7 +100,7 @@ pub(crate) struct MountOptions {
     /// Propagation types, in the order given, each with whether it is recursive.
     pub(crate) propagation: Vec<(u64, bool)>,
     /// Whether a tmpfs begins with what the directory has that it covers.
-    pub(crate) copy_up: bool,
+    pub(crate) tmpcopyup: bool,
     /// MountOptions of the file system as a whole; a bind mount leaves them as they are.
     pub(crate) superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
@@ -122,7 +122,7 @@ pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<MountO
         recursive_attr: MountAttr::default(),
         idmap: None,
         propagation: Vec::new(),
-        copy_up: false,
+        tmpcopyup: false,
         superblock: Vec::new(),
         data: Vec::new(),
     };
@@ -148,7 +148,7 @@ pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<MountO
                 "bind" => parsed.bind = Bind::Alone,
                 "rbind" => parsed.bind = Bind::Recursive,
                 "remount" => parsed.remount = true,
-                "tmpcopyup" => parsed.copy_up = true,
+                "tmpcopyup" => parsed.tmpcopyup = true,
                 "idmap" => parsed.idmap = Some(false),
                 "ridmap" => parsed.idmap = Some(true),
                 "" | "defaults" => {}

@@ -49,7 +49,7 @@ const ALWAYS_READ_ONLY: [rustix::fs::FsWord; 3] = [0x794c_7630, 0x7371_7368, 0xe
 /// A descriptor of rrun's own must never get one of the numbers 0 to 2, or it would become
 /// a container's standard input, output or error. And a reader that went away is to be an
 /// error to the writer, not its end.
-pub(crate) fn prepare() -> Result<()> {
+pub(crate) fn reserve_standard_descriptors() -> Result<()> {
     loop {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .doing(|| "open /dev/null")?;

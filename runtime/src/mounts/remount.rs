@@ -6,7 +6,7 @@ use rustix::fs::{AtFlags, OFlags, StatxAttributes, StatxFlags};
 use rustix::mount::FsPickFlags;
 
 use super::entry::Mount;
-use super::file_system::{said, set_parameters};
+use super::file_system::{kernel_log, set_parameters};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{self, Bind};
 use crate::mounts::rootfs::Rootfs;
@@ -45,7 +45,7 @@ fn reconfigure(mount: &Mount, there: &OwnedFd) -> Result<()> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let fs = rustix::mount::fspick(there, "", flags).doing(|| "open its file system")?;
     let explained =
-        |errno: rustix::io::Errno| Error::new(format!("{}{}", errno.reason(), said(&fs)));
+        |errno: rustix::io::Errno| Error::new(format!("{}{}", errno.reason(), kernel_log(&fs)));
     for name in &mount.options.superblock {
         rustix::mount::fsconfig_set_flag(&fs, *name)
             .map_err(|errno| explained(errno).while_doing(format!("option {name}")))?;

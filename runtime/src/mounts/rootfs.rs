@@ -28,7 +28,7 @@ const LOOKUP_RETRIES: usize = 128;
 pub(crate) struct Rootfs {
     fd: OwnedFd,
     /// What is mounted of the kernel's own, /proc and /sys, and where.
-    kernels: Vec<(PathBuf, OwnedFd)>,
+    kernel_mounts: Vec<(PathBuf, OwnedFd)>,
     /// Mounts that are to be read-only once everything is in place, and what they are.
     read_only_later: Vec<(String, OwnedFd)>,
 }
@@ -51,16 +51,17 @@ impl Rootfs {
     pub(crate) fn new(fd: OwnedFd) -> Rootfs {
         Rootfs {
             fd,
-            kernels: Vec::new(),
+            kernel_mounts: Vec::new(),
             read_only_later: Vec::new(),
         }
     }
 
-    /// Takes note that `mount` is attached at `path`; it is the `kernels` own or not.
-    pub(crate) fn attached(&mut self, path: &Path, mount: OwnedFd, kernels: bool) {
-        self.kernels.retain(|(place, _)| !place.starts_with(path));
-        if kernels {
-            self.kernels.push((path.to_owned(), mount));
+    /// Takes note that `mount` is attached at `path`; it is the kernel's own or not.
+    pub(crate) fn attached(&mut self, path: &Path, mount: OwnedFd, is_kernels: bool) {
+        self.kernel_mounts
+            .retain(|(place, _)| !place.starts_with(path));
+        if is_kernels {
+            self.kernel_mounts.push((path.to_owned(), mount));
         }
     }
 
@@ -82,7 +83,7 @@ impl Rootfs {
     /// was mounted there, not in what a rename in the container's files may have put in its
     /// place since (CVE-2019-19921).
     pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
-        let within = self.kernels.iter().rev().find_map(|(place, mount)| {
+        let within = self.kernel_mounts.iter().rev().find_map(|(place, mount)| {
             let rest = path.strip_prefix(place).ok()?;
             (!rest.as_os_str().is_empty()).then_some((mount, rest))
         });

@@ -30,7 +30,7 @@ pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let stat = rustix::fs::fstat(&from).doing(|| "look at the directory")?;
     let to = open(&to)?;
     copy_below(&Procfs::open()?, &from, &to, DEPTH_MAX)?;
-    take_on(&to, &stat)
+    copy_owner_and_mode(&to, &stat)
 }
 
 /// Gives a directory the mode of another.
@@ -45,7 +45,7 @@ fn mode(stat: &Stat) -> Mode {
 }
 
 /// Owner first: a change of it takes set-uid bits away.
-fn take_on(to: &OwnedFd, stat: &Stat) -> Result<()> {
+fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
     let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     match rustix::fs::fchown(to, Some(owner.0), Some(owner.1)) {
         // An owner that the container's user namespace does not have.
@@ -89,7 +89,7 @@ fn copy_entry(
             let to = rustix::fs::openat(to, name, DIRECTORY, Mode::empty());
             let to = to.doing(|| "open what was made")?;
             copy_below(procfs, &from, &to, depth - 1)?;
-            take_on(&to, &stat)
+            copy_owner_and_mode(&to, &stat)
         }
         FileType::RegularFile => copy_file(procfs, from, to, name),
         FileType::Symlink => {
@@ -118,5 +118,5 @@ fn copy_file(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Resu
             copied => left -= copied as u64,
         }
     }
-    take_on(&to, &stat)
+    copy_owner_and_mode(&to, &stat)
 }

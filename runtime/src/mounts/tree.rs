@@ -48,7 +48,7 @@ pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Re
 
 /// A copy of the mount that the root lies in, from the root on, and of those below it;
 /// what is mounted on it does not reach the host.
-pub(crate) fn take_root(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn clone_root(path: &Path) -> Result<OwnedFd> {
     let sentence = || format!("make root.path {} a mount of its own", path.display());
     let root = clone_tree(path, true).doing(sentence)?;
     make_slave(&root).doing(sentence)?;
@@ -75,7 +75,7 @@ pub(crate) fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
 
 /// Takes the old root's /proc and /sys off, wherever they are: a process in a user namespace
 /// may mount either anew, unmasked, as long as it is unmasked anywhere in its mount namespace.
-pub(crate) fn take_off_kernels() -> Result<()> {
+pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
     let file = "/proc/self/mountinfo";
     let text = std::fs::read_to_string(file).doing(|| format!("read {file}"))?;
     for line in text.lines() {

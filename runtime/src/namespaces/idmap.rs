@@ -13,7 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Context, Result, refuse};
 use crate::namespaces;
-use crate::sys::child::{NeverReturn, end, end_child};
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::procfs::Procfs;
 use crate::sys::regular_file;
@@ -97,8 +97,8 @@ impl IdMaps {
                 .output()
                 .doing(doing)?;
             if !output.status.success() {
-                let said = String::from_utf8_lossy(&output.stderr);
-                refuse!("{}: {}", doing(), said.trim());
+                let output_text = String::from_utf8_lossy(&output.stderr);
+                refuse!("{}: {}", doing(), output_text.trim());
             }
         }
         Ok(())
@@ -196,7 +196,7 @@ fn make(maps: &IdMaps) -> Result<OwnedFd> {
             drop(writer);
             // Until the other end is closed, if need be by its owner's death.
             let _ = rustix::io::read(&reader, &mut [0u8; 1]);
-            end()
+            exit_now()
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
@@ -204,7 +204,7 @@ fn make(maps: &IdMaps) -> Result<OwnedFd> {
         .write(pid, "")
         .and_then(|()| open(Path::new(&format!("/proc/{pid}/ns/user"))));
     drop(writer);
-    end_child(&pidfd);
+    kill_and_reap(&pidfd);
     opened.map_err(|error| error.while_doing(doing()))
 }
 

@@ -148,14 +148,14 @@ impl Namespaces {
 
 impl OpenNamespace {
     /// Whether it holds only for children, so that the parent must enter it.
-    pub(crate) fn is_for_children(&self) -> bool {
+    pub(crate) fn is_entered_by_children(&self) -> bool {
         matches!(self.typ, Type::Pid | Type::Time)
     }
 
     /// Whether the new process enters it itself in any case. In its mount namespace the
     /// host's paths are gone, and in its cgroup namespace it could not be born into a
     /// cgroup outside of that.
-    pub(crate) fn is_for_the_newborn(&self) -> bool {
+    pub(crate) fn is_entered_after_clone(&self) -> bool {
         matches!(self.typ, Type::Mount | Type::Cgroup)
     }
 
@@ -187,7 +187,7 @@ pub(crate) fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
 }
 
 /// In a new user namespace, user 0 has to be become by a system call.
-pub(crate) fn become_root_of_namespace() -> Result<()> {
+pub(crate) fn become_root_of_user_namespace() -> Result<()> {
     let (uid, gid) = (Uid::ROOT, Gid::ROOT);
     rustix::thread::set_thread_res_gid(gid, gid, gid)
         .doing(|| "become group 0 of the user namespace")?;

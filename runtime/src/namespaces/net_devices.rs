@@ -297,13 +297,13 @@ impl NetlinkSocket {
         request.link(0, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(name));
         let mut index = None;
-        let asked = self.ask(request, |kind, body| {
+        let answered = self.ask(request, |kind, body| {
             if kind == libc::RTM_NEWLINK {
                 let bytes = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
                 index = bytes.map(i32::from_ne_bytes);
             }
         });
-        match asked {
+        match answered {
             Err(Errno::NODEV) => Ok(None),
             result => result.doing(|| format!("look for {name}")).map(|()| index),
         }

@@ -186,10 +186,10 @@ fn write(group: &Path, file: &str, text: &str) -> Result<()> {
 
 /// An error with what the kernel says beside the errno.
 fn explained(doing: String, reason: &str) -> Error {
-    let said = std::fs::read_to_string(Path::new(MOUNT_POINT).join("info/last_cmd_status"));
-    match said.as_deref().map(str::trim) {
-        Ok(said) if !said.is_empty() && said != "ok" => {
-            Error::new(format!("{doing}: {reason}: {said}"))
+    let status = std::fs::read_to_string(Path::new(MOUNT_POINT).join("info/last_cmd_status"));
+    match status.as_deref().map(str::trim) {
+        Ok(status) if !status.is_empty() && status != "ok" => {
+            Error::new(format!("{doing}: {reason}: {status}"))
         }
         _ => Error::new(format!("{doing}: {reason}")),
     }

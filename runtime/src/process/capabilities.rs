@@ -86,7 +86,7 @@ fn bit(name: &str) -> Option<u64> {
         .map(|number| 1 << number)
 }
 
-/// The bits of names. One that is unknown is left out and told in the log, as the
+/// The bits of names. One that is unknown is left out and seen in the log, as the
 /// specification has it (config.md, capabilities).
 pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
     names.into_iter().fold(0, |mask, name| match bit(name) {
@@ -109,13 +109,13 @@ fn names(mask: u64) -> String {
 
 impl CapabilityMasks {
     /// Without what can not be had: names that are unknown, and ambient capabilities that are
-    /// not both permitted and inheritable. Each is told in the log.
+    /// not both permitted and inheritable. Each is seen in the log.
     pub(crate) fn from_spec(capabilities: &Capabilities) -> CapabilityMasks {
-        let mut told = BTreeSet::new();
+        let mut seen = BTreeSet::new();
         let mut mask = |names: &Option<Vec<String>>| {
             let names = names.iter().flatten().map(String::as_str);
             // Usually in several of the sets: one line for each is enough.
-            self::mask(names.filter(|name| bit(name).is_some() || told.insert(name.to_string())))
+            self::mask(names.filter(|name| bit(name).is_some() || seen.insert(name.to_string())))
         };
         let mut sets = CapabilityMasks {
             bounding: mask(&capabilities.bounding),

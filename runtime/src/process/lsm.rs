@@ -37,7 +37,7 @@ struct OpenSelinux {
     label: String,
 }
 
-fn given(text: Option<&String>) -> Option<String> {
+fn non_empty(text: Option<&String>) -> Option<String> {
     text.filter(|text| !text.is_empty()).cloned()
 }
 
@@ -56,8 +56,8 @@ impl Labels {
     /// What the kernel does not have, by its field.
     pub(crate) fn from_spec(process: &spec::ProcessSpec) -> Result<Labels> {
         let labels = Labels {
-            apparmor: given(process.apparmor_profile.as_ref()),
-            selinux: given(process.selinux_label.as_ref()),
+            apparmor: non_empty(process.apparmor_profile.as_ref()),
+            selinux: non_empty(process.selinux_label.as_ref()),
         };
         if let Some(profile) = &labels.apparmor {
             if profile.contains(['\0', '\n']) {

@@ -248,7 +248,7 @@ impl Process {
 
     /// Makes standard input, output and error belong to the process's user, so that it can
     /// open them again through /dev/stdout.
-    pub(crate) fn own_stdio(&self) {
+    pub(crate) fn chown_stdio(&self) {
         if self.uid == 0 {
             return;
         }

@@ -96,7 +96,7 @@ impl Terminal {
         let mut mode = tcgetattr(&self.slave).doing(doing)?;
         mode.output_modes.remove(OutputModes::ONLCR);
         tcsetattr(&self.slave, OptionalActions::Now, &mode).doing(doing)?;
-        relay.terminal(self.master.as_fd())
+        relay.send_terminal(self.master.as_fd())
     }
 
     /// Sends the master side away, as runc does: with its name as the message.
@@ -106,7 +106,7 @@ impl Terminal {
     }
 
     /// Makes the slave side this session's terminal and standard input, output and error.
-    pub(crate) fn take(&self) -> Result<()> {
+    pub(crate) fn make_controlling(&self) -> Result<()> {
         set_controlling_terminal(self.slave.as_fd()).doing(|| "take the terminal")?;
         let doing = || "make the terminal standard input, output and error";
         rustix::stdio::dup2_stdin(&self.slave).doing(doing)?;

@@ -151,7 +151,7 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
             sections.push((architecture.audit(), section));
         }
     }
-    // The kernel's own, which comes first, is to be asked for first.
+    // The kernel's own, which comes first, is to be compared for first.
     let mut goal = Goal::Return(FOREIGN);
     for (audit, section) in sections.into_iter().rev() {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);
@@ -357,9 +357,10 @@ fn compare(
     let (low, high) = (value as u32, (value >> 32) as u32);
     let mut equal = |mask: (u32, u32), holds: Goal, fails: Goal| {
         let mut goal = holds;
-        for (at, mask, value, asked) in [(low_at, mask.0, low, true), (high_at, mask.1, high, wide)]
+        for (at, mask, value, compared) in
+            [(low_at, mask.0, low, true), (high_at, mask.1, high, wide)]
         {
-            if !asked {
+            if !compared {
                 continue;
             }
             if mask == 0 {

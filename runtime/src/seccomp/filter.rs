@@ -11,7 +11,7 @@ use super::shared_page::Reporter;
 use crate::config::spec::SeccompProfile;
 use crate::error::{Context, Result, refuse};
 use crate::log;
-use crate::sys::child::{end, trap};
+use crate::sys::child::{exit_now, trap};
 use crate::sys::syscalls::{self, SockFilter};
 
 /// Flags by their names; seccomp(2) explains them.
@@ -104,7 +104,7 @@ impl Filter {
             // ever.
             trap()
         }
-        end()
+        exit_now()
     }
 }
 

@@ -17,7 +17,7 @@ use crate::sys::unix_socket::send_descriptor;
 /// no file can pass for a listener.
 const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
-/// Where the agent listens, and what it is told.
+/// Where the agent listens, and what it is sent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Listener {
     /// Path of a unix socket on the host.
@@ -86,16 +86,16 @@ impl Agent<'_> {
             // The process failed before that, and reports the reason itself.
             return Ok(());
         };
-        let told = self.tell(process.as_fd(), pid, number, state);
-        report.answer(told.is_ok());
-        told
+        let sent = self.send_listener(process.as_fd(), pid, number, state);
+        report.answer(sent.is_ok());
+        sent
     }
 
     /// Takes the listener out of the process that loaded its filter, where it has that
     /// number, and hands it to the agent.
     ///
     /// The process itself could not send it: the filter may ask the agent about that.
-    fn tell(
+    fn send_listener(
         self,
         process: BorrowedFd<'_>,
         pid: i32,

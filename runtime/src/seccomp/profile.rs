@@ -306,8 +306,8 @@ mod tests {
                 "syscalls[0].args[0].op: EQ",
             ),
         ] {
-            let told = refusal(&json);
-            assert!(told.contains(words), "{json}: {told}");
+            let sentence = refusal(&json);
+            assert!(sentence.contains(words), "{json}: {sentence}");
         }
     }
 
@@ -331,12 +331,12 @@ mod tests {
         let json = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
             {"names":["fly","read"],"action":"SCMP_ACT_LOG"}]}"#;
         let profile: SeccompProfile = serde_json::from_str(json).unwrap();
-        let mut told = Vec::new();
+        let mut unknown = Vec::new();
         let checked = profile
-            .check(&mut |name| told.push(name.to_owned()))
+            .check(&mut |name| unknown.push(name.to_owned()))
             .unwrap();
         assert_eq!(
-            (told.as_slice(), checked.calls.len()),
+            (unknown.as_slice(), checked.calls.len()),
             (&["fly".to_owned()][..], 1)
         );
     }

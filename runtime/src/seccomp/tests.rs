@@ -265,8 +265,8 @@ fn masked_bits_are_compared() {
             value | !mask,
         ] {
             let answer = if arg & mask == value { ALLOW } else { EPERM };
-            let told = format!("{arg:#x} & {mask:#x} == {value:#x}");
-            assert_eq!(filter.call(X86_64, "clone", &[9, arg]), answer, "{told}");
+            let case = format!("{arg:#x} & {mask:#x} == {value:#x}");
+            assert_eq!(filter.call(X86_64, "clone", &[9, arg]), answer, "{case}");
         }
     }
 }

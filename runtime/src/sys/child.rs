@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::sys::syscalls::pidfd_send_signal;
 
 /// Ends the process without running anything of its parent's that it was born with.
-pub(crate) fn end() -> ! {
+pub(crate) fn exit_now() -> ! {
     // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
     unsafe { libc::syscall(libc::SYS_exit_group, 1) };
     // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
@@ -32,7 +32,7 @@ pub(crate) fn trap() -> ! {
         std::arch::asm!("udf #0", options(noreturn, nomem, nostack))
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    end()
+    exit_now()
 }
 
 /// Ends the process on any way out of its story, so that a copy of rrun never returns into
@@ -41,12 +41,12 @@ pub(crate) struct NeverReturn;
 
 impl Drop for NeverReturn {
     fn drop(&mut self) {
-        end()
+        exit_now()
     }
 }
 
 /// Kills a child and takes its status, so that nothing is left of it.
-pub(crate) fn end_child(pidfd: &OwnedFd) {
+pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
     let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
     while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }

@@ -20,18 +20,18 @@ use crate::sys::procfs::Procfs;
 /// are regular files, too. The error is the text to put after the file's name and a colon.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     let found = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    let found = found.map_err(kernel_said)?;
+    let found = found.map_err(kernel_error)?;
     let (file, _) = reopen(&Procfs::open()?, &found)?;
     Ok(file)
 }
 
 /// Opens for reading the file that `found`, an O_PATH descriptor, refers to, if it is regular.
 pub(crate) fn reopen(procfs: &Procfs, found: &impl AsFd) -> Result<(OwnedFd, Stat)> {
-    let stat = rustix::fs::fstat(found).map_err(kernel_said)?;
+    let stat = rustix::fs::fstat(found).map_err(kernel_error)?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {
             let number = found.as_fd().as_raw_fd();
-            let file = procfs.own_descriptor(number).map_err(kernel_said)?;
+            let file = procfs.own_descriptor(number).map_err(kernel_error)?;
             return Ok((file, stat));
         }
         FileType::Directory => "a directory",
@@ -45,7 +45,7 @@ pub(crate) fn reopen(procfs: &Procfs, found: &impl AsFd) -> Result<(OwnedFd, Sta
     refuse!("it is {kind}, not a regular file")
 }
 
-fn kernel_said(errno: Errno) -> Error {
+fn kernel_error(errno: Errno) -> Error {
     Error::new(errno.reason())
 }
 

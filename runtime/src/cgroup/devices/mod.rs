@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn systemd_is_told_what_is_allowed() {
-        let told = |json: &str| {
+        let device_properties = |json: &str| {
             let [(_, policy), (_, BusValue::Pairs(allowed))] =
                 properties(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
             else {
@@ -159,7 +159,7 @@ mod tests {
             (policy, allowed)
         };
         let entry = |node: &str, access: &str| (node.to_owned(), access.to_owned());
-        let (policy, allowed) = told(
+        let (policy, allowed) = device_properties(
             r#"[{"allow":true,"type":"c","major":10,"minor":1,"access":"rw"},
                 {"allow":false},
                 {"allow":true,"type":"b","major":8,"minor":0,"access":"r"}]"#,
@@ -175,7 +175,7 @@ mod tests {
         );
         assert!(allowed.contains(&entry("/dev/char/1:3", "rwm")));
         assert_eq!(
-            told(r#"[{"allow":true,"type":"a"}]"#).0,
+            device_properties(r#"[{"allow":true,"type":"a"}]"#).0,
             BusValue::Text("auto".to_owned())
         );
         let drivers = "Character devices:\n  1 mem\n136 pts\n\nBlock devices:\n  1 ramdisk\n";

@@ -2,7 +2,7 @@
 //!
 //! As short as it can be made, because the kernel checks every way through it when it is
 //! loaded, and that is part of a container's start. Rules next to each other that say the
-//! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
+//! same (allow, or deny) may be effective in any order; so each run of them is sorted by type,
 //! rights and major number, and each of those is compared once.
 
 use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
@@ -221,8 +221,8 @@ pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
         Some(at) => (at + 1, DENY),
         None => (0, DENY),
     };
-    let asked = rules.get(first..).unwrap_or_default();
-    for run in asked.chunk_by(|a, b| a.allow == b.allow).rev() {
+    let effective = rules.get(first..).unwrap_or_default();
+    for run in effective.chunk_by(|a, b| a.allow == b.allow).rev() {
         program.run(run.to_vec());
     }
     program.answer(last);

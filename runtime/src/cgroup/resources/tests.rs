@@ -49,7 +49,7 @@ fn a_new_memory_limit_leaves_the_one_on_memory_and_swap() {
     let nowhere = Path::new("/nowhere");
     let completed = |last, json| {
         let mut resources = read_resources(json);
-        complete(nowhere, last, &mut resources).unwrap();
+        complete_update(nowhere, last, &mut resources).unwrap();
         swap_max(&resources)
     };
     let limit = r#"{"memory":{"limit":100}}"#;
