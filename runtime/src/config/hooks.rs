@@ -55,7 +55,7 @@ pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// HookPlace hooks run.
+/// Where hooks run.
 #[derive(Clone, Copy)]
 pub(crate) enum HookPlace<'a> {
     /// In the host's or the caller's surroundings, for as long as the container's first process

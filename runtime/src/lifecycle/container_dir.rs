@@ -1,4 +1,4 @@
-//! A container's directory, ROOT/ID: the dir on its id, and a lock on it.
+//! A container's directory, ROOT/ID: whoever makes it has the id, and it carries a lock.
 //!
 //! Who makes or removes a container holds the lock (flock(2) on the directory) as long as
 //! that takes, so that a removal can not overlook what is being made. It ends with its

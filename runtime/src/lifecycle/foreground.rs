@@ -14,7 +14,7 @@ use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, sign
 
 /// Signals that are for the container's process, taken by a descriptor.
 ///
-/// ResctrlGroups before the process is, so that none is lost in between; the process unblocks
+/// Made before the process is, so that none is lost in between; the process unblocks
 /// them for itself.
 pub(crate) struct Foreground {
     signals: OwnedFd,

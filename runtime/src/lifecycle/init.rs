@@ -43,7 +43,7 @@ pub(crate) struct Init<'a> {
     pub(crate) channel: Channel,
     /// Existing namespaces that are left for it to enter.
     pub(crate) joins: Vec<OpenNamespace>,
-    /// What was host_mounts of the host's files for it.
+    /// Parts of the host's file system that were opened for it.
     pub(crate) host_mounts: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
     pub(crate) console_socket: Option<OwnedFd>,
@@ -223,7 +223,7 @@ impl Init<'_> {
             has_namespace: config.namespaces.own(Type::Cgroup),
         };
 
-        // What is to be shared with the host must be host_mounts while it still is, and all of it
+        // What is to be shared with the host must be opened while it still is, and all of it
         // before the new root covers the old one.
         if config.root_is_shared() || self.no_pivot {
             self.host_mounts
@@ -239,7 +239,7 @@ impl Init<'_> {
 
         let old_root = Path::new("/");
         let mut rootfs = match self.host_mounts.root.take() {
-            // Every process can reach that place; nothing has to be host_mounts from it any more.
+            // Every process can reach that place; nothing has to be copied from it any more.
             Some(root) => attach_root(root, old_root)?,
             None if self.no_pivot => attach_root(clone_root(&config.rootfs)?, old_root)?,
             // Not on the old root: a recursive copy of that would have it on top.
@@ -342,7 +342,7 @@ impl Init<'_> {
             tree::unmount_host_proc_and_sys()?;
             rustix::process::chroot(".").doing(doing)?;
         } else {
-            // The old root ends up on top of the new one, from where it is host_mounts off.
+            // The old root ends up on top of the new one, from where it is taken off.
             rustix::process::pivot_root(".", ".").doing(|| {
                 format!(
                     "{} (pivot_root; on a ramdisk, --no-pivot is needed)",

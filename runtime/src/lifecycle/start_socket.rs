@@ -33,7 +33,7 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
         .doing(|| "make a unix socket")
 }
 
-/// CapabilityMasks the gate up, closed, in a container's directory, where nobody looks for it yet.
+/// Makes the socket in a container's directory, under a name where no starter looks for it yet.
 pub(crate) fn listen(directory: &Path) -> Result<OwnedFd> {
     let socket = socket(SocketFlags::empty())?;
     at_address(directory, START_SOCKET_PENDING, |address| {
@@ -76,7 +76,7 @@ pub(crate) fn accept(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
         };
         let mut word = [0u8; 1];
         let request = recv(&starter, &mut word, RecvFlags::empty());
-        // A starter that went away before it request so has not started anything.
+        // A starter that went away before it requested the start has not started anything.
         if matches!(request, Ok((_, 1))) && word == *START {
             let _ = send(&starter, &[STARTING], SendFlags::NOSIGNAL);
             return Ok(starter);

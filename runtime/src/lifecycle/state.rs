@@ -1,6 +1,6 @@
 //! What rrun remembers of a container between two of its commands: ROOT/ID/state.json.
 //!
-//! The directory is the container's dir on its id. The file is replaced as a whole
+//! The file is replaced as a whole
 //! (written beside, then renamed), so that a reader sees an old state or a new one.
 
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ use crate::sys::procfs::process_stat;
 pub(crate) struct State {
     pub(crate) oci_version: String,
     pub(crate) id: String,
-    /// ProcessSpec id of the first process, in rrun's caller's PID namespace; 0 until it is born.
+    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it is born.
     pub(crate) pid: i32,
     /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
     /// 22). With the pid, it names one process and no later one.

@@ -16,7 +16,7 @@ impl Mount {
         self.set_wider_attributes(mount)
     }
 
-    /// CapabilityMasks what goes for the mounts below as well, and the propagation.
+    /// Sets what goes for the mounts below as well, and the propagation.
     pub(super) fn set_wider_attributes(&self, mount: &OwnedFd) -> Result<()> {
         let unchanged = MountAttr::default();
         let mut recursive = self.options.recursive_attr;

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{self, IdMaps};
 
-/// What sources.json says about the mounts that lead to the host's files.
+/// What config.json says about the mounts that lead to the host's files.
 pub(crate) struct MountSources<'a> {
     pub(crate) rootfs: &'a Path,
     pub(crate) mounts: &'a [Mount],

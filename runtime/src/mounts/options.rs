@@ -65,7 +65,7 @@ const PROPAGATIONS: &[(&str, u64, bool)] = &[
     ("runbindable", MS_UNBINDABLE, true),
 ];
 
-/// MountOptions of the file system as a whole that every file system takes.
+/// Options of the file system as a whole that every file system takes.
 const SUPERBLOCK: &[&str] = &["sync", "async", "dirsync", "mand", "lazytime", "nolazytime"];
 
 /// Those that are not there yet, and are refused rather than ignored.
@@ -101,7 +101,7 @@ pub(crate) struct MountOptions {
     pub(crate) propagation: Vec<(u64, bool)>,
     /// Whether a tmpfs begins with what the directory has that it covers.
     pub(crate) tmpcopyup: bool,
-    /// MountOptions of the file system as a whole; a bind mount leaves them as they are.
+    /// Options of the file system as a whole; a bind mount leaves them as they are.
     pub(crate) superblock: Vec<&'static str>,
     /// Parameters of the file system, with and without value.
     pub(crate) data: Vec<Parameter>,

@@ -53,7 +53,7 @@ impl IdMaps {
         self.uid.is_empty() && self.gid.is_empty()
     }
 
-    /// CapabilityMasks the maps of the user namespace that process `pid` is in.
+    /// Sets the maps of the user namespace that process `pid` is in.
     pub(crate) fn write(&self, pid: i32, field: &str) -> Result<()> {
         let procfs = Procfs::open()?;
         for (file, name, map) in [
@@ -68,7 +68,7 @@ impl IdMaps {
         Ok(())
     }
 
-    /// CapabilityMasks them as one who has no rights over the ids: the kernel lets everybody map himself
+    /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
     /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
     pub(crate) fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
         let uid = rustix::process::geteuid().as_raw();

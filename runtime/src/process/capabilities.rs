@@ -86,7 +86,7 @@ fn bit(name: &str) -> Option<u64> {
         .map(|number| 1 << number)
 }
 
-/// The bits of names. One that is unknown is left out and seen in the log, as the
+/// The bits of names. One that is unknown is left out and logged, as the
 /// specification has it (config.md, capabilities).
 pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
     names.into_iter().fold(0, |mask, name| match bit(name) {
@@ -109,7 +109,7 @@ fn names(mask: u64) -> String {
 
 impl CapabilityMasks {
     /// Without what can not be had: names that are unknown, and ambient capabilities that are
-    /// not both permitted and inheritable. Each is seen in the log.
+    /// not both permitted and inheritable. Each is logged.
     pub(crate) fn from_spec(capabilities: &Capabilities) -> CapabilityMasks {
         let mut seen = BTreeSet::new();
         let mut mask = |names: &Option<Vec<String>>| {
@@ -180,7 +180,7 @@ impl CapabilityMasks {
         Ok(())
     }
 
-    /// CapabilityMasks effective, permitted, inheritable and ambient set of this process. With
+    /// Sets effective, permitted, inheritable and ambient set of this process. With
     /// `until_execution` the process also keeps CAP_SYS_ADMIN, if it has that.
     ///
     /// The program does not get CAP_SYS_ADMIN from this: execve(2) computes the new sets from the

@@ -59,7 +59,7 @@ impl MemoryPolicy {
         Ok(MemoryPolicy { name, mode, nodes })
     }
 
-    /// CapabilityMasks the policy of this process.
+    /// Sets the policy of this process.
     pub(crate) fn apply(&self) -> Result<()> {
         syscalls::set_mempolicy(self.mode, self.nodes.as_ref())
             .doing(|| format!("set linux.memoryPolicy to {}", self.name))

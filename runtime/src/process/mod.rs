@@ -140,7 +140,7 @@ impl Process {
         Ok(())
     }
 
-    /// CapabilityMasks what needs no privilege and must be set by the process itself.
+    /// Sets what needs no privilege and must be set by the process itself.
     pub(crate) fn apply_inherited(&self) -> Result<()> {
         if let Some(personality) = self.personality {
             personality.apply()?;
@@ -151,7 +151,7 @@ impl Process {
         }
     }
 
-    /// CapabilityMasks the resource limits and the scheduling of `pid`, 0 being this process.
+    /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
     pub(crate) fn apply_limits(&self, pid: i32) -> Result<()> {
         self.scheduling.apply(pid)?;
         for limit in &self.rlimits {
@@ -165,7 +165,7 @@ impl Process {
         Ok(())
     }
 
-    /// CapabilityMasks the OOM score adjustment of a process, by its id or `self`.
+    /// Sets the OOM score adjustment of a process, by its id or `self`.
     ///
     /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
     /// was set before; such a refusal is an error, for it would make the process a likelier

@@ -43,7 +43,7 @@ impl Personality {
         }
     }
 
-    /// CapabilityMasks that of this process.
+    /// Sets that of this process.
     pub(crate) fn apply(self) -> Result<()> {
         syscalls::personality(self.persona)
             .doing(|| format!("set linux.personality to {}", self.name))

@@ -151,7 +151,7 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
             sections.push((architecture.audit(), section));
         }
     }
-    // The kernel's own, which comes first, is to be compared for first.
+    // The kernel's own, which comes first, is to be compared first.
     let mut goal = Goal::Return(FOREIGN);
     for (audit, section) in sections.into_iter().rev() {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);

@@ -222,7 +222,7 @@ pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
     last_errno()
 }
 
-/// CapabilityMasks hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
+/// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
 pub(crate) fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
@@ -275,14 +275,14 @@ impl Default for SchedAttr {
     }
 }
 
-/// CapabilityMasks scheduling policy and attributes of a process, 0 being this one.
+/// Sets scheduling policy and attributes of a process, 0 being this one.
 pub(crate) fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
     // SAFETY: attr is a valid sched_attr whose first field is its length.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attr), 0) })?;
     Ok(())
 }
 
-/// CapabilityMasks the I/O scheduling class and priority of a process, 0 being this one. See
+/// Sets the I/O scheduling class and priority of a process, 0 being this one. See
 /// ioprio_set(2).
 pub(crate) fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
@@ -307,7 +307,7 @@ pub(crate) fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
     Ok(())
 }
 
-/// CapabilityMasks the NUMA memory policy of this process. See set_mempolicy(2).
+/// Sets the NUMA memory policy of this process. See set_mempolicy(2).
 pub(crate) fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> {
     let words = nodes.map(NumberSet::words).unwrap_or_default();
     let (mask, length) = match words {
@@ -320,7 +320,7 @@ pub(crate) fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), 
     Ok(())
 }
 
-/// CapabilityMasks this process's execution domain. See personality(2).
+/// Sets this process's execution domain. See personality(2).
 pub(crate) fn personality(persona: u32) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     let previous = unsafe { libc::personality(libc::c_ulong::from(persona)) };

@@ -2,7 +2,7 @@
 //!
 //! As short as it can be made, because the kernel checks every way through it when it is
 //! loaded, and that is part of a container's start. Rules next to each other that say the
-//! same (allow, or deny) may be effective in any order; so each run of them is sorted by type,
+//! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
 //! rights and major number, and each of those is compared once.
 
 use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
