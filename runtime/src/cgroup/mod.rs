@@ -35,8 +35,10 @@ pub(crate) use systemd::ANNOTATION;
 /// A container's cgroup, open.
 pub(crate) struct Cgroup {
     directory: Directory,
-    /// Until the container's own process is born: see [`systemd`].
+    /// Until the container's first process is in the cgroup: see [`systemd`].
     placeholder: Option<Placeholder>,
+    /// Whether the device rules are still to be put in place.
+    devices_deferred: bool,
 }
 
 /// Where a container's cgroup will be, and who makes it.
@@ -84,6 +86,7 @@ impl CgroupLocation {
             return Ok(Cgroup {
                 directory: Directory::create(&self.path)?,
                 placeholder: None,
+                devices_deferred: false,
             });
         };
         check_unified()?;
@@ -93,6 +96,7 @@ impl CgroupLocation {
         Ok(Cgroup {
             directory: Directory::open(&self.path)?,
             placeholder: Some(placeholder),
+            devices_deferred: false,
         })
     }
 }
@@ -126,19 +130,27 @@ fn parent_of_own(text: &str) -> &Path {
 }
 
 impl Cgroup {
-    /// Puts all limits in place. [`Cgroup::apply_devices`] has to follow.
-    pub(crate) fn apply(&self, resources: &LinuxResources) -> Result<()> {
+    /// Puts all limits in place; with `defer_devices`, the device rules only by
+    /// [`Cgroup::complete`], which has to follow in any case.
+    pub(crate) fn apply(&mut self, resources: &LinuxResources, defer_devices: bool) -> Result<()> {
         resources::apply(&self.directory, resources)?;
         if self.placeholder.is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("2")?;
         }
-        Ok(())
+        log::debug(|| {
+            let path = self.directory.path().display();
+            format!("made cgroup {path} with its limits")
+        });
+        self.devices_deferred = defer_devices;
+        if defer_devices {
+            return Ok(());
+        }
+        self.apply_devices(resources)
     }
 
-    /// Puts the device rules in place.
-    pub(crate) fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
+    fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
         // A user namespace is what keeps an unprivileged caller's container from devices; the
-        // kernel takes no programs from him.
+        // kernel takes no programs from such a caller.
         if !rustix::process::geteuid().is_root() {
             return Ok(());
         }
@@ -146,16 +158,18 @@ impl Cgroup {
         devices::apply(&self.directory, rules, false)
     }
 
-    /// For a copy of the process that made it: closes what that has open of it, and unmakes
-    /// nothing.
+    /// In a copy of the process that made it: closes its descriptors, and undoes nothing.
     pub(crate) fn leave_to_parent(self) {
         std::mem::forget(self.placeholder);
     }
 
     /// To be called when the first process is in the cgroup, which then keeps it alive.
-    pub(crate) fn release_placeholder(&mut self, resources: &LinuxResources) -> Result<()> {
+    pub(crate) fn complete(&mut self, resources: &LinuxResources) -> Result<()> {
         if self.placeholder.take().is_some() && resources::takes_one_process(resources) {
             self.set_pids_max("1")?;
+        }
+        if self.devices_deferred {
+            self.apply_devices(resources)?;
         }
         Ok(())
     }

@@ -1,18 +1,15 @@
-use std::path::Path;
-
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::arguments::{Arguments, Flag, value};
+use crate::commands::creation::{request, service_manager};
 use crate::commands::globals::{
     BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
-    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
+    PRESERVE_FDS, bundle, console_socket, descriptors,
 };
 use crate::config::Config;
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::create::{self, CreateRequest};
-use crate::lifecycle::notify_socket::{self, ServiceManager};
 use crate::process::terminal::connect_console;
 
 pub(crate) const COMMAND: Command = Command {
@@ -68,23 +65,13 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         (false, Some(_)) => refuse!("--console-socket: process.terminal is not set"),
         (false, None) => None,
     };
-    let notify = ServiceManager::from_environment()?;
-    if notify.is_some() {
-        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
-    }
+    let notify = service_manager(globals, id, &mut config)?;
     create::create(CreateRequest {
-        root: &globals.root,
-        id,
-        config: &config,
         waits: true,
         console_socket,
-        pidfd_socket: pidfd_socket(arguments)?,
-        pid_file: arguments.value("pid-file").map(Path::new),
-        no_pivot: arguments.is_set("no-pivot"),
-        new_keyring: !arguments.is_set("no-new-keyring"),
-        systemd_cgroup: globals.systemd_cgroup,
         descriptors,
         notify,
+        ..request(globals, arguments, &config)?
     })?;
     Ok(0)
 }

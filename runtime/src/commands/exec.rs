@@ -108,7 +108,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         (false, _, Some(_)) => refuse!("--console-socket: no terminal is asked for"),
         (_, _, None) => None,
     };
-    let forwarding = if detach {
+    let foreground = if detach {
         None
     } else {
         Some(Foreground::start()?)
@@ -126,10 +126,10 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         pid_file: arguments.value("pid-file").map(Path::new),
         descriptors,
     })?;
-    match (forwarding, exec_process.terminal) {
+    match (foreground, exec_process.terminal) {
         (None, _) => Ok(0),
-        (Some(forwarding), Some(master)) => forwarding.relay(&exec_process.pidfd, master),
-        (Some(forwarding), None) => forwarding.wait(&exec_process.pidfd),
+        (Some(foreground), Some(master)) => foreground.relay(&exec_process.pidfd, master),
+        (Some(foreground), None) => foreground.wait(&exec_process.pidfd),
     }
 }
 

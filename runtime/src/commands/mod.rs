@@ -2,6 +2,7 @@
 //! work, and translates the outcome.
 
 mod create;
+mod creation;
 mod delete;
 mod events;
 mod exec;

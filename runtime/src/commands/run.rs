@@ -1,17 +1,14 @@
-use std::path::Path;
-
 use crate::arguments::{Arguments, switch};
+use crate::commands::creation::{request, service_manager};
 use crate::commands::globals::{
     BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
-    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
+    PRESERVE_FDS, bundle, console_socket, descriptors,
 };
 use crate::config::{Config, hooks};
 use crate::error::{Result, refuse};
-use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::create::{self, CreateRequest};
 use crate::lifecycle::delete;
 use crate::lifecycle::foreground::Foreground;
-use crate::lifecycle::notify_socket::{self, ServiceManager};
 use crate::lifecycle::state::Status;
 use crate::process::terminal::connect_console;
 
@@ -61,41 +58,30 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         }
         (_, _, None) => None,
     };
-    let notify = ServiceManager::from_environment()?;
-    if notify.is_some() {
-        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
-    }
-    let forwarding = if detach {
+    let notify = service_manager(globals, id, &mut config)?;
+    let foreground = if detach {
         None
     } else {
         Some(Foreground::start()?)
     };
     let created = create::create(CreateRequest {
-        root: &globals.root,
-        id,
-        config: &config,
-        waits: false,
         console_socket,
-        pidfd_socket: pidfd_socket(arguments)?,
-        pid_file: arguments.value("pid-file").map(Path::new),
-        no_pivot: arguments.is_set("no-pivot"),
-        new_keyring: !arguments.is_set("no-new-keyring"),
-        systemd_cgroup: globals.systemd_cgroup,
         descriptors,
         notify,
+        ..request(globals, arguments, &config)?
     })?;
     let shown = created.state.json_for_hooks(Status::Running);
     hooks::run_and_log_failures("poststart", config.hooks.poststart().as_ref(), &shown);
-    let Some(mut forwarding) = forwarding else {
+    let Some(mut foreground) = foreground else {
         if let Some(notify) = created.notify {
             notify.wait(created.state.pid, &created.pidfd)?;
         }
         return Ok(0);
     };
-    forwarding.notify = created.notify;
+    foreground.notify = created.notify;
     let status = match created.terminal {
-        Some(master) => forwarding.relay(&created.pidfd, master)?,
-        None => forwarding.wait(&created.pidfd)?,
+        Some(master) => foreground.relay(&created.pidfd, master)?,
+        None => foreground.wait(&created.pidfd)?,
     };
     if !arguments.is_set("keep") {
         delete::delete_after_exit(&globals.root, &created.state)?;

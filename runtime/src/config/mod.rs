@@ -4,6 +4,7 @@ pub(crate) mod hooks;
 pub(crate) mod spec;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type, LinuxResources};
@@ -170,6 +171,17 @@ impl Config {
         };
         config.check_together()?;
         Ok(config)
+    }
+
+    /// Adds a mount of rrun's own, and the variable that names it, for further processes by `exec`
+    /// as well.
+    pub(crate) fn add_mount(&mut self, mount: Mount, variable: String) {
+        self.mounts.push(mount);
+        self.process
+            .env
+            .extend(CString::new(variable.as_str()).ok());
+        let env = &mut self.process_spec.env;
+        env.get_or_insert_default().push(variable);
     }
 
     /// What is only wrong beside something else.

@@ -126,8 +126,14 @@ impl ContainerDir {
             .doing(|| format!("make link {}", self.directory.join(CGROUP_LINK).display()))
     }
 
-    /// Gives an id back, with all that was written under it.
-    pub(crate) fn remove(self) -> Result<()> {
+    /// Lets others lock it.
+    pub(crate) fn unlock(&self) {
+        // It cannot fail for a descriptor of our own; the lock ends with the descriptor anyway.
+        let _ = rustix::fs::flock(&self.fd, FlockOperation::Unlock);
+    }
+
+    /// Removes it with all that rrun wrote into it, so that the id is free again.
+    pub(crate) fn remove(&self) -> Result<()> {
         let same = self.is_linked()?;
         for name in [
             STATE_FILE,

@@ -1,9 +1,10 @@
-//! The birth of a container, from the side of rrun, its parent.
+//! `create` in rrun itself, the parent of the container's first process.
 //!
-//! One clone3(2) makes the first process: in its cgroup, whose limits are in place, and in
-//! all its new namespaces. While that process builds its own surroundings (see
-//! [`crate::lifecycle::init`]), this one writes down that it exists, and does for it what only the
-//! host's side can do. If anything fails, everything made so far is rollback.
+//! Four steps: [`Creation::reserve`] takes the id and makes the cgroup with its limits,
+//! [`Creation::spawn`] makes the first process in that cgroup and in its namespaces by one
+//! clone3(2), [`Creation::serve`] does for that process what only the host's side can do (while it
+//! builds its surroundings, see [`crate::lifecycle::init`]), and [`Creation::publish`] lets callers
+//! find the result. If a step fails, [`Rollback`] undoes everything so far.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -19,20 +20,22 @@ use crate::lifecycle::channel::{self, Channel, ChildMessage};
 use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::init::Init;
 use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
+use crate::lifecycle::serve_child::{Task, serve_child};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::mounts::HostMounts;
-use crate::namespaces::{OpenNamespace, flag, net_devices, resctrl, unshare_time};
+use crate::namespaces::resctrl::ResctrlGroups;
+use crate::namespaces::{OpenNamespace, flag, unshare_time};
 use crate::process::descriptors::Descriptors;
-use crate::seccomp::{Agent, Report};
-use crate::sys::child::{NeverReturn, await_death, exit_now, explain_death, kill_and_reap};
+use crate::seccomp::Agent;
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::write_pid_file;
 use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
-/// How a container is to be made, beside its configuration.
+/// How to create a container, besides its configuration.
 pub(crate) struct CreateRequest<'a> {
     pub(crate) root: &'a Path,
     pub(crate) id: &'a str,
@@ -47,7 +50,7 @@ pub(crate) struct CreateRequest<'a> {
     /// Whether systemd makes the cgroup.
     pub(crate) systemd_cgroup: bool,
     pub(crate) descriptors: Descriptors,
-    /// The service manager's socket, if the container is to have one to it.
+    /// The service manager that is notified when the container is ready.
     pub(crate) notify: Option<ServiceManager>,
 }
 
@@ -57,19 +60,58 @@ pub(crate) struct Created {
     pub(crate) pidfd: OwnedFd,
     /// The master side of its terminal, if that was not sent to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
-    /// Where it says that it is ready, unless it waits for `start`.
+    /// Receives its notification that it is ready, unless it waits for `start`.
     pub(crate) notify: Option<NotifySocket>,
 }
 
-/// What has to be rollback if a later step fails.
+/// Creates a container. When this returns, its program is executed, or waits for `start`.
+pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
+    let (mut creation, channel) = Creation::reserve(request)?.spawn()?;
+    let terminal = creation.serve(&channel)?;
+    creation.publish(terminal)
+}
+
+/// A container that is being created.
+struct Creation<'a> {
+    request: CreateRequest<'a>,
+    state: State,
+    /// `None` for an unprivileged caller who may make none.
+    cgroup: Option<Cgroup>,
+    agent: Option<Agent<'a>>,
+    notify: Option<NotifySocket>,
+    /// Whether rrun's caller is not root.
+    unprivileged: bool,
+    rollback: Rollback<'a>,
+}
+
+/// Undoes a creation that failed, when it is dropped.
 struct Rollback<'a> {
     id: &'a str,
-    dir: Option<ContainerDir>,
-    cgroup: Option<&'a CgroupLocation>,
+    dir: ContainerDir,
+    location: CgroupLocation,
+    has_cgroup: bool,
     child: Option<OwnedFd>,
+    resctrl: ResctrlGroups,
+    /// The hooks, and the state that poststop hooks get.
     hooks: Option<(&'a Hooks, String)>,
-    resctrl: resctrl::ResctrlGroups,
     disarmed: bool,
+}
+
+impl Rollback<'_> {
+    /// The pidfd of the first process.
+    fn child(&self) -> Result<&OwnedFd> {
+        self.child.as_ref().ok_or_else(lost)
+    }
+
+    /// Keeps what was made, and returns the pidfd of the first process.
+    fn disarm(mut self) -> Result<OwnedFd> {
+        self.disarmed = true;
+        self.child.take().ok_or_else(lost)
+    }
+}
+
+fn lost() -> Error {
+    Error::new("the container's first process is lost")
 }
 
 impl Drop for Rollback<'_> {
@@ -77,214 +119,256 @@ impl Drop for Rollback<'_> {
         if self.disarmed {
             return;
         }
+        let log_failure = |result: Result<()>| {
+            if let Err(error) = result {
+                log::warning(&format!("undo the creation of {}: {error}", self.id));
+            }
+        };
         if let Some(child) = &self.child {
             kill_and_reap(child);
         }
-        if let Some(place) = &self.cgroup
-            && let Err(error) = cgroup::remove(&place.path, place.unit())
-        {
-            log::warning(&format!("undo the creation of {}: {error}", self.id));
+        if self.has_cgroup {
+            log_failure(cgroup::remove(&self.location.path, self.location.unit()));
         }
-        if let Err(error) = self.resctrl.remove() {
-            log::warning(&format!("undo the creation of {}: {error}", self.id));
-        }
-        if let Some(Err(error)) = self.dir.take().map(ContainerDir::remove) {
-            log::warning(&format!("undo the creation of {}: {error}", self.id));
-        }
+        log_failure(self.resctrl.remove());
+        log_failure(self.dir.remove());
         if let Some((hooks, state)) = &self.hooks {
+            // Hooks may take long, and the id is free already.
+            self.dir.unlock();
             hooks::run_and_log_failures("poststop", hooks.poststop().as_ref(), state);
         }
     }
 }
 
-/// Makes a container. When this returns, its program is executed, or waits for `start`.
-pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
-    let config = request.config;
-    let place = CgroupLocation::new(
-        &config.cgroups_path,
-        &config.annotations,
-        request.id,
-        request.systemd_cgroup,
-    )?;
-    // An agent that is not there is found out before_clone anything is made.
-    let agent = match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
-        Some(listener) if request.waits => {
-            // Only `start` loads the filter, and it connects to the agent then.
-            listener.check()?;
-            None
+impl<'a> Creation<'a> {
+    /// Takes the container's id, and makes its cgroup with all limits.
+    fn reserve(request: CreateRequest<'a>) -> Result<Creation<'a>> {
+        let config = request.config;
+        let location = CgroupLocation::new(
+            &config.cgroups_path,
+            &config.annotations,
+            request.id,
+            request.systemd_cgroup,
+        )?;
+        // Before anything is made: a missing agent is found at once.
+        let agent = connect_agent(config, request.waits)?;
+        let dir = ContainerDir::create(request.root, request.id)?;
+        let state = new_state(&request, &location);
+        let mut creation = Creation {
+            state,
+            cgroup: None,
+            agent,
+            notify: None,
+            unprivileged: !rustix::process::geteuid().is_root(),
+            rollback: Rollback {
+                id: request.id,
+                dir,
+                location,
+                has_cgroup: false,
+                child: None,
+                resctrl: ResctrlGroups::default(),
+                hooks: None,
+                disarmed: false,
+            },
+            request,
+        };
+        let dir = &creation.rollback.dir;
+        // Before the cgroup is made: whatever happens, `delete` will know where it is.
+        dir.link_cgroup(&creation.state.cgroup)?;
+        creation.state.save(dir)?;
+        if let Some(manager) = &creation.request.notify {
+            notify_socket::make_directory(dir.path())?;
+            if !creation.request.waits {
+                creation.notify = NotifySocket::bind(dir.path(), manager)?;
+            }
         }
-        Some(listener) => Some(listener.connect()?),
-        None => None,
-    };
-    let mut rollback = Rollback {
-        id: request.id,
-        dir: None,
-        cgroup: None,
-        child: None,
-        hooks: None,
-        resctrl: resctrl::ResctrlGroups::default(),
-        disarmed: false,
-    };
-    let dir = &*rollback
-        .dir
-        .insert(ContainerDir::create(request.root, request.id)?);
-    let mut state = new_state(&request, &place);
-    // Before the cgroup is made: whatever happens, `delete` will know where it is.
-    dir.link_cgroup(&state.cgroup)?;
-    state.save(dir)?;
-    let mut notify = None;
-    if let Some(manager) = &request.notify {
-        notify_socket::make_directory(dir.path())?;
-        if !request.waits {
-            notify = NotifySocket::bind(dir.path(), manager)?;
-        }
-    }
-    let unprivileged = !rustix::process::geteuid().is_root();
-    let mut cgroup = match place.create(request.id, &config.resources) {
-        Err(error) if unprivileged && config.can_do_without_cgroup() => {
-            log::debug(|| format!("the container gets no cgroup of its own: {error}"));
-            None
-        }
-        cgroup => Some(cgroup?),
-    };
-    if let Some(cgroup) = &cgroup {
-        rollback.cgroup = Some(&place);
-        cgroup.apply(&config.resources)?;
-        log::debug(|| format!("made cgroup {} with its limits", state.cgroup.display()));
-    }
-    // Loading them takes long, and the first process has other things to do; a container that
-    // waits for `start` runs nothing before_clone this one is done.
-    let devices_later = request.waits && config.opens_no_devices();
-    if let Some(cgroup) = cgroup.as_ref().filter(|_| !devices_later) {
-        cgroup.apply_devices(&config.resources)?;
+        creation.make_cgroup()?;
+        Ok(creation)
     }
 
-    let mut flags = config.namespaces.new & !flag(Type::Cgroup);
-    if !config.time_offsets.is_empty() {
-        unshare_time(&config.time_offsets)?;
-        flags &= !flag(Type::Time);
+    fn make_cgroup(&mut self) -> Result<()> {
+        let (config, rollback) = (self.request.config, &mut self.rollback);
+        let mut cgroup = match rollback.location.create(rollback.id, &config.resources) {
+            Err(error) if self.unprivileged && config.can_do_without_cgroup() => {
+                log::debug(|| format!("the container gets no cgroup of its own: {error}"));
+                return Ok(());
+            }
+            cgroup => cgroup?,
+        };
+        rollback.has_cgroup = true;
+        // Loading the device program takes long, and the first process has other things to do
+        // meanwhile; a container that waits for `start` runs nothing before this one is done.
+        let defer_devices = self.request.waits && config.opens_no_devices();
+        cgroup.apply(&config.resources, defer_devices)?;
+        self.cgroup = Some(cgroup);
+        Ok(())
     }
-    let user = config.namespaces.own(Type::User);
-    let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
-    let joins = config.namespaces.open_joins()?;
-    let (after_clone, before_clone): (Vec<OpenNamespace>, Vec<OpenNamespace>) =
-        joins.into_iter().partition(|join| {
-            !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
+
+    /// Makes the first process. Only the parent returns, with its end of the channel between the
+    /// two.
+    fn spawn(mut self) -> Result<(Creation<'a>, Channel)> {
+        let config = self.request.config;
+        let mut flags = config.namespaces.new & !flag(Type::Cgroup);
+        if !config.time_offsets.is_empty() {
+            unshare_time(&config.time_offsets)?;
+            flags &= !flag(Type::Time);
+        }
+        let user = config.namespaces.own(Type::User);
+        let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
+        let (after_clone, before_clone): (Vec<OpenNamespace>, Vec<OpenNamespace>) = config
+            .namespaces
+            .open_joins()?
+            .into_iter()
+            .partition(|join| {
+                !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
+            });
+        let start_socket = if self.request.waits {
+            Some(start_socket::listen(self.rollback.dir.path())?)
+        } else {
+            None
+        };
+        let (channel, childs_end) = channel::pair()?;
+        let cloned = if user && !before_clone.is_empty() {
+            clone_from_intermediate(flags, self.cgroup.as_ref(), before_clone)?
+        } else {
+            for join in &before_clone {
+                join.enter()?;
+            }
+            clone3(flags, self.cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
+                format!(
+                    "make the container's first process in cgroup {} (clone3)",
+                    self.state.cgroup.display()
+                )
+            })?
+        };
+        match cloned {
+            Cloned::Child => {
+                drop(channel);
+                self.become_init(childs_end, after_clone, host_mounts, start_socket)
+            }
+            Cloned::Parent { pid, pidfd } => {
+                drop(host_mounts);
+                drop(childs_end);
+                drop(start_socket);
+                log::debug(|| format!("made the container's first process {pid}"));
+                self.rollback.child = Some(pidfd);
+                if let Some(cgroup) = &mut self.cgroup {
+                    cgroup.complete(&config.resources)?;
+                }
+                self.state.pid = pid;
+                self.state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
+                self.state.save(&self.rollback.dir)?;
+                Ok((self, channel))
+            }
+        }
+    }
+
+    /// In the first process: what the parent made is not its own to undo, and it must not hold the
+    /// lock on the container's directory for as long as it lives.
+    fn become_init(
+        mut self,
+        channel: Channel,
+        joins: Vec<OpenNamespace>,
+        host_mounts: HostMounts,
+        start_socket: Option<OwnedFd>,
+    ) -> ! {
+        self.rollback.disarmed = true;
+        drop(self.rollback);
+        drop(self.agent);
+        if let Some(cgroup) = self.cgroup {
+            cgroup.leave_to_parent();
+        }
+        // It unlinks the socket when it is dropped.
+        std::mem::forget(self.notify);
+        Init {
+            config: self.request.config,
+            state: &self.state,
+            channel,
+            joins,
+            host_mounts,
+            console_socket: self.request.console_socket,
+            start_socket,
+            no_pivot: self.request.no_pivot,
+            new_keyring: self.request.new_keyring,
+            descriptors: self.request.descriptors,
+            unprivileged: self.unprivileged,
+            host_pid: None,
+        }
+        .run()
+    }
+
+    /// Serves the first process until it waits for `start` or has executed its program. Returns the
+    /// terminal, if it hands one over.
+    fn serve(&mut self, channel: &Channel) -> Result<Option<OwnedFd>> {
+        let (config, waits) = (self.request.config, self.request.waits);
+        self.rollback.hooks = Some((&config.hooks, self.state.json_for_hooks(Status::Stopped)));
+        let pidfd = self.rollback.child()?;
+        let task = Task::Create {
+            config,
+            waits,
+            state: &mut self.state,
+            dir: &self.rollback.dir,
+        };
+        let served = serve_child(channel, pidfd, self.agent.take(), task);
+        self.rollback.resctrl.clone_from(&self.state.resctrl);
+        let terminal = served?;
+        log::debug(|| {
+            if waits {
+                format!("container {} is made, and waits for start", self.request.id)
+            } else {
+                format!("container {} executes its program", self.request.id)
+            }
         });
-    let gate = if request.waits {
-        Some(start_socket::listen(dir.path())?)
-    } else {
-        None
-    };
-    let (channel, childs_end) = channel::pair()?;
+        Ok(terminal)
+    }
 
-    let in_cgroup = || format!("in cgroup {}", state.cgroup.display());
-    let born = if user && !before_clone.is_empty() {
-        clone_from_intermediate(flags, cgroup.as_ref(), before_clone)?
-    } else {
-        for join in &before_clone {
-            join.enter()?;
+    /// Lets the caller, and `start`, find the container.
+    fn publish(self, terminal: Option<OwnedFd>) -> Result<Created> {
+        let (request, rollback) = (&self.request, &self.rollback);
+        if let Some(path) = request.pid_file {
+            write_pid_file(path, self.state.pid)?;
         }
-        clone3(flags, cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
-            format!(
-                "make the container's first process {} (clone3)",
-                in_cgroup()
-            )
-        })?
-    };
-    let (pid, pidfd) = match born {
-        Cloned::Child => {
-            // The parent's things to unmake are not the child's; nor is the lock, which
-            // would otherwise be held for as long as it lives.
-            rollback.disarmed = true;
-            drop(rollback);
-            drop(channel);
-            drop(agent);
-            if let Some(cgroup) = cgroup {
-                cgroup.leave_to_parent();
-            }
-            Init {
-                config,
-                state: &state,
-                channel: childs_end,
-                joins: after_clone,
-                host_mounts,
-                console_socket: request.console_socket,
-                gate,
-                no_pivot: request.no_pivot,
-                new_keyring: request.new_keyring,
-                descriptors: request.descriptors,
-                unprivileged,
-                host_pid: None,
-            }
-            .run()
+        if let Some(socket) = &request.pidfd_socket {
+            channel::send_pidfd(socket, rollback.child()?, "standard")?;
         }
-        Cloned::Parent { pid, pidfd } => (pid, pidfd),
-    };
-    drop(host_mounts);
-    drop(childs_end);
-    drop(gate);
-    log::debug(|| format!("made the container's first process {pid}"));
-    let pidfd = &*rollback.child.insert(pidfd);
-    if let Some(cgroup) = &mut cgroup {
-        cgroup.release_placeholder(&config.resources)?;
+        if request.waits {
+            start_socket::publish(&rollback.dir)?;
+        }
+        if !rollback.dir.is_linked()? {
+            refuse!(
+                "container {} was removed while it was being made",
+                request.id
+            );
+        }
+        Ok(Created {
+            state: self.state,
+            pidfd: self.rollback.disarm()?,
+            terminal,
+            notify: self.notify,
+        })
     }
-    if let Some(cgroup) = cgroup.as_ref().filter(|_| devices_later) {
-        cgroup.apply_devices(&config.resources)?;
-    }
-
-    state.pid = pid;
-    state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
-    state.save(dir)?;
-
-    rollback.hooks = Some((&config.hooks, state.json_for_hooks(Status::Stopped)));
-    let terminal = serve_child(
-        &channel,
-        &mut state,
-        &request,
-        dir,
-        pidfd,
-        &mut rollback.resctrl,
-        agent,
-    )
-    .map_err(|error| explain_death(error, pidfd))?;
-    log::debug(|| match request.waits {
-        true => format!("container {} is made, and waits for start", request.id),
-        false => format!("container {} executes its program", request.id),
-    });
-    if let Some(path) = request.pid_file {
-        write_pid_file(path, pid)?;
-    }
-    if let Some(socket) = &request.pidfd_socket {
-        channel::send_pidfd(socket, pidfd, "standard")?;
-    }
-    if request.waits {
-        start_socket::publish(dir)?;
-    }
-    if !dir.is_linked()? {
-        refuse!(
-            "container {} was removed while it was being made",
-            request.id
-        );
-    }
-    rollback.disarmed = true;
-    let Some(pidfd) = rollback.child.take() else {
-        refuse!("the container's first process is lost");
-    };
-    Ok(Created {
-        state,
-        pidfd,
-        terminal,
-        notify,
-    })
 }
 
-/// Has the first process made by another, which enters the namespaces `before_clone` first.
+/// Connects to the agent of the seccomp filter, if it has one. The filter of a container that waits
+/// is loaded only by `start`, which connects then; its agent's socket must exist all the same.
+fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
+    match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) if waits => {
+            listener.check()?;
+            Ok(None)
+        }
+        Some(listener) => Some(listener.connect()).transpose(),
+        None => Ok(None),
+    }
+}
+
+/// Makes the first process from an intermediate process, which enters the namespaces
+/// `before_clone`.
 ///
-/// Only needed beside a user namespace. New namespaces belong to the user namespace of the
-/// process that makes them, and existing ones can be entered only by who has rights over
-/// theirs: nothing but the order host, others, user, birth will do. This process can not
-/// go that way itself, for it would not come back to the host's rights, which it needs.
+/// This is only needed with a user namespace. New namespaces belong to the user namespace of the
+/// process that makes them, and to enter an existing one takes rights over the user namespace that
+/// it belongs to. So the order must be: the other namespaces, the user namespace, clone3. This
+/// process cannot do that itself, because it would lose its rights on the host, which it needs.
 fn clone_from_intermediate(
     flags: u64,
     cgroup: Option<&Cgroup>,
@@ -297,14 +381,14 @@ fn clone_from_intermediate(
         Cloned::Child => {
             let guard = NeverReturn;
             before_clone.sort_by_key(OpenNamespace::is_user);
-            let born = before_clone
+            let cloned = before_clone
                 .iter()
                 .try_for_each(OpenNamespace::enter)
                 .and_then(|()| {
                     clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
                         .doing(|| "make the container's first process beside this one (clone3)")
                 });
-            match born {
+            match cloned {
                 Ok(Cloned::Child) => {
                     std::mem::forget(guard);
                     return Ok(Cloned::Child);
@@ -334,7 +418,7 @@ fn clone_from_intermediate(
     }
 }
 
-fn new_state(request: &CreateRequest<'_>, place: &CgroupLocation) -> State {
+fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> State {
     let config = request.config;
     State {
         oci_version: config.oci_version.clone(),
@@ -346,8 +430,8 @@ fn new_state(request: &CreateRequest<'_>, place: &CgroupLocation) -> State {
         created: rfc3339_nanos(SystemTime::now()),
         owner: owner(),
         annotations: config.annotations.clone().into_iter().collect(),
-        cgroup: place.path.clone(),
-        unit: place.unit().map(str::to_owned),
+        cgroup: location.path.clone(),
+        unit: location.unit().map(str::to_owned),
         memory_swap: cgroup::memory_swap(&config.resources).unwrap_or(0),
         namespaces: config.namespaces.own_flags(),
         new_pid_namespace: config.namespaces.is_new(Type::Pid),
@@ -355,13 +439,13 @@ fn new_state(request: &CreateRequest<'_>, place: &CgroupLocation) -> State {
         personality: config.personality.clone(),
         memory_policy: config.memory_policy.clone(),
         keeps_keyring: !request.new_keyring,
-        resctrl: resctrl::ResctrlGroups::default(),
+        resctrl: ResctrlGroups::default(),
         hooks: config.hooks.clone(),
         seccomp: config.seccomp.clone(),
     }
 }
 
-/// The name of rrun's caller, as far as the host's /etc/passwd has it.
+/// The name of rrun's caller in the host's /etc/passwd, or its user id.
 fn owner() -> String {
     let uid = rustix::process::geteuid();
     if uid.is_root() {
@@ -374,83 +458,4 @@ fn owner() -> String {
         (fields.nth(1)?.parse() == Ok(uid.as_raw())).then(|| name.to_owned())
     });
     name.unwrap_or_else(|| uid.as_raw().to_string())
-}
-
-/// Does for the child what it asks for, until it is ready (if it then waits) or has become
-/// its program. Returns the terminal, if it hands one over.
-fn serve_child(
-    channel: &Channel,
-    state: &mut State,
-    request: &CreateRequest<'_>,
-    dir: &ContainerDir,
-    pidfd: &OwnedFd,
-    made: &mut resctrl::ResctrlGroups,
-    mut agent: Option<Agent<'_>>,
-) -> Result<Option<OwnedFd>> {
-    let (config, waits) = (request.config, request.waits);
-    let hooks = &config.hooks;
-    let mut terminal = None;
-    let mut ready = false;
-    let mut report = None;
-    loop {
-        match channel.receive()? {
-            ChildMessage::NeedsParent => {
-                if config.namespaces.is_new(Type::User) {
-                    if rustix::process::geteuid().is_root() {
-                        config.id_maps.write(state.pid, "linux.")?;
-                    } else {
-                        config.id_maps.write_unprivileged(state.pid, "linux.")?;
-                    }
-                }
-                if config.namespaces.own(Type::User) {
-                    config.process.apply_oom_score_adj(&state.pid.to_string())?;
-                    config.process.apply_limits(state.pid)?;
-                }
-                net_devices::attach(&config.net_devices, state.pid)?;
-                if let Some(resctrl) = &config.resctrl {
-                    let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
-                    // First it is known what `delete` has to remove, or the undoing.
-                    state.save(dir)?;
-                    *made = state.resctrl.clone();
-                    applied?;
-                }
-                channel.answer()?;
-            }
-            ChildMessage::RunHooks => {
-                let shown = state.json_for_hooks(Status::Creating);
-                #[allow(deprecated)] // prestart is: callers use it all the same
-                let host = hooks::HookPlace::OnHost(Some(pidfd));
-                log::debug(|| "run hooks prestart and createRuntime".to_owned());
-                hooks::run("prestart", hooks.prestart().as_ref(), &shown, host)?;
-                hooks::run(
-                    "createRuntime",
-                    hooks.create_runtime().as_ref(),
-                    &shown,
-                    host,
-                )?;
-                channel.answer()?;
-            }
-            ChildMessage::Cloned(_) => refuse!("the container's first process told of another"),
-            ChildMessage::Terminal(master) => terminal = Some(master),
-            ChildMessage::Filtered(page) => {
-                ready = true;
-                let page = report.insert(page);
-                if let Some(agent) = agent.take() {
-                    let shown = state.oci_state_for_others(Status::Creating);
-                    agent.serve(page, pidfd, state.pid, shown)?;
-                }
-            }
-            ChildMessage::Ready if waits => return Ok(terminal),
-            ChildMessage::Ready => ready = true,
-            ChildMessage::Closed if ready => {
-                report.as_ref().map_or(Ok(()), Report::verdict)?;
-                return Ok(terminal);
-            }
-            ChildMessage::Closed => {
-                await_death(pidfd);
-                refuse!("the container's first process died while it was being made")
-            }
-            ChildMessage::Failed(error) => return Err(error),
-        }
-    }
 }

@@ -148,6 +148,8 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
     cgroup::remove(&state.cgroup, state.unit.as_deref())?;
     state.resctrl.remove()?;
     dir.remove()?;
+    // Hooks may take long, and the id is free already.
+    drop(dir);
     hooks::run_and_log_failures(
         "poststop",
         state.hooks.poststop().as_ref(),

@@ -1,7 +1,7 @@
-//! A further process for a container that runs, as `exec` makes it.
+//! A further process for a running container, as `exec` makes it.
 //!
-//! Born by clone3(2) in the container's cgroup; the descriptor of the container's first
-//! process then leads into all of its namespaces with one setns(2).
+//! clone3(2) makes it in the container's cgroup; by the pidfd of the container's first process
+//! it then enters all of that one's namespaces with one setns(2).
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,24 +12,25 @@ use rustix::io::Errno;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::cgroup;
-use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::channel::{self, Channel, ChildMessage};
-use crate::lifecycle::program::{apply_process, execute, join_keyring};
-use crate::lifecycle::state::{State, Status};
+use crate::error::{Context, Result};
+use crate::lifecycle::channel::{self, Channel};
+use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
+use crate::lifecycle::serve_child::{Task, serve_child};
+use crate::lifecycle::state::State;
 use crate::mounts::rootfs::Rootfs;
 use crate::namespaces::{self, flag};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::process::terminal::Terminal;
-use crate::seccomp::{Agent, Report, SharedPage};
-use crate::sys::child::{NeverReturn, await_death, exit_now, explain_death, kill_and_reap};
+use crate::seccomp::SharedPage;
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::write_pid_file;
 use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
-/// What is to be run where.
+/// Which process to run in which container.
 pub(crate) struct ExecRequest<'a> {
     pub(crate) state: &'a State,
     /// The container's first process.
@@ -57,51 +58,33 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
+    // Before it enters a user namespace, where its user id is another.
     let unprivileged = !rustix::process::geteuid().is_root();
-    // Its children are to be in there. Who is not root on the host has the right to only as
-    // the user namespace's owner, from inside of it.
-    let before = if unprivileged {
-        flag(Type::Pid) | flag(Type::User)
-    } else {
-        flag(Type::Pid)
-    };
-    let before = state.namespaces & before;
-    if before != 0 {
-        join(&request.init, before)?;
-    }
+    let joined = join_before_clone(&request, unprivileged)?;
     let cgroup_path = match request.sub_cgroup {
         Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
         None => state.cgroup.clone(),
     };
     let (channel, childs_end) = channel::pair()?;
     request.process.scheduling.apply_initial_affinity()?;
-    let (pid, pidfd) = match clone_into_cgroup(
-        &cgroup_path,
-        state,
-        request.sub_cgroup.is_none(),
-        unprivileged,
-    )? {
+    let (pid, pidfd) = match clone_into_cgroup(&request, &cgroup_path, unprivileged)? {
         Cloned::Child => {
             drop(channel);
             drop(agent);
-            run(&mut request, childs_end, before)
+            run(&mut request, childs_end, joined)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
     drop(childs_end);
     drop(request.console_socket.take());
-    let finished = serve_child(&channel, &request, pid, agent, &pidfd)
-        .map_err(|error| explain_death(error, &pidfd))
-        .and_then(|terminal| {
-            if let Some(path) = request.pid_file {
-                write_pid_file(path, pid)?;
-            }
-            if let Some(socket) = &request.pidfd_socket {
-                channel::send_pidfd(socket, &pidfd, "setns")?;
-            }
-            Ok(terminal)
-        });
-    match finished {
+    let task = Task::Exec {
+        state,
+        process: &request.process,
+        pid,
+    };
+    let terminal = serve_child(&channel, &pidfd, agent, task)
+        .and_then(|terminal| publish(&request, pid, &pidfd).map(|()| terminal));
+    match terminal {
         Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
         Err(error) => {
             kill_and_reap(&pidfd);
@@ -110,14 +93,36 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     }
 }
 
-/// Forks into a cgroup. If the container has divided its own among cgroups below, it can
-/// take no processes; then the one that the first process is in has to do.
-fn clone_into_cgroup(
-    path: &Path,
-    state: &State,
-    may_follow: bool,
-    unprivileged: bool,
-) -> Result<Cloned> {
+/// Enters those namespaces that the child has to be made in, and returns their `CLONE_NEW*` flags:
+/// a PID namespace is entered by children only. Without root's rights on the host it takes the user
+/// namespace, too, because only the owner of the PID namespace may enter that.
+fn join_before_clone(request: &ExecRequest<'_>, unprivileged: bool) -> Result<u64> {
+    let types = if unprivileged {
+        flag(Type::Pid) | flag(Type::User)
+    } else {
+        flag(Type::Pid)
+    };
+    let joined = request.state.namespaces & types;
+    if joined != 0 {
+        join(&request.init, joined)?;
+    }
+    Ok(joined)
+}
+
+/// Lets the caller find the process.
+fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
+    if let Some(path) = request.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    if let Some(socket) = &request.pidfd_socket {
+        channel::send_pidfd(socket, pidfd, "setns")?;
+    }
+    Ok(())
+}
+
+/// Makes the process in a cgroup. A container that has divided its own cgroup can have no processes
+/// in it; then the process gets into the cgroup of the container's first process.
+fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, unprivileged: bool) -> Result<Cloned> {
     let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
     if unprivileged && !path.exists() {
         // The container of an unprivileged caller, without a cgroup of its own.
@@ -125,8 +130,8 @@ fn clone_into_cgroup(
     }
     let directory = cgroup::open(path)?;
     match clone3(0, Some(directory.as_fd())) {
-        Err(Errno::BUSY | Errno::OPNOTSUPP) if may_follow => {
-            let path = cgroup::of_process(state.pid)?;
+        Err(Errno::BUSY | Errno::OPNOTSUPP) if request.sub_cgroup.is_none() => {
+            let path = cgroup::of_process(request.state.pid)?;
             let directory = cgroup::open(&path)?;
             clone3(0, Some(directory.as_fd())).doing(|| doing(&path))
         }
@@ -182,16 +187,7 @@ fn run_to_execve(
         join_keyring(&state.id, &labels)?;
     }
     if request.process.terminal {
-        let root = rustix::fs::open(
-            "/",
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .doing(|| "open the container's root")?;
-        let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
-        let socket = request.console_socket.as_ref().map(AsFd::as_fd);
-        terminal.hand_over(socket, channel)?;
-        terminal.make_controlling()?;
+        take_terminal(request, channel)?;
     }
     request.console_socket = None;
     request.pidfd_socket = None;
@@ -211,45 +207,16 @@ fn run_to_execve(
     Err(execute(&program, &request.process, filter, send))
 }
 
-fn serve_child(
-    channel: &Channel,
-    request: &ExecRequest<'_>,
-    pid: i32,
-    mut agent: Option<Agent<'_>>,
-    pidfd: &OwnedFd,
-) -> Result<Option<OwnedFd>> {
-    let mut terminal = None;
-    let mut ready = false;
-    let mut report = None;
-    loop {
-        match channel.receive()? {
-            ChildMessage::NeedsParent => {
-                request.process.apply_oom_score_adj(&pid.to_string())?;
-                request.process.apply_limits(pid)?;
-                channel.answer()?;
-            }
-            ChildMessage::Terminal(master) => terminal = Some(master),
-            ChildMessage::Filtered(page) => {
-                ready = true;
-                let page = report.insert(page);
-                if let Some(agent) = agent.take() {
-                    let shown = request.state.oci_state_for_others(Status::Running);
-                    agent.serve(page, pidfd, pid, shown)?;
-                }
-            }
-            ChildMessage::Ready => ready = true,
-            ChildMessage::Closed if ready => {
-                report.as_ref().map_or(Ok(()), Report::verdict)?;
-                return Ok(terminal);
-            }
-            ChildMessage::Closed => {
-                await_death(pidfd);
-                refuse!("the process died while it was being made")
-            }
-            ChildMessage::Failed(error) => return Err(error),
-            ChildMessage::Cloned(_) | ChildMessage::RunHooks => {
-                return Err(Error::new("the process asked for what exec does not do"));
-            }
-        }
-    }
+/// Opens a terminal in the container, and makes it the process's own.
+fn take_terminal(request: &ExecRequest<'_>, channel: &Channel) -> Result<()> {
+    let root = rustix::fs::open(
+        "/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .doing(|| "open the container's root")?;
+    let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
+    let socket = request.console_socket.as_ref().map(AsFd::as_fd);
+    hand_over_terminal(&terminal, socket, channel)?;
+    terminal.make_controlling()
 }

@@ -1,8 +1,8 @@
-//! The life of a container's first process, from its birth to the program that it becomes.
+//! A container's first process, from clone3 to the execve of its program.
 //!
-//! It runs as a copy of rrun, alone in its new namespaces and in its cgroup, and does its
-//! own making in the order in which the kernel has to see it. What fails is one sentence,
-//! sent to the parent, and the end.
+//! It runs as a copy of rrun, alone in its new namespaces and in its cgroup, and sets itself up in
+//! the order in which the kernel has to see it. If a step fails, it sends one sentence to the
+//! parent and ends.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -18,7 +18,7 @@ use rustix::thread::UnshareFlags;
 use crate::config::{Config, hooks};
 use crate::error::{Context, Result};
 use crate::lifecycle::channel::Channel;
-use crate::lifecycle::program::{apply_process, execute, join_keyring};
+use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::options::READ_ONLY;
@@ -47,8 +47,8 @@ pub(crate) struct Init<'a> {
     pub(crate) host_mounts: HostMounts,
     /// Where the terminal's master side goes, if not to the parent.
     pub(crate) console_socket: Option<OwnedFd>,
-    /// The closed gate at which it waits for `start`; without one it does not wait.
-    pub(crate) gate: Option<OwnedFd>,
+    /// The socket at which it waits for `start`; without one it does not wait.
+    pub(crate) start_socket: Option<OwnedFd>,
     pub(crate) no_pivot: bool,
     pub(crate) new_keyring: bool,
     pub(crate) descriptors: Descriptors,
@@ -59,7 +59,7 @@ pub(crate) struct Init<'a> {
 }
 
 impl Init<'_> {
-    /// Tells the story to its end.
+    /// Executes the program, or reports why it could not.
     pub(crate) fn run(mut self) -> ! {
         let _guard = NeverReturn;
         let Err(error) = self.run_to_execve();
@@ -72,11 +72,47 @@ impl Init<'_> {
         self.descriptors.close_leaked()?;
         let page = config.seccomp.as_ref().map(|_| SharedPage::new());
         let page = page.transpose()?;
-        let new_user = config.namespaces.own(Type::User);
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
         rustix::process::umask(Mode::empty());
+        let labels = self.enter_container()?;
 
+        if self.new_keyring {
+            make_keyring(self.state, &labels)?;
+        }
+        let mut process = config.process.clone();
+        if !config.namespaces.own(Type::User) {
+            process.apply_limits(0)?;
+        }
+        leave_callers_cpus();
+        if self.start_socket.is_some() {
+            end_at_signals()?;
+        }
+        self.joins.clear();
+        self.host_mounts = HostMounts::default();
+        self.console_socket = None;
+        let mut kept = vec![self.channel.as_fd()];
+        kept.extend(self.start_socket.as_ref().map(AsFd::as_fd));
+        kept.extend(page.as_ref().map(AsFd::as_fd));
+        let filtered = config.seccomp.is_some();
+        let program = apply_process(&mut process, labels, &self.descriptors, filtered, &kept)?;
+        match self.start_socket.take() {
+            Some(socket) => self.wait_and_become_program(socket, &process, &program, page),
+            None => {
+                if !filtered {
+                    self.channel.send_ready()?;
+                }
+                let send = |page: BorrowedFd<'_>| self.channel.send_page(page);
+                self.become_program(&process, &program, page, send)
+            }
+        }
+    }
+
+    /// Everything up to the change of the root, after which the host is out of reach. Returns the
+    /// files of the host's /proc that set the process's labels.
+    fn enter_container(&mut self) -> Result<OpenLabels> {
+        let config = self.config;
+        let new_user = config.namespaces.own(Type::User);
         self.enter_namespaces(new_user)?;
         let rootfs = self.build_root(new_user)?;
         let terminal = self.make_terminal(&rootfs)?;
@@ -93,48 +129,22 @@ impl Init<'_> {
         if let Some(terminal) = terminal {
             terminal.make_controlling()?;
         }
+        Ok(labels)
+    }
 
-        if self.new_keyring {
-            make_keyring(self.state, &labels)?;
-        }
-        let mut process = config.process.clone();
-        if !new_user {
-            process.apply_limits(0)?;
-        }
-        leave_callers_cpus();
-        let filter = config.seccomp.as_ref();
-        if self.gate.is_some() {
-            // The first process of a PID namespace is deaf to all that it has no handler for;
-            // who waits to be started is to be ended like any other process.
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
-                syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
-            }
-        }
-        self.joins.clear();
-        self.host_mounts = HostMounts::default();
-        self.console_socket = None;
-        let mut kept = vec![self.channel.as_fd()];
-        kept.extend(self.gate.as_ref().map(AsFd::as_fd));
-        kept.extend(page.as_ref().map(AsFd::as_fd));
-        let program = apply_process(
-            &mut process,
-            labels,
-            &self.descriptors,
-            filter.is_some(),
-            &kept,
-        )?;
-        let Some(gate) = self.gate.take() else {
-            if filter.is_none() {
-                self.channel.send_ready()?;
-            }
-            let send = |page: BorrowedFd<'_>| self.channel.send_page(page);
-            return self.become_program(&process, &program, page, send);
-        };
+    /// Waits for `start`, which gets the errors from then on.
+    fn wait_and_become_program(
+        &self,
+        socket: OwnedFd,
+        process: &Process,
+        program: &CStr,
+        page: Option<SharedPage>,
+    ) -> Result<Infallible> {
         self.channel.send_ready()?;
-        let starter = start_socket::accept(gate.as_fd())?;
-        drop(gate);
+        let starter = start_socket::accept(socket.as_fd())?;
+        drop(socket);
         let send = |page: BorrowedFd<'_>| start_socket::send_page(starter.as_fd(), page);
-        let Err(error) = self.become_program(&process, &program, page, send);
+        let Err(error) = self.become_program(process, program, page, send);
         start_socket::send_error(starter.as_fd(), &error);
         exit_now()
     }
@@ -266,7 +276,7 @@ impl Init<'_> {
         let terminal = Terminal::open(rootfs, self.config.process.console_size)?;
         terminal.mount_console(rootfs)?;
         let socket = self.console_socket.as_ref().map(AsFd::as_fd);
-        terminal.hand_over(socket, &self.channel)?;
+        hand_over_terminal(&terminal, socket, &self.channel)?;
         Ok(Some(terminal))
     }
 
@@ -362,6 +372,15 @@ impl Init<'_> {
         }
         Ok(())
     }
+}
+
+/// The first process of a PID namespace ignores every signal that it has no handler for. While it
+/// waits for `start`, signals are to end it like any other process.
+fn end_at_signals() -> Result<()> {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
+    }
+    Ok(())
 }
 
 /// This process's id in the PID namespace of the host's /proc.

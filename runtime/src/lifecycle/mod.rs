@@ -9,5 +9,6 @@ pub(crate) mod foreground;
 pub(crate) mod init;
 pub(crate) mod notify_socket;
 pub(crate) mod program;
+pub(crate) mod serve_child;
 pub(crate) mod start_socket;
 pub(crate) mod state;

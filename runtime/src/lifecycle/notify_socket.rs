@@ -6,7 +6,6 @@
 //! id on the host as MAINPID, as runc does it: nothing else that a container could say is to
 //! reach the host's service manager.
 
-use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,7 +19,6 @@ use rustix::net::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use crate::config::Config;
 use crate::error::{Context, Result, refuse};
 use crate::log;
 use crate::mounts::Mount;
@@ -69,22 +67,15 @@ impl ServiceManager {
     }
 }
 
-/// Has the container find a socket of its own. `directory` is the container's under --root.
-pub(crate) fn announce(config: &mut Config, directory: &Path) -> Result<()> {
-    config.mounts.push(Mount::read_only_bind(
-        config.mounts.len(),
-        &directory.join(DIRECTORY),
-        Path::new(INSIDE),
-    )?);
-    let variable = format!("{VARIABLE}={INSIDE}/{FILE}");
-    config
-        .process
-        .env
-        .extend(CString::new(variable.as_str()).ok());
-    // Also for what `exec` brings.
-    let env = &mut config.process_spec.env;
-    env.get_or_insert_default().push(variable);
-    Ok(())
+/// The mount by which the container, whose directory under --root is `directory`, gets its socket;
+/// `index` is its place among the mounts.
+pub(crate) fn mount(directory: &Path, index: usize) -> Result<Mount> {
+    Mount::read_only_bind(index, &directory.join(DIRECTORY), Path::new(INSIDE))
+}
+
+/// The variable by which the container finds its socket.
+pub(crate) fn variable() -> String {
+    format!("{VARIABLE}={INSIDE}/{FILE}")
 }
 
 /// Makes the directory for the container's socket.

@@ -8,9 +8,11 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
+use crate::lifecycle::channel::Channel;
 use crate::log;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
+use crate::process::terminal::Terminal;
 use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::syscalls::{self, Execution};
@@ -97,4 +99,18 @@ pub(crate) fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>>
                 .doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
         },
     )
+}
+
+/// Gives the master side of a terminal to the socket that the caller named, or else to rrun, which
+/// relays it.
+pub(crate) fn hand_over_terminal(
+    terminal: &Terminal,
+    socket: Option<BorrowedFd<'_>>,
+    channel: &Channel,
+) -> Result<()> {
+    if let Some(socket) = socket {
+        return terminal.send_master(socket);
+    }
+    terminal.keep_newlines()?;
+    channel.send_terminal(terminal.master())
 }

@@ -9,7 +9,6 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr};
 
 use crate::error::{Context, Result, refuse};
-use crate::lifecycle::channel::Channel;
 use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::sys::syscalls::set_controlling_terminal;
@@ -85,22 +84,22 @@ impl Terminal {
         move_mount(&slave, &target).doing(doing)
     }
 
-    /// Gives the master side to the socket that was named, or else to rrun's own relay.
-    pub(crate) fn hand_over(&self, socket: Option<BorrowedFd<'_>>, relay: &Channel) -> Result<()> {
-        if let Some(socket) = socket {
-            return self.send_master(socket);
-        }
-        // The relay's own output is a file, a pipe, or a terminal that does this itself: lines
-        // that end in \r\n are no use to any. Whoever has the socket sees to that alone.
+    /// Leaves newlines as they are. rrun's relay needs that: its own output is a file, a pipe, or a
+    /// terminal that translates newlines itself, and lines that end in \r\n are no use to any of
+    /// them. A receiver of the console socket decides about that alone.
+    pub(crate) fn keep_newlines(&self) -> Result<()> {
         let doing = || "set the terminal's modes";
         let mut mode = tcgetattr(&self.slave).doing(doing)?;
         mode.output_modes.remove(OutputModes::ONLCR);
-        tcsetattr(&self.slave, OptionalActions::Now, &mode).doing(doing)?;
-        relay.send_terminal(self.master.as_fd())
+        tcsetattr(&self.slave, OptionalActions::Now, &mode).doing(doing)
+    }
+
+    pub(crate) fn master(&self) -> BorrowedFd<'_> {
+        self.master.as_fd()
     }
 
     /// Sends the master side away, as runc does: with its name as the message.
-    fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
+    pub(crate) fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(socket, self.master.as_fd(), self.name.as_bytes())
             .doing(|| "send the terminal over the console socket")
     }
