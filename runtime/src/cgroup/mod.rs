@@ -4,6 +4,7 @@
 //! no moment in which that process is not held by them. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
+mod controllers;
 pub(crate) mod dbus;
 mod devices;
 mod directory;
@@ -11,6 +12,7 @@ mod properties;
 mod resources;
 mod stats;
 mod systemd;
+mod validate;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,9 +30,10 @@ use systemd::{Placeholder, Scope};
 pub(crate) use directory::{
     MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, kill_all, of_process, open,
 };
-pub(crate) use resources::{check_memory_above_use, complete_update, memory_swap, validate};
+pub(crate) use resources::{check_memory_above_use, complete_update, memory_swap};
 pub(crate) use stats::{oom_kills, stats};
 pub(crate) use systemd::ANNOTATION;
+pub(crate) use validate::validate;
 
 /// A container's cgroup, open.
 pub(crate) struct Cgroup {

@@ -1,6 +1,7 @@
 //! Which controllers and files limits ask for.
 
 use super::*;
+use crate::cgroup::validate;
 
 fn read_resources(json: &str) -> LinuxResources {
     serde_json::from_str(json).unwrap()
