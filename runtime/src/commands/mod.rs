@@ -108,17 +108,7 @@ pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
 }
 
 fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
-    readonly_exec::reserve_standard_descriptors()?;
-    // Before anything that would have to be done once more after it. A word that only
-    // looks like one of these commands does no harm.
-    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
-    let mut inherited = Vec::new();
-    if words.iter().any(enters) {
-        readonly_exec::protect(&words)?;
-        inherited = descriptors::inherited()?;
-    } else {
-        descriptors::keep_from_hooks()?;
-    }
+    let inherited = keep_apart(&words)?;
     let mut words = words
         .into_iter()
         .skip(1)
@@ -129,22 +119,17 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         })
         .collect::<Result<Vec<String>>>()?
         .into_iter();
-    let globals = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
-    let format = match globals.value("log-format") {
-        None | Some("text") => log::LogFormat::Text,
-        Some("json") => log::LogFormat::Json,
-        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
-    };
-    log::open(globals.value("log"), format, globals.is_set("debug"))?;
-    if globals.is_set("version") {
+    let flags = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
+    open_log(&flags)?;
+    if flags.is_set("version") {
         print(&version());
         return Ok(0);
     }
-    let Some((name, rest)) = globals.positional.split_first() else {
+    let Some((name, rest)) = flags.positional.split_first() else {
         print(&help());
         return Ok(0);
     };
-    if globals.is_set("help") {
+    if flags.is_set("help") {
         print(&help());
         return Ok(0);
     }
@@ -157,7 +142,7 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         _ => (name, false),
     };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
-        // Asked for with --help, too, by those who want to know whether it is there.
+        // Callers also request these with --help, to find out whether they are there.
         if name == "checkpoint" || name == "restore" {
             refuse!("{name}: rrun does not checkpoint and restore containers");
         }
@@ -168,24 +153,54 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         print(&command_help(command));
         return Ok(0);
     }
-    if let Some(text) = globals.value("rootless")
+    let globals = globals(&flags, inherited)?;
+    let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
+    (command.call)(&globals, &arguments)
+}
+
+/// Keeps rrun's file and its caller's descriptors out of containers' reach. Returns the inherited
+/// descriptors if the command starts a process in a container.
+///
+/// This comes first, because it may execute rrun once more. A word that only looks like one of
+/// these commands does no harm.
+fn keep_apart(words: &[&'static CStr]) -> Result<Vec<u32>> {
+    readonly_exec::reserve_standard_descriptors()?;
+    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
+    if words.iter().any(enters) {
+        readonly_exec::protect(words)?;
+        descriptors::inherited()
+    } else {
+        descriptors::keep_from_hooks()?;
+        Ok(Vec::new())
+    }
+}
+
+fn open_log(flags: &Arguments) -> Result<()> {
+    let format = match flags.value("log-format") {
+        None | Some("text") => log::LogFormat::Text,
+        Some("json") => log::LogFormat::Json,
+        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
+    };
+    log::open(flags.value("log"), format, flags.is_set("debug"))
+}
+
+fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
+    if let Some(text) = flags.value("rootless")
         && !matches!(text, "true" | "false" | "auto" | "")
     {
         refuse!("--rootless {text}: it is true, false or auto");
     }
-    let root = match globals.value("root") {
+    let root = match flags.value("root") {
         Some(root) => root.to_owned(),
         None => default_root(),
     };
     let root = root.as_str();
-    let globals = Globals {
+    Ok(Globals {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
-        default_root: globals.value("root").is_none(),
-        systemd_cgroup: globals.is_set("systemd-cgroup"),
+        default_root: flags.value("root").is_none(),
+        systemd_cgroup: flags.is_set("systemd-cgroup"),
         inherited,
-    };
-    let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
-    (command.call)(&globals, &arguments)
+    })
 }
 
 /// Where states are kept if --root does not say: with the user's other things of that kind, if

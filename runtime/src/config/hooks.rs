@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Hook, Hooks};
@@ -201,11 +201,8 @@ fn load_in_hook(command: &mut Command, filter: &Filter) {
     unsafe { command.pre_exec(load) };
 }
 
-fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
-    let container = match place {
-        HookPlace::OnHost(container) => container,
-        HookPlace::InContainer { .. } => None,
-    };
+/// The hook's program with its arguments and environment.
+fn command(hook: &Hook, place: HookPlace<'_>) -> Command {
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
         command.arg0(name).args(rest);
@@ -229,65 +226,42 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
             load_in_hook(&mut command, filter);
         }
     }
+    command
+}
+
+fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
+    let container = match place {
+        HookPlace::OnHost(container) => container,
+        HookPlace::InContainer { .. } => None,
+    };
+    let mut command = command(hook, place);
     let (mut output, hooks) = HookOutput::new()?;
     let again = hooks.try_clone().doing(|| "make a pipe for its output")?;
     command.stdout(hooks).stderr(again);
     let mut child = command.spawn().doing(|| "start it")?;
     // It holds the hook's side of the pipes.
     drop(command);
-    let mut input = child.stdin.take().map(|pipe| HookInput::new(pipe, state));
-    let timeout = hook
-        .timeout()
-        .map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX))
-        .map_or(DEFAULT_HOOK_TIMEOUT, |seconds| {
-            Duration::from_secs(seconds.into())
-        });
-    let pid = Pid::from_raw(child.id() as i32);
-    if let Some(pid) = pid {
+    let input = child.stdin.take().map(|pipe| HookInput::new(pipe, state));
+    if let Some(pid) = Pid::from_raw(child.id() as i32) {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "watch it")?;
-        let deadline = Instant::now() + timeout;
-        let mut warned = false;
-        loop {
-            input = input.and_then(HookInput::write_more);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        if let Err(ended) = await_hook(hook, &pidfd, container, input, &mut output) {
+            let kill = |child: &mut Child| {
                 let _ = child.kill();
                 let _ = child.wait();
-                refuse!(
-                    "it did not end within {} s and was killed",
-                    timeout.as_secs()
-                );
-            }
-            let wait = left.min(HOOK_WARNING_DELAY);
-            let wait = Timespec {
-                tv_sec: wait.as_secs() as _,
-                tv_nsec: wait.subsec_nanos() as _,
             };
-            let mut watched = vec![PollFd::new(&pidfd, PollFlags::IN)];
-            watched.extend(container.map(|container| PollFd::new(container, PollFlags::IN)));
-            let writing = input.as_ref().map(|input| &input.pipe);
-            watched.extend(writing.map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
-            let reading = output.pipe.as_ref();
-            watched.extend(reading.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
-            let polled = poll(&mut watched, Some(&wait));
-            let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            match polled {
-                Ok(0) if !warned && left >= HOOK_WARNING_DELAY => {
-                    warned = true;
-                    log::warning(&format!("still waiting for hook {}", hook.path().display()));
+            match ended {
+                NotEnded::TimedOut(timeout) => {
+                    kill(&mut child);
+                    refuse!(
+                        "it did not end within {} s and was killed",
+                        timeout.as_secs()
+                    );
                 }
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) if !dead(0) && container.is_some() && dead(1) => {
-                    let _ = child.kill();
-                    let _ = child.wait();
+                NotEnded::ContainerDied => {
+                    kill(&mut child);
                     refuse!("the container's first process died meanwhile");
                 }
-                Ok(_) if dead(0) => break,
-                // A pipe has room, or something in it.
-                Ok(_) => {
-                    output.read_some();
-                }
-                Err(errno) => return Err(errno).doing(|| "wait for it"),
+                NotEnded::Failed(errno) => return Err(errno).doing(|| "wait for it"),
             }
         }
     }
@@ -296,4 +270,66 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
         refuse!("it ended with {status}{}", output.text());
     }
     Ok(())
+}
+
+/// Why a hook is not waited for any longer.
+enum NotEnded {
+    TimedOut(Duration),
+    ContainerDied,
+    Failed(Errno),
+}
+
+fn timeout(hook: &Hook) -> Duration {
+    hook.timeout()
+        .map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX))
+        .map_or(DEFAULT_HOOK_TIMEOUT, |seconds| {
+            Duration::from_secs(seconds.into())
+        })
+}
+
+/// Waits until a hook has ended, and meanwhile writes its input and reads its output.
+fn await_hook(
+    hook: &Hook,
+    pidfd: &OwnedFd,
+    container: Option<&OwnedFd>,
+    mut input: Option<HookInput<'_>>,
+    output: &mut HookOutput,
+) -> std::result::Result<(), NotEnded> {
+    let timeout = timeout(hook);
+    let deadline = Instant::now() + timeout;
+    let mut warned = false;
+    loop {
+        input = input.and_then(HookInput::write_more);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(NotEnded::TimedOut(timeout));
+        }
+        let wait = left.min(HOOK_WARNING_DELAY);
+        let wait = Timespec {
+            tv_sec: wait.as_secs() as _,
+            tv_nsec: wait.subsec_nanos() as _,
+        };
+        let mut watched = vec![PollFd::new(pidfd, PollFlags::IN)];
+        watched.extend(container.map(|container| PollFd::new(container, PollFlags::IN)));
+        let writing = input.as_ref().map(|input| &input.pipe);
+        watched.extend(writing.map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
+        let reading = output.pipe.as_ref();
+        watched.extend(reading.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+        let polled = poll(&mut watched, Some(&wait));
+        let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        match polled {
+            Ok(0) if !warned && left >= HOOK_WARNING_DELAY => {
+                warned = true;
+                log::warning(&format!("still waiting for hook {}", hook.path().display()));
+            }
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) if dead(0) => return Ok(()),
+            Ok(_) if container.is_some() && dead(1) => return Err(NotEnded::ContainerDied),
+            // A pipe has room, or something in it.
+            Ok(_) => {
+                output.read_some();
+            }
+            Err(errno) => return Err(NotEnded::Failed(errno)),
+        }
+    }
 }

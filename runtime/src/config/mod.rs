@@ -3,7 +3,7 @@
 pub(crate) mod hooks;
 pub(crate) mod spec;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
@@ -92,58 +92,26 @@ impl Config {
         let Some(root) = spec.root.as_ref() else {
             refuse!("root: is missing");
         };
-        let rootfs = bundle.join(&root.path);
-        let rootfs = rootfs
-            .canonicalize()
-            .doing(|| format!("root.path {}", rootfs.display()))?;
-        if !rootfs.is_dir() {
-            refuse!("root.path: {} is not a directory", rootfs.display());
-        }
-        // runc takes none either: who can change the link would choose the root.
-        if rootfs != cleaned(&bundle.join(&root.path)) {
-            refuse!(
-                "root.path: {} leads over a symbolic link to {}, which is to be named itself",
-                root.path.display(),
-                rootfs.display()
-            );
-        }
-        if rootfs == Path::new("/") {
-            refuse!("root.path: the host's root can not be a container's");
-        }
-
+        let rootfs = rootfs(&bundle, root)?;
         let mut process = Process::from_spec(&process_spec)?;
         process.inherit(linux.personality.as_ref(), linux.memory_policy.as_ref())?;
         let namespaces = Namespaces::from_spec(linux.namespaces.as_deref().unwrap_or_default())?;
         let mount_label = mount_label(&linux)?;
-        let none = BTreeMap::new();
         let config = Config {
             rootfs,
             root_readonly: root.readonly.unwrap_or(false),
-            root_propagation: match linux.rootfs_propagation.as_deref() {
-                None | Some("") => None,
-                Some(name) => Some(options::propagation(name).ok_or_else(|| {
-                    Error::new(format!("linux.rootfsPropagation: {name} is unknown"))
-                })?),
-            },
+            root_propagation: root_propagation(&linux)?,
             oci_version: spec.oci_version.clone(),
             hostname: spec.hostname.clone().filter(|name| !name.is_empty()),
             domainname: spec.domainname.clone().filter(|name| !name.is_empty()),
             annotations: spec.annotations.take().unwrap_or_default(),
             id_maps: IdMaps::from_spec(
                 "linux.",
-                linux.uid_mappings.as_deref().unwrap_or_default(),
-                linux.gid_mappings.as_deref().unwrap_or_default(),
+                linux.uid_mappings.as_deref(),
+                linux.gid_mappings.as_deref(),
             )?,
             time_offsets: time_offsets(&linux),
-            mounts: spec
-                .mounts
-                .iter()
-                .flatten()
-                .enumerate()
-                .map(|(index, mount)| {
-                    Ok(Mount::from_spec(index, mount, &bundle)?.with_label(mount_label.as_ref()))
-                })
-                .collect::<Result<_>>()?,
+            mounts: mounts(&spec, &bundle, mount_label.as_ref())?,
             devices: devices::from_spec(linux.devices.as_deref().unwrap_or_default())?,
             masked_paths: linux.masked_paths.take().unwrap_or_default(),
             readonly_paths: linux.readonly_paths.take().unwrap_or_default(),
@@ -151,14 +119,14 @@ impl Config {
             cgroups_path: linux.cgroups_path.clone().unwrap_or_default(),
             resources: linux.resources.take().unwrap_or_default(),
             hooks: spec.hooks.take().unwrap_or_default(),
-            seccomp: match &linux.seccomp {
-                Some(profile) => Filter::from_profile(profile)?,
-                None => None,
-            },
+            seccomp: linux
+                .seccomp
+                .as_ref()
+                .map_or(Ok(None), Filter::from_profile)?,
             process,
             process_spec,
             mount_label,
-            net_devices: net_devices::from_spec(linux.net_devices.as_ref().unwrap_or(&none))?,
+            net_devices: net_devices::from_spec(&linux.net_devices.take().unwrap_or_default())?,
             resctrl: linux
                 .intel_rdt
                 .as_ref()
@@ -303,6 +271,45 @@ fn check_version(version: &str) -> Result<()> {
         _ if version.is_empty() => refuse!("ociVersion: is missing"),
         _ => refuse!("ociVersion: {version} is not a version"),
     }
+}
+
+/// The root file system, without symbolic links on the way to it.
+fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
+    let rootfs = bundle.join(&root.path);
+    let rootfs = rootfs
+        .canonicalize()
+        .doing(|| format!("root.path {}", rootfs.display()))?;
+    if !rootfs.is_dir() {
+        refuse!("root.path: {} is not a directory", rootfs.display());
+    }
+    // runc takes none either: who can change the link would choose the root.
+    if rootfs != cleaned(&bundle.join(&root.path)) {
+        refuse!(
+            "root.path: {} leads over a symbolic link to {}, which is to be named itself",
+            root.path.display(),
+            rootfs.display()
+        );
+    }
+    if rootfs == Path::new("/") {
+        refuse!("root.path: the host's root can not be a container's");
+    }
+    Ok(rootfs)
+}
+
+fn root_propagation(linux: &Linux) -> Result<Option<(u64, bool)>> {
+    match linux.rootfs_propagation.as_deref() {
+        None | Some("") => Ok(None),
+        Some(name) => options::propagation(name)
+            .map(Some)
+            .ok_or_else(|| Error::new(format!("linux.rootfsPropagation: {name} is unknown"))),
+    }
+}
+
+fn mounts(spec: &Spec, bundle: &Path, label: Option<&String>) -> Result<Vec<Mount>> {
+    let entries = spec.mounts.iter().flatten().enumerate();
+    entries
+        .map(|(index, mount)| Ok(Mount::from_spec(index, mount, bundle)?.with_label(label)))
+        .collect()
 }
 
 /// # Errors

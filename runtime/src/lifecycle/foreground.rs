@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
@@ -11,6 +11,14 @@ use crate::error::{Context, Result};
 use crate::lifecycle::notify_socket::NotifySocket;
 use crate::log;
 use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd};
+
+/// How much a relay carries at once.
+const RELAY_BYTES: usize = 32 << 10;
+/// How long the output may pause, after the end of the process, before the relay ends.
+const OUTPUT_GRACE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
 /// Signals that are for the container's process, taken by a descriptor.
 ///
@@ -172,87 +180,122 @@ impl Foreground {
         let _raw = RawTerminal::set();
         copy_size(&master);
         let mut input_open = true;
-        let mut buffer = vec![0u8; 32 << 10];
+        let mut buffer = vec![0u8; RELAY_BYTES];
         let mut status = None;
         loop {
-            let stdin = rustix::stdio::stdin();
-            let mut watched = vec![
-                PollFd::new(&master, PollFlags::IN),
-                PollFd::new(&self.signals, PollFlags::IN),
-                PollFd::new(
-                    pidfd,
-                    if status.is_none() {
-                        PollFlags::IN
-                    } else {
-                        PollFlags::empty()
-                    },
-                ),
-            ];
-            if input_open {
-                watched.push(PollFd::new(&stdin, PollFlags::IN));
-            }
-            if let Some(notify) = &self.notify {
-                watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
-            }
-            // After its end, only what is still on the way is waited for.
-            let timeout = status.map(|_| rustix::event::Timespec {
-                tv_sec: 0,
-                tv_nsec: 50_000_000,
-            });
-            let ready = match poll(&mut watched, timeout.as_ref()) {
-                Ok(ready) => ready,
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
+            let Some(ready) = self.await_relay(pidfd, &master, input_open, status.is_some())?
+            else {
+                continue;
             };
-            let readable = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            let (from_master, from_signals) = (readable(0), readable(1));
-            let input = input_open && readable(3);
             self.pass_on_notification();
-            if let (Some(status), 0) = (status, ready) {
+            if let (Some(status), Ready { any: false, .. }) = (status, &ready) {
                 return Ok(status);
             }
-            if from_signals {
-                while let Some(signal) = read_signal(self.signals.as_fd()) {
-                    if signal == libc::SIGWINCH {
-                        copy_size(&master);
-                    } else {
-                        let _ = pidfd_send_signal(pidfd.as_fd(), signal);
-                    }
-                }
+            if ready.signals {
+                self.forward_with_size(pidfd, &master);
             }
-            if input {
-                match rustix::io::read(stdin, &mut buffer) {
-                    Ok(length) if length > 0 => {
-                        let _ = write_all(&master, buffer.get(..length).unwrap_or_default());
-                    }
-                    // End of file: what the terminal calls so is Ctrl-D.
-                    Ok(_) => {
-                        input_open = false;
-                        let _ = write_all(&master, &[4]);
-                    }
-                    Err(_) => input_open = false,
-                }
+            if ready.input {
+                input_open = relay_input(&master, &mut buffer);
             }
             if status.is_none() {
                 status = ended(pidfd)?;
             }
-            if from_master {
-                match rustix::io::read(&master, &mut buffer) {
-                    Ok(length) if length > 0 => {
-                        let _ = write_all(
-                            rustix::stdio::stdout(),
-                            buffer.get(..length).unwrap_or_default(),
-                        );
-                    }
-                    // EIO: the last holder of the slave side has closed it.
-                    _ => {
-                        return match status {
-                            Some(status) => Ok(status),
-                            None => self.wait(pidfd),
-                        };
-                    }
-                }
+            if ready.master && !relay_output(&master, &mut buffer) {
+                return match status {
+                    Some(status) => Ok(status),
+                    None => self.wait(pidfd),
+                };
             }
         }
+    }
+
+    /// Waits until there is something to relay. After the end of the process only what is still on
+    /// the way is waited for. `None` if a signal interrupted the wait.
+    fn await_relay(
+        &self,
+        pidfd: &OwnedFd,
+        master: &OwnedFd,
+        input_open: bool,
+        has_ended: bool,
+    ) -> Result<Option<Ready>> {
+        let stdin = rustix::stdio::stdin();
+        let end = if has_ended {
+            PollFlags::empty()
+        } else {
+            PollFlags::IN
+        };
+        let mut watched = vec![
+            PollFd::new(master, PollFlags::IN),
+            PollFd::new(&self.signals, PollFlags::IN),
+            PollFd::new(pidfd, end),
+        ];
+        if input_open {
+            watched.push(PollFd::new(&stdin, PollFlags::IN));
+        }
+        if let Some(notify) = &self.notify {
+            watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
+        }
+        let timeout = has_ended.then_some(&OUTPUT_GRACE);
+        let any = match poll(&mut watched, timeout) {
+            Ok(ready) => ready > 0,
+            Err(Errno::INTR) => return Ok(None),
+            Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
+        };
+        let readable = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        Ok(Some(Ready {
+            any,
+            master: readable(0),
+            signals: readable(1),
+            input: input_open && readable(3),
+        }))
+    }
+
+    /// Like [`Foreground::forward`], but a new size of the caller's terminal becomes that of the
+    /// container's.
+    fn forward_with_size(&self, pidfd: &OwnedFd, master: &OwnedFd) {
+        while let Some(signal) = read_signal(self.signals.as_fd()) {
+            if signal == libc::SIGWINCH {
+                copy_size(master);
+            } else {
+                let _ = pidfd_send_signal(pidfd.as_fd(), signal);
+            }
+        }
+    }
+}
+
+/// What a relay can read without waiting.
+struct Ready {
+    any: bool,
+    master: bool,
+    signals: bool,
+    input: bool,
+}
+
+/// Carries some input to the terminal; false if there will be no more.
+fn relay_input(master: &OwnedFd, buffer: &mut [u8]) -> bool {
+    match rustix::io::read(rustix::stdio::stdin(), &mut *buffer) {
+        Ok(length) if length > 0 => {
+            let _ = write_all(master, buffer.get(..length).unwrap_or_default());
+            true
+        }
+        // End of file, for which a terminal has Ctrl-D.
+        Ok(_) => {
+            let _ = write_all(master, &[4]);
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+/// Carries some output of the terminal; false if there will be no more.
+fn relay_output(master: &OwnedFd, buffer: &mut [u8]) -> bool {
+    match rustix::io::read(master, &mut *buffer) {
+        Ok(length) if length > 0 => {
+            let output = buffer.get(..length).unwrap_or_default();
+            let _ = write_all(rustix::stdio::stdout(), output);
+            true
+        }
+        // EIO: the last holder of the slave side has closed it.
+        _ => false,
     }
 }

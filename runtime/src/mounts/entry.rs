@@ -58,8 +58,8 @@ impl Mount {
         }
         let id_maps = IdMaps::from_spec(
             &format!("{field}."),
-            spec.uid_mappings().as_deref().unwrap_or_default(),
-            spec.gid_mappings().as_deref().unwrap_or_default(),
+            spec.uid_mappings().as_deref(),
+            spec.gid_mappings().as_deref(),
         )?;
         if !id_maps.is_empty() {
             if !id_maps.is_complete() {
@@ -68,21 +68,7 @@ impl Mount {
             // Not recursive unless it is said, as with runc.
             options.idmap.get_or_insert(false);
         }
-        if options.tmpcopyup && typ != "tmpfs" {
-            refuse!("{field}.options: tmpcopyup is for a tmpfs");
-        }
-        if options.idmap.is_some() && options.bind == Bind::No {
-            refuse!("{field}: ids can be mapped only in a bind mount");
-        }
-        if options.remount && (options.idmap.is_some() || options.tmpcopyup) {
-            refuse!(
-                "{field}.options: remount changes a mount that is there, and goes with neither idmap nor tmpcopyup"
-            );
-        }
-        if options.bind == Bind::No {
-            options::check_parameters(&options.data)
-                .map_err(|error| error.while_doing(format!("{field}.options")))?;
-        }
+        check_options(&field, &typ, &options)?;
         let mut source = spec.source().clone().unwrap_or_default();
         if options.bind != Bind::No && !options.remount {
             if source.as_os_str().is_empty() {
@@ -173,6 +159,27 @@ impl Mount {
     pub(crate) fn is_bind(&self) -> bool {
         self.options.bind != Bind::No && !self.options.remount
     }
+}
+
+/// # Errors
+/// Options that do not go together, or not with the type.
+fn check_options(field: &str, typ: &str, options: &MountOptions) -> Result<()> {
+    if options.tmpcopyup && typ != "tmpfs" {
+        refuse!("{field}.options: tmpcopyup is for a tmpfs");
+    }
+    if options.idmap.is_some() && options.bind == Bind::No {
+        refuse!("{field}: ids can be mapped only in a bind mount");
+    }
+    if options.remount && (options.idmap.is_some() || options.tmpcopyup) {
+        refuse!(
+            "{field}.options: remount changes a mount that is there, and goes with neither idmap nor tmpcopyup"
+        );
+    }
+    if options.bind == Bind::No {
+        options::check_parameters(&options.data)
+            .map_err(|error| error.while_doing(format!("{field}.options")))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -35,12 +35,12 @@ impl IdMaps {
     /// What the kernel would refuse, by the name of its field.
     pub(crate) fn from_spec(
         field: &str,
-        uid: &[LinuxIdMapping],
-        gid: &[LinuxIdMapping],
+        uid: Option<&[LinuxIdMapping]>,
+        gid: Option<&[LinuxIdMapping]>,
     ) -> Result<IdMaps> {
         Ok(IdMaps {
-            uid: lines(&format!("{field}uidMappings"), uid)?,
-            gid: lines(&format!("{field}gidMappings"), gid)?,
+            uid: lines(&format!("{field}uidMappings"), uid.unwrap_or_default())?,
+            gid: lines(&format!("{field}gidMappings"), gid.unwrap_or_default())?,
         })
     }
 
@@ -214,7 +214,7 @@ mod tests {
 
     fn maps(json: &str) -> Result<IdMaps> {
         let list: Vec<LinuxIdMapping> = serde_json::from_str(json).unwrap();
-        IdMaps::from_spec("mounts[1].", &list, &list)
+        IdMaps::from_spec("mounts[1].", Some(&list), Some(&list))
     }
 
     #[test]

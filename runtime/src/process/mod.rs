@@ -67,18 +67,7 @@ impl Process {
     /// # Errors
     /// What is missing, contradictory or not supported, by the name of its field.
     pub(crate) fn from_spec(spec: &ProcessSpec) -> Result<Process> {
-        let args = spec
-            .args
-            .iter()
-            .flatten()
-            .map(|text| {
-                CString::new(text.as_str())
-                    .map_err(|_| Error::new("process.args: a value contains NUL"))
-            })
-            .collect::<Result<Vec<CString>>>()?;
-        if args.is_empty() {
-            refuse!("process.args: must have at least the program to run");
-        }
+        let args = args(spec)?;
         if !spec.cwd.is_absolute() {
             refuse!(
                 "process.cwd: {} is not an absolute path",
@@ -268,6 +257,22 @@ impl Process {
             }
         }
     }
+}
+
+fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
+    let args = spec
+        .args
+        .iter()
+        .flatten()
+        .map(|text| {
+            CString::new(text.as_str())
+                .map_err(|_| Error::new("process.args: a value contains NUL"))
+        })
+        .collect::<Result<Vec<CString>>>()?;
+    if args.is_empty() {
+        refuse!("process.args: must have at least the program to run");
+    }
+    Ok(args)
 }
 
 /// Why a program can not be executed, in runc's words with the kernel's name beside them.
