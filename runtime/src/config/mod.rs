@@ -97,6 +97,7 @@ impl Config {
         process.inherit(linux.personality.as_ref(), linux.memory_policy.as_ref())?;
         let namespaces = Namespaces::from_spec(linux.namespaces.as_deref().unwrap_or_default())?;
         let mount_label = mount_label(&linux)?;
+        let rdt = linux.intel_rdt.take();
         let config = Config {
             rootfs,
             root_readonly: root.readonly.unwrap_or(false),
@@ -127,11 +128,7 @@ impl Config {
             process_spec,
             mount_label,
             net_devices: net_devices::from_spec(&linux.net_devices.take().unwrap_or_default())?,
-            resctrl: linux
-                .intel_rdt
-                .as_ref()
-                .map(Resctrl::from_spec)
-                .transpose()?,
+            resctrl: rdt.as_ref().map(Resctrl::from_spec).transpose()?,
             personality: linux.personality.take(),
             memory_policy: linux.memory_policy.take(),
             namespaces,

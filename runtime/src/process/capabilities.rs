@@ -194,9 +194,10 @@ impl CapabilityMasks {
         };
         let kept =
             until_execution && rustix::thread::set_capabilities(None, with(SYS_ADMIN)).is_ok();
-        let set = match kept {
-            true => Ok(()),
-            false => rustix::thread::set_capabilities(None, with(0)),
+        let set = if kept {
+            Ok(())
+        } else {
+            rustix::thread::set_capabilities(None, with(0))
         };
         set.doing(|| {
             let missing = rustix::thread::capabilities(None)
