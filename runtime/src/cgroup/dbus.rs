@@ -369,9 +369,9 @@ impl Bus {
         );
         let heard = "type='signal',sender='org.freedesktop.systemd1',member='JobRemoved'";
         let refused = |refusal: Refusal| Error::new(refusal.text);
-        self.ask(DAEMON, "Hello", Body::default())?
+        self.call_object(DAEMON, "Hello", Body::default())?
             .map_err(refused)?;
-        self.ask(DAEMON, "AddMatch", Body::default().text(heard))?
+        self.call_object(DAEMON, "AddMatch", Body::default().text(heard))?
             .map_err(refused)?;
         self.call("Subscribe", Body::default())?.map_err(refused)?;
         Ok(self)
@@ -388,7 +388,7 @@ impl Bus {
             "/org/freedesktop/systemd1",
             "org.freedesktop.systemd1.Manager",
         );
-        self.ask(MANAGER, method, body)
+        self.call_object(MANAGER, method, body)
     }
 
     /// A property of systemd's manager that is a string.
@@ -401,7 +401,7 @@ impl Bus {
         let body = Body::default()
             .text("org.freedesktop.systemd1.Manager")
             .text(name);
-        let reply = self.exchange(PROPERTIES, "Get", body)?;
+        let reply = self.call_and_receive(PROPERTIES, "Get", body)?;
         let mut reader = reply.reader();
         match (reply.kind, reader.signature()) {
             (RETURN, Some("s")) => reader.text(),
@@ -411,13 +411,13 @@ impl Bus {
         .ok_or_else(|| Error::new(format!("ask systemd for its {name}: no answer to that")))
     }
 
-    fn ask(
+    fn call_object(
         &mut self,
-        whom: (&str, &str, &str),
+        object: (&str, &str, &str),
         method: &str,
         body: Body,
     ) -> Result<std::result::Result<String, Refusal>> {
-        let reply = self.exchange(whom, method, body)?;
+        let reply = self.call_and_receive(object, method, body)?;
         let text = reply.first_text().unwrap_or_default();
         Ok(match reply.kind {
             RETURN => Ok(text),
@@ -428,7 +428,7 @@ impl Bus {
         })
     }
 
-    fn exchange(
+    fn call_and_receive(
         &mut self,
         (destination, path, interface): (&str, &str, &str),
         method: &str,

@@ -141,7 +141,7 @@ pub(super) fn check_unified() -> Result<()> {
     Ok(())
 }
 
-/// Opens the cgroup of an existing container, for a process to be born into.
+/// Opens the cgroup of an existing container, for a process to be made in.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(
         path,
@@ -189,11 +189,11 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
 /// All processes in a cgroup and those below it.
 pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     let mut pids = Vec::new();
-    for directory in tree(path) {
+    for directory in subtree(path) {
         match read(&directory, "cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
             // EOPNOTSUPP: a threaded cgroup, whose processes are listed further up.
-            Err(error) if gone(&error) => {}
+            Err(error) if is_gone(&error) => {}
             Err(error) => {
                 return Err(error).doing(|| format!("list processes of {}", directory.display()));
             }
@@ -202,7 +202,7 @@ pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     Ok(pids)
 }
 
-fn gone(error: &std::io::Error) -> bool {
+fn is_gone(error: &std::io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw_os_error),
         Some(Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP)
@@ -223,7 +223,7 @@ pub(crate) fn kill_all(path: &Path) -> Result<()> {
 }
 
 /// A cgroup and all below it, parents before children.
-pub(super) fn tree(path: &Path) -> Vec<PathBuf> {
+pub(super) fn subtree(path: &Path) -> Vec<PathBuf> {
     let mut found = vec![path.to_owned()];
     let mut next = 0;
     while let Some(directory) = found.get(next).cloned() {

@@ -1,6 +1,6 @@
 //! A container's cgroup, in the unified hierarchy (cgroup v2) at /sys/fs/cgroup.
 //!
-//! It is made, with all its limits, before the process that is born into it. So there is
+//! It is made, with all its limits, before the process that is made in it. So there is
 //! no moment in which that process is not held by them. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
@@ -24,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Result};
 use crate::log;
-use directory::{Directory, EMPTY_TIMEOUT, check_unified, tree, wait_for_event};
+use directory::{Directory, EMPTY_TIMEOUT, check_unified, subtree, wait_for_event};
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
@@ -247,7 +247,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
             deadline.saturating_duration_since(Instant::now()),
         )?;
         let mut refused = None;
-        for directory in tree(path).iter().rev() {
+        for directory in subtree(path).iter().rev() {
             match rustix::fs::rmdir(directory) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => refused = Some((directory.clone(), errno)),
@@ -260,7 +260,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
             return Err(errno).doing(|| format!("remove cgroup {}", directory.display()));
         }
         // Emptied, and busy all the same: someone is just looking into it, or a process is
-        // being born in there, which the next round kills.
+        // being made in there, which the next round kills.
         std::thread::sleep(Duration::from_millis(2));
         kill_all(path)?;
     }

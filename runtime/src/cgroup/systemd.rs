@@ -1,7 +1,7 @@
 //! The systemd cgroup driver: a container's cgroup is that of a transient scope, a unit which
 //! systemd makes, accounts for and shows, and leaves to rrun to divide ("Delegate").
 //!
-//! systemd makes no scope without a process in it. The container's own is to be born inside
+//! systemd makes no scope without a process in it. The container's own is to be made inside
 //! (see [`crate::lifecycle::create`]), so a placeholder that does nothing holds the place until then.
 //! See systemd.scope(5), systemd.resource-control(5) and org.freedesktop.systemd1(5).
 

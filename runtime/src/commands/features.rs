@@ -58,7 +58,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "potentiallyUnsafeConfigAnnotations": [cgroup::ANNOTATION],
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
-            "io.rrun.create.after": identity(),
+            "io.rrun.create.after": own_device_and_inode(),
         },
     });
     let text = serde_json::to_string_pretty(&features)
@@ -70,7 +70,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
 /// That `create --after` is there, and of which file that is true, as `DEVICE:INODE`: a program of
 /// another name that looks into the bundle first and then becomes rrun passes these features on as
 /// if they were its own, and must not be started before the bundle is written.
-fn identity() -> String {
+fn own_device_and_inode() -> String {
     rustix::fs::stat("/proc/self/exe").map_or(String::new(), |file| {
         format!("{}:{}", file.st_dev, file.st_ino)
     })

@@ -108,7 +108,7 @@ pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
 }
 
 fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
-    let inherited = keep_apart(&words)?;
+    let inherited = keep_out_of_containers(&words)?;
     let mut words = words
         .into_iter()
         .skip(1)
@@ -163,7 +163,7 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
 ///
 /// This comes first, because it may execute rrun once more. A word that only looks like one of
 /// these commands does no harm.
-fn keep_apart(words: &[&'static CStr]) -> Result<Vec<u32>> {
+fn keep_out_of_containers(words: &[&'static CStr]) -> Result<Vec<u32>> {
     readonly_exec::reserve_standard_descriptors()?;
     let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
     if words.iter().any(enters) {

@@ -26,7 +26,7 @@ const GO_ON: u8 = b'G';
 
 /// What the new process has to say.
 pub(crate) enum ChildMessage {
-    /// From a go-between: the process that it made beside itself.
+    /// From an intermediate process: the first process, which it made as its sibling.
     Cloned(i32),
     /// It is in its namespaces and waits for what only the host's side can do: the mappings
     /// of a user namespace and what that has no right to, network devices, resctrl.
@@ -76,8 +76,8 @@ impl Channel {
     }
 
     /// From the child: asks, and waits for the answer.
-    fn ask(&self, question: u8) -> Result<()> {
-        self.send(&[question])?;
+    fn request(&self, request: u8) -> Result<()> {
+        self.send(&[request])?;
         self.wait_for_answer()
     }
 
@@ -99,11 +99,11 @@ impl Channel {
     }
 
     pub(crate) fn wait_for_parent(&self) -> Result<()> {
-        self.ask(NEEDS_PARENT)
+        self.request(NEEDS_PARENT)
     }
 
     pub(crate) fn wait_for_hooks(&self) -> Result<()> {
-        self.ask(RUN_HOOKS)
+        self.request(RUN_HOOKS)
     }
 
     /// Hands the shared page to the parent. The filter that is loaded next may forbid this process

@@ -16,9 +16,9 @@ use rustix::io::Errno;
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket;
 
-/// Where the start gate's socket stands, in the container's directory; see [`crate::lifecycle::start_socket`].
+/// The start socket, once the container can be started: see [`crate::lifecycle::start_socket`].
 pub(crate) const START_SOCKET: &str = "start";
-/// Where it stands until the container is made, and can be started.
+/// Its name until then.
 pub(crate) const START_SOCKET_PENDING: &str = "start.shut";
 /// The container's state: see [`crate::lifecycle::state`].
 pub(crate) const STATE_FILE: &str = "state.json";

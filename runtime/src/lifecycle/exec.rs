@@ -71,7 +71,7 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Cloned::Child => {
             drop(channel);
             drop(agent);
-            run(&mut request, childs_end, joined)
+            run_child(&mut request, childs_end, joined)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
@@ -145,7 +145,7 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
-fn run(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
+fn run_child(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
     let _guard = NeverReturn;
     let Err(error) = run_to_execve(request, &channel, joined);
     channel.send_error(&error);

@@ -205,7 +205,7 @@ impl Init<'_> {
         if new_user {
             become_root_of_user_namespace()?;
         }
-        // Not made at birth: the kernel would take the cgroup that the parent is in for its
+        // Not made by clone3: the kernel would take the cgroup that the parent is in for its
         // root (copy_cgroup_ns looks at the process that calls clone3).
         if config.namespaces.is_new(Type::Cgroup) {
             namespaces::unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;

@@ -1,10 +1,9 @@
-//! The gate between `create` and `start`.
+//! The socket that a created container waits at for `start`.
 //!
-//! The first process of a created container waits at a listening unix socket in the
-//! container's directory; `start` connects to it. In place of the FIFO that runc and crun
-//! use, because it tells more: nobody can connect to a process that is gone, of two
-//! starters only one is let in, and the same connection carries the error back if the
-//! program then can not be executed. Its closing by close-on-exec is the sign of success.
+//! The container's first process listens at a unix socket in the container's directory; `start`
+//! connects to it. runc and crun use a FIFO. A socket reports more: nobody can connect to a process
+//! that is gone, only one of two starters is accepted, and the same connection carries the error
+//! back if the program cannot be executed. If it can, close-on-exec closes the connection.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -49,27 +48,27 @@ pub(crate) fn listen(directory: &Path) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Lets starters find it: the container is made, its first process waits. A starter that
-/// came before would have to wait for that, and nobody knows how long.
+/// Lets starters find the socket: the container is made, and its first process waits. A starter
+/// that connected earlier would have to wait for that, without a bound.
 pub(crate) fn publish(dir: &ContainerDir) -> Result<()> {
     rustix::fs::renameat(dir, START_SOCKET_PENDING, dir, START_SOCKET)
         .doing(|| format!("name socket {}", dir.path().join(START_SOCKET).display()))
 }
 
-/// Whether a process waits at the gate in this directory. It takes who knocks and goes for a
+/// Whether a process waits at the socket in this directory. To that process, this connection is a
 /// starter that went away.
 pub(crate) fn is_waiting(directory: &Path) -> bool {
     let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
         return true;
     };
-    let knocked = at_address(directory, START_SOCKET, |address| connect(&socket, address));
-    !matches!(knocked, Err(Errno::CONNREFUSED | Errno::NOENT))
+    let connected = at_address(directory, START_SOCKET, |address| connect(&socket, address));
+    !matches!(connected, Err(Errno::CONNREFUSED | Errno::NOENT))
 }
 
 /// From the container's first process: waits until a starter is there, and lets it in.
-pub(crate) fn accept(gate: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub(crate) fn accept(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
     loop {
-        let starter = match acceptfrom_with(gate, SocketFlags::CLOEXEC) {
+        let starter = match acceptfrom_with(socket, SocketFlags::CLOEXEC) {
             Ok((starter, _)) => starter,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
             Err(errno) => return Err(errno).doing(|| "wait for start"),
@@ -118,7 +117,7 @@ pub(crate) fn start(
         Ok(()) => {}
         Err(Errno::NOENT) => return Err(not_created()),
         Err(Errno::CONNREFUSED) => {
-            // Its process is gone, or past the gate with a starter that died on the way.
+            // Its process is gone, or it was started by a starter that died meanwhile.
             let _ = rustix::fs::unlink(&path);
             return Err(not_created());
         }

@@ -28,7 +28,7 @@ use crate::sys::procfs::process_stat;
 pub(crate) struct State {
     pub(crate) oci_version: String,
     pub(crate) id: String,
-    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it is born.
+    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it exists.
     pub(crate) pid: i32,
     /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
     /// 22). With the pid, it names one process and no later one.
@@ -158,7 +158,7 @@ impl State {
 
     pub(crate) fn status(&self, directory: &Path) -> Result<Status> {
         match self.status_from_files(directory)? {
-            // A `start` that was killed once it was let in has left the gate's name behind.
+            // A `start` that was killed after it was accepted has left the socket's name behind.
             Status::Created if !crate::lifecycle::start_socket::is_waiting(directory) => {
                 Ok(if self.is_alive()? {
                     Status::Running
@@ -170,7 +170,7 @@ impl State {
         }
     }
 
-    /// The same by the files alone, without knocking at the gate, for who is about to.
+    /// The status from the files alone, for callers that connect to the start socket themselves.
     pub(crate) fn status_from_files(&self, directory: &Path) -> Result<Status> {
         if self.pid == 0 {
             return Ok(Status::Creating);

@@ -124,7 +124,7 @@ impl Device {
         if bind {
             let node = clone_tree(&self.path, false).doing(|| "take it from the host")?;
             let stat = rustix::fs::fstat(&node).doing(|| "look at the host's")?;
-            if !self.is(&stat) {
+            if !self.is_at(&stat) {
                 refuse!("the host's is another device");
             }
             let target = rootfs.mount_target(&self.path, MountTarget::File)?;
@@ -140,7 +140,7 @@ impl Device {
         }
     }
 
-    fn is(&self, stat: &Stat) -> bool {
+    fn is_at(&self, stat: &Stat) -> bool {
         let number = rustix::fs::makedev(self.major, self.minor);
         FileType::from_raw_mode(stat.st_mode) == self.kind
             && (self.kind == FileType::Fifo || stat.st_rdev == number)
@@ -154,7 +154,7 @@ impl Device {
             Err(Errno::EXIST) => {
                 let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
                     .doing(|| "stat what is there already")?;
-                if !self.is(&stat) {
+                if !self.is_at(&stat) {
                     refuse!("something else is there already");
                 }
                 return Ok(());

@@ -69,9 +69,9 @@ impl HostMounts {
                 .is_idmapped()
                 .then(|| {
                     if mount.id_maps.is_empty() {
-                        namespaces.of_container(sources.namespaces, sources.id_maps)
+                        namespaces.for_container(sources.namespaces, sources.id_maps)
                     } else {
-                        namespaces.with(&mount.id_maps)
+                        namespaces.for_maps(&mount.id_maps)
                     }
                 })
                 .transpose()

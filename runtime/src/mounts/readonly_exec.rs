@@ -81,12 +81,12 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
         };
     let kind = rustix::fs::statfs(OWN_EXECUTABLE).doing(look)?.f_type;
     if !(read_only && ALWAYS_READ_ONLY.contains(&kind)) {
-        match on_own_file_system() {
+        match open_in_overlay() {
             Ok(file) => return Err(execute_again(&file, words)),
             // The file is safe without it.
             Err(_) if read_only => {}
             Err(refused) => {
-                let file = on_own_mount().doing(|| {
+                let file = open_on_readonly_mount().doing(|| {
                     let refused = refused.reason();
                     format!("{EXECUTE_AGAIN}: no overlay of its directory ({refused}) nor a read-only mount of it")
                 })?;
@@ -96,10 +96,10 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
     }
     // It may have been executed by a descriptor's number: no name for ps(1).
     rustix::thread::set_name(c"rrun").doing(|| "give this process its name")?;
-    hide()
+    make_undumpable()
 }
 
-fn hide() -> Result<()> {
+fn make_undumpable() -> Result<()> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .doing(|| "forbid other processes to look into this one")
 }
@@ -120,7 +120,7 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     let own = stat.st_uid == rustix::process::geteuid().as_raw()
         || rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
     if is_sealed || !own {
-        return hide();
+        return make_undumpable();
     }
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let copy = rustix::fs::memfd_create("rrun", flags).doing(doing)?;
@@ -144,7 +144,7 @@ fn execute_again(file: &OwnedFd, words: &[&'static CStr]) -> Error {
 }
 
 /// This program's file in an overlay of the directory that it is in.
-fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
+fn open_in_overlay() -> std::result::Result<OwnedFd, Errno> {
     let path = rustix::fs::readlink(OWN_EXECUTABLE, Vec::new())?;
     let path = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()));
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
@@ -171,7 +171,7 @@ fn on_own_file_system() -> std::result::Result<OwnedFd, Errno> {
 }
 
 /// This program's file on a read-only copy of its mount.
-fn on_own_mount() -> std::result::Result<OwnedFd, Errno> {
+fn open_on_readonly_mount() -> std::result::Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let mount = rustix::mount::open_tree(CWD, OWN_EXECUTABLE, flags)?;
     mount_setattr(mount.as_fd(), false, &READ_ONLY)?;

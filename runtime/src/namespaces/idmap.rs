@@ -74,7 +74,7 @@ impl IdMaps {
         let uid = rustix::process::geteuid().as_raw();
         let gid = rustix::process::getegid().as_raw();
         let procfs = Procfs::open()?;
-        if is_of_one(&self.gid, gid) {
+        if maps_single_id(&self.gid, gid) {
             // Else a group that is there to lock its members out could be left.
             procfs
                 .write(&format!("{pid}/setgroups"), "deny")
@@ -84,7 +84,7 @@ impl IdMaps {
             ("uid_map", "newuidmap", "uidMappings", &self.uid, uid),
             ("gid_map", "newgidmap", "gidMappings", &self.gid, gid),
         ] {
-            if is_of_one(map, own) {
+            if maps_single_id(map, own) {
                 procfs
                     .write(&format!("{pid}/{file}"), map)
                     .doing(|| format!("set {field}{name}"))?;
@@ -106,7 +106,7 @@ impl IdMaps {
 }
 
 /// Whether a map has nobody but that one id of the host's.
-fn is_of_one(map: &str, id: u32) -> bool {
+fn maps_single_id(map: &str, id: u32) -> bool {
     let fields: Vec<&str> = map.split_whitespace().collect();
     matches!(fields.as_slice(), [_, outside, "1"] if outside.parse() == Ok(id))
 }
@@ -150,13 +150,13 @@ pub(crate) struct IdMapNamespaces {
 
 impl IdMapNamespaces {
     /// The container's, or one with the mappings that it will have.
-    pub(crate) fn of_container(
+    pub(crate) fn for_container(
         &mut self,
         namespaces: &namespaces::Namespaces,
         maps: &IdMaps,
     ) -> Result<&OwnedFd> {
         let Some(path) = namespaces.joined_path(Type::User) else {
-            return self.with(maps);
+            return self.for_maps(maps);
         };
         let opened = match self.joined.take() {
             Some(opened) => opened,
@@ -166,7 +166,7 @@ impl IdMapNamespaces {
     }
 
     /// One with these mappings. Mounts with the same share it.
-    pub(crate) fn with(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
+    pub(crate) fn for_maps(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
         let at = match self.made.iter().position(|(known, _)| known == maps) {
             Some(at) => at,
             None => {

@@ -153,7 +153,7 @@ impl OpenNamespace {
     }
 
     /// Whether the new process enters it itself in any case. In its mount namespace the
-    /// host's paths are gone, and in its cgroup namespace it could not be born into a
+    /// host's paths are gone, and in its cgroup namespace it could not be made in a
     /// cgroup outside of that.
     pub(crate) fn is_entered_after_clone(&self) -> bool {
         matches!(self.typ, Type::Mount | Type::Cgroup)

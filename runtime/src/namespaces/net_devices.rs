@@ -119,14 +119,14 @@ impl NetDevice {
             libc::IFLA_NET_NS_FD,
             &(namespace.as_raw_fd() as u32).to_ne_bytes(),
         );
-        host.ask(request, |_, _| {})
+        host.request(request, |_, _| {})
             .doing(|| "change its namespace")?;
         let index = inside
             .index_of(&self.inside)?
             .ok_or_else(|| Error::new("it did not arrive in the container"))?;
         for address in addresses {
             inside
-                .ask(address.request(index), |_, _| {})
+                .request(address.add_request(index), |_, _| {})
                 .doing(|| "give it its address again")?;
         }
         inside.set_up(index, true).doing(|| "bring it up")
@@ -141,7 +141,7 @@ struct InterfaceAddress {
 }
 
 impl InterfaceAddress {
-    fn request(&self, index: i32) -> NetlinkRequest {
+    fn add_request(&self, index: i32) -> NetlinkRequest {
         let flags = libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
         let mut request = NetlinkRequest::new(libc::RTM_NEWADDR, flags as u16);
         request
@@ -254,7 +254,7 @@ impl NetlinkSocket {
     }
 
     /// Sends a question, and shows every answer but the last, which is the outcome.
-    fn ask(
+    fn request(
         &self,
         mut request: NetlinkRequest,
         mut answer: impl FnMut(u16, &[u8]),
@@ -297,7 +297,7 @@ impl NetlinkSocket {
         request.link(0, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(name));
         let mut index = None;
-        let answered = self.ask(request, |kind, body| {
+        let answered = self.request(request, |kind, body| {
             if kind == libc::RTM_NEWLINK {
                 let bytes = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
                 index = bytes.map(i32::from_ne_bytes);
@@ -313,7 +313,7 @@ impl NetlinkSocket {
         let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
         let flag = libc::IFF_UP as u32;
         request.link(index, if up { flag } else { 0 }, flag);
-        self.ask(request, |_, _| {})
+        self.request(request, |_, _| {})
     }
 
     fn addresses(&self, index: i32) -> Result<Vec<InterfaceAddress>> {
@@ -321,7 +321,7 @@ impl NetlinkSocket {
         // struct ifaddrmsg
         request.bytes.extend([0; 8]);
         let mut found = Vec::new();
-        self.ask(request, |kind, body| {
+        self.request(request, |kind, body| {
             if kind == libc::RTM_NEWADDR {
                 found.extend(InterfaceAddress::from_message(body, index));
             }

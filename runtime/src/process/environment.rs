@@ -41,7 +41,7 @@ pub(crate) fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
         .rfind(|entry| name_of(entry) == b"HOME")
         .is_some_and(|entry| entry.to_bytes() != b"HOME=");
     if !has_home {
-        let home = home_of(uid).unwrap_or_else(|| "/".to_owned());
+        let home = home_of_user(uid).unwrap_or_else(|| "/".to_owned());
         env.extend(CString::new(format!("HOME={home}")).ok());
     }
     if listen_fds > 0 {
@@ -72,7 +72,7 @@ fn keep_last(env: &mut Vec<CString>) {
     env.retain(|_| kept.next().unwrap_or(true));
 }
 
-fn home_of(uid: u32) -> Option<String> {
+fn home_of_user(uid: u32) -> Option<String> {
     use std::io::Read as _;
     // The container controls the file, and by now also /proc, which `Procfs::open` checks. Without
     // a /proc nothing is opened.

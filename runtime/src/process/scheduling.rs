@@ -43,7 +43,7 @@ pub(crate) struct Scheduling {
     scheduler: Option<SchedAttr>,
     /// The `ioprio` of ioprio_set(2).
     io_priority: Option<i32>,
-    /// CPUs on which a process of `exec` is born.
+    /// CPUs on which a process of `exec` is made.
     initial: Option<NumberSet>,
     /// CPUs on which it runs once it is in the container's cgroup.
     last: Option<NumberSet>,
@@ -93,7 +93,7 @@ impl Scheduling {
         Ok(())
     }
 
-    /// Puts the caller on the CPUs on which a process of `exec` is to be born.
+    /// Puts the caller on the CPUs on which a process of `exec` is to be made.
     pub(crate) fn apply_initial_affinity(&self) -> Result<()> {
         match &self.initial {
             Some(cpus) => {

@@ -61,7 +61,7 @@ struct UnnamedCalls {
 }
 
 impl UnnamedCalls {
-    fn of(profile: &CheckedProfile, architecture: Architecture) -> UnnamedCalls {
+    fn new(profile: &CheckedProfile, architecture: Architecture) -> UnnamedCalls {
         let permissive = matches!(
             profile.default & libc::SECCOMP_RET_ACTION_FULL,
             libc::SECCOMP_RET_ALLOW | libc::SECCOMP_RET_LOG | libc::SECCOMP_RET_TRACE
@@ -200,7 +200,7 @@ impl Compiler<'_> {
         // Stable: what is said of the same call stays in the profile's order.
         rules.sort_by_key(|(number, _)| *number);
 
-        let unnamed = UnnamedCalls::of(self.profile, architecture);
+        let unnamed = UnnamedCalls::new(self.profile, architecture);
         let mut borders = unnamed.borders(base).into_iter().peekable();
         for of_one in rules.chunk_by(|(one, _), (other, _)| one == other) {
             let Some((number, _)) = of_one.first() else {

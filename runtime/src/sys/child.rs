@@ -9,7 +9,7 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 use crate::error::Error;
 use crate::sys::syscalls::pidfd_send_signal;
 
-/// Ends the process without running anything of its parent's that it was born with.
+/// Ends the process without running anything that it has as a copy of its parent.
 pub(crate) fn exit_now() -> ! {
     // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
     unsafe { libc::syscall(libc::SYS_exit_group, 1) };

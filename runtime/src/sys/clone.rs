@@ -34,7 +34,7 @@ pub(crate) enum Cloned {
     Parent { pid: i32, pidfd: OwnedFd },
 }
 
-/// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), born inside
+/// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), inside
 /// `cgroup` if one is given. See clone3(2).
 ///
 /// With `CLONE_PARENT` among the flags, the new process is its caller's sibling instead.

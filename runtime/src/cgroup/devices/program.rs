@@ -72,19 +72,19 @@ impl Assembler {
         Label(self.places.len() - 1)
     }
 
-    fn here(&mut self, label: Label) {
+    fn place_label(&mut self, label: Label) {
         if let Some(place) = self.places.get_mut(label.0) {
             *place = self.code.len();
         }
     }
 
-    fn used(&self, label: Label) -> bool {
+    fn is_used(&self, label: Label) -> bool {
         self.jumps.iter().any(|(_, to)| *to == label)
     }
 
     /// `label:` return whether it is allowed.
-    fn answer(&mut self, label: Label) {
-        self.here(label);
+    fn return_decision(&mut self, label: Label) {
+        self.place_label(label);
         self.put(MOVE_CONSTANT, R_RESULT, 0, 0, i32::from(label == ALLOW));
         self.put(EXIT, 0, 0, 0, 0);
     }
@@ -101,7 +101,7 @@ impl Assembler {
     }
 
     /// Rules that all say the same, in any order.
-    fn run(&mut self, mut rules: Vec<DeviceRule>) {
+    fn add_rules(&mut self, mut rules: Vec<DeviceRule>) {
         merge_types(&mut rules);
         rules.sort_unstable_by_key(|rule| {
             (
@@ -121,7 +121,7 @@ impl Assembler {
             for of_an_access in of_a_type.chunk_by(|a, b| a.access == b.access) {
                 self.with_access(of_an_access);
             }
-            self.here(next);
+            self.place_label(next);
         }
     }
 
@@ -170,9 +170,9 @@ impl Assembler {
             for minor in of_a_major.iter().filter_map(|rule| rule.minor) {
                 self.jump(JUMP_EQUAL, R_MINOR, minor, answer);
             }
-            self.here(other);
+            self.place_label(other);
         }
-        self.here(next);
+        self.place_label(next);
     }
 }
 
@@ -223,13 +223,13 @@ pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
     };
     let effective = rules.get(first..).unwrap_or_default();
     for run in effective.chunk_by(|a, b| a.allow == b.allow).rev() {
-        program.run(run.to_vec());
+        program.add_rules(run.to_vec());
     }
-    program.answer(last);
+    program.return_decision(last);
     // The verifier refuses code that can not be reached.
     let other = if last == ALLOW { DENY } else { ALLOW };
-    if program.used(other) {
-        program.answer(other);
+    if program.is_used(other) {
+        program.return_decision(other);
     }
     program.finished()
 }
