@@ -21,7 +21,6 @@ use crate::lifecycle::channel::Channel;
 use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
-use crate::mounts::options::READ_ONLY;
 use crate::mounts::rootfs::Rootfs;
 use crate::mounts::tree::{self, attach_root, clone_root};
 use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
@@ -33,7 +32,7 @@ use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::child::{NeverReturn, exit_now};
-use crate::sys::mount_setattr::{MountAttr, mount_setattr};
+use crate::sys::mount_setattr::{MountAttr, READ_ONLY, mount_setattr};
 use crate::sys::syscalls::{self, Execution};
 
 /// What the first process needs to know beside its configuration.

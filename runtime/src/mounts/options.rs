@@ -243,14 +243,6 @@ pub(crate) fn is_read_only(attr: &MountAttr) -> bool {
     attr.attr_set & ATTR_RDONLY != 0
 }
 
-/// Attributes by which rrun itself mounts.
-pub(crate) const READ_ONLY: MountAttr = MountAttr {
-    attr_set: ATTR_RDONLY,
-    attr_clr: 0,
-    propagation: 0,
-    userns_fd: 0,
-};
-
 /// Mounts made on the host still arrive, none leaves.
 pub(crate) const SLAVE: u64 = MS_SLAVE;
 /// Mounts arrive and leave.
@@ -297,6 +289,7 @@ pub(crate) fn joined(data: &[Parameter]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::mount_setattr::READ_ONLY;
 
     fn parsed(options: &[&str]) -> MountOptions {
         parse(options.iter().copied()).unwrap()

@@ -10,9 +10,8 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
-use crate::mounts::options;
 use crate::mounts::rootfs::Rootfs;
-use crate::sys::mount_setattr::mount_setattr;
+use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
 use crate::sys::path::cleaned;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
@@ -60,7 +59,7 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
             result => result.doing(doing)?,
         };
         let copy = clone_descriptor(&target, true).doing(doing)?;
-        mount_setattr(copy.as_fd(), true, &options::READ_ONLY).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &READ_ONLY).doing(doing)?;
         move_mount(&copy, &target).doing(doing)?;
     }
     Ok(())

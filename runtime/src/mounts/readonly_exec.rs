@@ -35,8 +35,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
 use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Reason as _, Result};
-use crate::mounts::options::READ_ONLY;
-use crate::sys::mount_setattr::mount_setattr;
+use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
 use crate::sys::syscalls::{execveat, ignore_signal};
 
 const OWN_EXECUTABLE: &str = "/proc/self/exe";

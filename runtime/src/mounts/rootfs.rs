@@ -15,8 +15,7 @@ use rustix::fs::{FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
-use crate::mounts::options::READ_ONLY;
-use crate::sys::mount_setattr::mount_setattr;
+use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
 
 /// As many links are followed as the kernel itself would follow.
 const MAX_LINKS: usize = 40;

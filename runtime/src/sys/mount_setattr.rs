@@ -16,6 +16,14 @@ pub(crate) struct MountAttr {
     pub(crate) userns_fd: u64,
 }
 
+/// Makes a mount read-only, and changes nothing else.
+pub(crate) const READ_ONLY: MountAttr = MountAttr {
+    attr_set: libc::MOUNT_ATTR_RDONLY,
+    attr_clr: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
+
 /// Changes the attributes of the mount that `mount` refers to, and of all below it if
 /// `recursive`. See mount_setattr(2).
 pub(crate) fn mount_setattr(
