@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use super::program::BpfInsn;
 
-type Result<T> = std::result::Result<T, Errno>;
+type BpfResult<T> = std::result::Result<T, Errno>;
 
 // linux/bpf.h, enum bpf_cmd, bpf_prog_type, bpf_attach_type
 const BPF_PROG_LOAD: libc::c_int = 5;
@@ -79,7 +79,7 @@ struct ProgramInfo {
     name: [u8; 16],
 }
 
-fn bpf<A>(command: libc::c_int, attributes: &mut A) -> Result<i32> {
+fn bpf<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<i32> {
     // SAFETY: attributes is a prefix of bpf_attr of the length given, and what it points to
     // outlives the call; the kernel takes what is missing as zero.
     let returned = unsafe {
@@ -98,13 +98,13 @@ fn bpf<A>(command: libc::c_int, attributes: &mut A) -> Result<i32> {
 }
 
 /// The same for the commands that return a descriptor.
-fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> Result<OwnedFd> {
+fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<OwnedFd> {
     let fd = bpf(command, attributes)?;
     // SAFETY: a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub(crate) fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
+pub(crate) fn load(code: &[BpfInsn]) -> BpfResult<OwnedFd> {
     bpf_fd(
         BPF_PROG_LOAD,
         &mut LoadAttributes {
@@ -124,7 +124,11 @@ pub(crate) fn load(code: &[BpfInsn]) -> Result<OwnedFd> {
 
 /// Puts a program on a cgroup, in the place of another if one is given: at no moment is
 /// there none.
-pub(crate) fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
+pub(crate) fn attach(
+    cgroup: &impl AsFd,
+    program: &OwnedFd,
+    old: Option<&OwnedFd>,
+) -> BpfResult<()> {
     bpf(
         BPF_PROG_ATTACH,
         &mut AttachAttributes {
@@ -138,7 +142,7 @@ pub(crate) fn attach(cgroup: &impl AsFd, program: &OwnedFd, old: Option<&OwnedFd
     .map(|_| ())
 }
 
-pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
+pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> BpfResult<()> {
     bpf(
         BPF_PROG_DETACH,
         &mut AttachAttributes {
@@ -153,7 +157,7 @@ pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> Result<()> {
 }
 
 /// The program of rrun's that is on a cgroup.
-pub(crate) fn attached(cgroup: &impl AsFd) -> Result<Option<OwnedFd>> {
+pub(crate) fn attached(cgroup: &impl AsFd) -> BpfResult<Option<OwnedFd>> {
     let mut ids = [0u32; PROGRAMS_MAX];
     let mut query = QueryAttributes {
         target_fd: cgroup.as_fd().as_raw_fd() as u32,
