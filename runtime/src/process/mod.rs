@@ -2,6 +2,7 @@
 //! One of these is a container's first process, others enter by `exec`.
 
 pub(crate) mod capabilities;
+pub(crate) mod capability_names;
 pub(crate) mod descriptors;
 pub(crate) mod environment;
 pub(crate) mod lsm;
