@@ -7,20 +7,19 @@
 
 use std::fmt::Write as _;
 
-use crate::error::{Error, Result};
-use crate::refuse;
+use crate::error::{Error, Result, refuse};
 
 /// One flag that a command takes.
-pub struct Flag {
-    pub long: &'static str,
-    pub short: Option<char>,
+pub(crate) struct Flag {
+    long: &'static str,
+    short: Option<char>,
     /// Whether a value follows; without one it is a switch.
-    pub takes_value: bool,
-    pub help: &'static str,
+    takes_value: bool,
+    help: &'static str,
 }
 
 /// A flag that is given or not.
-pub const fn switch(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
+pub(crate) const fn switch(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
     Flag {
         long,
         short,
@@ -30,7 +29,7 @@ pub const fn switch(long: &'static str, short: Option<char>, help: &'static str)
 }
 
 /// A flag with a value.
-pub const fn value(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
+pub(crate) const fn value(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
     Flag {
         long,
         short,
@@ -41,9 +40,9 @@ pub const fn value(long: &'static str, short: Option<char>, help: &'static str) 
 
 /// What was given on the command line.
 #[derive(Debug, Default)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     flags: Vec<(&'static str, String)>,
-    pub positional: Vec<String>,
+    pub(crate) positional: Vec<String>,
 }
 
 impl Arguments {
@@ -52,7 +51,7 @@ impl Arguments {
     ///
     /// # Errors
     /// A flag that is not in `known`, or one whose value is missing.
-    pub fn read(
+    pub(crate) fn read(
         words: impl Iterator<Item = String>,
         known: &'static [Flag],
         rest_is_foreign: bool,
@@ -97,17 +96,17 @@ impl Arguments {
     }
 
     /// Whether a switch is given (the last one counts).
-    pub fn is_set(&self, long: &str) -> bool {
+    pub(crate) fn is_set(&self, long: &str) -> bool {
         self.value(long) == Some("true")
     }
 
     /// The value of a flag, if it is given (the last one counts).
-    pub fn value(&self, long: &str) -> Option<&str> {
+    pub(crate) fn value(&self, long: &str) -> Option<&str> {
         self.values(long).next_back()
     }
 
     /// All values of a flag that may be given more than once.
-    pub fn values(&self, long: &str) -> impl DoubleEndedIterator<Item = &str> {
+    pub(crate) fn values(&self, long: &str) -> impl DoubleEndedIterator<Item = &str> {
         self.flags
             .iter()
             .filter(move |(name, _)| *name == long)
@@ -115,7 +114,7 @@ impl Arguments {
     }
 
     /// A flag's value as a number.
-    pub fn number<N: std::str::FromStr>(&self, long: &str) -> Result<Option<N>> {
+    pub(crate) fn number<N: std::str::FromStr>(&self, long: &str) -> Result<Option<N>> {
         self.value(long)
             .map(|value| {
                 value
@@ -126,7 +125,7 @@ impl Arguments {
     }
 
     /// Checks that there is nothing beside the flags.
-    pub fn none(&self) -> Result<()> {
+    pub(crate) fn none(&self) -> Result<()> {
         match self.positional.len() {
             0 => Ok(()),
             given => refuse!("no argument is needed; {given} are given"),
@@ -134,7 +133,7 @@ impl Arguments {
     }
 
     /// The one argument that most commands take.
-    pub fn container_id(&self) -> Result<&str> {
+    pub(crate) fn container_id(&self) -> Result<&str> {
         match self.positional.as_slice() {
             [id] if !id.is_empty() => Ok(id),
             [] | [_] => Err(Error::new("a container id is needed as argument")),
@@ -158,7 +157,7 @@ fn find(known: &'static [Flag], name: &str) -> Option<&'static Flag> {
 }
 
 /// The flags as a `--help` text shows them.
-pub fn describe(flags: &[Flag]) -> String {
+pub(crate) fn describe(flags: &[Flag]) -> String {
     let mut text = String::new();
     for flag in flags {
         let mut name = format!("--{}", flag.long);

@@ -7,13 +7,13 @@
 
 use std::fmt;
 
-use nix::errno::Errno;
+use crate::sys::errno::errno_text;
 
-pub type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 /// What a caller may need to tell apart; everything else is in the sentence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Anything that has no kind of its own.
     General,
     /// No container of that id under this root.
@@ -23,46 +23,37 @@ pub enum Kind {
 /// One sentence, and its kind.
 #[derive(Debug, thiserror::Error)]
 #[error("{sentence}")]
-pub struct Error {
+pub(crate) struct Error {
     sentence: String,
     kind: Kind,
 }
 
 impl Error {
-    pub fn new(sentence: impl Into<String>) -> Error {
+    pub(crate) fn new(sentence: impl Into<String>) -> Error {
         Error {
             sentence: sentence.into(),
             kind: Kind::General,
         }
     }
 
-    pub fn with_kind(mut self, kind: Kind) -> Error {
+    pub(crate) fn with_kind(mut self, kind: Kind) -> Error {
         self.kind = kind;
         self
     }
 
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         self.kind
     }
 
     /// Puts what was being done around what went wrong inside it.
-    pub fn while_doing(mut self, doing: impl fmt::Display) -> Error {
+    pub(crate) fn while_doing(mut self, doing: impl fmt::Display) -> Error {
         self.sentence = format!("{doing}: {}", self.sentence);
         self
     }
 }
 
-/// `Operation not permitted (EPERM)` from an errno.
-pub fn errno_text(raw: i32) -> String {
-    let errno = Errno::from_raw(raw);
-    if errno == Errno::UnknownErrno {
-        return format!("errno {raw}");
-    }
-    format!("{} ({errno:?})", errno.desc())
-}
-
 /// Something that carries the reason of a failure, mostly an errno.
-pub trait Reason {
+pub(crate) trait Reason {
     fn reason(&self) -> String;
 }
 
@@ -86,7 +77,7 @@ impl Reason for Error {
 }
 
 /// Turns a kernel's refusal into a sentence.
-pub trait Context<T> {
+pub(crate) trait Context<T> {
     /// `doing` is evaluated only on failure: `mount proc on /proc`.
     fn doing<D: fmt::Display>(self, doing: impl FnOnce() -> D) -> Result<T>;
 }
@@ -98,12 +89,12 @@ impl<T, E: Reason> Context<T> for std::result::Result<T, E> {
 }
 
 /// `return Err(Error::new(format!(…)))`.
-#[macro_export]
 macro_rules! refuse {
     ($($arg:tt)*) => {
         return Err($crate::error::Error::new(format!($($arg)*)))
     };
 }
+pub(crate) use refuse;
 
 #[cfg(test)]
 mod tests {

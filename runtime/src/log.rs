@@ -8,21 +8,21 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use crate::error::{Context, Result};
-use crate::time::rfc3339_seconds;
+use crate::sys::time::rfc3339_seconds;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum LogFormat {
     Text,
     Json,
 }
 
 struct Log {
-    destination: Mutex<Destination>,
-    format: Format,
+    destination: Mutex<LogDestination>,
+    format: LogFormat,
     debug: bool,
 }
 
-enum Destination {
+enum LogDestination {
     StandardError,
     File(File),
     /// This process is in a container, from which the log must not be reachable.
@@ -32,7 +32,7 @@ enum Destination {
 static LOG: OnceLock<Log> = OnceLock::new();
 
 impl Log {
-    fn destination(&self) -> MutexGuard<'_, Destination> {
+    fn destination(&self) -> MutexGuard<'_, LogDestination> {
         // After a panic under the lock, at most half a line is missing.
         self.destination
             .lock()
@@ -41,10 +41,10 @@ impl Log {
 }
 
 /// Opens the log file, if one is named. Called once, at the start.
-pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
+pub(crate) fn open(path: Option<&str>, format: LogFormat, debug: bool) -> Result<()> {
     let destination = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
-        None => Destination::StandardError,
-        Some(path) => Destination::File(
+        None => LogDestination::StandardError,
+        Some(path) => LogDestination::File(
             OpenOptions::new()
                 .append(true)
                 .create(true)
@@ -62,54 +62,54 @@ pub fn open(path: Option<&str>, format: Format, debug: bool) -> Result<()> {
 
 /// Logs the error that ends this program. It also appears on standard error as it is,
 /// unless the log itself goes there.
-pub fn fatal(sentence: &str) {
+pub(crate) fn fatal(sentence: &str) {
     write("error", sentence);
-    let elsewhere = |log: &Log| matches!(*log.destination(), Destination::File(_));
+    let elsewhere = |log: &Log| matches!(*log.destination(), LogDestination::File(_));
     if LOG.get().is_some_and(elsewhere) {
         let _ = writeln!(std::io::stderr(), "{sentence}");
     }
 }
 
-pub fn warning(sentence: &str) {
+pub(crate) fn warning(sentence: &str) {
     write("warning", sentence);
 }
 
-pub fn debug(sentence: impl FnOnce() -> String) {
+pub(crate) fn debug(sentence: impl FnOnce() -> String) {
     if LOG.get().is_some_and(|log| log.debug) {
         write("debug", &sentence());
     }
 }
 
 fn write(level: &str, message: &str) {
-    let format = LOG.get().map_or(Format::Text, |log| log.format);
+    let format = LOG.get().map_or(LogFormat::Text, |log| log.format);
     let line = line(format, level, message, &rfc3339_seconds(SystemTime::now()));
     // Nobody is left to be told of a log that can not be written.
     let _ = match LOG.get().map(Log::destination).as_deref_mut() {
-        Some(Destination::File(file)) => file.write_all(line.as_bytes()),
-        Some(Destination::Nowhere) => Ok(()),
-        Some(Destination::StandardError) | None => std::io::stderr().write_all(line.as_bytes()),
+        Some(LogDestination::File(file)) => file.write_all(line.as_bytes()),
+        Some(LogDestination::Nowhere) => Ok(()),
+        Some(LogDestination::StandardError) | None => std::io::stderr().write_all(line.as_bytes()),
     };
 }
 
 /// Closes the log file, a file of the host, in a process that is about to resolve paths of the
 /// container.
-pub fn close() {
+pub(crate) fn close() {
     if let Some(mut destination) = LOG.get().map(Log::destination)
-        && let Destination::File(_) = *destination
+        && let LogDestination::File(_) = *destination
     {
-        *destination = Destination::Nowhere;
+        *destination = LogDestination::Nowhere;
     }
 }
 
-fn line(format: Format, level: &str, message: &str, time: &str) -> String {
+fn line(format: LogFormat, level: &str, message: &str, time: &str) -> String {
     let quoted = serde_json::Value::from(message).to_string();
     let mut line = String::with_capacity(quoted.len() + 64);
     let _ = match format {
-        Format::Json => writeln!(
+        LogFormat::Json => writeln!(
             line,
             "{{\"level\":\"{level}\",\"msg\":{quoted},\"time\":\"{time}\"}}"
         ),
-        Format::Text => writeln!(line, "time=\"{time}\" level={level} msg={quoted}"),
+        LogFormat::Text => writeln!(line, "time=\"{time}\" level={level} msg={quoted}"),
     };
     line
 }
@@ -122,11 +122,11 @@ mod tests {
     fn lines_have_the_shape_that_callers_of_runc_parse() {
         let time = "2026-11-21T10:39:48Z";
         assert_eq!(
-            line(Format::Json, "error", "a \"b\"\n", time),
+            line(LogFormat::Json, "error", "a \"b\"\n", time),
             "{\"level\":\"error\",\"msg\":\"a \\\"b\\\"\\n\",\"time\":\"2026-11-21T10:39:48Z\"}\n"
         );
         assert_eq!(
-            line(Format::Text, "warning", "x", time),
+            line(LogFormat::Text, "warning", "x", time),
             "time=\"2026-11-21T10:39:48Z\" level=warning msg=\"x\"\n"
         );
     }

@@ -6,36 +6,38 @@ use oci_spec::runtime::{LinuxResources, LinuxThrottleDevice};
 
 use super::resources::{cpu_weight, io_weight, swap_max};
 use super::{devices, systemd};
-use crate::dbus::{Property, Value};
-use crate::error::{Error, Result};
-use crate::number_list::NumberSet;
-use crate::refuse;
+use crate::cgroup::dbus::{BusValue, Property};
+use crate::error::{Error, Result, refuse};
+use crate::sys::number_list::NumberSet;
 
 /// systemd's "infinity".
-const NONE: u64 = u64::MAX;
-const DEFAULT_PERIOD: u64 = 100_000;
+const INFINITY: u64 = u64::MAX;
+const DEFAULT_CPU_PERIOD: u64 = 100_000;
 
 /// The first version of systemd in which a scope has a policy.
-const KNOWS_OOM_POLICY: u32 = 253;
+const OOM_POLICY_VERSION: u32 = 253;
 
 /// What can be said only when the scope is started.
-pub fn at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
+pub(crate) fn only_at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
     let unified = resources.unified().as_ref();
     let group = unified.and_then(|all| all.get("memory.oom.group"));
     // Else systemd would clear the file when it writes the cgroup's files anew.
-    if group.is_some_and(|value| value.trim() == "1") && systemd::version()? >= KNOWS_OOM_POLICY {
-        let policy = Value::Text("kill".to_owned());
+    if group.is_some_and(|value| value.trim() == "1") && systemd::version()? >= OOM_POLICY_VERSION {
+        let policy = BusValue::Text("kill".to_owned());
         return Ok(vec![("OOMPolicy".to_owned(), policy)]);
     }
     Ok(Vec::new())
 }
 
 /// The first version of systemd that knows cpu.idle (as a weight of zero).
-const KNOWS_IDLE: u32 = 252;
+const IDLE_VERSION: u32 = 252;
 
 /// # Errors
 /// A value that can not be understood, by its field.
-pub fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Property>> {
+pub(crate) fn from_resources(
+    resources: &LinuxResources,
+    with_devices: bool,
+) -> Result<Vec<Property>> {
     let mut all = Properties::default();
     all.memory(resources);
     all.cpu(resources)?;
@@ -45,7 +47,7 @@ pub fn from(resources: &LinuxResources, with_devices: bool) -> Result<Vec<Proper
             "TasksMax",
             match pids.limit() {
                 0 => 1,
-                limit => u64::try_from(limit).unwrap_or(NONE),
+                limit => u64::try_from(limit).unwrap_or(INFINITY),
             },
         );
     }
@@ -65,20 +67,20 @@ struct Properties(Vec<Property>);
 
 impl Properties {
     /// A later one overrides an earlier one, as a later write to a file would.
-    fn set(&mut self, name: &str, value: Value) {
+    fn set(&mut self, name: &str, value: BusValue) {
         self.0.retain(|(known, _)| known != name);
         self.0.push((name.to_owned(), value));
     }
 
     fn number(&mut self, name: &str, value: u64) {
-        self.set(name, Value::U64(value));
+        self.set(name, BusValue::U64(value));
     }
 
     fn memory(&mut self, resources: &LinuxResources) {
         let Some(memory) = resources.memory() else {
             return;
         };
-        let limit = |value: i64| u64::try_from(value).unwrap_or(NONE);
+        let limit = |value: i64| u64::try_from(value).unwrap_or(INFINITY);
         if let Some(value) = memory.limit().filter(|value| *value != 0) {
             self.number("MemoryMax", limit(value));
         }
@@ -86,7 +88,7 @@ impl Properties {
             self.number("MemoryLow", limit(value));
         }
         if let Some(value) = swap_max(resources) {
-            self.number("MemorySwapMax", value.parse().unwrap_or(NONE));
+            self.number("MemorySwapMax", value.parse().unwrap_or(INFINITY));
         }
     }
 
@@ -123,7 +125,7 @@ impl Properties {
 
     /// A weight of zero is what systemd calls a unit that runs only when nothing else does.
     fn idle(&mut self, idle: bool) -> Result<()> {
-        if idle && systemd::version()? >= KNOWS_IDLE {
+        if idle && systemd::version()? >= IDLE_VERSION {
             self.number("CPUWeight", 0);
         }
         Ok(())
@@ -132,10 +134,14 @@ impl Properties {
     /// systemd counts in µs a second, and in whole hundredths of a CPU: rounded up, so that
     /// the file, which is written after it and exactly, is never more than it allows.
     fn quota(&mut self, quota: Option<u64>, period: u64) {
-        let per_second = quota.map_or(NONE, |quota| {
-            let period = if period == 0 { DEFAULT_PERIOD } else { period };
+        let per_second = quota.map_or(INFINITY, |quota| {
+            let period = if period == 0 {
+                DEFAULT_CPU_PERIOD
+            } else {
+                period
+            };
             let exact = quota.saturating_mul(1_000_000) / period;
-            exact.checked_next_multiple_of(10_000).unwrap_or(NONE)
+            exact.checked_next_multiple_of(10_000).unwrap_or(INFINITY)
         });
         if period != 0 {
             self.number("CPUQuotaPeriodUSec", period);
@@ -147,7 +153,7 @@ impl Properties {
         let Some(set) = NumberSet::parse(list).map_err(|error| error.while_doing(field))? else {
             refuse!("{field}: is empty");
         };
-        self.set(name, Value::Bytes(set.bytes()));
+        self.set(name, BusValue::Bytes(set.bytes()));
         Ok(())
     }
 
@@ -169,12 +175,12 @@ impl Properties {
                         path,
                         Some(device.rate())
                             .filter(|rate| *rate != 0)
-                            .unwrap_or(NONE),
+                            .unwrap_or(INFINITY),
                     )
                 })
                 .collect();
             if !rates.is_empty() {
-                self.set(name, Value::Rates(rates));
+                self.set(name, BusValue::Rates(rates));
             }
         };
         throttle("IOReadBandwidthMax", io.throttle_read_bps_device());
@@ -191,7 +197,7 @@ impl Properties {
             ))
         };
         let number = |text: &str| match text {
-            "max" => Ok(NONE),
+            "max" => Ok(INFINITY),
             text => text.parse::<u64>().map_err(|_| wrong()),
         };
         let property = match key {
@@ -208,7 +214,7 @@ impl Properties {
             }
             "cpu.max" => {
                 let (quota, period) = value.split_once(' ').unwrap_or((value, "0"));
-                let quota = Some(number(quota)?).filter(|quota| *quota != NONE);
+                let quota = Some(number(quota)?).filter(|quota| *quota != INFINITY);
                 self.quota(quota, period.trim().parse().map_err(|_| wrong())?);
                 return Ok(());
             }
@@ -232,14 +238,14 @@ mod tests {
     use super::*;
 
     fn found(json: &str) -> Vec<Property> {
-        let mut all = from(&serde_json::from_str(json).unwrap(), false).unwrap();
+        let mut all = from_resources(&serde_json::from_str(json).unwrap(), false).unwrap();
         all.sort_by(|(first, _), (second, _)| first.cmp(second));
         all
     }
 
     #[test]
     fn limits_become_properties() {
-        let number = |name: &str, value| (name.to_owned(), Value::U64(value));
+        let number = |name: &str, value| (name.to_owned(), BusValue::U64(value));
         assert_eq!(
             found(
                 r#"{"memory":{"limit":200,"swap":300,"reservation":100},
@@ -247,16 +253,16 @@ mod tests {
                     "pids":{"limit":-1},"unified":{"memory.min":"7","memory.high":"max"}}"#
             ),
             [
-                ("AllowedCPUs".to_owned(), Value::Bytes(vec![0b111, 0b10])),
+                ("AllowedCPUs".to_owned(), BusValue::Bytes(vec![0b111, 0b10])),
                 number("CPUQuotaPerSecUSec", 160_000),
                 number("CPUQuotaPeriodUSec", 100_000),
                 number("CPUWeight", 100),
-                number("MemoryHigh", NONE),
+                number("MemoryHigh", INFINITY),
                 number("MemoryLow", 100),
                 number("MemoryMax", 200),
                 number("MemoryMin", 7),
                 number("MemorySwapMax", 100),
-                number("TasksMax", NONE),
+                number("TasksMax", INFINITY),
             ]
         );
         assert_eq!(
@@ -268,7 +274,7 @@ mod tests {
         );
         assert_eq!(
             found(r#"{"cpu":{"quota":-1}}"#),
-            [number("CPUQuotaPerSecUSec", NONE)]
+            [number("CPUQuotaPerSecUSec", INFINITY)]
         );
         assert!(found(r#"{"cpu":{"cpus":"","shares":0},"memory":{"limit":0}}"#).is_empty());
     }
@@ -281,7 +287,7 @@ mod tests {
             (r#"{"unified":{"memory.max":"much"}}"#, "memory.max"),
         ] {
             let resources = serde_json::from_str(json).unwrap();
-            let error = from(&resources, false).unwrap_err();
+            let error = from_resources(&resources, false).unwrap_err();
             assert!(error.to_string().contains(field), "{error}");
         }
     }

@@ -6,244 +6,17 @@ use std::path::Path;
 use libcgroups::common::{CgroupManager as _, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
+use rustix::io::Errno;
 
-use super::{Cgroup, MOUNT_POINT, read, write};
-use crate::error::{Context as _, Error, Result};
-use crate::refuse;
-
-/// What `events` and everyone else who looks into the files wants counted, limits or not.
-const COUNTED: [&str; 4] = ["cpu", "io", "memory", "pids"];
-
-/// The weight that every cgroup has that was given none: as good as saying nothing.
-const DEFAULT_SHARES: u64 = 1024;
-
-/// # Errors
-/// What cgroup v2 does not have, or this version does not support, by its field.
-pub fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
-    let escapes = path
-        .components()
-        .any(|component| matches!(component, std::path::Component::ParentDir));
-    if escapes || path == Path::new("/") {
-        refuse!(
-            "linux.cgroupsPath: {} is no place for a container",
-            path.display()
-        );
-    }
-    if let Some(memory) = resources.memory() {
-        let absent = [
-            ("kernel", memory.kernel().is_some_and(|limit| limit > 0)),
-            (
-                "kernelTCP",
-                memory.kernel_tcp().is_some_and(|limit| limit > 0),
-            ),
-            ("swappiness", memory.swappiness().is_some()),
-            (
-                "disableOOMKiller",
-                memory.disable_oom_killer() == Some(true),
-            ),
-        ];
-        for (field, present) in absent {
-            if present {
-                refuse!("linux.resources.memory.{field}: cgroup v2 has no such thing");
-            }
-        }
-    }
-    if let Some((swap, limit)) = resources.memory().as_ref().and_then(|memory| {
-        let swap = memory.swap().filter(|swap| *swap > 0)?;
-        Some((swap, memory.limit().unwrap_or(0)))
-    }) {
-        if limit <= 0 {
-            refuse!("linux.resources.memory.swap: {swap} is a limit, but memory.limit is none");
-        }
-        if swap < limit {
-            refuse!(
-                "linux.resources.memory.swap: {swap} is less than memory.limit ({limit}), which it includes"
-            );
-        }
-    }
-    if let Some(cpu) = resources.cpu() {
-        let realtime = [
-            (
-                "realtimeRuntime",
-                cpu.realtime_runtime().is_some_and(|value| value != 0),
-            ),
-            (
-                "realtimePeriod",
-                cpu.realtime_period().is_some_and(|value| value != 0),
-            ),
-        ];
-        for (field, present) in realtime {
-            if present {
-                refuse!("linux.resources.cpu.{field}: cgroup v2 has no such thing");
-            }
-        }
-        if let Some(idle) = cpu.idle().filter(|idle| !matches!(idle, 0 | 1)) {
-            refuse!("linux.resources.cpu.idle: {idle} is neither 0 nor 1");
-        }
-    }
-    if let Some(io) = resources.block_io() {
-        if io.leaf_weight().is_some_and(|weight| weight != 0) {
-            refuse!("linux.resources.blockIO.leafWeight: cgroup v2 has no such thing");
-        }
-        let weight = io.weight().filter(|weight| *weight != 0);
-        if let Some(weight) = weight.filter(|weight| !(10..=1000).contains(weight)) {
-            refuse!("linux.resources.blockIO.weight: {weight} is not between 10 and 1000");
-        }
-    }
-    for limit in resources.hugepage_limits().iter().flatten() {
-        let size = limit.page_size();
-        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            refuse!("linux.resources.hugepageLimits.pageSize: {size} is no size, as 2MB");
-        }
-    }
-    if resources.network().as_ref().is_some_and(|network| {
-        network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
-    }) {
-        refuse!("linux.resources.network: cgroup v2 has no such thing");
-    }
-    for key in resources.unified().iter().flatten().map(|(key, _)| key) {
-        if key.contains('/') || !key.contains('.') {
-            refuse!("linux.resources.unified: {key} is no name of a cgroup's file");
-        }
-        if key.starts_with("cgroup.")
-            && !matches!(key.as_str(), "cgroup.max.depth" | "cgroup.max.descendants")
-        {
-            refuse!("linux.resources.unified: {key} is not a limit, and is rrun's own to write");
-        }
-    }
-    super::devices::validate(resources.devices().as_deref().unwrap_or_default())
-}
-
-/// The controllers that the limits need, each with the field that needs it. What says that
-/// there is no limit needs none: see [`without_unlimited`].
-fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
-    let mut needed: Vec<(String, String)> = Vec::new();
-    let mut add = |controller: &str, field: &str| {
-        if !needed.iter().any(|(known, _)| known == controller) {
-            needed.push((controller.to_owned(), format!("linux.resources.{field}")));
-        }
-    };
-    if let Some(memory) = resources.memory() {
-        let set = |limit: Option<i64>| limit.is_some_and(|limit| limit > 0);
-        if set(memory.limit()) {
-            add("memory", "memory.limit");
-        } else if set(memory.reservation()) {
-            add("memory", "memory.reservation");
-        } else if set(memory.swap()) {
-            add("memory", "memory.swap");
-        }
-    }
-    if let Some(cpu) = resources.cpu() {
-        if cpu.quota().is_some_and(|quota| quota > 0) {
-            add("cpu", "cpu.quota");
-        } else if cpu.burst().is_some_and(|burst| burst != 0) {
-            add("cpu", "cpu.burst");
-        } else if cpu
-            .shares()
-            .is_some_and(|shares| !matches!(shares, 0 | DEFAULT_SHARES))
-        {
-            add("cpu", "cpu.shares");
-        } else if cpu.idle().is_some_and(|idle| idle != 0) {
-            add("cpu", "cpu.idle");
-        }
-        let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
-        if set(cpu.cpus()) {
-            add("cpuset", "cpu.cpus");
-        } else if set(cpu.mems()) {
-            add("cpuset", "cpu.mems");
-        }
-    }
-    if resources
-        .pids()
-        .as_ref()
-        .is_some_and(|pids| pids.limit() >= 0)
-    {
-        add("pids", "pids.limit");
-    }
-    if let Some(io) = resources.block_io() {
-        let throttled = [
-            io.throttle_read_bps_device(),
-            io.throttle_write_bps_device(),
-            io.throttle_read_iops_device(),
-            io.throttle_write_iops_device(),
-        ];
-        let set = io.weight().is_some_and(|weight| weight != 0)
-            || io
-                .weight_device()
-                .as_ref()
-                .is_some_and(|devices| !devices.is_empty())
-            || throttled
-                .into_iter()
-                .flatten()
-                .any(|devices| !devices.is_empty());
-        if set {
-            add("io", "blockIO");
-        }
-    }
-    if resources
-        .hugepage_limits()
-        .as_ref()
-        .is_some_and(|limits| !limits.is_empty())
-    {
-        add("hugetlb", "hugepageLimits");
-    }
-    if resources
-        .rdma()
-        .as_ref()
-        .is_some_and(|limits| !limits.is_empty())
-    {
-        add("rdma", "rdma");
-    }
-    for (key, value) in resources.unified().iter().flatten() {
-        if is_unlimited(key, value) {
-            continue;
-        }
-        if let Some((controller, _)) = key.split_once('.').filter(|(name, _)| *name != "cgroup") {
-            add(controller, &format!("unified {key}"));
-        }
-    }
-    needed
-}
-
-/// Whether a key of what is unified takes a limit away.
-fn is_unlimited(key: &str, value: &str) -> bool {
-    let limits = key.ends_with(".max") || key.ends_with(".high");
-    limits && value.split_whitespace().next() == Some("max")
-}
-
-/// Whether anything says that there is no limit.
-fn has_unlimited(resources: &LinuxResources) -> bool {
-    let memory = resources.memory().as_ref().is_some_and(|memory| {
-        [memory.limit(), memory.reservation(), memory.swap()]
-            .into_iter()
-            .flatten()
-            .any(|limit| limit < 0)
-    });
-    let cpu = resources.cpu().as_ref().is_some_and(|cpu| {
-        cpu.quota().is_some_and(|quota| quota < 0)
-            || cpu.period().is_some_and(|period| period != 0)
-            || cpu.shares() == Some(DEFAULT_SHARES)
-            || cpu.burst() == Some(0)
-            || cpu.idle() == Some(0)
-    });
-    memory
-        || cpu
-        || resources
-            .pids()
-            .as_ref()
-            .is_some_and(|pids| pids.limit() < 0)
-        || resources
-            .unified()
-            .iter()
-            .flatten()
-            .any(|(key, value)| is_unlimited(key, value))
-}
+use super::controllers::{enable, has_unlimited, is_unlimited, needed};
+use super::directory::{Directory, MOUNT_POINT, read};
+use crate::error::{Context as _, Error, Result, refuse};
 
 /// The limits without those that say that there is none, as far as the cgroup has no
 /// controller for them: there is none then. Podman, docker and ctr always say some.
 ///
 /// To be asked after [`enable`], which has handed down what the others need.
-fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResources {
+fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if !has_unlimited(&resources) {
         return resources;
@@ -279,92 +52,94 @@ fn without_unlimited(cgroup: &Cgroup, resources: &LinuxResources) -> LinuxResour
 }
 
 /// Puts limits in place in a cgroup that exists.
-pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
+pub(super) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
     enable(cgroup.path(), &needed)?;
     if needed.is_empty() && !has_unlimited(resources) {
         return Ok(());
     }
     let resources = &without_unlimited(cgroup, resources);
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::new(format!(
-            "set limits of cgroup {}: {error}",
-            cgroup.path().display()
-        ))
-    };
-    let relative = cgroup
-        .path()
-        .strip_prefix(MOUNT_POINT)
-        .unwrap_or(cgroup.path());
-    let swap = swap_max(resources);
-    let set = |field: &str, file: &str, value: &str| {
-        write(cgroup, file, value).doing(|| {
-            format!(
-                "set linux.resources.{field} of cgroup {} ({file} {value})",
-                cgroup.path().display()
-            )
-        })
-    };
-    let unified = resources.unified().clone().unwrap_or_default();
     let cpu = resources.cpu().as_ref();
-    let idle = cpu.and_then(|cpu| cpu.idle());
-    let burst = cpu
-        .and_then(|cpu| cpu.burst())
-        .map(|burst| burst.to_string());
-    if let Some(idle) = idle {
-        set("cpu.idle", "cpu.idle", &idle.to_string())?;
+    if let Some(idle) = cpu.and_then(|cpu| cpu.idle()) {
+        set(cgroup, "cpu.idle", "cpu.idle", &idle.to_string())?;
     }
     // No burst may be larger than the quota, neither the old one than the new quota nor the
     // new one than the old: one order of the two is right.
+    let burst = cpu.and_then(|cpu| cpu.burst());
+    let burst = burst.map(|burst| burst.to_string());
     let burst_is_set = burst
         .as_ref()
-        .is_some_and(|burst| write(cgroup, "cpu.max.burst", burst).is_ok());
-    let io_weight = resources
-        .block_io()
-        .as_ref()
-        .and_then(|io| io.weight())
-        .filter(|weight| *weight != 0);
-    let resources = &for_libcgroups(resources);
+        .is_some_and(|burst| cgroup.write("cpu.max.burst", burst).is_ok());
+    apply_by_libcgroups(cgroup, resources)?;
+    if let Some(burst) = burst.filter(|_| !burst_is_set) {
+        set(cgroup, "cpu.burst", "cpu.max.burst", &burst)?;
+    }
+    apply_io_weight(cgroup, resources)?;
+    apply_swap(cgroup, resources)?;
+    apply_rdma(cgroup, resources)?;
+    // Last, because they are the most explicit.
+    for (key, value) in resources.unified().iter().flatten() {
+        set(cgroup, &format!("unified {key}"), key, value)?;
+    }
+    Ok(())
+}
+
+fn set(cgroup: &Directory, field: &str, file: &str, value: &str) -> Result<()> {
+    let written = cgroup.write(file, value);
+    written.doing(|| setting(cgroup, field, file, value))
+}
+
+fn setting(cgroup: &Directory, field: &str, file: &str, value: &str) -> String {
+    format!(
+        "set linux.resources.{field} of cgroup {} ({file} {value})",
+        cgroup.path().display()
+    )
+}
+
+fn apply_by_libcgroups(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
+    let path = cgroup.path();
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::new(format!("set limits of cgroup {}: {error}", path.display()))
+    };
+    let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(path);
     let manager = Manager::new(MOUNT_POINT.into(), relative.to_owned()).map_err(|e| failed(&e))?;
     manager
         .apply(&ControllerOpt {
-            resources,
+            resources: &for_libcgroups(resources),
             disable_oom_killer: false,
             oom_score_adj: None,
             freezer_state: None,
         })
-        .map_err(|error| failed(&error))?;
-    if let Some(burst) = burst.filter(|_| !burst_is_set) {
-        set("cpu.burst", "cpu.max.burst", &burst)?;
-    }
-    if let Some(weight) = io_weight {
+        .map_err(|error| failed(&error))
+}
+
+fn apply_io_weight(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
+    let io = resources.block_io().as_ref();
+    let Some(weight) = io.and_then(|io| io.weight()).filter(|weight| *weight != 0) else {
+        return Ok(());
+    };
+    let field = "blockIO.weight";
+    let bfq_weight = weight.to_string();
+    match cgroup.write("io.bfq.weight", &bfq_weight) {
         // The file of the BFQ scheduler is there only where that is.
-        match write(cgroup, "io.bfq.weight", &weight.to_string()) {
-            Err(rustix::io::Errno::NOENT) => {
-                let weight = self::io_weight(weight).to_string();
-                set("blockIO.weight", "io.weight", &weight)?;
-            }
-            result => result.doing(|| {
-                format!(
-                    "set linux.resources.blockIO.weight of cgroup {} (io.bfq.weight {weight})",
-                    cgroup.path().display()
-                )
-            })?,
-        }
+        Err(Errno::NOENT) => set(cgroup, field, "io.weight", &io_weight(weight).to_string()),
+        result => result.doing(|| setting(cgroup, field, "io.bfq.weight", &bfq_weight)),
     }
-    if let Some(limit) = swap {
-        match write(cgroup, "memory.swap.max", &limit) {
-            // A kernel without swap accounting has no swap to forbid.
-            Err(rustix::io::Errno::NOENT) if limit == "0" || limit == "max" => {}
-            result => result.doing(|| {
-                format!(
-                    "set linux.resources.memory.swap of cgroup {} (memory.swap.max {limit})",
-                    cgroup.path().display()
-                )
-            })?,
-        }
+}
+
+fn apply_swap(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
+    let Some(limit) = swap_max(resources) else {
+        return Ok(());
+    };
+    match cgroup.write("memory.swap.max", &limit) {
+        // A kernel without swap accounting has no swap to forbid.
+        Err(Errno::NOENT) if limit == "0" || limit == "max" => Ok(()),
+        result => result.doing(|| setting(cgroup, "memory.swap", "memory.swap.max", &limit)),
     }
-    // The one controller that libcgroups leaves out.
+}
+
+/// libcgroups leaves out this one controller.
+fn apply_rdma(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     for (device, limit) in resources.rdma().iter().flatten() {
         let mut line = device.clone();
         if let Some(handles) = limit.hca_handles() {
@@ -373,11 +148,7 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         if let Some(objects) = limit.hca_objects() {
             line.push_str(&format!(" hca_object={objects}"));
         }
-        set("rdma", "rdma.max", &line)?;
-    }
-    // Last, because they are the most explicit.
-    for (key, value) in &unified {
-        set(&format!("unified {key}"), key, value)?;
+        set(cgroup, "rdma", "rdma.max", &line)?;
     }
     Ok(())
 }
@@ -458,75 +229,9 @@ pub(super) fn io_weight(weight: u16) -> u64 {
     1 + u64::from(weight.clamp(10, 1000) - 10) * 9999 / 990
 }
 
-/// Hands the controllers down from the root of the hierarchy to the cgroup.
-///
-/// Mostly they are there already, because other containers have the same parent.
-fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
-    let missing_in = |path: &Path, file: &str| -> Vec<&(String, String)> {
-        let present = read(path, file).unwrap_or_default();
-        needed
-            .iter()
-            .filter(|(controller, _)| !present.split(' ').any(|name| name == controller))
-            .collect()
-    };
-    let present = read(path, "cgroup.controllers").unwrap_or_default();
-    let has = |name: &str| present.split(' ').any(|controller| controller == name);
-    if COUNTED.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
-        return Ok(());
-    }
-    let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
-    let offers = |name: &str| offered.split(' ').any(|controller| controller == name);
-    if needed.is_empty() && !COUNTED.into_iter().any(offers) {
-        return Ok(());
-    }
-    let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
-    let mut ancestor = Path::new(MOUNT_POINT).to_owned();
-    for component in relative.components() {
-        if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers").first() {
-            refuse!(
-                "{field}: needs the {controller} controller, which {} has not",
-                ancestor.display()
-            );
-        }
-        let missing = missing_in(&ancestor, "cgroup.subtree_control");
-        hand_down_counted(&ancestor);
-        if !missing.is_empty() {
-            let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();
-            std::fs::write(ancestor.join("cgroup.subtree_control"), line.join(" ")).map_err(
-                |error| {
-                    Error::new(format!(
-                        "hand {} down from cgroup {}: {}",
-                        line.join(" "),
-                        ancestor.display(),
-                        crate::error::Reason::reason(&error)
-                    ))
-                },
-            )?;
-        }
-        ancestor.push(component);
-    }
-    Ok(())
-}
-
-/// Hands down what it has of the controllers that count; where it can not, nothing is
-/// counted below, which is nobody's error.
-fn hand_down_counted(ancestor: &Path) {
-    let offered = read(ancestor, "cgroup.controllers").unwrap_or_default();
-    if offered.is_empty() {
-        return;
-    }
-    let down = read(ancestor, "cgroup.subtree_control").unwrap_or_default();
-    let among = |list: &str, name: &str| list.split(' ').any(|known| known == name);
-    for name in COUNTED {
-        if among(&offered, name) && !among(&down, name) {
-            let _ = std::fs::write(ancestor.join("cgroup.subtree_control"), format!("+{name}"));
-        }
-    }
-}
-
 /// The limit on memory and swap together that is asked for, if one is; -1 for none, which
 /// no limit on memory means, too.
-pub fn memory_swap(resources: &LinuxResources) -> Option<i64> {
+pub(crate) fn memory_swap(resources: &LinuxResources) -> Option<i64> {
     let memory = resources.memory().as_ref()?;
     match (memory.swap(), memory.limit()) {
         (None | Some(0), Some(..0)) => Some(-1),
@@ -537,7 +242,11 @@ pub fn memory_swap(resources: &LinuxResources) -> Option<i64> {
 /// What an update leaves unsaid: a limit on memory and swap together means something only
 /// beside the one on memory, and holds on when that one changes. `memory_swap` is the one
 /// that was asked for last.
-pub fn complete(path: &Path, memory_swap: i64, resources: &mut LinuxResources) -> Result<()> {
+pub(crate) fn complete_update(
+    path: &Path,
+    memory_swap: i64,
+    resources: &mut LinuxResources,
+) -> Result<()> {
     let swap_alone = resources
         .unified()
         .as_ref()
@@ -562,7 +271,7 @@ pub fn complete(path: &Path, memory_swap: i64, resources: &mut LinuxResources) -
 
 /// # Errors
 /// A memory limit below what is in use: setting it would make the kernel kill.
-pub fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
+pub(crate) fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
     let limit = resources
         .memory()
         .as_ref()

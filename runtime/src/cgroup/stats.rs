@@ -5,14 +5,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::read;
+use super::directory::{open, read};
 use crate::error::Result;
 
 /// Everything that the cgroup's controllers count; what one that is missing would count is
 /// zero, or not there.
-pub fn stats(path: &Path) -> Result<Value> {
+pub(crate) fn stats(path: &Path) -> Result<Value> {
     // Whether it is there at all: that is worth an error.
-    super::open(path)?;
+    open(path)?;
     Ok(json!({
         "cpu": cpu(path),
         "cpuset": {},
@@ -51,7 +51,7 @@ fn count(table: &Map<String, Value>, key: &str) -> u64 {
 }
 
 /// How many processes of the cgroup were killed for want of memory.
-pub fn oom_kills(path: &Path) -> u64 {
+pub(crate) fn oom_kills(path: &Path) -> u64 {
     count(&table(path, "memory.events"), "oom_kill")
 }
 
@@ -88,7 +88,7 @@ fn with_pressure(mut value: Value, pressure: Value) -> Value {
 fn cpu(path: &Path) -> Value {
     let stat = table(path, "cpu.stat");
     let nanoseconds = |key| count(&stat, key).saturating_mul(1000);
-    let told = json!({
+    let stats = json!({
         "usage": {
             "total": nanoseconds("usage_usec"),
             "kernel": nanoseconds("system_usec"),
@@ -100,7 +100,7 @@ fn cpu(path: &Path) -> Value {
             "throttledTime": nanoseconds("throttled_usec"),
         },
     });
-    with_pressure(told, pressure(path, "cpu.pressure"))
+    with_pressure(stats, pressure(path, "cpu.pressure"))
 }
 
 fn memory(path: &Path) -> Value {
@@ -114,7 +114,7 @@ fn memory(path: &Path) -> Value {
         "usage": file(path, "memory.swap.current").map_or(0, |swap| swap.saturating_add(used)),
         "failcnt": count(&table(path, "memory.swap.events"), "fail"),
     });
-    let told = json!({
+    let stats = json!({
         "cache": count(&stat, "file"),
         "usage": {
             "limit": limit,
@@ -127,7 +127,7 @@ fn memory(path: &Path) -> Value {
         "kernelTCP": { "limit": 0, "usage": count(&stat, "sock"), "failcnt": 0 },
         "raw": stat,
     });
-    with_pressure(told, pressure(path, "memory.pressure"))
+    with_pressure(stats, pressure(path, "memory.pressure"))
 }
 
 fn pids(path: &Path) -> Value {
@@ -163,21 +163,21 @@ fn io(path: &Path) -> Value {
             }));
         }
     }
-    let mut told = Map::new();
+    let mut stats = Map::new();
     for (name, list) in [
         ("ioServiceBytesRecursive", bytes),
         ("ioServicedRecursive", operations),
     ] {
         if !list.is_empty() {
-            told.insert(name.to_owned(), Value::Array(list));
+            stats.insert(name.to_owned(), Value::Array(list));
         }
     }
-    with_pressure(Value::Object(told), pressure(path, "io.pressure"))
+    with_pressure(Value::Object(stats), pressure(path, "io.pressure"))
 }
 
 /// By the size of the pages, as `2MB`.
 fn hugetlb(path: &Path) -> Value {
-    let mut told = Map::new();
+    let mut stats = Map::new();
     for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let size = name
@@ -187,18 +187,18 @@ fn hugetlb(path: &Path) -> Value {
         if let Some(size) = size {
             let events = table(path, &format!("hugetlb.{size}.events"));
             let usage = file(path, &format!("hugetlb.{size}.current")).unwrap_or(0);
-            told.insert(
+            stats.insert(
                 size.to_owned(),
                 json!({ "usage": usage, "failcnt": count(&events, "max") }),
             );
         }
     }
-    Value::Object(told)
+    Value::Object(stats)
 }
 
 /// Lines such as `mlx4_0 hca_handle=2 hca_object=2000`.
 fn rdma(path: &Path) -> Value {
-    let mut told = Map::new();
+    let mut stats = Map::new();
     for name in ["current", "max"] {
         let text = read(path, &format!("rdma.{name}")).unwrap_or_default();
         let entries: Vec<Value> = text
@@ -217,10 +217,10 @@ fn rdma(path: &Path) -> Value {
             })
             .collect();
         if !entries.is_empty() {
-            told.insert(name.to_owned(), Value::Array(entries));
+            stats.insert(name.to_owned(), Value::Array(entries));
         }
     }
-    Value::Object(told)
+    Value::Object(stats)
 }
 
 #[cfg(test)]
@@ -254,7 +254,7 @@ mod tests {
         ] {
             std::fs::write(path.join(name), text).unwrap();
         }
-        let told = stats(&path).unwrap();
+        let figures = stats(&path).unwrap();
         for (pointer, value) in [
             ("/cpu/usage/total", json!(5000)),
             ("/cpu/throttling/periods", json!(7)),
@@ -275,7 +275,7 @@ mod tests {
             ),
             ("/network_interfaces", Value::Null),
         ] {
-            assert_eq!(told.pointer(pointer), Some(&value), "{pointer}");
+            assert_eq!(figures.pointer(pointer), Some(&value), "{pointer}");
         }
         assert_eq!(oom_kills(&path), 1);
         std::fs::remove_dir_all(&path).unwrap();

@@ -1,36 +1,35 @@
 //! The systemd cgroup driver: a container's cgroup is that of a transient scope, a unit which
 //! systemd makes, accounts for and shows, and leaves to rrun to divide ("Delegate").
 //!
-//! systemd makes no scope without a process in it. The container's own is to be born inside
-//! (see [`crate::birth`]), so a placeholder that does nothing holds the place until then.
+//! systemd makes no scope without a process in it. The container's own is to be made inside
+//! (see [`crate::lifecycle::create`]), so a placeholder that does nothing holds the place until then.
 //! See systemd.scope(5), systemd.resource-control(5) and org.freedesktop.systemd1(5).
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::birth::end_child;
-use crate::dbus::{Body, Bus, Property, Refusal, Value};
-use crate::error::{Context, Error, Result};
-use crate::init::end;
-use crate::syscalls::{Cloned, clone3};
-use crate::{log, refuse};
+use crate::cgroup::dbus::{Body, Bus, BusValue, Property, Refusal};
+use crate::error::{Context, Error, Result, refuse};
+use crate::log;
+use crate::sys::child::{exit_now, kill_and_reap};
+use crate::sys::clone::{Cloned, clone3};
 
 /// Annotations that begin so name a property of the unit, its value in GVariant's text form.
-pub const ANNOTATION: &str = "org.systemd.property.";
+pub(crate) const ANNOTATION: &str = "org.systemd.property.";
 
 /// A scope as `linux.cgroupsPath` names it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scope {
-    pub unit: String,
-    pub slice: String,
+pub(crate) struct Scope {
+    pub(crate) unit: String,
+    slice: String,
     properties: Vec<Property>,
 }
 
 impl Scope {
     /// From `slice:prefix:name`, which means `prefix-name.scope` in that slice. The slice is
     /// system.slice (user.slice for the user's systemd) if it is not said.
-    pub fn from_spec(
+    pub(crate) fn from_spec(
         cgroups_path: &Path,
         id: &str,
         annotations: &HashMap<String, String>,
@@ -73,7 +72,7 @@ impl Scope {
     }
 
     /// The scope's cgroup, from the root of the hierarchy.
-    pub fn path(&self) -> Result<PathBuf> {
+    pub(crate) fn path(&self) -> Result<PathBuf> {
         let mut path = PathBuf::new();
         if !rustix::process::geteuid().is_root() {
             let root = Bus::connect()?.property("ControlGroup")?;
@@ -88,7 +87,7 @@ impl Scope {
     ///
     /// # Errors
     /// A scope of that name that has processes; what systemd refuses, in its words.
-    pub fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
+    pub(crate) fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
         let doing = || format!("start {} in {} by systemd", self.unit, self.slice);
         let mut bus = Bus::connect()?;
         let placeholder = Placeholder::new()?;
@@ -96,7 +95,7 @@ impl Scope {
             text("Description", &format!("libcontainer container {id}")),
             text("Slice", &self.slice),
             flag("Delegate", true),
-            ("PIDs".to_owned(), Value::U32s(vec![placeholder.pid])),
+            ("PIDs".to_owned(), BusValue::U32s(vec![placeholder.pid])),
             flag("MemoryAccounting", true),
             flag("CPUAccounting", true),
             flag("IOAccounting", true),
@@ -134,11 +133,11 @@ impl Scope {
 }
 
 fn text(name: &str, value: &str) -> Property {
-    (name.to_owned(), Value::Text(value.to_owned()))
+    (name.to_owned(), BusValue::Text(value.to_owned()))
 }
 
 fn flag(name: &str, value: bool) -> Property {
-    (name.to_owned(), Value::Bool(value))
+    (name.to_owned(), BusValue::Bool(value))
 }
 
 fn refused(doing: String, refusal: &Refusal) -> Error {
@@ -172,26 +171,26 @@ fn annotated(name: &str, value: &str) -> Option<Property> {
         return Some((name.to_owned(), parsed));
     };
     let number = match parsed {
-        Value::I32(number) => u64::try_from(number).ok()?,
-        Value::I64(number) => u64::try_from(number).ok()?,
-        Value::U32(number) => u64::from(number),
-        Value::U64(number) => number,
+        BusValue::I32(number) => u64::try_from(number).ok()?,
+        BusValue::I64(number) => u64::try_from(number).ok()?,
+        BusValue::U32(number) => u64::from(number),
+        BusValue::U64(number) => number,
         _ => return None,
     };
     Some((
         format!("{seconds}USec"),
-        Value::U64(number.checked_mul(1_000_000)?),
+        BusValue::U64(number.checked_mul(1_000_000)?),
     ))
 }
 
-fn gvariant(text: &str) -> Option<Value> {
+fn gvariant(text: &str) -> Option<BusValue> {
     let quoted = |text: &str| {
         let mark = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
         let inner = text.get(1..)?.strip_suffix(mark)?;
         (!inner.contains([mark, '\\'])).then(|| inner.to_owned())
     };
     if let Some(text) = quoted(text) {
-        return Some(Value::Text(text));
+        return Some(BusValue::Text(text));
     }
     if let Some(items) = text
         .strip_prefix('[')
@@ -201,27 +200,27 @@ fn gvariant(text: &str) -> Option<Value> {
             .split(',')
             .map(|item| quoted(item.trim()))
             .collect::<Option<_>>()
-            .map(Value::Texts);
+            .map(BusValue::Texts);
     }
     match text.split_once(' ') {
-        Some(("uint64", number)) => number.trim().parse().ok().map(Value::U64),
-        Some(("int64", number)) => number.trim().parse().ok().map(Value::I64),
-        Some(("uint32", number)) => number.trim().parse().ok().map(Value::U32),
-        Some(("int32", number)) => number.trim().parse().ok().map(Value::I32),
+        Some(("uint64", number)) => number.trim().parse().ok().map(BusValue::U64),
+        Some(("int64", number)) => number.trim().parse().ok().map(BusValue::I64),
+        Some(("uint32", number)) => number.trim().parse().ok().map(BusValue::U32),
+        Some(("int32", number)) => number.trim().parse().ok().map(BusValue::I32),
         Some(_) => None,
-        None if text == "true" => Some(Value::Bool(true)),
-        None if text == "false" => Some(Value::Bool(false)),
-        None => text.parse().ok().map(Value::I32),
+        None if text == "true" => Some(BusValue::Bool(true)),
+        None if text == "false" => Some(BusValue::Bool(false)),
+        None => text.parse().ok().map(BusValue::I32),
     }
 }
 
 /// Whether systemd runs this machine; see sd_booted(3).
-pub fn is_running() -> bool {
+pub(crate) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
 /// systemd's version, its first number.
-pub fn version() -> Result<u32> {
+pub(crate) fn version() -> Result<u32> {
     let text = Bus::connect()?.property("Version")?;
     let digits = text.split(|c: char| !c.is_ascii_digit()).next();
     digits
@@ -230,7 +229,7 @@ pub fn version() -> Result<u32> {
 }
 
 /// Changes limits of a running scope.
-pub fn set(unit: &str, limits: &[Property]) -> Result<()> {
+pub(crate) fn set(unit: &str, limits: &[Property]) -> Result<()> {
     if limits.is_empty() {
         return Ok(());
     }
@@ -242,7 +241,7 @@ pub fn set(unit: &str, limits: &[Property]) -> Result<()> {
 }
 
 /// Stops a scope, and has systemd forget it. It is no error if there is none.
-pub fn stop(unit: &str) -> Result<()> {
+pub(crate) fn stop(unit: &str) -> Result<()> {
     let doing = || format!("stop {unit} by systemd");
     let mut bus = Bus::connect()?;
     match bus.call("StopUnit", Body::default().text(unit).text("replace"))? {
@@ -269,7 +268,7 @@ fn reset_failed(bus: &mut Bus, unit: &str) -> Result<()> {
 }
 
 /// A process that does nothing but be in a scope, and dies with this program.
-pub struct Placeholder {
+pub(crate) struct Placeholder {
     pid: u32,
     pidfd: OwnedFd,
 }
@@ -289,7 +288,7 @@ impl Placeholder {
                     // Only a signal ends this, and those that do not kill mean nothing here.
                     let _ = rustix::event::poll(&mut [], None);
                 }
-                end()
+                exit_now()
             }
         }
     }
@@ -297,7 +296,7 @@ impl Placeholder {
 
 impl Drop for Placeholder {
     fn drop(&mut self) {
-        end_child(&self.pidfd);
+        kill_and_reap(&self.pidfd);
     }
 }
 
@@ -346,30 +345,30 @@ mod tests {
             (
                 "CollectMode",
                 "'inactive'",
-                Some(("CollectMode", Value::Text("inactive".to_owned()))),
+                Some(("CollectMode", BusValue::Text("inactive".to_owned()))),
             ),
             (
                 "TimeoutStopUSec",
                 "uint64 30000000",
-                Some(("TimeoutStopUSec", Value::U64(30_000_000))),
+                Some(("TimeoutStopUSec", BusValue::U64(30_000_000))),
             ),
             (
                 "TimeoutStopSec",
                 "30",
-                Some(("TimeoutStopUSec", Value::U64(30_000_000))),
+                Some(("TimeoutStopUSec", BusValue::U64(30_000_000))),
             ),
             (
                 "After",
                 "['a.service', \"b.service\"]",
                 Some((
                     "After",
-                    Value::Texts(vec!["a.service".to_owned(), "b.service".to_owned()]),
+                    BusValue::Texts(vec!["a.service".to_owned(), "b.service".to_owned()]),
                 )),
             ),
             (
                 "SendSIGKILL",
                 "false",
-                Some(("SendSIGKILL", Value::Bool(false))),
+                Some(("SendSIGKILL", BusValue::Bool(false))),
             ),
             ("X", "'a", None),
             ("X", "(1, 2)", None),

@@ -1,22 +1,18 @@
-use std::path::Path;
-
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{
-    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
-    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
-};
 use crate::arguments::{Arguments, Flag, value};
-use crate::birth::{self, Request};
+use crate::commands::creation::{request, service_manager};
+use crate::commands::globals::{
+    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
+    PRESERVE_FDS, bundle, console_socket, descriptors,
+};
 use crate::config::Config;
-use crate::error::{Context, Error, Result};
-use crate::notify_socket::{self, Manager};
-use crate::refuse;
-use crate::state::directory;
-use crate::terminal::connect_console;
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::create::{self, CreateRequest};
+use crate::process::terminal::connect_console;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "create",
     usage: "[options] <container-id>",
     about: "create a container; its program then waits for start",
@@ -57,7 +53,7 @@ fn await_bundle(path: &str) -> Result<()> {
 
 fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::state::validate_id(id)?;
+    crate::lifecycle::container_dir::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     if let Some(path) = arguments.value("after") {
         await_bundle(path)?;
@@ -69,23 +65,13 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         (false, Some(_)) => refuse!("--console-socket: process.terminal is not set"),
         (false, None) => None,
     };
-    let notify = Manager::from_environment()?;
-    if notify.is_some() {
-        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
-    }
-    birth::create(Request {
-        root: &globals.root,
-        id,
-        config: &config,
+    let notify = service_manager(globals, id, &mut config)?;
+    create::create(CreateRequest {
         waits: true,
         console_socket,
-        pidfd_socket: pidfd_socket(arguments)?,
-        pid_file: arguments.value("pid-file").map(Path::new),
-        no_pivot: arguments.is_set("no-pivot"),
-        new_keyring: !arguments.is_set("no-new-keyring"),
-        systemd_cgroup: globals.systemd_cgroup,
         descriptors,
         notify,
+        ..request(globals, arguments, &config)?
     })?;
     Ok(0)
 }

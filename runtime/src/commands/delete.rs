@@ -1,9 +1,9 @@
-use super::{Command, Globals};
 use crate::arguments::{Arguments, switch};
+use crate::commands::globals::{Command, Globals};
 use crate::error::Result;
-use crate::removal;
+use crate::lifecycle::delete;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "delete",
     usage: "[options] <container-id>",
     about: "remove all that belongs to a stopped container",
@@ -18,6 +18,6 @@ pub const COMMAND: Command = Command {
 
 fn delete(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    removal::delete(&globals.root, id, arguments.is_set("force"))?;
+    delete::delete(&globals.root, id, arguments.is_set("force"))?;
     Ok(0)
 }

@@ -5,14 +5,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::Value;
 
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
 use crate::cgroup;
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::State;
+use crate::commands::globals::{Command, Globals, print};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "events",
     usage: "[options] <container-id>",
     about: "tell what a container uses, and when a process of it is killed for want of memory",
@@ -36,7 +35,7 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         refuse!("container with id {id} is not running");
     };
     if arguments.is_set("stats") {
-        tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+        print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
         return Ok(0);
     }
     // The kernel wakes who polls it at every change; without the controller there is none.
@@ -69,21 +68,21 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             let _ = rustix::io::pread(file, &mut [0u8; 512], 0);
         }
         for _ in killed..now {
-            tell(id, "oom", None);
+            print_event(id, "oom", None);
         }
         killed = killed.max(now);
         if ended {
             return Ok(0);
         }
         if Instant::now() >= next {
-            tell(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+            print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
             next += interval;
         }
     }
 }
 
 /// One event, one line.
-fn tell(id: &str, kind: &str, data: Option<Value>) {
+fn print_event(id: &str, kind: &str, data: Option<Value>) {
     // In runc's order: people grep for the beginning.
     let (kind, id) = (Value::from(kind), Value::from(id));
     let data = data.map_or_else(String::new, |data| format!(",\"data\":{data}"));

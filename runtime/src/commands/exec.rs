@@ -1,22 +1,20 @@
 use std::path::Path;
 
-use super::{
+use crate::arguments::{Arguments, switch, value};
+use crate::commands::globals::{
     CONSOLE_SOCKET, Command, Globals, PID_FILE, PIDFD_SOCKET, console_socket, descriptors,
     pidfd_socket,
 };
-use crate::arguments::{Arguments, switch, value};
-use crate::capabilities;
-use crate::config::read_bounded;
-use crate::entry::{self, Request};
-use crate::error::{Error, Result};
-use crate::foreground::Forwarding;
-use crate::process::Process;
-use crate::refuse;
-use crate::spec::Process as SpecProcess;
-use crate::state::{State, Status};
-use crate::terminal::connect_console;
+use crate::config::spec::ProcessSpec;
+use crate::error::{Error, Result, refuse};
+use crate::lifecycle::exec::{self, ExecRequest};
+use crate::lifecycle::foreground::Foreground;
+use crate::lifecycle::state::{State, Status};
+use crate::process::terminal::connect_console;
+use crate::process::{Process, capabilities};
+use crate::sys::files::read_bounded;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "exec",
     usage: "[options] <container-id> <program> [arguments...]  or  --process process.json <container-id>",
     about: "execute a further program in a running container",
@@ -110,12 +108,12 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         (false, _, Some(_)) => refuse!("--console-socket: no terminal is asked for"),
         (_, _, None) => None,
     };
-    let forwarding = if detach {
+    let foreground = if detach {
         None
     } else {
-        Some(Forwarding::start()?)
+        Some(Foreground::start()?)
     };
-    let entered = entry::enter(Request {
+    let exec_process = exec::exec(ExecRequest {
         state: &state,
         init,
         process,
@@ -128,10 +126,10 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         pid_file: arguments.value("pid-file").map(Path::new),
         descriptors,
     })?;
-    match (forwarding, entered.terminal) {
+    match (foreground, exec_process.terminal) {
         (None, _) => Ok(0),
-        (Some(forwarding), Some(master)) => forwarding.relay(&entered.pidfd, master),
-        (Some(forwarding), None) => forwarding.wait(&entered.pidfd),
+        (Some(foreground), Some(master)) => foreground.relay(&exec_process.pidfd, master),
+        (Some(foreground), None) => foreground.wait(&exec_process.pidfd),
     }
 }
 
@@ -139,7 +137,7 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
     let mut spec = match arguments.value("process") {
         Some(path) => {
             let bytes = read_bounded(Path::new(path))?;
-            serde_json::from_slice::<SpecProcess>(&bytes)
+            serde_json::from_slice::<ProcessSpec>(&bytes)
                 .map_err(|error| Error::new(format!("parse {path}: {error}")))?
         }
         None => from_flags(arguments, words, &state.process)?,
@@ -153,7 +151,7 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
 }
 
 /// What a process given by --process says nothing about is as the container's own is.
-fn take_from_container(spec: &mut SpecProcess, own: &SpecProcess) {
+fn take_from_container(spec: &mut ProcessSpec, own: &ProcessSpec) {
     fn take<T: Clone>(here: &mut Option<T>, own: &Option<T>) {
         if here.is_none() {
             here.clone_from(own);
@@ -169,7 +167,7 @@ fn take_from_container(spec: &mut SpecProcess, own: &SpecProcess) {
 }
 
 /// The container's own process, with what the flags say put in its place.
-fn from_flags(arguments: &Arguments, words: &[String], own: &SpecProcess) -> Result<SpecProcess> {
+fn from_flags(arguments: &Arguments, words: &[String], own: &ProcessSpec) -> Result<ProcessSpec> {
     if words.is_empty() {
         refuse!("exec needs a program to execute, or --process");
     }

@@ -1,12 +1,14 @@
 use serde_json::json;
 
-use super::{Command, Globals, print};
 use crate::arguments::Arguments;
+use crate::commands::globals::{Command, Globals, print};
+use crate::config::spec::OCI_VERSION;
 use crate::error::{Error, Result};
-use crate::state::OCI_VERSION;
-use crate::{capabilities, cgroup, memory_policy, mount_options, namespaces, seccomp};
+use crate::mounts::options;
+use crate::process::{capability_names, memory_policy};
+use crate::{cgroup, namespaces, seccomp};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "features",
     usage: "",
     about: "print what this runtime supports as JSON",
@@ -17,7 +19,7 @@ pub const COMMAND: Command = Command {
 
 fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
     arguments.none()?;
-    let capabilities: Vec<String> = (0..=40).map(capabilities::name).collect();
+    let capabilities: Vec<String> = (0..=40).map(capability_names::name).collect();
     let flags = seccomp::FLAGS.iter().map(|(name, _)| *name);
     let supported: Vec<&str> = flags.filter(|name| seccomp::supports(name)).collect();
     // See features-linux.md of the runtime specification.
@@ -28,7 +30,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
             "prestart", "createRuntime", "createContainer", "startContainer", "poststart",
             "poststop",
         ],
-        "mountOptions": mount_options::known(),
+        "mountOptions": options::known(),
         "linux": {
             "namespaces": namespaces::TYPES.map(|(_, name)| name),
             "capabilities": capabilities,
@@ -56,7 +58,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "potentiallyUnsafeConfigAnnotations": [cgroup::ANNOTATION],
         "annotations": {
             "io.rrun.version": env!("CARGO_PKG_VERSION"),
-            "io.rrun.create.after": identity(),
+            "io.rrun.create.after": own_device_and_inode(),
         },
     });
     let text = serde_json::to_string_pretty(&features)
@@ -68,7 +70,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
 /// That `create --after` is there, and of which file that is true, as `DEVICE:INODE`: a program of
 /// another name that looks into the bundle first and then becomes rrun passes these features on as
 /// if they were its own, and must not be started before the bundle is written.
-fn identity() -> String {
+fn own_device_and_inode() -> String {
     rustix::fs::stat("/proc/self/exe").map_or(String::new(), |file| {
         format!("{}:{}", file.st_dev, file.st_ino)
     })

@@ -2,14 +2,15 @@ use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 
-use super::{Command, Globals};
 use crate::arguments::{Arguments, switch};
-use crate::error::{Context, Error, Result};
-use crate::state::State;
-use crate::syscalls::{kill as send, pidfd_send_signal};
-use crate::{cgroup, refuse, signals};
+use crate::cgroup;
+use crate::commands::globals::{Command, Globals};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
+use crate::sys::signals;
+use crate::sys::syscalls::{kill as send, pidfd_send_signal};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "kill",
     usage: "[options] <container-id> [signal]",
     about: "send a signal (default: SIGTERM) to a container's first process",

@@ -1,12 +1,13 @@
 use std::io::ErrorKind;
 
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, switch, value};
-use crate::error::{Context, Error, Result};
-use crate::state::{State, Status, directory, validate_id};
-use crate::{log, refuse};
+use crate::commands::globals::{Command, Globals, print};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::container_dir::{directory, validate_id};
+use crate::lifecycle::state::{State, Status};
+use crate::log;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "list",
     usage: "[options]",
     about: "list the containers under --root",
@@ -35,7 +36,7 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         "json" => {
             let shown: Vec<_> = containers
                 .iter()
-                .map(|(state, status)| state.shown(*status))
+                .map(|(state, status)| state.oci_state(*status))
                 .collect();
             let text = if shown.is_empty() {
                 "null".to_owned() // what runc prints
@@ -85,7 +86,7 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
 fn table(containers: &[(State, Status)]) -> String {
     let mut rows = vec![["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned)];
     for (state, status) in containers {
-        let shown = state.shown(*status);
+        let shown = state.oci_state(*status);
         rows.push([
             state.id.clone(),
             shown.pid.to_string(),

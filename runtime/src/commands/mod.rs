@@ -2,10 +2,12 @@
 //! work, and translates the outcome.
 
 mod create;
+mod creation;
 mod delete;
 mod events;
 mod exec;
 mod features;
+mod globals;
 mod kill;
 mod list;
 mod pause;
@@ -17,37 +19,15 @@ mod start;
 mod state;
 mod update;
 
+use globals::{Command, Globals, print};
+
 use std::ffi::{CStr, c_char, c_int};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
-use crate::descriptors::{self, Descriptors};
-use crate::error::{Context, Error, Result};
-use crate::{channel, executable, log, refuse};
-
-/// One command: how it is called, and what does it.
-pub struct Command {
-    pub name: &'static str,
-    pub usage: &'static str,
-    pub about: &'static str,
-    pub flags: &'static [Flag],
-    /// Whether what follows the id belongs to another program.
-    pub rest_is_foreign: bool,
-    pub call: fn(&Globals, &Arguments) -> Result<u8>,
-}
-
-/// What the flags before the command's name say.
-pub struct Globals {
-    /// Where states are kept.
-    pub root: PathBuf,
-    /// Whether --root is not given.
-    pub default_root: bool,
-    /// Whether systemd makes the cgroups of new containers.
-    pub systemd_cgroup: bool,
-    /// The result of [`descriptors::inherited`], for commands that start processes in containers.
-    inherited: Vec<u32>,
-}
+use crate::error::{Context, Error, Result, refuse};
+use crate::log;
+use crate::mounts::readonly_exec;
+use crate::process::descriptors;
 
 const COMMANDS: [&Command; 15] = [
     &create::COMMAND,
@@ -109,7 +89,7 @@ const NO_SUCH_COMMAND: u8 = 3;
 /// # Safety
 /// `words` must point to `count` pointers to strings that end with NUL and live as long as
 /// the program.
-pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
+pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
     (0..usize::try_from(count).unwrap_or(0))
         // SAFETY: the caller vouches for so many pointers to such strings.
         .map(|at| unsafe { CStr::from_ptr(*words.add(at)) })
@@ -117,8 +97,8 @@ pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static C
 }
 
 /// The whole program: returns the status to exit with.
-pub fn main(words: Vec<&'static CStr>) -> u8 {
-    match called(words) {
+pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
+    match dispatch(words) {
         Ok(code) => code,
         Err(error) => {
             log::fatal(&error.to_string());
@@ -127,18 +107,8 @@ pub fn main(words: Vec<&'static CStr>) -> u8 {
     }
 }
 
-fn called(words: Vec<&'static CStr>) -> Result<u8> {
-    executable::prepare()?;
-    // Before anything that would have to be done once more after it. A word that only
-    // looks like one of these commands does no harm.
-    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
-    let mut inherited = Vec::new();
-    if words.iter().any(enters) {
-        executable::protect(&words)?;
-        inherited = descriptors::inherited()?;
-    } else {
-        descriptors::keep_from_hooks()?;
-    }
+fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
+    let inherited = keep_out_of_containers(&words)?;
     let mut words = words
         .into_iter()
         .skip(1)
@@ -149,22 +119,17 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         })
         .collect::<Result<Vec<String>>>()?
         .into_iter();
-    let globals = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
-    let format = match globals.value("log-format") {
-        None | Some("text") => log::Format::Text,
-        Some("json") => log::Format::Json,
-        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
-    };
-    log::open(globals.value("log"), format, globals.is_set("debug"))?;
-    if globals.is_set("version") {
+    let flags = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
+    open_log(&flags)?;
+    if flags.is_set("version") {
         print(&version());
         return Ok(0);
     }
-    let Some((name, rest)) = globals.positional.split_first() else {
+    let Some((name, rest)) = flags.positional.split_first() else {
         print(&help());
         return Ok(0);
     };
-    if globals.is_set("help") {
+    if flags.is_set("help") {
         print(&help());
         return Ok(0);
     }
@@ -177,7 +142,7 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         _ => (name, false),
     };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
-        // Asked for with --help, too, by those who want to know whether it is there.
+        // Callers also request these with --help, to find out whether they are there.
         if name == "checkpoint" || name == "restore" {
             refuse!("{name}: rrun does not checkpoint and restore containers");
         }
@@ -188,24 +153,54 @@ fn called(words: Vec<&'static CStr>) -> Result<u8> {
         print(&command_help(command));
         return Ok(0);
     }
-    if let Some(text) = globals.value("rootless")
+    let globals = globals(&flags, inherited)?;
+    let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
+    (command.call)(&globals, &arguments)
+}
+
+/// Keeps rrun's file and its caller's descriptors out of containers' reach. Returns the inherited
+/// descriptors if the command starts a process in a container.
+///
+/// This comes first, because it may execute rrun once more. A word that only looks like one of
+/// these commands does no harm.
+fn keep_out_of_containers(words: &[&'static CStr]) -> Result<Vec<u32>> {
+    readonly_exec::reserve_standard_descriptors()?;
+    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
+    if words.iter().any(enters) {
+        readonly_exec::protect(words)?;
+        descriptors::inherited()
+    } else {
+        descriptors::keep_from_hooks()?;
+        Ok(Vec::new())
+    }
+}
+
+fn open_log(flags: &Arguments) -> Result<()> {
+    let format = match flags.value("log-format") {
+        None | Some("text") => log::LogFormat::Text,
+        Some("json") => log::LogFormat::Json,
+        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
+    };
+    log::open(flags.value("log"), format, flags.is_set("debug"))
+}
+
+fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
+    if let Some(text) = flags.value("rootless")
         && !matches!(text, "true" | "false" | "auto" | "")
     {
         refuse!("--rootless {text}: it is true, false or auto");
     }
-    let root = match globals.value("root") {
+    let root = match flags.value("root") {
         Some(root) => root.to_owned(),
         None => default_root(),
     };
     let root = root.as_str();
-    let globals = Globals {
+    Ok(Globals {
         root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
-        default_root: globals.value("root").is_none(),
-        systemd_cgroup: globals.is_set("systemd-cgroup"),
+        default_root: flags.value("root").is_none(),
+        systemd_cgroup: flags.is_set("systemd-cgroup"),
         inherited,
-    };
-    let arguments = Arguments::read(rest.iter().cloned(), command.flags, command.rest_is_foreign)?;
-    (command.call)(&globals, &arguments)
+    })
 }
 
 /// Where states are kept if --root does not say: with the user's other things of that kind, if
@@ -238,18 +233,11 @@ fn asks_for_help(command: &Command, rest: &[String]) -> bool {
         .any(|word| word == "--help" || word == "-h")
 }
 
-/// Writes to standard output; a reader that went away is no error.
-pub fn print(text: &str) {
-    use std::io::Write as _;
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-}
-
 fn version() -> String {
     format!(
         "rrun version {}\nspec: {}\n",
         env!("CARGO_PKG_VERSION"),
-        crate::state::OCI_VERSION
+        crate::config::spec::OCI_VERSION
     )
 }
 
@@ -276,73 +264,4 @@ fn command_help(command: &Command) -> String {
         text.push_str(&describe(command.flags));
     }
     text
-}
-
-/// The bundle that --bundle names, or the working directory.
-fn bundle(arguments: &Arguments) -> &Path {
-    Path::new(arguments.value("bundle").unwrap_or("."))
-}
-
-/// Descriptors for the program: LISTEN_FDS of the environment and --preserve-fds.
-///
-/// # Errors
-/// One of them is not open.
-fn descriptors(globals: &Globals, arguments: &Arguments) -> Result<Descriptors> {
-    let number = |name| -> Option<u32> { std::env::var(name).ok()?.parse().ok() };
-    // Meant for another process if it says so; see sd_listen_fds(3).
-    let meant = number("LISTEN_PID") == Some(std::process::id());
-    let listen = number("LISTEN_FDS").filter(|_| meant).unwrap_or(0);
-    let preserve = arguments.number("preserve-fds")?.unwrap_or(0);
-    Descriptors::new(listen, preserve, globals.inherited.clone())
-}
-
-fn console_socket(arguments: &Arguments) -> Option<&str> {
-    arguments
-        .value("console-socket")
-        .filter(|path| !path.is_empty())
-}
-
-// Flags of several commands.
-
-const BUNDLE: Flag = value(
-    "bundle",
-    Some('b'),
-    "directory with config.json (default: the working directory)",
-);
-
-const CONSOLE_SOCKET: Flag = value(
-    "console-socket",
-    None,
-    "unix socket that is sent the master side of the terminal",
-);
-
-const PID_FILE: Flag = value("pid-file", None, "file to write the process id to");
-
-const NO_PIVOT: Flag = switch(
-    "no-pivot",
-    None,
-    "move the root instead of pivot_root, for a root on a ramdisk",
-);
-
-const NO_NEW_KEYRING: Flag = switch("no-new-keyring", None, "keep the caller's session keyring");
-
-const PRESERVE_FDS: Flag = value(
-    "preserve-fds",
-    None,
-    "hand this many further descriptors to the container",
-);
-
-const PIDFD_SOCKET: Flag = value(
-    "pidfd-socket",
-    None,
-    "unix socket that is sent a descriptor of the process (pidfd)",
-);
-
-/// The socket that --pidfd-socket names, connected.
-fn pidfd_socket(arguments: &Arguments) -> Result<Option<OwnedFd>> {
-    arguments
-        .value("pidfd-socket")
-        .filter(|path| !path.is_empty())
-        .map(|path| channel::connect("--pidfd-socket", path))
-        .transpose()
 }

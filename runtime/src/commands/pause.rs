@@ -1,10 +1,11 @@
-use super::{Command, Globals};
 use crate::arguments::Arguments;
-use crate::error::Result;
-use crate::state::{State, Status, directory};
-use crate::{cgroup, refuse};
+use crate::cgroup;
+use crate::commands::globals::{Command, Globals};
+use crate::error::{Result, refuse};
+use crate::lifecycle::container_dir::directory;
+use crate::lifecycle::state::{State, Status};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "pause",
     usage: "<container-id>",
     about: "freeze all processes of a container",

@@ -1,10 +1,10 @@
-use super::{Command, Globals, print};
 use crate::arguments::{Arguments, value};
-use crate::error::{Context, Error, Result};
-use crate::state::State;
-use crate::{cgroup, refuse};
+use crate::cgroup;
+use crate::commands::globals::{Command, Globals, print};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "ps",
     usage: "[options] <container-id> [options of ps(1)]",
     about: "list the processes of a container",

@@ -1,20 +1,18 @@
-use std::path::Path;
-
-use super::{
-    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
-    PRESERVE_FDS, bundle, console_socket, descriptors, pidfd_socket,
-};
 use crate::arguments::{Arguments, switch};
-use crate::birth::{self, Request};
-use crate::config::Config;
-use crate::error::Result;
-use crate::foreground::Forwarding;
-use crate::notify_socket::{self, Manager};
-use crate::state::{Status, directory};
-use crate::terminal::connect_console;
-use crate::{hooks, refuse, removal};
+use crate::commands::creation::{request, service_manager};
+use crate::commands::globals::{
+    BUNDLE, CONSOLE_SOCKET, Command, Globals, NO_NEW_KEYRING, NO_PIVOT, PID_FILE, PIDFD_SOCKET,
+    PRESERVE_FDS, bundle, console_socket, descriptors,
+};
+use crate::config::{Config, hooks};
+use crate::error::{Result, refuse};
+use crate::lifecycle::create::{self, CreateRequest};
+use crate::lifecycle::delete;
+use crate::lifecycle::foreground::Foreground;
+use crate::lifecycle::state::Status;
+use crate::process::terminal::connect_console;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "run",
     usage: "[options] <container-id>",
     about: "create and start a container, and remove it when it ends",
@@ -44,7 +42,7 @@ pub const COMMAND: Command = Command {
 
 fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    crate::state::validate_id(id)?;
+    crate::lifecycle::container_dir::validate_id(id)?;
     let descriptors = descriptors(globals, arguments)?;
     let mut config = Config::load(bundle(arguments))?;
     let detach = arguments.is_set("detach");
@@ -60,44 +58,33 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         }
         (_, _, None) => None,
     };
-    let notify = Manager::from_environment()?;
-    if notify.is_some() {
-        notify_socket::announce(&mut config, &directory(&globals.root, id)?)?;
-    }
-    let forwarding = if detach {
+    let notify = service_manager(globals, id, &mut config)?;
+    let foreground = if detach {
         None
     } else {
-        Some(Forwarding::start()?)
+        Some(Foreground::start()?)
     };
-    let born = birth::create(Request {
-        root: &globals.root,
-        id,
-        config: &config,
-        waits: false,
+    let created = create::create(CreateRequest {
         console_socket,
-        pidfd_socket: pidfd_socket(arguments)?,
-        pid_file: arguments.value("pid-file").map(Path::new),
-        no_pivot: arguments.is_set("no-pivot"),
-        new_keyring: !arguments.is_set("no-new-keyring"),
-        systemd_cgroup: globals.systemd_cgroup,
         descriptors,
         notify,
+        ..request(globals, arguments, &config)?
     })?;
-    let shown = born.state.for_hooks(Status::Running);
-    hooks::run_all("poststart", config.hooks.poststart().as_ref(), &shown);
-    let Some(mut forwarding) = forwarding else {
-        if let Some(notify) = born.notify {
-            notify.wait(born.state.pid, &born.pidfd)?;
+    let shown = created.state.json_for_hooks(Status::Running);
+    hooks::run_and_log_failures("poststart", config.hooks.poststart().as_ref(), &shown);
+    let Some(mut foreground) = foreground else {
+        if let Some(notify) = created.notify {
+            notify.wait(created.state.pid, &created.pidfd)?;
         }
         return Ok(0);
     };
-    forwarding.notify = born.notify;
-    let status = match born.terminal {
-        Some(master) => forwarding.relay(&born.pidfd, master)?,
-        None => forwarding.wait(&born.pidfd)?,
+    foreground.notify = created.notify;
+    let status = match created.terminal {
+        Some(master) => foreground.relay(&created.pidfd, master)?,
+        None => foreground.wait(&created.pidfd)?,
     };
     if !arguments.is_set("keep") {
-        removal::after_end(&globals.root, &born.state)?;
+        delete::delete_after_exit(&globals.root, &created.state)?;
     }
     Ok(status)
 }

@@ -4,13 +4,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::{Command, Globals, bundle};
 use crate::arguments::{Arguments, switch, value};
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::OCI_VERSION;
+use crate::commands::globals::{Command, Globals, bundle};
+use crate::config::spec::OCI_VERSION;
+use crate::error::{Context, Error, Result, refuse};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "spec",
     usage: "[options]",
     about: "write a config.json to begin with",
@@ -151,10 +150,10 @@ mod tests {
     #[test]
     fn the_example_is_a_configuration() {
         let mut value = super::example();
-        serde_json::from_value::<crate::spec::Spec>(value.clone()).unwrap();
+        serde_json::from_value::<crate::config::spec::Spec>(value.clone()).unwrap();
         super::make_rootless(&mut value);
         assert!(!value.to_string().contains("null"), "{value}");
-        let spec: crate::spec::Spec = serde_json::from_value(value).unwrap();
+        let spec: crate::config::spec::Spec = serde_json::from_value(value).unwrap();
         assert!(spec.linux.unwrap().uid_mappings.is_some());
     }
 }

@@ -1,12 +1,14 @@
-use super::{Command, Globals};
 use crate::arguments::Arguments;
-use crate::error::{Error, Result};
-use crate::notify_socket::{Manager, NotifySocket};
+use crate::commands::globals::{Command, Globals};
+use crate::config::hooks;
+use crate::error::{Error, Result, refuse};
+use crate::lifecycle::container_dir::directory;
+use crate::lifecycle::notify_socket::{NotifySocket, ServiceManager};
+use crate::lifecycle::start_socket;
+use crate::lifecycle::state::{State, Status};
 use crate::seccomp::Report;
-use crate::state::{State, Status, directory};
-use crate::{gate, hooks, refuse};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "start",
     usage: "<container-id>",
     about: "execute the program of a created container",
@@ -20,18 +22,20 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     let directory = directory(&globals.root, id)?;
     // Bound before there is anyone who could say something.
-    let notify = match Manager::from_environment()? {
+    let notify = match ServiceManager::from_environment()? {
         Some(manager) => NotifySocket::bind(&directory, &manager)?,
         None => None,
     };
-    match state.noted_status(&directory)? {
-        Status::Created => gate::open(&directory, id, |report| tell_agent(&state, report))?,
+    match state.status_from_files(&directory)? {
+        Status::Created => {
+            start_socket::start(&directory, id, |report| serve_agent(&state, report))?
+        }
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
         status => refuse!("cannot start container {id} in state {}", status.as_str()),
     }
-    let shown = state.for_hooks(Status::Running);
-    hooks::run_all("poststart", state.hooks.poststart().as_ref(), &shown);
+    let shown = state.json_for_hooks(Status::Running);
+    hooks::run_and_log_failures("poststart", state.hooks.poststart().as_ref(), &shown);
     if let Some(notify) = notify
         && let Some(process) = state.open_process()?
     {
@@ -41,18 +45,18 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
 }
 
 /// Hands the listener of the container's filter to the agent, if the filter has an agent.
-fn tell_agent(state: &State, report: &Report) -> Result<()> {
+fn serve_agent(state: &State, report: &Report) -> Result<()> {
     let Some(listener) = state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) else {
         return Ok(());
     };
-    let told = listener.connect().and_then(|agent| {
+    let served = listener.connect().and_then(|agent| {
         let process = state.open_process()?;
         let process = process.ok_or_else(|| Error::new("the container's first process is dead"))?;
-        let shown = state.for_others(Status::Created);
+        let shown = state.oci_state_for_others(Status::Created);
         agent.serve(report, &process, state.pid, shown)
     });
-    if told.is_err() {
+    if served.is_err() {
         report.answer(false);
     }
-    told
+    served
 }

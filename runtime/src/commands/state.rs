@@ -1,9 +1,10 @@
-use super::{Command, Globals, print};
 use crate::arguments::Arguments;
+use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Error, Result};
-use crate::state::{State, directory};
+use crate::lifecycle::container_dir::directory;
+use crate::lifecycle::state::State;
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "state",
     usage: "<container-id>",
     about: "print the state of a container as JSON",
@@ -16,7 +17,7 @@ fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     let state = State::load(&globals.root, id)?;
     let status = state.status(&directory(&globals.root, id)?)?;
-    let mut text = serde_json::to_string_pretty(&state.shown(status))
+    let mut text = serde_json::to_string_pretty(&state.oci_state(status))
         .map_err(|error| Error::new(format!("print state of {id}: {error}")))?;
     text.push('\n');
     print(&text);

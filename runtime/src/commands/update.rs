@@ -4,15 +4,16 @@ use std::path::Path;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Map, Value, json};
 
-use super::{Command, Globals};
 use crate::arguments::{Arguments, value};
-use crate::claim::{Claim, Held};
-use crate::config::read_bounded;
-use crate::error::{Context, Error, Result};
-use crate::state::{State, Status, directory};
-use crate::{cgroup, log, refuse, resctrl};
+use crate::commands::globals::{Command, Globals};
+use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::container_dir::{ContainerDir, Lock, directory};
+use crate::lifecycle::state::{State, Status};
+use crate::namespaces::resctrl;
+use crate::sys::files::read_bounded;
+use crate::{cgroup, log};
 
-pub const COMMAND: Command = Command {
+pub(crate) const COMMAND: Command = Command {
     name: "update",
     usage: "[options] <container-id>",
     about: "change the limits of a container",
@@ -99,7 +100,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         None => (from_flags(arguments)?, schemata(arguments)),
     };
     // Two updates at once would each build on what was before the other.
-    let Held::Claim(claim) = Claim::hold(&directory, || {})? else {
+    let Lock::Acquired(dir) = ContainerDir::lock(&directory, || {})? else {
         refuse!("cannot update container {id}: another process is making, updating or removing it");
     };
     let mut state = State::load(&globals.root, id)?;
@@ -108,7 +109,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if resources.pids().is_some_and(|pids| pids.limit() == 0) {
         resources.set_pids(None);
     }
-    cgroup::complete(&state.cgroup, state.memory_swap, &mut resources)?;
+    cgroup::complete_update(&state.cgroup, state.memory_swap, &mut resources)?;
     cgroup::validate(Path::new("/update"), &resources)?;
     let checked = resources
         .memory()
@@ -126,7 +127,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     })?;
     if let Some(swap) = cgroup::memory_swap(&resources).filter(|swap| *swap != state.memory_swap) {
         state.memory_swap = swap;
-        state.save(&claim)?;
+        state.save(&dir)?;
     }
     if !schemata.is_empty() {
         resctrl::update(state.pid, &schemata)?;

@@ -10,72 +10,36 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, mount, unmount,
 };
 
+use super::entry::{Mount, OwnCgroup};
 use super::tree::{clone_descriptor, clone_tree};
-use super::{Mount, OwnCgroup};
 use crate::error::{Context, Error, Reason as _, Result};
-use crate::mount_options::{self, Parameter};
-use crate::refuse;
-use crate::syscalls::{MountAttr, mount_setattr};
-
-/// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
-const VALUE_LIMIT: usize = 255;
-
-/// What mount(2) takes of parameters in all: a page less the NUL.
-const PARAMETERS_LIMIT: usize = 4095;
+use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
+use crate::sys::mount_setattr::{MountAttr, READ_ONLY, mount_setattr};
 
 /// Where a mount that only mount(2) can make stands for a moment: a directory that is there
 /// for certain, in a mount namespace that is the container's own.
-const PLACE: &str = "/proc";
+const SCRATCH_MOUNT_POINT: &str = "/proc";
 
 /// What went wrong, and what the kernel said.
-struct Refused {
+struct MountRefusal {
     errno: Errno,
     error: Error,
 }
 
-/// # Errors
-/// More than the kernel takes.
-pub fn check_parameters(data: &[Parameter]) -> Result<()> {
-    if needs_mount_call(data) {
-        let length = joined(data).len();
-        if length > PARAMETERS_LIMIT {
-            refuse!("are {length} bytes long, and the kernel takes {PARAMETERS_LIMIT}");
-        }
-    }
-    Ok(())
-}
-
-fn needs_mount_call(data: &[Parameter]) -> bool {
-    data.iter()
-        .any(|(_, value)| value.as_ref().is_some_and(|it| it.len() > VALUE_LIMIT))
-}
-
-/// Parameters as mount(2) takes them.
-fn joined(data: &[Parameter]) -> String {
-    data.iter()
-        .map(|(key, value)| match value {
-            Some(value) if mount_options::is_label(key) => format!("{key}=\"{value}\""),
-            Some(value) => format!("{key}={value}"),
-            None => key.clone(),
-        })
-        .collect::<Vec<_>>()
-        .join(",")
-}
-
 impl Mount {
     /// A detached mount of the file system, or of what stands for it.
-    pub(super) fn of_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
+    pub(super) fn new_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
         let made = if needs_mount_call(&self.options.data) {
-            self.by_mount_call()
+            self.with_mount_call()
         } else {
-            self.by_fsopen()
+            self.with_fsopen()
         };
         let refused = match made {
             Ok(mount) => return Ok(mount),
             Err(refused) => refused,
         };
-        match self.stands_for(refused.errno, cgroup) {
-            Some((path, recursive)) => self.in_its_place(path, recursive),
+        match self.host_substitute(refused.errno, cgroup) {
+            Some((path, recursive)) => self.bind_instead(path, recursive),
             None => Err(self.explained(refused)),
         }
     }
@@ -83,7 +47,7 @@ impl Mount {
     /// What of the host's is bound where a user namespace may have no mount of its own, because
     /// the network, IPC or cgroup namespace is not its own; runc does so for a cgroup, crun for
     /// the others.
-    fn stands_for<'a>(
+    fn host_substitute<'a>(
         &self,
         errno: Errno,
         cgroup: Option<&OwnCgroup<'a>>,
@@ -96,20 +60,20 @@ impl Mount {
         }
     }
 
-    pub(super) fn in_its_place(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
+    pub(super) fn bind_instead(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
         let doing = || format!("bind {} in its place", path.display());
         let mount = clone_tree(path, recursive).doing(doing)?;
         // Access times may be locked. The rest goes for what is mounted below, too: a sysfs
         // of its own would have nothing there.
         let attr = MountAttr {
-            attr_set: self.options.attr.attr_set & mount_options::RESTRICTIONS,
+            attr_set: self.options.attr.attr_set & options::RESTRICTIONS,
             ..MountAttr::default()
         };
         mount_setattr(mount.as_fd(), recursive, &attr).doing(doing)?;
         Ok(mount)
     }
 
-    fn explained(&self, refused: Refused) -> Error {
+    fn explained(&self, refused: MountRefusal) -> Error {
         if self.typ == "proc" && refused.errno == Errno::PERM {
             return Error::new(format!(
                 "{}: a user namespace needs a PID namespace of its own for that, and sight of a /proc that nothing hides parts of",
@@ -119,23 +83,23 @@ impl Mount {
         refused.error
     }
 
-    fn by_fsopen(&self) -> std::result::Result<OwnedFd, Refused> {
+    fn with_fsopen(&self) -> std::result::Result<OwnedFd, MountRefusal> {
         let fs =
             rustix::mount::fsopen(&*self.typ, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
-                Refused {
+                MountRefusal {
                     errno,
                     error: self.no_file_system(errno),
                 }
             })?;
-        let explained = |errno: Errno| Refused {
+        let explained = |errno: Errno| MountRefusal {
             errno,
-            error: Error::new(format!("{}{}", errno.reason(), said(&fs))),
+            error: Error::new(format!("{}{}", errno.reason(), kernel_log(&fs))),
         };
-        let option = |name: &str, errno: Errno| Refused {
+        let option = |name: &str, errno: Errno| MountRefusal {
             errno,
             error: explained(errno).error.while_doing(format!("option {name}")),
         };
-        let label = |errno: Errno| Refused {
+        let label = |errno: Errno| MountRefusal {
             errno,
             error: explained(errno)
                 .error
@@ -163,8 +127,8 @@ impl Mount {
 
     /// By mount(2), which takes longer values. That attaches it somewhere; what it gives is a
     /// copy that is not.
-    fn by_mount_call(&self) -> std::result::Result<OwnedFd, Refused> {
-        let refused = |errno: Errno| Refused {
+    fn with_mount_call(&self) -> std::result::Result<OwnedFd, MountRefusal> {
+        let refused = |errno: Errno| MountRefusal {
             errno,
             error: self.no_file_system(errno),
         };
@@ -175,16 +139,16 @@ impl Mount {
         let data = std::ffi::CString::new(data).map_err(|_| refused(Errno::INVAL))?;
         let mut flags = MountFlags::empty();
         for name in &self.options.superblock {
-            flags |= mount_options::mount_flag(name);
+            flags |= options::mount_flag(name);
         }
-        mount(&self.source, PLACE, &*self.typ, flags, &*data).map_err(refused)?;
+        mount(&self.source, SCRATCH_MOUNT_POINT, &*self.typ, flags, &*data).map_err(refused)?;
         let copy = rustix::fs::open(
-            PLACE,
+            SCRATCH_MOUNT_POINT,
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )
         .and_then(|attached| clone_descriptor(attached, false));
-        unmount(PLACE, UnmountFlags::DETACH).map_err(refused)?;
+        unmount(SCRATCH_MOUNT_POINT, UnmountFlags::DETACH).map_err(refused)?;
         let copy = copy.map_err(refused)?;
         let attr = MountAttr {
             attr_set: self.first_attributes(),
@@ -205,7 +169,7 @@ impl Mount {
     fn first_attributes(&self) -> u64 {
         let wanted = self.options.attr.attr_set;
         if self.is_written_first() {
-            wanted & !mount_options::READ_ONLY.attr_set
+            wanted & !READ_ONLY.attr_set
         } else {
             wanted
         }
@@ -238,7 +202,7 @@ pub(super) fn set_parameters<'a>(
 }
 
 /// What the file system had to say about a refusal, if anything.
-pub(super) fn said(fs: &OwnedFd) -> String {
+pub(super) fn kernel_log(fs: &OwnedFd) -> String {
     let mut buffer = [0u8; 512];
     match rustix::io::read(fs, &mut buffer) {
         Ok(length) if length > 2 => {

@@ -9,14 +9,14 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::tree::{clone_descriptor, clone_tree, move_mount};
-use crate::error::{Context, Result};
-use crate::rootfs::{Rootfs, cleaned};
-use crate::syscalls::mount_setattr;
-use crate::{mount_options, refuse};
+use crate::error::{Context, Result, refuse};
+use crate::mounts::rootfs::Rootfs;
+use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
+use crate::sys::path::cleaned;
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.
-pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
+pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     let mut seen = BTreeSet::new();
     // One cover is enough for what is named twice.
@@ -51,7 +51,7 @@ pub fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()
 }
 
 /// Makes `linux.readonlyPaths` read-only, with all that is mounted below them.
-pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     for path in paths {
         let doing = || format!("make {path} read-only (linux.readonlyPaths)");
         let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
@@ -59,7 +59,7 @@ pub fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
             result => result.doing(doing)?,
         };
         let copy = clone_descriptor(&target, true).doing(doing)?;
-        mount_setattr(copy.as_fd(), true, &mount_options::READ_ONLY).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &READ_ONLY).doing(doing)?;
         move_mount(&copy, &target).doing(doing)?;
     }
     Ok(())

@@ -5,13 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, OFlags, StatxAttributes, StatxFlags};
 use rustix::mount::FsPickFlags;
 
-use super::Mount;
-use super::file_system::{said, set_parameters};
-use crate::error::{Context, Error, Reason as _, Result};
-use crate::mount_options::{self, Bind};
-use crate::refuse;
-use crate::rootfs::Rootfs;
-use crate::syscalls::{MountAttr, mount_setattr};
+use super::entry::Mount;
+use super::file_system::{kernel_log, set_parameters};
+use crate::error::{Context, Error, Reason as _, Result, refuse};
+use crate::mounts::options::{self, Bind};
+use crate::mounts::rootfs::Rootfs;
+use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 
 /// Gives the mount at the destination the options of `mount`, as mount(2) does with
 /// MS_REMOUNT: what is not among them is cleared, but for how access times are kept.
@@ -35,7 +34,7 @@ pub(super) fn remount(mount: &Mount, rootfs: &Rootfs) -> Result<()> {
     let set = options.attr.attr_set;
     let attr = MountAttr {
         attr_set: set,
-        attr_clr: options.attr.attr_clr | (mount_options::RESTRICTIONS & !set),
+        attr_clr: options.attr.attr_clr | (options::RESTRICTIONS & !set),
         ..MountAttr::default()
     };
     mount_setattr(there.as_fd(), false, &attr).doing(|| "set its options")?;
@@ -46,7 +45,7 @@ fn reconfigure(mount: &Mount, there: &OwnedFd) -> Result<()> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let fs = rustix::mount::fspick(there, "", flags).doing(|| "open its file system")?;
     let explained =
-        |errno: rustix::io::Errno| Error::new(format!("{}{}", errno.reason(), said(&fs)));
+        |errno: rustix::io::Errno| Error::new(format!("{}{}", errno.reason(), kernel_log(&fs)));
     for name in &mount.options.superblock {
         rustix::mount::fsconfig_set_flag(&fs, *name)
             .map_err(|errno| explained(errno).while_doing(format!("option {name}")))?;

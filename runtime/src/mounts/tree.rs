@@ -8,12 +8,12 @@ use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::error::{Context, Result};
-use crate::mount_options;
-use crate::rootfs::Rootfs;
-use crate::syscalls::{MountAttr, mount_setattr};
+use crate::mounts::options;
+use crate::mounts::rootfs::Rootfs;
+use crate::sys::mount_setattr::{MountAttr, mount_setattr};
 
 /// A detached copy of the mount at a path of the host, with those below it if `recursive`.
-pub fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
+pub(crate) fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
@@ -22,7 +22,10 @@ pub fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, 
 }
 
 /// A detached copy of the mount that a descriptor refers to.
-pub fn clone_descriptor(fd: impl AsFd, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
+pub(crate) fn clone_descriptor(
+    fd: impl AsFd,
+    recursive: bool,
+) -> std::result::Result<OwnedFd, Errno> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -33,7 +36,7 @@ pub fn clone_descriptor(fd: impl AsFd, recursive: bool) -> std::result::Result<O
 }
 
 /// Moves a mount onto what `target` refers to.
-pub fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<(), Errno> {
+pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<(), Errno> {
     rustix::mount::move_mount(
         mount,
         "",
@@ -45,7 +48,7 @@ pub fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<()
 
 /// A copy of the mount that the root lies in, from the root on, and of those below it;
 /// what is mounted on it does not reach the host.
-pub fn take_root(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn clone_root(path: &Path) -> Result<OwnedFd> {
     let sentence = || format!("make root.path {} a mount of its own", path.display());
     let root = clone_tree(path, true).doing(sentence)?;
     make_slave(&root).doing(sentence)?;
@@ -54,9 +57,9 @@ pub fn take_root(path: &Path) -> Result<OwnedFd> {
 
 /// What is mounted on it, or below it, does not reach the host; what the host mounts still
 /// arrives.
-pub fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
+pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     let attr = MountAttr {
-        propagation: mount_options::SLAVE,
+        propagation: options::SLAVE,
         ..MountAttr::default()
     };
     mount_setattr(mount.as_fd(), true, &attr)
@@ -64,7 +67,7 @@ pub fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
 
 /// Attaches the root, which pivot_root(2) wants to be a mount in this namespace. What lies on
 /// `at` is hidden by it from then on.
-pub fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
+pub(crate) fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
     rustix::mount::move_mount(&root, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .doing(|| format!("mount the container's root on {}", at.display()))?;
     Ok(Rootfs::new(root))
@@ -72,7 +75,7 @@ pub fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
 
 /// Takes the old root's /proc and /sys off, wherever they are: a process in a user namespace
 /// may mount either anew, unmasked, as long as it is unmasked anywhere in its mount namespace.
-pub fn take_off_kernels() -> Result<()> {
+pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
     let file = "/proc/self/mountinfo";
     let text = std::fs::read_to_string(file).doing(|| format!("read {file}"))?;
     for line in text.lines() {

@@ -2,7 +2,7 @@
 
 /// An architecture whose calls can reach this kernel or one that rrun runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Architecture {
+pub(crate) enum Architecture {
     X86_64,
     X32,
     X86,
@@ -11,7 +11,7 @@ pub enum Architecture {
 }
 
 /// Every name of the specification (config-linux.md, "Seccomp"), in alphabetical order.
-pub const NAMES: [&str; 23] = [
+pub(crate) const NAMES: [&str; 23] = [
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",
     "SCMP_ARCH_LOONGARCH64",
@@ -38,13 +38,13 @@ pub const NAMES: [&str; 23] = [
 ];
 
 #[cfg(target_arch = "x86_64")]
-pub const NATIVE: Architecture = Architecture::X86_64;
+pub(crate) const NATIVE: Architecture = Architecture::X86_64;
 #[cfg(target_arch = "aarch64")]
-pub const NATIVE: Architecture = Architecture::Aarch64;
+pub(crate) const NATIVE: Architecture = Architecture::Aarch64;
 
 impl Architecture {
     /// The architecture of a name; `None` for those that neither kernel runs programs of.
-    pub fn by_name(name: &str) -> Option<Architecture> {
+    pub(crate) fn by_name(name: &str) -> Option<Architecture> {
         match name {
             "SCMP_ARCH_X86_64" => Some(Architecture::X86_64),
             "SCMP_ARCH_X32" => Some(Architecture::X32),
@@ -56,7 +56,7 @@ impl Architecture {
     }
 
     /// `AUDIT_ARCH_*` of linux/audit.h, as seccomp_data.arch has it. x32 has x86-64's.
-    pub fn audit(self) -> u32 {
+    pub(crate) fn audit(self) -> u32 {
         match self {
             Architecture::X86_64 | Architecture::X32 => 0xc000_003e,
             Architecture::X86 => 0x4000_0003,
@@ -67,12 +67,12 @@ impl Architecture {
 
     /// Whether arguments are compared as 64 bits. Those of the others are 32 bits wide: the
     /// upper half of a register is not theirs (x32), or always 0.
-    pub fn is_wide(self) -> bool {
+    pub(crate) fn is_wide(self) -> bool {
         matches!(self, Architecture::X86_64 | Architecture::Aarch64)
     }
 
     /// Whether a kernel that is `native` runs programs of this architecture.
-    pub fn runs_on(self, native: Architecture) -> bool {
+    pub(crate) fn runs_on(self, native: Architecture) -> bool {
         match native {
             Architecture::Aarch64 => matches!(self, Architecture::Aarch64 | Architecture::Arm),
             _ => matches!(

@@ -5,12 +5,14 @@
 //! stepping stone (a jump without condition, or a copy of the return) close by.
 //! See the kernel's Documentation/networking/filter.rst and seccomp_filter.rst.
 
+use crate::sys::syscalls::SockFilter;
+
 /// `BPF_MAXINSNS` of linux/bpf_common.h.
-pub const LIMIT: usize = 4096;
+pub(crate) const INSTRUCTIONS_MAX: usize = 4096;
 
 /// Offsets in `struct seccomp_data` (linux/seccomp.h).
-pub const NUMBER: u32 = 0;
-pub const ARCHITECTURE: u32 = 4;
+pub(crate) const NUMBER: u32 = 0;
+pub(crate) const ARCHITECTURE: u32 = 4;
 
 const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
 const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
@@ -20,64 +22,54 @@ const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 /// What a conditional jump asks of the accumulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Test {
+pub(crate) enum Test {
     Equal = 0x15,          // BPF_JMP | BPF_JEQ | BPF_K
     Greater = 0x25,        // BPF_JMP | BPF_JGT | BPF_K
     GreaterOrEqual = 0x35, // BPF_JMP | BPF_JGE | BPF_K
 }
 
-/// `struct sock_filter` of linux/filter.h.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Instruction {
-    pub code: u16,
-    pub if_true: u8,
-    pub if_false: u8,
-    pub value: u32,
-}
-
 /// A place in the program, counted from its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place(usize);
+pub(crate) struct Position(usize);
 
 /// Where to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Goal {
+pub(crate) enum Goal {
     /// The filter's answer, `SECCOMP_RET_*` with its data.
     Return(u32),
-    At(Place),
+    At(Position),
 }
 
 /// A program in the making.
 #[derive(Default)]
-pub struct Program {
+pub(crate) struct ProgramBuilder {
     /// The last instruction first.
-    reversed: Vec<Instruction>,
+    reversed: Vec<SockFilter>,
     /// For answers and far places, where the latest stepping stone to them is.
-    stones: Vec<(Goal, Place)>,
+    stones: Vec<(Goal, Position)>,
 }
 
 /// How far a stepping stone may be: a conditional jump has two, and either may have to be
 /// laid after the other was found near enough.
-const REACH: usize = 250;
+const JUMP_MAX: usize = 250;
 
-impl Program {
-    fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Place {
-        self.reversed.push(Instruction {
+impl ProgramBuilder {
+    fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Position {
+        self.reversed.push(SockFilter {
             code,
             if_true,
             if_false,
             value,
         });
-        Place(self.reversed.len() - 1)
+        Position(self.reversed.len() - 1)
     }
 
     /// How many instructions lie between the next one and `place`.
-    fn distance(&self, place: Place) -> usize {
+    fn distance(&self, place: Position) -> usize {
         self.reversed.len() - 1 - place.0
     }
 
-    fn lay_stone(&mut self, goal: Goal) -> Place {
+    fn lay_stone(&mut self, goal: Goal) -> Position {
         let place = match goal {
             Goal::Return(answer) => self.push(RETURN, 0, 0, answer),
             Goal::At(place) => {
@@ -93,26 +85,26 @@ impl Program {
     }
 
     /// A place from which, or at which, the goal is reached, within a jump's reach.
-    fn near(&mut self, goal: Goal) -> Place {
+    fn near(&mut self, goal: Goal) -> Position {
         if let Goal::At(place) = goal
-            && self.distance(place) <= REACH
+            && self.distance(place) <= JUMP_MAX
         {
             return place;
         }
         let stone = self.stones.iter().find(|(known, _)| *known == goal);
         match stone.map(|(_, stone)| *stone) {
-            Some(stone) if self.distance(stone) <= REACH => stone,
+            Some(stone) if self.distance(stone) <= JUMP_MAX => stone,
             _ => self.lay_stone(goal),
         }
     }
 
     /// Goes on at one goal or the other, by the accumulator.
-    pub fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
+    pub(crate) fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
         if if_true == if_false {
             return if_true;
         }
         let (if_true, if_false) = (self.near(if_true), self.near(if_false));
-        // Both are at most REACH and a stone away.
+        // Both are at most JUMP_MAX and a stone away.
         let (if_true, if_false) = (self.distance(if_true), self.distance(if_false));
         Goal::At(self.push(test as u16, if_true as u8, if_false as u8, value))
     }
@@ -129,7 +121,7 @@ impl Program {
 
     /// Loads a word of `seccomp_data` into the accumulator, keeps the bits in `mask`, and
     /// goes on at `goal`.
-    pub fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
+    pub(crate) fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
         self.fall_into(goal);
         if mask != u32::MAX {
             self.push(AND, 0, 0, mask);
@@ -138,35 +130,21 @@ impl Program {
     }
 
     /// The program that begins at `goal`.
-    pub fn finish(mut self, goal: Goal) -> Vec<Instruction> {
+    pub(crate) fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
         self.fall_into(goal);
         self.reversed.reverse();
         self.reversed
     }
 }
 
-impl Instruction {
-    /// As one number, for the container's state.
-    pub fn pack(self) -> u64 {
-        u64::from(self.code) << 48
-            | u64::from(self.if_true) << 40
-            | u64::from(self.if_false) << 32
-            | u64::from(self.value)
-    }
-
-    pub fn unpack(packed: u64) -> Instruction {
-        Instruction {
-            code: (packed >> 48) as u16,
-            if_true: (packed >> 40) as u8,
-            if_false: (packed >> 32) as u8,
-            value: packed as u32,
-        }
-    }
-}
-
 /// What the kernel would do with a program and a system call.
 #[cfg(test)]
-pub fn interpret(program: &[Instruction], architecture: u32, number: u32, args: &[u64; 6]) -> u32 {
+pub(crate) fn interpret(
+    program: &[SockFilter],
+    architecture: u32,
+    number: u32,
+    args: &[u64; 6],
+) -> u32 {
     let mut data = Vec::new();
     data.extend(number.to_le_bytes());
     data.extend(architecture.to_le_bytes());
@@ -174,7 +152,7 @@ pub fn interpret(program: &[Instruction], architecture: u32, number: u32, args: 
     args.iter().for_each(|arg| data.extend(arg.to_le_bytes()));
     let (mut at, mut accumulator) = (0, 0u32);
     loop {
-        let Instruction {
+        let SockFilter {
             code,
             if_true,
             if_false,
@@ -204,7 +182,7 @@ mod tests {
 
     #[test]
     fn far_goals_are_reached_over_stepping_stones() {
-        let mut program = Program::default();
+        let mut program = ProgramBuilder::default();
         let mut goal = Goal::Return(0);
         for number in 0..2000 {
             goal = program.branch(Test::Equal, number, Goal::Return(number + 7), goal);
@@ -223,12 +201,12 @@ mod tests {
 
     #[test]
     fn packed_and_unpacked_is_the_same() {
-        let instruction = Instruction {
+        let instruction = SockFilter {
             code: 0x15,
             if_true: 255,
             if_false: 1,
             value: 0xdead_beef,
         };
-        assert_eq!(Instruction::unpack(instruction.pack()), instruction);
+        assert_eq!(SockFilter::unpack(instruction.pack()), instruction);
     }
 }

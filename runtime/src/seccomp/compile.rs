@@ -6,11 +6,11 @@
 //! more to load: the kernel runs the filter once for each call that there is.
 
 use super::architecture::Architecture;
-use super::bpf::{ARCHITECTURE, Goal, Instruction, LIMIT, NUMBER, Program, Test};
-use super::profile::{Checked, Comparison, Condition, Rule};
+use super::bpf::{ARCHITECTURE, Goal, INSTRUCTIONS_MAX, NUMBER, ProgramBuilder, Test};
+use super::profile::{CheckedProfile, Comparison, Condition, SeccompRule};
 use super::table::{ARM_PRIVATE, Syscall, X32_BIT, multiplexed};
-use crate::error::Result;
-use crate::refuse;
+use crate::error::{Result, refuse};
+use crate::sys::syscalls::SockFilter;
 
 /// The number that a tracer puts in place of a call that is not to be made.
 const SKIPPED: u32 = u32::MAX;
@@ -53,15 +53,15 @@ impl Ranges {
 /// not if they are forbidden. So that it works with profiles older than itself, a call that
 /// is newer than the newest that the profile names is answered as an old kernel would
 /// answer it. runc does so since its version 1.0.
-struct Unnamed {
+struct UnnamedCalls {
     architecture: Architecture,
     default: u32,
     /// The newest call named; `None` if new calls are to be treated as all others.
     newest: Option<u32>,
 }
 
-impl Unnamed {
-    fn of(profile: &Checked, architecture: Architecture) -> Unnamed {
+impl UnnamedCalls {
+    fn new(profile: &CheckedProfile, architecture: Architecture) -> UnnamedCalls {
         let permissive = matches!(
             profile.default & libc::SECCOMP_RET_ACTION_FULL,
             libc::SECCOMP_RET_ALLOW | libc::SECCOMP_RET_LOG | libc::SECCOMP_RET_TRACE
@@ -70,7 +70,7 @@ impl Unnamed {
             .named
             .iter()
             .filter_map(|syscall| syscall.number(architecture));
-        Unnamed {
+        UnnamedCalls {
             architecture,
             default: profile.default,
             newest: if permissive {
@@ -118,10 +118,10 @@ fn is_apart(architecture: Architecture, number: u32) -> bool {
 }
 
 struct Compiler<'a> {
-    profile: &'a Checked,
-    program: Program,
+    profile: &'a CheckedProfile,
+    program: ProgramBuilder,
     /// The profile's, and what is made of them for calls that come through another.
-    rules: Vec<Rule>,
+    rules: Vec<SeccompRule>,
     chains: Vec<Chain>,
 }
 
@@ -136,10 +136,10 @@ struct Chain {
 
 /// # Errors
 /// A profile that needs more instructions than the kernel takes.
-pub fn compile(profile: &Checked) -> Result<Vec<Instruction>> {
+pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
     let mut compiler = Compiler {
         profile,
-        program: Program::default(),
+        program: ProgramBuilder::default(),
         rules: profile.rules.clone(),
         chains: Vec::new(),
     };
@@ -151,16 +151,16 @@ pub fn compile(profile: &Checked) -> Result<Vec<Instruction>> {
             sections.push((architecture.audit(), section));
         }
     }
-    // The kernel's own, which comes first, is to be asked for first.
+    // The kernel's own, which comes first, is to be compared first.
     let mut goal = Goal::Return(FOREIGN);
     for (audit, section) in sections.into_iter().rev() {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);
     }
     let start = compiler.program.load(ARCHITECTURE, u32::MAX, goal);
     let program = compiler.program.finish(start);
-    if program.len() > LIMIT {
+    if program.len() > INSTRUCTIONS_MAX {
         refuse!(
-            "linux.seccomp: makes a filter of {} instructions, of which the kernel takes {LIMIT}",
+            "linux.seccomp: makes a filter of {} instructions, of which the kernel takes {INSTRUCTIONS_MAX}",
             program.len()
         );
     }
@@ -200,7 +200,7 @@ impl Compiler<'_> {
         // Stable: what is said of the same call stays in the profile's order.
         rules.sort_by_key(|(number, _)| *number);
 
-        let unnamed = Unnamed::of(self.profile, architecture);
+        let unnamed = UnnamedCalls::new(self.profile, architecture);
         let mut borders = unnamed.borders(base).into_iter().peekable();
         for of_one in rules.chunk_by(|(one, _), (other, _)| one == other) {
             let Some((number, _)) = of_one.first() else {
@@ -238,7 +238,7 @@ impl Compiler<'_> {
             if !it.conditions.is_empty() && !is_stricter(it.answer, self.profile.default) {
                 continue;
             }
-            self.rules.push(Rule {
+            self.rules.push(SeccompRule {
                 answer: it.answer,
                 conditions: vec![Condition {
                     argument: 0,
@@ -336,7 +336,7 @@ fn is_stricter(answer: u32, than: u32) -> bool {
 
 /// Code that compares an argument, its upper half first if it is `wide`.
 fn compare(
-    program: &mut Program,
+    program: &mut ProgramBuilder,
     condition: Condition,
     wide: bool,
     holds: Goal,
@@ -357,9 +357,10 @@ fn compare(
     let (low, high) = (value as u32, (value >> 32) as u32);
     let mut equal = |mask: (u32, u32), holds: Goal, fails: Goal| {
         let mut goal = holds;
-        for (at, mask, value, asked) in [(low_at, mask.0, low, true), (high_at, mask.1, high, wide)]
+        for (at, mask, value, compared) in
+            [(low_at, mask.0, low, true), (high_at, mask.1, high, wide)]
         {
-            if !asked {
+            if !compared {
                 continue;
             }
             if mask == 0 {

@@ -8,27 +8,26 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
-use super::Report;
-use crate::channel::send_descriptor;
-use crate::error::{Context, Error, Result};
-use crate::refuse;
-use crate::state::{OCI_VERSION, Shown};
+use super::shared_page::Report;
+use crate::config::spec::{OCI_VERSION, OciState};
+use crate::error::{Context, Error, Result, refuse};
+use crate::sys::unix_socket::send_descriptor;
 
 /// The target of a listener's link in /proc/self/fd. The target of a file's link begins with `/`, so
 /// no file can pass for a listener.
 const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
-/// Where the agent listens, and what it is told.
+/// Where the agent listens, and what it is sent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Listener {
+pub(crate) struct Listener {
     /// Path of a unix socket on the host.
-    pub path: String,
+    pub(crate) path: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub metadata: Option<String>,
+    pub(crate) metadata: Option<String>,
 }
 
 /// A connection to the agent, good for one process.
-pub struct Agent<'a> {
+pub(crate) struct Agent<'a> {
     listener: &'a Listener,
     connection: OwnedFd,
 }
@@ -41,11 +40,11 @@ struct ProcessState<'a> {
     pid: i32,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata: Option<&'a str>,
-    state: Shown<'a>,
+    state: OciState<'a>,
 }
 
 impl Listener {
-    pub fn connect(&self) -> Result<Agent<'_>> {
+    pub(crate) fn connect(&self) -> Result<Agent<'_>> {
         let doing = || format!("connect to linux.seccomp.listenerPath {}", self.path);
         let connection = socket_with(
             AddressFamily::UNIX,
@@ -63,7 +62,7 @@ impl Listener {
     }
 
     /// Checks that the agent's socket exists, for a container whose `start` will connect to it.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let doing = || format!("look for linux.seccomp.listenerPath {}", self.path);
         let stat = rustix::fs::stat(&*self.path).doing(doing)?;
         match FileType::from_raw_mode(stat.st_mode) {
@@ -76,27 +75,33 @@ impl Listener {
 impl Agent<'_> {
     /// Waits until the process has loaded its filter, hands the filter's listener to the agent, and
     /// lets the process go on.
-    pub fn serve(
+    pub(crate) fn serve(
         self,
         report: &Report,
         process: &OwnedFd,
         pid: i32,
-        state: Shown<'_>,
+        state: OciState<'_>,
     ) -> Result<()> {
         let Some(number) = report.await_listener(process) else {
             // The process failed before that, and reports the reason itself.
             return Ok(());
         };
-        let told = self.tell(process.as_fd(), pid, number, state);
-        report.answer(told.is_ok());
-        told
+        let sent = self.send_listener(process.as_fd(), pid, number, state);
+        report.answer(sent.is_ok());
+        sent
     }
 
     /// Takes the listener out of the process that loaded its filter, where it has that
     /// number, and hands it to the agent.
     ///
     /// The process itself could not send it: the filter may ask the agent about that.
-    fn tell(self, process: BorrowedFd<'_>, pid: i32, number: i32, state: Shown<'_>) -> Result<()> {
+    fn send_listener(
+        self,
+        process: BorrowedFd<'_>,
+        pid: i32,
+        number: i32,
+        state: OciState<'_>,
+    ) -> Result<()> {
         let doing = || format!("hand the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
         // A process in the same PID namespace may have written another number into the shared page.

@@ -1,75 +1,13 @@
 //! `linux.seccomp` as config.json has it, and what is checked of it.
 //! See config-linux.md of the runtime specification, "Seccomp".
 
-use serde::de::{Deserialize, Deserializer, Visitor};
-
 use super::architecture::{self, Architecture, NATIVE};
 use super::table::Syscall;
-use crate::error::Result;
-use crate::refuse;
-
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Profile {
-    #[serde(default)]
-    pub default_action: String,
-    pub default_errno_ret: Option<u32>,
-    pub architectures: Option<Vec<String>>,
-    pub flags: Option<Vec<String>>,
-    pub listener_path: Option<String>,
-    pub listener_metadata: Option<String>,
-    pub syscalls: Option<Vec<Entry>>,
-}
-
-/// An entry of `linux.seccomp.syscalls`.
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Entry {
-    #[serde(default)]
-    pub names: Vec<Name>,
-    #[serde(default)]
-    pub action: String,
-    pub errno_ret: Option<u32>,
-    pub args: Option<Vec<Arg>>,
-}
-
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Arg {
-    pub index: u32,
-    pub value: u64,
-    #[serde(default)]
-    pub value_two: u64,
-    #[serde(default)]
-    pub op: String,
-}
-
-/// Looked up while it is read: a profile has hundreds of them.
-pub enum Name {
-    Known(Syscall),
-    /// Of another architecture, or newer than rrun.
-    Unknown(String),
-}
-
-impl<'de> Deserialize<'de> for Name {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct ByName;
-        impl Visitor<'_> for ByName {
-            type Value = Name;
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("the name of a system call")
-            }
-            fn visit_str<E>(self, name: &str) -> std::result::Result<Name, E> {
-                Ok(Syscall::by_name(name)
-                    .map_or_else(|| Name::Unknown(name.to_owned()), Name::Known))
-            }
-        }
-        deserializer.deserialize_str(ByName)
-    }
-}
+use crate::config::spec::{SeccompArg, SeccompCallName, SeccompProfile, SeccompSyscalls};
+use crate::error::{Result, refuse};
 
 /// Every action's name in alphabetical order, and the filter's answer (linux/seccomp.h).
-pub const ACTIONS: [(&str, u32); 9] = [
+pub(crate) const ACTIONS: [(&str, u32); 9] = [
     ("SCMP_ACT_ALLOW", libc::SECCOMP_RET_ALLOW),
     ("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO),
     ("SCMP_ACT_KILL", libc::SECCOMP_RET_KILL_THREAD),
@@ -82,7 +20,7 @@ pub const ACTIONS: [(&str, u32); 9] = [
 ];
 
 /// Every operator's name, in alphabetical order.
-pub const OPERATORS: [&str; 7] = [
+pub(crate) const OPERATORS: [&str; 7] = [
     "SCMP_CMP_EQ",
     "SCMP_CMP_GE",
     "SCMP_CMP_GT",
@@ -97,7 +35,7 @@ const LARGEST_ERRNO: u32 = 4095;
 
 /// What an argument is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comparison {
+pub(crate) enum Comparison {
     Equal(u64),
     NotEqual(u64),
     Less(u64),
@@ -113,31 +51,31 @@ pub enum Comparison {
 
 /// A condition on an argument, the first being number 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Condition {
-    pub argument: u32,
-    pub comparison: Comparison,
+pub(crate) struct Condition {
+    pub(crate) argument: u32,
+    pub(crate) comparison: Comparison,
 }
 
 /// For some calls, what to answer if all conditions hold.
 #[derive(Clone, Debug)]
-pub struct Rule {
-    pub answer: u32,
-    pub conditions: Vec<Condition>,
+pub(crate) struct SeccompRule {
+    pub(crate) answer: u32,
+    pub(crate) conditions: Vec<Condition>,
 }
 
 /// A profile, checked.
-pub struct Checked {
+pub(crate) struct CheckedProfile {
     /// `SECCOMP_RET_*` with its data.
-    pub default: u32,
+    pub(crate) default: u32,
     /// What is filtered for, this kernel's own architecture included.
-    pub architectures: Vec<Architecture>,
-    pub rules: Vec<Rule>,
+    pub(crate) architectures: Vec<Architecture>,
+    pub(crate) rules: Vec<SeccompRule>,
     /// Which of the rules, by their place, are for which calls, in the profile's order.
-    pub calls: Vec<(Syscall, u16)>,
+    pub(crate) calls: Vec<(Syscall, u16)>,
     /// Every call that the profile names, whatever it says of it.
-    pub named: Vec<Syscall>,
+    pub(crate) named: Vec<Syscall>,
     /// Calls that some other process is asked about.
-    pub notifies: bool,
+    pub(crate) notifies: bool,
 }
 
 fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
@@ -168,7 +106,7 @@ fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
     }
 }
 
-fn condition(field: impl Fn() -> String, arg: &Arg) -> Result<Condition> {
+fn condition(field: impl Fn() -> String, arg: &SeccompArg) -> Result<Condition> {
     if arg.index > 5 {
         refuse!(
             "{}.index: {}: the last argument is number 5",
@@ -196,29 +134,29 @@ fn condition(field: impl Fn() -> String, arg: &Arg) -> Result<Condition> {
     })
 }
 
-impl Profile {
+impl SeccompProfile {
     /// runc's callers write an empty object where they mean no seccomp at all.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.default_action.is_empty() && self.syscalls.as_ref().is_none_or(Vec::is_empty)
     }
 
     /// # Errors
     /// What is unknown or contradictory, by the name of its field.
-    pub fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<Checked> {
+    pub(crate) fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<CheckedProfile> {
         self.check_for(NATIVE, unknown)
     }
 
-    pub fn check_for(
+    pub(crate) fn check_for(
         &self,
         native: Architecture,
         unknown: &mut dyn FnMut(&str),
-    ) -> Result<Checked> {
+    ) -> Result<CheckedProfile> {
         let default = answer(
             "linux.seccomp.defaultAction",
             &self.default_action,
             self.default_errno_ret,
         )?;
-        let mut checked = Checked {
+        let mut checked = CheckedProfile {
             default,
             architectures: self.architectures(native)?,
             rules: Vec::new(),
@@ -251,11 +189,11 @@ impl Profile {
     }
 }
 
-impl Entry {
+impl SeccompSyscalls {
     fn check(
         &self,
         index: usize,
-        checked: &mut Checked,
+        checked: &mut CheckedProfile,
         unknown: &mut dyn FnMut(&str),
     ) -> Result<()> {
         let field = || format!("linux.seccomp.syscalls[{index}]");
@@ -283,22 +221,24 @@ impl Entry {
                     .any(|earlier| earlier.argument == condition.argument)
             });
             if repeated {
-                checked.rules.extend(conditions.iter().map(|one| Rule {
-                    answer,
-                    conditions: vec![*one],
-                }));
+                checked
+                    .rules
+                    .extend(conditions.iter().map(|one| SeccompRule {
+                        answer,
+                        conditions: vec![*one],
+                    }));
             } else {
-                checked.rules.push(Rule { answer, conditions });
+                checked.rules.push(SeccompRule { answer, conditions });
             }
         }
         let rules = first..checked.rules.len();
         for (at, name) in self.names.iter().enumerate() {
             match name {
-                Name::Unknown(name) if name.is_empty() => {
+                SeccompCallName::Unknown(name) if name.is_empty() => {
                     refuse!("{}.names[{at}]: is empty", field())
                 }
-                Name::Unknown(name) => unknown(name),
-                Name::Known(syscall) => {
+                SeccompCallName::Unknown(name) => unknown(name),
+                SeccompCallName::Known(syscall) => {
                     checked.named.push(*syscall);
                     let calls = rules.clone().map(|rule| (*syscall, rule as u16));
                     checked.calls.extend(calls);
@@ -314,7 +254,7 @@ mod tests {
     use super::*;
 
     fn refusal(json: &str) -> String {
-        let profile: Profile = serde_json::from_str(json).unwrap();
+        let profile: SeccompProfile = serde_json::from_str(json).unwrap();
         match profile.check(&mut |_| {}) {
             Ok(_) => panic!("{json} was accepted"),
             Err(error) => error.to_string(),
@@ -366,8 +306,8 @@ mod tests {
                 "syscalls[0].args[0].op: EQ",
             ),
         ] {
-            let told = refusal(&json);
-            assert!(told.contains(words), "{json}: {told}");
+            let sentence = refusal(&json);
+            assert!(sentence.contains(words), "{json}: {sentence}");
         }
     }
 
@@ -376,7 +316,7 @@ mod tests {
         let json = serde_json::json!({
             "defaultAction": "SCMP_ACT_ALLOW", "architectures": architecture::NAMES,
         });
-        let profile: Profile = serde_json::from_value(json).unwrap();
+        let profile: SeccompProfile = serde_json::from_value(json).unwrap();
         let checked = profile
             .check_for(Architecture::X86_64, &mut |_| {})
             .unwrap();
@@ -390,13 +330,13 @@ mod tests {
     fn unknown_calls_are_passed_over_and_told() {
         let json = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
             {"names":["fly","read"],"action":"SCMP_ACT_LOG"}]}"#;
-        let profile: Profile = serde_json::from_str(json).unwrap();
-        let mut told = Vec::new();
+        let profile: SeccompProfile = serde_json::from_str(json).unwrap();
+        let mut unknown = Vec::new();
         let checked = profile
-            .check(&mut |name| told.push(name.to_owned()))
+            .check(&mut |name| unknown.push(name.to_owned()))
             .unwrap();
         assert_eq!(
-            (told.as_slice(), checked.calls.len()),
+            (unknown.as_slice(), checked.calls.len()),
             (&["fly".to_owned()][..], 1)
         );
     }

@@ -19,14 +19,14 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
 use crate::process::not_executed;
-use crate::syscalls;
+use crate::sys::syscalls;
 
 /// The most bytes of the text that the page carries, with a NUL at the end.
-const TEXT_LIMIT: usize = 3072;
+const TEXT_BYTES: usize = 3072;
 
 /// The content of the page, which is all 0 at first.
 #[repr(C)]
-struct Content {
+struct PageContent {
     /// The number of the listener's descriptor, which is never 0, 1 or 2.
     listener: AtomicU32,
     /// [`TAKEN`] or [`REFUSED`].
@@ -34,13 +34,13 @@ struct Content {
     /// The errno of execve(2), or [`HOOK_FAILED`].
     failure: AtomicU32,
     /// The program's path, or the error of a hook.
-    text: [AtomicU8; TEXT_LIMIT],
+    text: [AtomicU8; TEXT_BYTES],
 }
 
-impl Content {
+impl PageContent {
     fn write(&self, text: &[u8]) {
         let end = std::iter::once(&0);
-        let text = text.iter().take(TEXT_LIMIT - 1).chain(end);
+        let text = text.iter().take(TEXT_BYTES - 1).chain(end);
         for (to, byte) in self.text.iter().zip(text) {
             to.store(*byte, Ordering::Relaxed);
         }
@@ -58,23 +58,23 @@ const HOOK_FAILED: u32 = u32::MAX;
 /// milliseconds. On a busy machine it gets them, because the scheduler gives both processes their
 /// share while this one checks. Even if this one is real-time and both have one processor, the
 /// kernel leaves the others 50 milliseconds of every second (sched_rt_runtime_us).
-const PATIENCE: u64 = 1 << 28;
+const ANSWER_CHECKS: u64 = 1 << 28;
 
 /// How long rrun sleeps between two checks for the listener.
-const LOOK_AGAIN: Timespec = Timespec {
+const LISTENER_CHECK_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000,
 };
 
 /// The page, in the process that will be filtered.
-pub struct SharedPage {
+pub(crate) struct SharedPage {
     file: OwnedFd,
-    content: &'static Content,
+    content: &'static PageContent,
 }
 
 impl SharedPage {
     /// Must be called before the limits of the process are set, because they may forbid it.
-    pub fn new() -> Result<SharedPage> {
+    pub(crate) fn new() -> Result<SharedPage> {
         let doing = || "make shared memory for the reports of a filtered process (memfd_create)";
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = match rustix::fs::memfd_create("rrun", flags | MemfdFlags::NOEXEC_SEAL) {
@@ -83,20 +83,20 @@ impl SharedPage {
             file => file,
         };
         let file = file.doing(doing)?;
-        rustix::fs::ftruncate(&file, size_of::<Content>() as u64).doing(doing)?;
+        rustix::fs::ftruncate(&file, size_of::<PageContent>() as u64).doing(doing)?;
         // A process in the same PID namespace may open the file through /proc. If it made the file
         // shorter, an access to the page would end this process with SIGBUS.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).doing(doing)?;
-        let address = syscalls::map_shared(file.as_fd(), size_of::<Content>()).doing(doing)?;
+        let address = syscalls::map_shared(file.as_fd(), size_of::<PageContent>()).doing(doing)?;
         // SAFETY: this many bytes are mapped there, aligned to a page, and are never unmapped. Any
         // value of them is valid. Others may write them meanwhile, but all accesses are atomic.
-        let content = unsafe { address.cast::<Content>().as_ref() };
+        let content = unsafe { address.cast::<PageContent>().as_ref() };
         Ok(SharedPage { file, content })
     }
 
     /// Writes the program's path into the page, and hands the page over with `send`.
-    pub fn hand_over(
+    pub(crate) fn hand_over(
         self,
         program: &CStr,
         send: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
@@ -114,15 +114,15 @@ impl AsFd for SharedPage {
 }
 
 /// The page in the process, once rrun has it as well.
-pub struct Reporter(&'static Content);
+pub(crate) struct Reporter(&'static PageContent);
 
 impl Reporter {
     /// Reports the listener's descriptor to rrun, and waits until the agent has it. False: rrun
     /// failed to hand it over and reports the reason, or rrun is dead.
-    pub fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
+    pub(crate) fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
         let number = listener.as_raw_fd() as u32;
         self.0.listener.store(number, Ordering::Release);
-        for _ in 0..PATIENCE {
+        for _ in 0..ANSWER_CHECKS {
             match self.0.answer.load(Ordering::Acquire) {
                 0 => std::hint::spin_loop(),
                 answer => return answer == TAKEN,
@@ -132,25 +132,25 @@ impl Reporter {
     }
 
     /// Reports why the program could not be executed.
-    pub fn failed(&self, errno: Errno) {
+    pub(crate) fn failed(&self, errno: Errno) {
         let number = errno.raw_os_error() as u32;
         self.0.failure.store(number, Ordering::Release);
     }
 
     /// Reports why the program is not executed at all.
-    pub fn hook_failed(&self, error: &Error) {
+    pub(crate) fn hook_failed(&self, error: &Error) {
         self.0.write(error.to_string().as_bytes());
         self.0.failure.store(HOOK_FAILED, Ordering::Release);
     }
 }
 
 /// The same page, in rrun outside the container.
-pub struct Report {
+pub(crate) struct Report {
     file: File,
 }
 
 impl Report {
-    pub fn new(page: OwnedFd) -> Report {
+    pub(crate) fn new(page: OwnedFd) -> Report {
         Report { file: page.into() }
     }
 
@@ -162,24 +162,25 @@ impl Report {
 
     /// Waits until the process has loaded its filter, and returns the number of its listener.
     /// `None`: the process died or failed before that.
-    pub fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
+    pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
         loop {
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
-            let dead = poll(&mut process, Some(&LOOK_AGAIN)).is_ok_and(|dead| dead > 0);
-            if let Some(number) = self.word(offset_of!(Content, listener)) {
+            let dead =
+                poll(&mut process, Some(&LISTENER_CHECK_INTERVAL)).is_ok_and(|dead| dead > 0);
+            if let Some(number) = self.word(offset_of!(PageContent, listener)) {
                 return Some(number as i32);
             }
-            if dead || self.word(offset_of!(Content, failure)).is_some() {
+            if dead || self.word(offset_of!(PageContent, failure)).is_some() {
                 return None;
             }
         }
     }
 
     /// Lets the process go on if the agent has the listener (`taken`); otherwise the process ends.
-    pub fn answer(&self, taken: bool) {
+    pub(crate) fn answer(&self, taken: bool) {
         let word = if taken { TAKEN } else { REFUSED };
         // If this fails, the process gives up after a while.
-        let offset = offset_of!(Content, answer) as u64;
+        let offset = offset_of!(PageContent, answer) as u64;
         let _ = self.file.write_all_at(&word.to_ne_bytes(), offset);
     }
 
@@ -187,12 +188,12 @@ impl Report {
     ///
     /// # Errors
     /// A hook failed under the filter, or the program could not be executed.
-    pub fn verdict(&self) -> Result<()> {
-        let Some(errno) = self.word(offset_of!(Content, failure)) else {
+    pub(crate) fn verdict(&self) -> Result<()> {
+        let Some(errno) = self.word(offset_of!(PageContent, failure)) else {
             return Ok(());
         };
-        let mut text = [0; TEXT_LIMIT];
-        let offset = offset_of!(Content, text) as u64;
+        let mut text = [0; TEXT_BYTES];
+        let offset = offset_of!(PageContent, text) as u64;
         let length = self.file.read_at(&mut text, offset).unwrap_or(0);
         let text = text
             .get(..length)

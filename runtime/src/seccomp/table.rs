@@ -11,13 +11,13 @@ const COLUMNS: usize = 5;
 const ABSENT: u16 = u16::MAX;
 /// Arm's private calls start at 0x0f0000 (`__ARM_NR_BASE`); they are kept from here on.
 const PRIVATE: u16 = 0xf000;
-pub const ARM_PRIVATE: u32 = 0x0f_0000;
+pub(crate) const ARM_PRIVATE: u32 = 0x0f_0000;
 /// Marks the number of an x32 call (`__X32_SYSCALL_BIT`).
-pub const X32_BIT: u32 = 0x4000_0000;
+pub(crate) const X32_BIT: u32 = 0x4000_0000;
 
 /// A system call's place in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Syscall(u16);
+pub(crate) struct Syscall(u16);
 
 const fn starts_a_line(at: usize) -> bool {
     let first = TEXT[at];
@@ -107,7 +107,7 @@ fn name_at(row: usize) -> &'static [u8] {
 
 impl Syscall {
     /// The call of that name on any of the architectures.
-    pub fn by_name(name: &str) -> Option<Syscall> {
+    pub(crate) fn by_name(name: &str) -> Option<Syscall> {
         let (mut low, mut high) = (0, COUNT);
         while low < high {
             let middle = low.midpoint(high);
@@ -120,12 +120,12 @@ impl Syscall {
         None
     }
 
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         std::str::from_utf8(name_at(usize::from(self.0))).unwrap_or_default()
     }
 
     /// Its number where a program of that architecture calls the kernel.
-    pub fn number(self, architecture: Architecture) -> Option<u32> {
+    pub(crate) fn number(self, architecture: Architecture) -> Option<u32> {
         let column = match architecture {
             Architecture::X86_64 => 0,
             Architecture::X32 => 1,
@@ -145,7 +145,7 @@ impl Syscall {
 
 /// On 32-bit x86, the calls that socketcall(2) and ipc(2) can stand for, each by the name of
 /// the one it comes through and the value of its first argument (linux/net.h, linux/ipc.h).
-pub fn multiplexed(name: &str) -> Option<(&'static str, u32)> {
+pub(crate) fn multiplexed(name: &str) -> Option<(&'static str, u32)> {
     const SOCKETCALL: [&str; 20] = [
         "socket",
         "bind",
@@ -191,7 +191,7 @@ pub fn multiplexed(name: &str) -> Option<(&'static str, u32)> {
 
 /// Every name of a number.
 #[cfg(test)]
-pub fn names_of(architecture: Architecture, number: u32) -> Vec<&'static str> {
+pub(crate) fn names_of(architecture: Architecture, number: u32) -> Vec<&'static str> {
     (0..COUNT as u16)
         .map(Syscall)
         .filter(|syscall| syscall.number(architecture) == Some(number))

@@ -3,10 +3,11 @@
 use serde_json::{Value, json};
 
 use super::architecture::Architecture::{self, Aarch64, Arm, X32, X86, X86_64};
-use super::bpf::{Instruction, interpret};
+use super::bpf::interpret;
 use super::compile::compile;
-use super::profile::Profile;
 use super::table::Syscall;
+use crate::config::spec::SeccompProfile;
+use crate::sys::syscalls::SockFilter;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const LOG: u32 = libc::SECCOMP_RET_LOG;
@@ -20,13 +21,13 @@ const fn errno(errno: i32) -> u32 {
 const EPERM: u32 = errno(libc::EPERM);
 const ENOSYS: u32 = errno(libc::ENOSYS);
 
-struct Filter(Vec<Instruction>);
+struct CompiledProfile(Vec<SockFilter>);
 
-impl Filter {
-    fn on(native: Architecture, profile: Value) -> Filter {
-        let profile: Profile = serde_json::from_value(profile).unwrap();
+impl CompiledProfile {
+    fn on(native: Architecture, profile: Value) -> CompiledProfile {
+        let profile: SeccompProfile = serde_json::from_value(profile).unwrap();
         let checked = profile.check_for(native, &mut |_| {}).unwrap();
-        Filter(compile(&checked).unwrap())
+        CompiledProfile(compile(&checked).unwrap())
     }
 
     fn number(&self, architecture: Architecture, number: u32, args: [u64; 6]) -> u32 {
@@ -61,7 +62,7 @@ fn profile(default: &str, syscalls: Value) -> Value {
 #[test]
 fn every_call_gets_its_rule_and_all_others_the_default() {
     let names = ["read", "write", "execve", "openat", "pwritev2", "clone3"];
-    let filter = Filter::on(
+    let filter = CompiledProfile::on(
         X86_64,
         profile(
             "SCMP_ACT_ERRNO",
@@ -104,7 +105,7 @@ fn every_action_is_answered() {
     ] {
         let mut one = rule(&["mkdir"], action, json!([]));
         one["errnoRet"] = json!(errno_ret);
-        let filter = Filter::on(X86_64, profile("SCMP_ACT_ALLOW", json!([one])));
+        let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ALLOW", json!([one])));
         assert_eq!(filter.call(X86_64, "mkdir", &[]), answer, "{action}");
         assert_eq!(filter.call(X86_64, "rmdir", &[]), ALLOW, "{action}");
     }
@@ -113,7 +114,7 @@ fn every_action_is_answered() {
 #[test]
 fn programs_of_architectures_not_listed_are_killed() {
     let only_native = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
-    let filter = Filter::on(X86_64, only_native.clone());
+    let filter = CompiledProfile::on(X86_64, only_native.clone());
     assert_eq!(filter.call(X86_64, "read", &[]), ALLOW);
     for architecture in [X32, X86, Aarch64, Arm] {
         assert_eq!(
@@ -124,7 +125,7 @@ fn programs_of_architectures_not_listed_are_killed() {
     }
     // What a tracer puts in place of a call is no call of x32's.
     assert_eq!(filter.number(X86_64, u32::MAX, [0; 6]), ALLOW);
-    let filter = Filter::on(Aarch64, only_native);
+    let filter = CompiledProfile::on(Aarch64, only_native);
     assert_eq!(filter.call(Aarch64, "read", &[]), ALLOW);
     assert_eq!(filter.call(Arm, "read", &[]), KILL);
 }
@@ -135,7 +136,7 @@ fn calls_newer_than_the_profile_are_not_there() {
     let rules = json!([rule(&names, "SCMP_ACT_ALLOW", json!([]))]);
     let mut with_all = profile("SCMP_ACT_ERRNO", rules);
     with_all["architectures"] = json!(["SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_ARM"]);
-    let filter = Filter::on(X86_64, with_all.clone());
+    let filter = CompiledProfile::on(X86_64, with_all.clone());
     for architecture in [X86_64, X86, X32] {
         assert_eq!(filter.call(architecture, "close_range", &[]), EPERM);
         assert_eq!(filter.call(architecture, "epoll_pwait2", &[]), ENOSYS);
@@ -150,7 +151,7 @@ fn calls_newer_than_the_profile_are_not_there() {
     assert_eq!(filter.number(X86_64, u32::MAX, [0; 6]), EPERM);
 
     // Nor do arm's private ones.
-    let filter = Filter::on(Aarch64, with_all.clone());
+    let filter = CompiledProfile::on(Aarch64, with_all.clone());
     for architecture in [Aarch64, Arm] {
         assert_eq!(filter.call(architecture, "faccessat2", &[]), ALLOW);
         assert_eq!(filter.call(architecture, "close_range", &[]), EPERM);
@@ -167,7 +168,7 @@ fn calls_newer_than_the_profile_are_not_there() {
         ("SCMP_ACT_TRAP", ENOSYS),
     ] {
         with_all["defaultAction"] = json!(default);
-        let filter = Filter::on(X86_64, with_all.clone());
+        let filter = CompiledProfile::on(X86_64, with_all.clone());
         assert_eq!(filter.call(X86_64, "mseal", &[]), answer, "{default}");
     }
 }
@@ -201,7 +202,7 @@ fn arguments_are_compared_as_64_bits() {
         for value in values {
             for index in [0, 5] {
                 let args = json!([when(index, op, value)]);
-                let filter = Filter::on(
+                let filter = CompiledProfile::on(
                     X86_64,
                     profile(
                         "SCMP_ACT_ALLOW",
@@ -246,7 +247,7 @@ fn masked_bits_are_compared() {
     ] {
         let mut arg = when(1, "MASKED_EQ", mask);
         arg["valueTwo"] = json!(value);
-        let filter = Filter::on(
+        let filter = CompiledProfile::on(
             X86_64,
             profile(
                 "SCMP_ACT_ERRNO",
@@ -264,8 +265,8 @@ fn masked_bits_are_compared() {
             value | !mask,
         ] {
             let answer = if arg & mask == value { ALLOW } else { EPERM };
-            let told = format!("{arg:#x} & {mask:#x} == {value:#x}");
-            assert_eq!(filter.call(X86_64, "clone", &[9, arg]), answer, "{told}");
+            let case = format!("{arg:#x} & {mask:#x} == {value:#x}");
+            assert_eq!(filter.call(X86_64, "clone", &[9, arg]), answer, "{case}");
         }
     }
 }
@@ -274,7 +275,7 @@ fn masked_bits_are_compared() {
 fn conditions_on_different_arguments_must_all_hold() {
     let args = json!([when(0, "EQ", 2), when(1, "EQ", 3), when(2, "NE", 4)]);
     let rules = json!([rule(&["socket"], "SCMP_ACT_ALLOW", args)]);
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
     assert_eq!(filter.call(X86_64, "socket", &[2, 3, 5]), ALLOW);
     for args in [[2, 3, 4], [2, 2, 5], [1, 3, 5]] {
         assert_eq!(filter.call(X86_64, "socket", &args), EPERM);
@@ -286,7 +287,7 @@ fn conditions_on_different_arguments_must_all_hold() {
 fn of_conditions_on_the_same_argument_one_is_enough() {
     let args = json!([when(0, "EQ", 2), when(0, "EQ", 10), when(1, "EQ", 1)]);
     let rules = json!([rule(&["socket"], "SCMP_ACT_ALLOW", args)]);
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
     for args in [[2, 0], [10, 0], [7, 1]] {
         assert_eq!(filter.call(X86_64, "socket", &args), ALLOW);
     }
@@ -318,7 +319,7 @@ fn of_several_rules_for_a_call_any_can_hold_and_the_one_that_asks_nothing_wins()
         rule(&["mount"], "SCMP_ACT_ERRNO", json!([])),
         rule(&["mount"], "SCMP_ACT_ALLOW", json!([when(3, "EQ", 1)])),
     ]);
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
     for value in [0, 8, 0xffff_ffff] {
         assert_eq!(filter.call(X86_64, "personality", &[value]), ALLOW);
         assert_eq!(filter.call(X86, "personality", &[value]), ALLOW);
@@ -337,7 +338,7 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
         rule(&allowed, "SCMP_ACT_ALLOW", json!([])),
         rule(&["bind"], "SCMP_ACT_ALLOW", json!([when(0, "EQ", 1)])),
     ]);
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
     assert_eq!(filter.call(X86, "socket", &[]), ALLOW);
     for (through, call, answer) in [
         ("socketcall", 1, ALLOW),
@@ -357,7 +358,7 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
     }
     // Where it can not be seen, what is forbidden for some is forbidden for all.
     let vsock = rule(&["socket"], "SCMP_ACT_ERRNO", json!([when(0, "EQ", 40)]));
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ALLOW", json!([vsock])));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ALLOW", json!([vsock])));
     assert_eq!(filter.call(X86, "socket", &[40]), EPERM);
     assert_eq!(filter.call(X86, "socket", &[1]), ALLOW);
     assert_eq!(filter.call(X86, "socketcall", &[1]), EPERM);
@@ -374,7 +375,7 @@ fn a_profile_of_a_rule_for_each_call_fits_and_is_searched_in_few_steps() {
             one
         })
         .collect();
-    let filter = Filter::on(X86_64, profile("SCMP_ACT_ALLOW", json!(rules)));
+    let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ALLOW", json!(rules)));
     for number in [0, 1, 100, 334, 424, 469] {
         assert_eq!(
             filter.number(X86_64, number, [0; 6]),
@@ -387,7 +388,7 @@ fn a_profile_of_a_rule_for_each_call_fits_and_is_searched_in_few_steps() {
 fn a_profile_too_large_for_the_kernel_is_refused() {
     let args: Vec<Value> = (0..1500u64).map(|value| when(0, "EQ", value)).collect();
     let rules = json!([rule(&["ioctl"], "SCMP_ACT_ALLOW", json!(args))]);
-    let profile: Profile = serde_json::from_value(profile("SCMP_ACT_ERRNO", rules)).unwrap();
+    let profile: SeccompProfile = serde_json::from_value(profile("SCMP_ACT_ERRNO", rules)).unwrap();
     let checked = profile.check_for(X86_64, &mut |_| {}).unwrap();
     let error = compile(&checked).unwrap_err().to_string();
     assert!(

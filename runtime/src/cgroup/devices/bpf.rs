@@ -1,12 +1,12 @@
 //! The bpf(2) calls that put a program of ours on a cgroup, find it there and replace it.
 
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::program::Instruction;
+use super::program::BpfInsn;
 
-type Result<T> = std::result::Result<T, Errno>;
+type BpfResult<T> = std::result::Result<T, Errno>;
 
 // linux/bpf.h, enum bpf_cmd, bpf_prog_type, bpf_attach_type
 const BPF_PROG_LOAD: libc::c_int = 5;
@@ -24,7 +24,7 @@ const BPF_F_REPLACE: u32 = 4;
 /// By which ours is told from systemd's on the same cgroup.
 const NAME: [u8; 16] = *b"rrun_devices\0\0\0\0";
 /// The kernel allows that many on one cgroup (BPF_CGROUP_MAX_PROGS).
-const MOST: usize = 64;
+const PROGRAMS_MAX: usize = 64;
 
 /// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used.
 #[repr(C)]
@@ -79,7 +79,7 @@ struct ProgramInfo {
     name: [u8; 16],
 }
 
-fn bpf<A>(command: libc::c_int, attributes: &mut A) -> Result<i32> {
+fn bpf<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<i32> {
     // SAFETY: attributes is a prefix of bpf_attr of the length given, and what it points to
     // outlives the call; the kernel takes what is missing as zero.
     let returned = unsafe {
@@ -98,13 +98,13 @@ fn bpf<A>(command: libc::c_int, attributes: &mut A) -> Result<i32> {
 }
 
 /// The same for the commands that return a descriptor.
-fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> Result<OwnedFd> {
+fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<OwnedFd> {
     let fd = bpf(command, attributes)?;
     // SAFETY: a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub fn load(code: &[Instruction]) -> Result<OwnedFd> {
+pub(crate) fn load(code: &[BpfInsn]) -> BpfResult<OwnedFd> {
     bpf_fd(
         BPF_PROG_LOAD,
         &mut LoadAttributes {
@@ -124,11 +124,15 @@ pub fn load(code: &[Instruction]) -> Result<OwnedFd> {
 
 /// Puts a program on a cgroup, in the place of another if one is given: at no moment is
 /// there none.
-pub fn attach(cgroup: &OwnedFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Result<()> {
+pub(crate) fn attach(
+    cgroup: &impl AsFd,
+    program: &OwnedFd,
+    old: Option<&OwnedFd>,
+) -> BpfResult<()> {
     bpf(
         BPF_PROG_ATTACH,
         &mut AttachAttributes {
-            target_fd: cgroup.as_raw_fd() as u32,
+            target_fd: cgroup.as_fd().as_raw_fd() as u32,
             attach_bpf_fd: program.as_raw_fd() as u32,
             attach_type: BPF_CGROUP_DEVICE,
             attach_flags: BPF_F_ALLOW_MULTI | old.map_or(0, |_| BPF_F_REPLACE),
@@ -138,11 +142,11 @@ pub fn attach(cgroup: &OwnedFd, program: &OwnedFd, old: Option<&OwnedFd>) -> Res
     .map(|_| ())
 }
 
-pub fn detach(cgroup: &OwnedFd, program: &OwnedFd) -> Result<()> {
+pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> BpfResult<()> {
     bpf(
         BPF_PROG_DETACH,
         &mut AttachAttributes {
-            target_fd: cgroup.as_raw_fd() as u32,
+            target_fd: cgroup.as_fd().as_raw_fd() as u32,
             attach_bpf_fd: program.as_raw_fd() as u32,
             attach_type: BPF_CGROUP_DEVICE,
             attach_flags: 0,
@@ -153,15 +157,15 @@ pub fn detach(cgroup: &OwnedFd, program: &OwnedFd) -> Result<()> {
 }
 
 /// The program of rrun's that is on a cgroup.
-pub fn attached(cgroup: &OwnedFd) -> Result<Option<OwnedFd>> {
-    let mut ids = [0u32; MOST];
+pub(crate) fn attached(cgroup: &impl AsFd) -> BpfResult<Option<OwnedFd>> {
+    let mut ids = [0u32; PROGRAMS_MAX];
     let mut query = QueryAttributes {
-        target_fd: cgroup.as_raw_fd() as u32,
+        target_fd: cgroup.as_fd().as_raw_fd() as u32,
         attach_type: BPF_CGROUP_DEVICE,
         query_flags: 0,
         attach_flags: 0,
         prog_ids: ids.as_mut_ptr() as u64,
-        prog_cnt: MOST as u32,
+        prog_cnt: PROGRAMS_MAX as u32,
         padding: 0,
     };
     bpf(BPF_PROG_QUERY, &mut query)?;

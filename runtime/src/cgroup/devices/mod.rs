@@ -6,121 +6,25 @@
 //! that speaks of the attempt decides it. An attempt for several rights at once (opening
 //! for reading and writing) is allowed only if one rule allows all of them.
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+use oci_spec::runtime::LinuxDeviceCgroup;
 
 mod bpf;
 mod program;
+mod rule;
 
-use super::Cgroup;
-use crate::dbus::{Property, Value};
-use crate::error::{Context, Error, Result};
-use crate::refuse;
+use super::directory::Directory;
+use crate::cgroup::dbus::{BusValue, Property};
+use crate::error::{Context, Result};
+#[cfg(test)]
+use rule::parsed;
+use rule::{BLOCK, DEFAULTS, DeviceRule, MKNOD, READ, WRITE, rules};
 
-// linux/bpf.h, struct bpf_cgroup_dev_ctx
-const BLOCK: i32 = 1;
-const CHAR: i32 = 2;
-const MKNOD: i32 = 1;
-const READ: i32 = 2;
-const WRITE: i32 = 4;
-const ALL: i32 = MKNOD | READ | WRITE;
-
-/// One rule; `None` stands for every one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Rule {
-    allow: bool,
-    kind: Option<i32>,
-    major: Option<i32>,
-    minor: Option<i32>,
-    access: i32,
-}
-
-const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
-    Rule {
-        allow: true,
-        kind: Some(kind),
-        major,
-        minor,
-        access,
-    }
-}
-
-/// What every container may do, as with runc: make nodes (but not open them), use the
-/// default devices and terminals. These come after the configuration's own rules.
-const DEFAULTS: [Rule; 10] = [
-    allow(CHAR, None, None, MKNOD),
-    allow(BLOCK, None, None, MKNOD),
-    allow(CHAR, Some(1), Some(3), ALL),
-    allow(CHAR, Some(1), Some(5), ALL),
-    allow(CHAR, Some(1), Some(7), ALL),
-    allow(CHAR, Some(1), Some(8), ALL),
-    allow(CHAR, Some(1), Some(9), ALL),
-    allow(CHAR, Some(5), Some(0), ALL),
-    allow(CHAR, Some(5), Some(2), ALL),
-    allow(CHAR, Some(136), None, ALL),
-];
-
-fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>> {
-    let number = |index: usize, field: &str, value: Option<i64>| match value {
-        None | Some(-1) => Ok(None),
-        Some(value) => i32::try_from(value)
-            .ok()
-            .filter(|value| *value >= 0)
-            .map(Some)
-            .ok_or_else(|| {
-                Error::new(format!(
-                    "linux.resources.devices[{index}].{field}: {value} is no device number"
-                ))
-            }),
-    };
-    spec.iter()
-        .enumerate()
-        .map(|(index, rule)| {
-            let kind = match rule.typ() {
-                None | Some(LinuxDeviceType::A) => None,
-                Some(LinuxDeviceType::B) => Some(BLOCK),
-                Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(CHAR),
-                Some(LinuxDeviceType::P) => {
-                    refuse!("linux.resources.devices[{index}].type: p has no device number")
-                }
-            };
-            let mut access = 0;
-            for letter in rule.access().as_deref().unwrap_or("").chars() {
-                access |= match letter {
-                    'm' => MKNOD,
-                    'r' => READ,
-                    'w' => WRITE,
-                    _ => refuse!(
-                        "linux.resources.devices[{index}].access: {letter} is none of r, w, m"
-                    ),
-                };
-            }
-            // cgroup v1 took a rule for all types as one for all devices and all rights.
-            let every = kind.is_none();
-            Ok(Rule {
-                allow: rule.allow(),
-                kind,
-                major: if every {
-                    None
-                } else {
-                    number(index, "major", rule.major())?
-                },
-                minor: if every {
-                    None
-                } else {
-                    number(index, "minor", rule.minor())?
-                },
-                access: if every || access == 0 { ALL } else { access },
-            })
-        })
-        .collect()
-}
-
-pub fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
+pub(crate) fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
     rules(spec).map(|_| ())
 }
 
 /// Whether nothing is denied, so that no program is needed.
-fn allows_everything(rules: &[Rule]) -> bool {
+fn allows_everything(rules: &[DeviceRule]) -> bool {
     for rule in rules.iter().rev() {
         if !rule.allow {
             return false;
@@ -134,10 +38,10 @@ fn allows_everything(rules: &[Rule]) -> bool {
 
 /// The rules as systemd's properties DevicePolicy and DeviceAllow, which know no exception
 /// to what they allow: they may allow more than the program does, never less.
-pub fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
+pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
-    let mut allowed: Vec<Rule> = Vec::new();
+    let mut allowed: Vec<DeviceRule> = Vec::new();
     let mut policy = "strict";
     for rule in rules {
         match (rule.allow, rule.kind) {
@@ -155,7 +59,7 @@ pub fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     if policy == "auto" {
         allowed.clear();
     }
-    let needs_names = |rule: &Rule| rule.major.is_some() && rule.minor.is_none();
+    let needs_names = |rule: &DeviceRule| rule.major.is_some() && rule.minor.is_none();
     let drivers = if allowed.iter().any(needs_names) {
         std::fs::read_to_string("/proc/devices").doing(|| "read /proc/devices")?
     } else {
@@ -166,12 +70,12 @@ pub fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
         .filter_map(|rule| Some((rule.node(&drivers)?, rule.letters())))
         .collect();
     Ok([
-        ("DevicePolicy".to_owned(), Value::Text(policy.to_owned())),
-        ("DeviceAllow".to_owned(), Value::Pairs(entries)),
+        ("DevicePolicy".to_owned(), BusValue::Text(policy.to_owned())),
+        ("DeviceAllow".to_owned(), BusValue::Pairs(entries)),
     ])
 }
 
-impl Rule {
+impl DeviceRule {
     /// The device as systemd's DeviceAllow has it; `None` if no driver has that number.
     fn node(&self, drivers: &str) -> Option<String> {
         let kind = if self.kind == Some(BLOCK) {
@@ -216,33 +120,28 @@ fn driver<'a>(drivers: &'a str, kind: &str, major: i32) -> Option<&'a str> {
 ///
 /// # Errors
 /// What the kernel says of the program.
-pub fn apply(cgroup: &Cgroup, spec: &[LinuxDeviceCgroup], replace: bool) -> Result<()> {
+pub(crate) fn apply(cgroup: &Directory, spec: &[LinuxDeviceCgroup], replace: bool) -> Result<()> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
     let doing = || {
         format!(
             "enforce linux.resources.devices on cgroup {} (BPF)",
-            cgroup.path.display()
+            cgroup.path().display()
         )
     };
     let old = if replace {
-        bpf::attached(&cgroup.fd).doing(doing)?
+        bpf::attached(cgroup).doing(doing)?
     } else {
         None
     };
     if allows_everything(&rules) {
         return match old {
-            Some(old) => bpf::detach(&cgroup.fd, &old).doing(doing),
+            Some(old) => bpf::detach(cgroup, &old).doing(doing),
             None => Ok(()),
         };
     }
     let program = bpf::load(&program::compile(&rules)).doing(doing)?;
-    bpf::attach(&cgroup.fd, &program, old.as_ref()).doing(doing)
-}
-
-#[cfg(test)]
-fn parsed(json: &str) -> Vec<Rule> {
-    rules(&serde_json::from_str::<Vec<LinuxDeviceCgroup>>(json).unwrap()).unwrap()
+    bpf::attach(cgroup, &program, old.as_ref()).doing(doing)
 }
 
 #[cfg(test)]
@@ -251,8 +150,8 @@ mod tests {
 
     #[test]
     fn systemd_is_told_what_is_allowed() {
-        let told = |json: &str| {
-            let [(_, policy), (_, Value::Pairs(allowed))] =
+        let device_properties = |json: &str| {
+            let [(_, policy), (_, BusValue::Pairs(allowed))] =
                 properties(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
             else {
                 panic!("DeviceAllow is no list of pairs");
@@ -260,12 +159,12 @@ mod tests {
             (policy, allowed)
         };
         let entry = |node: &str, access: &str| (node.to_owned(), access.to_owned());
-        let (policy, allowed) = told(
+        let (policy, allowed) = device_properties(
             r#"[{"allow":true,"type":"c","major":10,"minor":1,"access":"rw"},
                 {"allow":false},
                 {"allow":true,"type":"b","major":8,"minor":0,"access":"r"}]"#,
         );
-        assert_eq!(policy, Value::Text("strict".to_owned()));
+        assert_eq!(policy, BusValue::Text("strict".to_owned()));
         assert_eq!(
             allowed.get(..3).unwrap(),
             [
@@ -276,8 +175,8 @@ mod tests {
         );
         assert!(allowed.contains(&entry("/dev/char/1:3", "rwm")));
         assert_eq!(
-            told(r#"[{"allow":true,"type":"a"}]"#).0,
-            Value::Text("auto".to_owned())
+            device_properties(r#"[{"allow":true,"type":"a"}]"#).0,
+            BusValue::Text("auto".to_owned())
         );
         let drivers = "Character devices:\n  1 mem\n136 pts\n\nBlock devices:\n  1 ramdisk\n";
         assert_eq!(driver(drivers, "char", 136), Some("pts"));

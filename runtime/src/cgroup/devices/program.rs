@@ -5,12 +5,12 @@
 //! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
 //! rights and major number, and each of those is compared once.
 
-use super::{ALL, BLOCK, CHAR, Rule};
+use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
 
 /// `struct bpf_insn`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Instruction {
+pub(crate) struct BpfInsn {
     code: u8,
     /// Destination register in the low half, source register in the high one.
     registers: u8,
@@ -45,8 +45,8 @@ const ALLOW: Label = Label(0);
 const DENY: Label = Label(1);
 
 struct Assembler {
-    code: Vec<Instruction>,
-    /// Instructions that jump, and where to.
+    code: Vec<BpfInsn>,
+    /// BpfInsns that jump, and where to.
     jumps: Vec<(usize, Label)>,
     /// Where each label is.
     places: Vec<usize>,
@@ -54,7 +54,7 @@ struct Assembler {
 
 impl Assembler {
     fn put(&mut self, code: u8, to: u8, from: u8, offset: i16, immediate: i32) {
-        self.code.push(Instruction {
+        self.code.push(BpfInsn {
             code,
             registers: to | from << 4,
             offset,
@@ -72,24 +72,24 @@ impl Assembler {
         Label(self.places.len() - 1)
     }
 
-    fn here(&mut self, label: Label) {
+    fn place_label(&mut self, label: Label) {
         if let Some(place) = self.places.get_mut(label.0) {
             *place = self.code.len();
         }
     }
 
-    fn used(&self, label: Label) -> bool {
+    fn is_used(&self, label: Label) -> bool {
         self.jumps.iter().any(|(_, to)| *to == label)
     }
 
     /// `label:` return whether it is allowed.
-    fn answer(&mut self, label: Label) {
-        self.here(label);
+    fn return_decision(&mut self, label: Label) {
+        self.place_label(label);
         self.put(MOVE_CONSTANT, R_RESULT, 0, 0, i32::from(label == ALLOW));
         self.put(EXIT, 0, 0, 0, 0);
     }
 
-    fn finished(mut self) -> Vec<Instruction> {
+    fn finished(mut self) -> Vec<BpfInsn> {
         for (at, label) in self.jumps {
             if let (Some(instruction), Some(place)) =
                 (self.code.get_mut(at), self.places.get(label.0))
@@ -101,7 +101,7 @@ impl Assembler {
     }
 
     /// Rules that all say the same, in any order.
-    fn run(&mut self, mut rules: Vec<Rule>) {
+    fn add_rules(&mut self, mut rules: Vec<DeviceRule>) {
         merge_types(&mut rules);
         rules.sort_unstable_by_key(|rule| {
             (
@@ -121,13 +121,13 @@ impl Assembler {
             for of_an_access in of_a_type.chunk_by(|a, b| a.access == b.access) {
                 self.with_access(of_an_access);
             }
-            self.here(next);
+            self.place_label(next);
         }
     }
 
     /// Rules of one type for the same rights.
-    fn with_access(&mut self, rules: &[Rule]) {
-        let Some(Rule { allow, access, .. }) = rules.first().copied() else {
+    fn with_access(&mut self, rules: &[DeviceRule]) {
+        let Some(DeviceRule { allow, access, .. }) = rules.first().copied() else {
             return;
         };
         let answer = if allow { ALLOW } else { DENY };
@@ -170,27 +170,27 @@ impl Assembler {
             for minor in of_a_major.iter().filter_map(|rule| rule.minor) {
                 self.jump(JUMP_EQUAL, R_MINOR, minor, answer);
             }
-            self.here(other);
+            self.place_label(other);
         }
-        self.here(next);
+        self.place_label(next);
     }
 }
 
 /// There are two types; a rule for each of them is one for both.
-fn merge_types(rules: &mut Vec<Rule>) {
-    let of_blocks: Vec<Rule> = rules
+fn merge_types(rules: &mut Vec<DeviceRule>) {
+    let of_blocks: Vec<DeviceRule> = rules
         .iter()
         .filter(|rule| rule.kind == Some(BLOCK))
         .copied()
         .collect();
     for block in of_blocks {
-        let char = Rule {
+        let char = DeviceRule {
             kind: Some(CHAR),
             ..block
         };
         if rules.contains(&char) {
             rules.retain(|rule| *rule != char && *rule != block);
-            rules.push(Rule {
+            rules.push(DeviceRule {
                 kind: None,
                 ..block
             });
@@ -199,7 +199,7 @@ fn merge_types(rules: &mut Vec<Rule>) {
 }
 
 /// The program that asks the rules, from the last to the first.
-pub fn compile(rules: &[Rule]) -> Vec<Instruction> {
+pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),
@@ -213,7 +213,7 @@ pub fn compile(rules: &[Rule]) -> Vec<Instruction> {
     program.put(AND_CONSTANT, R_KIND, 0, 0, 0xffff);
     program.put(SHIFT_RIGHT, R_ACCESS, 0, 0, 16);
     // What comes before a rule for everything has no say.
-    let decided = |rule: &Rule| {
+    let decided = |rule: &DeviceRule| {
         rule.kind.is_none() && rule.major.is_none() && rule.minor.is_none() && rule.access == ALL
     };
     let (first, last) = match rules.iter().rposition(decided) {
@@ -221,26 +221,26 @@ pub fn compile(rules: &[Rule]) -> Vec<Instruction> {
         Some(at) => (at + 1, DENY),
         None => (0, DENY),
     };
-    let asked = rules.get(first..).unwrap_or_default();
-    for run in asked.chunk_by(|a, b| a.allow == b.allow).rev() {
-        program.run(run.to_vec());
+    let effective = rules.get(first..).unwrap_or_default();
+    for run in effective.chunk_by(|a, b| a.allow == b.allow).rev() {
+        program.add_rules(run.to_vec());
     }
-    program.answer(last);
+    program.return_decision(last);
     // The verifier refuses code that can not be reached.
     let other = if last == ALLOW { DENY } else { ALLOW };
-    if program.used(other) {
-        program.answer(other);
+    if program.is_used(other) {
+        program.return_decision(other);
     }
     program.finished()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DEFAULTS, MKNOD, READ, WRITE, parsed};
+    use super::super::rule::{DEFAULTS, MKNOD, READ, WRITE, parsed};
     use super::*;
 
     /// What the program decides, computed by running it.
-    fn decides(code: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn decides(code: &[BpfInsn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0i64; 6];
         let mut at = 0usize;
         loop {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     /// What the rules say, one after the other.
-    fn meant(rules: &[Rule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn meant(rules: &[DeviceRule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         rules
             .iter()
             .rev()

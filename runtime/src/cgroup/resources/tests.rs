@@ -1,6 +1,7 @@
 //! Which controllers and files limits ask for.
 
 use super::*;
+use crate::cgroup::validate;
 
 fn read_resources(json: &str) -> LinuxResources {
     serde_json::from_str(json).unwrap()
@@ -49,7 +50,7 @@ fn a_new_memory_limit_leaves_the_one_on_memory_and_swap() {
     let nowhere = Path::new("/nowhere");
     let completed = |last, json| {
         let mut resources = read_resources(json);
-        complete(nowhere, last, &mut resources).unwrap();
+        complete_update(nowhere, last, &mut resources).unwrap();
         swap_max(&resources)
     };
     let limit = r#"{"memory":{"limit":100}}"#;

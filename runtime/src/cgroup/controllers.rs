@@ -1,0 +1,228 @@
+//! Which controllers limits need, and how a cgroup gets them.
+
+use std::path::Path;
+
+use oci_spec::runtime::LinuxResources;
+
+use super::directory::{MOUNT_POINT, read};
+use crate::error::{Error, Result, refuse};
+
+/// What `events` and everyone else who looks into the files wants counted, limits or not.
+const COUNTED_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
+
+/// The weight that every cgroup has that was given none: as good as saying nothing.
+const DEFAULT_SHARES: u64 = 1024;
+
+/// Controllers, each with the first field that needs it.
+#[derive(Default)]
+struct Needed(Vec<(String, String)>);
+
+/// The controllers that the limits need, each with the field that needs it. What says that
+/// there is no limit needs none: see [`has_unlimited`].
+pub(super) fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
+    let mut needed = Needed::default();
+    needed.add_memory(resources);
+    needed.add_cpu(resources);
+    if resources
+        .pids()
+        .as_ref()
+        .is_some_and(|pids| pids.limit() >= 0)
+    {
+        needed.add("pids", "pids.limit");
+    }
+    needed.add_io(resources);
+    if resources
+        .hugepage_limits()
+        .as_ref()
+        .is_some_and(|limits| !limits.is_empty())
+    {
+        needed.add("hugetlb", "hugepageLimits");
+    }
+    if resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|limits| !limits.is_empty())
+    {
+        needed.add("rdma", "rdma");
+    }
+    for (key, value) in resources.unified().iter().flatten() {
+        if is_unlimited(key, value) {
+            continue;
+        }
+        if let Some((controller, _)) = key.split_once('.').filter(|(name, _)| *name != "cgroup") {
+            needed.add(controller, &format!("unified {key}"));
+        }
+    }
+    needed.0
+}
+
+impl Needed {
+    fn add(&mut self, controller: &str, field: &str) {
+        if !self.0.iter().any(|(known, _)| known == controller) {
+            let field = format!("linux.resources.{field}");
+            self.0.push((controller.to_owned(), field));
+        }
+    }
+
+    fn add_memory(&mut self, resources: &LinuxResources) {
+        let Some(memory) = resources.memory() else {
+            return;
+        };
+        let set = |limit: Option<i64>| limit.is_some_and(|limit| limit > 0);
+        if set(memory.limit()) {
+            self.add("memory", "memory.limit");
+        } else if set(memory.reservation()) {
+            self.add("memory", "memory.reservation");
+        } else if set(memory.swap()) {
+            self.add("memory", "memory.swap");
+        }
+    }
+
+    fn add_cpu(&mut self, resources: &LinuxResources) {
+        let Some(cpu) = resources.cpu() else {
+            return;
+        };
+        if cpu.quota().is_some_and(|quota| quota > 0) {
+            self.add("cpu", "cpu.quota");
+        } else if cpu.burst().is_some_and(|burst| burst != 0) {
+            self.add("cpu", "cpu.burst");
+        } else if cpu
+            .shares()
+            .is_some_and(|shares| !matches!(shares, 0 | DEFAULT_SHARES))
+        {
+            self.add("cpu", "cpu.shares");
+        } else if cpu.idle().is_some_and(|idle| idle != 0) {
+            self.add("cpu", "cpu.idle");
+        }
+        let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
+        if set(cpu.cpus()) {
+            self.add("cpuset", "cpu.cpus");
+        } else if set(cpu.mems()) {
+            self.add("cpuset", "cpu.mems");
+        }
+    }
+
+    fn add_io(&mut self, resources: &LinuxResources) {
+        let Some(io) = resources.block_io() else {
+            return;
+        };
+        let throttled = [
+            io.throttle_read_bps_device(),
+            io.throttle_write_bps_device(),
+            io.throttle_read_iops_device(),
+            io.throttle_write_iops_device(),
+        ];
+        let set = io.weight().is_some_and(|weight| weight != 0)
+            || io
+                .weight_device()
+                .as_ref()
+                .is_some_and(|devices| !devices.is_empty())
+            || throttled
+                .into_iter()
+                .flatten()
+                .any(|devices| !devices.is_empty());
+        if set {
+            self.add("io", "blockIO");
+        }
+    }
+}
+
+/// Whether a key of what is unified takes a limit away.
+pub(super) fn is_unlimited(key: &str, value: &str) -> bool {
+    let limits = key.ends_with(".max") || key.ends_with(".high");
+    limits && value.split_whitespace().next() == Some("max")
+}
+
+/// Whether anything says that there is no limit.
+pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
+    let memory = resources.memory().as_ref().is_some_and(|memory| {
+        [memory.limit(), memory.reservation(), memory.swap()]
+            .into_iter()
+            .flatten()
+            .any(|limit| limit < 0)
+    });
+    let cpu = resources.cpu().as_ref().is_some_and(|cpu| {
+        cpu.quota().is_some_and(|quota| quota < 0)
+            || cpu.period().is_some_and(|period| period != 0)
+            || cpu.shares() == Some(DEFAULT_SHARES)
+            || cpu.burst() == Some(0)
+            || cpu.idle() == Some(0)
+    });
+    memory
+        || cpu
+        || resources
+            .pids()
+            .as_ref()
+            .is_some_and(|pids| pids.limit() < 0)
+        || resources
+            .unified()
+            .iter()
+            .flatten()
+            .any(|(key, value)| is_unlimited(key, value))
+}
+
+/// Hands the controllers down from the root of the hierarchy to the cgroup.
+///
+/// Mostly they are there already, because other containers have the same parent.
+pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
+    let missing_in = |path: &Path, file: &str| -> Vec<&(String, String)> {
+        let present = read(path, file).unwrap_or_default();
+        needed
+            .iter()
+            .filter(|(controller, _)| !present.split(' ').any(|name| name == controller))
+            .collect()
+    };
+    let present = read(path, "cgroup.controllers").unwrap_or_default();
+    let has = |name: &str| present.split(' ').any(|controller| controller == name);
+    if COUNTED_CONTROLLERS.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
+        return Ok(());
+    }
+    let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
+    let offers = |name: &str| offered.split(' ').any(|controller| controller == name);
+    if needed.is_empty() && !COUNTED_CONTROLLERS.into_iter().any(offers) {
+        return Ok(());
+    }
+    let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
+    let mut ancestor = Path::new(MOUNT_POINT).to_owned();
+    for component in relative.components() {
+        if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers").first() {
+            refuse!(
+                "{field}: needs the {controller} controller, which {} has not",
+                ancestor.display()
+            );
+        }
+        let missing = missing_in(&ancestor, "cgroup.subtree_control");
+        hand_down_counted(&ancestor);
+        if !missing.is_empty() {
+            let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();
+            std::fs::write(ancestor.join("cgroup.subtree_control"), line.join(" ")).map_err(
+                |error| {
+                    Error::new(format!(
+                        "hand {} down from cgroup {}: {}",
+                        line.join(" "),
+                        ancestor.display(),
+                        crate::error::Reason::reason(&error)
+                    ))
+                },
+            )?;
+        }
+        ancestor.push(component);
+    }
+    Ok(())
+}
+
+/// Hands down what it has of the controllers that count; where it can not, nothing is
+/// counted below, which is nobody's error.
+fn hand_down_counted(ancestor: &Path) {
+    let offered = read(ancestor, "cgroup.controllers").unwrap_or_default();
+    if offered.is_empty() {
+        return;
+    }
+    let down = read(ancestor, "cgroup.subtree_control").unwrap_or_default();
+    let among = |list: &str, name: &str| list.split(' ').any(|known| known == name);
+    for name in COUNTED_CONTROLLERS {
+        if among(&offered, name) && !among(&down, name) {
+            let _ = std::fs::write(ancestor.join("cgroup.subtree_control"), format!("+{name}"));
+        }
+    }
+}

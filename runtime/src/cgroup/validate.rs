@@ -1,0 +1,132 @@
+//! `linux.resources` and `linux.cgroupsPath`, checked before anything is made.
+
+use std::path::Path;
+
+use oci_spec::runtime::LinuxResources;
+
+use super::devices;
+use crate::error::{Result, refuse};
+
+/// # Errors
+/// What cgroup v2 does not have, or this version does not support, by its field.
+pub(crate) fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
+    validate_path(path)?;
+    validate_memory(resources)?;
+    validate_cpu(resources)?;
+    validate_io(resources)?;
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let size = limit.page_size();
+        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            refuse!("linux.resources.hugepageLimits.pageSize: {size} is no size, as 2MB");
+        }
+    }
+    if resources.network().as_ref().is_some_and(|network| {
+        network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
+    }) {
+        refuse!("linux.resources.network: cgroup v2 has no such thing");
+    }
+    validate_unified(resources)?;
+    devices::validate(resources.devices().as_deref().unwrap_or_default())
+}
+
+fn validate_path(path: &Path) -> Result<()> {
+    let escapes = path
+        .components()
+        .any(|component| matches!(component, std::path::Component::ParentDir));
+    if escapes || path == Path::new("/") {
+        refuse!(
+            "linux.cgroupsPath: {} is no place for a container",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+fn validate_memory(resources: &LinuxResources) -> Result<()> {
+    let Some(memory) = resources.memory() else {
+        return Ok(());
+    };
+    let absent = [
+        ("kernel", memory.kernel().is_some_and(|limit| limit > 0)),
+        (
+            "kernelTCP",
+            memory.kernel_tcp().is_some_and(|limit| limit > 0),
+        ),
+        ("swappiness", memory.swappiness().is_some()),
+        (
+            "disableOOMKiller",
+            memory.disable_oom_killer() == Some(true),
+        ),
+    ];
+    for (field, present) in absent {
+        if present {
+            refuse!("linux.resources.memory.{field}: cgroup v2 has no such thing");
+        }
+    }
+    let limit = memory.limit().unwrap_or(0);
+    let Some(swap) = memory.swap().filter(|swap| *swap > 0) else {
+        return Ok(());
+    };
+    if limit <= 0 {
+        refuse!("linux.resources.memory.swap: {swap} is a limit, but memory.limit is none");
+    }
+    if swap < limit {
+        refuse!(
+            "linux.resources.memory.swap: {swap} is less than memory.limit ({limit}), which it includes"
+        );
+    }
+    Ok(())
+}
+
+fn validate_cpu(resources: &LinuxResources) -> Result<()> {
+    let Some(cpu) = resources.cpu() else {
+        return Ok(());
+    };
+    let realtime = [
+        (
+            "realtimeRuntime",
+            cpu.realtime_runtime().is_some_and(|value| value != 0),
+        ),
+        (
+            "realtimePeriod",
+            cpu.realtime_period().is_some_and(|value| value != 0),
+        ),
+    ];
+    for (field, present) in realtime {
+        if present {
+            refuse!("linux.resources.cpu.{field}: cgroup v2 has no such thing");
+        }
+    }
+    if let Some(idle) = cpu.idle().filter(|idle| !matches!(idle, 0 | 1)) {
+        refuse!("linux.resources.cpu.idle: {idle} is neither 0 nor 1");
+    }
+    Ok(())
+}
+
+fn validate_io(resources: &LinuxResources) -> Result<()> {
+    let Some(io) = resources.block_io() else {
+        return Ok(());
+    };
+    if io.leaf_weight().is_some_and(|weight| weight != 0) {
+        refuse!("linux.resources.blockIO.leafWeight: cgroup v2 has no such thing");
+    }
+    let weight = io.weight().filter(|weight| *weight != 0);
+    if let Some(weight) = weight.filter(|weight| !(10..=1000).contains(weight)) {
+        refuse!("linux.resources.blockIO.weight: {weight} is not between 10 and 1000");
+    }
+    Ok(())
+}
+
+fn validate_unified(resources: &LinuxResources) -> Result<()> {
+    for key in resources.unified().iter().flatten().map(|(key, _)| key) {
+        if key.contains('/') || !key.contains('.') {
+            refuse!("linux.resources.unified: {key} is no name of a cgroup's file");
+        }
+        if key.starts_with("cgroup.")
+            && !matches!(key.as_str(), "cgroup.max.depth" | "cgroup.max.descendants")
+        {
+            refuse!("linux.resources.unified: {key} is not a limit, and is rrun's own to write");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,385 @@
+//! config.json: read whole, and checked whole, before anything on the system is touched.
+
+pub(crate) mod hooks;
+pub(crate) mod spec;
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type, LinuxResources};
+
+use crate::cgroup;
+use crate::config::spec::{Linux, Spec};
+use crate::error::{Context, Error, Result, refuse};
+use crate::mounts::devices::{self, Device};
+use crate::mounts::options::{self, SLAVE};
+use crate::mounts::{Mount, MountSources};
+use crate::namespaces::idmap::IdMaps;
+use crate::namespaces::net_devices::{self, NetDevice};
+use crate::namespaces::resctrl::Resctrl;
+use crate::namespaces::{Namespaces, sysctl};
+use crate::process::{Process, lsm};
+use crate::seccomp::Filter;
+use crate::sys::files::read_file;
+use crate::sys::path::cleaned;
+use crate::sys::regular_file;
+
+/// What config.json asks for, checked, and in the form in which it is used.
+pub(crate) struct Config {
+    /// The bundle's directory, absolute and without links.
+    pub(crate) bundle: PathBuf,
+    /// The root file system on the host, absolute.
+    pub(crate) rootfs: PathBuf,
+    pub(crate) root_readonly: bool,
+    /// Propagation of the container's root, and whether it is recursive; `None` if not said.
+    root_propagation: Option<(u64, bool)>,
+    pub(crate) oci_version: String,
+    pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
+    pub(crate) annotations: HashMap<String, String>,
+    pub(crate) namespaces: Namespaces,
+    /// Of its new user namespace.
+    pub(crate) id_maps: IdMaps,
+    /// Content for timens_offsets, see time_namespaces(7).
+    pub(crate) time_offsets: String,
+    pub(crate) mounts: Vec<Mount>,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) masked_paths: Vec<String>,
+    pub(crate) readonly_paths: Vec<String>,
+    pub(crate) sysctl: HashMap<String, String>,
+    pub(crate) cgroups_path: PathBuf,
+    pub(crate) resources: LinuxResources,
+    pub(crate) hooks: Hooks,
+    pub(crate) seccomp: Option<Filter>,
+    pub(crate) process: Process,
+    /// The process as it was written, from which `exec` takes what it is not told.
+    pub(crate) process_spec: spec::ProcessSpec,
+    /// SELinux label of what is mounted.
+    pub(crate) mount_label: Option<String>,
+    pub(crate) net_devices: Vec<NetDevice>,
+    pub(crate) resctrl: Option<Resctrl>,
+    pub(crate) personality: Option<spec::PersonalitySpec>,
+    pub(crate) memory_policy: Option<spec::MemoryPolicySpec>,
+}
+
+impl Config {
+    /// Reads and checks the config.json of a bundle.
+    pub(crate) fn load(bundle: &Path) -> Result<Config> {
+        let bundle = bundle
+            .canonicalize()
+            .doing(|| format!("open bundle {}", bundle.display()))?;
+        let path = bundle.join("config.json");
+        let file = regular_file::open(&path)
+            .map_err(|error| error.while_doing(format!("read {}", path.display())))?;
+        let bytes = read_file(file.into(), &path)?;
+        let spec: Spec = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))?;
+        Config::from_spec(bundle, spec).map_err(|error| error.while_doing("config.json"))
+    }
+
+    fn from_spec(bundle: PathBuf, mut spec: Spec) -> Result<Config> {
+        check_version(&spec.oci_version)?;
+        let Some(mut linux) = spec.linux.take() else {
+            refuse!("linux: is missing");
+        };
+        if spec.vm.is_some() {
+            refuse!("vm: rrun makes no virtual machines");
+        }
+        let Some(process_spec) = spec.process.take() else {
+            refuse!("process: is missing");
+        };
+        let Some(root) = spec.root.as_ref() else {
+            refuse!("root: is missing");
+        };
+        let rootfs = rootfs(&bundle, root)?;
+        let mut process = Process::from_spec(&process_spec)?;
+        process.inherit(linux.personality.as_ref(), linux.memory_policy.as_ref())?;
+        let namespaces = Namespaces::from_spec(linux.namespaces.as_deref().unwrap_or_default())?;
+        let mount_label = mount_label(&linux)?;
+        let rdt = linux.intel_rdt.take();
+        let config = Config {
+            rootfs,
+            root_readonly: root.readonly.unwrap_or(false),
+            root_propagation: root_propagation(&linux)?,
+            oci_version: spec.oci_version.clone(),
+            hostname: spec.hostname.clone().filter(|name| !name.is_empty()),
+            domainname: spec.domainname.clone().filter(|name| !name.is_empty()),
+            annotations: spec.annotations.take().unwrap_or_default(),
+            id_maps: IdMaps::from_spec(
+                "linux.",
+                linux.uid_mappings.as_deref(),
+                linux.gid_mappings.as_deref(),
+            )?,
+            time_offsets: time_offsets(&linux),
+            mounts: mounts(&spec, &bundle, mount_label.as_ref())?,
+            devices: devices::from_spec(linux.devices.as_deref().unwrap_or_default())?,
+            masked_paths: linux.masked_paths.take().unwrap_or_default(),
+            readonly_paths: linux.readonly_paths.take().unwrap_or_default(),
+            sysctl: linux.sysctl.take().unwrap_or_default(),
+            cgroups_path: linux.cgroups_path.clone().unwrap_or_default(),
+            resources: linux.resources.take().unwrap_or_default(),
+            hooks: spec.hooks.take().unwrap_or_default(),
+            seccomp: linux
+                .seccomp
+                .as_ref()
+                .map_or(Ok(None), Filter::from_profile)?,
+            process,
+            process_spec,
+            mount_label,
+            net_devices: net_devices::from_spec(&linux.net_devices.take().unwrap_or_default())?,
+            resctrl: rdt.as_ref().map(Resctrl::from_spec).transpose()?,
+            personality: linux.personality.take(),
+            memory_policy: linux.memory_policy.take(),
+            namespaces,
+            bundle,
+        };
+        config.check_together()?;
+        Ok(config)
+    }
+
+    /// Adds a mount of rrun's own, and the variable that names it, for further processes by `exec`
+    /// as well.
+    pub(crate) fn add_mount(&mut self, mount: Mount, variable: String) {
+        self.mounts.push(mount);
+        self.process
+            .env
+            .extend(CString::new(variable.as_str()).ok());
+        let env = &mut self.process_spec.env;
+        env.get_or_insert_default().push(variable);
+    }
+
+    /// What is only wrong beside something else.
+    fn check_together(&self) -> Result<()> {
+        let namespaces = &self.namespaces;
+        if !namespaces.own(Type::Mount) {
+            refuse!(
+                "linux.namespaces: a mount namespace is needed, or the container's mounts would be the host's"
+            );
+        }
+        if self.hostname.is_some() && !namespaces.own(Type::Uts) {
+            refuse!("hostname: would be set for the host, because there is no UTS namespace");
+        }
+        if self.domainname.is_some() && !namespaces.own(Type::Uts) {
+            refuse!("domainname: would be set for the host, because there is no UTS namespace");
+        }
+        if namespaces.is_new(Type::User) && !self.id_maps.is_complete() {
+            refuse!("linux.uidMappings, linux.gidMappings: are needed for a new user namespace");
+        }
+        if !self.id_maps.is_empty() && !namespaces.own(Type::User) {
+            refuse!("linux.uidMappings: there is no user namespace that could have mappings");
+        }
+        for mount in &self.mounts {
+            mount.check_idmap(namespaces.own(Type::User))?;
+        }
+        if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
+            refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
+        }
+        if !self.net_devices.is_empty() && !namespaces.own(Type::Network) {
+            refuse!("linux.netDevices: there is no network namespace to move devices to");
+        }
+        sysctl::validate(&self.sysctl, namespaces)?;
+        hooks::validate(&self.hooks)?;
+        if !rustix::process::geteuid().is_root() {
+            self.check_unprivileged()?;
+        }
+        cgroup::validate(&self.cgroups_path, &self.resources)
+    }
+
+    /// # Errors
+    /// What an unprivileged caller can not have, by its field.
+    fn check_unprivileged(&self) -> Result<()> {
+        if !self.namespaces.own(Type::User) {
+            refuse!(
+                "linux.namespaces: without root's rights, a container needs a user namespace; `rrun spec --rootless` writes a config.json with one"
+            );
+        }
+        if !self.net_devices.is_empty() {
+            refuse!("linux.netDevices: only root can move the host's network devices");
+        }
+        Ok(())
+    }
+
+    /// Whether it can be made without a cgroup of its own: nothing is asked for that only a
+    /// cgroup could do.
+    pub(crate) fn can_do_without_cgroup(&self) -> bool {
+        let mut limits = self.resources.clone();
+        limits.set_devices(None);
+        self.cgroups_path.as_os_str().is_empty() && limits == LinuxResources::default()
+    }
+
+    /// Whether the container's /dev is ours to fill: not if it is bound from elsewhere.
+    pub(crate) fn fills_dev(&self) -> bool {
+        !self
+            .mounts
+            .iter()
+            .any(|mount| mount.is_bind() && mount.destination == Path::new("/dev"))
+    }
+
+    /// Whether the first process has to wait for what only rrun can do from the host's side:
+    /// id maps and what a user namespace has no right to, network devices, resctrl.
+    pub(crate) fn needs_parent(&self) -> bool {
+        self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
+    }
+
+    /// Whether the first process opens no device, until it is ready, that a rule could deny: none
+    /// of a file system on a block device, and none for a hook.
+    pub(crate) fn opens_no_devices(&self) -> bool {
+        let hooks = self.hooks.create_container().as_deref();
+        hooks.unwrap_or_default().is_empty() && self.mounts.iter().all(Mount::opens_no_device)
+    }
+
+    /// What leads to the host's files, for them to be opened while they can be reached.
+    pub(crate) fn mount_sources(&self) -> MountSources<'_> {
+        MountSources {
+            rootfs: &self.rootfs,
+            mounts: &self.mounts,
+            root_is_shared: self.root_is_shared(),
+            namespaces: &self.namespaces,
+            id_maps: &self.id_maps,
+        }
+    }
+
+    /// Whether mounts are meant to leave the container by its root.
+    pub(crate) fn root_is_shared(&self) -> bool {
+        matches!(self.root_propagation, Some((kind, _)) if kind == options::SHARED)
+    }
+
+    /// The propagation to set on the container's root at the end, if it differs from what
+    /// it has by then.
+    pub(crate) fn final_propagation(&self) -> Option<(u64, bool)> {
+        self.root_propagation.filter(|(kind, _)| *kind != SLAVE)
+    }
+}
+
+/// Versions 1.x, with or without a suffix such as `-dev`.
+fn check_version(version: &str) -> Result<()> {
+    let mut parts = version.split(['.', '-', '+']);
+    let number = |part: Option<&str>| part.and_then(|part| part.parse::<u32>().ok());
+    match (
+        number(parts.next()),
+        number(parts.next()),
+        number(parts.next()),
+    ) {
+        (Some(1), Some(_), Some(_)) => Ok(()),
+        (Some(_), Some(_), Some(_)) => {
+            refuse!("ociVersion: {version} is not a version 1 of the specification")
+        }
+        _ if version.is_empty() => refuse!("ociVersion: is missing"),
+        _ => refuse!("ociVersion: {version} is not a version"),
+    }
+}
+
+/// The root file system, without symbolic links on the way to it.
+fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
+    let rootfs = bundle.join(&root.path);
+    let rootfs = rootfs
+        .canonicalize()
+        .doing(|| format!("root.path {}", rootfs.display()))?;
+    if !rootfs.is_dir() {
+        refuse!("root.path: {} is not a directory", rootfs.display());
+    }
+    // runc takes none either: who can change the link would choose the root.
+    if rootfs != cleaned(&bundle.join(&root.path)) {
+        refuse!(
+            "root.path: {} leads over a symbolic link to {}, which is to be named itself",
+            root.path.display(),
+            rootfs.display()
+        );
+    }
+    if rootfs == Path::new("/") {
+        refuse!("root.path: the host's root can not be a container's");
+    }
+    Ok(rootfs)
+}
+
+fn root_propagation(linux: &Linux) -> Result<Option<(u64, bool)>> {
+    match linux.rootfs_propagation.as_deref() {
+        None | Some("") => Ok(None),
+        Some(name) => options::propagation(name)
+            .map(Some)
+            .ok_or_else(|| Error::new(format!("linux.rootfsPropagation: {name} is unknown"))),
+    }
+}
+
+fn mounts(spec: &Spec, bundle: &Path, label: Option<&String>) -> Result<Vec<Mount>> {
+    let entries = spec.mounts.iter().flatten().enumerate();
+    entries
+        .map(|(index, mount)| Ok(Mount::from_spec(index, mount, bundle)?.with_label(label)))
+        .collect()
+}
+
+/// # Errors
+/// A label, if SELinux is not enabled.
+fn mount_label(linux: &Linux) -> Result<Option<String>> {
+    let label = linux.mount_label.clone().filter(|label| !label.is_empty());
+    if let Some(label) = &label {
+        if label.contains(['\0', '\n']) {
+            refuse!("linux.mountLabel: {label:?} is no label");
+        }
+        if !lsm::has_selinux() {
+            refuse!(
+                "linux.mountLabel: {label} can not be had, SELinux is not enabled in this kernel"
+            );
+        }
+    }
+    Ok(label)
+}
+
+fn time_offsets(linux: &Linux) -> String {
+    let mut text = String::new();
+    for (clock, offset) in linux.time_offsets.iter().flatten() {
+        let (secs, nanos) = (offset.secs.unwrap_or(0), offset.nanosecs.unwrap_or(0));
+        text.push_str(&format!("{clock} {secs} {nanos}\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_versions_1_are_accepted() {
+        for version in ["1.0.0", "1.0.2-dev", "1.3.0", "1.2.1+dev"] {
+            assert!(check_version(version).is_ok(), "{version}");
+        }
+        for version in ["", "2.0.0", "0.9.9", "1.0", "x.y.z", "one"] {
+            let error = check_version(version).unwrap_err().to_string();
+            assert!(error.starts_with("ociVersion"), "{error}");
+        }
+    }
+
+    #[test]
+    fn fields_that_contradict_each_other_or_are_not_supported_are_named() {
+        let directory = std::env::temp_dir().join(format!("rrun-config-{}", std::process::id()));
+        std::fs::create_dir_all(directory.join("rootfs")).unwrap();
+        let process = r#""process":{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/"}"#;
+        for (rest, words) in [
+            (r#""linux":{"namespaces":[]}"#.to_owned(), "process"),
+            (
+                format!(r#"{process},"linux":{{"namespaces":[]}}"#),
+                "linux.namespaces",
+            ),
+            (
+                format!(
+                    r#"{process},"hostname":"x","linux":{{"namespaces":[{{"type":"mount"}}]}}"#
+                ),
+                "hostname",
+            ),
+            (
+                format!(
+                    r#"{process},"linux":{{"namespaces":[{{"type":"mount"}}],"seccomp":{{"defaultAction":"SCMP_ACT_NO"}}}}"#
+                ),
+                "linux.seccomp",
+            ),
+            (process.to_owned(), "linux"),
+        ] {
+            let json = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},{rest}}}"#);
+            std::fs::write(directory.join("config.json"), json).unwrap();
+            let error = Config::load(&directory).err().unwrap().to_string();
+            assert!(error.contains(&format!("config.json: {words}")), "{error}");
+        }
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+}

@@ -1,0 +1,222 @@
+//! A further process for a running container, as `exec` makes it.
+//!
+//! clone3(2) makes it in the container's cgroup; by the pidfd of the container's first process
+//! it then enters all of that one's namespaces with one setns(2).
+
+use std::convert::Infallible;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use crate::cgroup;
+use crate::error::{Context, Result};
+use crate::lifecycle::channel::{self, Channel};
+use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
+use crate::lifecycle::serve_child::{Task, serve_child};
+use crate::lifecycle::state::State;
+use crate::mounts::rootfs::Rootfs;
+use crate::namespaces::{self, flag};
+use crate::process::Process;
+use crate::process::descriptors::Descriptors;
+use crate::process::terminal::Terminal;
+use crate::seccomp::SharedPage;
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
+use crate::sys::clone::{Cloned, clone3};
+use crate::sys::files::write_pid_file;
+use crate::sys::syscalls;
+
+use oci_spec::runtime::LinuxNamespaceType as Type;
+
+/// Which process to run in which container.
+pub(crate) struct ExecRequest<'a> {
+    pub(crate) state: &'a State,
+    /// The container's first process.
+    pub(crate) init: OwnedFd,
+    pub(crate) process: Process,
+    /// A cgroup below the container's own, from its root.
+    pub(crate) sub_cgroup: Option<&'a str>,
+    pub(crate) console_socket: Option<OwnedFd>,
+    pub(crate) pidfd_socket: Option<OwnedFd>,
+    pub(crate) pid_file: Option<&'a Path>,
+    pub(crate) descriptors: Descriptors,
+}
+
+/// A process that has become its program.
+pub(crate) struct ExecProcess {
+    pub(crate) pidfd: OwnedFd,
+    /// The master side of its terminal, if that was not sent to a console socket.
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
+/// Makes the process. When this returns, it has executed its program.
+pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
+    let state = request.state;
+    let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
+        Some(listener) => Some(listener.connect()?),
+        None => None,
+    };
+    // Before it enters a user namespace, where its user id is another.
+    let unprivileged = !rustix::process::geteuid().is_root();
+    let joined = join_before_clone(&request, unprivileged)?;
+    let cgroup_path = match request.sub_cgroup {
+        Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
+        None => state.cgroup.clone(),
+    };
+    let (channel, childs_end) = channel::pair()?;
+    request.process.scheduling.apply_initial_affinity()?;
+    let (pid, pidfd) = match clone_into_cgroup(&request, &cgroup_path, unprivileged)? {
+        Cloned::Child => {
+            drop(channel);
+            drop(agent);
+            run_child(&mut request, childs_end, joined)
+        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
+    drop(childs_end);
+    drop(request.console_socket.take());
+    let task = Task::Exec {
+        state,
+        process: &request.process,
+        pid,
+    };
+    let terminal = serve_child(&channel, &pidfd, agent, task)
+        .and_then(|terminal| publish(&request, pid, &pidfd).map(|()| terminal));
+    match terminal {
+        Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
+        Err(error) => {
+            kill_and_reap(&pidfd);
+            Err(error)
+        }
+    }
+}
+
+/// Enters those namespaces that the child has to be made in, and returns their `CLONE_NEW*` flags:
+/// a PID namespace is entered by children only. Without root's rights on the host it takes the user
+/// namespace, too, because only the owner of the PID namespace may enter that.
+fn join_before_clone(request: &ExecRequest<'_>, unprivileged: bool) -> Result<u64> {
+    let types = if unprivileged {
+        flag(Type::Pid) | flag(Type::User)
+    } else {
+        flag(Type::Pid)
+    };
+    let joined = request.state.namespaces & types;
+    if joined != 0 {
+        join(&request.init, joined)?;
+    }
+    Ok(joined)
+}
+
+/// Lets the caller find the process.
+fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
+    if let Some(path) = request.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    if let Some(socket) = &request.pidfd_socket {
+        channel::send_pidfd(socket, pidfd, "setns")?;
+    }
+    Ok(())
+}
+
+/// Makes the process in a cgroup. A container that has divided its own cgroup can have no processes
+/// in it; then the process gets into the cgroup of the container's first process.
+fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, unprivileged: bool) -> Result<Cloned> {
+    let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
+    if unprivileged && !path.exists() {
+        // The container of an unprivileged caller, without a cgroup of its own.
+        return clone3(0, None).doing(|| "make a process (clone3)");
+    }
+    let directory = cgroup::open(path)?;
+    match clone3(0, Some(directory.as_fd())) {
+        Err(Errno::BUSY | Errno::OPNOTSUPP) if request.sub_cgroup.is_none() => {
+            let path = cgroup::of_process(request.state.pid)?;
+            let directory = cgroup::open(&path)?;
+            clone3(0, Some(directory.as_fd())).doing(|| doing(&path))
+        }
+        result => result.doing(|| doing(path)),
+    }
+}
+
+fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
+    let types = ThreadNameSpaceType::from_bits_retain(namespaces as u32);
+    move_into_thread_name_spaces(init.as_fd(), types)
+        .doing(|| "enter the namespaces of the container's first process")
+}
+
+fn run_child(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
+    let _guard = NeverReturn;
+    let Err(error) = run_to_execve(request, &channel, joined);
+    channel.send_error(&error);
+    exit_now()
+}
+
+fn run_to_execve(
+    request: &mut ExecRequest<'_>,
+    channel: &Channel,
+    joined: u64,
+) -> Result<Infallible> {
+    let state = request.state;
+    request.descriptors.close_leaked()?;
+    let filter = match &state.seccomp {
+        Some(filter) => Some((filter, SharedPage::new()?)),
+        None => None,
+    };
+    syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
+    rustix::process::setsid().doing(|| "become a session leader")?;
+    // An unprivileged parent could do no more than this process itself.
+    let new_user = state.namespaces & !joined & flag(Type::User) != 0;
+    if new_user {
+        // The host's rights are needed for these; the parent sets them.
+        channel.wait_for_parent()?;
+    } else {
+        request.process.apply_oom_score_adj("self")?;
+    }
+    request.process.scheduling.apply_final_affinity()?;
+    // While /proc is the host's.
+    let labels = request.process.labels.open()?;
+    join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
+    if state.namespaces & flag(Type::User) != 0 {
+        namespaces::become_root_of_user_namespace()?;
+    }
+    if !new_user {
+        request.process.apply_limits(0)?;
+    }
+    if !state.keeps_keyring {
+        join_keyring(&state.id, &labels)?;
+    }
+    if request.process.terminal {
+        take_terminal(request, channel)?;
+    }
+    request.console_socket = None;
+    request.pidfd_socket = None;
+    let mut kept = vec![channel.as_fd()];
+    kept.extend(filter.as_ref().map(|(_, page)| page.as_fd()));
+    let program = apply_process(
+        &mut request.process,
+        labels,
+        &request.descriptors,
+        filter.is_some(),
+        &kept,
+    )?;
+    if filter.is_none() {
+        channel.send_ready()?;
+    }
+    let send = |page: BorrowedFd<'_>| channel.send_page(page);
+    Err(execute(&program, &request.process, filter, send))
+}
+
+/// Opens a terminal in the container, and makes it the process's own.
+fn take_terminal(request: &ExecRequest<'_>, channel: &Channel) -> Result<()> {
+    let root = rustix::fs::open(
+        "/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .doing(|| "open the container's root")?;
+    let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
+    let socket = request.console_socket.as_ref().map(AsFd::as_fd);
+    hand_over_terminal(&terminal, socket, channel)?;
+    terminal.make_controlling()
+}

@@ -1,0 +1,14 @@
+//! What happens to a container, from `create` to `delete`, a file for each step.
+
+pub(crate) mod channel;
+pub(crate) mod container_dir;
+pub(crate) mod create;
+pub(crate) mod delete;
+pub(crate) mod exec;
+pub(crate) mod foreground;
+pub(crate) mod init;
+pub(crate) mod notify_socket;
+pub(crate) mod program;
+pub(crate) mod serve_child;
+pub(crate) mod start_socket;
+pub(crate) mod state;

@@ -1,0 +1,206 @@
+//! Device nodes and links in a container's /dev.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
+use rustix::io::Errno;
+
+use crate::error::{Context, Result, refuse};
+use crate::mounts::rootfs::{MountTarget, Rootfs};
+use crate::mounts::tree::{clone_tree, move_mount};
+use crate::sys::path::cleaned;
+
+/// A device node to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    path: PathBuf,
+    kind: FileType,
+    major: u32,
+    minor: u32,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+}
+
+/// Those that every container has, says config-linux.md: name, major and minor number.
+const DEFAULTS: [(&str, u32, u32); 6] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+/// Name in /dev, and where it leads.
+const LINKS: [(&str, &str); 4] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+];
+
+/// The devices of a container: the defaults, and those of `linux.devices`, which may stand
+/// in a default's place.
+pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
+    let mut devices: Vec<Device> = DEFAULTS
+        .iter()
+        .map(|(path, major, minor)| Device {
+            path: PathBuf::from(path),
+            kind: FileType::CharacterDevice,
+            major: *major,
+            minor: *minor,
+            mode: 0o666,
+            uid: 0,
+            gid: 0,
+        })
+        .collect();
+    for (index, device) in spec.iter().enumerate() {
+        let kind = match device.typ() {
+            LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
+            LinuxDeviceType::B => FileType::BlockDevice,
+            LinuxDeviceType::P => FileType::Fifo,
+            LinuxDeviceType::A => {
+                refuse!("linux.devices[{index}].type: a is no type of a device node")
+            }
+        };
+        let number = |value: i64| {
+            u32::try_from(value).map_err(|_| {
+                crate::error::Error::new(format!(
+                    "linux.devices[{index}]: {value} is no device number"
+                ))
+            })
+        };
+        let numbered = kind != FileType::Fifo;
+        let device = Device {
+            path: cleaned(device.path()),
+            kind,
+            major: if numbered { number(device.major())? } else { 0 },
+            minor: if numbered { number(device.minor())? } else { 0 },
+            mode: device.file_mode().unwrap_or(0o666) & 0o7777,
+            uid: device.uid().unwrap_or(0),
+            gid: device.gid().unwrap_or(0),
+        };
+        devices.retain(|other| other.path != device.path);
+        devices.push(device);
+    }
+    Ok(devices)
+}
+
+/// Makes nodes and links. `bind` takes the nodes from the host instead, because in a user
+/// namespace none can be made. The file mode creation mask must be 0.
+pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
+    let dev = rootfs
+        .open(Path::new("/dev"), OFlags::PATH | OFlags::DIRECTORY)
+        .doing(|| "open /dev in the container")?;
+    for device in devices {
+        device
+            .make(rootfs, &dev, bind)
+            .map_err(|error| error.while_doing(format!("make {}", device.path.display())))?;
+    }
+    for (name, to) in LINKS {
+        link(&dev, name, to)?;
+    }
+    // The container's own devpts has the right one, whatever the image brought along.
+    match rustix::fs::unlinkat(&dev, "ptmx", AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        result => result.doing(|| "remove /dev/ptmx")?,
+    }
+    link(&dev, "ptmx", "pts/ptmx")
+}
+
+fn link(dev: &OwnedFd, name: &str, to: &str) -> Result<()> {
+    match rustix::fs::symlinkat(to, dev, name) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        result => result.doing(|| format!("make link /dev/{name}")),
+    }
+}
+
+impl Device {
+    fn make(&self, rootfs: &Rootfs, dev: &OwnedFd, bind: bool) -> Result<()> {
+        if bind {
+            let node = clone_tree(&self.path, false).doing(|| "take it from the host")?;
+            let stat = rustix::fs::fstat(&node).doing(|| "look at the host's")?;
+            if !self.is_at(&stat) {
+                refuse!("the host's is another device");
+            }
+            let target = rootfs.mount_target(&self.path, MountTarget::File)?;
+            return move_mount(&node, &target).doing(|| "attach it");
+        }
+        let below_dev = self.path.strip_prefix("/dev").ok();
+        match below_dev.and_then(single_component) {
+            Some(name) => self.make_in(dev, name),
+            None => {
+                let (directory, name) = rootfs.parent(&self.path)?;
+                self.make_in(&directory, &name)
+            }
+        }
+    }
+
+    fn is_at(&self, stat: &Stat) -> bool {
+        let number = rustix::fs::makedev(self.major, self.minor);
+        FileType::from_raw_mode(stat.st_mode) == self.kind
+            && (self.kind == FileType::Fifo || stat.st_rdev == number)
+    }
+
+    fn make_in(&self, directory: &OwnedFd, name: &OsStr) -> Result<()> {
+        let number = rustix::fs::makedev(self.major, self.minor);
+        let mode = Mode::from_raw_mode(self.mode);
+        match rustix::fs::mknodat(directory.as_fd(), name, self.kind, mode, number) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => {
+                let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .doing(|| "stat what is there already")?;
+                if !self.is_at(&stat) {
+                    refuse!("something else is there already");
+                }
+                return Ok(());
+            }
+            Err(errno) => return Err(errno).doing(|| "make the node"),
+        }
+        if (self.uid, self.gid) != (0, 0) {
+            rustix::fs::chownat(
+                directory,
+                name,
+                Some(Uid::from_raw(self.uid)),
+                Some(Gid::from_raw(self.gid)),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
+            .doing(|| "set its owner")?;
+        }
+        Ok(())
+    }
+}
+
+fn single_component(path: &Path) -> Option<&OsStr> {
+    let mut components = path.components();
+    match (components.next(), components.next()) {
+        (Some(std::path::Component::Normal(name)), None) => Some(name),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configurations_device_takes_the_place_of_a_default() {
+        let spec: Vec<LinuxDevice> = serde_json::from_str(
+            r#"[{"path":"/dev/../dev/null","type":"c","major":1,"minor":3,"fileMode":384},
+                {"path":"/dev/net/tun","type":"c","major":10,"minor":200}]"#,
+        )
+        .unwrap();
+        let devices = from_spec(&spec).unwrap();
+        assert_eq!(devices.len(), DEFAULTS.len() + 1);
+        let null: Vec<_> = devices
+            .iter()
+            .filter(|d| d.path == Path::new("/dev/null"))
+            .collect();
+        assert_eq!(null.len(), 1);
+        assert_eq!(null.first().map(|d| d.mode), Some(0o600));
+    }
+}

@@ -1,0 +1,83 @@
+//! What is taken of the host's file system while it can be reached.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use oci_spec::runtime::LinuxNamespaceType as Type;
+
+use super::entry::Mount;
+use super::tree::clone_root;
+use crate::error::Result;
+use crate::namespaces::Namespaces;
+use crate::namespaces::idmap::{self, IdMaps};
+
+/// What config.json says about the mounts that lead to the host's files.
+pub(crate) struct MountSources<'a> {
+    pub(crate) rootfs: &'a Path,
+    pub(crate) mounts: &'a [Mount],
+    /// Whether what is mounted in the container reaches the host by its root.
+    pub(crate) root_is_shared: bool,
+    pub(crate) namespaces: &'a Namespaces,
+    pub(crate) id_maps: &'a IdMaps,
+}
+
+/// Parts of the host's file system that were taken, as detached mounts, before the
+/// container's first process lost sight of them or the right to reach them.
+#[derive(Default)]
+pub(crate) struct HostMounts {
+    pub(crate) root: Option<OwnedFd>,
+    /// For each of the container's mounts.
+    pub(crate) mounts: Vec<Option<OwnedFd>>,
+}
+
+impl HostMounts {
+    /// Takes what the container's first process could not: in another user namespace, it
+    /// could not reach the host's files; and ids are mapped only by who has all rights over
+    /// the file system.
+    ///
+    /// An unprivileged caller can take nothing: his files are within reach of the first
+    /// process as well, which has all rights over its own mounts.
+    pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
+        let mut host_mounts = HostMounts::default();
+        if !rustix::process::geteuid().is_root() {
+            return Ok(host_mounts);
+        }
+        if sources.namespaces.own(Type::User) {
+            host_mounts.open(sources, Mount::is_bind)?;
+            host_mounts.root = Some(clone_root(sources.rootfs)?);
+        } else if sources.mounts.iter().any(Mount::is_idmapped) {
+            host_mounts.open(sources, Mount::is_idmapped)?;
+        }
+        Ok(host_mounts)
+    }
+
+    /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
+    pub(crate) fn open(
+        &mut self,
+        sources: &MountSources<'_>,
+        wanted: fn(&Mount) -> bool,
+    ) -> Result<()> {
+        // What the configuration shares with the host stays as it is.
+        let cut_off = !sources.root_is_shared;
+        let mut namespaces = idmap::IdMapNamespaces::default();
+        self.mounts.resize_with(sources.mounts.len(), || None);
+        for (mount, taken) in sources.mounts.iter().zip(&mut self.mounts) {
+            if taken.is_some() || !wanted(mount) {
+                continue;
+            }
+            let ids = mount
+                .is_idmapped()
+                .then(|| {
+                    if mount.id_maps.is_empty() {
+                        namespaces.for_container(sources.namespaces, sources.id_maps)
+                    } else {
+                        namespaces.for_maps(&mount.id_maps)
+                    }
+                })
+                .transpose()
+                .map_err(|error| error.while_doing(mount.sentence()))?;
+            *taken = Some(mount.make_detached(None, cut_off, ids)?);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,243 @@
+//! Mappings of user and group ids: of a container's user namespace, and of single mounts.
+//!
+//! A mount with a mapping (an idmapped mount) shows a file of user 0 as another's, without
+//! changing it: the way by which a container with a user namespace gets at volumes and
+//! images that root owns. See mount_setattr(2), "ID-mapped mounts", and config.md,
+//! "Mounts", `uidMappings`.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType as Type};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::error::{Context, Result, refuse};
+use crate::namespaces;
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
+use crate::sys::clone::{Cloned, clone3};
+use crate::sys::procfs::Procfs;
+use crate::sys::regular_file;
+
+/// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
+const MAP_LINES_MAX: usize = 340;
+
+/// Content for uid_map and gid_map; see user_namespaces(7).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct IdMaps {
+    uid: String,
+    gid: String,
+}
+
+impl IdMaps {
+    /// `field` is the place of `uidMappings` and `gidMappings` in config.json, with a dot.
+    ///
+    /// # Errors
+    /// What the kernel would refuse, by the name of its field.
+    pub(crate) fn from_spec(
+        field: &str,
+        uid: Option<&[LinuxIdMapping]>,
+        gid: Option<&[LinuxIdMapping]>,
+    ) -> Result<IdMaps> {
+        Ok(IdMaps {
+            uid: lines(&format!("{field}uidMappings"), uid.unwrap_or_default())?,
+            gid: lines(&format!("{field}gidMappings"), gid.unwrap_or_default())?,
+        })
+    }
+
+    /// Whether both users and groups are mapped.
+    pub(crate) fn is_complete(&self) -> bool {
+        !self.uid.is_empty() && !self.gid.is_empty()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.uid.is_empty() && self.gid.is_empty()
+    }
+
+    /// Sets the maps of the user namespace that process `pid` is in.
+    pub(crate) fn write(&self, pid: i32, field: &str) -> Result<()> {
+        let procfs = Procfs::open()?;
+        for (file, name, map) in [
+            ("uid_map", "uidMappings", &self.uid),
+            ("gid_map", "gidMappings", &self.gid),
+        ] {
+            // All lines in one write; see user_namespaces(7).
+            procfs
+                .write(&format!("{pid}/{file}"), map)
+                .doing(|| format!("set {field}{name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
+    /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
+    pub(crate) fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
+        let uid = rustix::process::geteuid().as_raw();
+        let gid = rustix::process::getegid().as_raw();
+        let procfs = Procfs::open()?;
+        if maps_single_id(&self.gid, gid) {
+            // Else a group that is there to lock its members out could be left.
+            procfs
+                .write(&format!("{pid}/setgroups"), "deny")
+                .doing(|| format!("forbid setgroups, to set {field}gidMappings"))?;
+        }
+        for (file, tool, name, map, own) in [
+            ("uid_map", "newuidmap", "uidMappings", &self.uid, uid),
+            ("gid_map", "newgidmap", "gidMappings", &self.gid, gid),
+        ] {
+            if maps_single_id(map, own) {
+                procfs
+                    .write(&format!("{pid}/{file}"), map)
+                    .doing(|| format!("set {field}{name}"))?;
+                continue;
+            }
+            let doing = || format!("set {field}{name} with {tool}, as user {uid}");
+            let output = std::process::Command::new(tool)
+                .arg(pid.to_string())
+                .args(map.split_whitespace())
+                .output()
+                .doing(doing)?;
+            if !output.status.success() {
+                let output_text = String::from_utf8_lossy(&output.stderr);
+                refuse!("{}: {}", doing(), output_text.trim());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a map has nobody but that one id of the host's.
+fn maps_single_id(map: &str, id: u32) -> bool {
+    let fields: Vec<&str> = map.split_whitespace().collect();
+    matches!(fields.as_slice(), [_, outside, "1"] if outside.parse() == Ok(id))
+}
+
+fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
+    if mappings.len() > MAP_LINES_MAX {
+        refuse!(
+            "{field}: has {} lines, the kernel takes {MAP_LINES_MAX}",
+            mappings.len()
+        );
+    }
+    let mut text = String::new();
+    for (index, map) in mappings.iter().enumerate() {
+        let (inside, outside, size) = (map.container_id(), map.host_id(), map.size());
+        if size == 0 {
+            refuse!("{field}[{index}].size: must be more than 0");
+        }
+        let overlap = |a: u32, a_size: u32, b: u32, b_size: u32| {
+            u64::from(a) < u64::from(b) + u64::from(b_size)
+                && u64::from(b) < u64::from(a) + u64::from(a_size)
+        };
+        for (other, earlier) in mappings.iter().enumerate().take(index) {
+            if overlap(inside, size, earlier.container_id(), earlier.size())
+                || overlap(outside, size, earlier.host_id(), earlier.size())
+            {
+                refuse!("{field}[{index}]: has ids in common with {field}[{other}]");
+            }
+        }
+        text.push_str(&format!("{inside} {outside} {size}\n"));
+    }
+    Ok(text)
+}
+
+/// User namespaces that exist for their mappings only, to be handed to mount_setattr(2).
+#[derive(Default)]
+pub(crate) struct IdMapNamespaces {
+    made: Vec<(IdMaps, OwnedFd)>,
+    /// The container's own, which exists already.
+    joined: Option<OwnedFd>,
+}
+
+impl IdMapNamespaces {
+    /// The container's, or one with the mappings that it will have.
+    pub(crate) fn for_container(
+        &mut self,
+        namespaces: &namespaces::Namespaces,
+        maps: &IdMaps,
+    ) -> Result<&OwnedFd> {
+        let Some(path) = namespaces.joined_path(Type::User) else {
+            return self.for_maps(maps);
+        };
+        let opened = match self.joined.take() {
+            Some(opened) => opened,
+            None => open(path)?,
+        };
+        Ok(self.joined.insert(opened))
+    }
+
+    /// One with these mappings. Mounts with the same share it.
+    pub(crate) fn for_maps(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
+        let at = match self.made.iter().position(|(known, _)| known == maps) {
+            Some(at) => at,
+            None => {
+                self.made.push((maps.clone(), make(maps)?));
+                self.made.len() - 1
+            }
+        };
+        match self.made.get(at) {
+            Some((_, namespace)) => Ok(namespace),
+            None => refuse!("make a user namespace for a mount: it is lost"),
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    regular_file::open(path)
+        .map_err(|error| error.while_doing(format!("open user namespace {}", path.display())))
+}
+
+/// A user namespace can only be made by a process in it, which then is of no more use.
+fn make(maps: &IdMaps) -> Result<OwnedFd> {
+    let doing = || "make a user namespace for the mappings of a mount";
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
+    let (pid, pidfd) = match clone3(libc::CLONE_NEWUSER as u64, None).doing(doing)? {
+        Cloned::Child => {
+            let _guard = NeverReturn;
+            drop(writer);
+            // Until the other end is closed, if need be by its owner's death.
+            let _ = rustix::io::read(&reader, &mut [0u8; 1]);
+            exit_now()
+        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
+    let opened = maps
+        .write(pid, "")
+        .and_then(|()| open(Path::new(&format!("/proc/{pid}/ns/user"))));
+    drop(writer);
+    kill_and_reap(&pidfd);
+    opened.map_err(|error| error.while_doing(doing()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn maps(json: &str) -> Result<IdMaps> {
+        let list: Vec<LinuxIdMapping> = serde_json::from_str(json).unwrap();
+        IdMaps::from_spec("mounts[1].", Some(&list), Some(&list))
+    }
+
+    #[test]
+    fn what_the_kernel_would_refuse_is_refused_by_name() {
+        for (json, words) in [
+            (
+                r#"[{"containerID":0,"hostID":1,"size":0}]"#,
+                "mounts[1].uidMappings[0].size",
+            ),
+            (
+                r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":9,"hostID":100,"size":1}]"#,
+                "mounts[1].uidMappings[1]",
+            ),
+            (
+                r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":10,"size":1}]"#,
+                "mounts[1].uidMappings[1]",
+            ),
+        ] {
+            let error = maps(json).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let two = r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":100,"size":4294967295}]"#;
+        let text = maps(two).unwrap().uid;
+        assert_eq!(text, "0 1 10\n10 100 4294967295\n");
+    }
+}

@@ -1,0 +1,376 @@
+//! `linux.netDevices`: network devices of the host that move into the container's network
+//! namespace. See rtnetlink(7).
+//!
+//! A device loses its addresses on the way, so the permanent, global ones are given to it
+//! again, and it is brought up, as runc does. When the container's network namespace ends,
+//! the kernel gives hardware back to the host.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::config::spec;
+use crate::error::{Context, Error, Result, refuse};
+
+/// Long enough for any single answer of the kernel's (NLMSG_GOODSIZE is at most 8 kB).
+const REPLY_BYTES: usize = 32 << 10;
+/// linux/if_addr.h
+const IFA_FLAGS: u16 = 8;
+/// linux/rtnetlink.h
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const NAME_BYTES_MAX: usize = libc::IFNAMSIZ;
+
+/// A device by its name on the host, and its name in the container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NetDevice {
+    host: String,
+    inside: String,
+}
+
+/// # Errors
+/// Names that no device can have, or two devices with one name.
+pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Result<Vec<NetDevice>> {
+    let mut checked: Vec<NetDevice> = Vec::new();
+    for (host, device) in devices {
+        let inside = match device.name.as_str() {
+            "" => host,
+            name => name,
+        };
+        for name in [host, inside] {
+            let valid = !name.is_empty()
+                && name.len() < NAME_BYTES_MAX
+                && name != "."
+                && name != ".."
+                && !name.contains(|letter: char| {
+                    matches!(letter, '/' | ':' | '\0') || letter.is_ascii_whitespace()
+                });
+            if !valid {
+                refuse!("linux.netDevices: {name:?} is no name of a network device");
+            }
+        }
+        if checked.iter().any(|other| other.inside == *inside) {
+            refuse!("linux.netDevices: two devices are to be {inside} in the container");
+        }
+        checked.push(NetDevice {
+            host: host.clone(),
+            inside: inside.to_owned(),
+        });
+    }
+    Ok(checked)
+}
+
+/// Moves devices of rrun's network namespace to that of a process.
+pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
+    if devices.is_empty() {
+        return Ok(());
+    }
+    let open = |path: &str| {
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .doing(|| format!("open {path}"))
+    };
+    let own = open("/proc/self/ns/net")?;
+    let target = open(&format!("/proc/{pid}/ns/net"))?;
+    let host = NetlinkSocket::open()?;
+    enter(target.as_fd())?;
+    let inside = NetlinkSocket::open();
+    // Whatever comes of it, rrun goes on where it was.
+    enter(own.as_fd())?;
+    let inside = inside?;
+    for device in devices {
+        device
+            .attach(&host, &inside, target.as_fd())
+            .map_err(|error| {
+                error.while_doing(format!(
+                    "move linux.netDevices {} to the container as {}",
+                    device.host, device.inside
+                ))
+            })?;
+    }
+    Ok(())
+}
+
+fn enter(namespace: BorrowedFd<'_>) -> Result<()> {
+    move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
+        .doing(|| "change the network namespace")
+}
+
+impl NetDevice {
+    fn attach(
+        &self,
+        host: &NetlinkSocket,
+        inside: &NetlinkSocket,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<()> {
+        let index = host
+            .index_of(&self.host)?
+            .ok_or_else(|| Error::new("there is no such device on the host"))?;
+        // Before it is taken down, which takes the IPv6 ones off.
+        let addresses = host.addresses(index)?;
+        // Nothing of the host's is to use it while it is half gone.
+        host.set_up(index, false).doing(|| "take it down")?;
+        let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
+        request.link(index, 0, 0);
+        request.attribute(libc::IFLA_IFNAME, &with_nul(&self.inside));
+        request.attribute(
+            libc::IFLA_NET_NS_FD,
+            &(namespace.as_raw_fd() as u32).to_ne_bytes(),
+        );
+        host.request(request, |_, _| {})
+            .doing(|| "change its namespace")?;
+        let index = inside
+            .index_of(&self.inside)?
+            .ok_or_else(|| Error::new("it did not arrive in the container"))?;
+        for address in addresses {
+            inside
+                .request(address.add_request(index), |_, _| {})
+                .doing(|| "give it its address again")?;
+        }
+        inside.set_up(index, true).doing(|| "bring it up")
+    }
+}
+
+/// An address as `struct ifaddrmsg` and attributes have it.
+struct InterfaceAddress {
+    family: u8,
+    prefix: u8,
+    local: Vec<u8>,
+}
+
+impl InterfaceAddress {
+    fn add_request(&self, index: i32) -> NetlinkRequest {
+        let flags = libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+        let mut request = NetlinkRequest::new(libc::RTM_NEWADDR, flags as u16);
+        request
+            .bytes
+            .extend([self.family, self.prefix, 0, RT_SCOPE_UNIVERSE]);
+        request.bytes.extend(index.to_ne_bytes());
+        request.attribute(libc::IFA_LOCAL, &self.local);
+        request.attribute(libc::IFA_ADDRESS, &self.local);
+        request
+    }
+
+    /// From an RTM_NEWADDR message, if it is one to take along.
+    fn from_message(body: &[u8], device: i32) -> Option<InterfaceAddress> {
+        let [family, prefix, flags, scope, a, b, c, d, rest @ ..] = body else {
+            return None;
+        };
+        let index = i32::from_ne_bytes([*a, *b, *c, *d]);
+        let (mut local, mut address, mut all_flags) = (None, None, u32::from(*flags));
+        for (kind, value) in attributes(rest) {
+            match kind {
+                libc::IFA_LOCAL => local = Some(value),
+                libc::IFA_ADDRESS => address = Some(value),
+                IFA_FLAGS => {
+                    if let [a, b, c, d] = value {
+                        all_flags = u32::from_ne_bytes([*a, *b, *c, *d]);
+                    }
+                }
+                _ => {}
+            }
+        }
+        // What the host's network gave it for a while, or what it has by itself, has no
+        // meaning in the container.
+        let permanent = all_flags & libc::IFA_F_PERMANENT != 0;
+        (index == device && permanent && *scope == RT_SCOPE_UNIVERSE)
+            .then(|| Some((*family, *prefix, local.or(address)?)))
+            .flatten()
+            .map(|(family, prefix, local)| InterfaceAddress {
+                family,
+                prefix,
+                local: local.to_vec(),
+            })
+    }
+}
+
+fn with_nul(name: &str) -> Vec<u8> {
+    let mut bytes = name.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
+
+/// Type and value of each attribute. See rtnetlink(7), "Routing attributes".
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let [a, b, c, d, ..] = bytes else { return None };
+        let length = usize::from(u16::from_ne_bytes([*a, *b]));
+        let kind = u16::from_ne_bytes([*c, *d]);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+/// A message to the kernel, header first. See netlink(7).
+struct NetlinkRequest {
+    bytes: Vec<u8>,
+}
+
+impl NetlinkRequest {
+    fn new(kind: u16, flags: u16) -> NetlinkRequest {
+        let mut bytes = vec![0; 4];
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend((flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
+        // Sequence number and port id: one question at a time, from one socket.
+        bytes.extend([0; 8]);
+        NetlinkRequest { bytes }
+    }
+
+    /// `struct ifinfomsg`.
+    fn link(&mut self, index: i32, flags: u32, change: u32) {
+        self.bytes.extend([0; 4]);
+        self.bytes.extend(index.to_ne_bytes());
+        self.bytes.extend(flags.to_ne_bytes());
+        self.bytes.extend(change.to_ne_bytes());
+    }
+
+    fn attribute(&mut self, kind: u16, value: &[u8]) {
+        self.bytes.extend((value.len() as u16 + 4).to_ne_bytes());
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend(value);
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+/// A netlink socket; it belongs to the network namespace in which it was opened.
+struct NetlinkSocket {
+    fd: OwnedFd,
+}
+
+impl NetlinkSocket {
+    fn open() -> Result<NetlinkSocket> {
+        let fd = rustix::net::socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            // NETLINK_ROUTE is 0.
+            None,
+        )
+        .doing(|| "open a netlink socket")?;
+        Ok(NetlinkSocket { fd })
+    }
+
+    /// Sends a question, and shows every answer but the last, which is the outcome.
+    fn request(
+        &self,
+        mut request: NetlinkRequest,
+        mut answer: impl FnMut(u16, &[u8]),
+    ) -> std::result::Result<(), Errno> {
+        let length = (request.bytes.len() as u32).to_ne_bytes();
+        for (to, from) in request.bytes.iter_mut().zip(length) {
+            *to = from;
+        }
+        rustix::net::send(&self.fd, &request.bytes, SendFlags::empty())?;
+        let mut buffer = vec![0u8; REPLY_BYTES];
+        loop {
+            let length = match rustix::net::recv(&self.fd, &mut *buffer, RecvFlags::empty()) {
+                Ok((_, length)) => length.min(REPLY_BYTES),
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(errno),
+            };
+            let mut rest = buffer.get(..length).unwrap_or_default();
+            while let [a, b, c, d, e, f, ..] = rest {
+                let length = u32::from_ne_bytes([*a, *b, *c, *d]) as usize;
+                let kind = u16::from_ne_bytes([*e, *f]);
+                let body = rest.get(16..length).ok_or(Errno::PROTO)?;
+                match i32::from(kind) {
+                    libc::NLMSG_DONE => return Ok(()),
+                    libc::NLMSG_ERROR => {
+                        let code = body.get(..4).and_then(|code| code.try_into().ok());
+                        return match i32::from_ne_bytes(code.ok_or(Errno::PROTO)?) {
+                            0 => Ok(()),
+                            code => Err(Errno::from_raw_os_error(-code)),
+                        };
+                    }
+                    _ => answer(kind, body),
+                }
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            }
+        }
+    }
+
+    fn index_of(&self, name: &str) -> Result<Option<i32>> {
+        let mut request = NetlinkRequest::new(libc::RTM_GETLINK, libc::NLM_F_ACK as u16);
+        request.link(0, 0, 0);
+        request.attribute(libc::IFLA_IFNAME, &with_nul(name));
+        let mut index = None;
+        let answered = self.request(request, |kind, body| {
+            if kind == libc::RTM_NEWLINK {
+                let bytes = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
+                index = bytes.map(i32::from_ne_bytes);
+            }
+        });
+        match answered {
+            Err(Errno::NODEV) => Ok(None),
+            result => result.doing(|| format!("look for {name}")).map(|()| index),
+        }
+    }
+
+    fn set_up(&self, index: i32, up: bool) -> std::result::Result<(), Errno> {
+        let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
+        let flag = libc::IFF_UP as u32;
+        request.link(index, if up { flag } else { 0 }, flag);
+        self.request(request, |_, _| {})
+    }
+
+    fn addresses(&self, index: i32) -> Result<Vec<InterfaceAddress>> {
+        let mut request = NetlinkRequest::new(libc::RTM_GETADDR, libc::NLM_F_DUMP as u16);
+        // struct ifaddrmsg
+        request.bytes.extend([0; 8]);
+        let mut found = Vec::new();
+        self.request(request, |kind, body| {
+            if kind == libc::RTM_NEWADDR {
+                found.extend(InterfaceAddress::from_message(body, index));
+            }
+        })
+        .doing(|| "read its addresses")?;
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Vec<NetDevice>> {
+        from_spec(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn names_are_checked_before_anything_is_moved() {
+        assert_eq!(
+            read(r#"{"eth1":{"name":"net0"},"eth2":{}}"#).unwrap().len(),
+            2
+        );
+        for wrong in [
+            r#"{"":{}}"#,
+            r#"{"a/b":{}}"#,
+            r#"{"eth0":{"name":"0123456789abcdef"}}"#,
+            r#"{"eth0":{"name":"x"},"eth1":{"name":"x"}}"#,
+        ] {
+            let error = read(wrong).unwrap_err().to_string();
+            assert!(error.starts_with("linux.netDevices"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_permanent_global_addresses_go_along() {
+        let message = |flags: u8, scope: u8| {
+            let mut body = vec![libc::AF_INET as u8, 24, flags, scope];
+            body.extend(7i32.to_ne_bytes());
+            body.extend([8, 0, libc::IFA_LOCAL as u8, 0, 192, 0, 2, 1]);
+            body
+        };
+        let taken = InterfaceAddress::from_message(&message(0x80, 0), 7).unwrap();
+        assert_eq!(
+            (taken.prefix, taken.local.as_slice()),
+            (24, &[192, 0, 2, 1][..])
+        );
+        assert!(InterfaceAddress::from_message(&message(0x80, 0), 8).is_none());
+        assert!(InterfaceAddress::from_message(&message(0, 0), 7).is_none());
+        assert!(InterfaceAddress::from_message(&message(0x80, 253), 7).is_none());
+    }
+}

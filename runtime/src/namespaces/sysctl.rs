@@ -1,0 +1,117 @@
+//! `linux.sysctl`: kernel parameters of a container's own namespaces.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::LinuxNamespaceType as Type;
+
+use crate::error::{Context, Result, refuse};
+use crate::namespaces::Namespaces;
+use crate::sys::procfs::Procfs;
+
+/// Parameters of an IPC namespace; every other one under kernel. is the whole machine's.
+const IPC: &[&str] = &[
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
+
+/// A name as a path below /proc/sys. Either separator may be used, says sysctl(8): the
+/// first one in the name is the separator, the other one then stands for itself.
+fn path_of(name: &str) -> String {
+    match name.find(['.', '/']) {
+        Some(first) if name.as_bytes().get(first) == Some(&b'.') => name
+            .chars()
+            .map(|letter| match letter {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            })
+            .collect(),
+        _ => name.to_owned(),
+    }
+}
+
+/// # Errors
+/// A parameter that is not the container's own: setting it would change the host.
+pub(crate) fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Result<()> {
+    for name in sysctl.keys() {
+        let path = path_of(name);
+        if path.split('/').any(|part| part.is_empty() || part == "..") {
+            refuse!("linux.sysctl: {name} is no name of a parameter");
+        }
+        let dotted = path.replace('/', ".");
+        let owner = if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
+            Type::Ipc
+        } else if dotted.starts_with("net.") {
+            Type::Network
+        } else if dotted == "kernel.domainname" || dotted == "kernel.hostname" {
+            Type::Uts
+        } else {
+            refuse!("linux.sysctl: {name} is not a parameter of a namespace, but of the host");
+        };
+        if !namespaces.own(owner) {
+            refuse!(
+                "linux.sysctl: {name} would be set for the host, because the container has no {owner} namespace of its own"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes the parameters through the host's /proc, which nobody in the container has had a
+/// hand on; what is written belongs to the namespaces of the process that writes.
+pub(crate) fn apply(sysctl: &HashMap<String, String>) -> Result<()> {
+    if sysctl.is_empty() {
+        return Ok(());
+    }
+    let procfs = Procfs::open()?;
+    for (name, value) in sysctl {
+        procfs
+            .write(&format!("sys/{}", path_of(name)), value)
+            .doing(|| format!("set linux.sysctl {name} to {value}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn validated(name: &str, namespaces: &[&str]) -> Result<()> {
+        let list: Vec<String> = namespaces
+            .iter()
+            .map(|typ| format!("{{\"type\":\"{typ}\"}}"))
+            .collect();
+        let spec: Vec<oci_spec::runtime::LinuxNamespace> =
+            serde_json::from_str(&format!("[{}]", list.join(","))).unwrap();
+        let sysctl = HashMap::from([(name.to_owned(), "1".to_owned())]);
+        validate(&sysctl, &Namespaces::from_spec(&spec).unwrap())
+    }
+
+    #[test]
+    fn only_what_a_namespace_of_the_container_owns_can_be_set() {
+        assert!(validated("net.ipv4.ip_forward", &["network"]).is_ok());
+        assert!(validated("net/ipv4/ip_forward", &["network"]).is_ok());
+        assert!(validated("net.ipv4.ip_forward", &["ipc"]).is_err());
+        assert!(validated("kernel.shmmax", &["ipc"]).is_ok());
+        assert!(validated("kernel.panic", &["ipc", "network", "uts"]).is_err());
+        assert!(validated("net.../../kernel/panic", &["network"]).is_err());
+    }
+
+    #[test]
+    fn a_dot_in_an_interfaces_name_is_kept_when_written_as_a_slash() {
+        assert_eq!(
+            path_of("net.ipv4.conf.eth0/1.mtu"),
+            "net/ipv4/conf/eth0.1/mtu"
+        );
+        assert_eq!(
+            path_of("net/ipv4/conf/eth0.1/mtu"),
+            "net/ipv4/conf/eth0.1/mtu"
+        );
+    }
+}

@@ -1,0 +1,137 @@
+//! `process.env`: checked, and completed by what only the container's root can tell.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+
+use crate::error::{Error, Result, refuse};
+use crate::sys::procfs::Procfs;
+use crate::sys::regular_file;
+
+/// The most of a container's /etc/passwd that is read; it is the container's to write.
+const PASSWD_BYTES_MAX: u64 = 4 << 20;
+
+/// # Errors
+/// An entry that is no `NAME=value`, by its place.
+pub(crate) fn from_spec(env: &[String]) -> Result<Vec<CString>> {
+    env.iter()
+        .enumerate()
+        .map(|(index, entry)| {
+            match entry.split_once('=') {
+                None => refuse!("process.env[{index}]: {entry:?} has no ="),
+                Some(("", _)) => {
+                    refuse!("process.env[{index}]: {entry:?} has no name before the =")
+                }
+                Some(_) => {}
+            }
+            CString::new(entry.as_str())
+                .map_err(|_| Error::new(format!("process.env[{index}]: {entry:?} contains NUL")))
+        })
+        .collect()
+}
+
+/// Adds HOME from /etc/passwd of the current root, if the environment does not set it. Without
+/// /proc that file cannot be opened safely, and HOME is /. Announces preserved sockets as systemd
+/// does. If a name occurs twice, only the last entry stays: programs use the first that they find,
+/// and `exec --env` appends.
+pub(crate) fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
+    let has_home = env
+        .iter()
+        .rfind(|entry| name_of(entry) == b"HOME")
+        .is_some_and(|entry| entry.to_bytes() != b"HOME=");
+    if !has_home {
+        let home = home_of_user(uid).unwrap_or_else(|| "/".to_owned());
+        env.extend(CString::new(format!("HOME={home}")).ok());
+    }
+    if listen_fds > 0 {
+        let pid = rustix::process::getpid().as_raw_nonzero();
+        env.extend(CString::new(format!("LISTEN_FDS={listen_fds}")).ok());
+        env.extend(CString::new(format!("LISTEN_PID={pid}")).ok());
+    }
+    keep_last(env);
+}
+
+fn name_of(entry: &CString) -> &[u8] {
+    let bytes = entry.to_bytes();
+    let end = bytes.iter().position(|byte| *byte == b'=');
+    bytes.get(..end.unwrap_or(bytes.len())).unwrap_or_default()
+}
+
+fn keep_last(env: &mut Vec<CString>) {
+    let mut later = BTreeSet::new();
+    let kept: Vec<bool> = env
+        .iter()
+        .rev()
+        .map(|entry| later.insert(name_of(entry)))
+        .collect();
+    if kept.iter().all(|kept| *kept) {
+        return;
+    }
+    let mut kept = kept.into_iter().rev();
+    env.retain(|_| kept.next().unwrap_or(true));
+}
+
+fn home_of_user(uid: u32) -> Option<String> {
+    use std::io::Read as _;
+    // The container controls the file, and by now also /proc, which `Procfs::open` checks. Without
+    // a /proc nothing is opened.
+    let found = rustix::fs::openat2(
+        CWD,
+        "/etc/passwd",
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_MAGICLINKS,
+    )
+    .ok()?;
+    let (fd, _) = regular_file::reopen(&Procfs::open().ok()?, &found).ok()?;
+    let mut text = String::new();
+    std::fs::File::from(fd)
+        .take(PASSWD_BYTES_MAX)
+        .read_to_string(&mut text)
+        .ok()?;
+    home_in_passwd(&text, uid)
+}
+
+fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let own = fields.nth(2)?.parse::<u32>().ok()? == uid;
+        let home = fields.nth(2)?;
+        (own && !home.is_empty() && !home.contains('\0')).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(env: &[&str]) -> Vec<String> {
+        env.iter().map(|&entry| entry.to_owned()).collect()
+    }
+
+    #[test]
+    fn home_comes_from_the_line_with_the_uid() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\n";
+        assert_eq!(home_in_passwd(passwd, 33).as_deref(), Some("/var/www"));
+        assert_eq!(home_in_passwd(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(home_in_passwd(passwd, 1).as_deref(), None);
+    }
+
+    #[test]
+    fn of_a_name_the_last_value_stays() {
+        let given = ["A=1", "PATH=/a", "AB=1", "A=2", "HOME=/h", "PATH=/b", "A="];
+        let mut env = from_spec(&strings(&given)).unwrap();
+        complete(&mut env, 0, 0);
+        let texts: Vec<&str> = env.iter().filter_map(|entry| entry.to_str().ok()).collect();
+        assert_eq!(texts, ["AB=1", "HOME=/h", "PATH=/b", "A="]);
+    }
+
+    #[test]
+    fn what_is_no_name_and_value_is_refused_by_its_place() {
+        for entry in ["NAME", "", "=value", "A=\0"] {
+            let error = from_spec(&strings(&["A=b", entry])).unwrap_err();
+            assert!(error.to_string().contains("process.env[1]"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! The process that a configuration asks for: its arguments, environment, user, limits.
+//! One of these is a container's first process, others enter by `exec`.
+
+pub(crate) mod capabilities;
+pub(crate) mod capability_names;
+pub(crate) mod descriptors;
+pub(crate) mod environment;
+pub(crate) mod lsm;
+pub(crate) mod memory_policy;
+pub(crate) mod personality;
+pub(crate) mod scheduling;
+pub(crate) mod terminal;
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
+
+use crate::config::spec::{self, ProcessSpec};
+use crate::error::{Context, Error, Result, refuse};
+use crate::mounts::rootfs::Rootfs;
+use crate::process::capabilities::CapabilityMasks;
+use crate::process::lsm::Labels;
+use crate::process::memory_policy::MemoryPolicy;
+use crate::process::personality::Personality;
+use crate::process::scheduling::Scheduling;
+use crate::sys::errno::errno_text;
+use crate::sys::procfs::Procfs;
+use crate::sys::syscalls;
+
+/// Where programs are looked for when the environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// `RLIMIT_*` number, soft and hard limit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Rlimit {
+    name: &'static str,
+    resource: i64,
+    soft: u64,
+    hard: u64,
+}
+
+/// A process to be, checked and in the form that the system calls want.
+#[derive(Clone, Debug)]
+pub(crate) struct Process {
+    pub(crate) args: Vec<CString>,
+    pub(crate) env: Vec<CString>,
+    pub(crate) cwd: PathBuf,
+    pub(crate) terminal: bool,
+    /// Rows and columns of the terminal, if they are asked for.
+    pub(crate) console_size: Option<(u16, u16)>,
+    pub(crate) uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    pub(crate) umask: Option<u32>,
+    /// None at all if the configuration says nothing about them.
+    pub(crate) capabilities: CapabilityMasks,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) oom_score_adj: Option<i32>,
+    rlimits: Vec<Rlimit>,
+    pub(crate) scheduling: Scheduling,
+    pub(crate) labels: Labels,
+    personality: Option<Personality>,
+    memory_policy: Option<MemoryPolicy>,
+}
+
+impl Process {
+    /// # Errors
+    /// What is missing, contradictory or not supported, by the name of its field.
+    pub(crate) fn from_spec(spec: &ProcessSpec) -> Result<Process> {
+        let args = args(spec)?;
+        if !spec.cwd.is_absolute() {
+            refuse!(
+                "process.cwd: {} is not an absolute path",
+                spec.cwd.display()
+            );
+        }
+        let user = &spec.user;
+        if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
+            refuse!("process.user.umask: {umask:o} is not a file mode");
+        }
+        let capabilities = spec
+            .capabilities
+            .as_ref()
+            .map(CapabilityMasks::from_spec)
+            .unwrap_or_default();
+        capabilities.validate()?;
+        if let Some(adj) = spec
+            .oom_score_adj
+            .filter(|adj| !(-1000..=1000).contains(adj))
+        {
+            refuse!("process.oomScoreAdj: {adj} is not between -1000 and 1000");
+        }
+        let size = |wanted: u64| {
+            u16::try_from(wanted)
+                .map_err(|_| Error::new(format!("process.consoleSize: {wanted} is too large")))
+        };
+        Ok(Process {
+            args,
+            env: environment::from_spec(spec.env.as_deref().unwrap_or_default())?,
+            cwd: spec.cwd.clone(),
+            terminal: spec.terminal,
+            console_size: spec
+                .console_size
+                .map(|console| Ok::<_, Error>((size(console.height)?, size(console.width)?)))
+                .transpose()?,
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.additional_gids.clone().unwrap_or_default(),
+            umask: user.umask,
+            capabilities,
+            no_new_privileges: spec.no_new_privileges,
+            oom_score_adj: spec.oom_score_adj,
+            rlimits: rlimits(spec)?,
+            scheduling: Scheduling::from_spec(spec)?,
+            labels: Labels::from_spec(spec)?,
+            personality: None,
+            memory_policy: None,
+        })
+    }
+
+    /// Takes on what the container has for all of its processes.
+    pub(crate) fn inherit(
+        &mut self,
+        personality: Option<&spec::PersonalitySpec>,
+        memory_policy: Option<&spec::MemoryPolicySpec>,
+    ) -> Result<()> {
+        self.personality = personality.map(Personality::from_spec).transpose()?;
+        self.memory_policy = memory_policy.map(MemoryPolicy::from_spec).transpose()?;
+        Ok(())
+    }
+
+    /// Sets what needs no privilege and must be set by the process itself.
+    pub(crate) fn apply_inherited(&self) -> Result<()> {
+        if let Some(personality) = self.personality {
+            personality.apply()?;
+        }
+        match &self.memory_policy {
+            Some(policy) => policy.apply(),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
+    pub(crate) fn apply_limits(&self, pid: i32) -> Result<()> {
+        self.scheduling.apply(pid)?;
+        for limit in &self.rlimits {
+            syscalls::setrlimit(pid, limit.resource, limit.soft, limit.hard).doing(|| {
+                format!(
+                    "set process.rlimits {} to soft {} and hard {}",
+                    limit.name, limit.soft, limit.hard
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Sets the OOM score adjustment of a process, by its id or `self`.
+    ///
+    /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
+    /// was set before; such a refusal is an error, for it would make the process a likelier
+    /// victim than was asked for.
+    pub(crate) fn apply_oom_score_adj(&self, process: &str) -> Result<()> {
+        let Some(adj) = self.oom_score_adj else {
+            return Ok(());
+        };
+        Procfs::open()?
+            .write(&format!("{process}/oom_score_adj"), &adj.to_string())
+            .doing(|| format!("set process.oomScoreAdj to {adj}"))
+    }
+
+    /// Takes on group and user ids and capabilities, for good. Afterwards nothing privileged is
+    /// possible, except to load a filter, for which `until_execution` keeps CAP_SYS_ADMIN.
+    pub(crate) fn become_user(&self, until_execution: bool) -> Result<()> {
+        self.capabilities.drop_bounding()?;
+        let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        match rustix::thread::set_thread_groups(&groups) {
+            // A user namespace may forbid setgroups; then none can be had, which is only
+            // wrong if some are asked for.
+            Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
+            result => {
+                result.doing(|| format!("set process.user.additionalGids to {:?}", self.groups))?
+            }
+        }
+        let (gid, uid) = (Gid::from_raw(self.gid), Uid::from_raw(self.uid));
+        rustix::thread::set_thread_res_gid(gid, gid, gid)
+            .doing(|| format!("become process.user.gid {}", self.gid))?;
+        if self.uid != 0 {
+            rustix::thread::set_keep_capabilities(true)
+                .doing(|| "keep capabilities over the change of user")?;
+        }
+        rustix::thread::set_thread_res_uid(uid, uid, uid)
+            .doing(|| format!("become process.user.uid {}", self.uid))?;
+        self.capabilities.apply(until_execution)
+    }
+
+    /// Finds the program that `args[0]` names, in the current root, with the PATH of the
+    /// process's own environment.
+    ///
+    /// # Errors
+    /// In runc's words, which its callers look for.
+    pub(crate) fn find_program(&self) -> Result<CString> {
+        let Some(name) = self.args.first() else {
+            refuse!("process.args: must have at least the program to run");
+        };
+        let shown = name.to_string_lossy();
+        if name.as_bytes().contains(&b'/') {
+            return match executable(name) {
+                Ok(()) => Ok(name.clone()),
+                Err(errno) => Err(no_program(&shown, errno)),
+            };
+        }
+        let path = self
+            .env
+            .iter()
+            .find_map(|var| var.to_str().ok()?.strip_prefix("PATH="))
+            .unwrap_or(DEFAULT_PATH);
+        let mut refused = None;
+        for directory in path.split(':') {
+            // An empty element means the working directory.
+            let directory = if directory.is_empty() { "." } else { directory };
+            let Ok(candidate) = CString::new(format!("{directory}/{shown}")) else {
+                continue;
+            };
+            match executable(&candidate) {
+                Ok(()) => return Ok(candidate),
+                Err(rustix::io::Errno::ACCESS) => refused = Some(candidate),
+                Err(_) => {}
+            }
+        }
+        Err(match refused {
+            Some(found) => no_program(&found.to_string_lossy(), rustix::io::Errno::ACCESS),
+            None => Error::new(format!(
+                "exec: \"{shown}\": executable file not found in $PATH ({path})"
+            )),
+        })
+    }
+
+    /// Makes standard input, output and error belong to the process's user, so that it can
+    /// open them again through /dev/stdout.
+    pub(crate) fn chown_stdio(&self) {
+        if self.uid == 0 {
+            return;
+        }
+        for fd in [
+            rustix::stdio::stdin(),
+            rustix::stdio::stdout(),
+            rustix::stdio::stderr(),
+        ] {
+            let Ok(stat) = rustix::fs::fstat(fd) else {
+                continue;
+            };
+            let is_null = stat.st_rdev == rustix::fs::makedev(1, 3);
+            if !is_null && stat.st_uid != self.uid {
+                // A file system that does not allow it (read-only, foreign ids) is no
+                // reason to refuse the process.
+                let _ = rustix::fs::fchown(fd, Some(Uid::from_raw(self.uid)), None);
+            }
+        }
+    }
+}
+
+fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
+    let args = spec
+        .args
+        .iter()
+        .flatten()
+        .map(|text| {
+            CString::new(text.as_str())
+                .map_err(|_| Error::new("process.args: a value contains NUL"))
+        })
+        .collect::<Result<Vec<CString>>>()?;
+    if args.is_empty() {
+        refuse!("process.args: must have at least the program to run");
+    }
+    Ok(args)
+}
+
+/// Why a program can not be executed, in runc's words with the kernel's name beside them.
+fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
+    use rustix::io::Errno;
+    Error::new(match errno {
+        Errno::NOENT => {
+            format!("exec: \"{path}\": stat {path}: no such file or directory (ENOENT)")
+        }
+        Errno::ACCESS => format!("exec: \"{path}\": permission denied (EACCES)"),
+        Errno::ISDIR => format!("exec: \"{path}\": is a directory (EISDIR)"),
+        Errno::NOEXEC => format!("exec: \"{path}\": exec format error (ENOEXEC)"),
+        errno => format!("exec: \"{path}\": {}", errno_text(errno.raw_os_error())),
+    })
+}
+
+/// The error of an execve(2) that failed although [`Process::find_program`] found the program.
+pub(crate) fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
+    use rustix::io::Errno;
+    match errno {
+        Errno::NOENT => Error::new(format!(
+            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
+        )),
+        errno if filtered && !matches!(errno, Errno::ACCESS | Errno::NOEXEC) => {
+            no_program(path, errno).while_doing("execve, which linux.seccomp may forbid")
+        }
+        errno => no_program(path, errno),
+    }
+}
+
+/// Whether the file can be executed by this process, as far as can be told before.
+fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
+    use rustix::io::Errno;
+    let stat = rustix::fs::stat(path)?;
+    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        rustix::fs::FileType::RegularFile => {}
+        rustix::fs::FileType::Directory => return Err(Errno::ISDIR),
+        _ => return Err(Errno::ACCESS),
+    }
+    rustix::fs::accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+}
+
+/// Name and number; C libraries differ in the numbers' type.
+const RLIMITS: [(&str, i64); 16] = [
+    ("RLIMIT_CPU", libc::RLIMIT_CPU as i64),
+    ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE as i64),
+    ("RLIMIT_DATA", libc::RLIMIT_DATA as i64),
+    ("RLIMIT_STACK", libc::RLIMIT_STACK as i64),
+    ("RLIMIT_CORE", libc::RLIMIT_CORE as i64),
+    ("RLIMIT_RSS", libc::RLIMIT_RSS as i64),
+    ("RLIMIT_NPROC", libc::RLIMIT_NPROC as i64),
+    ("RLIMIT_NOFILE", libc::RLIMIT_NOFILE as i64),
+    ("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK as i64),
+    ("RLIMIT_AS", libc::RLIMIT_AS as i64),
+    ("RLIMIT_LOCKS", libc::RLIMIT_LOCKS as i64),
+    ("RLIMIT_SIGPENDING", libc::RLIMIT_SIGPENDING as i64),
+    ("RLIMIT_MSGQUEUE", libc::RLIMIT_MSGQUEUE as i64),
+    ("RLIMIT_NICE", libc::RLIMIT_NICE as i64),
+    ("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO as i64),
+    ("RLIMIT_RTTIME", libc::RLIMIT_RTTIME as i64),
+];
+
+fn rlimits(spec: &ProcessSpec) -> Result<Vec<Rlimit>> {
+    let mut limits: Vec<Rlimit> = Vec::new();
+    for limit in spec.rlimits.iter().flatten() {
+        let Some((name, resource)) = RLIMITS.iter().find(|(name, _)| *name == limit.typ) else {
+            refuse!("process.rlimits: {} is no resource limit", limit.typ);
+        };
+        if limits.iter().any(|other| other.name == *name) {
+            refuse!("process.rlimits: {name} is there twice");
+        }
+        if limit.soft > limit.hard {
+            refuse!(
+                "process.rlimits: {name} has a soft limit ({}) above its hard one ({})",
+                limit.soft,
+                limit.hard
+            );
+        }
+        limits.push(Rlimit {
+            name,
+            resource: *resource,
+            soft: limit.soft,
+            hard: limit.hard,
+        });
+    }
+    Ok(limits)
+}
+
+/// Enters the working directory, in the current root.
+///
+/// # Errors
+/// Also if the directory lies outside the root. Links in /proc lead to the root, the working
+/// directory and the descriptors of a process, and the container may see processes of the host
+/// there (CVE-2024-21626).
+pub(crate) fn enter_cwd(cwd: &Path) -> Result<()> {
+    rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
+    let current = rustix::process::getcwd(Vec::new())
+        .doing(|| format!("ask where process.cwd {} is", cwd.display()))?;
+    if current.as_bytes().first() != Some(&b'/') {
+        refuse!(
+            "enter process.cwd {}: it lies outside the container",
+            cwd.display()
+        );
+    }
+    Ok(())
+}
+
+/// Makes the missing working directory in the current root, and enters it. Follows no link in /proc
+/// that leads into a process: this process has more rights than the program, and could make
+/// directories on the host.
+pub(crate) fn make_cwd(cwd: &Path) -> Result<()> {
+    let root = rustix::fs::open(
+        "/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .doing(|| "open the container's root")?;
+    let made = Rootfs::new(root)
+        .make_working_directory(cwd)
+        .map_err(|error| error.while_doing(format!("make process.cwd {}", cwd.display())))?;
+    enter_cwd(&made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: &str) -> Result<Process> {
+        Process::from_spec(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn what_is_missing_or_not_to_be_had_is_named() {
+        for (json, field) in [
+            (r#"{"user":{"uid":0,"gid":0},"cwd":"/"}"#, "process.args"),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"x"}"#,
+                "process.cwd",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","apparmorProfile":"a\nb"}"#,
+                "process.apparmorProfile",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","oomScoreAdj":1001}"#,
+                "process.oomScoreAdj",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","rlimits":[{"type":"RLIMIT_NOFILE","soft":2,"hard":1}]}"#,
+                "RLIMIT_NOFILE",
+            ),
+        ] {
+            let error = spec(json).unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! System calls that neither rustix nor nix offers yet, each with a safe face.
+
+use std::ffi::{CStr, CString};
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+use rustix::io::Errno;
+
+use crate::sys::number_list::NumberSet;
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+pub(super) fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
+    if returned < 0 {
+        Err(last_errno())
+    } else {
+        Ok(returned)
+    }
+}
+
+/// Marks every open descriptor from `first` on close-on-exec. See close_range(2).
+pub(crate) fn close_range_cloexec(first: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed; setting a flag invalidates no descriptor.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    })?;
+    Ok(())
+}
+
+/// Closes every descriptor from `first` to `last`. See close_range(2).
+///
+/// # Safety
+/// Nothing that owns one of them may be used or dropped afterwards.
+pub(crate) unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed; the caller vouches for the descriptors.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+    Ok(())
+}
+
+/// Gives this process the session keyring of that name, or a new one, so that it no longer
+/// holds its parent's keys. Returns the keyring's number. See keyctl(2),
+/// `KEYCTL_JOIN_SESSION_KEYRING`.
+pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the name is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
+}
+
+/// Says who may do what with a key. See keyctl(2), `KEYCTL_SETPERM`.
+pub(crate) fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
+    const KEYCTL_SETPERM: libc::c_int = 5;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, key, permissions) })?;
+    Ok(())
+}
+
+/// Sends signal number `signal` (0 only checks) to the process behind `pidfd`.
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+    // SAFETY: a null siginfo is allowed and means an ordinary kill(2).
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })?;
+    Ok(())
+}
+
+/// Sends signal number `signal` to a process by its id. See kill(2).
+pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed.
+    check(libc::c_long::from(unsafe { libc::kill(pid, signal) }))?;
+    Ok(())
+}
+
+fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), Errno> {
+    // SAFETY: called with SIG_DFL and SIG_IGN only, which are no functions of ours that a
+    // signal could run at the wrong time.
+    let previous = unsafe { libc::signal(signal, disposition) };
+    if previous == libc::SIG_ERR {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
+/// Gives a signal back its default disposition.
+pub(crate) fn default_signal(signal: i32) -> Result<(), Errno> {
+    set_disposition(signal, libc::SIG_DFL)
+}
+
+pub(crate) fn ignore_signal(signal: i32) -> Result<(), Errno> {
+    set_disposition(signal, libc::SIG_IGN)
+}
+
+/// Lets a signal end the process, with the status that shells know it by. Not as its default
+/// disposition does: the first process of a PID namespace is spared that. Executing a
+/// program resets it.
+pub(crate) fn end_at_signal(signal: i32) -> Result<(), Errno> {
+    extern "C" fn end(signal: i32) {
+        // SAFETY: _exit is async-signal-safe, and does not return.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    let handler: extern "C" fn(i32) = end;
+    // SAFETY: the handler calls nothing but _exit, at whatever moment it runs.
+    let previous = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    if previous == libc::SIG_ERR {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
+/// Blocks exactly the signals in `mask`; returns those that were blocked before.
+pub(crate) fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
+    // SAFETY: an all-zero sigset_t is a valid value of that plain type.
+    let mut previous: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: both point to valid sets for the duration of the call.
+    let returned = unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask, &raw mut previous) };
+    check(libc::c_long::from(returned))?;
+    Ok(previous)
+}
+
+/// The set of no signals, or of those given.
+pub(crate) fn signal_set(signals: &[i32]) -> libc::sigset_t {
+    // SAFETY: sigemptyset initialises the set, sigaddset only refuses invalid numbers.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        set
+    }
+}
+
+/// A descriptor from which the signals in `mask` can be read. See signalfd(2).
+pub(crate) fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
+    // SAFETY: mask points to a valid set; -1 asks for a new descriptor.
+    let fd = check(libc::c_long::from(unsafe {
+        libc::signalfd(-1, mask, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    }))?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// The number of the next signal pending in a [`signalfd`], if there is one.
+pub(crate) fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
+    let mut info = [0u8; std::mem::size_of::<libc::signalfd_siginfo>()];
+    match rustix::io::read(fd, &mut info) {
+        // ssi_signo is the first field, 32 bits wide.
+        Ok(read) if read == info.len() => {
+            let [a, b, c, d, ..] = info;
+            Some(u32::from_ne_bytes([a, b, c, d]) as i32)
+        }
+        _ => None,
+    }
+}
+
+/// An execve(2) whose arguments are already laid out for the kernel, so that the call itself
+/// allocates nothing.
+pub(crate) struct Execution<'a> {
+    path: &'a CStr,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    strings: PhantomData<&'a [CString]>,
+}
+
+impl<'a> Execution<'a> {
+    pub(crate) fn new(path: &'a CStr, args: &'a [CString], env: &'a [CString]) -> Execution<'a> {
+        let pointers = |strings: &'a [CString]| {
+            let pointers = strings.iter().map(|string| string.as_ptr());
+            pointers.chain([std::ptr::null()]).collect()
+        };
+        Execution {
+            path,
+            argv: pointers(args),
+            envp: pointers(env),
+            strings: PhantomData,
+        }
+    }
+
+    /// Replaces this process's program; returns only if that failed. Makes no other system call.
+    pub(crate) fn execute(&self) -> Errno {
+        // SAFETY: all strings are NUL-terminated and outlive `self`, and both arrays end with a
+        // null pointer.
+        unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        last_errno()
+    }
+}
+
+/// Replaces this process's program by the file that `file` refers to, with the environment
+/// that it has; returns only if that failed. See execveat(2).
+pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
+    unsafe extern "C" {
+        static environ: *const *const libc::c_char;
+    }
+    let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    // SAFETY: the path and all arguments are NUL-terminated, the array ends with a null
+    // pointer; environ is the C library's, and nothing changes it in this program.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            environ,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    last_errno()
+}
+
+/// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
+pub(crate) fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
+    let limit = libc::rlimit64 {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: limit is valid for reads; a null old limit is allowed.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            pid,
+            resource,
+            &raw const limit,
+            std::ptr::null_mut::<libc::rlimit64>(),
+        )
+    })?;
+    Ok(())
+}
+
+/// `struct sched_attr` of sched_setattr(2), as of Linux 5.3.
+#[repr(C)]
+#[derive(Clone, Debug)]
+pub(crate) struct SchedAttr {
+    pub(crate) size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    /// Nanoseconds, as the two that follow.
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+    pub(crate) util_min: u32,
+    pub(crate) util_max: u32,
+}
+
+impl Default for SchedAttr {
+    fn default() -> SchedAttr {
+        SchedAttr {
+            size: std::mem::size_of::<SchedAttr>() as u32,
+            policy: 0,
+            flags: 0,
+            nice: 0,
+            priority: 0,
+            runtime: 0,
+            deadline: 0,
+            period: 0,
+            util_min: 0,
+            util_max: 0,
+        }
+    }
+}
+
+/// Sets scheduling policy and attributes of a process, 0 being this one.
+pub(crate) fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
+    // SAFETY: attr is a valid sched_attr whose first field is its length.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attr), 0) })?;
+    Ok(())
+}
+
+/// Sets the I/O scheduling class and priority of a process, 0 being this one. See
+/// ioprio_set(2).
+pub(crate) fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, ioprio) })?;
+    Ok(())
+}
+
+/// Binds this process to the CPUs of the set; those that do not exist do not matter, if one
+/// does.
+pub(crate) fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
+    let words = cpus.words();
+    // SAFETY: the mask is valid for reads of the length given, in bytes.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            0,
+            std::mem::size_of_val(words),
+            words.as_ptr(),
+        )
+    })?;
+    Ok(())
+}
+
+/// Sets the NUMA memory policy of this process. See set_mempolicy(2).
+pub(crate) fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), Errno> {
+    let words = nodes.map(NumberSet::words).unwrap_or_default();
+    let (mask, length) = match words {
+        [] => (std::ptr::null(), 0),
+        // The kernel reads a bit less than it is told, for reasons of its own.
+        words => (words.as_ptr(), words.len() * u64::BITS as usize + 1),
+    };
+    // SAFETY: the mask is null, or valid for reads of the length given less one, in bits.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, length) })?;
+    Ok(())
+}
+
+/// Sets this process's execution domain. See personality(2).
+pub(crate) fn personality(persona: u32) -> Result<(), Errno> {
+    // SAFETY: no memory is passed.
+    let previous = unsafe { libc::personality(libc::c_ulong::from(persona)) };
+    check(libc::c_long::from(previous))?;
+    Ok(())
+}
+
+/// The terminal becomes this session's controlling terminal. See ioctl_tty(2).
+pub(crate) fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: TIOCSCTTY takes an integer, no pointer.
+    let returned = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY as _, 0) };
+    check(libc::c_long::from(returned))?;
+    Ok(())
+}
+
+/// Whether the kernel would take a seccomp filter with these `SECCOMP_FILTER_FLAG_*`.
+///
+/// It looks at the flags before it looks for the filter, and there is none at address 0.
+pub(crate) fn has_seccomp_flags(flags: u32) -> bool {
+    // SAFETY: a null filter is not read; the kernel answers EFAULT.
+    let returned = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            std::ptr::null::<libc::sock_fprog>(),
+        )
+    };
+    returned < 0 && last_errno() == Errno::FAULT
+}
+
+/// `struct sock_filter` of linux/filter.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SockFilter {
+    pub(crate) code: u16,
+    pub(crate) if_true: u8,
+    pub(crate) if_false: u8,
+    pub(crate) value: u32,
+}
+
+impl SockFilter {
+    /// As one number, for the container's state.
+    pub(crate) fn pack(self) -> u64 {
+        u64::from(self.code) << 48
+            | u64::from(self.if_true) << 40
+            | u64::from(self.if_false) << 32
+            | u64::from(self.value)
+    }
+
+    pub(crate) fn unpack(packed: u64) -> SockFilter {
+        SockFilter {
+            code: (packed >> 48) as u16,
+            if_true: (packed >> 40) as u8,
+            if_false: (packed >> 32) as u8,
+            value: packed as u32,
+        }
+    }
+}
+
+/// Has this process's calls filtered from now on. Gives a descriptor if the flags ask for a
+/// listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
+pub(crate) fn load_seccomp_filter(
+    program: &[SockFilter],
+    flags: u32,
+) -> Result<Option<OwnedFd>, Errno> {
+    /// `struct sock_fprog` of linux/filter.h.
+    #[repr(C)]
+    struct SockFprog {
+        length: libc::c_ushort,
+        instructions: *const SockFilter,
+    }
+    let program = SockFprog {
+        length: program.len().try_into().map_err(|_| Errno::INVAL)?,
+        instructions: program.as_ptr(),
+    };
+    // SAFETY: the program has as many instructions as it says, each laid out as the kernel's
+    // struct sock_filter, and outlives the call.
+    let returned = check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })?;
+    if flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32 == 0 {
+        return Ok(None);
+    }
+    // SAFETY: with that flag, the kernel returns a new descriptor that nobody else owns.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(returned as i32) }))
+}
+
+/// Maps the start of a file into memory that is shared with all processes that map the file. The
+/// mapping lasts until execve(2). See mmap(2).
+pub(crate) fn map_shared(
+    file: BorrowedFd<'_>,
+    length: usize,
+) -> Result<NonNull<libc::c_void>, Errno> {
+    // SAFETY: the kernel chooses an address that nothing else is mapped at.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    match NonNull::new(address) {
+        Some(mapped) if address != libc::MAP_FAILED => Ok(mapped),
+        _ => Err(last_errno()),
+    }
+}
+
+/// Brings the loopback interface of the current network namespace up.
+pub(crate) fn loopback_up() -> Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: an all-zero ifreq is a valid value of that plain type.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo\0") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which request is.
+    let returned = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw mut request,
+        )
+    };
+    check(libc::c_long::from(returned))?;
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! Unix sockets at paths of any length, and descriptors sent over them. See unix(7).
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    recvmsg, sendmsg, socket_with,
+};
+
+use crate::error::{Context, Result};
+
+/// Calls `with` with the address of the socket `name` in a directory. A path too long for
+/// one (108 bytes) is reached through a descriptor of its directory.
+pub(crate) fn at_address<T>(
+    directory: &Path,
+    name: &str,
+    with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
+) -> std::result::Result<T, Errno> {
+    if let Ok(address) = SocketAddrUnix::new(directory.join(name)) {
+        return with(&address);
+    }
+    let directory = rustix::fs::open(
+        directory,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
+    with(&SocketAddrUnix::new(format!(
+        "/proc/self/fd/{number}/{name}"
+    ))?)
+}
+
+/// Connects to a caller's socket, which is to receive a descriptor.
+///
+/// # Errors
+/// Nobody listens at `path`; `what` it is for is told with it.
+pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
+    let doing = || format!("connect to {what} {path}");
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing(doing)?;
+    let address = SocketAddrUnix::new(path).doing(doing)?;
+    rustix::net::connect(&socket, &address).doing(doing)?;
+    Ok(socket)
+}
+
+/// Receives a message, and the descriptor that came with it, if any.
+///
+/// # Errors
+/// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
+pub(crate) fn receive_descriptor(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(buffer)];
+        match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    let descriptor = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    if descriptor.is_none() && received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Errno::MFILE);
+    }
+    Ok((received.bytes, descriptor))
+}
+
+/// Sends a descriptor with some bytes over a unix socket.
+pub(crate) fn send_descriptor(
+    socket: BorrowedFd<'_>,
+    descriptor: BorrowedFd<'_>,
+    bytes: &[u8],
+) -> std::result::Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor];
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(Errno::NOBUFS);
+    }
+    sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
