@@ -10,9 +10,8 @@ use tokio::sync::Notify;
 
 use super::output::{Output, Turn, locked};
 use super::pipe::{self, Pipe};
-use super::spdy::frame::{self, MAX_DATA};
-use super::spdy::session::Allowance;
-use super::spdy::{Decoder, Event, Session, SpdyError};
+use super::spdy::frame::{self, MAX_DATA_BYTES};
+use super::spdy::{Allowance, Decoder, Event, Session, SpdyError};
 use super::transport::{ReadHalf, Transport};
 
 /// One read takes at most about this.
@@ -139,7 +138,7 @@ impl Writer {
     /// Sends data, waiting while the client takes none.
     pub async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
-            let (turn, count) = self.allowed(stream, data.len().min(MAX_DATA)).await?;
+            let (turn, count) = self.allowed(stream, data.len().min(MAX_DATA_BYTES)).await?;
             let (now, later) = data.split_at_checked(count).unwrap_or((data, &[]));
             let header = frame::data_header(stream, now.len(), false);
             turn.send(&header, now).await?;
@@ -177,10 +176,11 @@ impl Writer {
     pub async fn close(&self, stream: u32) -> io::Result<()> {
         let turn = self.output.turn().await?;
         let closed = self.session().close(stream);
-        match closed {
-            true => turn.send(&frame::data_header(stream, 0, true), &[]).await,
-            false => Ok(()),
+        if closed {
+            let header = frame::data_header(stream, 0, true);
+            turn.send(&header, &[]).await?;
         }
+        Ok(())
     }
 
     /// Resets a stream, without waiting.
@@ -196,13 +196,9 @@ impl Writer {
             .answer(|answers| self.session().consumed(stream, count, answers));
     }
 
-    /// Tells the client that we end, and ends our half of the connection.
-    pub async fn finish(&self, error: bool) -> io::Result<()> {
-        let mut goodbye = Vec::new();
-        if error {
-            frame::go_away(&mut goodbye, self.session().last_stream(), error);
-        }
-        self.output.last(&goodbye).await?;
+    /// Sends the replies that wait, and ends our half of the connection.
+    pub async fn finish(&self) -> io::Result<()> {
+        self.output.last(&[]).await?;
         self.output.shut_down().await
     }
 }

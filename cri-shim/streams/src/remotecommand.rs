@@ -550,7 +550,7 @@ impl Sender {
         let reading = async { while let Ok(Some(_)) = receiver.next().await {} };
         let _ = tokio::time::timeout(GOODBYE, reading).await;
         if let Sink::Spdy(writer, _) = &self.sink {
-            writer.finish(false).await?;
+            writer.finish().await?;
         }
         Ok(())
     }
