@@ -16,12 +16,10 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_monitor_client::AttachHandle;
 use rrun_protocol::Attach;
 use rrun_protocol::left_out;
-use rrun_streams::descriptor::Descriptor;
-use rrun_streams::pipe;
-use rrun_streams::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
-
-/// How much output waits for a client that is slow for a moment.
-const PIPE: usize = pipe::ROOM;
+use rrun_streams::remotecommand::{
+    Channel, ClientInput, ClientReceiver, ClientSender, Outcome, StdinWrite, copy_output, resize,
+};
+use rrun_streams::{Descriptor, PIPE_BYTES};
 
 /// A client's end of a container's stdio.
 struct Attached {
@@ -40,8 +38,8 @@ const STOPPED: &str = "the CRI server is being stopped; the container runs on";
 pub(crate) async fn attach(
     node: &Node,
     request: &AttachRequest,
-    sender: &Sender,
-    mut receiver: Receiver,
+    sender: &ClientSender,
+    mut receiver: ClientReceiver,
     ending: &mut Ending,
 ) -> io::Result<()> {
     let attached = match node.container(&request.container_id) {
@@ -55,8 +53,8 @@ pub(crate) async fn attach(
             let stdin = attached.stdin.take();
             let outputs = async {
                 tokio::try_join!(
-                    output(attached.stdout.as_ref(), Channel::Stdout, sender),
-                    output(attached.stderr.as_ref(), Channel::Stderr, sender),
+                    copy_output(attached.stdout.as_ref(), Channel::Stdout, sender),
+                    copy_output(attached.stderr.as_ref(), Channel::Stderr, sender),
                 )?;
                 // Without any output there is still the container's end to wait for.
                 let (stdout, stderr) = attached.handle.ended().await;
@@ -96,8 +94,8 @@ async fn begin(container: &Container, request: &AttachRequest) -> Result<Attache
             return Ok(None);
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-        // Without that it holds 64 KiB.
-        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE);
+        // Holds output for a client that is slow for a moment. Without that it is 64 KiB.
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
         theirs.push(write);
         Descriptor::new(read).during(what).map(Some)
     };
@@ -131,34 +129,34 @@ enum Detached {
 async fn input(
     container: &Container,
     wanted: bool,
-    receiver: &mut Receiver,
+    receiver: &mut ClientReceiver,
     mut stdin: Option<Descriptor>,
-    sender: &Sender,
+    sender: &ClientSender,
 ) -> io::Result<Detached> {
     let config = &container.config;
     while let Some(input) = receiver.next().await? {
         match input {
-            Input::Stdin(bytes) => {
+            ClientInput::Stdin(bytes) => {
                 // A terminal is there for its size, too.
                 let Some(to) = stdin.as_ref().filter(|_| wanted) else {
                     continue;
                 };
                 let terminal = config.tty.then_some(to);
                 match receiver.feed(to, &bytes, terminal, sender.watch()).await {
-                    Fed::All => {}
-                    Fed::Unread => stdin = None,
-                    Fed::Gone => return Ok(Detached::Gone),
+                    StdinWrite::Complete => {}
+                    StdinWrite::Closed => stdin = None,
+                    StdinWrite::ClientGone => return Ok(Detached::Gone),
                 }
             }
-            Input::StdinEnd if stdin.is_none() => {}
-            Input::StdinEnd if config.stdin_once && !config.tty => {
+            ClientInput::StdinEnd if stdin.is_none() => {}
+            ClientInput::StdinEnd if config.stdin_once && !config.tty => {
                 // The container reads to its end, and the client what comes of that.
                 stdin = None;
                 let closed = container.sandbox.monitor.close_stdin(&container.id).await;
                 closed.map_err(io::Error::other)?;
             }
-            Input::StdinEnd => return Ok(Detached::Stdin),
-            Input::Resize(size) => {
+            ClientInput::StdinEnd => return Ok(Detached::Stdin),
+            ClientInput::Resize(size) => {
                 if let Some(terminal) = stdin.as_ref().filter(|_| config.tty) {
                     resize(terminal, size);
                 }
@@ -166,20 +164,4 @@ async fn input(
         }
     }
     Ok(Detached::Gone)
-}
-
-/// Passes on one stream to its end.
-async fn output(from: Option<&Descriptor>, channel: Channel, sender: &Sender) -> io::Result<()> {
-    let Some(from) = from else {
-        return Ok(());
-    };
-    let mut buffer = Vec::new();
-    loop {
-        let mut ready = from.readable().await?;
-        match sender.pass(channel, from, &mut buffer, usize::MAX).await? {
-            Some(0) => return Ok(()),
-            Some(_) => {}
-            None => ready.clear_ready(),
-        }
-    }
 }

@@ -23,17 +23,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
-use super::exec::is_gone;
+use super::port_forward::SandboxPorts;
 use super::token::Permit;
-use super::{attach, exec, port_forward};
+use super::{attach, exec};
 use crate::config::{Config, ConfigError};
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
-use rrun_streams::remotecommand::{self, Wanted};
-use rrun_streams::transport::{Transport, Watch};
-use rrun_streams::upgrade::{Spoken, negotiate, refuse};
-use rrun_streams::{connection, websocket};
+use rrun_streams::remotecommand::{self, StreamOptions};
+use rrun_streams::upgrade::{Purpose, Subprotocol, negotiate, refuse};
+use rrun_streams::{Transport, is_disconnect, port_forward};
 
 /// How long a client may take for the TLS handshake and the head of its request.
 const HEAD: Duration = Duration::from_secs(10);
@@ -160,12 +159,7 @@ async fn greet(
     place: OwnedSemaphorePermit,
     ending: Ending,
 ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    stream.set_nodelay(true)?;
-    let watch = Watch::new(&stream)?;
-    let transport = match tls {
-        Some(tls) => Transport::Tls(Box::new(tls.accept(stream).await?), watch),
-        None => Transport::Plain(stream, watch),
-    };
+    let transport = Transport::accept(stream, tls).await?;
     let place = Arc::new(std::sync::Mutex::new(Some(place)));
     let service = service_fn(move |request| {
         let response = answer(&node, request, &place, &ending);
@@ -197,11 +191,14 @@ fn answer(
     let Some(permit) = node.streams.tokens.look(method, token) else {
         return unknown();
     };
-    let port_forward = matches!(permit, Permit::PortForward(_));
+    let purpose = match permit {
+        Permit::Exec(_) | Permit::Attach(_) => Purpose::Command,
+        Permit::PortForward(_) => Purpose::PortForward,
+    };
     // A client may try again with another protocol.
-    let (spoken, response) = match negotiate(port_forward, request.headers()) {
+    let (subprotocol, response) = match negotiate(purpose, request.headers()) {
         Ok(agreed) => agreed,
-        Err(refused) => return *refused,
+        Err(refusal) => return *refusal,
     };
     if !node.streams.tokens.spend(token) {
         return unknown();
@@ -221,7 +218,7 @@ fn answer(
                     let serving = serve(
                         &node,
                         &permit,
-                        spoken,
+                        subprotocol,
                         transport,
                         parts.read_buf,
                         &mut ending,
@@ -242,7 +239,7 @@ fn answer(
             Err(error) => Err(io::Error::other(error)),
         };
         match served {
-            Err(error) if !is_gone(&error) => {
+            Err(error) if !is_disconnect(&error) => {
                 log::info!("a client's {} ended: {error}", permit.method());
             }
             _ => {}
@@ -255,64 +252,43 @@ fn answer(
 async fn serve(
     node: &Arc<Node>,
     permit: &Permit,
-    spoken: Spoken,
+    subprotocol: Subprotocol,
     transport: Transport,
     read: Bytes,
     ending: &mut Ending,
 ) -> io::Result<()> {
-    let watch = transport.watch();
-    let (wanted, ports) = match permit {
-        Permit::Exec(request) => (
-            Wanted {
+    match (permit, subprotocol) {
+        (Permit::Exec(request), Subprotocol::Command(protocol)) => {
+            let options = StreamOptions {
                 stdin: request.stdin,
                 stdout: request.stdout,
                 stderr: request.stderr,
                 tty: request.tty,
-            },
-            None,
-        ),
-        Permit::Attach(request) => (
-            Wanted {
+            };
+            let (receiver, sender) =
+                remotecommand::open(protocol, transport, read, options).await?;
+            exec::exec(node, request, &sender, receiver, ending).await
+        }
+        (Permit::Attach(request), Subprotocol::Command(protocol)) => {
+            let options = StreamOptions {
                 stdin: request.stdin,
                 stdout: request.stdout,
                 stderr: request.stderr,
                 tty: request.tty,
-            },
-            None,
-        ),
-        Permit::PortForward(request) => (Wanted::default(), Some(request)),
-    };
-    let (receiver, sender) = match (spoken, ports) {
-        (Spoken::Spdy(version), _) => {
-            let (reader, writer) = connection::serve(transport, &read);
-            remotecommand::over_spdy(reader, writer, version, wanted, watch).await?
+            };
+            let (receiver, sender) =
+                remotecommand::open(protocol, transport, read, options).await?;
+            attach::attach(node, request, &sender, receiver, ending).await
         }
-        (Spoken::WebSocket(version, codec), _) => {
-            let (reader, writer) = websocket::channels(transport, read, codec).await;
-            remotecommand::over_websocket(reader, writer, version, wanted, watch).await?
+        (Permit::PortForward(request), Subprotocol::PortForward(protocol)) => {
+            let pod = Arc::new(SandboxPorts {
+                node: Arc::clone(node),
+                sandbox: request.pod_sandbox_id.clone(),
+            });
+            let serving = port_forward::serve(protocol, transport, read, pod, &request.port);
+            ending.cuts(serving).await
         }
-        (Spoken::SpdyPorts, Some(request)) => {
-            let (reader, writer) = connection::serve(transport, &read);
-            let ports = port_forward::over_spdy(node, request, reader, writer, &watch);
-            return ending.cuts(ports).await;
-        }
-        (Spoken::TunnelledPorts, Some(request)) => {
-            let socket = websocket::serve(transport, read).await;
-            let tunnel = Transport::Tunnel(Box::new(websocket::Tunnel::new(socket)));
-            let (reader, writer) = connection::serve(tunnel, &[]);
-            let ports = port_forward::over_spdy(node, request, reader, writer, &watch);
-            return ending.cuts(ports).await;
-        }
-        (Spoken::WebSocketPorts(codec), Some(request)) => {
-            let (reader, writer) = websocket::channels(transport, read, codec).await;
-            let ports = port_forward::over_websocket(node, request, reader, writer, &watch);
-            return ending.cuts(ports).await;
-        }
-        (_, None) => return Ok(()),
-    };
-    match permit {
-        Permit::Exec(request) => exec::exec(node, request, &sender, receiver, ending).await,
-        Permit::Attach(request) => attach::attach(node, request, &sender, receiver, ending).await,
-        Permit::PortForward(_) => Ok(()),
+        // What was agreed is for the permit's purpose.
+        _ => Ok(()),
     }
 }

@@ -8,7 +8,7 @@ use super::limits::{MAX_HEADER_BLOCK_BYTES, MAX_HEADERS};
 
 /// Names, in lower case, and values; several values of one name are separated by a zero byte.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Headers(pub Vec<(String, String)>);
+pub struct Headers(pub(crate) Vec<(String, String)>);
 
 impl Headers {
     /// The value of a header; `name` in lower case.
