@@ -16,7 +16,7 @@ use crate::handlers::Handlers;
 use crate::sandbox::Sandbox;
 use crate::selinux::Selinux;
 use crate::stats::Cache;
-use crate::streaming::Streams;
+use crate::streaming::tickets::Streams;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::singleflight::InFlight;
 use rrun_images::Images;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::server::Ending;
+use super::shutdown::Shutdown;
 use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -35,12 +35,12 @@ struct Attached {
 const STOPPED: &str = "the CRI server is being stopped; the container runs on";
 
 /// Serves the client until it goes, or the container or the server ends.
-pub(crate) async fn attach(
+pub(super) async fn attach(
     node: &Node,
     request: &AttachRequest,
     sender: &ClientSender,
     mut receiver: ClientReceiver,
-    ending: &mut Ending,
+    shutdown: &mut Shutdown,
 ) -> io::Result<()> {
     let attached = match node.container(&request.container_id) {
         Ok(container) => begin(&container, request)
@@ -70,7 +70,7 @@ pub(crate) async fn attach(
             let mut outcome = Outcome::Exit(0);
             tokio::select! {
                 ended = outputs => ended?,
-                () = ending.come() => outcome = Outcome::Failed(STOPPED.to_owned()),
+                () = shutdown.begun() => outcome = Outcome::Failed(STOPPED.to_owned()),
                 detached = input(&container, request.stdin, &mut receiver, stdin, sender) => match detached? {
                     Detached::Gone => return Ok(()),
                     Detached::Stdin => {}

@@ -8,7 +8,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
 
 use super::command;
-use super::server::Ending;
+use super::shutdown::Shutdown;
 use crate::container::{Container, Phase};
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -34,12 +34,12 @@ struct Stdio {
 
 /// Runs the command until it ends or the client goes, which ends it, and tells the client. So does the
 /// server's end.
-pub(crate) async fn exec(
+pub(super) async fn exec(
     node: &Node,
     request: &ExecRequest,
     sender: &ClientSender,
     mut receiver: ClientReceiver,
-    ending: &mut Ending,
+    shutdown: &mut Shutdown,
 ) -> io::Result<()> {
     let outcome = match begin(node, request).await {
         Ok((mut process, mut stdio)) => {
@@ -72,7 +72,7 @@ pub(crate) async fn exec(
             tokio::select! {
                 // An error drops the process, which kills it.
                 ended = output => ended?.0,
-                () = ending.come() => Outcome::Failed(STOPPED.to_owned()),
+                () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
                 gone = copy_input(&mut receiver, stdin, stdio.terminal.as_ref(), sender) => return gone,
             }
         }
