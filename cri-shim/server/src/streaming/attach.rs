@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -31,7 +32,7 @@ struct Attached {
     handle: AttachHandle,
 }
 
-/// What a client is told when the server is stopped.
+/// What a client reads when the server is stopped.
 const STOPPED: &str = "the CRI server is being stopped; the container runs on";
 
 /// Serves the client until it goes, or the container or the server ends.
@@ -42,41 +43,22 @@ pub(super) async fn attach(
     mut receiver: ClientReceiver,
     shutdown: &mut Shutdown,
 ) -> io::Result<()> {
-    let attached = match node.container(&request.container_id) {
-        Ok(container) => begin(&container, request)
-            .await
-            .map(|attached| (container, attached)),
-        Err(error) => Err(error),
-    };
-    let outcome = match attached {
+    let outcome = match begin(node, request).await {
         Ok((container, mut attached)) => {
             let stdin = attached.stdin.take();
-            let outputs = async {
-                tokio::try_join!(
-                    copy_output(attached.stdout.as_ref(), Channel::Stdout, sender),
-                    copy_output(attached.stderr.as_ref(), Channel::Stderr, sender),
-                )?;
-                // Without any output there is still the container's end to wait for.
-                let (stdout, stderr) = attached.handle.ended().await;
-                let newline = if container.config.tty { "\r\n" } else { "\n" };
-                for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
-                    if lost > 0 {
-                        let note = left_out(lost, newline);
-                        sender.send(channel, note.as_bytes()).await?;
+            tokio::select! {
+                ended = outputs(&container, attached, sender) => {
+                    ended?;
+                    Outcome::Exit(0)
+                }
+                () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
+                detached = input(&container, request.stdin, &mut receiver, stdin, sender) => {
+                    match detached? {
+                        Detached::Gone => return Ok(()),
+                        Detached::Stdin => Outcome::Exit(0),
                     }
                 }
-                Ok::<_, io::Error>(())
-            };
-            let mut outcome = Outcome::Exit(0);
-            tokio::select! {
-                ended = outputs => ended?,
-                () = shutdown.begun() => outcome = Outcome::Failed(STOPPED.to_owned()),
-                detached = input(&container, request.stdin, &mut receiver, stdin, sender) => match detached? {
-                    Detached::Gone => return Ok(()),
-                    Detached::Stdin => {}
-                },
             }
-            outcome
         }
         Err(error) => Outcome::Failed(format!(
             "error attaching to container: {}",
@@ -86,7 +68,36 @@ pub(super) async fn attach(
     sender.finish(&outcome, &mut receiver).await
 }
 
-async fn begin(container: &Container, request: &AttachRequest) -> Result<Attached> {
+async fn begin(node: &Node, request: &AttachRequest) -> Result<(Arc<Container>, Attached)> {
+    let container = node.container(&request.container_id)?;
+    let attached = connect(&container, request).await?;
+    Ok((container, attached))
+}
+
+/// Copies the container's output until the container ends, and then notes how much was left out.
+async fn outputs(
+    container: &Container,
+    mut attached: Attached,
+    sender: &ClientSender,
+) -> io::Result<()> {
+    tokio::try_join!(
+        copy_output(attached.stdout.as_ref(), Channel::Stdout, sender),
+        copy_output(attached.stderr.as_ref(), Channel::Stderr, sender),
+    )?;
+    // Without any output there is still the container's end to wait for.
+    let (stdout, stderr) = attached.handle.ended().await;
+    let newline = if container.config.tty { "\r\n" } else { "\n" };
+    for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
+        if lost > 0 {
+            let note = left_out(lost, newline);
+            sender.send(channel, note.as_bytes()).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes pipes for what was requested, and attaches them to the container.
+async fn connect(container: &Container, request: &AttachRequest) -> Result<Attached> {
     let what = || "make pipes for a container's output".to_owned();
     let mut theirs: Vec<OwnedFd> = Vec::new();
     let mut pipe = |wanted: bool| {

@@ -20,10 +20,11 @@ use rrun_streams::remotecommand::{
 };
 use rrun_streams::{Descriptor, PIPE_BYTES};
 
-/// What a client is told when the server is stopped: a command's stdio goes with it.
+/// What a client reads when the server is stopped: a command's stdio goes with it.
 const STOPPED: &str = "the CRI server is being stopped, and the command was ended with it";
 
 /// Our ends of a command's stdio.
+#[derive(Default)]
 struct Stdio {
     stdin: Option<Descriptor>,
     stdout: Option<Descriptor>,
@@ -32,8 +33,8 @@ struct Stdio {
     terminal: Option<Descriptor>,
 }
 
-/// Runs the command until it ends or the client goes, which ends it, and tells the client. So does the
-/// server's end.
+/// Runs the command until it ends, and sends the client how. If the client goes or the server is
+/// stopped before that, the command is killed.
 pub(super) async fn exec(
     node: &Node,
     request: &ExecRequest,
@@ -42,38 +43,14 @@ pub(super) async fn exec(
     shutdown: &mut Shutdown,
 ) -> io::Result<()> {
     let outcome = match begin(node, request).await {
-        Ok((mut process, mut stdio)) => {
-            let stdin = stdio.stdin.take();
-            let (exit, exited) = watch::channel(false);
-            let exiting = async {
-                let outcome = match process.wait().await {
-                    Ok(code) => Outcome::Exit(code),
-                    // Clients take a connection that just ends for a success.
-                    Err(error) => {
-                        Outcome::Failed(format!("the command's exit code is lost: {error}"))
-                    }
-                };
-                let _ = exit.send(true);
-                Ok(outcome)
-            };
-            let output = async {
-                tokio::try_join!(
-                    exiting,
-                    copy_output_until_exit(stdio.stdout.as_ref(), Channel::Stdout, sender, &exited),
-                    copy_output_until_exit(stdio.stderr.as_ref(), Channel::Stderr, sender, &exited),
-                    copy_output_until_exit(
-                        stdio.terminal.as_ref(),
-                        Channel::Stdout,
-                        sender,
-                        &exited
-                    ),
-                )
-            };
+        Ok((process, stdio)) => {
             tokio::select! {
-                // An error drops the process, which kills it.
-                ended = output => ended?.0,
+                // Dropping the process kills it.
+                ended = run(process, stdio, sender, &mut receiver) => match ended? {
+                    Some(outcome) => outcome,
+                    None => return Ok(()),
+                },
                 () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
-                gone = copy_input(&mut receiver, stdin, stdio.terminal.as_ref(), sender) => return gone,
             }
         }
         Err(error) => Outcome::Failed(format!(
@@ -82,6 +59,38 @@ pub(super) async fn exec(
         )),
     };
     sender.finish(&outcome, &mut receiver).await
+}
+
+/// Waits for the command's end and copies its stdio meanwhile; `None` if the client goes before that.
+async fn run(
+    mut process: ExecHandle,
+    mut stdio: Stdio,
+    sender: &ClientSender,
+    receiver: &mut ClientReceiver,
+) -> io::Result<Option<Outcome>> {
+    let stdin = stdio.stdin.take();
+    let (exit, exited) = watch::channel(false);
+    let exiting = async {
+        let outcome = match process.wait().await {
+            Ok(code) => Outcome::Exit(code),
+            // Clients take a connection that just ends for a success.
+            Err(error) => Outcome::Failed(format!("the command's exit code is lost: {error}")),
+        };
+        let _ = exit.send(true);
+        Ok(outcome)
+    };
+    let output = async {
+        tokio::try_join!(
+            exiting,
+            copy_output_until_exit(stdio.stdout.as_ref(), Channel::Stdout, sender, &exited),
+            copy_output_until_exit(stdio.stderr.as_ref(), Channel::Stderr, sender, &exited),
+            copy_output_until_exit(stdio.terminal.as_ref(), Channel::Stdout, sender, &exited),
+        )
+    };
+    tokio::select! {
+        ended = output => Ok(Some(ended?.0)),
+        gone = copy_input(receiver, stdin, stdio.terminal.as_ref(), sender) => gone.map(|()| None),
+    }
 }
 
 async fn begin(node: &Node, request: &ExecRequest) -> Result<(ExecHandle, Stdio)> {
@@ -106,37 +115,12 @@ async fn start(
         process: process.to_string(),
         terminal: request.tty,
     };
-    let what = || "make the stdio of a command".to_owned();
-    let mut stdio = Stdio {
-        stdin: None,
-        stdout: None,
-        stderr: None,
-        terminal: None,
+    // A terminal is made by the runtime, and comes back from the monitor.
+    let (mut stdio, theirs) = if request.tty {
+        (Stdio::default(), Vec::new())
+    } else {
+        Stdio::pipes(request)?
     };
-    let mut theirs: Vec<OwnedFd> = Vec::new();
-    if !request.tty {
-        theirs.push(if request.stdin {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-            stdio.stdin = Some(Descriptor::new(write).during(what)?);
-            read
-        } else {
-            command::null()?
-        });
-        for (wanted, ours) in [
-            (request.stdout, &mut stdio.stdout),
-            (request.stderr, &mut stdio.stderr),
-        ] {
-            theirs.push(if wanted {
-                let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-                // Without that it holds 64 KiB, and a command that writes much wakes us as often.
-                let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
-                *ours = Some(Descriptor::new(read).during(what)?);
-                write
-            } else {
-                command::null()?
-            });
-        }
-    }
     let given: Vec<_> = theirs.iter().map(std::os::fd::AsFd::as_fd).collect();
     let started = container.sandbox.monitor.exec(exec, &given);
     let started = slow(format!("{}: start a command", container.name()), started).await;
@@ -146,7 +130,42 @@ async fn start(
             .terminal
             .take()
             .ok_or_else(|| Error::internal("the monitor passed no terminal"))?;
-        stdio.terminal = Some(Descriptor::new(terminal).during(what)?);
+        stdio.terminal = Some(Descriptor::new(terminal).during(making_stdio)?);
     }
     Ok((process, stdio))
+}
+
+impl Stdio {
+    /// Makes pipes for what was requested. Returns our ends, and the command's stdin, stdout and
+    /// stderr.
+    fn pipes(request: &ExecRequest) -> Result<(Self, Vec<OwnedFd>)> {
+        let mut ours = Stdio::default();
+        let mut theirs = Vec::new();
+        theirs.push(if request.stdin {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
+            ours.stdin = Some(Descriptor::new(write).during(making_stdio)?);
+            read
+        } else {
+            command::null()?
+        });
+        for (wanted, output) in [
+            (request.stdout, &mut ours.stdout),
+            (request.stderr, &mut ours.stderr),
+        ] {
+            theirs.push(if wanted {
+                let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
+                // Without that it holds 64 KiB, and a command that writes much wakes us as often.
+                let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
+                *output = Some(Descriptor::new(read).during(making_stdio)?);
+                write
+            } else {
+                command::null()?
+            });
+        }
+        Ok((ours, theirs))
+    }
+}
+
+fn making_stdio() -> String {
+    "make the stdio of a command".to_owned()
 }

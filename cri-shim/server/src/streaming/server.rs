@@ -1,7 +1,8 @@
 //! The streaming server: HTTP that is upgraded.
 //!
-//! A connection is good for one upgrade. The request for it must come within [`REQUEST_TIMEOUT`], its head fit into
-//! [`MAX_HEAD_BYTES`]; whatever else comes is closed. At most [`MAX_CONNECTIONS`] at once.
+//! A connection is good for one upgrade. The request for it must come within [`REQUEST_TIMEOUT`] and
+//! its head fit into [`MAX_HEAD_BYTES`], else the connection is closed. At most [`MAX_CONNECTIONS`]
+//! are open at once.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -65,7 +66,7 @@ impl Server {
         Ok(Server { listener, tls })
     }
 
-    /// Serves until `shutdown` comes; what is open then is ended, and its clients are told.
+    /// Serves until `shutdown` comes; open sessions then end, and their clients are informed.
     pub(crate) async fn serve(self, node: Arc<Node>, mut shutdown: Shutdown) {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
@@ -89,12 +90,12 @@ impl Server {
             let (node, tls) = (Arc::clone(&node), self.tls.clone());
             let mut until = shutdown.clone();
             tokio::spawn(async move {
-                let greeted = greet(node, stream, tls, slot, until.clone());
-                let greeted = tokio::select! {
-                    greeted = tokio::time::timeout(REQUEST_TIMEOUT, greeted) => greeted,
+                let served = serve_request(node, stream, tls, slot, until.clone());
+                let served = tokio::select! {
+                    served = tokio::time::timeout(REQUEST_TIMEOUT, served) => served,
                     () = until.begun() => return,
                 };
-                match greeted {
+                match served {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => log::debug!("a stream's connection ended: {error}"),
                     Err(_) => log::debug!("a stream's connection was closed: it asks too slowly"),
@@ -104,8 +105,8 @@ impl Server {
     }
 }
 
-/// Takes a connection as far as the end of its request.
-async fn greet(
+/// Serves a connection as far as the response to its request.
+async fn serve_request(
     node: Arc<Node>,
     stream: TcpStream,
     tls: Option<TlsAcceptor>,
