@@ -1,10 +1,10 @@
 //! What clients have sent to programs in pods, and these have not read yet.
 //!
 //! Many connections to a pod come by one connection of a client, which knows no windows
-//! ([`crate::spdy::Session`]): the reader can only take in all of it, or nothing. So what comes for
-//! a program that does not read waits here while there is room, and does not hold up the others'.
-//! Whoever reads from the client stops while there is none ([`Backlog::is_full`],
-//! [`QueueSender::is_full`]), and has to bound for how long ([`QueueSender::stalled_for`]).
+//! ([`crate::spdy::Session`]): the reader takes in all of it, or nothing. So what comes for a program
+//! that does not read waits here while there is room, and does not hold up the other programs' data.
+//! While there is none ([`Backlog::is_full`], [`QueueSender::is_full`]) the client must not be read
+//! from, and the reader has to bound for how long ([`QueueSender::stalled_for`]).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -49,11 +49,11 @@ struct Queue {
 #[derive(Default)]
 struct QueueState {
     queue: VecDeque<Bytes>,
-    /// What is in the queue, and what was taken out of it and has not passed.
+    /// The cost of what is in the queue, and of what was taken out of it and not passed on yet.
     waiting: usize,
-    /// No more will come.
+    /// The sender has closed the queue.
     ended: bool,
-    /// Nobody takes anything any more.
+    /// The receiver is gone.
     gone: bool,
 }
 
@@ -132,7 +132,7 @@ impl QueueSender {
         true
     }
 
-    /// No more will come.
+    /// Ends the queue.
     pub(crate) fn close(&self) {
         self.0.state().ended = true;
         self.0.more.notify_one();

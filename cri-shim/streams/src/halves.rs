@@ -24,7 +24,7 @@ pub(crate) enum ReadHalf {
     Locked(tokio::io::ReadHalf<Box<dyn ByteStream>>),
 }
 
-/// What it is sent.
+/// What a client is sent.
 pub(crate) enum WriteHalf {
     Plain(OwnedWriteHalf, Arc<Watch>),
     Locked(tokio::io::WriteHalf<Box<dyn ByteStream>>),

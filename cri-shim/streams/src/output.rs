@@ -1,4 +1,4 @@
-//! What a client is sent, by many tasks: frames, each of them whole, and short replies in between.
+//! What a client is sent, by many tasks: whole frames, and short replies between them.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,8 +15,8 @@ use crate::pipe::Pipe;
 /// How many bytes of replies may wait for a client that does not read them.
 const MAX_REPLY_BYTES: usize = 64 << 10;
 
-/// The sending side of a connection. A frame that has been begun is sent whole, whoever gives up
-/// waiting.
+/// The sending side of a connection. A frame that has been begun is sent whole, even if its sender
+/// gives up waiting.
 pub(crate) struct Output {
     /// Replies that the protocol demands, and that have not been sent yet.
     replies: Mutex<Vec<u8>>,
@@ -31,7 +31,7 @@ struct FrameWriter {
     /// What is left of the frames that were begun.
     rest: Vec<u8>,
     sent: usize,
-    /// What comes after that, if there is something in it.
+    /// Is sent after that, if there is something in it.
     pipe: Option<Pipe>,
 }
 

@@ -60,7 +60,7 @@ pub(crate) fn open(
 }
 
 impl SpdyReader {
-    /// The next thing that happens; `None` when the client has closed the connection. Cancel-safe.
+    /// The next event; `None` when the client has closed the connection. Cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Event>> {
         loop {
             while let Some(frame) = self.decoder.decode(&mut self.input).map_err(broken)? {

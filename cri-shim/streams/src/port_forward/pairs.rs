@@ -17,14 +17,14 @@ use crate::spdy::{Event, Headers};
 use crate::spdy_connection::{SpdyReader, SpdyWriter};
 use crate::watch::Watch;
 
-/// How long a client's connection waits for a program in the pod that does not read, when no more
-/// of what comes for it can be kept. Then that one forwarded connection is closed, for the others.
+/// How long a client's connection waits for a program in the pod that does not read, while the
+/// program's buffer is full. Then that one forwarded connection is closed, so that the others go on.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a client may leave one stream of a pair without the other.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The most connections at once through one client's.
+/// The most connections at once through one connection of a client.
 const MAX_PAIRS: usize = 500;
 
 /// Serves a client's streams for as long as it is there.
