@@ -5,7 +5,6 @@
 
 mod load;
 mod rlimit;
-pub(crate) mod tls;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -17,7 +17,7 @@ use crate::id::by_prefix;
 use crate::sandbox::Sandbox;
 use crate::selinux::Selinux;
 use crate::stats::StatsCache;
-use crate::streaming::Streams;
+use crate::streaming::tickets::Streams;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::singleflight::SingleFlight;
 use rrun_images::Images;

@@ -27,7 +27,7 @@ use crate::node::Node;
 use crate::reload::Reload;
 use crate::sandbox::files::private_dir;
 use crate::selinux::Selinux;
-use crate::streaming::{self, server::Ending};
+use crate::streaming::{self, Shutdown};
 use crate::{metrics, preflight, reconcile, services};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::blocking;
@@ -76,7 +76,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
     let (end, ending) = watch::channel(false);
-    tokio::spawn(streams.serve(Arc::clone(&node), Ending(ending.clone())));
+    tokio::spawn(streams.serve(Arc::clone(&node), Shutdown(ending.clone())));
 
     let routes = Routes::new(services::runtime(Arc::clone(&node)))
         .add_service(services::image(Arc::clone(&node)))

@@ -46,6 +46,6 @@ fn exercise(input: &[u8]) {
             while let Ok(Some(_)) = ours.decode(&mut output) {}
         }
         // A control frame at most waits for its end.
-        assert!(buffer.len() <= spdy::frame::MAX_CONTROL + 8 + piece.len());
+        assert!(buffer.len() <= spdy::MAX_CONTROL_BYTES + 8 + piece.len());
     }
 }

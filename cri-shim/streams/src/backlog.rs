@@ -1,10 +1,10 @@
 //! What clients have sent to programs in pods, and these have not read yet.
 //!
 //! Many connections to a pod come by one connection of a client, which knows no windows
-//! ([`super::spdy::session`]): the reader can only take in all of it, or nothing. So what comes for
-//! a program that does not read waits here while there is room, and does not hold up the others'.
-//! Whoever reads from the client stops while there is none ([`Backlog::is_full`],
-//! [`Sender::is_full`]), and has to say for how long ([`Sender::still`]).
+//! ([`crate::spdy::Session`]): the reader takes in all of it, or nothing. So what comes for a program
+//! that does not read waits here while there is room, and does not hold up the other programs' data.
+//! While there is none ([`Backlog::is_full`], [`QueueSender::is_full`]) the client must not be read
+//! from, and the reader has to bound for how long ([`QueueSender::stalled_for`]).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,31 +15,31 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::output::locked;
+use crate::lock::lock;
 
-/// The most bytes that wait for one program, but for one piece.
-const MAX_LINE: usize = 1 << 20;
+/// How many bytes may wait for one program before its queue is full.
+const MAX_QUEUE_BYTES: usize = 1 << 20;
 
-/// The most bytes that wait for all programs of a client together, but for one piece.
-const MAX_TOGETHER: usize = 4 << 20;
+/// How many bytes may wait for all programs of a client together before the backlog is full.
+const MAX_BACKLOG_BYTES: usize = 4 << 20;
 
 /// What a piece costs beside its bytes.
-const PIECE: usize = 64;
+const PIECE_OVERHEAD_BYTES: usize = 64;
 
-/// A piece that is shorter is taken out of the buffer that it was read into, which would live as
-/// long as any piece of it.
-const SHORT: usize = 8 << 10;
+/// A shorter piece is copied out of the buffer that it was read into, which would live as long as
+/// any piece of it.
+const COPIED_PIECE_BYTES: usize = 8 << 10;
 
 /// What waits for all programs of a client.
 #[derive(Default)]
-pub struct Backlog {
+pub(crate) struct Backlog {
     waiting: AtomicUsize,
-    less: Notify,
+    shrunk: Notify,
 }
 
-struct Line {
+struct Queue {
     all: Arc<Backlog>,
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
     more: Notify,
     begin: Instant,
     /// When something was read, or the first that waits came: milliseconds after `begin`.
@@ -47,48 +47,48 @@ struct Line {
 }
 
 #[derive(Default)]
-struct State {
+struct QueueState {
     queue: VecDeque<Bytes>,
-    /// What is in the queue, and what was taken out of it and has not passed.
+    /// The cost of what is in the queue, and of what was taken out of it and not passed on yet.
     waiting: usize,
-    /// No more will come.
+    /// The sender has closed the queue.
     ended: bool,
-    /// Nobody takes anything any more.
+    /// The receiver is gone.
     gone: bool,
 }
 
-/// Puts into one program's line. Its end is the line's.
-pub struct Sender(Arc<Line>);
+/// Puts into one program's queue. Dropping it ends the queue.
+pub(crate) struct QueueSender(Arc<Queue>);
 
-/// Takes out of it.
-pub struct Receiver(Arc<Line>);
+/// Takes out of the queue.
+pub(crate) struct QueueReceiver(Arc<Queue>);
 
 impl Backlog {
-    /// A line for another program.
-    pub fn line(self: &Arc<Self>) -> (Sender, Receiver) {
-        let line = Arc::new(Line {
+    /// A queue for another program.
+    pub(crate) fn queue(self: &Arc<Self>) -> (QueueSender, QueueReceiver) {
+        let queue = Arc::new(Queue {
             all: Arc::clone(self),
             state: Mutex::default(),
             more: Notify::new(),
             begin: Instant::now(),
             moved: AtomicU64::new(0),
         });
-        (Sender(Arc::clone(&line)), Receiver(line))
+        (QueueSender(Arc::clone(&queue)), QueueReceiver(queue))
     }
 
-    pub fn is_full(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > MAX_TOGETHER
+    pub(crate) fn is_full(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > MAX_BACKLOG_BYTES
     }
 
-    /// Waits until less waits, or a moment for nothing. For one task.
-    pub async fn less(&self) {
-        self.less.notified().await;
+    /// Waits until less waits; may return early. For one task.
+    pub(crate) async fn shrunk(&self) {
+        self.shrunk.notified().await;
     }
 }
 
-impl Line {
-    fn state(&self) -> MutexGuard<'_, State> {
-        locked(&self.state)
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, QueueState> {
+        lock(&self.state)
     }
 
     fn touch(&self) {
@@ -97,77 +97,78 @@ impl Line {
         self.moved.store(now, Ordering::Relaxed);
     }
 
-    fn leave(&self, state: &mut State, cost: usize) {
+    fn leave(&self, state: &mut QueueState, cost: usize) {
         state.waiting -= cost.min(state.waiting);
         self.all.waiting.fetch_sub(cost, Ordering::Relaxed);
-        self.all.less.notify_one();
+        self.all.shrunk.notify_one();
     }
 }
 
 fn cost(bytes: &Bytes) -> usize {
-    bytes.len() + PIECE
+    bytes.len() + PIECE_OVERHEAD_BYTES
 }
 
-impl Sender {
-    /// False if nobody will read it. Does not ask whether there is room.
-    pub fn push(&self, bytes: Bytes) -> bool {
-        let bytes = match bytes.len() < SHORT {
-            true => Bytes::copy_from_slice(&bytes),
-            false => bytes,
+impl QueueSender {
+    /// Returns false if nobody will read it. Does not check whether there is room.
+    pub(crate) fn push(&self, bytes: Bytes) -> bool {
+        let bytes = if bytes.len() < COPIED_PIECE_BYTES {
+            Bytes::copy_from_slice(&bytes)
+        } else {
+            bytes
         };
-        let line = &self.0;
-        let mut state = line.state();
+        let queue = &self.0;
+        let mut state = queue.state();
         if state.gone || state.ended {
             return false;
         }
         if state.waiting == 0 {
-            line.touch();
+            queue.touch();
         }
         state.waiting += cost(&bytes);
-        line.all.waiting.fetch_add(cost(&bytes), Ordering::Relaxed);
+        queue.all.waiting.fetch_add(cost(&bytes), Ordering::Relaxed);
         state.queue.push_back(bytes);
         drop(state);
-        line.more.notify_one();
+        queue.more.notify_one();
         true
     }
 
-    /// No more will come.
-    pub fn close(&self) {
+    /// Ends the queue.
+    pub(crate) fn close(&self) {
         self.0.state().ended = true;
         self.0.more.notify_one();
     }
 
-    pub fn is_full(&self) -> bool {
-        self.waiting() > MAX_LINE
+    pub(crate) fn is_full(&self) -> bool {
+        self.waiting() > MAX_QUEUE_BYTES
     }
 
-    pub fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.0.state().waiting
     }
 
     /// For how long nothing of what waits has been read.
-    pub fn still(&self) -> Duration {
+    pub(crate) fn stalled_for(&self) -> Duration {
         let moved = Duration::from_millis(self.0.moved.load(Ordering::Relaxed));
         self.0.begin.elapsed().saturating_sub(moved)
     }
 }
 
-impl Drop for Sender {
+impl Drop for QueueSender {
     fn drop(&mut self) {
         self.close();
     }
 }
 
-impl Receiver {
-    /// The next piece, `None` at the end. [`Self::passed`] is to be told of it.
-    pub async fn recv(&mut self) -> Option<Bytes> {
+impl QueueReceiver {
+    /// The next piece, `None` at the end. Call [`Self::passed`] when it has been written.
+    pub(crate) async fn recv(&mut self) -> Option<Bytes> {
         loop {
             {
                 let mut state = self.0.state();
                 if let Some(piece) = state.queue.pop_front() {
                     return Some(piece);
                 }
-                // A short line needs no memory for a long one.
+                // A short queue keeps no memory of a long one.
                 state.queue = VecDeque::new();
                 if state.ended {
                     return None;
@@ -178,18 +179,18 @@ impl Receiver {
     }
 
     /// The program has read something.
-    pub fn moved(&self) {
+    pub(crate) fn progressed(&self) {
         self.0.touch();
     }
 
     /// All of a piece has gone to the program.
-    pub fn passed(&self, piece: &Bytes) {
+    pub(crate) fn passed(&self, piece: &Bytes) {
         self.0.touch();
         self.0.leave(&mut self.0.state(), cost(piece));
     }
 }
 
-impl Drop for Receiver {
+impl Drop for QueueReceiver {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.gone = true;
@@ -206,8 +207,8 @@ mod tests {
     #[tokio::test]
     async fn what_waits_is_counted_for_one_and_for_all() {
         let all = Arc::new(Backlog::default());
-        let (first, mut receiver) = all.line();
-        let (second, others) = all.line();
+        let (first, mut receiver) = all.queue();
+        let (second, others) = all.queue();
         let piece = Bytes::from(vec![0; 64 << 10]);
         for _ in 0..16 {
             assert!(!first.is_full());
@@ -218,7 +219,7 @@ mod tests {
         receiver.passed(&read);
         assert!(!first.is_full());
         // One that holds a permit: nobody waits for it in vain.
-        all.less().await;
+        all.shrunk().await;
         while !all.is_full() {
             assert!(second.push(piece.clone()));
         }

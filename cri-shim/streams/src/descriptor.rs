@@ -6,10 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use super::pipe::Pipe;
+use crate::pipe::Pipe;
 
 /// One read takes at most this: what a pipe holds.
-pub const CHUNK: usize = 64 << 10;
+pub(crate) const READ_BYTES: usize = 64 << 10;
 
 /// One end of a pipe, or a terminal's master.
 pub struct Descriptor {
@@ -30,12 +30,12 @@ impl Descriptor {
         })
     }
 
-    pub fn is_terminal(&self) -> bool {
+    pub(crate) fn is_terminal(&self) -> bool {
         self.is_terminal
     }
 
     /// Reads what is there: `Some(0)` at the end, `None` if there is nothing now.
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match rustix::io::read(self.fd.get_ref(), &mut *buffer) {
                 Ok(count) => return Ok(Some(count)),
@@ -49,17 +49,17 @@ impl Descriptor {
     }
 
     /// Puts what is there into a pipe: see [`Pipe::fill`]. Not for a terminal.
-    pub fn splice(&self, pipe: &mut Pipe, most: usize) -> io::Result<usize> {
+    pub(crate) fn splice(&self, pipe: &mut Pipe, most: usize) -> io::Result<usize> {
         pipe.fill(self, most)
     }
 
     /// Waits for something to read. Whoever then finds nothing clears the guard.
-    pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+    pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.fd.readable().await
     }
 
     /// Writes everything, waiting while the other side does not read.
-    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(crate) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut guard = self.fd.writable().await?;
             match rustix::io::write(self.fd.get_ref(), bytes) {
@@ -73,7 +73,7 @@ impl Descriptor {
     }
 
     /// How many bytes could be read now.
-    pub fn pending(&self) -> u64 {
+    pub(crate) fn pending(&self) -> u64 {
         rustix::io::ioctl_fionread(self.fd.get_ref()).unwrap_or(0)
     }
 }

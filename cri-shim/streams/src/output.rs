@@ -1,52 +1,53 @@
-//! What a client is sent, by many tasks: frames, each of them whole, and short answers in between.
+//! What a client is sent, by many tasks: whole frames, and short replies between them.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Poll, ready};
 
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-use super::pipe::Pipe;
-use super::transport::WriteHalf;
+use crate::halves::WriteHalf;
+use crate::lock::lock;
+use crate::pipe::Pipe;
 
-/// How many bytes of answers may wait for a client that does not read them.
-const MAX_ANSWERS: usize = 64 << 10;
+/// How many bytes of replies may wait for a client that does not read them.
+const MAX_REPLY_BYTES: usize = 64 << 10;
 
-/// The sending side of a connection. A frame that has been begun is sent whole, whoever gives up
-/// waiting.
-pub struct Output {
-    /// What the protocol wants answered, on its way.
-    answers: Mutex<Vec<u8>>,
-    /// Nothing is answered any more.
-    silent: AtomicBool,
+/// The sending side of a connection. A frame that has been begun is sent whole, even if its sender
+/// gives up waiting.
+pub(crate) struct Output {
+    /// Replies that the protocol demands, and that have not been sent yet.
+    replies: Mutex<Vec<u8>>,
+    /// No more replies are sent.
+    finished: AtomicBool,
     splices: bool,
-    begun: tokio::sync::Mutex<Begun>,
+    writer: tokio::sync::Mutex<FrameWriter>,
 }
 
-struct Begun {
+struct FrameWriter {
     half: WriteHalf,
     /// What is left of the frames that were begun.
     rest: Vec<u8>,
     sent: usize,
-    /// What comes after that, if there is something in it.
+    /// Is sent after that, if there is something in it.
     pipe: Option<Pipe>,
 }
 
-/// One's turn to send: all that others began has been sent.
-pub struct Turn<'a> {
+/// The exclusive right to send: all frames that others began have been sent.
+pub(crate) struct SendPermit<'a> {
     output: &'a Arc<Output>,
-    begun: Option<tokio::sync::MutexGuard<'a, Begun>>,
+    writer: Option<tokio::sync::MutexGuard<'a, FrameWriter>>,
 }
 
 impl Output {
-    pub fn new(half: WriteHalf) -> Arc<Self> {
+    pub(crate) fn new(half: WriteHalf) -> Arc<Self> {
         Arc::new(Output {
-            answers: Mutex::default(),
-            silent: AtomicBool::new(false),
+            replies: Mutex::default(),
+            finished: AtomicBool::new(false),
             splices: half.socket().is_some(),
-            begun: tokio::sync::Mutex::new(Begun {
+            writer: tokio::sync::Mutex::new(FrameWriter {
                 half,
                 rest: Vec::new(),
                 sent: 0,
@@ -55,109 +56,112 @@ impl Output {
         })
     }
 
-    /// Whether a [`Turn`] can send what is in a pipe: nothing is done to the bytes on their way.
-    pub fn splices(&self) -> bool {
+    /// Whether a [`SendPermit`] can send what is in a pipe: nothing is done to the bytes on their way.
+    pub(crate) fn splices(&self) -> bool {
         self.splices
     }
 
-    pub async fn turn(self: &Arc<Self>) -> io::Result<Turn<'_>> {
-        let mut turn = Turn {
+    pub(crate) async fn acquire(self: &Arc<Self>) -> io::Result<SendPermit<'_>> {
+        let mut permit = SendPermit {
             output: self,
-            begun: Some(self.begun.lock().await),
+            writer: Some(self.writer.lock().await),
         };
-        if let Some(begun) = &mut turn.begun {
-            begun.flush().await?;
+        if let Some(writer) = &mut permit.writer {
+            writer.flush().await?;
         }
-        Ok(turn)
+        Ok(permit)
     }
 
-    /// Lets `write` append answers, and sees to it that they are sent: by whoever is sending now,
+    /// Lets `write` append replies, and makes sure that they are sent: by whoever is sending now,
     /// else by a task, so that no reader waits for a client that does not read. False when more
     /// of them wait than a client may leave unread.
-    pub fn answer<T>(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>) -> T) -> (T, bool) {
-        let mut answers = locked(&self.answers);
-        let result = write(&mut answers);
-        if self.silent.load(Ordering::Relaxed) {
-            answers.clear();
+    pub(crate) fn reply<T>(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>) -> T) -> (T, bool) {
+        let mut replies = lock(&self.replies);
+        let result = write(&mut replies);
+        if self.finished.load(Ordering::Relaxed) {
+            replies.clear();
         }
-        let fits = answers.len() <= MAX_ANSWERS;
-        drop(answers);
-        self.send_answers();
+        let fits = replies.len() <= MAX_REPLY_BYTES;
+        drop(replies);
+        self.send_replies();
         (result, fits)
     }
 
-    fn send_answers(self: &Arc<Self>) {
-        if locked(&self.answers).is_empty() || self.begun.try_lock().is_err() {
+    fn send_replies(self: &Arc<Self>) {
+        if lock(&self.replies).is_empty() || self.writer.try_lock().is_err() {
             return;
         }
         let output = Arc::clone(self);
         tokio::spawn(async move {
-            while !locked(&output.answers).is_empty() {
-                let mut begun = output.begun.lock().await;
-                begun.rest.append(&mut locked(&output.answers));
-                if begun.flush().await.is_err() {
+            while !lock(&output.replies).is_empty() {
+                let mut writer = output.writer.lock().await;
+                writer.rest.append(&mut lock(&output.replies));
+                if writer.flush().await.is_err() {
                     return;
                 }
             }
         });
     }
 
-    /// Sends the answers that wait, and this; answers that come later are not sent.
-    pub async fn last(self: &Arc<Self>, frame: &[u8]) -> io::Result<()> {
-        self.silent.store(true, Ordering::Relaxed);
-        let mut begun = self.begun.lock().await;
-        let answers = std::mem::take(&mut *locked(&self.answers));
-        begun.rest.extend_from_slice(&answers);
-        begun.rest.extend_from_slice(frame);
-        begun.flush().await
+    /// Sends the replies that wait, and this; replies that come later are not sent.
+    pub(crate) async fn finish(self: &Arc<Self>, frame: &[u8]) -> io::Result<()> {
+        self.finished.store(true, Ordering::Relaxed);
+        let mut writer = self.writer.lock().await;
+        let replies = std::mem::take(&mut *lock(&self.replies));
+        writer.rest.extend_from_slice(&replies);
+        writer.rest.extend_from_slice(frame);
+        writer.flush().await
     }
 
     /// Ends our half of the connection.
-    pub async fn shut_down(&self) -> io::Result<()> {
-        self.begun.lock().await.half.shutdown().await
+    pub(crate) async fn shut_down(&self) -> io::Result<()> {
+        self.writer.lock().await.half.shutdown().await
     }
 }
 
-impl Turn<'_> {
+impl SendPermit<'_> {
     /// Sends a frame.
-    pub async fn send(mut self, header: &[u8], data: &[u8]) -> io::Result<()> {
-        match &mut self.begun {
-            Some(begun) => begun.send(header, data).await,
+    pub(crate) async fn send(mut self, header: &[u8], data: &[u8]) -> io::Result<()> {
+        match &mut self.writer {
+            Some(writer) => writer.send(header, data).await,
             None => Ok(()),
         }
     }
 
     /// Lets `fill` put something into the pipe. Whatever it puts there must be sent by
-    /// [`Turn::send_pipe`], with no await in between.
-    pub fn fill(&mut self, fill: impl FnOnce(&mut Pipe) -> io::Result<usize>) -> io::Result<usize> {
-        let Some(begun) = &mut self.begun else {
+    /// [`SendPermit::send_pipe`], with no await in between.
+    pub(crate) fn fill(
+        &mut self,
+        fill: impl FnOnce(&mut Pipe) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let Some(writer) = &mut self.writer else {
             return Ok(0);
         };
-        let pipe = match begun.pipe.take() {
+        let pipe = match writer.pipe.take() {
             Some(pipe) => pipe,
             None => Pipe::new()?,
         };
-        fill(begun.pipe.insert(pipe))
+        fill(writer.pipe.insert(pipe))
     }
 
     /// Sends a frame whose data is in the pipe.
-    pub async fn send_pipe(mut self, header: &[u8]) -> io::Result<()> {
-        match &mut self.begun {
-            Some(begun) => begun.send_pipe(header).await,
+    pub(crate) async fn send_pipe(mut self, header: &[u8]) -> io::Result<()> {
+        match &mut self.writer {
+            Some(writer) => writer.send_pipe(header).await,
             None => Ok(()),
         }
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for SendPermit<'_> {
     fn drop(&mut self) {
-        self.begun = None;
-        // What others found it taken for.
-        self.output.send_answers();
+        self.writer = None;
+        // Replies whose senders found the writer taken.
+        self.output.send_replies();
     }
 }
 
-impl Begun {
+impl FrameWriter {
     /// Sends what was begun.
     async fn flush(&mut self) -> io::Result<()> {
         std::future::poll_fn(|context| {
@@ -209,8 +213,4 @@ impl Begun {
         self.rest.extend_from_slice(left);
         self.flush().await
     }
-}
-
-pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,20 +9,20 @@ use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
 /// What a pipe is to hold, in bytes: the most that pipe(7) gives for the asking, and half the system
 /// calls and wake-ups that 256 KiB take. It is room that is only taken while bytes are on their way.
-pub const ROOM: usize = 1 << 20;
+pub const PIPE_BYTES: usize = 1 << 20;
 
 /// A pipe, and how many bytes are in it.
-pub struct Pipe {
+pub(crate) struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
     held: usize,
 }
 
 impl Pipe {
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Without that it holds 64 KiB.
-        let _ = rustix::pipe::fcntl_setpipe_size(&write, ROOM);
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
         Ok(Pipe {
             read,
             write,
@@ -30,20 +30,20 @@ impl Pipe {
         })
     }
 
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.held
     }
 
     /// Takes at most `most` bytes of what can be read now: 0 at the end, an error of the kind
     /// `WouldBlock` if there is nothing. `from` is a socket or a pipe.
-    pub fn fill(&mut self, from: impl AsFd, most: usize) -> io::Result<usize> {
+    pub(crate) fn fill(&mut self, from: impl AsFd, most: usize) -> io::Result<usize> {
         let count = moved(from, &self.write, most)?;
         self.held += count;
         Ok(count)
     }
 
     /// Passes on as much as `to` takes now; `WouldBlock` if that is nothing.
-    pub fn drain(&mut self, to: impl AsFd) -> io::Result<usize> {
+    pub(crate) fn drain(&mut self, to: impl AsFd) -> io::Result<usize> {
         let count = moved(&self.read, to, self.held)?;
         if count == 0 && self.held > 0 {
             return Err(io::ErrorKind::WriteZero.into());

@@ -4,8 +4,7 @@ use hyper::header::{CONNECTION, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use hyper::{Response, StatusCode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::remotecommand::Version;
-use super::websocket::Codec;
+use crate::websocket::Codec;
 
 const STREAM_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_VERSIONS: HeaderName =
@@ -16,42 +15,144 @@ const WS_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
 const WS_VERSION: HeaderName = HeaderName::from_static("sec-websocket-version");
 
 const SPDY: &str = "SPDY/3.1";
-const PORT_FORWARD: &str = "portforward.k8s.io";
-const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
 
 /// The most protocols that a client may offer.
 const MAX_OFFERED: usize = 32;
 
+/// What a stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Exec and attach.
+    Command,
+    PortForward,
+}
+
 /// What will be spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spoken {
-    /// Exec and attach.
+pub enum Subprotocol {
+    Command(CommandProtocol),
+    PortForward(PortForwardProtocol),
+}
+
+/// What exec and attach speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandProtocol {
     Spdy(Version),
     WebSocket(Version, Codec),
-    /// Port-forward.
-    SpdyPorts,
-    /// The same in a WebSocket.
-    TunnelledPorts,
+}
+
+/// The version of the remotecommand subprotocol, of either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    V1,
+    V2,
+    V3,
+    V4,
+    V5,
+}
+
+/// What port-forward speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortForwardProtocol {
+    Spdy,
+    /// SPDY in a WebSocket.
+    Tunnel,
     /// A pair of channels for each port of the request.
-    WebSocketPorts(Codec),
+    WebSocket(Codec),
+}
+
+/// A protocol's name in the client's headers. Clients that offer none mean the one without a name.
+type Named = (&'static str, Subprotocol);
+
+const BINARY: Codec = Codec::Binary { close: false };
+
+const COMMAND_SPDY: [Named; 5] = {
+    const fn spdy(version: Version) -> Subprotocol {
+        Subprotocol::Command(CommandProtocol::Spdy(version))
+    }
+    [
+        ("v4.channel.k8s.io", spdy(Version::V4)),
+        ("v3.channel.k8s.io", spdy(Version::V3)),
+        ("v2.channel.k8s.io", spdy(Version::V2)),
+        ("channel.k8s.io", spdy(Version::V1)),
+        ("", spdy(Version::V1)),
+    ]
+};
+
+const COMMAND_WEBSOCKET: [Named; 6] = {
+    const fn websocket(version: Version, codec: Codec) -> Subprotocol {
+        Subprotocol::Command(CommandProtocol::WebSocket(version, codec))
+    }
+    [
+        (
+            "v5.channel.k8s.io",
+            websocket(Version::V5, Codec::Binary { close: true }),
+        ),
+        ("v4.channel.k8s.io", websocket(Version::V4, BINARY)),
+        (
+            "v4.base64.channel.k8s.io",
+            websocket(Version::V4, Codec::Base64),
+        ),
+        ("channel.k8s.io", websocket(Version::V1, BINARY)),
+        (
+            "base64.channel.k8s.io",
+            websocket(Version::V1, Codec::Base64),
+        ),
+        ("", websocket(Version::V1, BINARY)),
+    ]
+};
+
+const PORT_FORWARD_SPDY: [Named; 2] = {
+    const SPDY: Subprotocol = Subprotocol::PortForward(PortForwardProtocol::Spdy);
+    [("portforward.k8s.io", SPDY), ("", SPDY)]
+};
+
+const PORT_FORWARD_WEBSOCKET: [Named; 5] = {
+    const TUNNEL: Subprotocol = Subprotocol::PortForward(PortForwardProtocol::Tunnel);
+    const fn websocket(codec: Codec) -> Subprotocol {
+        Subprotocol::PortForward(PortForwardProtocol::WebSocket(codec))
+    }
+    [
+        ("SPDY/3.1+portforward.k8s.io", TUNNEL),
+        ("v4.channel.k8s.io", websocket(BINARY)),
+        ("v4.base64.channel.k8s.io", websocket(Codec::Base64)),
+        ("portforward.k8s.io", websocket(BINARY)),
+        ("", websocket(BINARY)),
+    ]
+};
+
+impl Purpose {
+    fn over_spdy(self) -> &'static [Named] {
+        match self {
+            Purpose::Command => &COMMAND_SPDY,
+            Purpose::PortForward => &PORT_FORWARD_SPDY,
+        }
+    }
+
+    fn over_websocket(self) -> &'static [Named] {
+        match self {
+            Purpose::Command => &COMMAND_WEBSOCKET,
+            Purpose::PortForward => &PORT_FORWARD_WEBSOCKET,
+        }
+    }
 }
 
 /// A refusal: what the client gets, and nothing has happened.
-pub type Refused = Response<String>;
+pub type Refusal = Response<String>;
 
-/// What a client and we can both speak for this, and the answer that says so.
+/// What a client and we can both speak for this purpose, and the response that says so.
 pub fn negotiate(
-    port_forward: bool,
+    purpose: Purpose,
     headers: &HeaderMap,
-) -> Result<(Spoken, Response<String>), Box<Refused>> {
+) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
     let upgrade = text(headers, &UPGRADE).to_ascii_lowercase();
     if !list(headers, &CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade")) {
         let sentence = "this wants a connection upgrade to SPDY/3.1 or to a WebSocket";
         return Err(refuse(StatusCode::BAD_REQUEST, sentence));
     }
     match upgrade.as_str() {
-        "websocket" => websocket(port_forward, headers),
-        "spdy/3.1" => spdy(port_forward, headers),
+        "websocket" => websocket(purpose, headers),
+        "spdy/3.1" => spdy(purpose, headers),
         _ => {
             let sentence = format!("no upgrade to {upgrade:?}: SPDY/3.1 and websocket are served");
             Err(refuse(StatusCode::BAD_REQUEST, &sentence))
@@ -59,86 +160,49 @@ pub fn negotiate(
     }
 }
 
+/// The first protocol that the client offers and that is spoken here.
+fn choose(spoken: &[Named], offered: &[&str]) -> Option<Named> {
+    let known = |name: &str| spoken.iter().find(|(known, _)| *known == name).copied();
+    if offered.is_empty() {
+        return known("");
+    }
+    offered.iter().find_map(|name| known(name))
+}
+
 fn spdy(
-    port_forward: bool,
+    purpose: Purpose,
     headers: &HeaderMap,
-) -> Result<(Spoken, Response<String>), Box<Refused>> {
-    let accepted: &[&str] = match port_forward {
-        true => &[PORT_FORWARD],
-        false => &[
-            "v4.channel.k8s.io",
-            "v3.channel.k8s.io",
-            "v2.channel.k8s.io",
-            "channel.k8s.io",
-        ],
-    };
+) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
+    let spoken = purpose.over_spdy();
     let offered: Vec<&str> = list(headers, &STREAM_VERSION).take(MAX_OFFERED).collect();
-    let mut common = offered.iter().filter(|name| accepted.contains(name));
-    // The first clients offered nothing.
-    let name = match (common.next(), offered.is_empty()) {
-        (Some(name), _) => name,
-        (None, true) => "",
-        (None, false) => {
-            let sentence = format!("none of the protocols {offered:?} is spoken here");
-            let mut refused = refuse(StatusCode::FORBIDDEN, &sentence);
-            for name in accepted {
-                let value = HeaderValue::from_static(name);
-                refused.headers_mut().append(ACCEPTED_VERSIONS, value);
-            }
-            return Err(refused);
+    let Some((name, subprotocol)) = choose(spoken, &offered) else {
+        let sentence = format!("none of the protocols {offered:?} is spoken here");
+        let mut refusal = refuse(StatusCode::FORBIDDEN, &sentence);
+        for (name, _) in spoken.iter().filter(|(name, _)| !name.is_empty()) {
+            let value = HeaderValue::from_static(name);
+            refusal.headers_mut().append(ACCEPTED_VERSIONS, value);
         }
-    };
-    let spoken = match (port_forward, name) {
-        (true, _) => Spoken::SpdyPorts,
-        (false, "v4.channel.k8s.io") => Spoken::Spdy(Version::V4),
-        (false, "v3.channel.k8s.io") => Spoken::Spdy(Version::V3),
-        (false, "v2.channel.k8s.io") => Spoken::Spdy(Version::V2),
-        (false, _) => Spoken::Spdy(Version::V1),
+        return Err(refusal);
     };
     let mut response = switching(SPDY);
-    if let Ok(value) = HeaderValue::from_str(name)
-        && !name.is_empty()
-    {
+    if !name.is_empty() {
+        let value = HeaderValue::from_static(name);
         response.headers_mut().insert(STREAM_VERSION, value);
     }
-    Ok((spoken, response))
+    Ok((subprotocol, response))
 }
 
 fn websocket(
-    port_forward: bool,
+    purpose: Purpose,
     headers: &HeaderMap,
-) -> Result<(Spoken, Response<String>), Box<Refused>> {
+) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
     let key = text(headers, &WS_KEY);
     if text(headers, &WS_VERSION) != "13" || key.len() != 24 {
         let sentence = "a WebSocket of version 13 with a key of 16 bytes is wanted";
         return Err(refuse(StatusCode::BAD_REQUEST, sentence));
     }
-    let binary = Codec::Binary { close: false };
-    let known = |name: &str| {
-        Some(match (port_forward, name) {
-            (false, "v5.channel.k8s.io") => {
-                Spoken::WebSocket(Version::V5, Codec::Binary { close: true })
-            }
-            (false, "v4.channel.k8s.io") => Spoken::WebSocket(Version::V4, binary),
-            (false, "v4.base64.channel.k8s.io") => Spoken::WebSocket(Version::V4, Codec::Base64),
-            (false, "channel.k8s.io" | "") => Spoken::WebSocket(Version::V1, binary),
-            (false, "base64.channel.k8s.io") => Spoken::WebSocket(Version::V1, Codec::Base64),
-            (true, TUNNEL) => Spoken::TunnelledPorts,
-            (true, "v4.channel.k8s.io" | PORT_FORWARD | "") => Spoken::WebSocketPorts(binary),
-            (true, "v4.base64.channel.k8s.io") => Spoken::WebSocketPorts(Codec::Base64),
-            _ => return None,
-        })
-    };
     let offered: Vec<&str> = list(headers, &WS_PROTOCOL).take(MAX_OFFERED).collect();
-    let mut candidates = offered
-        .iter()
-        .filter_map(|name| Some((*name, known(name)?)));
-    let chosen = candidates.next();
-    let chosen = match offered.is_empty() {
-        true => known("").map(|spoken| ("", spoken)),
-        false => chosen,
-    };
-    let Some((name, spoken)) = chosen else {
+    let Some((name, subprotocol)) = choose(purpose.over_websocket(), &offered) else {
         let sentence = format!("none of the WebSocket protocols {offered:?} is spoken here");
         return Err(refuse(StatusCode::FORBIDDEN, &sentence));
     };
@@ -146,12 +210,11 @@ fn websocket(
     if let Ok(value) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
         response.headers_mut().insert(WS_ACCEPT, value);
     }
-    if let Ok(value) = HeaderValue::from_str(name)
-        && !name.is_empty()
-    {
+    if !name.is_empty() {
+        let value = HeaderValue::from_static(name);
         response.headers_mut().insert(WS_PROTOCOL, value);
     }
-    Ok((spoken, response))
+    Ok((subprotocol, response))
 }
 
 fn switching(to: &'static str) -> Response<String> {
@@ -163,8 +226,8 @@ fn switching(to: &'static str) -> Response<String> {
     response
 }
 
-/// An answer with a sentence.
-pub fn refuse(status: StatusCode, sentence: &str) -> Box<Refused> {
+/// A response with a sentence.
+pub fn refuse(status: StatusCode, sentence: &str) -> Box<Refusal> {
     let mut response = Response::new(format!("{sentence}\n"));
     *response.status_mut() = status;
     Box::new(response)
@@ -199,19 +262,22 @@ mod tests {
         headers
     }
 
-    fn spoken(port_forward: bool, pairs: &[(&'static str, &'static str)]) -> Result<Spoken, u16> {
-        match negotiate(port_forward, &headers(pairs)) {
-            Ok((spoken, response)) => {
+    fn spoken(
+        purpose: Purpose,
+        pairs: &[(&'static str, &'static str)],
+    ) -> Result<Subprotocol, u16> {
+        match negotiate(purpose, &headers(pairs)) {
+            Ok((subprotocol, response)) => {
                 assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
-                Ok(spoken)
+                Ok(subprotocol)
             }
-            Err(refused) => Err(refused.status().as_u16()),
+            Err(refusal) => Err(refusal.status().as_u16()),
         }
     }
 
     #[test]
     fn the_client_s_first_choice_that_we_speak_is_taken() {
-        let exec = false;
+        let exec = Purpose::Command;
         let up = ("connection", "keep-alive, Upgrade");
         let spdy = ("upgrade", "SPDY/3.1");
         let version = "x-stream-protocol-version";
@@ -225,26 +291,29 @@ mod tests {
                     (version, "v4.channel.k8s.io")
                 ]
             ),
-            Ok(Spoken::Spdy(Version::V4))
+            Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V4)))
         );
         assert_eq!(
             spoken(exec, &[up, spdy, (version, "v9.x, v2.channel.k8s.io")]),
-            Ok(Spoken::Spdy(Version::V2))
+            Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V2)))
         );
-        assert_eq!(spoken(exec, &[up, spdy]), Ok(Spoken::Spdy(Version::V1)));
+        assert_eq!(
+            spoken(exec, &[up, spdy]),
+            Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V1)))
+        );
         assert_eq!(spoken(exec, &[up, spdy, (version, "v9.x")]), Err(403));
         assert_eq!(spoken(exec, &[spdy]), Err(400));
         assert_eq!(spoken(exec, &[up, ("upgrade", "h2c")]), Err(400));
-        let ports = true;
+        let ports = Purpose::PortForward;
         assert_eq!(
             spoken(ports, &[up, spdy, (version, "portforward.k8s.io")]),
-            Ok(Spoken::SpdyPorts)
+            Ok(Subprotocol::PortForward(PortForwardProtocol::Spdy))
         );
     }
 
     #[test]
     fn a_websocket_s_protocols_are_weighed_in_their_order() {
-        let exec = false;
+        let exec = Purpose::Command;
         let common = [
             ("connection", "Upgrade"),
             ("upgrade", "websocket"),
@@ -254,25 +323,30 @@ mod tests {
         let with = |protocols| [&common[..], &[("sec-websocket-protocol", protocols)]].concat();
         assert_eq!(
             spoken(exec, &with("v5.channel.k8s.io, v4.channel.k8s.io")),
-            Ok(Spoken::WebSocket(
+            Ok(Subprotocol::Command(CommandProtocol::WebSocket(
                 Version::V5,
                 Codec::Binary { close: true }
-            ))
+            )))
         );
         assert_eq!(
             spoken(exec, &with("x, v4.base64.channel.k8s.io")),
-            Ok(Spoken::WebSocket(Version::V4, Codec::Base64))
+            Ok(Subprotocol::Command(CommandProtocol::WebSocket(
+                Version::V4,
+                Codec::Base64
+            )))
         );
         assert_eq!(spoken(exec, &with("x")), Err(403));
         assert_eq!(spoken(exec, &common[..3]), Err(400));
-        let ports = true;
+        let ports = Purpose::PortForward;
         assert_eq!(
             spoken(ports, &with("SPDY/3.1+portforward.k8s.io")),
-            Ok(Spoken::TunnelledPorts)
+            Ok(Subprotocol::PortForward(PortForwardProtocol::Tunnel))
         );
         assert_eq!(
             spoken(ports, &common),
-            Ok(Spoken::WebSocketPorts(Codec::Binary { close: false }))
+            Ok(Subprotocol::PortForward(PortForwardProtocol::WebSocket(
+                BINARY
+            )))
         );
     }
 }

@@ -1,53 +1,50 @@
-//! WebSocket: channels, each message beginning with the number of its own, or a tunnel for SPDY.
+//! Channels in a WebSocket: each message begins with the number of its channel.
 
-use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bytes::{Buf, Bytes};
-use futures_util::{Sink, Stream, StreamExt};
+use bytes::Bytes;
+use futures_util::StreamExt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::output::Output;
-use super::pipe::{self, Pipe};
-use super::transport::{ReadHalf, Transport, Watch};
+use crate::halves::ReadHalf;
+use crate::output::Output;
+use crate::pipe::{self, Pipe};
+use crate::transport::Transport;
 
 /// The longest message that is taken: it is in memory as a whole. Kubernetes' clients send 32 KiB.
-const MAX_MESSAGE: usize = 1 << 20;
+const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 /// What a client sends is read in pieces of this; it is part of every session's memory.
-const READ: usize = 16 << 10;
-
-/// The most bytes of a tunnel that go into one message.
-const MAX_TUNNELLED: usize = 128 << 10;
+const READ_BYTES: usize = 16 << 10;
 
 /// The first byte of a frame that is a whole message, and its opcodes.
 const FIN: u8 = 0x80;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
-const CLOSING: u8 = 8;
+const OPCODE_TEXT: u8 = 1;
+const OPCODE_BINARY: u8 = 2;
+const OPCODE_CLOSE: u8 = 8;
 
 /// In v5: the other byte names a channel that the client closes.
-const CLOSE: u8 = 255;
+const CLOSE_CHANNEL: u8 = 255;
 
 /// A WebSocket on `transport`, whose handshake is done and of which `read` has come already.
-pub async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
+pub(crate) async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
     transport: T,
     read: Bytes,
 ) -> WebSocketStream<T> {
     let config = WebSocketConfig::default()
-        .read_buffer_size(READ)
+        .read_buffer_size(READ_BYTES)
         .write_buffer_size(0)
-        .max_message_size(Some(MAX_MESSAGE))
-        .max_frame_size(Some(MAX_MESSAGE));
+        .max_message_size(Some(MAX_MESSAGE_BYTES))
+        .max_frame_size(Some(MAX_MESSAGE_BYTES));
     WebSocketStream::from_partially_read(transport, read.to_vec(), Role::Server, Some(config)).await
 }
 
@@ -62,49 +59,52 @@ pub enum Codec {
 
 /// What a client sends.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Input {
+pub(crate) enum ChannelMessage {
     Data(u8, Bytes),
     Close(u8),
 }
 
 impl Codec {
-    fn decode(self, message: Bytes) -> io::Result<Option<Input>> {
+    fn decode(self, message: Bytes) -> io::Result<Option<ChannelMessage>> {
         let Some((&first, rest)) = message.split_first() else {
             return Ok(None);
         };
         match self {
-            Codec::Binary { close: true } if first == CLOSE => match rest {
-                [channel] => Ok(Some(Input::Close(*channel))),
+            Codec::Binary { close: true } if first == CLOSE_CHANNEL => match rest {
+                [channel] => Ok(Some(ChannelMessage::Close(*channel))),
                 _ => Err(io::ErrorKind::InvalidData.into()),
             },
-            Codec::Binary { .. } => Ok(Some(Input::Data(first, message.slice(1..)))),
+            Codec::Binary { .. } => Ok(Some(ChannelMessage::Data(first, message.slice(1..)))),
             Codec::Base64 => {
                 let bytes = STANDARD
                     .decode(rest)
                     .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-                Ok(Some(Input::Data(first.wrapping_sub(b'0'), bytes.into())))
+                Ok(Some(ChannelMessage::Data(
+                    first.wrapping_sub(b'0'),
+                    bytes.into(),
+                )))
             }
         }
     }
 
-    fn of_server(self) -> u8 {
+    fn opcode(self) -> u8 {
         match self {
-            Codec::Binary { .. } => BINARY,
-            Codec::Base64 => TEXT,
+            Codec::Binary { .. } => OPCODE_BINARY,
+            Codec::Base64 => OPCODE_TEXT,
         }
     }
 }
 
 /// The beginning of a message: a frame that is a whole one, unmasked, and the channel (RFC 6455,
 /// section 5.2). `length` is that of the data.
-struct Header {
+struct MessageHeader {
     bytes: [u8; 11],
     length: usize,
 }
 
-impl Header {
+impl MessageHeader {
     fn new(opcode: u8, channel: u8, length: usize) -> Self {
-        let mut header = Header {
+        let mut header = MessageHeader {
             bytes: [0; 11],
             length: 0,
         };
@@ -138,32 +138,39 @@ impl Header {
 }
 
 /// The receiving side of channels.
-pub struct Reader {
-    stream: WebSocketStream<Incoming>,
+pub(crate) struct WebSocketReader {
+    stream: WebSocketStream<WebSocketIo>,
     codec: Codec,
 }
 
 /// The sending side of channels.
-pub struct Writer {
+pub(crate) struct WebSocketWriter {
     output: Arc<Output>,
     codec: Codec,
 }
 
 /// Channels on `transport`, whose handshake is done and of which `read` has come already.
-pub async fn channels(transport: Transport, read: Bytes, codec: Codec) -> (Reader, Arc<Writer>) {
+pub(crate) async fn open(
+    transport: Transport,
+    read: Bytes,
+    codec: Codec,
+) -> (WebSocketReader, Arc<WebSocketWriter>) {
     let (half, write) = transport.split();
     let output = Output::new(write);
-    let incoming = Incoming {
+    let incoming = WebSocketIo {
         half,
         output: Arc::clone(&output),
     };
     let stream = serve(incoming, read).await;
-    (Reader { stream, codec }, Arc::new(Writer { output, codec }))
+    (
+        WebSocketReader { stream, codec },
+        Arc::new(WebSocketWriter { output, codec }),
+    )
 }
 
-impl Reader {
+impl WebSocketReader {
     /// The next message; `None` when the client has closed. Cancel-safe.
-    pub async fn next(&mut self) -> io::Result<Option<Input>> {
+    pub(crate) async fn next(&mut self) -> io::Result<Option<ChannelMessage>> {
         while let Some(message) = self.stream.next().await {
             let bytes = match message.map_err(broken)? {
                 Message::Binary(bytes) => bytes,
@@ -179,8 +186,8 @@ impl Reader {
     }
 }
 
-impl Writer {
-    pub async fn send(&self, channel: u8, data: &[u8]) -> io::Result<()> {
+impl WebSocketWriter {
+    pub(crate) async fn send(&self, channel: u8, data: &[u8]) -> io::Result<()> {
         let encoded;
         let (channel, data) = match self.codec {
             Codec::Binary { .. } => (channel, data),
@@ -189,47 +196,49 @@ impl Writer {
                 (b'0'.wrapping_add(channel), encoded.as_bytes())
             }
         };
-        let header = Header::new(self.codec.of_server(), channel, data.len());
-        let turn = self.output.turn().await?;
-        turn.send(header.bytes(), data).await
+        let header = MessageHeader::new(self.codec.opcode(), channel, data.len());
+        let permit = self.output.acquire().await?;
+        permit.send(header.bytes(), data).await
     }
 
     /// See [`Output::splices`].
-    pub fn splices(&self) -> bool {
+    pub(crate) fn splices(&self) -> bool {
         self.output.splices() && self.codec != Codec::Base64
     }
 
     /// Sends what `fill` puts into a pipe, at most as many bytes as it is told, without looking at
     /// them. Returns what `fill` does: 0 at the end, an error of the kind `WouldBlock` if there is
     /// nothing now.
-    pub async fn splice(
+    pub(crate) async fn splice(
         &self,
         channel: u8,
         mut fill: impl FnMut(&mut Pipe, usize) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let mut turn = self.output.turn().await?;
-        let count = turn.fill(|pipe| fill(pipe, pipe::ROOM))?;
+        let mut permit = self.output.acquire().await?;
+        let count = permit.fill(|pipe| fill(pipe, pipe::PIPE_BYTES))?;
         if count > 0 {
-            let header = Header::new(BINARY, channel, count);
-            turn.send_pipe(header.bytes()).await?;
+            let header = MessageHeader::new(OPCODE_BINARY, channel, count);
+            permit.send_pipe(header.bytes()).await?;
         }
         Ok(count)
     }
 
-    /// Says goodbye: a close frame, normal (RFC 6455, section 7.4.1).
-    pub async fn finish(&self) -> io::Result<()> {
+    /// Sends a close frame with the status "normal closure" (RFC 6455, section 7.4.1).
+    pub(crate) async fn finish(&self) -> io::Result<()> {
         let [high, low] = 1000_u16.to_be_bytes();
-        self.output.last(&[FIN | CLOSING, 2, high, low]).await
+        self.output
+            .finish(&[FIN | OPCODE_CLOSE, 2, high, low])
+            .await
     }
 }
 
-/// What tungstenite reads from; its answers go where all else goes.
-struct Incoming {
+/// What tungstenite reads from; its replies (pongs, close frames) go by the same output as all else.
+struct WebSocketIo {
     half: ReadHalf,
     output: Arc<Output>,
 }
 
-impl AsyncRead for Incoming {
+impl AsyncRead for WebSocketIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -239,14 +248,14 @@ impl AsyncRead for Incoming {
     }
 }
 
-impl AsyncWrite for Incoming {
+impl AsyncWrite for WebSocketIo {
     fn poll_write(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let append = |answers: &mut Vec<u8>| answers.extend_from_slice(bytes);
-        match self.output.answer(append) {
+        let append = |replies: &mut Vec<u8>| replies.extend_from_slice(bytes);
+        match self.output.reply(append) {
             ((), true) => Poll::Ready(Ok(bytes.len())),
             ((), false) => Poll::Ready(Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -264,119 +273,17 @@ impl AsyncWrite for Incoming {
     }
 }
 
-fn broken(error: Error) -> io::Error {
+/// An error of the WebSocket as one of the connection.
+pub(crate) fn broken(error: Error) -> io::Error {
     match error {
         Error::Io(error) => error,
-        // A client that goes without saying goodbye is gone all the same.
+        // A client may disconnect without a close frame.
         Error::ConnectionClosed
         | Error::AlreadyClosed
         | Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
             io::ErrorKind::ConnectionReset.into()
         }
         other => io::Error::new(io::ErrorKind::InvalidData, other),
-    }
-}
-
-/// A WebSocket whose binary messages carry a stream of bytes.
-pub struct Tunnel {
-    socket: WebSocketStream<Transport>,
-    /// Of a message, what has not been read.
-    received: VecDeque<Bytes>,
-    ended: bool,
-}
-
-impl Tunnel {
-    pub fn new(socket: WebSocketStream<Transport>) -> Self {
-        Tunnel {
-            socket,
-            received: VecDeque::new(),
-            ended: false,
-        }
-    }
-
-    pub fn watch(&self) -> Arc<Watch> {
-        self.socket.get_ref().watch()
-    }
-}
-
-impl AsyncRead for Tunnel {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            if let Some(first) = self.received.front_mut() {
-                let count = first.len().min(buffer.remaining());
-                buffer.put_slice(first.get(..count).unwrap_or_default());
-                first.advance(count);
-                if first.is_empty() {
-                    self.received.pop_front();
-                }
-                if count > 0 {
-                    return Poll::Ready(Ok(()));
-                }
-                continue;
-            }
-            if self.ended {
-                return Poll::Ready(Ok(()));
-            }
-            match ready!(Pin::new(&mut self.socket).poll_next(context)) {
-                Some(Ok(Message::Binary(bytes))) if !bytes.is_empty() => {
-                    self.received.push_back(bytes);
-                }
-                Some(Ok(Message::Close(_))) | None => self.ended = true,
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
-            }
-        }
-    }
-}
-
-impl AsyncWrite for Tunnel {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        ready!(Pin::new(&mut self.socket).poll_ready(context)).map_err(broken)?;
-        let mut message = Vec::new();
-        for slice in slices {
-            let room = MAX_TUNNELLED - message.len();
-            let taken = slice.get(..room.min(slice.len())).unwrap_or_default();
-            message.extend_from_slice(taken);
-        }
-        let count = message.len();
-        let sent = Pin::new(&mut self.socket).start_send(Message::Binary(message.into()));
-        sent.map_err(broken)?;
-        match Pin::new(&mut self.socket).poll_flush(context) {
-            Poll::Ready(Err(error)) => Poll::Ready(Err(broken(error))),
-            _ => Poll::Ready(Ok(count)),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket)
-            .poll_flush(context)
-            .map_err(broken)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket)
-            .poll_close(context)
-            .map_err(broken)
     }
 }
 
@@ -388,17 +295,20 @@ mod tests {
     fn a_message_begins_with_its_channel() {
         let codec = Codec::Binary { close: true };
         let decoded = codec.decode(Bytes::from_static(b"\x00hello")).unwrap();
-        assert_eq!(decoded, Some(Input::Data(0, Bytes::from_static(b"hello"))));
+        assert_eq!(
+            decoded,
+            Some(ChannelMessage::Data(0, Bytes::from_static(b"hello")))
+        );
         assert_eq!(
             codec.decode(Bytes::from_static(&[255, 0])).unwrap(),
-            Some(Input::Close(0))
+            Some(ChannelMessage::Close(0))
         );
         assert!(codec.decode(Bytes::from_static(&[255])).is_err());
         assert_eq!(codec.decode(Bytes::new()).unwrap(), None);
         let v4 = Codec::Binary { close: false };
         assert_eq!(
             v4.decode(Bytes::from_static(&[255, 0])).unwrap(),
-            Some(Input::Data(255, Bytes::from_static(&[0])))
+            Some(ChannelMessage::Data(255, Bytes::from_static(&[0])))
         );
     }
 
@@ -407,13 +317,20 @@ mod tests {
         let decoded = Codec::Base64
             .decode(Bytes::from_static(b"0Zm9vCg=="))
             .unwrap();
-        assert_eq!(decoded, Some(Input::Data(0, Bytes::from_static(b"foo\n"))));
+        assert_eq!(
+            decoded,
+            Some(ChannelMessage::Data(0, Bytes::from_static(b"foo\n")))
+        );
         assert!(Codec::Base64.decode(Bytes::from_static(b"0!")).is_err());
     }
 
     #[test]
     fn a_header_is_as_long_as_its_length_wants() {
-        let header = |length| Header::new(BINARY, 1, length).bytes().to_vec();
+        let header = |length| {
+            MessageHeader::new(OPCODE_BINARY, 1, length)
+                .bytes()
+                .to_vec()
+        };
         assert_eq!(header(0), [0x82, 1, 1]);
         assert_eq!(header(124), [0x82, 125, 1]);
         assert_eq!(header(125), [0x82, 126, 0, 126, 1]);

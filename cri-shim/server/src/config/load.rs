@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 use super::{Config, ConfigError, DEFAULT_FILE, Partial};
+use crate::streaming::tls;
 use rrun_images::position;
 use rrun_kernel::errno::describe;
 use rrun_network::NetworkConfig;
@@ -32,7 +33,9 @@ impl Source {
         }
         let served = |all: Partial| {
             let config = all.finished()?;
-            super::tls::tls(&config)?;
+            let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
+            tls::acceptor(cert.as_ref(), key.as_ref())
+                .map_err(|(key, reason)| ConfigError::Value { key, reason })?;
             NetworkConfig::of(&config.network)
                 .check()
                 .map_err(|(key, reason)| ConfigError::Value { key, reason })?;

@@ -5,23 +5,22 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::server::Ending;
+use super::shutdown::Shutdown;
 use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 use rrun_monitor_client::AttachHandle;
 use rrun_protocol::Attach;
 use rrun_protocol::left_out;
-use rrun_streams::descriptor::Descriptor;
-use rrun_streams::pipe;
-use rrun_streams::remotecommand::{Channel, Fed, Input, Outcome, Receiver, Sender, resize};
-
-/// How much output waits for a client that is slow for a moment.
-const PIPE: usize = pipe::ROOM;
+use rrun_streams::remotecommand::{
+    Channel, ClientInput, ClientReceiver, ClientSender, Outcome, StdinWrite, copy_output, resize,
+};
+use rrun_streams::{Descriptor, PIPE_BYTES};
 
 /// A client's end of a container's stdio.
 struct Attached {
@@ -33,52 +32,33 @@ struct Attached {
     handle: AttachHandle,
 }
 
-/// What a client is told when the server is stopped.
+/// What a client reads when the server is stopped.
 const STOPPED: &str = "the CRI server is being stopped; the container runs on";
 
 /// Serves the client until it goes, or the container or the server ends.
-pub(crate) async fn attach(
+pub(super) async fn attach(
     node: &Node,
     request: &AttachRequest,
-    sender: &Sender,
-    mut receiver: Receiver,
-    ending: &mut Ending,
+    sender: &ClientSender,
+    mut receiver: ClientReceiver,
+    shutdown: &mut Shutdown,
 ) -> io::Result<()> {
-    let attached = match node.container(&request.container_id) {
-        Ok(container) => begin(&container, request)
-            .await
-            .map(|attached| (container, attached)),
-        Err(error) => Err(error),
-    };
-    let outcome = match attached {
+    let outcome = match begin(node, request).await {
         Ok((container, mut attached)) => {
             let stdin = attached.stdin.take();
-            let outputs = async {
-                tokio::try_join!(
-                    output(attached.stdout.as_ref(), Channel::Stdout, sender),
-                    output(attached.stderr.as_ref(), Channel::Stderr, sender),
-                )?;
-                // Without any output there is still the container's end to wait for.
-                let (stdout, stderr) = attached.handle.ended().await;
-                let newline = if container.config.tty { "\r\n" } else { "\n" };
-                for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
-                    if lost > 0 {
-                        let note = left_out(lost, newline);
-                        sender.send(channel, note.as_bytes()).await?;
+            tokio::select! {
+                ended = outputs(&container, attached, sender) => {
+                    ended?;
+                    Outcome::Exit(0)
+                }
+                () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
+                detached = input(&container, request.stdin, &mut receiver, stdin, sender) => {
+                    match detached? {
+                        Detached::Gone => return Ok(()),
+                        Detached::Stdin => Outcome::Exit(0),
                     }
                 }
-                Ok::<_, io::Error>(())
-            };
-            let mut outcome = Outcome::Exit(0);
-            tokio::select! {
-                ended = outputs => ended?,
-                () = ending.come() => outcome = Outcome::Failed(STOPPED.to_owned()),
-                detached = input(&container, request.stdin, &mut receiver, stdin, sender) => match detached? {
-                    Detached::Gone => return Ok(()),
-                    Detached::Stdin => {}
-                },
             }
-            outcome
         }
         Err(error) => Outcome::Failed(format!(
             "error attaching to container: {}",
@@ -88,7 +68,36 @@ pub(crate) async fn attach(
     sender.finish(&outcome, &mut receiver).await
 }
 
-async fn begin(container: &Container, request: &AttachRequest) -> Result<Attached> {
+async fn begin(node: &Node, request: &AttachRequest) -> Result<(Arc<Container>, Attached)> {
+    let container = node.container(&request.container_id)?;
+    let attached = connect(&container, request).await?;
+    Ok((container, attached))
+}
+
+/// Copies the container's output until the container ends, and then notes how much was left out.
+async fn outputs(
+    container: &Container,
+    mut attached: Attached,
+    sender: &ClientSender,
+) -> io::Result<()> {
+    tokio::try_join!(
+        copy_output(attached.stdout.as_ref(), Channel::Stdout, sender),
+        copy_output(attached.stderr.as_ref(), Channel::Stderr, sender),
+    )?;
+    // Without any output there is still the container's end to wait for.
+    let (stdout, stderr) = attached.handle.ended().await;
+    let newline = if container.config.tty { "\r\n" } else { "\n" };
+    for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
+        if lost > 0 {
+            let note = left_out(lost, newline);
+            sender.send(channel, note.as_bytes()).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes pipes for what was requested, and attaches them to the container.
+async fn connect(container: &Container, request: &AttachRequest) -> Result<Attached> {
     let what = || "make pipes for a container's output".to_owned();
     let mut theirs: Vec<OwnedFd> = Vec::new();
     let mut pipe = |wanted: bool| {
@@ -96,8 +105,8 @@ async fn begin(container: &Container, request: &AttachRequest) -> Result<Attache
             return Ok(None);
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-        // Without that it holds 64 KiB.
-        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE);
+        // Holds output for a client that is slow for a moment. Without that it is 64 KiB.
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
         theirs.push(write);
         Descriptor::new(read).during(what).map(Some)
     };
@@ -131,34 +140,34 @@ enum Detached {
 async fn input(
     container: &Container,
     wanted: bool,
-    receiver: &mut Receiver,
+    receiver: &mut ClientReceiver,
     mut stdin: Option<Descriptor>,
-    sender: &Sender,
+    sender: &ClientSender,
 ) -> io::Result<Detached> {
     let config = &container.config;
     while let Some(input) = receiver.next().await? {
         match input {
-            Input::Stdin(bytes) => {
+            ClientInput::Stdin(bytes) => {
                 // A terminal is there for its size, too.
                 let Some(to) = stdin.as_ref().filter(|_| wanted) else {
                     continue;
                 };
                 let terminal = config.tty.then_some(to);
                 match receiver.feed(to, &bytes, terminal, sender.watch()).await {
-                    Fed::All => {}
-                    Fed::Unread => stdin = None,
-                    Fed::Gone => return Ok(Detached::Gone),
+                    StdinWrite::Complete => {}
+                    StdinWrite::Closed => stdin = None,
+                    StdinWrite::ClientGone => return Ok(Detached::Gone),
                 }
             }
-            Input::StdinEnd if stdin.is_none() => {}
-            Input::StdinEnd if config.stdin_once && !config.tty => {
+            ClientInput::StdinEnd if stdin.is_none() => {}
+            ClientInput::StdinEnd if config.stdin_once && !config.tty => {
                 // The container reads to its end, and the client what comes of that.
                 stdin = None;
                 let closed = container.sandbox.monitor.close_stdin(&container.id).await;
                 closed.map_err(io::Error::other)?;
             }
-            Input::StdinEnd => return Ok(Detached::Stdin),
-            Input::Resize(size) => {
+            ClientInput::StdinEnd => return Ok(Detached::Stdin),
+            ClientInput::Resize(size) => {
                 if let Some(terminal) = stdin.as_ref().filter(|_| config.tty) {
                     resize(terminal, size);
                 }
@@ -166,20 +175,4 @@ async fn input(
         }
     }
     Ok(Detached::Gone)
-}
-
-/// Passes on one stream to its end.
-async fn output(from: Option<&Descriptor>, channel: Channel, sender: &Sender) -> io::Result<()> {
-    let Some(from) = from else {
-        return Ok(());
-    };
-    let mut buffer = Vec::new();
-    loop {
-        let mut ready = from.readable().await?;
-        match sender.pass(channel, from, &mut buffer, usize::MAX).await? {
-            Some(0) => return Ok(()),
-            Some(_) => {}
-            None => ready.clear_ready(),
-        }
-    }
 }

@@ -20,10 +20,10 @@ use rrun_protocol::Exec;
 
 /// The most bytes kept of each of stdout and stderr; more is read and dropped, so that the
 /// process is not stopped by a full pipe (CVE-2022-1708).
-const LIMIT: usize = 16 << 20;
+const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
 /// Ends an output of which more has been dropped.
-const CUT: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
+const TRUNCATION_NOTE: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
 
 /// Runs a command in a container and returns what it wrote and its exit code. `timeout` in
 /// seconds, 0 for none; after it the command is killed.
@@ -73,7 +73,7 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
         .map_err(|error| Error::internal(error.to_string()))?;
     drop((null, stdout_end, stderr_end));
 
-    let (mut out, mut err) = (Output::new(stdout), Output::new(stderr));
+    let (mut out, mut err) = (CapturedOutput::new(stdout), CapturedOutput::new(stderr));
     let exit_code = loop {
         tokio::select! {
             code = process.wait() => break code,
@@ -101,16 +101,16 @@ fn pipe() -> Result<(Receiver, OwnedFd)> {
 }
 
 /// One stream of a command, read as it comes.
-struct Output {
+struct CapturedOutput {
     pipe: Receiver,
     kept: Vec<u8>,
     dropped: bool,
     open: bool,
 }
 
-impl Output {
+impl CapturedOutput {
     fn new(pipe: Receiver) -> Self {
-        Output {
+        CapturedOutput {
             pipe,
             kept: Vec::new(),
             dropped: false,
@@ -140,7 +140,7 @@ impl Output {
             match read(&self.pipe, &mut buffer) {
                 Ok(0) => self.open = false,
                 Ok(length) => {
-                    let room = LIMIT.saturating_sub(self.kept.len()).min(length);
+                    let room = MAX_OUTPUT_BYTES.saturating_sub(self.kept.len()).min(length);
                     self.dropped |= room < length;
                     self.kept
                         .extend_from_slice(buffer.get(..room).unwrap_or_default());
@@ -155,8 +155,8 @@ impl Output {
 
     fn bytes(mut self) -> Vec<u8> {
         if self.dropped {
-            self.kept.truncate(LIMIT - CUT.len());
-            self.kept.extend_from_slice(CUT);
+            self.kept.truncate(MAX_OUTPUT_BYTES - TRUNCATION_NOTE.len());
+            self.kept.extend_from_slice(TRUNCATION_NOTE);
         }
         self.kept
     }
@@ -172,7 +172,7 @@ mod tests {
     async fn output_is_read_to_its_end_and_no_further() -> Result<()> {
         let (receiver, write) = pipe()?;
         let mut file = std::fs::File::from(write);
-        let mut output = Output::new(receiver);
+        let mut output = CapturedOutput::new(receiver);
         let written = file.write_all(b"one\n");
         written.during(|| "write".to_owned())?;
         output.read().await?;
@@ -189,7 +189,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_written_is_read_before_the_reactor_tells_of_it() -> Result<()> {
         let (receiver, write) = pipe()?;
-        let mut output = Output::new(receiver);
+        let mut output = CapturedOutput::new(receiver);
         let written = std::fs::File::from(write).write_all(b"late\n");
         written.during(|| "write".to_owned())?;
         // Nothing was awaited since: the reactor has not looked.
@@ -202,12 +202,12 @@ mod tests {
     #[tokio::test]
     async fn what_is_dropped_is_said() -> Result<()> {
         let (receiver, _write) = pipe()?;
-        let mut output = Output::new(receiver);
-        output.kept = vec![b'x'; LIMIT];
+        let mut output = CapturedOutput::new(receiver);
+        output.kept = vec![b'x'; MAX_OUTPUT_BYTES];
         output.dropped = true;
         let bytes = output.bytes();
-        assert_eq!(bytes.len(), LIMIT);
-        assert!(bytes.ends_with(CUT));
+        assert_eq!(bytes.len(), MAX_OUTPUT_BYTES);
+        assert!(bytes.ends_with(TRUNCATION_NOTE));
         Ok(())
     }
 }

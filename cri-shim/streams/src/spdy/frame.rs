@@ -2,20 +2,15 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::SpdyError;
+use super::error::SpdyError;
 use super::headers::{Deflater, Headers, Inflater};
-
-/// The most bytes of a control frame after its first eight.
-pub const MAX_CONTROL: usize = 16 << 10;
-
-/// Data frames are passed on in pieces of at most this, as they come: a frame may be 16 MiB long.
-pub const MAX_PIECE: usize = 64 << 10;
+use super::limits::{MAX_CONTROL_BYTES, MAX_PIECE_BYTES};
 
 /// The most bytes that we put into one data frame.
-pub const MAX_DATA: usize = (1 << 24) - 1;
+pub(crate) const MAX_DATA_BYTES: usize = (1 << 24) - 1;
 
 /// The length of a data frame's beginning.
-pub const DATA_HEADER: usize = 8;
+pub(crate) const DATA_HEADER_BYTES: usize = 8;
 
 const VERSION: u16 = 3;
 
@@ -31,14 +26,12 @@ const WINDOW_UPDATE: u16 = 9;
 const FLAG_FIN: u8 = 1;
 const FLAG_UNIDIRECTIONAL: u8 = 2;
 
-/// SETTINGS_INITIAL_WINDOW_SIZE.
-const INITIAL_WINDOW: u32 = 7;
+const SETTINGS_INITIAL_WINDOW_SIZE: u32 = 7;
 
-/// Why a stream is reset (section 2.6.3).
+/// Why we reset a stream (section 2.6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum ResetStatus {
-    ProtocolError = 1,
+pub(super) enum ResetStatus {
     InvalidStream = 2,
     RefusedStream = 3,
     Cancel = 5,
@@ -90,8 +83,8 @@ pub enum Frame {
     Unknown,
 }
 
-/// A data frame that has come in part.
-struct Partial {
+/// A data frame of which `left` bytes have not come yet.
+struct PartialData {
     stream: u32,
     fin: bool,
     left: usize,
@@ -100,7 +93,7 @@ struct Partial {
 /// Takes frames out of what a client sends.
 pub struct Decoder {
     inflater: Option<Inflater>,
-    partial: Option<Partial>,
+    partial: Option<PartialData>,
 }
 
 impl Default for Decoder {
@@ -119,7 +112,7 @@ impl Decoder {
     }
 
     /// Takes the first frame, or a piece of a data frame, off `input`; `None` until there is one.
-    /// Never needs more than [`MAX_CONTROL`] and eight bytes at once.
+    /// Never needs more than [`MAX_CONTROL_BYTES`] and eight bytes at once.
     pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, SpdyError> {
         if self.partial.is_none() {
             let Some(&[a, b, c, d, flags, e, f, g]) = input.first_chunk::<8>() else {
@@ -132,7 +125,7 @@ impl Decoder {
                 return self.control(version, kind, flags, length, input);
             }
             input.advance(8);
-            self.partial = Some(Partial {
+            self.partial = Some(PartialData {
                 stream: u32::from_be_bytes([a, b, c, d]),
                 fin: flags & FLAG_FIN != 0,
                 left: length,
@@ -145,7 +138,7 @@ impl Decoder {
             return Ok(None);
         }
         let bytes = input
-            .split_to(partial.left.min(input.len()).min(MAX_PIECE))
+            .split_to(partial.left.min(input.len()).min(MAX_PIECE_BYTES))
             .freeze();
         partial.left -= bytes.len();
         let stream = partial.stream;
@@ -167,22 +160,25 @@ impl Decoder {
         if version != VERSION {
             return Err(SpdyError::Version(version));
         }
-        if length > MAX_CONTROL {
+        if length > MAX_CONTROL_BYTES {
             return Err(SpdyError::TooLong(length));
         }
         if input.len() < 8 + length {
             return Ok(None);
         }
         input.advance(8);
-        let mut body = input.split_to(length).freeze();
+        let body = input.split_to(length).freeze();
+        self.parse(kind, flags, body).map(Some)
+    }
+
+    /// The frame of this type with this body.
+    fn parse(&mut self, kind: u16, flags: u8, mut body: Bytes) -> Result<Frame, SpdyError> {
         let fin = flags & FLAG_FIN != 0;
-        let needs = |least: usize| match body.len() >= least {
-            true => Ok(()),
-            false => Err(SpdyError::Length(kind)),
-        };
-        let frame = match kind {
+        if body.len() < min_length(kind) {
+            return Err(SpdyError::Length(kind));
+        }
+        Ok(match kind {
             SYN_STREAM => {
-                needs(10)?;
                 let stream = number(&mut body);
                 // The associated stream, the priority and the slot mean nothing to us.
                 body.advance(6);
@@ -194,55 +190,30 @@ impl Decoder {
                 }
             }
             SYN_REPLY => {
-                needs(4)?;
                 let stream = number(&mut body);
                 self.headers(&body)?;
                 Frame::SynReply { stream }
             }
-            RST_STREAM => {
-                needs(8)?;
-                let stream = number(&mut body);
-                let status = body.get_u32();
-                Frame::Reset { stream, status }
-            }
-            SETTINGS => {
-                needs(4)?;
-                let count = body.get_u32() as usize;
-                if body.len() != count.saturating_mul(8) {
-                    return Err(SpdyError::Length(kind));
-                }
-                let mut initial_window = None;
-                while body.len() >= 8 {
-                    let (id, value) = (body.get_u32() & 0x00ff_ffff, body.get_u32());
-                    if id == INITIAL_WINDOW {
-                        initial_window = Some(value);
-                    }
-                }
-                Frame::Settings { initial_window }
-            }
-            PING => {
-                needs(4)?;
-                Frame::Ping { id: body.get_u32() }
-            }
-            GOAWAY => {
-                needs(4)?;
-                Frame::GoAway
-            }
+            RST_STREAM => Frame::Reset {
+                stream: number(&mut body),
+                status: body.get_u32(),
+            },
+            SETTINGS => Frame::Settings {
+                initial_window: initial_window(body)?,
+            },
+            PING => Frame::Ping { id: body.get_u32() },
+            GOAWAY => Frame::GoAway,
             HEADERS => {
-                needs(4)?;
                 let stream = number(&mut body);
                 self.headers(&body)?;
                 Frame::Headers { stream, fin }
             }
-            WINDOW_UPDATE => {
-                needs(8)?;
-                let stream = number(&mut body);
-                let delta = number(&mut body);
-                Frame::WindowUpdate { stream, delta }
-            }
+            WINDOW_UPDATE => Frame::WindowUpdate {
+                stream: number(&mut body),
+                delta: number(&mut body),
+            },
             _ => Frame::Unknown,
-        };
-        Ok(Some(frame))
+        })
     }
 
     fn headers(&mut self, block: &[u8]) -> Result<Headers, SpdyError> {
@@ -253,13 +224,39 @@ impl Decoder {
     }
 }
 
+/// The fewest bytes that the body of a control frame of this type has.
+fn min_length(kind: u16) -> usize {
+    match kind {
+        SYN_STREAM => 10,
+        RST_STREAM | WINDOW_UPDATE => 8,
+        SYN_REPLY | SETTINGS | PING | GOAWAY | HEADERS => 4,
+        _ => 0,
+    }
+}
+
+/// The initial window among the settings, if it is there.
+fn initial_window(mut settings: Bytes) -> Result<Option<u32>, SpdyError> {
+    let count = settings.get_u32() as usize;
+    if settings.len() != count.saturating_mul(8) {
+        return Err(SpdyError::Length(SETTINGS));
+    }
+    let mut initial_window = None;
+    while settings.len() >= 8 {
+        let (id, value) = (settings.get_u32() & 0x00ff_ffff, settings.get_u32());
+        if id == SETTINGS_INITIAL_WINDOW_SIZE {
+            initial_window = Some(value);
+        }
+    }
+    Ok(initial_window)
+}
+
 /// 31 bits.
 fn number(body: &mut Bytes) -> u32 {
     body.get_u32() & 0x7fff_ffff
 }
 
-/// The eight bytes before `length` bytes of data, which are at most [`MAX_DATA`].
-pub fn data_header(stream: u32, length: usize, fin: bool) -> [u8; DATA_HEADER] {
+/// The eight bytes before `length` bytes of data, which are at most [`MAX_DATA_BYTES`].
+pub(crate) fn data_header(stream: u32, length: usize, fin: bool) -> [u8; DATA_HEADER_BYTES] {
     let [a, b, c, d] = stream.to_be_bytes();
     let [_, e, f, g] = u32::try_from(length).unwrap_or(0).to_be_bytes();
     [a, b, c, d, u8::from(fin), e, f, g]
@@ -281,32 +278,27 @@ fn two_numbers(output: &mut Vec<u8>, kind: u16, first: u32, second: u32) {
 }
 
 /// Accepts a stream, with no headers.
-pub fn syn_reply(output: &mut Vec<u8>, stream: u32, deflater: &mut Deflater) {
+pub(super) fn syn_reply(output: &mut Vec<u8>, stream: u32, deflater: &mut Deflater) {
     let mut body = stream.to_be_bytes().to_vec();
     deflater.empty_block(&mut body);
     control(output, SYN_REPLY, &body);
 }
 
-pub fn reset(output: &mut Vec<u8>, stream: u32, status: ResetStatus) {
+pub(super) fn reset(output: &mut Vec<u8>, stream: u32, status: ResetStatus) {
     two_numbers(output, RST_STREAM, stream, status as u32);
 }
 
-pub fn ping(output: &mut Vec<u8>, id: u32) {
+pub(super) fn ping(output: &mut Vec<u8>, id: u32) {
     control(output, PING, &id.to_be_bytes());
 }
 
-/// No stream after `last` has been or will be looked at; the status is OK or PROTOCOL_ERROR.
-pub fn go_away(output: &mut Vec<u8>, last: u32, is_error: bool) {
-    two_numbers(output, GOAWAY, last, u32::from(is_error));
-}
-
-pub fn window_update(output: &mut Vec<u8>, stream: u32, delta: u32) {
+pub(super) fn window_update(output: &mut Vec<u8>, stream: u32, delta: u32) {
     two_numbers(output, WINDOW_UPDATE, stream, delta);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::headers::tests::Compressor;
+    use super::super::compressor::Compressor;
     use super::*;
 
     fn frames(input: &[u8]) -> Result<Vec<Frame>, SpdyError> {
@@ -375,7 +367,6 @@ mod tests {
         let mut output = Vec::new();
         reset(&mut output, 3, ResetStatus::Cancel);
         ping(&mut output, 9);
-        go_away(&mut output, 7, true);
         window_update(&mut output, 0, 65536);
         syn_reply(&mut output, 11, &mut Deflater::default());
         assert_eq!(
@@ -386,7 +377,6 @@ mod tests {
                     status: 5
                 },
                 Frame::Ping { id: 9 },
-                Frame::GoAway,
                 Frame::WindowUpdate {
                     stream: 0,
                     delta: 65536

@@ -2,18 +2,13 @@
 
 use flate2::{Decompress, FlushDecompress, Status};
 
-use super::SpdyError;
 use super::dictionary::{CHECKSUM, DICTIONARY};
-
-/// The most bytes of one header block, decompressed.
-pub const MAX_BLOCK: usize = 16 << 10;
-
-/// The most pairs in one header block.
-const MAX_PAIRS: usize = 64;
+use super::error::SpdyError;
+use super::limits::{MAX_HEADER_BLOCK_BYTES, MAX_HEADERS};
 
 /// Names, in lower case, and values; several values of one name are separated by a zero byte.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Headers(pub Vec<(String, String)>);
+pub struct Headers(pub(crate) Vec<(String, String)>);
 
 impl Headers {
     /// The value of a header; `name` in lower case.
@@ -26,7 +21,7 @@ impl Headers {
 }
 
 /// The client's zlib stream. About 40 KiB of memory.
-pub struct Inflater(Decompress);
+pub(super) struct Inflater(Decompress);
 
 impl Default for Inflater {
     fn default() -> Self {
@@ -36,7 +31,7 @@ impl Default for Inflater {
 
 impl Inflater {
     /// Decompresses and parses one block.
-    pub fn block(&mut self, mut input: &[u8]) -> Result<Headers, SpdyError> {
+    pub(super) fn block(&mut self, mut input: &[u8]) -> Result<Headers, SpdyError> {
         let mut block = Vec::with_capacity(512);
         loop {
             let (read, written) = (self.0.total_in(), self.0.total_out());
@@ -58,7 +53,7 @@ impl Inflater {
                     continue;
                 }
             };
-            if block.len() > MAX_BLOCK {
+            if block.len() > MAX_HEADER_BLOCK_BYTES {
                 return Err(SpdyError::HeadersTooLong);
             }
             if status == Status::StreamEnd {
@@ -81,7 +76,7 @@ impl Inflater {
 
 fn parse(mut block: &[u8]) -> Result<Headers, SpdyError> {
     let count = number(&mut block)?;
-    if count > MAX_PAIRS {
+    if count > MAX_HEADERS {
         return Err(SpdyError::Headers);
     }
     let mut headers = Vec::with_capacity(count);
@@ -115,13 +110,13 @@ fn text(block: &mut &[u8]) -> Result<String, SpdyError> {
 /// Our zlib stream, of stored blocks only: what we have to say in headers is nothing, and a
 /// compressor would be a quarter of a megabyte.
 #[derive(Default)]
-pub struct Deflater {
+pub(super) struct Deflater {
     begun: bool,
 }
 
 impl Deflater {
     /// Appends a block of no headers.
-    pub fn empty_block(&mut self, output: &mut Vec<u8>) {
+    pub(super) fn empty_block(&mut self, output: &mut Vec<u8>) {
         if !self.begun {
             self.begun = true;
             // Deflate with a window of 32 KiB, and a preset dictionary (RFC 1950, section 2.2).
@@ -136,40 +131,9 @@ impl Deflater {
 }
 
 #[cfg(test)]
-pub mod tests {
-    use flate2::{Compress, Compression, FlushCompress};
-
+mod tests {
+    use super::super::compressor::Compressor;
     use super::*;
-
-    /// A client's side of the compression.
-    pub struct Compressor(Compress);
-
-    impl Compressor {
-        pub fn begin() -> Self {
-            let mut compress = Compress::new(Compression::best(), true);
-            compress.set_dictionary(&DICTIONARY).unwrap();
-            Compressor(compress)
-        }
-
-        pub fn block(&mut self, pairs: &[(&str, &str)]) -> Vec<u8> {
-            let mut plain = (pairs.len() as u32).to_be_bytes().to_vec();
-            for (name, value) in pairs {
-                for text in [name, value] {
-                    plain.extend_from_slice(&(text.len() as u32).to_be_bytes());
-                    plain.extend_from_slice(text.as_bytes());
-                }
-            }
-            self.raw(&plain)
-        }
-
-        pub fn raw(&mut self, plain: &[u8]) -> Vec<u8> {
-            let mut output = Vec::with_capacity(plain.len() + 1024);
-            self.0
-                .compress_vec(plain, &mut output, FlushCompress::Sync)
-                .unwrap();
-            output
-        }
-    }
 
     #[test]
     fn blocks_of_one_session_share_a_compression() {

@@ -9,12 +9,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::SpdyError;
+use super::error::SpdyError;
 use super::frame::{self, Frame, ResetStatus};
 use super::headers::{Deflater, Headers};
-
-/// The most streams that are open at once; more are refused.
-pub const MAX_STREAMS: usize = 1024;
+use super::limits::MAX_STREAMS;
 
 /// The window that both sides begin with (section 2.6.8).
 const DEFAULT_WINDOW: i64 = 64 << 10;
@@ -47,27 +45,27 @@ pub enum Event {
     GoAway,
 }
 
-struct Stream {
+struct OpenStream {
     /// The client's half is closed.
     received_fin: bool,
     /// Our half is closed.
     sent_fin: bool,
     send_window: i64,
-    /// Taken in and not yet told by a WINDOW_UPDATE.
-    untold: u32,
+    /// Bytes that were passed on and that no WINDOW_UPDATE has reported yet.
+    unreported: u32,
 }
 
 /// The server's side of a session.
 pub struct Session {
-    streams: BTreeMap<u32, Stream>,
+    streams: BTreeMap<u32, OpenStream>,
     last_stream: u32,
     deflater: Deflater,
     /// The client keeps windows.
     flow_control: bool,
     initial_window: i64,
     send_window: i64,
-    untold: u32,
-    greeted: bool,
+    unreported: u32,
+    session_window_given: bool,
 }
 
 impl Default for Session {
@@ -79,8 +77,8 @@ impl Default for Session {
             flow_control: false,
             initial_window: DEFAULT_WINDOW,
             send_window: DEFAULT_WINDOW,
-            untold: 0,
-            greeted: false,
+            unreported: 0,
+            session_window_given: false,
         }
     }
 }
@@ -151,15 +149,15 @@ impl Session {
             frame::reset(output, stream, ResetStatus::RefusedStream);
             return Ok(None);
         }
-        let opened = Stream {
+        let opened = OpenStream {
             received_fin: fin,
             sent_fin: unidirectional,
             send_window: self.initial_window,
-            untold: 0,
+            unreported: 0,
         };
         frame::syn_reply(output, stream, &mut self.deflater);
-        if !self.greeted {
-            self.greeted = true;
+        if !self.session_window_given {
+            self.session_window_given = true;
             frame::window_update(output, 0, SESSION_WINDOW - DEFAULT_WINDOW as u32);
         }
         if !fin {
@@ -186,13 +184,13 @@ impl Session {
             if stream > self.last_stream {
                 frame::reset(output, stream, ResetStatus::InvalidStream);
             }
-            self.tell_session(bytes.len(), output);
+            self.report_session(bytes.len(), output);
             return Ok(None);
         };
         if open.received_fin {
             self.streams.remove(&stream);
             frame::reset(output, stream, ResetStatus::StreamAlreadyClosed);
-            self.tell_session(bytes.len(), output);
+            self.report_session(bytes.len(), output);
             return Ok(Some(Event::Reset { stream }));
         }
         open.received_fin = fin;
@@ -229,10 +227,10 @@ impl Session {
         let delta = i64::from(delta);
         if stream == 0 {
             self.send_window += delta;
-            return match self.send_window > MAX_WINDOW {
-                true => Err(SpdyError::Window),
-                false => Ok(None),
-            };
+            if self.send_window > MAX_WINDOW {
+                return Err(SpdyError::Window);
+            }
+            return Ok(None);
         }
         let Some(open) = self.streams.get_mut(&stream) else {
             return Ok(None);
@@ -271,7 +269,7 @@ impl Session {
     }
 
     /// Of what was taken, `count` bytes were not sent.
-    pub fn give_back(&mut self, stream: u32, count: usize) {
+    pub(crate) fn give_back(&mut self, stream: u32, count: usize) {
         let count = i64::try_from(count).unwrap_or(0);
         if let Some(open) = self.streams.get_mut(&stream) {
             open.send_window = (open.send_window + count).min(MAX_WINDOW);
@@ -301,28 +299,24 @@ impl Session {
     /// `count` bytes of a stream's data have been passed on: the client may send as many more.
     pub fn consumed(&mut self, stream: u32, count: usize, output: &mut Vec<u8>) {
         if let Some(open) = self.streams.get_mut(&stream) {
-            open.untold = open
-                .untold
+            open.unreported = open
+                .unreported
                 .saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
-            if open.untold >= STREAM_WINDOW / 2 && !open.received_fin {
-                frame::window_update(output, stream, open.untold);
-                open.untold = 0;
+            if open.unreported >= STREAM_WINDOW / 2 && !open.received_fin {
+                frame::window_update(output, stream, open.unreported);
+                open.unreported = 0;
             }
         }
-        self.tell_session(count, output);
+        self.report_session(count, output);
     }
 
-    fn tell_session(&mut self, count: usize, output: &mut Vec<u8>) {
+    fn report_session(&mut self, count: usize, output: &mut Vec<u8>) {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        self.untold = self.untold.saturating_add(count);
-        if self.untold >= SESSION_WINDOW / 2 {
-            frame::window_update(output, 0, self.untold);
-            self.untold = 0;
+        self.unreported = self.unreported.saturating_add(count);
+        if self.unreported >= SESSION_WINDOW / 2 {
+            frame::window_update(output, 0, self.unreported);
+            self.unreported = 0;
         }
-    }
-
-    pub fn last_stream(&self) -> u32 {
-        self.last_stream
     }
 }
 

@@ -1,6 +1,6 @@
-//! The certificate with which streams are served.
+//! The streaming server's certificate.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::ServerConfig;
@@ -8,16 +8,18 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::TlsAcceptor;
 
-use super::{Config, ConfigError};
-
-/// The certificate and key of the configuration, if it has them.
-pub(crate) fn tls(config: &Config) -> Result<Option<TlsAcceptor>, ConfigError> {
-    let (Some(cert), Some(key)) = (&config.stream_tls_cert, &config.stream_tls_key) else {
+/// The certificate and key of the configuration, if it has them. The error is the key of the
+/// configuration that is wrong, and why.
+pub(crate) fn acceptor(
+    cert: Option<&PathBuf>,
+    key: Option<&PathBuf>,
+) -> Result<Option<TlsAcceptor>, (&'static str, String)> {
+    let (Some(cert), Some(key)) = (cert, key) else {
         return Ok(None);
     };
-    let bad = |key, path: &Path, why: &dyn std::fmt::Display| ConfigError::Value {
-        key,
-        reason: format!("{}: {why}", path.display()),
+    let bad = |key, path: &Path, why: &dyn std::fmt::Display| {
+        let reason = format!("{}: {why}", path.display());
+        (key, reason)
     };
     let chain = CertificateDer::pem_file_iter(cert)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)

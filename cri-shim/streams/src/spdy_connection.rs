@@ -8,47 +8,49 @@ use futures_util::FutureExt;
 use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
 
-use super::output::{Output, Turn, locked};
-use super::pipe::{self, Pipe};
-use super::spdy::frame::{self, MAX_DATA};
-use super::spdy::session::Allowance;
-use super::spdy::{Decoder, Event, Session, SpdyError};
-use super::transport::{ReadHalf, Transport};
+use crate::halves::{ReadHalf, WriteHalf};
+use crate::lock::lock;
+use crate::output::{Output, SendPermit};
+use crate::pipe::{self, Pipe};
+use crate::spdy::frame::{self, MAX_DATA_BYTES};
+use crate::spdy::{Allowance, Decoder, Event, Session, SpdyError};
 
 /// One read takes at most about this.
-const READ: usize = 64 << 10;
+const READ_BYTES: usize = 64 << 10;
 
 /// A read with less room than this makes a new buffer.
-const LEAST_READ: usize = 4 << 10;
+const MIN_READ_ROOM_BYTES: usize = 4 << 10;
 
 /// What is read while a session is silent; it is part of every session's memory.
-const FIRST_READ: usize = 512;
+const IDLE_READ_BYTES: usize = 512;
 
 /// Reads what the client sends.
-pub struct Reader {
+pub(crate) struct SpdyReader {
     half: ReadHalf,
     input: BytesMut,
     decoder: Decoder,
-    writer: Arc<Writer>,
+    writer: Arc<SpdyWriter>,
 }
 
 /// Sends, from any task.
-pub struct Writer {
+pub(crate) struct SpdyWriter {
     session: Mutex<Session>,
     output: Arc<Output>,
     /// Windows have grown, or streams are gone.
     changed: Notify,
 }
 
-/// A session on `transport`, of which `read` has come already.
-pub fn serve(transport: Transport, read: &[u8]) -> (Reader, Arc<Writer>) {
-    let (half, write) = transport.split();
-    let writer = Arc::new(Writer {
+/// A session on these halves, of which `read` has come already.
+pub(crate) fn open(
+    (half, write): (ReadHalf, WriteHalf),
+    read: &[u8],
+) -> (SpdyReader, Arc<SpdyWriter>) {
+    let writer = Arc::new(SpdyWriter {
         session: Mutex::default(),
         output: Output::new(write),
         changed: Notify::new(),
     });
-    let reader = Reader {
+    let reader = SpdyReader {
         half,
         input: BytesMut::from(read),
         decoder: Decoder::default(),
@@ -57,15 +59,15 @@ pub fn serve(transport: Transport, read: &[u8]) -> (Reader, Arc<Writer>) {
     (reader, writer)
 }
 
-impl Reader {
-    /// The next thing that happens; `None` when the client has closed the connection. Cancel-safe.
-    pub async fn next(&mut self) -> io::Result<Option<Event>> {
+impl SpdyReader {
+    /// The next event; `None` when the client has closed the connection. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> io::Result<Option<Event>> {
         loop {
             while let Some(frame) = self.decoder.decode(&mut self.input).map_err(broken)? {
                 let writer = &self.writer;
                 let (event, fits) = writer
                     .output
-                    .answer(|answers| writer.session().receive(frame, answers));
+                    .reply(|replies| writer.session().receive(frame, replies));
                 if !fits {
                     return Err(broken(SpdyError::Flood));
                 }
@@ -75,8 +77,8 @@ impl Reader {
                     return Ok(event);
                 }
             }
-            if self.input.capacity() - self.input.len() < LEAST_READ {
-                self.input.reserve(READ);
+            if self.input.capacity() - self.input.len() < MIN_READ_ROOM_BYTES {
+                self.input.reserve(READ_BYTES);
             }
             let was_empty = self.input.is_empty();
             let reading = self.half.read_buf(&mut self.input);
@@ -97,7 +99,7 @@ impl Reader {
     /// Waits without a buffer: most sessions are silent most of the time.
     async fn first_read(&mut self) -> io::Result<usize> {
         self.input = BytesMut::new();
-        let mut first = [0; FIRST_READ];
+        let mut first = [0; IDLE_READ_BYTES];
         let count = self.half.read(&mut first).await?;
         let read = first.get(..count).unwrap_or_default();
         self.input.extend_from_slice(read);
@@ -105,30 +107,30 @@ impl Reader {
     }
 
     /// All streams are open: see [`Decoder::expect_no_headers`].
-    pub fn expect_no_headers(&mut self) {
+    pub(crate) fn expect_no_headers(&mut self) {
         self.decoder.expect_no_headers();
     }
 }
 
-impl Writer {
+impl SpdyWriter {
     fn session(&self) -> MutexGuard<'_, Session> {
-        locked(&self.session)
+        lock(&self.session)
     }
 
-    /// A turn to send on a stream, and how much of what is wanted may be sent in it; waits while the
-    /// client takes none.
-    async fn allowed(&self, stream: u32, wanted: usize) -> io::Result<(Turn<'_>, usize)> {
+    /// A permit to send on a stream, and how much of what is wanted may be sent with it. Waits while
+    /// the client takes nothing.
+    async fn allowed(&self, stream: u32, wanted: usize) -> io::Result<(SendPermit<'_>, usize)> {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             // Before the allowance is taken: that obliges to send.
-            let turn = self.output.turn().await?;
+            let permit = self.output.acquire().await?;
             let allowance = self.session().take_allowance(stream, wanted);
             match allowance {
-                Allowance::Bytes(count) => return Ok((turn, count)),
+                Allowance::Bytes(count) => return Ok((permit, count)),
                 Allowance::Wait => {
-                    drop(turn);
+                    drop(permit);
                     changed.await;
                 }
                 Allowance::Closed => return Err(io::ErrorKind::BrokenPipe.into()),
@@ -137,72 +139,69 @@ impl Writer {
     }
 
     /// Sends data, waiting while the client takes none.
-    pub async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
+    pub(crate) async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
-            let (turn, count) = self.allowed(stream, data.len().min(MAX_DATA)).await?;
+            let (permit, count) = self.allowed(stream, data.len().min(MAX_DATA_BYTES)).await?;
             let (now, later) = data.split_at_checked(count).unwrap_or((data, &[]));
             let header = frame::data_header(stream, now.len(), false);
-            turn.send(&header, now).await?;
+            permit.send(&header, now).await?;
             data = later;
         }
         Ok(())
     }
 
     /// See [`Output::splices`].
-    pub fn splices(&self) -> bool {
+    pub(crate) fn splices(&self) -> bool {
         self.output.splices()
     }
 
     /// Sends what `fill` puts into a pipe, at most as many bytes as it is told, without looking at
     /// them. Returns what `fill` does: 0 at the end, an error of the kind `WouldBlock` if there is
     /// nothing now.
-    pub async fn splice(
+    pub(crate) async fn splice(
         &self,
         stream: u32,
         mut fill: impl FnMut(&mut Pipe, usize) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let (mut turn, allowed) = self.allowed(stream, pipe::ROOM).await?;
-        let filled = turn.fill(|pipe| fill(pipe, allowed));
+        let (mut permit, allowed) = self.allowed(stream, pipe::PIPE_BYTES).await?;
+        let filled = permit.fill(|pipe| fill(pipe, allowed));
         let count = filled.as_ref().copied().unwrap_or(0);
-        // Nobody has seen what was taken too much: that takes a turn.
+        // No other task has seen that too much was taken: that takes a permit.
         self.session().give_back(stream, allowed - count);
         if count > 0 {
             let header = frame::data_header(stream, count, false);
-            turn.send_pipe(&header).await?;
+            permit.send_pipe(&header).await?;
         }
         filled
     }
 
     /// Closes our half of a stream.
-    pub async fn close(&self, stream: u32) -> io::Result<()> {
-        let turn = self.output.turn().await?;
+    pub(crate) async fn close(&self, stream: u32) -> io::Result<()> {
+        let permit = self.output.acquire().await?;
         let closed = self.session().close(stream);
-        match closed {
-            true => turn.send(&frame::data_header(stream, 0, true), &[]).await,
-            false => Ok(()),
+        if closed {
+            let header = frame::data_header(stream, 0, true);
+            permit.send(&header, &[]).await?;
         }
+        Ok(())
     }
 
     /// Resets a stream, without waiting.
-    pub fn reset(&self, stream: u32) {
+    pub(crate) fn reset(&self, stream: u32) {
         self.output
-            .answer(|answers| self.session().reset(stream, answers));
+            .reply(|replies| self.session().reset(stream, replies));
         self.changed.notify_waiters();
     }
 
     /// `count` bytes of a stream have been passed on.
-    pub fn consumed(&self, stream: u32, count: usize) {
+    pub(crate) fn consumed(&self, stream: u32, count: usize) {
         self.output
-            .answer(|answers| self.session().consumed(stream, count, answers));
+            .reply(|replies| self.session().consumed(stream, count, replies));
     }
 
-    /// Tells the client that we end, and ends our half of the connection.
-    pub async fn finish(&self, error: bool) -> io::Result<()> {
-        let mut goodbye = Vec::new();
-        if error {
-            frame::go_away(&mut goodbye, self.session().last_stream(), error);
-        }
-        self.output.last(&goodbye).await?;
+    /// Sends the replies that wait, and ends our half of the connection.
+    pub(crate) async fn finish(&self) -> io::Result<()> {
+        self.output.finish(&[]).await?;
         self.output.shut_down().await
     }
 }

@@ -1,0 +1,331 @@
+//! Connections over SPDY: pairs of streams that the client opens.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+
+use super::forward::{ForwardChannels, forward};
+use super::target::PodPorts;
+use crate::backlog::{Backlog, QueueSender};
+use crate::channels::Channels;
+use crate::spdy::{Event, Headers};
+use crate::spdy_connection::{SpdyReader, SpdyWriter};
+use crate::watch::Watch;
+
+/// How long a client's connection waits for a program in the pod that does not read, while the
+/// program's buffer is full. Then that one forwarded connection is closed, so that the others go on.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a client may leave one stream of a pair without the other.
+const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The most connections at once through one connection of a client.
+const MAX_PAIRS: usize = 500;
+
+/// Serves a client's streams for as long as it is there.
+pub(super) async fn serve(
+    pod: Arc<impl PodPorts>,
+    reader: SpdyReader,
+    writer: Arc<SpdyWriter>,
+    watch: &Watch,
+) -> io::Result<()> {
+    let pairs = Pairs {
+        pod,
+        channels: Channels::Spdy(writer),
+        half_open: BTreeMap::new(),
+        served: Vec::new(),
+        tasks: JoinSet::new(),
+        backlog: Arc::default(),
+        full: false,
+    };
+    pairs.serve(reader, watch).await
+}
+
+/// The connections of a client.
+struct Pairs<P> {
+    pod: Arc<P>,
+    channels: Channels,
+    /// Pairs of which one stream is open, by their ids.
+    half_open: BTreeMap<String, HalfOpen>,
+    served: Vec<ServedPair>,
+    /// What serves the pairs. Dropping it ends all of them.
+    tasks: JoinSet<()>,
+    backlog: Arc<Backlog>,
+    /// True while a buffer is full: the client is not read from until there is room.
+    full: bool,
+}
+
+/// A pair whose streams come one by one.
+struct HalfOpen {
+    data: Option<u32>,
+    error: Option<u32>,
+    since: Instant,
+}
+
+/// A pair that is served.
+struct ServedPair {
+    data: u32,
+    error: u32,
+    port: u16,
+    input: QueueSender,
+    task: AbortHandle,
+}
+
+impl<P: PodPorts> Pairs<P> {
+    async fn serve(mut self, mut reader: SpdyReader, watch: &Watch) -> io::Result<()> {
+        loop {
+            self.full = self.full && self.has_no_room();
+            self.close_stalled();
+            let stall_deadline = self.stalled().map(stall_deadline);
+            let pair_deadline = self.pair_deadline();
+            tokio::select! {
+                event = reader.next(), if !self.full => match event? {
+                    Some(event) => self.event(event),
+                    None => return Ok(()),
+                },
+                () = self.backlog.shrunk(), if self.full => {}
+                () = sleep_until(stall_deadline), if self.full => {}
+                () = watch.gone(), if self.full => return Ok(()),
+                Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    self.served.retain(|pair| !pair.task.is_finished());
+                }
+                () = sleep_until(pair_deadline) => self.expire(),
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Opened {
+                stream,
+                headers,
+                fin,
+            } => self.opened(stream, &headers, fin),
+            Event::Data { stream, bytes, fin } => self.data(stream, bytes, fin),
+            Event::Reset { stream } => self.reset(stream),
+            // No new streams come; those that are open go on.
+            Event::GoAway => {}
+        }
+    }
+
+    /// The client has opened a stream. The second one of a pair begins the connection.
+    fn opened(&mut self, stream: u32, headers: &Headers, fin: bool) {
+        let Some(described) = DescribedStream::parse(stream, headers) else {
+            log::info!("a port-forward stream was reset: its headers {headers:?} make no sense");
+            self.channels.reset(stream);
+            return;
+        };
+        let DescribedStream { id, is_data, port } = described;
+        let pairs = self.half_open.len() + self.tasks.len();
+        if pairs >= MAX_PAIRS && !self.half_open.contains_key(&id) {
+            self.channels.reset(stream);
+            return;
+        }
+        let half = self
+            .half_open
+            .entry(id.clone())
+            .or_insert_with(|| HalfOpen {
+                data: None,
+                error: None,
+                since: Instant::now(),
+            });
+        let place = if is_data {
+            &mut half.data
+        } else {
+            &mut half.error
+        };
+        if place.is_some() {
+            self.channels.reset(stream);
+            return;
+        }
+        *place = Some(stream);
+        if let (Some(data), Some(error)) = (half.data, half.error) {
+            self.half_open.remove(&id);
+            self.begin(port, data, error, fin && is_data);
+        }
+    }
+
+    /// Begins to serve a pair; the client sends nothing if `input_ended`.
+    fn begin(&mut self, port: u16, data: u32, error: u32, input_ended: bool) {
+        let (input, output) = self.backlog.queue();
+        if input_ended {
+            input.close();
+        }
+        let pod = Arc::clone(&self.pod);
+        let client = ForwardChannels {
+            channels: self.channels.clone(),
+            data,
+            error,
+        };
+        let task = self.tasks.spawn(async move {
+            forward(&*pod, port, output, &client).await;
+        });
+        self.served.push(ServedPair {
+            data,
+            error,
+            port,
+            input,
+            task,
+        });
+    }
+
+    fn data(&mut self, stream: u32, bytes: Bytes, fin: bool) {
+        let Some(pair) = self.served.iter().find(|pair| pair.data == stream) else {
+            self.channels.consumed(stream, bytes.len());
+            return;
+        };
+        if !bytes.is_empty() {
+            let length = bytes.len();
+            if !pair.input.push(bytes) {
+                // The program in the pod reads no more.
+                self.channels.consumed(stream, length);
+            }
+            self.full = pair.input.is_full() || self.backlog.is_full();
+        }
+        if fin {
+            pair.input.close();
+        }
+    }
+
+    /// The client has reset a stream.
+    fn reset(&mut self, stream: u32) {
+        self.half_open
+            .retain(|_, half| half.data != Some(stream) && half.error != Some(stream));
+        if let Some(pair) = self.served.iter().find(|pair| pair.data == stream) {
+            self.abandon(pair);
+        }
+    }
+
+    /// Ends a connection whose data stream is gone, silently: clients treat any error text as fatal
+    /// for all their connections.
+    fn abandon(&self, pair: &ServedPair) {
+        pair.task.abort();
+        let (error, channels) = (pair.error, self.channels.clone());
+        // The client waits for the end of the error stream.
+        tokio::spawn(async move { channels.close(error).await });
+    }
+
+    /// When the oldest pair without its second stream is given up.
+    fn pair_deadline(&self) -> Option<Instant> {
+        let halves = self.half_open.values();
+        halves.map(|half| half.since + PAIR_TIMEOUT).min()
+    }
+
+    /// Resets the streams whose pair was not completed in time.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        self.half_open.retain(|_, half| {
+            let expired = now >= half.since + PAIR_TIMEOUT;
+            if let Some(stream) = half.data.or(half.error).filter(|_| expired) {
+                self.channels.reset(stream);
+            }
+            !expired
+        });
+    }
+
+    fn has_no_room(&self) -> bool {
+        self.backlog.is_full() || self.served.iter().any(|pair| pair.input.is_full())
+    }
+
+    /// The connection that the client waits for, while there is no room: the one for which the most
+    /// is queued.
+    fn stalled(&self) -> Option<&ServedPair> {
+        let served = self.served.iter().filter(|_| self.full);
+        served.max_by_key(|pair| pair.input.waiting())
+    }
+
+    /// Closes the connection that the client has waited for too long.
+    fn close_stalled(&mut self) {
+        let stalled = self.stalled();
+        let Some(pair) = stalled.filter(|pair| pair.input.stalled_for() >= STALL_TIMEOUT) else {
+            return;
+        };
+        log::info!(
+            "{}: a connection to port {} was closed: the program there has read nothing for {} s, \
+             and the client sends more",
+            self.pod.id(),
+            pair.port,
+            STALL_TIMEOUT.as_secs()
+        );
+        self.channels.reset(pair.data);
+        self.abandon(pair);
+        self.full = false;
+    }
+}
+
+/// When a connection has stalled for too long.
+fn stall_deadline(pair: &ServedPair) -> Instant {
+    Instant::now() + STALL_TIMEOUT.saturating_sub(pair.input.stalled_for())
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a stream's headers say about it.
+#[derive(Debug, PartialEq, Eq)]
+struct DescribedStream {
+    /// Of the pair that it belongs to.
+    id: String,
+    is_data: bool,
+    port: u16,
+}
+
+impl DescribedStream {
+    fn parse(stream: u32, headers: &Headers) -> Option<Self> {
+        let port = headers.get("port")?.parse().ok().filter(|port| *port > 0)?;
+        let is_data = match headers.get("streamtype")? {
+            "data" => true,
+            "error" => false,
+            _ => return None,
+        };
+        // The first clients gave no id, but opened the streams of a pair one after the other.
+        let id = match headers.get("requestid").filter(|id| !id.is_empty()) {
+            Some(id) => id.to_owned(),
+            None if is_data => format!("stream {}", stream.saturating_sub(2)),
+            None => format!("stream {stream}"),
+        };
+        Some(DescribedStream { id, is_data, port })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_tells_its_pair_or_follows_it() {
+        let headers = |pairs: &[(&str, &str)]| {
+            let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            Headers(pairs.iter().map(owned).collect())
+        };
+        let with_id = headers(&[("port", "80"), ("streamtype", "data"), ("requestid", "7")]);
+        let described = DescribedStream {
+            id: "7".to_owned(),
+            is_data: true,
+            port: 80,
+        };
+        assert_eq!(DescribedStream::parse(3, &with_id), Some(described));
+        let error = headers(&[("port", "80"), ("streamtype", "error")]);
+        let data = headers(&[("port", "80"), ("streamtype", "data")]);
+        let first = DescribedStream::parse(1, &error);
+        let second = DescribedStream::parse(3, &data);
+        assert_eq!(first.map(|first| first.id), second.map(|second| second.id));
+        for wrong in [
+            headers(&[("port", "0"), ("streamtype", "data")]),
+            headers(&[("port", "65536"), ("streamtype", "data")]),
+            headers(&[("port", "80"), ("streamtype", "stdin")]),
+            headers(&[("port", "80")]),
+        ] {
+            assert_eq!(DescribedStream::parse(1, &wrong), None);
+        }
+    }
+}

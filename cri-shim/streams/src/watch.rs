@@ -1,0 +1,68 @@
+//! Whether a client's connection is in use, and whether the client is still there.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+/// How often a connection that is not read from is checked for a hang-up.
+const HANGUP_POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// When a connection last moved, and a second descriptor of it.
+pub struct Watch {
+    begin: Instant,
+    /// Seconds after `begin`.
+    moved: AtomicU64,
+    socket: OwnedFd,
+}
+
+impl Watch {
+    pub(crate) fn new(socket: &TcpStream) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Watch {
+            begin: Instant::now(),
+            moved: AtomicU64::new(0),
+            socket: socket.as_fd().try_clone_to_owned()?,
+        }))
+    }
+
+    pub(crate) fn touch(&self) {
+        let now = self.begin.elapsed().as_secs();
+        self.moved.store(now, Ordering::Relaxed);
+    }
+
+    /// Waits until nothing has moved for this long.
+    pub async fn idle(&self, limit: Duration) {
+        loop {
+            let moved = Duration::from_secs(self.moved.load(Ordering::Relaxed));
+            let at = self.begin + moved + limit;
+            if Instant::now() >= at {
+                return;
+            }
+            tokio::time::sleep_until(at).await;
+        }
+    }
+
+    /// Waits until the client has closed the connection, or lost it, however much it sent before
+    /// that has not been read.
+    pub(crate) async fn gone(&self) {
+        while !self.is_gone() {
+            tokio::time::sleep(HANGUP_POLL_INTERVAL).await;
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let ready = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+        ready.is_ok_and(|count| count > 0)
+    }
+
+    /// Ends the connection for whoever holds a descriptor of it.
+    pub fn shut_down(&self) {
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
