@@ -6,7 +6,8 @@ use rrun_proto::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 
 use super::tickets::StreamTicket;
 use crate::container::{Container, Phase};
-use crate::node::{Node, new_id};
+use crate::id::new_id;
+use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 
 /// The URL for an exec.
