@@ -2,81 +2,25 @@
 //! container that is given a device gets with it.
 
 mod registry;
-mod yaml;
+mod spec_file;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rrun_proto::v1::ContainerConfig;
-use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::devices;
 use registry::Registry;
 use rrun_calls::error::{Error, Result};
+use spec_file::{ContainerEdits, DeviceNode, Mount};
 
 /// What an annotation that names devices begins with.
 const ANNOTATION: &str = "cdi.k8s.io/";
 
-/// What is changed in a container's configuration, in the specification's own terms.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-struct Edits {
-    env: Vec<String>,
-    device_nodes: Vec<DeviceNode>,
-    net_devices: Vec<NetDevice>,
-    hooks: Vec<Hook>,
-    mounts: Vec<Mount>,
-    intel_rdt: Option<Value>,
-    #[serde(rename = "additionalGIDs", alias = "additionalGids")]
-    additional_gids: Vec<u32>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct DeviceNode {
-    path: PathBuf,
-    host_path: Option<PathBuf>,
-    r#type: Option<String>,
-    major: Option<u32>,
-    minor: Option<u32>,
-    file_mode: Option<u32>,
-    permissions: Option<String>,
-    uid: Option<u32>,
-    gid: Option<u32>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct NetDevice {
-    host_interface_name: String,
-    name: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct Hook {
-    hook_name: String,
-    path: PathBuf,
-    #[serde(default)]
-    args: Vec<String>,
-    #[serde(default)]
-    env: Vec<String>,
-    timeout: Option<i64>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct Mount {
-    host_path: PathBuf,
-    container_path: PathBuf,
-    #[serde(default)]
-    options: Vec<String>,
-    r#type: Option<String>,
-}
-
 /// The edits for a container, in the order in which to make them.
 #[derive(Debug, Default)]
-pub(crate) struct Found(Vec<Edits>);
+pub(crate) struct DeviceEdits(Vec<Arc<ContainerEdits>>);
 
 /// The names in the request and in its annotations, each once.
 fn asked(config: &ContainerConfig) -> Vec<&str> {
@@ -96,27 +40,27 @@ fn asked(config: &ContainerConfig) -> Vec<&str> {
 }
 
 /// Looks up the devices that the container asks for. Blocks.
-pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<Found> {
+pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceEdits> {
     let names = asked(config);
     if names.is_empty() {
-        return Ok(Found::default());
+        return Ok(DeviceEdits::default());
     }
     let registry = Registry::read(dirs);
     let mut edits = Vec::new();
     let mut files = Vec::new();
     for name in names {
         let device = registry.device(name)?;
-        // What a file says of all its devices is done once.
+        // The edits of a file for all its devices are made once.
         if !files.contains(&device.file) {
             files.push(device.file);
-            edits.push(device.of_all.clone());
+            edits.push(Arc::clone(&device.shared_edits));
         }
-        edits.push(device.own.clone());
+        edits.push(Arc::clone(&device.own_edits));
     }
-    Ok(Found(edits))
+    Ok(DeviceEdits(edits))
 }
 
-impl Found {
+impl DeviceEdits {
     /// Makes the edits in config.json. Looks at the devices, which blocks.
     pub(crate) fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
         for edits in &self.0 {
@@ -142,7 +86,7 @@ fn list<'a>(spec: &'a mut Value, path: &[&str]) -> Result<&'a mut Vec<Value>> {
         .ok_or_else(|| Error::internal(format!("{} of config.json is no list", path.join("."))))
 }
 
-impl Edits {
+impl ContainerEdits {
     fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
         let env = list(spec, &["process", "env"])?;
         for pair in &self.env {
@@ -171,7 +115,7 @@ impl Edits {
             list(spec, &["hooks", &hook.hook_name])?.push(value);
         }
         if let Some(rdt) = &self.intel_rdt {
-            spec["linux"]["intelRdt"] = rdt.clone();
+            spec["linux"]["intelRdt"] = json!(rdt);
         }
         let groups = list(spec, &["process", "user", "additionalGids"])?;
         for gid in &self.additional_gids {
