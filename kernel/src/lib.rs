@@ -1,6 +1,7 @@
 //! What the OCI runtime and the CRI server both ask of Linux. Synchronous and small: the runtime
 //! lives for milliseconds, and a monitor's memory is counted in kilobytes.
 
+pub mod capability;
 pub mod descriptor_limit;
 pub mod errno;
 pub mod heap;

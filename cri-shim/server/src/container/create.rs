@@ -321,10 +321,10 @@ fn prepare(
     let capabilities = capabilities::sets(
         context.capabilities.as_ref(),
         context.privileged,
-        capabilities::ours(),
+        capabilities::bounding_set(),
     )?;
     let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
-    let seccomp = seccomp.profile(&capabilities)?;
+    let seccomp = seccomp.profile(capabilities)?;
     let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
     if let Some(dir) = log.as_deref().and_then(Path::parent) {
         std::fs::create_dir_all(dir)

@@ -7,7 +7,7 @@ use rrun_proto::v1::{LinuxContainerSecurityContext, SecurityProfile};
 use rustix::fs::OFlags;
 use serde_json::Value;
 
-use super::capabilities::Sets;
+use super::capabilities::CapabilitySets;
 use super::seccomp_default;
 use rrun_calls::error::{Error, Result};
 use rrun_kernel::regular_file;
@@ -91,7 +91,7 @@ impl Asked {
     }
 
     /// `linux.seccomp` of config.json. Blocks if it has to read a file.
-    pub(crate) fn profile(&self, capabilities: &Sets) -> Result<Option<Value>> {
+    pub(crate) fn profile(&self, capabilities: CapabilitySets) -> Result<Option<Value>> {
         match self {
             Asked::Unconfined => Ok(None),
             Asked::RuntimeDefault => Ok(Some(seccomp_default::profile(capabilities))),
@@ -164,10 +164,7 @@ mod tests {
         std::fs::create_dir_all(&directory).unwrap();
         let file = directory.join("profile.json");
         let told = |path: &Path| {
-            let read = Asked::Localhost(path.to_owned()).profile(&Sets {
-                held: Default::default(),
-                ambient: Default::default(),
-            });
+            let read = Asked::Localhost(path.to_owned()).profile(CapabilitySets::default());
             read.err().map(|error| error.sentence().to_owned())
         };
         for (text, word) in [

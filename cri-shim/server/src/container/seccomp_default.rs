@@ -12,16 +12,17 @@
 //! swapoff, pivot_root, nfsservctl, uselib, ustat, sysfs, _sysctl, vm86 (nobody's business in
 //! a container, or long gone), lookup_dcookie (profiling the host).
 
+use rrun_kernel::capability::{Capability, Capability::*};
 use serde_json::{Value, json};
 
-use super::capabilities::Sets;
+use super::capabilities::{CapabilitySets, mask};
 
 /// Calls that are allowed together, for one reason.
 struct Group {
     names: &'static [&'static str],
-    /// Without any of these, `CAP_` left out, the kernel would refuse them all the same, or
-    /// they let a program do what is meant for these. None means: for everyone.
-    capabilities: &'static [&'static str],
+    /// The kernel refuses the calls without one of these, or they let a program do what is meant
+    /// for these. An empty list means: allowed for everyone.
+    capabilities: &'static [Capability],
 }
 
 const fn everyone(names: &'static [&'static str]) -> Group {
@@ -31,7 +32,7 @@ const fn everyone(names: &'static [&'static str]) -> Group {
     }
 }
 
-const fn with(capabilities: &'static [&'static str], names: &'static [&'static str]) -> Group {
+const fn with(capabilities: &'static [Capability], names: &'static [&'static str]) -> Group {
     Group {
         names,
         capabilities,
@@ -449,10 +450,10 @@ const GROUPS: &[Group] = &[
     // Made by the kernel's own trampolines where the host traces a program with probes;
     // without them, tracing a container would kill it.
     everyone(&["uprobe", "uretprobe"]),
-    with(&["DAC_READ_SEARCH"], &["open_by_handle_at"]),
+    with(&[CAP_DAC_READ_SEARCH], &["open_by_handle_at"]),
     // Mounts, namespaces, host and domain name, quotas.
     with(
-        &["SYS_ADMIN"],
+        &[CAP_SYS_ADMIN],
         &[
             "clone",
             "clone3",
@@ -480,27 +481,30 @@ const GROUPS: &[Group] = &[
         ],
     ),
     // The kernel takes CAP_SYS_ADMIN for all of these, as it did before they had their own.
-    with(&["SYS_ADMIN", "BPF"], &["bpf"]),
-    with(&["SYS_ADMIN", "PERFMON"], &["perf_event_open"]),
-    with(&["SYS_ADMIN", "SYSLOG"], &["syslog"]),
-    with(&["SYS_BOOT"], &["reboot"]),
-    with(&["SYS_CHROOT"], &["chroot"]),
+    with(&[CAP_SYS_ADMIN, CAP_BPF], &["bpf"]),
+    with(&[CAP_SYS_ADMIN, CAP_PERFMON], &["perf_event_open"]),
+    with(&[CAP_SYS_ADMIN, CAP_SYSLOG], &["syslog"]),
+    with(&[CAP_SYS_BOOT], &["reboot"]),
+    with(&[CAP_SYS_CHROOT], &["chroot"]),
     with(
-        &["SYS_MODULE"],
+        &[CAP_SYS_MODULE],
         &["delete_module", "finit_module", "init_module"],
     ),
-    with(&["SYS_PACCT"], &["acct"]),
+    with(&[CAP_SYS_PACCT], &["acct"]),
     // Processes whatever their rights.
-    with(&["SYS_PTRACE"], &["kcmp", "pidfd_getfd", "process_madvise"]),
-    with(&["SYS_RAWIO"], &["ioperm", "iopl"]),
     with(
-        &["SYS_TIME"],
+        &[CAP_SYS_PTRACE],
+        &["kcmp", "pidfd_getfd", "process_madvise"],
+    ),
+    with(&[CAP_SYS_RAWIO], &["ioperm", "iopl"]),
+    with(
+        &[CAP_SYS_TIME],
         &["clock_settime", "clock_settime64", "settimeofday", "stime"],
     ),
-    with(&["SYS_TTY_CONFIG"], &["vhangup"]),
+    with(&[CAP_SYS_TTY_CONFIG], &["vhangup"]),
     // Where memory is: on a node with several, a container's placement is its neighbours'.
     with(
-        &["SYS_NICE"],
+        &[CAP_SYS_NICE],
         &[
             "get_mempolicy",
             "mbind",
@@ -562,11 +566,11 @@ fn allow_if(name: &str, op: &str, value: u32) -> Value {
 }
 
 /// `linux.seccomp` for a container with these capabilities.
-pub(super) fn profile(capabilities: &Sets) -> Value {
-    let has = |name: &&str| capabilities.held.contains(name);
+pub(super) fn profile(capabilities: CapabilitySets) -> Value {
+    let has_any = |of: &[Capability]| capabilities.held & mask(of) != 0;
     let mut rules: Vec<Value> = GROUPS
         .iter()
-        .filter(|group| group.capabilities.is_empty() || group.capabilities.iter().any(has))
+        .filter(|group| group.capabilities.is_empty() || has_any(group.capabilities))
         .map(|group| allow(group.names))
         .collect();
     rules.push(allow(OF_ARCHITECTURE));
@@ -576,7 +580,7 @@ pub(super) fn profile(capabilities: &Sets) -> Value {
     for personality in PERSONALITIES {
         rules.push(allow_if("personality", "SCMP_CMP_EQ", personality));
     }
-    if !has(&"SYS_ADMIN") {
+    if !has_any(&[CAP_SYS_ADMIN]) {
         rules.push(allow_if("clone", "SCMP_CMP_MASKED_EQ", CLONE_NAMESPACES));
         // Its flags are behind a pointer, where no filter sees them. C libraries take clone
         // if they are told that the kernel has no clone3.
@@ -598,10 +602,10 @@ mod tests {
 
     use super::*;
 
-    fn with_capabilities(held: &[&'static str]) -> Value {
-        profile(&Sets {
-            held: held.iter().copied().collect(),
-            ambient: BTreeSet::new(),
+    fn with_capabilities(held: &[Capability]) -> Value {
+        profile(CapabilitySets {
+            held: mask(held),
+            ambient: 0,
         })
     }
 
@@ -638,7 +642,7 @@ mod tests {
     #[test]
     fn the_profile_beside_the_tests_is_this_one() -> Result<(), Box<dyn std::error::Error>> {
         // Of the default capabilities, only this one brings calls.
-        let default = with_capabilities(&["SYS_CHROOT"]);
+        let default = with_capabilities(&[CAP_SYS_CHROOT]);
         let beside: Value =
             serde_json::from_str(include_str!("../../../../tests/seccomp/default.json"))?;
         assert!(
@@ -670,20 +674,20 @@ mod tests {
             assert!(!none.contains(&name), "{name}");
         }
         for (capability, name) in [
-            ("SYS_ADMIN", "mount"),
-            ("SYS_ADMIN", "clone3"),
-            ("SYS_ADMIN", "bpf"),
-            ("BPF", "bpf"),
-            ("PERFMON", "perf_event_open"),
-            ("SYSLOG", "syslog"),
-            ("SYS_CHROOT", "chroot"),
-            ("SYS_TIME", "clock_settime"),
-            ("SYS_NICE", "mbind"),
+            (CAP_SYS_ADMIN, "mount"),
+            (CAP_SYS_ADMIN, "clone3"),
+            (CAP_SYS_ADMIN, "bpf"),
+            (CAP_BPF, "bpf"),
+            (CAP_PERFMON, "perf_event_open"),
+            (CAP_SYSLOG, "syslog"),
+            (CAP_SYS_CHROOT, "chroot"),
+            (CAP_SYS_TIME, "clock_settime"),
+            (CAP_SYS_NICE, "mbind"),
         ] {
             let profile = with_capabilities(&[capability]);
             assert!(allowed(&profile).contains(&name), "{capability} {name}");
         }
-        let admin = with_capabilities(&["SYS_ADMIN"]).to_string();
+        let admin = with_capabilities(&[CAP_SYS_ADMIN]).to_string();
         assert!(!admin.contains("MASKED_EQ") && !admin.contains("errnoRet"));
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rrun_proto::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
 use serde_json::{Value, json};
 
-use super::capabilities::Sets;
+use super::capabilities::CapabilitySets;
 use super::devices::Devices;
 use super::mounts;
 use super::user::User;
@@ -70,7 +70,7 @@ pub(crate) struct Parts<'a> {
     pub rootfs: &'a Path,
     pub cgroup: &'a str,
     pub namespaces: Namespaces,
-    pub capabilities: Sets,
+    pub capabilities: CapabilitySets,
     pub devices: Devices,
     pub mounts: Vec<Value>,
     pub root_propagation: Option<&'static str>,
@@ -200,7 +200,7 @@ pub(crate) fn spec(parts: Parts<'_>) -> Result<Value> {
         "noNewPrivileges": context.no_new_privs && !context.privileged,
         "oomScoreAdj": parts.oom_score_adj,
     });
-    if parts.capabilities.ambient.is_empty()
+    if parts.capabilities.ambient == 0
         && let Some(sets) = process["capabilities"].as_object_mut()
     {
         sets.remove("inheritable");
@@ -295,6 +295,7 @@ pub(crate) fn spec(parts: Parts<'_>) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
+    use rrun_kernel::capability::Capability;
     use rrun_proto::v1::{KeyValue, LinuxContainerConfig};
 
     use super::super::{capabilities, resources};
@@ -335,7 +336,7 @@ mod tests {
                 pid: PidNamespace::New,
                 users: None,
             },
-            capabilities: capabilities::sets(None, privileged, &["CHOWN"].into())?,
+            capabilities: capabilities::sets(None, privileged, Capability::CAP_CHOWN.bitmask())?,
             devices: Devices::default(),
             mounts: mounts::mounts(&config.mounts, &around)?,
             root_propagation: None,

@@ -522,11 +522,7 @@ devices:
         for (name, body, part) in [
             ("laughs", laughs, "the aliases expand to more than"),
             ("long", long, "too much for one file"),
-            (
-                "many",
-                many,
-                "too much for one file",
-            ),
+            ("many", many, "too much for one file"),
             (
                 "flow",
                 format!("annotations: {}", "[".repeat(100_000)),
