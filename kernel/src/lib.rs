@@ -1,6 +1,7 @@
 //! What the OCI runtime and the CRI server both ask of Linux. Synchronous and small: the runtime
 //! lives for milliseconds, and a monitor's memory is counted in kilobytes.
 
+pub mod capability;
 pub mod cgroup;
 pub mod clone3;
 pub mod date;
@@ -10,4 +11,5 @@ pub mod heap;
 pub mod mount_setattr;
 pub mod readonly_exec;
 pub mod regular_file;
+pub mod signal;
 pub mod unix_socket;

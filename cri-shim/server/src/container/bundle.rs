@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rrun_proto::v1::{LinuxContainerSecurityContext, Mount};
-use serde_json::Value;
 
-use super::seccomp::Asked;
-use super::spec::{Namespaces, Parts, PidNamespace};
+use super::seccomp::{SeccompFilter, SeccompProfile};
+use super::spec::{Namespaces, PidNamespace, SpecInputs};
 use super::user::{Accounts, User};
 use super::{
     ContainerRecord, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume,
@@ -34,7 +33,7 @@ pub(super) struct Inputs<'a> {
     /// The image's layers, uppermost first.
     pub layers: Vec<PathBuf>,
     /// The images among the mounts.
-    pub image_volumes: Vec<image_volume::Found>,
+    pub image_volumes: Vec<image_volume::ResolvedImage>,
     pub pid: PidNamespace,
     /// What the runtime can do.
     pub features: Features,
@@ -43,9 +42,9 @@ pub(super) struct Inputs<'a> {
 /// What the container may do.
 struct Security {
     context: LinuxContainerSecurityContext,
-    capabilities: capabilities::Sets,
+    capabilities: capabilities::CapabilitySets,
     /// `linux.seccomp`.
-    seccomp: Option<Value>,
+    seccomp: Option<SeccompFilter>,
     selinux: Option<Labels>,
 }
 
@@ -80,10 +79,10 @@ fn security(inputs: &Inputs<'_>) -> Result<Security> {
     let capabilities = capabilities::sets(
         context.capabilities.as_ref(),
         context.privileged,
-        capabilities::ours(),
+        capabilities::bounding_set(),
     )?;
-    let profile = Asked::of(&context, &inputs.node.config.unset_seccomp_profile)?;
-    let seccomp = profile.profile(&capabilities)?;
+    let profile = SeccompProfile::of(&context, &inputs.node.config.unset_seccomp_profile)?;
+    let seccomp = profile.profile(capabilities)?;
     let selinux = match &inputs.sandbox.selinux {
         Some(pod) => {
             let options = context.selinux_options.clone().unwrap_or_default();
@@ -196,7 +195,7 @@ fn write_config(
     let privileged = context.privileged;
     let cdi = cdi::find(&node.config.cdi_spec_dirs, config)?;
     let sharing = namespaces::sharing(&sandbox.config)?;
-    let surroundings = mounts::Surroundings {
+    let surroundings = mounts::MountInputs {
         pod: &node.sandbox_dir(&sandbox.id),
         privileged,
         readonly_rootfs: context.readonly_rootfs,
@@ -206,7 +205,7 @@ fn write_config(
     let requested = &record.state.resources;
     let controllers = resources::Controllers::of(&cgroup::directory(&sandbox.cgroup));
     let handler = node.config.runtime(&sandbox.handler);
-    let mut spec = spec::spec(Parts {
+    let mut spec = spec::spec(SpecInputs {
         config,
         image: &inputs.image.config,
         user,
@@ -217,7 +216,7 @@ fn write_config(
         devices: devices::devices(&config.devices, privileged)?,
         mounts: mounts::mounts(mounts, &surroundings)?,
         root_propagation: mounts::root_propagation(mounts),
-        resources: resources::to_json(requested, controllers)?,
+        resources: resources::limits(requested, controllers)?,
         oom_score_adj: oom_score_adj(requested.oom_score_adj, node.config.restrict_oom_score_adj),
         rlimits: &node.config.rlimits,
         annotations: handler.map_or_else(Default::default, |handler| {
@@ -229,7 +228,7 @@ fn write_config(
         selinux: security.selinux,
     })?;
     cdi.apply(&mut spec, privileged)?;
-    write(&inputs.dir.join("config.json"), &spec.to_string())
+    write(&inputs.dir.join("config.json"), &spec.text()?)
 }
 
 fn hostname(sandbox: &Sandbox, own_uts: bool) -> String {

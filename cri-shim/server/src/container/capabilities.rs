@@ -1,170 +1,123 @@
 //! Which capabilities a container's process has.
 
-use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-use rrun_proto::v1::Capability;
-use serde_json::{Value, json};
+use rrun_kernel::capability::{self, Capability, Capability::*};
+use rrun_proto::v1::Capability as RequestedCapabilities;
+use serde::{Serialize, Serializer};
 
 use rrun_calls::error::{Error, Result};
 
-/// Names without `CAP_`, by their number, linux/capability.h.
-const ALL: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// What Docker, containerd and CRI-O's Kubernetes users build on.
-const DEFAULT: [&str; 14] = [
-    "AUDIT_WRITE",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "MKNOD",
-    "NET_BIND_SERVICE",
-    "NET_RAW",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYS_CHROOT",
+const DEFAULT: [Capability; 14] = [
+    CAP_AUDIT_WRITE,
+    CAP_CHOWN,
+    CAP_DAC_OVERRIDE,
+    CAP_FOWNER,
+    CAP_FSETID,
+    CAP_KILL,
+    CAP_MKNOD,
+    CAP_NET_BIND_SERVICE,
+    CAP_NET_RAW,
+    CAP_SETFCAP,
+    CAP_SETGID,
+    CAP_SETPCAP,
+    CAP_SETUID,
+    CAP_SYS_CHROOT,
 ];
 
-/// The sets of a container, names without `CAP_`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Sets {
+/// The sets of a container's process as masks: bit n is capability n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CapabilitySets {
     /// Bounding, permitted and effective.
-    pub held: BTreeSet<&'static str>,
+    pub held: u64,
     /// Inheritable and ambient.
-    pub ambient: BTreeSet<&'static str>,
+    pub ambient: u64,
 }
 
-/// The default set with what the container adds and drops; `ours` is what this process has, which
-/// is all that it can give for ALL and to the privileged.
+/// The default set with what the container adds and drops; `bounding` is what this process has,
+/// which is all that it can give for ALL and to the privileged.
 pub(crate) fn sets(
-    asked: Option<&Capability>,
+    request: Option<&RequestedCapabilities>,
     privileged: bool,
-    ours: &BTreeSet<&'static str>,
-) -> Result<Sets> {
-    let none = Capability::default();
-    let asked = asked.unwrap_or(&none);
-    let add = named(&asked.add_capabilities)?;
-    let drop = named(&asked.drop_capabilities)?;
-    let ambient = named(&asked.add_ambient_capabilities)?;
-    let mut held: BTreeSet<&'static str> = if privileged || add.contains(&"ALL") {
-        ours.clone()
+    bounding: u64,
+) -> Result<CapabilitySets> {
+    let nothing = RequestedCapabilities::default();
+    let request = request.unwrap_or(&nothing);
+    let add = NameList::parse(&request.add_capabilities)?;
+    let drop = NameList::parse(&request.drop_capabilities)?;
+    let ambient = NameList::parse(&request.add_ambient_capabilities)?;
+    let mut held = if privileged || add.all {
+        bounding
     } else {
-        DEFAULT.into()
+        mask(&DEFAULT)
     };
-    if drop.contains(&"ALL") && !privileged {
-        held.clear();
+    if drop.all && !privileged {
+        held = 0;
     }
-    held.extend(add.iter().filter(|name| **name != "ALL"));
-    held.extend(ambient.iter().filter(|name| **name != "ALL"));
+    held |= add.mask | ambient.mask;
     if !privileged {
-        for name in &drop {
-            held.remove(name);
-        }
+        held &= !drop.mask;
     }
-    let ambient = if ambient.contains(&"ALL") {
-        held.clone()
+    let ambient = if ambient.all {
+        held
     } else {
-        ambient.into_iter().filter(|c| held.contains(c)).collect()
+        ambient.mask & held
     };
-    Ok(Sets { held, ambient })
+    Ok(CapabilitySets { held, ambient })
 }
 
-/// The names as the kernel has them; kubelet passes on what people write.
-fn named(names: &[String]) -> Result<Vec<&'static str>> {
-    let one = |name: &String| {
-        let upper = name.to_ascii_uppercase();
-        let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
-        if bare == "ALL" {
-            return Ok("ALL");
+/// The mask of these capabilities.
+pub(super) fn mask(capabilities: &[Capability]) -> u64 {
+    capabilities
+        .iter()
+        .fold(0, |mask, capability| mask | capability.bitmask())
+}
+
+/// A list of names in a request: kubelet passes on what people write.
+#[derive(Default)]
+struct NameList {
+    all: bool,
+    /// Those that are named beside ALL.
+    mask: u64,
+}
+
+impl NameList {
+    fn parse(names: &[String]) -> Result<NameList> {
+        let mut list = NameList::default();
+        for name in names {
+            if name.eq_ignore_ascii_case("ALL") || name.eq_ignore_ascii_case("CAP_ALL") {
+                list.all = true;
+            } else if let Some(capability) = capability::parse(name) {
+                list.mask |= capability.bitmask();
+            } else {
+                return Err(Error::invalid(format!("there is no capability {name:?}")));
+            }
         }
-        let known = ALL.into_iter().find(|known| *known == bare);
-        known.ok_or_else(|| Error::invalid(format!("there is no capability {name:?}")))
-    };
-    names.iter().map(one).collect()
+        Ok(list)
+    }
 }
 
 /// What this process may give away: its bounding set, capabilities(7), which nobody changes.
-pub(crate) fn ours() -> &'static BTreeSet<&'static str> {
-    static OURS: OnceLock<BTreeSet<&str>> = OnceLock::new();
-    OURS.get_or_init(bounding_set)
+pub(crate) fn bounding_set() -> u64 {
+    static BOUNDING: OnceLock<u64> = OnceLock::new();
+    *BOUNDING.get_or_init(capability::bounding_set)
 }
 
-fn bounding_set() -> BTreeSet<&'static str> {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapBnd:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or_default();
-    let set = |(number, _): &(usize, &str)| mask >> number & 1 == 1;
-    ALL.into_iter()
-        .enumerate()
-        .filter(set)
-        .map(|(_, name)| name)
-        .collect()
-}
-
-impl Sets {
-    /// The runtime specification's `process.capabilities`.
-    pub(crate) fn to_json(&self) -> Value {
-        let names = |set: &BTreeSet<&str>| -> Vec<String> {
-            set.iter().map(|name| format!("CAP_{name}")).collect()
-        };
-        let held = names(&self.held);
-        let ambient = names(&self.ambient);
-        json!({
-            "bounding": held,
-            "effective": held,
-            "permitted": held,
-            "inheritable": ambient,
-            "ambient": ambient,
-        })
+/// As the runtime specification's `process.capabilities`, by number.
+impl Serialize for CapabilitySets {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let names = |mask: u64| -> Vec<String> { capability::names(mask).collect() };
+        let (held, ambient) = (names(self.held), names(self.ambient));
+        let mut sets = vec![
+            ("bounding", &held),
+            ("effective", &held),
+            ("permitted", &held),
+        ];
+        if !ambient.is_empty() {
+            sets.extend([("inheritable", &ambient), ("ambient", &ambient)]);
+        }
+        serializer.collect_map(sets)
     }
 }
 
@@ -172,47 +125,64 @@ impl Sets {
 mod tests {
     use super::*;
 
-    fn asked(add: &[&str], drop: &[&str]) -> Capability {
+    /// Every capability that has a name.
+    const ALL: u64 = (1 << 41) - 1;
+
+    fn request(add: &[&str], drop: &[&str]) -> RequestedCapabilities {
         let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        Capability {
+        RequestedCapabilities {
             add_capabilities: owned(add),
             drop_capabilities: owned(drop),
             ..Default::default()
         }
     }
 
-    fn held(add: &[&str], drop: &[&str]) -> Result<Vec<&'static str>> {
-        let sets = sets(Some(&asked(add, drop)), false, &ALL.into())?;
-        Ok(sets.held.into_iter().collect())
+    fn held(add: &[&str], drop: &[&str]) -> Result<u64> {
+        Ok(sets(Some(&request(add, drop)), false, ALL)?.held)
     }
 
     #[test]
     fn drop_all_and_add_one_leaves_one() -> Result<()> {
-        assert_eq!(held(&["CAP_NET_ADMIN"], &["ALL"])?, ["NET_ADMIN"]);
-        assert_eq!(held(&[], &["all"])?, [""; 0]);
+        let one = mask(&[CAP_NET_ADMIN]);
+        assert_eq!(held(&["CAP_NET_ADMIN"], &["ALL"])?, one);
+        assert_eq!(held(&["net_admin"], &["cap_all"])?, one);
+        assert_eq!(held(&[], &["all"])?, 0);
         Ok(())
     }
 
     #[test]
     fn add_all_and_drop_one_lacks_one() -> Result<()> {
         let held = held(&["ALL"], &["sys_admin"])?;
-        assert_eq!(held.len(), ALL.len() - 1);
-        assert!(!held.contains(&"SYS_ADMIN"));
+        assert_eq!(held, ALL & !CAP_SYS_ADMIN.bitmask());
         Ok(())
     }
 
     #[test]
     fn the_default_has_no_inheritable_and_no_net_admin() -> Result<()> {
-        let sets = sets(None, false, &ALL.into())?;
-        assert!(sets.ambient.is_empty());
-        assert_eq!(sets.held, DEFAULT.into());
+        let sets = sets(None, false, ALL)?;
+        assert_eq!(sets.ambient, 0);
+        assert_eq!(sets.held, mask(&DEFAULT));
+        assert_eq!(sets.held & CAP_NET_ADMIN.bitmask(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn ambient_capabilities_are_held_unless_dropped() -> Result<()> {
+        let mut request = request(&[], &["KILL"]);
+        request.add_ambient_capabilities = vec!["SYS_TIME".into(), "KILL".into()];
+        let sets = sets(Some(&request), false, ALL)?;
+        assert_eq!(sets.ambient, CAP_SYS_TIME.bitmask());
+        assert_eq!(
+            sets.held,
+            (mask(&DEFAULT) | sets.ambient) & !CAP_KILL.bitmask()
+        );
         Ok(())
     }
 
     #[test]
     fn the_privileged_get_what_we_have() -> Result<()> {
-        let ours = BTreeSet::from(["CHOWN", "SYS_ADMIN"]);
-        assert_eq!(sets(None, true, &ours)?.held, ours);
+        let bounding = mask(&[CAP_CHOWN, CAP_SYS_ADMIN]);
+        assert_eq!(sets(None, true, bounding)?.held, bounding);
         Ok(())
     }
 

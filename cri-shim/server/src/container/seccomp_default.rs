@@ -12,16 +12,21 @@
 //! swapoff, pivot_root, nfsservctl, uselib, ustat, sysfs, _sysctl, vm86 (nobody's business in
 //! a container, or long gone), lookup_dcookie (profiling the host).
 
-use serde_json::{Value, json};
+use oci_spec::runtime::{
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder, LinuxSeccompOperator,
+    LinuxSyscall,
+};
+use rrun_calls::error::{Error, Result};
+use rrun_kernel::capability::{Capability, Capability::*};
 
-use super::capabilities::Sets;
+use super::capabilities::{CapabilitySets, mask};
 
 /// Calls that are allowed together, for one reason.
 struct Group {
     names: &'static [&'static str],
-    /// Without any of these, `CAP_` left out, the kernel would refuse them all the same, or
-    /// they let a program do what is meant for these. None means: for everyone.
-    capabilities: &'static [&'static str],
+    /// The kernel refuses the calls without one of these, or they let a program do what is meant
+    /// for these. An empty list means: allowed for everyone.
+    capabilities: &'static [Capability],
 }
 
 const fn everyone(names: &'static [&'static str]) -> Group {
@@ -31,7 +36,7 @@ const fn everyone(names: &'static [&'static str]) -> Group {
     }
 }
 
-const fn with(capabilities: &'static [&'static str], names: &'static [&'static str]) -> Group {
+const fn with(capabilities: &'static [Capability], names: &'static [&'static str]) -> Group {
     Group {
         names,
         capabilities,
@@ -449,10 +454,10 @@ const GROUPS: &[Group] = &[
     // Made by the kernel's own trampolines where the host traces a program with probes;
     // without them, tracing a container would kill it.
     everyone(&["uprobe", "uretprobe"]),
-    with(&["DAC_READ_SEARCH"], &["open_by_handle_at"]),
+    with(&[CAP_DAC_READ_SEARCH], &["open_by_handle_at"]),
     // Mounts, namespaces, host and domain name, quotas.
     with(
-        &["SYS_ADMIN"],
+        &[CAP_SYS_ADMIN],
         &[
             "clone",
             "clone3",
@@ -480,27 +485,30 @@ const GROUPS: &[Group] = &[
         ],
     ),
     // The kernel takes CAP_SYS_ADMIN for all of these, as it did before they had their own.
-    with(&["SYS_ADMIN", "BPF"], &["bpf"]),
-    with(&["SYS_ADMIN", "PERFMON"], &["perf_event_open"]),
-    with(&["SYS_ADMIN", "SYSLOG"], &["syslog"]),
-    with(&["SYS_BOOT"], &["reboot"]),
-    with(&["SYS_CHROOT"], &["chroot"]),
+    with(&[CAP_SYS_ADMIN, CAP_BPF], &["bpf"]),
+    with(&[CAP_SYS_ADMIN, CAP_PERFMON], &["perf_event_open"]),
+    with(&[CAP_SYS_ADMIN, CAP_SYSLOG], &["syslog"]),
+    with(&[CAP_SYS_BOOT], &["reboot"]),
+    with(&[CAP_SYS_CHROOT], &["chroot"]),
     with(
-        &["SYS_MODULE"],
+        &[CAP_SYS_MODULE],
         &["delete_module", "finit_module", "init_module"],
     ),
-    with(&["SYS_PACCT"], &["acct"]),
+    with(&[CAP_SYS_PACCT], &["acct"]),
     // Processes whatever their rights.
-    with(&["SYS_PTRACE"], &["kcmp", "pidfd_getfd", "process_madvise"]),
-    with(&["SYS_RAWIO"], &["ioperm", "iopl"]),
     with(
-        &["SYS_TIME"],
+        &[CAP_SYS_PTRACE],
+        &["kcmp", "pidfd_getfd", "process_madvise"],
+    ),
+    with(&[CAP_SYS_RAWIO], &["ioperm", "iopl"]),
+    with(
+        &[CAP_SYS_TIME],
         &["clock_settime", "clock_settime64", "settimeofday", "stime"],
     ),
-    with(&["SYS_TTY_CONFIG"], &["vhangup"]),
+    with(&[CAP_SYS_TTY_CONFIG], &["vhangup"]),
     // Where memory is: on a node with several, a container's placement is its neighbours'.
     with(
-        &["SYS_NICE"],
+        &[CAP_SYS_NICE],
         &[
             "get_mempolicy",
             "mbind",
@@ -525,9 +533,9 @@ const OF_ARCHITECTURE: &[&str] = &[
 
 /// Whose programs the kernel runs.
 #[cfg(target_arch = "x86_64")]
-const ARCHITECTURES: &[&str] = &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"];
+const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32];
 #[cfg(target_arch = "aarch64")]
-const ARCHITECTURES: &[&str] = &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"];
+const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchAarch64, Arch::ScmpArchArm];
 
 /// `CLONE_NEW*` but for CLONE_NEWTIME, which is no flag of clone(2)'s: new namespaces, above
 /// all a new user namespace, open much of the kernel to a program without any rights.
@@ -539,70 +547,89 @@ const ENOSYS: u32 = 38;
 /// AF_ALG lets a program feed the kernel's cryptography, for which it has libraries; it was
 /// a way to root as late as 2026. AF_VSOCK reaches the hypervisor and other virtual machines
 /// past the network namespace. They are numbers 38 and 40.
-const SOCKET_FAMILIES: [(&str, u32); 3] = [
-    ("SCMP_CMP_LT", 38),
-    ("SCMP_CMP_EQ", 39),
-    ("SCMP_CMP_GT", 40),
+const SOCKET_FAMILIES: [(LinuxSeccompOperator, u32); 3] = [
+    (LinuxSeccompOperator::ScmpCmpLt, 38),
+    (LinuxSeccompOperator::ScmpCmpEq, 39),
+    (LinuxSeccompOperator::ScmpCmpGt, 40),
 ];
 
 /// Linux's personality; 32-bit's; each with the kernel calling itself 2.6; asking which it is.
 /// Others switch address space randomisation off, or read for execute on.
 const PERSONALITIES: [u32; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-fn allow(names: &[&str]) -> Value {
-    json!({ "names": names, "action": "SCMP_ACT_ALLOW" })
+fn rule(names: &[&str], action: LinuxSeccompAction) -> LinuxSyscall {
+    let mut rule = LinuxSyscall::default();
+    rule.set_names(names.iter().map(|name| (*name).to_owned()).collect())
+        .set_action(action);
+    rule
 }
 
-fn allow_if(name: &str, op: &str, value: u32) -> Value {
-    json!({
-        "names": [name],
-        "action": "SCMP_ACT_ALLOW",
-        "args": [{ "index": 0, "op": op, "value": value, "valueTwo": 0 }],
-    })
+fn allow(names: &[&str]) -> LinuxSyscall {
+    rule(names, LinuxSeccompAction::ScmpActAllow)
+}
+
+/// Allows a call if its first argument compares so.
+fn allow_if(name: &str, operator: LinuxSeccompOperator, value: u32) -> Result<LinuxSyscall> {
+    let argument = LinuxSeccompArgBuilder::default()
+        .index(0_usize)
+        .op(operator)
+        .value(value)
+        .value_two(0_u64)
+        .build()
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let mut rule = allow(&[name]);
+    rule.set_args(Some(vec![argument]));
+    Ok(rule)
 }
 
 /// `linux.seccomp` for a container with these capabilities.
-pub(super) fn profile(capabilities: &Sets) -> Value {
-    let has = |name: &&str| capabilities.held.contains(name);
-    let mut rules: Vec<Value> = GROUPS
+pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
+    let has_any = |of: &[Capability]| capabilities.held & mask(of) != 0;
+    let mut rules: Vec<LinuxSyscall> = GROUPS
         .iter()
-        .filter(|group| group.capabilities.is_empty() || group.capabilities.iter().any(has))
+        .filter(|group| group.capabilities.is_empty() || has_any(group.capabilities))
         .map(|group| allow(group.names))
         .collect();
     rules.push(allow(OF_ARCHITECTURE));
-    for (op, family) in SOCKET_FAMILIES {
-        rules.push(allow_if("socket", op, family));
+    for (operator, family) in SOCKET_FAMILIES {
+        rules.push(allow_if("socket", operator, family)?);
     }
     for personality in PERSONALITIES {
-        rules.push(allow_if("personality", "SCMP_CMP_EQ", personality));
+        let equal = LinuxSeccompOperator::ScmpCmpEq;
+        rules.push(allow_if("personality", equal, personality)?);
     }
-    if !has(&"SYS_ADMIN") {
-        rules.push(allow_if("clone", "SCMP_CMP_MASKED_EQ", CLONE_NAMESPACES));
+    if !has_any(&[CAP_SYS_ADMIN]) {
+        let masked = LinuxSeccompOperator::ScmpCmpMaskedEq;
+        rules.push(allow_if("clone", masked, CLONE_NAMESPACES)?);
         // Its flags are behind a pointer, where no filter sees them. C libraries take clone
-        // if they are told that the kernel has no clone3.
-        rules.push(json!({
-            "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS,
-        }));
+        // if the kernel answers that it has no clone3.
+        let mut clone3 = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno);
+        clone3.set_errno_ret(Some(ENOSYS));
+        rules.push(clone3);
     }
-    json!({
-        "defaultAction": "SCMP_ACT_ERRNO",
-        "defaultErrnoRet": EPERM,
-        "architectures": ARCHITECTURES,
-        "syscalls": rules,
-    })
+    let mut profile = LinuxSeccomp::default();
+    profile
+        .set_default_action(LinuxSeccompAction::ScmpActErrno)
+        .set_default_errno_ret(Some(EPERM))
+        .set_architectures(Some(ARCHITECTURES.to_vec()))
+        .set_syscalls(Some(rules));
+    Ok(profile)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use serde_json::{Value, json};
+
     use super::*;
 
-    fn with_capabilities(held: &[&'static str]) -> Value {
-        profile(&Sets {
-            held: held.iter().copied().collect(),
-            ambient: BTreeSet::new(),
-        })
+    fn with_capabilities(held: &[Capability]) -> Value {
+        let sets = CapabilitySets {
+            held: mask(held),
+            ambient: 0,
+        };
+        json!(profile(sets).expect("the profile can't be built"))
     }
 
     /// The calls that are allowed whatever their arguments.
@@ -638,7 +665,7 @@ mod tests {
     #[test]
     fn the_profile_beside_the_tests_is_this_one() -> Result<(), Box<dyn std::error::Error>> {
         // Of the default capabilities, only this one brings calls.
-        let default = with_capabilities(&["SYS_CHROOT"]);
+        let default = with_capabilities(&[CAP_SYS_CHROOT]);
         let beside: Value =
             serde_json::from_str(include_str!("../../../../tests/seccomp/default.json"))?;
         assert!(
@@ -670,20 +697,20 @@ mod tests {
             assert!(!none.contains(&name), "{name}");
         }
         for (capability, name) in [
-            ("SYS_ADMIN", "mount"),
-            ("SYS_ADMIN", "clone3"),
-            ("SYS_ADMIN", "bpf"),
-            ("BPF", "bpf"),
-            ("PERFMON", "perf_event_open"),
-            ("SYSLOG", "syslog"),
-            ("SYS_CHROOT", "chroot"),
-            ("SYS_TIME", "clock_settime"),
-            ("SYS_NICE", "mbind"),
+            (CAP_SYS_ADMIN, "mount"),
+            (CAP_SYS_ADMIN, "clone3"),
+            (CAP_SYS_ADMIN, "bpf"),
+            (CAP_BPF, "bpf"),
+            (CAP_PERFMON, "perf_event_open"),
+            (CAP_SYSLOG, "syslog"),
+            (CAP_SYS_CHROOT, "chroot"),
+            (CAP_SYS_TIME, "clock_settime"),
+            (CAP_SYS_NICE, "mbind"),
         ] {
             let profile = with_capabilities(&[capability]);
             assert!(allowed(&profile).contains(&name), "{capability} {name}");
         }
-        let admin = with_capabilities(&["SYS_ADMIN"]).to_string();
+        let admin = with_capabilities(&[CAP_SYS_ADMIN]).to_string();
         assert!(!admin.contains("MASKED_EQ") && !admin.contains("errnoRet"));
     }
 }

@@ -1,0 +1,551 @@
+//! A file of the Container Device Interface: its form (the CNCF's SPEC.md), read from YAML or JSON.
+//!
+//! The reference is the Go library, tags.cncf.io/container-device-interface 1.1, which reads both by
+//! `yaml.UnmarshalStrict` of go.yaml.in/yaml/v2 into typed fields. So a string field has the text as
+//! it is written (`yes`, `0755`), a number may be octal as in YAML 1.1, unknown and repeated keys are
+//! errors, and what follows the first document is not read.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use serde_saphyr::budget::BudgetBreach;
+use serde_saphyr::{MessageFormatter, UserMessageFormatter};
+
+/// The most bytes of a file that are read.
+pub(super) const FILE_BYTES: usize = 4 << 20;
+
+/// How deep collections may be nested in YAML.
+const DEPTH: usize = 32;
+
+/// How many values and how many bytes of text YAML may hold once its aliases are expanded, and how
+/// many values may come from aliases.
+const NODES: usize = 250_000;
+const TEXT_BYTES: usize = 2 * FILE_BYTES;
+const ALIASED_NODES: usize = 100_000;
+
+/// The hooks of the runtime specification.
+const HOOKS: [&str; 6] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
+
+/// A file, checked.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct SpecFile {
+    pub cdi_version: String,
+    pub kind: String,
+    #[serde(default, rename = "annotations")]
+    _annotations: IgnoredAny,
+    pub devices: Vec<FileDevice>,
+    #[serde(default)]
+    pub container_edits: ContainerEdits,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct FileDevice {
+    pub name: String,
+    #[serde(default, rename = "annotations")]
+    _annotations: IgnoredAny,
+    pub container_edits: ContainerEdits,
+}
+
+/// The changes to a container's configuration, in the specification's own terms.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct ContainerEdits {
+    pub env: Vec<String>,
+    pub device_nodes: Vec<DeviceNode>,
+    pub net_devices: Vec<NetDevice>,
+    pub hooks: Vec<Hook>,
+    pub mounts: Vec<Mount>,
+    pub intel_rdt: Option<IntelRdt>,
+    #[serde(rename = "additionalGIDs", alias = "additionalGids")]
+    pub additional_gids: Vec<u32>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct DeviceNode {
+    pub path: PathBuf,
+    pub host_path: Option<PathBuf>,
+    pub r#type: Option<String>,
+    pub major: Option<u32>,
+    pub minor: Option<u32>,
+    pub file_mode: Option<u32>,
+    pub permissions: Option<String>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct NetDevice {
+    pub host_interface_name: String,
+    pub name: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Hook {
+    pub hook_name: String,
+    pub path: PathBuf,
+    #[serde(default)]
+    pub args: Vec<String>,
+    #[serde(default)]
+    pub env: Vec<String>,
+    pub timeout: Option<i64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Mount {
+    pub host_path: PathBuf,
+    pub container_path: PathBuf,
+    #[serde(default)]
+    pub options: Vec<String>,
+    pub r#type: Option<String>,
+}
+
+/// `linux.intelRdt` of the runtime specification. Versions 0.7 and 1.0 have the two booleans that
+/// `enableMonitoring` replaced.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(crate) struct IntelRdt {
+    #[serde(rename = "closID", skip_serializing_if = "Option::is_none")]
+    pub clos_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub l3_cache_schema: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mem_bw_schema: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schemata: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enable_monitoring: Option<bool>,
+    #[serde(rename = "enableCMT", skip_serializing_if = "Option::is_none")]
+    pub enable_cmt: Option<bool>,
+    #[serde(rename = "enableMBM", skip_serializing_if = "Option::is_none")]
+    pub enable_mbm: Option<bool>,
+}
+
+impl SpecFile {
+    /// Reads and checks a file's text. The error has the line, if the mistake has one.
+    pub(super) fn parse(text: &str, is_json: bool) -> Result<Self, String> {
+        let file: SpecFile = if is_json {
+            serde_json::from_str(text).map_err(|error| error.to_string())?
+        } else {
+            from_yaml(text)?
+        };
+        file.check()?;
+        Ok(file)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let version = self.cdi_version.trim_start_matches('v');
+        if !version.starts_with("0.") && !version.starts_with("1.") {
+            return Err(format!("cdiVersion {version:?} is not known"));
+        }
+        if !is_kind(&self.kind) {
+            return Err(format!("kind {:?} is not VENDOR/CLASS", self.kind));
+        }
+        self.container_edits.check()?;
+        let mut names = BTreeSet::new();
+        for FileDevice {
+            name,
+            container_edits,
+            ..
+        } in &self.devices
+        {
+            if !is_name(name) {
+                return Err(format!("{name:?} is no name of a device"));
+            }
+            if !names.insert(name) {
+                return Err(format!("the device {name:?} is there twice"));
+            }
+            container_edits
+                .check()
+                .map_err(|why| format!("the device {name:?}: {why}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the first document.
+fn from_yaml(text: &str) -> Result<SpecFile, String> {
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_depth: DEPTH,
+            flow_nesting_limit: DEPTH,
+            max_nodes: NODES,
+            max_total_scalar_bytes: TEXT_BYTES,
+            // A vendor's file may well use one anchor for all its devices.
+            enforce_alias_anchor_ratio: false,
+        },
+        alias_limits: serde_saphyr::alias_limits! {
+            max_total_replayed_events: ALIASED_NODES,
+        },
+        legacy_octal_numbers: true,
+        with_snippet: false,
+    };
+    let mut first = None;
+    let whole = serde_saphyr::with_deserializer_from_str_with_options(text, options, |document| {
+        first = Some(SpecFile::deserialize(document)?);
+        Ok(())
+    });
+    match (first, whole) {
+        // An error after the first document is about the next, which nobody reads.
+        (Some(file), _) => Ok(file),
+        (None, Err(error)) => Err(error.render_with_formatter(&Sentences)),
+        (None, Ok(())) => Err("the file holds no document".to_owned()),
+    }
+}
+
+/// The parser's errors, without its names for this program's limits.
+struct Sentences;
+
+impl MessageFormatter for Sentences {
+    fn format_message<'a>(&self, error: &'a serde_saphyr::Error) -> Cow<'a, str> {
+        use serde_saphyr::Error;
+        match error {
+            Error::AliasError { error, .. } => self.format_message(error),
+            Error::Budget {
+                breach: BudgetBreach::Depth { .. },
+                ..
+            } => format!("nested deeper than {DEPTH} levels").into(),
+            Error::AliasReplayLimitExceeded { .. } => {
+                format!("the aliases expand to more than {ALIASED_NODES} values").into()
+            }
+            Error::Budget { .. } => "too much for one file".into(),
+            other => UserMessageFormatter.format_message(other),
+        }
+    }
+}
+
+impl ContainerEdits {
+    fn check(&self) -> Result<(), String> {
+        let absolute = |field: &str, path: &Path| {
+            if path.is_absolute() {
+                Ok(())
+            } else {
+                Err(format!(
+                    "{field} {} is not an absolute path",
+                    path.display()
+                ))
+            }
+        };
+        if let Some(pair) = self
+            .env
+            .iter()
+            .find(|pair| !pair.contains('=') || pair.starts_with('='))
+        {
+            return Err(format!("env {pair:?} is not NAME=value"));
+        }
+        for node in &self.device_nodes {
+            absolute("deviceNodes.path", &node.path)?;
+            let kind = node.r#type.as_deref();
+            if !matches!(kind, None | Some("b" | "c" | "u" | "p")) {
+                return Err(format!("deviceNodes.type {kind:?} is not b, c, u or p"));
+            }
+            let permissions = node.permissions.as_deref().unwrap_or_default();
+            if permissions.chars().any(|c| !"rwm".contains(c)) {
+                return Err(format!(
+                    "deviceNodes.permissions {permissions:?} are not of r, w and m"
+                ));
+            }
+        }
+        for mount in &self.mounts {
+            absolute("mounts.containerPath", &mount.container_path)?;
+        }
+        for hook in &self.hooks {
+            absolute("hooks.path", &hook.path)?;
+            if !HOOKS.contains(&hook.hook_name.as_str()) {
+                return Err(format!("hooks.hookName {:?} is no hook", hook.hook_name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether this is `vendor/class=name`.
+pub(super) fn is_qualified(name: &str) -> bool {
+    let parts = name.split_once('=');
+    parts.is_some_and(|(kind, name)| is_kind(kind) && is_name(name))
+}
+
+fn is_kind(kind: &str) -> bool {
+    let word = |word: &str, also: &[char]| {
+        word.starts_with(|c: char| c.is_ascii_alphabetic())
+            && word.ends_with(|c: char| c.is_ascii_alphanumeric())
+            && word
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || also.contains(&c))
+    };
+    let parts = kind.split_once('/');
+    parts.is_some_and(|(vendor, class)| {
+        word(vendor, &['-', '_', '.']) && word(class, &['-', '_', '.'])
+    })
+}
+
+fn is_name(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.ends_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.:".contains(c))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "cdiVersion: \"0.7.0\"\nkind: vendor.com/device\n";
+
+    fn yaml(body: &str) -> Result<SpecFile, String> {
+        SpecFile::parse(&format!("{HEAD}{body}"), false)
+    }
+
+    /// Two devices; `shared` is `containerEdits` of the file, `second` that of its second device.
+    fn second_device(shared: &str, second: &str) -> Result<ContainerEdits, String> {
+        let file = yaml(&format!(
+            "containerEdits: {shared}\ndevices:\n- name: one\n  containerEdits: {{}}\n\
+             - name: two\n  containerEdits: {second}\n"
+        ))?;
+        let device = file.devices.into_iter().nth(1);
+        device
+            .map(|device| device.container_edits)
+            .ok_or_else(|| "there is one device".to_owned())
+    }
+
+    #[test]
+    fn a_file_as_vendors_write_it() -> Result<(), String> {
+        let text = r##"---
+# made by a tool
+cdiVersion: "0.6.0"
+kind: vendor.com/device   # the class
+containerEdits:
+  env: [A=1, 'B=it''s', "C=\"#\""]
+devices:
+- name: first
+  containerEdits:
+    deviceNodes:
+      - path: /dev/a
+        hostPath: /dev/null
+        fileMode: 0666
+        major: 1
+      -
+        path: "/dev/b: c"
+    hooks:
+    - {hookName: createContainer, path: /bin/true, args: [true, "-x"], timeout: 3}
+    intelRdt: {closID: 7, schemata: [L3:0=f], enableMonitoring: yes}
+- name: "2"
+  annotations: {any: [thing]}
+  containerEdits:
+    mounts:
+        - hostPath: /a#b
+          containerPath: /b:/c
+          options:
+          - ro
+          - bind
+"##;
+        let file = SpecFile::parse(text, false)?;
+        assert_eq!(file.kind, "vendor.com/device");
+        assert_eq!(file.container_edits.env, ["A=1", "B=it's", "C=\"#\""]);
+        let [first, second] = file.devices.as_slice() else {
+            return Err(format!("{} devices", file.devices.len()));
+        };
+        let [a, b] = first.container_edits.device_nodes.as_slice() else {
+            return Err(format!("{first:?}"));
+        };
+        assert_eq!(
+            (a.file_mode, a.major, a.minor),
+            (Some(0o666), Some(1), None)
+        );
+        assert_eq!(b.path, Path::new("/dev/b: c"));
+        let hook = &first.container_edits.hooks[0];
+        assert_eq!(
+            (hook.args.join(" "), hook.timeout),
+            ("true -x".into(), Some(3))
+        );
+        let rdt = serde_json::to_value(&first.container_edits.intel_rdt);
+        assert_eq!(
+            rdt.map_err(|error| error.to_string())?,
+            serde_json::json!({ "closID": "7", "schemata": ["L3:0=f"], "enableMonitoring": true })
+        );
+        assert_eq!(second.name, "2");
+        let mount = &second.container_edits.mounts[0];
+        assert_eq!(mount.host_path, Path::new("/a#b"));
+        assert_eq!(mount.options, ["ro", "bind"]);
+        Ok(())
+    }
+
+    /// As the Go library has it; with sigs.k8s.io/yaml, which its versions before 1.0 used, the
+    /// first would be `true`, the second 493.
+    #[test]
+    fn a_string_is_the_text_as_written() -> Result<(), String> {
+        let edits = second_device(
+            "{}",
+            "{env: [A=yes, B=0755], hooks: [{hookName: poststop, path: /x, args: [yes, 0755, 1.50, 2001-01-01, !!str 1]}]}",
+        )?;
+        assert_eq!(
+            edits.hooks[0].args,
+            ["yes", "0755", "1.50", "2001-01-01", "1"]
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn numbers_are_those_of_yaml_1_1() -> Result<(), String> {
+        for (text, mode) in [
+            ("0660", 0o660),
+            ("0o660", 0o660),
+            ("432", 0o660),
+            ("0x1b0", 0o660),
+        ] {
+            let node = format!("{{deviceNodes: [{{path: /dev/a, fileMode: {text}}}]}}");
+            let edits = second_device("{}", &node)?;
+            assert_eq!(edits.device_nodes[0].file_mode, Some(mode), "{text}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_alias_stands_for_what_its_anchor_has() -> Result<(), String> {
+        let edits = second_device("&common {env: [A=1, &b B=2]}", "*common")?;
+        assert_eq!(edits.env, ["A=1", "B=2"]);
+        let edits = second_device("{env: [&b B=2]}", "{env: [A=1, *b]}")?;
+        assert_eq!(edits.env, ["A=1", "B=2"]);
+        for unknown in ["*none", "&loop {env: *loop}"] {
+            assert!(second_device("{}", unknown).is_err(), "{unknown}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_merge_key_brings_what_is_not_there() -> Result<(), String> {
+        let common = "&common {env: [A=1], additionalGids: [5]}";
+        for merge in [
+            "{<<: *common, env: [B=2]}",
+            "{env: [B=2], <<: [*common]}",
+            "\n    <<: *common\n    env:\n    - B=2",
+        ] {
+            let edits = second_device(common, merge)?;
+            assert_eq!(edits.env, ["B=2"], "{merge}");
+            assert_eq!(edits.additional_gids, [5], "{merge}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn block_scalars_keep_or_fold_their_lines() -> Result<(), String> {
+        let env = "\n    env:\n    - |-\n      A=1\n        2\n    - |\n      B=1\n    - >-\n      C=1\n      2\n    - \"D=1\n      2\"";
+        let edits = second_device("{}", env)?;
+        assert_eq!(edits.env, ["A=1\n  2", "B=1\n", "C=1 2", "D=1 2"]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_first_document_is_the_file() -> Result<(), String> {
+        for more in ["---\nkind: other\n", "---\nkind: [\n", "...\nfoo\n"] {
+            let file = yaml(&format!("devices: []\n{more}"))?;
+            assert_eq!(file.kind, "vendor.com/device", "{more}");
+        }
+        for empty in ["", "# a comment\n", "---\n---\nkind: x\n"] {
+            assert!(SpecFile::parse(empty, false).is_err(), "{empty:?}");
+        }
+        SpecFile::parse(&format!("%YAML 1.2\n---\n{HEAD}devices: []\n"), false)?;
+        SpecFile::parse(&format!("\u{feff}{HEAD}devices: []\n"), false)?;
+        Ok(())
+    }
+
+    /// Lines are counted from the head's, which are two.
+    #[test]
+    fn an_error_has_its_line() {
+        for (body, line, part) in [
+            ("devices: []\nkind: x\n", 4, "duplicate mapping key `kind`"),
+            ("devices: []\nKind: x\n", 4, "unknown field `Kind`"),
+            ("devices: [\n- a\n", 4, "inside a block"),
+            ("devices: 5\n", 3, "expected sequence start"),
+            ("devices: []\n\tx: 1\n", 4, "tab"),
+            (
+                "devices: []\ncontainerEdits: {env: [\"open]}\n",
+                4,
+                "unclosed quote",
+            ),
+            (
+                "devices:\n- name: a\n  containerEdits: {additionalGids: [-1]}\n",
+                5,
+                "invalid u32",
+            ),
+            (
+                "devices:\n- name: a\n  containerEdits: *none\n",
+                5,
+                "unknown",
+            ),
+        ] {
+            let error = yaml(body).expect_err(body);
+            assert!(error.contains(part), "{body:?}: {error}");
+            assert!(
+                error.contains(&format!("line {line},")),
+                "{body:?}: {error}"
+            );
+            assert!(!error.contains('\n'), "{body:?}: {error}");
+        }
+        let json = "{\"cdiVersion\": \"0.5.0\",\n\"kind\": \"a/b\", \"kind\": \"c/d\"}";
+        let error = SpecFile::parse(json, true).expect_err(json);
+        assert!(
+            error.contains("duplicate field `kind` at line 2"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_would_fill_memory_or_stack_is_an_error() {
+        let mut laughs = "devices: []\nannotations:\n  a0: &a0 [x,x,x,x,x,x,x,x,x]\n".to_owned();
+        for level in 1..12 {
+            let list = vec![format!("*a{}", level - 1); 9].join(",");
+            laughs.push_str(&format!("  a{level}: &a{level} [{list}]\n"));
+        }
+        let long = format!(
+            "annotations: &long {}\ndevices: []\ncontainerEdits:\n  env: [{}]\n",
+            "x".repeat(1 << 20),
+            "*long, ".repeat(1000)
+        );
+        let block: String = (0..100)
+            .map(|level| format!("{}a:\n", " ".repeat(level)))
+            .collect();
+        let many = format!("annotations: [{}]\n", "a,".repeat(300_000));
+        for (name, body, part) in [
+            ("laughs", laughs, "the aliases expand to more than"),
+            ("long", long, "too much for one file"),
+            ("many", many, "too much for one file"),
+            (
+                "flow",
+                format!("annotations: {}", "[".repeat(100_000)),
+                "recursion limit exceeded",
+            ),
+            (
+                "block",
+                format!("annotations:\n {}", block.replace('\n', "\n ")),
+                "nested deeper than 32",
+            ),
+            (
+                "dashes",
+                format!("annotations:\n {}\n", "- ".repeat(100_000)),
+                "nested deeper than 32",
+            ),
+        ] {
+            let error = yaml(&body).err().unwrap_or_default();
+            assert!(error.contains(part), "{name}: {error:?}");
+            assert!(error.contains("line "), "{name}: {error}");
+            assert!(error.len() < 200, "{name}: {error}");
+        }
+    }
+}
