@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::connection::{ClientId, Role};
 use super::container::{Output, State};
-use super::logs::Stream;
+use super::container_log::Stream;
 use super::serve::Monitor;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Attach, FailureKind, Reply, left_out};

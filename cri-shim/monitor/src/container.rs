@@ -15,12 +15,12 @@ use super::attach::Follower;
 use super::cgroup::{self, OomCount};
 use super::connection::ClientId;
 use super::console::Console;
-use super::ending::{Cleanup, Deletion, Ending};
-use super::journal::note;
-use super::logs::{Buffers, Log, Pumped, Stream};
+use super::container_log::{Buffers, Log, Pumped, Stream};
+use super::create_rollback::Undone;
+use super::own_log;
 use super::runtime::{Call, Stdio, memory_file, path_of};
 use super::serve::{MUCH, Monitor, Purpose, Source};
-use super::undoing::Undone;
+use super::termination::{Cleanup, Deletion, Ending};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Create, ExitRecord, Failure, FailureKind, Reply};
 
@@ -318,7 +318,7 @@ impl Container {
     /// Kills all that there is of the container. The first process's end will tell.
     pub(super) fn kill_all(&self) {
         if let Err(error) = cgroup::kill(&self.spec.cgroup) {
-            note(&format!(
+            own_log::write(&format!(
                 "kill the cgroup of {}: {}",
                 self.id(),
                 describe(&error)
@@ -463,7 +463,7 @@ impl Monitor {
                 && let Err(errno) = self.watch(fd, source, flags)
             {
                 let said = describe(&errno.into());
-                note(&format!("watch {source:?} of {}: {said}", container.id()));
+                own_log::write(&format!("watch {source:?} of {}: {said}", container.id()));
             }
         }
     }

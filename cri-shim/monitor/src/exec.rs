@@ -11,7 +11,7 @@ use super::console::Console;
 use super::container::{State, read_pid};
 use super::descendants;
 use super::exec_cgroup::{ExecCgroup, MAX_KEPT};
-use super::journal::note;
+use super::own_log;
 use super::runtime::{Call, Stdio, memory_file, path_of};
 use super::serve::{Monitor, Purpose, Source};
 use rrun_kernel::errno::describe;
@@ -192,7 +192,7 @@ impl Running {
         }
         if !descendants::kill(&self.cgroup, self.pid, self.init) {
             let pid = self.pid;
-            note(&format!("exec {pid} forks faster than it can be killed"));
+            own_log::write(&format!("exec {pid} forks faster than it can be killed"));
         }
     }
 }

@@ -2,28 +2,28 @@
 //!
 //! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
 //! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
-//! set. What it does for a container is in `container`, `undoing`, `ending`, `exec` and `attach`;
-//! what it needs from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
+//! set. What it does for a container is in `container`, `create_rollback`, `termination`, `exec` and `attach`;
+//! what it needs from the kernel and the runtime in `runtime`, `container_log`, `log_file`, `console`, `cgroup` and `exit`.
 
 mod attach;
 mod cgroup;
 mod connection;
 mod console;
 mod container;
+mod container_log;
+mod create_rollback;
 mod descendants;
-mod ending;
 mod exec;
 mod exec_cgroup;
 mod exit;
-mod journal;
 mod log_file;
-mod logs;
-mod pod_init;
+mod own_log;
+mod pause;
+mod readonly_exec;
 mod runtime;
-mod sealed;
 mod serve;
 mod startup;
-mod undoing;
+mod termination;
 
 use std::process::ExitCode;
 

@@ -19,7 +19,7 @@ use nix::sys::signal::{SigSet, Signal};
 use rustix::fs::{MemfdFlags, OFlags};
 use serde::Deserialize;
 
-use super::sealed;
+use super::readonly_exec;
 
 /// A wait for the runtime longer than this is noted.
 const SLOW: Duration = Duration::from_secs(10);
@@ -278,7 +278,7 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
         entry.extend_from_slice(value.as_encoded_bytes());
         environment.push(CString::new(entry)?);
     }
-    let pid = match sealed::path(program) {
+    let pid = match readonly_exec::path(program) {
         Some(path) => posix_spawn(path.as_c_str(), &actions, &attributes, line, &environment),
         None => posix_spawnp(program, &actions, &attributes, line, &environment),
     };

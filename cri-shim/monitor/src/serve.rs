@@ -16,13 +16,13 @@ use rustix::process::WaitOptions;
 
 use super::connection::{ClientId, Connection, Input, Role};
 use super::container::{Container, State};
+use super::container_log::{Buffers, Stream};
 use super::exec::Running;
 use super::exec_cgroup::Left;
 use super::exit;
-use super::journal::note;
-use super::logs::{Buffers, Stream};
+use super::own_log;
+use super::readonly_exec;
 use super::runtime::{Call, Lateness};
-use super::sealed;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{ContainerState, Event, Failure, FailureKind, Hello, Phase, Reply, Request};
 
@@ -314,7 +314,7 @@ impl Monitor {
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
                 Err(Errno::AGAIN) => return,
                 Err(errno) => {
-                    note(&format!("accept a client: {}", describe(&errno.into())));
+                    own_log::write(&format!("accept a client: {}", describe(&errno.into())));
                     break;
                 }
             };
@@ -421,7 +421,7 @@ impl Monitor {
                 if std::mem::replace(&mut self.greeted, true)
                     && let Some(runtime) = self.runtime.take()
                 {
-                    sealed::prepare(&runtime);
+                    readonly_exec::prepare(&runtime);
                 }
             }
             Request::Create(create) => self.create(client, create, fds),
@@ -499,7 +499,7 @@ impl Monitor {
             let serial = container.serial;
             self.init_ended(serial, code);
         } else if self.pid1 == Some(pid) {
-            note("the first process of the pod's PID namespace ended, and all in it");
+            own_log::write("the first process of the pod's PID namespace ended, and all in it");
             self.pid1 = None;
         } else if !self.calls.is_empty() {
             if self.unclaimed.len() >= MAX_UNCLAIMED {
@@ -566,12 +566,12 @@ impl Monitor {
             match late {
                 Lateness::None => {}
                 Lateness::Slow(seconds) => {
-                    note(&format!(
+                    own_log::write(&format!(
                         "{what}: waiting for the runtime, process {pid}, for {seconds} s"
                     ));
                 }
                 Lateness::Expired(seconds) => {
-                    note(&format!(
+                    own_log::write(&format!(
                         "{what}: killed the runtime, process {pid}, after {seconds} s"
                     ));
                 }

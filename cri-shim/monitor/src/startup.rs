@@ -11,8 +11,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
-use super::journal::note;
-use super::pod_init;
+use super::own_log;
+use super::pause;
 use super::serve::Monitor;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{LISTEN_FD, Pod};
@@ -86,11 +86,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Start
 /// The whole life of a monitor; returns when it was told to end.
 pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
     let mut arguments = arguments.peekable();
-    if arguments
-        .peek()
-        .is_some_and(|name| name == pod_init::ARGUMENT)
-    {
-        pod_init::run();
+    if arguments.peek().is_some_and(|name| name == pause::ARGUMENT) {
+        pause::run();
         return Ok(());
     }
     match arguments.peek().map(String::as_str) {
@@ -105,7 +102,7 @@ pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartEr
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
     let served = serve(arguments.timeout);
     if let Err(error) = &served {
-        note(&error.to_string());
+        own_log::write(&error.to_string());
     }
     served
 }
@@ -132,7 +129,7 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     // The logs' threads need none of their own.
     rrun_kernel::heap::one_heap();
     let held = match pod.shared_pid || pod.users.is_some() {
-        true => Some(pod_init::start(&pod).map_err(StartError::io("start the pod's process"))?),
+        true => Some(pause::start(&pod).map_err(StartError::io("start the pod's process"))?),
         false => None,
     };
     let pid1 = held.filter(|_| pod.shared_pid);

@@ -12,9 +12,9 @@ use rustix::event::epoll::EventFlags;
 use super::cgroup;
 use super::connection::ClientId;
 use super::container::{Container, State};
+use super::container_log::{Pumped, Stream};
 use super::exit;
-use super::journal::note;
-use super::logs::{Pumped, Stream};
+use super::own_log;
 use super::runtime::{Call, Stdio};
 use super::serve::{Monitor, Purpose, Source};
 use rrun_kernel::errno::describe;
@@ -231,7 +231,7 @@ impl Monitor {
             let cgroup = &container.spec.cgroup;
             let give_up = *ending.give_up.get_or_insert_with(|| {
                 if let Err(error) = cgroup::kill(cgroup) {
-                    note(&format!(
+                    own_log::write(&format!(
                         "kill all in {}: {}",
                         cgroup.display(),
                         describe(&error)
@@ -245,7 +245,7 @@ impl Monitor {
                 return;
             }
             let seconds = DYING.as_secs();
-            note(&format!(
+            own_log::write(&format!(
                 "processes in {} are alive {seconds} s after they were killed",
                 cgroup.display()
             ));
@@ -261,7 +261,7 @@ impl Monitor {
                 ending.next_look = Some(log_until);
                 return;
             }
-            note(&format!(
+            own_log::write(&format!(
                 "container {}: its end is told, though its log is not written: the file system of {} hangs",
                 container.spec.id,
                 container
@@ -282,7 +282,7 @@ impl Monitor {
         if let Err(error) = exit::record(&container.spec.bundle, &exit) {
             let bundle = container.spec.bundle.display();
             let said = describe(&error);
-            note(&format!("write the exit record in {bundle}: {said}"));
+            own_log::write(&format!("write the exit record in {bundle}: {said}"));
         }
         let id = container.id().to_owned();
         container.state = State::Exited {
@@ -329,7 +329,7 @@ impl Monitor {
             return;
         };
         if let Some(reason) = failure {
-            note(&format!("delete container {}: {reason}", container.id()));
+            own_log::write(&format!("delete container {}: {reason}", container.id()));
         }
         let _ = cgroup::kill(&container.spec.cgroup);
         let removed = cgroup::remove(&container.spec.cgroup);
@@ -406,7 +406,7 @@ impl Monitor {
         };
         let (id, pid) = (container.id(), container.pid);
         let message = format!("delete container {id}: its first process {pid} does not die");
-        note(&message);
+        own_log::write(&message);
         for client in deletion.clients {
             self.fail(client, FailureKind::Monitor, message.as_str());
         }

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::logs::Timestamp;
+use super::container_log::Timestamp;
 
 /// Where it is, in the monitor's working directory.
 const FILE: &str = "monitor.log";
@@ -13,7 +13,7 @@ const FILE: &str = "monitor.log";
 const MAX_LENGTH: u64 = 64 << 10;
 
 /// Writes a line. There is nobody to tell if that fails.
-pub(crate) fn note(line: &str) {
+pub(crate) fn write(line: &str) {
     let opened = OpenOptions::new()
         .append(true)
         .create(true)

@@ -23,7 +23,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use super::sealed;
+use super::readonly_exec;
 use super::startup::close_from;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Pod, Users};
@@ -115,7 +115,7 @@ fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
 
 /// Our own executable, so that nobody can write to it or, where an overlay can be had, try to.
 fn read_only_binary() -> std::io::Result<OwnedFd> {
-    if let Ok(binary) = sealed::overlaid(Path::new("/proc/self/exe")) {
+    if let Ok(binary) = readonly_exec::overlaid(Path::new("/proc/self/exe")) {
         return Ok(binary);
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
