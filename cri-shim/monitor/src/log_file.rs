@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 
-use super::container_log::Timestamp;
+use super::timestamp::Timestamp;
 use rrun_kernel::regular_file::{self, Unfit};
 
 /// Bytes that may wait for the file; beyond that the container's pipes are not read.

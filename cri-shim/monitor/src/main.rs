@@ -13,6 +13,7 @@ mod container;
 mod container_log;
 mod create_rollback;
 mod descendants;
+mod descriptors;
 mod exec;
 mod exec_cgroup;
 mod exit;
@@ -24,6 +25,7 @@ mod runtime;
 mod serve;
 mod startup;
 mod termination;
+mod timestamp;
 
 use std::process::ExitCode;
 

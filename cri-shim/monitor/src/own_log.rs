@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::container_log::Timestamp;
+use super::timestamp::Timestamp;
 
 /// Where it is, in the monitor's working directory.
 const FILE: &str = "monitor.log";

@@ -23,8 +23,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use super::descriptors::close_from;
 use super::readonly_exec;
-use super::startup::close_from;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Pod, Users};
 

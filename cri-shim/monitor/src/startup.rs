@@ -11,6 +11,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
+use super::descriptors::close_from;
 use super::own_log;
 use super::pause;
 use super::serve::Monitor;
@@ -180,12 +181,6 @@ fn take_descriptors() -> Result<OwnedFd, StartError> {
         .map_err(StartError::io("set up descriptor 3"))?;
     // SAFETY: nobody else owns the listener: it was inherited.
     Ok(unsafe { OwnedFd::from_raw_fd(LISTEN_FD) })
-}
-
-/// Closes every descriptor from this one on. Only for a process that owns none of them.
-pub(crate) fn close_from(first: u32) {
-    // SAFETY: close_range(2) takes no pointers; the caller owns none of the descriptors.
-    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0u32) };
 }
 
 /// All signals are blocked, so that nobody's Ctrl-C and no shutdown's SIGTERM keeps us from
