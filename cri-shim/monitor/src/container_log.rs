@@ -14,10 +14,10 @@ use super::log_file::LogFile;
 use super::timestamp::Timestamp;
 
 /// A line longer than this is cut into parts: containerd's and CRI-O's bound.
-const MAX_LINE: usize = 16 << 10;
+const MAX_LINE_BYTES: usize = 16 << 10;
 
 /// One read takes at most this: a pipe's capacity.
-const INPUT: usize = 64 << 10;
+const READ_BYTES: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stream {
@@ -25,37 +25,37 @@ pub(crate) enum Stream {
     Stderr,
 }
 
-/// What all containers of the pod share while one of them is read: large, but only touched pages
-/// are memory.
-pub(crate) struct Buffers {
+/// Where output is read to. All containers of the pod share it: it is large, but only touched
+/// pages are memory.
+pub(crate) struct ReadBuffer {
     input: Vec<u8>,
-    /// Where in `input` what was read last is.
-    fresh: std::ops::Range<usize>,
+    /// Where in `input` the bytes of the last read are.
+    last_read: std::ops::Range<usize>,
 }
 
-impl Buffers {
+impl ReadBuffer {
     pub(crate) fn new() -> Self {
-        Buffers {
-            input: vec![0; INPUT],
-            fresh: 0..0,
+        ReadBuffer {
+            input: vec![0; READ_BYTES],
+            last_read: 0..0,
         }
     }
 
-    /// What the last [`Log::pump`] read.
-    pub(crate) fn fresh(&self) -> &[u8] {
-        self.input.get(self.fresh.clone()).unwrap_or_default()
+    /// What the last [`ContainerLog::pump`] read.
+    pub(crate) fn last_read(&self) -> &[u8] {
+        self.input.get(self.last_read.clone()).unwrap_or_default()
     }
 }
 
-impl Default for Buffers {
+impl Default for ReadBuffer {
     fn default() -> Self {
         Self::new()
     }
 }
 
-/// What a look at a stream found.
+/// What a read of a stream found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pumped {
+pub(crate) enum ReadOutcome {
     /// Something; there may be more.
     Data,
     /// Nothing now.
@@ -65,29 +65,33 @@ pub(crate) enum Pumped {
 }
 
 /// One container's log.
-pub(crate) struct Log {
+pub(crate) struct ContainerLog {
     /// `None` throws everything away.
-    pub file: Option<LogFile>,
-    /// The beginnings of lines whose end has not come yet, at most [`MAX_LINE`] long.
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
+    file: Option<LogFile>,
+    /// The beginnings of lines whose end has not come yet, at most [`MAX_LINE_BYTES`] long.
+    partial_stdout: Vec<u8>,
+    partial_stderr: Vec<u8>,
 }
 
-impl Log {
+impl ContainerLog {
     /// Has the log opened, or, with no path, throws everything away. `wake` as in
     /// [`LogFile::open`].
     pub(crate) fn open(path: Option<PathBuf>, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let file = path.map(|path| LogFile::open(path, wake)).transpose()?;
-        Ok(Log {
+        Ok(ContainerLog {
             file,
-            stdout: Vec::new(),
-            stderr: Vec::new(),
+            partial_stdout: Vec::new(),
+            partial_stderr: Vec::new(),
         })
     }
 
-    /// Whether a look at a stream could find something. If not, the loop is woken when it could.
+    /// Whether the log takes more. If not, the loop is woken when it does.
     pub(crate) fn has_room(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::has_room)
+    }
+
+    pub(crate) fn file(&self) -> Option<&LogFile> {
+        self.file.as_ref()
     }
 
     /// Whether all is in the file. If not, the loop is woken when it is.
@@ -108,71 +112,77 @@ impl Log {
     }
 
     /// Reads from one of the container's streams once, and passes the lines that are whole on.
-    pub(crate) fn pump(&mut self, fd: impl AsFd, stream: Stream, buffers: &mut Buffers) -> Pumped {
-        let held = self.held(stream);
-        let length = held.len();
-        // What is held is shorter than the buffer by far.
-        if let Some(front) = buffers.input.get_mut(..length) {
-            front.copy_from_slice(held);
+    pub(crate) fn pump(
+        &mut self,
+        fd: impl AsFd,
+        stream: Stream,
+        buffer: &mut ReadBuffer,
+    ) -> ReadOutcome {
+        let partial = self.partial(stream);
+        let length = partial.len();
+        // The partial line is shorter than the buffer by far.
+        if let Some(front) = buffer.input.get_mut(..length) {
+            front.copy_from_slice(partial);
         }
-        let room = buffers.input.get_mut(length..).unwrap_or_default();
+        let room = buffer.input.get_mut(length..).unwrap_or_default();
         let count = match rustix::io::read(fd, room) {
-            Ok(0) => return Pumped::End,
+            Ok(0) => return ReadOutcome::End,
             Ok(count) => count,
-            Err(Errno::AGAIN | Errno::INTR) => return Pumped::Empty,
+            Err(Errno::AGAIN | Errno::INTR) => return ReadOutcome::Empty,
             // A pty's way to say that nobody has its other side open.
-            Err(_) => return Pumped::End,
+            Err(_) => return ReadOutcome::End,
         };
-        buffers.fresh = length..length + count;
-        let (file, held) = match stream {
-            Stream::Stdout => (&self.file, &mut self.stdout),
-            Stream::Stderr => (&self.file, &mut self.stderr),
+        buffer.last_read = length..length + count;
+        let (file, partial) = match stream {
+            Stream::Stdout => (&self.file, &mut self.partial_stdout),
+            Stream::Stderr => (&self.file, &mut self.partial_stderr),
         };
         if let Some(file) = file {
-            let input = buffers.input.get(..length + count).unwrap_or_default();
-            file.append(|waiting| push_lines(waiting, held, stream, input));
+            let input = buffer.input.get(..length + count).unwrap_or_default();
+            file.append(|waiting| push_lines(waiting, partial, stream, input));
         }
-        Pumped::Data
+        ReadOutcome::Data
     }
 
     /// Writes what is left of a line that will never end.
     pub(crate) fn finish(&mut self, stream: Stream) {
-        let held = std::mem::take(self.held(stream));
-        if let (false, Some(file)) = (held.is_empty(), &self.file) {
+        let partial = std::mem::take(self.partial(stream));
+        if let (false, Some(file)) = (partial.is_empty(), &self.file) {
             file.append(|waiting| {
                 let mut batch = Batch::new(stream, waiting);
-                batch.push(b'P', &held);
+                batch.push(b'P', &partial);
                 batch.lines
             });
         }
     }
 
-    fn held(&mut self, stream: Stream) -> &mut Vec<u8> {
+    fn partial(&mut self, stream: Stream) -> &mut Vec<u8> {
         match stream {
-            Stream::Stdout => &mut self.stdout,
-            Stream::Stderr => &mut self.stderr,
+            Stream::Stdout => &mut self.partial_stdout,
+            Stream::Stderr => &mut self.partial_stderr,
         }
     }
 }
 
-/// Formats what was read, behind what was held from before; the rest without an end is held.
-fn push_lines(waiting: &mut Vec<u8>, held: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
+/// Formats what was read, after the partial line from before. A rest without an end becomes the
+/// partial line.
+fn push_lines(waiting: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
     let mut rest = input;
     let mut batch = Batch::new(stream, waiting);
     loop {
         let end = memchr::memchr(b'\n', rest);
         let mut line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);
-        while let Some((part, more)) = line.split_at_checked(MAX_LINE)
+        while let Some((part, more)) = line.split_at_checked(MAX_LINE_BYTES)
             && !more.is_empty()
         {
             batch.push(b'P', part);
             line = more;
         }
         let Some(end) = end else {
-            held.clear();
-            held.extend_from_slice(line);
-            if line.is_empty() && held.capacity() > 256 {
-                *held = Vec::new();
+            partial.clear();
+            partial.extend_from_slice(line);
+            if line.is_empty() && partial.capacity() > 256 {
+                *partial = Vec::new();
             }
             return batch.lines;
         };
@@ -222,17 +232,23 @@ mod tests {
             std::process::id(),
             std::thread::current().id()
         ));
-        let mut buffers = Buffers::new();
+        let mut buffer = ReadBuffer::new();
         let flags = rustix::event::EventfdFlags::CLOEXEC;
         let wake = Arc::new(rustix::event::eventfd(0, flags).unwrap());
-        let mut log = Log::open(Some(dir.clone()), &wake).unwrap();
+        let mut log = ContainerLog::open(Some(dir.clone()), &wake).unwrap();
         let (read, write) = rustix::pipe::pipe().unwrap();
         for chunk in chunks {
             rustix::io::write(&write, chunk).unwrap();
-            assert_eq!(log.pump(&read, Stream::Stdout, &mut buffers), Pumped::Data);
+            assert_eq!(
+                log.pump(&read, Stream::Stdout, &mut buffer),
+                ReadOutcome::Data
+            );
         }
         drop(write);
-        assert_eq!(log.pump(&read, Stream::Stdout, &mut buffers), Pumped::End);
+        assert_eq!(
+            log.pump(&read, Stream::Stdout, &mut buffer),
+            ReadOutcome::End
+        );
         log.finish(Stream::Stdout);
         while !log.is_written() {
             rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
@@ -252,10 +268,10 @@ mod tests {
 
     #[test]
     fn a_long_line_is_cut_into_parts_of_16_kib() {
-        let mut line = vec![b'x'; MAX_LINE * 2 + 5];
+        let mut line = vec![b'x'; MAX_LINE_BYTES * 2 + 5];
         line.push(b'\n');
         let lines = written(&[&line[..100], &line[100..20_000], &line[20_000..]]);
-        let part = "x".repeat(MAX_LINE);
+        let part = "x".repeat(MAX_LINE_BYTES);
         assert_eq!(
             lines,
             [
@@ -268,17 +284,17 @@ mod tests {
 
     #[test]
     fn a_line_of_just_16_kib_is_whole() {
-        let mut line = vec![b'x'; MAX_LINE];
+        let mut line = vec![b'x'; MAX_LINE_BYTES];
         line.push(b'\n');
         assert_eq!(
             written(&[&line]),
-            [format!("stdout F {}", "x".repeat(MAX_LINE))]
+            [format!("stdout F {}", "x".repeat(MAX_LINE_BYTES))]
         );
     }
 
     #[test]
     fn many_short_lines_fill_more_than_one_write() {
-        let input = b"\n".repeat(INPUT);
-        assert_eq!(written(&[&input]).len(), INPUT);
+        let input = b"\n".repeat(READ_BYTES);
+        assert_eq!(written(&[&input]).len(), READ_BYTES);
     }
 }

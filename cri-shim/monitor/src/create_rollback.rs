@@ -1,76 +1,81 @@
-//! What becomes of a container whose create failed: nothing is left of it, its empty log included.
+//! The rollback of a create that failed: nothing is left of the container, its empty log included.
 
 use std::time::{Duration, Instant};
 
+use super::calls::Purpose;
 use super::cgroup;
 use super::connection::ClientId;
-use super::serve::{Monitor, Purpose};
+use super::container::{Container, Rollback};
+use super::effect::Effect;
 use rrun_protocol::{Failure, Reply};
 
-/// How long a failed create waits for its log's file to be removed, whose file system may hang.
-const LOG_GONE_WITHIN: Duration = Duration::from_secs(5);
+/// How long a failed create waits for the removal of its log's file, whose file system may hang.
+const LOG_REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A create that failed and left nothing but, perhaps, an empty log.
-pub(super) struct Undone {
-    client: ClientId,
-    failure: Failure,
-    /// When its client is answered though the log is still there.
-    give_up: Instant,
-}
-
-impl Undone {
-    pub(super) fn give_up(&self) -> Instant {
-        self.give_up
-    }
-}
-
-impl Monitor {
-    /// After a failed create: the runtime's own cleaning up can't be relied upon, least of all
-    /// if it was killed.
-    pub(super) fn undo_create(&mut self, serial: u64, client: ClientId, failure: Failure) {
-        let timeout = self.timeout;
-        let Some(container) = self.container(serial) else {
-            return;
-        };
-        container.kill_all();
-        container.output.log.discard();
-        match container.delete_call(timeout) {
-            Ok(call) => {
-                let purpose = Purpose::Undo {
-                    serial,
-                    client,
-                    failure,
-                };
-                self.calls.insert(call.pid, (call, purpose));
-            }
-            Err(_) => self.undo_ended(serial, client, failure),
-        }
-    }
-
-    pub(super) fn undo_ended(&mut self, serial: u64, client: ClientId, failure: Failure) {
-        let Some(container) = self.container(serial) else {
-            return;
-        };
-        let _ = cgroup::kill(&container.spec.cgroup);
-        let _ = cgroup::remove(&container.spec.cgroup);
-        container.undone = Some(Undone {
+impl Container {
+    /// The runtime's own cleanup after a failed create can't be relied upon, least of all if it
+    /// was killed.
+    pub(crate) fn begin_rollback(&mut self, client: ClientId, failure: Failure) -> Vec<Effect> {
+        self.kill_all();
+        self.output.log().discard();
+        let serial = self.serial;
+        let purpose = Purpose::Rollback {
+            serial,
             client,
             failure,
-            give_up: Instant::now() + LOG_GONE_WITHIN,
-        });
-        self.continue_undoing(serial);
+        };
+        vec![Effect::run(self.delete_command(), purpose)]
     }
 
-    /// Answers to a create that was undone, once its log is gone, too.
-    pub(super) fn continue_undoing(&mut self, serial: u64) {
-        let Some(container) = self.container(serial) else {
-            return;
-        };
-        let log = &container.output.log;
-        let is_over = |undone: &mut Undone| log.is_discarded() || Instant::now() >= undone.give_up;
-        if let Some(undone) = container.undone.take_if(is_over) {
-            self.reply(undone.client, &Reply::Error(undone.failure));
-            self.forget(serial);
+    /// The runtime's `delete` has ended, or could not be run.
+    pub(crate) fn rollback_ended(&mut self, client: ClientId, failure: Failure) -> Vec<Effect> {
+        let _ = cgroup::kill(&self.spec.cgroup);
+        let _ = cgroup::remove(&self.spec.cgroup);
+        self.rollback = Some(Rollback {
+            client,
+            failure,
+            deadline: Instant::now() + LOG_REMOVAL_TIMEOUT,
+        });
+        self.continue_rollback()
+    }
+
+    /// Answers the failed create once its log is gone, too.
+    pub(crate) fn continue_rollback(&mut self) -> Vec<Effect> {
+        let log = self.output.log();
+        let is_over =
+            |rollback: &mut Rollback| log.is_discarded() || Instant::now() >= rollback.deadline;
+        match self.rollback.take_if(is_over) {
+            Some(rollback) => vec![
+                Effect::Reply(rollback.client, Reply::Error(rollback.failure)),
+                Effect::Forget(self.serial),
+            ],
+            None => Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rrun_protocol::FailureKind;
+
+    #[test]
+    fn a_failed_create_is_answered_after_the_runtime_has_cleaned_up() {
+        let mut container = Container::for_test("rollback");
+        let failure = Failure {
+            kind: FailureKind::Runtime,
+            message: "no such luck".into(),
+        };
+        let effects = container.begin_rollback(3, failure.clone());
+        assert!(matches!(
+            &effects[..],
+            [Effect::Run(_, Purpose::Rollback { client: 3, .. })]
+        ));
+        let effects = container.rollback_ended(3, failure);
+        let [Effect::Reply(3, Reply::Error(failure)), Effect::Forget(1)] = &effects[..] else {
+            panic!("{effects:?}");
+        };
+        assert_eq!(failure.message, "no such luck");
+        std::fs::remove_dir_all(&container.spec.bundle).unwrap();
     }
 }

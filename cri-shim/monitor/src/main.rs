@@ -6,22 +6,35 @@
 //! what it needs from the kernel and the runtime in `runtime`, `container_log`, `log_file`, `console`, `cgroup` and `exit`.
 
 mod attach;
+mod calls;
 mod cgroup;
+mod clients;
+mod coalescing;
 mod connection;
 mod console;
 mod container;
 mod container_log;
+mod control;
+mod create;
 mod create_rollback;
 mod descendants;
 mod descriptors;
+mod early_exits;
+mod effect;
 mod exec;
 mod exec_cgroup;
 mod exit;
+mod failure_reason;
+mod follower;
 mod log_file;
+mod oom;
+mod output;
 mod own_log;
 mod pause;
+mod poller;
 mod readonly_exec;
 mod runtime;
+mod serials;
 mod serve;
 mod startup;
 mod termination;

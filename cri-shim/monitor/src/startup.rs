@@ -14,19 +14,19 @@ use rustix::thread::UnshareFlags;
 use super::descriptors::close_from;
 use super::own_log;
 use super::pause;
-use super::serve::Monitor;
+use super::serve::{Monitor, PodContext};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{LISTEN_FD, Pod};
 
 /// What the CRI server wrote for us, in our directory.
-const CONFIGURATION: &str = "monitor.json";
-const SOCKET: &str = "monitor.sock";
+const CONFIGURATION_NAME: &str = "monitor.json";
+const SOCKET_NAME: &str = "monitor.sock";
 
 /// The configuration is a few hundred bytes.
-const MAX_CONFIGURATION: u64 = 64 << 10;
+const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
 
 /// How long one run of a runtime may take.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const RUNTIME_TIMEOUT: Duration = Duration::from_secs(120);
 
 const USAGE: &str = "usage: rrun-monitor --dir DIRECTORY [--runtime-timeout SECONDS]";
 
@@ -46,7 +46,7 @@ pub(crate) enum StartError {
     Usage,
     #[error("{what}: {}", describe(.error))]
     Io { what: String, error: std::io::Error },
-    #[error("read {CONFIGURATION}: {0}")]
+    #[error("read {CONFIGURATION_NAME}: {0}")]
     Configuration(serde_json::Error),
 }
 
@@ -62,25 +62,25 @@ impl StartError {
 
 struct Arguments {
     dir: PathBuf,
-    timeout: Duration,
+    runtime_timeout: Duration,
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, StartError> {
-    let (mut dir, mut timeout) = (None, TIMEOUT);
+    let (mut dir, mut runtime_timeout) = (None, RUNTIME_TIMEOUT);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or(StartError::Usage)?;
         match name.as_str() {
             "--dir" => dir = Some(PathBuf::from(value)),
             "--runtime-timeout" => {
                 let seconds = value.parse().map_err(|_| StartError::Usage)?;
-                timeout = Duration::from_secs(seconds);
+                runtime_timeout = Duration::from_secs(seconds);
             }
             _ => return Err(StartError::Usage),
         }
     }
     Ok(Arguments {
         dir: dir.ok_or(StartError::Usage)?,
-        timeout,
+        runtime_timeout,
     })
 }
 
@@ -92,16 +92,16 @@ pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartEr
         return Ok(());
     }
     match arguments.peek().map(String::as_str) {
-        Some("-h" | "--help") => return say(&format!("{HELP}\n{USAGE}\n")),
+        Some("-h" | "--help") => return print(&format!("{HELP}\n{USAGE}\n")),
         Some("-V" | "--version") => {
-            return say(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
+            return print(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
         }
         _ => {}
     }
     let arguments = parse(arguments)?;
     let what = format!("enter {}", arguments.dir.display());
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
-    let served = serve(arguments.timeout);
+    let served = serve(arguments.runtime_timeout);
     if let Err(error) = &served {
         own_log::write(&error.to_string());
     }
@@ -109,14 +109,14 @@ pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartEr
 }
 
 /// To standard output; a reader that went away is no error.
-fn say(text: &str) -> Result<(), StartError> {
+fn print(text: &str) -> Result<(), StartError> {
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(())
 }
 
-fn serve(timeout: Duration) -> Result<(), StartError> {
+fn serve(runtime_timeout: Duration) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::io("find the own directory"))?;
-    let mut pod = read_configuration(Path::new(CONFIGURATION))?;
+    let mut pod = read_configuration(Path::new(CONFIGURATION_NAME))?;
     let listener = take_descriptors()?;
     // It leads a session already if somebody started it so.
     let _ = rustix::process::setsid();
@@ -129,18 +129,23 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     }
     // The logs' threads need none of their own.
     rrun_kernel::heap::one_heap();
-    let held = match pod.shared_pid || pod.users.is_some() {
-        true => Some(pause::start(&pod).map_err(StartError::io("start the pod's process"))?),
-        false => None,
+    let held = if pod.shared_pid || pod.users.is_some() {
+        Some(pause::start(&pod).map_err(StartError::io("start the pod's process"))?)
+    } else {
+        None
     };
-    let pid1 = held.filter(|_| pod.shared_pid);
-    let holder = held.filter(|_| pod.users.is_some());
-    let runtime = pod.runtime.take();
+    let context = PodContext {
+        dir,
+        runtime_timeout,
+        pid1: held.filter(|_| pod.shared_pid),
+        holder: held.filter(|_| pod.users.is_some()),
+        runtime: pod.runtime.take(),
+    };
     drop(pod);
-    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), runtime, signals, listener)
-        .map_err(StartError::io("make the epoll set"))?;
+    let mut monitor =
+        Monitor::new(context, signals, listener).map_err(StartError::io("make the epoll set"))?;
     monitor.run().map_err(StartError::io("wait for events"))?;
-    let _ = std::fs::remove_file(SOCKET);
+    let _ = std::fs::remove_file(SOCKET_NAME);
     Ok(())
 }
 
@@ -148,7 +153,7 @@ fn read_configuration(path: &Path) -> Result<Pod, StartError> {
     let what = || format!("read {}", path.display());
     let file = File::open(path).map_err(StartError::io(what()))?;
     let mut json = Vec::new();
-    file.take(MAX_CONFIGURATION)
+    file.take(MAX_CONFIGURATION_BYTES)
         .read_to_end(&mut json)
         .map_err(StartError::io(what()))?;
     serde_json::from_slice(&json).map_err(StartError::Configuration)
@@ -219,7 +224,7 @@ mod tests {
     fn parsed(arguments: &[&str]) -> Option<(PathBuf, u64)> {
         let arguments = arguments.iter().map(ToString::to_string);
         let parsed = parse(arguments).ok()?;
-        Some((parsed.dir, parsed.timeout.as_secs()))
+        Some((parsed.dir, parsed.runtime_timeout.as_secs()))
     }
 
     #[test]

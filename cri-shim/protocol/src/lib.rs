@@ -259,8 +259,8 @@ pub struct ExitRecord {
     pub finished_at: i64,
 }
 
-/// What a client reads where this many bytes of a stream are missing.
-pub fn left_out(bytes: u64, newline: &str) -> String {
+/// What a client reads in a stream in place of this many bytes of it.
+pub fn omission_notice(bytes: u64, newline: &str) -> String {
     format!(
         "{newline}[rrun: {bytes} bytes of output are left out here: this client reads too slowly]{newline}"
     )
