@@ -170,7 +170,7 @@ impl Container {
     /// Signals the first process. Its pid is certain: only we could have reaped it.
     pub(crate) fn signal_init(&self, signal: i32) -> bool {
         let pid = rustix::process::Pid::from_raw(self.pid);
-        match (pid, cgroup::checked(signal)) {
+        match (pid, cgroup::known_signal(signal)) {
             (Some(pid), Some(signal)) => rustix::process::kill_process(pid, signal).is_ok(),
             _ => false,
         }

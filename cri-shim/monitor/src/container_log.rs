@@ -139,7 +139,7 @@ impl ContainerLog {
         };
         if let Some(file) = file {
             let input = buffer.input.get(..length + count).unwrap_or_default();
-            file.append(|waiting| push_lines(waiting, partial, stream, input));
+            file.append(|pending| push_lines(pending, partial, stream, input));
         }
         ReadOutcome::Data
     }
@@ -148,8 +148,8 @@ impl ContainerLog {
     pub(crate) fn finish(&mut self, stream: Stream) {
         let partial = std::mem::take(self.partial(stream));
         if let (false, Some(file)) = (partial.is_empty(), &self.file) {
-            file.append(|waiting| {
-                let mut batch = Batch::new(stream, waiting);
+            file.append(|pending| {
+                let mut batch = Batch::new(stream, pending);
                 batch.push(b'P', &partial);
                 batch.lines
             });
@@ -166,9 +166,9 @@ impl ContainerLog {
 
 /// Formats what was read, after the partial line from before. A rest without an end becomes the
 /// partial line.
-fn push_lines(waiting: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
+fn push_lines(pending: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
     let mut rest = input;
-    let mut batch = Batch::new(stream, waiting);
+    let mut batch = Batch::new(stream, pending);
     loop {
         let end = memchr::memchr(b'\n', rest);
         let mut line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);

@@ -44,7 +44,7 @@ impl Container {
 
     pub(crate) fn kill(&self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
         let id = self.id();
-        if cgroup::checked(signal).is_none() {
+        if cgroup::known_signal(signal).is_none() {
             let message = format!("kill container {id}: there is no signal {signal}");
             return vec![Effect::fail(client, FailureKind::Monitor, message)];
         }

@@ -10,7 +10,7 @@ use super::connection::ClientId;
 use super::container_log::Stream;
 
 /// The most events that one wait returns.
-pub(crate) const MAX_EVENTS: usize = 32;
+const MAX_EVENTS: usize = 32;
 
 /// Where a wait puts its events.
 pub(crate) type EventSpace = [MaybeUninit<epoll::Event>; MAX_EVENTS];

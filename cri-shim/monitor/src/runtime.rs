@@ -295,7 +295,7 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
         entry.extend_from_slice(value.as_encoded_bytes());
         environment.push(CString::new(entry)?);
     }
-    let pid = match readonly_exec::path(program) {
+    let pid = match readonly_exec::executable_path(program) {
         Some(path) => posix_spawn(path.as_c_str(), &actions, &attributes, line, &environment),
         None => posix_spawnp(program, &actions, &attributes, line, &environment),
     };
