@@ -26,7 +26,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use super::descriptors::close_from;
 use super::readonly_exec;
 use rrun_kernel::errno::describe;
-use rrun_protocol::{Pod, Users};
+use rrun_protocol::{IdMaps, Pod};
 
 /// What `ps` in a container shows.
 const PROCESS_NAME: &CStr = c"rrun-pod";
@@ -103,7 +103,7 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
 
 /// Each map in one write, which is all that the kernel takes. A failure ends us, and the child
 /// with us.
-fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
+fn map_ids(pid: i32, users: &IdMaps) -> std::io::Result<()> {
     for (name, map) in [("uid_map", &users.uid_map), ("gid_map", &users.gid_map)] {
         std::fs::write(format!("/proc/{pid}/{name}"), map).map_err(|error| {
             let (map, reason) = (map.trim_end(), describe(&error));

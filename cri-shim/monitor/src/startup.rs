@@ -16,11 +16,7 @@ use super::own_log;
 use super::pause;
 use super::serve::{Monitor, PodContext};
 use rrun_kernel::errno::describe;
-use rrun_protocol::{LISTEN_FD, Pod};
-
-/// What the CRI server wrote for us, in our directory.
-const CONFIGURATION_NAME: &str = "monitor.json";
-const SOCKET_NAME: &str = "monitor.sock";
+use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
 /// The configuration is a few hundred bytes.
 const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
