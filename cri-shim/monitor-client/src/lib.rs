@@ -1,6 +1,6 @@
 //! The CRI server's side of the protocol with the monitors.
 //!
-//! [`spawn`] starts a pod's monitor; a [`MonitorClient`] sends it requests, one connection each.
+//! [`spawn()`] starts a pod's monitor; a [`MonitorClient`] sends it requests, one connection each.
 
 mod socket;
 mod spawn;

@@ -17,7 +17,8 @@ const MAX_CGROUP_DEPTH: u32 = 16;
 /// How often we look for what was forked while we looked.
 const MAX_PASSES: usize = 16;
 
-/// The most processes that are stopped before the first is killed; what is found beyond dies at once.
+/// The most processes that are stopped before the first is killed; what is found beyond dies at
+/// once.
 const MAX_STOPPED: usize = 512;
 
 /// A process as /proc/PID/stat has it (proc_pid_stat(5)).

@@ -96,15 +96,17 @@ pub enum Request {
     /// the pty's master. Answered by [`Reply::Started`] or [`Reply::Error`], then by
     /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
     /// it started, which is in a cgroup of its own (where the runtime is not [`Create::native`]:
-    /// with all that descends from it or is in its session). `process` must have the same `terminal` as this.
+    /// with all that descends from it or is in its session). `process` must have the same `terminal`
+    /// as this.
     Exec(Exec),
     /// Follows the container's output from now on. Descriptors: the writing ends of a pipe for
     /// each of stdout and stderr that is wanted, in this order; a terminal's output is all
-    /// stdout. What does not fit into a pipe is left out, and a note in it says so. Answered by
+    /// stdout. What does not fit into a pipe is left out, and a notice in it says so. Answered by
     /// [`Reply::Attached`], which carries a descriptor to write to (the container's stdin, or the
     /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. When
     /// the container has ended comes [`Reply::Ended`], and the connection and the pipes are
-    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had stdin takes it along.
+    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had
+    /// stdin takes it along.
     Attach(Attach),
     /// Ends a container's stdin, which has `stdin_once`, for all. Done, too, if it has none.
     CloseStdin { id: String },
@@ -172,7 +174,7 @@ pub enum Reply {
     },
     Attached,
     /// The container that was followed writes no more. Bytes of each stream that were left out at
-    /// its end, of which no note is in the pipe, for that is full.
+    /// its end, of which no notice is in the pipe, for that is full.
     Ended {
         stdout: u64,
         stderr: u64,

@@ -72,8 +72,8 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u
 }
 
 /// Appends what has arrived to `received` and `fds`, and returns how many bytes that was: 0 at
-/// the end of the stream. More descriptors at once than a message can carry are the other side's error
-/// (`EMSGSIZE`). Never blocks.
+/// the end of the stream. More descriptors at once than a message can carry are the other side's
+/// error (`EMSGSIZE`). Never blocks.
 pub fn receive(
     socket: impl AsFd,
     received: &mut Vec<u8>,
