@@ -1,41 +1,46 @@
 //! The CRI server's side of the protocol with the monitors.
 //!
-//! [`spawn`] starts a pod's monitor; a [`MonitorClient`] asks it things, one connection each.
+//! [`spawn()`] starts a pod's monitor; a [`MonitorClient`] sends it requests, one connection each.
 
 mod code;
+mod socket;
+mod spawn;
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
-use rustix::fs::{Mode, OFlags};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
-use rrun_protocol::wire::{self, WireError};
-use rrun_protocol::{Attach, Create, Event, Exec, Failure, Hello, LISTEN_FD, Pod, Reply, Request};
+pub use spawn::{SpawnError, spawn};
 
-/// The file names in a pod's directory.
-pub const SOCKET_NAME: &str = "monitor.sock";
-pub const CONFIGURATION_NAME: &str = "monitor.json";
+use rrun_protocol::wire::{self, WireError};
+use rrun_protocol::{Attach, Create, Event, Exec, Failure, Hello, Reply, Request};
+use socket::connect;
 
 /// How long a request may take that waits for no runtime.
-const PROMPT: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long one may take that does: the monitor gives each runtime call two minutes, and cleans
-/// up with a second one after a failed first.
-const RUNTIME: Duration = Duration::from_secs(5 * 60);
+/// How long a request may take that waits for a runtime: the monitor gives each runtime call two
+/// minutes, and cleans up with a second one after a failed first.
+const RUNTIME_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// Connections that may wait for a monitor that is busy or still starting.
-const BACKLOG: i32 = 256;
+/// When the answer to a request must be there.
+#[derive(Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    /// From the beginning of the request, for the error.
+    timeout: Duration,
+}
 
-/// Longest path that fits into a unix socket's address with its final zero (unix(7)).
-const SUN_PATH: usize = 107;
+impl Deadline {
+    fn after(timeout: Duration) -> Self {
+        let at = Instant::now() + timeout;
+        Deadline { at, timeout }
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
@@ -59,147 +64,6 @@ pub enum MonitorError {
     },
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum SpawnError {
-    #[error("{what} {path}: {error}")]
-    File {
-        what: &'static str,
-        path: PathBuf,
-        error: std::io::Error,
-    },
-    #[error("a monitor is listening at {0} already")]
-    Alive(PathBuf),
-}
-
-/// Starts the pod's monitor: writes `dir`/monitor.json, binds `dir`/monitor.sock and runs
-/// `binary` with the listening socket at [`LISTEN_FD`]. Returns its pid without waiting for it:
-/// a request made at once is answered when the monitor has come up, or fails with
-/// [`MonitorError::Gone`] if it could not. A task of the runtime reaps it whenever it ends.
-///
-/// A socket that an earlier monitor left behind is replaced; one with a monitor behind it is not.
-pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnError> {
-    let configuration = dir.join(CONFIGURATION_NAME);
-    let socket = dir.join(SOCKET_NAME);
-    let failed = |what, path: &Path| {
-        let path = path.to_owned();
-        move |error: std::io::Error| SpawnError::File { what, path, error }
-    };
-    let json = serde_json::to_vec(pod)
-        .map_err(|error| failed("encode", &configuration)(std::io::Error::other(error)))?;
-    std::fs::write(&configuration, json).map_err(failed("write", &configuration))?;
-
-    let listener = match bind(&socket) {
-        Err(rustix::io::Errno::ADDRINUSE) => {
-            // One whose backlog is full is alive, too.
-            let connecting = tokio::time::timeout(PROMPT, connect(&socket)).await;
-            if !matches!(connecting, Ok(Err(_))) {
-                return Err(SpawnError::Alive(socket));
-            }
-            std::fs::remove_file(&socket).map_err(failed("remove the old", &socket))?;
-            bind(&socket)
-        }
-        bound => bound,
-    }
-    .map_err(|errno| failed("listen on", &socket)(errno.into()))?;
-
-    let pid = start(binary, dir, &listener)
-        .map_err(|errno| failed("start the monitor", binary)(errno.into()))?;
-    rrun_kernel::descriptor_limit::restore_for(pid);
-    reap(pid);
-    Ok(pid)
-}
-
-/// Path of a socket by way of its directory, for paths that are too long for an address.
-fn short_path(socket: &Path) -> rustix::io::Result<(PathBuf, Option<OwnedFd>)> {
-    match (socket.parent(), socket.file_name()) {
-        (Some(parent), Some(name)) if socket.as_os_str().len() > SUN_PATH => {
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let dir = rustix::fs::open(parent, flags, Mode::empty())?;
-            let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
-            Ok((short.join(name), Some(dir)))
-        }
-        _ => Ok((socket.to_owned(), None)),
-    }
-}
-
-fn bind(socket: &Path) -> rustix::io::Result<OwnedFd> {
-    let (path, _dir) = short_path(socket)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new(&path)?)?;
-    rustix::net::listen(&listener, BACKLOG)?;
-    Ok(listener)
-}
-
-/// Connects, waiting while the monitor's backlog is full. The socket does not block, and the
-/// executor does not know of it yet: what is sent at once is there when the monitor looks.
-async fn connect(socket: &Path) -> std::io::Result<OwnedFd> {
-    let (path, _dir) = short_path(socket)?;
-    let address = SocketAddrUnix::new(&path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    loop {
-        let stream =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        match rustix::net::connect(&stream, &address) {
-            Ok(()) => return Ok(stream),
-            Err(rustix::io::Errno::AGAIN) => tokio::time::sleep(Duration::from_millis(5)).await,
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
-
-/// Runs the monitor with nothing of ours but the socket: /dev/null as stdio, no environment but
-/// the search path, every signal as it is by default.
-fn start(binary: &Path, dir: &Path, listener: &OwnedFd) -> nix::Result<i32> {
-    let c_string = |bytes: &[u8]| std::ffi::CString::new(bytes).map_err(|_| nix::Error::EINVAL);
-    let mut actions = PosixSpawnFileActions::init()?;
-    let (null, write_null) = (nix::fcntl::OFlag::O_RDWR, nix::sys::stat::Mode::empty());
-    actions.add_dup2(listener.as_raw_fd(), LISTEN_FD)?;
-    for fd in 0..3 {
-        actions.add_open(fd, "/dev/null", null, write_null)?;
-    }
-    let mut attributes = PosixSpawnAttr::init()?;
-    attributes.set_sigmask(&nix::sys::signal::SigSet::empty())?;
-    attributes.set_sigdefault(&nix::sys::signal::SigSet::all())?;
-    attributes.set_flags(
-        PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF,
-    )?;
-    let path = std::env::var_os("PATH")
-        .unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
-    let mut search = b"PATH=".to_vec();
-    search.extend_from_slice(path.as_encoded_bytes());
-    let arguments = [
-        c_string(binary.as_os_str().as_encoded_bytes())?,
-        c_string(b"--dir")?,
-        c_string(dir.as_os_str().as_encoded_bytes())?,
-    ];
-    let environment = [c_string(&search)?];
-    let pid = posix_spawn(binary, &actions, &attributes, &arguments, &environment)?;
-    Ok(pid.as_raw())
-}
-
-/// Waits for a monitor in a task of its own, so that its end leaves no zombie.
-fn reap(pid: i32) {
-    let Some(pid) = Pid::from_raw(pid) else {
-        return;
-    };
-    // It can't have been reaped by anybody else, so the pid is still the monitor's.
-    let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) else {
-        return;
-    };
-    tokio::spawn(async move {
-        // SAFETY: `pidfd` is owned, never replaced, and always gives the same descriptor.
-        let registered = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
-        let Ok(pidfd) = registered else {
-            return;
-        };
-        if pidfd.readable().await.is_ok() {
-            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-            let _ = rustix::process::waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options);
-        }
-    });
-}
-
 /// Asks one pod's monitor. Cheap to make and to clone; holds no connection.
 #[derive(Clone, Debug)]
 pub struct MonitorClient {
@@ -214,10 +78,6 @@ impl MonitorClient {
         }
     }
 
-    pub fn socket(&self) -> &Path {
-        &self.socket
-    }
-
     /// [`Request::Create`]; the pid of the container's first process. `after` is closed here once
     /// passed.
     pub async fn create(
@@ -225,13 +85,16 @@ impl MonitorClient {
         create: Create,
         after: Option<OwnedFd>,
     ) -> Result<i32, MonitorError> {
-        let limit = (Instant::now() + RUNTIME, RUNTIME);
+        let deadline = Deadline::after(RUNTIME_REQUEST_TIMEOUT);
         let fds: Vec<_> = after.iter().map(AsFd::as_fd).collect();
         let request = Request::Create(create);
-        let mut connection = self.send("create", &request, &fds, limit).await?;
+        let mut connection = self.send("create", &request, &fds, deadline).await?;
         drop(fds);
         drop(after);
-        match self.receive("create", &mut connection, Some(limit)).await? {
+        match self
+            .receive("create", &mut connection, Some(deadline))
+            .await?
+        {
             Reply::Created { pid } => Ok(pid),
             other => Err(self.unexpected("create", &other)),
         }
@@ -240,7 +103,8 @@ impl MonitorClient {
     /// [`Request::Start`].
     pub async fn start(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::Start { id: id.to_owned() };
-        self.ask_done("start", &request, RUNTIME).await
+        self.request_done("start", &request, RUNTIME_REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Kill`].
@@ -250,7 +114,8 @@ impl MonitorClient {
             signal,
             all,
         };
-        self.ask_done("kill", &request, RUNTIME).await
+        self.request_done("kill", &request, RUNTIME_REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Update`]; `resources` is the runtime specification's LinuxResources as JSON.
@@ -259,24 +124,28 @@ impl MonitorClient {
             id: id.to_owned(),
             resources,
         };
-        self.ask_done("update", &request, RUNTIME).await
+        self.request_done("update", &request, RUNTIME_REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Delete`].
     pub async fn delete(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::Delete { id: id.to_owned() };
-        self.ask_done("delete", &request, RUNTIME).await
+        self.request_done("delete", &request, RUNTIME_REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::ReopenLog`].
     pub async fn reopen_log(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::ReopenLog { id: id.to_owned() };
-        self.ask_done("reopen_log", &request, PROMPT).await
+        self.request_done("reopen_log", &request, REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Shutdown`].
     pub async fn shutdown(&self) -> Result<(), MonitorError> {
-        self.ask_done("shutdown", &Request::Shutdown, RUNTIME).await
+        self.request_done("shutdown", &Request::Shutdown, RUNTIME_REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Exec`]. `stdio` is stdin, stdout and stderr, and none with `exec.terminal`. The
@@ -286,12 +155,12 @@ impl MonitorClient {
         exec: Exec,
         stdio: &[BorrowedFd<'_>],
     ) -> Result<ExecHandle, MonitorError> {
-        let deadline = Instant::now() + RUNTIME;
+        let deadline = Deadline::after(RUNTIME_REQUEST_TIMEOUT);
         let mut connection = self
-            .send("exec", &Request::Exec(exec), stdio, (deadline, RUNTIME))
+            .send("exec", &Request::Exec(exec), stdio, deadline)
             .await?;
         match self
-            .receive("exec", &mut connection, Some((deadline, RUNTIME)))
+            .receive("exec", &mut connection, Some(deadline))
             .await?
         {
             Reply::Started { pid } => Ok(ExecHandle {
@@ -310,14 +179,12 @@ impl MonitorClient {
         attach: Attach,
         pipes: Vec<OwnedFd>,
     ) -> Result<AttachHandle, MonitorError> {
-        let deadline = Instant::now() + PROMPT;
+        let deadline = Deadline::after(REQUEST_TIMEOUT);
         let fds: Vec<_> = pipes.iter().map(AsFd::as_fd).collect();
         let request = Request::Attach(attach);
-        let mut connection = self
-            .send("attach", &request, &fds, (deadline, PROMPT))
-            .await?;
+        let mut connection = self.send("attach", &request, &fds, deadline).await?;
         match self
-            .receive("attach", &mut connection, Some((deadline, PROMPT)))
+            .receive("attach", &mut connection, Some(deadline))
             .await?
         {
             Reply::Attached => Ok(AttachHandle {
@@ -331,17 +198,18 @@ impl MonitorClient {
     /// [`Request::CloseStdin`].
     pub async fn close_stdin(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::CloseStdin { id: id.to_owned() };
-        self.ask_done("close_stdin", &request, PROMPT).await
+        self.request_done("close_stdin", &request, REQUEST_TIMEOUT)
+            .await
     }
 
     /// [`Request::Subscribe`]: what there is now, and then whatever happens.
     pub async fn subscribe(&self) -> Result<(Hello, Events), MonitorError> {
-        let deadline = Instant::now() + PROMPT;
+        let deadline = Deadline::after(REQUEST_TIMEOUT);
         let mut connection = self
-            .send("subscribe", &Request::Subscribe, &[], (deadline, PROMPT))
+            .send("subscribe", &Request::Subscribe, &[], deadline)
             .await?;
         match self
-            .receive("subscribe", &mut connection, Some((deadline, PROMPT)))
+            .receive("subscribe", &mut connection, Some(deadline))
             .await?
         {
             Reply::Hello(hello) => Ok((
@@ -355,28 +223,27 @@ impl MonitorClient {
         }
     }
 
-    async fn ask_done(
+    async fn request_done(
         &self,
         name: &'static str,
         request: &Request,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<(), MonitorError> {
-        match self.ask(name, request, limit).await? {
+        match self.request(name, request, timeout).await? {
             Reply::Done => Ok(()),
             other => Err(self.unexpected(name, &other)),
         }
     }
 
-    async fn ask(
+    async fn request(
         &self,
         name: &'static str,
         request: &Request,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<Reply, MonitorError> {
-        let deadline = Instant::now() + limit;
-        let mut connection = self.send(name, request, &[], (deadline, limit)).await?;
-        self.receive(name, &mut connection, Some((deadline, limit)))
-            .await
+        let deadline = Deadline::after(timeout);
+        let mut connection = self.send(name, request, &[], deadline).await?;
+        self.receive(name, &mut connection, Some(deadline)).await
     }
 
     async fn send(
@@ -384,9 +251,9 @@ impl MonitorClient {
         name: &'static str,
         request: &Request,
         fds: &[BorrowedFd<'_>],
-        (deadline, limit): (Instant, Duration),
+        deadline: Deadline,
     ) -> Result<Connection, MonitorError> {
-        let bytes = wire::encode(request).map_err(|error| self.broken(name, &error))?;
+        let bytes = wire::encode(request).map_err(|error| self.unreadable(name, &error))?;
         let sending = async {
             let socket = connect(&self.socket).await?;
             let mut sent = match wire::send(&socket, &bytes, fds) {
@@ -402,9 +269,9 @@ impl MonitorClient {
             }
             Ok::<_, std::io::Error>(stream)
         };
-        let stream = timeout_at(deadline, sending)
+        let stream = timeout_at(deadline.at, sending)
             .await
-            .map_err(|_| self.late(name, limit))?
+            .map_err(|_| self.timed_out(name, deadline))?
             .map_err(|error| self.gone(&error))?;
         Ok(Connection {
             stream,
@@ -418,12 +285,12 @@ impl MonitorClient {
         &self,
         name: &'static str,
         connection: &mut Connection,
-        deadline: Option<(Instant, Duration)>,
+        deadline: Option<Deadline>,
     ) -> Result<Reply, MonitorError> {
         let reply = match deadline {
-            Some((at, limit)) => timeout_at(at, connection.next())
+            Some(deadline) => timeout_at(deadline.at, connection.next())
                 .await
-                .map_err(|_| self.late(name, limit))?,
+                .map_err(|_| self.timed_out(name, deadline))?,
             None => connection.next().await,
         };
         match reply {
@@ -431,7 +298,7 @@ impl MonitorClient {
             Ok(Some(reply)) => Ok(reply),
             Ok(None) => Err(self.gone(&"it closed the connection")),
             Err(ReceiveError::Io(error)) => Err(self.gone(&error)),
-            Err(ReceiveError::Wire(error)) => Err(self.broken(name, &error)),
+            Err(ReceiveError::Wire(error)) => Err(self.unreadable(name, &error)),
         }
     }
 
@@ -442,15 +309,15 @@ impl MonitorClient {
         }
     }
 
-    fn late(&self, request: &'static str, limit: Duration) -> MonitorError {
+    fn timed_out(&self, request: &'static str, deadline: Deadline) -> MonitorError {
         MonitorError::Deadline {
             socket: self.socket.clone(),
             request,
-            seconds: limit.as_secs(),
+            seconds: deadline.timeout.as_secs(),
         }
     }
 
-    fn broken(&self, request: &'static str, error: &WireError) -> MonitorError {
+    fn unreadable(&self, request: &'static str, error: &WireError) -> MonitorError {
         MonitorError::Protocol {
             socket: self.socket.clone(),
             request,

@@ -108,7 +108,7 @@ impl Fixture {
         rrun_monitor_client::spawn(&dir, &pod, &binary)
             .await
             .unwrap();
-        let client = MonitorClient::new(dir.join(rrun_monitor_client::SOCKET_NAME));
+        let client = MonitorClient::new(dir.join(rrun_protocol::SOCKET_NAME));
         Fixture { dir, client }
     }
 

@@ -47,7 +47,7 @@ fn remove_below(cgroup: &Path, depth: u32) -> std::io::Result<()> {
 }
 
 /// A signal's number, real-time signals included, if the kernel knows it.
-pub(crate) fn checked(signal: i32) -> Option<Signal> {
+pub(crate) fn known_signal(signal: i32) -> Option<Signal> {
     if !(1..=64).contains(&signal) {
         return None;
     }

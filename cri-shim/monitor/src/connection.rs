@@ -13,40 +13,41 @@ use rrun_protocol::wire;
 pub(crate) type ClientId = u64;
 
 /// How long a client may take to send its request, or to read its answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How many bytes may wait for a client that does not read: it is dropped with the next.
-const MAX_WAITING: usize = 256 << 10;
+/// The most bytes that wait for a client that does not read: at more it is dropped.
+const MAX_UNSENT_BYTES: usize = 256 << 10;
 
-/// What a connection is for.
+/// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Its request is not whole yet.
-    Asking,
-    /// Its request is being worked on.
-    Waiting,
-    /// Gets every event.
-    Subscriber,
-    /// Answered; closed as soon as the answer is sent.
+pub(crate) enum Stage {
+    /// The request is not whole yet.
+    Request,
+    /// The request is being worked on.
+    Working,
+    /// The client gets every event.
+    Subscribed,
+    /// The connection is closed as soon as the answer is sent.
     Answered,
 }
 
 /// What came in.
-pub(crate) enum Input {
+pub(crate) enum Incoming {
     /// Nothing whole yet.
     Partial,
-    Request(Request),
+    /// The request, with its descriptors.
+    Request(Request, Vec<OwnedFd>),
     /// The client closed, or sent what is no request.
     Closed,
 }
 
 pub(crate) struct Connection {
-    pub role: Role,
+    pub(crate) stage: Stage,
     socket: OwnedFd,
     received: Vec<u8>,
     fds: Vec<OwnedFd>,
-    waiting: Vec<u8>,
-    passing: Vec<OwnedFd>,
+    unsent: Vec<u8>,
+    unsent_fds: Vec<OwnedFd>,
     /// When the client is given up, if it owes us something.
     deadline: Option<Instant>,
 }
@@ -54,13 +55,13 @@ pub(crate) struct Connection {
 impl Connection {
     pub(crate) fn new(socket: OwnedFd) -> Self {
         Connection {
-            role: Role::Asking,
+            stage: Stage::Request,
             socket,
             received: Vec::new(),
             fds: Vec::new(),
-            waiting: Vec::new(),
-            passing: Vec::new(),
-            deadline: Some(Instant::now() + PATIENCE),
+            unsent: Vec::new(),
+            unsent_fds: Vec::new(),
+            deadline: Some(Instant::now() + CLIENT_TIMEOUT),
         }
     }
 
@@ -72,36 +73,31 @@ impl Connection {
         self.deadline
     }
 
-    /// The descriptors that came with the request.
-    pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
-        std::mem::take(&mut self.fds)
-    }
-
     pub(crate) fn has_output(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.unsent.is_empty()
     }
 
     /// Reads what has come. Called when the socket is readable.
-    pub(crate) fn read(&mut self) -> Input {
+    pub(crate) fn read(&mut self) -> Incoming {
         loop {
             match wire::receive(&self.socket, &mut self.received, &mut self.fds) {
-                Ok(0) => return Input::Closed,
+                Ok(0) => return Incoming::Closed,
                 // One request is all that a client has to say.
-                Ok(_) if self.role != Role::Asking => return Input::Closed,
+                Ok(_) if self.stage != Stage::Request => return Incoming::Closed,
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => return Input::Partial,
-                Err(_) => return Input::Closed,
+                Err(Errno::AGAIN) => return Incoming::Partial,
+                Err(_) => return Incoming::Closed,
             }
             match wire::decode(&mut self.received) {
                 Ok(None) => {}
                 Ok(Some(request)) if self.received.is_empty() => {
-                    self.role = Role::Waiting;
+                    self.stage = Stage::Working;
                     self.received = Vec::new();
                     self.deadline = None;
-                    return Input::Request(request);
+                    return Incoming::Request(request, std::mem::take(&mut self.fds));
                 }
-                Ok(Some(_)) | Err(_) => return Input::Closed,
+                Ok(Some(_)) | Err(_) => return Incoming::Closed,
             }
         }
     }
@@ -109,17 +105,17 @@ impl Connection {
     /// Sends a message, or as much of it as the client takes now. False if the connection is of
     /// no use any more.
     pub(crate) fn send<T: Serialize>(&mut self, message: &T, fds: Vec<OwnedFd>) -> bool {
-        if self.waiting.len() > MAX_WAITING {
+        if self.unsent.len() > MAX_UNSENT_BYTES {
             return false;
         }
         let Ok(bytes) = wire::encode(message) else {
             return false;
         };
-        if self.waiting.is_empty() {
-            self.waiting = bytes;
-            self.passing = fds;
+        if self.unsent.is_empty() {
+            self.unsent = bytes;
+            self.unsent_fds = fds;
         } else {
-            self.waiting.extend_from_slice(&bytes);
+            self.unsent.extend_from_slice(&bytes);
         }
         self.flush()
     }
@@ -127,12 +123,12 @@ impl Connection {
     /// Sends what waits. False if the connection is of no use any more.
     pub(crate) fn flush(&mut self) -> bool {
         let mut sent = 0;
-        while let Some(rest) = self.waiting.get(sent..).filter(|rest| !rest.is_empty()) {
-            let passing: Vec<_> = self.passing.iter().map(AsFd::as_fd).collect();
-            match wire::send(&self.socket, rest, &passing) {
+        while let Some(rest) = self.unsent.get(sent..).filter(|rest| !rest.is_empty()) {
+            let fds: Vec<_> = self.unsent_fds.iter().map(AsFd::as_fd).collect();
+            match wire::send(&self.socket, rest, &fds) {
                 Ok(count) => {
                     sent += count;
-                    self.passing.clear();
+                    self.unsent_fds.clear();
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
@@ -140,15 +136,15 @@ impl Connection {
             }
         }
         if sent > 0 {
-            self.waiting.drain(..sent);
+            self.unsent.drain(..sent);
             self.deadline = None;
         }
-        if self.waiting.is_empty() {
-            self.waiting = Vec::new();
-            return self.role != Role::Answered;
+        if self.unsent.is_empty() {
+            self.unsent = Vec::new();
+            return self.stage != Stage::Answered;
         }
         if self.deadline.is_none() {
-            self.deadline = Some(Instant::now() + PATIENCE);
+            self.deadline = Some(Instant::now() + CLIENT_TIMEOUT);
         }
         true
     }

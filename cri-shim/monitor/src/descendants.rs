@@ -12,13 +12,14 @@ use std::path::Path;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// How deep below the container's cgroup we look: cgroups that the container made.
-const MAX_DEPTH: u32 = 16;
+const MAX_CGROUP_DEPTH: u32 = 16;
 
 /// How often we look for what was forked while we looked.
 const MAX_PASSES: usize = 16;
 
-/// The most processes that are held at once; what is found beyond dies at once.
-const MAX_HELD: usize = 512;
+/// The most processes that are stopped before the first is killed; what is found beyond dies at
+/// once.
+const MAX_STOPPED: usize = 512;
 
 /// A process as /proc/PID/stat has it (proc_pid_stat(5)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +56,11 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     let session = |pid| Process::read(pid).map(|process| process.session);
     let own = session(leader).filter(|own| session(init) != Some(*own));
     let mut family: Vec<i32> = Vec::new();
-    let mut held: Vec<OwnedFd> = Vec::new();
+    let mut stopped: Vec<OwnedFd> = Vec::new();
     let mut complete = false;
     if let Some(pidfd) = stop(leader, None) {
         family.push(leader);
-        held.push(pidfd);
+        stopped.push(pidfd);
     }
     for _ in 0..MAX_PASSES {
         let before = family.len();
@@ -75,7 +76,7 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
             }
             family.push(process.pid);
             match stop(process.pid, Some(process)) {
-                Some(pidfd) if held.len() < MAX_HELD => held.push(pidfd),
+                Some(pidfd) if stopped.len() < MAX_STOPPED => stopped.push(pidfd),
                 Some(pidfd) => drop(pidfd_send_signal(&pidfd, Signal::KILL)),
                 None => {}
             }
@@ -85,7 +86,7 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
             break;
         }
     }
-    for pidfd in held {
+    for pidfd in stopped {
         let _ = pidfd_send_signal(&pidfd, Signal::KILL);
     }
     complete
@@ -112,7 +113,7 @@ fn list(cgroup: &Path, depth: u32, found: &mut Vec<Process>) {
             found.extend(Process::read(pid));
         }
     }
-    if depth < MAX_DEPTH {
+    if depth < MAX_CGROUP_DEPTH {
         for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 list(&entry.path(), depth + 1, found);

@@ -15,8 +15,8 @@ use rustix::fs::Mode;
 
 use super::cgroup;
 
-/// Of those that daemons live in, the most that are watched; the rest go with the container.
-pub(crate) const MAX_KEPT: usize = 64;
+/// The most leftover cgroups that are watched; the rest go with their containers.
+pub(crate) const MAX_LEFTOVERS: usize = 64;
 
 /// Removed when it is dropped, if it is empty then.
 #[derive(Debug)]
@@ -51,12 +51,12 @@ impl ExecCgroup {
     }
 
     /// What is left in it once its first process has ended, if anything.
-    pub(crate) fn left(self) -> Option<Left> {
+    pub(crate) fn into_leftover(self) -> Option<LeftoverCgroup> {
         if cgroup::remove(&self.path).is_ok() {
             return None;
         }
         let events = File::open(self.path.join("cgroup.events")).ok()?;
-        Some(Left { own: self, events })
+        Some(LeftoverCgroup { own: self, events })
     }
 }
 
@@ -69,12 +69,12 @@ impl Drop for ExecCgroup {
 
 /// A cgroup whose exec has ended and left something running.
 #[derive(Debug)]
-pub(crate) struct Left {
+pub(crate) struct LeftoverCgroup {
     own: ExecCgroup,
     events: File,
 }
 
-impl Left {
+impl LeftoverCgroup {
     /// Whether it is gone: it was empty and has been removed, or its container has. If not, the
     /// kernel tells when that changes.
     pub(crate) fn is_gone(&self) -> bool {
@@ -94,7 +94,7 @@ impl Left {
 }
 
 /// The kernel says `POLLPRI` when cgroup.events has changed since it was read.
-impl AsFd for Left {
+impl AsFd for LeftoverCgroup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }

@@ -11,7 +11,7 @@ use rrun_protocol::ExitRecord;
 
 /// The record's name in the bundle.
 const RECORD: &str = "exit.json";
-const UNFINISHED: &str = "exit.json.tmp";
+const TEMPORARY_RECORD: &str = "exit.json.tmp";
 
 /// An exit status as a shell would give it.
 pub(crate) fn code(status: WaitStatus) -> i32 {
@@ -33,18 +33,18 @@ pub(crate) fn now() -> i64 {
 
 /// Puts the record on the disk whole or not at all.
 pub(crate) fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
-    let unfinished = bundle.join(UNFINISHED);
-    let mut file = File::create(&unfinished)?;
+    let temporary = bundle.join(TEMPORARY_RECORD);
+    let mut file = File::create(&temporary)?;
     file.write_all(&serde_json::to_vec(exit)?)?;
     file.sync_all()?;
-    std::fs::rename(&unfinished, bundle.join(RECORD))?;
+    std::fs::rename(&temporary, bundle.join(RECORD))?;
     // The name, too, must outlive a crash of the machine.
     File::open(bundle)?.sync_all()
 }
 
 /// Removes the record; it need not be there.
 pub(crate) fn forget(bundle: &Path) {
-    for name in [RECORD, UNFINISHED] {
+    for name in [RECORD, TEMPORARY_RECORD] {
         let _ = std::fs::remove_file(bundle.join(name));
     }
 }

@@ -17,17 +17,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 
-use super::logs::Timestamp;
+use super::timestamp::Timestamp;
 use rrun_kernel::regular_file::{self, Unfit};
 
 /// Bytes that may wait for the file; beyond that the container's pipes are not read.
-const MAX_WAITING: usize = 256 << 10;
+const MAX_PENDING_BYTES: usize = 256 << 10;
 
-/// A buffer larger than this goes back to the heap when it is empty.
-const KEPT: usize = 32 << 10;
+/// A buffer with a larger capacity than this, in bytes, goes back to the heap when it is empty.
+const MAX_IDLE_CAPACITY: usize = 32 << 10;
 
-/// Of the thread; it calls little.
-const STACK: usize = 64 << 10;
+/// The thread's stack; it calls little.
+const STACK_BYTES: usize = 64 << 10;
 
 /// The loop's side of a log's file. When it is dropped the thread writes what waits, and ends.
 pub(crate) struct LogFile {
@@ -36,7 +36,7 @@ pub(crate) struct LogFile {
 
 struct Shared {
     path: PathBuf,
-    desk: Mutex<Desk>,
+    mailbox: Mutex<Mailbox>,
     work: Condvar,
     /// An eventfd(2) that the loop waits for.
     wake: Arc<OwnedFd>,
@@ -44,9 +44,9 @@ struct Shared {
 
 /// What the two sides leave for each other.
 #[derive(Default)]
-struct Desk {
+struct Mailbox {
     /// Whole lines for the file.
-    waiting: Vec<u8>,
+    pending: Vec<u8>,
     lines: u64,
     reopen: bool,
     discard: bool,
@@ -55,14 +55,14 @@ struct Desk {
     /// The thread has nothing to do and waits.
     idle: bool,
     /// The loop wants to be woken when the thread is done with something.
-    tell: bool,
+    wake_loop: bool,
     opened: Option<Result<(), Unfit>>,
     reopened: Option<Result<(), Unfit>>,
 }
 
 impl Shared {
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -72,15 +72,15 @@ impl LogFile {
     pub(crate) fn open(path: PathBuf, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             path,
-            desk: Mutex::default(),
+            mailbox: Mutex::default(),
             work: Condvar::new(),
             wake: Arc::clone(wake),
         });
-        let of_thread = Arc::clone(&shared);
+        let for_writer = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("log".into())
-            .stack_size(STACK)
-            .spawn(move || write_loop(&of_thread))?;
+            .stack_size(STACK_BYTES)
+            .spawn(move || write_loop(&for_writer))?;
         Ok(LogFile { shared })
     }
 
@@ -90,66 +90,66 @@ impl LogFile {
 
     /// Whether the file could be opened at first; `None` while that is under way.
     pub(crate) fn opened(&self) -> Option<Result<(), Unfit>> {
-        self.shared.desk().opened
+        self.shared.mailbox().opened
     }
 
     /// Whether more may come. If not, the loop is woken when it may.
     pub(crate) fn has_room(&self) -> bool {
-        let mut desk = self.shared.desk();
-        let room = desk.waiting.len() < MAX_WAITING;
-        desk.tell |= !room;
+        let mut mailbox = self.shared.mailbox();
+        let room = mailbox.pending.len() < MAX_PENDING_BYTES;
+        mailbox.wake_loop |= !room;
         room
     }
 
     /// Lets `fill` append whole lines to what waits; it gives their number.
     pub(crate) fn append(&self, fill: impl FnOnce(&mut Vec<u8>) -> u64) {
-        let mut desk = self.shared.desk();
-        desk.lines += fill(&mut desk.waiting);
-        self.nudge(desk);
+        let mut mailbox = self.shared.mailbox();
+        mailbox.lines += fill(&mut mailbox.pending);
+        self.wake_writer(mailbox);
     }
 
     /// Has the file opened again at its path once what waits is written.
     pub(crate) fn reopen(&self) {
-        let mut desk = self.shared.desk();
-        desk.reopen = true;
-        desk.reopened = None;
-        desk.tell = true;
-        self.nudge(desk);
+        let mut mailbox = self.shared.mailbox();
+        mailbox.reopen = true;
+        mailbox.reopened = None;
+        mailbox.wake_loop = true;
+        self.wake_writer(mailbox);
     }
 
     /// What came of [`LogFile::reopen`]; `None` while that is under way.
     pub(crate) fn reopened(&self) -> Option<Result<(), Unfit>> {
-        let mut desk = self.shared.desk();
-        desk.tell |= desk.reopened.is_none();
-        desk.reopened
+        let mut mailbox = self.shared.mailbox();
+        mailbox.wake_loop |= mailbox.reopened.is_none();
+        mailbox.reopened
     }
 
     /// Has the file removed if it was made for this log and nothing is in it: kubelet counts a
     /// container's attempts by its logs. Never mind if this is dropped before.
     pub(crate) fn discard(&self) {
-        let mut desk = self.shared.desk();
-        desk.discard = true;
-        self.nudge(desk);
+        let mut mailbox = self.shared.mailbox();
+        mailbox.discard = true;
+        self.wake_writer(mailbox);
     }
 
     /// Whether [`LogFile::discard`] has been done. If not, the loop is woken when it is.
     pub(crate) fn is_discarded(&self) -> bool {
-        let mut desk = self.shared.desk();
-        desk.tell |= !desk.discarded;
-        desk.discarded
+        let mut mailbox = self.shared.mailbox();
+        mailbox.wake_loop |= !mailbox.discarded;
+        mailbox.discarded
     }
 
     /// Whether all is in the file. If not, the loop is woken when it is.
     pub(crate) fn is_written(&self) -> bool {
-        let mut desk = self.shared.desk();
-        let written = desk.idle && desk.waiting.is_empty() && !desk.reopen;
-        desk.tell |= !written;
+        let mut mailbox = self.shared.mailbox();
+        let written = mailbox.idle && mailbox.pending.is_empty() && !mailbox.reopen;
+        mailbox.wake_loop |= !written;
         written
     }
 
-    fn nudge(&self, desk: MutexGuard<'_, Desk>) {
-        let idle = desk.idle;
-        drop(desk);
+    fn wake_writer(&self, mailbox: MutexGuard<'_, Mailbox>) {
+        let idle = mailbox.idle;
+        drop(mailbox);
         if idle {
             self.shared.work.notify_one();
         }
@@ -158,67 +158,67 @@ impl LogFile {
 
 impl Drop for LogFile {
     fn drop(&mut self) {
-        let mut desk = self.shared.desk();
-        desk.close = true;
-        desk.discard = false;
-        self.nudge(desk);
+        let mut mailbox = self.shared.mailbox();
+        mailbox.close = true;
+        mailbox.discard = false;
+        self.wake_writer(mailbox);
     }
 }
 
 fn write_loop(shared: &Shared) {
-    let mut sink = Sink::default();
-    let mut opened = sink.open(&shared.path);
+    let mut writer = LogWriter::default();
+    let mut opened = writer.open(&shared.path);
     // The server makes the log's directory, and perhaps is at it now.
     if opened == Err(Errno::NOENT.into())
         && let Some(dir) = shared.path.parent()
         && std::fs::create_dir_all(dir).is_ok()
     {
-        opened = sink.open(&shared.path);
+        opened = writer.open(&shared.path);
     }
     let mut batch = Vec::new();
-    let mut desk = shared.desk();
-    desk.opened = Some(opened);
+    let mut mailbox = shared.mailbox();
+    mailbox.opened = Some(opened);
     loop {
-        if !desk.waiting.is_empty() {
-            std::mem::swap(&mut batch, &mut desk.waiting);
-            let lines = std::mem::take(&mut desk.lines);
-            drop(desk);
-            sink.write(&batch, lines);
+        if !mailbox.pending.is_empty() {
+            std::mem::swap(&mut batch, &mut mailbox.pending);
+            let lines = std::mem::take(&mut mailbox.lines);
+            drop(mailbox);
+            writer.write(&batch, lines);
             batch.clear();
-            desk = shared.desk();
-        } else if desk.reopen {
-            desk.reopen = false;
-            drop(desk);
-            let reopened = sink.open(&shared.path);
-            desk = shared.desk();
-            desk.reopened = Some(reopened);
-        } else if desk.discard {
-            desk.discard = false;
-            drop(desk);
-            sink.discard(&shared.path);
-            desk = shared.desk();
-            desk.discarded = true;
-        } else if desk.close {
+            mailbox = shared.mailbox();
+        } else if mailbox.reopen {
+            mailbox.reopen = false;
+            drop(mailbox);
+            let reopened = writer.open(&shared.path);
+            mailbox = shared.mailbox();
+            mailbox.reopened = Some(reopened);
+        } else if mailbox.discard {
+            mailbox.discard = false;
+            drop(mailbox);
+            writer.discard(&shared.path);
+            mailbox = shared.mailbox();
+            mailbox.discarded = true;
+        } else if mailbox.close {
             return;
         } else {
-            for buffer in [&mut batch, &mut desk.waiting] {
-                if buffer.capacity() > KEPT {
+            for buffer in [&mut batch, &mut mailbox.pending] {
+                if buffer.capacity() > MAX_IDLE_CAPACITY {
                     *buffer = Vec::new();
                 }
             }
-            desk.idle = true;
-            if std::mem::take(&mut desk.tell) {
+            mailbox.idle = true;
+            if std::mem::take(&mut mailbox.wake_loop) {
                 // The counter of an eventfd does not fill up by ones.
                 let _ = rustix::io::write(&shared.wake, &1_u64.to_ne_bytes());
             }
-            desk = shared
+            mailbox = shared
                 .work
-                .wait(desk)
+                .wait(mailbox)
                 .unwrap_or_else(PoisonError::into_inner);
-            desk.idle = false;
+            mailbox.idle = false;
         }
-        if desk.waiting.len() < MAX_WAITING && desk.tell {
-            desk.tell = false;
+        if mailbox.pending.len() < MAX_PENDING_BYTES && mailbox.wake_loop {
+            mailbox.wake_loop = false;
             let _ = rustix::io::write(&shared.wake, &1_u64.to_ne_bytes());
         }
     }
@@ -226,10 +226,10 @@ fn write_loop(shared: &Shared) {
 
 /// The file, and what did not get into it.
 #[derive(Default)]
-struct Sink {
+struct LogWriter {
     file: Option<File>,
-    /// There was no file before.
-    made: bool,
+    /// There was no file at the path before.
+    created: bool,
     /// Lines that could not be written since the last that could, and why.
     lost: u64,
     reason: Option<Unfit>,
@@ -237,7 +237,7 @@ struct Sink {
     torn: bool,
 }
 
-impl Sink {
+impl LogWriter {
     /// Opens the file; if that fails, the old one stays in use. A pod may be able to write to the
     /// directory, so this does not follow a link at the path, and opens only a regular file.
     fn open(&mut self, path: &Path) -> Result<(), Unfit> {
@@ -264,22 +264,24 @@ impl Sink {
 
     fn try_open(&mut self, path: &Path) -> Result<File, Unfit> {
         // Ours: `create_new` opens only a file that this call makes.
-        let made = OpenOptions::new()
+        let created = OpenOptions::new()
             .append(true)
             .mode(0o640)
             .create_new(true)
             .open(path);
-        self.made = made.is_ok();
-        match made {
+        self.created = created.is_ok();
+        match created {
             Err(error) if error.kind() == AlreadyExists => {
                 regular_file::open_at(CWD, path, OFlags::WRONLY | OFlags::APPEND, false)
             }
-            made => made.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO).into()),
+            created => {
+                created.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO).into())
+            }
         }
     }
 
     fn discard(&mut self, path: &Path) {
-        let file = self.file.take().filter(|_| self.made);
+        let file = self.file.take().filter(|_| self.created);
         let length = file
             .and_then(|file| file.metadata().ok())
             .map(|it| it.len());
@@ -377,15 +379,15 @@ mod tests {
     #[test]
     fn lost_lines_are_counted_where_the_log_goes_on() {
         let full = OpenOptions::new().append(true).open("/dev/full").unwrap();
-        let mut sink = Sink {
+        let mut writer = LogWriter {
             file: Some(full),
-            ..Sink::default()
+            ..LogWriter::default()
         };
-        sink.write(b"a\nb\nc\n", 3);
-        assert_eq!(sink.lost, 3);
+        writer.write(b"a\nb\nc\n", 3);
+        assert_eq!(writer.lost, 3);
         let path = std::env::temp_dir().join(format!("rrun-lost-{}", std::process::id()));
-        sink.open(&path).unwrap();
-        sink.write(b"d\n", 1);
+        writer.open(&path).unwrap();
+        writer.write(b"d\n", 1);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let mut lines = text.lines();
@@ -411,12 +413,12 @@ mod tests {
         let path = dir.join("made-for-it/log");
         let file = LogFile::open(path.clone(), &wake).unwrap();
         assert_eq!(opened(&file), Ok(()));
-        file.append(|waiting| {
-            waiting.extend_from_slice(b"one\n");
+        file.append(|pending| {
+            pending.extend_from_slice(b"one\n");
             1
         });
         while !file.is_written() {
-            // Told as soon as it is.
+            // The eventfd is written to as soon as it is.
             rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
         }
         assert_eq!(std::fs::read(&path).unwrap(), b"one\n");
@@ -435,16 +437,16 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("rrun-log-kinds-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("log");
-        let mut sink = Sink::default();
+        let mut writer = LogWriter::default();
         std::fs::write(dir.join("other"), "").unwrap();
         std::os::unix::fs::symlink("other", &path).unwrap();
-        assert_eq!(sink.open(&path), Err(Unfit::Kind(FileType::Symlink)));
+        assert_eq!(writer.open(&path), Err(Unfit::Kind(FileType::Symlink)));
         assert_eq!(
-            sink.open(Path::new("/dev/full")),
+            writer.open(Path::new("/dev/full")),
             Err(Unfit::Kind(FileType::CharacterDevice))
         );
-        assert_eq!(sink.open(&dir.join("other")), Ok(()));
-        sink.write(b"a\n", 1);
+        assert_eq!(writer.open(&dir.join("other")), Ok(()));
+        writer.write(b"a\n", 1);
         assert_eq!(std::fs::read(dir.join("other")).unwrap(), b"a\n");
         std::fs::remove_dir_all(&dir).unwrap();
     }

@@ -1,29 +1,51 @@
 //! One `rrun-monitor` process per pod: the parent of its containers.
 //!
-//! `protocol` is the whole contract between it and the CRI server; `wire` puts it on a socket.
-//! The process itself begins in `startup` and then stays in `serve`, a loop around one epoll
-//! set. What it does for a container is in `container`, `undoing`, `ending`, `exec` and `attach`;
-//! what it needs from the kernel and the runtime in `runtime`, `logs`, `log_file`, `console`, `cgroup` and `exit`.
+//! The crate `rrun-protocol` is the whole contract between it and the CRI server. The process
+//! begins in `startup` and then stays in `serve`, a loop around epoll (`poller`) that knows
+//! everything else and that nothing else knows.
+//!
+//! * What the loop keeps: `clients` with their `connection`s, runtime `calls`, `execs`, containers.
+//! * A `container`'s life: `create`, `create_rollback`, `control` (start, kill, update, delete),
+//!   `attach`, `termination`. These change its state and return `effect`s, which `serve` carries
+//!   out. Its `output` goes to the `container_log` and to `follower`s; `oom` is what is reported of
+//!   out-of-memory kills.
+//! * What they need of the kernel and the runtime: `runtime`, `readonly_exec`, `log_file`,
+//!   `console`, `cgroup`, `exec_cgroup`, `descendants`, `exit`, `pause`.
 
 mod attach;
+mod calls;
 mod cgroup;
+mod clients;
+mod coalescing;
 mod connection;
 mod console;
 mod container;
+mod container_log;
+mod control;
+mod create;
+mod create_rollback;
 mod descendants;
-mod ending;
+mod descriptors;
+mod early_exits;
+mod effect;
 mod exec;
 mod exec_cgroup;
 mod exit;
-mod journal;
+mod failure_reason;
+mod follower;
 mod log_file;
-mod logs;
-mod pod_init;
+mod oom;
+mod output;
+mod own_log;
+mod pause;
+mod poller;
+mod readonly_exec;
 mod runtime;
-mod sealed;
+mod serials;
 mod serve;
 mod startup;
-mod undoing;
+mod termination;
+mod timestamp;
 
 use std::process::ExitCode;
 

@@ -5,11 +5,12 @@
 //! resources) are memory files, reached by `/proc/MONITOR/fd/N`: no name to clean up, and no
 //! descriptor of ours that could leak into a container.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::spawn::{
@@ -17,18 +18,16 @@ use nix::spawn::{
 };
 use nix::sys::signal::{SigSet, Signal};
 use rustix::fs::{MemfdFlags, OFlags};
-use serde::Deserialize;
 
-use super::sealed;
+use super::failure_reason::last_error;
+use super::readonly_exec;
+use rrun_kernel::errno::describe;
 
-/// A wait for the runtime longer than this is noted.
-const SLOW: Duration = Duration::from_secs(10);
+/// A call that takes longer than this is logged.
+const SLOW_CALL_TIME: Duration = Duration::from_secs(10);
 
-/// How much of a runtime's log or of its stderr is looked at for a reason, from its end.
-const MAX_REASON_INPUT: u64 = 16 << 10;
-
-/// How long a reason may be, in bytes.
-const MAX_REASON: usize = 2 << 10;
+/// How much of a runtime's log or of its stderr is searched for a reason, from its end.
+const MAX_LOG_BYTES: u64 = 16 << 10;
 
 /// A file in memory with this content, from its start.
 pub(crate) fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
@@ -45,81 +44,151 @@ pub(crate) fn path_of(fd: impl AsFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), fd.as_fd().as_raw_fd())
 }
 
-/// The stdio of a run.
-pub(crate) enum Stdio<'a> {
-    /// Nothing to read; what it writes is its log, too.
+/// A process id from the file that a runtime wrote.
+pub(crate) fn read_pid(path: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(path).ok()?;
+    text.trim().parse().ok().filter(|pid| *pid > 1)
+}
+
+/// The stdio of a call.
+#[derive(Debug)]
+pub(crate) enum Stdio {
+    /// Nothing to read; what the runtime writes is its log, too.
     Log,
     /// As `Log`, but this to read.
-    Input(BorrowedFd<'a>),
-    /// The container's: what the runtime says itself goes the same way.
-    Container([BorrowedFd<'a>; 3]),
+    Input(File),
+    /// The container's or the exec's: what the runtime itself writes goes the same way.
+    Container([OwnedFd; 3]),
+}
+
+/// A runtime's command line, not yet run.
+#[derive(Debug)]
+pub(crate) struct RuntimeCommand {
+    /// The binary and its global options.
+    runtime: Vec<String>,
+    verb: &'static str,
+    /// The container's.
+    id: String,
+    arguments: Vec<OsString>,
+    stdio: Stdio,
+    /// A file that the runtime reads by path, and that must last as long as the call.
+    input: Option<OwnedFd>,
+}
+
+impl RuntimeCommand {
+    /// `RUNTIME… VERB` for the container with this id, without arguments yet.
+    pub(crate) fn new(runtime: &[String], verb: &'static str, id: &str) -> Self {
+        RuntimeCommand {
+            runtime: runtime.to_vec(),
+            verb,
+            id: id.to_owned(),
+            arguments: Vec::new(),
+            stdio: Stdio::Log,
+            input: None,
+        }
+    }
+
+    pub(crate) fn argument(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// A flag with its value, if there is one.
+    pub(crate) fn option(self, flag: &str, value: Option<impl Into<OsString>>) -> Self {
+        match value {
+            Some(value) => self.argument(flag).argument(value),
+            None => self,
+        }
+    }
+
+    pub(crate) fn stdio(mut self, stdio: Stdio) -> Self {
+        self.stdio = stdio;
+        self
+    }
+
+    /// Keeps a file open that an argument names by its path.
+    pub(crate) fn input(mut self, file: Option<OwnedFd>) -> Self {
+        self.input = file;
+        self
+    }
+
+    /// The runtime's binary, for sentences.
+    fn program(&self) -> &str {
+        self.runtime.first().map_or("the runtime", String::as_str)
+    }
+
+    /// Why there is no such call.
+    pub(crate) fn not_run(&self, error: &std::io::Error) -> String {
+        let (program, verb, id) = (self.program(), self.verb, &self.id);
+        let reason = describe(error);
+        match verb {
+            "create" => format!("run {program} for the create of container {id}: {reason}"),
+            "exec" => format!("exec in container {id}: {reason}"),
+            _ => format!("run {program} to {verb} container {id}: {reason}"),
+        }
+    }
 }
 
 /// A runtime that is running.
 pub(crate) struct Call {
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// The subcommand and the container, for sentences.
     what: String,
     log: File,
     started: Instant,
     deadline: Instant,
-    noted: bool,
-    expired: bool,
-    /// A memory file that the runtime reads by path, and that must last as long.
+    slow_logged: bool,
+    timed_out: bool,
+    /// See [`RuntimeCommand::input`].
     _input: Option<OwnedFd>,
 }
 
-/// What a clock found out about a call.
-pub(crate) enum Lateness {
-    None,
-    /// It has been running for this many seconds, and nobody has been told.
+/// What [`Call::check`] found.
+pub(crate) enum CallCheck {
+    InTime,
+    /// The call has been running for this many seconds, which has not been logged yet.
     Slow(u64),
-    /// Its deadline has passed; it has been killed.
-    Expired(u64),
+    /// The deadline has passed, and the runtime has been killed, after this many seconds.
+    TimedOut(u64),
 }
 
 impl Call {
-    /// Starts `command… --log … VERB arguments…` for the container with this id; `input` is kept
-    /// until the call is dropped.
-    pub(crate) fn start(
-        command: &[String],
-        verb: &'static str,
-        id: &str,
-        arguments: &[&OsStr],
-        stdio: &Stdio<'_>,
-        input: Option<OwnedFd>,
-        timeout: Duration,
-    ) -> std::io::Result<Self> {
+    /// Starts `RUNTIME… --log … VERB arguments…`. On success what the command keeps for the
+    /// runtime is the call's.
+    pub(crate) fn start(command: &mut RuntimeCommand, timeout: Duration) -> std::io::Result<Self> {
         let log = memory_file("runtime-log", &[])?;
         rustix::fs::fcntl_setfl(&log, OFlags::APPEND)?;
         let log_path = path_of(&log);
-        let mut line = Vec::with_capacity(command.len() + arguments.len() + 5);
-        for argument in command {
+        let (runtime, arguments) = (&command.runtime, &command.arguments);
+        let mut line = Vec::with_capacity(runtime.len() + arguments.len() + 5);
+        for argument in runtime {
             line.push(CString::new(argument.as_bytes())?);
         }
-        for argument in ["--log", &log_path, "--log-format", "json", verb] {
+        for argument in ["--log", &log_path, "--log-format", "json", command.verb] {
             line.push(CString::new(argument)?);
         }
         for argument in arguments {
             line.push(CString::new(argument.as_encoded_bytes())?);
         }
         let null = File::open("/dev/null")?;
-        let fds = match *stdio {
+        let fds = match &command.stdio {
             Stdio::Log => [null.as_fd(), log.as_fd(), log.as_fd()],
-            Stdio::Input(input) => [input, log.as_fd(), log.as_fd()],
-            Stdio::Container(fds) => fds,
+            Stdio::Input(input) => [input.as_fd(), log.as_fd(), log.as_fd()],
+            Stdio::Container([stdin, stdout, stderr]) => {
+                [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]
+            }
         };
         let pid = spawn(&line, fds)?;
         let now = Instant::now();
         Ok(Call {
             pid,
-            what: format!("{verb} of container {id}"),
+            what: format!("{} of container {}", command.verb, command.id),
             log,
             started: now,
             deadline: now + timeout,
-            noted: false,
-            expired: false,
-            _input: input,
+            slow_logged: false,
+            timed_out: false,
+            _input: command.input.take(),
         })
     }
 
@@ -129,30 +198,30 @@ impl Call {
 
     /// When somebody should call [`Call::check`] again.
     pub(crate) fn next_check(&self) -> Option<Instant> {
-        match (self.expired, self.noted) {
+        match (self.timed_out, self.slow_logged) {
             (true, _) => None,
-            (false, false) => Some(self.deadline.min(self.started + SLOW)),
+            (false, false) => Some(self.deadline.min(self.started + SLOW_CALL_TIME)),
             (false, true) => Some(self.deadline),
         }
     }
 
-    /// Looks at the clock, and kills a call that has had its time.
-    pub(crate) fn check(&mut self, now: Instant) -> Lateness {
+    /// Kills the runtime if the call's deadline has passed.
+    pub(crate) fn check(&mut self, now: Instant) -> CallCheck {
         let seconds = now.duration_since(self.started).as_secs();
-        if !self.expired && now >= self.deadline {
-            self.expired = true;
+        if !self.timed_out && now >= self.deadline {
+            self.timed_out = true;
             self.kill();
-            return Lateness::Expired(seconds);
+            return CallCheck::TimedOut(seconds);
         }
-        if !self.noted && now >= self.started + SLOW {
-            self.noted = true;
-            return Lateness::Slow(seconds);
+        if !self.slow_logged && now >= self.started + SLOW_CALL_TIME {
+            self.slow_logged = true;
+            return CallCheck::Slow(seconds);
         }
-        Lateness::None
+        CallCheck::InTime
     }
 
-    /// Leaves the call no more than this from now on.
-    pub(crate) fn hurry(&mut self, timeout: Duration) {
+    /// Brings the deadline forward to at most this from now on.
+    pub(crate) fn shorten(&mut self, timeout: Duration) {
         self.deadline = self.deadline.min(Instant::now() + timeout);
     }
 
@@ -164,26 +233,31 @@ impl Call {
         let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
     }
 
-    /// Why the call failed with this exit status: the runtime's own last word, from its log or
-    /// else from what it wrote to `stderr`.
+    /// Why the call failed, if it did by this exit status.
+    pub(crate) fn failure(&self, code: i32) -> Option<String> {
+        (code != 0).then(|| self.reason(code, None))
+    }
+
+    /// Why the call failed with this exit status: the last error in the runtime's log or, without
+    /// one, in what it wrote to `stderr`.
     pub(crate) fn reason(&self, code: i32, stderr: Option<BorrowedFd<'_>>) -> String {
-        if self.expired {
+        if self.timed_out {
             let seconds = self.started.elapsed().as_secs();
             return format!("{}: the runtime was killed after {seconds} s", self.what);
         }
-        let mut log = vec![0; MAX_REASON_INPUT as usize];
+        let mut log = vec![0; MAX_LOG_BYTES as usize];
         let length = self.log.metadata().map_or(0, |data| data.len());
-        let start = length.saturating_sub(MAX_REASON_INPUT);
+        let start = length.saturating_sub(MAX_LOG_BYTES);
         let count = self.log.read_at(&mut log, start).unwrap_or(0);
         log.truncate(count);
-        if let Some(reason) = last_word(&log) {
+        if let Some(reason) = last_error(&log) {
             return reason;
         }
         if let Some(stderr) = stderr {
-            let mut said = vec![0; MAX_REASON_INPUT as usize];
-            let count = rustix::io::read(stderr, &mut *said).unwrap_or(0);
-            said.truncate(count);
-            if let Some(reason) = last_word(&said) {
+            let mut written = vec![0; MAX_LOG_BYTES as usize];
+            let count = rustix::io::read(stderr, &mut *written).unwrap_or(0);
+            written.truncate(count);
+            if let Some(reason) = last_error(&written) {
                 return reason;
             }
         }
@@ -192,63 +266,6 @@ impl Call {
             self.what
         )
     }
-}
-
-/// A runtime's log line: runc's form, which all others follow.
-#[derive(Deserialize)]
-struct LogLine {
-    level: String,
-    msg: String,
-}
-
-/// The last error in a log of JSON lines, or what stands at its end that is none: all lines of it,
-/// since the first of several says what was being done and the last, often, only where.
-fn last_word(log: &[u8]) -> Option<String> {
-    let mut plain: Vec<String> = Vec::new();
-    let mut told = false;
-    for line in log.rsplit(|byte| *byte == b'\n') {
-        match serde_json::from_slice::<LogLine>(line) {
-            Ok(entry) if matches!(entry.level.as_str(), "error" | "fatal" | "panic") => {
-                let lines: Vec<&str> = entry.msg.lines().map(str::trim).collect();
-                return Some(bounded(&joined(&lines)));
-            }
-            Ok(_) => told = !plain.is_empty(),
-            // The beginning of a JSON line may be cut off.
-            Err(_) if told || line.ends_with(b"\"}") => {}
-            Err(_) => {
-                let text = String::from_utf8_lossy(line).trim().to_owned();
-                if !text.is_empty() {
-                    plain.push(text);
-                }
-            }
-        }
-    }
-    plain.reverse();
-    (!plain.is_empty()).then(|| bounded(&joined(&plain)))
-}
-
-/// Several lines as one.
-fn joined<T: AsRef<str>>(lines: &[T]) -> String {
-    let mut all = String::new();
-    for line in lines
-        .iter()
-        .map(AsRef::as_ref)
-        .filter(|line| !line.is_empty())
-    {
-        if !all.is_empty() {
-            all.push_str(if all.ends_with(':') { " " } else { "; " });
-        }
-        all.push_str(line);
-    }
-    all
-}
-
-fn bounded(text: &str) -> String {
-    let mut end = text.len().min(MAX_REASON);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default().to_owned()
 }
 
 /// Runs a command found by the search path, in a process group of its own, with our environment
@@ -278,7 +295,7 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
         entry.extend_from_slice(value.as_encoded_bytes());
         environment.push(CString::new(entry)?);
     }
-    let pid = match sealed::path(program) {
+    let pid = match readonly_exec::executable_path(program) {
         Some(path) => posix_spawn(path.as_c_str(), &actions, &attributes, line, &environment),
         None => posix_spawnp(program, &actions, &attributes, line, &environment),
     };
@@ -290,55 +307,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_error_of_a_json_log_is_the_reason() {
-        let log = br#"{"level":"error","msg":"first","time":"t"}
-{"msg":"mount proc on /proc: Operation not permitted (EPERM)","level":"error"}
-{"level":"info","msg":"bye"}
-"#;
-        assert_eq!(
-            last_word(log).unwrap(),
-            "mount proc on /proc: Operation not permitted (EPERM)"
-        );
-    }
-
-    #[test]
-    fn without_an_error_the_last_plain_lines_are_the_reason() {
-        assert_eq!(
-            last_word(b"before\n{\"level\":\"info\",\"msg\":\"x\"}\npanic: oh\n\n  dear\n")
-                .unwrap(),
-            "panic: oh; dear"
-        );
-        assert!(last_word(b"").is_none());
-    }
-
-    #[test]
-    fn an_error_of_several_lines_is_told_whole() {
-        let log = br#"{"level":"error","msg":"update cpu.max:\n  write: invalid\n"}
-{"level":"warning","msg":"bye"}
-"#;
-        assert_eq!(last_word(log).unwrap(), "update cpu.max: write: invalid");
-    }
-
-    #[test]
-    fn a_reason_is_bounded_at_a_character() {
-        let long = "é".repeat(MAX_REASON);
-        assert_eq!(bounded(&long).len(), MAX_REASON);
-        assert_eq!(bounded(&format!("a{long}")).len(), MAX_REASON - 1);
-    }
-
-    #[test]
     fn a_failed_command_gives_its_last_line_as_the_reason() {
         let command = ["sh", "-c", "echo no such luck >&2; exit 3"].map(String::from);
-        let call = Call::start(
-            &command,
-            "start",
-            "a",
-            &[],
-            &Stdio::Log,
-            None,
-            Duration::from_secs(60),
-        )
-        .unwrap();
+        let mut command = RuntimeCommand::new(&command, "start", "a");
+        let call = Call::start(&mut command, Duration::from_secs(60)).unwrap();
         let pid = rustix::process::Pid::from_raw(call.pid);
         rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
         assert_eq!(call.reason(3, None), "no such luck");

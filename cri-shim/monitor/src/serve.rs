@@ -1,247 +1,124 @@
-//! The monitor's loop: one epoll over the listening socket, its clients, SIGCHLD, and the
-//! containers' output and out-of-memory counts.
+//! The monitor's loop: it waits for the listening socket, its clients, SIGCHLD, and the containers'
+//! output and out-of-memory counts, and carries out what follows from their events.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signalfd::SignalFd;
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::epoll::{self, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
 use rustix::process::WaitOptions;
 
-use super::connection::{ClientId, Connection, Input, Role};
+use super::calls::{Calls, Purpose};
+use super::clients::Clients;
+use super::coalescing::{self, Coalescing};
+use super::connection::{ClientId, Incoming, Stage};
 use super::container::{Container, State};
-use super::exec::Running;
-use super::exec_cgroup::Left;
+use super::container_log::{ReadBuffer, Stream};
+use super::early_exits::EarlyExits;
+use super::effect::Effect;
+use super::exec::{ExecProcess, Execs, StartedExec};
+use super::exec_cgroup::ExecCgroup;
 use super::exit;
-use super::journal::note;
-use super::logs::{Buffers, Stream};
-use super::runtime::{Call, Lateness};
-use super::sealed;
+use super::output::StreamState;
+use super::own_log;
+use super::poller::{EventSource, EventSpace, Poller};
+use super::readonly_exec;
+use super::runtime::{Call, RuntimeCommand};
+use super::serials::Serials;
 use rrun_kernel::errno::describe;
-use rrun_protocol::{ContainerState, Event, Failure, FailureKind, Hello, Phase, Reply, Request};
-
-/// The most clients at once; more wait in the socket's backlog.
-const MAX_CLIENTS: usize = 256;
-
-/// How long no client is accepted after descriptors have run out.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-
-/// The most exit statuses that are kept for runtimes still to tell whose they are.
-const MAX_UNCLAIMED: usize = 4096;
-
-/// Output that comes in pieces smaller than [`MUCH`] and sooner than this after each other is
-/// left in its pipe for the length of a nap, so that a program that writes line by line does not
-/// wake us, and the thread that writes the log, for every line.
-const SOON: Duration = Duration::from_millis(1);
-
-/// A pipe is not filled in this time by a program that writes short lines.
-const NAP: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 250_000,
+use rrun_protocol::{
+    ContainerState, Create, Event, Exec, Failure, FailureKind, Hello, Reply, Request,
 };
 
-/// Bytes; a pipe holds 64 KiB at first.
-pub(super) const MUCH: usize = 48 << 10;
-
-/// What a descriptor in the epoll set belongs to. The number goes into the kernel's 64 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    Listener,
-    Signals,
-    Client(ClientId),
-    Stdout(u64),
-    Stderr(u64),
-    Memory(u64),
-    /// A log has done what it was waited for.
-    Logs,
-    /// What an exec has left behind.
-    ExecCgroup(u64),
-    /// The set of all that is no output.
-    Control,
+/// What a monitor knows of its pod from the start.
+pub(crate) struct PodContext {
+    /// The monitor's directory, absolute, for paths that others use; it is the working directory,
+    /// too.
+    pub(crate) dir: PathBuf,
+    /// How long one run of a runtime may take.
+    pub(crate) runtime_timeout: Duration,
+    /// The first process of the pod's PID namespace, if the pod shares one.
+    pub(crate) pid1: Option<i32>,
+    /// See [`rrun_protocol::Hello::holder`].
+    pub(crate) holder: Option<i32>,
+    /// See [`rrun_protocol::Pod::runtime`]; until it has been prepared for.
+    pub(crate) runtime: Option<PathBuf>,
 }
 
-impl Source {
-    fn pack(self) -> epoll::EventData {
-        let (kind, number) = match self {
-            Source::Listener => (0, 0),
-            Source::Signals => (1, 0),
-            Source::Client(number) => (2, number),
-            Source::Stdout(number) => (3, number),
-            Source::Stderr(number) => (4, number),
-            Source::Memory(number) => (5, number),
-            Source::Logs => (6, 0),
-            Source::ExecCgroup(number) => (7, number),
-            Source::Control => (8, 0),
-        };
-        epoll::EventData::new_u64(number << 4 | kind)
-    }
-
-    fn unpack(data: epoll::EventData) -> Option<Self> {
-        let number = data.u64() >> 4;
-        Some(match data.u64() & 15 {
-            0 => Source::Listener,
-            1 => Source::Signals,
-            2 => Source::Client(number),
-            3 => Source::Stdout(number),
-            4 => Source::Stderr(number),
-            5 => Source::Memory(number),
-            6 => Source::Logs,
-            7 => Source::ExecCgroup(number),
-            8 => Source::Control,
-            _ => return None,
-        })
-    }
-}
-
-/// What a runtime call is for, and who waits for it. Containers go by their serial number here,
-/// since an id can come back.
-pub(crate) enum Purpose {
-    Create {
-        serial: u64,
-        client: ClientId,
-    },
-    /// The cleaning up after a failed create.
-    Undo {
-        serial: u64,
-        client: ClientId,
-        failure: Failure,
-    },
-    Start {
-        serial: u64,
-        client: ClientId,
-    },
-    /// Kill and update: only the client wants to know.
-    Plain {
-        client: ClientId,
-    },
-    Exec(super::exec::Starting),
-    /// The cleaning up after a container's end.
-    Delete {
-        serial: u64,
-    },
-}
-
-/// What else is to be done after a round.
+/// What else is to be done after a round of events.
 #[derive(Default)]
-struct Seen {
+struct Pending {
     children: bool,
     control: bool,
 }
 
 pub(crate) struct Monitor {
-    /// Our directory, absolute, for paths that others use; it is our working directory, too.
-    pub(super) dir: PathBuf,
-    pub(super) timeout: Duration,
-    pub(super) pid1: Option<i32>,
-    /// See [`rrun_protocol::Hello::holder`].
-    pub(super) holder: Option<i32>,
-    /// See [`rrun_protocol::Pod::runtime`]; until it has been prepared for.
-    runtime: Option<PathBuf>,
-    /// There has been a subscriber.
-    greeted: bool,
-    pub(super) containers: Vec<Container>,
-    pub(super) calls: BTreeMap<i32, (Call, Purpose)>,
-    pub(super) execs: BTreeMap<i32, Running>,
-    /// The cgroups of execs that have ended and left something behind.
-    pub(super) left: BTreeMap<u64, Left>,
-    pub(super) buffers: Buffers,
-    /// An eventfd by which the logs' threads wake this one.
-    pub(super) logs: Arc<OwnedFd>,
-    /// The most bytes that a stream has given in this round of the loop, if any has.
-    pub(super) came: Option<usize>,
-    /// When output came last.
-    last_output: Option<Instant>,
-    /// Output, and `control`.
-    epoll: OwnedFd,
-    /// All else; what is waited for during a nap.
-    control: OwnedFd,
+    pod: PodContext,
+    poller: Poller,
     signals: SignalFd,
-    listener: OwnedFd,
-    /// When clients are accepted again, if they are not now.
-    deaf_until: Option<Instant>,
-    clients: BTreeMap<ClientId, Connection>,
-    /// Children that ended before a runtime told whose they are.
-    unclaimed: VecDeque<(i32, i32)>,
-    serial: u64,
+    clients: Clients,
+    /// There has been a subscriber.
+    had_subscriber: bool,
+    serials: Serials,
+    containers: BTreeMap<u64, Container>,
+    execs: Execs,
+    calls: Calls,
+    early_exits: EarlyExits,
+    read_buffer: ReadBuffer,
+    /// An eventfd by which the logs' threads wake this one.
+    log_wake: Arc<OwnedFd>,
+    coalescing: Coalescing,
+    /// The client that ends the monitor.
     shutdown: Option<ClientId>,
 }
 
 impl Monitor {
     pub(crate) fn new(
-        dir: PathBuf,
-        timeout: Duration,
-        (pid1, holder): (Option<i32>, Option<i32>),
-        runtime: Option<PathBuf>,
+        pod: PodContext,
         signals: SignalFd,
         listener: OwnedFd,
     ) -> Result<Self, Errno> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let monitor = Monitor {
-            dir,
-            timeout,
-            pid1,
-            holder,
-            runtime,
-            greeted: false,
-            containers: Vec::new(),
-            calls: BTreeMap::new(),
-            execs: BTreeMap::new(),
-            left: BTreeMap::new(),
-            buffers: Buffers::new(),
-            logs: Arc::new(eventfd(0, flags)?),
-            came: None,
-            last_output: None,
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            control: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+        let log_wake = Arc::new(eventfd(0, flags)?);
+        let poller = Poller::new()?;
+        let clients = Clients::new(listener, &poller)?;
+        poller.watch(&signals, EventSource::Signals, EventFlags::IN)?;
+        poller.watch(&log_wake, EventSource::Logs, EventFlags::IN)?;
+        Ok(Monitor {
+            pod,
+            poller,
             signals,
-            listener,
-            deaf_until: None,
-            clients: BTreeMap::new(),
-            unclaimed: VecDeque::new(),
-            serial: 0,
+            clients,
+            had_subscriber: false,
+            serials: Serials::default(),
+            containers: BTreeMap::new(),
+            execs: Execs::default(),
+            calls: Calls::default(),
+            early_exits: EarlyExits::default(),
+            read_buffer: ReadBuffer::new(),
+            log_wake,
+            coalescing: Coalescing::default(),
             shutdown: None,
-        };
-        let (data, flags) = (Source::Control.pack(), epoll::EventFlags::IN);
-        epoll::add(&monitor.epoll, &monitor.control, data, flags)?;
-        monitor.watch(&monitor.listener, Source::Listener, epoll::EventFlags::IN)?;
-        monitor.watch(&monitor.signals, Source::Signals, epoll::EventFlags::IN)?;
-        monitor.watch(&monitor.logs, Source::Logs, epoll::EventFlags::IN)?;
-        Ok(monitor)
+        })
     }
 
     /// Works until a client's Shutdown.
     pub(crate) fn run(&mut self) -> Result<(), Errno> {
-        let mut space = [const { MaybeUninit::uninit() }; 32];
-        let mut nap = false;
+        let mut space: EventSpace = [const { MaybeUninit::uninit() }; _];
+        let mut coalesce = false;
         loop {
-            let timeout = self.timeout();
-            let (set, timeout) = match nap {
-                true => (&self.control, Some(timeout.map_or(NAP, |it| it.min(NAP)))),
-                false => (&self.epoll, timeout),
-            };
-            let mut seen = match epoll::wait(set, &mut space, timeout.as_ref()) {
-                Ok((events, _)) => self.handle(events),
-                Err(Errno::INTR) => Seen::default(),
-                Err(errno) => return Err(errno),
-            };
-            if seen.control {
-                let timeout = Some(&Timespec::default());
-                if let Ok((events, _)) = epoll::wait(&self.control, &mut space, timeout) {
-                    seen.children |= self.handle(events).children;
-                }
-            }
-            nap = self.naps();
-            let children = seen.children;
-            if children {
+            let pending = self.wait(&mut space, coalesce)?;
+            coalesce = self.coalescing.end_round();
+            if pending.children {
                 self.reap();
             }
-            self.look_at_clocks();
+            self.check_deadlines();
             if let Some(client) = self.shutdown
                 && self.calls.is_empty()
             {
@@ -251,221 +128,226 @@ impl Monitor {
         }
     }
 
-    fn handle(&mut self, events: &[epoll::Event]) -> Seen {
-        let mut seen = Seen::default();
+    /// Waits for events and handles them. With `coalesce` output waits for a moment.
+    fn wait(&mut self, space: &mut EventSpace, coalesce: bool) -> Result<Pending, Errno> {
+        let timeout = self.next_timeout();
+        let events = if coalesce {
+            let delay = timeout.map_or(coalescing::DELAY, |it| it.min(coalescing::DELAY));
+            self.poller.wait_for_control(space, Some(&delay))
+        } else {
+            self.poller.wait(space, timeout.as_ref())
+        };
+        let mut pending = match events {
+            Ok(events) => self.handle(events),
+            Err(Errno::INTR) => Pending::default(),
+            Err(errno) => return Err(errno),
+        };
+        if pending.control {
+            let now = Some(&Timespec::default());
+            if let Ok(events) = self.poller.wait_for_control(space, now) {
+                pending.children |= self.handle(events).children;
+            }
+        }
+        Ok(pending)
+    }
+
+    fn handle(&mut self, events: &[epoll::Event]) -> Pending {
+        let mut pending = Pending::default();
         for event in events {
-            match Source::unpack(event.data) {
-                Some(Source::Listener) => self.accept(),
-                Some(Source::Signals) => seen.children = true,
-                Some(Source::Client(client)) => self.client_ready(client, event.flags),
-                Some(Source::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
-                Some(Source::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
-                Some(Source::Memory(serial)) => self.memory_ready(serial),
-                Some(Source::Logs) => self.logs_ready(),
-                Some(Source::ExecCgroup(number)) => self.exec_cgroup_changed(number),
-                Some(Source::Control) => seen.control = true,
+            match EventSource::unpack(event.data) {
+                Some(EventSource::Listener) => self.accept(),
+                Some(EventSource::Signals) => pending.children = true,
+                Some(EventSource::Client(client)) => self.client_ready(client, event.flags),
+                Some(EventSource::Stdout(serial)) => self.output_ready(serial, Stream::Stdout),
+                Some(EventSource::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
+                Some(EventSource::Memory(serial)) => self.act_on(serial, Container::check_oom),
+                Some(EventSource::Logs) => self.logs_ready(),
+                Some(EventSource::ExecCgroup(number)) => self.execs.cgroup_changed(number),
+                Some(EventSource::Control) => pending.control = true,
                 None => {}
             }
         }
-        seen
+        pending
     }
 
-    /// Whether output that comes now can wait a moment for more to come.
-    fn naps(&mut self) -> bool {
-        let Some(came) = self.came.take() else {
-            return false;
+    // Output.
+
+    fn output_ready(&mut self, serial: u64, stream: Stream) {
+        let Some(container) = self.containers.get_mut(&serial) else {
+            return;
         };
-        let now = Instant::now();
-        let last = self.last_output.replace(now);
-        came < MUCH && last.is_some_and(|last| now.duration_since(last) < SOON)
+        match container.output.ready(stream, &mut self.read_buffer) {
+            StreamState::Read(bytes) => self.coalescing.add_read(bytes),
+            StreamState::Idle => {}
+            StreamState::Paused => {
+                if let Some(fd) = container.output.stream(stream) {
+                    self.poller.unwatch_output(fd);
+                }
+            }
+        }
     }
 
-    /// A number that is never given twice.
-    pub(super) fn number(&mut self) -> u64 {
-        self.serial += 1;
-        self.serial
+    /// Some log has done what it was waited for: taken lines, been opened again, been completed.
+    fn logs_ready(&mut self) {
+        let _ = rustix::io::read(&self.log_wake, &mut [0_u8; 8]);
+        let serials: Vec<u64> = self.containers.keys().copied().collect();
+        for serial in serials {
+            self.act_on(serial, |container| {
+                container.output.log_reopened(&container.spec.id)
+            });
+            self.resume_output(serial);
+            self.continue_termination(serial);
+            self.act_on(serial, Container::continue_rollback);
+        }
     }
 
-    pub(super) fn watch(
-        &self,
-        fd: impl AsFd,
-        source: Source,
-        flags: epoll::EventFlags,
-    ) -> Result<(), Errno> {
-        let set = match source {
-            Source::Stdout(_) | Source::Stderr(_) => &self.epoll,
-            _ => &self.control,
+    fn resume_output(&mut self, serial: u64) {
+        let Some(container) = self.containers.get_mut(&serial) else {
+            return;
         };
-        epoll::add(set, fd, source.pack(), flags)
-    }
-
-    /// Looks at an output no more.
-    pub(super) fn unwatch(&self, fd: impl AsFd) {
-        let _ = epoll::delete(&self.epoll, fd);
+        for stream in container.output.resume() {
+            if let Some(fd) = container.output.stream(stream) {
+                let source = EventSource::of_stream(serial, stream);
+                let _ = self.poller.watch(fd, source, EventFlags::IN);
+            }
+        }
     }
 
     // Clients.
 
     fn accept(&mut self) {
-        while self.clients.len() < MAX_CLIENTS {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = match rustix::net::accept_with(&self.listener, flags) {
-                Ok(socket) => socket,
-                Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(Errno::AGAIN) => return,
-                Err(errno) => {
-                    note(&format!("accept a client: {}", describe(&errno.into())));
-                    break;
-                }
-            };
-            let client = self.number();
-            let flags = epoll::EventFlags::IN;
-            if self.watch(&socket, Source::Client(client), flags).is_ok() {
-                self.clients.insert(client, Connection::new(socket));
-                // The request is mostly there already.
-                self.client_ready(client, flags);
-            }
+        while let Some(client) = self.clients.accept(&self.poller, &mut self.serials) {
+            // The request is mostly there already.
+            self.client_ready(client, EventFlags::IN);
         }
-        let none = epoll::EventFlags::empty();
-        let _ = epoll::modify(&self.control, &self.listener, Source::Listener.pack(), none);
-        self.deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
-    fn client_ready(&mut self, client: ClientId, flags: epoll::EventFlags) {
-        let Some(connection) = self.clients.get_mut(&client) else {
-            return;
-        };
-        let writable = flags.contains(epoll::EventFlags::OUT);
-        if writable && !connection.flush() {
-            return self.drop_client(client);
+    fn client_ready(&mut self, client: ClientId, flags: EventFlags) {
+        match self.clients.ready(client, flags, &self.poller) {
+            Incoming::Partial => {}
+            Incoming::Closed => self.disconnect(client),
+            Incoming::Request(request, fds) => self.answer(client, request, fds),
         }
-        let input = connection.read();
-        match input {
-            Input::Partial if writable => self.watch_client(client),
-            Input::Partial => {}
-            Input::Closed => self.drop_client(client),
-            Input::Request(request) => {
-                let fds = connection.take_fds();
-                self.answer(client, request, fds);
+    }
+
+    fn disconnect(&mut self, client: ClientId) {
+        if self.clients.remove(client) {
+            self.execs.client_gone(client);
+            for container in self.containers.values_mut() {
+                container.client_gone(client);
             }
         }
     }
 
-    /// Asks for readiness to write while there is something to.
-    fn watch_client(&mut self, client: ClientId) {
-        if let Some(connection) = self.clients.get(&client) {
-            let mut flags = epoll::EventFlags::IN;
-            if connection.has_output() {
-                flags |= epoll::EventFlags::OUT;
-            }
-            let data = Source::Client(client).pack();
-            let _ = epoll::modify(&self.control, connection.socket(), data, flags);
+    fn send(&mut self, client: ClientId, next: Stage, reply: &Reply, fds: Vec<OwnedFd>) {
+        if !self.clients.send(client, next, reply, fds, &self.poller) {
+            self.disconnect(client);
         }
     }
 
-    pub(super) fn drop_client(&mut self, client: ClientId) {
-        if self.clients.remove(&client).is_some() {
-            self.exec_client_gone(client);
-            self.attach_client_gone(client);
-            // There is room for another.
-            self.deaf_until = self.deaf_until.map(|_| Instant::now());
-        }
+    /// Sends the one answer that ends a connection.
+    fn reply(&mut self, client: ClientId, reply: &Reply) {
+        self.send(client, Stage::Answered, reply, Vec::new());
     }
 
-    pub(super) fn has_client(&self, client: ClientId) -> bool {
-        self.clients.contains_key(&client)
-    }
-
-    /// Sends the one answer that ends a connection. A client that has gone needs none.
-    pub(super) fn reply(&mut self, client: ClientId, reply: &Reply) {
-        self.send(client, Role::Answered, reply, Vec::new());
-    }
-
-    pub(super) fn fail(&mut self, client: ClientId, kind: FailureKind, message: impl Into<String>) {
+    fn fail(&mut self, client: ClientId, kind: FailureKind, message: impl Into<String>) {
         let message = message.into();
         self.reply(client, &Reply::Error(Failure { kind, message }));
     }
 
-    pub(super) fn send(&mut self, client: ClientId, role: Role, reply: &Reply, fds: Vec<OwnedFd>) {
-        let Some(connection) = self.clients.get_mut(&client) else {
-            return;
-        };
-        connection.role = role;
-        if !connection.send(reply, fds) {
-            self.drop_client(client);
-        } else if connection.has_output() {
-            self.watch_client(client);
-        }
-    }
-
-    pub(super) fn publish(&mut self, event: Event) {
-        let subscribers: Vec<ClientId> = self
-            .clients
-            .iter()
-            .filter(|(_, connection)| connection.role == Role::Subscriber)
-            .map(|(client, _)| *client)
-            .collect();
+    fn publish(&mut self, event: Event) {
         let reply = Reply::Event(event);
-        for client in subscribers {
-            self.send(client, Role::Subscriber, &reply, Vec::new());
+        for client in self.clients.subscribers() {
+            self.send(client, Stage::Subscribed, &reply, Vec::new());
         }
     }
 
     fn answer(&mut self, client: ClientId, request: Request, fds: Vec<OwnedFd>) {
         match request {
-            Request::Subscribe => {
-                let hello = Reply::Hello(self.hello());
-                self.send(client, Role::Subscriber, &hello, Vec::new());
-                // The first client makes the pod, and what it mounts would have to wait for this;
-                // the second comes when the pod is made. Its first container need not wait then.
-                if std::mem::replace(&mut self.greeted, true)
-                    && let Some(runtime) = self.runtime.take()
-                {
-                    sealed::prepare(&runtime);
-                }
-            }
+            Request::Subscribe => self.subscribe(client),
             Request::Create(create) => self.create(client, create, fds),
-            Request::Start { id } => self.start(client, &id),
-            Request::Kill { id, signal, all } => self.kill(client, &id, signal, all),
-            Request::Update { id, resources } => self.update(client, &id, &resources),
+            Request::Start { id } => self.act_for(client, &id, |it| it.start(client)),
+            Request::Kill { id, signal, all } => {
+                self.act_for(client, &id, |it| it.kill(client, signal, all));
+            }
+            Request::Update { id, resources } => {
+                self.act_for(client, &id, |it| it.update(client, &resources));
+            }
             Request::Delete { id } => self.delete(client, &id),
-            Request::Exec(exec) => self.exec(client, &exec, &fds),
-            Request::Attach(attach) => self.attach(client, &attach, fds),
-            Request::CloseStdin { id } => self.close_stdin(client, &id),
-            Request::ReopenLog { id } => self.reopen_log(client, &id),
+            Request::Exec(exec) => self.exec(client, &exec, fds),
+            Request::Attach(attach) => {
+                self.act_for(client, &attach.id, |it| it.attach(client, &attach, fds));
+            }
+            Request::CloseStdin { id } => self.act_for(client, &id, |it| it.close_stdin(client)),
+            Request::ReopenLog { id } => {
+                self.act_for(client, &id, |it| it.output.reopen_log(client));
+            }
             Request::Shutdown => self.shut_down(client),
         }
     }
 
-    fn hello(&self) -> Hello {
-        let containers = self.containers.iter().filter_map(|container| {
-            let phase = match &container.state {
-                State::Creating => return None,
-                State::Created => Phase::Created,
-                State::Running | State::Ending(_) => Phase::Running,
-                State::Exited { exit, .. } => Phase::Exited(exit.clone()),
-            };
+    fn subscribe(&mut self, client: ClientId) {
+        let containers = self.containers.values().filter_map(|container| {
             Some(ContainerState {
                 id: container.id().to_owned(),
                 pid: container.pid,
-                phase,
+                phase: container.phase()?,
             })
         });
-        Hello {
+        let hello = Reply::Hello(Hello {
             pid: std::process::id().cast_signed(),
-            holder: self.holder,
-            pid1: self.pid1,
+            holder: self.pod.holder,
+            pid1: self.pod.pid1,
             passes_after: true,
             containers: containers.collect(),
+        });
+        self.send(client, Stage::Subscribed, &hello, Vec::new());
+        // The first client makes the pod, and what it mounts would have to wait for this; the
+        // second comes when the pod is made. Its first container need not wait then.
+        if std::mem::replace(&mut self.had_subscriber, true)
+            && let Some(runtime) = self.pod.runtime.take()
+        {
+            readonly_exec::prepare(&runtime);
         }
     }
 
+    fn create(&mut self, client: ClientId, spec: Create, mut fds: Vec<OwnedFd>) {
+        if self.serial_of(&spec.id).is_some() || self.shutdown.is_some() {
+            let id = &spec.id;
+            let message = format!("create container {id}: it exists, or the pod is being ended");
+            return self.fail(client, FailureKind::WrongState, message);
+        }
+        let serial = self.serials.next();
+        match Container::create(serial, spec, fds.pop(), &self.log_wake) {
+            Ok((container, command)) => {
+                self.containers.insert(serial, container);
+                self.start_call(command, Purpose::Create { serial, client });
+            }
+            Err(message) => self.fail(client, FailureKind::Monitor, message),
+        }
+    }
+
+    fn delete(&mut self, client: ClientId, id: &str) {
+        let deadline = Instant::now() + self.pod.runtime_timeout;
+        match self.serial_of(id) {
+            Some(serial) => self.act_on(serial, |it| it.delete(client, deadline)),
+            None => self.reply(client, &Reply::Done),
+        }
+    }
+
+    fn exec(&mut self, client: ClientId, exec: &Exec, fds: Vec<OwnedFd>) {
+        let number = self.serials.next();
+        let Some(container) = self.containers.values().find(|it| it.id() == exec.id) else {
+            return self.not_found(client, &exec.id);
+        };
+        let dir = &self.pod.dir;
+        let effects = self.execs.begin(number, client, exec, fds, container, dir);
+        self.carry_out(effects);
+    }
+
     fn shut_down(&mut self, client: ClientId) {
-        let alive = self
-            .containers
-            .iter()
-            .find(|container| !matches!(container.state, State::Exited { .. }));
-        match alive {
+        let has_exited = |container: &Container| matches!(container.state, State::Exited { .. });
+        match self.containers.values().find(|it| !has_exited(it)) {
             Some(container) => {
                 let message = format!("end the monitor: container {} is alive", container.id());
                 self.fail(client, FailureKind::WrongState, message);
@@ -474,8 +356,116 @@ impl Monitor {
         }
     }
 
-    pub(super) fn is_shutting_down(&self) -> bool {
-        self.shutdown.is_some()
+    // Containers.
+
+    fn serial_of(&self, id: &str) -> Option<u64> {
+        let container = self.containers.values().find(|it| it.id() == id)?;
+        Some(container.serial)
+    }
+
+    fn not_found(&mut self, client: ClientId, id: &str) {
+        let message = format!("there is no container {id} in this pod");
+        self.fail(client, FailureKind::NotFound, message);
+    }
+
+    /// Does something with a container, if it is still there, and what follows from it.
+    fn act_on(&mut self, serial: u64, act: impl FnOnce(&mut Container) -> Vec<Effect>) {
+        if let Some(container) = self.containers.get_mut(&serial) {
+            let effects = act(container);
+            self.carry_out(effects);
+        }
+    }
+
+    /// Does something for a client with the container that has this id now.
+    fn act_for(
+        &mut self,
+        client: ClientId,
+        id: &str,
+        act: impl FnOnce(&mut Container) -> Vec<Effect>,
+    ) {
+        match self.serial_of(id) {
+            Some(serial) => self.act_on(serial, act),
+            None => self.not_found(client, id),
+        }
+    }
+
+    /// In the order given, and with all that follows from the one before the next.
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Send { client, reply, fds } => {
+                    self.send(client, Stage::Working, &reply, fds);
+                }
+                Effect::Reply(client, reply) => self.reply(client, &reply),
+                Effect::Disconnect(client) => self.disconnect(client),
+                Effect::Publish(event) => self.publish(event),
+                Effect::Run(command, purpose) => self.start_call(*command, purpose),
+                Effect::ShortenStart(serial) => self.calls.shorten_start(serial),
+                Effect::Watch(serial) => self.watch_container(serial),
+                Effect::Forget(serial) => self.forget(serial),
+            }
+        }
+    }
+
+    fn watch_container(&mut self, serial: u64) {
+        let Some(container) = self.containers.get_mut(&serial) else {
+            return;
+        };
+        container.oom.open(&container.spec.cgroup);
+        let stream = |stream| container.output.stream(stream);
+        let watches = [
+            (
+                stream(Stream::Stdout),
+                EventSource::Stdout(serial),
+                EventFlags::IN,
+            ),
+            (
+                stream(Stream::Stderr),
+                EventSource::Stderr(serial),
+                EventFlags::IN,
+            ),
+            (
+                container.oom.fd(),
+                EventSource::Memory(serial),
+                EventFlags::PRI,
+            ),
+        ];
+        for (fd, source, flags) in watches {
+            if let Some(fd) = fd
+                && let Err(errno) = self.poller.watch(fd, source, flags)
+            {
+                let (id, reason) = (container.id(), describe(&errno.into()));
+                own_log::write(&format!("watch {source:?} of {id}: {reason}"));
+            }
+        }
+        if let Some(code) = self.early_exits.claim(container.pid) {
+            self.init_exited(serial, code);
+        }
+    }
+
+    fn init_exited(&mut self, serial: u64, code: i32) {
+        self.act_on(serial, |container| container.init_exited(code));
+        self.continue_termination(serial);
+    }
+
+    fn continue_termination(&mut self, serial: u64) {
+        self.act_on(serial, Container::check_oom);
+        if let Some(container) = self.containers.get_mut(&serial) {
+            let effects = container.continue_termination(&mut self.read_buffer);
+            self.carry_out(effects);
+        }
+    }
+
+    /// Removes all that the monitor has of a container, and answers those who asked for that.
+    fn forget(&mut self, serial: u64) {
+        let Some(container) = self.containers.remove(&serial) else {
+            return;
+        };
+        self.execs.container_gone(&container.spec.cgroup);
+        exit::forget(&container.spec.bundle);
+        for client in container.deletion.map(|it| it.clients).unwrap_or_default() {
+            self.reply(client, &Reply::Done);
+        }
     }
 
     // Children.
@@ -486,115 +476,175 @@ impl Monitor {
             self.child_ended(pid.as_raw_nonzero().get(), exit::code(status));
         }
         if self.calls.is_empty() {
-            self.unclaimed.clear();
+            self.early_exits.clear();
         }
     }
 
     fn child_ended(&mut self, pid: i32, code: i32) {
-        if let Some((call, purpose)) = self.calls.remove(&pid) {
+        if let Some((call, purpose)) = self.calls.remove(pid) {
             self.call_ended(&call, purpose, code);
-        } else if let Some(running) = self.execs.remove(&pid) {
-            self.exec_ended(running, code);
-        } else if let Some(container) = self.containers.iter().find(|c| c.is_alive_as(pid)) {
+        } else if let Some(process) = self.execs.take_running(pid) {
+            self.exec_exited(process, code);
+        } else if let Some(container) = self.containers.values().find(|it| it.is_init(pid)) {
             let serial = container.serial;
-            self.init_ended(serial, code);
-        } else if self.pid1 == Some(pid) {
-            note("the first process of the pod's PID namespace ended, and all in it");
-            self.pid1 = None;
+            self.init_exited(serial, code);
+        } else if self.pod.pid1 == Some(pid) {
+            own_log::write("the first process of the pod's PID namespace ended, and all in it");
+            self.pod.pid1 = None;
         } else if !self.calls.is_empty() {
-            if self.unclaimed.len() >= MAX_UNCLAIMED {
-                self.unclaimed.pop_front();
-            }
-            self.unclaimed.push_back((pid, code));
+            self.early_exits.add(pid, code);
         }
     }
 
-    /// The exit status of a child that ended before we knew what it was.
-    pub(super) fn claim(&mut self, pid: i32) -> Option<i32> {
-        let at = self
-            .unclaimed
-            .iter()
-            .rposition(|(ended, _)| *ended == pid)?;
-        self.unclaimed.remove(at).map(|(_, code)| code)
+    // Runtime calls.
+
+    fn start_call(&mut self, mut command: RuntimeCommand, purpose: Purpose) {
+        match Call::start(&mut command, self.pod.runtime_timeout) {
+            Ok(call) => self.calls.add(call, purpose),
+            Err(error) => self.call_not_run(&command, purpose, &error),
+        }
+    }
+
+    fn call_not_run(&mut self, command: &RuntimeCommand, purpose: Purpose, error: &std::io::Error) {
+        let message = command.not_run(error);
+        match purpose {
+            Purpose::Create { serial, client } => {
+                self.containers.remove(&serial);
+                self.fail(client, FailureKind::Monitor, message);
+            }
+            Purpose::Rollback {
+                serial,
+                client,
+                failure,
+            } => self.act_on(serial, |it| it.rollback_ended(client, failure)),
+            Purpose::Start { serial, client } => {
+                self.act_on(serial, |it| it.start_not_run(client, message));
+            }
+            Purpose::Request { client } => self.fail(client, FailureKind::Monitor, message),
+            Purpose::Exec { number } => {
+                if let Some(exec) = self.execs.take_starting(number) {
+                    self.fail(exec.client(), FailureKind::Monitor, message);
+                }
+            }
+            Purpose::Delete { serial } => {
+                let reason = format!("run the runtime: {}", describe(error));
+                self.act_on(serial, |it| it.cleaned_up(Some(&reason)));
+            }
+        }
     }
 
     fn call_ended(&mut self, call: &Call, purpose: Purpose, code: i32) {
         match purpose {
-            Purpose::Create { serial, client } => self.create_ended(serial, client, call, code),
-            Purpose::Undo {
+            Purpose::Create { serial, client } => {
+                self.act_on(serial, |it| it.create_ended(client, call, code));
+            }
+            Purpose::Rollback {
                 serial,
                 client,
                 failure,
-            } => self.undo_ended(serial, client, failure),
-            Purpose::Start { serial, client } => self.start_ended(serial, client, call, code),
-            Purpose::Plain { client } if code == 0 => self.reply(client, &Reply::Done),
-            Purpose::Plain { client } => {
-                self.fail(client, FailureKind::Runtime, call.reason(code, None));
+            } => self.act_on(serial, |it| it.rollback_ended(client, failure)),
+            Purpose::Start { serial, client } => {
+                self.act_on(serial, |it| it.start_ended(client, call.failure(code)));
+                self.continue_termination(serial);
             }
-            Purpose::Exec(starting) => self.exec_started(starting, call, code),
-            Purpose::Delete { serial } => self.delete_ended(serial, call, code),
+            Purpose::Request { client } => match call.failure(code) {
+                None => self.reply(client, &Reply::Done),
+                Some(reason) => self.fail(client, FailureKind::Runtime, reason),
+            },
+            Purpose::Exec { number } => self.exec_call_ended(number, call, code),
+            Purpose::Delete { serial } => {
+                let failure = call.failure(code);
+                self.act_on(serial, |it| it.cleaned_up(failure.as_deref()));
+            }
         }
+    }
+
+    // Execs.
+
+    fn exec_call_ended(&mut self, number: u64, call: &Call, code: i32) {
+        let Some(exec) = self.execs.take_starting(number) else {
+            return;
+        };
+        match exec.finish(call, code) {
+            Ok(started) => self.exec_started(started),
+            Err(failed) => {
+                self.fail(failed.client(), FailureKind::Runtime, failed.reason());
+                let pid = failed.pid();
+                let reaped = pid.is_some_and(|pid| self.early_exits.claim(pid).is_some());
+                self.remove_exec_cgroup(failed.kill(reaped));
+            }
+        }
+    }
+
+    fn exec_started(&mut self, StartedExec { process, terminal }: StartedExec) {
+        let (client, pid) = (process.client(), process.pid());
+        let exited = self.early_exits.claim(pid);
+        match terminal {
+            Ok(master) => {
+                let fds = master.into_iter().collect();
+                self.send(client, Stage::Working, &Reply::Started { pid }, fds);
+            }
+            Err(errno) => {
+                let reason = describe(&errno.into());
+                let message = format!("take the terminal of an exec: {reason}");
+                self.fail(client, FailureKind::Monitor, message);
+                process.kill();
+            }
+        }
+        match exited {
+            Some(code) => self.exec_exited(process, code),
+            None => {
+                if !self.clients.contains(client) {
+                    process.kill();
+                }
+                self.execs.add_running(process);
+            }
+        }
+    }
+
+    fn exec_exited(&mut self, process: ExecProcess, code: i32) {
+        self.reply(process.client(), &Reply::Exited { code });
+        self.remove_exec_cgroup(process.into_cgroup());
+    }
+
+    fn remove_exec_cgroup(&mut self, cgroup: Option<ExecCgroup>) {
+        self.execs
+            .remove_cgroup(cgroup, &self.poller, &mut self.serials);
     }
 
     // Time.
 
-    fn timeout(&self) -> Option<Timespec> {
-        let calls = self
-            .calls
-            .values()
-            .filter_map(|(call, _)| call.next_check());
-        let containers = self.containers.iter().filter_map(Container::next_check);
-        let clients = self.clients.values().filter_map(Connection::deadline);
-        let next = calls
-            .chain(containers)
-            .chain(clients)
-            .chain(self.deaf_until)
+    fn next_timeout(&self) -> Option<Timespec> {
+        let containers = self.containers.values().filter_map(Container::next_check);
+        let next = containers
+            .chain(self.calls.next_check())
+            .chain(self.clients.next_check())
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
     }
 
-    fn look_at_clocks(&mut self) {
+    fn check_deadlines(&mut self) {
         let now = Instant::now();
-        if self.deaf_until.is_some_and(|until| now >= until) {
-            self.deaf_until = None;
-            let (data, flags) = (Source::Listener.pack(), epoll::EventFlags::IN);
-            let _ = epoll::modify(&self.control, &self.listener, data, flags);
+        self.clients.end_accept_pause(now, &self.poller);
+        self.calls.check(now);
+        for client in self.clients.overdue(now) {
+            self.disconnect(client);
         }
-        for (call, _) in self.calls.values_mut() {
-            let (late, pid, what) = (call.check(now), call.pid, call.what());
-            match late {
-                Lateness::None => {}
-                Lateness::Slow(seconds) => {
-                    note(&format!(
-                        "{what}: waiting for the runtime, process {pid}, for {seconds} s"
-                    ));
-                }
-                Lateness::Expired(seconds) => {
-                    note(&format!(
-                        "{what}: killed the runtime, process {pid}, after {seconds} s"
-                    ));
-                }
-            }
-        }
-        let late = |connection: &Connection| connection.deadline().is_some_and(|at| now >= at);
-        let late: Vec<ClientId> = self
-            .clients
-            .iter()
-            .filter(|(_, connection)| late(connection))
-            .map(|(client, _)| *client)
-            .collect();
-        for client in late {
-            self.drop_client(client);
-        }
-        let due: Vec<u64> = self
-            .containers
-            .iter()
-            .filter(|container| container.next_check().is_some_and(|at| now >= at))
-            .map(|container| container.serial)
-            .collect();
+        let is_due = |it: &&Container| it.next_check().is_some_and(|at| now >= at);
+        let due = self.containers.values().filter(is_due);
+        let due: Vec<u64> = due.map(|container| container.serial).collect();
         for serial in due {
             self.container_due(serial);
+        }
+    }
+
+    /// The time of [`Container::next_check`] has come.
+    fn container_due(&mut self, serial: u64) {
+        match self.containers.get(&serial).map(|it| &it.state) {
+            Some(State::Creating) => self.act_on(serial, Container::continue_rollback),
+            Some(State::Terminating(_)) => self.continue_termination(serial),
+            _ => self.act_on(serial, Container::deletion_overdue),
         }
     }
 }

@@ -11,21 +11,18 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
-use super::journal::note;
-use super::pod_init;
-use super::serve::Monitor;
+use super::descriptors::close_from;
+use super::own_log;
+use super::pause;
+use super::serve::{Monitor, PodContext};
 use rrun_kernel::errno::describe;
-use rrun_protocol::{LISTEN_FD, Pod};
-
-/// What the CRI server wrote for us, in our directory.
-const CONFIGURATION: &str = "monitor.json";
-const SOCKET: &str = "monitor.sock";
+use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
 /// The configuration is a few hundred bytes.
-const MAX_CONFIGURATION: u64 = 64 << 10;
+const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
 
 /// How long one run of a runtime may take.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const RUNTIME_TIMEOUT: Duration = Duration::from_secs(120);
 
 const USAGE: &str = "usage: rrun-monitor --dir DIRECTORY [--runtime-timeout SECONDS]";
 
@@ -45,7 +42,7 @@ pub(crate) enum StartError {
     Usage,
     #[error("{what}: {}", describe(.error))]
     Io { what: String, error: std::io::Error },
-    #[error("read {CONFIGURATION}: {0}")]
+    #[error("read {CONFIGURATION_NAME}: {0}")]
     Configuration(serde_json::Error),
 }
 
@@ -61,64 +58,61 @@ impl StartError {
 
 struct Arguments {
     dir: PathBuf,
-    timeout: Duration,
+    runtime_timeout: Duration,
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, StartError> {
-    let (mut dir, mut timeout) = (None, TIMEOUT);
+    let (mut dir, mut runtime_timeout) = (None, RUNTIME_TIMEOUT);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or(StartError::Usage)?;
         match name.as_str() {
             "--dir" => dir = Some(PathBuf::from(value)),
             "--runtime-timeout" => {
                 let seconds = value.parse().map_err(|_| StartError::Usage)?;
-                timeout = Duration::from_secs(seconds);
+                runtime_timeout = Duration::from_secs(seconds);
             }
             _ => return Err(StartError::Usage),
         }
     }
     Ok(Arguments {
         dir: dir.ok_or(StartError::Usage)?,
-        timeout,
+        runtime_timeout,
     })
 }
 
 /// The whole life of a monitor; returns when it was told to end.
 pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
     let mut arguments = arguments.peekable();
-    if arguments
-        .peek()
-        .is_some_and(|name| name == pod_init::ARGUMENT)
-    {
-        pod_init::run();
+    if arguments.peek().is_some_and(|name| name == pause::ARGUMENT) {
+        pause::run();
         return Ok(());
     }
     match arguments.peek().map(String::as_str) {
-        Some("-h" | "--help") => return say(&format!("{HELP}\n{USAGE}\n")),
+        Some("-h" | "--help") => return print(&format!("{HELP}\n{USAGE}\n")),
         Some("-V" | "--version") => {
-            return say(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
+            return print(concat!("rrun-monitor ", env!("CARGO_PKG_VERSION"), "\n"));
         }
         _ => {}
     }
     let arguments = parse(arguments)?;
     let what = format!("enter {}", arguments.dir.display());
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
-    let served = serve(arguments.timeout);
+    let served = serve(arguments.runtime_timeout);
     if let Err(error) = &served {
-        note(&error.to_string());
+        own_log::write(&error.to_string());
     }
     served
 }
 
 /// To standard output; a reader that went away is no error.
-fn say(text: &str) -> Result<(), StartError> {
+fn print(text: &str) -> Result<(), StartError> {
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(())
 }
 
-fn serve(timeout: Duration) -> Result<(), StartError> {
+fn serve(runtime_timeout: Duration) -> Result<(), StartError> {
     let dir = std::env::current_dir().map_err(StartError::io("find the own directory"))?;
-    let mut pod = read_configuration(Path::new(CONFIGURATION))?;
+    let mut pod = read_configuration(Path::new(CONFIGURATION_NAME))?;
     let listener = take_descriptors()?;
     // It leads a session already if somebody started it so.
     let _ = rustix::process::setsid();
@@ -131,18 +125,23 @@ fn serve(timeout: Duration) -> Result<(), StartError> {
     }
     // The logs' threads need none of their own.
     rrun_kernel::heap::one_heap();
-    let held = match pod.shared_pid || pod.users.is_some() {
-        true => Some(pod_init::start(&pod).map_err(StartError::io("start the pod's process"))?),
-        false => None,
+    let held = if pod.shared_pid || pod.users.is_some() {
+        Some(pause::start(&pod).map_err(StartError::io("start the pod's process"))?)
+    } else {
+        None
     };
-    let pid1 = held.filter(|_| pod.shared_pid);
-    let holder = held.filter(|_| pod.users.is_some());
-    let runtime = pod.runtime.take();
+    let context = PodContext {
+        dir,
+        runtime_timeout,
+        pid1: held.filter(|_| pod.shared_pid),
+        holder: held.filter(|_| pod.users.is_some()),
+        runtime: pod.runtime.take(),
+    };
     drop(pod);
-    let mut monitor = Monitor::new(dir, timeout, (pid1, holder), runtime, signals, listener)
-        .map_err(StartError::io("make the epoll set"))?;
+    let mut monitor =
+        Monitor::new(context, signals, listener).map_err(StartError::io("make the epoll set"))?;
     monitor.run().map_err(StartError::io("wait for events"))?;
-    let _ = std::fs::remove_file(SOCKET);
+    let _ = std::fs::remove_file(SOCKET_NAME);
     Ok(())
 }
 
@@ -150,7 +149,7 @@ fn read_configuration(path: &Path) -> Result<Pod, StartError> {
     let what = || format!("read {}", path.display());
     let file = File::open(path).map_err(StartError::io(what()))?;
     let mut json = Vec::new();
-    file.take(MAX_CONFIGURATION)
+    file.take(MAX_CONFIGURATION_BYTES)
         .read_to_end(&mut json)
         .map_err(StartError::io(what()))?;
     serde_json::from_slice(&json).map_err(StartError::Configuration)
@@ -183,12 +182,6 @@ fn take_descriptors() -> Result<OwnedFd, StartError> {
         .map_err(StartError::io("set up descriptor 3"))?;
     // SAFETY: nobody else owns the listener: it was inherited.
     Ok(unsafe { OwnedFd::from_raw_fd(LISTEN_FD) })
-}
-
-/// Closes every descriptor from this one on. Only for a process that owns none of them.
-pub(crate) fn close_from(first: u32) {
-    // SAFETY: close_range(2) takes no pointers; the caller owns none of the descriptors.
-    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0u32) };
 }
 
 /// All signals are blocked, so that nobody's Ctrl-C and no shutdown's SIGTERM keeps us from
@@ -227,7 +220,7 @@ mod tests {
     fn parsed(arguments: &[&str]) -> Option<(PathBuf, u64)> {
         let arguments = arguments.iter().map(ToString::to_string);
         let parsed = parse(arguments).ok()?;
-        Some((parsed.dir, parsed.timeout.as_secs()))
+        Some((parsed.dir, parsed.runtime_timeout.as_secs()))
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The private protocol between the CRI server and a pod's monitor.
 //!
 //! A unix stream socket, `STATE/pods/POD/monitor.sock`. Each message is a little-endian `u32`
-//! length (at most [`MAX_MESSAGE`]) and that many bytes of JSON; descriptors travel as
-//! `SCM_RIGHTS` with the message's first byte. One connection carries one operation: the client
+//! length (at most 4 MiB) and that many bytes of JSON; descriptors travel as `SCM_RIGHTS` with the
+//! message's first byte. One connection carries one operation: the client
 //! sends one [`Request`], the monitor answers with one [`Reply`], or, where said below, with
 //! several, and then closes. Connections are cheap; nothing is multiplexed. What is no message
 //! closes the connection, and so does a client that does not read what it asked for.
@@ -10,7 +10,8 @@
 //! The CRI server may die between any two bytes. An operation that the monitor has begun runs to
 //! its end all the same, except an exec, which dies with its connection.
 //!
-//! [`wire`] puts the messages on a socket.
+//! [`wire`] puts the messages on a socket. The two sides can be of different versions; README.md
+//! says what each may meet, and how a field is added.
 
 pub mod wire;
 
@@ -18,8 +19,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// The most bytes of JSON in one message, either way.
-pub const MAX_MESSAGE: usize = 4 << 20;
+/// The file names in a pod's directory.
+pub const SOCKET_NAME: &str = "monitor.sock";
+pub const CONFIGURATION_NAME: &str = "monitor.json";
 
 /// The descriptor at which a monitor finds its listening socket: the CRI server binds it, so
 /// that clients can connect before the monitor has come to its senses.
@@ -44,7 +46,7 @@ pub struct Pod {
     /// A new user namespace. The monitor stays out of it, and of the pod's other namespaces: a
     /// process that does nothing holds them ([`Hello::holder`]), a new network namespace too.
     #[serde(default)]
-    pub users: Option<Users>,
+    pub users: Option<IdMaps>,
     /// The binary of the runtime that the pod's containers will most likely be made by, for a
     /// monitor that has nothing else to do yet.
     #[serde(default)]
@@ -54,7 +56,7 @@ pub struct Pod {
 /// The ids of a pod's user namespace, as the kernel takes them: a line for each range with the
 /// first id inside, the first outside and how many, user_namespaces(7).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Users {
+pub struct IdMaps {
     pub uid_map: String,
     pub gid_map: String,
 }
@@ -94,15 +96,17 @@ pub enum Request {
     /// the pty's master. Answered by [`Reply::Started`] or [`Reply::Error`], then by
     /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
     /// it started, which is in a cgroup of its own (where the runtime is not [`Create::native`]:
-    /// with all that descends from it or is in its session). `process` must have the same `terminal` as this.
+    /// with all that descends from it or is in its session). `process` must have the same `terminal`
+    /// as this.
     Exec(Exec),
     /// Follows the container's output from now on. Descriptors: the writing ends of a pipe for
     /// each of stdout and stderr that is wanted, in this order; a terminal's output is all
-    /// stdout. What does not fit into a pipe is left out, and a note in it says so. Answered by
+    /// stdout. What does not fit into a pipe is left out, and a notice in it says so. Answered by
     /// [`Reply::Attached`], which carries a descriptor to write to (the container's stdin, or the
     /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. When
     /// the container has ended comes [`Reply::Ended`], and the connection and the pipes are
-    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had stdin takes it along.
+    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had
+    /// stdin takes it along.
     Attach(Attach),
     /// Ends a container's stdin, which has `stdin_once`, for all. Done, too, if it has none.
     CloseStdin { id: String },
@@ -170,7 +174,7 @@ pub enum Reply {
     },
     Attached,
     /// The container that was followed writes no more. Bytes of each stream that were left out at
-    /// its end, of which no note is in the pipe, for that is full.
+    /// its end, of which no notice is in the pipe, for that is full.
     Ended {
         stdout: u64,
         stderr: u64,
@@ -259,9 +263,75 @@ pub struct ExitRecord {
     pub finished_at: i64,
 }
 
-/// What a client reads where this many bytes of a stream are missing.
-pub fn left_out(bytes: u64, newline: &str) -> String {
+/// What a client reads in a stream in place of this many bytes of it.
+pub fn omission_notice(bytes: u64, newline: &str) -> String {
     format!(
         "{newline}[rrun: {bytes} bytes of output are left out here: this client reads too slowly]{newline}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_older_side_leaves_out_has_a_default() {
+        let hello = r#"{"pid":7,"pid1":null,"containers":[]}"#;
+        let hello: Hello = serde_json::from_str(hello).unwrap();
+        assert_eq!((hello.holder, hello.passes_after), (None, false));
+
+        let create = r#"{"id":"a","bundle":"/b","runtime":["rrun"],"cgroup":"/c","log":null,
+            "terminal":false,"stdin":false,"stdin_once":false}"#;
+        let create: Create = serde_json::from_str(create).unwrap();
+        assert!(!create.native);
+
+        let pod = r#"{"id":"a","hostname":null,"new_ipc":true,"shared_pid":false}"#;
+        let pod: Pod = serde_json::from_str(pod).unwrap();
+        assert_eq!((pod.users, pod.runtime), (None, None));
+    }
+
+    #[test]
+    fn what_a_newer_side_adds_is_ignored() {
+        let exit = r#"{"code":1,"oom_killed":false,"finished_at":2,"core_dumped":true}"#;
+        assert!(serde_json::from_str::<ExitRecord>(exit).is_ok());
+    }
+
+    #[test]
+    fn the_names_on_the_wire_are_those_of_the_first_version() {
+        let json = |request: &Request| serde_json::to_string(request).unwrap();
+        assert_eq!(json(&Request::Subscribe), r#""subscribe""#);
+        let id = || "a".to_owned();
+        assert_eq!(
+            json(&Request::CloseStdin { id: id() }),
+            r#"{"close_stdin":{"id":"a"}}"#
+        );
+        let failure = Reply::Error(Failure {
+            kind: FailureKind::WrongState,
+            message: "no".into(),
+        });
+        assert_eq!(
+            serde_json::to_string(&failure).unwrap(),
+            r#"{"error":{"kind":"wrong_state","message":"no"}}"#
+        );
+        assert_eq!(
+            serde_json::to_string(&Reply::Event(Event::OutOfMemory { id: id() })).unwrap(),
+            r#"{"event":{"out_of_memory":{"id":"a"}}}"#
+        );
+        let maps = IdMaps {
+            uid_map: "0 1 1\n".into(),
+            gid_map: "0 2 1\n".into(),
+        };
+        let pod = Pod {
+            id: id(),
+            hostname: None,
+            new_ipc: false,
+            shared_pid: true,
+            users: Some(maps),
+            runtime: None,
+        };
+        assert_eq!(
+            serde_json::to_string(&pod).unwrap(),
+            r#"{"id":"a","hostname":null,"new_ipc":false,"shared_pid":true,"users":{"uid_map":"0 1 1\n","gid_map":"0 2 1\n"},"runtime":null}"#
+        );
+    }
 }

@@ -12,17 +12,18 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::MAX_MESSAGE;
+/// The most bytes of JSON in one message, either way.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
 /// The most descriptors that one message carries: an exec's stdio.
-pub const MAX_FDS: usize = 3;
+const MAX_FDS: usize = 3;
 
 /// How much is read from a socket at once.
-const CHUNK: usize = 4096;
+const READ_BYTES: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    #[error("a message of {0} bytes, more than the {MAX_MESSAGE} allowed")]
+    #[error("a message of {0} bytes, more than the {MAX_MESSAGE_BYTES} allowed")]
     TooLong(usize),
     #[error("a message that can't be read: {0}")]
     Json(#[from] serde_json::Error),
@@ -34,7 +35,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     serde_json::to_writer(&mut bytes, message)?;
     let length = bytes.len() - 4;
     match u32::try_from(length) {
-        Ok(prefix) if length <= MAX_MESSAGE => {
+        Ok(prefix) if length <= MAX_MESSAGE_BYTES => {
             bytes[..4].copy_from_slice(&prefix.to_le_bytes());
             Ok(bytes)
         }
@@ -48,7 +49,7 @@ pub fn decode<T: DeserializeOwned>(received: &mut Vec<u8>) -> Result<Option<T>, 
         return Ok(None);
     };
     let length = u32::from_le_bytes(*prefix) as usize;
-    if length > MAX_MESSAGE {
+    if length > MAX_MESSAGE_BYTES {
         return Err(WireError::TooLong(length));
     }
     let Some(json) = received.get(4..4 + length) else {
@@ -71,14 +72,14 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u
 }
 
 /// Appends what has arrived to `received` and `fds`, and returns how many bytes that was: 0 at
-/// the end of the stream. More descriptors than [`MAX_FDS`] at once are the other side's error
-/// (`EMSGSIZE`). Never blocks.
+/// the end of the stream. More descriptors at once than a message can carry are the other side's
+/// error (`EMSGSIZE`). Never blocks.
 pub fn receive(
     socket: impl AsFd,
     received: &mut Vec<u8>,
     fds: &mut Vec<OwnedFd>,
 ) -> Result<usize, Errno> {
-    let mut chunk = [0; CHUNK];
+    let mut chunk = [0; READ_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;

@@ -25,7 +25,8 @@ use crate::selinux::Labels;
 use crate::selinux::categories::LevelHold;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::slow;
-use rrun_monitor_client::{MonitorClient, SOCKET_NAME};
+use rrun_monitor_client::MonitorClient;
+use rrun_protocol::SOCKET_NAME;
 use rrun_store::{Entry, Table};
 
 /// The name of the record in a pod's directory.

@@ -4,7 +4,7 @@ use rrun_proto::v1::{IdMapping, NamespaceMode, PodSandboxConfig, UserNamespace};
 
 use super::namespaces;
 use rrun_calls::error::{Error, Result};
-use rrun_protocol::Users;
+use rrun_protocol::IdMaps;
 
 /// The most ranges that the kernel takes in a map, user_namespaces(7).
 const MAX_RANGES: usize = 340;
@@ -98,8 +98,8 @@ pub(crate) fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
 
 impl Mappings {
     /// For the monitor, which makes the namespace.
-    pub(crate) fn for_monitor(&self) -> Users {
-        Users {
+    pub(crate) fn for_monitor(&self) -> IdMaps {
+        IdMaps {
             uid_map: self.uids.iter().map(line).collect(),
             gid_map: self.gids.iter().map(line).collect(),
         }

@@ -16,7 +16,7 @@ use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 use rrun_monitor_client::AttachHandle;
 use rrun_protocol::Attach;
-use rrun_protocol::left_out;
+use rrun_protocol::omission_notice;
 use rrun_streams::remotecommand::{
     Channel, ClientInput, ClientReceiver, ClientSender, Outcome, StdinWrite, copy_output, resize,
 };
@@ -89,7 +89,7 @@ async fn outputs(
     let newline = if container.config.tty { "\r\n" } else { "\n" };
     for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
         if lost > 0 {
-            let note = left_out(lost, newline);
+            let note = omission_notice(lost, newline);
             sender.send(channel, note.as_bytes()).await?;
         }
     }

@@ -18,53 +18,54 @@ use rustix::fs::{Mode, OFlags, Stat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// The only runtime that is known to look for it.
-const NAME: &str = "rrun";
+const RUNTIME_NAME: &str = "rrun";
 
-/// A script's interpreter would be given a path that leads nowhere by then.
-const ELF: [u8; 4] = *b"\x7fELF";
+/// The beginning of the only programs taken: a script's interpreter would be given a path that
+/// leads nowhere by then.
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
-struct Sealed {
+struct ReadonlyProgram {
     program: CString,
     /// Device and inode of the file below. As long as the overlay is there, no other gets them.
     identity: (u64, u64),
     file: OwnedFd,
 }
 
-static LAST: Mutex<Option<Sealed>> = Mutex::new(None);
+static LAST: Mutex<Option<ReadonlyProgram>> = Mutex::new(None);
 
 /// The path by which a child of ours that has our descriptors executes `program` from a read-only
 /// file system. `None` for what is not rrun, or where no such file system can be had.
-pub(crate) fn path(program: &CStr) -> Option<CString> {
+pub(crate) fn executable_path(program: &CStr) -> Option<CString> {
     let path = Path::new(OsStr::from_bytes(program.to_bytes()));
-    if path.file_name() != Some(OsStr::new(NAME)) {
+    if path.file_name() != Some(OsStr::new(RUNTIME_NAME)) {
         return None;
     }
     let found = identity(&rustix::fs::stat(path).ok()?);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     if !last
         .as_ref()
-        .is_some_and(|sealed| sealed.identity == found && sealed.program.as_c_str() == program)
+        .is_some_and(|last| last.identity == found && last.program.as_c_str() == program)
     {
-        *last = seal(program, path, found);
+        *last = mount_readonly(program, path, found);
     }
-    let sealed = last.as_ref()?;
-    CString::new(format!("/proc/self/fd/{}", sealed.file.as_raw_fd())).ok()
+    let program = last.as_ref()?;
+    CString::new(format!("/proc/self/fd/{}", program.file.as_raw_fd())).ok()
 }
 
-/// Makes the file system for a program that [`path`] will be asked for.
+/// Makes the file system for a program that [`executable_path`] will be asked for.
 pub(crate) fn prepare(program: &Path) {
     if let Ok(program) = CString::new(program.as_os_str().as_bytes()) {
-        path(&program);
+        executable_path(&program);
     }
 }
 
-fn seal(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<Sealed> {
-    let mut magic = [0; ELF.len()];
+fn mount_readonly(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<ReadonlyProgram> {
+    let mut magic = [0; ELF_MAGIC.len()];
     File::open(path).ok()?.read_exact(&mut magic).ok()?;
-    if magic != ELF {
+    if magic != ELF_MAGIC {
         return None;
     }
-    Some(Sealed {
+    Some(ReadonlyProgram {
         program: program.to_owned(),
         identity,
         file: overlaid(path).ok()?,
@@ -103,8 +104,8 @@ mod tests {
 
     use super::*;
 
-    fn sealed(program: &Path) -> Option<CString> {
-        path(&CString::new(program.as_os_str().as_bytes()).unwrap())
+    fn path_to(program: &Path) -> Option<CString> {
+        executable_path(&CString::new(program.as_os_str().as_bytes()).unwrap())
     }
 
     #[test]
@@ -113,15 +114,15 @@ mod tests {
             eprintln!("skipped: mounting needs root");
             return;
         }
-        let dir = std::env::temp_dir().join(format!("rrun-sealed-{}", std::process::id()));
+        let dir = std::env::temp_dir().join(format!("rrun-readonly-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let (program, new, other) = (dir.join(NAME), dir.join("new"), dir.join("runc"));
+        let (program, new, other) = (dir.join(RUNTIME_NAME), dir.join("new"), dir.join("runc"));
         let own = std::env::current_exe().unwrap();
         for copy in [&program, &new, &other] {
             std::fs::copy(&own, copy).unwrap();
         }
         let inode = |path: &CString| std::fs::metadata(path.to_str().unwrap()).unwrap().ino();
-        let first = sealed(&program).unwrap();
+        let first = path_to(&program).unwrap();
         assert_eq!(inode(&first), std::fs::metadata(&program).unwrap().ino());
         let written = std::fs::OpenOptions::new()
             .append(true)
@@ -130,14 +131,14 @@ mod tests {
             written.map_err(|error| error.kind()).unwrap_err(),
             std::io::ErrorKind::ReadOnlyFilesystem
         );
-        assert_eq!(sealed(&program).unwrap(), first);
+        assert_eq!(path_to(&program).unwrap(), first);
         std::fs::rename(&new, &program).unwrap();
-        let second = sealed(&program).unwrap();
+        let second = path_to(&program).unwrap();
         assert_eq!(inode(&second), std::fs::metadata(&program).unwrap().ino());
-        assert!(sealed(&other).is_none());
+        assert!(path_to(&other).is_none());
         std::fs::remove_file(&program).unwrap();
         std::fs::write(&program, "#!/bin/sh\n").unwrap();
-        assert!(sealed(&program).is_none());
+        assert!(path_to(&program).is_none());
         *LAST.lock().unwrap() = None;
         std::fs::remove_dir_all(&dir).unwrap();
     }

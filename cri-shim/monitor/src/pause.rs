@@ -1,6 +1,6 @@
-//! The first process of a pod's PID namespace, when the pod's containers share one; with a user
-//! namespace the process that holds all of the pod's namespaces, since only those that are made
-//! inside of it belong to it, user_namespaces(7).
+//! The pause process: the first process of a pod's PID namespace, when the pod's containers share
+//! one; with a user namespace the process that holds all of the pod's namespaces, since only those
+//! that are made inside of it belong to it, user_namespaces(7).
 //!
 //! It does nothing, and dies with the monitor. Its children, the orphans of the containers, are
 //! reaped by the kernel. The containers see it in /proc, and one with CAP_SYS_PTRACE could take
@@ -23,32 +23,32 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use super::sealed;
-use super::startup::close_from;
+use super::descriptors::close_from;
+use super::readonly_exec;
 use rrun_kernel::errno::describe;
-use rrun_protocol::{Pod, Users};
+use rrun_protocol::{IdMaps, Pod};
 
 /// What `ps` in a container shows.
-const NAME: &CStr = c"rrun-pod";
+const PROCESS_NAME: &CStr = c"rrun-pod";
 
 /// The argument that makes a monitor's binary this process.
 pub(crate) const ARGUMENT: &str = "--pod-init";
 const ARGUMENT_C: &CStr = c"--pod-init";
 
-/// What it says when nothing of the node is left within its reach.
+/// What it reports when nothing of the node is left within its reach.
 const READY: &[u8] = b"ready";
 
-/// What it waits for.
+/// What it waits for from the monitor.
 const GO: &[u8] = b"!";
 
 /// How long it may take to get there.
-const DEADLINE: Timespec = Timespec {
+const START_TIMEOUT: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
 };
 
 /// Where its empty root is mounted for a moment; any directory does.
-const ROOT: &str = "/proc";
+const ROOT_MOUNT_POINT: &str = "/proc";
 
 /// Starts it, in the namespaces that it is to hold, and returns its pid here when it is ready.
 pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
@@ -85,7 +85,7 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
     match pid {
         0 => {
             drop(to_child);
-            become_init(pod, &binary, &from_us, &to_us)
+            become_pause(pod, &binary, &from_us, &to_us)
         }
         1.. => {
             drop((to_us, from_us));
@@ -103,11 +103,11 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
 
 /// Each map in one write, which is all that the kernel takes. A failure ends us, and the child
 /// with us.
-fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
+fn map_ids(pid: i32, users: &IdMaps) -> std::io::Result<()> {
     for (name, map) in [("uid_map", &users.uid_map), ("gid_map", &users.gid_map)] {
         std::fs::write(format!("/proc/{pid}/{name}"), map).map_err(|error| {
-            let said = describe(&error);
-            std::io::Error::other(format!("write {:?} to its {name}: {said}", map.trim_end()))
+            let (map, reason) = (map.trim_end(), describe(&error));
+            std::io::Error::other(format!("write {map:?} to its {name}: {reason}"))
         })?;
     }
     Ok(())
@@ -115,7 +115,7 @@ fn map_ids(pid: i32, users: &Users) -> std::io::Result<()> {
 
 /// Our own executable, so that nobody can write to it or, where an overlay can be had, try to.
 fn read_only_binary() -> std::io::Result<OwnedFd> {
-    if let Ok(binary) = sealed::overlaid(Path::new("/proc/self/exe")) {
+    if let Ok(binary) = readonly_exec::overlaid(Path::new("/proc/self/exe")) {
         return Ok(binary);
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -129,40 +129,40 @@ fn read_only_binary() -> std::io::Result<OwnedFd> {
 }
 
 fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
-    let mut said = Vec::new();
+    let mut reported = Vec::new();
     let mut file = File::from(from_child.try_clone()?);
     let mut chunk = [0; 256];
-    while said.len() < 4096 {
+    while reported.len() < 4096 {
         let mut ready = [PollFd::new(from_child, PollFlags::IN)];
-        match poll(&mut ready, Some(&DEADLINE)) {
+        match poll(&mut ready, Some(&START_TIMEOUT)) {
             Ok(0) => return Err(Errno::TIMEDOUT.into()),
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
         match file.read(&mut chunk)? {
             0 => break,
-            count => said.extend_from_slice(chunk.get(..count).unwrap_or_default()),
+            count => reported.extend_from_slice(chunk.get(..count).unwrap_or_default()),
         }
     }
-    match said.as_slice() {
+    match reported.as_slice() {
         READY => Ok(()),
         other => {
-            let said = String::from_utf8_lossy(other).into_owned();
-            Err(std::io::Error::other(said))
+            let reported = String::from_utf8_lossy(other).into_owned();
+            Err(std::io::Error::other(reported))
         }
     }
 }
 
 /// In the child: a new program, so that nothing of the monitor's memory is in it.
-fn become_init(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor: &OwnedFd) -> ! {
+fn become_pause(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor: &OwnedFd) -> ! {
     if nix::unistd::dup2_stdout(to_monitor.as_fd()).is_ok() {
-        let failed = match await_word(from_monitor).and_then(|()| be_root_inside(pod)) {
+        let failed = match await_go(from_monitor).and_then(|()| be_root_inside(pod)) {
             Err(errno) => format!("become root of its namespaces: {}", describe(&errno.into())),
             Ok(()) => {
                 // Another user forgets it, so that it comes after that.
                 let death = rustix::process::Signal::KILL;
                 let _ = rustix::process::set_parent_process_death_signal(Some(death));
-                let arguments = [NAME, ARGUMENT_C];
+                let arguments = [PROCESS_NAME, ARGUMENT_C];
                 let environment: [&CStr; 0] = [];
                 let flags = AtFlags::AT_EMPTY_PATH;
                 let Err(errno) =
@@ -170,14 +170,14 @@ fn become_init(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor: 
                 format!("execute it: {}", describe(&errno.into()))
             }
         };
-        say(failed.as_bytes());
+        report(failed.as_bytes());
     }
     // SAFETY: the process is a copy of the monitor, whose destructors are not to run here.
     unsafe { libc::_exit(1) }
 }
 
-/// Waits for the monitor's word that the maps are written; it may have died instead.
-fn await_word(from_monitor: &OwnedFd) -> Result<(), Errno> {
+/// Waits for the monitor to report that the maps are written; it may have died instead.
+fn await_go(from_monitor: &OwnedFd) -> Result<(), Errno> {
     loop {
         match rustix::io::read(from_monitor, &mut [0_u8; 1]) {
             Ok(0) => return Err(Errno::PIPE),
@@ -203,7 +203,7 @@ fn be_root_inside(pod: &Pod) -> Result<(), Errno> {
     }
 }
 
-fn say(what: &[u8]) {
+fn report(what: &[u8]) {
     let mut stdout = std::io::stdout();
     let _ = stdout.write_all(what).and_then(|()| stdout.flush());
 }
@@ -211,8 +211,8 @@ fn say(what: &[u8]) {
 /// The whole life of the new program. Returns only if it could not isolate itself.
 pub(crate) fn run() {
     match isolate() {
-        Ok(()) => say(READY),
-        Err((step, error)) => return say(format!("{step}: {}", describe(&error)).as_bytes()),
+        Ok(()) => report(READY),
+        Err((step, error)) => return report(format!("{step}: {}", describe(&error)).as_bytes()),
     }
     close_from(0);
     loop {
@@ -222,7 +222,7 @@ pub(crate) fn run() {
 
 fn isolate() -> Result<(), (&'static str, std::io::Error)> {
     let at = |step| move |errno: Errno| (step, std::io::Error::from(errno));
-    rustix::thread::set_name(NAME).map_err(at("set its name"))?;
+    rustix::thread::set_name(PROCESS_NAME).map_err(at("set its name"))?;
     // SAFETY: no handler is installed. With SIGCHLD ignored the kernel reaps for us (wait(2)).
     unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }
         .map_err(|errno| ("ignore SIGCHLD", errno.into()))?;
@@ -242,8 +242,18 @@ fn empty_root() -> Result<(), Errno> {
     let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
     rustix::mount::mount_change("/", private)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
-    rustix::mount::mount("tmpfs", ROOT, "tmpfs", flags, c"mode=0555,nr_inodes=2")?;
-    let root = rustix::fs::open(ROOT, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::mount::mount(
+        "tmpfs",
+        ROOT_MOUNT_POINT,
+        "tmpfs",
+        flags,
+        c"mode=0555,nr_inodes=2",
+    )?;
+    let root = rustix::fs::open(
+        ROOT_MOUNT_POINT,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     rustix::process::fchdir(&root)?;
     rustix::process::pivot_root(".", ".")?;
     // The old root is on top of the new one now, and the working directory below it.

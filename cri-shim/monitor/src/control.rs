@@ -1,0 +1,190 @@
+//! What clients do with a container that is there: start, kill, update, delete.
+
+use std::time::Instant;
+
+use super::calls::Purpose;
+use super::cgroup;
+use super::connection::ClientId;
+use super::container::{Cleanup, Container, Deletion, State};
+use super::effect::Effect;
+use super::own_log;
+use super::runtime::{Stdio, memory_file};
+use rrun_protocol::{FailureKind, Reply};
+
+impl Container {
+    pub(crate) fn start(&mut self, client: ClientId) -> Vec<Effect> {
+        let id = self.id();
+        if !matches!(self.state, State::Created) || self.starting {
+            let message = format!("start container {id}: it is not in the created state");
+            return vec![Effect::fail(client, FailureKind::WrongState, message)];
+        }
+        let (serial, command) = (self.serial, self.command("start").argument(id));
+        self.starting = true;
+        vec![Effect::run(command, Purpose::Start { serial, client })]
+    }
+
+    /// The runtime's `start` has ended, with this reason if it failed. The container's
+    /// termination may have waited for that.
+    pub(crate) fn start_ended(&mut self, client: ClientId, failure: Option<String>) -> Vec<Effect> {
+        self.starting = false;
+        if let Some(reason) = failure {
+            return vec![Effect::fail(client, FailureKind::Runtime, reason)];
+        }
+        if matches!(self.state, State::Created) {
+            self.state = State::Running;
+        }
+        vec![Effect::Reply(client, Reply::Done)]
+    }
+
+    /// The runtime could not be run to start the container.
+    pub(crate) fn start_not_run(&mut self, client: ClientId, message: String) -> Vec<Effect> {
+        self.starting = false;
+        vec![Effect::fail(client, FailureKind::Monitor, message)]
+    }
+
+    pub(crate) fn kill(&self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
+        let id = self.id();
+        if cgroup::known_signal(signal).is_none() {
+            let message = format!("kill container {id}: there is no signal {signal}");
+            return vec![Effect::fail(client, FailureKind::Monitor, message)];
+        }
+        let done = vec![Effect::Reply(client, Reply::Done)];
+        match self.state {
+            State::Creating => {
+                let message = format!("kill container {id}: it is still being created");
+                return vec![Effect::fail(client, FailureKind::WrongState, message)];
+            }
+            State::Terminating(_) | State::Exited { .. } => return done,
+            State::Created | State::Running => {}
+        }
+        if all && signal == libc::SIGKILL {
+            self.kill_all();
+            return done;
+        }
+        if self.spec.native && !all {
+            self.signal_init(signal);
+            return done;
+        }
+        let mut command = self.command("kill");
+        if all {
+            command = command.argument("--all");
+        }
+        let command = command.argument(id).argument(signal.to_string());
+        vec![Effect::run(command, Purpose::Request { client })]
+    }
+
+    pub(crate) fn update(&self, client: ClientId, resources: &str) -> Vec<Effect> {
+        let id = self.id();
+        if !self.has_init() {
+            let message = format!("update container {id}: it is not running");
+            return vec![Effect::fail(client, FailureKind::WrongState, message)];
+        }
+        let command = self
+            .command("update")
+            .option("--resources", Some("-"))
+            .argument(id);
+        match memory_file("input", resources.as_bytes()) {
+            Ok(file) => {
+                let command = command.stdio(Stdio::Input(file));
+                vec![Effect::run(command, Purpose::Request { client })]
+            }
+            Err(error) => {
+                let message = command.not_run(&error);
+                vec![Effect::fail(client, FailureKind::Monitor, message)]
+            }
+        }
+    }
+
+    /// Removes the container, as soon as what is under way with it has ended. The client has an
+    /// answer by `deadline` even if the first process does not die.
+    pub(crate) fn delete(&mut self, client: ClientId, deadline: Instant) -> Vec<Effect> {
+        let deletion = self.deletion.get_or_insert_with(|| Deletion {
+            clients: Vec::new(),
+            deadline,
+        });
+        deletion.clients.push(client);
+        match self.state {
+            State::Creating
+            | State::Terminating(_)
+            | State::Exited {
+                cleanup: Cleanup::Running,
+                ..
+            } => Vec::new(),
+            State::Created | State::Running => {
+                self.kill_all();
+                Vec::new()
+            }
+            State::Exited {
+                cleanup: Cleanup::Done,
+                ..
+            } => vec![Effect::Forget(self.serial)],
+            State::Exited {
+                cleanup: Cleanup::Failed,
+                ..
+            } => self.clean_up(),
+        }
+    }
+
+    /// The deadline of a deletion has passed, and the first process lives.
+    pub(crate) fn deletion_overdue(&mut self) -> Vec<Effect> {
+        let Some(deletion) = self.deletion.take() else {
+            return Vec::new();
+        };
+        let (id, pid) = (self.id(), self.pid);
+        let message = format!("delete container {id}: its first process {pid} does not die");
+        own_log::write(&message);
+        let fail = |client| Effect::fail(client, FailureKind::Monitor, message.as_str());
+        deletion.clients.into_iter().map(fail).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container_log::ReadBuffer;
+
+    fn ended(name: &str) -> Container {
+        let mut container = Container::for_test(name);
+        container.init_exited(0);
+        let effects = container.continue_termination(&mut ReadBuffer::new());
+        assert!(matches!(
+            &effects[..],
+            [Effect::Publish(_), Effect::Run(..)]
+        ));
+        container
+    }
+
+    #[test]
+    fn a_deletion_waits_for_the_cleanup_that_is_under_way() {
+        let mut container = ended("delete-waits");
+        for client in [5, 6] {
+            assert!(container.delete(client, Instant::now()).is_empty());
+        }
+        assert!(matches!(
+            &container.cleaned_up(None)[..],
+            [Effect::Forget(1)]
+        ));
+        assert_eq!(container.deletion.unwrap().clients, [5, 6]);
+        std::fs::remove_dir_all(&container.spec.bundle).unwrap();
+    }
+
+    #[test]
+    fn a_cleanup_that_failed_is_done_again_for_a_deletion_that_says_what_is_left() {
+        let mut container = ended("delete-again");
+        // A directory with a file in it can't be removed as a cgroup can.
+        std::fs::create_dir(&container.spec.cgroup).unwrap();
+        assert!(container.cleaned_up(None).is_empty());
+        let effects = container.delete(5, Instant::now());
+        assert!(matches!(
+            &effects[..],
+            [Effect::Run(_, Purpose::Delete { serial: 1 })]
+        ));
+        let effects = container.cleaned_up(None);
+        let [Effect::Reply(5, Reply::Error(failure))] = &effects[..] else {
+            panic!("{effects:?}");
+        };
+        assert_eq!(failure.kind, FailureKind::Runtime);
+        assert!(failure.message.contains("remove its cgroup"));
+        std::fs::remove_dir_all(&container.spec.bundle).unwrap();
+    }
+}
