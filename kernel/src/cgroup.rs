@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FsWord;
+use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
 /// Where the hierarchy is mounted.
@@ -34,17 +34,19 @@ pub fn is_populated(cgroup: &Path) -> bool {
 
 /// Kills every process in the cgroup and below it, at once, so that none escapes by forking. Does
 /// not wait for their end. A cgroup that does not exist is no error.
-pub fn kill(cgroup: &Path) -> io::Result<()> {
-    match std::fs::write(cgroup.join("cgroup.kill"), "1") {
-        Err(error) if is_gone(&error) => Ok(()),
+pub fn kill(cgroup: &Path) -> Result<(), Errno> {
+    match write(cgroup, "cgroup.kill", "1") {
+        // ENODEV: it was removed after it was opened.
+        Err(Errno::NOENT | Errno::NODEV) => Ok(()),
         result => result,
     }
 }
 
-/// Whether a cgroup's file could not be used because the cgroup has been removed.
-fn is_gone(error: &io::Error) -> bool {
-    let errno = Errno::from_io_error(error);
-    matches!(errno, Some(Errno::NOENT | Errno::NODEV))
+fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(cgroup.join(file), flags, Mode::empty())?;
+    rustix::io::write(&file, value.as_bytes())?;
+    Ok(())
 }
 
 /// A cgroup and all below it, parents before children.
@@ -105,11 +107,8 @@ pub fn missing_below(cgroup: &Path) -> Vec<String> {
 }
 
 /// Enables a controller for the cgroup's children.
-pub fn enable_below(cgroup: &Path, controller: &str) -> io::Result<()> {
-    std::fs::write(
-        cgroup.join("cgroup.subtree_control"),
-        format!("+{controller}"),
-    )
+pub fn enable_below(cgroup: &Path, controller: &str) -> Result<(), Errno> {
+    write(cgroup, "cgroup.subtree_control", &format!("+{controller}"))
 }
 
 /// `oom_kill` in memory.events: how often the kernel has killed a process in this cgroup because

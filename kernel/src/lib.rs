@@ -9,6 +9,7 @@ pub mod descriptor_limit;
 pub mod errno;
 pub mod heap;
 pub mod mount_setattr;
+pub mod procfs;
 pub mod readonly_exec;
 pub mod regular_file;
 pub mod signal;

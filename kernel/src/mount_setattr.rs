@@ -16,6 +16,14 @@ pub struct MountAttr {
 }
 
 impl MountAttr {
+    /// Makes a mount read-only, and changes nothing else.
+    pub const READ_ONLY: MountAttr = MountAttr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+
     /// Also maps the ids of the mount's files by the user namespace `users`. Such a mount must not
     /// be attached anywhere yet.
     pub fn with_ids_of(mut self, users: BorrowedFd<'_>) -> Self {

@@ -11,19 +11,14 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::errno::describe;
-
-/// linux/magic.h, PROC_SUPER_MAGIC
-const PROCFS: rustix::fs::FsWord = 0x9fa0;
-
-/// linux/proc_fs.h, PROC_ROOT_INO
-const PROCFS_ROOT: u64 = 1;
+use crate::procfs::{Procfs, ProcfsError};
 
 /// Why a file was not opened or read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,13 +28,15 @@ pub enum Unfit {
     /// It has more bytes than this limit.
     Larger(u64),
     Kernel(Errno),
+    /// /proc, by which it would be opened, is not the kernel's own.
+    Procfs(ProcfsError),
 }
 
 impl Unfit {
     /// A sentence about `file`.
     pub fn sentence(&self, file: &str) -> String {
         match self {
-            Unfit::Kernel(_) => format!("open {file}: {self}"),
+            Unfit::Kernel(_) | Unfit::Procfs(_) => format!("open {file}: {self}"),
             Unfit::Kind(_) | Unfit::Larger(_) => format!("{file} {}", self.predicate()),
         }
     }
@@ -60,6 +57,7 @@ impl Unfit {
             }
             Unfit::Larger(limit) => format!("is larger than {} kB", limit >> 10),
             Unfit::Kernel(errno) => describe(&(*errno).into()),
+            Unfit::Procfs(error) => error.to_string(),
         }
     }
 }
@@ -68,13 +66,19 @@ impl Unfit {
 impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unfit::Kernel(_) => f.write_str(&self.predicate()),
+            Unfit::Kernel(_) | Unfit::Procfs(_) => f.write_str(&self.predicate()),
             Unfit::Kind(_) | Unfit::Larger(_) => write!(f, "it {}", self.predicate()),
         }
     }
 }
 
 impl std::error::Error for Unfit {}
+
+impl From<ProcfsError> for Unfit {
+    fn from(error: ProcfsError) -> Self {
+        Unfit::Procfs(error)
+    }
+}
 
 impl From<Errno> for Unfit {
     fn from(errno: Errno) -> Self {
@@ -103,28 +107,29 @@ pub fn open_at(
 
 /// Opens the file that `found`, an O_PATH descriptor, refers to, if it is a regular file.
 pub fn reopen(found: impl AsFd, flags: OFlags) -> Result<File, Unfit> {
-    let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
-    if kind != FileType::RegularFile {
-        return Err(Unfit::Kind(kind));
-    }
-    // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a lease.
-    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let name = found.as_fd().as_raw_fd().to_string();
-    Ok(rustix::fs::openat(own_descriptors()?, name, flags, Mode::empty())?.into())
+    check_kind(&found)?;
+    reopen_regular(&Procfs::open()?, found, flags)
 }
 
-/// The directory of this thread's descriptors in the kernel's procfs. Refuses to enter anything
-/// that is mounted inside the procfs.
-fn own_descriptors() -> Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let proc = rustix::fs::open("/proc", flags | OFlags::NOFOLLOW, Mode::empty())?;
-    let is_procfs = rustix::fs::fstatfs(&proc)?.f_type == PROCFS;
-    if !is_procfs || rustix::fs::fstat(&proc)?.st_ino != PROCFS_ROOT {
-        return Err(Errno::NOSYS);
+/// The same by a /proc that is open already, with the file's attributes.
+pub fn reopen_by(procfs: &Procfs, found: impl AsFd, flags: OFlags) -> Result<(File, Stat), Unfit> {
+    let stat = check_kind(&found)?;
+    Ok((reopen_regular(procfs, found, flags)?, stat))
+}
+
+fn check_kind(found: impl AsFd) -> Result<Stat, Unfit> {
+    let stat = rustix::fs::fstat(found)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(stat),
+        kind => Err(Unfit::Kind(kind)),
     }
-    // `thread-self` is a relative link that stays below /proc, which BENEATH allows.
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
-    rustix::fs::openat2(proc, "thread-self/fd", flags, Mode::empty(), resolve)
+}
+
+fn reopen_regular(procfs: &Procfs, found: impl AsFd, flags: OFlags) -> Result<File, Unfit> {
+    // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a lease.
+    let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let number = found.as_fd().as_raw_fd();
+    Ok(procfs.reopen_descriptor(number, flags)?.into())
 }
 
 /// Reads a file of at most `limit` bytes.

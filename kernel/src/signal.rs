@@ -65,6 +65,16 @@ fn offset(text: &str, notation: Notation, (sign, word): (&str, &str)) -> Option<
     (-RTMAX..=RTMAX).contains(&offset).then_some(offset)
 }
 
+/// The kernel's signal of this number, real-time signals included. `None` if there is none.
+pub fn by_number(number: i32) -> Option<rustix::process::Signal> {
+    if !(1..=RTMAX).contains(&number) {
+        return None;
+    }
+    // SAFETY: the number is one of the kernel's, and no program of ours waits for signals by the
+    // real-time numbers that the C library keeps to itself.
+    Some(unsafe { rustix::process::Signal::from_raw_unchecked(number) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

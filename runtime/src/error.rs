@@ -7,9 +7,23 @@
 
 use std::fmt;
 
-use crate::sys::errno::errno_text;
+use rrun_kernel::errno;
+use rrun_kernel::procfs::ProcfsError;
+use rrun_kernel::regular_file::Unfit;
 
 pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+impl From<Unfit> for Error {
+    fn from(unfit: Unfit) -> Error {
+        Error::new(unfit.to_string())
+    }
+}
+
+impl From<ProcfsError> for Error {
+    fn from(error: ProcfsError) -> Error {
+        Error::new(error.to_string())
+    }
+}
 
 /// What a caller may need to tell apart; everything else is in the sentence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,14 +73,20 @@ pub(crate) trait Reason {
 
 impl Reason for rustix::io::Errno {
     fn reason(&self) -> String {
-        errno_text(self.raw_os_error())
+        errno::text(self.raw_os_error())
     }
 }
 
 impl Reason for std::io::Error {
     fn reason(&self) -> String {
         self.raw_os_error()
-            .map_or_else(|| self.to_string(), errno_text)
+            .map_or_else(|| self.to_string(), errno::text)
+    }
+}
+
+impl Reason for Unfit {
+    fn reason(&self) -> String {
+        self.to_string()
     }
 }
 

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::cgroup;
 use super::connection::ClientId;
 use super::console::Console;
 use super::container_log::ContainerLog;
@@ -12,7 +11,9 @@ use super::oom::OomWatch;
 use super::output::Output;
 use super::own_log;
 use super::runtime::RuntimeCommand;
+use rrun_kernel::cgroup;
 use rrun_kernel::errno::describe;
+use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{Create, ExitRecord, Failure, Phase};
 
 pub(crate) struct Container {
@@ -155,11 +156,11 @@ impl Container {
 
     /// Kills all that there is of the container. The end of the first process follows.
     pub(crate) fn kill_all(&self) {
-        if let Err(error) = cgroup::kill(&self.spec.cgroup) {
+        if let Err(errno) = cgroup::kill(&self.spec.cgroup) {
             own_log::write(&format!(
                 "kill the cgroup of {}: {}",
                 self.id(),
-                describe(&error)
+                describe(&errno.into())
             ));
         }
         if self.has_init() {
@@ -170,7 +171,7 @@ impl Container {
     /// Signals the first process. Its pid is certain: only we could have reaped it.
     pub(crate) fn signal_init(&self, signal: i32) -> bool {
         let pid = rustix::process::Pid::from_raw(self.pid);
-        match (pid, cgroup::known_signal(signal)) {
+        match (pid, kernel_signal::by_number(signal)) {
             (Some(pid), Some(signal)) => rustix::process::kill_process(pid, signal).is_ok(),
             _ => false,
         }

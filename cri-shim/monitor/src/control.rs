@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use super::calls::Purpose;
-use super::cgroup;
 use super::connection::ClientId;
 use super::container::{Cleanup, Container, Deletion, State};
 use super::effect::Effect;
 use super::own_log;
 use super::runtime::{Stdio, memory_file};
+use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{FailureKind, Reply};
 
 impl Container {
@@ -44,7 +44,7 @@ impl Container {
 
     pub(crate) fn kill(&self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
         let id = self.id();
-        if cgroup::known_signal(signal).is_none() {
+        if kernel_signal::by_number(signal).is_none() {
             let message = format!("kill container {id}: there is no signal {signal}");
             return vec![Effect::fail(client, FailureKind::Monitor, message)];
         }

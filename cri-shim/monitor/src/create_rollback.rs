@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::calls::Purpose;
-use super::cgroup;
 use super::connection::ClientId;
 use super::container::{Container, Rollback};
 use super::effect::Effect;
+use rrun_kernel::cgroup;
 use rrun_protocol::{Failure, Reply};
 
 /// How long a failed create waits for the removal of its log's file, whose file system may hang.
@@ -30,7 +30,7 @@ impl Container {
     /// The runtime's `delete` has ended, or could not be run.
     pub(crate) fn rollback_ended(&mut self, client: ClientId, failure: Failure) -> Vec<Effect> {
         let _ = cgroup::kill(&self.spec.cgroup);
-        let _ = cgroup::remove(&self.spec.cgroup);
+        let _ = cgroup::remove_tree(&self.spec.cgroup);
         self.rollback = Some(Rollback {
             client,
             failure,

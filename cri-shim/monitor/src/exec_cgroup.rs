@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 
-use super::cgroup;
+use rrun_kernel::cgroup;
 
 /// The most leftover cgroups that are watched; the rest go with their containers.
 pub(crate) const MAX_LEFTOVERS: usize = 64;
@@ -47,12 +47,12 @@ impl ExecCgroup {
 
     /// Kills all in it. False if there was nothing: a runtime may not do as its `--cgroup` says.
     pub(crate) fn kill(&self) -> bool {
-        cgroup::populated(&self.path) && cgroup::kill(&self.path).is_ok()
+        cgroup::is_populated(&self.path) && cgroup::kill(&self.path).is_ok()
     }
 
     /// What is left in it once its first process has ended, if anything.
     pub(crate) fn into_leftover(self) -> Option<LeftoverCgroup> {
-        if cgroup::remove(&self.path).is_ok() {
+        if cgroup::remove_tree(&self.path).is_ok() {
             return None;
         }
         let events = File::open(self.path.join("cgroup.events")).ok()?;
@@ -85,7 +85,7 @@ impl LeftoverCgroup {
                 .is_some_and(|text| text.starts_with(b"populated 1")),
             Err(_) => return true,
         };
-        !populated && cgroup::remove(&self.own.path).is_ok()
+        !populated && cgroup::remove_tree(&self.own.path).is_ok()
     }
 
     pub(crate) fn is_below(&self, container: &Path) -> bool {

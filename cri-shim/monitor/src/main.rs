@@ -14,7 +14,6 @@
 
 mod attach;
 mod calls;
-mod cgroup;
 mod clients;
 mod coalescing;
 mod connection;

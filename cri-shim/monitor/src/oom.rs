@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::cgroup::OomCount;
+use rrun_kernel::cgroup::OomKills;
 
 /// At most one kill in this time is reported.
 const OOM_EVENT_INTERVAL: Duration = Duration::from_secs(10);
@@ -12,14 +12,14 @@ const OOM_EVENT_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Default)]
 pub(crate) struct OomWatch {
     /// None where the memory controller is not enabled, or the cgroup is gone.
-    count: Option<OomCount>,
+    count: Option<OomKills>,
     killed: bool,
     reported_at: Option<Instant>,
 }
 
 impl OomWatch {
     pub(crate) fn open(&mut self, cgroup: &Path) {
-        self.count = OomCount::open(cgroup);
+        self.count = OomKills::open(cgroup);
     }
 
     pub(crate) fn close(&mut self) {
@@ -38,7 +38,7 @@ impl OomWatch {
 
     /// Whether the kernel has killed since the last check, and that is to be reported.
     pub(crate) fn check(&mut self) -> bool {
-        match self.count.as_mut().map(OomCount::rose) {
+        match self.count.as_mut().map(OomKills::rose) {
             None | Some(Ok(false)) => false,
             Some(Ok(true)) => {
                 self.killed = true;

@@ -25,7 +25,9 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::descriptors::close_from;
 use super::readonly_exec;
+use rrun_kernel::clone3::{Cloned, clone3};
 use rrun_kernel::errno::describe;
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 use rrun_protocol::{IdMaps, Pod};
 
 /// What `ps` in a container shows.
@@ -69,27 +71,15 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
             flags |= libc::CLONE_NEWUTS;
         }
     }
-    // SAFETY: clone_args is plain numbers, for which zero means absent.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::try_from(flags).unwrap_or_default();
-    arguments.exit_signal = u64::try_from(libc::SIGCHLD).unwrap_or_default();
-    // SAFETY: without CLONE_VM this is a fork of a process with one thread; the child goes on
-    // with memory of its own.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    match pid {
-        0 => {
+    let flags = u64::try_from(flags).unwrap_or_default();
+    // SAFETY: the monitor has one thread.
+    match unsafe { clone3(flags, None) }? {
+        Cloned::Child => {
             drop(to_child);
             become_pause(pod, &binary, &from_us, &to_us)
         }
-        1.. => {
+        Cloned::Parent { pid, .. } => {
             drop((to_us, from_us));
-            let pid = i32::try_from(pid).map_err(std::io::Error::other)?;
             if let Some(users) = &pod.users {
                 map_ids(pid, users)?;
             }
@@ -97,7 +87,6 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
             await_ready(&from_child)?;
             Ok(pid)
         }
-        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
@@ -120,11 +109,7 @@ fn read_only_binary() -> std::io::Result<OwnedFd> {
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
-    let attr = rrun_kernel::mount_setattr::MountAttr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        ..Default::default()
-    };
-    rrun_kernel::mount_setattr::mount_setattr(tree.as_fd(), false, &attr)?;
+    mount_setattr(tree.as_fd(), false, &MountAttr::READ_ONLY)?;
     Ok(tree)
 }
 

@@ -1,7 +1,7 @@
 //! Programs on a file system of the monitor's own, which nobody can write to.
 //!
 //! Before it meets a container rrun sees to it that it was executed from such a file system, and
-//! if it was not, makes one and executes itself once more (`executable.rs` in its sources tells
+//! if it was not, makes one and executes itself once more ([`rrun_kernel::readonly_exec`] tells
 //! why, and why a read-only mount is not enough). This saves it the second execve(2), which is
 //! much of what a short call takes: the overlay is made once, and rrun executed from it each time.
 
@@ -14,8 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use rrun_kernel::readonly_exec::open_in_overlay;
 use rustix::fs::{Mode, OFlags, Stat};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// The only runtime that is known to look for it.
 const RUNTIME_NAME: &str = "rrun";
@@ -82,16 +82,7 @@ pub(crate) fn overlaid(path: &Path) -> io::Result<OwnedFd> {
     };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(directory, flags, Mode::empty())?;
-    let overlay = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    // Two layers are the least that it takes where none is writable. By its number the directory
-    // needs no escapes.
-    let layers = format!("/proc/self/fd/{}:/dev", directory.as_raw_fd());
-    rustix::mount::fsconfig_set_string(&overlay, "lowerdir", layers)?;
-    rustix::mount::fsconfig_create(&overlay)?;
-    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-    let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?)
+    Ok(open_in_overlay(&directory, name)?)
 }
 
 fn identity(stat: &Stat) -> (u64, u64) {

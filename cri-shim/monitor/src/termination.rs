@@ -8,12 +8,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::calls::Purpose;
-use super::cgroup;
 use super::container::{Cleanup, Container, State, Termination};
 use super::container_log::ReadBuffer;
 use super::effect::Effect;
 use super::exit;
 use super::own_log;
+use rrun_kernel::cgroup;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Event, ExitRecord, FailureKind};
 
@@ -42,14 +42,14 @@ impl Termination {
 
     /// Whether nothing is left in the cgroup, or what is left does not die. Kills it at first.
     fn is_cgroup_done(&mut self, cgroup: &Path) -> bool {
-        if !cgroup::populated(cgroup) {
+        if !cgroup::is_populated(cgroup) {
             return true;
         }
         let now = Instant::now();
         let path = cgroup.display();
         let deadline = *self.kill_deadline.get_or_insert_with(|| {
-            if let Err(error) = cgroup::kill(cgroup) {
-                own_log::write(&format!("kill all in {path}: {}", describe(&error)));
+            if let Err(errno) = cgroup::kill(cgroup) {
+                own_log::write(&format!("kill all in {path}: {}", describe(&errno.into())));
             }
             now + KILL_TIMEOUT
         });
@@ -178,7 +178,7 @@ impl Container {
             own_log::write(&format!("delete container {}: {reason}", self.id()));
         }
         let _ = cgroup::kill(&self.spec.cgroup);
-        let removed = cgroup::remove(&self.spec.cgroup);
+        let removed = cgroup::remove_tree(&self.spec.cgroup);
         if self.deletion.is_none() {
             self.set_cleanup(if failure.is_none() && removed.is_ok() {
                 Cleanup::Done
@@ -187,11 +187,11 @@ impl Container {
             });
             return Vec::new();
         }
-        let Err(error) = removed else {
+        let Err((_, errno)) = removed else {
             return vec![Effect::Forget(self.serial)];
         };
         let (id, path) = (self.id(), self.spec.cgroup.display());
-        let reason = describe(&error);
+        let reason = describe(&errno.into());
         let message = format!("delete container {id}: remove its cgroup {path}: {reason}");
         self.set_cleanup(Cleanup::Failed);
         let clients = self

@@ -1,5 +1,7 @@
 //! The time as container logs and the monitor's own log have it.
 
+use rrun_kernel::date::DateTime;
+
 use super::exit;
 
 /// The time as the CRI's logs have it, in UTC: RFC 3339 with nine digits of a second.
@@ -12,32 +14,17 @@ impl Timestamp {
 
     /// `nanoseconds` since the epoch; the years 1970 to 9999.
     pub(crate) fn at(nanoseconds: i64) -> Self {
-        let (seconds, fraction) = (
-            nanoseconds.max(0) / 1_000_000_000,
-            nanoseconds.max(0) % 1_000_000_000,
-        );
-        let (days, second) = (seconds / 86_400, seconds % 86_400);
-        // Days to a date by eras of 400 years that begin on a 1 March.
-        let shifted = days + 719_468;
-        let (era, day) = (shifted / 146_097, shifted % 146_097);
-        let year_of_era = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-        let day_of_year = day - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let shifted_month = (5 * day_of_year + 2) / 153;
-        let month = if shifted_month < 10 {
-            shifted_month + 3
-        } else {
-            shifted_month - 9
-        };
-        let year = year_of_era + era * 400 + i64::from(month <= 2);
+        let nanoseconds = u64::try_from(nanoseconds).unwrap_or_default();
+        let date = DateTime::from_unix(nanoseconds / 1_000_000_000);
         let mut text = *b"0000-00-00T00:00:00.000000000Z";
         for (at, width, value) in [
-            (0, 4, year),
-            (5, 2, month),
-            (8, 2, day_of_year - (153 * shifted_month + 2) / 5 + 1),
-            (11, 2, second / 3_600),
-            (14, 2, second / 60 % 60),
-            (17, 2, second % 60),
-            (20, 9, fraction),
+            (0, 4, date.year),
+            (5, 2, date.month),
+            (8, 2, date.day),
+            (11, 2, date.hour),
+            (14, 2, date.minute),
+            (17, 2, date.second),
+            (20, 9, nanoseconds % 1_000_000_000),
         ] {
             let mut rest = value;
             for digit in text.iter_mut().skip(at).take(width).rev() {

@@ -123,11 +123,11 @@ fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, ParentGone> {
 /// (a controller in use by realtime threads, a parent with processes) shows when a limit is set.
 fn hand_down(dir: &Path) {
     for controller in cgroup::missing_below(dir) {
-        if let Err(error) = cgroup::enable_below(dir, &controller) {
+        if let Err(errno) = cgroup::enable_below(dir, &controller) {
             log::debug!(
                 "hand {controller} down in {}: {}",
                 dir.display(),
-                describe(&error)
+                describe(&errno.into())
             );
         }
     }

@@ -14,8 +14,8 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 use crate::sys::path::cleaned;
 
-pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
-const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+pub(crate) use rrun_kernel::cgroup::MOUNT_POINT;
+
 /// The most that is read of a cgroup's file; cgroup.procs of a large one is the longest.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// How long killed processes may take to leave their cgroup.
@@ -64,8 +64,7 @@ impl Directory {
             path: path.to_owned(),
             fd,
         };
-        let magic = rustix::fs::fstatfs(&cgroup.fd).doing(doing)?.f_type as u64;
-        if magic != CGROUP2_SUPER_MAGIC {
+        if !rrun_kernel::cgroup::is_cgroup(&cgroup.fd).doing(doing)? {
             if !existed {
                 let _ = rustix::fs::rmdir(path);
             }
@@ -133,9 +132,7 @@ fn write(directory: impl AsFd, file: &str, value: &str) -> std::result::Result<(
 
 /// One sentence for a host that rrun can not work on.
 pub(super) fn check_unified() -> Result<()> {
-    let is_unified = rustix::fs::statfs(MOUNT_POINT)
-        .is_ok_and(|statfs| statfs.f_type as u64 == CGROUP2_SUPER_MAGIC);
-    if !is_unified {
+    if !rrun_kernel::cgroup::is_mounted().unwrap_or(false) {
         refuse!("rrun needs cgroup v2, and {MOUNT_POINT} is not a cgroup2 mount");
     }
     Ok(())
@@ -189,7 +186,7 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
 /// All processes in a cgroup and those below it.
 pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     let mut pids = Vec::new();
-    for directory in subtree(path) {
+    for directory in rrun_kernel::cgroup::tree(path) {
         match read(&directory, "cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
             // EOPNOTSUPP: a threaded cgroup, whose processes are listed further up.
@@ -211,34 +208,8 @@ fn is_gone(error: &std::io::Error) -> bool {
 
 /// Kills every process in a cgroup and below it, and does not wait for it.
 pub(crate) fn kill_all(path: &Path) -> Result<()> {
-    let directory = match open(path) {
-        Ok(directory) => directory,
-        Err(_) if !path.exists() => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    match write(&directory, "cgroup.kill", "1") {
-        Err(Errno::NODEV) => Ok(()),
-        result => result.doing(|| format!("kill all processes in cgroup {}", path.display())),
-    }
-}
-
-/// A cgroup and all below it, parents before children.
-pub(super) fn subtree(path: &Path) -> Vec<PathBuf> {
-    let mut found = vec![path.to_owned()];
-    let mut next = 0;
-    while let Some(directory) = found.get(next).cloned() {
-        next += 1;
-        let below = std::fs::read_dir(&directory)
-            .into_iter()
-            .flatten()
-            .flatten();
-        found.extend(
-            below
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                .map(|entry| entry.path()),
-        );
-    }
-    found
+    rrun_kernel::cgroup::kill(path)
+        .doing(|| format!("kill all processes in cgroup {}", path.display()))
 }
 
 /// Waits until cgroup.events has a line; the kernel wakes who polls it at every change.

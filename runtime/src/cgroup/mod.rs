@@ -24,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Result};
 use crate::log;
-use directory::{Directory, EMPTY_TIMEOUT, check_unified, subtree, wait_for_event};
+use directory::{Directory, EMPTY_TIMEOUT, check_unified, wait_for_event};
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
@@ -246,14 +246,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
             "populated 0",
             deadline.saturating_duration_since(Instant::now()),
         )?;
-        let mut refused = None;
-        for directory in subtree(path).iter().rev() {
-            match rustix::fs::rmdir(directory) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => refused = Some((directory.clone(), errno)),
-            }
-        }
-        let Some((directory, errno)) = refused else {
+        let Err((directory, errno)) = rrun_kernel::cgroup::remove_tree(path) else {
             return Ok(());
         };
         if errno != Errno::BUSY || !emptied || Instant::now() >= deadline {

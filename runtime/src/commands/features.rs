@@ -5,8 +5,9 @@ use crate::commands::globals::{Command, Globals, print};
 use crate::config::spec::OCI_VERSION;
 use crate::error::{Error, Result};
 use crate::mounts::options;
-use crate::process::{capability_names, memory_policy};
+use crate::process::memory_policy;
 use crate::{cgroup, namespaces, seccomp};
+use rrun_kernel::capability;
 
 pub(crate) const COMMAND: Command = Command {
     name: "features",
@@ -19,7 +20,7 @@ pub(crate) const COMMAND: Command = Command {
 
 fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
     arguments.none()?;
-    let capabilities: Vec<String> = (0..=40).map(capability_names::name).collect();
+    let capabilities: Vec<String> = capability::all_names().collect();
     let flags = seccomp::FLAGS.iter().map(|(name, _)| *name);
     let supported: Vec<&str> = flags.filter(|name| seccomp::supports(name)).collect();
     // See features-linux.md of the runtime specification.

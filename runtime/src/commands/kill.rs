@@ -7,8 +7,8 @@ use crate::cgroup;
 use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
-use crate::sys::signals;
 use crate::sys::syscalls::{kill as send, pidfd_send_signal};
+use rrun_kernel::signal::{self, Notation};
 
 pub(crate) const COMMAND: Command = Command {
     name: "kill",
@@ -32,7 +32,8 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             all.len()
         ),
     };
-    let signal = signals::number(signal)?;
+    let signal = signal::parse(signal, Notation::CommandLine)
+        .ok_or_else(|| Error::new(format!("unknown signal \"{signal}\"")))?;
     let state = State::load(&globals.root, id)?;
     let doing = || format!("send signal {signal} to container {id}");
     let process = state.open_process()?;

@@ -23,7 +23,8 @@ use crate::process::{Process, lsm};
 use crate::seccomp::Filter;
 use crate::sys::files::read_file;
 use crate::sys::path::cleaned;
-use crate::sys::regular_file;
+use rrun_kernel::regular_file;
+use rustix::fs::OFlags;
 
 /// What config.json asks for, checked, and in the form in which it is used.
 pub(crate) struct Config {
@@ -70,9 +71,9 @@ impl Config {
             .canonicalize()
             .doing(|| format!("open bundle {}", bundle.display()))?;
         let path = bundle.join("config.json");
-        let file = regular_file::open(&path)
-            .map_err(|error| error.while_doing(format!("read {}", path.display())))?;
-        let bytes = read_file(file.into(), &path)?;
+        let file = regular_file::open(&path, OFlags::RDONLY)
+            .doing(|| format!("read {}", path.display()))?;
+        let bytes = read_file(file, &path)?;
         let spec: Spec = serde_json::from_slice(&bytes)
             .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))?;
         Config::from_spec(bundle, spec).map_err(|error| error.while_doing("config.json"))

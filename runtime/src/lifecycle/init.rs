@@ -32,8 +32,8 @@ use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::child::{NeverReturn, exit_now};
-use crate::sys::mount_setattr::{MountAttr, READ_ONLY, mount_setattr};
 use crate::sys::syscalls::{self, Execution};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// What the first process needs to know beside its configuration.
 pub(crate) struct Init<'a> {
@@ -337,7 +337,7 @@ impl Init<'_> {
         protection::make_read_only(rootfs, &config.readonly_paths)?;
         protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
         if config.root_readonly {
-            mount_setattr(rootfs.as_fd(), false, &READ_ONLY)
+            mount_setattr(rootfs.as_fd(), false, &MountAttr::READ_ONLY)
                 .doing(|| "make the root read-only (root.readonly)")?;
         }
         Ok(())

@@ -22,7 +22,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use crate::error::{Context, Result, refuse};
 use crate::log;
 use crate::mounts::Mount;
-use crate::sys::unix_socket::{at_address, send_descriptor};
+use crate::sys::unix_socket::send_descriptor;
+use rrun_kernel::unix_socket::at_address;
 
 const VARIABLE: &str = "NOTIFY_SOCKET";
 /// The directory in the container's own under --root that is shown to the container.

@@ -17,7 +17,8 @@ use rustix::net::{
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
-use crate::sys::unix_socket::{at_address, receive_descriptor, send_descriptor};
+use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
+use rrun_kernel::unix_socket::at_address;
 
 const START: &[u8] = b"G";
 const STARTING: u8 = b'L';

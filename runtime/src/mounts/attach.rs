@@ -12,8 +12,8 @@ use super::{options, remount, tmpcopyup};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::Bind;
 use crate::mounts::rootfs::{MountTarget, Rootfs};
-use crate::sys::mount_setattr::{MountAttr, mount_setattr};
-use crate::sys::procfs::PROC_SUPER_MAGIC;
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::procfs::PROC_SUPER_MAGIC;
 
 /// Files in /proc that may be bound over, as lxcfs does to show a container its limits.
 const PROC_FILES: &[&str] = &[
@@ -149,7 +149,7 @@ impl Mount {
         let is_proc = |fd: &OwnedFd| {
             rustix::fs::fstatfs(fd)
                 .doing(|| "ask for the file system")
-                .map(|statfs| statfs.f_type as u64 == PROC_SUPER_MAGIC)
+                .map(|statfs| statfs.f_type == PROC_SUPER_MAGIC)
         };
         let inside = self.destination.starts_with("/proc") || is_proc(target)?;
         if !inside

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::entry::Mount;
 use crate::error::{Context, Result};
-use crate::sys::mount_setattr::{MountAttr, READ_ONLY, mount_setattr};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 impl Mount {
     pub(super) fn set_attributes(&self, mount: &OwnedFd) -> Result<()> {
@@ -20,7 +20,7 @@ impl Mount {
         let unchanged = MountAttr::default();
         let mut recursive = self.options.recursive_attr;
         if self.is_written_first() {
-            recursive.attr_set &= !READ_ONLY.attr_set;
+            recursive.attr_set &= !MountAttr::READ_ONLY.attr_set;
         }
         if recursive != unchanged {
             mount_setattr(mount.as_fd(), true, &recursive).doing(|| "set its recursive options")?;

@@ -14,7 +14,7 @@ use super::entry::{Mount, OwnCgroup};
 use super::tree::{clone_descriptor, clone_tree};
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
-use crate::sys::mount_setattr::{MountAttr, READ_ONLY, mount_setattr};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// Where a mount that only mount(2) can make stands for a moment: a directory that is there
 /// for certain, in a mount namespace that is the container's own.
@@ -169,7 +169,7 @@ impl Mount {
     fn first_attributes(&self) -> u64 {
         let wanted = self.options.attr.attr_set;
         if self.is_written_first() {
-            wanted & !READ_ONLY.attr_set
+            wanted & !MountAttr::READ_ONLY.attr_set
         } else {
             wanted
         }

@@ -7,7 +7,7 @@
 use rustix::mount::MountFlags;
 
 use crate::error::{Result, refuse};
-use crate::sys::mount_setattr::MountAttr;
+use rrun_kernel::mount_setattr::MountAttr;
 
 // linux/mount.h
 const ATTR_RDONLY: u64 = 0x0000_0001;
@@ -289,7 +289,6 @@ pub(crate) fn joined(data: &[Parameter]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::mount_setattr::READ_ONLY;
 
     fn parsed(options: &[&str]) -> MountOptions {
         parse(options.iter().copied()).unwrap()
@@ -314,7 +313,7 @@ mod tests {
     fn the_last_of_contradicting_options_counts() {
         assert_eq!(parsed(&["ro", "rw"]).attr.attr_set, 0);
         assert_eq!(parsed(&["ro", "rw"]).attr.attr_clr, ATTR_RDONLY);
-        assert_eq!(parsed(&["rw", "ro"]).attr, READ_ONLY);
+        assert_eq!(parsed(&["rw", "ro"]).attr, MountAttr::READ_ONLY);
         assert_eq!(
             parsed(&["noatime", "relatime"]).attr,
             MountAttr {
@@ -328,7 +327,7 @@ mod tests {
     fn recursive_forms_are_told_from_names_that_begin_with_r() {
         let options = parsed(&["rbind", "rro", "rslave", "relatime"]);
         assert_eq!(options.bind, Bind::Recursive);
-        assert_eq!(options.recursive_attr, READ_ONLY);
+        assert_eq!(options.recursive_attr, MountAttr::READ_ONLY);
         assert_eq!(options.propagation, [(MS_SLAVE, true)]);
         assert_eq!(options.attr.attr_clr, ATTR_ATIME);
         assert_eq!(parsed(&["rw"]).attr.attr_clr, ATTR_RDONLY);

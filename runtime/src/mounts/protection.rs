@@ -11,8 +11,8 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
 use crate::mounts::rootfs::Rootfs;
-use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
 use crate::sys::path::cleaned;
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
 /// /dev/null. What does not exist needs no hiding.
@@ -59,7 +59,7 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
             result => result.doing(doing)?,
         };
         let copy = clone_descriptor(&target, true).doing(doing)?;
-        mount_setattr(copy.as_fd(), true, &READ_ONLY).doing(doing)?;
+        mount_setattr(copy.as_fd(), true, &MountAttr::READ_ONLY).doing(doing)?;
         move_mount(&copy, &target).doing(doing)?;
     }
     Ok(())

@@ -6,37 +6,26 @@
 //! interpreter), rrun itself runs in there. Whoever opens that link can, once nobody
 //! executes the file any more, write to it (CVE-2019-5736).
 //!
-//! A link in /proc/PID/exe leads to a file *by a mount*: the one it was executed from. So
-//! rrun executes itself once more, from a file system of its own that is attached nowhere: an
-//! overlay, with no layer to write to, of the directory that rrun lies in. Opening for writing
-//! through it gives EROFS, for every user and with every capability; nobody can make it writable,
-//! because mount_setattr(2) and mount(2) refuse a mount that is not in the caller's own mount
-//! namespace, and it ends with the last process that was executed from it. The file's contents
-//! are not copied.
-//!
-//! A read-only copy of the *mount* would keep the file as safe, and is what is left where no
-//! overlay can be made. But by it the container holds the file's own inode, and the kernel counts
-//! an open for writing as a writer of that inode for the moment before it refuses it: whoever
-//! tries in a loop makes others' execve(2) of rrun fail with ETXTBSY, one of fifty, on the whole
-//! node. An overlay's inode is its own, and a file system that is read-only as a whole refuses
-//! before it counts.
+//! So rrun executes itself once more, from a read-only overlay of its directory that is attached
+//! nowhere: see [`rrun_kernel::readonly_exec`], which also tells what a read-only copy of the mount
+//! lacks. That copy is what is left where no overlay can be made.
 //!
 //! If rrun was executed from such a file system already, there is nothing to do; a caller
 //! that starts many containers can save the second execve that way.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
+use rustix::mount::OpenTreeFlags;
 use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Reason as _, Result};
-use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
 use crate::sys::syscalls::{execveat, ignore_signal};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
@@ -157,22 +146,13 @@ fn open_in_overlay() -> std::result::Result<OwnedFd, Errno> {
     if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino) {
         return Err(Errno::NOENT);
     }
-    let overlay = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    // Two layers are the least that it takes where none is writable. By its number the
-    // directory needs no escapes.
-    let layers = format!("/proc/self/fd/{}:/dev", directory.as_raw_fd());
-    rustix::mount::fsconfig_set_string(&overlay, "lowerdir", layers)?;
-    rustix::mount::fsconfig_create(&overlay)?;
-    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-    let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(&mount, name, flags, Mode::empty())
+    rrun_kernel::readonly_exec::open_in_overlay(&directory, name)
 }
 
 /// This program's file on a read-only copy of its mount.
 fn open_on_readonly_mount() -> std::result::Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let mount = rustix::mount::open_tree(CWD, OWN_EXECUTABLE, flags)?;
-    mount_setattr(mount.as_fd(), false, &READ_ONLY)?;
+    mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)?;
     Ok(mount)
 }

@@ -10,7 +10,7 @@ use super::file_system::{kernel_log, set_parameters};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{self, Bind};
 use crate::mounts::rootfs::Rootfs;
-use crate::sys::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// Gives the mount at the destination the options of `mount`, as mount(2) does with
 /// MS_REMOUNT: what is not among them is cleared, but for how access times are kept.

@@ -15,7 +15,7 @@ use rustix::fs::{FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
-use crate::sys::mount_setattr::{READ_ONLY, mount_setattr};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// As many links are followed as the kernel itself would follow.
 const MAX_LINKS: usize = 40;
@@ -72,7 +72,7 @@ impl Rootfs {
     /// For when nothing is written any more into what was mounted.
     pub(crate) fn make_read_only(&self) -> Result<()> {
         for (sentence, mount) in &self.read_only_later {
-            mount_setattr(mount.as_fd(), false, &READ_ONLY)
+            mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)
                 .doing(|| format!("{sentence}: make it read-only"))?;
         }
         Ok(())

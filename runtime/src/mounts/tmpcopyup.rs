@@ -10,8 +10,8 @@ use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
-use crate::sys::procfs::Procfs;
-use crate::sys::regular_file;
+use rrun_kernel::procfs::Procfs;
+use rrun_kernel::regular_file;
 
 /// How many directories within each other are copied.
 const DEPTH_MAX: usize = 128;
@@ -106,7 +106,7 @@ fn copy_entry(
 fn copy_file(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Result<()> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let found = rustix::fs::openat(from, name, flags, Mode::empty()).doing(|| "open it")?;
-    let (from, stat) = regular_file::reopen(procfs, &found)?;
+    let (from, stat) = regular_file::reopen_by(procfs, &found, OFlags::RDONLY)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let to = rustix::fs::openat(to, name, flags, Mode::RUSR).doing(|| "make it")?;
     // No more than it had: one that grows meanwhile must not be followed for ever.

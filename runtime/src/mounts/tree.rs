@@ -10,7 +10,7 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, Unmoun
 use crate::error::{Context, Result};
 use crate::mounts::options;
 use crate::mounts::rootfs::Rootfs;
-use crate::sys::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// A detached copy of the mount at a path of the host, with those below it if `recursive`.
 pub(crate) fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {

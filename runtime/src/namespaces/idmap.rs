@@ -15,8 +15,9 @@ use crate::error::{Context, Result, refuse};
 use crate::namespaces;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
-use crate::sys::procfs::Procfs;
-use crate::sys::regular_file;
+use rrun_kernel::procfs::Procfs;
+use rrun_kernel::regular_file;
+use rustix::fs::OFlags;
 
 /// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
 const MAP_LINES_MAX: usize = 340;
@@ -182,8 +183,9 @@ impl IdMapNamespaces {
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {
-    regular_file::open(path)
-        .map_err(|error| error.while_doing(format!("open user namespace {}", path.display())))
+    regular_file::open(path, OFlags::RDONLY)
+        .map(OwnedFd::from)
+        .doing(|| format!("open user namespace {}", path.display()))
 }
 
 /// A user namespace can only be made by a process in it, which then is of no more use.

@@ -9,13 +9,13 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
-use rustix::fs::{Gid, Uid};
+use rustix::fs::{Gid, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::error::{Context, Result, refuse};
-use crate::sys::procfs::Procfs;
-use crate::sys::regular_file;
+use rrun_kernel::procfs::Procfs;
+use rrun_kernel::regular_file;
 
 /// An existing namespace to enter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,14 +132,14 @@ impl Namespaces {
         self.join
             .iter()
             .map(|join| {
-                let fd = regular_file::open(&join.path).map_err(|error| {
+                let file = regular_file::open(&join.path, OFlags::RDONLY).doing(|| {
                     let (name, path) = (name(join.typ), join.path.display());
-                    error.while_doing(format!("open {name} namespace {path}"))
+                    format!("open {name} namespace {path}")
                 })?;
                 Ok(OpenNamespace {
                     typ: join.typ,
                     path: join.path.clone(),
-                    fd,
+                    fd: file.into(),
                 })
             })
             .collect()

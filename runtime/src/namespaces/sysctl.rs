@@ -6,7 +6,7 @@ use oci_spec::runtime::LinuxNamespaceType as Type;
 
 use crate::error::{Context, Result, refuse};
 use crate::namespaces::Namespaces;
-use crate::sys::procfs::Procfs;
+use rrun_kernel::procfs::Procfs;
 
 /// Parameters of an IPC namespace; every other one under kernel. is the whole machine's.
 const IPC: &[&str] = &[

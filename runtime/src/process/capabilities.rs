@@ -10,7 +10,7 @@ use rustix::thread::{
 use crate::config::spec::Capabilities;
 use crate::error::{Context, Result, refuse};
 use crate::log;
-use crate::process::capability_names::{bit, name};
+use rrun_kernel::capability::{self, name};
 
 /// Capability sets as bit masks, bit n being capability number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,13 +36,14 @@ pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
     })
 }
 
+/// The bit of a name, with or without `CAP_`, in upper or lower case.
+fn bit(name: &str) -> Option<u64> {
+    capability::parse(name).map(|capability| capability.bitmask())
+}
+
 /// The names of the capabilities in a mask, for a sentence.
 fn names(mask: u64) -> String {
-    let names: Vec<String> = (0..64)
-        .filter(|number| mask & (1 << number) != 0)
-        .map(name)
-        .collect();
-    names.join(", ")
+    capability::names(mask).collect::<Vec<_>>().join(", ")
 }
 
 impl CapabilityMasks {

@@ -6,8 +6,7 @@ use std::ffi::CString;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result, refuse};
-use crate::sys::procfs::Procfs;
-use crate::sys::regular_file;
+use rrun_kernel::regular_file;
 
 /// The most of a container's /etc/passwd that is read; it is the container's to write.
 const PASSWD_BYTES_MAX: u64 = 4 << 20;
@@ -84,12 +83,9 @@ fn home_of_user(uid: u32) -> Option<String> {
         ResolveFlags::NO_MAGICLINKS,
     )
     .ok()?;
-    let (fd, _) = regular_file::reopen(&Procfs::open().ok()?, &found).ok()?;
+    let file = regular_file::reopen(found, OFlags::RDONLY).ok()?;
     let mut text = String::new();
-    std::fs::File::from(fd)
-        .take(PASSWD_BYTES_MAX)
-        .read_to_string(&mut text)
-        .ok()?;
+    file.take(PASSWD_BYTES_MAX).read_to_string(&mut text).ok()?;
     home_in_passwd(&text, uid)
 }
 

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
-use crate::sys::procfs::Procfs;
+use rrun_kernel::procfs::Procfs;
 
 /// linux/magic.h
 const SELINUX_MAGIC: u64 = 0xf97c_ff8c;

@@ -2,7 +2,6 @@
 //! One of these is a container's first process, others enter by `exec`.
 
 pub(crate) mod capabilities;
-pub(crate) mod capability_names;
 pub(crate) mod descriptors;
 pub(crate) mod environment;
 pub(crate) mod lsm;
@@ -24,9 +23,9 @@ use crate::process::lsm::Labels;
 use crate::process::memory_policy::MemoryPolicy;
 use crate::process::personality::Personality;
 use crate::process::scheduling::Scheduling;
-use crate::sys::errno::errno_text;
-use crate::sys::procfs::Procfs;
 use crate::sys::syscalls;
+use rrun_kernel::errno;
+use rrun_kernel::procfs::Procfs;
 
 /// Where programs are looked for when the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -286,7 +285,7 @@ fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
         Errno::ACCESS => format!("exec: \"{path}\": permission denied (EACCES)"),
         Errno::ISDIR => format!("exec: \"{path}\": is a directory (EISDIR)"),
         Errno::NOEXEC => format!("exec: \"{path}\": exec format error (ENOEXEC)"),
-        errno => format!("exec: \"{path}\": {}", errno_text(errno.raw_os_error())),
+        errno => format!("exec: \"{path}\": {}", errno::text(errno.raw_os_error())),
     })
 }
 

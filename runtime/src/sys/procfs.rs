@@ -1,79 +1,9 @@
-//! The host's /proc, through which the kernel is told of processes and parameters.
-//!
-//! What is written there decides what protects a container. A process that another container
-//! shares a mount namespace with, or a race with one, may have put another file in the place of
-//! the one that is meant (CVE-2025-52881): so /proc is made sure of to be the root of a procfs,
-//! and nothing that is mounted inside it is ever entered.
+//! What /proc tells of processes.
 
-use std::os::fd::OwnedFd;
-
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::error::{Context, Result, refuse};
-
-/// linux/magic.h
-pub(crate) const PROC_SUPER_MAGIC: u64 = 0x9fa0;
-
-/// linux/proc_fs.h, PROC_ROOT_INO
-const ROOT_INODE: u64 = 1;
-
-/// The root directory of a procfs.
-pub(crate) struct Procfs(OwnedFd);
-
-impl Procfs {
-    /// The one at /proc.
-    ///
-    /// # Errors
-    /// If that is no procfs, or a part of one.
-    pub(crate) fn open() -> Result<Procfs> {
-        let doing = || "open /proc";
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rustix::fs::open("/proc", flags, Mode::empty()).doing(doing)?;
-        let is_procfs = rustix::fs::fstatfs(&root).doing(doing)?.f_type as u64 == PROC_SUPER_MAGIC;
-        if !is_procfs || rustix::fs::fstat(&root).doing(doing)?.st_ino != ROOT_INODE {
-            refuse!("open /proc: what is mounted there is not the kernel's own");
-        }
-        Ok(Procfs(root))
-    }
-
-    /// Opens a file by its path below /proc, for writing.
-    pub(crate) fn for_writing(&self, path: &str) -> std::result::Result<OwnedFd, Errno> {
-        // `self` is a link, but to a name beside it.
-        rustix::fs::openat2(
-            &self.0,
-            path,
-            OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS,
-        )
-    }
-
-    /// Opens for reading the file that descriptor `number` of this process refers to. For an O_PATH
-    /// descriptor, that is the file that was looked up, even if its path names another one by now.
-    pub(crate) fn own_descriptor(&self, number: i32) -> std::result::Result<OwnedFd, Errno> {
-        let directory = rustix::fs::openat2(
-            &self.0,
-            "thread-self/fd",
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS,
-        )?;
-        // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a
-        // lease.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        rustix::fs::openat(directory, number.to_string(), flags, Mode::empty())
-    }
-
-    /// Writes a file by its path below /proc with one write(2), as the kernel wants it.
-    pub(crate) fn write(&self, path: &str, text: &str) -> std::result::Result<(), Errno> {
-        let file = self.for_writing(path)?;
-        match rustix::io::write(&file, text.as_bytes())? {
-            length if length == text.len() => Ok(()),
-            _ => Err(Errno::INVAL),
-        }
-    }
-}
+use crate::error::{Context, Result};
 
 /// When a process was started, and whether it is a zombie; `None` if there is none.
 pub(crate) fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {

@@ -1,11 +1,9 @@
-//! Unix sockets at paths of any length, and descriptors sent over them. See unix(7).
+//! Connections to a caller's unix socket, and descriptors sent over them. See unix(7).
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -14,27 +12,6 @@ use rustix::net::{
 };
 
 use crate::error::{Context, Result};
-
-/// Calls `with` with the address of the socket `name` in a directory. A path too long for
-/// one (108 bytes) is reached through a descriptor of its directory.
-pub(crate) fn at_address<T>(
-    directory: &Path,
-    name: &str,
-    with: impl Fn(&SocketAddrUnix) -> std::result::Result<T, Errno>,
-) -> std::result::Result<T, Errno> {
-    if let Ok(address) = SocketAddrUnix::new(directory.join(name)) {
-        return with(&address);
-    }
-    let directory = rustix::fs::open(
-        directory,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
-    with(&SocketAddrUnix::new(format!(
-        "/proc/self/fd/{number}/{name}"
-    ))?)
-}
 
 /// Connects to a caller's socket, which is to receive a descriptor.
 ///
