@@ -173,6 +173,7 @@ mod tests {
         let mut container = ended("delete-again");
         // A directory with a file in it can't be removed as a cgroup can.
         std::fs::create_dir(&container.spec.cgroup).unwrap();
+        std::fs::write(container.spec.cgroup.join("file"), "").unwrap();
         assert!(container.cleaned_up(None).is_empty());
         let effects = container.delete(5, Instant::now());
         assert!(matches!(
