@@ -7,3 +7,4 @@ pub mod errno;
 pub mod heap;
 pub mod mount_setattr;
 pub mod regular_file;
+pub mod signal;
