@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use rrun_kernel::capability::{self, Capability, Capability::*};
 use rrun_proto::v1::Capability as RequestedCapabilities;
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer};
 
 use rrun_calls::error::{Error, Result};
 
@@ -104,19 +104,20 @@ pub(crate) fn bounding_set() -> u64 {
     *BOUNDING.get_or_init(capability::bounding_set)
 }
 
-impl CapabilitySets {
-    /// The runtime specification's `process.capabilities`.
-    pub(crate) fn to_json(self) -> Value {
+/// As the runtime specification's `process.capabilities`, by number.
+impl Serialize for CapabilitySets {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let names = |mask: u64| -> Vec<String> { capability::names(mask).collect() };
-        let held = names(self.held);
-        let ambient = names(self.ambient);
-        json!({
-            "bounding": held,
-            "effective": held,
-            "permitted": held,
-            "inheritable": ambient,
-            "ambient": ambient,
-        })
+        let (held, ambient) = (names(self.held), names(self.ambient));
+        let mut sets = vec![
+            ("bounding", &held),
+            ("effective", &held),
+            ("permitted", &held),
+        ];
+        if !ambient.is_empty() {
+            sets.extend([("inheritable", &ambient), ("ambient", &ambient)]);
+        }
+        serializer.collect_map(sets)
     }
 }
 

@@ -9,8 +9,8 @@ use rrun_proto::v1::{
 
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::seccomp::Asked;
-use super::spec::{Namespaces, Parts, PidNamespace};
+use super::seccomp::SeccompProfile;
+use super::spec::{Namespaces, PidNamespace, SpecInputs};
 use super::user::{Accounts, User};
 use super::{
     Container, Phase, RECORD, Record, State, annotations, apparmor, capabilities, cdi, devices,
@@ -323,7 +323,7 @@ fn prepare(
         context.privileged,
         capabilities::bounding_set(),
     )?;
-    let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
+    let seccomp = SeccompProfile::of(&context, &node.config.unset_seccomp_profile)?;
     let seccomp = seccomp.profile(capabilities)?;
     let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
     if let Some(dir) = log.as_deref().and_then(Path::parent) {
@@ -402,7 +402,7 @@ fn prepare(
             .to_owned(),
     };
     let pod_dir = node.sandbox_dir(&sandbox.id);
-    let around = mounts::Surroundings {
+    let around = mounts::MountInputs {
         pod: &pod_dir,
         privileged: context.privileged,
         readonly_rootfs: context.readonly_rootfs,
@@ -416,7 +416,7 @@ fn prepare(
     };
     let asked = &record.state.resources;
     let handler = node.config.runtime(&sandbox.handler);
-    let mut spec = spec::spec(Parts {
+    let mut spec = spec::spec(SpecInputs {
         config,
         image: &image.config,
         user: &user,
@@ -434,7 +434,7 @@ fn prepare(
         devices: devices::devices(&config.devices, context.privileged)?,
         mounts: mounts::mounts(&asked_mounts, &around)?,
         root_propagation: mounts::root_propagation(&asked_mounts),
-        resources: resources::to_json(asked, resources::Controllers::of(&pod_cgroup))?,
+        resources: resources::limits(asked, resources::Controllers::of(&pod_cgroup))?,
         oom_score_adj: oom_score_adj(asked.oom_score_adj, node.config.restrict_oom_score_adj),
         seccomp,
         rlimits: &node.config.rlimits,
@@ -445,7 +445,7 @@ fn prepare(
         selinux,
     })?;
     devices.apply(&mut spec, context.privileged)?;
-    write(&bundle.join("config.json"), &spec.to_string())?;
+    write(&bundle.join("config.json"), &spec.text()?)?;
     Ok(user)
 }
 

@@ -3,8 +3,8 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 use rrun_proto::v1::Device;
-use serde_json::{Value, json};
 
 use rrun_calls::error::{During, Error, Result};
 
@@ -25,22 +25,16 @@ const NOT_SHARED: [&str; 7] = [
 /// The specification's `linux.devices` and `linux.resources.devices`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Devices {
-    pub nodes: Vec<Value>,
-    pub rules: Vec<Value>,
+    pub nodes: Vec<LinuxDevice>,
+    pub rules: Vec<LinuxDeviceCgroup>,
 }
 
 /// The devices asked for, everything else denied; for the privileged every device. Blocks.
 pub(crate) fn devices(asked: &[Device], privileged: bool) -> Result<Devices> {
     let mut devices = Devices::default();
+    devices.rules.push(all(privileged));
     if privileged {
-        devices
-            .rules
-            .push(json!({ "allow": true, "access": "rwm" }));
         devices.add_all(Path::new("/dev"), DEPTH);
-    } else {
-        devices
-            .rules
-            .push(json!({ "allow": false, "access": "rwm" }));
     }
     for device in asked {
         if device.permissions.chars().any(|c| !"rwm".contains(c)) {
@@ -94,14 +88,12 @@ impl Devices {
                 host.display()
             )));
         };
-        let (major, minor) = numbers(metadata.rdev());
-        self.nodes.retain(|node| node["path"] != json!(container));
-        self.nodes.push(node(container, kind, &metadata));
+        let node = node(container, kind, &metadata);
         if rule {
-            self.rules.push(json!({
-                "allow": true, "type": kind, "major": major, "minor": minor, "access": access,
-            }));
+            self.rules.push(allow(&node, access));
         }
+        self.nodes.retain(|other| other.path() != node.path());
+        self.nodes.push(node);
         Ok(())
     }
 
@@ -130,7 +122,7 @@ impl Devices {
 }
 
 /// The specification's entry for a device of the node, under another path.
-pub(crate) fn node_of(host: &Path, container: &Path) -> Result<Value> {
+pub(crate) fn node_of(host: &Path, container: &Path) -> Result<LinuxDevice> {
     let metadata =
         std::fs::metadata(host).during(|| format!("look at the device {}", host.display()))?;
     match kind(&metadata) {
@@ -142,31 +134,48 @@ pub(crate) fn node_of(host: &Path, container: &Path) -> Result<Value> {
     }
 }
 
-fn kind(metadata: &std::fs::Metadata) -> Option<&'static str> {
+fn kind(metadata: &std::fs::Metadata) -> Option<LinuxDeviceType> {
     let kind = metadata.file_type();
     if kind.is_block_device() {
-        Some("b")
+        Some(LinuxDeviceType::B)
     } else if kind.is_char_device() {
-        Some("c")
+        Some(LinuxDeviceType::C)
     } else {
         None
     }
 }
 
-fn numbers(device: u64) -> (u32, u32) {
-    (rustix::fs::major(device), rustix::fs::minor(device))
+fn node(path: &Path, kind: LinuxDeviceType, metadata: &std::fs::Metadata) -> LinuxDevice {
+    let number = metadata.rdev();
+    let mut node = LinuxDevice::default();
+    node.set_path(path.to_owned())
+        .set_typ(kind)
+        .set_major(rustix::fs::major(number).into())
+        .set_minor(rustix::fs::minor(number).into())
+        .set_file_mode(Some(metadata.mode() & 0o7777))
+        .set_uid(Some(metadata.uid()))
+        .set_gid(Some(metadata.gid()));
+    node
 }
 
-fn node(path: &Path, kind: &str, metadata: &std::fs::Metadata) -> Value {
-    let (major, minor) = numbers(metadata.rdev());
-    json!({
-        "path": path, "type": kind, "major": major, "minor": minor,
-        "fileMode": metadata.mode() & 0o7777, "uid": metadata.uid(), "gid": metadata.gid(),
-    })
+/// The rule for every device.
+fn all(allow: bool) -> LinuxDeviceCgroup {
+    let mut rule = LinuxDeviceCgroup::default();
+    rule.set_allow(allow).set_access(Some("rwm".to_owned()));
+    rule
+}
+
+/// The rule that allows a device.
+pub(crate) fn allow(node: &LinuxDevice, access: &str) -> LinuxDeviceCgroup {
+    let mut rule = LinuxDeviceCgroup::from(node);
+    rule.set_access(Some(access.to_owned()));
+    rule
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn device(host: &str, container: &str, permissions: &str) -> Device {
@@ -181,14 +190,14 @@ mod tests {
     fn a_device_gets_a_node_and_a_rule() -> Result<()> {
         let devices = devices(&[device("/dev/null", "/dev/nothing", "rw")], false)?;
         assert_eq!(devices.nodes.len(), 1);
-        assert_eq!(devices.nodes[0]["path"], "/dev/nothing");
-        assert_eq!(devices.nodes[0]["major"], 1);
+        assert_eq!(devices.nodes[0].path(), Path::new("/dev/nothing"));
+        assert_eq!(devices.nodes[0].major(), 1);
         assert_eq!(
-            devices.rules,
-            [
-                json!({ "allow": false, "access": "rwm" }),
-                json!({ "allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw" }),
-            ]
+            json!(devices.rules),
+            json!([
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw" },
+            ])
         );
         Ok(())
     }
@@ -196,7 +205,10 @@ mod tests {
     #[test]
     fn the_privileged_get_all_but_terminals() -> Result<()> {
         let devices = devices(&[], true)?;
-        let has = |path: &str| devices.nodes.iter().any(|node| node["path"] == path);
+        let has = |path: &str| {
+            let mut nodes = devices.nodes.iter();
+            nodes.any(|node| node.path() == Path::new(path))
+        };
         assert!(has("/dev/null") && !has("/dev/console") && !has("/dev/pts/ptmx"));
         Ok(())
     }

@@ -3,14 +3,14 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use oci_spec::runtime as oci;
 use rrun_proto::v1::{IdMapping, Mount, MountPropagation};
-use serde_json::{Value, json};
 
 use crate::handlers::Features;
 use rrun_calls::error::{During, Error, Result};
 
 /// What the mounts depend on beside the request's own.
-pub(crate) struct Surroundings<'a> {
+pub(crate) struct MountInputs<'a> {
     /// `STATE/pods/POD`, with hostname, hosts, resolv.conf and shm.
     pub pod: &'a Path,
     pub privileged: bool,
@@ -22,28 +22,44 @@ pub(crate) struct Surroundings<'a> {
 }
 
 /// The specification's `mounts`, in the order in which to mount them.
-pub(crate) fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<Value>> {
-    let mut all: Vec<(PathBuf, Value)> = Vec::new();
-    let mut add = |destination: &str, kind: &str, source: &str, options: &[&str]| {
-        let mount = json!({
-            "destination": destination, "type": kind, "source": source, "options": options,
-        });
-        all.push((destination.into(), mount));
-    };
-    let (sys, cgroup): (&[&str], &[&str]) = if around.privileged {
-        (
-            &["nosuid", "noexec", "nodev", "rw"],
-            &["nosuid", "noexec", "nodev", "relatime", "rw"],
-        )
-    } else {
-        (
-            &["nosuid", "noexec", "nodev", "ro"],
-            &["nosuid", "noexec", "nodev", "relatime", "ro"],
-        )
-    };
-    add("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]);
+pub(crate) fn mounts(asked: &[Mount], inputs: &MountInputs<'_>) -> Result<Vec<oci::Mount>> {
+    let mut all = kernel_file_systems(inputs.privileged);
+    all.extend(pod_files(inputs));
+    for mount in asked {
+        let mount = requested(mount, inputs)?;
+        // The request's mount takes the place of ours.
+        all.retain(|other| other.destination() != mount.destination());
+        all.push(mount);
+    }
+    sort(&mut all);
+    Ok(all)
+}
+
+/// Puts a parent before what is mounted in it; else the order is kept.
+pub(crate) fn sort(mounts: &mut [oci::Mount]) {
+    mounts.sort_by_key(|mount| mount.destination().components().count());
+}
+
+/// An entry of the specification's `mounts`.
+pub(crate) fn entry(
+    destination: impl Into<PathBuf>,
+    kind: &str,
+    source: impl Into<PathBuf>,
+    options: &[&str],
+) -> oci::Mount {
+    let options = options.iter().map(|option| (*option).to_owned());
+    let mut mount = oci::Mount::default();
+    mount
+        .set_destination(destination.into())
+        .set_typ(Some(kind.to_owned()))
+        .set_source(Some(source.into()))
+        .set_options(Some(options.collect()));
+    mount
+}
+
+fn kernel_file_systems(privileged: bool) -> Vec<oci::Mount> {
+    let access = if privileged { "rw" } else { "ro" };
     let dev = ["nosuid", "strictatime", "mode=755", "size=65536k"];
-    add("/dev", "tmpfs", "tmpfs", &dev);
     let pts = [
         "nosuid",
         "noexec",
@@ -52,107 +68,120 @@ pub(crate) fn mounts(asked: &[Mount], around: &Surroundings<'_>) -> Result<Vec<V
         "mode=0620",
         "gid=5",
     ];
-    add("/dev/pts", "devpts", "devpts", &pts);
-    add(
-        "/dev/mqueue",
-        "mqueue",
-        "mqueue",
-        &["nosuid", "noexec", "nodev"],
-    );
-    add("/sys", "sysfs", "sysfs", sys);
-    add("/sys/fs/cgroup", "cgroup", "cgroup", cgroup);
+    let plain = ["nosuid", "noexec", "nodev"];
+    let sys = ["nosuid", "noexec", "nodev", access];
+    let cgroup = ["nosuid", "noexec", "nodev", "relatime", access];
+    vec![
+        entry("/proc", "proc", "proc", &plain),
+        entry("/dev", "tmpfs", "tmpfs", &dev),
+        entry("/dev/pts", "devpts", "devpts", &pts),
+        entry("/dev/mqueue", "mqueue", "mqueue", &plain),
+        entry("/sys", "sysfs", "sysfs", &sys),
+        entry("/sys/fs/cgroup", "cgroup", "cgroup", &cgroup),
+    ]
+}
 
-    let mut bind = |destination: &str, source: &Path, writable: bool| {
-        let access = if writable { "rw" } else { "ro" };
-        let mount = json!({
-            "destination": destination, "type": "bind", "source": source,
-            "options": ["rbind", "rprivate", access],
-        });
-        all.push((destination.into(), mount));
+/// The files that the pod's containers share, and its /dev/shm.
+fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
+    let bind = |destination: String, source: PathBuf, access: &str| {
+        entry(destination, "bind", source, &["rbind", "rprivate", access])
     };
-    let shm = if around.own_ipc {
-        around.pod.join("shm")
+    let shm = if inputs.own_ipc {
+        inputs.pod.join("shm")
     } else {
         "/dev/shm".into()
     };
-    bind("/dev/shm", &shm, true);
+    let access = if inputs.readonly_rootfs { "ro" } else { "rw" };
+    let mut all = vec![bind("/dev/shm".to_owned(), shm, "rw")];
     for name in ["hostname", "hosts", "resolv.conf"] {
-        let writable = !around.readonly_rootfs;
-        bind(&format!("/etc/{name}"), &around.pod.join(name), writable);
+        all.push(bind(format!("/etc/{name}"), inputs.pod.join(name), access));
     }
-    for mount in asked {
-        let (destination, value) = one(mount, around)?;
-        // The request's mount takes the place of ours.
-        all.retain(|(there, _)| *there != destination);
-        all.push((destination, value));
-    }
-    // A parent before what is mounted in it; else the order is kept.
-    all.sort_by_key(|(destination, _)| destination.components().count());
-    Ok(all.into_iter().map(|(_, mount)| mount).collect())
+    all
 }
 
-fn one(mount: &Mount, around: &Surroundings<'_>) -> Result<(PathBuf, Value)> {
-    let path = &mount.container_path;
-    let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?} {why}")));
-    let mapped = !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty();
-    if mapped {
-        if mount.uid_mappings.is_empty() || mount.gid_mappings.is_empty() {
-            return refuse("has only one of uidMappings and gidMappings");
-        }
-        if !around.features.mapped_mounts {
-            return refuse(
-                "maps ids (uidMappings, gidMappings), which the pod's runtime handler does not do by what its features say",
-            );
-        }
-    }
-    if mount.recursive_read_only && !around.features.recursive_read_only {
-        return refuse(
-            "is recursive_read_only, which the pod's runtime handler does not do by what its features say",
-        );
-    }
-    if !mount.host_path.starts_with('/') {
-        return refuse("has no absolute host_path");
-    }
-    let propagation = mount.propagation();
-    if mount.recursive_read_only {
-        if !mount.readonly {
-            return refuse("is recursive_read_only without readonly");
-        }
-        if propagation != MountPropagation::PropagationPrivate {
-            return refuse("is recursive_read_only with a propagation that is not private");
-        }
+/// A mount of the request.
+fn requested(mount: &Mount, inputs: &MountInputs<'_>) -> Result<oci::Mount> {
+    check(mount, inputs.features)?;
+    let destination = cleaned(&mount.container_path);
+    if destination == Path::new("/") {
+        return refuse(mount, "would cover the whole root filesystem");
     }
     let access = match (mount.readonly, mount.recursive_read_only) {
         (true, true) => "rro",
         (true, false) => "ro",
         (false, _) => "rw",
     };
-    let propagation = match propagation {
+    let propagation = match mount.propagation() {
         MountPropagation::PropagationPrivate => "rprivate",
         MountPropagation::PropagationHostToContainer => "rslave",
         MountPropagation::PropagationBidirectional => "rshared",
     };
-    let destination = cleaned(path);
-    if destination == Path::new("/") {
-        return refuse("would cover the whole root filesystem");
+    let options = ["rbind", propagation, access];
+    let mut entry = entry(destination, "bind", &mount.host_path, &options);
+    if is_mapped(mount) {
+        entry
+            .set_uid_mappings(Some(id_mappings(&mount.uid_mappings)?))
+            .set_gid_mappings(Some(id_mappings(&mount.gid_mappings)?));
     }
-    let mut value = json!({
-        "destination": destination, "type": "bind", "source": mount.host_path,
-        "options": ["rbind", propagation, access],
-    });
-    if mapped {
-        value["uidMappings"] = id_mappings(&mount.uid_mappings);
-        value["gidMappings"] = id_mappings(&mount.gid_mappings);
+    Ok(entry)
+}
+
+fn is_mapped(mount: &Mount) -> bool {
+    !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty()
+}
+
+fn refuse<T>(mount: &Mount, why: &str) -> Result<T> {
+    Err(Error::invalid(format!(
+        "the mount at {:?} {why}",
+        mount.container_path
+    )))
+}
+
+/// Refuses what contradicts itself, and what the pod's runtime handler can't do.
+fn check(mount: &Mount, features: Features) -> Result<()> {
+    if is_mapped(mount) {
+        if mount.uid_mappings.is_empty() || mount.gid_mappings.is_empty() {
+            return refuse(mount, "has only one of uidMappings and gidMappings");
+        }
+        if !features.mapped_mounts {
+            return refuse(
+                mount,
+                "maps ids (uidMappings, gidMappings), which the pod's runtime handler does not do by what its features say",
+            );
+        }
     }
-    Ok((destination, value))
+    if mount.recursive_read_only && !features.recursive_read_only {
+        return refuse(
+            mount,
+            "is recursive_read_only, which the pod's runtime handler does not do by what its features say",
+        );
+    }
+    if !mount.host_path.starts_with('/') {
+        return refuse(mount, "has no absolute host_path");
+    }
+    if mount.recursive_read_only {
+        if !mount.readonly {
+            return refuse(mount, "is recursive_read_only without readonly");
+        }
+        if mount.propagation() != MountPropagation::PropagationPrivate {
+            return refuse(
+                mount,
+                "is recursive_read_only with a propagation that is not private",
+            );
+        }
+    }
+    Ok(())
 }
 
 /// The specification's form of ranges of ids.
-pub(crate) fn id_mappings(ranges: &[IdMapping]) -> Value {
+pub(crate) fn id_mappings(ranges: &[IdMapping]) -> Result<Vec<oci::LinuxIdMapping>> {
     let one = |range: &IdMapping| {
-        json!({
-            "containerID": range.container_id, "hostID": range.host_id, "size": range.length,
-        })
+        oci::LinuxIdMappingBuilder::default()
+            .container_id(range.container_id)
+            .host_id(range.host_id)
+            .size(range.length)
+            .build()
+            .map_err(|error| Error::internal(error.to_string()))
     };
     ranges.iter().map(one).collect()
 }
@@ -207,8 +236,8 @@ pub(crate) fn make_sources(asked: &[Mount]) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn around() -> Surroundings<'static> {
-        Surroundings {
+    fn inputs() -> MountInputs<'static> {
+        MountInputs {
             pod: Path::new("/run/rrun/pods/p"),
             privileged: false,
             readonly_rootfs: false,
@@ -228,29 +257,41 @@ mod tests {
         }
     }
 
-    fn find<'a>(mounts: &'a [Value], destination: &str) -> Vec<&'a Value> {
+    fn find<'a>(mounts: &'a [oci::Mount], destination: &str) -> Vec<&'a oci::Mount> {
         let of = mounts.iter();
-        of.filter(|mount| mount["destination"] == destination)
+        of.filter(|mount| mount.destination() == Path::new(destination))
             .collect()
+    }
+
+    fn source(mount: &oci::Mount) -> Option<&Path> {
+        mount.source().as_deref()
+    }
+
+    fn options(mount: &oci::Mount) -> String {
+        mount.options().clone().unwrap_or_default().join(",")
     }
 
     #[test]
     fn a_requests_mount_takes_the_place_of_ours() -> Result<()> {
         let all = mounts(
             &[bind("//etc/./hosts", "/var/lib/kubelet/hosts")],
-            &around(),
+            &inputs(),
         )?;
         let hosts = find(&all, "/etc/hosts");
         assert_eq!(hosts.len(), 1);
-        assert_eq!(hosts[0]["source"], "/var/lib/kubelet/hosts");
-        assert_eq!(find(&all, "/dev/shm")[0]["source"], "/run/rrun/pods/p/shm");
+        assert_eq!(source(hosts[0]), Some(Path::new("/var/lib/kubelet/hosts")));
+        let shm = source(find(&all, "/dev/shm")[0]);
+        assert_eq!(shm, Some(Path::new("/run/rrun/pods/p/shm")));
         Ok(())
     }
 
     #[test]
     fn a_parent_is_mounted_before_its_child() -> Result<()> {
-        let all = mounts(&[bind("/a/b/c", "/x"), bind("/a", "/y")], &around())?;
-        let position = |path: &str| all.iter().position(|mount| mount["destination"] == path);
+        let all = mounts(&[bind("/a/b/c", "/x"), bind("/a", "/y")], &inputs())?;
+        let position = |path: &str| {
+            let mut of = all.iter();
+            of.position(|mount| mount.destination() == Path::new(path))
+        };
         assert!(position("/a") < position("/a/b/c"));
         assert!(position("/dev") < position("/dev/pts"));
         Ok(())
@@ -261,13 +302,10 @@ mod tests {
         let mut mount = bind("/m", "/x");
         mount.readonly = true;
         mount.recursive_read_only = true;
-        let all = mounts(std::slice::from_ref(&mount), &around())?;
-        assert_eq!(
-            find(&all, "/m")[0]["options"],
-            json!(["rbind", "rprivate", "rro"])
-        );
+        let all = mounts(std::slice::from_ref(&mount), &inputs())?;
+        assert_eq!(options(find(&all, "/m")[0]), "rbind,rprivate,rro");
         mount.set_propagation(MountPropagation::PropagationBidirectional);
-        assert!(mounts(std::slice::from_ref(&mount), &around()).is_err());
+        assert!(mounts(std::slice::from_ref(&mount), &inputs()).is_err());
         mount.recursive_read_only = false;
         assert_eq!(root_propagation(&[mount]), Some("rshared"));
         Ok(())
@@ -275,22 +313,14 @@ mod tests {
 
     #[test]
     fn only_the_privileged_write_to_sys() -> Result<()> {
-        let all = mounts(&[], &around())?;
-        assert!(
-            find(&all, "/sys")[0]["options"]
-                .to_string()
-                .contains("\"ro\"")
-        );
-        let privileged = Surroundings {
+        let all = mounts(&[], &inputs())?;
+        assert!(options(find(&all, "/sys")[0]).ends_with(",ro"));
+        let privileged = MountInputs {
             privileged: true,
-            ..around()
+            ..inputs()
         };
         let all = mounts(&[], &privileged)?;
-        assert!(
-            find(&all, "/sys")[0]["options"]
-                .to_string()
-                .contains("\"rw\"")
-        );
+        assert!(options(find(&all, "/sys")[0]).ends_with(",rw"));
         Ok(())
     }
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 use rrun_proto::v1::LinuxContainerResources;
-use serde_json::{Map, Value, json};
 
 use crate::cgroup;
 use rrun_calls::error::{Error, Result};
@@ -33,26 +33,54 @@ impl Controllers {
 }
 
 /// The specification's `linux.resources`, without devices. Zero and empty are "not specified".
-pub(crate) fn to_json(asked: &LinuxContainerResources, controllers: Controllers) -> Result<Value> {
-    let mut all = Map::new();
-    let mut cpu = Map::new();
-    let mut set = |name: &str, value: i64| {
-        if value != 0 {
-            cpu.insert(name.to_owned(), json!(value));
-        }
-    };
-    set("shares", positive(asked.cpu_shares, "cpu_shares")?);
-    set("period", positive(asked.cpu_period, "cpu_period")?);
-    // -1 is no limit.
-    set("quota", asked.cpu_quota);
-    for (name, list) in [("cpus", &asked.cpuset_cpus), ("mems", &asked.cpuset_mems)] {
-        if !list.is_empty() {
-            cpu.insert(name.to_owned(), json!(list));
-        }
+pub(crate) fn limits(
+    asked: &LinuxContainerResources,
+    controllers: Controllers,
+) -> Result<LinuxResources> {
+    let mut limits = LinuxResources::default();
+    limits.set_cpu(cpu(asked)?);
+    limits.set_memory(memory(asked, controllers)?);
+    if !(-1000..=1000).contains(&asked.oom_score_adj) {
+        return Err(Error::invalid(format!(
+            "oom_score_adj is {}, it can be from -1000 to 1000",
+            asked.oom_score_adj
+        )));
     }
-    if !cpu.is_empty() {
-        all.insert("cpu".to_owned(), Value::Object(cpu));
+    if controllers.hugetlb && !asked.hugepage_limits.is_empty() {
+        limits.set_hugepage_limits(Some(hugepage_limits(asked)));
     }
+    if !asked.unified.is_empty() {
+        let unified = asked.unified.clone();
+        limits.set_unified(Some(unified.into_iter().collect()));
+    }
+    Ok(limits)
+}
+
+/// [`limits`] as the runtime's `update` reads them.
+pub(crate) fn update_json(
+    asked: &LinuxContainerResources,
+    controllers: Controllers,
+) -> Result<String> {
+    serde_json::to_string(&limits(asked, controllers)?)
+        .map_err(|error| Error::internal(format!("write the new limits: {error}")))
+}
+
+fn cpu(asked: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
+    let text = |list: &String| (!list.is_empty()).then(|| list.clone());
+    let mut cpu = LinuxCpu::default();
+    cpu.set_shares(positive(asked.cpu_shares, "cpu_shares")?)
+        .set_period(positive(asked.cpu_period, "cpu_period")?)
+        // -1 is no limit.
+        .set_quota((asked.cpu_quota != 0).then_some(asked.cpu_quota))
+        .set_cpus(text(&asked.cpuset_cpus))
+        .set_mems(text(&asked.cpuset_mems));
+    Ok((cpu != LinuxCpu::default()).then_some(cpu))
+}
+
+fn memory(
+    asked: &LinuxContainerResources,
+    controllers: Controllers,
+) -> Result<Option<LinuxMemory>> {
     let limit = asked.memory_limit_in_bytes;
     let swap = asked.memory_swap_limit_in_bytes;
     if swap > 0 && (limit <= 0 || swap < limit) {
@@ -60,44 +88,41 @@ pub(crate) fn to_json(asked: &LinuxContainerResources, controllers: Controllers)
             "memory_swap_limit_in_bytes is {swap}, memory and swap together, and memory_limit_in_bytes {limit}: it can't be less"
         )));
     }
-    if !(-1000..=1000).contains(&asked.oom_score_adj) {
-        return Err(Error::invalid(format!(
-            "oom_score_adj is {}, it can be from -1000 to 1000",
-            asked.oom_score_adj
-        )));
+    if limit == 0 {
+        return Ok(None);
     }
-    // Unless it says otherwise a container with a memory limit does not swap beyond it.
-    let swap = match asked.memory_swap_limit_in_bytes {
-        0 => limit,
-        swap => swap,
-    };
-    if limit != 0 {
-        let mut memory = json!({ "limit": limit });
-        if controllers.swap {
-            memory["swap"] = json!(swap);
-        }
-        all.insert("memory".to_owned(), memory);
+    let mut memory = LinuxMemory::default();
+    memory.set_limit(Some(limit));
+    if controllers.swap {
+        // Unless it says otherwise a container with a memory limit does not swap beyond it.
+        memory.set_swap(Some(if swap == 0 { limit } else { swap }));
     }
-    if controllers.hugetlb && !asked.hugepage_limits.is_empty() {
-        let pages = asked.hugepage_limits.iter();
-        let limits: Vec<Value> = pages
-            .map(|page| json!({ "pageSize": page.page_size, "limit": page.limit }))
-            .collect();
-        all.insert("hugepageLimits".to_owned(), json!(limits));
-    }
-    if !asked.unified.is_empty() {
-        all.insert("unified".to_owned(), json!(asked.unified));
-    }
-    Ok(Value::Object(all))
+    Ok(Some(memory))
 }
 
-fn positive(value: i64, field: &str) -> Result<i64> {
-    if value < 0 {
-        return Err(Error::invalid(format!(
+fn hugepage_limits(asked: &LinuxContainerResources) -> Vec<LinuxHugepageLimit> {
+    let pages = asked.hugepage_limits.iter();
+    pages
+        .map(|page| {
+            let mut limit = LinuxHugepageLimit::default();
+            limit
+                .set_page_size(page.page_size.clone())
+                // Beyond 8 EiB, which the type can't hold, it limits nothing.
+                .set_limit(page.limit.try_into().unwrap_or(i64::MAX));
+            limit
+        })
+        .collect()
+}
+
+/// A number that is specified.
+fn positive(value: i64, field: &str) -> Result<Option<u64>> {
+    match u64::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(value) => Ok(Some(value)),
+        Err(_) => Err(Error::invalid(format!(
             "{field} is {value}, it can't be negative"
-        )));
+        ))),
     }
-    Ok(value)
 }
 
 /// What holds after an update: what it specifies, over what there was.
@@ -148,6 +173,7 @@ pub(crate) fn check_use(dir: &Path, new: &LinuxContainerResources) -> Result<()>
 #[cfg(test)]
 mod tests {
     use rrun_proto::v1::HugepageLimit;
+    use serde_json::json;
 
     use super::*;
 
@@ -159,7 +185,7 @@ mod tests {
     #[test]
     fn what_is_not_specified_is_not_there() -> Result<()> {
         let nothing = LinuxContainerResources::default();
-        assert_eq!(to_json(&nothing, ALL)?, json!({}));
+        assert_eq!(update_json(&nothing, ALL)?, "{}");
         Ok(())
     }
 
@@ -179,7 +205,7 @@ mod tests {
         };
         let memory = 64 << 20;
         assert_eq!(
-            to_json(&asked, ALL)?,
+            json!(limits(&asked, ALL)?),
             json!({
                 "cpu": { "shares": 102, "period": 100_000, "quota": 50_000 },
                 "memory": { "limit": memory, "swap": memory },
@@ -187,7 +213,7 @@ mod tests {
                 "unified": { "memory.oom.group": "1" },
             })
         );
-        let poor = to_json(&asked, Controllers::default())?;
+        let poor = json!(limits(&asked, Controllers::default())?);
         assert_eq!(poor["memory"], json!({ "limit": memory }));
         assert_eq!(poor.get("hugepageLimits"), None);
         Ok(())

@@ -12,8 +12,12 @@
 //! swapoff, pivot_root, nfsservctl, uselib, ustat, sysfs, _sysctl, vm86 (nobody's business in
 //! a container, or long gone), lookup_dcookie (profiling the host).
 
+use oci_spec::runtime::{
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder, LinuxSeccompOperator,
+    LinuxSyscall,
+};
+use rrun_calls::error::{Error, Result};
 use rrun_kernel::capability::{Capability, Capability::*};
-use serde_json::{Value, json};
 
 use super::capabilities::{CapabilitySets, mask};
 
@@ -529,9 +533,9 @@ const OF_ARCHITECTURE: &[&str] = &[
 
 /// Whose programs the kernel runs.
 #[cfg(target_arch = "x86_64")]
-const ARCHITECTURES: &[&str] = &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"];
+const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32];
 #[cfg(target_arch = "aarch64")]
-const ARCHITECTURES: &[&str] = &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"];
+const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchAarch64, Arch::ScmpArchArm];
 
 /// `CLONE_NEW*` but for CLONE_NEWTIME, which is no flag of clone(2)'s: new namespaces, above
 /// all a new user namespace, open much of the kernel to a program without any rights.
@@ -543,70 +547,89 @@ const ENOSYS: u32 = 38;
 /// AF_ALG lets a program feed the kernel's cryptography, for which it has libraries; it was
 /// a way to root as late as 2026. AF_VSOCK reaches the hypervisor and other virtual machines
 /// past the network namespace. They are numbers 38 and 40.
-const SOCKET_FAMILIES: [(&str, u32); 3] = [
-    ("SCMP_CMP_LT", 38),
-    ("SCMP_CMP_EQ", 39),
-    ("SCMP_CMP_GT", 40),
+const SOCKET_FAMILIES: [(LinuxSeccompOperator, u32); 3] = [
+    (LinuxSeccompOperator::ScmpCmpLt, 38),
+    (LinuxSeccompOperator::ScmpCmpEq, 39),
+    (LinuxSeccompOperator::ScmpCmpGt, 40),
 ];
 
 /// Linux's personality; 32-bit's; each with the kernel calling itself 2.6; asking which it is.
 /// Others switch address space randomisation off, or read for execute on.
 const PERSONALITIES: [u32; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-fn allow(names: &[&str]) -> Value {
-    json!({ "names": names, "action": "SCMP_ACT_ALLOW" })
+fn rule(names: &[&str], action: LinuxSeccompAction) -> LinuxSyscall {
+    let mut rule = LinuxSyscall::default();
+    rule.set_names(names.iter().map(|name| (*name).to_owned()).collect())
+        .set_action(action);
+    rule
 }
 
-fn allow_if(name: &str, op: &str, value: u32) -> Value {
-    json!({
-        "names": [name],
-        "action": "SCMP_ACT_ALLOW",
-        "args": [{ "index": 0, "op": op, "value": value, "valueTwo": 0 }],
-    })
+fn allow(names: &[&str]) -> LinuxSyscall {
+    rule(names, LinuxSeccompAction::ScmpActAllow)
+}
+
+/// Allows a call if its first argument compares so.
+fn allow_if(name: &str, operator: LinuxSeccompOperator, value: u32) -> Result<LinuxSyscall> {
+    let argument = LinuxSeccompArgBuilder::default()
+        .index(0_usize)
+        .op(operator)
+        .value(value)
+        .value_two(0_u64)
+        .build()
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let mut rule = allow(&[name]);
+    rule.set_args(Some(vec![argument]));
+    Ok(rule)
 }
 
 /// `linux.seccomp` for a container with these capabilities.
-pub(super) fn profile(capabilities: CapabilitySets) -> Value {
+pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
     let has_any = |of: &[Capability]| capabilities.held & mask(of) != 0;
-    let mut rules: Vec<Value> = GROUPS
+    let mut rules: Vec<LinuxSyscall> = GROUPS
         .iter()
         .filter(|group| group.capabilities.is_empty() || has_any(group.capabilities))
         .map(|group| allow(group.names))
         .collect();
     rules.push(allow(OF_ARCHITECTURE));
-    for (op, family) in SOCKET_FAMILIES {
-        rules.push(allow_if("socket", op, family));
+    for (operator, family) in SOCKET_FAMILIES {
+        rules.push(allow_if("socket", operator, family)?);
     }
     for personality in PERSONALITIES {
-        rules.push(allow_if("personality", "SCMP_CMP_EQ", personality));
+        let equal = LinuxSeccompOperator::ScmpCmpEq;
+        rules.push(allow_if("personality", equal, personality)?);
     }
     if !has_any(&[CAP_SYS_ADMIN]) {
-        rules.push(allow_if("clone", "SCMP_CMP_MASKED_EQ", CLONE_NAMESPACES));
+        let masked = LinuxSeccompOperator::ScmpCmpMaskedEq;
+        rules.push(allow_if("clone", masked, CLONE_NAMESPACES)?);
         // Its flags are behind a pointer, where no filter sees them. C libraries take clone
-        // if they are told that the kernel has no clone3.
-        rules.push(json!({
-            "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS,
-        }));
+        // if the kernel answers that it has no clone3.
+        let mut clone3 = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno);
+        clone3.set_errno_ret(Some(ENOSYS));
+        rules.push(clone3);
     }
-    json!({
-        "defaultAction": "SCMP_ACT_ERRNO",
-        "defaultErrnoRet": EPERM,
-        "architectures": ARCHITECTURES,
-        "syscalls": rules,
-    })
+    let mut profile = LinuxSeccomp::default();
+    profile
+        .set_default_action(LinuxSeccompAction::ScmpActErrno)
+        .set_default_errno_ret(Some(EPERM))
+        .set_architectures(Some(ARCHITECTURES.to_vec()))
+        .set_syscalls(Some(rules));
+    Ok(profile)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn with_capabilities(held: &[Capability]) -> Value {
-        profile(CapabilitySets {
+        let sets = CapabilitySets {
             held: mask(held),
             ambient: 0,
-        })
+        };
+        json!(profile(sets).expect("the profile can't be built"))
     }
 
     /// The calls that are allowed whatever their arguments.

@@ -3,12 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root,
+    User as ProcessUser,
+};
 use rrun_proto::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use super::capabilities::CapabilitySets;
+use super::cdi::IntelRdt;
 use super::devices::Devices;
 use super::mounts;
+use super::seccomp::SeccompFilter;
 use super::user::User;
 use crate::config::Rlimit;
 use crate::sandbox::users::Mappings;
@@ -62,7 +68,7 @@ pub(crate) enum PidNamespace {
 }
 
 /// Everything that the configuration is made of.
-pub(crate) struct Parts<'a> {
+pub(crate) struct SpecInputs<'a> {
     pub config: &'a ContainerConfig,
     pub image: &'a ImageConfig,
     pub user: &'a User,
@@ -72,18 +78,66 @@ pub(crate) struct Parts<'a> {
     pub namespaces: Namespaces,
     pub capabilities: CapabilitySets,
     pub devices: Devices,
-    pub mounts: Vec<Value>,
+    pub mounts: Vec<Mount>,
     pub root_propagation: Option<&'static str>,
     /// `linux.resources` without devices.
-    pub resources: Value,
+    pub resources: LinuxResources,
     pub oom_score_adj: i64,
-    /// `linux.seccomp`.
-    pub seccomp: Option<Value>,
+    pub seccomp: Option<SeccompFilter>,
     pub rlimits: &'a [Rlimit],
     /// What the handler's patterns let through.
     pub annotations: BTreeMap<String, String>,
     pub apparmor: Option<String>,
     pub selinux: Option<Labels>,
+}
+
+/// config.json: `oci_spec`'s types, but for the fields that they would lose or shuffle.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(Default))]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ConfigJson {
+    oci_version: &'static str,
+    root: Root,
+    pub process: ProcessSection,
+    pub mounts: Vec<Mount>,
+    pub linux: LinuxSection,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<Hooks>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+}
+
+/// `process`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(Default))]
+pub(crate) struct ProcessSection {
+    #[serde(flatten)]
+    pub typed: Process,
+    /// `Process` has hash sets, which would be in another order each time.
+    capabilities: CapabilitySets,
+}
+
+/// `linux`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(Default))]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LinuxSection {
+    #[serde(flatten)]
+    pub typed: Linux,
+    /// `Linux` would lose what it does not know of a file's profile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seccomp: Option<SeccompFilter>,
+    /// `Linux` misspells two names, enableCMT and enableMBM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub intel_rdt: Option<IntelRdt>,
+}
+
+impl ConfigJson {
+    /// The file's text.
+    pub(crate) fn text(&self) -> Result<String> {
+        serde_json::to_string(self)
+            .map_err(|error| Error::internal(format!("write config.json: {error}")))
+    }
 }
 
 /// Refuses what this server can't do yet, by the field's name.
@@ -141,7 +195,7 @@ fn arguments(config: &ContainerConfig, image: &ImageConfig) -> Result<Vec<String
 }
 
 /// `NAME=value` each; the request's win over the image's.
-fn environment(parts: &Parts<'_>) -> Result<Vec<String>> {
+fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
     let mut all: Vec<String> = vec![DEFAULT_PATH.to_owned()];
     let mut set = |pair: String| {
         let name = pair.split('=').next().unwrap_or_default();
@@ -151,12 +205,12 @@ fn environment(parts: &Parts<'_>) -> Result<Vec<String>> {
             None => all.push(pair),
         }
     };
-    set(format!("HOSTNAME={}", parts.hostname));
-    if parts.config.tty {
+    set(format!("HOSTNAME={}", inputs.hostname));
+    if inputs.config.tty {
         set("TERM=xterm".to_owned());
     }
-    parts.image.env.iter().cloned().for_each(&mut set);
-    for pair in &parts.config.envs {
+    inputs.image.env.iter().cloned().for_each(&mut set);
+    for pair in &inputs.config.envs {
         let value = std::str::from_utf8(&pair.value).map_err(|_| {
             let key = &pair.key;
             Error::invalid(format!(
@@ -186,117 +240,131 @@ pub(crate) fn working_dir<'a>(
 }
 
 /// config.json.
-pub(crate) fn spec(parts: Parts<'_>) -> Result<Value> {
-    let context = context(parts.config);
-    let mut process = json!({
-        "terminal": parts.config.tty,
-        "user": {
-            "uid": parts.user.uid, "gid": parts.user.gid, "additionalGids": parts.user.groups,
+pub(crate) fn spec(inputs: SpecInputs<'_>) -> Result<ConfigJson> {
+    let context = context(inputs.config);
+    let mut root = Root::default();
+    root.set_path(inputs.rootfs.to_owned())
+        .set_readonly(Some(context.readonly_rootfs));
+    Ok(ConfigJson {
+        oci_version: "1.2.0",
+        root,
+        process: ProcessSection {
+            typed: process(&inputs, &context)?,
+            capabilities: inputs.capabilities,
         },
-        "args": arguments(parts.config, parts.image)?,
-        "env": environment(&parts)?,
-        "cwd": working_dir(parts.config, parts.image)?,
-        "capabilities": parts.capabilities.to_json(),
-        "noNewPrivileges": context.no_new_privs && !context.privileged,
-        "oomScoreAdj": parts.oom_score_adj,
-    });
-    if parts.capabilities.ambient == 0
-        && let Some(sets) = process["capabilities"].as_object_mut()
-    {
-        sets.remove("inheritable");
-        sets.remove("ambient");
-    }
+        linux: LinuxSection {
+            typed: linux(&inputs, &context)?,
+            seccomp: inputs.seccomp,
+            intel_rdt: None,
+        },
+        mounts: inputs.mounts,
+        hooks: None,
+        annotations: inputs.annotations,
+    })
+}
 
-    if let Some(profile) = &parts.apparmor {
-        process["apparmorProfile"] = json!(profile);
-    }
-
+/// Sets every field that `Process::default()` fills.
+fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Process> {
+    let mut user = ProcessUser::default();
+    user.set_uid(inputs.user.uid)
+        .set_gid(inputs.user.gid)
+        .set_additional_gids(Some(inputs.user.groups.clone()));
+    let oom_score_adj = i32::try_from(inputs.oom_score_adj)
+        .map_err(|error| Error::invalid(format!("oom_score_adj: {error}")))?;
+    let rlimits = inputs.rlimits.iter().map(|limit| limit.0).collect();
     // The privileged run as whoever starts them, or as the policy has it (spc_t).
-    if let Some(labels) = parts.selinux.as_ref().filter(|_| !context.privileged) {
-        process["selinuxLabel"] = json!(labels.process);
-    }
+    let labels = inputs.selinux.as_ref().filter(|_| !context.privileged);
+    let mut process = Process::default();
+    process
+        .set_terminal(Some(inputs.config.tty))
+        .set_user(user)
+        .set_args(Some(arguments(inputs.config, inputs.image)?))
+        .set_env(Some(environment(inputs)?))
+        .set_cwd(working_dir(inputs.config, inputs.image)?.into())
+        .set_capabilities(None)
+        .set_rlimits((!inputs.rlimits.is_empty()).then_some(rlimits))
+        .set_no_new_privileges(Some(context.no_new_privs && !context.privileged))
+        .set_oom_score_adj(Some(oom_score_adj))
+        .set_apparmor_profile(inputs.apparmor.clone())
+        .set_selinux_label(labels.map(|labels| labels.process.to_string()));
+    Ok(process)
+}
 
-    let mut namespaces = vec![json!({ "type": "mount" })];
+/// Sets every field that `Linux::default()` fills.
+fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Linux> {
+    let mut resources = inputs.resources.clone();
+    resources.set_devices(Some(inputs.devices.rules.clone()));
+    let nodes = &inputs.devices.nodes;
+    let propagation = inputs.root_propagation;
+    let labels = inputs.selinux.as_ref();
+    let mut linux = Linux::default();
+    linux
+        .set_cgroups_path(Some(inputs.cgroup.into()))
+        .set_namespaces(Some(namespaces(&inputs.namespaces, context.privileged)))
+        .set_resources(Some(resources))
+        .set_devices((!nodes.is_empty()).then(|| nodes.clone()))
+        .set_mount_label(labels.map(|labels| labels.files.to_string()))
+        .set_rootfs_propagation(propagation.map(str::to_owned));
+    let own_users = inputs.namespaces.users.as_ref();
+    if let Some((_, users)) = own_users {
+        linux
+            .set_uid_mappings(Some(mounts::id_mappings(&users.uids)?))
+            .set_gid_mappings(Some(mounts::id_mappings(&users.gids)?));
+    }
+    // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which it
+    // takes only with a user namespace.
+    let paths = |asked: &[String], default: &[&str]| {
+        if context.privileged {
+            None
+        } else if asked.is_empty() && own_users.is_none() {
+            Some(default.iter().map(|path| (*path).to_owned()).collect())
+        } else {
+            Some(asked.to_owned())
+        }
+    };
+    linux
+        .set_masked_paths(paths(&context.masked_paths, &MASKED))
+        .set_readonly_paths(paths(&context.readonly_paths, &READONLY));
+    Ok(linux)
+}
+
+fn namespaces(namespaces: &Namespaces, privileged: bool) -> Vec<LinuxNamespace> {
+    let entry = |kind: LinuxNamespaceType, path: Option<&PathBuf>| {
+        let mut entry = LinuxNamespace::default();
+        entry.set_typ(kind).set_path(path.cloned());
+        entry
+    };
+    let mut all = vec![entry(LinuxNamespaceType::Mount, None)];
     // The privileged see the node's cgroups, as with containerd; but the root of a user namespace
     // can only mount those of a cgroup namespace of its own.
-    if !context.privileged || parts.namespaces.users.is_some() {
-        namespaces.push(json!({ "type": "cgroup" }));
+    if !privileged || namespaces.users.is_some() {
+        all.push(entry(LinuxNamespaceType::Cgroup, None));
     }
-    if let Some((path, _)) = &parts.namespaces.users {
-        namespaces.push(json!({ "type": "user", "path": path }));
-    }
+    let users = namespaces.users.as_ref().map(|(path, _)| path);
     let joined = [
-        ("network", &parts.namespaces.network),
-        ("ipc", &parts.namespaces.ipc),
-        ("uts", &parts.namespaces.uts),
+        (LinuxNamespaceType::User, users),
+        (LinuxNamespaceType::Network, namespaces.network.as_ref()),
+        (LinuxNamespaceType::Ipc, namespaces.ipc.as_ref()),
+        (LinuxNamespaceType::Uts, namespaces.uts.as_ref()),
     ];
     for (kind, path) in joined {
-        if let Some(path) = path {
-            namespaces.push(json!({ "type": kind, "path": path }));
+        if path.is_some() {
+            all.push(entry(kind, path));
         }
     }
-    match &parts.namespaces.pid {
-        PidNamespace::New => namespaces.push(json!({ "type": "pid" })),
-        PidNamespace::Join(path) => namespaces.push(json!({ "type": "pid", "path": path })),
+    match &namespaces.pid {
+        PidNamespace::New => all.push(entry(LinuxNamespaceType::Pid, None)),
+        PidNamespace::Join(path) => all.push(entry(LinuxNamespaceType::Pid, Some(path))),
         PidNamespace::Node => {}
     }
-
-    let mut resources = parts.resources;
-    resources["devices"] = json!(parts.devices.rules);
-    let mut linux = json!({
-        "cgroupsPath": parts.cgroup,
-        "namespaces": namespaces,
-        "resources": resources,
-    });
-    if let Some(labels) = &parts.selinux {
-        linux["mountLabel"] = json!(labels.files);
-    }
-    if !parts.devices.nodes.is_empty() {
-        linux["devices"] = json!(parts.devices.nodes);
-    }
-    if let Some(profile) = parts.seccomp {
-        linux["seccomp"] = profile;
-    }
-    if let Some((_, users)) = &parts.namespaces.users {
-        linux["uidMappings"] = mounts::id_mappings(&users.uids);
-        linux["gidMappings"] = mounts::id_mappings(&users.gids);
-    }
-    if let Some(propagation) = parts.root_propagation {
-        linux["rootfsPropagation"] = json!(propagation);
-    }
-    if !context.privileged {
-        // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which
-        // it takes only with a user namespace.
-        let or_default = |asked: &[String], default: &[&str]| {
-            if asked.is_empty() && parts.namespaces.users.is_none() {
-                json!(default)
-            } else {
-                json!(asked)
-            }
-        };
-        linux["maskedPaths"] = or_default(&context.masked_paths, &MASKED);
-        linux["readonlyPaths"] = or_default(&context.readonly_paths, &READONLY);
-    }
-    if !parts.rlimits.is_empty() {
-        process["rlimits"] = parts.rlimits.iter().map(Rlimit::to_json).collect();
-    }
-    let mut spec = json!({
-        "ociVersion": "1.2.0",
-        "root": { "path": parts.rootfs, "readonly": context.readonly_rootfs },
-        "process": process,
-        "mounts": parts.mounts,
-        "linux": linux,
-    });
-    if !parts.annotations.is_empty() {
-        spec["annotations"] = json!(parts.annotations);
-    }
-    Ok(spec)
+    all
 }
 
 #[cfg(test)]
 mod tests {
     use rrun_kernel::capability::Capability;
     use rrun_proto::v1::{KeyValue, LinuxContainerConfig};
+    use serde_json::{Value, json};
 
     use super::super::{capabilities, resources};
     use super::*;
@@ -313,7 +381,7 @@ mod tests {
 
     fn made(config: &ContainerConfig, image: &ImageConfig) -> Result<Value> {
         let privileged = context(config).privileged;
-        let around = mounts::Surroundings {
+        let inputs = mounts::MountInputs {
             pod: Path::new("/p"),
             privileged,
             readonly_rootfs: false,
@@ -322,7 +390,7 @@ mod tests {
         };
         let linux = config.linux.clone().unwrap_or_default();
         let resources = linux.resources.unwrap_or_default();
-        spec(Parts {
+        let made = spec(SpecInputs {
             config,
             image,
             user: &User::default(),
@@ -338,16 +406,17 @@ mod tests {
             },
             capabilities: capabilities::sets(None, privileged, Capability::CAP_CHOWN.bitmask())?,
             devices: Devices::default(),
-            mounts: mounts::mounts(&config.mounts, &around)?,
+            mounts: mounts::mounts(&config.mounts, &inputs)?,
             root_propagation: None,
-            resources: resources::to_json(&resources, resources::Controllers::default())?,
+            resources: resources::limits(&resources, resources::Controllers::default())?,
             oom_score_adj: 0,
             seccomp: None,
             rlimits: &[],
             annotations: BTreeMap::new(),
             apparmor: None,
             selinux: None,
-        })
+        })?;
+        Ok(json!(made))
     }
 
     /// What the specification's own types don't know vanishes on the way through them.

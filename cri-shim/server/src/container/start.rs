@@ -128,7 +128,7 @@ pub(crate) async fn update(
         changed.memory_limit_in_bytes = all.memory_limit_in_bytes;
     }
     resources::check_use(&dir, &changed).during(|| format!("update {name}"))?;
-    let json = resources::to_json(&changed, controllers)?.to_string();
+    let json = resources::update_json(&changed, controllers)?;
     slow(
         format!("{name}: the runtime's update"),
         container.sandbox.monitor.update(&container.id, json),

@@ -4,16 +4,20 @@
 mod registry;
 mod spec_file;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNetDevice, Process, User,
+};
 use rrun_proto::v1::ContainerConfig;
-use serde_json::{Map, Value, json};
 
-use super::devices;
+use super::spec::ConfigJson;
+use super::{devices, mounts};
 use registry::Registry;
 use rrun_calls::error::{Error, Result};
-use spec_file::{ContainerEdits, DeviceNode, Mount};
+pub(crate) use spec_file::IntelRdt;
+use spec_file::{ContainerEdits, DeviceNode, Hook, Mount, NetDevice};
 
 /// What an annotation that names devices begins with.
 const ANNOTATION: &str = "cdi.k8s.io/";
@@ -62,135 +66,143 @@ pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceE
 
 impl DeviceEdits {
     /// Makes the edits in config.json. Looks at the devices, which blocks.
-    pub(crate) fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
+    pub(crate) fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
         for edits in &self.0 {
-            edits.apply(spec, privileged)?;
+            edits.apply(config, privileged)?;
         }
         Ok(())
     }
-}
-
-/// The list at this place, made if it is not there.
-fn list<'a>(spec: &'a mut Value, path: &[&str]) -> Result<&'a mut Vec<Value>> {
-    let mut at = spec;
-    for part in path {
-        if at.is_null() {
-            *at = Value::Object(Map::new());
-        }
-        at = &mut at[*part];
-    }
-    if at.is_null() {
-        *at = Value::Array(Vec::new());
-    }
-    at.as_array_mut()
-        .ok_or_else(|| Error::internal(format!("{} of config.json is no list", path.join("."))))
 }
 
 impl ContainerEdits {
-    fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
-        let env = list(spec, &["process", "env"])?;
-        for pair in &self.env {
-            let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
-            env.retain(|there| there.as_str().map(name) != Some(name(pair)));
-            env.push(json!(pair));
-        }
+    fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
+        self.set_environment(&mut config.process.typed);
         for node in &self.device_nodes {
-            node.apply(spec, privileged)?;
+            node.apply(config, privileged)?;
         }
         for device in &self.net_devices {
-            if spec["linux"].get("netDevices").is_none() {
-                spec["linux"]["netDevices"] = json!({});
-            }
-            spec["linux"]["netDevices"][&device.host_interface_name] =
-                json!({ "name": device.name });
+            device.apply(&mut config.linux.typed);
         }
         for mount in &self.mounts {
-            mount.apply(spec)?;
+            mount.apply(&mut config.mounts);
         }
         for hook in &self.hooks {
-            let mut value = json!({ "path": hook.path, "args": hook.args, "env": hook.env });
-            if let Some(timeout) = hook.timeout {
-                value["timeout"] = json!(timeout);
-            }
-            list(spec, &["hooks", &hook.hook_name])?.push(value);
+            hook.apply(config.hooks.get_or_insert_default())?;
         }
         if let Some(rdt) = &self.intel_rdt {
-            spec["linux"]["intelRdt"] = json!(rdt);
+            config.linux.intel_rdt = Some(rdt.clone());
         }
-        let groups = list(spec, &["process", "user", "additionalGids"])?;
+        let user = config.process.typed.user_mut();
+        let groups = user.additional_gids_mut().get_or_insert_default();
         for gid in &self.additional_gids {
-            let gid = json!(gid);
-            if !groups.contains(&gid) {
-                groups.push(gid);
+            if !groups.contains(gid) {
+                groups.push(*gid);
             }
         }
         Ok(())
+    }
+
+    fn set_environment(&self, process: &mut Process) {
+        let env = process.env_mut().get_or_insert_default();
+        for pair in &self.env {
+            let name = pair.split('=').next();
+            env.retain(|other| other.split('=').next() != name);
+            env.push(pair.clone());
+        }
     }
 }
 
 impl DeviceNode {
-    fn apply(&self, spec: &mut Value, privileged: bool) -> Result<()> {
-        let host = self.host_path.as_ref().unwrap_or(&self.path);
-        let mut node = json!({ "path": self.path });
-        let known = self
-            .r#type
-            .as_deref()
-            .map(|kind| (kind, self.major, self.minor));
-        match known {
-            Some(("p", ..)) => node["type"] = json!("p"),
-            Some((kind, Some(major), Some(minor))) => {
-                node["type"] = json!(kind);
-                node["major"] = json!(major);
-                node["minor"] = json!(minor);
+    fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
+        let node = self.node(config.process.typed.user())?;
+        let linux = &mut config.linux.typed;
+        if node.typ() != LinuxDeviceType::P && !privileged {
+            let access = self.permissions.as_deref().filter(|text| !text.is_empty());
+            let rule = devices::allow(&node, access.unwrap_or("rwm"));
+            let resources = linux.resources_mut().get_or_insert_default();
+            resources.devices_mut().get_or_insert_default().push(rule);
+        }
+        let nodes = linux.devices_mut().get_or_insert_default();
+        nodes.retain(|other| other.path() != node.path());
+        nodes.push(node);
+        Ok(())
+    }
+
+    /// The device, from the file and, for what it leaves out, from the node.
+    fn node(&self, user: &User) -> Result<LinuxDevice> {
+        let mut node = LinuxDevice::default();
+        node.set_path(self.path.clone());
+        match (self.r#type.as_deref(), self.major, self.minor) {
+            (Some("p"), ..) => {
+                node.set_typ(LinuxDeviceType::P);
             }
-            // What the file leaves out is the node's own.
-            _ => node = devices::node_of(host, &self.path)?,
+            (Some(kind), Some(major), Some(minor)) => {
+                let kind = kind
+                    .parse()
+                    .map_err(|_| Error::invalid(format!("{kind:?} is no type of a device")))?;
+                node.set_typ(kind)
+                    .set_major(major.into())
+                    .set_minor(minor.into());
+            }
+            _ => {
+                let host = self.host_path.as_ref().unwrap_or(&self.path);
+                node = devices::node_of(host, &self.path)?;
+            }
         }
         if let Some(mode) = self.file_mode {
-            node["fileMode"] = json!(mode & 0o7777);
+            node.set_file_mode(Some(mode & 0o7777));
         }
         // As the Go implementation has it, a device belongs to who the container runs as.
-        let process = |field: &str| {
-            let id = spec.pointer(&format!("/process/user/{field}"));
-            id.and_then(Value::as_u64).filter(|id| *id > 0)
-        };
-        for (field, own) in [("uid", self.uid), ("gid", self.gid)] {
-            match (own, process(field)) {
-                (Some(id), _) => node[field] = json!(id),
-                (None, Some(id)) => node[field] = json!(id),
-                (None, None) => {}
-            }
+        let not_root = |id: u32| (id > 0).then_some(id);
+        if let Some(uid) = self.uid.or(not_root(user.uid())) {
+            node.set_uid(Some(uid));
         }
-        let rule = json!({
-            "allow": true, "type": node["type"], "major": node["major"], "minor": node["minor"],
-            "access": self.permissions.as_deref().filter(|p| !p.is_empty()).unwrap_or("rwm"),
-        });
-        let is_device = node["type"] != "p";
-        let nodes = list(spec, &["linux", "devices"])?;
-        nodes.retain(|there| there["path"] != node["path"]);
-        nodes.push(node);
-        if is_device && !privileged {
-            list(spec, &["linux", "resources", "devices"])?.push(rule);
+        if let Some(gid) = self.gid.or(not_root(user.gid())) {
+            node.set_gid(Some(gid));
         }
-        Ok(())
+        Ok(node)
+    }
+}
+
+impl NetDevice {
+    fn apply(&self, linux: &mut Linux) {
+        let mut device = LinuxNetDevice::default();
+        device.set_name(Some(self.name.clone()));
+        let devices = linux.net_devices_mut().get_or_insert_default();
+        devices.insert(self.host_interface_name.clone(), device);
     }
 }
 
 impl Mount {
-    fn apply(&self, spec: &mut Value) -> Result<()> {
+    fn apply(&self, mounts: &mut Vec<oci_spec::runtime::Mount>) {
         let kind = self.r#type.as_deref().filter(|kind| !kind.is_empty());
-        let mount = json!({
-            "destination": self.container_path, "source": self.host_path,
-            "type": kind.unwrap_or("bind"), "options": self.options,
-        });
-        let mounts = list(spec, &["mounts"])?;
-        mounts.retain(|there| there["destination"] != mount["destination"]);
-        mounts.push(mount);
-        // A parent before what is mounted in it.
-        mounts.sort_by_key(|mount| {
-            let destination = mount["destination"].as_str().unwrap_or_default();
-            Path::new(destination).components().count()
-        });
+        let kind = kind.unwrap_or("bind");
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let entry = mounts::entry(&self.container_path, kind, &self.host_path, &options);
+        mounts.retain(|other| other.destination() != entry.destination());
+        mounts.push(entry);
+        mounts::sort(mounts);
+    }
+}
+
+impl Hook {
+    fn apply(&self, hooks: &mut Hooks) -> Result<()> {
+        let mut entry = oci_spec::runtime::Hook::default();
+        entry
+            .set_path(self.path.clone())
+            .set_args(Some(self.args.clone()))
+            .set_env(Some(self.env.clone()))
+            .set_timeout(self.timeout);
+        let list = match self.hook_name.as_str() {
+            "prestart" => hooks.prestart_mut(),
+            "createRuntime" => hooks.create_runtime_mut(),
+            "createContainer" => hooks.create_container_mut(),
+            "startContainer" => hooks.start_container_mut(),
+            "poststart" => hooks.poststart_mut(),
+            "poststop" => hooks.poststop_mut(),
+            other => return Err(Error::invalid(format!("{other:?} is no hook"))),
+        };
+        list.get_or_insert_default().push(entry);
         Ok(())
     }
 }
@@ -198,6 +210,7 @@ impl Mount {
 #[cfg(test)]
 mod tests {
     use rrun_proto::v1::CdiDevice;
+    use serde_json::json;
 
     use super::*;
 
@@ -236,13 +249,16 @@ mod tests {
             "example.com/net=one,example.com/net=two".to_owned(),
         )]
         .into();
-        let found = find(std::slice::from_ref(&dir), &config)?;
-        let mut spec = json!({
-            "process": { "env": ["PATH=/bin"], "user": { "uid": 5, "gid": 0 } },
-            "mounts": [{ "destination": "/etc/one/deep" }],
-            "linux": { "resources": {} },
-        });
-        found.apply(&mut spec, false)?;
+        let edits = find(std::slice::from_ref(&dir), &config)?;
+        let mut config = ConfigJson::default();
+        let process = &mut config.process.typed;
+        process.set_env(Some(vec!["PATH=/bin".to_owned()]));
+        process.user_mut().set_uid(5);
+        config
+            .mounts
+            .push(mounts::entry("/etc/one/deep", "bind", "/x", &[]));
+        edits.apply(&mut config, false)?;
+        let spec = json!(config);
         assert_eq!(spec["process"]["env"], json!(["ALL=1", "PATH=/x", "TWO=2"]));
         assert_eq!(spec["process"]["user"]["additionalGids"], json!([7]));
         let node = &spec["linux"]["devices"][0];
@@ -282,9 +298,11 @@ mod tests {
         write(high.join("1.json"), "FROM=high")?;
         let dirs = [low.clone(), high.clone()];
         let config = asks(&["example.com/x=a"]);
-        let mut spec = json!({ "process": { "env": [], "user": {} } });
-        find(&dirs, &config)?.apply(&mut spec, false)?;
-        assert_eq!(spec["process"]["env"], json!(["FROM=high"]));
+        let mut written = ConfigJson::default();
+        find(&dirs, &config)?.apply(&mut written, false)?;
+        let env = written.process.typed.env().clone().unwrap_or_default();
+        assert!(env.contains(&"FROM=high".to_owned()), "{env:?}");
+        assert!(!env.contains(&"FROM=low".to_owned()), "{env:?}");
 
         write(high.join("2.json"), "FROM=other")?;
         let said = find(&dirs, &config)

@@ -119,7 +119,7 @@ pub(super) struct Mount {
 /// `enableMonitoring` replaced.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
-pub(super) struct IntelRdt {
+pub(crate) struct IntelRdt {
     #[serde(rename = "closID", skip_serializing_if = "Option::is_none")]
     pub clos_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
