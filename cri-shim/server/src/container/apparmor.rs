@@ -20,12 +20,12 @@ const LOCALHOST: &str = "localhost/";
 /// The profile of containers that ask for none or for the runtime's.
 const DEFAULT: &str = "rrun-default";
 
-/// Which profile is asked for; `None` if none.
-fn asked(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile> {
+/// Which profile is requested; `None` if none.
+fn requested(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile> {
     if let Some(profile) = &context.apparmor {
         return Ok(profile.clone());
     }
-    // Before SecurityProfile. Nothing asked for means the default: kubernetes#51746.
+    // Before SecurityProfile. Nothing requested means the default: kubernetes#51746.
     #[allow(deprecated)]
     let text = context.apparmor_profile.as_str();
     let (kind, reference) = match text {
@@ -55,9 +55,9 @@ fn enabled() -> bool {
 /// # Errors
 /// A profile that is not loaded, or one by name where AppArmor is off.
 pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
-    let asked = asked(context)?;
-    let reference = asked.localhost_ref.as_str();
-    let kind = asked.profile_type();
+    let requested = requested(context)?;
+    let reference = requested.localhost_ref.as_str();
+    let kind = requested.profile_type();
     if kind != ProfileType::Localhost && !reference.is_empty() {
         return Err(Error::invalid(format!(
             "the AppArmor profile {reference:?} (linux.security_context.apparmor.localhost_ref) goes only with the type Localhost"
@@ -211,9 +211,13 @@ mod tests {
                 ProfileType::Unconfined,
             ),
         ] {
-            assert_eq!(asked(&with(text, kind))?.profile_type(), expected, "{text}");
+            assert_eq!(
+                requested(&with(text, kind))?.profile_type(),
+                expected,
+                "{text}"
+            );
         }
-        assert!(asked(&with("a", None)).is_err());
+        assert!(requested(&with("a", None)).is_err());
         Ok(())
     }
 

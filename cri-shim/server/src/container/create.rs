@@ -302,7 +302,7 @@ struct From {
     /// The image's layers, uppermost first.
     lower: Vec<PathBuf>,
     /// Images among the mounts.
-    images: Vec<image_volume::Found>,
+    images: Vec<image_volume::ResolvedImage>,
     pid: PidNamespace,
     features: Features,
 }

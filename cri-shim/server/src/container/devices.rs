@@ -29,14 +29,14 @@ pub(crate) struct Devices {
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// The devices asked for, everything else denied; for the privileged every device. Blocks.
-pub(crate) fn devices(asked: &[Device], privileged: bool) -> Result<Devices> {
+/// The devices requested, everything else denied; for the privileged every device. Blocks.
+pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices> {
     let mut devices = Devices::default();
     devices.rules.push(all(privileged));
     if privileged {
         devices.add_all(Path::new("/dev"), DEPTH);
     }
-    for device in asked {
+    for device in requested {
         if device.permissions.chars().any(|c| !"rwm".contains(c)) {
             return Err(Error::invalid(format!(
                 "the permissions {:?} of the device {} are not of r, w and m",

@@ -47,27 +47,7 @@ fn assemble(
     label: Option<&Label>,
     scratch: &Path,
 ) -> Result<OwnedFd> {
-    unshare(CloneFlags::CLONE_NEWNS)
-        .map_err(io::Error::from)
-        .during(|| "make a mount namespace".to_owned())?;
-    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
-    rustix::mount::mount_change("/", private).during(|| "keep its mounts in it".to_owned())?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(
-        Some("layers"),
-        scratch,
-        Some("tmpfs"),
-        flags,
-        Some("mode=0700"),
-    )
-    .map_err(io::Error::from)
-    .during(|| format!("mount a tmpfs on {}", scratch.display()))?;
-    // O_PATH calls no driver.
-    let here = rustix::fs::open(scratch, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .during(|| format!("open {}", scratch.display()))?;
-    // Of this thread only: unshare(2) says so of CLONE_NEWNS.
-    rustix::process::fchdir(&here).during(|| format!("go to {}", scratch.display()))?;
-
+    enter_scratch(scratch)?;
     let mut names = Vec::with_capacity(lower.len());
     for (number, layer) in lower.iter().enumerate() {
         let name = number.to_string();
@@ -96,17 +76,49 @@ fn assemble(
     )
     .map_err(io::Error::from)
     .during(|| format!("overlay of {} layers with mapped ids", lower.len()))?;
+    if writable.is_some() {
+        check_writable()?;
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(CWD, "overlay", flags).during(|| "take the overlay along".to_owned())
+}
+
+/// Takes this thread into a mount namespace of its own, and there into a tmpfs on `scratch`.
+fn enter_scratch(scratch: &Path) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(io::Error::from)
+        .during(|| "make a mount namespace".to_owned())?;
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    rustix::mount::mount_change("/", private).during(|| "keep its mounts in it".to_owned())?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("layers"),
+        scratch,
+        Some("tmpfs"),
+        flags,
+        Some("mode=0700"),
+    )
+    .map_err(io::Error::from)
+    .during(|| format!("mount a tmpfs on {}", scratch.display()))?;
+    // O_PATH calls no driver.
+    let here = rustix::fs::open(scratch, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .during(|| format!("open {}", scratch.display()))?;
+    // This thread's working directory only: CLONE_NEWNS implies CLONE_FS, unshare(2).
+    rustix::process::fchdir(&here).during(|| format!("go to {}", scratch.display()))
+}
+
+/// Overlayfs mounts itself read-only where the writable layer does not suit it.
+fn check_writable() -> Result<()> {
     let is_readonly = rustix::fs::statvfs("overlay")
         .during(|| "look at the overlay".to_owned())?
         .f_flag
         .contains(rustix::fs::StatVfsMountFlags::RDONLY);
-    if writable.is_some() && is_readonly {
+    if is_readonly {
         return Err(Error::internal(
             "overlayfs does not take the writable layer with mapped ids, the kernel's log may say why",
         ));
     }
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    rustix::mount::open_tree(CWD, "overlay", flags).during(|| "take the overlay along".to_owned())
+    Ok(())
 }
 
 /// Mounts a directory, its files' ids mapped, on a new one here.

@@ -29,12 +29,12 @@ pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     let images = mounts
         .iter()
         .enumerate()
-        .filter(|(_, mount)| is_asked(mount));
+        .filter(|(_, mount)| is_image(mount));
     images.map(|(number, _)| owner(container, number)).collect()
 }
 
 /// An image that a mount asks for, and that is here.
-pub(crate) struct Found {
+pub(crate) struct ResolvedImage {
     /// Which of the container's mounts.
     number: usize,
     /// Its layers, uppermost first.
@@ -43,7 +43,7 @@ pub(crate) struct Found {
 }
 
 /// Whether a mount is of an image.
-pub(crate) fn is_asked(mount: &Mount) -> bool {
+pub(crate) fn is_image(mount: &Mount) -> bool {
     mount
         .image
         .as_ref()
@@ -54,10 +54,11 @@ pub(crate) fn is_asked(mount: &Mount) -> bool {
 pub(crate) fn check(mount: &Mount) -> Result<()> {
     let path = &mount.container_path;
     let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?} {why}")));
-    if !is_asked(mount) {
-        return match mount.image_sub_path.is_empty() {
-            true => Ok(()),
-            false => refuse("has an image_sub_path and no image"),
+    if !is_image(mount) {
+        return if mount.image_sub_path.is_empty() {
+            Ok(())
+        } else {
+            refuse("has an image_sub_path and no image")
         };
     }
     if !mount.host_path.is_empty() {
@@ -78,27 +79,27 @@ pub(crate) async fn lease(
     node: &Node,
     container: &str,
     mounts: &mut [Mount],
-) -> Result<Vec<Found>> {
+) -> Result<Vec<ResolvedImage>> {
     let mut found = Vec::new();
     for (number, mount) in mounts.iter_mut().enumerate() {
-        if !is_asked(mount) {
+        if !is_image(mount) {
             continue;
         }
         let path = &mount.container_path;
-        let Some(asked) = mount.image.as_mut() else {
+        let Some(requested) = mount.image.as_mut() else {
             continue;
         };
-        let name = asked.image.clone();
+        let name = requested.image.clone();
         let image = node.images.find(&name).ok_or_else(|| {
             Error::not_found(format!(
                 "the image {name:?} of the mount at {path:?} is not on this node"
             ))
         })?;
-        asked.image_ref = image.repo_digests.first().unwrap_or(&image.id).clone();
+        requested.image_ref = image.repo_digests.first().unwrap_or(&image.id).clone();
         let owner = owner(container, number);
         let leased = node.images.lease(&owner, &image.id);
         let lower = slow(format!("keep the image {name} for a mount"), leased).await?;
-        found.push(Found {
+        found.push(ResolvedImage {
             number,
             lower,
             sub_path: PathBuf::from(&mount.image_sub_path),
@@ -112,7 +113,7 @@ pub(crate) async fn lease(
 pub(crate) fn mount(
     node: &Node,
     bundle: &Path,
-    found: &[Found],
+    found: &[ResolvedImage],
     users: Option<&idmap::Users>,
     label: Option<&Label>,
     mounts: &mut [Mount],
@@ -137,7 +138,7 @@ pub(crate) fn mount(
 
 fn mount_one(
     node: &Node,
-    image: &Found,
+    image: &ResolvedImage,
     users: Option<&idmap::Users>,
     label: Option<&Label>,
     target: &Path,

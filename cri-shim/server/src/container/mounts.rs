@@ -22,11 +22,11 @@ pub(crate) struct MountInputs<'a> {
 }
 
 /// The specification's `mounts`, in the order in which to mount them.
-pub(crate) fn mounts(asked: &[Mount], inputs: &MountInputs<'_>) -> Result<Vec<oci::Mount>> {
+pub(crate) fn mounts(requested: &[Mount], inputs: &MountInputs<'_>) -> Result<Vec<oci::Mount>> {
     let mut all = kernel_file_systems(inputs.privileged);
     all.extend(pod_files(inputs));
-    for mount in asked {
-        let mount = requested(mount, inputs)?;
+    for mount in requested {
+        let mount = bind_mount(mount, inputs)?;
         // The request's mount takes the place of ours.
         all.retain(|other| other.destination() != mount.destination());
         all.push(mount);
@@ -100,7 +100,7 @@ fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
 }
 
 /// A mount of the request.
-fn requested(mount: &Mount, inputs: &MountInputs<'_>) -> Result<oci::Mount> {
+fn bind_mount(mount: &Mount, inputs: &MountInputs<'_>) -> Result<oci::Mount> {
     check(mount, inputs.features)?;
     let destination = cleaned(&mount.container_path);
     if destination == Path::new("/") {
@@ -204,9 +204,9 @@ pub(crate) fn cleaned(path: &str) -> PathBuf {
 
 /// The propagation that the root of the container's mounts needs for theirs to work; `None` is
 /// private.
-pub(crate) fn root_propagation(asked: &[Mount]) -> Option<&'static str> {
+pub(crate) fn root_propagation(requested: &[Mount]) -> Option<&'static str> {
     let mut wanted = None;
-    for mount in asked {
+    for mount in requested {
         match mount.propagation() {
             MountPropagation::PropagationBidirectional => return Some("rshared"),
             MountPropagation::PropagationHostToContainer => wanted = Some("rslave"),
@@ -217,8 +217,8 @@ pub(crate) fn root_propagation(asked: &[Mount]) -> Option<&'static str> {
 }
 
 /// Makes missing sources, as directories, as containerd does. Blocks, on a hung volume for ever.
-pub(crate) fn make_sources(asked: &[Mount]) -> Result<()> {
-    for mount in asked {
+pub(crate) fn make_sources(requested: &[Mount]) -> Result<()> {
+    for mount in requested {
         let path = Path::new(&mount.host_path);
         // Not followed: a dangling link is the runtime's to complain about.
         if mount.host_path.starts_with('/')

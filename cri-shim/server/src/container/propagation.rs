@@ -8,7 +8,7 @@ use rrun_proto::v1::{Mount, MountPropagation};
 use rrun_calls::error::{During, Error, Result};
 
 /// One line of proc_pid_mountinfo(5).
-struct Line<'a> {
+struct MountInfoLine<'a> {
     point: PathBuf,
     /// `shared:N`, `master:N` and others.
     fields: Vec<&'a str>,
@@ -17,17 +17,17 @@ struct Line<'a> {
 /// Refuses propagation that the kernel would silently not give: what is mounted on the node shows
 /// in the container only if the source lies on a mount that is shared or a slave, and the other
 /// way only if it is shared. Blocks.
-pub(crate) fn check(asked: &[Mount]) -> Result<()> {
+pub(crate) fn check(requested: &[Mount]) -> Result<()> {
     let wants = |mount: &&Mount| mount.propagation() != MountPropagation::PropagationPrivate;
-    let mut asked = asked.iter().filter(wants).peekable();
-    if asked.peek().is_none() {
+    let mut requested = requested.iter().filter(wants).peekable();
+    if requested.peek().is_none() {
         return Ok(());
     }
     let table =
         std::fs::read("/proc/self/mountinfo").during(|| "read /proc/self/mountinfo".to_owned())?;
     let table = String::from_utf8_lossy(&table);
-    let lines: Vec<Line<'_>> = table.lines().filter_map(parse).collect();
-    for mount in asked {
+    let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
+    for mount in requested {
         let source = std::fs::canonicalize(&mount.host_path)
             .during(|| format!("look at the mount source {}", mount.host_path))?;
         let Some(line) = holding(&lines, &source) else {
@@ -51,11 +51,11 @@ pub(crate) fn check(asked: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-fn parse(line: &str) -> Option<Line<'_>> {
+fn parse(line: &str) -> Option<MountInfoLine<'_>> {
     let mut words = line.split(' ');
     let point = unescaped(words.nth(4)?);
     words.next()?;
-    Some(Line {
+    Some(MountInfoLine {
         point,
         fields: words.take_while(|word| *word != "-").collect(),
     })
@@ -86,7 +86,7 @@ fn unescaped(word: &str) -> PathBuf {
 
 /// The mount that a path lies on: the longest mount point above it, and of those on the same
 /// point the last.
-fn holding<'a, 'b>(lines: &'a [Line<'b>], path: &Path) -> Option<&'a Line<'b>> {
+fn holding<'a, 'b>(lines: &'a [MountInfoLine<'b>], path: &Path) -> Option<&'a MountInfoLine<'b>> {
     let above = lines.iter().filter(|line| path.starts_with(&line.point));
     above.max_by_key(|line| line.point.as_os_str().len())
 }
@@ -101,7 +101,7 @@ mod tests {
             1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n\
             2 1 8:1 / /mnt/a\\040b rw - tmpfs t rw\n\
             3 1 8:1 / /mnt/a\\040b rw,nodev master:4 propagate_from:2 - tmpfs t rw\n";
-        let lines: Vec<Line<'_>> = table.lines().filter_map(parse).collect();
+        let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
         let fields = |path: &str| holding(&lines, Path::new(path)).map(|line| line.fields.clone());
         assert_eq!(
             fields("/mnt/a b/c"),

@@ -34,23 +34,23 @@ impl Controllers {
 
 /// The specification's `linux.resources`, without devices. Zero and empty are "not specified".
 pub(crate) fn limits(
-    asked: &LinuxContainerResources,
+    requested: &LinuxContainerResources,
     controllers: Controllers,
 ) -> Result<LinuxResources> {
     let mut limits = LinuxResources::default();
-    limits.set_cpu(cpu(asked)?);
-    limits.set_memory(memory(asked, controllers)?);
-    if !(-1000..=1000).contains(&asked.oom_score_adj) {
+    limits.set_cpu(cpu(requested)?);
+    limits.set_memory(memory(requested, controllers)?);
+    if !(-1000..=1000).contains(&requested.oom_score_adj) {
         return Err(Error::invalid(format!(
             "oom_score_adj is {}, it can be from -1000 to 1000",
-            asked.oom_score_adj
+            requested.oom_score_adj
         )));
     }
-    if controllers.hugetlb && !asked.hugepage_limits.is_empty() {
-        limits.set_hugepage_limits(Some(hugepage_limits(asked)));
+    if controllers.hugetlb && !requested.hugepage_limits.is_empty() {
+        limits.set_hugepage_limits(Some(hugepage_limits(requested)));
     }
-    if !asked.unified.is_empty() {
-        let unified = asked.unified.clone();
+    if !requested.unified.is_empty() {
+        let unified = requested.unified.clone();
         limits.set_unified(Some(unified.into_iter().collect()));
     }
     Ok(limits)
@@ -58,31 +58,31 @@ pub(crate) fn limits(
 
 /// [`limits`] as the runtime's `update` reads them.
 pub(crate) fn update_json(
-    asked: &LinuxContainerResources,
+    requested: &LinuxContainerResources,
     controllers: Controllers,
 ) -> Result<String> {
-    serde_json::to_string(&limits(asked, controllers)?)
+    serde_json::to_string(&limits(requested, controllers)?)
         .map_err(|error| Error::internal(format!("write the new limits: {error}")))
 }
 
-fn cpu(asked: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
+fn cpu(requested: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
     let text = |list: &String| (!list.is_empty()).then(|| list.clone());
     let mut cpu = LinuxCpu::default();
-    cpu.set_shares(positive(asked.cpu_shares, "cpu_shares")?)
-        .set_period(positive(asked.cpu_period, "cpu_period")?)
+    cpu.set_shares(positive(requested.cpu_shares, "cpu_shares")?)
+        .set_period(positive(requested.cpu_period, "cpu_period")?)
         // -1 is no limit.
-        .set_quota((asked.cpu_quota != 0).then_some(asked.cpu_quota))
-        .set_cpus(text(&asked.cpuset_cpus))
-        .set_mems(text(&asked.cpuset_mems));
+        .set_quota((requested.cpu_quota != 0).then_some(requested.cpu_quota))
+        .set_cpus(text(&requested.cpuset_cpus))
+        .set_mems(text(&requested.cpuset_mems));
     Ok((cpu != LinuxCpu::default()).then_some(cpu))
 }
 
 fn memory(
-    asked: &LinuxContainerResources,
+    requested: &LinuxContainerResources,
     controllers: Controllers,
 ) -> Result<Option<LinuxMemory>> {
-    let limit = asked.memory_limit_in_bytes;
-    let swap = asked.memory_swap_limit_in_bytes;
+    let limit = requested.memory_limit_in_bytes;
+    let swap = requested.memory_swap_limit_in_bytes;
     if swap > 0 && (limit <= 0 || swap < limit) {
         return Err(Error::invalid(format!(
             "memory_swap_limit_in_bytes is {swap}, memory and swap together, and memory_limit_in_bytes {limit}: it can't be less"
@@ -100,8 +100,8 @@ fn memory(
     Ok(Some(memory))
 }
 
-fn hugepage_limits(asked: &LinuxContainerResources) -> Vec<LinuxHugepageLimit> {
-    let pages = asked.hugepage_limits.iter();
+fn hugepage_limits(requested: &LinuxContainerResources) -> Vec<LinuxHugepageLimit> {
+    let pages = requested.hugepage_limits.iter();
     pages
         .map(|page| {
             let mut limit = LinuxHugepageLimit::default();
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn kubelets_resources_for_a_web_server() -> Result<()> {
-        let asked = LinuxContainerResources {
+        let requested = LinuxContainerResources {
             cpu_period: 100_000,
             cpu_quota: 50_000,
             cpu_shares: 102,
@@ -205,7 +205,7 @@ mod tests {
         };
         let memory = 64 << 20;
         assert_eq!(
-            json!(limits(&asked, ALL)?),
+            json!(limits(&requested, ALL)?),
             json!({
                 "cpu": { "shares": 102, "period": 100_000, "quota": 50_000 },
                 "memory": { "limit": memory, "swap": memory },
@@ -213,7 +213,7 @@ mod tests {
                 "unified": { "memory.oom.group": "1" },
             })
         );
-        let poor = json!(limits(&asked, Controllers::default())?);
+        let poor = json!(limits(&requested, Controllers::default())?);
         assert_eq!(poor["memory"], json!({ "limit": memory }));
         assert_eq!(poor.get("hugepageLimits"), None);
         Ok(())

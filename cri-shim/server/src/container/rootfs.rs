@@ -147,7 +147,7 @@ impl Overlay<'_> {
                 Ok(()) => {}
                 Err(rustix::io::Errno::INVAL) if number == 0 => return Ok(false),
                 Err(errno) => {
-                    return Err(said(
+                    return Err(overlay_error(
                         context,
                         errno,
                         &format!("the layer {}", layer.display()),
@@ -156,25 +156,27 @@ impl Overlay<'_> {
             }
         }
         let set = |key: &str, path: &Path| {
-            fsconfig_set_string(context, key, path)
-                .map_err(|errno| said(context, errno, &format!("{key}={}", path.display())))
+            fsconfig_set_string(context, key, path).map_err(|errno| {
+                overlay_error(context, errno, &format!("{key}={}", path.display()))
+            })
         };
         set("upperdir", upper)?;
         set("workdir", work)?;
         // A container does not outlive the machine, its writable layer need not either: without
         // this the unmounting of each container syncs the whole file system.
-        fsconfig_set_flag(context, "volatile").map_err(|errno| said(context, errno, "volatile"))?;
+        fsconfig_set_flag(context, "volatile")
+            .map_err(|errno| overlay_error(context, errno, "volatile"))?;
         if let Some(label) = self.label {
             fsconfig_set_string(context, "context", label.to_string())
-                .map_err(|errno| said(context, errno, &format!("context={label}")))?;
+                .map_err(|errno| overlay_error(context, errno, &format!("context={label}")))?;
         }
-        fsconfig_create(context).map_err(|errno| said(context, errno, "create it"))?;
+        fsconfig_create(context).map_err(|errno| overlay_error(context, errno, "create it"))?;
         let mounted = fsmount(
             context,
             FsMountFlags::FSMOUNT_CLOEXEC,
             MountAttrFlags::empty(),
         )
-        .map_err(|errno| said(context, errno, "fsmount"))?;
+        .map_err(|errno| overlay_error(context, errno, "fsmount"))?;
         move_mount(
             mounted,
             "",
@@ -236,7 +238,7 @@ impl Overlay<'_> {
 }
 
 /// What overlayfs wrote into the context's log says more than its errno, fsopen(2).
-fn said(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error {
+fn overlay_error(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error {
     let mut log = [0_u8; 512];
     let line = match rustix::io::read(context, &mut log) {
         Ok(length) => String::from_utf8_lossy(log.get(..length).unwrap_or_default()).into_owned(),

@@ -105,68 +105,100 @@ impl Accounts {
     ) -> Result<User> {
         let default = LinuxContainerSecurityContext::default();
         let context = context.unwrap_or(&default);
-        let given = match (&context.run_as_user, context.run_as_username.as_str()) {
-            (Some(_), name) if !name.is_empty() => {
-                return Err(Error::invalid(
-                    "run_as_user and run_as_username are both set",
-                ));
-            }
-            (Some(uid), _) => Some(number(uid.value, "run_as_user")?.to_string()),
-            (None, "") => None,
-            (None, name) => Some(name.to_owned()),
-        };
+        let requested = requested_user(context)?;
+        let run_as_group = requested_group(context, requested.is_some())?;
         let (image_name, image_group) = match image_user.split_once(':') {
             Some((name, group)) => (name, Some(group)),
             None => (image_user, None),
         };
-        let run_as_group = match &context.run_as_group {
-            Some(_) if given.is_none() => {
-                return Err(Error::invalid(
-                    "run_as_group is set without run_as_user or run_as_username",
-                ));
-            }
-            Some(gid) => Some(number(gid.value, "run_as_group")?),
-            None => None,
-        };
         // The image's group belongs to the image's user.
-        let group = image_group.filter(|group| given.is_none() && !group.is_empty());
-        let name = given.as_deref().unwrap_or(image_name);
-        let name = if name.is_empty() { "0" } else { name };
+        let image_group = image_group.filter(|group| requested.is_none() && !group.is_empty());
+        let name = requested.as_deref().unwrap_or(image_name);
+        let account = self.account(if name.is_empty() { "0" } else { name })?;
+        let gid = match (run_as_group, image_group) {
+            (Some(gid), _) => gid,
+            (None, Some(group)) => self.group(group)?,
+            (None, None) => account.gid,
+        };
+        let mut groups = vec![gid];
+        if context.supplemental_groups_policy() == SupplementalGroupsPolicy::Merge
+            && let Some(login) = account.login
+        {
+            groups.extend(self.groups_of(login));
+        }
+        for group in &context.supplemental_groups {
+            groups.push(number(*group, "supplemental_groups")?);
+        }
+        let mut seen = std::collections::HashSet::new();
+        groups.retain(|gid| seen.insert(*gid));
+        Ok(User {
+            uid: account.uid,
+            gid,
+            groups,
+        })
+    }
 
+    /// The account of a name or number. A number needs none in the image.
+    fn account(&self, name: &str) -> Result<Account<'_>> {
         let by_number = name.parse::<u32>().ok();
         let entry = self.users().find(|(known, uid, _)| match by_number {
             Some(number) => *uid == number,
             None => *known == name,
         });
-        let (uid, own_gid) = match (entry, by_number) {
-            (Some((_, uid, gid)), _) => (uid, gid),
-            (None, Some(uid)) => (uid, 0),
-            (None, None) => {
-                return Err(Error::invalid(format!(
-                    "the image's /etc/passwd has no user {name:?}"
-                )));
-            }
-        };
-        let gid = match (run_as_group, group) {
-            (Some(gid), _) => gid,
-            (None, Some(group)) => self.group(group)?,
-            (None, None) => own_gid,
-        };
-        let mut groups = vec![gid];
-        if context.supplemental_groups_policy() == SupplementalGroupsPolicy::Merge
-            && let Some((login, ..)) = entry
-        {
-            let of_login = self
-                .groups()
-                .filter(|(_, _, members)| members.split(',').any(|member| member == login));
-            groups.extend(of_login.map(|(_, gid, _)| gid));
+        match (entry, by_number) {
+            (Some((login, uid, gid)), _) => Ok(Account {
+                login: Some(login),
+                uid,
+                gid,
+            }),
+            (None, Some(uid)) => Ok(Account {
+                login: None,
+                uid,
+                gid: 0,
+            }),
+            (None, None) => Err(Error::invalid(format!(
+                "the image's /etc/passwd has no user {name:?}"
+            ))),
         }
-        for asked in &context.supplemental_groups {
-            groups.push(number(*asked, "supplemental_groups")?);
-        }
-        let mut seen = std::collections::HashSet::new();
-        groups.retain(|gid| seen.insert(*gid));
-        Ok(User { uid, gid, groups })
+    }
+
+    /// The groups that have this user among their members.
+    fn groups_of<'a>(&'a self, login: &'a str) -> impl Iterator<Item = u32> + 'a {
+        self.groups()
+            .filter(move |(_, _, members)| members.split(',').any(|member| member == login))
+            .map(|(_, gid, _)| gid)
+    }
+}
+
+/// What /etc/passwd has of a user.
+struct Account<'a> {
+    login: Option<&'a str>,
+    uid: u32,
+    gid: u32,
+}
+
+/// The user that the request names, if it names one.
+fn requested_user(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
+    match (&context.run_as_user, context.run_as_username.as_str()) {
+        (Some(_), name) if !name.is_empty() => Err(Error::invalid(
+            "run_as_user and run_as_username are both set",
+        )),
+        (Some(uid), _) => Ok(Some(number(uid.value, "run_as_user")?.to_string())),
+        (None, "") => Ok(None),
+        (None, name) => Ok(Some(name.to_owned())),
+    }
+}
+
+fn requested_group(
+    context: &LinuxContainerSecurityContext,
+    names_a_user: bool,
+) -> Result<Option<u32>> {
+    match &context.run_as_group {
+        Some(_) if !names_a_user => Err(Error::invalid(
+            "run_as_group is set without run_as_user or run_as_username",
+        )),
+        Some(gid) => Ok(Some(number(gid.value, "run_as_group")?)),
+        None => Ok(None),
     }
 }
 

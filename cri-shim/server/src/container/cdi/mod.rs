@@ -27,7 +27,7 @@ const ANNOTATION: &str = "cdi.k8s.io/";
 pub(crate) struct DeviceEdits(Vec<Arc<ContainerEdits>>);
 
 /// The names in the request and in its annotations, each once.
-fn asked(config: &ContainerConfig) -> Vec<&str> {
+fn requested(config: &ContainerConfig) -> Vec<&str> {
     let fields = config.cdi_devices.iter().map(|device| device.name.as_str());
     let annotations = config.annotations.iter();
     let annotations = annotations
@@ -45,7 +45,7 @@ fn asked(config: &ContainerConfig) -> Vec<&str> {
 
 /// Looks up the devices that the container asks for. Blocks.
 pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceEdits> {
-    let names = asked(config);
+    let names = requested(config);
     if names.is_empty() {
         return Ok(DeviceEdits::default());
     }

@@ -231,12 +231,15 @@ impl MessageFormatter for Sentences {
 
 impl ContainerEdits {
     fn check(&self) -> Result<(), String> {
-        let absolute = |field: &str, path: &Path| match path.is_absolute() {
-            true => Ok(()),
-            false => Err(format!(
-                "{field} {} is not an absolute path",
-                path.display()
-            )),
+        let absolute = |field: &str, path: &Path| {
+            if path.is_absolute() {
+                Ok(())
+            } else {
+                Err(format!(
+                    "{field} {} is not an absolute path",
+                    path.display()
+                ))
+            }
         };
         if let Some(pair) = self
             .env
