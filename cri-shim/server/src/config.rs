@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::cgroup::{self, CgroupDriver, slice};
-use crate::container::seccomp::Asked;
+use crate::container::seccomp::SeccompProfile;
 use rrun_images::{Least, Limits, Pins};
 use rrun_network::NetworkSettings;
 use rrun_network::namespace::Namespaces;
@@ -300,7 +300,7 @@ pub(crate) struct Config {
     pub default_runtime: String,
     pub restrict_oom_score_adj: bool,
     /// What containers get that ask for no seccomp profile.
-    pub unset_seccomp_profile: Asked,
+    pub unset_seccomp_profile: SeccompProfile,
     /// Whether pods get SELinux labels, and of how many categories their levels are made.
     pub enable_selinux: bool,
     pub selinux_category_range: u16,
@@ -466,7 +466,7 @@ impl Partial {
             absolute("cdi_spec_dirs", dir.clone())?;
         }
         let unset_seccomp_profile = self.unset_seccomp_profile.unwrap_or_default();
-        let unset_seccomp_profile = Asked::parse(&unset_seccomp_profile)
+        let unset_seccomp_profile = SeccompProfile::parse(&unset_seccomp_profile)
             .map_err(|reason| value("unset_seccomp_profile", reason))?;
         let selinux_category_range = self.selinux_category_range.unwrap_or(1024);
         if !(2..=1024).contains(&selinux_category_range) {

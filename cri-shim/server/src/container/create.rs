@@ -9,7 +9,7 @@ use rrun_proto::v1::{
 
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::seccomp::Asked;
+use super::seccomp::SeccompProfile;
 use super::spec::{Namespaces, Parts, PidNamespace};
 use super::user::{Accounts, User};
 use super::{
@@ -323,7 +323,7 @@ fn prepare(
         context.privileged,
         capabilities::ours(),
     )?;
-    let seccomp = Asked::of(&context, &node.config.unset_seccomp_profile)?;
+    let seccomp = SeccompProfile::of(&context, &node.config.unset_seccomp_profile)?;
     let seccomp = seccomp.profile(&capabilities)?;
     let log = super::log_path(&sandbox.config.log_directory, &config.log_path);
     if let Some(dir) = log.as_deref().and_then(Path::parent) {

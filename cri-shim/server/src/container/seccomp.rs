@@ -17,7 +17,7 @@ const SIZE_LIMIT: u64 = 1 << 20;
 
 /// A profile as the CRI, the configuration and old kubelets name it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Asked {
+pub(crate) enum SeccompProfile {
     #[default]
     Unconfined,
     RuntimeDefault,
@@ -25,28 +25,28 @@ pub(crate) enum Asked {
     Localhost(PathBuf),
 }
 
-impl std::fmt::Display for Asked {
+impl std::fmt::Display for SeccompProfile {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Asked::Unconfined => formatter.write_str("unconfined"),
-            Asked::RuntimeDefault => formatter.write_str("runtime/default"),
-            Asked::Localhost(path) => write!(formatter, "localhost/{}", path.display()),
+            SeccompProfile::Unconfined => formatter.write_str("unconfined"),
+            SeccompProfile::RuntimeDefault => formatter.write_str("runtime/default"),
+            SeccompProfile::Localhost(path) => write!(formatter, "localhost/{}", path.display()),
         }
     }
 }
 
-impl Asked {
+impl SeccompProfile {
     /// `runtime/default`, `unconfined` or `localhost/PATH`; empty means not confined.
     ///
     /// # Errors
     /// What is wrong with the text.
-    pub(crate) fn parse(text: &str) -> std::result::Result<Asked, String> {
+    pub(crate) fn parse(text: &str) -> std::result::Result<SeccompProfile, String> {
         // As `Display` writes it.
         match text {
-            "" | "unconfined" => Ok(Asked::Unconfined),
-            "runtime/default" | "docker/default" => Ok(Asked::RuntimeDefault),
+            "" | "unconfined" => Ok(SeccompProfile::Unconfined),
+            "runtime/default" | "docker/default" => Ok(SeccompProfile::RuntimeDefault),
             _ => match text.strip_prefix("localhost/") {
-                Some(path) => Asked::localhost(path),
+                Some(path) => SeccompProfile::localhost(path),
                 None => Err(format!(
                     "{text:?} is not runtime/default, unconfined or localhost/PATH"
                 )),
@@ -54,34 +54,37 @@ impl Asked {
         }
     }
 
-    fn localhost(path: &str) -> std::result::Result<Asked, String> {
+    fn localhost(path: &str) -> std::result::Result<SeccompProfile, String> {
         if !path.starts_with('/') {
             return Err(format!("{path:?} is not an absolute path"));
         }
-        Ok(Asked::Localhost(path.into()))
+        Ok(SeccompProfile::Localhost(path.into()))
     }
 
-    fn from_profile(profile: &SecurityProfile) -> std::result::Result<Asked, String> {
+    fn from_profile(profile: &SecurityProfile) -> std::result::Result<SeccompProfile, String> {
         match ProfileType::try_from(profile.profile_type) {
-            Ok(ProfileType::RuntimeDefault) => Ok(Asked::RuntimeDefault),
-            Ok(ProfileType::Unconfined) => Ok(Asked::Unconfined),
-            Ok(ProfileType::Localhost) => Asked::localhost(&profile.localhost_ref),
+            Ok(ProfileType::RuntimeDefault) => Ok(SeccompProfile::RuntimeDefault),
+            Ok(ProfileType::Unconfined) => Ok(SeccompProfile::Unconfined),
+            Ok(ProfileType::Localhost) => SeccompProfile::localhost(&profile.localhost_ref),
             Err(_) => Err(format!("{} is no profile type", profile.profile_type)),
         }
     }
 
     /// What a container asks for; `unset` if it asks for nothing.
-    pub(crate) fn of(context: &LinuxContainerSecurityContext, unset: &Asked) -> Result<Asked> {
+    pub(crate) fn of(
+        context: &LinuxContainerSecurityContext,
+        unset: &SeccompProfile,
+    ) -> Result<SeccompProfile> {
         // No profile applies to the privileged.
         if context.privileged {
-            return Ok(Asked::Unconfined);
+            return Ok(SeccompProfile::Unconfined);
         }
         #[allow(deprecated)] // old kubelets have nothing else
         let old = context.seccomp_profile_path.as_str();
         let (field, asked) = match &context.seccomp {
-            Some(profile) => ("seccomp", Asked::from_profile(profile)),
+            Some(profile) => ("seccomp", SeccompProfile::from_profile(profile)),
             None if old.is_empty() => return Ok(unset.clone()),
-            None => ("seccomp_profile_path", Asked::parse(old)),
+            None => ("seccomp_profile_path", SeccompProfile::parse(old)),
         };
         asked.map_err(|reason| {
             Error::invalid(format!(
@@ -93,9 +96,9 @@ impl Asked {
     /// `linux.seccomp` of config.json. Blocks if it has to read a file.
     pub(crate) fn profile(&self, capabilities: &Sets) -> Result<Option<Value>> {
         match self {
-            Asked::Unconfined => Ok(None),
-            Asked::RuntimeDefault => Ok(Some(seccomp_default::profile(capabilities))),
-            Asked::Localhost(path) => read(path).map(Some).map_err(|reason| {
+            SeccompProfile::Unconfined => Ok(None),
+            SeccompProfile::RuntimeDefault => Ok(Some(seccomp_default::profile(capabilities))),
+            SeccompProfile::Localhost(path) => read(path).map(Some).map_err(|reason| {
                 Error::invalid(format!(
                     "the container's seccomp profile {} (linux.security_context.seccomp): {reason}",
                     path.display()
@@ -133,38 +136,51 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_what_is_given() -> Result<()> {
-        let unset = Asked::RuntimeDefault;
+        let unset = SeccompProfile::RuntimeDefault;
         let nothing = LinuxContainerSecurityContext::default();
-        assert_eq!(Asked::of(&nothing, &unset)?, Asked::RuntimeDefault);
-        assert_eq!(Asked::of(&nothing, &Asked::Unconfined)?, Asked::Unconfined);
         assert_eq!(
-            Asked::of(&localhost("/p.json"), &unset)?,
-            Asked::Localhost("/p.json".into())
+            SeccompProfile::of(&nothing, &unset)?,
+            SeccompProfile::RuntimeDefault
+        );
+        assert_eq!(
+            SeccompProfile::of(&nothing, &SeccompProfile::Unconfined)?,
+            SeccompProfile::Unconfined
+        );
+        assert_eq!(
+            SeccompProfile::of(&localhost("/p.json"), &unset)?,
+            SeccompProfile::Localhost("/p.json".into())
         );
         let mut privileged = localhost("/p.json");
         privileged.privileged = true;
-        assert_eq!(Asked::of(&privileged, &unset)?, Asked::Unconfined);
+        assert_eq!(
+            SeccompProfile::of(&privileged, &unset)?,
+            SeccompProfile::Unconfined
+        );
         #[allow(deprecated)]
         let old = LinuxContainerSecurityContext {
             seccomp_profile_path: "localhost//p.json".to_owned(),
             ..Default::default()
         };
-        assert_eq!(Asked::of(&old, &unset)?, Asked::Localhost("/p.json".into()));
+        assert_eq!(
+            SeccompProfile::of(&old, &unset)?,
+            SeccompProfile::Localhost("/p.json".into())
+        );
         Ok(())
     }
 
     #[test]
     fn a_profile_that_can_not_be_had_is_told_with_its_path() {
-        let relative = Asked::of(&localhost("p.json"), &Asked::Unconfined).unwrap_err();
+        let relative =
+            SeccompProfile::of(&localhost("p.json"), &SeccompProfile::Unconfined).unwrap_err();
         assert!(relative.sentence().contains("security_context.seccomp"));
         for text in ["default", "localhost/p.json", "runtime/other"] {
-            assert!(Asked::parse(text).is_err(), "{text}");
+            assert!(SeccompProfile::parse(text).is_err(), "{text}");
         }
         let directory = std::env::temp_dir().join(format!("rrun-seccomp-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let file = directory.join("profile.json");
         let told = |path: &Path| {
-            let read = Asked::Localhost(path.to_owned()).profile(&Sets {
+            let read = SeccompProfile::Localhost(path.to_owned()).profile(&Sets {
                 held: Default::default(),
                 ambient: Default::default(),
             });
