@@ -20,7 +20,9 @@ pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
 
 /// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum CgroupDriver {
     Cgroupfs,

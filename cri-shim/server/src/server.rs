@@ -20,7 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tonic::service::Routes;
 
-use crate::config::{Config, Source};
+use crate::config::{Config, ConfigSource};
 use crate::container::rootfs::make_mount_points;
 use crate::node::Node;
 use crate::reload::Reload;
@@ -33,8 +33,8 @@ use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
-use rrun_network::cni::{self, Cni};
-use rrun_network::{Network, NetworkConfig, PodNetwork};
+use rrun_network::cni::Cni;
+use rrun_network::{Network, PodNetwork};
 use rrun_store::Store;
 
 /// How long calls under way may take to end after SIGTERM.
@@ -44,7 +44,7 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 const LAST_BREATH: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
-pub(crate) fn run(source: Source, config: Config) -> Result<()> {
+pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     heap::one_heap();
     descriptor_limit::raise();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
@@ -59,13 +59,13 @@ pub(crate) fn run(source: Source, config: Config) -> Result<()> {
     runtime.block_on(serve(source, config))
 }
 
-async fn serve(source: Source, config: Config) -> Result<()> {
+async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     private_dir(&config.root)?;
     private_dir(&config.state)?;
     for dir in ["pods", "runtime"] {
         private_dir(&config.state.join(dir))?;
     }
-    let namespaces = &config.namespaces;
+    let namespaces = config.namespaces();
     std::fs::create_dir_all(namespaces.dir())
         .during(|| format!("make the directory {}", namespaces.dir().display()))?;
     private_dir(&config.root.join("containers"))?;
@@ -73,7 +73,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
     make_mount_points(&config.root)?;
-    let socket = config.socket.clone();
+    let socket = config.socket().to_owned();
     let listener = listen(&socket).await?;
     let scraped = match config.metrics_listen {
         Some(address) => Some(metrics::listener::listen(address).await?),
@@ -86,7 +86,7 @@ async fn serve(source: Source, config: Config) -> Result<()> {
         &config.root,
         store.clone(),
         Registries::new(&config.registry_config_path),
-        config.images.clone(),
+        config.image.clone(),
     )
     .map_err(|error| internal(&error))?;
     images.on_pull_end(metrics::pull_ended);
@@ -228,19 +228,18 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
 
 fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
     let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
-    let namespaces = config.namespaces.clone();
-    let settings = cni::Settings {
-        conf_dir: config.cni_conf_dir.clone(),
-        bin_dirs: config.cni_bin_dirs.clone(),
-        max_conf_num: config.cni.max_conf_num,
-        deadline: config.cni.timeout,
-        patience: config.cni.teardown_patience,
-        namespaces: namespaces.clone(),
-    };
-    let embedded = Network::open(store.clone(), NetworkConfig::of(&config.network))
-        .map_err(|error| internal(&error))?;
-    let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
-    let mode = config.network.mode.unwrap_or_default();
+    let namespaces = config.namespaces();
+    let embedded =
+        Network::open(store.clone(), config.network.clone()).map_err(|error| internal(&error))?;
+    let cni = Cni::open(
+        store.clone(),
+        config.cni.clone(),
+        config.cni_conf_dir.clone(),
+        config.cni_bin_dirs(),
+        namespaces.clone(),
+    )
+    .map_err(|error| internal(&error))?;
+    let mode = config.network.mode;
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }
 

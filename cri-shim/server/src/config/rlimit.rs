@@ -1,6 +1,6 @@
 //! Limits of processes, setrlimit(2), as a configuration writes them.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// The kernel's limits without `RLIMIT_`, asm-generic/resource.h.
@@ -24,7 +24,7 @@ const NAMES: [&str; 16] = [
 ];
 
 /// `nofile=1024:65536`, soft and hard, `core=0` for both, `memlock=unlimited`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub(crate) struct Rlimit {
     name: String,

@@ -8,7 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::TlsAcceptor;
 
-use super::{Config, ConfigError};
+use super::error::ConfigError;
+use super::table::Config;
 
 /// The certificate and key of the configuration, if it has them.
 pub(crate) fn tls(config: &Config) -> Result<Option<TlsAcceptor>, ConfigError> {

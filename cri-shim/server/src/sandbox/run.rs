@@ -68,7 +68,7 @@ pub(crate) async fn run(
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
         Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
-        _ => cgroup::own(&node.config.default_cgroup_parent, &id),
+        _ => cgroup::own(node.config.default_cgroup_parent(), &id),
     };
     // Until the pod holds its level itself.
     let (selinux, _level) = match node.selinux.of_pod(&id, &selinux_options(&config))? {

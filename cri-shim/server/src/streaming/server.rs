@@ -189,7 +189,7 @@ fn answer(
                 Ok(parts) => {
                     let transport = parts.io.into_inner();
                     let watch = transport.watch();
-                    let idle = node.config.stream_idle_timeout;
+                    let idle = node.config.stream_idle_timeout();
                     let serving = serve(
                         &node,
                         &permit,

@@ -54,7 +54,7 @@ impl Runtime {
                 }))).collect::<BTreeMap<_, _>>(),
                 "restrictOomScoreAdj": config.restrict_oom_score_adj,
                 "enableSelinux": config.enable_selinux,
-                "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
+                "unsetSeccompProfile": config.unset_seccomp_profile,
                 // seccomp(2), "/proc interfaces": not there in kernels without it.
                 "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
                 "pods": self.node.sandboxes().len(),
