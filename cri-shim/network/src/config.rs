@@ -123,6 +123,19 @@ impl NetworkConfig {
                 wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
             });
         }
+        self.validate_ranges()?;
+        match self.mtu {
+            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
+                field: "mtu",
+                value: mtu.to_string(),
+                wanted: "68 to 65535 bytes",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a range of the other family, no range at all, and a primary family without a range.
+    fn validate_ranges(&self) -> Result<(), NetworkError> {
         for (field, range, ipv6, wanted) in [
             (
                 "range",
@@ -163,14 +176,7 @@ impl NetworkConfig {
                 });
             }
         }
-        match self.mtu {
-            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
-                field: "mtu",
-                value: mtu.to_string(),
-                wanted: "68 to 65535 bytes",
-            }),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// What pods get an address each of, the primary family first.
