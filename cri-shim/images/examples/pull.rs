@@ -6,7 +6,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use rrun_images::{Images, Limits, Registries};
+use rrun_images::{ImageSettings, Images, Registries};
 use rrun_store::Store;
 
 #[tokio::main]
@@ -19,7 +19,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(&dir)?;
     let store = Store::open(&dir.join("meta.redb"))?;
     let registries = Registries::new(&dir.join("certs.d"));
-    let images = Images::open(&dir, store, registries, Limits::default())?;
+    let images = Images::open(&dir, store, registries, ImageSettings::default())?;
     let begun = Instant::now();
     let image = images.pull(reference, None).await?;
     let wall = begun.elapsed();

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use super::Limits;
+use super::ImageSettings;
 use super::archive::Archive;
 use super::catalog::{Layer, directory};
 use super::error::{ImageError, Kind};
@@ -55,17 +55,17 @@ pub(crate) struct Queues {
 }
 
 impl Queues {
-    pub(crate) fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &ImageSettings) -> Self {
         let fetched = limits.parallel_layers.max(1);
         Queues {
-            slots: Slots::new(fetched, limits.layers_per_host),
+            slots: Slots::new(fetched, limits.layers_per_host()),
             places: Arc::new(Semaphore::new(
                 fetched
                     .saturating_add(limits.parallel_unpacks)
                     .min(Semaphore::MAX_PERMITS),
             )),
             turns: Turns::new(limits.parallel_unpacks),
-            least: limits.least,
+            least: limits.least(),
         }
     }
 }

@@ -24,6 +24,7 @@ mod pull;
 mod record;
 mod reference;
 mod registry;
+mod settings;
 mod slots;
 mod source;
 mod turns;
@@ -41,55 +42,15 @@ use tokio::sync::watch;
 pub use auth::Auth;
 pub use error::{ImageError, Kind};
 pub use hosts::Registries;
-pub use pace::Least;
-pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
 pub use reference::Name;
+pub use settings::ImageSettings;
 
 use catalog::{Catalog, EMPTY_LAYER, Lease, directory};
 use rrun_store::{Store, StoreError, Table};
 
 /// What is on its way to the disk.
 type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
-
-/// Bounds on a pull.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Layers fetched at once, over all pulls.
-    pub parallel_layers: usize,
-    /// Layers fetched at once from one host.
-    pub layers_per_host: usize,
-    /// Layers unpacked at once.
-    pub parallel_unpacks: usize,
-    /// The most bytes that one layer may unpack to.
-    pub layer_bytes: u64,
-    /// The most files that one layer may hold.
-    pub layer_entries: u64,
-    /// How long a registry may send nothing in the middle of an answer.
-    pub silence: Duration,
-    /// The least rate of a registry's answers.
-    pub least: Least,
-    /// How long a pull continues after its last caller has gone.
-    pub abandoned: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits {
-            parallel_layers: 4,
-            layers_per_host: 3,
-            parallel_unpacks: 3,
-            layer_bytes: 64 << 30,
-            layer_entries: 4 << 20,
-            silence: Duration::from_secs(30),
-            least: Least {
-                rate: 100,
-                over: Duration::from_secs(60),
-            },
-            abandoned: Duration::from_secs(300),
-        }
-    }
-}
 
 /// What the images take on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +73,7 @@ struct Inner {
     root: PathBuf,
     store: Store,
     registries: Registries,
-    limits: Limits,
+    limits: ImageSettings,
     catalog: Mutex<Catalog>,
     pulls: Mutex<HashMap<pull::Key, pull::Pulling>>,
     /// By the layer's key.
@@ -165,7 +126,7 @@ impl Images {
         root: &Path,
         store: Store,
         registries: Registries,
-        limits: Limits,
+        limits: ImageSettings,
     ) -> Result<Self, ImageError> {
         for dir in [root.join("layers"), root.join("ingest")] {
             make_private(&dir)?;

@@ -25,7 +25,7 @@ const STILL_BEFORE: Duration = Duration::from_secs(20);
 
 /// The least rate of an answer: `rate` bytes a second, on the average of `over`. 0 allows any rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Least {
+pub(crate) struct Least {
     pub rate: u64,
     pub over: Duration,
 }

@@ -1,27 +1,38 @@
 //! Images that the node can't do without: kubelet's garbage collection leaves them.
 
+use serde::{Deserialize, Serialize};
+
 use super::record::Image;
 use super::reference::Name;
 
 /// Patterns of names. Kubelet asks which images are pinned and spares those; who removes one by
 /// its name means it, as with containerd and CRI-O.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<String>", into = "Vec<String>")]
 pub struct Pins {
     patterns: Vec<String>,
 }
 
-impl Pins {
+impl From<Vec<String>> for Pins {
     /// Names, in which `*` stands for anything. Short ones are those of Docker Hub, as everywhere.
-    pub fn new(patterns: &[String]) -> Self {
-        let full = |pattern: &String| match Name::parse(pattern) {
+    fn from(patterns: Vec<String>) -> Self {
+        let full = |pattern: String| match Name::parse(&pattern) {
             Ok(name) => name.canonical(),
-            Err(_) => pattern.clone(),
+            Err(_) => pattern,
         };
         Pins {
-            patterns: patterns.iter().map(full).collect(),
+            patterns: patterns.into_iter().map(full).collect(),
         }
     }
+}
 
+impl From<Pins> for Vec<String> {
+    fn from(pins: Pins) -> Self {
+        pins.patterns
+    }
+}
+
+impl Pins {
     pub fn hold(&self, image: &Image) -> bool {
         let mut names = image.repo_tags.iter().chain(&image.repo_digests);
         names.any(|name| self.patterns.iter().any(|pattern| matches(pattern, name)))
@@ -71,7 +82,7 @@ mod tests {
     #[test]
     fn short_names_are_those_of_docker_hub() {
         assert_eq!(
-            Pins::new(&["busybox".to_owned(), "*pause*".to_owned()]).patterns,
+            Pins::from(vec!["busybox".to_owned(), "*pause*".to_owned()]).patterns,
             ["docker.io/library/busybox:latest", "*pause*"]
         );
     }

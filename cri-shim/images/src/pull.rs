@@ -164,7 +164,7 @@ async fn run(inner: Arc<Inner>, key: Key, callers: Arc<watch::Sender<usize>>) ->
 /// Returns when no caller has waited for the pull for as long as the configuration allows. A later
 /// caller starts a new pull.
 async fn abandoned(inner: &Inner, key: &Key, callers: &watch::Sender<usize>) {
-    let bound = inner.limits.abandoned;
+    let bound = inner.limits.abandoned_timeout();
     let mut count = callers.subscribe();
     // `wait_for` fails only if the sender is gone, and this function borrows it.
     while count.wait_for(|count| *count == 0).await.is_ok() {
@@ -187,7 +187,7 @@ async fn clear(inner: &Arc<Inner>) -> ImageError {
         Kind::Unavailable,
         format!(
             "nobody has waited for it for {} s (image.abandoned_seconds), so it ends; a pull within the next hour resumes its large layers",
-            inner.limits.abandoned.as_secs()
+            inner.limits.abandoned_timeout().as_secs()
         ),
     );
     inner.let_go_of_fetches().await.err().unwrap_or(why)
@@ -202,8 +202,8 @@ async fn pull(
     let origin = {
         let (configured, name, auth) = (inner.registries.clone(), name.clone(), auth.clone());
         let patience = Patience {
-            silence: inner.limits.silence,
-            least: inner.limits.least,
+            silence: inner.limits.silence_timeout(),
+            least: inner.limits.least(),
         };
         let opened = tokio::task::spawn_blocking(move || {
             Source::open(&configured, &name, auth.as_ref(), patience)
@@ -524,7 +524,7 @@ fn begin(
         promise: promise.clone(),
         bounds: Bounds {
             bytes: inner.limits.layer_bytes,
-            entries: inner.limits.layer_entries,
+            entries: inner.limits.layer_files,
         },
     };
     let queues = Arc::clone(&inner.queues);

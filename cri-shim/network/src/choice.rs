@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::PodSandboxConfig;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::cni::{Cni, Detached, Patience};
@@ -16,7 +16,7 @@ use super::{Counters, Network};
 use rrun_calls::error::{Error, Result};
 
 /// `network.mode`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// CNI if there is a configuration, else the embedded network.

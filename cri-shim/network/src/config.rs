@@ -2,23 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::choice::Mode;
 use super::{NetworkError, Range, RangeError, forwarding};
 
 /// What the `[network]` table of the configuration sets.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkSettings {
-    pub bridge: Option<String>,
-    pub range: Option<OptionalRange>,
-    pub range6: Option<OptionalRange>,
-    pub primary: Option<Family>,
-    pub masquerade: Option<bool>,
-    pub mtu: Option<u32>,
-    /// Whether pods get it, or CNI's.
-    pub mode: Option<crate::choice::Mode>,
-}
-
-/// What the embedded network is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkConfig {
@@ -34,6 +21,8 @@ pub struct NetworkConfig {
     pub masquerade: bool,
     /// The MTU of the pods' interfaces in bytes; by default that of the node's uplink.
     pub mtu: Option<u32>,
+    /// Whether pods get it, or CNI's.
+    pub mode: Mode,
 }
 
 impl Default for NetworkConfig {
@@ -45,6 +34,7 @@ impl Default for NetworkConfig {
             primary: Family::Ipv4,
             masquerade: true,
             mtu: None,
+            mode: Mode::Auto,
         }
     }
 }
@@ -93,20 +83,6 @@ impl NetworkConfig {
     /// IFNAMSIZ without its NUL.
     const NAME_BYTES: usize = 15;
 
-    /// What `[network]` says, over the defaults.
-    pub fn of(given: &NetworkSettings) -> Self {
-        let default = NetworkConfig::default();
-        let given = given.clone();
-        NetworkConfig {
-            bridge: given.bridge.unwrap_or(default.bridge),
-            range: given.range.unwrap_or(default.range),
-            range6: given.range6.unwrap_or(default.range6),
-            primary: given.primary.unwrap_or(default.primary),
-            masquerade: given.masquerade.unwrap_or(default.masquerade),
-            mtu: given.mtu.or(default.mtu),
-        }
-    }
-
     /// Refuses what the kernel would not take: the key of the configuration, and what is wrong with
     /// its value.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
@@ -147,6 +123,19 @@ impl NetworkConfig {
                 wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
             });
         }
+        self.validate_ranges()?;
+        match self.mtu {
+            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
+                field: "mtu",
+                value: mtu.to_string(),
+                wanted: "68 to 65535 bytes",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a range of the other family, no range at all, and a primary family without a range.
+    fn validate_ranges(&self) -> Result<(), NetworkError> {
         for (field, range, ipv6, wanted) in [
             (
                 "range",
@@ -187,14 +176,7 @@ impl NetworkConfig {
                 });
             }
         }
-        match self.mtu {
-            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
-                field: "mtu",
-                value: mtu.to_string(),
-                wanted: "68 to 65535 bytes",
-            }),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// What pods get an address each of, the primary family first.

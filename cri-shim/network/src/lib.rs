@@ -36,7 +36,7 @@ use tokio::sync::OwnedMutexGuard;
 
 pub use address::{Range, RangeError};
 pub use choice::{Mode, PodNetwork};
-pub use config::{Family, NetworkConfig, NetworkSettings, OptionalRange};
+pub use config::{Family, NetworkConfig, OptionalRange};
 pub use counters::{Counters, Interface};
 pub use error::NetworkError;
 

@@ -17,7 +17,9 @@ use rrun_kernel::errno::describe;
 pub(crate) use rrun_kernel::cgroup::{MOUNT_POINT, keyed};
 
 /// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum CgroupDriver {
     Cgroupfs,

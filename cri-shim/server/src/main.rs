@@ -23,7 +23,7 @@ mod streaming;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::{DEFAULT_TEXT, Partial, Source};
+use crate::config::{ConfigSource, DEFAULT_TEXT, Flags};
 use clap::{Parser, Subcommand};
 use rrun_images::Registries;
 
@@ -35,7 +35,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    flags: Partial,
+    flags: Flags,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -88,8 +88,8 @@ fn main() -> ExitCode {
 /// What a start with this file would refuse, and what pulls would.
 fn check(file: Option<PathBuf>) -> Result<(), String> {
     stderr_log::open(false);
-    let flags = Partial::default();
-    let config = Source { file, flags }.load();
+    let flags = Flags::default();
+    let config = ConfigSource { file, flags }.load();
     let config = config.map_err(|error| error.to_string())?;
     let registries = Registries::new(&config.registry_config_path);
     let files = registries.files();
@@ -105,8 +105,8 @@ fn check(file: Option<PathBuf>) -> Result<(), String> {
     }
 }
 
-fn run(file: Option<PathBuf>, flags: Partial) -> Result<(), String> {
-    let source = Source { file, flags };
+fn run(file: Option<PathBuf>, flags: Flags) -> Result<(), String> {
+    let source = ConfigSource { file, flags };
     let config = source.load().map_err(|error| error.to_string())?;
     if !rustix::process::geteuid().is_root() {
         return Err("this must run as root".to_owned());

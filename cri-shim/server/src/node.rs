@@ -22,6 +22,7 @@ use rrun_calls::error::{Error, Result};
 use rrun_calls::singleflight::SingleFlight;
 use rrun_images::Images;
 use rrun_network::PodNetwork;
+use rrun_network::namespace::Namespaces;
 use rrun_store::Store;
 
 /// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
@@ -30,6 +31,8 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// Everything that a call needs.
 pub(crate) struct Node {
     pub config: Config,
+    /// Where pods' network namespaces are pinned.
+    pub namespaces: Namespaces,
     pub store: Store,
     pub images: Images,
     pub network: PodNetwork,
@@ -64,6 +67,7 @@ impl Node {
         Node {
             trash: Arc::new(Trash::new(&config.root)),
             handlers: Handlers::new(&config),
+            namespaces: config.namespaces(),
             config,
             store,
             images,
@@ -148,7 +152,7 @@ impl Node {
 
     /// Where the pod's network namespace is pinned.
     pub(crate) fn netns(&self, sandbox: &str) -> PathBuf {
-        self.config.namespaces.of(sandbox)
+        self.namespaces.of(sandbox)
     }
 
     /// `STATE/pods/POD/containers/CID`.

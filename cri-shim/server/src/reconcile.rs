@@ -212,7 +212,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
             }
         }
     }
-    let namespaces = &node.config.namespaces;
+    let namespaces = &node.namespaces;
     let pinned = namespaces.pods();
     for id in pinned.during(|| format!("read {}", namespaces.dir().display()))? {
         if node.sandbox(&id).is_err()

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tonic::Status;
 use tonic::service::Routes;
 
-use crate::config::{Config, Source};
+use crate::config::{Config, ConfigSource};
 use crate::container::rootfs::make_mount_points;
 use crate::node::Node;
 use crate::reload::Reload;
@@ -34,8 +34,8 @@ use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
-use rrun_network::cni::{self, Cni};
-use rrun_network::{Network, NetworkConfig, PodNetwork};
+use rrun_network::cni::Cni;
+use rrun_network::{Network, PodNetwork};
 use rrun_store::Store;
 
 /// How long calls under way may take to end after SIGTERM.
@@ -45,7 +45,7 @@ const CALLS_GRACE: Duration = Duration::from_secs(5);
 const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT.
-pub(crate) fn run(source: Source, config: Config) -> Result<()> {
+pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     heap::one_heap();
     descriptor_limit::raise();
     // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
@@ -60,13 +60,13 @@ pub(crate) fn run(source: Source, config: Config) -> Result<()> {
     runtime.block_on(serve(source, config))
 }
 
-async fn serve(source: Source, config: Config) -> Result<()> {
+async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     make_directories(&config)?;
     // Held until the process ends.
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
     make_mount_points(&config.root)?;
-    let socket = config.socket.clone();
+    let socket = config.socket().to_owned();
     let listener = listen(&socket).await?;
     let metrics_listener = match config.metrics_listen {
         Some(address) => Some(metrics::listener::listen(address).await?),
@@ -125,9 +125,9 @@ fn make_directories(config: &Config) -> Result<()> {
     for dir in ["pods", "runtime"] {
         private_dir(&config.state.join(dir))?;
     }
-    let namespaces = config.namespaces.dir();
-    std::fs::create_dir_all(namespaces)
-        .during(|| format!("make the directory {}", namespaces.display()))?;
+    let namespaces = config.namespaces();
+    std::fs::create_dir_all(namespaces.dir())
+        .during(|| format!("make the directory {}", namespaces.dir().display()))?;
     private_dir(&config.root.join("containers"))
 }
 
@@ -140,7 +140,7 @@ fn open_node(config: Config) -> Result<Arc<Node>> {
         &config.root,
         store.clone(),
         registries,
-        config.images.clone(),
+        config.image.clone(),
     )
     .map_err(|error| Error::internal(error.to_string()))?;
     images.on_pull_end(metrics::pull_ended);
@@ -236,19 +236,18 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
 
 fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
     let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
-    let namespaces = config.namespaces.clone();
-    let settings = cni::Settings {
-        conf_dir: config.cni_conf_dir.clone(),
-        bin_dirs: config.cni_bin_dirs.clone(),
-        max_conf_num: config.cni.max_conf_num,
-        deadline: config.cni.timeout,
-        patience: config.cni.teardown_patience,
-        namespaces: namespaces.clone(),
-    };
-    let embedded = Network::open(store.clone(), NetworkConfig::of(&config.network))
-        .map_err(|error| internal(&error))?;
-    let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
-    let mode = config.network.mode.unwrap_or_default();
+    let namespaces = config.namespaces();
+    let embedded =
+        Network::open(store.clone(), config.network.clone()).map_err(|error| internal(&error))?;
+    let cni = Cni::open(
+        store.clone(),
+        config.cni.clone(),
+        config.cni_conf_dir.clone(),
+        config.cni_bin_dirs(),
+        namespaces.clone(),
+    )
+    .map_err(|error| internal(&error))?;
+    let mode = config.network.mode;
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
-use rrun_images::{Auth, ImageError, Kind, Limits};
+use rrun_images::{Auth, ImageError, ImageSettings, Kind};
 use serde_json::json;
 
 use crate::build::{Archive, Compression, Failure, ITEM, Image, Item, digest, image};
@@ -471,9 +471,9 @@ async fn bomb() -> Result<(), Failure> {
     });
     let built = image(&[(archive.end(), Compression::Gzip)], json!({}));
     let server = Server::start(&[("app", &built)], |_| None)?;
-    let node = Node::with(Limits {
+    let node = Node::with(ImageSettings {
         layer_bytes: 1 << 20,
-        ..Limits::default()
+        ..ImageSettings::default()
     })?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
@@ -508,10 +508,10 @@ async fn sent_on() -> Result<(), Failure> {
         let there = format!("http://{host}/{name}");
         Some(Answer::new(307, "").header("Location", there))
     })?;
-    let node = Node::with(Limits {
+    let node = Node::with(ImageSettings {
         parallel_layers: 4,
-        layers_per_host: 1,
-        ..Limits::default()
+        parallel_layers_per_host: Some(1),
+        ..ImageSettings::default()
     })?;
     node.images
         .pull(&format!("{}/app:1", server.host()), None)
@@ -527,9 +527,9 @@ async fn dripping_head() -> Result<(), Failure> {
         answer.slow_head = true;
         request.path.contains("/blobs/").then_some(answer)
     })?;
-    let node = Node::with(Limits {
-        silence: Duration::from_secs(1),
-        ..Limits::default()
+    let node = Node::with(ImageSettings {
+        silence_seconds: 1,
+        ..ImageSettings::default()
     })?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
@@ -637,7 +637,7 @@ pub(crate) fn be_the_child() {
         let (dir, reference) = what.split_once(' ').ok_or("arguments")?;
         let runtime = tokio::runtime::Runtime::new()?;
         runtime.block_on(async {
-            let images = open(dir.as_ref(), Limits::default())?;
+            let images = open(dir.as_ref(), ImageSettings::default())?;
             images.pull(reference, None).await?;
             Ok(())
         })
@@ -668,7 +668,7 @@ async fn killed() -> Result<(), Failure> {
     }
     child.kill()?;
     child.wait()?;
-    let images = open(&dir.0, Limits::default())?;
+    let images = open(&dir.0, ImageSettings::default())?;
     let node = Node { images, dir };
     assert_eq!(node.leavings()?, Vec::<PathBuf>::new());
     assert!(node.images.list().is_empty());

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
-use rrun_images::Limits;
+use rrun_images::ImageSettings;
 use rrun_store::{Change, Store, Table};
 use serde_json::json;
 
@@ -465,7 +465,7 @@ async fn older() -> Result<(), Failure> {
     store.commit(changes).await?;
     drop(store);
 
-    let images = open(&dir.0, Limits::default())?;
+    let images = open(&dir.0, ImageSettings::default())?;
     let node = Node { images, dir };
     let old = [
         node.root().join("layers/8/fs"),

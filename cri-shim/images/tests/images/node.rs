@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rrun_images::{Images, Limits, Registries};
+use rrun_images::{ImageSettings, Images, Registries};
 use rrun_store::Store;
 
 use crate::build::{Failure, Image};
@@ -38,7 +38,7 @@ pub(crate) struct Node {
     pub dir: Dir,
 }
 
-pub(crate) fn open(dir: &Path, limits: Limits) -> Result<Images, Failure> {
+pub(crate) fn open(dir: &Path, limits: ImageSettings) -> Result<Images, Failure> {
     // The writer of a store that has just been dropped may hold the file for a moment.
     let mut tries = 0;
     let store = loop {
@@ -59,10 +59,10 @@ pub(crate) fn open(dir: &Path, limits: Limits) -> Result<Images, Failure> {
 
 impl Node {
     pub(crate) fn new() -> Result<Self, Failure> {
-        Self::with(Limits::default())
+        Self::with(ImageSettings::default())
     }
 
-    pub(crate) fn with(limits: Limits) -> Result<Self, Failure> {
+    pub(crate) fn with(limits: ImageSettings) -> Result<Self, Failure> {
         let dir = Dir::new()?;
         let images = open(&dir.0, limits)?;
         Ok(Node { images, dir })
@@ -72,7 +72,7 @@ impl Node {
     pub(crate) fn restart(self) -> Result<Self, Failure> {
         let Node { images, dir } = self;
         drop(images);
-        let images = open(&dir.0, Limits::default())?;
+        let images = open(&dir.0, ImageSettings::default())?;
         Ok(Node { images, dir })
     }
 

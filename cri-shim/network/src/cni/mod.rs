@@ -15,6 +15,7 @@ mod plugin;
 mod readiness;
 mod result;
 mod runtime_config;
+mod settings;
 mod teardown;
 mod watch;
 
@@ -32,6 +33,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{Notify, RwLock};
 use tokio::time::Instant;
 
+pub use settings::CniSettings;
 pub use teardown::{Detached, Patience};
 
 use super::lock;
@@ -53,23 +55,6 @@ const HALF_WRITTEN: Duration = Duration::from_millis(100);
 /// Where the node's ranges for pods are in [`Table::NETWORK`].
 const RANGES_KEY: &str = "ranges";
 
-/// What the configuration says of CNI.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Where configurations are.
-    pub conf_dir: PathBuf,
-    /// Where plugins are; the first directory that has one wins.
-    pub bin_dirs: Vec<PathBuf>,
-    /// How many configurations are used, a network each; 0 is all.
-    pub max_conf_num: usize,
-    /// How long all of a network's ADD or DEL may take.
-    pub deadline: Duration,
-    /// How long a DEL that fails keeps a pod from being stopped.
-    pub patience: Duration,
-    /// Where pods' namespaces are.
-    pub namespaces: Namespaces,
-}
-
 /// The networks of the configuration directory; clones share one state.
 #[derive(Clone)]
 pub struct Cni {
@@ -77,7 +62,11 @@ pub struct Cni {
 }
 
 struct Inner {
-    settings: Settings,
+    settings: CniSettings,
+    /// Where configurations are.
+    conf_dir: PathBuf,
+    /// Where pods' namespaces are.
+    namespaces: Namespaces,
     directories: Directories,
     store: Store,
     configured: Mutex<Configured>,
@@ -159,7 +148,13 @@ impl Attachment {
 
 impl Cni {
     /// Reads which pods plugins know. None is run until [`Cni::start`].
-    pub fn open(store: Store, settings: Settings) -> std::result::Result<Cni, StoreError> {
+    pub fn open(
+        store: Store,
+        settings: CniSettings,
+        conf_dir: PathBuf,
+        plugin_dirs: Vec<PathBuf>,
+        namespaces: Namespaces,
+    ) -> std::result::Result<Cni, StoreError> {
         let mut attachments = HashMap::new();
         for (pod, record) in store.load::<Record>(Table::ATTACHMENTS)? {
             let attachment = Attachment {
@@ -171,8 +166,10 @@ impl Cni {
         let ranges = store.get(Table::NETWORK, RANGES_KEY)?.unwrap_or_default();
         Ok(Cni {
             inner: Arc::new(Inner {
-                directories: Directories::new(settings.bin_dirs.clone()),
                 settings,
+                conf_dir,
+                namespaces,
+                directories: Directories::new(plugin_dirs),
                 store,
                 configured: Mutex::new(Configured {
                     seen: None,
@@ -271,7 +268,7 @@ impl Cni {
         )
         .await;
         let netns = netns.to_string_lossy();
-        let deadline = Instant::now() + inner.settings.deadline;
+        let deadline = Instant::now() + inner.settings.timeout();
         let adds = record.networks.iter().map(|network| {
             let target = record.target(network, pod, &netns);
             chain::add(&inner.directories, &network.list, target, deadline)
@@ -371,11 +368,10 @@ impl Cni {
         let networks = lists.iter().enumerate();
         let networks = networks.map(|(at, list)| list.shown(&format!("eth{at}")));
         let networks: Vec<Value> = networks.collect();
-        let settings = &self.inner.settings;
         let config = json!({
             "PluginDirs": self.inner.directories.all(),
-            "PluginConfDir": settings.conf_dir,
-            "PluginMaxConfNum": settings.max_conf_num,
+            "PluginConfDir": self.inner.conf_dir,
+            "PluginMaxConfNum": self.inner.settings.max_conf_num,
             "Prefix": "eth",
             "Networks": networks,
         });
@@ -400,7 +396,7 @@ impl Cni {
         let inner = Arc::clone(&self.inner);
         let what = format!(
             "read the CNI configurations in {}",
-            inner.settings.conf_dir.display()
+            inner.conf_dir.display()
         );
         blocking(what, move || inner.refresh()).await
     }
@@ -442,7 +438,7 @@ impl Cni {
                 continue;
             };
             let netns = self.inner.pinned(&pod);
-            let deadline = Instant::now() + self.inner.settings.deadline;
+            let deadline = Instant::now() + self.inner.settings.timeout();
             for network in &record.networks {
                 let Some(result) = &network.result else {
                     continue;
@@ -474,7 +470,7 @@ impl Record {
 impl Inner {
     /// The configurations as they are now; unchanged ones are not read again. Blocks.
     fn refresh(&self) -> std::result::Result<Arc<Vec<List>>, String> {
-        let (files, seen) = configuration::look(&self.settings.conf_dir)?;
+        let (files, seen) = configuration::look(&self.conf_dir)?;
         {
             let configured = lock(&self.configured);
             if configured.seen.as_ref() == Some(&seen) {
@@ -528,7 +524,7 @@ impl Inner {
     fn none(&self) -> String {
         format!(
             "there is no CNI configuration in {}",
-            self.settings.conf_dir.display()
+            self.conf_dir.display()
         )
     }
 
@@ -552,7 +548,7 @@ impl Inner {
 
     /// The path of the pod's namespace; empty if it is gone.
     fn pinned(&self, pod: &str) -> String {
-        let path = self.settings.namespaces.of(pod);
+        let path = self.namespaces.of(pod);
         match super::namespace::is_pinned(&path) {
             true => path.to_string_lossy().into_owned(),
             false => String::new(),

@@ -71,7 +71,7 @@ impl Cni {
             Some(one) => one.failing_since.get_or_insert_with(Instant::now).elapsed(),
             None => return Ok(Detached::Gone),
         };
-        if error.is_missing() || failing >= self.inner.settings.patience {
+        if error.is_missing() || failing >= self.inner.settings.teardown_timeout() {
             log::error!(
                 "pod {pod}: {sentence}; it is let go without, and what its network has outside of \
                  the pod stays until the DEL succeeds, which is tried again"
@@ -94,7 +94,7 @@ impl Cni {
     }
 
     async fn see_to(self, pod: String) {
-        let path = self.inner.settings.namespaces.of(&pod);
+        let path = self.inner.namespaces.of(&pod);
         let begin = Instant::now();
         let mut pause = PAUSE;
         let mut said = String::new();
@@ -104,7 +104,9 @@ impl Cni {
             match self.take_away(&pod).await {
                 Ok(()) => break,
                 Err(error) => {
-                    if error.is_missing() || begin.elapsed() >= self.inner.settings.patience {
+                    if error.is_missing()
+                        || begin.elapsed() >= self.inner.settings.teardown_timeout()
+                    {
                         // It is not kept for a plugin that may never come.
                         if let Err(error) = namespace::remove(&path) {
                             log::error!("pod {pod}: {error}");
@@ -150,7 +152,7 @@ impl Cni {
         if let Some(record) = record {
             let _at_work = inner.at_work.read().await;
             let netns = inner.pinned(pod);
-            let deadline = Instant::now() + inner.settings.deadline;
+            let deadline = Instant::now() + inner.settings.timeout();
             for network in record.networks.iter().rev() {
                 let target = record.target(network, pod, &netns);
                 let (list, result) = (&network.list, network.result.as_ref());

@@ -15,7 +15,7 @@ const QUIET: Duration = Duration::from_millis(200);
 
 /// Watches until the server ends.
 pub(super) async fn run(cni: Cni) {
-    let dir = cni.inner.settings.conf_dir.clone();
+    let dir = cni.inner.conf_dir.clone();
     loop {
         cni.reload().await;
         if let Err(error) = changed(&dir).await {

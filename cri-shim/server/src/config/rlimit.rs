@@ -1,10 +1,10 @@
 //! Limits of processes, setrlimit(2), as a configuration writes them.
 
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// `nofile=1024:65536`, soft and hard, `core=0` for both, `memlock=unlimited`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub(crate) struct Rlimit(
     /// An entry of the runtime specification's `process.rlimits`.

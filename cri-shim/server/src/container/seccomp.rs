@@ -81,10 +81,11 @@ impl SeccompProfile {
         }
     }
 
-    /// What a container asks for; `unset` if it asks for nothing.
+    /// The profile that a container requests; `unset` names the one for a container that requests
+    /// none.
     pub(crate) fn of(
         context: &LinuxContainerSecurityContext,
-        unset: &SeccompProfile,
+        unset: &str,
     ) -> Result<SeccompProfile> {
         // No profile applies to the privileged.
         if context.privileged {
@@ -92,12 +93,12 @@ impl SeccompProfile {
         }
         #[allow(deprecated)] // old kubelets have nothing else
         let old = context.seccomp_profile_path.as_str();
-        let (field, asked) = match &context.seccomp {
+        let (field, profile) = match &context.seccomp {
             Some(profile) => ("seccomp", SeccompProfile::from_profile(profile)),
-            None if old.is_empty() => return Ok(unset.clone()),
+            None if old.is_empty() => ("seccomp", SeccompProfile::parse(unset)),
             None => ("seccomp_profile_path", SeccompProfile::parse(old)),
         };
-        asked.map_err(|reason| {
+        profile.map_err(|reason| {
             Error::invalid(format!(
                 "the container's linux.security_context.{field}: {reason}"
             ))
@@ -153,24 +154,24 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_what_is_given() -> Result<()> {
-        let unset = SeccompProfile::RuntimeDefault;
+        let unset = "runtime/default";
         let nothing = LinuxContainerSecurityContext::default();
         assert_eq!(
-            SeccompProfile::of(&nothing, &unset)?,
+            SeccompProfile::of(&nothing, unset)?,
             SeccompProfile::RuntimeDefault
         );
         assert_eq!(
-            SeccompProfile::of(&nothing, &SeccompProfile::Unconfined)?,
+            SeccompProfile::of(&nothing, "unconfined")?,
             SeccompProfile::Unconfined
         );
         assert_eq!(
-            SeccompProfile::of(&localhost("/p.json"), &unset)?,
+            SeccompProfile::of(&localhost("/p.json"), unset)?,
             SeccompProfile::Localhost("/p.json".into())
         );
         let mut privileged = localhost("/p.json");
         privileged.privileged = true;
         assert_eq!(
-            SeccompProfile::of(&privileged, &unset)?,
+            SeccompProfile::of(&privileged, unset)?,
             SeccompProfile::Unconfined
         );
         #[allow(deprecated)]
@@ -179,7 +180,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            SeccompProfile::of(&old, &unset)?,
+            SeccompProfile::of(&old, unset)?,
             SeccompProfile::Localhost("/p.json".into())
         );
         Ok(())
@@ -187,8 +188,7 @@ mod tests {
 
     #[test]
     fn a_profile_that_can_not_be_had_is_told_with_its_path() {
-        let relative =
-            SeccompProfile::of(&localhost("p.json"), &SeccompProfile::Unconfined).unwrap_err();
+        let relative = SeccompProfile::of(&localhost("p.json"), "unconfined").unwrap_err();
         assert!(relative.sentence().contains("security_context.seccomp"));
         for text in ["default", "localhost/p.json", "runtime/other"] {
             assert!(SeccompProfile::parse(text).is_err(), "{text}");

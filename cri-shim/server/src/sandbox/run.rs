@@ -52,7 +52,7 @@ pub(crate) async fn run(
     }
     let sharing = check(&node, &config, &handler)?;
     check_network(&node, &config, sharing).await?;
-    // LevelHold until the pod itself holds its SELinux level.
+    // Held until the pod itself holds its SELinux level.
     let (record, _level) = new_record(&node, config, handler)?;
     let sandbox = match make(&node, &record, sharing).await {
         Ok(sandbox) => Arc::new(sandbox),
@@ -120,7 +120,7 @@ fn new_record(
     let id = new_id()?;
     let cgroup = match config.linux.as_ref().map(|linux| &linux.cgroup_parent) {
         Some(parent) if !parent.is_empty() => cgroup::of_pod(node.config.cgroup_driver, parent)?,
-        _ => cgroup::own(&node.config.default_cgroup_parent, &id),
+        _ => cgroup::own(node.config.default_cgroup_parent(), &id),
     };
     let (selinux, level) = node.selinux.of_pod(&id, &selinux_options(&config))?.unzip();
     let record = SandboxRecord {

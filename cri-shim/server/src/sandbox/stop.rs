@@ -168,7 +168,7 @@ fn kill_monitor(sandbox: &Sandbox) {
 pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
     release(node, sandbox, &[], Patience::Nobody).await?;
     let name = sandbox.name();
-    let parent = &node.config.default_cgroup_parent;
+    let parent = node.config.default_cgroup_parent();
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {
         let dir = cgroup::directory(&sandbox.cgroup);
         slow(format!("{name}: remove its cgroup"), async {

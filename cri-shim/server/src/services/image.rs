@@ -44,7 +44,7 @@ fn message(node: &Node, image: &rrun_images::Image) -> cri::Image {
             user.to_owned()
         },
         spec: None,
-        pinned: image.pinned || node.config.pins.hold(image),
+        pinned: image.pinned || node.config.image.pinned.hold(image),
     }
 }
 

@@ -21,7 +21,6 @@ use tokio_rustls::TlsAcceptor;
 use super::session::Session;
 use super::shutdown::Shutdown;
 use super::tls;
-use crate::config::ConfigError;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
@@ -49,8 +48,7 @@ impl Server {
         let config = &node.config;
         let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
         let tls = tls::acceptor(cert.as_ref(), key.as_ref())
-            .map_err(|(key, reason)| ConfigError::Value { key, reason })
-            .map_err(|error| Error::invalid(error.to_string()))?;
+            .map_err(|(key, reason)| Error::invalid(format!("{key}: {reason}")))?;
         let what = || format!("listen for streams on {}", config.stream_listen);
         let listener = TcpListener::bind(config.stream_listen).await.during(what)?;
         let mut address = listener.local_addr().during(what)?;

@@ -45,7 +45,7 @@ impl Session {
         };
         let transport = parts.io.into_inner();
         let watch = transport.watch();
-        let idle = self.node.config.stream_idle_timeout;
+        let idle = self.node.config.stream_idle_timeout();
         let served = tokio::select! {
             served = self.serve(transport, parts.read_buf) => served,
             () = watch.idle(idle) => Err(io::Error::new(

@@ -64,7 +64,7 @@ fn shown_config(node: &Node) -> Value {
         }))).collect::<BTreeMap<_, _>>(),
         "restrictOomScoreAdj": config.restrict_oom_score_adj,
         "enableSelinux": config.enable_selinux,
-        "unsetSeccompProfile": config.unset_seccomp_profile.to_string(),
+        "unsetSeccompProfile": config.unset_seccomp_profile,
         // seccomp(2), "/proc interfaces": not there in kernels without it.
         "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         "pods": node.sandboxes().len(),
