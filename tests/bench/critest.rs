@@ -109,9 +109,10 @@ fn once(server: &Server, parameters: &Path, directory: &Path) -> Result {
         .stderr(fs::OpenOptions::new().append(true).open(&log)?)
         .status()
         .map_err(|error| format!("critest: {error}"))?;
-    match status.success() {
-        true => Ok(()),
-        false => Err(format!("critest ended with {status}; see {}", log.display()).into()),
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("critest ended with {status}; see {}", log.display()).into())
     }
 }
 

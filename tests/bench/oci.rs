@@ -338,9 +338,10 @@ impl Bench<'_> {
     /// What makes the container that a runtime's exec enters. floor can make none that stays, so
     /// it borrows a peer.
     fn host_of(&self, runtime: &Runtime) -> Option<Runtime> {
-        let program = match runtime.is_floor() {
-            false => runtime.program.clone(),
-            true => ["crun", "runc"].into_iter().find_map(find_program)?,
+        let program = if !runtime.is_floor() {
+            runtime.program.clone()
+        } else {
+            ["crun", "runc"].into_iter().find_map(find_program)?
         };
         Some(Runtime {
             name: runtime.name.clone(),

@@ -134,15 +134,16 @@ fn measure(
     options: &ReadyOptions,
     watch: Option<u64>,
 ) -> Result<(Vec<Times>, Option<Load>)> {
-    let environment: &[(&str, &str)] = match counts_nothing() {
-        true => &[
+    let environment: &[(&str, &str)] = if counts_nothing() {
+        &[
             ("RRUN_BENCH_UNLIMITED", "1"),
             (
                 "KUBELET_CONFIG",
                 "cgroupsPerQOS: false\nenforceNodeAllocatable: []\ncpuCFSQuota: false\n",
             ),
-        ],
-        false => &[],
+        ]
+    } else {
+        &[]
     };
     let server = Service::with(name, environment)?;
     cri::pull_once(&server.address, &options.image)?;

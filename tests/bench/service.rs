@@ -97,9 +97,10 @@ impl Service {
             .map_err(|error| format!("{}: {error}", self.script))?;
         let text = std::fs::read_to_string(&said)?;
         let _ = std::fs::remove_file(&said);
-        match status.success() {
-            true => Ok(text.lines().last().unwrap_or_default().trim().to_owned()),
-            false => Err(text.trim().replace('\n', " | ").into()),
+        if status.success() {
+            Ok(text.lines().last().unwrap_or_default().trim().to_owned())
+        } else {
+            Err(text.trim().replace('\n', " | ").into())
         }
     }
 }

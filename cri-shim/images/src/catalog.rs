@@ -302,9 +302,10 @@ impl Catalog {
     ) -> Option<Vec<PathBuf>> {
         let stack = self.stack(keys)?;
         let path = |number| directory(root, number).join("fs");
-        Some(match stack.is_empty() {
-            true => vec![path(EMPTY_LAYER)],
-            false => stack.iter().map(|layer| path(layer.number)).collect(),
+        Some(if stack.is_empty() {
+            vec![path(EMPTY_LAYER)]
+        } else {
+            stack.iter().map(|layer| path(layer.number)).collect()
         })
     }
 

@@ -292,9 +292,10 @@ impl Images {
         }
         let changes = catalog.add_lease(owner, lease)?;
         // Queued under the lock, so that a release comes after it.
-        let written: Written = match awaited {
-            true => Box::pin(self.inner.store.commit(changes)),
-            false => Box::pin(self.inner.store.commit_soon(changes)),
+        let written: Written = if awaited {
+            Box::pin(self.inner.store.commit(changes))
+        } else {
+            Box::pin(self.inner.store.commit_soon(changes))
         };
         Ok((lowers, Some(written)))
     }

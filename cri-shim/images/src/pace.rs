@@ -173,9 +173,10 @@ fn too_slow(came: u64, seconds: u64, least: u64) -> Failure {
 }
 
 fn gave_way(still: bool) -> Failure {
-    let why = match still {
-        true => "almost no bytes arrive, and another image waits",
-        false => "it has had its turn, and another image waits",
+    let why = if still {
+        "almost no bytes arrive, and another image waits"
+    } else {
+        "it has had its turn, and another image waits"
     };
     ImageError::new(Kind::Unavailable, why).into()
 }

@@ -36,9 +36,10 @@ pub(crate) struct Partial {
 
 fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
     let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-    let suffix = match size < WORTH_KEEPING {
-        true => SUFFIX_OF_SMALL,
-        false => SUFFIX,
+    let suffix = if size < WORTH_KEEPING {
+        SUFFIX_OF_SMALL
+    } else {
+        SUFFIX
     };
     root.join("ingest").join(format!("{hex}{suffix}"))
 }

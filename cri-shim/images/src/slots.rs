@@ -89,9 +89,10 @@ impl Holder {
 
     fn has_had_its_turn(&self, now: Instant) -> bool {
         let much = self.gauge.before.load(Ordering::Relaxed) >= MUCH;
-        let turn = match much || self.rate(now) >= FAST {
-            true => LONG_TURN,
-            false => TURN,
+        let turn = if much || self.rate(now) >= FAST {
+            LONG_TURN
+        } else {
+            TURN
         };
         let longer = 2u32.saturating_pow(self.gauge.in_vain.load(Ordering::Relaxed));
         now.duration_since(self.since) >= turn.saturating_mul(longer).min(LONGEST_TURN)
@@ -167,9 +168,12 @@ impl Slots {
         let waiting = state.waiters.iter().filter(|w| !w.granted.is_closed());
         for waiter in waiting.filter(|waiter| waiter.pull != ours.pull) {
             let host_full = Self::from_host(state, &waiter.host) >= self.per_host;
-            let helps = |holder: &Holder| match host_full {
-                true => holder.host == waiter.host,
-                false => full,
+            let helps = |holder: &Holder| {
+                if host_full {
+                    holder.host == waiter.host
+                } else {
+                    full
+                }
             };
             if !helps(ours) {
                 continue;
@@ -259,12 +263,11 @@ impl Slot {
         }
         // Hosts that redirect to each other must not make the layer queue for ever.
         let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MOVES;
-        match stays {
-            true => host.clone_into(&mut state.holders[at].host),
-            false => {
-                self.gave_way.store(true, Ordering::Relaxed);
-                state.holders.remove(at);
-            }
+        if stays {
+            host.clone_into(&mut state.holders[at].host)
+        } else {
+            self.gave_way.store(true, Ordering::Relaxed);
+            state.holders.remove(at);
         }
         self.slots.grant(&mut state);
         stays

@@ -74,9 +74,10 @@ impl PodNetwork {
         own_network: bool,
     ) -> Result<()> {
         if self.is_cni().await {
-            return match own_network {
-                true => self.cni.reserve(pod, config).await,
-                false => Ok(()),
+            return if own_network {
+                self.cni.reserve(pod, config).await
+            } else {
+                Ok(())
             };
         }
         let ports = host_ports(config)?;
@@ -138,9 +139,10 @@ impl PodNetwork {
 
     /// For the CRI's condition NetworkReady: a sentence if pods can't be given a network.
     pub async fn ready(&self) -> std::result::Result<(), String> {
-        match self.is_cni().await {
-            true => self.cni.ready().await,
-            false => self.embedded.ready().await,
+        if self.is_cni().await {
+            self.cni.ready().await
+        } else {
+            self.embedded.ready().await
         }
     }
 
@@ -157,9 +159,10 @@ impl PodNetwork {
 
     /// For the verbose Status.
     pub async fn shown(&self) -> BTreeMap<String, String> {
-        let network = match self.is_cni().await {
-            true => "cni",
-            false => "embedded",
+        let network = if self.is_cni().await {
+            "cni"
+        } else {
+            "embedded"
         };
         let (addresses, ports) = self.embedded.given();
         let embedded = json!({ "podsWithAddresses": addresses, "podsWithHostPorts": ports });

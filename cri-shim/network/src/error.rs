@@ -85,9 +85,10 @@ pub enum NetworkError {
 
 /// The configuration's key for a range like this one.
 fn key(range: Range) -> &'static str {
-    match range.is_ipv6() {
-        true => "network.range6",
-        false => "network.range",
+    if range.is_ipv6() {
+        "network.range6"
+    } else {
+        "network.range"
     }
 }
 

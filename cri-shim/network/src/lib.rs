@@ -188,9 +188,10 @@ impl Network {
             lock(&inner.inherited).remove(&pod);
             let known = inner.addresses_of(&pod);
             let reserved = !known.is_empty();
-            let addresses = match reserved {
-                true => known,
-                false => inner.take_addresses(&pod)?,
+            let addresses = if reserved {
+                known
+            } else {
+                inner.take_addresses(&pod)?
             };
             match inner.connect(&pod, &addresses, netns, reserved).await {
                 Ok(mac) => Ok(Attachment {
@@ -450,9 +451,10 @@ impl Inner {
         let (inner, name) = (Arc::clone(self), pod.to_owned());
         let making = blocking(move || inner.bridge.connect(&name, mac, &netns, &|| inner.live()));
         let (made, committed) = tokio::join!(making, async {
-            match committed {
-                true => Ok(()),
-                false => self.commit(pod).await,
+            if committed {
+                Ok(())
+            } else {
+                self.commit(pod).await
             }
         });
         committed?;
@@ -460,9 +462,10 @@ impl Inner {
         let mappings = self.mappings(pod);
         blocking(move || {
             inner.bridge.configure(&made, &addresses, mac)?;
-            match mappings.is_empty() {
-                true => Ok(()),
-                false => inner.bridge.publish(&mappings, &|| inner.live()),
+            if mappings.is_empty() {
+                Ok(())
+            } else {
+                inner.bridge.publish(&mappings, &|| inner.live())
             }
         })
         .await?;

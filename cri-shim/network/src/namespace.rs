@@ -37,13 +37,12 @@ impl Namespaces {
     /// In a directory that is also others' the names tell that they are those of the server with
     /// this `state`.
     pub fn new(dir: PathBuf, state: &Path) -> Self {
-        let prefix = match dir.starts_with(state) {
-            true => String::new(),
-            false => {
-                let hash = Sha256::digest(state.as_os_str().as_encoded_bytes());
-                let [a, b, c, d] = *hash.first_chunk().unwrap_or(&[0; 4]);
-                format!("rrun-{a:02x}{b:02x}{c:02x}{d:02x}-")
-            }
+        let prefix = if dir.starts_with(state) {
+            String::new()
+        } else {
+            let hash = Sha256::digest(state.as_os_str().as_encoded_bytes());
+            let [a, b, c, d] = *hash.first_chunk().unwrap_or(&[0; 4]);
+            format!("rrun-{a:02x}{b:02x}{c:02x}{d:02x}-")
         };
         Namespaces { dir, prefix }
     }

@@ -360,12 +360,11 @@ fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
         let mut awaited = first.awaited;
         let mut batch = vec![first];
         while batch.len() < BATCH {
-            let next = match awaited {
-                true => commits.try_recv().ok(),
-                false => {
-                    let rest = until.saturating_duration_since(Instant::now());
-                    commits.recv_timeout(rest).ok()
-                }
+            let next = if awaited {
+                commits.try_recv().ok()
+            } else {
+                let rest = until.saturating_duration_since(Instant::now());
+                commits.recv_timeout(rest).ok()
             };
             let Some(next) = next else {
                 break;

@@ -131,12 +131,9 @@ fn memory(path: &Path) -> Value {
 }
 
 fn pids(path: &Path) -> Value {
-    // No limit is a zero here, as with runc.
-    let limit = file(path, "pids.max").filter(|limit| *limit != u64::MAX);
-    json!({
-        "current": file(path, "pids.current").unwrap_or(0),
-        "limit": limit.unwrap_or(0),
-    })
+    // Without the controller both are zero. So is the limit if there is none, as with runc.
+    let pids = libcgroups::stats::pid_stats(path).unwrap_or_default();
+    json!({ "current": pids.current, "limit": pids.limit })
 }
 
 /// Lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.

@@ -237,7 +237,7 @@ fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
             ("manifest", vec![server.host()]),
             ("config", vec![server.host()]),
             ("layer", vec![server.host(), built.layers[0].clone()]),
-            ("moved", vec![drips.clone(), built.layers[0].clone()]),
+            ("moved", vec![drips, built.layers[0].clone()]),
             ("token", vec![server.host(), "token server".to_owned()]),
         ] {
             let reference = format!("{}/{name}:1", server.host());

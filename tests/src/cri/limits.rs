@@ -228,7 +228,7 @@ fn a_pods_own_resources_are_kubelets_to_write() -> Result {
             ..Default::default()
         };
         let request = UpdatePodSandboxResourcesRequest {
-            pod_sandbox_id: pod_id.clone(),
+            pod_sandbox_id: pod_id,
             overhead: Some(LinuxContainerResources::default()),
             resources: Some(resources),
         };

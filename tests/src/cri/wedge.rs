@@ -592,7 +592,7 @@ fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
         );
         ensure_eq!(node.status(&ended)?["exitCode"], 5, "of what had ended");
         // kubelet makes the pod again, with the next attempt, and removes the old one.
-        let mut again = pod.clone();
+        let mut again = pod;
         again["metadata"]["attempt"] = 1.into();
         let new_id = node.runp(&again)?;
         let new = node.run(&new_id, &again, &node.container("runs", &["sleep", "600"]))?;

@@ -365,7 +365,7 @@ fn a_joined_ipc_namespace_has_its_queues() -> Result {
     let writable = json!({
         "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid"],
     });
-    first.set("/mounts/4", writable.clone()).start()?;
+    first.set("/mounts/4", writable).start()?;
     first.exec(&[], &["write", "/dev/mqueue/queue", ""]).ok()?;
     let mut second = Bundle::new(&["ls", "/dev/mqueue"])?;
     second.without_namespace("ipc").add(

@@ -677,7 +677,7 @@ async fn promised() -> Result<(), Failure> {
     let middle = damaged.len() / 2;
     damaged[middle] ^= 0x40;
     try_with(&damaged, &good)?;
-    let mut longer = blob.clone();
+    let mut longer = blob;
     longer.extend(Compression::Gzip.apply(b""));
     try_with(&longer, &good)?;
     Ok(())

@@ -71,9 +71,10 @@ async fn identity() -> Result<(), Failure> {
             && form.contains("refresh_token=se%2Bsame")
             && form.contains("service=here")
             && form.contains("scope=repository%3Aapp%3Apull");
-        Some(match good {
-            true => Answer::new(200, r#"{"access_token":"good"}"#),
-            false => Answer::new(400, ""),
+        Some(if good {
+            Answer::new(200, r#"{"access_token":"good"}"#)
+        } else {
+            Answer::new(400, "")
         })
     })?;
     let realm = format!("http://{}/token", token_server.host());

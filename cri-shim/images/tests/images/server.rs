@@ -184,9 +184,10 @@ fn write(mut stream: TcpStream, answer: &Answer) -> std::io::Result<()> {
         .unwrap_or(answer.body.len())
         .min(answer.body.len());
     let mut send = |bytes: &[u8], slow: Duration| {
-        for piece in bytes.chunks(match slow.is_zero() {
-            true => 16 << 10,
-            false => answer.piece,
+        for piece in bytes.chunks(if slow.is_zero() {
+            16 << 10
+        } else {
+            answer.piece
         }) {
             stream.write_all(piece)?;
             if !slow.is_zero() {
@@ -195,9 +196,10 @@ fn write(mut stream: TcpStream, answer: &Answer) -> std::io::Result<()> {
         }
         Ok(())
     };
-    match answer.slow_head {
-        true => send(head.as_bytes(), answer.slow)?,
-        false => send(head.as_bytes(), Duration::ZERO)?,
+    if answer.slow_head {
+        send(head.as_bytes(), answer.slow)?
+    } else {
+        send(head.as_bytes(), Duration::ZERO)?
     }
     send(&answer.body[..end], answer.slow)
 }

@@ -367,9 +367,10 @@ fn version(file: &Path, all: &Map<String, Value>) -> Result<Version, String> {
     let offered: Vec<&str> = several.chain(single).collect();
     let best = offered.iter().filter_map(|text| Version::parse(text)).max();
     best.ok_or_else(|| {
-        let offered = match offered.is_empty() {
-            true => "absent, which means 0.1.0".to_owned(),
-            false => offered.join(", "),
+        let offered = if offered.is_empty() {
+            "absent, which means 0.1.0".to_owned()
+        } else {
+            offered.join(", ")
         };
         format!(
             "{}: \"cniVersion\" is {offered}; rrun-cri speaks 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0",

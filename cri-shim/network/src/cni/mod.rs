@@ -549,9 +549,10 @@ impl Inner {
     /// The path of the pod's namespace; empty if it is gone.
     fn pinned(&self, pod: &str) -> String {
         let path = self.namespaces.of(pod);
-        match super::namespace::is_pinned(&path) {
-            true => path.to_string_lossy().into_owned(),
-            false => String::new(),
+        if super::namespace::is_pinned(&path) {
+            path.to_string_lossy().into_owned()
+        } else {
+            String::new()
         }
     }
 

@@ -193,9 +193,10 @@ impl Directories {
         }
         match serde_json::from_slice::<Told>(&answer) {
             Ok(told) if told.code != 0 || !told.msg.is_empty() => {
-                let message = match told.details.is_empty() {
-                    true => told.msg,
-                    false => format!("{}: {}", told.msg, told.details),
+                let message = if told.details.is_empty() {
+                    told.msg
+                } else {
+                    format!("{}: {}", told.msg, told.details)
                 };
                 Err(PluginError::Failed {
                     plugin,
@@ -208,9 +209,10 @@ impl Directories {
             _ => Err(PluginError::Died {
                 plugin,
                 command,
-                how: match answer.is_empty() {
-                    true => how(status),
-                    false => format!("{}, it printed {:?}", how(status), shown(&answer)),
+                how: if answer.is_empty() {
+                    how(status)
+                } else {
+                    format!("{}, it printed {:?}", how(status), shown(&answer))
                 },
                 complaint,
             }),
@@ -245,9 +247,10 @@ pub(super) fn parse(call: &'static str, plugin: &str, answer: &[u8]) -> Result<V
         .ok_or_else(|| PluginError::Garbage {
             plugin: plugin.to_owned(),
             command: call,
-            why: match answer.is_empty() {
-                true => "nothing".to_owned(),
-                false => format!("{:?}", shown(answer)),
+            why: if answer.is_empty() {
+                "nothing".to_owned()
+            } else {
+                format!("{:?}", shown(answer))
             },
             complaint: String::new(),
         })
@@ -323,9 +326,10 @@ fn how(status: ExitStatus) -> String {
 /// For the end of a sentence.
 fn complained(complaint: &[u8]) -> String {
     let text = shown(complaint);
-    match text.is_empty() {
-        true => String::new(),
-        false => format!("; it wrote: {text}"),
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!("; it wrote: {text}")
     }
 }
 

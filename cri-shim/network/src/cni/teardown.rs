@@ -47,9 +47,10 @@ impl Cni {
     pub async fn detach(&self, pod: &str, patience: Patience) -> Result<Detached> {
         if patience == Patience::Nobody && !self.inner.started.load(Ordering::Acquire) {
             // Of an earlier life: no plugin that hangs may keep the server from its start.
-            return Ok(match self.has(pod) {
-                true => Detached::Later,
-                false => Detached::Gone,
+            return Ok(if self.has(pod) {
+                Detached::Later
+            } else {
+                Detached::Gone
             });
         }
         if lock(&self.inner.attachments)

@@ -337,9 +337,10 @@ impl Rule {
         let rule = self.meta(NFT_META_L4PROTO, NFT_REG32_00);
         let (_, destination) = family.offsets();
         let network = NFT_PAYLOAD_NETWORK_HEADER;
-        let rule = match of_any {
-            true => rule.any_address(family),
-            false => rule.payload(network, destination, bytes, NFT_REG32_00 + 1),
+        let rule = if of_any {
+            rule.any_address(family)
+        } else {
+            rule.payload(network, destination, bytes, NFT_REG32_00 + 1)
         };
         // Ports are at the same place in TCP, UDP and SCTP.
         rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)

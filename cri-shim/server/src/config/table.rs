@@ -98,9 +98,10 @@ impl Default for Config {
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dir: "/opt/cni/bin".into(),
             registry_config_path: "/etc/rrun/certs.d".into(),
-            cgroup_driver: match slice::is_systemd_booted() {
-                true => CgroupDriver::Systemd,
-                false => CgroupDriver::Cgroupfs,
+            cgroup_driver: if slice::is_systemd_booted() {
+                CgroupDriver::Systemd
+            } else {
+                CgroupDriver::Cgroupfs
             },
             stream_listen: (Ipv4Addr::LOCALHOST, 0).into(),
             metrics_listen: None,

@@ -295,9 +295,10 @@ impl Container {
 
     pub(crate) fn cgroup_dir(&self) -> PathBuf {
         let pod = &self.sandbox.cgroup;
-        let path = match slice::is_slice(pod) {
-            true => slice::scope(pod, &self.id),
-            false => format!("{pod}/{}", self.id),
+        let path = if slice::is_slice(pod) {
+            slice::scope(pod, &self.id)
+        } else {
+            format!("{pod}/{}", self.id)
         };
         cgroup::directory(&path)
     }

@@ -176,9 +176,10 @@ pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
                 return Ok(());
             }
             cgroup::destroy(&dir).await?;
-            match cgroup::slice::is_slice(&sandbox.cgroup) {
-                true => cgroup::slice::stop(&sandbox.cgroup).await,
-                false => Ok(()),
+            if cgroup::slice::is_slice(&sandbox.cgroup) {
+                cgroup::slice::stop(&sandbox.cgroup).await
+            } else {
+                Ok(())
             }
         })
         .await?;

@@ -51,9 +51,10 @@ impl FromStr for Label {
 impl fmt::Display for Label {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.user, self.role, self.kind)?;
-        match self.level.is_empty() {
-            true => Ok(()),
-            false => write!(f, ":{}", self.level),
+        if self.level.is_empty() {
+            Ok(())
+        } else {
+            write!(f, ":{}", self.level)
         }
     }
 }
@@ -91,9 +92,10 @@ pub(crate) fn check(asked: Option<&SeLinuxOption>) -> Result<()> {
             return refuse(field, value);
         }
     }
-    match asked.level.is_empty() || is_level(&asked.level) {
-        true => Ok(()),
-        false => refuse("level", &asked.level),
+    if asked.level.is_empty() || is_level(&asked.level) {
+        Ok(())
+    } else {
+        refuse("level", &asked.level)
     }
 }
 

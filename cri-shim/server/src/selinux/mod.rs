@@ -107,9 +107,10 @@ impl Selinux {
         };
         let mut labels = policy.labels.clone();
         // A policy without levels has none to tell pods apart by.
-        let held = match asked.level.is_empty() && !labels.process.level.is_empty() {
-            true => self.categories.unique(id)?,
-            false => self.categories.hold(&asked.level),
+        let held = if asked.level.is_empty() && !labels.process.level.is_empty() {
+            self.categories.unique(id)?
+        } else {
+            self.categories.hold(&asked.level)
         };
         held.level().clone_into(&mut labels.process.level);
         held.level().clone_into(&mut labels.files.level);

@@ -65,9 +65,10 @@ fn overwrite(time: Duration) -> Result<(), InsideError> {
     while started.elapsed() < time {
         round = round.wrapping_add(1);
         // Holding some, it spends most of its time on those.
-        let processes = match held.is_empty() || round.is_multiple_of(64) {
-            true => others(),
-            false => Vec::new(),
+        let processes = if held.is_empty() || round.is_multiple_of(64) {
+            others()
+        } else {
+            Vec::new()
         };
         for process in processes {
             let exe = process.join("exe");
