@@ -15,7 +15,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::output::locked;
+use rrun_calls::lock::lock;
 
 /// The most bytes that wait for one program, but for one piece.
 const MAX_LINE: usize = 1 << 20;
@@ -88,7 +88,7 @@ impl Backlog {
 
 impl Line {
     fn state(&self) -> MutexGuard<'_, State> {
-        locked(&self.state)
+        lock(&self.state)
     }
 
     fn touch(&self) {

@@ -8,12 +8,13 @@ use futures_util::FutureExt;
 use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
 
-use super::output::{Output, Turn, locked};
+use super::output::{Output, Turn};
 use super::pipe::{self, Pipe};
 use super::spdy::frame::{self, MAX_DATA};
 use super::spdy::session::Allowance;
 use super::spdy::{Decoder, Event, Session, SpdyError};
 use super::transport::{ReadHalf, Transport};
+use rrun_calls::lock::lock;
 
 /// One read takes at most about this.
 const READ: usize = 64 << 10;
@@ -112,7 +113,7 @@ impl Reader {
 
 impl Writer {
     fn session(&self) -> MutexGuard<'_, Session> {
-        locked(&self.session)
+        lock(&self.session)
     }
 
     /// A turn to send on a stream, and how much of what is wanted may be sent in it; waits while the

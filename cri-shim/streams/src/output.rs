@@ -3,13 +3,14 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Poll, ready};
 
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use super::pipe::Pipe;
 use super::transport::WriteHalf;
+use rrun_calls::lock::lock;
 
 /// How many bytes of answers may wait for a client that does not read them.
 const MAX_ANSWERS: usize = 64 << 10;
@@ -75,7 +76,7 @@ impl Output {
     /// else by a task, so that no reader waits for a client that does not read. False when more
     /// of them wait than a client may leave unread.
     pub fn answer<T>(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>) -> T) -> (T, bool) {
-        let mut answers = locked(&self.answers);
+        let mut answers = lock(&self.answers);
         let result = write(&mut answers);
         if self.silent.load(Ordering::Relaxed) {
             answers.clear();
@@ -87,14 +88,14 @@ impl Output {
     }
 
     fn send_answers(self: &Arc<Self>) {
-        if locked(&self.answers).is_empty() || self.begun.try_lock().is_err() {
+        if lock(&self.answers).is_empty() || self.begun.try_lock().is_err() {
             return;
         }
         let output = Arc::clone(self);
         tokio::spawn(async move {
-            while !locked(&output.answers).is_empty() {
+            while !lock(&output.answers).is_empty() {
                 let mut begun = output.begun.lock().await;
-                begun.rest.append(&mut locked(&output.answers));
+                begun.rest.append(&mut lock(&output.answers));
                 if begun.flush().await.is_err() {
                     return;
                 }
@@ -106,7 +107,7 @@ impl Output {
     pub async fn last(self: &Arc<Self>, frame: &[u8]) -> io::Result<()> {
         self.silent.store(true, Ordering::Relaxed);
         let mut begun = self.begun.lock().await;
-        let answers = std::mem::take(&mut *locked(&self.answers));
+        let answers = std::mem::take(&mut *lock(&self.answers));
         begun.rest.extend_from_slice(&answers);
         begun.rest.extend_from_slice(frame);
         begun.flush().await
@@ -209,8 +210,4 @@ impl Begun {
         self.rest.extend_from_slice(left);
         self.flush().await
     }
-}
-
-pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
