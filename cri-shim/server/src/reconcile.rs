@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use crate::container::{self, Container, Phase, remove};
 use crate::node::{Node, now};
 use crate::sandbox::{self, Sandbox, files, namespaces, stop, sysctl, watch};
-use rrun_calls::error::{During, Error, Result};
+use rrun_calls::error::{During, Result};
 use rrun_monitor_client::MonitorError;
 use rrun_network::namespace as netns;
 use rrun_store::Table;
@@ -17,15 +17,12 @@ use rrun_store::Table;
 /// Loads what the store has, asks every monitor how its containers are, and removes what belongs
 /// to nobody.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
-    let read = |error: rrun_store::StoreError| Error::internal(error.to_string());
-    let sandboxes: Vec<(String, sandbox::Record)> =
-        node.store.load(Table::SANDBOXES).map_err(read)?;
+    let sandboxes: Vec<(String, sandbox::Record)> = node.store.load(Table::SANDBOXES)?;
     for (_, record) in sandboxes {
         node.add_sandbox(Arc::new(Sandbox::from_record(node, record)));
     }
     adopt_sandboxes(node)?;
-    let containers: Vec<(String, container::Record)> =
-        node.store.load(Table::CONTAINERS).map_err(read)?;
+    let containers: Vec<(String, container::Record)> = node.store.load(Table::CONTAINERS)?;
     let mut homeless = Vec::new();
     for (id, record) in containers {
         match node.sandbox(&record.sandbox) {
@@ -38,7 +35,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
     for id in homeless {
         let change = rrun_store::Change::delete(Table::CONTAINERS, &id);
-        node.store.commit(vec![change]).await.map_err(read)?;
+        node.store.commit(vec![change]).await?;
     }
     remove_orphans(node).await?;
     node.trash.empty_soon();

@@ -167,14 +167,14 @@ impl Sandbox {
     pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
         let written = slow(format!("{}: write its record", self.name()), saved).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// Takes the pod out of the store, for good.
     pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// The process whose `/proc/PID/ns/…` are the pod's.
