@@ -111,7 +111,7 @@ impl Range {
     }
 
     /// The range that `gateway`, an address with a prefix of this length, is the gateway of.
-    pub(super) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
+    pub(crate) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
         let network = address(gateway, bits(gateway).checked_sub(1)?);
         format!("{network}/{prefix}").parse().ok()
     }
@@ -185,12 +185,12 @@ impl fmt::Display for Range {
 
 /// Every address of the range is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Exhausted {
+pub(crate) struct Exhausted {
     pub range: Range,
 }
 
 /// The addresses of a range and who has them.
-pub(super) struct Addresses {
+pub(crate) struct Addresses {
     range: Range,
     by_address: BTreeMap<u128, String>,
     by_pod: HashMap<String, u128>,
@@ -201,7 +201,7 @@ pub(super) struct Addresses {
 impl Addresses {
     /// `given` is what the store remembers, `last` the address that was given last; what is of the
     /// other family is passed over.
-    pub(super) fn new(
+    pub(crate) fn new(
         range: Range,
         given: impl IntoIterator<Item = (IpAddr, String)>,
         last: Option<IpAddr>,
@@ -223,23 +223,23 @@ impl Addresses {
         addresses
     }
 
-    pub(super) fn range(&self) -> Range {
+    pub(crate) fn range(&self) -> Range {
         self.range
     }
 
-    pub(super) fn of(&self, pod: &str) -> Option<IpAddr> {
+    pub(crate) fn of(&self, pod: &str) -> Option<IpAddr> {
         let number = self.by_pod.get(pod)?;
         Some(address(self.range.network, *number))
     }
 
     /// Every pod with its address.
-    pub(super) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
         let entries = self.by_address.iter();
         entries.map(|(number, pod)| (pod.as_str(), address(self.range.network, *number)))
     }
 
     /// Gives `pod`, which has none, an address.
-    pub(super) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
+    pub(crate) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
         let (first, last) = (self.range.first_pod(), self.range.last_pod());
         let begin = match self.next {
             next if (first..=last).contains(&next) => next,
@@ -256,7 +256,7 @@ impl Addresses {
     }
 
     /// Takes everything that `pod` has.
-    pub(super) fn free(&mut self, pod: &str) {
+    pub(crate) fn free(&mut self, pod: &str) {
         self.by_pod.remove(pod);
         self.by_address.retain(|_, owner| owner != pod);
     }

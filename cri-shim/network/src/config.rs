@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{NetworkError, Range, RangeError, forwarding};
+use crate::address::{Range, RangeError};
+use crate::error::NetworkError;
+use crate::forwarding;
 
 /// What the `[network]` table of the configuration sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -15,7 +17,7 @@ pub struct NetworkSettings {
     pub masquerade: Option<bool>,
     pub mtu: Option<u32>,
     /// Whether pods get it, or CNI's.
-    pub mode: Option<crate::choice::Mode>,
+    pub mode: Option<Mode>,
 }
 
 /// What the embedded network is made from.
@@ -47,6 +49,19 @@ impl Default for NetworkConfig {
             mtu: None,
         }
     }
+}
+
+/// `network.mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// CNI if there is a configuration, else the embedded network.
+    #[default]
+    Auto,
+    /// CNI; with no configuration the node is not ready.
+    Cni,
+    /// The embedded network; configurations are not looked at.
+    Embedded,
 }
 
 /// Whether, and of which range, pods have addresses of a family.
@@ -89,7 +104,7 @@ pub enum Family {
 
 impl NetworkConfig {
     /// The least that IPv4 works with, and the most that the kernel's veth takes.
-    pub(super) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
+    pub(crate) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
     /// IFNAMSIZ without its NUL.
     const NAME_BYTES: usize = 15;
 
@@ -131,7 +146,20 @@ impl NetworkConfig {
     }
 
     /// Refuses what the kernel would not take, by the field.
-    pub(super) fn validate(&self) -> Result<(), NetworkError> {
+    pub(crate) fn validate(&self) -> Result<(), NetworkError> {
+        self.validate_name()?;
+        self.validate_ranges()?;
+        match self.mtu {
+            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
+                field: "mtu",
+                value: mtu.to_string(),
+                wanted: "68 to 65535 bytes",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_name(&self) -> Result<(), NetworkError> {
         let name = &self.bridge;
         let is_name = !name.is_empty()
             && name.len() <= Self::NAME_BYTES
@@ -140,13 +168,17 @@ impl NetworkConfig {
             && name
                 .bytes()
                 .all(|byte| byte.is_ascii_graphic() && !b"/:%\"".contains(&byte));
-        if !is_name {
-            return Err(NetworkError::Config {
-                field: "bridge",
-                value: name.clone(),
-                wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
-            });
+        if is_name {
+            return Ok(());
         }
+        Err(NetworkError::Config {
+            field: "bridge",
+            value: name.clone(),
+            wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
+        })
+    }
+
+    fn validate_ranges(&self) -> Result<(), NetworkError> {
         for (field, range, ipv6, wanted) in [
             (
                 "range",
@@ -187,18 +219,11 @@ impl NetworkConfig {
                 });
             }
         }
-        match self.mtu {
-            Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
-                field: "mtu",
-                value: mtu.to_string(),
-                wanted: "68 to 65535 bytes",
-            }),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// What pods get an address each of, the primary family first.
-    pub(super) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
+    pub(crate) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
         let mut ranges = Vec::new();
         if let OptionalRange::Of(range) = self.range {
             ranges.push(range);

@@ -81,7 +81,7 @@ pub(crate) struct CniPart {
     pub teardown_patience_seconds: Option<u64>,
 }
 
-/// See [`rrun_network::cni::Settings`].
+/// See [`rrun_network::CniSettings`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CniSettings {
     pub max_conf_num: usize,

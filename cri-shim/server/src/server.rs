@@ -33,8 +33,7 @@ use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
-use rrun_network::cni::{self, Cni};
-use rrun_network::{Network, NetworkConfig, PodNetwork};
+use rrun_network::{Cni, CniSettings, EmbeddedNetwork, NetworkConfig, PodNetwork};
 use rrun_store::Store;
 
 /// How long calls under way may take to end after SIGTERM.
@@ -80,15 +79,13 @@ async fn serve(source: Source, config: Config) -> Result<()> {
         None => None,
     };
 
-    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
-    let store = Store::open(&config.root.join("meta.redb")).map_err(|error| internal(&error))?;
+    let store = Store::open(&config.root.join("meta.redb"))?;
     let images = Images::open(
         &config.root,
         store.clone(),
         Registries::new(&config.registry_config_path),
         config.images.clone(),
-    )
-    .map_err(|error| internal(&error))?;
+    )?;
     images.on_pull_end(metrics::pull_ended);
     surroundings::warn(&config);
     let network = network(&config, &store)?;
@@ -227,19 +224,17 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
 }
 
 fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
-    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
     let namespaces = config.namespaces.clone();
-    let settings = cni::Settings {
+    let settings = CniSettings {
         conf_dir: config.cni_conf_dir.clone(),
         bin_dirs: config.cni_bin_dirs.clone(),
         max_conf_num: config.cni.max_conf_num,
         deadline: config.cni.timeout,
-        patience: config.cni.teardown_patience,
+        teardown_patience: config.cni.teardown_patience,
         namespaces: namespaces.clone(),
     };
-    let embedded = Network::open(store.clone(), NetworkConfig::of(&config.network))
-        .map_err(|error| internal(&error))?;
-    let cni = Cni::open(store.clone(), settings).map_err(|error| internal(&error))?;
+    let embedded = EmbeddedNetwork::open(store.clone(), NetworkConfig::of(&config.network))?;
+    let cni = Cni::open(store.clone(), settings)?;
     let mode = config.network.mode.unwrap_or_default();
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }

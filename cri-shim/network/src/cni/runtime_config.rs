@@ -189,9 +189,10 @@ fn quantity(text: &str) -> Option<u64> {
     let tens = tens - i32::try_from(fraction.len()).ok()?;
     let value = value.checked_mul(factor)?;
     let power = 10u128.checked_pow(tens.unsigned_abs())?;
-    let value = match tens >= 0 {
-        true => value.checked_mul(power)?,
-        false => value.div_ceil(power),
+    let value = if tens >= 0 {
+        value.checked_mul(power)?
+    } else {
+        value.div_ceil(power)
     };
     u64::try_from(value).ok()
 }

@@ -264,8 +264,7 @@ fn prepare(node: &Node, mut record: Record, sharing: Sharing) -> Result<Sandbox>
         files::mount_shm(&dir.join("shm"), root, label)?;
     }
     if sharing.own_network && !sharing.own_users {
-        netns::create(&node.netns(&record.id))
-            .map_err(|error| Error::internal(error.to_string()))?;
+        netns::create(&node.netns(&record.id))?;
     }
     Ok(Sandbox::from_record(node, record))
 }
@@ -290,8 +289,7 @@ async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> R
             blocking(format!("{name}: keep its network namespace"), move || {
                 netns::pin(of_holder.as_ref(), &netns)
             })
-            .await
-            .map_err(|error| Error::internal(error.to_string()))?;
+            .await?;
         }
         (hello, network.await?)
     } else {

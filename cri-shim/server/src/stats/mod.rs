@@ -20,7 +20,7 @@ use crate::container::{Container, Phase};
 use crate::node::{Node, now};
 use crate::sandbox::Sandbox;
 use crate::sandbox::status::has_labels;
-use rrun_network::{Counters, Interface};
+use rrun_network::{Counters, InterfaceCounters};
 
 pub(crate) use writable::Usage;
 
@@ -169,7 +169,7 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
     }
 }
 
-fn usage(counted: Interface) -> NetworkInterfaceUsage {
+fn usage(counted: InterfaceCounters) -> NetworkInterfaceUsage {
     NetworkInterfaceUsage {
         name: counted.name,
         rx_bytes: value(counted.rx_bytes),
