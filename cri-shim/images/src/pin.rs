@@ -1,7 +1,7 @@
 //! Images that the node can't do without: kubelet's garbage collection leaves them.
 
-use super::record::Image;
-use super::reference::Name;
+use crate::record::Image;
+use crate::reference::Name;
 
 /// Patterns of names. Kubelet asks which images are pinned and spares those; who removes one by
 /// its name means it, as with containerd and CRI-O.

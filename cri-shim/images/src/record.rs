@@ -30,10 +30,11 @@ pub struct Image {
 impl Image {
     /// The keys of its unpacked layers, lowest first.
     pub fn keys(&self) -> Vec<&str> {
-        match self.unpacked.is_empty() {
+        if self.unpacked.is_empty() {
             // Older versions kept each layer under its diff ID.
-            true => self.layers.iter().map(|l| l.diff_id.as_str()).collect(),
-            false => self.unpacked.iter().map(String::as_str).collect(),
+            self.layers.iter().map(|l| l.diff_id.as_str()).collect()
+        } else {
+            self.unpacked.iter().map(String::as_str).collect()
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Names of images, as Docker normalises them.
 
-use super::error::{ImageError, Kind};
+use crate::error::{ImageError, Kind};
 
 /// What a reference points to inside its repository.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

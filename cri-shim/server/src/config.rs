@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use crate::cgroup::{self, slice};
 use crate::container::seccomp::Asked;
-use rrun_images::{Least, Limits, Pins};
+use rrun_images::{Limits, MinRate, Pins};
 use rrun_network::NetworkSettings;
 use rrun_network::namespace::Namespaces;
 
@@ -193,9 +193,9 @@ impl ImagePart {
             layer_bytes: self.layer_bytes.unwrap_or(default.layer_bytes),
             layer_entries: self.layer_files.unwrap_or(default.layer_entries),
             silence: seconds(self.silence_seconds, default.silence),
-            least: Least {
-                rate: self.least_rate.unwrap_or(default.least.rate),
-                over: seconds(self.least_rate_seconds, default.least.over),
+            min_rate: MinRate {
+                rate: self.least_rate.unwrap_or(default.min_rate.rate),
+                over: seconds(self.least_rate_seconds, default.min_rate.over),
             },
             // A larger number would overflow the clock, and this one is as good as no limit.
             abandoned: seconds(

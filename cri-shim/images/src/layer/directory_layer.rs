@@ -17,12 +17,12 @@ use std::rc::Rc;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::LayerError;
+use super::error::LayerError;
 use super::tree::{is_opaque, is_unlisted, modified};
 
 /// The most lookups of a directory in a layer. An image of many layers that share tens of thousands
 /// of directories needs far fewer. A hostile image must not keep a thread busy for hours.
-const LOOKUPS: u64 = 1 << 24;
+const MAX_LOOKUPS: u64 = 1 << 24;
 
 /// The most bytes that the paths of directories still to be visited may take.
 const PENDING_BYTES: usize = 64 << 20;
@@ -37,7 +37,7 @@ const OPEN: OFlags = OFlags::RDONLY
 
 /// One unpacked layer of an image.
 #[derive(Clone, Debug)]
-pub struct Stacked {
+pub(crate) struct LowerLayer {
     /// Its directory.
     pub path: PathBuf,
     /// It has marked directories below its root.
@@ -48,8 +48,8 @@ pub struct Stacked {
 /// first, without the ones that another layer hides as a whole. Returns the number of directories
 /// in the new layer. 0: the image needs no such layer, and `into` was not made. Calls `go_on` before
 /// each step; an error of `go_on` ends the work. Blocks.
-pub fn looks(
-    layers: &[Stacked],
+pub(crate) fn make_directory_layer(
+    layers: &[LowerLayer],
     into: &Path,
     go_on: impl FnMut() -> Result<(), LayerError>,
 ) -> Result<u64, LayerError> {
@@ -97,7 +97,7 @@ struct Part {
 }
 
 struct Walk<'a, G> {
-    layers: &'a [Stacked],
+    layers: &'a [LowerLayer],
     roots: Vec<Rc<OwnedFd>>,
     into: &'a Path,
     go_on: G,
@@ -137,9 +137,9 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     fn parts(&mut self, parents: &[Part], name: &[u8]) -> Result<Vec<Part>, LayerError> {
         (self.go_on)()?;
         self.lookups += parents.len() as u64;
-        if self.lookups > LOOKUPS {
+        if self.lookups > MAX_LOOKUPS {
             return Err(LayerError::Bound(format!(
-                "its layers share too many directories: to compare them takes more than {LOOKUPS} lookups"
+                "its layers share too many directories: to compare them takes more than {MAX_LOOKUPS} lookups"
             )));
         }
         let mut parts = Vec::new();
