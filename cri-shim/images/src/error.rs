@@ -42,7 +42,7 @@ pub struct ImageError {
 }
 
 impl ImageError {
-    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
         ImageError {
             kind,
             message: message.into(),

@@ -46,4 +46,4 @@ pub use images::{FsUsage, Images};
 pub use limits::{Limits, MinRate};
 pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
-pub use reference::{Name, Target};
+pub use reference::Name;

@@ -29,7 +29,7 @@ pub struct Image {
 
 impl Image {
     /// The keys of its unpacked layers, lowest first.
-    pub fn keys(&self) -> Vec<&str> {
+    pub(crate) fn keys(&self) -> Vec<&str> {
         if self.unpacked.is_empty() {
             // Older versions kept each layer under its diff ID.
             self.layers.iter().map(|l| l.diff_id.as_str()).collect()

@@ -46,35 +46,35 @@ fn address(like: IpAddr, number: u128) -> IpAddr {
 
 impl Range {
     /// 10.88.0.0/16.
-    pub const DEFAULT: Range = Range {
+    pub(crate) const DEFAULT: Range = Range {
         network: IpAddr::V4(Ipv4Addr::new(10, 88, 0, 0)),
         prefix: 16,
     };
 
     /// fd72:7275:6e30::/64, of the unique local addresses of RFC 4193; it spells "rrun0".
-    pub const DEFAULT6: Range = Range {
+    pub(crate) const DEFAULT6: Range = Range {
         network: IpAddr::V6(Ipv6Addr::new(0xfd72, 0x7275, 0x6e30, 0, 0, 0, 0, 0)),
         prefix: 64,
     };
 
-    pub fn is_ipv6(self) -> bool {
+    pub(crate) fn is_ipv6(self) -> bool {
         self.network.is_ipv6()
     }
 
-    pub fn gateway(self) -> IpAddr {
+    pub(crate) fn gateway(self) -> IpAddr {
         address(self.network, bits(self.network) + 1)
     }
 
-    pub fn network(self) -> IpAddr {
+    pub(crate) fn network(self) -> IpAddr {
         self.network
     }
 
     /// Nothing for IPv6, which has none.
-    pub fn broadcast(self) -> Option<IpAddr> {
+    pub(crate) fn broadcast(self) -> Option<IpAddr> {
         (!self.is_ipv6()).then(|| address(self.network, self.last()))
     }
 
-    pub fn mask(self) -> IpAddr {
+    pub(crate) fn mask(self) -> IpAddr {
         let all = match self.network {
             IpAddr::V4(_) => u32::MAX.into(),
             IpAddr::V6(_) => u128::MAX,
@@ -83,7 +83,7 @@ impl Range {
     }
 
     /// The length of the prefix in bits.
-    pub fn prefix(self) -> u8 {
+    pub(crate) fn prefix(self) -> u8 {
         self.prefix
     }
 
@@ -105,7 +105,7 @@ impl Range {
         self.last() - 1
     }
 
-    pub fn contains(self, other: IpAddr) -> bool {
+    pub(crate) fn contains(self, other: IpAddr) -> bool {
         self.is_ipv6() == other.is_ipv6()
             && (bits(self.network)..=self.last()).contains(&bits(other))
     }
@@ -117,7 +117,7 @@ impl Range {
     }
 
     /// Whether `network`/`prefix` and this range have an address in common.
-    pub fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
+    pub(crate) fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
         let width = if self.is_ipv6() { 128 } else { 32 };
         let behind = width - u32::from(prefix.min(self.prefix));
         let front = |address| bits(address).checked_shr(behind).unwrap_or(0);

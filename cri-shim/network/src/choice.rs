@@ -35,7 +35,7 @@ impl PodNetwork {
     }
 
     /// Whether the next pod gets its network from CNI.
-    pub async fn is_cni(&self) -> bool {
+    pub(crate) async fn is_cni(&self) -> bool {
         match self.mode {
             Mode::Auto => self.cni.is_configured().await,
             Mode::Cni => true,

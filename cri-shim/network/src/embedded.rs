@@ -180,20 +180,20 @@ impl EmbeddedNetwork {
 
     /// Makes the interfaces of connected pods refuse router advertisements and redirects, as those
     /// of new pods do from the beginning. `netns` are the paths of the pods' network namespaces.
-    pub async fn refuse_routers(&self, netns: Vec<PathBuf>) -> Result<(), NetworkError> {
+    pub(crate) async fn refuse_routers(&self, netns: Vec<PathBuf>) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
         let what = "make pods' interfaces refuse router advertisements";
         blocking(what, move || state.bridge().refuse_routers(&netns)).await
     }
 
     /// How many pods have addresses, and how many host ports.
-    pub fn given(&self) -> (usize, usize) {
+    pub(crate) fn given(&self) -> (usize, usize) {
         self.state.given()
     }
 
     /// Makes the rules anew, whatever somebody has done to them; without pods or a bridge there
     /// are none.
-    pub async fn renew(&self) -> Result<(), NetworkError> {
+    pub(crate) async fn renew(&self) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
         let what = "replace the embedded network's nftables rules";
         blocking(what, move || state.bridge().renew(&|| state.desired())).await

@@ -31,7 +31,7 @@ pub(crate) fn digest_of_all(reader: &mut impl Read) -> io::Result<String> {
 }
 
 /// `sha256:` and the hexadecimal digest of `bytes`.
-pub fn digest_of(bytes: &[u8]) -> String {
+pub(crate) fn digest_of(bytes: &[u8]) -> String {
     name_of(Sha256::digest(bytes).as_slice())
 }
 

@@ -23,8 +23,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 pub(crate) use decompress::{decoder, is_plain};
 pub use descriptor::{Bounds, LayerDescriptor};
-pub use digest::digest_of;
-pub(crate) use digest::digest_of_all;
+pub(crate) use digest::{digest_of, digest_of_all};
 pub(crate) use directory_layer::{LowerLayer, make_directory_layer};
 pub(crate) use error::ArchiveError;
 pub use error::LayerError;

@@ -138,24 +138,24 @@ impl Cni {
     }
 
     /// Whether there is a configuration, be it broken.
-    pub async fn is_configured(&self) -> bool {
+    pub(crate) async fn is_configured(&self) -> bool {
         let lists = self.lists().await;
         !lists.is_ok_and(|lists| lists.is_empty())
     }
 
     /// Whether plugins know the pod, or are about to.
-    pub fn has(&self, pod: &str) -> bool {
+    pub(crate) fn has(&self, pod: &str) -> bool {
         lock(&self.inner.attachments).contains_key(pod)
     }
 
     /// Refuses what plugins could not be told of the pod.
-    pub fn check(&self, config: &PodSandboxConfig) -> Result<()> {
+    pub(crate) fn check(&self, config: &PodSandboxConfig) -> Result<()> {
         runtime_config::arguments("", config)?;
         runtime_config::capabilities(config, &[]).map(drop)
     }
 
     /// Writes down what the pod is to be ADDed with, ahead of [`Cni::attach`].
-    pub async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+    pub(crate) async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
         let mut lists = self.lists().await;
         if lists.is_err() {
             tokio::time::sleep(REREAD_DELAY).await;
@@ -202,7 +202,7 @@ impl Cni {
 
     /// ADDs the pod, whose namespace is pinned at `netns`, to every network: its addresses. If it
     /// fails, [`Cni::detach`] has to follow.
-    pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
+    pub(crate) async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
         let inner = &self.inner;
         let (plugin_lock, record) = {
             let attachments = lock(&inner.attachments);
@@ -259,7 +259,7 @@ impl Cni {
 
     /// Sees to pods that are gone, whatever kept their DEL, watches the directory, and collects
     /// what belongs to nobody. `live` are the pods that are there.
-    pub fn start(&self, live: &HashSet<String>) {
+    pub(crate) fn start(&self, live: &HashSet<String>) {
         self.inner.started.store(true, Ordering::Release);
         let dead: Vec<String> = {
             let attachments = lock(&self.inner.attachments);
@@ -277,7 +277,7 @@ impl Cni {
     }
 
     /// Looks at the directory again.
-    pub async fn reload(&self) {
+    pub(crate) async fn reload(&self) {
         // What is wrong has been logged.
         let _ = self.lists().await;
         self.inner.changed.notify_waiters();
@@ -299,7 +299,7 @@ impl Cni {
     }
 
     /// The node's ranges for pods, comma-separated, for plugins that take `ipRanges`.
-    pub async fn set_ranges(&self, cidrs: &str) -> Result<()> {
+    pub(crate) async fn set_ranges(&self, cidrs: &str) -> Result<()> {
         let ranges: Vec<String> = cidrs.split(',').map(|one| one.trim().to_owned()).collect();
         let is_range = |text: &String| {
             let parts = text.split_once('/');
@@ -327,7 +327,7 @@ impl Cni {
     }
 
     /// What the verbose Status shows, by containerd's names.
-    pub async fn shown(&self) -> [(&'static str, String); 2] {
+    pub(crate) async fn shown(&self) -> [(&'static str, String); 2] {
         let lists = self.lists().await;
         let loaded = match &lists {
             Ok(lists) if lists.is_empty() => self.inner.none(),
@@ -353,7 +353,7 @@ impl Cni {
     }
 
     /// What ADD gave the pod, by network, for the verbose PodSandboxStatus.
-    pub async fn results(&self, pod: &str) -> Option<Value> {
+    pub(crate) async fn results(&self, pod: &str) -> Option<Value> {
         if !self.has(pod) {
             return None;
         }

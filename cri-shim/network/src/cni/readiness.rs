@@ -50,7 +50,7 @@ impl LastStatus {
 
 impl Cni {
     /// A sentence if pods can't be given a network.
-    pub async fn ready(&self) -> Result<(), String> {
+    pub(crate) async fn ready(&self) -> Result<(), String> {
         let lists = self.lists().await?;
         if lists.is_empty() {
             return Err(self.inner.none());

@@ -45,7 +45,7 @@ pub enum DetachOutcome {
 impl Cni {
     /// DELs the pod from the networks that it was ADDed to, as they were then. Right also when it
     /// was ADDed to none, when ADD failed half-way, and when its namespace is lost.
-    pub async fn detach(&self, pod: &str, retry_by: RetryBy) -> Result<DetachOutcome> {
+    pub(crate) async fn detach(&self, pod: &str, retry_by: RetryBy) -> Result<DetachOutcome> {
         if retry_by == RetryBy::Server && !self.inner.started.load(Ordering::Acquire) {
             // Of an earlier life: no plugin that hangs may keep the server from its start.
             return Ok(if self.has(pod) {
