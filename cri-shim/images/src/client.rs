@@ -1,4 +1,5 @@
-//! The HTTP client for one endpoint of a registry: its certificates and ours, as hosts.toml has them.
+//! The HTTP client for one endpoint of a registry: its certificates and ours, as hosts.toml has
+//! them.
 
 use std::path::Path;
 use std::time::Duration;

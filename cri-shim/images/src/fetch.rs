@@ -270,8 +270,8 @@ fn receive(compressed: impl Read, request: &LayerRequest) -> Result<UnpackedLaye
 /// It goes on top of `stack`, which is listed uppermost first. `pull` is for the log.
 ///
 /// An image may make this as much work as a large layer, and each layer of the image costs several
-/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its place
-/// until it ends, and it ends soon after the pull has been abandoned.
+/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its
+/// place until it ends, and it ends soon after the pull has been abandoned.
 pub(crate) async fn make_directory_layer(
     queues: &Queues,
     root: &Path,

@@ -1,5 +1,5 @@
-//! Which of our certificates a registry is shown that asks for one (RFC 8446, 4.3.2): hosts.toml may
-//! name several.
+//! Which of our certificates a registry is shown that asks for one (RFC 8446, 4.3.2): hosts.toml
+//! may name several.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! Brings an image's layers to the disk and makes the image known, whether it is pulled or imported.
+//! Brings an image's layers to the disk and makes the image known, whether it is pulled or
+//! imported.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

@@ -1,8 +1,8 @@
 //! Images: references, registries, pulls, records.
 //!
-//! [`Images`] is the facade. `pull` tells a pull's story: `source` asks the `registry` endpoints that
-//! `hosts` names for the `manifest`, `install` and `fetch` bring each layer, and the `catalog` holds
-//! what is here. `preload` brings images from an `archive` instead.
+//! [`Images`] is the facade. `pull` tells a pull's story: `source` asks the `registry` endpoints
+//! that `hosts` names for the `manifest`, `install` and `fetch` bring each layer, and the `catalog`
+//! holds what is here. `preload` brings images from an `archive` instead.
 
 mod archive;
 mod auth;

@@ -9,7 +9,7 @@ use crate::layer::LayerDescriptor;
 use crate::record::ImageConfig;
 use crate::reference::is_digest;
 
-/// What is asked for under a tag or a digest.
+/// The media types that are accepted for a tag or a digest.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, \
@@ -238,7 +238,7 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
         .or_else(|| machine.variants.iter().find_map(of_variant))
         .or_else(|| of(machine.compatible).max_by_key(|(_, variant)| *variant))
         .map(|(descriptor, _)| descriptor)
-        // An index of one image that nobody told the platform of.
+        // An index of one image, without a platform.
         .or(match manifests {
             [only] if only.platform.is_none() => Some(only),
             _ => None,

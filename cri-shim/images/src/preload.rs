@@ -51,7 +51,7 @@ impl ImportRecord {
 
 impl Images {
     /// Imports the archives in `ROOT/preload` whose images are not here yet. What can't be
-    /// imported is told in one line of the log, and stops nothing else. One call at a time: a
+    /// imported gets one line in the log, and stops nothing else. One call at a time: a
     /// second one waits.
     pub async fn preload(&self) {
         let store = &self.store;

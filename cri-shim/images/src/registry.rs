@@ -271,14 +271,14 @@ impl Registry {
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
             return accepted(response, self.min_rate).await;
         }
-        let asked = challenge::choose(
+        let challenge = challenge::choose(
             response
                 .headers()
                 .get_all(WWW_AUTHENTICATE)
                 .iter()
                 .filter_map(|value| value.to_str().ok()),
         );
-        let Some(authorization) = self.meet(asked, watch).await? else {
+        let Some(authorization) = self.answer_challenge(challenge, watch).await? else {
             return accepted(response, self.min_rate).await;
         };
         *lock(&self.authorization) = Some(authorization.clone());
@@ -333,8 +333,8 @@ impl Registry {
         Err(astray("it sends us from one address to the next"))
     }
 
-    /// What to send to a registry that asks `challenge`; `None` if we have nothing for it.
-    async fn meet(
+    /// What to send to a registry with this challenge; `None` if we have nothing for it.
+    async fn answer_challenge(
         &self,
         challenge: Option<Challenge>,
         watch: &RateWatch,
@@ -571,13 +571,13 @@ async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, Req
     // The status is what counts: a stalled explanation is done without.
     let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
     let body = body.unwrap_or_else(|_| Ok(Bytes::new()));
-    let said = body.map(|body| explanation(&body)).unwrap_or_default();
+    let explained = body.map(|body| explanation(&body)).unwrap_or_default();
     let reason = status.canonical_reason().unwrap_or("no known status");
-    let colon = if said.is_empty() { "" } else { ": " };
+    let colon = if explained.is_empty() { "" } else { ": " };
     Err(RequestFailure {
         error: ImageError::new(
             kind,
-            format!("it answered {} {reason}{colon}{said}", status.as_u16()),
+            format!("it answered {} {reason}{colon}{explained}", status.as_u16()),
         ),
         retry: kind == Kind::Unavailable,
         wait,

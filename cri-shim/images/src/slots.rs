@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use rrun_calls::lock::lock;
 
 /// How long a fetch keeps its slot while another pull waits for it.
-const TURN: Duration = Duration::from_secs(60);
+const SHORT_TURN: Duration = Duration::from_secs(60);
 
 /// The same for a fetch that is fast, or that already has many bytes. The next turn unpacks those
 /// bytes again, and that must not become most of the work.
@@ -92,7 +92,7 @@ impl Holder {
         let turn = if much || self.rate(now) >= FAST_BYTES_PER_SECOND {
             LONG_TURN
         } else {
-            TURN
+            SHORT_TURN
         };
         let longer = 2u32.saturating_pow(self.gauge.in_vain.load(Ordering::Relaxed));
         now.duration_since(self.since) >= turn.saturating_mul(longer).min(MAX_TURN)
@@ -454,15 +454,18 @@ mod tests {
             let state = lock(&slots.state);
             slots.must_leave(&state, slot.id, false, Instant::now() + after)
         };
-        assert!(!must(&slow, TURN), "a layer of the same image can wait");
+        assert!(
+            !must(&slow, SHORT_TURN),
+            "a layer of the same image can wait"
+        );
         let other = slot(&slots, 2);
         let mut other_waits = Box::pin(other.at("b"));
         assert!((&mut other_waits).now_or_never().is_none());
-        assert!(!must(&slow, TURN / 2));
-        assert!(must(&slow, TURN));
-        assert!(!must(&fast, TURN));
+        assert!(!must(&slow, SHORT_TURN / 2));
+        assert!(must(&slow, SHORT_TURN));
+        assert!(!must(&fast, SHORT_TURN));
         slow.begins_at(LARGE_REPLAY_BYTES);
-        assert!(!must(&slow, TURN), "there is much to unpack anew");
+        assert!(!must(&slow, SHORT_TURN), "there is much to unpack anew");
         assert!(must(&slow, LONG_TURN));
     }
 
@@ -481,7 +484,7 @@ mod tests {
         let slots = Slots::new(1, 1);
         let small = slot(&slots, 1);
         let second = Duration::from_secs(1);
-        let mut turn = TURN;
+        let mut turn = SHORT_TURN;
         for _ in 0..8 {
             small.again();
             assert!(enters(&small, "a"));

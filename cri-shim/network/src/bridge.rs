@@ -273,7 +273,8 @@ impl Bridge {
             return Ok(state);
         }
         if device::gets_ipv6(state.mtu, mtu) {
-            // The bridge gets IPv6 again, but the kernel has forgotten its IPv6 addresses and routes.
+            // The bridge gets IPv6 again, but the kernel has forgotten its IPv6 addresses and
+            // routes.
             return self.repair_all(&mut self.state(), false, desired);
         }
         device.set_mtu(socket, state.index, state.mtu, mtu)?;

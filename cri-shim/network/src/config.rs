@@ -30,7 +30,7 @@ pub struct NetworkConfig {
     pub range: OptionalRange,
     /// Their IPv6 range, likewise.
     pub range6: OptionalRange,
-    /// Which of a pod's addresses is told first.
+    /// Which of a pod's addresses comes first in its status.
     pub primary: Family,
     /// Whether traffic that leaves the range takes the node's address.
     pub masquerade: bool,

@@ -50,8 +50,8 @@ const IFF_UP: u32 = libc::IFF_UP as u32;
 /// A hardware address.
 pub(crate) type Mac = [u8; 6];
 
-/// The hardware address that belongs to the IPv4 address among these, or else to the first: when the
-/// address goes to another pod, what a neighbour has cached stays right. `02` is for locally
+/// The hardware address that belongs to the IPv4 address among these, or else to the first: when
+/// the address goes to another pod, what a neighbour has cached stays right. `02` is for locally
 /// administered ones, `0a:58` are the first bytes that Kubernetes' networks have always used for
 /// this.
 pub(crate) fn mac_of(addresses: &[IpAddr]) -> Mac {

@@ -121,8 +121,8 @@ fn loopback_up() -> Result<(), NetworkError> {
     socket.execute(&batch).map(drop)
 }
 
-/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with a
-/// new one.
+/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with
+/// a new one.
 pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
     new_pin(path)?;
     let result = bind(namespace, path).and_then(|()| {

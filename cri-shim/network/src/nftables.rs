@@ -37,8 +37,8 @@
 //! ```
 //!
 //! A pod that calls a host port of its own, or of another pod of this node, is masqueraded so that
-//! the answer comes back by the node and not straight over the bridge. By the mark of its connection
-//! it is told from what others translate, kube-proxy for a Service with the same port: their
+//! the answer comes back by the node and not straight over the bridge. The mark of its connection
+//! distinguishes it from what others translate, kube-proxy for a Service with the same port: their
 //! business. A process of the node that calls 127.0.0.1 or ::1 is masqueraded, because these
 //! addresses have no meaning in the pod; for it the bridge routes local addresses (route_localnet,
 //! and for ::1 a local route of the bridge's), and `guard` keeps pods from using that to reach what

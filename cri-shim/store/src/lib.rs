@@ -38,7 +38,7 @@ impl Table {
     /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
     pub const LEASES: Table = Table("leases");
     pub const ADDRESSES: Table = Table("addresses");
-    /// What CNI plugins were told of each pod, and what they answered.
+    /// What CNI plugins were called with for each pod, and what they answered.
     pub const ATTACHMENTS: Table = Table("attachments");
     /// What kubelet says of the node's network.
     pub const NETWORK: Table = Table("network");

@@ -9,7 +9,7 @@ pub struct Bounds {
     pub entries: u64,
 }
 
-/// What the manifest and the configuration promise of a layer.
+/// What the manifest and the configuration say of a layer.
 #[derive(Clone, Debug)]
 pub struct LayerDescriptor {
     /// `sha256:…` of what the registry sends.

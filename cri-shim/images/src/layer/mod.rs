@@ -69,7 +69,7 @@ pub fn unpack(
         }
         // Damage on the way looks like a broken archive: the digest tells the two apart.
         Err(error @ (LayerError::Malformed(_) | LayerError::Stream(_))) => {
-            match drain(&mut received, DRAIN_AFTER_FAILURE) {
+            match drain(&mut received, DRAIN_AFTER_FAILURE_BYTES) {
                 Ok(true) => received.verify(descriptor, Ok(true))?,
                 Err(_) if too_long.get() => received.verify(descriptor, Ok(true))?,
                 _ => {}
@@ -115,4 +115,4 @@ fn unpack_plain(
 }
 
 /// How much more is read of a layer that has failed, to learn whether it was damaged on the way.
-const DRAIN_AFTER_FAILURE: u64 = 64 << 20;
+const DRAIN_AFTER_FAILURE_BYTES: u64 = 64 << 20;

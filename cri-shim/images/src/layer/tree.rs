@@ -195,8 +195,8 @@ impl Tree {
         }
     }
 
-    /// Makes the directory that is `part` of the path `directory`, in `above`, which does not change
-    /// its times. `missing` is why it could not be opened.
+    /// Makes the directory that is `part` of the path `directory`, in `above`, which does not
+    /// change its times. `missing` is why it could not be opened.
     fn make_unlisted(
         &mut self,
         above: &OwnedFd,

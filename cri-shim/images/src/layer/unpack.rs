@@ -28,7 +28,8 @@ pub struct UnpackSummary {
     pub bytes: u64,
     pub inodes: u64,
     /// How many directories below the root the archive used and did not list. They are marked, and
-    /// in each image they take their looks from the layers below (see [`super::directory_layer`]).
+    /// in each image they take their metadata from the layers below (see
+    /// [`super::directory_layer`]).
     pub unlisted: u64,
     /// The layer hides everything below it.
     pub opaque_root: bool,
@@ -185,7 +186,7 @@ impl Unpacking {
                         rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
                             .map_err(fail)?;
                     make_opaque(&opened).map_err(fail)?;
-                    // It was removed and made again, so it takes no looks from below.
+                    // It was removed and made again, so it takes no metadata from below.
                     if unmark(&opened).map_err(fail)? {
                         self.tree.unlisted -= 1;
                     }

@@ -7,7 +7,7 @@ use super::configuration::{ConfigurationList, Version, kind, takes};
 use super::plugin::{PluginCall, PluginDirs, PluginError, parse};
 use super::result;
 
-/// What of a pod a network is told.
+/// What the plugins of a network get to know of a pod.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'a> {
     pub pod: &'a str,
@@ -85,7 +85,7 @@ pub(super) async fn add(
 }
 
 /// DEL by all plugins, the last one first. One that fails keeps none of the others from theirs;
-/// the first error is told. One that hangs gets no more than its share of the time.
+/// the first error is returned. One that hangs gets no more than its share of the time.
 pub(super) async fn del(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -117,7 +117,7 @@ pub(super) async fn del(
     first
 }
 
-/// CHECK by all plugins that the list lets be asked.
+/// CHECK by all plugins, unless the list forbids it.
 pub(super) async fn check(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -193,7 +193,7 @@ pub(super) async fn status(
 }
 
 /// GC by all plugins: what is of none of the attachments, pod and interface, is removed. Every
-/// plugin is told; the first error is.
+/// plugin is run; the first error is returned.
 pub(super) async fn gc(
     directories: &PluginDirs,
     list: &ConfigurationList,

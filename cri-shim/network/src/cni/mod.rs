@@ -1,10 +1,10 @@
 //! Pods' networks by plugins, as the Container Network Interface specification, 1.1.0, has it.
 //!
 //! [`configuration`] reads the directory of configurations, [`plugin`] runs one plugin, [`chain`]
-//! those of a network in their order, [`runtime_config`] says what plugins are told of a pod,
+//! those of a network in their order, [`runtime_config`] says what plugins get to know of a pod,
 //! [`attachment`] is what they were called with, [`result`] reads what they answer, [`readiness`]
-//! asks them for their STATUS, [`teardown`] sees to it that each ADD meets its DEL, [`watch`] notices
-//! new configurations.
+//! asks them for their STATUS, [`teardown`] sees to it that each ADD meets its DEL, [`watch`]
+//! notices new configurations.
 //!
 //! Before a pod's first ADD the store has what it is ADDed with, and after it the results: DEL gets
 //! the same configuration, whatever has become of the files, after a crash, after a reboot.
@@ -91,7 +91,7 @@ struct CniState {
     changed: Notify,
     collect: Notify,
     readiness: Readiness,
-    /// Half-made pods are told from made ones, and plugins may run.
+    /// It is known which pods are only half made, and plugins may run.
     started: AtomicBool,
 }
 
@@ -148,7 +148,7 @@ impl Cni {
         lock(&self.inner.attachments).contains_key(pod)
     }
 
-    /// Refuses what plugins could not be told of the pod.
+    /// Refuses what could not be passed on to plugins.
     pub(crate) fn check(&self, config: &PodSandboxConfig) -> Result<()> {
         runtime_config::arguments("", config)?;
         runtime_config::capabilities(config, &[]).map(drop)

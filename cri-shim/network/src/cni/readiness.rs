@@ -36,7 +36,7 @@ struct LastStatus {
     /// The configuration that this is of.
     generation: u64,
     verdict: Option<(Instant, Result<(), String>)>,
-    asked: Option<Instant>,
+    asking_since: Option<Instant>,
 }
 
 impl LastStatus {
@@ -66,9 +66,9 @@ impl Cni {
             if let Some(verdict) = last.verdict(generation, FRESH_AGE) {
                 return verdict;
             }
-            if last.asked.is_none() || last.generation != generation {
+            if last.asking_since.is_none() || last.generation != generation {
                 last.generation = generation;
-                last.asked = Some(Instant::now());
+                last.asking_since = Some(Instant::now());
                 tokio::spawn(self.clone().ask(generation, lists));
             }
         }
@@ -87,7 +87,9 @@ impl Cni {
         }
         let last = lock(&readiness.last);
         last.verdict(generation, STALE_AGE).unwrap_or_else(|| {
-            let since = last.asked.map_or(0, |asked| asked.elapsed().as_secs());
+            let since = last
+                .asking_since
+                .map_or(0, |since| since.elapsed().as_secs());
             Err(format!(
                 "CNI plugins were asked for their STATUS {since} s ago and have not answered"
             ))
@@ -107,7 +109,7 @@ impl Cni {
             let mut last = lock(&readiness.last);
             if last.generation == generation {
                 last.verdict = Some((Instant::now(), verdict));
-                last.asked = None;
+                last.asking_since = None;
             }
         }
         readiness.answered.notify_waiters();

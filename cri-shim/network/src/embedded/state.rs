@@ -101,7 +101,7 @@ impl EmbeddedState {
         &self.bridge
     }
 
-    /// Waits for the right to work on the pod, which somebody has asked for with that.
+    /// Waits for the right to work on the pod. From then on the pod is not inherited any more.
     pub(super) async fn lock(&self, pod: &str) -> PodLock {
         let locked = self.locks.lock(pod).await;
         lock(&self.inherited).remove(pod);
