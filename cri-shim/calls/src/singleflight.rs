@@ -5,12 +5,13 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 type Answer<T> = watch::Receiver<Option<Result<T>>>;
 
@@ -44,7 +45,7 @@ impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
         F: Future<Output = Result<T>> + Send + 'static,
     {
         let mut answer = {
-            let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut work = lock(&self.work);
             match work.get(key) {
                 Some(answer) => answer.clone(),
                 None => {
@@ -91,10 +92,7 @@ struct KeyGuard<T> {
 
 impl<T> Drop for KeyGuard<T> {
     fn drop(&mut self) {
-        self.work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.key);
+        lock(&self.work).remove(&self.key);
     }
 }
 

@@ -12,21 +12,21 @@ use bytes::Bytes;
 use rustix::fs::{CWD, Mode, OFlags};
 use serde::Deserialize;
 
-use super::error::{ImageError, Kind};
-use super::manifest::{self, DOCUMENT_BYTES, Document};
-use super::pull::Found;
-use super::reference::Name;
-use crate::layer::{self, Promise, archive as tar, digest_of};
+use crate::error::{ImageError, Kind};
+use crate::layer::{self, LayerDescriptor, archive as tar, digest_of};
+use crate::manifest::{self, DOCUMENT_BYTES, Document};
+use crate::reference::Name;
+use crate::resolved::ResolvedImage;
 use rrun_kernel::regular_file;
 
 /// The most files of an archive: blobs, documents, and the directories of old `docker save`s.
-const FILES: usize = 1 << 16;
+const MAX_FILES: usize = 1 << 16;
 
 /// How many links may lead from one to the next.
-const LINKS: usize = 8;
+const MAX_LINKS: usize = 8;
 
 /// An archive whose files are known by their places.
-pub(crate) struct Archive {
+pub(crate) struct ImageArchive {
     file: Arc<File>,
     files: HashMap<String, Span>,
     /// By digest.
@@ -41,12 +41,12 @@ struct Span {
 }
 
 /// One image of an archive.
-pub(crate) struct Saved {
+pub(crate) struct ArchivedImage {
     /// As the archive has it; most often one, sometimes none.
     pub names: Vec<Name>,
     /// The digest of its manifest or index, which `docker save` does not write down.
     pub digest: Option<String>,
-    pub found: Found,
+    pub image: ResolvedImage,
 }
 
 /// One of `docker save`'s manifest.json.
@@ -66,7 +66,7 @@ fn unreadable(error: &io::Error) -> ImageError {
     broken(format!("it can't be read: {error}"))
 }
 
-impl Archive {
+impl ImageArchive {
     /// Opens `path`, and finds what is where. One that is compressed is first unpacked, to at most
     /// `most` bytes, into a file without a name in `scratch`. Blocks.
     pub(crate) fn open(path: &Path, scratch: &Path, most: u64) -> Result<Self, ImageError> {
@@ -91,7 +91,7 @@ impl Archive {
                 Some((format!("sha256:{hex}"), *span))
             })
             .collect();
-        Ok(Archive {
+        Ok(ImageArchive {
             file: Arc::new(file),
             files,
             blobs,
@@ -99,7 +99,7 @@ impl Archive {
     }
 
     /// What is in it. Blocks.
-    pub(crate) fn images(&mut self) -> Result<Vec<Saved>, ImageError> {
+    pub(crate) fn images(&mut self) -> Result<Vec<ArchivedImage>, ImageError> {
         if self.files.contains_key("oci-layout") && self.files.contains_key("index.json") {
             self.layout()
         } else if self.files.contains_key("manifest.json") {
@@ -111,7 +111,7 @@ impl Archive {
         }
     }
 
-    fn layout(&self) -> Result<Vec<Saved>, ImageError> {
+    fn layout(&self) -> Result<Vec<ArchivedImage>, ImageError> {
         let descriptors = manifest::parse_layout(&self.document("index.json")?)?;
         let ours: Vec<_> = descriptors
             .iter()
@@ -140,16 +140,16 @@ impl Archive {
                 };
                 let configuration = self.verified(&document.config.digest)?;
                 let names = descriptor.name().map(Name::parse).transpose()?;
-                Ok(Saved {
+                Ok(ArchivedImage {
                     names: names.into_iter().collect(),
                     digest: Some(descriptor.digest.clone()),
-                    found: Found::of_manifest(&document, size as u64, configuration)?,
+                    image: ResolvedImage::of_manifest(&document, size as u64, configuration)?,
                 })
             })
             .collect()
     }
 
-    fn docker(&mut self) -> Result<Vec<Saved>, ImageError> {
+    fn docker(&mut self) -> Result<Vec<ArchivedImage>, ImageError> {
         let images: Vec<DockerImage> = serde_json::from_slice(&self.document("manifest.json")?)
             .map_err(|error| broken(format!("its manifest.json can't be read: {error}")))?;
         images
@@ -166,7 +166,7 @@ impl Archive {
                         diff_ids.len()
                     )));
                 }
-                let promises = layers
+                let descriptors = layers
                     .iter()
                     .zip(diff_ids)
                     .map(|(path, diff_id)| self.docker_layer(path, diff_id))
@@ -176,10 +176,10 @@ impl Archive {
                     .iter()
                     .map(|tag| Name::parse(tag))
                     .collect::<Result<_, _>>()?;
-                Ok(Saved {
+                Ok(ArchivedImage {
                     names,
                     digest: None,
-                    found: Found::new(id, promises, 0, configuration)?,
+                    image: ResolvedImage::new(id, descriptors, 0, configuration)?,
                 })
             })
             .collect()
@@ -187,7 +187,7 @@ impl Archive {
 
     /// A layer by its path. Its digest is not written down: that of one that is not compressed is
     /// the diff ID, else it has to be found out.
-    fn docker_layer(&mut self, path: &str, diff_id: String) -> Result<Promise, ImageError> {
+    fn docker_layer(&mut self, path: &str, diff_id: String) -> Result<LayerDescriptor, ImageError> {
         let span = self.span(path)?;
         let mut reader = self.reader(span);
         let mut first = [0; 6];
@@ -201,7 +201,7 @@ impl Archive {
             layer::digest_of_all(&mut reader).map_err(|error| unreadable(&error))?
         };
         self.blobs.insert(digest.clone(), span);
-        Ok(Promise {
+        Ok(LayerDescriptor {
             digest,
             size: span.length,
             diff_id,
@@ -216,8 +216,8 @@ impl Archive {
         })
     }
 
-    fn reader(&self, span: Span) -> Section {
-        Section {
+    fn reader(&self, span: Span) -> FileSection {
+        FileSection {
             file: Arc::clone(&self.file),
             begin: span.offset,
             at: span.offset,
@@ -302,8 +302,8 @@ fn decompressed(file: &File, scratch: &Path, most: u64) -> Result<File, ImageErr
 
 /// Every file of the archive by its path, links followed.
 fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
-    let bad = |error: tar::ArchiveError| broken(error.to_string());
-    let mut archive = tar::Archive::new(Counting {
+    let bad = |error: layer::ArchiveError| broken(error.to_string());
+    let mut archive = tar::TarArchive::new(CountingReader {
         reader: BufReader::with_capacity(256 << 10, file),
         count: 0,
     });
@@ -313,22 +313,22 @@ fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
         let Some(path) = normal(&entry.path) else {
             continue;
         };
-        if files.len() + links.len() >= FILES {
-            return Err(broken(format!("it holds more than {FILES} files")));
+        if files.len() + links.len() >= MAX_FILES {
+            return Err(broken(format!("it holds more than {MAX_FILES} files")));
         }
         match entry.kind {
-            tar::Kind::File if !entry.content.is_sparse() => {
+            tar::EntryKind::File if !entry.content.is_sparse() => {
                 let span = Span {
                     offset: archive.reader().count,
                     length: entry.content.length,
                 };
                 files.insert(path, span);
             }
-            tar::Kind::HardLink => {
+            tar::EntryKind::HardLink => {
                 links.extend(normal(&entry.link).map(|target| (path, target)));
             }
             // Beside the link.
-            tar::Kind::Symlink => {
+            tar::EntryKind::Symlink => {
                 let (directory, _) = path.rsplit_once('/').unwrap_or(("", &path));
                 let target = [directory.as_bytes(), b"/", &entry.link].concat();
                 links.extend(normal(&target).map(|target| (path, target)));
@@ -340,7 +340,7 @@ fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
         .keys()
         .filter_map(|link| {
             let mut at = link;
-            for _ in 0..LINKS {
+            for _ in 0..MAX_LINKS {
                 at = links.get(at)?;
                 if let Some(span) = files.get(at) {
                     return Some((link.clone(), *span));
@@ -368,12 +368,12 @@ fn normal(path: &[u8]) -> Option<String> {
     Some(parts.join("/"))
 }
 
-struct Counting<R> {
+struct CountingReader<R> {
     reader: R,
     count: u64,
 }
 
-impl<R: Read> Read for Counting<R> {
+impl<R: Read> Read for CountingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.reader.read(buffer)?;
         self.count += count as u64;
@@ -382,14 +382,14 @@ impl<R: Read> Read for Counting<R> {
 }
 
 /// A part of a file.
-struct Section {
+struct FileSection {
     file: Arc<File>,
     begin: u64,
     at: u64,
     end: u64,
 }
 
-impl Section {
+impl FileSection {
     fn read_at_start(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = usize::try_from(self.end - self.begin).unwrap_or(usize::MAX);
         let most = most.min(buffer.len());
@@ -397,7 +397,7 @@ impl Section {
     }
 }
 
-impl Read for Section {
+impl Read for FileSection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
         let most = most.min(buffer.len());

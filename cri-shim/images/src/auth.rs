@@ -5,7 +5,7 @@ use std::fmt;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 
-use super::error::{ImageError, Kind};
+use crate::error::{ImageError, Kind};
 
 /// How to prove to a registry who is asking, and to which. Never printed.
 #[derive(Clone, PartialEq, Eq, Hash)]

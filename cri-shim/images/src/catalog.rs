@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::error::ImageError;
-use super::record::Image;
-use super::reference::{Name, Target};
+use crate::error::ImageError;
+use crate::record::Image;
+use crate::reference::{Name, Target};
 use rrun_store::{Change, Store, Table};
 
 /// The directory of the layer that stands for none: overlayfs wants at least one.
@@ -22,7 +22,7 @@ pub(crate) struct Layer {
     pub number: u64,
     pub bytes: u64,
     pub inodes: u64,
-    /// See [`crate::layer::Unpacked`].
+    /// See [`crate::layer::UnpackSummary`].
     pub opaque_root: bool,
     /// The layer has directories that its archive did not list.
     #[serde(default)]
@@ -40,7 +40,7 @@ pub(crate) fn key_of(diff_id: &str) -> String {
 
 /// The key of the layer that goes on top of layers with these keys, lowest first, and sets the
 /// owner and mode of directories. Its content depends on the layers below it alone.
-pub(crate) fn key_of_looks(keys: &[String]) -> String {
+pub(crate) fn directory_layer_key(keys: &[String]) -> String {
     let chain = crate::layer::digest_of(keys.join(" ").as_bytes());
     format!("looks/{chain}")
 }
@@ -58,7 +58,7 @@ pub(crate) struct Catalog {
     images: BTreeMap<String, Arc<Image>>,
     /// Tag and digest references in full, to ids.
     names: HashMap<String, String>,
-    /// By key: [`key_of`], [`key_of_looks`], or the diff ID in a store of an older version.
+    /// By key: [`key_of`], [`directory_layer_key`], or the diff ID in a store of an older version.
     layers: HashMap<String, Layer>,
     /// Layers that the store does not know yet.
     unrecorded: HashSet<String>,
@@ -69,6 +69,11 @@ pub(crate) struct Catalog {
 
 pub(crate) fn directory(root: &Path, number: u64) -> PathBuf {
     root.join("layers").join(number.to_string())
+}
+
+/// The overlay lower directory with nothing in it.
+pub fn empty_layer(root: &Path) -> PathBuf {
+    directory(root, EMPTY_LAYER).join("fs")
 }
 
 impl Catalog {
@@ -361,7 +366,7 @@ fn add(names: &mut Vec<String>, name: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ImageConfig, LayerName};
+    use crate::record::{ImageConfig, LayerName};
 
     fn id(c: &str) -> String {
         format!("sha256:{}", c.repeat(64))

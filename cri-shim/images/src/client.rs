@@ -1,14 +1,16 @@
-//! The HTTP client for one endpoint of a registry: its certificates and ours, as hosts.toml has them.
+//! The HTTP client for one endpoint of a registry: its certificates and ours, as hosts.toml has
+//! them.
 
 use std::path::Path;
 use std::time::Duration;
 
 use reqwest::Client;
+use rustls::pki_types::CertificateDer;
 
-use super::error::{ImageError, Kind};
-use super::hosts::Endpoint;
-use super::identity::{self, Choice, Identity};
-use super::registry::cause;
+use crate::error::{ImageError, Kind};
+use crate::failure::cause;
+use crate::hosts::Endpoint;
+use crate::identity::{self, ClientCertificates, Identity};
 
 /// A client that follows no redirection by itself: the library would strip the headers that it
 /// knows to be secret from a request to another host, and send those of hosts.toml along.
@@ -17,24 +19,6 @@ pub(crate) fn build(
     silence: Duration,
     with_identity: bool,
 ) -> Result<Client, ImageError> {
-    let read = |path: &Path| {
-        std::fs::read(path).map_err(|error| {
-            ImageError::new(
-                Kind::InvalidArgument,
-                format!(
-                    "read {} for registry {}: {error}",
-                    path.display(),
-                    endpoint.host
-                ),
-            )
-        })
-    };
-    let bad = |path: &Path, what: &str| {
-        ImageError::new(
-            Kind::InvalidArgument,
-            format!("{} for registry {}: {what}", path.display(), endpoint.host),
-        )
-    };
     let mut builder = Client::builder()
         .connect_timeout(endpoint.dial_timeout)
         .read_timeout(silence)
@@ -46,21 +30,10 @@ pub(crate) fn build(
             format!("prepare for registry {}: {}", endpoint.host, cause(error)),
         )
     };
-    let mut authorities = Vec::new();
-    for path in &endpoint.ca {
-        let found = identity::certificates(&read(path)?)
-            .ok_or_else(|| bad(path, "holds no certificate in PEM form"))?;
-        authorities.extend(found);
-    }
+    let authorities = authorities(endpoint)?;
     if with_identity && !endpoint.client.is_empty() {
-        let mut ours = Vec::new();
-        for (certificate, key) in &endpoint.client {
-            let pem = read(certificate)?;
-            let key = key.as_deref().map(read).transpose()?;
-            let one = Identity::new(&pem, key.as_deref().unwrap_or(&pem));
-            ours.push(one.map_err(|why| bad(certificate, why))?);
-        }
-        let tls = identity::tls(Choice::of(ours), authorities, endpoint.skip_verify)
+        let ours = ClientCertificates::of(identities(endpoint)?);
+        let tls = identity::tls(ours, authorities, endpoint.skip_verify)
             .map_err(|error| failed(&error))?;
         return builder
             .tls_backend_preconfigured(tls)
@@ -82,4 +55,47 @@ pub(crate) fn build(
         builder = builder.tls_danger_accept_invalid_certs(true);
     }
     builder.build().map_err(|error| failed(&error))
+}
+
+/// The authorities that hosts.toml names.
+fn authorities(endpoint: &Endpoint) -> Result<Vec<CertificateDer<'static>>, ImageError> {
+    let mut authorities = Vec::new();
+    for path in &endpoint.ca {
+        let found = identity::certificates(&read(endpoint, path)?)
+            .ok_or_else(|| bad(endpoint, path, "holds no certificate in PEM form"))?;
+        authorities.extend(found);
+    }
+    Ok(authorities)
+}
+
+/// Our certificates and keys that hosts.toml names.
+fn identities(endpoint: &Endpoint) -> Result<Vec<Identity>, ImageError> {
+    let mut ours = Vec::new();
+    for (certificate, key) in &endpoint.client {
+        let pem = read(endpoint, certificate)?;
+        let key = key.as_deref().map(|key| read(endpoint, key)).transpose()?;
+        let one = Identity::new(&pem, key.as_deref().unwrap_or(&pem));
+        ours.push(one.map_err(|why| bad(endpoint, certificate, why))?);
+    }
+    Ok(ours)
+}
+
+fn read(endpoint: &Endpoint, path: &Path) -> Result<Vec<u8>, ImageError> {
+    std::fs::read(path).map_err(|error| {
+        ImageError::new(
+            Kind::InvalidArgument,
+            format!(
+                "read {} for registry {}: {error}",
+                path.display(),
+                endpoint.host
+            ),
+        )
+    })
+}
+
+fn bad(endpoint: &Endpoint, path: &Path, what: &str) -> ImageError {
+    ImageError::new(
+        Kind::InvalidArgument,
+        format!("{} for registry {}: {what}", path.display(), endpoint.host),
+    )
 }

@@ -1,8 +1,13 @@
 //! Why an image could not be had: a kind for the program, one sentence for the person.
 
 use std::fmt;
+use std::io;
 
+use rustix::io::Errno;
+
+use crate::layer::LayerError;
 use rrun_calls::error::{Code, Error};
+use rrun_store::StoreError;
 
 /// What a failure means to the caller; each maps to one gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +42,7 @@ pub struct ImageError {
 }
 
 impl ImageError {
-    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
         ImageError {
             kind,
             message: message.into(),
@@ -57,9 +62,33 @@ impl ImageError {
     }
 }
 
-impl From<rrun_store::StoreError> for ImageError {
-    fn from(error: rrun_store::StoreError) -> Self {
-        ImageError::new(Kind::Internal, error.to_string())
+impl From<StoreError> for ImageError {
+    fn from(error: StoreError) -> Self {
+        let kind = match error.code() {
+            Code::ResourceExhausted => Kind::ResourceExhausted,
+            _ => Kind::Internal,
+        };
+        ImageError::new(kind, error.to_string())
+    }
+}
+
+impl From<LayerError> for ImageError {
+    fn from(error: LayerError) -> Self {
+        let kind = match &error {
+            LayerError::Stream(error) if error.kind() == io::ErrorKind::Unsupported => {
+                Kind::Unimplemented
+            }
+            LayerError::Stream(_) | LayerError::Malformed(_) | LayerError::Digest(_) => {
+                Kind::DataLoss
+            }
+            LayerError::Bound(_) => Kind::ResourceExhausted,
+            LayerError::System {
+                errno: Errno::NOSPC | Errno::DQUOT | Errno::FBIG,
+                ..
+            } => Kind::ResourceExhausted,
+            LayerError::System { .. } => Kind::Internal,
+        };
+        ImageError::new(kind, error.to_string())
     }
 }
 

@@ -9,63 +9,63 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::{Buf, Bytes};
-use rustix::io::Errno;
-use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use super::ImageSettings;
-use super::archive::Archive;
-use super::catalog::{Layer, directory};
-use super::error::{ImageError, Kind};
-use super::pace::{Least, Watch};
-use super::partial::{self, Forgotten, Partial};
-use super::slots::{Slot, Slots};
-use super::source::Source;
-use super::turns::{InTurns, Turn, Turns};
-use crate::layer::{self, Bounds, LayerError, Promise, Stacked, Unpacked};
+use crate::archive::ImageArchive;
+use crate::blob_reader::BlobReader;
+use crate::catalog::{Layer, directory};
+use crate::error::{ImageError, Kind};
+use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, UnpackSummary};
+use crate::limits::MinRate;
+use crate::pace::RateWatch;
+use crate::partial::{self, DiscardOnDrop, Partial};
+use crate::settings::ImageSettings;
+use crate::slots::{Slot, Slots};
+use crate::source::Source;
+use crate::turns::{ReaderInTurns, UnpackTurn, UnpackTurns};
+use crate::unpacked_layer::{UnpackedLayer, make};
 use rrun_calls::wait::{blocking, slow};
 
 /// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
-const QUEUE: usize = 8;
+const CHUNK_QUEUE_LENGTH: usize = 8;
 
 /// Where an image's layers come from.
 pub(crate) enum Origin {
     Registry(Source),
-    Archive(Archive),
+    Archive(ImageArchive),
 }
 
 /// A layer that is to come, and where it goes.
 #[derive(Clone)]
-pub(crate) struct Wanted {
+pub(crate) struct LayerRequest {
     pub root: PathBuf,
     pub number: u64,
-    pub promise: Promise,
+    pub descriptor: LayerDescriptor,
     pub bounds: Bounds,
 }
 
 /// The queues in which a fetch waits.
 pub(crate) struct Queues {
     pub slots: Arc<Slots>,
-    /// One permit for each layer that may be half unpacked, because it is arriving or because it
+    /// One permit for each layer that may be half unpacked, because it is blob or because it
     /// waits for its turn. Each such layer has a thread and the memory of a decoder.
     pub places: Arc<Semaphore>,
-    pub turns: Arc<Turns>,
-    pub least: Least,
+    pub turns: Arc<UnpackTurns>,
+    pub min_rate: MinRate,
 }
 
 impl Queues {
-    pub(crate) fn new(limits: &ImageSettings) -> Self {
-        let fetched = limits.parallel_layers.max(1);
+    pub(crate) fn new(settings: &ImageSettings) -> Self {
+        let fetched = settings.parallel_layers.max(1);
         Queues {
-            slots: Slots::new(fetched, limits.layers_per_host()),
+            slots: Slots::new(fetched, settings.layers_per_host()),
             places: Arc::new(Semaphore::new(
                 fetched
-                    .saturating_add(limits.parallel_unpacks)
+                    .saturating_add(settings.parallel_unpacks)
                     .min(Semaphore::MAX_PERMITS),
             )),
-            turns: Turns::new(limits.parallel_unpacks),
-            least: limits.least(),
+            turns: UnpackTurns::new(settings.parallel_unpacks),
+            min_rate: settings.min_rate(),
         }
     }
 }
@@ -75,18 +75,18 @@ impl Queues {
 /// caller's.
 pub(crate) async fn fetch(
     origin: Arc<Origin>,
-    wanted: Wanted,
+    request: LayerRequest,
     pull: u64,
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    let what = format!("layer {}", wanted.promise.digest);
+    let what = format!("layer {}", request.descriptor.digest);
     let fetched = match &*origin {
         Origin::Registry(source) => {
             let slot = queues.slots.slot(pull, what.clone());
-            download(source, &wanted, slot, queues, progress).await
+            download(source, &request, slot, queues, progress).await
         }
-        Origin::Archive(archive) => extract(archive, wanted, queues, progress).await,
+        Origin::Archive(archive) => extract(archive, request, queues, progress).await,
     };
     fetched.map_err(|error| error.context(what))
 }
@@ -101,18 +101,18 @@ async fn place(queues: &Queues, what: &str) -> Option<OwnedSemaphorePermit> {
 }
 
 async fn extract(
-    archive: &Archive,
-    wanted: Wanted,
+    archive: &ImageArchive,
+    request: LayerRequest,
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    let Promise { digest, size, .. } = wanted.promise.clone();
+    let LayerDescriptor { digest, size, .. } = request.descriptor.clone();
     let reader = archive.blob(&digest)?;
     let what = format!("layer {digest}");
     let _place = place(queues, &what).await;
-    let turn = Turn::new(&queues.turns, what);
-    let unpacked = on_a_thread(wanted.number, move || {
-        receive(InTurns { reader, turn }, &wanted)
+    let turn = UnpackTurn::new(&queues.turns, what);
+    let unpacked = on_a_thread(request.number, move || {
+        receive(ReaderInTurns { reader, turn }, &request)
     })?;
     let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
     progress(size);
@@ -121,23 +121,23 @@ async fn extract(
 
 async fn download(
     source: &Source,
-    wanted: &Wanted,
+    request: &LayerRequest,
     slot: Slot,
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
-    let promise = &wanted.promise;
+    let descriptor = &request.descriptor;
     // A blob may be a little longer than its unpacked content, but not twice as long.
-    if promise.size / 2 > wanted.bounds.bytes {
+    if descriptor.size / 2 > request.bounds.bytes {
         return Err(LayerError::Bound(format!(
             "it has {} bytes, and a layer may unpack to at most {} bytes",
-            promise.size, wanted.bounds.bytes
+            descriptor.size, request.bounds.bytes
         ))
         .into());
     }
     let slot = Arc::new(slot);
-    let watch = Arc::new(Watch::new(queues.least, Some(Arc::clone(&slot))));
-    let _piece = Forgotten::at_the_end(&wanted.root, &promise.digest, promise.size);
+    let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
+    let _piece = DiscardOnDrop::of_small(&request.root, &descriptor.digest, descriptor.size);
     // The most bytes that any attempt has received: bytes that arrive again are no progress.
     let farthest = AtomicU64::new(0);
     let mut anew = false;
@@ -152,7 +152,7 @@ async fn download(
                 progress(now - before);
             }
         };
-        let (had, error) = match attempt(source, wanted, &slot, &watch, queues, progress).await {
+        let (had, error) = match attempt(source, request, &slot, &watch, queues, progress).await {
             Ok(layer) => return Ok(layer),
             Err(failure) => failure,
         };
@@ -160,15 +160,15 @@ async fn download(
             if farthest.load(Ordering::Relaxed) == before {
                 slot.came_no_farther();
             }
-            log::info!("layer {}: {error}; it goes on later", promise.digest);
+            log::info!("layer {}: {error}; it goes on later", descriptor.digest);
             continue;
         }
         // The bytes that an earlier attempt left may be the wrong ones.
         if had == 0 || anew || error.kind() != Kind::DataLoss {
             return Err(error);
         }
-        log::info!("layer {}: {error}; begins anew", promise.digest);
-        partial::discard(&wanted.root, &promise.digest, promise.size);
+        log::info!("layer {}: {error}; begins anew", descriptor.digest);
+        partial::discard(&request.root, &descriptor.digest, descriptor.size);
         anew = true;
     }
 }
@@ -176,30 +176,30 @@ async fn download(
 /// One try; a failure tells as well how many bytes there were from an earlier one.
 async fn attempt(
     source: &Source,
-    wanted: &Wanted,
+    request: &LayerRequest,
     slot: &Arc<Slot>,
-    watch: &Arc<Watch>,
+    watch: &Arc<RateWatch>,
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, (u64, ImageError)> {
-    let promise = &wanted.promise;
+    let descriptor = &request.descriptor;
     if let Some(host) = source.first_host() {
         slot.at(&host).await;
     }
-    let what = format!("layer {}", promise.digest);
+    let what = format!("layer {}", descriptor.digest);
     let _place = place(queues, &what).await;
-    let (to_thread, chunks) = mpsc::channel(QUEUE);
-    let (tell, told) = oneshot::channel();
-    let for_thread = wanted.clone();
-    let turn = Turn::new(&queues.turns, what);
+    let (to_thread, chunks) = mpsc::channel(CHUNK_QUEUE_LENGTH);
+    let (send_had, had) = oneshot::channel();
+    let for_thread = request.clone();
+    let turn = UnpackTurn::new(&queues.turns, what);
     let gave_way = slot.whether_it_gave_way();
-    let unpacked = on_a_thread(wanted.number, move || {
-        let Promise { digest, size, .. } = &for_thread.promise;
+    let unpacked = on_a_thread(request.number, move || {
+        let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
         let partial = Partial::open(&for_thread.root, digest, *size);
-        let mut arriving = Arriving::new(chunks, turn, partial);
-        let _ = tell.send(arriving.replay);
-        let result = receive(&mut arriving, &for_thread);
-        arriving.end(
+        let mut blob = BlobReader::new(chunks, turn, partial);
+        let _ = send_had.send(blob.replay);
+        let result = receive(&mut blob, &for_thread);
+        blob.end(
             result.as_ref().err(),
             *size,
             gave_way.load(Ordering::Relaxed),
@@ -207,13 +207,13 @@ async fn attempt(
         result
     });
     let unpacked = unpacked.map_err(|error| (0, error))?;
-    let had = told.await.unwrap_or(0);
+    let had = had.await.unwrap_or(0);
     slot.begins_at(had);
     progress(had);
-    let sent = if had == promise.size {
+    let sent = if had == descriptor.size {
         Ok(())
     } else {
-        let Promise { digest, size, .. } = promise;
+        let LayerDescriptor { digest, size, .. } = descriptor;
         source
             .blob(digest, *size, had, &to_thread, watch, progress)
             .await
@@ -223,7 +223,7 @@ async fn attempt(
     drop(to_thread);
     let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
     match (sent, unpacked) {
-        (Ok(()), Ok(placed)) => Ok(placed.keep()),
+        (Ok(()), Ok(layer)) => Ok(layer.keep()),
         // What broke on this side stopped the sending, not the other way round.
         (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {
             Err((had, error.into()))
@@ -241,8 +241,8 @@ fn ended_early() -> LayerError {
 /// the layer removed with it.
 fn on_a_thread(
     number: u64,
-    work: impl FnOnce() -> Result<Placed, LayerError> + Send + 'static,
-) -> Result<oneshot::Receiver<Result<Placed, LayerError>>, ImageError> {
+    work: impl FnOnce() -> Result<UnpackedLayer, LayerError> + Send + 'static,
+) -> Result<oneshot::Receiver<Result<UnpackedLayer, LayerError>>, ImageError> {
     let (done, unpacked) = oneshot::channel();
     std::thread::Builder::new()
         .name(format!("layer-{number}"))
@@ -259,9 +259,9 @@ fn on_a_thread(
     Ok(unpacked)
 }
 
-fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError> {
-    let made = make(&wanted.root, wanted.number, |into| {
-        let unpacked = layer::unpack(compressed, into, &wanted.promise, &wanted.bounds)?;
+fn receive(compressed: impl Read, request: &LayerRequest) -> Result<UnpackedLayer, LayerError> {
+    let made = make(&request.root, request.number, |into| {
+        let unpacked = layer::unpack(compressed, into, &request.descriptor, &request.bounds)?;
         Ok(Some(unpacked))
     })?;
     made.ok_or_else(ended_early)
@@ -271,18 +271,18 @@ fn receive(compressed: impl Read, wanted: &Wanted) -> Result<Placed, LayerError>
 /// It goes on top of `stack`, which is listed uppermost first. `pull` is for the log.
 ///
 /// An image may make this as much work as a large layer, and each layer of the image costs several
-/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its place
-/// until it ends, and it ends soon after the pull has been abandoned.
-pub(crate) async fn make_looks(
+/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its
+/// place until it ends, and it ends soon after the pull has been abandoned.
+pub(crate) async fn make_directory_layer(
     queues: &Queues,
     root: &Path,
     number: u64,
     stack: &[Layer],
     pull: &str,
-) -> Result<Option<Placed>, ImageError> {
-    let layers: Vec<Stacked> = stack
+) -> Result<Option<UnpackedLayer>, ImageError> {
+    let layers: Vec<LowerLayer> = stack
         .iter()
-        .map(|layer| Stacked {
+        .map(|layer| LowerLayer {
             path: directory(root, layer.number).join("fs"),
             unlisted: layer.unlisted,
         })
@@ -291,7 +291,7 @@ pub(crate) async fn make_looks(
     let what = "set the owner and mode of directories that its layers do not list";
     let whole = format!("pull {pull}: {what}");
     let place = place(queues, &whole).await;
-    let mut turn = Turn::new(&queues.turns, whole.clone());
+    let mut turn = UnpackTurn::new(&queues.turns, whole.clone());
     let waits = Arc::new(());
     let waiter = Arc::downgrade(&waits);
     let made = blocking(whole, move || {
@@ -304,206 +304,15 @@ pub(crate) async fn make_looks(
             }
         };
         make(&root, number, |into| {
-            let inodes = layer::looks(&layers, into, go_on)?;
-            Ok((inodes > 0).then(|| Unpacked {
+            let inodes = layer::make_directory_layer(&layers, into, go_on)?;
+            Ok((inodes > 0).then(|| UnpackSummary {
                 bytes: inodes.saturating_mul(4096),
                 inodes,
-                ..Unpacked::default()
+                ..UnpackSummary::default()
             }))
         })
     });
     let made = made.await;
     drop(waits);
     made.map_err(|error| ImageError::from(error).context(what))
-}
-
-/// Lets `fill` make a layer in `ingest/NUMBER/fs`, and moves the layer to its place. `None`: `fill`
-/// made no layer.
-fn make(
-    root: &Path,
-    number: u64,
-    fill: impl FnOnce(&Path) -> Result<Option<Unpacked>, LayerError>,
-) -> Result<Option<Placed>, LayerError> {
-    let ingest = root.join("ingest").join(number.to_string());
-    let fail = |what: &str, error: io::Error| LayerError::System {
-        what: format!("{what} {}", ingest.display()),
-        errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
-    };
-    std::fs::create_dir(&ingest).map_err(|error| fail("make the directory", error))?;
-    let result = fill(&ingest.join("fs")).and_then(|unpacked| {
-        let Some(unpacked) = unpacked else {
-            return Ok(None);
-        };
-        let path = directory(root, number);
-        std::fs::rename(&ingest, &path).map_err(|error| fail("move the layer from", error))?;
-        Ok(Some(Placed {
-            path: Some(path),
-            number,
-            unpacked,
-        }))
-    });
-    if !matches!(result, Ok(Some(_))) {
-        remove(&ingest);
-    }
-    result
-}
-
-/// A layer in its place that belongs to nobody yet; it goes when it is dropped.
-pub(crate) struct Placed {
-    path: Option<PathBuf>,
-    number: u64,
-    unpacked: Unpacked,
-}
-
-impl Placed {
-    pub(crate) fn keep(mut self) -> Layer {
-        self.path = None;
-        Layer {
-            number: self.number,
-            bytes: self.unpacked.bytes,
-            inodes: self.unpacked.inodes,
-            opaque_root: self.unpacked.opaque_root,
-            unlisted: self.unpacked.unlisted > 0,
-        }
-    }
-}
-
-impl Drop for Placed {
-    fn drop(&mut self) {
-        if let Some(path) = self.path.take() {
-            // It may be dropped where nothing must block.
-            let removal = std::thread::Builder::new().spawn(move || remove(&path));
-            if let Err(error) = removal {
-                log::warn!("start a thread to remove a layer: {error}");
-            }
-        }
-    }
-}
-
-/// Removes a directory that nobody names; what can't be removed now is at the next start.
-pub(crate) fn remove(path: &Path) {
-    if let Err(error) = layer::remove_path(path) {
-        log::warn!("remove {}: {}", path.display(), io::Error::from(error));
-    }
-}
-
-/// A blob as it comes: first what was kept of it, then what the network brings, kept as well.
-struct Arriving {
-    chunks: mpsc::Receiver<Bytes>,
-    current: Bytes,
-    /// Held while there are bytes to unpack.
-    turn: Turn,
-    partial: Option<Partial>,
-    /// Bytes that an earlier try left.
-    replay: u64,
-    replayed: u64,
-    /// Bytes from the network.
-    came: u64,
-    /// The network has no more.
-    ended: bool,
-}
-
-impl Arriving {
-    fn new(chunks: mpsc::Receiver<Bytes>, turn: Turn, partial: Option<Partial>) -> Self {
-        Arriving {
-            chunks,
-            current: Bytes::new(),
-            turn,
-            replay: partial.as_ref().map_or(0, Partial::length),
-            partial,
-            replayed: 0,
-            came: 0,
-            ended: false,
-        }
-    }
-
-    /// Keeps the bytes that have arrived, if the only error is that the rest has not. A large blob
-    /// is kept for a later pull. A blob of any size is kept if the fetch gave its slot away.
-    fn end(self, error: Option<&LayerError>, size: u64, gave_way: bool) {
-        let broke_off = self.ended && self.replay + self.came < size;
-        let ours = matches!(
-            error,
-            Some(LayerError::System { .. } | LayerError::Bound(_))
-        );
-        let worth = gave_way || size >= partial::WORTH_KEEPING;
-        let keep = error.is_some() && broke_off && !ours && worth;
-        if let Some(partial) = self
-            .partial
-            .filter(|partial| !keep || partial.length() == 0)
-        {
-            partial.remove();
-        }
-    }
-
-    fn keep(&mut self) {
-        self.came += self.current.len() as u64;
-        if let Some(partial) = &mut self.partial
-            && let Err(error) = partial.append(&self.current)
-        {
-            // The layer itself may still find room.
-            log::warn!("keep what has come of a layer: {error}");
-            if let Some(partial) = self.partial.take() {
-                partial.remove();
-            }
-        }
-    }
-}
-
-impl Read for Arriving {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.replayed < self.replay
-            && let Some(partial) = &self.partial
-        {
-            self.turn.take();
-            let left = usize::try_from(self.replay - self.replayed).unwrap_or(usize::MAX);
-            let most = left.min(buffer.len());
-            let count = partial.read_at(&mut buffer[..most], self.replayed)?;
-            self.replayed += count as u64;
-            return Ok(count);
-        }
-        while self.current.is_empty() {
-            let chunk = match self.chunks.try_recv() {
-                Ok(chunk) => Some(chunk),
-                Err(TryRecvError::Disconnected) => None,
-                Err(TryRecvError::Empty) => {
-                    self.turn.give_back();
-                    self.chunks.blocking_recv()
-                }
-            };
-            self.turn.take();
-            match chunk {
-                Some(chunk) => {
-                    self.current = chunk;
-                    self.keep();
-                }
-                None => {
-                    self.ended = true;
-                    return Ok(0);
-                }
-            }
-        }
-        let count = buffer.len().min(self.current.len());
-        self.current.copy_to_slice(&mut buffer[..count]);
-        Ok(count)
-    }
-}
-
-impl From<LayerError> for ImageError {
-    fn from(error: LayerError) -> Self {
-        let kind = match &error {
-            LayerError::Stream(error) if error.kind() == io::ErrorKind::Unsupported => {
-                Kind::Unimplemented
-            }
-            LayerError::Stream(_) | LayerError::Malformed(_) | LayerError::Digest(_) => {
-                Kind::DataLoss
-            }
-            LayerError::Bound(_) => Kind::ResourceExhausted,
-            LayerError::System {
-                errno: Errno::NOSPC | Errno::DQUOT | Errno::FBIG,
-                ..
-            } => Kind::ResourceExhausted,
-            LayerError::System { .. } => Kind::Internal,
-        };
-        ImageError::new(kind, error.to_string())
-    }
 }

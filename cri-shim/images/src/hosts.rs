@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use self::file::Settings;
-use super::error::{ImageError, Kind};
-use super::lock;
+use self::file::HostSettings;
+use crate::error::{ImageError, Kind};
+use rrun_calls::lock::lock;
 use rrun_kernel::errno::describe;
 
 /// How long a connection may take to come about where no `dial_timeout` says otherwise.
@@ -24,13 +24,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const FILE_BYTES: u64 = 1 << 20;
 
 /// The most warnings that are remembered, not to be given twice.
-const TOLD: usize = 1000;
+const MAX_WARNINGS: usize = 1000;
 
 /// The tree of `HOST/hosts.toml` files. Clones share what they have warned of.
 #[derive(Clone, Debug)]
 pub struct Registries {
     dir: PathBuf,
-    told: Arc<Mutex<BTreeSet<String>>>,
+    warned: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// One place that answers for a registry.
@@ -61,7 +61,7 @@ impl Registries {
     pub fn new(dir: &Path) -> Self {
         Registries {
             dir: dir.to_owned(),
-            told: Arc::default(),
+            warned: Arc::default(),
         }
     }
 
@@ -82,7 +82,7 @@ impl Registries {
     /// Whether a file of those can be understood; the log tells what of it is not known. Blocks
     /// on the disk.
     pub fn check(&self, file: &Path) -> Result<(), ImageError> {
-        lock(&self.told).clear();
+        lock(&self.warned).clear();
         self.endpoints(&registry_of(file)).map(drop)
     }
 
@@ -112,12 +112,12 @@ impl Registries {
     fn warn(&self, path: &Path, unknown: Vec<String>) {
         for what in unknown {
             let what = format!("{}, {what}", path.display());
-            let mut told = lock(&self.told);
-            if told.len() > TOLD {
-                told.clear();
+            let mut warned = lock(&self.warned);
+            if warned.len() > MAX_WARNINGS {
+                warned.clear();
             }
-            if told.insert(what.clone()) {
-                drop(told);
+            if warned.insert(what.clone()) {
+                drop(warned);
                 log::warn!("the registry configuration {what}");
             }
         }
@@ -220,7 +220,7 @@ fn parse(
     Ok((endpoints, file.unknown))
 }
 
-fn endpoint(registry: &str, url: &str, settings: Settings) -> Result<Endpoint, String> {
+fn endpoint(registry: &str, url: &str, settings: HostSettings) -> Result<Endpoint, String> {
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
         Some(_) => return Err("is neither http:// nor https://".to_owned()),

@@ -1,5 +1,5 @@
-//! Which of our certificates a registry is shown that asks for one (RFC 8446, 4.3.2): hosts.toml may
-//! name several.
+//! Which of our certificates a registry is shown that asks for one (RFC 8446, 4.3.2): hosts.toml
+//! may name several.
 
 use std::sync::Arc;
 
@@ -54,15 +54,15 @@ impl Identity {
 
 /// The certificates that may be shown, in the order of hosts.toml.
 #[derive(Debug)]
-pub(crate) struct Choice(Vec<Identity>);
+pub(crate) struct ClientCertificates(Vec<Identity>);
 
-impl Choice {
+impl ClientCertificates {
     pub(crate) fn of(identities: Vec<Identity>) -> Self {
-        Choice(identities)
+        ClientCertificates(identities)
     }
 }
 
-impl ResolvesClientCert for Choice {
+impl ResolvesClientCert for ClientCertificates {
     /// The first one that an authority vouches for whom the server names, else the first: a server
     /// need not name all whom it trusts.
     fn resolve(&self, named: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
@@ -85,13 +85,13 @@ impl ResolvesClientCert for Choice {
 
 /// TLS that shows one of `ours`, and trusts `authorities` and the system's, or everybody.
 pub(crate) fn tls(
-    ours: Choice,
+    ours: ClientCertificates,
     authorities: Vec<CertificateDer<'static>>,
     skip_verify: bool,
 ) -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = if skip_verify {
-        Arc::new(Everybody(Arc::clone(&provider)))
+        Arc::new(AnyServer(Arc::clone(&provider)))
     } else {
         let provider = Arc::clone(&provider);
         Arc::new(rustls_platform_verifier::Verifier::new_with_extra_roots(
@@ -110,9 +110,9 @@ pub(crate) fn tls(
 
 /// `skip_verify`: any certificate will do. That its holder has the key is still made sure of.
 #[derive(Debug)]
-struct Everybody(Arc<CryptoProvider>);
+struct AnyServer(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Everybody {
+impl ServerCertVerifier for AnyServer {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

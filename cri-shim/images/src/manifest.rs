@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::error::{ImageError, Kind};
-use super::record::ImageConfig;
-use super::reference::is_digest;
-use crate::layer::Promise;
+use crate::error::{ImageError, Kind};
+use crate::layer::LayerDescriptor;
+use crate::record::ImageConfig;
+use crate::reference::is_digest;
 
-/// What is asked for under a tag or a digest.
+/// The media types that are accepted for a tag or a digest.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, \
@@ -20,7 +20,7 @@ pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 
 /// overlayfs takes 500 lower directories, and rrun-cri adds two: the mount points at the bottom,
 /// and at the top the layer that sets the owner and mode of directories.
-const LAYERS: usize = 498;
+const MAX_LAYERS: usize = 498;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -89,7 +89,7 @@ pub(crate) enum Document {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Raw {
+struct RawManifest {
     schema_version: Option<u32>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -102,7 +102,7 @@ fn broken(what: impl Into<String>) -> ImageError {
 
 /// Reads a manifest or an index by its content, for media types are often wrong.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
-    let raw: Raw = serde_json::from_slice(bytes)
+    let raw: RawManifest = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("the manifest can't be read: {error}")))?;
     if raw.schema_version == Some(1) {
         return Err(ImageError::new(
@@ -113,14 +113,14 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
     match raw {
         // Who read it as the one would run something else than who read it as the other
         // (CVE-2021-41190).
-        Raw {
+        RawManifest {
             manifests: Some(_),
             layers: Some(_),
             ..
         } => Err(broken(
             "the manifest claims to be both an image and an index of images",
         )),
-        Raw {
+        RawManifest {
             config: Some(config),
             layers: Some(layers),
             ..
@@ -131,9 +131,9 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
                     "the image has a foreign layer, which is not in its registry: such layers are those of Windows, and not for linux",
                 ));
             }
-            if layers.len() > LAYERS {
+            if layers.len() > MAX_LAYERS {
                 return Err(broken(format!(
-                    "the image has {} layers, of which overlayfs takes {LAYERS}",
+                    "the image has {} layers, of which overlayfs takes {MAX_LAYERS}",
                     layers.len()
                 )));
             }
@@ -142,7 +142,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
             }
             Ok(Document::Image(Manifest { config, layers }))
         }
-        Raw {
+        RawManifest {
             manifests: Some(manifests),
             ..
         } => choose(&manifests, &Machine::this()).map(Document::Index),
@@ -238,7 +238,7 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
         .or_else(|| machine.variants.iter().find_map(of_variant))
         .or_else(|| of(machine.compatible).max_by_key(|(_, variant)| *variant))
         .map(|(descriptor, _)| descriptor)
-        // An index of one image that nobody told the platform of.
+        // An index of one image, without a platform.
         .or(match manifests {
             [only] if only.platform.is_none() => Some(only),
             _ => None,
@@ -257,7 +257,7 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
 
 /// An image layout's index.json: each image, with the name that the layout gives it.
 pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
-    let raw: Raw = serde_json::from_slice(bytes)
+    let raw: RawManifest = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("its index.json can't be read: {error}")))?;
     let manifests = raw.manifests.unwrap_or_default();
     for descriptor in &manifests {
@@ -339,10 +339,10 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
 }
 
 /// Brings the manifest's layers and the configuration's diff IDs together.
-pub(crate) fn promises(
+pub(crate) fn layer_descriptors(
     manifest: &Manifest,
     diff_ids: &[String],
-) -> Result<Vec<Promise>, ImageError> {
+) -> Result<Vec<LayerDescriptor>, ImageError> {
     if manifest.layers.len() != diff_ids.len() {
         return Err(broken(format!(
             "the manifest has {} layers and the configuration {}: the image was built wrongly, or is none that can be run",
@@ -354,7 +354,7 @@ pub(crate) fn promises(
         .layers
         .iter()
         .zip(diff_ids)
-        .map(|(layer, diff_id)| Promise {
+        .map(|(layer, diff_id)| LayerDescriptor {
             digest: layer.digest.clone(),
             size: layer.size,
             diff_id: diff_id.clone(),

@@ -8,31 +8,25 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::error::{ImageError, Kind};
-use super::lock;
-use super::registry::Failure;
-use super::slots::Slot;
+use crate::error::{ImageError, Kind};
+use crate::failure::RequestFailure;
+use crate::limits::MinRate;
+use crate::slots::Slot;
+use rrun_calls::lock::lock;
 
 /// How often a wait is checked.
-const TICK: Duration = Duration::from_millis(500);
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// An answer stands still if fewer than [`STILL_BYTES`] arrive within this time.
-const STILL: Duration = Duration::from_secs(10);
-const STILL_BYTES: u64 = 512;
+/// An answer stands still if fewer than [`STALL_BYTES`] arrive within this time.
+const STALL_TIME: Duration = Duration::from_secs(10);
+const STALL_BYTES: u64 = 512;
 
 /// The same before the first byte, since a slow line makes DNS, TCP and TLS slow as well.
-const STILL_BEFORE: Duration = Duration::from_secs(20);
-
-/// The least rate of an answer: `rate` bytes a second, on the average of `over`. 0 allows any rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Least {
-    pub rate: u64,
-    pub over: Duration,
-}
+const HEAD_STALL_TIME: Duration = Duration::from_secs(20);
 
 /// Watches the answers that bring one layer or document.
-pub(crate) struct Watch {
-    least: Least,
+pub(crate) struct RateWatch {
+    min_rate: MinRate,
     /// The slot of a layer; documents are small and need none.
     slot: Option<Arc<Slot>>,
     pace: Mutex<Pace>,
@@ -47,7 +41,7 @@ struct Pace {
     lately_waited: Duration,
     lately_came: u64,
     still: bool,
-    asked: Option<Instant>,
+    checked: Option<Instant>,
 }
 
 /// The purpose of a wait.
@@ -58,10 +52,10 @@ pub(crate) enum Phase {
     Body,
 }
 
-impl Watch {
-    pub(crate) fn new(least: Least, slot: Option<Arc<Slot>>) -> Self {
-        Watch {
-            least,
+impl RateWatch {
+    pub(crate) fn new(min_rate: MinRate, slot: Option<Arc<Slot>>) -> Self {
+        RateWatch {
+            min_rate,
             slot,
             pace: Mutex::default(),
         }
@@ -73,14 +67,14 @@ impl Watch {
         &self,
         phase: Phase,
         work: impl Future<Output = T>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, RequestFailure> {
         let mut work = pin!(work);
         loop {
             let begun = Instant::now();
             let done = tokio::select! {
                 biased;
                 done = &mut work => Some(done),
-                () = tokio::time::sleep(TICK) => None,
+                () = tokio::time::sleep(CHECK_INTERVAL) => None,
             };
             self.add(phase, begun.elapsed(), 0);
             match done {
@@ -91,7 +85,7 @@ impl Watch {
     }
 
     /// Counts bytes of an answer that have arrived.
-    pub(crate) fn came(&self, bytes: u64) -> Result<(), Failure> {
+    pub(crate) fn came(&self, bytes: u64) -> Result<(), RequestFailure> {
         if let Some(slot) = &self.slot {
             slot.came(bytes);
         }
@@ -100,7 +94,7 @@ impl Watch {
     }
 
     /// Notes that the answer comes from `host`. Fails if too many layers come from there already.
-    pub(crate) fn comes_from(&self, host: &str) -> Result<(), Failure> {
+    pub(crate) fn comes_from(&self, host: &str) -> Result<(), RequestFailure> {
         match &self.slot {
             Some(slot) if !slot.moves_to(host) => {
                 let why =
@@ -126,10 +120,10 @@ impl Watch {
         pace.lately_came += came;
     }
 
-    fn check(&self, phase: Phase) -> Result<(), Failure> {
+    fn check(&self, phase: Phase) -> Result<(), RequestFailure> {
         let still = {
             let mut pace = lock(&self.pace);
-            let Least { rate, over } = self.least;
+            let MinRate { rate, over } = self.min_rate;
             if rate > 0 && pace.waited >= over {
                 let seconds = pace.waited.as_secs();
                 if pace.came < rate.saturating_mul(seconds) {
@@ -137,22 +131,22 @@ impl Watch {
                 }
                 (pace.waited, pace.came) = (Duration::ZERO, 0);
             }
-            let patience = match phase {
-                Phase::Head => STILL_BEFORE,
-                Phase::Body => STILL,
+            let stall_time = match phase {
+                Phase::Head => HEAD_STALL_TIME,
+                Phase::Body => STALL_TIME,
             };
-            if pace.lately_came >= STILL_BYTES || pace.lately_waited >= patience {
-                pace.still = pace.lately_came < STILL_BYTES;
+            if pace.lately_came >= STALL_BYTES || pace.lately_waited >= stall_time {
+                pace.still = pace.lately_came < STALL_BYTES;
                 (pace.lately_waited, pace.lately_came) = (Duration::ZERO, 0);
             }
             let now = Instant::now();
             if pace
-                .asked
-                .is_some_and(|then| now.duration_since(then) < TICK)
+                .checked
+                .is_some_and(|then| now.duration_since(then) < CHECK_INTERVAL)
             {
                 return Ok(());
             }
-            pace.asked = Some(now);
+            pace.checked = Some(now);
             pace.still
         };
         match &self.slot {
@@ -162,17 +156,17 @@ impl Watch {
     }
 }
 
-fn too_slow(came: u64, seconds: u64, least: u64) -> Failure {
+fn too_slow(came: u64, seconds: u64, least: u64) -> RequestFailure {
     let what = format!(
         "{came} bytes came in {seconds} s, where image.least_rate wants {least} bytes a second"
     );
-    Failure {
+    RequestFailure {
         slow: true,
         ..ImageError::new(Kind::Unavailable, what).into()
     }
 }
 
-fn gave_way(still: bool) -> Failure {
+fn gave_way(still: bool) -> RequestFailure {
     let why = if still {
         "almost no bytes arrive, and another image waits"
     } else {
@@ -185,12 +179,12 @@ fn gave_way(still: bool) -> Failure {
 mod tests {
     use super::*;
 
-    fn watch(rate: u64, seconds: u64) -> Watch {
+    fn watch(rate: u64, seconds: u64) -> RateWatch {
         let over = Duration::from_secs(seconds);
-        Watch::new(Least { rate, over }, None)
+        RateWatch::new(MinRate { rate, over }, None)
     }
 
-    fn after(watch: &Watch, phase: Phase, seconds: u64, bytes: u64) -> Result<(), String> {
+    fn after(watch: &RateWatch, phase: Phase, seconds: u64, bytes: u64) -> Result<(), String> {
         watch.add(phase, Duration::from_secs(seconds), bytes);
         watch
             .check(phase)

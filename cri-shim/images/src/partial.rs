@@ -14,18 +14,18 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 
 /// Smaller blobs are not kept for a later pull: to fetch them again costs less.
-pub(crate) const WORTH_KEEPING: u64 = 4 << 20;
+pub(crate) const MIN_KEPT_BYTES: u64 = 4 << 20;
 
 /// Smaller blobs are not kept even for the next turn of the same pull.
-const SMALL: u64 = 64 << 10;
+const MIN_PIECE_BYTES: u64 = 64 << 10;
 
 /// How long after its last byte a partial blob is kept.
-pub(crate) const KEPT: Duration = Duration::from_secs(3600);
+pub(crate) const PARTIAL_LIFETIME: Duration = Duration::from_secs(3600);
 
 const SUFFIX: &str = ".partial";
 
 /// The suffix for a blob that is kept neither for a later pull nor over a restart.
-const SUFFIX_OF_SMALL: &str = ".piece";
+const PIECE_SUFFIX: &str = ".piece";
 
 /// The beginning of one blob. Locked: two that fetch the same bytes don't write to one file.
 pub(crate) struct Partial {
@@ -36,8 +36,8 @@ pub(crate) struct Partial {
 
 fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
     let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-    let suffix = if size < WORTH_KEEPING {
-        SUFFIX_OF_SMALL
+    let suffix = if size < MIN_KEPT_BYTES {
+        PIECE_SUFFIX
     } else {
         SUFFIX
     };
@@ -48,7 +48,7 @@ impl Partial {
     /// Opens what there is of the blob, or begins; `None` if it is not worth it or can't be done,
     /// and the blob is fetched as a whole. Blocks on the disk.
     pub(crate) fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
-        if size < SMALL {
+        if size < MIN_PIECE_BYTES {
             return None;
         }
         let path = path_of(root, digest, size);
@@ -102,20 +102,20 @@ pub(crate) fn discard(root: &Path, digest: &str, size: u64) {
 }
 
 /// Removes, when it is dropped, the file of a blob that is not kept for a later pull.
-pub(crate) struct Forgotten<'a> {
+pub(crate) struct DiscardOnDrop<'a> {
     root: &'a Path,
     digest: &'a str,
     size: u64,
 }
 
-impl<'a> Forgotten<'a> {
-    pub(crate) fn at_the_end(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
+impl<'a> DiscardOnDrop<'a> {
+    pub(crate) fn of_small(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
         // `then_some` would make the value in any case, and drop it: that removes the file.
-        (size < WORTH_KEEPING).then(|| Forgotten { root, digest, size })
+        (size < MIN_KEPT_BYTES).then(|| DiscardOnDrop { root, digest, size })
     }
 }
 
-impl Drop for Forgotten<'_> {
+impl Drop for DiscardOnDrop<'_> {
     fn drop(&mut self) {
         discard(self.root, self.digest, self.size);
     }
@@ -133,7 +133,7 @@ pub(crate) fn is_fresh(path: &Path) -> bool {
         .and_then(|metadata| metadata.modified().ok())
         .map(|modified| SystemTime::now().duration_since(modified));
     // One from the future is of a clock that was set: fresh.
-    named && age.is_some_and(|age| age.map_or(true, |age| age < KEPT))
+    named && age.is_some_and(|age| age.map_or(true, |age| age < PARTIAL_LIFETIME))
 }
 
 /// Removes the partial blobs that nobody came back for. Blocks on the disk.
@@ -159,26 +159,26 @@ mod tests {
     fn a_partial_blob_is_found_again_and_never_longer_than_the_blob() -> io::Result<()> {
         let root = std::env::temp_dir().join(format!("rrun-partial-{}", std::process::id()));
         std::fs::create_dir_all(root.join("ingest"))?;
-        assert!(Partial::open(&root, DIGEST, SMALL - 1).is_none());
-        let mut first = Partial::open(&root, DIGEST, WORTH_KEEPING).ok_or(io::ErrorKind::Other)?;
+        assert!(Partial::open(&root, DIGEST, MIN_PIECE_BYTES - 1).is_none());
+        let mut first = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
         first.append(b"one")?;
         assert!(
-            Partial::open(&root, DIGEST, WORTH_KEEPING).is_none(),
+            Partial::open(&root, DIGEST, MIN_KEPT_BYTES).is_none(),
             "two write to one file"
         );
         drop(first);
-        let again = Partial::open(&root, DIGEST, WORTH_KEEPING).ok_or(io::ErrorKind::Other)?;
+        let again = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 3);
-        again.file.set_len(WORTH_KEEPING + 1)?;
+        again.file.set_len(MIN_KEPT_BYTES + 1)?;
         drop(again);
-        let again = Partial::open(&root, DIGEST, WORTH_KEEPING).ok_or(io::ErrorKind::Other)?;
+        let again = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 0);
-        assert!(is_fresh(&path_of(&root, DIGEST, WORTH_KEEPING)));
+        assert!(is_fresh(&path_of(&root, DIGEST, MIN_KEPT_BYTES)));
         sweep(&root);
-        let long_ago = SystemTime::now() - KEPT;
+        let long_ago = SystemTime::now() - PARTIAL_LIFETIME;
         again.file.set_modified(long_ago)?;
         sweep(&root);
-        assert!(!path_of(&root, DIGEST, WORTH_KEEPING).exists());
+        assert!(!path_of(&root, DIGEST, MIN_KEPT_BYTES).exists());
         std::fs::remove_dir_all(&root)
     }
 }

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::record::Image;
-use super::reference::Name;
+use crate::record::Image;
+use crate::reference::Name;
 
 /// Patterns of names. Kubelet asks which images are pinned and spares those; who removes one by
 /// its name means it, as with containerd and CRI-O.

@@ -8,16 +8,19 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::archive::{Archive, Saved};
-use super::error::{ImageError, Kind};
-use super::fetch::Origin;
-use super::reference::Name;
-use super::{Images, Inner, lock, pull};
+use crate::archive::{ArchivedImage, ImageArchive};
+use crate::error::{ImageError, Kind};
+use crate::fetch::Origin;
+use crate::image_store::ImageStore;
+use crate::images::{Images, failed};
+use crate::install::install;
+use crate::reference::Name;
+use rrun_calls::lock::lock;
 use rrun_store::{Change, Table};
 
 /// What is remembered of an archive, so that it need not be read again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Imported {
+struct ImportRecord {
     length: u64,
     /// The last change of its content or attributes, in nanoseconds since 1970.
     changed: i128,
@@ -26,13 +29,13 @@ struct Imported {
     images: Vec<(String, Vec<String>)>,
 }
 
-impl Imported {
+impl ImportRecord {
     fn of(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::metadata(path)?;
         if !metadata.is_file() {
             return Err(io::Error::other("it is no file"));
         }
-        Ok(Imported {
+        Ok(ImportRecord {
             length: metadata.len(),
             changed: i128::from(metadata.ctime()) * 1_000_000_000
                 + i128::from(metadata.ctime_nsec()),
@@ -41,19 +44,19 @@ impl Imported {
         })
     }
 
-    fn is_of(&self, other: &Imported) -> bool {
+    fn is_of(&self, other: &ImportRecord) -> bool {
         (self.length, self.changed, self.inode) == (other.length, other.changed, other.inode)
     }
 }
 
 impl Images {
     /// Imports the archives in `ROOT/preload` whose images are not here yet. What can't be
-    /// imported is told in one line of the log, and stops nothing else. One call at a time: a
+    /// imported gets one line in the log, and stops nothing else. One call at a time: a
     /// second one waits.
     pub async fn preload(&self) {
-        let inner = &self.inner;
-        let _one = inner.preloading.lock().await;
-        let root = inner.root.clone();
+        let store = &self.store;
+        let _one = store.preloading.lock().await;
+        let root = store.root.clone();
         let listed = tokio::task::spawn_blocking(move || archives(&root)).await;
         let archives = match listed {
             Ok(Ok(archives)) => archives,
@@ -69,7 +72,7 @@ impl Images {
         if archives.is_empty() {
             return;
         }
-        let known = match inner.store.load::<Imported>(Table::PRELOADS) {
+        let known = match store.records.load::<ImportRecord>(Table::PRELOADS) {
             Ok(known) => known.into_iter().collect(),
             Err(error) => {
                 log::error!("preload: {error}");
@@ -82,7 +85,7 @@ impl Images {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned();
-            if let Err(error) = import(inner, &path, &name, known.get(&name)).await {
+            if let Err(error) = import(store, &path, &name, known.get(&name)).await {
                 log::warn!("preload {}: {error}", path.display());
             }
         }
@@ -94,7 +97,7 @@ fn archives(root: &Path) -> Result<Vec<PathBuf>, ImageError> {
     let dir = root.join("preload");
     let entries = match std::fs::read_dir(&dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(|error| super::failed("read", &dir, &error))?,
+        other => other.map_err(|error| failed("read", &dir, &error))?,
     };
     let is_archive = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -111,21 +114,21 @@ fn archives(root: &Path) -> Result<Vec<PathBuf>, ImageError> {
 }
 
 async fn import(
-    inner: &Arc<Inner>,
+    store: &Arc<ImageStore>,
     path: &Path,
     name: &str,
-    known: Option<&Imported>,
+    known: Option<&ImportRecord>,
 ) -> Result<(), ImageError> {
-    let mut now = Imported::of(path)
+    let mut now = ImportRecord::of(path)
         .map_err(|error| ImageError::new(Kind::DataLoss, format!("it can't be read: {error}")))?;
-    if known.is_some_and(|known| known.is_of(&now) && is_here(inner, known)) {
+    if known.is_some_and(|known| known.is_of(&now) && is_here(store, known)) {
         log::debug!("preload {}: is here already", path.display());
         return Ok(());
     }
-    let (archive, scratch) = (path.to_owned(), inner.root.join("ingest"));
-    let most = inner.limits.layer_bytes;
+    let (archive, scratch) = (path.to_owned(), store.root.join("ingest"));
+    let most = store.settings.layer_bytes;
     let opened = tokio::task::spawn_blocking(move || {
-        let mut archive = Archive::open(&archive, &scratch, most)?;
+        let mut archive = ImageArchive::open(&archive, &scratch, most)?;
         let images = archive.images()?;
         Ok::<_, ImageError>((archive, images))
     });
@@ -133,26 +136,26 @@ async fn import(
         .await
         .map_err(|error| ImageError::new(Kind::Internal, format!("read it: {error}")))??;
     let origin = Arc::new(Origin::Archive(archive));
-    for Saved {
+    for ArchivedImage {
         names,
         digest,
-        found,
+        image,
     } in images
     {
-        let told = path.display().to_string();
-        let image = pull::bring(
-            inner,
+        let log_name = path.display().to_string();
+        let image = install(
+            store,
             &origin,
-            found,
+            image,
             &names,
             digest.as_deref(),
-            &told,
+            &log_name,
             None,
         )
         .await?;
         let names: Vec<String> = names.iter().map(Name::canonical).collect();
         log::info!(
-            "preload {told}: image {} as {}",
+            "preload {log_name}: image {} as {}",
             image.id,
             if names.is_empty() {
                 "nothing, the archive has no name for it".to_owned()
@@ -163,13 +166,13 @@ async fn import(
         now.images.push((image.id.clone(), names));
     }
     let change = Change::put(Table::PRELOADS, name, &now)?;
-    Ok(inner.store.commit(vec![change]).await?)
+    Ok(store.records.commit(vec![change]).await?)
 }
 
 /// Whether every image of an archive is here under the names that it brought. A name that was
 /// moved to another image since then stays where it is.
-fn is_here(inner: &Inner, known: &Imported) -> bool {
-    let catalog = lock(&inner.catalog);
+fn is_here(store: &ImageStore, known: &ImportRecord) -> bool {
+    let catalog = lock(&store.catalog);
     known.images.iter().all(|(id, names)| {
         catalog.image(id).is_some() && names.iter().all(|name| catalog.find(name).is_some())
     })

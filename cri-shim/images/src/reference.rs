@@ -1,10 +1,10 @@
 //! Names of images, as Docker normalises them.
 
-use super::error::{ImageError, Kind};
+use crate::error::{ImageError, Kind};
 
 /// What a reference points to inside its repository.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Target {
+pub(crate) enum Target {
     Tag(String),
     /// `sha256:…`
     Digest(String),
@@ -15,9 +15,9 @@ pub enum Target {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Name {
     /// Host, with a port if one was given.
-    pub registry: String,
-    pub repository: String,
-    pub target: Target,
+    pub(crate) registry: String,
+    pub(crate) repository: String,
+    pub(crate) target: Target,
 }
 
 /// The most bytes of a repository's name, and of a tag (distribution's reference.go).
@@ -96,7 +96,7 @@ impl Name {
     }
 
     /// The digest reference of the same repository.
-    pub fn with_digest(&self, digest: &str) -> String {
+    pub(crate) fn with_digest(&self, digest: &str) -> String {
         format!("{}/{}@{digest}", self.registry, self.repository)
     }
 }

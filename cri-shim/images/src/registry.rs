@@ -3,7 +3,7 @@
 //! Everything that comes from there is a stranger's: every document is bounded, no text of it
 //! reaches a log but shortened and cleaned, and no token or password does.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -13,79 +13,52 @@ use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
     RETRY_AFTER, WWW_AUTHENTICATE,
 };
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
-use super::auth::Credential;
-use super::challenge::{self, Challenge};
-use super::client;
-use super::error::{ImageError, Kind};
-use super::hosts::Endpoint;
-use super::lock;
-use super::pace::{Least, Phase, Watch};
+use crate::auth::Credential;
+use crate::challenge::{self, Challenge};
+use crate::client;
+use crate::error::{ImageError, Kind};
+use crate::failure::{RequestFailure, cause, clean};
+use crate::hosts::Endpoint;
+use crate::limits::{MinRate, RegistryLimits};
+use crate::manifest;
+use crate::pace::{Phase, RateWatch};
+use rrun_calls::lock::lock;
 
 /// Redirections that are followed for one answer.
-const REDIRECTIONS: usize = 10;
+const MAX_REDIRECTIONS: usize = 10;
 
 /// The most bytes of a token server's answer, and of a failure's explanation.
 const TOKEN_BYTES: u64 = 1 << 20;
 const EXPLANATION_BYTES: u64 = 16 << 10;
 
 /// How long an explanation may take to arrive.
-const EXPLANATION_TIME: Duration = Duration::from_secs(5);
+const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The longest that a registry may ask us to wait.
-const RETRY_AFTER_MOST: Duration = Duration::from_secs(10);
-
-/// Why a request failed, and whether the same may succeed later.
-#[derive(Debug)]
-pub(crate) struct Failure {
-    pub error: ImageError,
-    pub retry: bool,
-    /// What the registry asks for by `Retry-After`, bounded.
-    pub wait: Option<Duration>,
-    /// The endpoint is too slow to be used again.
-    pub slow: bool,
-}
-
-impl From<ImageError> for Failure {
-    fn from(error: ImageError) -> Self {
-        Failure {
-            error,
-            retry: false,
-            wait: None,
-            slow: false,
-        }
-    }
-}
-
-/// How long rrun-cri waits for a registry.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
-    /// How long a registry may send no byte.
-    pub silence: Duration,
-    pub least: Least,
-}
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
 
 /// How long is waited: for a connection, and for the next bytes of it.
 #[derive(Clone, Copy)]
-struct Waits {
+struct Timeouts {
     connect: Duration,
     silence: Duration,
 }
 
-/// One repository at one endpoint, for the time of one pull.
+/// ErrorEntry repository at one endpoint, for the time of one pull.
 pub(crate) struct Registry {
     client: Client,
     /// For other servers that the registry sends us to: without the certificate that says who we
     /// are.
     elsewhere: Client,
-    waits: Waits,
-    least: Least,
+    timeouts: Timeouts,
+    min_rate: MinRate,
     /// The reason why this endpoint is not used any more.
-    slowness: std::sync::Mutex<Option<ImageError>>,
+    slowness: Mutex<Option<ImageError>>,
     /// The host that the registry last redirected a request to, if it did.
-    sends_to: std::sync::Mutex<Option<String>>,
+    sends_to: Mutex<Option<String>>,
     endpoint: Endpoint,
     repository: String,
     /// The registry that a mirror is to answer for.
@@ -93,7 +66,7 @@ pub(crate) struct Registry {
     headers: HeaderMap,
     credential: Option<Credential>,
     /// What was last accepted; found out at the first challenge.
-    authorization: std::sync::Mutex<Option<HeaderValue>>,
+    authorization: Mutex<Option<HeaderValue>>,
 }
 
 impl Registry {
@@ -103,9 +76,9 @@ impl Registry {
         registry: &str,
         repository: &str,
         credential: Option<Credential>,
-        patience: Patience,
+        limits: RegistryLimits,
     ) -> Result<Self, ImageError> {
-        let silence = patience.silence;
+        let silence = limits.silence;
         // Who installed one before us chose the same or knew better.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let refuse = |what: String| ImageError::new(Kind::InvalidArgument, what);
@@ -140,19 +113,19 @@ impl Registry {
         Ok(Registry {
             client,
             elsewhere,
-            waits: Waits {
+            timeouts: Timeouts {
                 connect: endpoint.dial_timeout,
                 silence,
             },
-            least: patience.least,
-            slowness: std::sync::Mutex::default(),
-            sends_to: std::sync::Mutex::default(),
+            min_rate: limits.min_rate,
+            slowness: Mutex::default(),
+            sends_to: Mutex::default(),
             namespace: endpoint.mirror.then(|| registry.to_owned()),
             endpoint,
             repository: repository.to_owned(),
             headers,
             credential,
-            authorization: std::sync::Mutex::new(authorization),
+            authorization: Mutex::new(authorization),
         })
     }
 
@@ -161,13 +134,11 @@ impl Registry {
     }
 
     /// A manifest by tag or digest.
-    pub(crate) async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, Failure> {
+    pub(crate) async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, RequestFailure> {
         let url = self.url("manifests", target)?;
         let watch = self.watch();
-        let response = self
-            .get(url, Some(super::manifest::ACCEPT), 0, &watch)
-            .await?;
-        bounded(response, most, "the manifest", self.waits, &watch)
+        let response = self.get(url, Some(manifest::ACCEPT), 0, &watch).await?;
+        bounded(response, most, "the manifest", self.timeouts, &watch)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -177,8 +148,8 @@ impl Registry {
         &self,
         digest: &str,
         offset: u64,
-        watch: Arc<Watch>,
-    ) -> Result<Blob, Failure> {
+        watch: Arc<RateWatch>,
+    ) -> Result<Blob, RequestFailure> {
         let url = self.url("blobs", digest)?;
         watch.comes_from(&self.layers_come_from())?;
         let response = self.get(url, None, offset, &watch).await?;
@@ -192,7 +163,7 @@ impl Registry {
         Ok(Blob {
             response,
             begins,
-            waits: self.waits,
+            timeouts: self.timeouts,
             host: match elsewhere {
                 Some(elsewhere) => format!("{}, at {elsewhere}", self.endpoint.host),
                 None => self.endpoint.host.clone(),
@@ -218,8 +189,8 @@ impl Registry {
     }
 
     /// A watch for a small answer, which needs no slot.
-    fn watch(&self) -> Arc<Watch> {
-        Arc::new(Watch::new(self.least, None))
+    fn watch(&self) -> Arc<RateWatch> {
+        Arc::new(RateWatch::new(self.min_rate, None))
     }
 
     /// The reason why this pull must not use this endpoint again.
@@ -232,15 +203,15 @@ impl Registry {
     }
 
     /// A small blob as a whole.
-    pub(crate) async fn document(&self, digest: &str, most: u64) -> Result<Bytes, Failure> {
+    pub(crate) async fn document(&self, digest: &str, most: u64) -> Result<Bytes, RequestFailure> {
         let blob = self.blob(digest, 0, self.watch()).await?;
         let what = "the image's configuration";
-        bounded(blob.response, most, what, self.waits, &blob.watch)
+        bounded(blob.response, most, what, self.timeouts, &blob.watch)
             .await
             .map_err(|failure| self.named(failure))
     }
 
-    fn url(&self, kind: &str, what: &str) -> Result<Url, Failure> {
+    fn url(&self, kind: &str, what: &str) -> Result<Url, RequestFailure> {
         let text = format!("{}/{}/{kind}/{what}", self.endpoint.base, self.repository);
         let mut url = Url::parse(&text).map_err(|error| {
             ImageError::new(
@@ -254,8 +225,8 @@ impl Registry {
         Ok(url)
     }
 
-    fn named(&self, failure: Failure) -> Failure {
-        Failure {
+    fn named(&self, failure: RequestFailure) -> RequestFailure {
+        RequestFailure {
             error: failure
                 .error
                 .context(format_args!("registry {}", self.endpoint.host)),
@@ -268,8 +239,8 @@ impl Registry {
         url: Url,
         accept: Option<&'static str>,
         offset: u64,
-        watch: &Watch,
-    ) -> Result<Response, Failure> {
+        watch: &RateWatch,
+    ) -> Result<Response, RequestFailure> {
         let answer = self.try_get(url, accept, offset, watch).await;
         answer.map_err(|failure| self.named(failure))
     }
@@ -279,8 +250,8 @@ impl Registry {
         url: Url,
         accept: Option<&'static str>,
         offset: u64,
-        watch: &Watch,
-    ) -> Result<Response, Failure> {
+        watch: &RateWatch,
+    ) -> Result<Response, RequestFailure> {
         let mut public = HeaderMap::new();
         if let Some(accept) = accept {
             public.insert(ACCEPT, HeaderValue::from_static(accept));
@@ -291,31 +262,29 @@ impl Registry {
             public.insert(RANGE, range);
         }
         let mut private = self.headers.clone();
-        let known = self.authorization.lock().ok().and_then(|auth| auth.clone());
+        let known = lock(&self.authorization).clone();
         if let Some(known) = known {
             private.insert(AUTHORIZATION, known);
         }
         let (response, at_home) = self.follow(&url, &public, &private, watch).await?;
         // Whoever we were sent to has no claim to our credentials.
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
-            return accepted(response, self.least).await;
+            return accepted(response, self.min_rate).await;
         }
-        let asked = challenge::choose(
+        let challenge = challenge::choose(
             response
                 .headers()
                 .get_all(WWW_AUTHENTICATE)
                 .iter()
                 .filter_map(|value| value.to_str().ok()),
         );
-        let Some(authorization) = self.meet(asked, watch).await? else {
-            return accepted(response, self.least).await;
+        let Some(authorization) = self.answer_challenge(challenge, watch).await? else {
+            return accepted(response, self.min_rate).await;
         };
-        if let Ok(mut known) = self.authorization.lock() {
-            *known = Some(authorization.clone());
-        }
+        *lock(&self.authorization) = Some(authorization.clone());
         private.insert(AUTHORIZATION, authorization);
         let (response, _) = self.follow(&url, &public, &private, watch).await?;
-        accepted(response, self.least).await
+        accepted(response, self.min_rate).await
     }
 
     /// Asks, and goes where the registry sends us. `private` headers, which may prove who we are,
@@ -326,11 +295,11 @@ impl Registry {
         url: &Url,
         public: &HeaderMap,
         private: &HeaderMap,
-        watch: &Watch,
-    ) -> Result<(Response, bool), Failure> {
+        watch: &RateWatch,
+    ) -> Result<(Response, bool), RequestFailure> {
         let mut at = url.clone();
         let mut at_home = true;
-        for _ in 0..=REDIRECTIONS {
+        for _ in 0..=MAX_REDIRECTIONS {
             let request = if at_home {
                 self.client.get(at.clone()).headers(private.clone())
             } else {
@@ -339,7 +308,7 @@ impl Registry {
             let response = watch
                 .wait(Phase::Head, request.headers(public.clone()).send())
                 .await?
-                .map_err(|error| transport(error, self.waits))?;
+                .map_err(|error| transport(error, self.timeouts))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at_home));
             }
@@ -364,12 +333,12 @@ impl Registry {
         Err(astray("it sends us from one address to the next"))
     }
 
-    /// What to send to a registry that asks `challenge`; `None` if we have nothing for it.
-    async fn meet(
+    /// What to send to a registry with this challenge; `None` if we have nothing for it.
+    async fn answer_challenge(
         &self,
         challenge: Option<Challenge>,
-        watch: &Watch,
-    ) -> Result<Option<HeaderValue>, Failure> {
+        watch: &RateWatch,
+    ) -> Result<Option<HeaderValue>, RequestFailure> {
         match (challenge, &self.credential) {
             (Some(Challenge::Basic), Some(Credential::Basic { username, password })) => {
                 Ok(Some(basic(username, password)))
@@ -392,24 +361,56 @@ impl Registry {
         realm: &str,
         service: Option<String>,
         scope: Option<String>,
-        watch: &Watch,
-    ) -> Result<HeaderValue, Failure> {
-        let broken = |what: &str| {
-            Failure::from(ImageError::new(
-                Kind::Unavailable,
-                format!("its token server {what}"),
-            ))
-        };
-        let mut url = Url::parse(realm).map_err(|_| broken("has no address that can be read"))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(broken("is reached neither by http nor https"));
-        }
+        watch: &RateWatch,
+    ) -> Result<HeaderValue, RequestFailure> {
+        let url = self.token_server(realm)?;
         let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+        let mut fields = vec![("scope", scope.as_str())];
+        if let Some(service) = &service {
+            fields.push(("service", service));
+        }
+        let host = clean(url.host_str().unwrap_or_default());
+        let named = |failure: RequestFailure| RequestFailure {
+            error: failure
+                .error
+                .context(format_args!("its token server {host}")),
+            ..failure
+        };
+        let request = self.token_request(url, fields)?;
+        let response = watch
+            .wait(Phase::Head, request.send())
+            .await
+            .map_err(named)?
+            .map_err(|error| named(transport(error, self.timeouts)))?;
+        let response = accepted(response, self.min_rate).await.map_err(named)?;
+        let body = bounded(response, TOKEN_BYTES, "the token", self.timeouts, watch)
+            .await
+            .map_err(named)?;
+        token_of(&body)
+    }
+
+    /// The address of the token server, which must not endanger the credentials.
+    fn token_server(&self, realm: &str) -> Result<Url, RequestFailure> {
+        let url = Url::parse(realm)
+            .map_err(|_| token_server_failed("has no address that can be read"))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(token_server_failed("is reached neither by http nor https"));
+        }
         // Over TLS we were given the credentials, over TLS they go on.
         let exposed = url.scheme() == "http" && self.endpoint.base.starts_with("https:");
         if exposed && self.credential.is_some() {
-            return Err(broken("is reached without TLS and would see the password"));
+            return Err(token_server_failed(
+                "is reached without TLS and would see the password",
+            ));
         }
+        Ok(url)
+    }
+
+    fn token_request<'a>(
+        &'a self,
+        mut url: Url,
+        mut fields: Vec<(&'a str, &'a str)>,
+    ) -> Result<RequestBuilder, RequestFailure> {
         let at_home =
             Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin());
         let client = if at_home {
@@ -417,11 +418,7 @@ impl Registry {
         } else {
             &self.elsewhere
         };
-        let mut fields = vec![("scope", scope.as_str())];
-        if let Some(service) = &service {
-            fields.push(("service", service));
-        }
-        let request = match &self.credential {
+        match &self.credential {
             // RFC 6749, section 6; the distribution project's OAuth2 token specification.
             Some(Credential::Identity(token)) => {
                 fields.extend([
@@ -429,52 +426,44 @@ impl Registry {
                     ("client_id", "rrun"),
                     ("refresh_token", token),
                 ]);
-                let body = form(&fields).ok_or_else(|| broken("can't be asked"))?;
-                client
-                    .post(url.clone())
+                let body = form(&fields).ok_or_else(|| token_server_failed("can't be asked"))?;
+                Ok(client
+                    .post(url)
                     .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                    .body(body)
+                    .body(body))
             }
             other => {
                 url.query_pairs_mut().extend_pairs(&fields);
-                match other {
+                Ok(match other {
                     Some(Credential::Basic { username, password }) => client
-                        .get(url.clone())
+                        .get(url)
                         .header(AUTHORIZATION, basic(username, password)),
-                    _ => client.get(url.clone()),
-                }
+                    _ => client.get(url),
+                })
             }
-        };
-        let named = |failure: Failure| Failure {
-            error: failure.error.context(format_args!(
-                "its token server {}",
-                clean(url.host_str().unwrap_or_default())
-            )),
-            ..failure
-        };
-        let response = watch
-            .wait(Phase::Head, request.send())
-            .await
-            .map_err(named)?
-            .map_err(|error| named(transport(error, self.waits)))?;
-        let response = accepted(response, self.least).await.map_err(named)?;
-        let body = bounded(response, TOKEN_BYTES, "the token", self.waits, watch)
-            .await
-            .map_err(named)?;
-        #[derive(Deserialize)]
-        struct Answer {
-            token: Option<String>,
-            access_token: Option<String>,
         }
-        // The parser's message could quote what it read.
-        let answer: Answer =
-            serde_json::from_slice(&body).map_err(|_| broken("sent an answer that is no token"))?;
-        answer
-            .token
-            .or(answer.access_token)
-            .and_then(|token| secret(&format!("Bearer {token}")))
-            .ok_or_else(|| broken("sent an answer that is no token"))
     }
+}
+
+fn token_server_failed(what: &str) -> RequestFailure {
+    ImageError::new(Kind::Unavailable, format!("its token server {what}")).into()
+}
+
+/// The token in a token server's answer, as the header that it is sent in.
+fn token_of(body: &[u8]) -> Result<HeaderValue, RequestFailure> {
+    #[derive(Deserialize)]
+    struct TokenAnswer {
+        token: Option<String>,
+        access_token: Option<String>,
+    }
+    let broken = || token_server_failed("sent an answer that is no token");
+    // The parser's message could quote what it read.
+    let answer: TokenAnswer = serde_json::from_slice(body).map_err(|_| broken())?;
+    answer
+        .token
+        .or(answer.access_token)
+        .and_then(|token| secret(&format!("Bearer {token}")))
+        .ok_or_else(broken)
 }
 
 /// A blob as it arrives.
@@ -482,18 +471,18 @@ pub(crate) struct Blob {
     response: Response,
     /// The offset of the first byte that comes.
     pub begins: u64,
-    waits: Waits,
+    timeouts: Timeouts,
     /// The host that answers.
     host: String,
-    watch: Arc<Watch>,
+    watch: Arc<RateWatch>,
 }
 
 impl Blob {
     /// The next bytes, `None` at the end.
-    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
-        next(&mut self.response, self.waits, &self.watch)
+    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, RequestFailure> {
+        next(&mut self.response, self.timeouts, &self.watch)
             .await
-            .map_err(|failure| Failure {
+            .map_err(|failure| RequestFailure {
                 error: failure
                     .error
                     .context(format_args!("registry {}", self.host)),
@@ -505,11 +494,11 @@ impl Blob {
 /// The next bytes of an answer, `None` at its end.
 async fn next(
     response: &mut Response,
-    waits: Waits,
-    watch: &Watch,
-) -> Result<Option<Bytes>, Failure> {
+    timeouts: Timeouts,
+    watch: &RateWatch,
+) -> Result<Option<Bytes>, RequestFailure> {
     let chunk = watch.wait(Phase::Body, response.chunk()).await?;
-    let chunk = chunk.map_err(|error| transport(error, waits))?;
+    let chunk = chunk.map_err(|error| transport(error, timeouts))?;
     if let Some(chunk) = &chunk {
         watch.came(chunk.len() as u64)?;
     }
@@ -545,12 +534,12 @@ fn form(fields: &[(&str, &str)]) -> Option<String> {
     url.query().map(str::to_owned)
 }
 
-fn astray(why: &str) -> Failure {
+fn astray(why: &str) -> RequestFailure {
     ImageError::new(Kind::Unavailable, why).into()
 }
 
 /// Passes a success on and makes a sentence of everything else.
-async fn accepted(response: Response, least: Least) -> Result<Response, Failure> {
+async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, RequestFailure> {
     let status = response.status();
     if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
         return Ok(response);
@@ -567,28 +556,28 @@ async fn accepted(response: Response, least: Least) -> Result<Response, Failure>
         .headers()
         .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok()?.trim().parse().ok())
-        .map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MOST));
-    let watch = Watch::new(least, None);
+        .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+    let watch = RateWatch::new(min_rate, None);
     let body = bounded(
         response,
         EXPLANATION_BYTES,
         "an explanation",
-        Waits {
-            connect: EXPLANATION_TIME,
-            silence: EXPLANATION_TIME,
+        Timeouts {
+            connect: EXPLANATION_TIMEOUT,
+            silence: EXPLANATION_TIMEOUT,
         },
         &watch,
     );
     // The status is what counts: a stalled explanation is done without.
-    let body = tokio::time::timeout(EXPLANATION_TIME, body).await;
+    let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
     let body = body.unwrap_or_else(|_| Ok(Bytes::new()));
-    let said = body.map(|body| explanation(&body)).unwrap_or_default();
+    let explained = body.map(|body| explanation(&body)).unwrap_or_default();
     let reason = status.canonical_reason().unwrap_or("no known status");
-    let colon = if said.is_empty() { "" } else { ": " };
-    Err(Failure {
+    let colon = if explained.is_empty() { "" } else { ": " };
+    Err(RequestFailure {
         error: ImageError::new(
             kind,
-            format!("it answered {} {reason}{colon}{said}", status.as_u16()),
+            format!("it answered {} {reason}{colon}{explained}", status.as_u16()),
         ),
         retry: kind == Kind::Unavailable,
         wait,
@@ -599,18 +588,18 @@ async fn accepted(response: Response, least: Least) -> Result<Response, Failure>
 /// What a registry says of a failure (distribution specification, "Error Codes").
 fn explanation(body: &[u8]) -> String {
     #[derive(Deserialize)]
-    struct Envelope {
-        errors: Vec<One>,
+    struct ErrorsBody {
+        errors: Vec<ErrorEntry>,
     }
     #[derive(Deserialize)]
-    struct One {
+    struct ErrorEntry {
         #[serde(default)]
         code: String,
         #[serde(default)]
         message: String,
     }
-    match serde_json::from_slice::<Envelope>(body) {
-        Ok(Envelope { errors }) => match errors.into_iter().next() {
+    match serde_json::from_slice::<ErrorsBody>(body) {
+        Ok(ErrorsBody { errors }) => match errors.into_iter().next() {
             Some(first) if first.message.is_empty() => clean(&first.code),
             Some(first) => clean(&first.message),
             None => String::new(),
@@ -619,24 +608,16 @@ fn explanation(body: &[u8]) -> String {
     }
 }
 
-/// A stranger's text for a message: one short line.
-fn clean(text: &str) -> String {
-    text.chars()
-        .take(200)
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
-}
-
 /// Reads a body that may have `most` bytes.
 async fn bounded(
     mut response: Response,
     most: u64,
     what: &str,
-    waits: Waits,
-    watch: &Watch,
-) -> Result<Bytes, Failure> {
+    timeouts: Timeouts,
+    watch: &RateWatch,
+) -> Result<Bytes, RequestFailure> {
     let mut body = Vec::new();
-    while let Some(chunk) = next(&mut response, waits, watch).await? {
+    while let Some(chunk) = next(&mut response, timeouts, watch).await? {
         if body.len() as u64 + chunk.len() as u64 > most {
             return Err(ImageError::new(
                 Kind::DataLoss,
@@ -650,7 +631,7 @@ async fn bounded(
 }
 
 /// A failure below HTTP. The address is left out: behind a redirection it can hold a signature.
-fn transport(error: reqwest::Error, waits: Waits) -> Failure {
+fn transport(error: reqwest::Error, timeouts: Timeouts) -> RequestFailure {
     let what = if error.is_connect() {
         "connect"
     } else if error.is_body() || error.is_decode() {
@@ -659,37 +640,19 @@ fn transport(error: reqwest::Error, waits: Waits) -> Failure {
         "ask"
     };
     let why = if error.is_timeout() && error.is_connect() {
-        format!("no connection within {:?}", waits.connect)
+        format!("no connection within {:?}", timeouts.connect)
     } else if error.is_timeout() && what == "ask" {
         // Bytes of the head may have arrived: the limit is for the whole head.
-        format!("no answer within {} s", waits.silence.as_secs())
+        format!("no answer within {} s", timeouts.silence.as_secs())
     } else if error.is_timeout() {
-        format!("nothing came for {} s", waits.silence.as_secs())
+        format!("nothing came for {} s", timeouts.silence.as_secs())
     } else {
         cause(&error)
     };
-    Failure {
+    RequestFailure {
         retry: !error.is_builder() && !error.is_redirect(),
         error: ImageError::new(Kind::Unavailable, format!("{what}: {why}")),
         wait: None,
         slow: false,
     }
-}
-
-/// The innermost reason, which is the kernel's or the TLS library's.
-pub(super) fn cause(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    if std::ptr::eq(innermost, error) {
-        return "it can't be done".into();
-    }
-    let said = clean(&innermost.to_string());
-    // rustls' word for an answer that is no TLS.
-    if said.contains("InvalidContentType") {
-        return "it does not speak TLS; for plain HTTP its hosts.toml says server = \"http://…\""
-            .into();
-    }
-    said
 }

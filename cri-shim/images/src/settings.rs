@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::pace::Least;
-use super::pin::Pins;
+use crate::limits::MinRate;
+use crate::pin::Pins;
 
 /// What the `[image]` table of the configuration sets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,8 +94,8 @@ impl ImageSettings {
         Duration::from_secs(self.silence_seconds)
     }
 
-    pub(crate) fn least(&self) -> Least {
-        Least {
+    pub(crate) fn min_rate(&self) -> MinRate {
+        MinRate {
             rate: self.least_rate,
             over: Duration::from_secs(self.least_rate_seconds),
         }

@@ -15,40 +15,40 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::lock;
+use rrun_calls::lock::lock;
 
 /// How long a fetch keeps its slot while another pull waits for it.
-const TURN: Duration = Duration::from_secs(60);
+const SHORT_TURN: Duration = Duration::from_secs(60);
 
 /// The same for a fetch that is fast, or that already has many bytes. The next turn unpacks those
 /// bytes again, and that must not become most of the work.
 const LONG_TURN: Duration = Duration::from_secs(600);
 
 /// The longest turn of a fetch whose turns are made longer. Others wait for as long.
-const LONGEST_TURN: Duration = Duration::from_secs(3600);
+const MAX_TURN: Duration = Duration::from_secs(3600);
 
 /// The rate of a fast fetch, in bytes a second.
-const FAST: u64 = 1 << 20;
+const FAST_BYTES_PER_SECOND: u64 = 1 << 20;
 
 /// How many bytes of earlier turns count as many.
-const MUCH: u64 = 64 << 20;
+const LARGE_REPLAY_BYTES: u64 = 64 << 20;
 
 /// How often a layer queues again because it comes from another host than expected.
-const MOVES: u64 = 3;
+const MAX_MOVES: u64 = 3;
 
-/// A wait that is long enough to be logged.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a layer waits for its slot before the log says so.
+const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
 
 /// The slots of a node.
 pub(crate) struct Slots {
     /// How many there are over all hosts, and how many of them one host may have.
     most: usize,
     per_host: usize,
-    state: Mutex<State>,
+    state: Mutex<SlotTable>,
 }
 
 #[derive(Default)]
-struct State {
+struct SlotTable {
     next: u64,
     holders: Vec<Holder>,
     /// In the order in which they came.
@@ -88,14 +88,14 @@ impl Holder {
     }
 
     fn has_had_its_turn(&self, now: Instant) -> bool {
-        let much = self.gauge.before.load(Ordering::Relaxed) >= MUCH;
-        let turn = if much || self.rate(now) >= FAST {
+        let much = self.gauge.before.load(Ordering::Relaxed) >= LARGE_REPLAY_BYTES;
+        let turn = if much || self.rate(now) >= FAST_BYTES_PER_SECOND {
             LONG_TURN
         } else {
-            TURN
+            SHORT_TURN
         };
         let longer = 2u32.saturating_pow(self.gauge.in_vain.load(Ordering::Relaxed));
-        now.duration_since(self.since) >= turn.saturating_mul(longer).min(LONGEST_TURN)
+        now.duration_since(self.since) >= turn.saturating_mul(longer).min(MAX_TURN)
     }
 }
 
@@ -125,13 +125,13 @@ impl Slots {
         }
     }
 
-    fn from_host(state: &State, host: &str) -> usize {
+    fn from_host(state: &SlotTable, host: &str) -> usize {
         state.holders.iter().filter(|h| h.host == host).count()
     }
 
     /// Grants the free slots. The pull that has the fewest goes first, or the next image would have
     /// to wait for all layers of an image that has many.
-    fn grant(&self, state: &mut State) {
+    fn grant(&self, state: &mut SlotTable) {
         state.waiters.retain(|waiter| !waiter.granted.is_closed());
         while state.holders.len() < self.most {
             let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
@@ -160,7 +160,7 @@ impl Slots {
 
     /// Whether this holder must give its slot to another pull that waits. Layers of the same image
     /// keep their slots, since the image gains nothing if they take turns.
-    fn must_leave(&self, state: &State, id: u64, still: bool, now: Instant) -> bool {
+    fn must_leave(&self, state: &SlotTable, id: u64, still: bool, now: Instant) -> bool {
         let Some(ours) = state.holders.iter().find(|holder| holder.id == id) else {
             return false;
         };
@@ -235,10 +235,10 @@ impl Slot {
         }
         let mut answer = answer;
         let begun = Instant::now();
-        let mut patience = PATIENCE;
+        let mut pause = WAIT_BEFORE_LOG;
         // The sender stays in the queue until the slot is granted, so that this does not end early.
-        while tokio::time::timeout(patience, &mut answer).await.is_err() {
-            patience = (patience * 2).min(LONG_TURN);
+        while tokio::time::timeout(pause, &mut answer).await.is_err() {
+            pause = (pause * 2).min(LONG_TURN);
             if self.stands_for_its_pull() {
                 let Slots { most, per_host, .. } = &*self.slots;
                 log::warn!(
@@ -262,9 +262,9 @@ impl Slot {
             return true;
         }
         // Hosts that redirect to each other must not make the layer queue for ever.
-        let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MOVES;
+        let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MAX_MOVES;
         if stays {
-            host.clone_into(&mut state.holders[at].host)
+            host.clone_into(&mut state.holders[at].host);
         } else {
             self.gave_way.store(true, Ordering::Relaxed);
             state.holders.remove(at);
@@ -410,7 +410,7 @@ mod tests {
         assert!(third.moves_to("c"));
         assert!(enters(&second, "b"));
         // After enough redirections between full hosts, the layer stays where it is.
-        for _ in 1..MOVES {
+        for _ in 1..MAX_MOVES {
             assert!(!second.moves_to("a"));
             assert!(enters(&second, "b"));
         }
@@ -454,15 +454,18 @@ mod tests {
             let state = lock(&slots.state);
             slots.must_leave(&state, slot.id, false, Instant::now() + after)
         };
-        assert!(!must(&slow, TURN), "a layer of the same image can wait");
+        assert!(
+            !must(&slow, SHORT_TURN),
+            "a layer of the same image can wait"
+        );
         let other = slot(&slots, 2);
         let mut other_waits = Box::pin(other.at("b"));
         assert!((&mut other_waits).now_or_never().is_none());
-        assert!(!must(&slow, TURN / 2));
-        assert!(must(&slow, TURN));
-        assert!(!must(&fast, TURN));
-        slow.begins_at(MUCH);
-        assert!(!must(&slow, TURN), "there is much to unpack anew");
+        assert!(!must(&slow, SHORT_TURN / 2));
+        assert!(must(&slow, SHORT_TURN));
+        assert!(!must(&fast, SHORT_TURN));
+        slow.begins_at(LARGE_REPLAY_BYTES);
+        assert!(!must(&slow, SHORT_TURN), "there is much to unpack anew");
         assert!(must(&slow, LONG_TURN));
     }
 
@@ -481,7 +484,7 @@ mod tests {
         let slots = Slots::new(1, 1);
         let small = slot(&slots, 1);
         let second = Duration::from_secs(1);
-        let mut turn = TURN;
+        let mut turn = SHORT_TURN;
         for _ in 0..8 {
             small.again();
             assert!(enters(&small, "a"));
@@ -491,9 +494,9 @@ mod tests {
             assert!(!must_leave_after(&small, turn - second), "{turn:?}");
             assert!(must_leave_after(&small, turn), "{turn:?}");
             small.came_no_farther();
-            turn = (turn * 2).min(LONGEST_TURN);
+            turn = (turn * 2).min(MAX_TURN);
         }
-        assert_eq!(turn, LONGEST_TURN);
+        assert_eq!(turn, MAX_TURN);
     }
 
     #[tokio::test]
@@ -517,7 +520,7 @@ mod tests {
         let slots = Slots::new(2, 1);
         let (first, second) = (slot(&slots, 1), slot(&slots, 2));
         assert!(enters(&first, "a"));
-        for _ in 0..MOVES {
+        for _ in 0..MAX_MOVES {
             assert!(enters(&second, "b"));
             assert!(!second.moves_to("a"));
         }

@@ -8,24 +8,26 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
-use super::auth::Auth;
-use super::error::{ImageError, Kind};
-use super::hosts::Registries;
-use super::manifest::DOCUMENT_BYTES;
-use super::pace::Watch;
-use super::reference::{Name, Target};
-use super::registry::{Failure, Patience, Registry};
+use crate::auth::Auth;
+use crate::error::{ImageError, Kind};
+use crate::failure::RequestFailure;
+use crate::hosts::Registries;
 use crate::layer::digest_of;
+use crate::limits::RegistryLimits;
+use crate::manifest::DOCUMENT_BYTES;
+use crate::pace::RateWatch;
+use crate::reference::{Name, Target};
+use crate::registry::{Blob, Registry};
 
 /// Pauses before the second and each later round over all endpoints.
-const PAUSES: [Duration; 3] = [
+const ROUND_DELAYS: [Duration; 3] = [
     Duration::from_millis(300),
     Duration::from_secs(1),
     Duration::from_secs(3),
 ];
 
 /// How often a blob may break off altogether.
-const BREAKS: usize = 20;
+const MAX_RESUMES: usize = 20;
 
 /// Where one pull gets its image from.
 pub(crate) struct Source {
@@ -40,7 +42,7 @@ impl Source {
         configured: &Registries,
         name: &Name,
         auth: Option<&Auth>,
-        patience: Patience,
+        limits: RegistryLimits,
     ) -> Result<Self, ImageError> {
         let registries = configured
             .endpoints(&name.registry)?
@@ -53,7 +55,7 @@ impl Source {
                     &name.registry,
                     &name.repository,
                     credential,
-                    patience,
+                    limits,
                 )
                 .map(Arc::new)
             })
@@ -128,7 +130,7 @@ impl Source {
         size: u64,
         mut offset: u64,
         to: &mpsc::Sender<Bytes>,
-        watch: &Arc<Watch>,
+        watch: &Arc<RateWatch>,
         progress: impl Fn(u64),
     ) -> Result<(), ImageError> {
         for broken in 0.. {
@@ -140,7 +142,7 @@ impl Source {
                 return Ok(());
             };
             offset = came;
-            if broken >= BREAKS || offset == begun || watch.gave_way() {
+            if broken >= MAX_RESUMES || offset == begun || watch.gave_way() {
                 return Err(error);
             }
             log::info!("{error}; goes on at byte {offset}");
@@ -155,28 +157,11 @@ impl Source {
         size: u64,
         offset: u64,
         to: &mpsc::Sender<Bytes>,
-        watch: &Arc<Watch>,
+        watch: &Arc<RateWatch>,
         progress: &impl Fn(u64),
     ) -> Result<(), (ImageError, u64)> {
-        let (mut blob, registry) = self
-            .round(false, |registry| {
-                let (digest, watch) = (digest.to_owned(), Arc::clone(watch));
-                async move {
-                    // Without its slot the fetch must not use another endpoint.
-                    if watch.gave_way() {
-                        return Err(ImageError::new(
-                            Kind::Unavailable,
-                            "another image has its turn",
-                        )
-                        .into());
-                    }
-                    let blob = registry.blob(&digest, offset, watch).await?;
-                    Ok((blob, registry))
-                }
-                .boxed()
-            })
-            .await
-            .map_err(|error| (error, offset))?;
+        let connected = self.connect_blob(digest, offset, watch).await;
+        let (mut blob, registry) = connected.map_err(|error| (error, offset))?;
         let mut at = offset;
         // A registry without ranges begins anew.
         let mut skip = offset.saturating_sub(blob.begins);
@@ -214,14 +199,37 @@ impl Source {
         }
     }
 
+    /// Asks for a blob from `offset` on; returns with it the registry that answers.
+    async fn connect_blob(
+        &self,
+        digest: &str,
+        offset: u64,
+        watch: &Arc<RateWatch>,
+    ) -> Result<(Blob, Arc<Registry>), ImageError> {
+        self.round(false, |registry| {
+            let (digest, watch) = (digest.to_owned(), Arc::clone(watch));
+            async move {
+                // Without its slot the fetch must not use another endpoint.
+                if watch.gave_way() {
+                    let why = "another image has its turn";
+                    return Err(ImageError::new(Kind::Unavailable, why).into());
+                }
+                let blob = registry.blob(&digest, offset, watch).await?;
+                Ok((blob, registry))
+            }
+            .boxed()
+        })
+        .await
+    }
+
     /// Asks each endpoint in turn, and all of them again after a pause as long as one of them
     /// failed in a way that may pass. An endpoint that has proved too slow is skipped.
     async fn round<T>(
         &self,
         resolve: bool,
-        ask: impl Fn(Arc<Registry>) -> BoxFuture<'static, Result<T, Failure>>,
+        ask: impl Fn(Arc<Registry>) -> BoxFuture<'static, Result<T, RequestFailure>>,
     ) -> Result<T, ImageError> {
-        let mut pauses = PAUSES.iter();
+        let mut pauses = ROUND_DELAYS.iter();
         loop {
             let mut retry = false;
             let mut wait = Duration::ZERO;
@@ -272,7 +280,7 @@ impl Source {
     }
 }
 
-fn mismatch(registry: &Registry, what: &str, wanted: &str, came: &str) -> Failure {
+fn mismatch(registry: &Registry, what: &str, wanted: &str, came: &str) -> RequestFailure {
     ImageError::new(
         Kind::DataLoss,
         format!(

@@ -9,30 +9,30 @@ use std::io::{self, Read};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::lock;
+use rrun_calls::lock::lock;
 
 /// How long a turn may be while another thread waits.
-const SLICE: Duration = Duration::from_millis(100);
+const TURN_SLICE: Duration = Duration::from_millis(100);
 
-/// A wait that is long enough to be logged.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a layer waits for its turn before the log says so.
+const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
 
-pub(crate) struct Turns {
+pub(crate) struct UnpackTurns {
     most: usize,
-    state: Mutex<State>,
+    state: Mutex<TurnQueue>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct TurnQueue {
     taken: usize,
     next: u64,
     waiting: VecDeque<u64>,
 }
 
-impl Turns {
+impl UnpackTurns {
     pub(crate) fn new(most: usize) -> Arc<Self> {
-        Arc::new(Turns {
+        Arc::new(UnpackTurns {
             most: most.max(1),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -49,12 +49,12 @@ impl Turns {
         state.next += 1;
         state.waiting.push_back(ours);
         let begun = Instant::now();
-        let mut patience = PATIENCE;
+        let mut next_log = WAIT_BEFORE_LOG;
         while state.taken >= self.most || state.waiting.front() != Some(&ours) {
-            let waited = self.changed.wait_timeout(state, PATIENCE);
+            let waited = self.changed.wait_timeout(state, WAIT_BEFORE_LOG);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if begun.elapsed() >= patience {
-                patience *= 2;
+            if begun.elapsed() >= next_log {
+                next_log *= 2;
                 log::warn!(
                     "{what}: waiting for {} s to be unpacked: at most {} layers are unpacked at once",
                     begun.elapsed().as_secs(),
@@ -82,16 +82,16 @@ impl Turns {
 }
 
 /// One thread's turn, taken or not.
-pub(crate) struct Turn {
-    turns: Arc<Turns>,
+pub(crate) struct UnpackTurn {
+    turns: Arc<UnpackTurns>,
     what: String,
     since: Option<Instant>,
 }
 
-impl Turn {
+impl UnpackTurn {
     /// `what` is for the log: "layer sha256:…".
-    pub(crate) fn new(turns: &Arc<Turns>, what: String) -> Self {
-        Turn {
+    pub(crate) fn new(turns: &Arc<UnpackTurns>, what: String) -> Self {
+        UnpackTurn {
             turns: Arc::clone(turns),
             what,
             since: None,
@@ -101,7 +101,7 @@ impl Turn {
     /// Waits for a turn. A thread that has had one for long lets others go first. Blocks.
     pub(crate) fn take(&mut self) {
         match self.since {
-            Some(since) if since.elapsed() < SLICE || !self.turns.wanted() => return,
+            Some(since) if since.elapsed() < TURN_SLICE || !self.turns.wanted() => return,
             Some(_) => self.give_back(),
             None => {}
         }
@@ -116,19 +116,19 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for UnpackTurn {
     fn drop(&mut self) {
         self.give_back();
     }
 }
 
 /// A reader that is used in turns and whose bytes are always available.
-pub(crate) struct InTurns<R> {
+pub(crate) struct ReaderInTurns<R> {
     pub reader: R,
-    pub turn: Turn,
+    pub turn: UnpackTurn,
 }
 
-impl<R: Read> Read for InTurns<R> {
+impl<R: Read> Read for ReaderInTurns<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.turn.take();
         self.reader.read(buffer)
@@ -143,13 +143,13 @@ mod tests {
 
     #[test]
     fn no_more_threads_than_allowed_have_a_turn_and_each_gets_one() {
-        let turns = Turns::new(2);
+        let turns = UnpackTurns::new(2);
         let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let rounds = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    let mut turn = Turn::new(&turns, "a layer".to_owned());
+                    let mut turn = UnpackTurn::new(&turns, "a layer".to_owned());
                     for _ in 0..200 {
                         turn.take();
                         most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);

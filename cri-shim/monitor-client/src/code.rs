@@ -13,7 +13,9 @@ impl From<MonitorError> for Error {
                 FailureKind::WrongState => Code::FailedPrecondition,
                 FailureKind::Runtime | FailureKind::Monitor => Code::Internal,
             },
-            MonitorError::Deadline { .. } => Code::DeadlineExceeded,
+            // Not DeadlineExceeded: kubelet takes that for a probe's own timeout, and restarts the
+            // container.
+            MonitorError::Deadline { .. } => Code::Unavailable,
             MonitorError::Gone { .. } | MonitorError::Protocol { .. } => Code::Internal,
         };
         Error::new(code, error.to_string())

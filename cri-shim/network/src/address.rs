@@ -46,35 +46,35 @@ fn address(like: IpAddr, number: u128) -> IpAddr {
 
 impl Range {
     /// 10.88.0.0/16.
-    pub const DEFAULT: Range = Range {
+    pub(crate) const DEFAULT: Range = Range {
         network: IpAddr::V4(Ipv4Addr::new(10, 88, 0, 0)),
         prefix: 16,
     };
 
     /// fd72:7275:6e30::/64, of the unique local addresses of RFC 4193; it spells "rrun0".
-    pub const DEFAULT6: Range = Range {
+    pub(crate) const DEFAULT6: Range = Range {
         network: IpAddr::V6(Ipv6Addr::new(0xfd72, 0x7275, 0x6e30, 0, 0, 0, 0, 0)),
         prefix: 64,
     };
 
-    pub fn is_ipv6(self) -> bool {
+    pub(crate) fn is_ipv6(self) -> bool {
         self.network.is_ipv6()
     }
 
-    pub fn gateway(self) -> IpAddr {
+    pub(crate) fn gateway(self) -> IpAddr {
         address(self.network, bits(self.network) + 1)
     }
 
-    pub fn network(self) -> IpAddr {
+    pub(crate) fn network(self) -> IpAddr {
         self.network
     }
 
     /// Nothing for IPv6, which has none.
-    pub fn broadcast(self) -> Option<IpAddr> {
+    pub(crate) fn broadcast(self) -> Option<IpAddr> {
         (!self.is_ipv6()).then(|| address(self.network, self.last()))
     }
 
-    pub fn mask(self) -> IpAddr {
+    pub(crate) fn mask(self) -> IpAddr {
         let all = match self.network {
             IpAddr::V4(_) => u32::MAX.into(),
             IpAddr::V6(_) => u128::MAX,
@@ -83,7 +83,7 @@ impl Range {
     }
 
     /// The length of the prefix in bits.
-    pub fn prefix(self) -> u8 {
+    pub(crate) fn prefix(self) -> u8 {
         self.prefix
     }
 
@@ -105,19 +105,19 @@ impl Range {
         self.last() - 1
     }
 
-    pub fn contains(self, other: IpAddr) -> bool {
+    pub(crate) fn contains(self, other: IpAddr) -> bool {
         self.is_ipv6() == other.is_ipv6()
             && (bits(self.network)..=self.last()).contains(&bits(other))
     }
 
     /// The range that `gateway`, an address with a prefix of this length, is the gateway of.
-    pub(super) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
+    pub(crate) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
         let network = address(gateway, bits(gateway).checked_sub(1)?);
         format!("{network}/{prefix}").parse().ok()
     }
 
     /// Whether `network`/`prefix` and this range have an address in common.
-    pub fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
+    pub(crate) fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
         let width = if self.is_ipv6() { 128 } else { 32 };
         let behind = width - u32::from(prefix.min(self.prefix));
         let front = |address| bits(address).checked_shr(behind).unwrap_or(0);
@@ -185,12 +185,12 @@ impl fmt::Display for Range {
 
 /// Every address of the range is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Exhausted {
+pub(crate) struct Exhausted {
     pub range: Range,
 }
 
 /// The addresses of a range and who has them.
-pub(super) struct Addresses {
+pub(crate) struct Addresses {
     range: Range,
     by_address: BTreeMap<u128, String>,
     by_pod: HashMap<String, u128>,
@@ -201,7 +201,7 @@ pub(super) struct Addresses {
 impl Addresses {
     /// `given` is what the store remembers, `last` the address that was given last; what is of the
     /// other family is passed over.
-    pub(super) fn new(
+    pub(crate) fn new(
         range: Range,
         given: impl IntoIterator<Item = (IpAddr, String)>,
         last: Option<IpAddr>,
@@ -223,23 +223,23 @@ impl Addresses {
         addresses
     }
 
-    pub(super) fn range(&self) -> Range {
+    pub(crate) fn range(&self) -> Range {
         self.range
     }
 
-    pub(super) fn of(&self, pod: &str) -> Option<IpAddr> {
+    pub(crate) fn of(&self, pod: &str) -> Option<IpAddr> {
         let number = self.by_pod.get(pod)?;
         Some(address(self.range.network, *number))
     }
 
     /// Every pod with its address.
-    pub(super) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
         let entries = self.by_address.iter();
         entries.map(|(number, pod)| (pod.as_str(), address(self.range.network, *number)))
     }
 
     /// Gives `pod`, which has none, an address.
-    pub(super) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
+    pub(crate) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
         let (first, last) = (self.range.first_pod(), self.range.last_pod());
         let begin = match self.next {
             next if (first..=last).contains(&next) => next,
@@ -256,7 +256,7 @@ impl Addresses {
     }
 
     /// Takes everything that `pod` has.
-    pub(super) fn free(&mut self, pod: &str) {
+    pub(crate) fn free(&mut self, pod: &str) {
         self.by_pod.remove(pod);
         self.by_address.retain(|_, owner| owner != pod);
     }

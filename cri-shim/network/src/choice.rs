@@ -6,39 +6,26 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use rrun_proto::v1::PodSandboxConfig;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::cni::{Cni, Detached, Patience};
-use super::host_ports::{self, HostPort};
-use super::namespace::Namespaces;
-use super::{Counters, Network};
+use crate::cni::{Cni, DetachOutcome, RetryBy};
+use crate::config::Mode;
+use crate::embedded::EmbeddedNetwork;
+use crate::host_ports::{self, HostPort};
+use crate::namespace::Namespaces;
 use rrun_calls::error::{Error, Result};
-
-/// `network.mode`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// CNI if there is a configuration, else the embedded network.
-    #[default]
-    Auto,
-    /// CNI; with no configuration the node is not ready.
-    Cni,
-    /// The embedded network; configurations are not looked at.
-    Embedded,
-}
 
 /// The networks that pods can have; clones share one state.
 #[derive(Clone)]
 pub struct PodNetwork {
     mode: Mode,
-    embedded: Network,
+    embedded: EmbeddedNetwork,
     cni: Cni,
     namespaces: Namespaces,
 }
 
 impl PodNetwork {
-    pub fn new(mode: Mode, embedded: Network, cni: Cni, namespaces: Namespaces) -> Self {
+    pub fn new(mode: Mode, embedded: EmbeddedNetwork, cni: Cni, namespaces: Namespaces) -> Self {
         PodNetwork {
             mode,
             embedded,
@@ -48,7 +35,7 @@ impl PodNetwork {
     }
 
     /// Whether the next pod gets its network from CNI.
-    pub async fn is_cni(&self) -> bool {
+    pub(crate) async fn is_cni(&self) -> bool {
         match self.mode {
             Mode::Auto => self.cni.is_configured().await,
             Mode::Cni => true,
@@ -74,18 +61,17 @@ impl PodNetwork {
         own_network: bool,
     ) -> Result<()> {
         if self.is_cni().await {
-            return if own_network {
-                self.cni.reserve(pod, config).await
-            } else {
-                Ok(())
-            };
+            if own_network {
+                self.cni.reserve(pod, config).await?;
+            }
+            return Ok(());
         }
         let ports = host_ports(config)?;
         if ports.is_empty() && !own_network {
             return Ok(());
         }
         let reserved = self.embedded.reserve(pod, name, ports, own_network).await;
-        reserved.map_err(|error| Error::internal(error.to_string()))
+        reserved.map_err(Error::from)
     }
 
     /// Connects the namespace pinned at `netns`: the pod's addresses, the primary one first.
@@ -93,19 +79,21 @@ impl PodNetwork {
         if self.cni.has(pod) {
             return self.cni.attach(pod, netns).await;
         }
-        let attached = self.embedded.attach(pod, netns).await;
-        let attached = attached.map_err(|error| Error::internal(error.to_string()))?;
-        Ok(attached.addresses)
+        Ok(self.embedded.attach(pod, netns).await?.addresses)
     }
 
     /// Takes the pod's network away, also one that was never made, or half.
-    pub async fn detach(&self, pod: &str, netns: &Path, patience: Patience) -> Result<Detached> {
+    pub async fn detach(
+        &self,
+        pod: &str,
+        netns: &Path,
+        retry_by: RetryBy,
+    ) -> Result<DetachOutcome> {
         if self.cni.has(pod) {
-            return self.cni.detach(pod, patience).await;
+            return self.cni.detach(pod, retry_by).await;
         }
-        let detached = self.embedded.detach(pod, Some(netns)).await;
-        detached.map_err(|error| Error::internal(error.to_string()))?;
-        Ok(Detached::Gone)
+        self.embedded.detach(pod, Some(netns)).await?;
+        Ok(DetachOutcome::Done)
     }
 
     /// Whether the pod's network is CNI's. One that is gone still needs its namespace then.
@@ -116,8 +104,7 @@ impl PodNetwork {
     /// After a start, before the first attach: `live` are the pods that are there.
     pub async fn reconcile(&self, live: &HashSet<String>) -> Result<()> {
         self.cni.start(live);
-        let reconciled = self.embedded.reconcile(live).await;
-        reconciled.map_err(|error| Error::internal(error.to_string()))
+        Ok(self.embedded.reconcile(live).await?)
     }
 
     /// Makes the interfaces of these pods refuse router advertisements and redirects. Pods that CNI
@@ -125,8 +112,7 @@ impl PodNetwork {
     pub async fn refuse_routers(&self, pods: &[String]) -> Result<()> {
         let embedded = pods.iter().filter(|pod| !self.cni.has(pod));
         let netns = embedded.map(|pod| self.namespaces.of(pod)).collect();
-        let refused = self.embedded.refuse_routers(netns).await;
-        refused.map_err(|error| Error::internal(error.to_string()))
+        Ok(self.embedded.refuse_routers(netns).await?)
     }
 
     /// Looks for new configurations, and makes the embedded network's rules anew.
@@ -180,17 +166,12 @@ impl PodNetwork {
         self.cni.results(pod).await
     }
 
-    /// What the pods' interfaces have counted by now.
-    pub fn counters(&self) -> Counters<'_> {
-        Counters::new(self)
-    }
-
-    pub(super) fn namespace_of(&self, pod: &str) -> PathBuf {
+    pub(crate) fn namespace_of(&self, pod: &str) -> PathBuf {
         self.namespaces.of(pod)
     }
 }
 
 fn host_ports(config: &PodSandboxConfig) -> Result<Vec<HostPort>> {
-    let asked = host_ports::asked(&config.port_mappings);
-    asked.map_err(|error| Error::invalid(error.to_string()))
+    let ports = host_ports::parse(&config.port_mappings);
+    ports.map_err(|error| Error::invalid(error.to_string()))
 }

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::Mode;
-use super::{NetworkError, Range, RangeError, forwarding};
+use crate::address::{Range, RangeError};
+use crate::error::NetworkError;
+use crate::forwarding;
 
 /// What the `[network]` table of the configuration sets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,19 @@ impl Default for NetworkConfig {
             mode: Mode::Auto,
         }
     }
+}
+
+/// `network.mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// CNI if there is a configuration, else the embedded network.
+    #[default]
+    Auto,
+    /// CNI; with no configuration the node is not ready.
+    Cni,
+    /// The embedded network; configurations are not looked at.
+    Embedded,
 }
 
 /// Whether, and of which range, pods have addresses of a family.
@@ -79,7 +93,7 @@ pub enum Family {
 
 impl NetworkConfig {
     /// The least that IPv4 works with, and the most that the kernel's veth takes.
-    pub(super) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
+    pub(crate) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
     /// IFNAMSIZ without its NUL.
     const NAME_BYTES: usize = 15;
 
@@ -107,7 +121,7 @@ impl NetworkConfig {
     }
 
     /// Refuses what the kernel would not take, by the field.
-    pub(super) fn validate(&self) -> Result<(), NetworkError> {
+    pub(crate) fn validate(&self) -> Result<(), NetworkError> {
         let name = &self.bridge;
         let is_name = !name.is_empty()
             && name.len() <= Self::NAME_BYTES
@@ -180,7 +194,7 @@ impl NetworkConfig {
     }
 
     /// What pods get an address each of, the primary family first.
-    pub(super) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
+    pub(crate) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
         let mut ranges = Vec::new();
         if let OptionalRange::Of(range) = self.range {
             ranges.push(range);

@@ -9,9 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use nix::errno::Errno;
 
-use super::host_ports::{Mapping, Protocol};
-use super::netlink::{Attributes, Batch, Body, NLM_F_ACK, NLM_F_DUMP, Reply, Socket};
-use super::{NetworkError, link};
+use crate::error::NetworkError;
+use crate::host_ports::{Mapping, Protocol};
+use crate::link;
+use crate::netlink::{Attributes, Batch, Body, NLM_F_ACK, NLM_F_DUMP, Reply, Socket};
 
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
 const IPCTNL_MSG_CT_GET: u16 = 1;
@@ -41,7 +42,7 @@ const HEADER_BYTES: usize = 4;
 
 /// What is to be forgotten of a host port.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stale {
+pub(crate) enum Stale {
     /// The port has come to its pod: whatever goes elsewhere.
     Elsewhere,
     /// The port was taken from its pod: whatever goes there.
@@ -50,16 +51,16 @@ pub(super) enum Stale {
 
 /// A flow to a host port.
 struct Flow<'a> {
-    /// What its first packet asked for.
-    asked: IpAddr,
-    /// Who answers.
+    /// The destination of its first packet.
+    destination: IpAddr,
+    /// Where its packets go.
     to: SocketAddr,
     attributes: Attributes<'a>,
 }
 
 /// Has the kernel forget the flows by which packets for these host ports would go on to the wrong
 /// place. TCP is left out: its connections end with their pod, and a new one is a new flow.
-pub(super) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkError> {
+pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkError> {
     let mut socket = None;
     for mapping in mappings {
         if mapping.protocol == Protocol::Tcp {
@@ -76,7 +77,7 @@ pub(super) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
             let is_stale = match stale {
                 Stale::ToThePod => flow.to == mapping.to,
                 Stale::Elsewhere => {
-                    flow.to != mapping.to && is_asked_for(mapping, flow.asked, &mut own)?
+                    flow.to != mapping.to && is_for_port(mapping, flow.destination, &mut own)?
                 }
             };
             if is_stale {
@@ -92,24 +93,24 @@ pub(super) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
     Ok(())
 }
 
-/// Whether a packet for `asked` is one for the host port. What only passes by, on its way to the
-/// same port of another machine, is not.
-fn is_asked_for(
+/// Whether a packet for `destination` is one for the host port. What only passes by, on its way to
+/// the same port of another machine, is not.
+fn is_for_port(
     mapping: &Mapping,
-    asked: IpAddr,
+    destination: IpAddr,
     own: &mut Option<Vec<IpAddr>>,
 ) -> Result<bool, NetworkError> {
     if !mapping.address.is_unspecified() {
-        return Ok(asked == mapping.address);
+        return Ok(destination == mapping.address);
     }
-    if asked.is_loopback() {
+    if destination.is_loopback() {
         return Ok(true);
     }
     let own = match own {
         Some(own) => own,
         none => none.insert(link::own_addresses(&mut Socket::route()?)?),
     };
-    Ok(own.contains(&asked))
+    Ok(own.contains(&destination))
 }
 
 fn flows(socket: &mut Socket, mapping: &Mapping) -> Result<Vec<Reply>, NetworkError> {
@@ -135,12 +136,12 @@ fn flows(socket: &mut Socket, mapping: &Mapping) -> Result<Vec<Reply>, NetworkEr
 impl<'a> Flow<'a> {
     fn parse(reply: &'a Reply) -> Option<Flow<'a>> {
         let attributes = reply.attributes(HEADER_BYTES);
-        let asked = attributes.nest(CTA_TUPLE_ORIG).nest(CTA_TUPLE_IP);
+        let original = attributes.nest(CTA_TUPLE_ORIG).nest(CTA_TUPLE_IP);
         let answers = attributes.nest(CTA_TUPLE_REPLY);
         let (from, proto) = (answers.nest(CTA_TUPLE_IP), answers.nest(CTA_TUPLE_PROTO));
         let port = u16::from_be_bytes(proto.array(CTA_PROTO_SRC_PORT)?);
         Some(Flow {
-            asked: address(&asked, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+            destination: address(&original, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
             to: SocketAddr::new(address(&from, CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port),
             attributes,
         })

@@ -4,13 +4,15 @@ use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 
-use super::{POD_INTERFACE, PodNetwork, bridge, namespace};
+use crate::choice::PodNetwork;
+use crate::link::POD_INTERFACE;
+use crate::{bridge, namespace};
 
 const TABLE: &str = "/proc/thread-self/net/dev";
 
 /// A pod's interface and its counters, as the pod sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Interface {
+pub struct InterfaceCounters {
     pub name: String,
     pub rx_bytes: u64,
     pub rx_packets: u64,
@@ -26,20 +28,23 @@ pub struct Interface {
 /// network, is read once, whatever number of pods are asked for.
 pub struct Counters<'a> {
     network: &'a PodNetwork,
-    node: OnceCell<HashMap<String, Interface>>,
+    node: OnceCell<HashMap<String, InterfaceCounters>>,
 }
 
-impl<'a> Counters<'a> {
-    pub(super) fn new(network: &'a PodNetwork) -> Self {
+impl PodNetwork {
+    /// What the pods' interfaces have counted by now.
+    pub fn counters(&self) -> Counters<'_> {
         Counters {
-            network,
+            network: self,
             node: OnceCell::new(),
         }
     }
+}
 
+impl Counters<'_> {
     /// The pod's interfaces but the loopback, eth0 first; none if it has no network of its own.
     /// Small files are read, no kernel lock is waited for.
-    pub fn of(&self, pod: &str) -> Vec<Interface> {
+    pub fn of(&self, pod: &str) -> Vec<InterfaceCounters> {
         if !self.network.keeps(pod) {
             let node = self.node.get_or_init(|| {
                 let table = std::fs::read_to_string(TABLE).unwrap_or_default();
@@ -58,19 +63,20 @@ impl<'a> Counters<'a> {
             })
         };
         let table = read().unwrap_or_default();
-        let mut all: Vec<Interface> = parsed(&table).filter(|one| one.name != "lo").collect();
+        let mut all: Vec<InterfaceCounters> =
+            parsed(&table).filter(|one| one.name != "lo").collect();
         all.sort_by_key(|one| one.name != POD_INTERFACE);
         all
     }
 }
 
-fn parsed(table: &str) -> impl Iterator<Item = Interface> {
+fn parsed(table: &str) -> impl Iterator<Item = InterfaceCounters> {
     table.lines().filter_map(|line| {
         let (name, counters) = line.split_once(':')?;
         let mut counters = counters.split_ascii_whitespace().map(str::parse);
         let mut next = |skip| counters.nth(skip)?.ok();
         // bytes packets errs drop fifo frame compressed multicast, and again for sending.
-        Some(Interface {
+        Some(InterfaceCounters {
             name: name.trim().to_owned(),
             rx_bytes: next(0)?,
             rx_packets: next(0)?,
@@ -85,8 +91,8 @@ fn parsed(table: &str) -> impl Iterator<Item = Interface> {
 }
 
 /// What the node's end of a pair received is what the pod sent.
-fn turned(node: &Interface) -> Interface {
-    Interface {
+fn turned(node: &InterfaceCounters) -> InterfaceCounters {
+    InterfaceCounters {
         name: POD_INTERFACE.to_owned(),
         rx_bytes: node.tx_bytes,
         rx_packets: node.tx_packets,
@@ -109,7 +115,7 @@ mod tests {
                      compressed multicast|bytes packets errs drop fifo colls carrier compressed\n\
                      rr0123456789ab:     100      2    3    4    0     0          0         0   \
                      200       5    6    0    0     0       0          0\n";
-        let expected = Interface {
+        let expected = InterfaceCounters {
             name: "eth0".to_owned(),
             rx_bytes: 200,
             rx_packets: 5,
@@ -120,7 +126,7 @@ mod tests {
             tx_errors: 3,
             tx_dropped: 4,
         };
-        let all: Vec<Interface> = parsed(table).collect();
+        let all: Vec<InterfaceCounters> = parsed(table).collect();
         assert_eq!(all.len(), 1);
         assert_eq!(all.first().map(turned), Some(expected));
     }

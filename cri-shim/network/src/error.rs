@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use super::address::Range;
-use super::host_ports::HostPort;
+use crate::address::Range;
+use crate::host_ports::HostPort;
+use rrun_calls::error::{Code, Error};
 use rrun_store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +94,7 @@ fn key(range: Range) -> &'static str {
 }
 
 impl NetworkError {
-    pub(super) fn kernel(action: impl Into<String>, errno: Errno) -> Self {
+    pub(crate) fn kernel(action: impl Into<String>, errno: Errno) -> Self {
         NetworkError::Kernel {
             action: action.into(),
             errno,
@@ -101,7 +102,7 @@ impl NetworkError {
         }
     }
 
-    pub(super) fn no_family(port: HostPort) -> Self {
+    pub(crate) fn no_family(port: HostPort) -> Self {
         let (family, key) = match port.address {
             Some(IpAddr::V6(_)) => ("IPv6", "network.range6"),
             _ => ("IPv4", "network.range"),
@@ -110,7 +111,69 @@ impl NetworkError {
     }
 
     /// Whether it is the kernel's answer `wanted`.
-    pub(super) fn is(&self, wanted: Errno) -> bool {
+    pub(crate) fn is(&self, wanted: Errno) -> bool {
         matches!(self, NetworkError::Kernel { errno, .. } if *errno == wanted)
+    }
+}
+
+impl From<NetworkError> for Error {
+    fn from(error: NetworkError) -> Self {
+        let code = match &error {
+            NetworkError::Exhausted { .. } => Code::ResourceExhausted,
+            NetworkError::Kernel { errno, .. } => code_of(*errno),
+            // EAGAIN: RLIMIT_NPROC or a cgroup's pids.max is reached.
+            NetworkError::Thread(source) if source.kind() == io::ErrorKind::WouldBlock => {
+                Code::ResourceExhausted
+            }
+            NetworkError::Namespace { source, .. }
+            | NetworkError::Sysctl { source, .. }
+            | NetworkError::Thread(source) => match source.raw_os_error() {
+                Some(errno) => code_of(Errno::from_raw(errno)),
+                None => Code::Internal,
+            },
+            NetworkError::Config { .. } => Code::InvalidArgument,
+            NetworkError::NotPinned { .. }
+            | NetworkError::Feature { .. }
+            | NetworkError::RangeInUse { .. }
+            | NetworkError::PortTaken { .. }
+            | NetworkError::NoFamily { .. }
+            | NetworkError::NotABridge { .. }
+            | NetworkError::InterfaceTaken { .. } => Code::FailedPrecondition,
+            NetworkError::Record { .. } => Code::DataLoss,
+            NetworkError::Store(error) => error.code(),
+            NetworkError::ThreadDied => Code::Internal,
+        };
+        Error::new(code, error.to_string())
+    }
+}
+
+fn code_of(errno: Errno) -> Code {
+    match errno {
+        // ENOSPC: user.max_net_namespaces is reached. EXFULL: the bridge has no free port.
+        Errno::ENOSPC
+        | Errno::EXFULL
+        | Errno::ENOMEM
+        | Errno::ENOBUFS
+        | Errno::EMFILE
+        | Errno::ENFILE => Code::ResourceExhausted,
+        _ => Code::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_its_sentence_and_says_whether_something_is_used_up() {
+        let range = Range::DEFAULT;
+        let sentence = NetworkError::Exhausted { range }.to_string();
+        let error = Error::from(NetworkError::Exhausted { range });
+        assert_eq!(error.code(), Code::ResourceExhausted);
+        assert_eq!(error.sentence(), sentence);
+        let full = NetworkError::kernel("create the veth pair", Errno::EXFULL);
+        assert_eq!(Error::from(full).code(), Code::ResourceExhausted);
+        let other = NetworkError::kernel("create the veth pair", Errno::EPERM);
+        assert_eq!(Error::from(other).code(), Code::Internal);
     }
 }

@@ -3,14 +3,14 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::NetworkError;
+use crate::error::NetworkError;
 
 const IPV4: &str = "/proc/sys/net/ipv4/ip_forward";
 const IPV6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 const IPV6_INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 
 /// Whether the kernel has IPv6 and it is not turned off.
-pub(super) fn has_ipv6() -> bool {
+pub(crate) fn has_ipv6() -> bool {
     let all = format!("{IPV6_INTERFACES}/all/disable_ipv6");
     std::fs::read(all).is_ok_and(|value| value.first() == Some(&b'0'))
 }
@@ -29,20 +29,20 @@ fn refused(interface: &str) -> [String; 3] {
 /// Makes `interface`, which is the node's, refuse router advertisements and redirects. It sends no
 /// redirects either, because pods refuse them. Must be called while the interface is down: what
 /// arrives earlier is accepted.
-pub(super) fn refuse_routers(interface: &str) -> Result<(), NetworkError> {
+pub(crate) fn refuse_routers(interface: &str) -> Result<(), NetworkError> {
     let refused = refused(interface);
     refused.iter().try_for_each(|name| clear(name))?;
     clear(&format!("ipv4/conf/{interface}/send_redirects"))
 }
 
 /// Whether `interface` accepts router advertisements, or would if it did not forward.
-pub(super) fn accepts_advertisements(interface: &str) -> bool {
+pub(crate) fn accepts_advertisements(interface: &str) -> bool {
     is_set(path(&format!("ipv6/conf/{interface}/accept_ra")))
 }
 
 /// Makes a pod's interface, and its loopback, refuse router advertisements and redirects. Acts on
 /// the network namespace of the calling thread, which is the pod's.
-pub(super) fn refuse_routers_in_pod(interface: &str) -> Result<(), NetworkError> {
+pub(crate) fn refuse_routers_in_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
     all.iter().try_for_each(|name| clear(name))
 }
@@ -58,7 +58,7 @@ fn all_refused_in_pod(interface: &str) -> Vec<String> {
 
 /// As [`refuse_routers_in_pod`], in a running pod. A value that is neither 0 nor the kernel's
 /// default was set on purpose and stays.
-pub(super) fn refuse_routers_in_running_pod(interface: &str) -> Result<(), NetworkError> {
+pub(crate) fn refuse_routers_in_running_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
     let mut defaults = all.iter().filter(|name| is(path(name), "1"));
     defaults.try_for_each(|name| clear(name))
@@ -79,7 +79,7 @@ fn clear(name: &str) -> Result<(), NetworkError> {
     }
 }
 
-pub(super) fn is_on(ipv6: bool) -> bool {
+pub(crate) fn is_on(ipv6: bool) -> bool {
     is_set(if ipv6 { IPV6 } else { IPV4 })
 }
 
@@ -88,7 +88,7 @@ pub(super) fn is_on(ipv6: bool) -> bool {
 ///
 /// A router follows no redirects: for IPv6 the kernel refuses them on every interface that
 /// forwards, and for IPv4 it clears `conf/all/accept_redirects`. rrun-cri does not change that.
-pub(super) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
+pub(crate) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
     if is_on(ipv6) {
         return Ok(());
     }
@@ -124,7 +124,7 @@ fn keep_advertisements(interface: &Path) -> Result<(), NetworkError> {
 }
 
 /// Has what comes from 127.0.0.1 leave by the bridge, for host ports.
-pub(super) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
+pub(crate) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
     let path = format!("/proc/sys/net/ipv4/conf/{bridge}/route_localnet");
     if is(&path, "1") {
         return Ok(());
@@ -135,7 +135,7 @@ pub(super) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
 /// Whether answers of pods can come back to ::1. Where br_netfilter is on for IPv6, they are
 /// translated while they are still on the bridge, and what comes in from there for ::1 the kernel
 /// drops.
-pub(super) fn can_translate_loopback6() -> bool {
+pub(crate) fn can_translate_loopback6() -> bool {
     !is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1")
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use rrun_proto::v1::{PortMapping, Protocol as Asked};
+use rrun_proto::v1::{PortMapping, Protocol as CriProtocol};
 use serde::{Deserialize, Serialize};
 
 /// A protocol with ports.
@@ -21,7 +21,7 @@ pub enum Protocol {
 
 impl Protocol {
     /// Its number in the IP header.
-    pub(super) fn number(self) -> u8 {
+    pub(crate) fn number(self) -> u8 {
         match self {
             Protocol::Tcp => 6,
             Protocol::Udp => 17,
@@ -52,7 +52,7 @@ pub struct HostPort {
 
 impl HostPort {
     /// Whether a packet could be meant for either.
-    fn meets(&self, other: &HostPort) -> bool {
+    fn conflicts_with(&self, other: &HostPort) -> bool {
         let addresses = match (self.address, other.address) {
             (None, _) | (_, None) => true,
             (Some(one), Some(two)) => {
@@ -77,14 +77,14 @@ impl fmt::Display for HostPort {
 /// What is wrong with `port_mappings`, in a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("port_mappings[{index}]{field}: {why}")]
-pub struct PortError {
+pub(crate) struct PortError {
     index: usize,
     field: &'static str,
     why: String,
 }
 
 /// The host ports among a pod's mappings; a mapping without one is only a declaration.
-pub fn asked(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
+pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
     let mut ports: Vec<HostPort> = Vec::new();
     for (index, mapping) in mappings.iter().enumerate() {
         let error = |field, why| PortError { index, field, why };
@@ -97,10 +97,10 @@ pub fn asked(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
         }
         let host = port(".host_port", mapping.host_port)?;
         let container = port(".container_port", mapping.container_port)?;
-        let protocol = match Asked::try_from(mapping.protocol) {
-            Ok(Asked::Tcp) => Protocol::Tcp,
-            Ok(Asked::Udp) => Protocol::Udp,
-            Ok(Asked::Sctp) => Protocol::Sctp,
+        let protocol = match CriProtocol::try_from(mapping.protocol) {
+            Ok(CriProtocol::Tcp) => Protocol::Tcp,
+            Ok(CriProtocol::Udp) => Protocol::Udp,
+            Ok(CriProtocol::Sctp) => Protocol::Sctp,
             Err(_) => {
                 let why = format!("{} is no protocol with ports", mapping.protocol);
                 return Err(error(".protocol", why));
@@ -122,7 +122,7 @@ pub fn asked(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
             host,
             container,
         };
-        match ports.iter().find(|port| port.meets(&new)) {
+        match ports.iter().find(|port| port.conflicts_with(&new)) {
             // Two containers may declare the same one.
             Some(same) if *same == new => {}
             Some(other) => {
@@ -138,7 +138,7 @@ pub fn asked(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
 
 /// One entry of the maps: protocol, address and port of the node, and where they lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     pub protocol: Protocol,
     /// Unspecified is every address of the family.
     pub address: IpAddr,
@@ -148,7 +148,7 @@ pub(super) struct Mapping {
 
 /// A pod's ports in the store and in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Claim {
+pub(crate) struct PortReservation {
     /// The pod's name, for the sentence that others read.
     pub name: String,
     pub ports: Vec<HostPort>,
@@ -156,56 +156,60 @@ pub(super) struct Claim {
 
 /// The port is another pod's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Taken {
+pub(crate) struct PortConflict {
     pub port: HostPort,
     /// The name of the pod that has it.
-    pub by: String,
+    pub owner: String,
 }
 
 /// Which pod has which ports.
 #[derive(Default)]
-pub(super) struct Claims(BTreeMap<String, Claim>);
+pub(crate) struct PortReservations(BTreeMap<String, PortReservation>);
 
-impl Claims {
+impl PortReservations {
     /// What the store remembers.
-    pub(super) fn remember(&mut self, pod: String, claim: Claim) {
-        self.0.insert(pod, claim);
+    pub(crate) fn remember(&mut self, pod: String, reservation: PortReservation) {
+        self.0.insert(pod, reservation);
     }
 
     /// All of them or none.
-    pub(super) fn take(&mut self, pod: &str, claim: Claim) -> Result<(), Taken> {
+    pub(crate) fn take(
+        &mut self,
+        pod: &str,
+        reservation: PortReservation,
+    ) -> Result<(), PortConflict> {
         for (_, other) in self.0.iter().filter(|(owner, _)| *owner != pod) {
-            for port in &claim.ports {
-                if other.ports.iter().any(|theirs| theirs.meets(port)) {
-                    return Err(Taken {
+            for port in &reservation.ports {
+                if other.ports.iter().any(|theirs| theirs.conflicts_with(port)) {
+                    return Err(PortConflict {
                         port: *port,
-                        by: other.name.clone(),
+                        owner: other.name.clone(),
                     });
                 }
             }
         }
-        if !claim.ports.is_empty() {
-            self.0.insert(pod.to_owned(), claim);
+        if !reservation.ports.is_empty() {
+            self.0.insert(pod.to_owned(), reservation);
         }
         Ok(())
     }
 
-    pub(super) fn of(&self, pod: &str) -> Option<&Claim> {
+    pub(crate) fn of(&self, pod: &str) -> Option<&PortReservation> {
         self.0.get(pod)
     }
 
-    pub(super) fn pods(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn pods(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
 
-    pub(super) fn free(&mut self, pod: &str) {
+    pub(crate) fn free(&mut self, pod: &str) {
         self.0.remove(pod);
     }
 }
 
 /// What leads to a pod with these addresses; nothing for one in the node's network, which has
 /// none. The kernel takes an unspecified address as any.
-pub(super) fn mappings(ports: &[HostPort], addresses: &[IpAddr]) -> Vec<Mapping> {
+pub(crate) fn mappings(ports: &[HostPort], addresses: &[IpAddr]) -> Vec<Mapping> {
     let mut all = Vec::new();
     for port in ports {
         for to in addresses {
@@ -251,37 +255,51 @@ mod tests {
             (mapping(0, "224.0.0.1", 81, 80), "port_mappings[1].host_ip"),
             (mapping(0, "127.0.0.1", 80, 81), "port_mappings[1]: the pod"),
         ] {
-            let error = asked(&[mapping(0, "", 80, 80), bad]).map_err(|error| error.to_string());
+            let error = parse(&[mapping(0, "", 80, 80), bad]).map_err(|error| error.to_string());
             assert!(
                 matches!(&error, Err(text) if text.starts_with(field)),
                 "{field}: {error:?}"
             );
         }
         let twice = [mapping(0, "", 80, 80), mapping(0, "", 80, 80)];
-        assert_eq!(asked(&twice).map(|ports| ports.len()), Ok(1));
-        assert_eq!(asked(&[mapping(0, "", 0, 80)]), Ok(Vec::new()));
+        assert_eq!(parse(&twice).map(|ports| ports.len()), Ok(1));
+        assert_eq!(parse(&[mapping(0, "", 0, 80)]), Ok(Vec::new()));
         let both = [mapping(0, "", 53, 53), mapping(1, "", 53, 53)];
-        assert_eq!(asked(&both).map(|ports| ports.len()), Ok(2));
+        assert_eq!(parse(&both).map(|ports| ports.len()), Ok(2));
     }
 
     #[test]
     fn a_port_has_one_pod_at_each_address() -> Result<(), PortError> {
-        let claim = |name: &str, host_ip| {
-            Ok(Claim {
+        let reservation = |name: &str, host_ip| {
+            Ok(PortReservation {
                 name: name.to_owned(),
-                ports: asked(&[mapping(0, host_ip, 80, 8080)])?,
+                ports: parse(&[mapping(0, host_ip, 80, 8080)])?,
             })
         };
-        let mut claims = Claims::default();
-        assert_eq!(claims.take("a", claim("pod a", "127.0.0.1")?), Ok(()));
-        assert_eq!(claims.take("a", claim("pod a", "127.0.0.1")?), Ok(()));
-        assert_eq!(claims.take("b", claim("pod b", "192.0.2.1")?), Ok(()));
-        assert_eq!(claims.take("c", claim("pod c", "::")?), Ok(()));
+        let mut reservations = PortReservations::default();
+        assert_eq!(
+            reservations.take("a", reservation("pod a", "127.0.0.1")?),
+            Ok(())
+        );
+        assert_eq!(
+            reservations.take("a", reservation("pod a", "127.0.0.1")?),
+            Ok(())
+        );
+        assert_eq!(
+            reservations.take("b", reservation("pod b", "192.0.2.1")?),
+            Ok(())
+        );
+        assert_eq!(reservations.take("c", reservation("pod c", "::")?), Ok(()));
         for taken in ["", "0.0.0.0", "127.0.0.1", "::1"] {
-            assert!(claims.take("d", claim("pod d", taken)?).is_err(), "{taken}");
+            assert!(
+                reservations
+                    .take("d", reservation("pod d", taken)?)
+                    .is_err(),
+                "{taken}"
+            );
         }
-        claims.free("c");
-        assert_eq!(claims.take("d", claim("pod d", "::1")?), Ok(()));
+        reservations.free("c");
+        assert_eq!(reservations.take("d", reservation("pod d", "::1")?), Ok(()));
         Ok(())
     }
 
@@ -291,9 +309,9 @@ mod tests {
             [10, 88, 0, 2].into(),
             IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 2]),
         ];
-        let any = asked(&[mapping(0, "", 80, 8080)])?;
+        let any = parse(&[mapping(0, "", 80, 8080)])?;
         assert_eq!(mappings(&any, &addresses).len(), 2);
-        let one = asked(&[mapping(0, "127.0.0.1", 80, 8080)])?;
+        let one = parse(&[mapping(0, "127.0.0.1", 80, 8080)])?;
         let made = mappings(&one, &addresses);
         assert_eq!(made.len(), 1);
         assert_eq!(

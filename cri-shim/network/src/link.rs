@@ -14,10 +14,13 @@ use libc::{
 };
 use nix::errno::Errno;
 
-use super::netlink::{
+use crate::error::NetworkError;
+use crate::netlink::{
     Batch, Body, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
 };
-use super::{NetworkError, POD_INTERFACE};
+
+/// The name of a pod's interface inside its namespace.
+pub(crate) const POD_INTERFACE: &str = "eth0";
 
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_BR_FORWARD_DELAY: u16 = 1;
@@ -45,13 +48,13 @@ const IFA_F_NODAD: u8 = libc::IFA_F_NODAD as u8;
 const IFF_UP: u32 = libc::IFF_UP as u32;
 
 /// A hardware address.
-pub(super) type Mac = [u8; 6];
+pub(crate) type Mac = [u8; 6];
 
-/// The hardware address that belongs to the IPv4 address among these, or else to the first: when the
-/// address goes to another pod, what a neighbour has cached stays right. `02` is for locally
+/// The hardware address that belongs to the IPv4 address among these, or else to the first: when
+/// the address goes to another pod, what a neighbour has cached stays right. `02` is for locally
 /// administered ones, `0a:58` are the first bytes that Kubernetes' networks have always used for
 /// this.
-pub(super) fn mac_of(addresses: &[IpAddr]) -> Mac {
+pub(crate) fn mac_of(addresses: &[IpAddr]) -> Mac {
     let mut all = addresses.iter();
     let like = all.find(|one| one.is_ipv4()).or(addresses.first());
     let [a, b, c, d] = match like {
@@ -66,7 +69,7 @@ pub(super) fn mac_of(addresses: &[IpAddr]) -> Mac {
 }
 
 /// The link-local address that belongs to a hardware address, RFC 4291, appendix A.
-pub(super) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
+pub(crate) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
     let mut octets = [0; 16];
     octets[..2].copy_from_slice(&[0xfe, 0x80]);
     octets[8..].copy_from_slice(&[a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
@@ -74,7 +77,7 @@ pub(super) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
 }
 
 /// What a dump or a query tells of a link.
-pub(super) struct Link {
+pub(crate) struct Link {
     pub index: u32,
     pub name: String,
     pub up: bool,
@@ -106,13 +109,13 @@ impl Link {
 }
 
 /// The link called `name`, if there is one.
-pub(super) fn find(socket: &mut Socket, name: &str) -> Result<Option<Link>, NetworkError> {
+pub(crate) fn find(socket: &mut Socket, name: &str) -> Result<Option<Link>, NetworkError> {
     let action = format!("look for the interface {name}");
     query(socket, action, 0, Some(name))
 }
 
 /// The link `index`, if there is one.
-pub(super) fn at(socket: &mut Socket, index: u32) -> Result<Option<Link>, NetworkError> {
+pub(crate) fn at(socket: &mut Socket, index: u32) -> Result<Option<Link>, NetworkError> {
     query(socket, format!("look for interface {index}"), index, None)
 }
 
@@ -137,7 +140,7 @@ fn query(
 }
 
 /// Every link of the namespace.
-pub(super) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
+pub(crate) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
     let mut batch = Batch::default();
     batch.message("list the interfaces", RTM_GETLINK, NLM_F_DUMP, |body| {
         body.header(&link_header(0, 0));
@@ -150,7 +153,7 @@ pub(super) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
 }
 
 /// Makes a bridge whose hardware address stays the same whatever becomes its port.
-pub(super) fn create_bridge(
+pub(crate) fn create_bridge(
     socket: &mut Socket,
     name: &str,
     mac: Mac,
@@ -173,7 +176,7 @@ pub(super) fn create_bridge(
 }
 
 /// Sets a link up.
-pub(super) fn set_up(batch: &mut Batch, index: u32, name: &str) {
+pub(crate) fn set_up(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} up");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(index, IFF_UP));
@@ -196,7 +199,7 @@ fn no_ipv6_address(body: &mut Body) {
 }
 
 /// A pod's two interfaces.
-pub(super) struct VethPair<'a> {
+pub(crate) struct VethPair<'a> {
     /// The name of the node's end.
     pub host: &'a str,
     /// What people see beside it in `ip link`.
@@ -210,7 +213,7 @@ pub(super) struct VethPair<'a> {
 /// Makes the pair with both ends where they belong from the first moment: the pod's in its
 /// namespace under its name, the node's on the bridge. Nothing is moved or renamed, since the
 /// kernel would then wait for RCU. Both ends are down.
-pub(super) fn create_veth(
+pub(crate) fn create_veth(
     socket: &mut Socket,
     pair: &VethPair,
     netns: BorrowedFd,
@@ -240,7 +243,7 @@ pub(super) fn create_veth(
 }
 
 /// Sets up the node's end of a pair that is on the bridge.
-pub(super) fn set_up_port(
+pub(crate) fn set_up_port(
     socket: &mut Socket,
     host: &str,
     alias: &str,
@@ -251,7 +254,7 @@ pub(super) fn set_up_port(
 }
 
 /// Puts the node's end of a pair back on a bridge that was made anew.
-pub(super) fn join_bridge(
+pub(crate) fn join_bridge(
     socket: &mut Socket,
     host: &str,
     alias: &str,
@@ -287,7 +290,7 @@ fn port_message(batch: &mut Batch, host: &str, alias: &str) {
 }
 
 /// Deletes a link; it need not be there. The other end of a pair goes with it.
-pub(super) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError> {
+pub(crate) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
     let action = format!("delete the interface {name}");
     batch.message(action, RTM_DELLINK, NLM_F_ACK, |body| {
@@ -301,7 +304,7 @@ pub(super) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError
 }
 
 /// Deletes several links; they need not be there. The kernel then waits once, not once for each.
-pub(super) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(), NetworkError> {
+pub(crate) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
     for name in names {
         let action = format!("mark the interface {name} for deletion");
@@ -331,7 +334,7 @@ pub(super) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(
 
 /// Gives a link an address with this length of prefix; it may have it already. Nobody looks for
 /// duplicates, which takes the kernel a second.
-pub(super) fn add_address(
+pub(crate) fn add_address(
     batch: &mut Batch,
     index: u32,
     name: &str,
@@ -360,7 +363,7 @@ pub(super) fn add_address(
 }
 
 /// Takes an address from a link.
-pub(super) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, prefix: u8) {
+pub(crate) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, prefix: u8) {
     let action = format!("delete the address {address}/{prefix}");
     batch.message(action, RTM_DELADDR, NLM_F_ACK, |body| {
         let [i0, i1, i2, i3] = index.to_ne_bytes();
@@ -371,7 +374,7 @@ pub(super) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, pre
 }
 
 /// The addresses, with the length of their prefix, of the link `index`; none of the link only.
-pub(super) fn addresses(
+pub(crate) fn addresses(
     socket: &mut Socket,
     index: u32,
 ) -> Result<Vec<(IpAddr, u8)>, NetworkError> {
@@ -384,7 +387,7 @@ pub(super) fn addresses(
 }
 
 /// Every address of the node.
-pub(super) fn own_addresses(socket: &mut Socket) -> Result<Vec<IpAddr>, NetworkError> {
+pub(crate) fn own_addresses(socket: &mut Socket) -> Result<Vec<IpAddr>, NetworkError> {
     let all = all_addresses(socket)?;
     Ok(all.into_iter().map(|one| one.address).collect())
 }
@@ -420,7 +423,7 @@ fn all_addresses(socket: &mut Socket) -> Result<Vec<Assigned>, NetworkError> {
 }
 
 /// Makes `gateway` the way to everywhere else.
-pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) {
+pub(crate) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) {
     let action = format!("add the default route by {gateway}");
     // NLM_F_REPLACE: the same route may be there already.
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
@@ -440,7 +443,7 @@ pub(super) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) 
 /// Has what comes in by a link for ::1 delivered, as route_localnet does for 127.0.0.1. For packets
 /// that were translated to it, that is: of others the kernel takes none. The loopback's own route
 /// comes first in all other lookups, by its metric.
-pub(super) fn add_loopback_route(batch: &mut Batch, index: u32) {
+pub(crate) fn add_loopback_route(batch: &mut Batch, index: u32) {
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     let action = format!("have ::1 delivered on interface {index}");
     batch.message(action, RTM_NEWROUTE, flags, |body| {
@@ -459,7 +462,7 @@ pub(super) fn add_loopback_route(batch: &mut Batch, index: u32) {
 }
 
 /// A route of the main table.
-pub(super) struct Route {
+pub(crate) struct Route {
     pub destination: IpAddr,
     pub prefix: u8,
     /// The link that it leads out of, if it is a single one.
@@ -470,7 +473,7 @@ pub(super) struct Route {
 impl Route {
     /// Whether a router advertisement may have made the route. It makes default routes, and routes
     /// to prefixes on the link, which have the same protocol as the routes of addresses.
-    pub(super) fn is_advertised(&self) -> bool {
+    pub(crate) fn is_advertised(&self) -> bool {
         let link_local = matches!(self.destination, IpAddr::V6(to) if to.is_unicast_link_local());
         match self.protocol {
             RTPROT_RA => true,
@@ -481,7 +484,7 @@ impl Route {
 }
 
 /// The routes of the main table of the family of `like`.
-pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, NetworkError> {
+pub(crate) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, NetworkError> {
     let any: IpAddr = match like {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -510,7 +513,7 @@ pub(super) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, Ne
 }
 
 /// Deletes a route that leads out of the link `index`. Succeeds if the route is missing.
-pub(super) fn delete_route(
+pub(crate) fn delete_route(
     socket: &mut Socket,
     index: u32,
     route: &Route,
@@ -538,7 +541,7 @@ pub(super) fn delete_route(
 }
 
 /// The link that a packet to `destination` would leave by; nothing if there is no way.
-pub(super) fn way_to(
+pub(crate) fn way_to(
     socket: &mut Socket,
     destination: IpAddr,
 ) -> Result<Option<u32>, NetworkError> {
@@ -564,7 +567,7 @@ pub(super) fn way_to(
 }
 
 /// Sets a link down.
-pub(super) fn set_down(batch: &mut Batch, index: u32, name: &str) {
+pub(crate) fn set_down(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} down");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         let mut header = link_header(index, IFF_UP);
@@ -575,7 +578,7 @@ pub(super) fn set_down(batch: &mut Batch, index: u32, name: &str) {
 }
 
 /// Sets a link's MTU.
-pub(super) fn set_mtu(batch: &mut Batch, index: u32, mtu: u32) {
+pub(crate) fn set_mtu(batch: &mut Batch, index: u32, mtu: u32) {
     let action = format!("set the MTU of interface {index} to {mtu}");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(index, 0));

@@ -11,8 +11,9 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use sha2::{Digest, Sha256};
 
-use super::netlink::{Batch, Socket};
-use super::{NetworkError, link};
+use crate::error::NetworkError;
+use crate::link;
+use crate::netlink::{Batch, Socket};
 
 /// Enough for a few system calls and a netlink reply; the default of 2 MiB is only address space,
 /// but mapping and unmapping it costs.
@@ -120,8 +121,8 @@ fn loopback_up() -> Result<(), NetworkError> {
     socket.execute(&batch).map(drop)
 }
 
-/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with a
-/// new one.
+/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with
+/// a new one.
 pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
     new_pin(path)?;
     let result = bind(namespace, path).and_then(|()| {
@@ -188,7 +189,7 @@ pub fn socket(path: Option<&Path>, family: AddressFamily) -> Result<OwnedFd, Net
 }
 
 /// Opens the namespace pinned at `path`.
-pub(super) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
+pub(crate) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     let action = "open the network namespace";
     let file = File::open(path).map_err(|source| failed(action, path, source))?;
     let found = rustix::fs::fstatfs(&file).map_err(|errno| failed(action, path, errno.into()))?;
@@ -201,13 +202,13 @@ pub(super) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
 }
 
 /// Moves the calling thread, for good, into `namespace`, which was opened at `path`.
-pub(super) fn enter(namespace: BorrowedFd, path: &Path) -> Result<(), NetworkError> {
+pub(crate) fn enter(namespace: BorrowedFd, path: &Path) -> Result<(), NetworkError> {
     setns(namespace, CloneFlags::CLONE_NEWNET)
         .map_err(|errno| failed("enter the network namespace", path, errno.into()))
 }
 
 /// Runs `work` on a new thread, so that what it changes of itself ends with it.
-pub(super) fn on_own_thread<T: Send>(
+pub(crate) fn on_own_thread<T: Send>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
     std::thread::scope(|scope| {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-use super::NetworkError;
+use crate::error::NetworkError;
 
 const HEADER_BYTES: usize = 16;
 const ALIGNMENT: usize = 4;
@@ -20,13 +20,13 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-pub(super) const NLM_F_REQUEST: u16 = 0x1;
-pub(super) const NLM_F_ACK: u16 = 0x4;
-pub(super) const NLM_F_DUMP: u16 = 0x300;
-pub(super) const NLM_F_REPLACE: u16 = 0x100;
-pub(super) const NLM_F_EXCL: u16 = 0x200;
-pub(super) const NLM_F_CREATE: u16 = 0x400;
-pub(super) const NLM_F_APPEND: u16 = 0x800;
+pub(crate) const NLM_F_REQUEST: u16 = 0x1;
+pub(crate) const NLM_F_ACK: u16 = 0x4;
+pub(crate) const NLM_F_DUMP: u16 = 0x300;
+pub(crate) const NLM_F_REPLACE: u16 = 0x100;
+pub(crate) const NLM_F_EXCL: u16 = 0x200;
+pub(crate) const NLM_F_CREATE: u16 = 0x400;
+pub(crate) const NLM_F_APPEND: u16 = 0x800;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 /// In an error message: the kernel left out the request that it answers.
 const NLM_F_CAPPED: u16 = 0x100;
@@ -41,7 +41,7 @@ const DUMP_TRIES: usize = 16;
 /// Messages to be sent together. The kernel carries them out in order, and, unlike a transaction,
 /// goes on after one that failed.
 #[derive(Default)]
-pub(super) struct Batch {
+pub(crate) struct Batch {
     bytes: Vec<u8>,
     /// What each message does, in the words of an error. Its index is the sequence number.
     actions: Vec<String>,
@@ -51,7 +51,7 @@ pub(super) struct Batch {
 
 impl Batch {
     /// Adds a message of `kind`; `flags` besides NLM_F_REQUEST.
-    pub(super) fn message(
+    pub(crate) fn message(
         &mut self,
         action: impl Into<String>,
         kind: u16,
@@ -79,42 +79,42 @@ impl Batch {
 }
 
 /// The inside of a message: its fixed header and its attributes.
-pub(super) struct Body<'a>(&'a mut Vec<u8>);
+pub(crate) struct Body<'a>(&'a mut Vec<u8>);
 
 impl Body<'_> {
     /// The fixed header of the message's family.
-    pub(super) fn header(&mut self, bytes: &[u8]) {
+    pub(crate) fn header(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
         self.pad();
     }
 
-    pub(super) fn bytes(&mut self, kind: u16, value: &[u8]) {
+    pub(crate) fn bytes(&mut self, kind: u16, value: &[u8]) {
         self.attribute(kind, |body| body.0.extend_from_slice(value));
     }
 
-    pub(super) fn u32(&mut self, kind: u16, value: u32) {
+    pub(crate) fn u32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_ne_bytes());
     }
 
     /// nf_tables wants its numbers in network byte order.
-    pub(super) fn be32(&mut self, kind: u16, value: u32) {
+    pub(crate) fn be32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
     /// A string with the NUL that the kernel wants.
-    pub(super) fn string(&mut self, kind: u16, value: &str) {
+    pub(crate) fn string(&mut self, kind: u16, value: &str) {
         self.attribute(kind, |body| {
             body.0.extend_from_slice(value.as_bytes());
             body.0.push(0);
         });
     }
 
-    pub(super) fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body)) {
+    pub(crate) fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body)) {
         self.attribute(kind | NLA_F_NESTED, inside);
     }
 
     /// A nest whose inside is known already.
-    pub(super) fn nested(&mut self, kind: u16, inside: &[u8]) {
+    pub(crate) fn nested(&mut self, kind: u16, inside: &[u8]) {
         self.nest(kind, |body| body.0.extend_from_slice(inside));
     }
 
@@ -137,47 +137,47 @@ impl Body<'_> {
 }
 
 /// A message that the kernel answered with, other than an acknowledgement.
-pub(super) struct Reply {
+pub(crate) struct Reply {
     body: Vec<u8>,
 }
 
 impl Reply {
     /// The first `N` bytes: the fixed header of the family.
-    pub(super) fn header<const N: usize>(&self) -> Option<[u8; N]> {
+    pub(crate) fn header<const N: usize>(&self) -> Option<[u8; N]> {
         self.body.first_chunk().copied()
     }
 
     /// The attributes after a fixed header of `header_bytes`.
-    pub(super) fn attributes(&self, header_bytes: usize) -> Attributes<'_> {
+    pub(crate) fn attributes(&self, header_bytes: usize) -> Attributes<'_> {
         Attributes(self.body.get(header_bytes..).unwrap_or_default())
     }
 }
 
 /// Walks attributes: their type without the flags, and their value.
 #[derive(Clone)]
-pub(super) struct Attributes<'a>(pub(super) &'a [u8]);
+pub(crate) struct Attributes<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Attributes<'a> {
-    pub(super) fn get(&self, wanted: u16) -> Option<&'a [u8]> {
+    pub(crate) fn get(&self, wanted: u16) -> Option<&'a [u8]> {
         self.clone()
             .find_map(|(kind, value)| (kind == wanted).then_some(value))
     }
 
-    pub(super) fn nest(&self, wanted: u16) -> Attributes<'a> {
+    pub(crate) fn nest(&self, wanted: u16) -> Attributes<'a> {
         Attributes(self.get(wanted).unwrap_or_default())
     }
 
-    pub(super) fn u32(&self, wanted: u16) -> Option<u32> {
+    pub(crate) fn u32(&self, wanted: u16) -> Option<u32> {
         Some(u32::from_ne_bytes(self.array(wanted)?))
     }
 
     /// A value of exactly `N` bytes.
-    pub(super) fn array<const N: usize>(&self, wanted: u16) -> Option<[u8; N]> {
+    pub(crate) fn array<const N: usize>(&self, wanted: u16) -> Option<[u8; N]> {
         self.get(wanted)?.try_into().ok()
     }
 
     /// A string up to its NUL.
-    pub(super) fn string(&self, wanted: u16) -> Option<&'a str> {
+    pub(crate) fn string(&self, wanted: u16) -> Option<&'a str> {
         let value = self.get(wanted)?;
         let end = value.iter().position(|byte| *byte == 0);
         std::str::from_utf8(&value[..end.unwrap_or(value.len())]).ok()
@@ -198,19 +198,19 @@ impl<'a> Iterator for Attributes<'a> {
 }
 
 /// A netlink socket in the network namespace of the thread that opened it.
-pub(super) struct Socket {
+pub(crate) struct Socket {
     fd: OwnedFd,
     buffer: Vec<u8>,
 }
 
 impl Socket {
     /// For links, addresses and routes.
-    pub(super) fn route() -> Result<Self, NetworkError> {
+    pub(crate) fn route() -> Result<Self, NetworkError> {
         Self::open(None, "open an rtnetlink socket")
     }
 
     /// For nf_tables.
-    pub(super) fn netfilter() -> Result<Self, NetworkError> {
+    pub(crate) fn netfilter() -> Result<Self, NetworkError> {
         Self::open(Some(netlink::NETFILTER), "open an nf_tables socket")
     }
 
@@ -236,13 +236,13 @@ impl Socket {
     }
 
     /// For what is still asked by ioctl(2).
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
     /// Sends the messages and waits for every answer. The error is that of the first message that
     /// failed.
-    pub(super) fn execute(&mut self, batch: &Batch) -> Result<Vec<Reply>, NetworkError> {
+    pub(crate) fn execute(&mut self, batch: &Batch) -> Result<Vec<Reply>, NetworkError> {
         if batch.actions.is_empty() {
             return Ok(Vec::new());
         }

@@ -37,8 +37,8 @@
 //! ```
 //!
 //! A pod that calls a host port of its own, or of another pod of this node, is masqueraded so that
-//! the answer comes back by the node and not straight over the bridge. By the mark of its connection
-//! it is told from what others translate, kube-proxy for a Service with the same port: their
+//! the answer comes back by the node and not straight over the bridge. The mark of its connection
+//! distinguishes it from what others translate, kube-proxy for a Service with the same port: their
 //! business. A process of the node that calls 127.0.0.1 or ::1 is masqueraded, because these
 //! addresses have no meaning in the pod; for it the bridge routes local addresses (route_localnet,
 //! and for ::1 a local route of the bridge's), and `guard` keeps pods from using that to reach what
@@ -51,12 +51,12 @@ mod expression;
 
 use nix::errno::Errno;
 
-use super::NetworkError;
-use super::address::Range;
-use super::host_ports::Mapping;
-use expression::{Family, Rule};
+use crate::address::Range;
+use crate::error::NetworkError;
+use crate::host_ports::Mapping;
+use expression::{IpFamily, Rule};
 
-use super::netlink::{Batch, Body, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket};
+use crate::netlink::{Batch, Body, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
@@ -124,8 +124,26 @@ const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const POSTROUTING: &str = "postrouting";
 
+/// Where the kernel calls a chain: the chain's type, the hook's number, its priority.
+type Hook = (&'static str, u32, i32);
+
+/// Every chain; one without a hook is jumped to.
+const CHAINS: [(&str, Option<Hook>); 5] = [
+    (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
+    (HOST_PORTS, None),
+    (
+        PREROUTING,
+        Some(("nat", NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST)),
+    ),
+    (OUTPUT, Some(("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST))),
+    (
+        POSTROUTING,
+        Some(("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC)),
+    ),
+];
+
 /// What the table is made from.
-pub(super) struct Table<'a> {
+pub(crate) struct NftTable<'a> {
     /// Its name, and that of the bridge.
     pub name: &'a str,
     /// The ranges that pods have addresses of.
@@ -139,17 +157,17 @@ pub(super) struct Table<'a> {
 
 /// A number that changes with every change of any table of this network namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Generation(u32);
+pub(crate) struct Generation(u32);
 
 impl Generation {
     /// Whether there was one change in between.
-    pub(super) fn follows(self, before: Generation) -> bool {
+    pub(crate) fn follows(self, before: Generation) -> bool {
         self.0 == before.0.wrapping_add(1)
     }
 }
 
 /// The generation of the rules now.
-pub(super) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError> {
+pub(crate) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError> {
     let mut batch = Batch::default();
     let kind = subsystem(NFT_MSG_GETGEN);
     batch.message("read the generation of nftables", kind, NLM_F_ACK, |body| {
@@ -162,13 +180,13 @@ pub(super) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError
     Ok(Generation(u32::from_be_bytes(id.unwrap_or_default())))
 }
 
-impl Table<'_> {
+impl NftTable<'_> {
     /// Those that pods have.
-    fn families(&self) -> Vec<Family> {
-        let mut families = vec![Family::V4, Family::V6];
+    fn families(&self) -> Vec<IpFamily> {
+        let mut families = vec![IpFamily::V4, IpFamily::V6];
         families.retain(|family| {
             let mut ranges = self.ranges.iter();
-            ranges.any(|range| Family::of(range.network()) == *family)
+            ranges.any(|range| IpFamily::of(range.network()) == *family)
         });
         families
     }
@@ -204,7 +222,7 @@ impl Table<'_> {
 }
 
 /// Whether the table has all that it is made of.
-pub(super) fn is_there(socket: &mut Socket, table: &Table) -> Result<bool, NetworkError> {
+pub(crate) fn is_there(socket: &mut Socket, table: &NftTable) -> Result<bool, NetworkError> {
     let action = format!("look for the nftables table {}", table.name);
     let count = |socket: &mut Socket, kind, body: &dyn Fn(&mut Body)| {
         let mut batch = Batch::default();
@@ -246,66 +264,18 @@ pub(super) fn is_there(socket: &mut Socket, table: &Table) -> Result<bool, Netwo
 }
 
 /// Makes the table, or makes it anew.
-pub(super) fn replace(socket: &mut Socket, table: &Table) -> Result<(), NetworkError> {
+pub(crate) fn replace(socket: &mut Socket, table: &NftTable) -> Result<(), NetworkError> {
     let name = table.name;
     let mut transaction = Transaction::begin();
-    // Deleting fails if there is nothing to delete: so it is made first.
-    let make = format!("create the nftables table {name}");
-    let table_name = |body: &mut Body| body.string(NFTA_TABLE_NAME, name);
-    transaction.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, table_name);
-    let delete = format!("replace the nftables table {name}");
-    transaction.message(&delete, NFT_MSG_DELTABLE, 0, table_name);
-    transaction.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, table_name);
-    for of in table.families() {
-        let action = format!("create the map {} of the nftables table {name}", of.map());
-        transaction.message(&action, NFT_MSG_NEWSET, NLM_F_CREATE, |body| {
-            let (key, data) = of.types();
-            body.string(NFTA_SET_TABLE, name);
-            body.string(NFTA_SET_NAME, of.map());
-            body.be32(NFTA_SET_FLAGS, NFT_SET_MAP);
-            body.be32(NFTA_SET_KEY_TYPE, key.number);
-            body.be32(NFTA_SET_KEY_LEN, key.bytes);
-            body.be32(NFTA_SET_DATA_TYPE, data.number);
-            body.be32(NFTA_SET_DATA_LEN, data.bytes);
-            body.be32(NFTA_SET_ID, of.id());
-        });
+    transaction.empty_table(name);
+    for family in table.families() {
+        transaction.map(name, family);
     }
-    for (chain, base) in [
-        (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
-        (HOST_PORTS, None),
-        (
-            PREROUTING,
-            Some(("nat", NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST)),
-        ),
-        (OUTPUT, Some(("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST))),
-        (
-            POSTROUTING,
-            Some(("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC)),
-        ),
-    ] {
-        let action = format!("create the chain {chain} of the nftables table {name}");
-        transaction.message(&action, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |body| {
-            body.string(NFTA_CHAIN_TABLE, name);
-            body.string(NFTA_CHAIN_NAME, chain);
-            let Some((kind, hook, priority)) = base else {
-                return;
-            };
-            body.nest(NFTA_CHAIN_HOOK, |inside| {
-                inside.be32(NFTA_HOOK_HOOKNUM, hook);
-                inside.bytes(NFTA_HOOK_PRIORITY, &priority.to_be_bytes());
-            });
-            body.be32(NFTA_CHAIN_POLICY, NF_ACCEPT);
-            body.string(NFTA_CHAIN_TYPE, kind);
-        });
+    for (chain, hook) in CHAINS {
+        transaction.chain(name, chain, hook);
     }
     for (chain, rule) in table.rules() {
-        let action = format!("add a rule to {chain} of the nftables table {name}");
-        let flags = NLM_F_CREATE | NLM_F_APPEND;
-        transaction.message(&action, NFT_MSG_NEWRULE, flags, |body| {
-            body.string(NFTA_RULE_TABLE, name);
-            body.string(NFTA_RULE_CHAIN, chain);
-            body.nest(NFTA_RULE_EXPRESSIONS, |list| rule.write(list));
-        });
+        transaction.rule(name, chain, &rule);
     }
     let families = table.families();
     let mut mappings = table.mappings.clone();
@@ -315,7 +285,7 @@ pub(super) fn replace(socket: &mut Socket, table: &Table) -> Result<(), NetworkE
 }
 
 /// Adds entries to the maps; those that are there may stay.
-pub(super) fn publish(
+pub(crate) fn publish(
     socket: &mut Socket,
     name: &str,
     mappings: &[Mapping],
@@ -326,7 +296,7 @@ pub(super) fn publish(
 }
 
 /// Takes entries out of the maps, all or, if one is not there, none.
-pub(super) fn withdraw(
+pub(crate) fn withdraw(
     socket: &mut Socket,
     name: &str,
     mappings: &[Mapping],
@@ -357,6 +327,61 @@ impl Transaction {
         });
     }
 
+    /// Makes the table, with nothing in it.
+    fn empty_table(&mut self, table: &str) {
+        // Deleting fails if there is nothing to delete: so it is made first.
+        let make = format!("create the nftables table {table}");
+        let name = |body: &mut Body| body.string(NFTA_TABLE_NAME, table);
+        self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
+        let delete = format!("replace the nftables table {table}");
+        self.message(&delete, NFT_MSG_DELTABLE, 0, name);
+        self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
+    }
+
+    /// Adds the map of a family's host ports.
+    fn map(&mut self, table: &str, family: IpFamily) {
+        let map = family.map();
+        let action = format!("create the map {map} of the nftables table {table}");
+        self.message(&action, NFT_MSG_NEWSET, NLM_F_CREATE, |body| {
+            let (key, data) = family.types();
+            body.string(NFTA_SET_TABLE, table);
+            body.string(NFTA_SET_NAME, map);
+            body.be32(NFTA_SET_FLAGS, NFT_SET_MAP);
+            body.be32(NFTA_SET_KEY_TYPE, key.number);
+            body.be32(NFTA_SET_KEY_LEN, key.bytes);
+            body.be32(NFTA_SET_DATA_TYPE, data.number);
+            body.be32(NFTA_SET_DATA_LEN, data.bytes);
+            body.be32(NFTA_SET_ID, family.id());
+        });
+    }
+
+    fn chain(&mut self, table: &str, chain: &str, hook: Option<Hook>) {
+        let action = format!("create the chain {chain} of the nftables table {table}");
+        self.message(&action, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |body| {
+            body.string(NFTA_CHAIN_TABLE, table);
+            body.string(NFTA_CHAIN_NAME, chain);
+            let Some((kind, hook, priority)) = hook else {
+                return;
+            };
+            body.nest(NFTA_CHAIN_HOOK, |inside| {
+                inside.be32(NFTA_HOOK_HOOKNUM, hook);
+                inside.bytes(NFTA_HOOK_PRIORITY, &priority.to_be_bytes());
+            });
+            body.be32(NFTA_CHAIN_POLICY, NF_ACCEPT);
+            body.string(NFTA_CHAIN_TYPE, kind);
+        });
+    }
+
+    fn rule(&mut self, table: &str, chain: &str, rule: &Rule) {
+        let action = format!("add a rule to {chain} of the nftables table {table}");
+        let flags = NLM_F_CREATE | NLM_F_APPEND;
+        self.message(&action, NFT_MSG_NEWRULE, flags, |body| {
+            body.string(NFTA_RULE_TABLE, table);
+            body.string(NFTA_RULE_CHAIN, chain);
+            body.nest(NFTA_RULE_EXPRESSIONS, |list| rule.write(list));
+        });
+    }
+
     /// Adds or deletes elements of the maps.
     fn elements(&mut self, table: &str, kind: u16, mappings: &[Mapping]) {
         let flags = if kind == NFT_MSG_NEWSETELEM {
@@ -364,7 +389,7 @@ impl Transaction {
         } else {
             0
         };
-        for of in [Family::V4, Family::V6] {
+        for of in [IpFamily::V4, IpFamily::V6] {
             let all: Vec<&Mapping> = mappings.iter().filter(|one| of.has(one)).collect();
             for some in all.chunks(ELEMENTS_AT_ONCE) {
                 let action = format!("change the host ports of the nftables table {table}");

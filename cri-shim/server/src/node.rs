@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rrun_proto::v1::PodSandboxMetadata;
@@ -19,6 +19,7 @@ use crate::selinux::Selinux;
 use crate::stats::StatsCache;
 use crate::streaming::tickets::Streams;
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 use rrun_calls::singleflight::SingleFlight;
 use rrun_images::Images;
 use rrun_network::PodNetwork;
@@ -83,7 +84,7 @@ impl Node {
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.index)
     }
 
     pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>) {

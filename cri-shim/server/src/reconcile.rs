@@ -10,7 +10,7 @@ use crate::clock::now;
 use crate::container::{self, Container, Phase, remove};
 use crate::node::Node;
 use crate::sandbox::{self, Sandbox, files, namespaces, stop, sysctl, watch};
-use rrun_calls::error::{During, Error, Result};
+use rrun_calls::error::{During, Result};
 use rrun_monitor_client::MonitorError;
 use rrun_network::namespace as netns;
 use rrun_store::Table;
@@ -18,15 +18,13 @@ use rrun_store::Table;
 /// Loads what the store has, asks every monitor how its containers are, and removes what belongs
 /// to nobody.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
-    let read = |error: rrun_store::StoreError| Error::internal(error.to_string());
-    let sandboxes: Vec<(String, sandbox::SandboxRecord)> =
-        node.store.load(Table::SANDBOXES).map_err(read)?;
+    let sandboxes: Vec<(String, sandbox::SandboxRecord)> = node.store.load(Table::SANDBOXES)?;
     for (_, record) in sandboxes {
         node.add_sandbox(Arc::new(Sandbox::from_record(node, record)));
     }
     adopt_sandboxes(node)?;
     let containers: Vec<(String, container::ContainerRecord)> =
-        node.store.load(Table::CONTAINERS).map_err(read)?;
+        node.store.load(Table::CONTAINERS)?;
     let mut homeless = Vec::new();
     for (id, record) in containers {
         match node.sandbox(&record.sandbox) {
@@ -39,7 +37,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
     for id in homeless {
         let change = rrun_store::Change::delete(Table::CONTAINERS, &id);
-        node.store.commit(vec![change]).await.map_err(read)?;
+        node.store.commit(vec![change]).await?;
     }
     remove_orphans(node).await?;
     node.trash.empty_soon();

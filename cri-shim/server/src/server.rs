@@ -34,8 +34,8 @@ use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
-use rrun_network::cni::Cni;
-use rrun_network::{Network, PodNetwork};
+use rrun_network::Cni;
+use rrun_network::{EmbeddedNetwork, PodNetwork};
 use rrun_store::Store;
 
 /// How long calls under way may take to end after SIGTERM.
@@ -133,16 +133,14 @@ fn make_directories(config: &Config) -> Result<()> {
 
 /// Loads what the store has of the node. Blocks on the disk; nothing is served yet.
 fn open_node(config: Config) -> Result<Arc<Node>> {
-    let store = Store::open(&config.root.join("meta.redb"))
-        .map_err(|error| Error::internal(error.to_string()))?;
+    let store = Store::open(&config.root.join("meta.redb"))?;
     let registries = Registries::new(&config.registry_config_path);
     let images = Images::open(
         &config.root,
         store.clone(),
         registries,
         config.image.clone(),
-    )
-    .map_err(|error| Error::internal(error.to_string()))?;
+    )?;
     images.on_pull_end(metrics::pull_ended);
     preflight::warn(&config);
     let network = network(&config, &store)?;
@@ -235,18 +233,15 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
 }
 
 fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
-    let internal = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
     let namespaces = config.namespaces();
-    let embedded =
-        Network::open(store.clone(), config.network.clone()).map_err(|error| internal(&error))?;
+    let embedded = EmbeddedNetwork::open(store.clone(), config.network.clone())?;
     let cni = Cni::open(
         store.clone(),
         config.cni.clone(),
         config.cni_conf_dir.clone(),
         config.cni_bin_dirs(),
         namespaces.clone(),
-    )
-    .map_err(|error| internal(&error))?;
+    )?;
     let mode = config.network.mode;
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }

@@ -6,17 +6,21 @@
 //! nobody waits for ([`Store::commit_soon`]) goes with what somebody does, or with other such:
 //! the starts of a pod's containers are one transaction.
 
+mod error;
 pub mod record;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
+
+pub use error::StoreError;
+use rrun_calls::lock::lock;
 
 /// The rooms of the store. Keys are ids; values JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +38,7 @@ impl Table {
     /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
     pub const LEASES: Table = Table("leases");
     pub const ADDRESSES: Table = Table("addresses");
-    /// What CNI plugins were told of each pod, and what they answered.
+    /// What CNI plugins were called with for each pod, and what they answered.
     pub const ATTACHMENTS: Table = Table("attachments");
     /// What kubelet says of the node's network.
     pub const NETWORK: Table = Table("network");
@@ -77,30 +81,6 @@ impl Change {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error("open the metadata store {path}: {source}")]
-    Open {
-        path: PathBuf,
-        source: redb::DatabaseError,
-    },
-    #[error("read table {table} of the metadata store: {source}")]
-    Read {
-        table: &'static str,
-        source: Box<redb::Error>,
-    },
-    #[error("the entry {key} in table {table} of the metadata store: {source}")]
-    Value {
-        table: &'static str,
-        key: String,
-        source: serde_json::Error,
-    },
-    #[error("write to the metadata store: {0}")]
-    Write(Arc<redb::Error>),
-    #[error("write to the metadata store: its writer has stopped")]
-    Stopped,
-}
-
 struct Commit {
     changes: Vec<Change>,
     /// Somebody waits for it.
@@ -134,7 +114,7 @@ impl StoreFile {
         work: impl FnOnce(&Database) -> Result<T, redb::Error>,
     ) -> Result<T, redb::Error> {
         let opened = {
-            let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut database = lock(&self.database);
             match &*database {
                 Some(opened) => Arc::clone(opened),
                 None => Arc::clone(database.insert(Arc::new(self.open()?))),
@@ -142,7 +122,7 @@ impl StoreFile {
         };
         let result = work(&opened);
         if result.is_err() {
-            let mut database = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut database = lock(&self.database);
             if database
                 .as_ref()
                 .is_some_and(|now| Arc::ptr_eq(now, &opened))
@@ -158,10 +138,10 @@ impl StoreFile {
 const CACHE_BYTES: usize = 256 << 10;
 
 /// The most commits that share a transaction.
-const BATCH: usize = 256;
+const COMMITS_AT_ONCE: usize = 256;
 
 /// How long a change that nobody waits for may stay in memory.
-const SOON: Duration = Duration::from_millis(50);
+const COMMIT_DELAY: Duration = Duration::from_millis(50);
 
 impl Store {
     /// Opens or creates the file; its directory must be there.
@@ -307,7 +287,7 @@ impl Entry {
         awaited: bool,
     ) -> Result<(), StoreError> {
         let written = {
-            let deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+            let deleted = lock(&self.deleted);
             if *deleted {
                 return Ok(());
             }
@@ -320,7 +300,7 @@ impl Entry {
     /// Takes the entry out of the store, for good.
     pub async fn delete(&self, store: &Store) -> Result<(), StoreError> {
         let written = {
-            let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut deleted = lock(&self.deleted);
             *deleted = true;
             store.commit(vec![Change::delete(self.table, &self.key)])
         };
@@ -356,10 +336,10 @@ fn value(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>
 
 fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
     while let Ok(first) = commits.recv() {
-        let until = Instant::now() + SOON;
+        let until = Instant::now() + COMMIT_DELAY;
         let mut awaited = first.awaited;
         let mut batch = vec![first];
-        while batch.len() < BATCH {
+        while batch.len() < COMMITS_AT_ONCE {
             let next = if awaited {
                 commits.try_recv().ok()
             } else {

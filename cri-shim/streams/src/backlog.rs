@@ -15,7 +15,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::lock::lock;
+use rrun_calls::lock::lock;
 
 /// How many bytes may wait for one program before its queue is full.
 const MAX_QUEUE_BYTES: usize = 1 << 20;

@@ -9,8 +9,8 @@ use std::task::{Poll, ready};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::halves::WriteHalf;
-use crate::lock::lock;
 use crate::pipe::Pipe;
+use rrun_calls::lock::lock;
 
 /// How many bytes of replies may wait for a client that does not read them.
 const MAX_REPLY_BYTES: usize = 64 << 10;

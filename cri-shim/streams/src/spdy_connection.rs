@@ -9,11 +9,11 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
 
 use crate::halves::{ReadHalf, WriteHalf};
-use crate::lock::lock;
 use crate::output::{Output, SendPermit};
 use crate::pipe::{self, Pipe};
 use crate::spdy::frame::{self, MAX_DATA_BYTES};
 use crate::spdy::{Allowance, Decoder, Event, Session, SpdyError};
+use rrun_calls::lock::lock;
 
 /// One read takes at most about this.
 const READ_BYTES: usize = 64 << 10;

@@ -12,11 +12,11 @@ use crate::position;
 const KEYS: &str = "capabilities, ca, client, skip_verify, header, override_path, dial_timeout";
 
 /// The longest `dial_timeout`.
-const DIAL_MOST: Duration = Duration::from_secs(3600);
+const MAX_DIAL_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How to speak to one host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Settings {
+pub(super) struct HostSettings {
     /// `None` or empty: all.
     pub capabilities: Option<Vec<String>>,
     pub skip_verify: bool,
@@ -29,20 +29,20 @@ pub(super) struct Settings {
 }
 
 /// An address with its settings, and where it stands.
-pub(super) struct Host {
+pub(super) struct HostSection {
     pub url: String,
     pub line: usize,
-    pub settings: Settings,
+    pub settings: HostSettings,
 }
 
 #[derive(Default)]
-pub(super) struct File {
+pub(super) struct HostsFile {
     /// In the order of the file.
-    pub hosts: Vec<Host>,
+    pub hosts: Vec<HostSection>,
     /// `server`, if the file has it.
     pub server: Option<(String, usize)>,
     /// The settings at the top, which are the server's.
-    pub of_server: Settings,
+    pub of_server: HostSettings,
     /// A sentence for each key that nobody knows. containerd ignores them, and so do we, aloud.
     pub unknown: Vec<String>,
 }
@@ -53,13 +53,13 @@ fn at(line: usize, key: &str, why: &str) -> String {
 }
 
 /// Reads `text`, the content of `path`; relative paths in it stand beside that.
-pub(super) fn parse(path: &Path, text: &str) -> Result<File, String> {
+pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
     let table = DeTable::parse(text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         let (line, key) = position::of(text, start);
         at(line, &key, error.message())
     })?;
-    let mut file = File::default();
+    let mut file = HostsFile::default();
     for (key, value) in table.get_ref() {
         let line = position::line(text, key.span().start);
         match (key.get_ref().as_ref(), value.get_ref()) {
@@ -75,11 +75,11 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<File, String> {
                         let why = "is no table: it is to be [host.\"https://…\"]";
                         return Err(at(line, &format!("host.{url}"), why));
                     };
-                    let mut settings = Settings::default();
+                    let mut settings = HostSettings::default();
                     for (key, value) in table {
                         settings.take(path, text, key, value, &mut file.unknown)?;
                     }
-                    file.hosts.push(Host {
+                    file.hosts.push(HostSection {
                         url: url.clone().into_owned(),
                         line,
                         settings,
@@ -102,7 +102,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<File, String> {
     Ok(file)
 }
 
-impl Settings {
+impl HostSettings {
     fn take(
         &mut self,
         path: &Path,
@@ -117,18 +117,7 @@ impl Settings {
         let value = value.get_ref();
         match key {
             "capabilities" => {
-                let all = texts(value).filter(|_| matches!(value, DeValue::Array(_)));
-                let all = all.ok_or_else(|| refuse("is no list of texts"))?;
-                let all: Vec<String> = all.iter().map(|one| one.to_lowercase()).collect();
-                for one in &all {
-                    if !matches!(one.as_str(), "pull" | "resolve" | "push") {
-                        let why = format!(
-                            "{one:?} is unknown; there are \"pull\", \"resolve\" and \"push\""
-                        );
-                        return Err(refuse(&why));
-                    }
-                }
-                self.capabilities = Some(all);
+                self.capabilities = Some(capabilities(value).map_err(|why| refuse(&why))?);
             }
             "skip_verify" | "override_path" => {
                 let DeValue::Boolean(value) = value else {
@@ -186,6 +175,20 @@ fn texts(value: &DeValue) -> Option<Vec<String>> {
         DeValue::Array(list) => list.iter().map(|one| text(one.get_ref())).collect(),
         one => Some(vec![text(one)?]),
     }
+}
+
+fn capabilities(value: &DeValue) -> Result<Vec<String>, String> {
+    let all = texts(value).filter(|_| matches!(value, DeValue::Array(_)));
+    let all = all.ok_or("is no list of texts")?;
+    let all: Vec<String> = all.iter().map(|one| one.to_lowercase()).collect();
+    for one in &all {
+        if !matches!(one.as_str(), "pull" | "resolve" | "push") {
+            return Err(format!(
+                "{one:?} is unknown; there are \"pull\", \"resolve\" and \"push\""
+            ));
+        }
+    }
+    Ok(all)
 }
 
 fn clients(value: &DeValue, file: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)>> {
@@ -257,7 +260,7 @@ fn duration(text: &str) -> Result<Option<Duration>, String> {
         return Ok(None);
     }
     match Duration::try_from_secs_f64(seconds) {
-        Ok(duration) if duration <= DIAL_MOST => Ok(Some(duration)),
+        Ok(duration) if duration <= MAX_DIAL_TIMEOUT => Ok(Some(duration)),
         _ => Err(format!("{text:?} is more than an hour")),
     }
 }
@@ -312,7 +315,7 @@ mod tests {
             begin,
             ["line 2, skip_verfy", "line 6, cleint", "line 9, hosts"]
         );
-        assert_eq!(file.of_server, Settings::default());
+        assert_eq!(file.of_server, HostSettings::default());
         Ok(())
     }
 

@@ -3,33 +3,17 @@
 //! The `tar` crate's headers, but not its entries: those read extended headers of any size into
 //! memory and know no pax sparse files. Nothing here trusts a number from the archive.
 
-use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
 
+use super::error::{ArchiveError, malformed};
+use super::pax::{self, EXTENDED_BYTES, Pax, SPARSE_PIECES, decimal};
+
 const BLOCK: usize = 512;
 
-/// The most bytes of one extended header: pax records or a GNU long name.
-const EXTENDED_BYTES: u64 = 1 << 20;
-
-/// The most pieces of one sparse file.
-const SPARSE_PIECES: usize = 1 << 18;
-
-#[derive(Debug, thiserror::Error)]
-pub enum ArchiveError {
-    #[error(transparent)]
-    Stream(#[from] io::Error),
-    #[error("{0}")]
-    Malformed(String),
-}
-
-fn malformed<T>(what: impl Into<String>) -> Result<T, ArchiveError> {
-    Err(ArchiveError::Malformed(what.into()))
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum EntryKind {
     File,
     Directory,
     Symlink,
@@ -39,10 +23,10 @@ pub(crate) enum Kind {
     Fifo,
 }
 
-/// One file of the archive; its content is read from the [`Archive`] before the next entry.
+/// One file of the archive; its content is read from the [`TarArchive`] before the next entry.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    pub kind: Kind,
+    pub kind: EntryKind,
     /// Bytes as the archive has them: not always UTF-8, not always relative, never with a NUL.
     pub path: Vec<u8>,
     pub link: Vec<u8>,
@@ -67,7 +51,7 @@ pub(crate) struct Content {
     pub pieces: Vec<(u64, u64)>,
 }
 
-pub(crate) struct Archive<R> {
+pub(crate) struct TarArchive<R> {
     reader: R,
     /// What is left of the current entry's content.
     body: u64,
@@ -75,16 +59,78 @@ pub(crate) struct Archive<R> {
     global: Pax,
 }
 
-#[derive(Clone, Default)]
-struct Pax {
-    records: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// GNU sparse 0.0 repeats its keys: the numbers in their order.
-    sparse: Vec<u64>,
+/// What extended headers say of the entry that follows them.
+struct ExtendedHeaders {
+    pax: Pax,
+    /// GNU tar's long names.
+    long_name: Option<Vec<u8>>,
+    long_link: Option<Vec<u8>>,
 }
 
-impl<R: Read> Archive<R> {
+impl ExtendedHeaders {
+    /// The entry's path, and the target if it is a link.
+    fn names(&self, header: &Header) -> Result<(Vec<u8>, Vec<u8>), ArchiveError> {
+        let path = self
+            .pax
+            .get("GNU.sparse.name")
+            .or_else(|| self.pax.get("path"))
+            .or(self.long_name.as_deref())
+            .map_or_else(|| header.path_bytes().into_owned(), <[u8]>::to_vec);
+        let link = self
+            .pax
+            .get("linkpath")
+            .or(self.long_link.as_deref())
+            .map(<[u8]>::to_vec)
+            .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
+            .unwrap_or_default();
+        if path.contains(&0) || link.contains(&0) {
+            return malformed("a file name with a NUL in it");
+        }
+        Ok((path, link))
+    }
+}
+
+impl EntryKind {
+    fn of(flag: u8, path: &[u8]) -> Result<Self, ArchiveError> {
+        Ok(match flag {
+            // What is no directory by its flag is one by its name in archives older than ustar.
+            b'0' | b'\0' | b'7' | b'S' if path.ends_with(b"/") => EntryKind::Directory,
+            b'0' | b'\0' | b'7' | b'S' => EntryKind::File,
+            b'1' => EntryKind::HardLink,
+            b'2' => EntryKind::Symlink,
+            b'3' => EntryKind::CharacterDevice,
+            b'4' => EntryKind::BlockDevice,
+            b'5' | b'D' => EntryKind::Directory,
+            b'6' => EntryKind::Fifo,
+            other => {
+                return malformed(format!(
+                    "{} is an entry of the unknown type {:?}",
+                    String::from_utf8_lossy(path),
+                    char::from(other)
+                ));
+            }
+        })
+    }
+}
+
+/// A user's or a group's number.
+fn id(pax: &Pax, name: &str, in_header: Option<u64>, path: &[u8]) -> Result<u32, ArchiveError> {
+    // The last number is chown's "leave it".
+    match pax
+        .number(name, in_header)
+        .and_then(|id| u32::try_from(id).ok())
+    {
+        Some(id) if id != u32::MAX => Ok(id),
+        _ => malformed(format!(
+            "{} has a {name} that is no user or group number",
+            String::from_utf8_lossy(path)
+        )),
+    }
+}
+
+impl<R: Read> TarArchive<R> {
     pub(crate) fn new(reader: R) -> Self {
-        Archive {
+        TarArchive {
             reader,
             body: 0,
             padding: 0,
@@ -92,7 +138,7 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// The stream that the archive is read from; right after [`Archive::next_entry`] it stands
+    /// The stream that the archive is read from; right after [`TarArchive::next_entry`] it stands
     /// where the entry's content begins.
     pub(crate) fn reader(&self) -> &R {
         &self.reader
@@ -105,9 +151,11 @@ impl<R: Read> Archive<R> {
 
     /// The next file, or `None` at the end of the archive.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
-        let mut pax = self.global.clone();
-        let mut long_name = None;
-        let mut long_link = None;
+        let mut extended = ExtendedHeaders {
+            pax: self.global.clone(),
+            long_name: None,
+            long_link: None,
+        };
         loop {
             let Some(header) = self.next_header()? else {
                 return Ok(None);
@@ -119,22 +167,18 @@ impl<R: Read> Archive<R> {
             match flag {
                 b'x' | b'X' => {
                     let records = self.extended(size)?;
-                    pax.parse(&records)?;
+                    extended.pax.parse(&records)?;
                 }
                 b'g' => {
                     let records = self.extended(size)?;
                     self.global.parse(&records)?;
-                    pax.parse(&records)?;
+                    extended.pax.parse(&records)?;
                 }
-                b'L' => long_name = Some(until_nul(self.extended(size)?)),
-                b'K' => long_link = Some(until_nul(self.extended(size)?)),
+                b'L' => extended.long_name = Some(until_nul(self.extended(size)?)),
+                b'K' => extended.long_link = Some(until_nul(self.extended(size)?)),
                 // A volume's label: no file.
                 b'V' => self.open_body(size),
-                _ => {
-                    return self
-                        .entry(&header, flag, size, pax, long_name, long_link)
-                        .map(Some);
-                }
+                _ => return self.entry(&header, flag, size, extended).map(Some),
             }
         }
     }
@@ -220,103 +264,39 @@ impl<R: Read> Archive<R> {
         header: &Header,
         flag: u8,
         size: u64,
-        pax: Pax,
-        long_name: Option<Vec<u8>>,
-        long_link: Option<Vec<u8>>,
+        extended: ExtendedHeaders,
     ) -> Result<Entry, ArchiveError> {
-        let path = pax
-            .get("GNU.sparse.name")
-            .or_else(|| pax.get("path"))
-            .map(<[u8]>::to_vec)
-            .or(long_name)
-            .unwrap_or_else(|| header.path_bytes().into_owned());
-        let link = pax
-            .get("linkpath")
-            .map(<[u8]>::to_vec)
-            .or(long_link)
-            .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
-            .unwrap_or_default();
-        if path.contains(&0) || link.contains(&0) {
-            return malformed("a file name with a NUL in it");
-        }
-        let kind = match flag {
-            // What is no directory by its flag is one by its name in archives older than ustar.
-            b'0' | b'\0' | b'7' | b'S' if path.ends_with(b"/") => Kind::Directory,
-            b'0' | b'\0' | b'7' | b'S' => Kind::File,
-            b'1' => Kind::HardLink,
-            b'2' => Kind::Symlink,
-            b'3' => Kind::CharacterDevice,
-            b'4' => Kind::BlockDevice,
-            b'5' | b'D' => Kind::Directory,
-            b'6' => Kind::Fifo,
-            other => {
-                return malformed(format!(
-                    "{} is an entry of the unknown type {:?}",
-                    String::from_utf8_lossy(&path),
-                    char::from(other)
-                ));
-            }
-        };
-        let number = |name: &str, in_header: Option<u64>| match pax.get(name) {
-            Some(value) => decimal(value),
-            None => in_header,
-        };
-        let id = |name: &str, in_header| {
-            // The last number is chown's "leave it".
-            match number(name, in_header).and_then(|id| u32::try_from(id).ok()) {
-                Some(id) if id != u32::MAX => Ok(id),
-                _ => malformed(format!(
-                    "{} has a {name} that is no user or group number",
-                    String::from_utf8_lossy(&path)
-                )),
-            }
-        };
-        let uid = id("uid", field(&header.as_old().uid, header.uid()))?;
-        let gid = id("gid", field(&header.as_old().gid, header.gid()))?;
-        let Some(stored) = number("size", Some(size)) else {
+        let (path, link) = extended.names(header)?;
+        let pax = extended.pax;
+        let kind = EntryKind::of(flag, &path)?;
+        let uid = id(
+            &pax,
+            "uid",
+            field(&header.as_old().uid, header.uid()),
+            &path,
+        )?;
+        let gid = id(
+            &pax,
+            "gid",
+            field(&header.as_old().gid, header.gid()),
+            &path,
+        )?;
+        let Some(stored) = pax.number("size", Some(size)) else {
             return malformed("a pax size that is no number");
         };
         let mtime = pax
             .get("mtime")
-            .and_then(time)
+            .and_then(pax::time)
             .unwrap_or((header.mtime().map_or(0, u64::cast_signed), 0));
         let device = match kind {
-            Kind::CharacterDevice | Kind::BlockDevice => (
+            EntryKind::CharacterDevice | EntryKind::BlockDevice => (
                 header.device_major().ok().flatten().unwrap_or(0),
                 header.device_minor().ok().flatten().unwrap_or(0),
             ),
             _ => (0, 0),
         };
         let mode = header.mode().unwrap_or(0) & 0o7777;
-        let content = match kind {
-            Kind::File => {
-                // The rest of an old GNU sparse map stands between header and content.
-                let old = if flag == b'S' {
-                    Some(self.old_sparse(header)?)
-                } else {
-                    None
-                };
-                self.open_body(stored);
-                match old {
-                    Some(content) => content,
-                    None => self.pax_sparse(&pax, stored)?,
-                }
-            }
-            Kind::Directory if flag == b'D' => {
-                self.open_body(stored);
-                Content::none()
-            }
-            // A length there tells of another file's content.
-            _ => Content::none(),
-        };
-        if kind == Kind::File {
-            content.check(self.body)?;
-        }
-        let xattrs = pax
-            .records
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value)))
-            .collect();
+        let content = self.content(header, flag, kind, &pax, stored)?;
         Ok(Entry {
             kind,
             path,
@@ -326,9 +306,43 @@ impl<R: Read> Archive<R> {
             gid,
             mtime,
             device,
-            xattrs,
+            xattrs: pax.into_xattrs(),
             content,
         })
+    }
+
+    /// Begins the content of an entry, of which `stored` bytes follow its header.
+    fn content(
+        &mut self,
+        header: &Header,
+        flag: u8,
+        kind: EntryKind,
+        pax: &Pax,
+        stored: u64,
+    ) -> Result<Content, ArchiveError> {
+        match kind {
+            EntryKind::File => {
+                // The rest of an old GNU sparse map stands between header and content.
+                let old = if flag == b'S' {
+                    Some(self.old_sparse(header)?)
+                } else {
+                    None
+                };
+                self.open_body(stored);
+                let content = match old {
+                    Some(content) => content,
+                    None => self.pax_sparse(pax, stored)?,
+                };
+                content.check(self.body)?;
+                Ok(content)
+            }
+            EntryKind::Directory if flag == b'D' => {
+                self.open_body(stored);
+                Ok(Content::none())
+            }
+            // A length there tells of another file's content.
+            _ => Ok(Content::none()),
+        }
     }
 
     /// GNU tar's own sparse format: pieces in the header and in blocks that follow it.
@@ -475,54 +489,6 @@ fn add_pieces(
     Ok(())
 }
 
-impl Pax {
-    fn get(&self, key: &str) -> Option<&[u8]> {
-        self.records.get(key.as_bytes()).map(Vec::as_slice)
-    }
-
-    /// Adds the records `LENGTH KEY=VALUE\n` (POSIX, pax: extended header).
-    fn parse(&mut self, mut records: &[u8]) -> Result<(), ArchiveError> {
-        let bad = || ArchiveError::Malformed("a pax header can't be read".into());
-        while records.first().is_some_and(|byte| *byte != 0) {
-            let space = records
-                .iter()
-                .position(|byte| *byte == b' ')
-                .ok_or_else(bad)?;
-            let length = decimal(&records[..space]).ok_or_else(bad)?;
-            let length = usize::try_from(length).map_err(|_| bad())?;
-            let record = records
-                .get(space + 1..length)
-                .and_then(|record| record.strip_suffix(b"\n"))
-                .ok_or_else(bad)?;
-            let equals = record
-                .iter()
-                .position(|byte| *byte == b'=')
-                .ok_or_else(bad)?;
-            let (key, value) = (&record[..equals], &record[equals + 1..]);
-            if key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes" {
-                if self.sparse.len() >= 2 * SPARSE_PIECES {
-                    return Err(bad());
-                }
-                self.sparse.push(decimal(value).ok_or_else(bad)?);
-            } else if value.is_empty() && !key.starts_with(b"SCHILY.xattr.") {
-                self.records.remove(key);
-            } else {
-                self.records.insert(key.to_vec(), value.to_vec());
-            }
-            records = records.get(length..).unwrap_or_default();
-        }
-        let size: usize = self
-            .records
-            .iter()
-            .map(|(key, value)| key.len() + value.len())
-            .sum();
-        if size as u64 > EXTENDED_BYTES {
-            return Err(bad());
-        }
-        Ok(())
-    }
-}
-
 /// A number field of a header; an empty one is zero.
 fn field(raw: &[u8], parsed: io::Result<u64>) -> Option<u64> {
     if raw.iter().all(|byte| matches!(byte, 0 | b' ')) {
@@ -538,62 +504,14 @@ fn until_nul(mut name: Vec<u8>) -> Vec<u8> {
     name
 }
 
-fn decimal(digits: &[u8]) -> Option<u64> {
-    if !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
-/// A pax time: seconds with a fraction, negative before 1970.
-fn time(value: &[u8]) -> Option<(i64, u32)> {
-    let text = std::str::from_utf8(value).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let seconds: i64 = whole.parse().ok()?;
-    let mut nanos: u32 = 0;
-    let mut digits = fraction.bytes();
-    for _ in 0..9 {
-        let digit = match digits.next() {
-            Some(digit) if digit.is_ascii_digit() => u32::from(digit - b'0'),
-            Some(_) => return None,
-            None => 0,
-        };
-        nanos = nanos * 10 + digit;
-    }
-    if whole.starts_with('-') && nanos > 0 {
-        return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanos));
-    }
-    Some((seconds, nanos))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn times_have_fractions_and_may_lie_before_1970() {
-        assert_eq!(time(b"12.5"), Some((12, 500_000_000)));
-        assert_eq!(time(b"-1.25"), Some((-2, 750_000_000)));
-        assert_eq!(time(b"7"), Some((7, 0)));
-        assert_eq!(time(b"x"), None);
-    }
-
-    #[test]
-    fn pax_records_are_read_and_broken_ones_refused() {
-        let mut pax = Pax::default();
-        assert!(pax.parse(b"9 path=a\n16 linkpath=b/c\n").is_ok());
-        assert_eq!(pax.get("path"), Some(b"a".as_slice()));
-        assert_eq!(pax.get("linkpath"), Some(b"b/c".as_slice()));
-        assert!(pax.parse(b"99 path=a\n").is_err());
-        assert!(pax.parse(b"0 path=a\n").is_err());
-        assert!(pax.parse(b"path=a\n").is_err());
-        assert!(pax.parse(b"18446744073709551615 path=a\n").is_err());
-    }
-
-    #[test]
     fn a_headers_checksum_is_verified() {
         let garbage = [b'a'; 1024];
-        assert!(Archive::new(&garbage[..]).next_entry().is_err());
+        assert!(TarArchive::new(&garbage[..]).next_entry().is_err());
     }
 
     /// Eleven octal digits end at 8 GiB; beyond that the field is a binary number (GNU tar's
@@ -618,7 +536,7 @@ mod tests {
         pax.resize(2 * BLOCK, 0);
         pax.extend(plain.as_bytes());
         for archive in [&binary.as_bytes()[..], &pax] {
-            let mut archive = Archive::new(archive);
+            let mut archive = TarArchive::new(archive);
             let entry = archive.next_entry()?;
             assert_eq!(entry.map(|entry| entry.content.length), Some(size));
             assert_eq!(archive.body, size);
@@ -632,7 +550,7 @@ mod tests {
         header.set_entry_type(tar::EntryType::XHeader);
         header.set_size(1 << 40);
         header.set_cksum();
-        let error = Archive::new(&header.as_bytes()[..]).next_entry();
+        let error = TarArchive::new(&header.as_bytes()[..]).next_entry();
         assert!(error.is_err_and(|e| e.to_string().contains("extended header")));
     }
 }

@@ -4,7 +4,7 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 
-const BUFFER: usize = 64 << 10;
+const BUFFER_BYTES: usize = 64 << 10;
 
 /// The largest zstd window, as a power of two. Encoders use up to 8 MiB below `--ultra`; a window
 /// is memory that a stranger makes this process take.
@@ -22,7 +22,10 @@ pub(crate) fn decoder<'a>(compressed: impl Read + 'a) -> io::Result<Box<dyn Read
         }
     }
     let magic = first[..filled].to_vec();
-    let whole = BufReader::with_capacity(BUFFER, io::Cursor::new(magic.clone()).chain(compressed));
+    let whole = BufReader::with_capacity(
+        BUFFER_BYTES,
+        io::Cursor::new(magic.clone()).chain(compressed),
+    );
     Ok(match Format::of(&magic)? {
         Format::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
         Format::Zstd => Box::new(zstd(whole)?),

@@ -72,7 +72,7 @@ fn move_up(from: &OwnedFd, name: &[u8], top: &OwnedFd, moved: &mut u64) -> Resul
 }
 
 /// The most names held at once.
-const BATCH: usize = 1024;
+const NAMES_AT_ONCE: usize = 1024;
 
 /// Unlinks the files of a directory and names some of the subdirectories that it has; none if it
 /// is empty now.
@@ -96,7 +96,7 @@ fn unlink_files(directory: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
             rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
         } else {
             directories.push(name.to_vec());
-            if directories.len() == BATCH {
+            if directories.len() == NAMES_AT_ONCE {
                 break;
             }
         }

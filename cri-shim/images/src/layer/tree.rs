@@ -4,6 +4,7 @@
 //! RESOLVE_IN_ROOT): a symbolic link that the archive planted leads nowhere else. Nobody but the
 //! unpacking thread writes here, and nothing runs from here, before the layer is whole.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
@@ -12,7 +13,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::LayerError;
+use super::error::LayerError;
 
 /// linux/limits.h: PATH_MAX and NAME_MAX.
 const PATH_BYTES: usize = 4095;
@@ -29,9 +30,9 @@ const UNLISTED: &str = "trusted.overlay.rrun.unlisted";
 
 /// The name of a file below the root: no empty part, no `.`, no `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Name(Vec<u8>);
+pub(super) struct EntryName(Vec<u8>);
 
-impl Name {
+impl EntryName {
     /// From an archive's path, taken as relative to the root even if it begins with `/`.
     pub(super) fn parse(path: &[u8]) -> Result<Self, LayerError> {
         let mut clean = Vec::with_capacity(path.len());
@@ -64,7 +65,7 @@ impl Name {
                 "its name is longer than 4095 bytes",
             ));
         }
-        Ok(Name(clean))
+        Ok(EntryName(clean))
     }
 
     pub(super) fn is_root(&self) -> bool {
@@ -171,10 +172,9 @@ impl Tree {
 
     fn make_implied(&mut self, directory: &[u8]) -> Result<OwnedFd, LayerError> {
         let fail = |e| LayerError::system("make the directory", directory, e);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let mut end = 0;
-        let mut above = self
-            .open(b"", OFlags::RDONLY | OFlags::DIRECTORY)
-            .map_err(fail)?;
+        let mut above = self.open(b"", flags).map_err(fail)?;
         loop {
             let rest = directory.get(end..).unwrap_or_default();
             let start = end + usize::from(rest.first() == Some(&b'/'));
@@ -186,50 +186,60 @@ impl Tree {
                 .position(|byte| *byte == b'/')
                 .unwrap_or(rest.len());
             end = start + length;
-            let (prefix, part) = (&directory[..end], &directory[start..end]);
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-            let opened = match self.open(prefix, flags) {
-                Ok(opened) => opened,
-                Err(error @ (Errno::NOENT | Errno::NOTDIR)) => {
-                    let times = times_of(&above).map_err(fail)?;
-                    let whiteout = is_whiteout(&above, part);
-                    if whiteout {
-                        rustix::fs::unlinkat(&above, part, AtFlags::empty()).map_err(fail)?;
-                    } else if error == Errno::NOTDIR {
-                        return Err(LayerError::malformed(
-                            directory,
-                            "a part of its name is a file, not a directory",
-                        ));
-                    }
-                    match rustix::fs::mkdirat(&above, part, Mode::from_raw_mode(0o755)) {
-                        Ok(()) => self.inodes += 1,
-                        Err(Errno::EXIST) => {
-                            return Err(LayerError::malformed(
-                                directory,
-                                "a part of its name is a symbolic link that leads nowhere",
-                            ));
-                        }
-                        Err(error) => return Err(fail(error)),
-                    }
-                    let opened = self.open(prefix, flags).map_err(fail)?;
-                    // mkdir(2) takes the group of a set-group-ID parent and clears the umask's
-                    // bits.
-                    let (root, group) = (Uid::ROOT, Gid::ROOT);
-                    rustix::fs::fchown(&opened, Some(root), Some(group)).map_err(fail)?;
-                    rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o755)).map_err(fail)?;
-                    // The whiteout hides the directory of the layers below: this one is new.
-                    if whiteout {
-                        make_opaque(&opened).map_err(fail)?;
-                    } else if mark_unlisted(&opened).map_err(fail)? {
-                        self.unlisted += 1;
-                    }
-                    rustix::fs::futimens(&above, &times).map_err(fail)?;
-                    opened
+            above = match self.open(&directory[..end], flags) {
+                Err(missing @ (Errno::NOENT | Errno::NOTDIR)) => {
+                    self.make_unlisted(&above, directory, start..end, missing)?
                 }
-                Err(error) => return Err(fail(error)),
+                other => other.map_err(fail)?,
             };
-            above = opened;
         }
+    }
+
+    /// Makes the directory that is `part` of the path `directory`, in `above`, which does not
+    /// change its times. `missing` is why it could not be opened.
+    fn make_unlisted(
+        &mut self,
+        above: &OwnedFd,
+        directory: &[u8],
+        part: Range<usize>,
+        missing: Errno,
+    ) -> Result<OwnedFd, LayerError> {
+        let fail = |e| LayerError::system("make the directory", directory, e);
+        let (prefix, part) = (&directory[..part.end], &directory[part]);
+        let times = times_of(above).map_err(fail)?;
+        let whiteout = is_whiteout(above, part);
+        if whiteout {
+            rustix::fs::unlinkat(above, part, AtFlags::empty()).map_err(fail)?;
+        } else if missing == Errno::NOTDIR {
+            return Err(LayerError::malformed(
+                directory,
+                "a part of its name is a file, not a directory",
+            ));
+        }
+        match rustix::fs::mkdirat(above, part, Mode::from_raw_mode(0o755)) {
+            Ok(()) => self.inodes += 1,
+            Err(Errno::EXIST) => {
+                return Err(LayerError::malformed(
+                    directory,
+                    "a part of its name is a symbolic link that leads nowhere",
+                ));
+            }
+            Err(error) => return Err(fail(error)),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let opened = self.open(prefix, flags).map_err(fail)?;
+        // mkdir(2) takes the group of a set-group-ID parent and clears the umask's bits.
+        let (root, group) = (Uid::ROOT, Gid::ROOT);
+        rustix::fs::fchown(&opened, Some(root), Some(group)).map_err(fail)?;
+        rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o755)).map_err(fail)?;
+        // The whiteout hides the directory of the layers below: this one is new.
+        if whiteout {
+            make_opaque(&opened).map_err(fail)?;
+        } else if mark_unlisted(&opened).map_err(fail)? {
+            self.unlisted += 1;
+        }
+        rustix::fs::futimens(above, &times).map_err(fail)?;
+        Ok(opened)
     }
 }
 
@@ -322,17 +332,17 @@ mod tests {
 
     #[test]
     fn names_are_relative_to_the_root_and_never_lead_upwards() -> Result<(), LayerError> {
-        assert_eq!(Name::parse(b"/a//./b/")?.as_bytes(), b"a/b");
-        assert!(Name::parse(b"./")?.is_root());
+        assert_eq!(EntryName::parse(b"/a//./b/")?.as_bytes(), b"a/b");
+        assert!(EntryName::parse(b"./")?.is_root());
         assert_eq!(
-            Name::parse(b"a/b/c")?.split(),
+            EntryName::parse(b"a/b/c")?.split(),
             (b"a/b".as_slice(), b"c".as_slice())
         );
         for bad in [b"../a".as_slice(), b"a/../b", b"..", b"/.."] {
-            assert!(Name::parse(bad).is_err());
+            assert!(EntryName::parse(bad).is_err());
         }
-        assert!(Name::parse(&[b'x'; 256]).is_err());
-        assert!(Name::parse(&b"x/".repeat(3000)).is_err());
+        assert!(EntryName::parse(&[b'x'; 256]).is_err());
+        assert!(EntryName::parse(&b"x/".repeat(3000)).is_err());
         Ok(())
     }
 }

@@ -1,16 +1,19 @@
 //! Writes an archive's entries into a tree, as an overlay lower directory wants them.
 
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::archive::{Archive, Entry, Kind};
+use super::archive::{Entry, EntryKind, TarArchive};
+use super::descriptor::Bounds;
+use super::error::LayerError;
+use super::removal;
 use super::tree::{
-    Name, Tree, is_whiteout, look_at, make_opaque, make_whiteout, mark_unlisted, modified, unmark,
+    EntryName, Tree, is_whiteout, look_at, make_opaque, make_whiteout, mark_unlisted, modified,
+    unmark,
 };
-use super::{Bounds, LayerError, removal};
 
 /// The prefixes of the OCI image specification (layer.md, "Whiteouts").
 const WHITEOUT: &[u8] = b".wh.";
@@ -20,22 +23,23 @@ const AUFS: &[u8] = b".wh..wh.";
 
 /// What came of an archive.
 #[derive(Debug, Default)]
-pub struct Unpacked {
+pub struct UnpackSummary {
     /// Bytes on the disk, in blocks of 4 KiB.
     pub bytes: u64,
     pub inodes: u64,
     /// How many directories below the root the archive used and did not list. They are marked, and
-    /// in each image they take their looks from the layers below (see [`super::looks`]).
+    /// in each image they take their metadata from the layers below (see
+    /// [`super::directory_layer`]).
     pub unlisted: u64,
     /// The layer hides everything below it.
     pub opaque_root: bool,
 }
 
 pub(super) fn unpack<R: Read>(
-    archive: &mut Archive<R>,
+    archive: &mut TarArchive<R>,
     root: OwnedFd,
     bounds: &Bounds,
-) -> Result<Unpacked, LayerError> {
+) -> Result<UnpackSummary, LayerError> {
     let mut unpacking = Unpacking {
         tree: Tree::new(root),
         bytes: 0,
@@ -56,7 +60,7 @@ pub(super) fn unpack<R: Read>(
         unpacking.place(archive, &entry)?;
     }
     unpacking.tree.leave()?;
-    Ok(Unpacked {
+    Ok(UnpackSummary {
         bytes: unpacking.bytes,
         inodes: unpacking.tree.inodes + 1,
         unlisted: unpacking.tree.unlisted,
@@ -74,10 +78,10 @@ struct Unpacking {
 impl Unpacking {
     fn place<R: Read>(
         &mut self,
-        archive: &mut Archive<R>,
+        archive: &mut TarArchive<R>,
         entry: &Entry,
     ) -> Result<(), LayerError> {
-        let name = Name::parse(&entry.path)?;
+        let name = EntryName::parse(&entry.path)?;
         if name.is_root() {
             return self.place_root(entry);
         }
@@ -92,10 +96,10 @@ impl Unpacking {
             return self.hide(&name, directory, hidden);
         }
         match entry.kind {
-            Kind::Directory => self.place_directory(entry, &name),
-            Kind::File => self.place_file(archive, entry, &name),
-            Kind::HardLink => self.place_hard_link(entry, &name),
-            Kind::Symlink => {
+            EntryKind::Directory => self.place_directory(entry, &name),
+            EntryKind::File => self.place_file(archive, entry, &name),
+            EntryKind::HardLink => self.place_hard_link(entry, &name),
+            EntryKind::Symlink => {
                 if entry.link.is_empty() || entry.link.len() > 4095 {
                     return Err(LayerError::malformed(
                         &entry.path,
@@ -109,10 +113,10 @@ impl Unpacking {
                 .map_err(|e| LayerError::system("make the symbolic link", &entry.path, e))?;
                 self.finish_node(entry, &name)
             }
-            Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo => {
+            EntryKind::CharacterDevice | EntryKind::BlockDevice | EntryKind::Fifo => {
                 let kind = match entry.kind {
-                    Kind::CharacterDevice => FileType::CharacterDevice,
-                    Kind::BlockDevice => FileType::BlockDevice,
+                    EntryKind::CharacterDevice => FileType::CharacterDevice,
+                    EntryKind::BlockDevice => FileType::BlockDevice,
                     _ => FileType::Fifo,
                 };
                 let device = rustix::fs::makedev(entry.device.0, entry.device.1);
@@ -127,7 +131,7 @@ impl Unpacking {
     }
 
     fn place_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
-        if entry.kind != Kind::Directory {
+        if entry.kind != EntryKind::Directory {
             return Err(LayerError::malformed(
                 &entry.path,
                 "the root of the layer is not a directory",
@@ -156,7 +160,12 @@ impl Unpacking {
 
     /// `.wh.NAME`: NAME of the layers below is gone. What this layer itself has under that name
     /// stays, whichever of the two comes first in the archive.
-    fn hide(&mut self, name: &Name, directory: &[u8], hidden: &[u8]) -> Result<(), LayerError> {
+    fn hide(
+        &mut self,
+        name: &EntryName,
+        directory: &[u8],
+        hidden: &[u8],
+    ) -> Result<(), LayerError> {
         if matches!(hidden, b"" | b"." | b"..") {
             return Err(LayerError::malformed(
                 name.as_bytes(),
@@ -177,7 +186,7 @@ impl Unpacking {
                         rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
                             .map_err(fail)?;
                     make_opaque(&opened).map_err(fail)?;
-                    // It was removed and made again, so it takes no looks from below.
+                    // It was removed and made again, so it takes no metadata from below.
                     if unmark(&opened).map_err(fail)? {
                         self.tree.unlisted -= 1;
                     }
@@ -188,7 +197,7 @@ impl Unpacking {
         Ok(())
     }
 
-    fn place_directory(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
+    fn place_directory(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
         let fail = |e| LayerError::system("make the directory", &entry.path, e);
@@ -225,9 +234,9 @@ impl Unpacking {
 
     fn place_file<R: Read>(
         &mut self,
-        archive: &mut Archive<R>,
+        archive: &mut TarArchive<R>,
         entry: &Entry,
-        name: &Name,
+        name: &EntryName,
     ) -> Result<(), LayerError> {
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
@@ -281,8 +290,8 @@ impl Unpacking {
         dress(&file, entry)
     }
 
-    fn place_hard_link(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
-        let target = Name::parse(&entry.link)?;
+    fn place_hard_link(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
+        let target = EntryName::parse(&entry.link)?;
         if target.is_root() || target == *name {
             return Err(LayerError::malformed(
                 &entry.path,
@@ -328,7 +337,7 @@ impl Unpacking {
     }
 
     /// Owner, mode, attributes and time of what can't be opened: links and devices.
-    fn finish_node(&mut self, entry: &Entry, name: &Name) -> Result<(), LayerError> {
+    fn finish_node(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
         self.tree.inodes += 1;
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
@@ -342,7 +351,7 @@ impl Unpacking {
             AtFlags::SYMLINK_NOFOLLOW,
         )
         .map_err(|e| fail("set the owner of", e))?;
-        if entry.kind != Kind::Symlink {
+        if entry.kind != EntryKind::Symlink {
             rustix::fs::chmodat(
                 parent,
                 last,
@@ -427,19 +436,4 @@ fn set_xattrs(
         }
     }
     Ok(())
-}
-
-impl From<super::archive::ArchiveError> for LayerError {
-    fn from(error: super::archive::ArchiveError) -> Self {
-        match error {
-            super::archive::ArchiveError::Stream(error) => LayerError::Stream(error),
-            super::archive::ArchiveError::Malformed(what) => LayerError::Malformed(what),
-        }
-    }
-}
-
-impl From<io::Error> for LayerError {
-    fn from(error: io::Error) -> Self {
-        LayerError::Stream(error)
-    }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use libtest_mimic::Trial;
-use rrun_images::layer::{self, Bounds, LayerError, Promise, Unpacked};
+use rrun_images::layer::{self, Bounds, LayerDescriptor, LayerError, UnpackSummary};
 
 use crate::build::{Archive, Compression, Failure, ITEM, Item, digest};
 use crate::node::Dir;
@@ -51,16 +51,16 @@ const BOUNDS: Bounds = Bounds {
     entries: 10_000,
 };
 
-fn promise(archive: &[u8], blob: &[u8]) -> Promise {
-    Promise {
+fn descriptor(archive: &[u8], blob: &[u8]) -> LayerDescriptor {
+    LayerDescriptor {
         digest: digest(blob),
         size: blob.len() as u64,
         diff_id: digest(archive),
     }
 }
 
-fn unpack(archive: &[u8], into: &Path) -> Result<Unpacked, LayerError> {
-    layer::unpack(archive, into, &promise(archive, archive), &BOUNDS)
+fn unpack(archive: &[u8], into: &Path) -> Result<UnpackSummary, LayerError> {
+    layer::unpack(archive, into, &descriptor(archive, archive), &BOUNDS)
 }
 
 /// Unpacks into a new directory inside another, so that what escapes can be seen beside it.
@@ -561,7 +561,7 @@ async fn bounds() -> Result<(), Failure> {
     let result = layer::unpack(
         blob.as_slice(),
         &dir.0.join("a"),
-        &promise(&bomb, &blob),
+        &descriptor(&bomb, &blob),
         &tight,
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
@@ -572,7 +572,7 @@ async fn bounds() -> Result<(), Failure> {
     let result = layer::unpack(
         many.as_slice(),
         &dir.0.join("b"),
-        &promise(&many, &many),
+        &descriptor(&many, &many),
         &tight,
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
@@ -581,7 +581,7 @@ async fn bounds() -> Result<(), Failure> {
     let result = layer::unpack(
         deep.as_slice(),
         &dir.0.join("c"),
-        &promise(&deep, &deep),
+        &descriptor(&deep, &deep),
         &tight,
     );
     assert!(result.is_ok_and(|unpacked| unpacked.inodes == 41));
@@ -635,10 +635,10 @@ async fn broken() -> Result<(), Failure> {
 async fn promised() -> Result<(), Failure> {
     let archive = Archive::new().file("a", "a").end();
     let blob = Compression::Gzip.apply(&archive);
-    let good = promise(&archive, &blob);
-    let try_with = |blob: &[u8], promise: &Promise| -> Result<String, Failure> {
+    let good = descriptor(&archive, &blob);
+    let try_with = |blob: &[u8], descriptor: &LayerDescriptor| -> Result<String, Failure> {
         let dir = Dir::new()?;
-        match layer::unpack(blob, &dir.0.join("fs"), promise, &BOUNDS) {
+        match layer::unpack(blob, &dir.0.join("fs"), descriptor, &BOUNDS) {
             Err(LayerError::Digest(what)) => Ok(what),
             other => Err(format!("{other:?}").into()),
         }
@@ -646,28 +646,28 @@ async fn promised() -> Result<(), Failure> {
     let wrong = digest(b"else");
     try_with(
         &blob,
-        &Promise {
+        &LayerDescriptor {
             digest: wrong.clone(),
             ..good.clone()
         },
     )?;
     try_with(
         &blob,
-        &Promise {
+        &LayerDescriptor {
             diff_id: wrong,
             ..good.clone()
         },
     )?;
     try_with(
         &blob,
-        &Promise {
+        &LayerDescriptor {
             size: good.size - 1,
             ..good.clone()
         },
     )?;
     try_with(
         &blob,
-        &Promise {
+        &LayerDescriptor {
             size: good.size + 1,
             ..good.clone()
         },

@@ -3,11 +3,11 @@
 use serde_json::{Map, Value, json};
 use tokio::time::{Duration, Instant};
 
-use super::configuration::{List, Version, kind, takes};
-use super::plugin::{Call, Directories, PluginError, parse};
+use super::configuration::{ConfigurationList, Version, kind, takes};
+use super::plugin::{PluginCall, PluginDirs, PluginError, parse};
 use super::result;
 
-/// What of a pod a network is told.
+/// What the plugins of a network get to know of a pod.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'a> {
     pub pod: &'a str,
@@ -33,7 +33,7 @@ impl Target<'_> {
 
 /// One plugin's input, by the specification's section 3.
 fn input(
-    list: &List,
+    list: &ConfigurationList,
     plugin: &Map<String, Value>,
     capabilities: Option<&Map<String, Value>>,
     previous: Option<&Value>,
@@ -59,8 +59,8 @@ fn input(
 
 /// ADD by all plugins: the last one's result.
 pub(super) async fn add(
-    directories: &Directories,
-    list: &List,
+    directories: &PluginDirs,
+    list: &ConfigurationList,
     target: Target<'_>,
     deadline: Instant,
 ) -> Result<Value, PluginError> {
@@ -69,7 +69,7 @@ pub(super) async fn add(
     for plugin in &list.plugins {
         let input = input(list, plugin, Some(target.capabilities), previous.as_ref());
         let answer = directories
-            .run(Call {
+            .run(PluginCall {
                 command: "ADD",
                 plugin: kind(plugin),
                 environment: &environment,
@@ -85,10 +85,10 @@ pub(super) async fn add(
 }
 
 /// DEL by all plugins, the last one first. One that fails keeps none of the others from theirs;
-/// the first error is told. One that hangs gets no more than its share of the time.
+/// the first error is returned. One that hangs gets no more than its share of the time.
 pub(super) async fn del(
-    directories: &Directories,
-    list: &List,
+    directories: &PluginDirs,
+    list: &ConfigurationList,
     target: Target<'_>,
     previous: Option<&Value>,
     deadline: Instant,
@@ -103,7 +103,7 @@ pub(super) async fn del(
         left = left.saturating_sub(1);
         let input = input(list, plugin, Some(target.capabilities), previous);
         let done = directories
-            .run(Call {
+            .run(PluginCall {
                 command: "DEL",
                 plugin: kind(plugin),
                 environment: &environment,
@@ -117,10 +117,10 @@ pub(super) async fn del(
     first
 }
 
-/// CHECK by all plugins that the list lets be asked.
+/// CHECK by all plugins, unless the list forbids it.
 pub(super) async fn check(
-    directories: &Directories,
-    list: &List,
+    directories: &PluginDirs,
+    list: &ConfigurationList,
     target: Target<'_>,
     previous: &Value,
     deadline: Instant,
@@ -132,7 +132,7 @@ pub(super) async fn check(
     for plugin in &list.plugins {
         let input = input(list, plugin, Some(target.capabilities), Some(previous));
         directories
-            .run(Call {
+            .run(PluginCall {
                 command: "CHECK",
                 plugin: kind(plugin),
                 environment: &environment,
@@ -150,55 +150,55 @@ const UNKNOWN_COMMAND: u64 = 4;
 
 /// What a plugin answers to a command that is about no single pod.
 async fn of_no_pod(
-    directories: &Directories,
+    directories: &PluginDirs,
     command: &'static str,
     plugin: &Map<String, Value>,
     input: Map<String, Value>,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Vec<u8>, PluginError> {
     directories
-        .run(Call {
+        .run(PluginCall {
             command,
             plugin: kind(plugin),
             environment: &[],
             container: None,
             input: Value::Object(input).to_string().into_bytes(),
-            deadline: Instant::now() + patience,
+            deadline: Instant::now() + timeout,
         })
         .await
 }
 
 /// STATUS by all plugins: whether ADD would do.
 pub(super) async fn status(
-    directories: &Directories,
-    list: &List,
-    patience: Duration,
+    directories: &PluginDirs,
+    list: &ConfigurationList,
+    timeout: Duration,
 ) -> Result<(), PluginError> {
     if list.version < Version::V1_1_0 {
         return Ok(());
     }
     for plugin in &list.plugins {
         let input = input(list, plugin, None, None);
-        let told = of_no_pod(directories, "STATUS", plugin, input, patience).await;
-        match told {
+        let answer = of_no_pod(directories, "STATUS", plugin, input, timeout).await;
+        match answer {
             // Written before 1.1.0, though the list says otherwise: no word against it.
             Err(PluginError::Failed {
                 code: UNKNOWN_COMMAND,
                 ..
             }) => {}
-            told => drop(told?),
+            answer => drop(answer?),
         }
     }
     Ok(())
 }
 
 /// GC by all plugins: what is of none of the attachments, pod and interface, is removed. Every
-/// plugin is told; the first error is.
+/// plugin is run; the first error is returned.
 pub(super) async fn gc(
-    directories: &Directories,
-    list: &List,
+    directories: &PluginDirs,
+    list: &ConfigurationList,
     valid: &[(String, String)],
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<(), PluginError> {
     if list.version < Version::V1_1_0 || list.disable_gc {
         return Ok(());
@@ -213,7 +213,7 @@ pub(super) async fn gc(
         input.insert("cni.dev/valid-attachments".to_owned(), valid.clone());
         // What the specification of 1.1.0 called it first.
         input.insert("cni.dev/attachments".to_owned(), valid.clone());
-        let done = of_no_pod(directories, "GC", plugin, input, patience).await;
+        let done = of_no_pod(directories, "GC", plugin, input, timeout).await;
         first = first.and(done.map(drop));
     }
     first
@@ -235,7 +235,7 @@ mod tests {
             "type": "portmap", "snat": true,
             "capabilities": {"portMappings": true, "dns": false},
         }));
-        let list = List {
+        let list = ConfigurationList {
             file: PathBuf::new(),
             name: "net".to_owned(),
             version: Version::V1_0_0,

@@ -63,7 +63,7 @@ impl fmt::Display for Version {
 
 /// A network: plugins that run one after another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct List {
+pub(super) struct ConfigurationList {
     pub file: PathBuf,
     pub name: String,
     /// As negotiated: the highest that both sides know.
@@ -81,7 +81,7 @@ pub(super) fn kind(plugin: &Map<String, Value>) -> &str {
     plugin.get("type").and_then(Value::as_str).unwrap_or("")
 }
 
-impl List {
+impl ConfigurationList {
     /// Whether a plugin of the list takes this capability.
     pub(super) fn takes(&self, capability: &str) -> bool {
         self.plugins.iter().any(|plugin| takes(plugin, capability))
@@ -183,9 +183,9 @@ fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
 
 /// Reads the first `most` files (0: all). One that is broken is an error, as it is to containerd:
 /// a later file must not take its place unnoticed.
-pub(super) fn load(files: &[PathBuf], most: usize) -> Result<Vec<List>, String> {
+pub(super) fn load(files: &[PathBuf], most: usize) -> Result<Vec<ConfigurationList>, String> {
     let most = if most == 0 { files.len() } else { most };
-    let lists: Vec<List> = files
+    let lists: Vec<ConfigurationList> = files
         .iter()
         .take(most)
         .map(|file| read(file))
@@ -204,7 +204,7 @@ pub(super) fn load(files: &[PathBuf], most: usize) -> Result<Vec<List>, String> 
     Ok(lists)
 }
 
-fn read(file: &Path) -> Result<List, String> {
+fn read(file: &Path) -> Result<ConfigurationList, String> {
     let text = text(file)?;
     if file.extension().is_some_and(|ending| ending == "conflist") {
         let list = parse_list(file, &text)?;
@@ -243,7 +243,7 @@ fn object(file: &Path, text: &str) -> Result<Map<String, Value>, String> {
 }
 
 /// A file with the configuration of a single plugin: a list of one.
-fn parse_single(file: &Path, text: &str) -> Result<List, String> {
+fn parse_single(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let plugin = object(file, text)?;
     if plugin.contains_key("plugins") {
         return Err(format!(
@@ -251,7 +251,7 @@ fn parse_single(file: &Path, text: &str) -> Result<List, String> {
             file.display()
         ));
     }
-    let list = List {
+    let list = ConfigurationList {
         file: file.to_owned(),
         name: name(file, &plugin)?,
         version: version(file, &plugin)?,
@@ -262,7 +262,7 @@ fn parse_single(file: &Path, text: &str) -> Result<List, String> {
     checked(list)
 }
 
-fn parse_list(file: &Path, text: &str) -> Result<List, String> {
+fn parse_list(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let mut all = object(file, text)?;
     let plugins = match all.remove("plugins") {
         Some(Value::Array(plugins)) => plugins,
@@ -284,7 +284,7 @@ fn parse_list(file: &Path, text: &str) -> Result<List, String> {
             }
         }
     }
-    Ok(List {
+    Ok(ConfigurationList {
         file: file.to_owned(),
         name: name(file, &all)?,
         version: version(file, &all)?,
@@ -295,7 +295,11 @@ fn parse_list(file: &Path, text: &str) -> Result<List, String> {
 }
 
 /// Adds the plugins of `DIR/NAME/*.conf`, unless the list says `loadOnlyInlinedPlugins`.
-fn with_own_plugins(mut list: List, file: &Path, text: &str) -> Result<List, String> {
+fn with_own_plugins(
+    mut list: ConfigurationList,
+    file: &Path,
+    text: &str,
+) -> Result<ConfigurationList, String> {
     let only = boolean(file, &object(file, text)?, "loadOnlyInlinedPlugins")?;
     if !only && let Some(dir) = file.parent() {
         let mut own = named(&dir.join(&list.name), &["conf"])?;
@@ -308,7 +312,7 @@ fn with_own_plugins(mut list: List, file: &Path, text: &str) -> Result<List, Str
 }
 
 /// What every plugin needs.
-fn checked(list: List) -> Result<List, String> {
+fn checked(list: ConfigurationList) -> Result<ConfigurationList, String> {
     let file = list.file.display();
     if list.plugins.is_empty() {
         return Err(format!("{file}: \"plugins\" has no plugin"));
@@ -383,7 +387,7 @@ fn version(file: &Path, all: &Map<String, Value>) -> Result<Version, String> {
 mod tests {
     use super::*;
 
-    fn list(text: &str) -> Result<List, String> {
+    fn list(text: &str) -> Result<ConfigurationList, String> {
         let file = Path::new("/etc/cni/net.d/10-x.conflist");
         parse_list(file, text).and_then(checked)
     }

@@ -11,7 +11,7 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rrun_calls::wait::blocking;
 
 /// How long killed processes may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The most of an environment that is looked at, in bytes.
 const ENVIRONMENT_BYTES: u64 = 256 << 10;
@@ -23,12 +23,12 @@ pub(super) async fn end(container: &str) {
     blocking(what, move || {
         let begin = Instant::now();
         // Again and again: one that is killed may just have started another.
-        let mut told = HashSet::new();
+        let mut logged = HashSet::new();
         while let Some(pid) = kill_all(&variable) {
-            if told.insert(pid) {
+            if logged.insert(pid) {
                 log::info!("killed the process {pid}, left of a CNI plugin ({variable})");
             }
-            if begin.elapsed() > PATIENCE {
+            if begin.elapsed() > KILL_TIMEOUT {
                 log::warn!("the process {pid} of a CNI plugin ({variable}) does not end");
                 return;
             }

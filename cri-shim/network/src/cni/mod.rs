@@ -1,13 +1,15 @@
 //! Pods' networks by plugins, as the Container Network Interface specification, 1.1.0, has it.
 //!
 //! [`configuration`] reads the directory of configurations, [`plugin`] runs one plugin, [`chain`]
-//! those of a network in their order, [`runtime_config`] says what plugins are told of a pod,
-//! [`result`] reads what they answer, [`readiness`] asks them for their STATUS, [`teardown`] sees
-//! to it that each ADD meets its DEL, [`watch`] notices new configurations.
+//! those of a network in their order, [`runtime_config`] says what plugins get to know of a pod,
+//! [`attachment`] is what they were called with, [`result`] reads what they answer, [`readiness`]
+//! asks them for their STATUS, [`teardown`] sees to it that each ADD meets its DEL, [`watch`]
+//! notices new configurations.
 //!
 //! Before a pod's first ADD the store has what it is ADDed with, and after it the results: DEL gets
 //! the same configuration, whatever has become of the files, after a crash, after a reboot.
 
+mod attachment;
 mod chain;
 mod configuration;
 mod leftover;
@@ -28,29 +30,28 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use rrun_proto::v1::PodSandboxConfig;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::{Notify, RwLock};
 use tokio::time::Instant;
 
 pub use settings::CniSettings;
-pub use teardown::{Detached, Patience};
+pub use teardown::{DetachOutcome, RetryBy};
 
-use super::lock;
-use super::namespace::Namespaces;
-use chain::Target;
-use configuration::{Fingerprint, List};
-use plugin::Directories;
+use crate::namespace::{self, Namespaces};
+use attachment::{AttachedPod, AttachmentRecord, NetworkRecord};
+use configuration::{ConfigurationList, Fingerprint};
+use plugin::PluginDirs;
 use readiness::Readiness;
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 use rrun_calls::wait::{blocking, slow};
 use rrun_store::{Change, Store, StoreError, Table};
 
 /// How long a plugin may take for GC.
-const GC: Duration = Duration::from_secs(10);
+const GC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A file that is just being written is read again after this long.
-const HALF_WRITTEN: Duration = Duration::from_millis(100);
+const REREAD_DELAY: Duration = Duration::from_millis(100);
 
 /// Where the node's ranges for pods are in [`Table::NETWORK`].
 const RANGES_KEY: &str = "ranges";
@@ -58,19 +59,19 @@ const RANGES_KEY: &str = "ranges";
 /// The networks of the configuration directory; clones share one state.
 #[derive(Clone)]
 pub struct Cni {
-    inner: Arc<Inner>,
+    inner: Arc<CniState>,
 }
 
-struct Inner {
+struct CniState {
     settings: CniSettings,
     /// Where configurations are.
     conf_dir: PathBuf,
     /// Where pods' namespaces are.
     namespaces: Namespaces,
-    directories: Directories,
+    directories: PluginDirs,
     store: Store,
-    configured: Mutex<Configured>,
-    attachments: Mutex<HashMap<String, Attachment>>,
+    configured: Mutex<LoadedConfigurations>,
+    attachments: Mutex<HashMap<String, AttachedPod>>,
     /// The node's ranges for pods, as kubelet tells them.
     ranges: Mutex<Vec<String>>,
     /// ADD and DEL share it, GC has it alone: the specification wants them apart.
@@ -79,75 +80,23 @@ struct Inner {
     changed: Notify,
     collect: Notify,
     readiness: Readiness,
-    /// Half-made pods are told from made ones, and plugins may run.
+    /// It is known which pods are only half made, and plugins may run.
     started: AtomicBool,
 }
 
 /// The configurations in use.
-struct Configured {
+struct LoadedConfigurations {
     /// `None`: never looked.
     seen: Option<Fingerprint>,
-    lists: std::result::Result<Arc<Vec<List>>, String>,
+    lists: std::result::Result<Arc<Vec<ConfigurationList>>, String>,
     /// How often they have changed.
     generation: u64,
 }
 
-/// A pod that plugins know, or are about to. What is large of it is in the store.
-struct Attachment {
-    /// The name of each network, and of its interface in the pod.
-    networks: Vec<(String, String)>,
-    /// Until its ADD has ended.
-    record: Option<Arc<Record>>,
-    /// Plugins of a pod never run side by side but for different networks.
-    turn: Arc<tokio::sync::Mutex<()>>,
-    /// Of an earlier life of the server, whose plugins may still run.
-    inherited: bool,
-    /// A task of its own sees to its DEL.
-    orphan: bool,
-    failing_since: Option<Instant>,
-}
-
-/// An entry of [`Table::ATTACHMENTS`]; the key is the pod's id.
-#[derive(Clone, Serialize, Deserialize)]
-struct Record {
-    arguments: String,
-    capabilities: Map<String, Value>,
-    networks: Vec<Attached>,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-struct Attached {
-    interface: String,
-    /// As it was when the pod was made.
-    list: List,
-    /// What ADD gave; `None`: it has not ended well, as far as is known.
-    result: Option<Value>,
-}
-
-impl Record {
-    fn names(&self) -> Vec<(String, String)> {
-        let networks = self.networks.iter();
-        networks
-            .map(|one| (one.list.name.clone(), one.interface.clone()))
-            .collect()
-    }
-}
-
-impl Attachment {
-    fn new(record: &Record) -> Self {
-        Attachment {
-            networks: record.names(),
-            record: None,
-            turn: Arc::default(),
-            inherited: false,
-            orphan: false,
-            failing_since: None,
-        }
-    }
-}
-
 impl Cni {
     /// Reads which pods plugins know. None is run until [`Cni::start`].
+    ///
+    /// `plugin_dirs`: the first directory that has a plugin wins.
     pub fn open(
         store: Store,
         settings: CniSettings,
@@ -156,22 +105,22 @@ impl Cni {
         namespaces: Namespaces,
     ) -> std::result::Result<Cni, StoreError> {
         let mut attachments = HashMap::new();
-        for (pod, record) in store.load::<Record>(Table::ATTACHMENTS)? {
-            let attachment = Attachment {
+        for (pod, record) in store.load::<AttachmentRecord>(Table::ATTACHMENTS)? {
+            let attachment = AttachedPod {
                 inherited: true,
-                ..Attachment::new(&record)
+                ..AttachedPod::new(&record)
             };
             attachments.insert(pod, attachment);
         }
         let ranges = store.get(Table::NETWORK, RANGES_KEY)?.unwrap_or_default();
         Ok(Cni {
-            inner: Arc::new(Inner {
+            inner: Arc::new(CniState {
+                directories: PluginDirs::new(plugin_dirs),
                 settings,
                 conf_dir,
                 namespaces,
-                directories: Directories::new(plugin_dirs),
                 store,
-                configured: Mutex::new(Configured {
+                configured: Mutex::new(LoadedConfigurations {
                     seen: None,
                     lists: Ok(Arc::default()),
                     generation: 0,
@@ -188,27 +137,27 @@ impl Cni {
     }
 
     /// Whether there is a configuration, be it broken.
-    pub async fn is_configured(&self) -> bool {
+    pub(crate) async fn is_configured(&self) -> bool {
         let lists = self.lists().await;
         !lists.is_ok_and(|lists| lists.is_empty())
     }
 
     /// Whether plugins know the pod, or are about to.
-    pub fn has(&self, pod: &str) -> bool {
+    pub(crate) fn has(&self, pod: &str) -> bool {
         lock(&self.inner.attachments).contains_key(pod)
     }
 
-    /// Refuses what plugins could not be told of the pod.
-    pub fn check(&self, config: &PodSandboxConfig) -> Result<()> {
+    /// Refuses what could not be passed on to plugins.
+    pub(crate) fn check(&self, config: &PodSandboxConfig) -> Result<()> {
         runtime_config::arguments("", config)?;
         runtime_config::capabilities(config, &[]).map(drop)
     }
 
     /// Writes down what the pod is to be ADDed with, ahead of [`Cni::attach`].
-    pub async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+    pub(crate) async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
         let mut lists = self.lists().await;
         if lists.is_err() {
-            tokio::time::sleep(HALF_WRITTEN).await;
+            tokio::time::sleep(REREAD_DELAY).await;
             lists = self.lists().await;
         }
         let lists = lists.map_err(Error::internal)?;
@@ -227,23 +176,23 @@ impl Cni {
                  (capabilities.portMappings): they will not be open"
             );
         }
-        let networks = lists.iter().enumerate().map(|(at, list)| Attached {
+        let networks = lists.iter().enumerate().map(|(at, list)| NetworkRecord {
             interface: format!("eth{at}"),
             list: list.clone(),
             result: None,
         });
-        let record = Record {
+        let record = AttachmentRecord {
             arguments: runtime_config::arguments(pod, config)?,
             capabilities,
             networks: networks.collect(),
         };
         let written = self.inner.write(pod, &record)?;
-        let attachment = Attachment {
+        let attachment = AttachedPod {
             record: Some(Arc::new(record.clone())),
-            ..Attachment::new(&record)
+            ..AttachedPod::new(&record)
         };
         lock(&self.inner.attachments).insert(pod.to_owned(), attachment);
-        let written = written.await.map_err(stored);
+        let written = written.await.map_err(Error::from);
         if written.is_err() {
             lock(&self.inner.attachments).remove(pod);
         }
@@ -252,16 +201,21 @@ impl Cni {
 
     /// ADDs the pod, whose namespace is pinned at `netns`, to every network: its addresses. If it
     /// fails, [`Cni::detach`] has to follow.
-    pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
+    pub(crate) async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
         let inner = &self.inner;
-        let (turn, record) = {
+        let (plugin_lock, record) = {
             let attachments = lock(&inner.attachments);
             let attachment = attachments.get(pod);
             attachment
-                .and_then(|one| Some((Arc::clone(&one.turn), Arc::clone(one.record.as_ref()?))))
+                .and_then(|one| {
+                    Some((
+                        Arc::clone(&one.plugin_lock),
+                        Arc::clone(one.record.as_ref()?),
+                    ))
+                })
                 .ok_or_else(|| Error::internal(format!("pod {pod} has no network to be made")))?
         };
-        let _turn = turn.lock().await;
+        let _plugins = plugin_lock.lock().await;
         let _at_work = slow(
             format!("pod {pod}: the end of CNI's GC"),
             inner.at_work.read(),
@@ -274,7 +228,7 @@ impl Cni {
             chain::add(&inner.directories, &network.list, target, deadline)
         });
         let results = join_all(adds).await;
-        let mut record = Record::clone(&record);
+        let mut record = AttachmentRecord::clone(&record);
         let mut addresses = None;
         for (network, result) in record.networks.iter_mut().zip(results) {
             let name = &network.list.name;
@@ -295,7 +249,7 @@ impl Cni {
                 record.networks.first().map_or("", |one| &one.list.name)
             )));
         }
-        inner.write(pod, &record)?.await.map_err(stored)?;
+        inner.write(pod, &record)?.await.map_err(Error::from)?;
         if let Some(attachment) = lock(&inner.attachments).get_mut(pod) {
             attachment.record = None;
         }
@@ -304,7 +258,7 @@ impl Cni {
 
     /// Sees to pods that are gone, whatever kept their DEL, watches the directory, and collects
     /// what belongs to nobody. `live` are the pods that are there.
-    pub fn start(&self, live: &HashSet<String>) {
+    pub(crate) fn start(&self, live: &HashSet<String>) {
         self.inner.started.store(true, Ordering::Release);
         let dead: Vec<String> = {
             let attachments = lock(&self.inner.attachments);
@@ -315,21 +269,36 @@ impl Cni {
             log::info!("pod {pod}: is not there, its CNI networks are taken away");
             self.adopt(&pod);
         }
-        tokio::spawn(watch::run(self.clone()));
+        tokio::spawn(self.clone().watch());
         tokio::spawn(self.clone().collect_garbage());
         tokio::spawn(self.clone().check_all(live.clone()));
         self.inner.collect.notify_one();
     }
 
     /// Looks at the directory again.
-    pub async fn reload(&self) {
+    pub(crate) async fn reload(&self) {
         // What is wrong has been logged.
         let _ = self.lists().await;
         self.inner.changed.notify_waiters();
     }
 
+    /// Looks at the directory again whenever it changes, until the server ends.
+    async fn watch(self) {
+        let dir = &self.inner.conf_dir;
+        loop {
+            self.reload().await;
+            if let Err(error) = watch::changed(dir).await {
+                log::warn!(
+                    "watch {}: {error}; new configurations are found when pods are made",
+                    dir.display()
+                );
+                return;
+            }
+        }
+    }
+
     /// The node's ranges for pods, comma-separated, for plugins that take `ipRanges`.
-    pub async fn set_ranges(&self, cidrs: &str) -> Result<()> {
+    pub(crate) async fn set_ranges(&self, cidrs: &str) -> Result<()> {
         let ranges: Vec<String> = cidrs.split(',').map(|one| one.trim().to_owned()).collect();
         let is_range = |text: &String| {
             let parts = text.split_once('/');
@@ -347,17 +316,17 @@ impl Cni {
                 "pod_cidr has {wrong:?}, which is no range of addresses"
             )));
         }
-        let change = Change::put(Table::NETWORK, RANGES_KEY, &ranges).map_err(stored)?;
+        let change = Change::put(Table::NETWORK, RANGES_KEY, &ranges).map_err(Error::from)?;
         let written = {
             let mut now = lock(&self.inner.ranges);
             *now = ranges;
             self.inner.store.commit(vec![change])
         };
-        written.await.map_err(stored)
+        written.await.map_err(Error::from)
     }
 
     /// What the verbose Status shows, by containerd's names.
-    pub async fn shown(&self) -> [(&'static str, String); 2] {
+    pub(crate) async fn shown(&self) -> [(&'static str, String); 2] {
         let lists = self.lists().await;
         let loaded = match &lists {
             Ok(lists) if lists.is_empty() => self.inner.none(),
@@ -382,7 +351,7 @@ impl Cni {
     }
 
     /// What ADD gave the pod, by network, for the verbose PodSandboxStatus.
-    pub async fn results(&self, pod: &str) -> Option<Value> {
+    pub(crate) async fn results(&self, pod: &str) -> Option<Value> {
         if !self.has(pod) {
             return None;
         }
@@ -392,7 +361,7 @@ impl Cni {
         Some(Value::Object(results.collect()))
     }
 
-    async fn lists(&self) -> std::result::Result<Arc<Vec<List>>, String> {
+    async fn lists(&self) -> std::result::Result<Arc<Vec<ConfigurationList>>, String> {
         let inner = Arc::clone(&self.inner);
         let what = format!(
             "read the CNI configurations in {}",
@@ -412,12 +381,12 @@ impl Cni {
             let _alone = loop {
                 match self.inner.at_work.try_write() {
                     Ok(alone) => break alone,
-                    Err(_) => tokio::time::sleep(HALF_WRITTEN).await,
+                    Err(_) => tokio::time::sleep(REREAD_DELAY).await,
                 }
             };
             for list in lists.iter() {
                 let valid = self.inner.valid(&list.name);
-                let collected = chain::gc(&self.inner.directories, list, &valid, GC).await;
+                let collected = chain::gc(&self.inner.directories, list, &valid, GC_TIMEOUT).await;
                 if let Err(error) = collected {
                     log::warn!("collect garbage of the CNI network {}: {error}", list.name);
                 }
@@ -429,11 +398,13 @@ impl Cni {
     /// what is wrong: it is not for the runtime to mend.
     async fn check_all(self, live: HashSet<String>) {
         for pod in live {
-            let turn = lock(&self.inner.attachments)
+            let plugin_lock = lock(&self.inner.attachments)
                 .get(&pod)
-                .map(|one| Arc::clone(&one.turn));
-            let Some(turn) = turn else { continue };
-            let _turn = turn.lock().await;
+                .map(|one| Arc::clone(&one.plugin_lock));
+            let Some(plugin_lock) = plugin_lock else {
+                continue;
+            };
+            let _plugins = plugin_lock.lock().await;
             let Ok(Some(record)) = self.inner.record(&pod).await else {
                 continue;
             };
@@ -455,21 +426,9 @@ impl Cni {
     }
 }
 
-impl Record {
-    fn target<'a>(&'a self, network: &'a Attached, pod: &'a str, netns: &'a str) -> Target<'a> {
-        Target {
-            pod,
-            netns,
-            interface: &network.interface,
-            arguments: &self.arguments,
-            capabilities: &self.capabilities,
-        }
-    }
-}
-
-impl Inner {
+impl CniState {
     /// The configurations as they are now; unchanged ones are not read again. Blocks.
-    fn refresh(&self) -> std::result::Result<Arc<Vec<List>>, String> {
+    fn refresh(&self) -> std::result::Result<Arc<Vec<ConfigurationList>>, String> {
         let (files, seen) = configuration::look(&self.conf_dir)?;
         {
             let configured = lock(&self.configured);
@@ -511,7 +470,7 @@ impl Inner {
     }
 
     /// A sentence if a plugin's binary is missing.
-    fn all_there(&self, lists: &[List]) -> std::result::Result<(), String> {
+    fn all_there(&self, lists: &[ConfigurationList]) -> std::result::Result<(), String> {
         for list in lists {
             for plugin in &list.plugins {
                 let found = self.directories.find(configuration::kind(plugin));
@@ -532,24 +491,24 @@ impl Inner {
     fn write(
         &self,
         pod: &str,
-        record: &Record,
+        record: &AttachmentRecord,
     ) -> Result<impl Future<Output = std::result::Result<(), StoreError>> + use<>> {
-        let change = Change::put(Table::ATTACHMENTS, pod, record).map_err(stored)?;
+        let change = Change::put(Table::ATTACHMENTS, pod, record).map_err(Error::from)?;
         Ok(self.store.commit(vec![change]))
     }
 
-    async fn record(&self, pod: &str) -> Result<Option<Record>> {
+    async fn record(&self, pod: &str) -> Result<Option<AttachmentRecord>> {
         let (store, key) = (self.store.clone(), pod.to_owned());
         let read = move || store.get(Table::ATTACHMENTS, &key);
         blocking(format!("pod {pod}: read its CNI networks"), read)
             .await
-            .map_err(stored)
+            .map_err(Error::from)
     }
 
     /// The path of the pod's namespace; empty if it is gone.
     fn pinned(&self, pod: &str) -> String {
         let path = self.namespaces.of(pod);
-        if super::namespace::is_pinned(&path) {
+        if namespace::is_pinned(&path) {
             path.to_string_lossy().into_owned()
         } else {
             String::new()
@@ -569,8 +528,4 @@ impl Inner {
         }
         valid
     }
-}
-
-fn stored(error: StoreError) -> Error {
-    Error::internal(error.to_string())
 }

@@ -25,13 +25,13 @@ const ANSWER_BYTES: usize = 1 << 20;
 const COMPLAINT_BYTES: usize = 4 << 10;
 
 /// How much of it, or of an answer that is none, an error shows, in characters.
-const SHOWN: usize = 400;
+const SHOWN_CHARACTERS: usize = 400;
 
 /// How long a plugin that has exited may have descendants hold its output open.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const OUTPUT_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a killed plugin may take to end; one in a system call that hangs does not.
-const LAST_BREATH: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where iptables and the like are, should rrun-cri have been started without a PATH.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -78,7 +78,7 @@ pub(super) enum PluginError {
 }
 
 /// CNI_COMMAND and what goes with it.
-pub(super) struct Call<'a> {
+pub(super) struct PluginCall<'a> {
     pub command: &'static str,
     /// The binary's name.
     pub plugin: &'a str,
@@ -92,15 +92,15 @@ pub(super) struct Call<'a> {
 
 /// Where plugins are.
 #[derive(Clone, Debug)]
-pub(super) struct Directories {
+pub(super) struct PluginDirs {
     dirs: Vec<PathBuf>,
     /// As CNI_PATH has it.
     joined: String,
 }
 
-/// What a plugin that failed prints.
+/// What a plugin that failed prints; CNI specification, section 5, "Error".
 #[derive(Deserialize)]
-struct Told {
+struct ErrorResult {
     #[serde(default)]
     code: u64,
     #[serde(default)]
@@ -109,11 +109,11 @@ struct Told {
     details: String,
 }
 
-impl Directories {
+impl PluginDirs {
     pub(super) fn new(dirs: Vec<PathBuf>) -> Self {
         let joined = dirs.iter().map(|dir| dir.to_string_lossy());
         let joined = joined.collect::<Vec<_>>().join(":");
-        Directories { dirs, joined }
+        PluginDirs { dirs, joined }
     }
 
     pub(super) fn all(&self) -> &[PathBuf] {
@@ -133,7 +133,7 @@ impl Directories {
 
     /// Runs a plugin to its end and gives what it printed. At the deadline it is killed, and all
     /// that it has started. Whoever drops the future leaves it running.
-    pub(super) async fn run(&self, call: Call<'_>) -> Result<Vec<u8>, PluginError> {
+    pub(super) async fn run(&self, call: PluginCall<'_>) -> Result<Vec<u8>, PluginError> {
         let path = self.find(call.plugin)?;
         let begin = Instant::now();
         let mut child = self
@@ -179,47 +179,10 @@ impl Directories {
             "the CNI plugin {plugin} ended {command} after {:?}",
             begin.elapsed()
         );
-        if status.success() && answer.len() <= ANSWER_BYTES {
-            return Ok(answer);
-        }
-        if status.success() {
-            let why = format!("over {ANSWER_BYTES} bytes");
-            return Err(PluginError::Garbage {
-                plugin,
-                command,
-                why,
-                complaint,
-            });
-        }
-        match serde_json::from_slice::<Told>(&answer) {
-            Ok(told) if told.code != 0 || !told.msg.is_empty() => {
-                let message = if told.details.is_empty() {
-                    told.msg
-                } else {
-                    format!("{}: {}", told.msg, told.details)
-                };
-                Err(PluginError::Failed {
-                    plugin,
-                    command,
-                    code: told.code,
-                    message: shown(message.as_bytes()),
-                    complaint,
-                })
-            }
-            _ => Err(PluginError::Died {
-                plugin,
-                command,
-                how: if answer.is_empty() {
-                    how(status)
-                } else {
-                    format!("{}, it printed {:?}", how(status), shown(&answer))
-                },
-                complaint,
-            }),
-        }
+        accept(plugin, command, status, answer, complaint)
     }
 
-    fn start(&self, path: &Path, call: &Call<'_>) -> std::io::Result<Child> {
+    fn start(&self, path: &Path, call: &PluginCall<'_>) -> std::io::Result<Child> {
         let mut command = Command::new(path);
         command
             .env("CNI_COMMAND", call.command)
@@ -236,6 +199,54 @@ impl Directories {
             command.env("PATH", PATH);
         }
         command.spawn()
+    }
+}
+
+/// The answer of a plugin that has ended, or its error. `complaint` is for the end of a sentence.
+fn accept(
+    plugin: String,
+    command: &'static str,
+    status: ExitStatus,
+    answer: Vec<u8>,
+    complaint: String,
+) -> Result<Vec<u8>, PluginError> {
+    if status.success() && answer.len() <= ANSWER_BYTES {
+        return Ok(answer);
+    }
+    if status.success() {
+        let why = format!("over {ANSWER_BYTES} bytes");
+        return Err(PluginError::Garbage {
+            plugin,
+            command,
+            why,
+            complaint,
+        });
+    }
+    match serde_json::from_slice::<ErrorResult>(&answer) {
+        Ok(error) if error.code != 0 || !error.msg.is_empty() => {
+            let message = if error.details.is_empty() {
+                error.msg
+            } else {
+                format!("{}: {}", error.msg, error.details)
+            };
+            Err(PluginError::Failed {
+                plugin,
+                command,
+                code: error.code,
+                message: shown(message.as_bytes()),
+                complaint,
+            })
+        }
+        _ => Err(PluginError::Died {
+            plugin,
+            command,
+            how: if answer.is_empty() {
+                how(status)
+            } else {
+                format!("{}, it printed {:?}", how(status), shown(&answer))
+            },
+            complaint,
+        }),
     }
 }
 
@@ -288,7 +299,7 @@ async fn converse(
         }
     };
     if !said_all {
-        let _ = timeout(LAST_WORDS, talk).await;
+        let _ = timeout(OUTPUT_GRACE, talk).await;
     }
     status
 }
@@ -309,7 +320,7 @@ async fn kill(child: &mut Child, container: Option<&str>) {
         // Not reaped yet, so the number is still its.
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
     }
-    let _ = timeout(LAST_BREATH, child.wait()).await;
+    let _ = timeout(KILL_TIMEOUT, child.wait()).await;
     if let Some(container) = container {
         leftover::end(container).await;
     }
@@ -340,7 +351,7 @@ fn shown(text: &[u8]) -> String {
     let mut short: String = line
         .chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .take(SHOWN)
+        .take(SHOWN_CHARACTERS)
         .collect();
     if short.len() < line.len() {
         short.push('…');
@@ -356,7 +367,7 @@ mod tests {
     fn what_a_plugin_prints_is_shown_on_one_short_line() {
         assert_eq!(shown(b" two\n lines\x1b[0m\n"), "two lines\u{fffd}[0m");
         let long = shown("ä".repeat(5000).as_bytes());
-        assert_eq!(long.chars().count(), SHOWN + 1);
+        assert_eq!(long.chars().count(), SHOWN_CHARACTERS + 1);
         assert_eq!(complained(b"\n"), "");
         assert!(parse("ADD", "x", b"[]").is_err());
         assert!(

@@ -9,37 +9,37 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
-use super::super::lock;
-use super::configuration::{List, Version};
+use super::configuration::{ConfigurationList, Version};
 use super::{Cni, chain};
+use rrun_calls::lock::lock;
 
 /// How long a plugin may take for STATUS.
-const STATUS: Duration = Duration::from_secs(10);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an answer counts.
-const FRESH: Duration = Duration::from_secs(5);
+const FRESH_AGE: Duration = Duration::from_secs(5);
 
 /// How long an old answer stands while plugins are asked again.
-const STALE: Duration = Duration::from_secs(30);
+const STALE_AGE: Duration = Duration::from_secs(30);
 
-/// How long who asks waits for the plugins.
-const WAIT: Duration = Duration::from_secs(2);
+/// How long a caller waits for the plugins.
+const CALLER_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
 pub(super) struct Readiness {
-    state: Mutex<State>,
-    told: Notify,
+    last: Mutex<LastStatus>,
+    answered: Notify,
 }
 
 #[derive(Default)]
-struct State {
+struct LastStatus {
     /// The configuration that this is of.
     generation: u64,
     verdict: Option<(Instant, Result<(), String>)>,
-    asked: Option<Instant>,
+    asking_since: Option<Instant>,
 }
 
-impl State {
+impl LastStatus {
     /// The verdict, if it is no older than that.
     fn verdict(&self, generation: u64, age: Duration) -> Option<Result<(), String>> {
         let (at, verdict) = self.verdict.as_ref()?;
@@ -50,7 +50,7 @@ impl State {
 
 impl Cni {
     /// A sentence if pods can't be given a network.
-    pub async fn ready(&self) -> Result<(), String> {
+    pub(crate) async fn ready(&self) -> Result<(), String> {
         let lists = self.lists().await?;
         if lists.is_empty() {
             return Err(self.inner.none());
@@ -62,54 +62,56 @@ impl Cni {
         let readiness = &self.inner.readiness;
         let generation = lock(&self.inner.configured).generation;
         {
-            let mut state = lock(&readiness.state);
-            if let Some(verdict) = state.verdict(generation, FRESH) {
+            let mut last = lock(&readiness.last);
+            if let Some(verdict) = last.verdict(generation, FRESH_AGE) {
                 return verdict;
             }
-            if state.asked.is_none() || state.generation != generation {
-                state.generation = generation;
-                state.asked = Some(Instant::now());
+            if last.asking_since.is_none() || last.generation != generation {
+                last.generation = generation;
+                last.asking_since = Some(Instant::now());
                 tokio::spawn(self.clone().ask(generation, lists));
             }
         }
         let answered = async {
             loop {
                 // Made before looking, so that an answer in between is noticed.
-                let told = readiness.told.notified();
-                if let Some(verdict) = lock(&readiness.state).verdict(generation, FRESH) {
+                let changed = readiness.answered.notified();
+                if let Some(verdict) = lock(&readiness.last).verdict(generation, FRESH_AGE) {
                     return verdict;
                 }
-                told.await;
+                changed.await;
             }
         };
-        if let Ok(verdict) = timeout(WAIT, answered).await {
+        if let Ok(verdict) = timeout(CALLER_TIMEOUT, answered).await {
             return verdict;
         }
-        let state = lock(&readiness.state);
-        state.verdict(generation, STALE).unwrap_or_else(|| {
-            let since = state.asked.map_or(0, |asked| asked.elapsed().as_secs());
+        let last = lock(&readiness.last);
+        last.verdict(generation, STALE_AGE).unwrap_or_else(|| {
+            let since = last
+                .asking_since
+                .map_or(0, |since| since.elapsed().as_secs());
             Err(format!(
                 "CNI plugins were asked for their STATUS {since} s ago and have not answered"
             ))
         })
     }
 
-    async fn ask(self, generation: u64, lists: Arc<Vec<List>>) {
+    async fn ask(self, generation: u64, lists: Arc<Vec<ConfigurationList>>) {
         let mut verdict = Ok(());
         for list in lists.iter() {
-            if let Err(error) = chain::status(&self.inner.directories, list, STATUS).await {
+            if let Err(error) = chain::status(&self.inner.directories, list, STATUS_TIMEOUT).await {
                 verdict = Err(format!("the CNI network {}: {error}", list.name));
                 break;
             }
         }
         let readiness = &self.inner.readiness;
         {
-            let mut state = lock(&readiness.state);
-            if state.generation == generation {
-                state.verdict = Some((Instant::now(), verdict));
-                state.asked = None;
+            let mut last = lock(&readiness.last);
+            if last.generation == generation {
+                last.verdict = Some((Instant::now(), verdict));
+                last.asking_since = None;
             }
         }
-        readiness.told.notify_waiters();
+        readiness.answered.notify_waiters();
     }
 }

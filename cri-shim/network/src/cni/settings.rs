@@ -38,11 +38,11 @@ impl CniSettings {
         Err(("cni.timeout_seconds", reason))
     }
 
-    pub(super) fn timeout(&self) -> Duration {
+    pub(crate) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout_seconds)
     }
 
-    pub(super) fn teardown_timeout(&self) -> Duration {
+    pub(crate) fn teardown_timeout(&self) -> Duration {
         Duration::from_secs(self.teardown_patience_seconds)
     }
 }

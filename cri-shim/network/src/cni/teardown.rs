@@ -12,65 +12,66 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::{lock, namespace};
 use super::plugin::PluginError;
-use super::{Cni, chain, leftover, stored};
+use super::{Cni, chain, leftover};
+use crate::namespace;
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_store::{Change, Table};
 
 /// How long the task of an orphan waits after a failure, and at most.
-const PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(300);
 
-/// Who asks for the DEL.
+/// Who repeats a DEL that has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Patience {
-    /// A caller that asks again if it fails.
+pub enum RetryBy {
+    /// The caller, who gets the error and calls again.
     Caller,
-    /// Nobody will ask again.
-    Nobody,
+    /// The server, in a task of its own: the caller will not call again.
+    Server,
 }
 
 /// What has become of a pod's networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Detached {
+pub enum DetachOutcome {
     /// Nothing of them needs the namespace any more.
-    Gone,
+    Done,
     /// Their DEL is still to come, and the namespace's end with it.
-    Later,
+    Pending,
 }
 
 impl Cni {
     /// DELs the pod from the networks that it was ADDed to, as they were then. Right also when it
     /// was ADDed to none, when ADD failed half-way, and when its namespace is lost.
-    pub async fn detach(&self, pod: &str, patience: Patience) -> Result<Detached> {
-        if patience == Patience::Nobody && !self.inner.started.load(Ordering::Acquire) {
+    pub(crate) async fn detach(&self, pod: &str, retry_by: RetryBy) -> Result<DetachOutcome> {
+        if retry_by == RetryBy::Server && !self.inner.started.load(Ordering::Acquire) {
             // Of an earlier life: no plugin that hangs may keep the server from its start.
             return Ok(if self.has(pod) {
-                Detached::Later
+                DetachOutcome::Pending
             } else {
-                Detached::Gone
+                DetachOutcome::Done
             });
         }
         if lock(&self.inner.attachments)
             .get(pod)
             .is_some_and(|one| one.orphan)
         {
-            return Ok(Detached::Later);
+            return Ok(DetachOutcome::Pending);
         }
         let Err(error) = self.take_away(pod).await else {
-            return Ok(Detached::Gone);
+            return Ok(DetachOutcome::Done);
         };
         let sentence = error.to_string();
-        if patience == Patience::Nobody {
+        if retry_by == RetryBy::Server {
             log::warn!("pod {pod}: {sentence}; it is tried again");
             self.adopt(pod);
-            return Ok(Detached::Later);
+            return Ok(DetachOutcome::Pending);
         }
         let failing = match lock(&self.inner.attachments).get_mut(pod) {
             Some(one) => one.failing_since.get_or_insert_with(Instant::now).elapsed(),
-            None => return Ok(Detached::Gone),
+            None => return Ok(DetachOutcome::Done),
         };
         if error.is_missing() || failing >= self.inner.settings.teardown_timeout() {
             log::error!(
@@ -78,7 +79,7 @@ impl Cni {
                  the pod stays until the DEL succeeds, which is tried again"
             );
             self.adopt(pod);
-            return Ok(Detached::Gone);
+            return Ok(DetachOutcome::Done);
         }
         Err(Error::internal(sentence))
     }
@@ -97,8 +98,8 @@ impl Cni {
     async fn see_to(self, pod: String) {
         let path = self.inner.namespaces.of(&pod);
         let begin = Instant::now();
-        let mut pause = PAUSE;
-        let mut said = String::new();
+        let mut delay = RETRY_DELAY;
+        let mut logged = String::new();
         loop {
             // Made before trying, so that a change meanwhile is noticed.
             let changed = self.inner.changed.notified();
@@ -114,14 +115,14 @@ impl Cni {
                         }
                     }
                     let error = error.to_string();
-                    if error != said {
+                    if error != logged {
                         log::warn!("pod {pod}: {error}; it is tried again");
-                        said = error;
+                        logged = error;
                     }
                 }
             }
-            let _ = tokio::time::timeout(pause, changed).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            let _ = tokio::time::timeout(delay, changed).await;
+            delay = (delay * 2).min(MAX_RETRY_DELAY);
         }
         match namespace::remove(&path) {
             Ok(()) => log::info!("pod {pod}: its CNI networks are taken away"),
@@ -129,16 +130,16 @@ impl Cni {
         }
     }
 
-    async fn take_away(&self, pod: &str) -> std::result::Result<(), Failure> {
+    async fn take_away(&self, pod: &str) -> std::result::Result<(), DelFailure> {
         let inner = &self.inner;
-        let turn = match lock(&inner.attachments).get(pod) {
-            Some(attachment) => Arc::clone(&attachment.turn),
+        let plugin_lock = match lock(&inner.attachments).get(pod) {
+            Some(attachment) => Arc::clone(&attachment.plugin_lock),
             None => return Ok(()),
         };
-        let _turn = slow(format!("pod {pod}: its CNI plugins"), turn.lock()).await;
+        let _plugins = slow(format!("pod {pod}: its CNI plugins"), plugin_lock.lock()).await;
         let inherited = match lock(&inner.attachments).get(pod) {
             Some(attachment) => attachment.inherited,
-            // Whoever had the turn before has done it.
+            // Whoever had the lock before has done it.
             None => return Ok(()),
         };
         if inherited {
@@ -148,7 +149,7 @@ impl Cni {
                 attachment.inherited = false;
             }
         }
-        let record = inner.record(pod).await.map_err(Failure::Store)?;
+        let record = inner.record(pod).await.map_err(DelFailure::Store)?;
         let mut first = Ok(());
         if let Some(record) = record {
             let _at_work = inner.at_work.read().await;
@@ -158,7 +159,7 @@ impl Cni {
                 let target = record.target(network, pod, &netns);
                 let (list, result) = (&network.list, network.result.as_ref());
                 let done = chain::del(&inner.directories, list, target, result, deadline).await;
-                let done = done.map_err(|error| Failure::Plugin(list.name.clone(), error));
+                let done = done.map_err(|error| DelFailure::Plugin(list.name.clone(), error));
                 first = first.and(done);
             }
         }
@@ -166,7 +167,7 @@ impl Cni {
         let gone = inner
             .store
             .commit(vec![Change::delete(Table::ATTACHMENTS, pod)]);
-        let gone = gone.await.map_err(|error| Failure::Store(stored(error)));
+        let gone = gone.await.map_err(|error| DelFailure::Store(error.into()));
         gone?;
         lock(&inner.attachments).remove(pod);
         Ok(())
@@ -175,16 +176,16 @@ impl Cni {
 
 /// Why a DEL has not succeeded.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+enum DelFailure {
     #[error("take it out of the CNI network {0}: {1}")]
     Plugin(String, PluginError),
     #[error("take away its CNI networks: {0}")]
     Store(Error),
 }
 
-impl Failure {
+impl DelFailure {
     /// Whether a plugin's binary is not there.
     fn is_missing(&self) -> bool {
-        matches!(self, Failure::Plugin(_, PluginError::Missing { .. }))
+        matches!(self, DelFailure::Plugin(_, PluginError::Missing { .. }))
     }
 }

@@ -8,28 +8,11 @@ use std::time::Duration;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 
-use super::Cni;
-
 /// How long the directory has to be quiet: writers make several changes.
-const QUIET: Duration = Duration::from_millis(200);
-
-/// Watches until the server ends.
-pub(super) async fn run(cni: Cni) {
-    let dir = cni.inner.conf_dir.clone();
-    loop {
-        cni.reload().await;
-        if let Err(error) = changed(&dir).await {
-            log::warn!(
-                "watch {}: {error}; new configurations are found when pods are made",
-                dir.display()
-            );
-            return;
-        }
-    }
-}
+const QUIET_TIME: Duration = Duration::from_millis(200);
 
 /// Waits for a change in the directory, or for its coming.
-async fn changed(dir: &Path) -> std::io::Result<()> {
+pub(super) async fn changed(dir: &Path) -> std::io::Result<()> {
     let flags = CreateFlags::NONBLOCK | CreateFlags::CLOEXEC;
     // SAFETY: the descriptor is owned by the AsyncFd, which alone closes it, after it has
     // unregistered it; nobody else knows its number.
@@ -51,7 +34,7 @@ async fn changed(dir: &Path) -> std::io::Result<()> {
         return Ok(());
     }
     wait(&watch).await?;
-    while let Ok(waited) = tokio::time::timeout(QUIET, wait(&watch)).await {
+    while let Ok(waited) = tokio::time::timeout(QUIET_TIME, wait(&watch)).await {
         waited?;
     }
     Ok(())

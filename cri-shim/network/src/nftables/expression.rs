@@ -84,7 +84,7 @@ const NFT_REG_VERDICT: u32 = 0;
 /// The first of the sixteen registers of four bytes.
 const NFT_REG32_00: u32 = 8;
 /// Where a lookup leaves what it found.
-const FOUND: u32 = NFT_REG32_00 + 8;
+const LOOKUP_RESULT: u32 = NFT_REG32_00 + 8;
 
 /// The address and the mask of all its bits.
 const LOOPBACK6: (Ipv6Addr, Ipv6Addr) = (Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX));
@@ -99,78 +99,78 @@ const INET_PROTO: u32 = 12;
 const INET_SERVICE: u32 = 13;
 
 /// What a map's keys or data are: for the kernel their length, for nft(8) also a number.
-pub(super) struct Type {
+pub(super) struct NftType {
     pub number: u32,
     pub bytes: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Family {
+pub(super) enum IpFamily {
     V4,
     V6,
 }
 
-impl Family {
+impl IpFamily {
     pub(super) fn of(address: IpAddr) -> Self {
         match address {
-            IpAddr::V4(_) => Family::V4,
-            IpAddr::V6(_) => Family::V6,
+            IpAddr::V4(_) => IpFamily::V4,
+            IpAddr::V6(_) => IpFamily::V6,
         }
     }
 
     pub(super) fn has(self, mapping: &Mapping) -> bool {
-        self == Family::of(mapping.address)
+        self == IpFamily::of(mapping.address)
     }
 
     /// The name of the map with its host ports.
     pub(super) fn map(self) -> &'static str {
         match self {
-            Family::V4 => "host_ports4",
-            Family::V6 => "host_ports6",
+            IpFamily::V4 => "host_ports4",
+            IpFamily::V6 => "host_ports6",
         }
     }
 
     /// The number of that map in the transaction that makes it.
     pub(super) fn id(self) -> u32 {
         match self {
-            Family::V4 => 1,
-            Family::V6 => 2,
+            IpFamily::V4 => 1,
+            IpFamily::V6 => 2,
         }
     }
 
     fn number(self) -> u8 {
         match self {
-            Family::V4 => NFPROTO_IPV4,
-            Family::V6 => NFPROTO_IPV6,
+            IpFamily::V4 => NFPROTO_IPV4,
+            IpFamily::V6 => NFPROTO_IPV6,
         }
     }
 
     fn address_bytes(self) -> u32 {
         match self {
-            Family::V4 => 4,
-            Family::V6 => 16,
+            IpFamily::V4 => 4,
+            IpFamily::V6 => 16,
         }
     }
 
     /// Where the header has the source and the destination.
     fn offsets(self) -> (u32, u32) {
         match self {
-            Family::V4 => (12, 16),
-            Family::V6 => (8, 24),
+            IpFamily::V4 => (12, 16),
+            IpFamily::V6 => (8, 24),
         }
     }
 
     /// Of the map's keys and data. Every part is padded to four bytes.
-    pub(super) fn types(self) -> (Type, Type) {
+    pub(super) fn types(self) -> (NftType, NftType) {
         let address = match self {
-            Family::V4 => IPV4_ADDR,
-            Family::V6 => IPV6_ADDR,
+            IpFamily::V4 => IPV4_ADDR,
+            IpFamily::V6 => IPV6_ADDR,
         };
-        let data = Type {
+        let data = NftType {
             number: address << 6 | INET_SERVICE,
             bytes: self.address_bytes() + 4,
         };
-        let key = Type {
+        let key = NftType {
             number: INET_PROTO << 12 | data.number,
             bytes: 4 + data.bytes,
         };
@@ -223,7 +223,7 @@ impl Rule {
         let bridge = interface(bridge);
         Rule::default()
             .interface(NFT_META_IIFNAME, NFT_CMP_EQ, bridge)
-            .family(Family::V4)
+            .family(IpFamily::V4)
             .destination(NFT_CMP_EQ, [127, 0, 0, 0].into(), [255, 0, 0, 0].into())
             .verdict(NF_DROP, None)
     }
@@ -244,13 +244,13 @@ impl Rule {
     pub(super) fn not_for_loopback6() -> Rule {
         let (one, mask) = LOOPBACK6;
         Rule::default()
-            .family(Family::V6)
+            .family(IpFamily::V6)
             .destination(NFT_CMP_EQ, one.into(), mask.into())
             .verdict(NFT_RETURN, None)
     }
 
     /// Sends what is meant for a host port of this address, or of any, to its pod.
-    pub(super) fn host_port(family: Family, of_any: bool) -> Rule {
+    pub(super) fn host_port(family: IpFamily, of_any: bool) -> Rule {
         let bytes = family.address_bytes();
         Rule::default()
             .family(family)
@@ -258,14 +258,14 @@ impl Rule {
             .add("nat", move |data| {
                 data.be32(NFTA_NAT_TYPE, NFT_NAT_DNAT);
                 data.be32(NFTA_NAT_FAMILY, family.number().into());
-                data.be32(NFTA_NAT_REG_ADDR_MIN, FOUND);
-                data.be32(NFTA_NAT_REG_PROTO_MIN, FOUND + bytes / 4);
+                data.be32(NFTA_NAT_REG_ADDR_MIN, LOOKUP_RESULT);
+                data.be32(NFTA_NAT_REG_PROTO_MIN, LOOKUP_RESULT + bytes / 4);
             })
     }
 
     /// Marks the connection of a pod to a host port of this address, or of any.
     pub(super) fn mark_hairpin(range: Range, of_any: bool) -> Rule {
-        let family = Family::of(range.network());
+        let family = IpFamily::of(range.network());
         Rule::default()
             .family(family)
             .source(range.network(), range.mask())
@@ -283,11 +283,11 @@ impl Rule {
 
     /// Gives what leaves the pods' range the node's address.
     pub(super) fn masquerade(bridge: &str, range: Range) -> Rule {
-        let family = Family::of(range.network());
+        let family = IpFamily::of(range.network());
         // Multicast has no answers that would need the way back.
         let (multicast, mask) = match family {
-            Family::V4 => (IpAddr::from([224, 0, 0, 0]), IpAddr::from([240, 0, 0, 0])),
-            Family::V6 => {
+            IpFamily::V4 => (IpAddr::from([224, 0, 0, 0]), IpAddr::from([240, 0, 0, 0])),
+            IpFamily::V6 => {
                 let front = IpAddr::from([0xff00, 0, 0, 0, 0, 0, 0, 0]);
                 (front, front)
             }
@@ -302,10 +302,10 @@ impl Rule {
     }
 
     /// Gives what comes to a pod from the node's 127.0.0.1 or ::1 an address that it can answer to.
-    pub(super) fn masquerade_loopback(bridge: &str, family: Family) -> Rule {
+    pub(super) fn masquerade_loopback(bridge: &str, family: IpFamily) -> Rule {
         let (network, mask): (IpAddr, IpAddr) = match family {
-            Family::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
-            Family::V6 => (LOOPBACK6.0.into(), LOOPBACK6.1.into()),
+            IpFamily::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
+            IpFamily::V6 => (LOOPBACK6.0.into(), LOOPBACK6.1.into()),
         };
         Rule::default()
             .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
@@ -318,7 +318,7 @@ impl Rule {
     pub(super) fn hairpin(bridge: &str, range: Range) -> Rule {
         Rule::default()
             .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
-            .family(Family::of(range.network()))
+            .family(IpFamily::of(range.network()))
             .source(range.network(), range.mask())
             .ct(NFT_CT_STATUS)
             .mask(IPS_DST_NAT.to_ne_bytes().into())
@@ -331,7 +331,7 @@ impl Rule {
 
     /// Looks protocol, destination, or any, and port up in the family's map; without an entry the
     /// rule ends.
-    fn look_up_host_port(self, family: Family, of_any: bool) -> Rule {
+    fn look_up_host_port(self, family: IpFamily, of_any: bool) -> Rule {
         let bytes = family.address_bytes();
         let port = NFT_REG32_00 + 1 + bytes / 4;
         let rule = self.meta(NFT_META_L4PROTO, NFT_REG32_00);
@@ -403,7 +403,7 @@ impl Rule {
         })
     }
 
-    fn family(self, family: Family) -> Rule {
+    fn family(self, family: IpFamily) -> Rule {
         self.meta(NFT_META_NFPROTO, NFT_REG32_00)
             .compare(NFT_CMP_EQ, [family.number()])
     }
@@ -413,28 +413,28 @@ impl Rule {
     }
 
     fn source(self, network: IpAddr, mask: IpAddr) -> Rule {
-        let family = Family::of(network);
+        let family = IpFamily::of(network);
         let (offset, _) = family.offsets();
         self.masked_address(family, offset, mask)
             .compare(NFT_CMP_EQ, octets(network))
     }
 
     fn destination(self, operator: u32, network: IpAddr, mask: IpAddr) -> Rule {
-        let family = Family::of(network);
+        let family = IpFamily::of(network);
         let (_, offset) = family.offsets();
         self.masked_address(family, offset, mask)
             .compare(operator, octets(network))
     }
 
-    fn masked_address(self, family: Family, offset: u32, mask: IpAddr) -> Rule {
+    fn masked_address(self, family: IpFamily, offset: u32, mask: IpAddr) -> Rule {
         let base = NFT_PAYLOAD_NETWORK_HEADER;
         self.payload(base, offset, family.address_bytes(), NFT_REG32_00)
             .mask(octets(mask))
     }
 
     /// The unspecified address, which stands for any in the maps' keys.
-    fn any_address(self, family: Family) -> Rule {
-        let zeros = vec![0; if family == Family::V4 { 4 } else { 16 }];
+    fn any_address(self, family: IpFamily) -> Rule {
+        let zeros = vec![0; if family == IpFamily::V4 { 4 } else { 16 }];
         self.add("immediate", move |data| {
             data.be32(NFTA_IMMEDIATE_DREG, NFT_REG32_00 + 1);
             value(data, NFTA_IMMEDIATE_DATA, &zeros);
@@ -442,11 +442,11 @@ impl Rule {
     }
 
     /// Looks the key in the first registers up in the family's map; without it the rule ends.
-    fn look_up(self, family: Family) -> Rule {
+    fn look_up(self, family: IpFamily) -> Rule {
         self.add("lookup", move |data| {
             data.string(NFTA_LOOKUP_SET, family.map());
             data.be32(NFTA_LOOKUP_SREG, NFT_REG32_00);
-            data.be32(NFTA_LOOKUP_DREG, FOUND);
+            data.be32(NFTA_LOOKUP_DREG, LOOKUP_RESULT);
         })
     }
 

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
-use rrun_network::{Network, NetworkConfig, namespace};
+use rrun_network::{EmbeddedNetwork, NetworkConfig, namespace};
 
 use crate::node::{Node, PATIENCE, open_store};
 
@@ -41,7 +41,7 @@ fn churn(dir: &std::path::Path) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let network = Network::open(open_store(dir)?, NetworkConfig::default())?;
+    let network = EmbeddedNetwork::open(open_store(dir)?, NetworkConfig::default())?;
     loop {
         let lives = pods().into_iter().map(|pod| {
             let (network, netns) = (network.clone(), dir.join("netns").join(&pod));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Failed;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
-use rrun_network::{Attachment, Network, NetworkConfig, NetworkError, namespace};
+use rrun_network::{Attachment, EmbeddedNetwork, NetworkConfig, NetworkError, namespace};
 use rrun_store::{Store, Table};
 
 /// The node's address on its uplink.
@@ -106,12 +106,12 @@ impl Node {
         open_store(&self.dir)
     }
 
-    pub(crate) fn network(&self) -> Result<Network, Failed> {
+    pub(crate) fn network(&self) -> Result<EmbeddedNetwork, Failed> {
         self.network_with(NetworkConfig::default())
     }
 
-    pub(crate) fn network_with(&self, config: NetworkConfig) -> Result<Network, Failed> {
-        Ok(Network::open(self.store()?, config)?)
+    pub(crate) fn network_with(&self, config: NetworkConfig) -> Result<EmbeddedNetwork, Failed> {
+        Ok(EmbeddedNetwork::open(self.store()?, config)?)
     }
 
     pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> T {
@@ -123,13 +123,17 @@ impl Node {
     }
 
     /// A pod with a namespace of its own, connected.
-    pub(crate) fn pod(&self, network: &Network, pod: &str) -> Result<Attachment, NetworkError> {
+    pub(crate) fn pod(
+        &self,
+        network: &EmbeddedNetwork,
+        pod: &str,
+    ) -> Result<Attachment, NetworkError> {
         namespace::create(&self.netns(pod))?;
         self.wait(network.attach(pod, &self.netns(pod)))
     }
 
     /// The pod's end.
-    pub(crate) fn remove(&self, network: &Network, pod: &str) -> Result<(), NetworkError> {
+    pub(crate) fn remove(&self, network: &EmbeddedNetwork, pod: &str) -> Result<(), NetworkError> {
         self.wait(network.detach(pod, Some(&self.netns(pod))))?;
         self.wait(network.settled());
         namespace::remove(&self.netns(pod))

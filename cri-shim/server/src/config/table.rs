@@ -15,8 +15,8 @@ use super::rlimit::Rlimit;
 use super::runtime_handler::RuntimeHandler;
 use crate::cgroup::{CgroupDriver, slice};
 use rrun_images::ImageSettings;
+use rrun_network::CniSettings;
 use rrun_network::NetworkConfig;
-use rrun_network::cni::CniSettings;
 use rrun_network::namespace::Namespaces;
 
 /// What the server runs with. Each field is a key of the files, its type what the files may say;

@@ -204,14 +204,14 @@ impl Container {
     pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
         let written = slow(format!("{}: write its record", self.name()), saved).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// Takes the container out of the store, for good.
     pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// Saves without anyone waiting: what is lost by a kill before that has been written down, or

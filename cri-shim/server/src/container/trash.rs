@@ -3,13 +3,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::sandbox::files::private_dir;
 use rrun_calls::error::{During, Result};
+use rrun_calls::lock::lock;
 use rrun_images::layer;
 use rrun_kernel::errno::describe;
 
@@ -55,7 +56,7 @@ impl Trash {
     /// Removes what is here, in a thread of its own.
     pub(crate) fn empty_soon(self: &Arc<Self>) {
         {
-            let mut more = self.more.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut more = lock(&self.more);
             *more = true;
             if self.emptying.send_replace(true) {
                 return;
@@ -74,7 +75,7 @@ impl Trash {
     fn empty(&self) {
         loop {
             {
-                let mut more = self.more.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut more = lock(&self.more);
                 if !std::mem::take(&mut *more) {
                     self.emptying.send_replace(false);
                     return;

@@ -15,7 +15,7 @@ pub(crate) mod watch;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rrun_proto::v1::{LinuxContainerResources, PodSandboxConfig};
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use crate::node::Node;
 use crate::selinux::Labels;
 use crate::selinux::categories::LevelHold;
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_monitor_client::MonitorClient;
 use rrun_protocol::SOCKET_NAME;
@@ -123,7 +124,7 @@ impl Sandbox {
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, SandboxState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     pub(crate) fn to_record(&self) -> SandboxRecord {
@@ -168,14 +169,14 @@ impl Sandbox {
     pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
         let written = slow(format!("{}: write its record", self.name()), saved).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// Takes the pod out of the store, for good.
     pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
         let written = slow(format!("{}: write its record", self.name()), deleted).await;
-        written.map_err(|error| Error::internal(error.to_string()))
+        written.map_err(Error::from)
     }
 
     /// The process whose `/proc/PID/ns/…` are the pod's.

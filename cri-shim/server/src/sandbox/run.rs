@@ -297,8 +297,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
         files::mount_shm(&dir.join("shm"), root, label)?;
     }
     if sharing.own_network && !sharing.own_users {
-        netns::create(&node.netns(&record.id))
-            .map_err(|error| Error::internal(error.to_string()))?;
+        netns::create(&node.netns(&record.id))?;
     }
     Ok(Sandbox::from_record(node, record))
 }
@@ -345,8 +344,7 @@ async fn start_monitor_and_network(
         blocking(format!("{name}: keep its network namespace"), move || {
             netns::pin(of_holder.as_ref(), &netns)
         })
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+        .await?;
     }
     Ok((hello, network.await?))
 }

@@ -13,8 +13,8 @@ use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_monitor_client::MonitorError;
-use rrun_network::cni::{Detached, Patience};
 use rrun_network::namespace as netns;
+use rrun_network::{DetachOutcome, RetryBy};
 use rrun_protocol::FailureKind;
 
 /// How long a pod's removal waits for containers being made in it.
@@ -31,7 +31,7 @@ pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     first_error(join_all(stops).await)?;
     let records = containers.iter().map(|container| container.save(&node));
     first_error(join_all(records).await)?;
-    release(&node, &sandbox, &containers, Patience::Caller).await?;
+    release(&node, &sandbox, &containers, RetryBy::Caller).await?;
     sandbox.save(&node).await?;
     if was_ready {
         container::status::publish_sandbox(
@@ -89,7 +89,7 @@ async fn release(
     node: &Node,
     sandbox: &Sandbox,
     containers: &[Arc<Container>],
-    patience: Patience,
+    retry_by: RetryBy,
 ) -> Result<()> {
     let name = sandbox.name();
     let deletions = containers
@@ -104,20 +104,20 @@ async fn release(
         }
         // Its host ports are other pods' from here on.
         let path = node.netns(&sandbox.id);
-        let freed = node.network.detach(&sandbox.id, &path, patience);
+        let freed = node.network.detach(&sandbox.id, &path, retry_by);
         return freed.await.map(drop);
     }
     let path = node.netns(&sandbox.id);
-    let detached = node.network.detach(&sandbox.id, &path, patience);
+    let detached = node.network.detach(&sandbox.id, &path, retry_by);
     let detached = slow(format!("{name}: disconnect its network"), detached).await?;
-    if detached == Detached::Later {
+    if detached == DetachOutcome::Pending {
         return Ok(());
     }
     blocking(format!("{name}: remove its network namespace"), move || {
         netns::remove(&path)
     })
     .await
-    .map_err(|error| Error::internal(error.to_string()))
+    .map_err(Error::from)
 }
 
 /// Ends the monitor; what it still runs ends first.
@@ -166,7 +166,7 @@ fn kill_monitor(sandbox: &Sandbox) {
 
 /// Removes everything that was ever made for the pod, its containers excepted.
 pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
-    release(node, sandbox, &[], Patience::Nobody).await?;
+    release(node, sandbox, &[], RetryBy::Server).await?;
     let name = sandbox.name();
     let parent = node.config.default_cgroup_parent();
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {

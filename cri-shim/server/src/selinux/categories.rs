@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 
 /// The levels that pods have, and how many of them.
 pub(crate) struct Categories {
@@ -28,7 +29,7 @@ impl Categories {
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.held)
     }
 
     /// This level, whoever has it besides.

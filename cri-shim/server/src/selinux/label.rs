@@ -11,7 +11,7 @@ use rrun_calls::error::{Error, Result};
 /// In records as its text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Label {
+pub(crate) struct Label {
     pub user: String,
     pub role: String,
     pub kind: String,

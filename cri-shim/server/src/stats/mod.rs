@@ -7,7 +7,7 @@ mod writable;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rrun_proto::v1::{
     ContainerAttributes, ContainerStats, ContainerStatsFilter, CpuUsage, FilesystemIdentifier,
@@ -21,7 +21,8 @@ use crate::container::{Container, Phase};
 use crate::node::Node;
 use crate::sandbox::Sandbox;
 use crate::sandbox::status::has_labels;
-use rrun_network::{Counters, Interface};
+use rrun_calls::lock::lock;
+use rrun_network::{Counters, InterfaceCounters};
 
 pub(crate) use writable::Usage;
 
@@ -45,7 +46,7 @@ struct Reading {
 
 impl StatsCache {
     pub(crate) fn forget(&self, id: &str) {
-        let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cpu = lock(&self.cpu);
         cpu.remove(id);
         self.writable.forget(id);
     }
@@ -59,7 +60,7 @@ impl StatsCache {
     /// Nanoseconds of CPU time a second since the last reading; of readings that follow closely
     /// the older one counts.
     fn rate(&self, id: &str, at: i64, used: u64) -> Option<u64> {
-        let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cpu = lock(&self.cpu);
         let Some(last) = cpu.get_mut(id) else {
             let rate = None;
             cpu.insert(id.to_owned(), Reading { at, used, rate });
@@ -170,7 +171,7 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
     }
 }
 
-fn usage(counted: Interface) -> NetworkInterfaceUsage {
+fn usage(counted: InterfaceCounters) -> NetworkInterfaceUsage {
     NetworkInterfaceUsage {
         name: counted.name,
         rx_bytes: value(counted.rx_bytes),

@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::clock::now;
 use crate::node::Node;
+use rrun_calls::lock::lock;
 
 /// A layer is counted again after so many times what the last walk took: at most a hundredth of one
 /// CPU's time goes there. kubelet evicts who uses most by these figures, so that they must not lag
@@ -52,10 +53,6 @@ impl CountedUsage {
         let rest = self.took.saturating_mul(WALK_SHARE).min(MAX_AGE);
         !self.counting && age > rest.as_nanos()
     }
-}
-
-fn lock(counts: &Counts) -> std::sync::MutexGuard<'_, HashMap<String, CountedUsage>> {
-    counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl UsageCache {

@@ -119,7 +119,7 @@ async fn connect(container: &Container, request: &AttachRequest) -> Result<Attac
     };
     let attached = container.sandbox.monitor.attach(attach, theirs).await;
     let mut handle = attached
-        .map_err(|error| Error::internal(error.to_string()))
+        .map_err(Error::from)
         .during(|| format!("attach to {}", container.name()))?;
     let stdin = handle.stdin.take().map(Descriptor::new);
     Ok(Attached {

@@ -124,7 +124,7 @@ async fn start(
     let given: Vec<_> = theirs.iter().map(std::os::fd::AsFd::as_fd).collect();
     let started = container.sandbox.monitor.exec(exec, &given);
     let started = slow(format!("{}: start a command", container.name()), started).await;
-    let mut process = started.map_err(|error| Error::internal(error.to_string()))?;
+    let mut process = started?;
     if request.tty {
         let terminal = process
             .terminal

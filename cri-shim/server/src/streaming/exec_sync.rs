@@ -68,9 +68,7 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
     let (stderr, stderr_end) = pipe()?;
     let stdio = [null.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
     let started = container.sandbox.monitor.exec(exec, &stdio);
-    let mut process = slow(format!("{}: start a command", container.name()), started)
-        .await
-        .map_err(|error| Error::internal(error.to_string()))?;
+    let mut process = slow(format!("{}: start a command", container.name()), started).await?;
     drop((null, stdout_end, stderr_end));
 
     let (mut out, mut err) = (CapturedOutput::new(stdout), CapturedOutput::new(stderr));
@@ -81,7 +79,7 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
             read = err.read(), if err.open => read?,
         }
     };
-    let exit_code = exit_code.map_err(|error| Error::internal(error.to_string()))?;
+    let exit_code = exit_code?;
     // What the process wrote is in the pipes by now. A child that it left behind may hold them
     // open for ever and is not waited for.
     out.drain()?;

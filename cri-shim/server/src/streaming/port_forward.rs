@@ -59,7 +59,7 @@ async fn connect(node: &Node, sandbox: &str, port: u16) -> Result<TcpStream> {
             rrun_network::namespace::socket(netns.as_deref(), family)
         });
         let socket = match made.await {
-            Ok(made) => made.map_err(|error| Error::internal(error.to_string()))?,
+            Ok(made) => made?,
             Err(error) => return Err(Error::internal(format!("make a socket: {error}"))),
         };
         let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));

@@ -1,13 +1,14 @@
 //! What a URL of the streaming server stands for: its token is good for one session.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use rrun_proto::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 use tonic::Code;
 
 use rrun_calls::error::{Error, Result};
+use rrun_calls::lock::lock;
 use rrun_streams::upgrade::Purpose;
 
 /// How long a ticket is good for.
@@ -69,7 +70,7 @@ pub(super) struct Tickets(Mutex<BTreeMap<String, (Instant, StreamTicket)>>);
 
 impl Tickets {
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, (Instant, StreamTicket)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Keeps a ticket for the client that comes with its token.

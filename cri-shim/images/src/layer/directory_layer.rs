@@ -1,13 +1,13 @@
-//! Makes the layer that gives an image's directories their looks: owner, mode, extended attributes
-//! and time.
+//! Makes the layer that gives an image's directories their metadata: owner, mode, extended
+//! attributes and time.
 //!
 //! An archive may use a directory without listing it: `etc/app.conf`, but no `etc/`. In an image,
-//! such a directory has the looks that the layers below give it. Those layers differ from image to
-//! image, but all images share the unpacked layer. So a shared layer takes nothing from the layers
-//! below: there the directory belongs to root, has mode 0755 and is marked (see [`super::tree`]).
-//! If the lower layers of an image give it other looks, the image gets a small layer on top, which
-//! has nothing but directories. overlayfs shows the looks of the uppermost directory of a name and
-//! merges the contents of all of them.
+//! such a directory has the metadata that the layers below give it. Those layers differ from image
+//! to image, but all images share the unpacked layer. So a shared layer takes nothing from the
+//! layers below: there the directory belongs to root, has mode 0755 and is marked (see
+//! [`super::tree`]). If the lower layers of an image give it other metadata, the image gets a small
+//! layer on top, which has nothing but directories. overlayfs shows the metadata of the uppermost
+//! directory of a name and merges the contents of all of them.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,12 +17,12 @@ use std::rc::Rc;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::LayerError;
+use super::error::LayerError;
 use super::tree::{is_opaque, is_unlisted, modified};
 
 /// The most lookups of a directory in a layer. An image of many layers that share tens of thousands
 /// of directories needs far fewer. A hostile image must not keep a thread busy for hours.
-const LOOKUPS: u64 = 1 << 24;
+const MAX_LOOKUPS: u64 = 1 << 24;
 
 /// The most bytes that the paths of directories still to be visited may take.
 const PENDING_BYTES: usize = 64 << 20;
@@ -37,7 +37,7 @@ const OPEN: OFlags = OFlags::RDONLY
 
 /// One unpacked layer of an image.
 #[derive(Clone, Debug)]
-pub struct Stacked {
+pub(crate) struct LowerLayer {
     /// Its directory.
     pub path: PathBuf,
     /// It has marked directories below its root.
@@ -46,10 +46,10 @@ pub struct Stacked {
 
 /// Makes the directory `into`, which is the layer on top of `layers`. Those are listed uppermost
 /// first, without the ones that another layer hides as a whole. Returns the number of directories
-/// in the new layer. 0: the image needs no such layer, and `into` was not made. Calls `go_on` before
-/// each step; an error of `go_on` ends the work. Blocks.
-pub fn looks(
-    layers: &[Stacked],
+/// in the new layer. 0: the image needs no such layer, and `into` was not made. Calls `go_on`
+/// before each step; an error of `go_on` ends the work. Blocks.
+pub(crate) fn make_directory_layer(
+    layers: &[LowerLayer],
     into: &Path,
     go_on: impl FnMut() -> Result<(), LayerError>,
 ) -> Result<u64, LayerError> {
@@ -90,14 +90,14 @@ pub fn looks(
 struct Part {
     layer: usize,
     directory: Rc<OwnedFd>,
-    /// The archive lists it, and so gives it its looks.
+    /// The archive lists it, and so gives it its metadata.
     listed: bool,
-    /// It hides the contents of the directory below it, but its looks may come from there.
+    /// It hides the contents of the directory below it, but its metadata may come from there.
     opaque: bool,
 }
 
 struct Walk<'a, G> {
-    layers: &'a [Stacked],
+    layers: &'a [LowerLayer],
     roots: Vec<Rc<OwnedFd>>,
     into: &'a Path,
     go_on: G,
@@ -114,8 +114,8 @@ fn merged(parts: &mut Vec<Part>) -> &[Part] {
     parts
 }
 
-/// The part that gives the directory its looks in the image: the uppermost that is listed, or the
-/// uppermost of all if no layer lists the directory.
+/// The part that gives the directory its metadata in the image: the uppermost that is listed, or
+/// the uppermost of all if no layer lists the directory.
 fn source(parts: &[Part]) -> Option<&Part> {
     parts.iter().find(|part| part.listed).or(parts.first())
 }
@@ -137,9 +137,9 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     fn parts(&mut self, parents: &[Part], name: &[u8]) -> Result<Vec<Part>, LayerError> {
         (self.go_on)()?;
         self.lookups += parents.len() as u64;
-        if self.lookups > LOOKUPS {
+        if self.lookups > MAX_LOOKUPS {
             return Err(LayerError::Bound(format!(
-                "its layers share too many directories: to compare them takes more than {LOOKUPS} lookups"
+                "its layers share too many directories: to compare them takes more than {MAX_LOOKUPS} lookups"
             )));
         }
         let mut parts = Vec::new();
@@ -173,7 +173,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(parts)
     }
 
-    /// Gives the root directory its looks. A difference in its time alone does not matter:
+    /// Gives the root directory its metadata. A difference in its time alone does not matter:
     /// containers see the time of their writable layer's root, which is as new as the container.
     fn root(&mut self) -> Result<(), LayerError> {
         let parts = self.root_parts()?;
@@ -196,8 +196,8 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(())
     }
 
-    /// Gives the directories in `path` their looks. Passes those that may contain further ones to
-    /// `later`, which returns whether it has room for another path.
+    /// Gives the directories in `path` their metadata. Passes those that may contain further ones
+    /// to `later`, which returns whether it has room for another path.
     fn visit(
         &mut self,
         path: &[u8],
@@ -205,7 +205,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     ) -> Result<(), LayerError> {
         let mut parts = self.parts_of(path)?;
         let parents = merged(&mut parts);
-        // The lowest layer that has the directory takes no looks from a layer below.
+        // The lowest layer that has the directory takes no metadata from a layer below.
         let upper = parents.len().saturating_sub(1);
         for parent in &parents[..upper] {
             if !self.layers[parent.layer].unlisted {
@@ -250,8 +250,8 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(())
     }
 
-    /// Makes a directory of the layer and its parents, and gives each the looks that it has in the
-    /// image.
+    /// Makes a directory of the layer and its parents, and gives each the metadata that it has in
+    /// the image.
     fn make(&mut self, path: &[u8]) -> Result<(), LayerError> {
         let mut parts = self.root_parts()?;
         let mut at = self.top(&parts)?;

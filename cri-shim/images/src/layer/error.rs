@@ -1,0 +1,80 @@
+//! Why a layer can't be unpacked.
+
+use std::io;
+
+use rustix::io::Errno;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// The stream broke off, or can't be decompressed.
+    #[error("{0}")]
+    Stream(io::Error),
+    /// The archive is broken, or would write where it must not.
+    #[error("{0}")]
+    Malformed(String),
+    /// Not what was promised.
+    #[error("{0}")]
+    Digest(String),
+    #[error("{0}")]
+    Bound(String),
+    #[error("{what}: {}", explain(.errno))]
+    System { what: String, errno: Errno },
+}
+
+fn explain(errno: &Errno) -> String {
+    io::Error::from(*errno).to_string()
+}
+
+impl LayerError {
+    pub(super) fn malformed(path: &[u8], why: &str) -> Self {
+        LayerError::Malformed(format!("the entry {}: {why}", printable(path)))
+    }
+
+    pub(super) fn system(what: &str, path: &[u8], errno: Errno) -> Self {
+        LayerError::System {
+            what: format!("{what} {}", printable(path)),
+            errno,
+        }
+    }
+}
+
+/// A stranger's file name for a message: short and without control characters.
+fn printable(path: &[u8]) -> String {
+    let mut text: String = String::from_utf8_lossy(path)
+        .chars()
+        .take(200)
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect();
+    if text.is_empty() {
+        text.push('/');
+    }
+    text
+}
+
+impl From<ArchiveError> for LayerError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::Stream(error) => LayerError::Stream(error),
+            ArchiveError::Malformed(what) => LayerError::Malformed(what),
+        }
+    }
+}
+
+impl From<io::Error> for LayerError {
+    fn from(error: io::Error) -> Self {
+        LayerError::Stream(error)
+    }
+}
+
+/// Why a tar archive can't be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ArchiveError {
+    #[error(transparent)]
+    Stream(#[from] io::Error),
+    #[error("{0}")]
+    Malformed(String),
+}
+
+pub(super) fn malformed<T>(what: impl Into<String>) -> Result<T, ArchiveError> {
+    Err(ArchiveError::Malformed(what.into()))
+}

@@ -1,0 +1,84 @@
+//! What can go wrong with the metadata store, in sentences.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rrun_calls::error::{Code, Error};
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("open the metadata store {path}: {source}")]
+    Open {
+        path: PathBuf,
+        source: redb::DatabaseError,
+    },
+    #[error("read table {table} of the metadata store: {source}")]
+    Read {
+        table: &'static str,
+        source: Box<redb::Error>,
+    },
+    #[error("the entry {key} in table {table} of the metadata store: {source}")]
+    Value {
+        table: &'static str,
+        key: String,
+        source: serde_json::Error,
+    },
+    #[error("write to the metadata store: {0}")]
+    Write(Arc<redb::Error>),
+    #[error("write to the metadata store: its writer has stopped")]
+    Stopped,
+}
+
+impl StoreError {
+    /// The gRPC code of a call that fails because of this.
+    pub fn code(&self) -> Code {
+        let io_error = match self {
+            StoreError::Open {
+                source: redb::DatabaseError::Storage(redb::StorageError::Io(error)),
+                ..
+            } => error,
+            StoreError::Read { source, .. } => match &**source {
+                redb::Error::Io(error) => error,
+                _ => return Code::Internal,
+            },
+            StoreError::Write(source) => match &**source {
+                redb::Error::Io(error) => error,
+                _ => return Code::Internal,
+            },
+            _ => return Code::Internal,
+        };
+        match io_error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
+            _ => Code::Internal,
+        }
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        Error::new(error.code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_resource_exhausted() {
+        let failed = |errno| {
+            let error = redb::Error::Io(io::Error::from_raw_os_error(errno));
+            Error::from(StoreError::Write(Arc::new(error)))
+        };
+        const ENOSPC: i32 = 28;
+        const EIO: i32 = 5;
+        assert_eq!(failed(ENOSPC).code(), Code::ResourceExhausted);
+        assert_eq!(failed(EIO).code(), Code::Internal);
+        assert!(
+            failed(EIO)
+                .sentence()
+                .starts_with("write to the metadata store: ")
+        );
+    }
+}
