@@ -50,7 +50,7 @@ setup: ## what the tests stand on: packages, a root, clients, images (cached out
 format: ## formats the Rust sources, the end-to-end tests too, which `cargo fmt` alone does not find
 	@tests/lint/format
 
-lint: ## formatting, clippy, dependencies and licences, arm64
+lint: ## formatting, clippy, loops of modules, long functions, dependencies and licences, arm64
 	@tests/lint/run
 
 test: ## everything that `.ci/run` runs; at most 75 minutes with empty caches, 40 otherwise

@@ -159,9 +159,9 @@ async fn make(node: &Arc<Node>, record: &SandboxRecord, sharing: Sharing) -> Res
             .map(drop)
     };
     let (files, address) = tokio::join!(files, slow(format!("{name}: its address"), address));
-    let mut sandbox = files?;
+    let sandbox = files?;
     address?;
-    connect(node, &mut sandbox, sharing).await?;
+    connect(node, &sandbox, sharing).await?;
     Ok(sandbox)
 }
 
@@ -303,7 +303,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
 }
 
 /// Starts the monitor and connects the network, side by side, and applies what needs both.
-async fn connect(node: &Arc<Node>, sandbox: &mut Sandbox, sharing: Sharing) -> Result<()> {
+async fn connect(node: &Arc<Node>, sandbox: &Sandbox, sharing: Sharing) -> Result<()> {
     let (hello, addresses) = start_monitor_and_network(node, sandbox, sharing).await?;
     if sharing.own_network {
         write_hosts(node, sandbox, &addresses)?;

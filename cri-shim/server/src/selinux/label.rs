@@ -21,7 +21,7 @@ pub(crate) struct Label {
 
 impl Label {
     /// For the files of a file system, after its other options in mount(2).
-    pub fn as_mount_option(&self) -> String {
+    pub(crate) fn as_mount_option(&self) -> String {
         format!(",context=\"{self}\"")
     }
 }
