@@ -11,10 +11,10 @@ use rustix::event::Timespec;
 use super::output::LARGE_READ_BYTES;
 
 /// Pieces that come sooner than this after each other are worth the wait.
-const WINDOW: Duration = Duration::from_millis(1);
+const COALESCING_WINDOW: Duration = Duration::from_millis(1);
 
 /// How long output waits. A pipe is not filled in this time by a program that writes short lines.
-pub(crate) const DELAY: Timespec = Timespec {
+pub(crate) const COALESCING_DELAY: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 250_000,
 };
@@ -39,6 +39,7 @@ impl Coalescing {
         };
         let now = Instant::now();
         let last = self.last_output.replace(now);
-        bytes < LARGE_READ_BYTES && last.is_some_and(|last| now.duration_since(last) < WINDOW)
+        bytes < LARGE_READ_BYTES
+            && last.is_some_and(|last| now.duration_since(last) < COALESCING_WINDOW)
     }
 }

@@ -132,7 +132,9 @@ impl Monitor {
     fn wait(&mut self, space: &mut EventSpace, coalesce: bool) -> Result<Pending, Errno> {
         let timeout = self.next_timeout();
         let events = if coalesce {
-            let delay = timeout.map_or(coalescing::DELAY, |it| it.min(coalescing::DELAY));
+            let delay = timeout.map_or(coalescing::COALESCING_DELAY, |it| {
+                it.min(coalescing::COALESCING_DELAY)
+            });
             self.poller.wait_for_control(space, Some(&delay))
         } else {
             self.poller.wait(space, timeout.as_ref())

@@ -304,13 +304,17 @@ fn a_registry_may_want_a_signed_token() -> Result {
             let by_password =
                 request.authorization.as_deref() == Some("Basic bWU6b3Blbi1zZXNhbWU=");
             let by_identity = request.body.contains("refresh_token=open-sesame");
-            Some(if by_password || by_identity { Answer::new(
-                200,
-                format!("{{\"token\":\"{served}\",\"access_token\":\"{served}\"}}"),
-            ) } else { Answer::new(
-                401,
-                r#"{"errors":[{"code":"DENIED","message":"who are you"}]}"#,
-            ) })
+            Some(if by_password || by_identity {
+                Answer::new(
+                    200,
+                    format!("{{\"token\":\"{served}\",\"access_token\":\"{served}\"}}"),
+                )
+            } else {
+                Answer::new(
+                    401,
+                    r#"{"errors":[{"code":"DENIED","message":"who are you"}]}"#,
+                )
+            })
         })
         .map_err(|error| error.to_string())?;
         let auth = format!(

@@ -165,7 +165,11 @@ fn parts_of_lines_are_told_from_whole_ones_in_each_stream() -> Result {
             }
             let last: Vec<_> = own.map(|(_, tag, text)| (*tag, *text)).collect();
             // containerd calls the last of a stream whole, too.
-            if is_rrun() { ensure_eq!(last, rest, "the lines after the long one of {stream}") } else { ensure_eq!(last.len(), rest.len(), "lines of {stream}") }
+            if is_rrun() {
+                ensure_eq!(last, rest, "the lines after the long one of {stream}")
+            } else {
+                ensure_eq!(last.len(), rest.len(), "lines of {stream}")
+            }
         }
         Ok(())
     })

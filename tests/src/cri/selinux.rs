@@ -253,10 +253,14 @@ fn selinux_goes_with_user_namespaces_and_images_as_volumes() -> Result {
         node.pull(WEB)?;
         for users in [true, false] {
             let name = if users { "users" } else { "plain" };
-            let (config, mut container) = if users { (
-                user_namespace::pod(node, name, 1),
-                user_namespace::container(node, name, 1, &["sleep", "3600"]),
-            ) } else { (node.pod(name), node.container(name, &["sleep", "3600"])) };
+            let (config, mut container) = if users {
+                (
+                    user_namespace::pod(node, name, 1),
+                    user_namespace::container(node, name, 1, &["sleep", "3600"]),
+                )
+            } else {
+                (node.pod(name), node.container(name, &["sleep", "3600"]))
+            };
             container["mounts"] = json!([{
                 "container_path": "/data", "readonly": true, "image": { "image": WEB },
             }]);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Failed;
 use rrun_network::{EmbeddedNetwork, NetworkConfig, namespace};
 
-use crate::node::{Node, PATIENCE, open_store};
+use crate::node::{Node, TRAFFIC_TIMEOUT, open_store};
 
 /// Tells the child what directory it works in.
 const CHILD: &str = "RRUN_NETWORK_TEST_CHILD";
@@ -61,7 +61,7 @@ fn churn(dir: &std::path::Path) -> Result<(), Failed> {
 pub(crate) fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Failed> {
     let begun = Instant::now();
     crash(node, || -> Result<(), Failed> {
-        while node.pod_interfaces()?.is_empty() && begun.elapsed() < PATIENCE {}
+        while node.pod_interfaces()?.is_empty() && begun.elapsed() < TRAFFIC_TIMEOUT {}
         Ok(())
     })?;
     let first_pod = begun.elapsed();

@@ -20,7 +20,7 @@ pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 pub(crate) const UPLINK_MTU: &str = "1400";
 
 /// Long enough for a busy machine; what waits for it has failed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Takes the process, which has one thread yet, away from the host: to a mount namespace with a
 /// /run of its own, where ip(8) looks for network namespaces, and an empty network.
@@ -175,7 +175,7 @@ impl Node {
 
 /// Opens the store of the node whose directory is `dir`.
 pub(crate) fn open_store(dir: &Path) -> Result<Store, Failed> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TRAFFIC_TIMEOUT;
     loop {
         // The last handle's writer may still be letting go of the file.
         match Store::open(&dir.join("meta.redb")) {

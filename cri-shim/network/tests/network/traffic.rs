@@ -11,14 +11,14 @@ use rustix::net::{
     socket_with, sockopt,
 };
 
-use crate::node::{PATIENCE, inside};
+use crate::node::{TRAFFIC_TIMEOUT, inside};
 
 pub(crate) const PORT: u16 = 5000;
 
 /// Until it executes its program, a child of another test's has a copy of every listener here: also
 /// of the last one at this port.
 fn listen() -> io::Result<TcpListener> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TRAFFIC_TIMEOUT;
     loop {
         match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)) {
             Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < until => {
@@ -40,7 +40,7 @@ pub(crate) fn fetch(
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| -> Result<IpAddr, Failed> {
             let (mut stream, from) = listener.accept()?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(TRAFFIC_TIMEOUT))?;
             let mut request = [0; 5];
             stream.read_exact(&mut request)?;
             // More than a packet, so that an MTU that does not fit is noticed.
@@ -49,8 +49,8 @@ pub(crate) fn fetch(
         });
         let fetched = within(client, || {
             let to = SocketAddr::from((address, PORT));
-            let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let mut stream = TcpStream::connect_timeout(&to, TRAFFIC_TIMEOUT)?;
+            stream.set_read_timeout(Some(TRAFFIC_TIMEOUT))?;
             stream.write_all(b"fetch")?;
             let mut page = Vec::new();
             stream.read_to_end(&mut page)?;
@@ -83,7 +83,7 @@ pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
             SocketFlags::CLOEXEC,
             Some(ipproto::ICMP),
         )?;
-        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE))?;
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(TRAFFIC_TIMEOUT))?;
         // Echo request, code 0, a checksum, an identifier, sequence 1: see RFC 792.
         let (kind, identifier) = (8 << 8, 0x7272);
         let checksum: u16 = !(kind + identifier + 1);

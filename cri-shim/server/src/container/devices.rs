@@ -9,7 +9,7 @@ use rrun_proto::v1::Device;
 use rrun_calls::error::{During, Error, Result};
 
 /// How deep a directory of devices is followed.
-const DEPTH: u32 = 8;
+const MAX_DEPTH: u32 = 8;
 
 /// Below /dev, but of one terminal, one mount namespace or one process.
 const NOT_SHARED: [&str; 7] = [
@@ -34,7 +34,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
     let mut devices = Devices::default();
     devices.rules.push(all(privileged));
     if privileged {
-        devices.add_all(Path::new("/dev"), DEPTH);
+        devices.add_all(Path::new("/dev"), MAX_DEPTH);
     }
     for device in requested {
         if device.permissions.chars().any(|c| !"rwm".contains(c)) {
@@ -54,7 +54,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
         } else {
             &device.permissions
         };
-        devices.add(host, container, access, !privileged, DEPTH)?;
+        devices.add(host, container, access, !privileged, MAX_DEPTH)?;
     }
     Ok(devices)
 }

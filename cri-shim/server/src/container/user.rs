@@ -14,7 +14,7 @@ use rrun_kernel::regular_file::{self, Unfit};
 
 /// The most bytes that either file may have. A larger one is refused: a truncated file could give
 /// a user the ids of another.
-const LIMIT: u64 = 4 << 20;
+const MAX_FILE_BYTES: u64 = 4 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct User {
@@ -40,7 +40,7 @@ impl Accounts {
         let text = |path: &str| {
             let bytes = match root.resolve(path) {
                 Ok(found) => regular_file::reopen(found, OFlags::RDONLY)
-                    .and_then(|file| regular_file::read(file, LIMIT)),
+                    .and_then(|file| regular_file::read(file, MAX_FILE_BYTES)),
                 Err(error) => match error.kind() {
                     ErrorKind::OsError(Some(libc::ENOENT | libc::ENOTDIR)) => Ok(Vec::new()),
                     ErrorKind::OsError(Some(errno)) => {

@@ -21,7 +21,7 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::regular_file;
 
 /// How deep directories may lie in each other: each costs two descriptors while it is copied.
-const DEPTH: usize = 64;
+const MAX_DEPTH: usize = 64;
 
 /// The most bytes of the names, or of the value, of extended attributes.
 const XATTR: usize = 64 << 10;
@@ -79,7 +79,7 @@ fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Res
         }
         Err(error) => return Err(failed(error)),
     };
-    copy_directory(&from, &into, DEPTH).during(|| "copy what the image has there".to_owned())
+    copy_directory(&from, &into, MAX_DEPTH).during(|| "copy what the image has there".to_owned())
 }
 
 /// Copies what is in a directory, and then the directory's own attributes. No link is followed.
@@ -111,7 +111,7 @@ fn copy_entry(
         FileType::Directory => {
             let Some(depth) = depth.checked_sub(1) else {
                 return Err(Error::invalid(format!(
-                    "its directories lie more than {DEPTH} deep in each other"
+                    "its directories lie more than {MAX_DEPTH} deep in each other"
                 )));
             };
             mkdirat(into, name, Mode::RWXU).during(|| "make it".to_owned())?;

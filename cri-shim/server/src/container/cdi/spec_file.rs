@@ -18,7 +18,7 @@ use serde_saphyr::{MessageFormatter, UserMessageFormatter};
 pub(super) const FILE_BYTES: usize = 4 << 20;
 
 /// How deep collections may be nested in YAML.
-const DEPTH: usize = 32;
+const MAX_DEPTH: usize = 32;
 
 /// How many values and how many bytes of text YAML may hold once its aliases are expanded, and how
 /// many values may come from aliases.
@@ -182,8 +182,8 @@ impl SpecFile {
 fn from_yaml(text: &str) -> Result<SpecFile, String> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
-            max_depth: DEPTH,
-            flow_nesting_limit: DEPTH,
+            max_depth: MAX_DEPTH,
+            flow_nesting_limit: MAX_DEPTH,
             max_nodes: NODES,
             max_total_scalar_bytes: TEXT_BYTES,
             // A vendor's file may well use one anchor for all its devices.
@@ -219,7 +219,7 @@ impl MessageFormatter for Sentences {
             Error::Budget {
                 breach: BudgetBreach::Depth { .. },
                 ..
-            } => format!("nested deeper than {DEPTH} levels").into(),
+            } => format!("nested deeper than {MAX_DEPTH} levels").into(),
             Error::AliasReplayLimitExceeded { .. } => {
                 format!("the aliases expand to more than {ALIASED_NODES} values").into()
             }
