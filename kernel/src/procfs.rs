@@ -79,7 +79,7 @@ impl Procfs {
     /// Opens anew, with the access that `flags` request, the file that descriptor `number` of this
     /// thread refers to. For an O_PATH descriptor, that is the file that was looked up, even if its
     /// path names another one by now.
-    pub fn reopen_descriptor(&self, number: i32, flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(crate) fn reopen_descriptor(&self, number: i32, flags: OFlags) -> Result<OwnedFd, Errno> {
         let directory = self.open_below("thread-self/fd", OFlags::PATH | OFlags::DIRECTORY)?;
         rustix::fs::openat(
             directory,

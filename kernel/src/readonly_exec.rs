@@ -17,12 +17,14 @@
 //! of that file fail with ETXTBSY, on the whole node. An overlay's inode is its own, and a file
 //! system that is read-only as a whole refuses before it counts.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
+
+use crate::mount_setattr::{MountAttr, mount_setattr};
 
 /// Opens (O_PATH) the file `name` of `directory`, as it is in such an overlay of the directory.
 pub fn open_in_overlay(directory: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
@@ -36,4 +38,12 @@ pub fn open_in_overlay(directory: impl AsFd, name: &OsStr) -> Result<OwnedFd, Er
     let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(&mount, name, flags, Mode::empty())
+}
+
+/// Opens (O_PATH) the file at `path` on a read-only copy of its mount.
+pub fn open_on_readonly_mount(path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = rustix::mount::open_tree(CWD, path, flags)?;
+    mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)?;
+    Ok(mount)
 }

@@ -86,7 +86,8 @@ impl From<Errno> for Unfit {
     }
 }
 
-/// Opens the regular file at `path` with the access that `flags` request. Follows links.
+/// Opens the regular file at `path` with the access that `flags` request. Follows links. The
+/// kernel's namespace files are regular files, too.
 pub fn open(path: &Path, flags: OFlags) -> Result<File, Unfit> {
     open_at(CWD, path, flags, true)
 }
@@ -161,6 +162,7 @@ mod tests {
         for name in ["file", "link"] {
             assert_eq!(read(open(name)?, 4)?, b"text", "{name}");
         }
+        open("/proc/self/ns/net")?;
         assert_eq!(read(open("file")?, 3), Err(Unfit::Larger(3)));
         let told = |unfit: std::result::Result<File, Unfit>| {
             unfit

@@ -72,7 +72,7 @@ impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
             return Err(Error::new(
                 tonic::Code::DeadlineExceeded,
                 format!(
-                    "{key}: it has not ended with_timeout {} s and goes on; the same call again joins it",
+                    "{key}: it has not ended within {} s and goes on; the same call again joins it",
                     self.timeout.as_secs()
                 ),
             ));

@@ -40,7 +40,11 @@ pub async fn blocking<T: Send + 'static>(
 ) -> T {
     match slow(what, tokio::task::spawn_blocking(work)).await {
         Ok(output) => output,
-        // The thread's panic goes on here, as if the work had been called.
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
+        Err(error) => match error.try_into_panic() {
+            // The thread's panic goes on here, as if the work had been called.
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is being shut down, and nobody waits for an answer any more.
+            Err(_) => std::future::pending().await,
+        },
     }
 }

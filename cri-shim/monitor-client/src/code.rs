@@ -1,7 +1,10 @@
 //! The gRPC codes of failures between the CRI server and a monitor.
 
+use std::io;
+
 use rrun_calls::error::{Code, Error};
 use rrun_protocol::FailureKind;
+use rustix::io::Errno;
 
 use crate::{MonitorError, SpawnError};
 
@@ -24,6 +27,19 @@ impl From<MonitorError> for Error {
 
 impl From<SpawnError> for Error {
     fn from(error: SpawnError) -> Self {
-        Error::internal(error.to_string())
+        let code = match &error {
+            SpawnError::File { error, .. } if lacks_room(error) => Code::ResourceExhausted,
+            SpawnError::File { .. } | SpawnError::Alive(_) => Code::Internal,
+        };
+        Error::new(code, error.to_string())
     }
+}
+
+/// Whether the disk, the descriptors or the memory of the node have run out.
+fn lacks_room(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(
+        errno,
+        Some(Errno::NOSPC | Errno::DQUOT | Errno::MFILE | Errno::NFILE | Errno::NOMEM)
+    )
 }

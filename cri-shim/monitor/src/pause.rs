@@ -16,9 +16,9 @@ use std::path::Path;
 use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -27,7 +27,7 @@ use super::descriptors::close_from;
 use super::readonly_exec;
 use rrun_kernel::clone3::{Cloned, clone3};
 use rrun_kernel::errno::describe;
-use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::readonly_exec::open_on_readonly_mount;
 use rrun_protocol::{IdMaps, Pod};
 
 /// What `ps` in a container shows.
@@ -107,10 +107,7 @@ fn read_only_binary() -> std::io::Result<OwnedFd> {
     if let Ok(binary) = readonly_exec::overlaid(Path::new("/proc/self/exe")) {
         return Ok(binary);
     }
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = rustix::mount::open_tree(CWD, "/proc/self/exe", flags)?;
-    mount_setattr(tree.as_fd(), false, &MountAttr::READ_ONLY)?;
-    Ok(tree)
+    Ok(open_on_readonly_mount(c"/proc/self/exe")?)
 }
 
 fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {

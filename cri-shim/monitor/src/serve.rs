@@ -590,7 +590,10 @@ impl Monitor {
                 let reason = describe(&errno.into());
                 let message = format!("take the terminal of an exec: {reason}");
                 self.fail(client, FailureKind::Monitor, message);
-                process.kill();
+                // The pid of a process that has been reaped may be another one's by now.
+                if exited.is_none() {
+                    process.kill();
+                }
             }
         }
         match exited {

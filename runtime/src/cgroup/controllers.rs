@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use oci_spec::runtime::LinuxResources;
+use rrun_kernel::cgroup;
 
 use super::directory::{MOUNT_POINT, read};
 use crate::error::{Error, Result, refuse};
@@ -214,15 +215,9 @@ pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
 /// Hands down what it has of the controllers that count; where it can not, nothing is
 /// counted below, which is nobody's error.
 fn hand_down_counted(ancestor: &Path) {
-    let offered = read(ancestor, "cgroup.controllers").unwrap_or_default();
-    if offered.is_empty() {
-        return;
-    }
-    let down = read(ancestor, "cgroup.subtree_control").unwrap_or_default();
-    let among = |list: &str, name: &str| list.split(' ').any(|known| known == name);
-    for name in COUNTED_CONTROLLERS {
-        if among(&offered, name) && !among(&down, name) {
-            let _ = std::fs::write(ancestor.join("cgroup.subtree_control"), format!("+{name}"));
+    for name in cgroup::missing_below(ancestor) {
+        if COUNTED_CONTROLLERS.contains(&name.as_str()) {
+            let _ = cgroup::enable_below(ancestor, &name);
         }
     }
 }

@@ -81,9 +81,9 @@ impl Directory {
 
     fn check_unused(&self) -> Result<()> {
         let path = self.path.display();
-        let populated =
+        let events =
             read(&self.path, "cgroup.events").doing(|| format!("read cgroup.events of {path}"))?;
-        if populated.lines().any(|line| line == "populated 1") {
+        if rrun_kernel::cgroup::keyed(&events, "populated") == Some(1) {
             refuse!("make cgroup {path}: it exists, and there are processes in it");
         }
         if is_frozen(&self.path) {

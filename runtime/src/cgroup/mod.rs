@@ -5,7 +5,7 @@
 //! Documentation/admin-guide/cgroup-v2.rst.
 
 mod controllers;
-pub(crate) mod dbus;
+mod dbus;
 mod devices;
 mod directory;
 mod properties;

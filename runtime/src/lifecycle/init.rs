@@ -13,7 +13,6 @@ use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::Mode;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::DumpableBehavior;
-use rustix::thread::UnshareFlags;
 
 use crate::config::{Config, hooks};
 use crate::error::{Context, Result};
@@ -207,7 +206,7 @@ impl Init<'_> {
         // Not made by clone3: the kernel would take the cgroup that the parent is in for its
         // root (copy_cgroup_ns looks at the process that calls clone3).
         if config.namespaces.is_new(Type::Cgroup) {
-            namespaces::unshare(UnshareFlags::NEWCGROUP).doing(|| "make a cgroup namespace")?;
+            namespaces::unshare_cgroup().doing(|| "make a cgroup namespace")?;
         }
         if config.namespaces.is_new(Type::Network) {
             syscalls::loopback_up().doing(|| "bring the loopback interface up")?;

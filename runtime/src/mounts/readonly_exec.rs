@@ -20,12 +20,10 @@ use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mount::OpenTreeFlags;
 use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::sys::syscalls::{execveat, ignore_signal};
-use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
@@ -74,7 +72,7 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
             // The file is safe without it.
             Err(_) if read_only => {}
             Err(refused) => {
-                let file = open_on_readonly_mount().doing(|| {
+                let file = rrun_kernel::readonly_exec::open_on_readonly_mount(c"/proc/self/exe").doing(|| {
                     let refused = refused.reason();
                     format!("{EXECUTE_AGAIN}: no overlay of its directory ({refused}) nor a read-only mount of it")
                 })?;
@@ -147,12 +145,4 @@ fn open_in_overlay() -> std::result::Result<OwnedFd, Errno> {
         return Err(Errno::NOENT);
     }
     rrun_kernel::readonly_exec::open_in_overlay(&directory, name)
-}
-
-/// This program's file on a read-only copy of its mount.
-fn open_on_readonly_mount() -> std::result::Result<OwnedFd, Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let mount = rustix::mount::open_tree(CWD, OWN_EXECUTABLE, flags)?;
-    mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)?;
-    Ok(mount)
 }

@@ -180,9 +180,14 @@ impl OpenNamespace {
     }
 }
 
-pub(crate) fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
-    // SAFETY: only NEWCGROUP and NEWTIME are asked for, which share no descriptor table
-    // with anyone; the process is single-threaded.
+/// Makes a cgroup namespace and enters it.
+pub(crate) fn unshare_cgroup() -> std::result::Result<(), Errno> {
+    unshare(UnshareFlags::NEWCGROUP)
+}
+
+fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
+    // SAFETY: the two callers request NEWCGROUP and NEWTIME, which leave the descriptor table
+    // shared as it is; the process is single-threaded.
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 

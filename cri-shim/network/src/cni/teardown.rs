@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::plugin::PluginError;
 use super::{Cni, chain, leftover};
 use crate::namespace;
-use rrun_calls::error::{Error, Result};
+use rrun_calls::error::{Code, Error, Result};
 use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_store::{Change, Table};
@@ -81,7 +81,7 @@ impl Cni {
             self.adopt(pod);
             return Ok(DetachOutcome::Done);
         }
-        Err(Error::internal(sentence))
+        Err(Error::new(error.code(), sentence))
     }
 
     /// Gives the pod's DEL to a task of its own.
@@ -184,6 +184,13 @@ enum DelFailure {
 }
 
 impl DelFailure {
+    fn code(&self) -> Code {
+        match self {
+            DelFailure::Plugin(..) => Code::Internal,
+            DelFailure::Store(error) => error.code(),
+        }
+    }
+
     /// Whether a plugin's binary is not there.
     fn is_missing(&self) -> bool {
         matches!(self, DelFailure::Plugin(_, PluginError::Missing { .. }))

@@ -26,7 +26,6 @@ pub(super) fn checked(mut config: Config) -> Result<Config, ConfigError> {
     paths(&config)?;
     config.cni.check().map_err(refused)?;
     config.image.check().map_err(refused)?;
-    config.image.parallel_layers_per_host = Some(config.image.layers_per_host());
     let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
     tls::acceptor(cert.as_ref(), key.as_ref()).map_err(refused)?;
     config.network.check().map_err(refused)?;

@@ -81,6 +81,7 @@ pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> R
     match deleted.await {
         Ok(()) => {}
         Err(MonitorError::Gone { .. }) => delete_without_monitor(node, container).await?,
+        // Internal whatever the monitor says: kubelet would take NotFound for a success.
         Err(error) => return Err(Error::internal(format!("delete {name}: {error}"))),
     }
     container.change(|state| state.in_runtime = false);

@@ -40,17 +40,15 @@ pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<
     let started = slow(format!("{name}: the runtime's start"), starting).await;
     match started {
         Ok(()) => has_started(&node, &container),
-        Err(error) => Err(has_not_started(&node, &container, error.to_string()).await?)
-            .during(|| format!("start {name}")),
+        Err(error) => {
+            has_not_started(&node, &container, &error.to_string()).await?;
+            Err(Error::from(error)).during(|| format!("start {name}"))
+        }
     }
 }
 
-/// Records the failed start as the container's end, and returns the error to answer with.
-async fn has_not_started(
-    node: &Arc<Node>,
-    container: &Arc<Container>,
-    reason: String,
-) -> Result<Error> {
+/// Records the failed start as the container's end.
+async fn has_not_started(node: &Arc<Node>, container: &Arc<Container>, reason: &str) -> Result<()> {
     // The created process must not be left waiting for its start.
     let monitor = &container.sandbox.monitor;
     if let Err(error) = monitor.kill(&container.id, libc::SIGKILL, true).await {
@@ -67,11 +65,11 @@ async fn has_not_started(
         state.finished_at = now();
         state.exit_code = START_FAILED_EXIT_CODE;
         "StartError".clone_into(&mut state.reason);
-        state.message.clone_from(&reason);
+        reason.clone_into(&mut state.message);
     });
     container.save(node).await?;
     status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
-    Ok(Error::internal(reason))
+    Ok(())
 }
 
 fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
@@ -150,7 +148,8 @@ pub(crate) async fn update(
         container.sandbox.monitor.update(&container.id, json),
     )
     .await
-    .map_err(|error| Error::internal(format!("update {name}: {error}")))?;
+    .map_err(Error::from)
+    .during(|| format!("update {name}"))?;
     container.change(|state| state.resources = all);
     container.save(&node).await
 }

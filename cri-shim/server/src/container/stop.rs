@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Container, Phase};
 use crate::clock::now;
 use crate::node::Node;
-use rrun_calls::error::{Error, Result};
+use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::FailureKind;
@@ -66,6 +66,6 @@ async fn send(node: &Arc<Node>, container: &Arc<Container>, signal: i32, all: bo
             container.ended(node, 137, now(), "Unknown", "its monitor does not know it");
             Ok(())
         }
-        Err(error) => Err(Error::internal(format!("stop {name}: {error}"))),
+        Err(error) => Err(Error::from(error)).during(|| format!("stop {name}")),
     }
 }

@@ -136,6 +136,8 @@ static METRICS: Counters = Counters {
 
 /// A call under way. One that is dropped before its answer was cancelled by its client.
 pub(crate) struct Call {
+    /// As the client names it.
+    name: String,
     method: usize,
     begun: Instant,
     code: usize,
@@ -147,6 +149,7 @@ impl Call {
         let name = path.rsplit('/').next().unwrap_or_default();
         let method = METHODS.iter().position(|method| *method == name);
         Call {
+            name: name.to_owned(),
             method: method.unwrap_or(METHODS.len() - 1),
             begun: Instant::now(),
             code: Code::Cancelled as usize,
@@ -163,12 +166,16 @@ impl Call {
     }
 
     fn log(&self, failure: &Status) {
-        let method = METHODS.get(self.method).copied().unwrap_or_default();
-        match (method, failure.code()) {
-            // The pull has logged its failure, once for all callers that wait for it.
+        let (method, sentence) = (&self.name, failure.message());
+        match (method.as_str(), failure.code()) {
+            // A pull logs its own failure, once for all callers that wait for it.
             ("PullImage", _) => {}
-            (_, Code::NotFound) => log::debug!("{method}: {}", failure.message()),
-            _ => log::warn!("{method}: {}", failure.message()),
+            // A client tried a method that does not exist here.
+            (_, Code::Unimplemented) if sentence.is_empty() => {
+                log::debug!("{method}: there is no such method");
+            }
+            (_, Code::NotFound) => log::debug!("{method}: {sentence}"),
+            _ => log::warn!("{method}: {sentence}"),
         }
     }
 }
