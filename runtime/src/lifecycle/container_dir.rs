@@ -207,10 +207,8 @@ pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
     Ok(root.join(id))
 }
 
-/// The cgroup that was written down for the container in a directory.
-///
-/// # Errors
-/// None was, or it is none below the mount point of cgroups.
+/// The cgroup that was recorded for the container in a directory. `None` if no cgroup was recorded,
+/// or it is not below /sys/fs/cgroup.
 pub(crate) fn linked_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);

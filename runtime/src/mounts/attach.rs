@@ -143,8 +143,8 @@ impl Mount {
         Ok(())
     }
 
-    /// Nothing of the container's may stand where the kernel's own files are looked for
-    /// (CVE-2019-16884), however the way leads there.
+    /// Refuses a mount inside /proc, whatever path leads there: it would hide the kernel's own
+    /// files (CVE-2019-16884). Allowed are [`PROC_FILES`], and a procfs bound over /proc itself.
     fn refuse_inside_proc(&self, target: &OwnedFd, mount: &OwnedFd) -> Result<()> {
         let is_proc = |fd: &OwnedFd| {
             rustix::fs::fstatfs(fd)

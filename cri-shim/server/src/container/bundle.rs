@@ -265,7 +265,8 @@ fn namespaces_to_join(
     }
 }
 
-/// The requested value. A server that may not lower it gives no lower one than its own.
+/// The requested value. With restrict_oom_score_adj, none below the server's own: the server may
+/// lack the right to lower it.
 fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
     if !restrict {
         return requested;

@@ -244,7 +244,8 @@ async fn assemble(
     Ok(Arc::new(container))
 }
 
-/// The pipe whose first byte tells the runtime that the bundle is there: its end, and ours.
+/// The pipe whose first byte tells the runtime that the bundle is there. Returns the runtime's read
+/// end and our write end.
 fn start_pipe() -> Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     let (after, written) = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned())?;
     Ok((Some(after), Some(written)))
