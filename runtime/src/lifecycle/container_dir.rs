@@ -224,7 +224,8 @@ mod tests {
 
     #[test]
     fn an_id_is_held_by_one_and_its_cgroup_is_known() {
-        let root = std::env::temp_dir().join(format!("rrun-claim-test-{}", std::process::id()));
+        let root =
+            std::env::temp_dir().join(format!("rrun-container-dir-test-{}", std::process::id()));
         let dir = ContainerDir::create(&root, "a").unwrap();
         assert!(ContainerDir::create(&root, "a").is_err());
         assert_eq!(linked_cgroup(dir.path()), None);

@@ -31,18 +31,18 @@ const PROC_FILES: &[&str] = &[
 ];
 
 impl Mount {
-    /// Mounts it in the container. `taken` is the mount, if it was made already.
+    /// Mounts it in the container. `opened` is the mount, if it was opened already.
     pub(crate) fn mount(
         &self,
         rootfs: &mut Rootfs,
-        taken: Option<OwnedFd>,
+        opened: Option<OwnedFd>,
         cgroup: &OwnCgroup<'_>,
     ) -> Result<()> {
         if self.options.remount {
             return remount::remount(self, rootfs)
                 .map_err(|error| error.while_doing(self.sentence()));
         }
-        let mount = match taken {
+        let mount = match opened {
             Some(mount) => mount,
             None => self.make_detached(Some(cgroup), false, None)?,
         };

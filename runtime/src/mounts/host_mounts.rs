@@ -60,8 +60,8 @@ impl HostMounts {
         let cut_off = !sources.root_is_shared;
         let mut namespaces = idmap::IdMapNamespaces::default();
         self.mounts.resize_with(sources.mounts.len(), || None);
-        for (mount, taken) in sources.mounts.iter().zip(&mut self.mounts) {
-            if taken.is_some() || !wanted(mount) {
+        for (mount, opened) in sources.mounts.iter().zip(&mut self.mounts) {
+            if opened.is_some() || !wanted(mount) {
                 continue;
             }
             let ids = mount
@@ -75,7 +75,7 @@ impl HostMounts {
                 })
                 .transpose()
                 .map_err(|error| error.while_doing(mount.sentence()))?;
-            *taken = Some(mount.make_detached(None, cut_off, ids)?);
+            *opened = Some(mount.make_detached(None, cut_off, ids)?);
         }
         Ok(())
     }

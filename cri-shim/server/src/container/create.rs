@@ -143,8 +143,8 @@ fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) 
         return Ok(());
     };
     let users = users::mappings(&sandbox.config)?;
-    if let Some(asked) = &options.userns_options
-        && users::read(asked)? != users
+    if let Some(requested) = &options.userns_options
+        && users::read(requested)? != users
     {
         return Err(Error::invalid(
             "the container's user namespace (userns_options) is not that of its pod",

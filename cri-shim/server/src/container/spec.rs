@@ -316,13 +316,13 @@ fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Re
     }
     // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which it
     // takes only with a user namespace.
-    let paths = |asked: &[String], default: &[&str]| {
+    let paths = |requested: &[String], default: &[&str]| {
         if context.privileged {
             None
-        } else if asked.is_empty() && own_users.is_none() {
+        } else if requested.is_empty() && own_users.is_none() {
             Some(default.iter().map(|path| (*path).to_owned()).collect())
         } else {
-            Some(asked.to_owned())
+            Some(requested.to_owned())
         }
     };
     linux
