@@ -47,7 +47,7 @@ pub fn all_names() -> impl Iterator<Item = String> {
     BY_NUMBER.iter().flatten().map(Capability::to_string)
 }
 
-/// This thread's bounding set, as far as it is of capabilities that have a name. 41 prctl(2), 10 µs.
+/// This thread's bounding set, named capabilities only. 41 prctl(2) calls, 10 µs.
 pub fn bounding_set() -> u64 {
     let has = |capability: &&Capability| {
         caps::has_cap(None, caps::CapSet::Bounding, **capability).unwrap_or(false)

@@ -70,7 +70,7 @@ pub fn tree(cgroup: &Path) -> Vec<PathBuf> {
 /// is no error.
 ///
 /// # Errors
-/// The first one, with the cgroup that could not be removed. EBUSY: there are processes in it.
+/// The first failure, children before parents, with its path. EBUSY: it has processes or children.
 pub fn remove_tree(cgroup: &Path) -> Result<(), (PathBuf, Errno)> {
     // Mostly there is nothing below.
     match rustix::fs::rmdir(cgroup) {

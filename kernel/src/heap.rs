@@ -1,4 +1,5 @@
-//! Keeps the server small: it lives as long as the node, and works in short bursts.
+//! Keeps the server and the monitors small: they live as long as the node and their pods, and work
+//! in short bursts.
 
 /// Bytes of a thread's stack. Below two megabytes, or a kernel with transparent huge pages gives
 /// each thread one of those.

@@ -1,5 +1,5 @@
-//! What the OCI runtime and the CRI server both ask of Linux. Synchronous and small: the runtime
-//! lives for milliseconds, and a monitor's memory is counted in kilobytes.
+//! What the runtime, the monitor and the CRI server ask of Linux. Synchronous and small: the
+//! runtime lives for milliseconds, and a monitor's memory is counted in kilobytes.
 
 pub mod capability;
 pub mod cgroup;

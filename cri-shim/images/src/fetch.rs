@@ -47,7 +47,7 @@ pub(crate) struct LayerRequest {
 /// The queues in which a fetch waits.
 pub(crate) struct Queues {
     pub slots: Arc<Slots>,
-    /// One permit for each layer that may be half unpacked, because it is blob or because it
+    /// One permit for each layer that may be half unpacked, because it is arriving or because it
     /// waits for its turn. Each such layer has a thread and the memory of a decoder.
     pub places: Arc<Semaphore>,
     pub turns: Arc<UnpackTurns>,

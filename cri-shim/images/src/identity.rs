@@ -1,4 +1,4 @@
-//! Which of our certificates a registry is shown that asks for one (RFC 8446, 4.3.2): hosts.toml
+//! Chooses the client certificate for a registry that requests one (RFC 8446, 4.3.2); hosts.toml
 //! may name several.
 
 use std::sync::Arc;

@@ -12,7 +12,7 @@ use crate::catalog::{Catalog, directory};
 use crate::error::ImageError;
 use crate::fetch::Queues;
 use crate::hosts::Registries;
-use crate::in_flight::{Fetching, PullKey, Pulling};
+use crate::pulls_in_progress::{PullInProgress, PullKey, WeakFetch};
 use crate::settings::ImageSettings;
 use crate::{partial, unpacked_layer};
 use rrun_calls::lock::lock;
@@ -24,9 +24,9 @@ pub(crate) struct ImageStore {
     pub registries: Registries,
     pub settings: ImageSettings,
     pub catalog: Mutex<Catalog>,
-    pub pulls: Mutex<HashMap<PullKey, Pulling>>,
+    pub pulls: Mutex<HashMap<PullKey, PullInProgress>>,
     /// By the layer's key.
-    pub fetches: Mutex<HashMap<String, Fetching>>,
+    pub fetches: Mutex<HashMap<String, WeakFetch>>,
     /// The queues in which fetches of layers wait.
     pub queues: Arc<Queues>,
     pub next_layer: AtomicU64,

@@ -13,8 +13,8 @@ use crate::catalog::{directory, directory_layer_key, key_of};
 use crate::error::{ImageError, Kind};
 use crate::fetch::{self, LayerRequest, Origin};
 use crate::image_store::ImageStore;
-use crate::in_flight::{Caller, Fetched, Pulled};
 use crate::layer::{self, Bounds, LayerDescriptor};
+use crate::pulls_in_progress::{Caller, FetchInProgress, PullResult};
 use crate::record::Image;
 use crate::reference::Name;
 use crate::resolved::ResolvedImage;
@@ -85,7 +85,7 @@ pub(crate) async fn install(
     digest: Option<&str>,
     log_name: &str,
     callers: Option<&Arc<watch::Sender<usize>>>,
-) -> Pulled {
+) -> PullResult {
     let ResolvedImage {
         mut image,
         descriptors,
@@ -257,7 +257,7 @@ fn begin_fetch(
     descriptor: &LayerDescriptor,
     key: &str,
     progress: &Arc<AtomicU64>,
-) -> Fetched {
+) -> FetchInProgress {
     let origin = Arc::clone(origin);
     let progress = Arc::clone(progress);
     let key = key.to_owned();
@@ -297,7 +297,7 @@ async fn publish(
     names: &[Name],
     digest: Option<&str>,
     configuration: &[u8],
-) -> Pulled {
+) -> PullResult {
     // Whole, for people who inspect it; nothing here works from it.
     let whole: serde_json::Value = serde_json::from_slice(configuration).unwrap_or_default();
     let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;

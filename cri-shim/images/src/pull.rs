@@ -11,10 +11,10 @@ use crate::auth::Auth;
 use crate::error::{ImageError, Kind};
 use crate::fetch::Origin;
 use crate::image_store::{ImageStore, PullEnd};
-use crate::in_flight::{Caller, PullKey, Pulled, Pulling};
 use crate::install::install;
 use crate::limits::RegistryLimits;
 use crate::manifest::{self, Document, Manifest};
+use crate::pulls_in_progress::{Caller, PullInProgress, PullKey, PullResult};
 use crate::reference::{Name, Target};
 use crate::resolved::ResolvedImage;
 use crate::source::Source;
@@ -22,7 +22,7 @@ use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 
 /// Starts a pull, or joins the one under way, and waits for it.
-pub(crate) async fn join(store: &Arc<ImageStore>, name: Name, auth: Option<Auth>) -> Pulled {
+pub(crate) async fn join(store: &Arc<ImageStore>, name: Name, auth: Option<Auth>) -> PullResult {
     let key = (name, auth);
     let (answer, _caller) = {
         let mut pulls = lock(&store.pulls);
@@ -34,7 +34,7 @@ pub(crate) async fn join(store: &Arc<ImageStore>, name: Name, auth: Option<Auth>
     answer.await
 }
 
-fn start(store: &Arc<ImageStore>, key: PullKey) -> Pulling {
+fn start(store: &Arc<ImageStore>, key: PullKey) -> PullInProgress {
     let callers = Arc::new(watch::Sender::new(0));
     let task = tokio::spawn(run(Arc::clone(store), key, Arc::clone(&callers)));
     let answer = async move {
@@ -45,13 +45,17 @@ fn start(store: &Arc<ImageStore>, key: PullKey) -> Pulling {
             ))
         })
     };
-    Pulling {
+    PullInProgress {
         answer: answer.boxed().shared(),
         callers,
     }
 }
 
-async fn run(store: Arc<ImageStore>, key: PullKey, callers: Arc<watch::Sender<usize>>) -> Pulled {
+async fn run(
+    store: Arc<ImageStore>,
+    key: PullKey,
+    callers: Arc<watch::Sender<usize>>,
+) -> PullResult {
     let reference = key.0.canonical();
     let begun = Instant::now();
     log::info!("pull {reference}: begun");
@@ -130,7 +134,7 @@ async fn pull(
     store: &Arc<ImageStore>,
     (name, auth): &PullKey,
     callers: &Arc<watch::Sender<usize>>,
-) -> Pulled {
+) -> PullResult {
     let reference = name.canonical();
     let source = open_source(store, name, auth).await?;
     let (digest, image) = resolve(&source, name, &reference).await?;

@@ -47,7 +47,7 @@ struct Timeouts {
     silence: Duration,
 }
 
-/// ErrorEntry repository at one endpoint, for the time of one pull.
+/// One repository at one endpoint, for the time of one pull.
 pub(crate) struct Registry {
     client: Client,
     /// For other servers that the registry sends us to: without the certificate that says who we

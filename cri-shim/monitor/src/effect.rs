@@ -27,7 +27,8 @@ pub(crate) enum Effect {
     Run(Box<RuntimeCommand>, Purpose),
     /// Leave the runtime that starts this container little time: its first process has ended.
     ShortenStart(u64),
-    /// Wait for this container's output, out-of-memory kills and end: it has been created.
+    /// Watch this container's output and out-of-memory kills: it has been created. If its first
+    /// process has ended already, this claims its exit status and begins the termination.
     Watch(u64),
     /// Remove all that the monitor has of this container.
     Forget(u64),

@@ -10,7 +10,7 @@
 //!   out. Its `output` goes to the `container_log` and to `follower`s; `oom` is what is reported of
 //!   out-of-memory kills.
 //! * What they need of the kernel and the runtime: `runtime`, `readonly_exec`, `log_file`,
-//!   `console`, `cgroup`, `exec_cgroup`, `descendants`, `exit`, `pause`.
+//!   `console`, `exec_cgroup`, `descendants`, `exit`, `pause`.
 
 mod attach;
 mod calls;

@@ -141,7 +141,7 @@ fn become_pause(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor:
         let failed = match await_go(from_monitor).and_then(|()| be_root_inside(pod)) {
             Err(errno) => format!("become root of its namespaces: {}", describe(&errno.into())),
             Ok(()) => {
-                // Another user forgets it, so that it comes after that.
+                // After the change of user, which clears the parent-death signal, prctl(2).
                 let death = rustix::process::Signal::KILL;
                 let _ = rustix::process::set_parent_process_death_signal(Some(death));
                 let arguments = [PROCESS_NAME, ARGUMENT_C];

@@ -28,7 +28,7 @@ pub(crate) enum EventSource {
     Logs,
     /// The cgroup that an exec has left behind.
     ExecCgroup(u64),
-    /// The set of all that is no output.
+    /// The nested epoll set of everything but output.
     Control,
 }
 

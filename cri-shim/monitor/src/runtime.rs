@@ -117,7 +117,7 @@ impl RuntimeCommand {
         self.runtime.first().map_or("the runtime", String::as_str)
     }
 
-    /// Why there is no such call.
+    /// The sentence for a runtime that could not be started.
     pub(crate) fn not_run(&self, error: &std::io::Error) -> String {
         let (program, verb, id) = (self.program(), self.verb, &self.id);
         let reason = describe(error);

@@ -93,8 +93,8 @@ pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
     Ok(())
 }
 
-/// Whether a packet for `destination` is one for the host port. What only passes by, on its way to
-/// the same port of another machine, is not.
+/// Whether a packet to `destination` is meant for the host port, and not forwarded to the same port
+/// of another machine.
 fn is_for_port(
     mapping: &Mapping,
     destination: IpAddr,

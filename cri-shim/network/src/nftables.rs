@@ -127,7 +127,7 @@ const POSTROUTING: &str = "postrouting";
 /// Where the kernel calls a chain: the chain's type, the hook's number, its priority.
 type Hook = (&'static str, u32, i32);
 
-/// Every chain; one without a hook is jumped to.
+/// All chains. One without a hook is only reached by a jump.
 const CHAINS: [(&str, Option<Hook>); 5] = [
     (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
     (HOST_PORTS, None),

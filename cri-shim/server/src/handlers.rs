@@ -81,7 +81,7 @@ impl Handlers {
 }
 
 async fn ask(name: &str, path: PathBuf) -> Features {
-    let told = Command::new(&path)
+    let output = Command::new(&path)
         .arg("features")
         .stdin(Stdio::null())
         .stderr(Stdio::null())
@@ -94,7 +94,7 @@ async fn ask(name: &str, path: PathBuf) -> Features {
         );
         Features::default()
     };
-    match tokio::time::timeout(FEATURES_TIMEOUT, told).await {
+    match tokio::time::timeout(FEATURES_TIMEOUT, output).await {
         Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
             Ok(value) => read(&value, identity(&path).as_deref()),
             Err(error) => failed(error.to_string()),
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn features_are_where_the_specification_has_them() {
-        let told = json!({
+        let features = json!({
             "mountOptions": ["ro", "rro"],
             "linux": {
                 "namespaces": ["pid", "user"],
@@ -149,13 +149,13 @@ mod tests {
             mapped_mounts: true,
             after: true,
         };
-        assert_eq!(read(&told, Some("8:77")), all);
+        assert_eq!(read(&features, Some("8:77")), all);
         let before_the_bundle = Features {
             after: false,
             ..all
         };
         for other in [Some("8:78"), None] {
-            assert_eq!(read(&told, other), before_the_bundle);
+            assert_eq!(read(&features, other), before_the_bundle);
         }
         assert_eq!(read(&json!({}), None), Features::default());
     }

@@ -20,7 +20,7 @@ pub(crate) fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
-/// What has the id `id`, or the only id that begins with it.
+/// The entry with this id, or with the only id that begins with it.
 pub(crate) fn by_prefix<T>(all: &BTreeMap<String, Arc<T>>, id: &str) -> Option<Arc<T>> {
     if let Some(found) = all.get(id) {
         return Some(Arc::clone(found));

@@ -26,8 +26,7 @@ const MAX_BACKLOG_BYTES: usize = 4 << 20;
 /// What a piece costs beside its bytes.
 const PIECE_OVERHEAD_BYTES: usize = 64;
 
-/// A shorter piece is copied out of the buffer that it was read into, which would live as long as
-/// any piece of it.
+/// Pieces shorter than this are copied: a slice would keep the whole read buffer alive.
 const COPIED_PIECE_BYTES: usize = 8 << 10;
 
 /// What waits for all programs of a client.
@@ -80,7 +79,7 @@ impl Backlog {
         self.waiting.load(Ordering::Relaxed) > MAX_BACKLOG_BYTES
     }
 
-    /// Waits until less waits; may return early. For one task.
+    /// Waits until the backlog has shrunk; may wake spuriously. Only one task may wait.
     pub(crate) async fn shrunk(&self) {
         self.shrunk.notified().await;
     }

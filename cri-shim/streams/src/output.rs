@@ -31,7 +31,7 @@ struct FrameWriter {
     /// What is left of the frames that were begun.
     rest: Vec<u8>,
     sent: usize,
-    /// Is sent after that, if there is something in it.
+    /// Its content is sent after `rest`.
     pipe: Option<Pipe>,
 }
 

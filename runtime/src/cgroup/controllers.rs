@@ -8,10 +8,10 @@ use rrun_kernel::cgroup;
 use super::directory::{MOUNT_POINT, read};
 use crate::error::{Error, Result, refuse};
 
-/// What `events` and everyone else who looks into the files wants counted, limits or not.
+/// Enabled even without limits, for statistics: `events` and others read these controllers' files.
 const COUNTED_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
-/// The weight that every cgroup has that was given none: as good as saying nothing.
+/// The kernel's default weight, in shares; setting it needs no controller.
 const DEFAULT_SHARES: u64 = 1024;
 
 /// Controllers, each with the first field that needs it.
@@ -134,7 +134,7 @@ pub(super) fn is_unlimited(key: &str, value: &str) -> bool {
     limits && value.split_whitespace().next() == Some("max")
 }
 
-/// Whether anything says that there is no limit.
+/// Whether any limit is explicitly "unlimited", or set to the kernel's default.
 pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
     let memory = resources.memory().as_ref().is_some_and(|memory| {
         [memory.limit(), memory.reservation(), memory.swap()]

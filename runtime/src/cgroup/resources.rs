@@ -1,5 +1,5 @@
-//! `linux.resources`: which controllers the limits need, and the limits themselves, which
-//! libcgroups converts and writes.
+//! `linux.resources`: the limits, which libcgroups converts and writes. `controllers` knows which
+//! controllers they need.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use super::controllers::{enable, has_unlimited, is_unlimited, needed};
 use super::directory::{Directory, MOUNT_POINT, read};
 use crate::error::{Context as _, Error, Result, refuse};
 
-/// The limits without those that say that there is none, as far as the cgroup has no
-/// controller for them: there is none then. Podman, docker and ctr always say some.
+/// Drops "unlimited" values for controllers that the cgroup lacks: it has no such limits anyway.
+/// Podman, docker and ctr always send some.
 ///
-/// To be asked after [`enable`], which has handed down what the others need.
+/// To be called after [`enable`], which hands down the controllers that the other values need.
 fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if !has_unlimited(&resources) {

@@ -150,7 +150,7 @@ impl Config {
         env.get_or_insert_default().push(variable);
     }
 
-    /// What is only wrong beside something else.
+    /// Checks across several fields.
     fn check_together(&self) -> Result<()> {
         let namespaces = &self.namespaces;
         if !namespaces.own(Type::Mount) {

@@ -2,7 +2,7 @@
 //!
 //! The others are `oci-spec`'s. These are not, because to read a process its types bring a
 //! regular expression engine along, and types for every other platform: together half of
-//! the program. What is not supported is only seen to be there, and refused by name.
+//! the program. Unsupported fields are parsed only so that they can be refused by name.
 //!
 //! Unknown properties are passed over, as the specification wants ("Extensibility").
 

@@ -207,10 +207,8 @@ pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
     Ok(root.join(id))
 }
 
-/// The cgroup that was written down for the container in a directory.
-///
-/// # Errors
-/// None was, or it is none below the mount point of cgroups.
+/// The cgroup that was recorded for the container in a directory. `None` if no cgroup was recorded,
+/// or it is not below /sys/fs/cgroup.
 pub(crate) fn linked_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
@@ -226,7 +224,8 @@ mod tests {
 
     #[test]
     fn an_id_is_held_by_one_and_its_cgroup_is_known() {
-        let root = std::env::temp_dir().join(format!("rrun-claim-test-{}", std::process::id()));
+        let root =
+            std::env::temp_dir().join(format!("rrun-container-dir-test-{}", std::process::id()));
         let dir = ContainerDir::create(&root, "a").unwrap();
         assert!(ContainerDir::create(&root, "a").is_err());
         assert_eq!(linked_cgroup(dir.path()), None);

@@ -400,7 +400,7 @@ fn clone_from_intermediate(
             exit_now()
         }
     };
-    // Or it would not be told when the others die.
+    // Close our copy, or receive() would not see end-of-file when the intermediate process dies.
     drop(to_parent);
     let answer = from_intermediate.receive();
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);

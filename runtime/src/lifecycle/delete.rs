@@ -22,7 +22,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
     let directory = container_dir::directory(root, id)?;
     if !force && let Ok(state) = State::load(root, id) {
-        // Not only once whoever makes it is done.
+        // Refuse now, before waiting for the lock.
         check_removable(&state, &directory)?;
     }
     let none = || Error::new(format!("container does not exist: {id}"));

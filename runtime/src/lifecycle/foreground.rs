@@ -128,8 +128,7 @@ impl RawTerminal {
         if let Some(mode) = &mode {
             let mut raw = mode.clone();
             raw.make_raw();
-            // But a line's end in what comes out is still this terminal's business: the
-            // container's leaves that to it.
+            // Keep output processing (NL → CRNL): the container's pty does not do it.
             raw.output_modes = mode.output_modes;
             let _ = rustix::termios::tcsetattr(stdin, rustix::termios::OptionalActions::Now, &raw);
         }

@@ -254,12 +254,12 @@ impl Init<'_> {
             None => attach_root(clone_root(&config.rootfs)?, &config.rootfs)?,
         };
         for (index, mount) in config.mounts.iter().enumerate() {
-            let host_mounts = self
+            let prepared = self
                 .host_mounts
                 .mounts
                 .get_mut(index)
                 .and_then(Option::take);
-            mount.mount(&mut rootfs, host_mounts, &cgroup)?;
+            mount.mount(&mut rootfs, prepared, &cgroup)?;
         }
         if config.fills_dev() {
             devices::make(&rootfs, &config.devices, new_user)?;

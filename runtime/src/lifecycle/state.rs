@@ -53,7 +53,7 @@ pub(crate) struct State {
     pub(crate) namespaces: u64,
     /// Whether its PID namespace ends with its first process.
     pub(crate) new_pid_namespace: bool,
-    /// From which exec takes what it is not told.
+    /// Defaults for the processes of `exec`.
     pub(crate) process: ProcessSpec,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) personality: Option<PersonalitySpec>,
@@ -67,7 +67,7 @@ pub(crate) struct State {
     pub(crate) resctrl: ResctrlGroups,
     #[serde(default)]
     pub(crate) hooks: Hooks,
-    /// With which exec's processes are filtered too.
+    /// Also loaded by the processes of `exec`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) seccomp: Option<Filter>,
 }

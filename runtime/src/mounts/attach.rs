@@ -31,18 +31,18 @@ const PROC_FILES: &[&str] = &[
 ];
 
 impl Mount {
-    /// Mounts it in the container. `taken` is the mount, if it was made already.
+    /// Mounts it in the container. `opened` is the mount, if it was opened already.
     pub(crate) fn mount(
         &self,
         rootfs: &mut Rootfs,
-        taken: Option<OwnedFd>,
+        opened: Option<OwnedFd>,
         cgroup: &OwnCgroup<'_>,
     ) -> Result<()> {
         if self.options.remount {
             return remount::remount(self, rootfs)
                 .map_err(|error| error.while_doing(self.sentence()));
         }
-        let mount = match taken {
+        let mount = match opened {
             Some(mount) => mount,
             None => self.make_detached(Some(cgroup), false, None)?,
         };
@@ -143,8 +143,8 @@ impl Mount {
         Ok(())
     }
 
-    /// Nothing of the container's may stand where the kernel's own files are looked for
-    /// (CVE-2019-16884), however the way leads there.
+    /// Refuses a mount inside /proc, whatever path leads there: it would hide the kernel's own
+    /// files (CVE-2019-16884). Allowed are [`PROC_FILES`], and a procfs bound over /proc itself.
     fn refuse_inside_proc(&self, target: &OwnedFd, mount: &OwnedFd) -> Result<()> {
         let is_proc = |fd: &OwnedFd| {
             rustix::fs::fstatfs(fd)

@@ -89,7 +89,7 @@ impl Mount {
     }
 
     /// # Errors
-    /// If the mapping is to be the container's, which has none.
+    /// `idmap` without mappings, when the container has no user namespace.
     pub(crate) fn check_idmap(&self, own_user_namespace: bool) -> Result<()> {
         if self.is_idmapped() && self.id_maps.is_empty() && !own_user_namespace {
             refuse!(

@@ -1,4 +1,4 @@
-//! What is taken of the host's file system while it can be reached.
+//! Mounts opened on the host before the container can no longer reach it.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -21,8 +21,8 @@ pub(crate) struct MountSources<'a> {
     pub(crate) id_maps: &'a IdMaps,
 }
 
-/// Parts of the host's file system that were taken, as detached mounts, before the
-/// container's first process lost sight of them or the right to reach them.
+/// Parts of the host's file system, opened as detached mounts before the container's first process
+/// lost sight of them or the right to reach them.
 #[derive(Default)]
 pub(crate) struct HostMounts {
     pub(crate) root: Option<OwnedFd>,
@@ -31,12 +31,11 @@ pub(crate) struct HostMounts {
 }
 
 impl HostMounts {
-    /// Takes what the container's first process could not: in another user namespace, it
-    /// could not reach the host's files; and ids are mapped only by who has all rights over
-    /// the file system.
+    /// Opens what the container's first process could not: in another user namespace, it cannot
+    /// reach the host's files, and mapping ids takes all rights over the file system.
     ///
-    /// An unprivileged caller can take nothing: his files are within reach of the first
-    /// process as well, which has all rights over its own mounts.
+    /// Opens nothing for an unprivileged caller: the first process can reach his files as well, and
+    /// it has all rights over its own mounts.
     pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
         let mut host_mounts = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
@@ -51,18 +50,18 @@ impl HostMounts {
         Ok(host_mounts)
     }
 
-    /// Takes the sources of the bind mounts that are `wanted` and not taken yet.
+    /// Opens the sources of the bind mounts that are `wanted` and not opened yet.
     pub(crate) fn open(
         &mut self,
         sources: &MountSources<'_>,
         wanted: fn(&Mount) -> bool,
     ) -> Result<()> {
-        // What the configuration shares with the host stays as it is.
+        // With a shared root, later mounts below must still propagate to the host.
         let cut_off = !sources.root_is_shared;
         let mut namespaces = idmap::IdMapNamespaces::default();
         self.mounts.resize_with(sources.mounts.len(), || None);
-        for (mount, taken) in sources.mounts.iter().zip(&mut self.mounts) {
-            if taken.is_some() || !wanted(mount) {
+        for (mount, opened) in sources.mounts.iter().zip(&mut self.mounts) {
+            if opened.is_some() || !wanted(mount) {
                 continue;
             }
             let ids = mount
@@ -76,7 +75,7 @@ impl HostMounts {
                 })
                 .transpose()
                 .map_err(|error| error.while_doing(mount.sentence()))?;
-            *taken = Some(mount.make_detached(None, cut_off, ids)?);
+            *opened = Some(mount.make_detached(None, cut_off, ids)?);
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
-    /// The filter of a profile; none if that says nothing.
+    /// The filter of a profile. `None` if the profile is empty, which means no seccomp at all.
     ///
     /// # Errors
     /// What is unknown, contradictory, or not in this kernel, by the name of its field.

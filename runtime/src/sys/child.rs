@@ -35,7 +35,7 @@ pub(crate) fn trap() -> ! {
     exit_now()
 }
 
-/// Ends the process on any way out of its story, so that a copy of rrun never returns into
+/// Ends the process when dropped, on return or unwinding, so that a copy of rrun never returns into
 /// the parent's code.
 pub(crate) struct NeverReturn;
 
@@ -62,7 +62,7 @@ pub(crate) fn await_death(pidfd: &OwnedFd) {
     while let Err(Errno::INTR) = poll(&mut watched, Some(&DEATH_TIMEOUT)) {}
 }
 
-/// If the process died without a word, says of what.
+/// Adds to the error the signal that killed the process, if one did.
 pub(crate) fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::PidFd(pidfd.as_fd()), options) {

@@ -16,7 +16,7 @@ use crate::error::{Context, Result};
 /// Connects to a caller's socket, which is to receive a descriptor.
 ///
 /// # Errors
-/// Nobody listens at `path`; `what` it is for is told with it.
+/// Nobody listens at `path`. `what` names the socket's purpose in the error.
 pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
     let doing = || format!("connect to {what} {path}");
     let socket = socket_with(

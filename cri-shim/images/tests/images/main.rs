@@ -3,8 +3,8 @@
 mod archives;
 mod build;
 mod credentials;
+mod directory_layers;
 mod lies;
-mod looks;
 mod node;
 mod pulls;
 mod server;
@@ -56,7 +56,7 @@ fn main() {
     let archives = archives::trials()
         .into_iter()
         .chain(lies::trials())
-        .chain(looks::trials())
+        .chain(directory_layers::trials())
         .chain(credentials::trials());
     let pulls = pulls::trials().into_iter();
     let trials = archives

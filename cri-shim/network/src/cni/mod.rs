@@ -80,7 +80,7 @@ struct CniState {
     changed: Notify,
     collect: Notify,
     readiness: Readiness,
-    /// It is known which pods are only half made, and plugins may run.
+    /// Set by `start`: half-made pods are known, so plugins may run.
     started: AtomicBool,
 }
 

@@ -102,7 +102,7 @@ fn default_runtime(config: &Config) -> Result<(), ConfigError> {
     Err(refused(("default_runtime", reason)))
 }
 
-/// The cgroup driver decides on its default and its form.
+/// Normalises default_cgroup_parent: the driver decides its default and its form.
 fn cgroup_parent(config: &mut Config) -> Result<(), ConfigError> {
     let parent = cgroup::of_pod(config.cgroup_driver, config.default_cgroup_parent());
     let parent = parent.map_err(|error| refused(("default_cgroup_parent", error.to_string())))?;
@@ -110,7 +110,7 @@ fn cgroup_parent(config: &mut Config) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// A profile has several names.
+/// Checks unset_seccomp_profile and stores its canonical name.
 fn seccomp_profile(config: &mut Config) -> Result<(), ConfigError> {
     let profile = SeccompProfile::parse(&config.unset_seccomp_profile)
         .map_err(|reason| refused(("unset_seccomp_profile", reason)))?;

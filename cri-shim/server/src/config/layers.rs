@@ -87,8 +87,8 @@ impl Layer {
         }
     }
 
-    /// Its keys; they and the types of their values are right. That is seen here and not after the
-    /// merge, where a later file may hide the mistakes of an earlier one.
+    /// Parses the layer and checks its keys and types. Done for each layer, because after the merge
+    /// a later file would hide an earlier one's mistake.
     fn table(&self) -> Result<DeTable<'_>, ConfigError> {
         let parsed = DeTable::parse(&self.text).and_then(|table| {
             Config::deserialize(Deserializer::from(table.clone()))?;
@@ -140,8 +140,8 @@ pub(super) fn merge(layers: &[Layer]) -> Result<Config, ConfigError> {
     check::checked(config).map_err(|error| located(error, layers))
 }
 
-/// The keys of `over` go before those of `under`. Tables such as `[network]` and `[runtime]` are
-/// joined; what is in them, one `[runtime.NAME]` for example, is replaced whole.
+/// Merges `over` into `under`; `over` wins. Tables such as `[network]` and `[runtime]` are joined;
+/// what is in them, one `[runtime.NAME]` for example, is replaced whole.
 fn lay_over<'i>(under: &mut DeTable<'i>, over: DeTable<'i>) {
     for (key, value) in over {
         if let DeValue::Table(over) = value.get_ref()

@@ -56,7 +56,7 @@ pub(crate) struct Config {
     pub selinux_category_range: u16,
     /// See [`Config::default_cgroup_parent`].
     pub(super) default_cgroup_parent: Option<String>,
-    /// Where the Container Device Interface's files are, the weightiest directory last.
+    /// Where the Container Device Interface's files are, highest priority last.
     pub cdi_spec_dirs: Vec<PathBuf>,
     /// What every container's first process gets.
     pub rlimits: Vec<Rlimit>,
@@ -70,7 +70,7 @@ pub(crate) struct Config {
     pub image: ImageSettings,
 }
 
-/// A table, and no array of the values in their order, which serde would take for one.
+/// Accepts only a TOML table; serde would also take an array of the values in field order.
 fn section<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     struct Table<T>(PhantomData<T>);
 

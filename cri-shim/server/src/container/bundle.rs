@@ -195,7 +195,7 @@ fn write_config(
     let privileged = context.privileged;
     let cdi = cdi::find(&node.config.cdi_spec_dirs, config)?;
     let sharing = namespaces::sharing(&sandbox.config)?;
-    let surroundings = mounts::MountInputs {
+    let mount_inputs = mounts::MountInputs {
         pod: &node.sandbox_dir(&sandbox.id),
         privileged,
         readonly_rootfs: context.readonly_rootfs,
@@ -214,7 +214,7 @@ fn write_config(
         cgroup: &cgroups_path(sandbox, &record.id),
         namespaces: namespaces_to_join(node, sandbox, sharing, inputs.pid, ids.mappings),
         devices: devices::devices(&config.devices, privileged)?,
-        mounts: mounts::mounts(mounts, &surroundings)?,
+        mounts: mounts::mounts(mounts, &mount_inputs)?,
         root_propagation: mounts::root_propagation(mounts),
         resources: resources::limits(requested, controllers)?,
         oom_score_adj: oom_score_adj(requested.oom_score_adj, node.config.restrict_oom_score_adj),
@@ -265,7 +265,8 @@ fn namespaces_to_join(
     }
 }
 
-/// The requested value. A server that may not lower it gives no lower one than its own.
+/// The requested value. With restrict_oom_score_adj, none below the server's own: the server may
+/// lack the right to lower it.
 fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
     if !restrict {
         return requested;

@@ -143,8 +143,8 @@ fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) 
         return Ok(());
     };
     let users = users::mappings(&sandbox.config)?;
-    if let Some(asked) = &options.userns_options
-        && users::read(asked)? != users
+    if let Some(requested) = &options.userns_options
+        && users::read(requested)? != users
     {
         return Err(Error::invalid(
             "the container's user namespace (userns_options) is not that of its pod",
@@ -244,7 +244,8 @@ async fn assemble(
     Ok(Arc::new(container))
 }
 
-/// The pipe whose first byte tells the runtime that the bundle is there: its end, and ours.
+/// The pipe whose first byte tells the runtime that the bundle is there. Returns the runtime's read
+/// end and our write end.
 fn start_pipe() -> Result<(Option<OwnedFd>, Option<OwnedFd>)> {
     let (after, written) = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned())?;
     Ok((Some(after), Some(written)))

@@ -108,7 +108,7 @@ fn enter_scratch(scratch: &Path) -> Result<()> {
     rustix::process::fchdir(&here).during(|| format!("go to {}", scratch.display()))
 }
 
-/// Overlayfs mounts itself read-only where the writable layer does not suit it.
+/// Fails if overlayfs fell back to read-only, which it does when it can't use the writable layer.
 fn check_writable() -> Result<()> {
     let is_readonly = rustix::fs::statvfs("overlay")
         .during(|| "look at the overlay".to_owned())?

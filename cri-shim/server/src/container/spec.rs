@@ -91,7 +91,8 @@ pub(crate) struct SpecInputs<'a> {
     pub selinux: Option<Labels>,
 }
 
-/// config.json: `oci_spec`'s types, but for the fields that they would lose or shuffle.
+/// config.json by `oci_spec`'s types, except fields that those would lose (seccomp, intelRdt) or
+/// write in random order (capabilities, annotations).
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(Default))]
 #[serde(rename_all = "camelCase")]
@@ -263,7 +264,8 @@ pub(crate) fn spec(inputs: SpecInputs<'_>) -> Result<ConfigJson> {
     })
 }
 
-/// Sets every field that `Process::default()` fills.
+/// `Process::default()` is not empty (args `sh`, a nofile limit, …): every field that it fills is
+/// set here.
 fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Process> {
     let mut user = ProcessUser::default();
     user.set_uid(inputs.user.uid)
@@ -290,7 +292,8 @@ fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> 
     Ok(process)
 }
 
-/// Sets every field that `Linux::default()` fills.
+/// `Linux::default()` is not empty (namespaces, masked paths, …): every field that it fills is
+/// set here.
 fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Linux> {
     let mut resources = inputs.resources.clone();
     resources.set_devices(Some(inputs.devices.rules.clone()));
@@ -313,13 +316,13 @@ fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Re
     }
     // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which it
     // takes only with a user namespace.
-    let paths = |asked: &[String], default: &[&str]| {
+    let paths = |requested: &[String], default: &[&str]| {
         if context.privileged {
             None
-        } else if asked.is_empty() && own_users.is_none() {
+        } else if requested.is_empty() && own_users.is_none() {
             Some(default.iter().map(|path| (*path).to_owned()).collect())
         } else {
-            Some(asked.to_owned())
+            Some(requested.to_owned())
         }
     };
     linux

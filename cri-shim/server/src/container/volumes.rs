@@ -30,7 +30,7 @@ const XATTR: usize = 64 << 10;
 /// place is in no need of one. `owner` has those of which the image has nothing. Blocks.
 pub(crate) fn make(
     declared: &[String],
-    asked: &[Mount],
+    requested: &[Mount],
     rootfs: &Path,
     dir: &Path,
     owner: (u32, u32),
@@ -39,7 +39,7 @@ pub(crate) fn make(
     for volume in declared {
         let place = cleaned(volume);
         let taken = |mount: &Mount| cleaned(&mount.container_path) == place;
-        if place == Path::new("/") || asked.iter().chain(&made).any(taken) {
+        if place == Path::new("/") || requested.iter().chain(&made).any(taken) {
             continue;
         }
         let host = dir.join(made.len().to_string());
@@ -226,7 +226,7 @@ mod tests {
         symlink("../../../..", rootfs.join("out"))?;
         let declared =
             ["/data", "data/", "/none", "/taken", "/", "/out/real/sub"].map(String::from);
-        let asked = [Mount {
+        let requested = [Mount {
             container_path: "/taken".into(),
             ..Mount::default()
         }];
@@ -234,7 +234,7 @@ mod tests {
             rustix::process::geteuid().as_raw(),
             rustix::process::getegid().as_raw(),
         );
-        let made = make(&declared, &asked, &rootfs, &dir, ids)?;
+        let made = make(&declared, &requested, &rootfs, &dir, ids)?;
         let places: Vec<&str> = made
             .iter()
             .map(|mount| mount.container_path.as_str())

@@ -83,13 +83,13 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
         state.holder = hello.holder;
         state.passes_after = hello.passes_after;
     }
-    for told in hello.containers {
-        let Ok(container) = node.container(&told.id) else {
+    for reported in hello.containers {
+        let Ok(container) = node.container(&reported.id) else {
             continue;
         };
-        match told.phase {
+        match reported.phase {
             Phase::Created => {}
-            Phase::Running => container.is_running(node, told.pid),
+            Phase::Running => container.is_running(node, reported.pid),
             Phase::Exited(exit) => container.has_exited(node, &exit),
         }
     }

@@ -74,17 +74,19 @@ impl From<Label> for String {
 }
 
 /// Refuses what can't be part of a label, by the field's name; also where SELinux is off.
-pub(crate) fn check(asked: Option<&SeLinuxOption>) -> Result<()> {
-    let Some(asked) = asked else { return Ok(()) };
+pub(crate) fn check(requested: Option<&SeLinuxOption>) -> Result<()> {
+    let Some(requested) = requested else {
+        return Ok(());
+    };
     let refuse = |field: &str, value: &str| {
         Err(Error::invalid(format!(
             "the SELinux {field} {value:?} (linux.security_context.selinux_options.{field}) can't be"
         )))
     };
     let fields = [
-        ("user", &asked.user),
-        ("role", &asked.role),
-        ("type", &asked.r#type),
+        ("user", &requested.user),
+        ("role", &requested.role),
+        ("type", &requested.r#type),
     ];
     for (field, value) in fields {
         let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
@@ -92,10 +94,10 @@ pub(crate) fn check(asked: Option<&SeLinuxOption>) -> Result<()> {
             return refuse(field, value);
         }
     }
-    if asked.level.is_empty() || is_level(&asked.level) {
+    if requested.level.is_empty() || is_level(&requested.level) {
         Ok(())
     } else {
-        refuse("level", &asked.level)
+        refuse("level", &requested.level)
     }
 }
 
@@ -171,11 +173,11 @@ mod tests {
 
     #[test]
     fn what_would_be_another_part_is_refused_by_its_field() {
-        let refused = |asked: SeLinuxOption, field: &str| {
-            let checked = check(Some(&asked));
+        let refused = |requested: SeLinuxOption, field: &str| {
+            let checked = check(Some(&requested));
             assert!(
                 checked.is_err_and(|error| error.sentence().contains(field)),
-                "{asked:?}"
+                "{requested:?}"
             );
         };
         let with = SeLinuxOption::default;

@@ -30,16 +30,16 @@ pub(crate) struct Labels {
 impl Labels {
     /// What is asked for in the place of what is there. Files have the policy's type, whatever
     /// that of the processes.
-    fn overlaid(mut self, asked: &SeLinuxOption) -> Labels {
+    fn overlaid(mut self, requested: &SeLinuxOption) -> Labels {
         for (given, fields) in [
             (
-                &asked.user,
+                &requested.user,
                 vec![&mut self.process.user, &mut self.files.user],
             ),
-            (&asked.role, vec![&mut self.process.role]),
-            (&asked.r#type, vec![&mut self.process.kind]),
+            (&requested.role, vec![&mut self.process.role]),
+            (&requested.r#type, vec![&mut self.process.kind]),
             (
-                &asked.level,
+                &requested.level,
                 vec![&mut self.process.level, &mut self.files.level],
             ),
         ] {
@@ -94,10 +94,10 @@ impl Selinux {
     pub(crate) fn of_pod(
         &self,
         id: &str,
-        asked: &SeLinuxOption,
+        requested: &SeLinuxOption,
     ) -> Result<Option<(Labels, LevelHold)>> {
         let Some(policy) = &self.policy else {
-            if *asked != SeLinuxOption::default() && policy::is_in_kernel() {
+            if *requested != SeLinuxOption::default() && policy::is_in_kernel() {
                 log::warn!(
                     "pod {}: asks for an SELinux label (linux.security_context.selinux_options), which has no effect: enable_selinux is not set",
                     crate::id::short(id)
@@ -107,15 +107,15 @@ impl Selinux {
         };
         let mut labels = policy.labels.clone();
         // A policy without levels has none to tell pods apart by.
-        let held = if asked.level.is_empty() && !labels.process.level.is_empty() {
+        let held = if requested.level.is_empty() && !labels.process.level.is_empty() {
             self.categories.unique(id)?
         } else {
-            self.categories.hold(&asked.level)
+            self.categories.hold(&requested.level)
         };
         held.level().clone_into(&mut labels.process.level);
         held.level().clone_into(&mut labels.files.level);
-        let labels = labels.overlaid(asked);
-        if *asked != SeLinuxOption::default() {
+        let labels = labels.overlaid(requested);
+        if *requested != SeLinuxOption::default() {
             labels.check_with_kernel()?;
         }
         Ok(Some((labels, held)))
@@ -128,8 +128,8 @@ impl Selinux {
 }
 
 /// The labels of a container of a pod: the pod's, where it asks for no others.
-pub(crate) fn of_container(pod: &Labels, asked: &SeLinuxOption) -> Result<Labels> {
-    let labels = pod.clone().overlaid(asked);
+pub(crate) fn of_container(pod: &Labels, requested: &SeLinuxOption) -> Result<Labels> {
+    let labels = pod.clone().overlaid(requested);
     if labels != *pod {
         labels.check_with_kernel()?;
     }
@@ -153,31 +153,31 @@ mod tests {
             "system_u:system_r:container_t:s0:c1,c2",
             "system_u:object_r:container_file_t:s0:c1,c2",
         )?;
-        let asked = |user: &str, role: &str, kind: &str, level: &str| SeLinuxOption {
+        let requested = |user: &str, role: &str, kind: &str, level: &str| SeLinuxOption {
             user: user.into(),
             role: role.into(),
             r#type: kind.into(),
             level: level.into(),
         };
-        for (asked, process, files) in [
+        for (requested, process, files) in [
             (
-                asked("", "", "", ""),
+                requested("", "", "", ""),
                 "system_u:system_r:container_t:s0:c1,c2",
                 "system_u:object_r:container_file_t:s0:c1,c2",
             ),
             (
-                asked("", "", "spc_t", ""),
+                requested("", "", "spc_t", ""),
                 "system_u:system_r:spc_t:s0:c1,c2",
                 "system_u:object_r:container_file_t:s0:c1,c2",
             ),
             (
-                asked("user_u", "user_r", "user_t", "s0:c7"),
+                requested("user_u", "user_r", "user_t", "s0:c7"),
                 "user_u:user_r:user_t:s0:c7",
                 "user_u:object_r:container_file_t:s0:c7",
             ),
         ] {
-            let made = pod.clone().overlaid(&asked);
-            assert_eq!(made, labels(process, files)?, "{asked:?}");
+            let made = pod.clone().overlaid(&requested);
+            assert_eq!(made, labels(process, files)?, "{requested:?}");
         }
         Ok(())
     }

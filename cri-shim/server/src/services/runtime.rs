@@ -1,7 +1,7 @@
 //! RuntimeService: each method takes its request apart, calls, and puts the answer together.
 //!
-//! A call that makes, changes or ends something runs in a task of its own, which outlives an
-//! impatient client, and which a retry joins.
+//! Making, starting, stopping and removing pods and containers runs in a task of its own, which
+//! outlives an impatient client, and which a retry joins.
 
 mod statistics;
 mod status;

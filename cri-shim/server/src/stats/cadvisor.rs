@@ -123,7 +123,7 @@ pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     all.collect()
 }
 
-/// LabelledMetrics of one object under construction.
+/// The metrics of one object, while they are collected.
 struct LabelledMetrics {
     labels: Vec<String>,
     all: Vec<Metric>,

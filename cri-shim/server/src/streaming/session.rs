@@ -12,7 +12,7 @@ use super::shutdown::Shutdown;
 use super::tickets::StreamTicket;
 use super::{attach, exec};
 use crate::node::Node;
-use rrun_streams::remotecommand::{self, StreamOptions};
+use rrun_streams::remotecommand;
 use rrun_streams::upgrade::Subprotocol;
 use rrun_streams::{Transport, is_disconnect, port_forward};
 
@@ -59,26 +59,15 @@ impl Session {
     }
 
     async fn serve(&mut self, transport: Transport, read: Bytes) -> io::Result<()> {
+        let options = self.ticket.stream_options();
         let Session { node, shutdown, .. } = self;
         match (&self.ticket, self.subprotocol) {
             (StreamTicket::Exec(request), Subprotocol::Command(protocol)) => {
-                let options = StreamOptions {
-                    stdin: request.stdin,
-                    stdout: request.stdout,
-                    stderr: request.stderr,
-                    tty: request.tty,
-                };
                 let (receiver, sender) =
                     remotecommand::open(protocol, transport, read, options).await?;
                 exec::exec(node, request, &sender, receiver, shutdown).await
             }
             (StreamTicket::Attach(request), Subprotocol::Command(protocol)) => {
-                let options = StreamOptions {
-                    stdin: request.stdin,
-                    stdout: request.stdout,
-                    stderr: request.stderr,
-                    tty: request.tty,
-                };
                 let (receiver, sender) =
                     remotecommand::open(protocol, transport, read, options).await?;
                 attach::attach(node, request, &sender, receiver, shutdown).await

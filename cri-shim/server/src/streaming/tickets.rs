@@ -9,6 +9,7 @@ use tonic::Code;
 
 use rrun_calls::error::{Error, Result};
 use rrun_calls::lock::lock;
+use rrun_streams::remotecommand::StreamOptions;
 use rrun_streams::upgrade::Purpose;
 
 /// How long a ticket is good for.
@@ -60,6 +61,32 @@ impl StreamTicket {
         match self {
             StreamTicket::Exec(_) | StreamTicket::Attach(_) => Purpose::Command,
             StreamTicket::PortForward(_) => Purpose::PortForward,
+        }
+    }
+
+    /// The streams that the caller requested; PortForward has none of these.
+    pub(super) fn stream_options(&self) -> StreamOptions {
+        match *self {
+            StreamTicket::Exec(ExecRequest {
+                stdin,
+                stdout,
+                stderr,
+                tty,
+                ..
+            })
+            | StreamTicket::Attach(AttachRequest {
+                stdin,
+                stdout,
+                stderr,
+                tty,
+                ..
+            }) => StreamOptions {
+                stdin,
+                stdout,
+                stderr,
+                tty,
+            },
+            StreamTicket::PortForward(_) => StreamOptions::default(),
         }
     }
 }

@@ -232,8 +232,7 @@ impl<P: PodPorts> Pairs<P> {
         self.backlog.is_full() || self.served.iter().any(|pair| pair.input.is_full())
     }
 
-    /// The connection that the client waits for, while there is no room: the one for which the most
-    /// is queued.
+    /// While there is no room: the pair with the longest queue, which is the one to close.
     fn stalled(&self) -> Option<&ServedPair> {
         let served = self.served.iter().filter(|_| self.full);
         served.max_by_key(|pair| pair.input.waiting())

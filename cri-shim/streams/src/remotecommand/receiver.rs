@@ -15,8 +15,8 @@ use crate::spdy_connection::SpdyReader;
 use crate::watch::Watch;
 use crate::websocket::{ChannelMessage, WebSocketReader};
 
-/// How much stdin is queued in search of a new size of the terminal behind it, while the program
-/// does not read.
+/// How much stdin may be queued while looking for a resize message behind it, when the program does
+/// not read.
 const MAX_QUEUED_BYTES: usize = 1 << 20;
 
 /// What a message costs beside its bytes: one may have none.

@@ -37,8 +37,8 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    /// Reads the directories, the weightiest last. What is wrong with a file concerns those who ask
-    /// for a device that is not there.
+    /// Reads the directories, highest priority last. What is wrong with a file concerns those who
+    /// ask for a device that is not there.
     pub(super) fn read(dirs: &[PathBuf]) -> Self {
         let mut registry = Registry {
             dirs: dirs.to_vec(),

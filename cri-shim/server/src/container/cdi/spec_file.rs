@@ -22,9 +22,9 @@ const MAX_DEPTH: usize = 32;
 
 /// How many values and how many bytes of text YAML may hold once its aliases are expanded, and how
 /// many values may come from aliases.
-const NODES: usize = 250_000;
-const TEXT_BYTES: usize = 2 * FILE_BYTES;
-const ALIASED_NODES: usize = 100_000;
+const MAX_NODES: usize = 250_000;
+const MAX_TEXT_BYTES: usize = 2 * FILE_BYTES;
+const MAX_ALIASED_NODES: usize = 100_000;
 
 /// The hooks of the runtime specification.
 const HOOKS: [&str; 6] = [
@@ -184,13 +184,13 @@ fn from_yaml(text: &str) -> Result<SpecFile, String> {
         budget: serde_saphyr::budget! {
             max_depth: MAX_DEPTH,
             flow_nesting_limit: MAX_DEPTH,
-            max_nodes: NODES,
-            max_total_scalar_bytes: TEXT_BYTES,
+            max_nodes: MAX_NODES,
+            max_total_scalar_bytes: MAX_TEXT_BYTES,
             // A vendor's file may well use one anchor for all its devices.
             enforce_alias_anchor_ratio: false,
         },
         alias_limits: serde_saphyr::alias_limits! {
-            max_total_replayed_events: ALIASED_NODES,
+            max_total_replayed_events: MAX_ALIASED_NODES,
         },
         legacy_octal_numbers: true,
         with_snippet: false,
@@ -221,7 +221,7 @@ impl MessageFormatter for Sentences {
                 ..
             } => format!("nested deeper than {MAX_DEPTH} levels").into(),
             Error::AliasReplayLimitExceeded { .. } => {
-                format!("the aliases expand to more than {ALIASED_NODES} values").into()
+                format!("the aliases expand to more than {MAX_ALIASED_NODES} values").into()
             }
             Error::Budget { .. } => "too much for one file".into(),
             other => UserMessageFormatter.format_message(other),

@@ -10,11 +10,11 @@ use crate::error::ImageError;
 use crate::record::Image;
 use crate::reference::Name;
 
-pub(crate) type Pulled = Result<Arc<Image>, ImageError>;
+pub(crate) type PullResult = Result<Arc<Image>, ImageError>;
 
 /// One pull that any number of callers wait for.
-pub(crate) struct Pulling {
-    pub answer: Shared<BoxFuture<'static, Pulled>>,
+pub(crate) struct PullInProgress {
+    pub answer: Shared<BoxFuture<'static, PullResult>>,
     /// How many callers wait.
     pub callers: Arc<watch::Sender<usize>>,
 }
@@ -35,10 +35,10 @@ impl Drop for Caller {
     }
 }
 
-pub(crate) type Fetched = Shared<BoxFuture<'static, Result<(), ImageError>>>;
+pub(crate) type FetchInProgress = Shared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// One layer's fetch; it stops when no pull wants it any more.
-pub(crate) type Fetching = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
+pub(crate) type WeakFetch = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// What makes two pulls the same: with other credentials it is another, or the first to ask
 /// would vouch for the second.
