@@ -18,7 +18,7 @@ use rrun_protocol::{FailureKind, Phase};
 /// The exit code of what could not be started, as containerd's users know it.
 const START_FAILED_EXIT_CODE: i32 = 128;
 
-/// How often the monitor is asked whether a start that somebody else requested has ended.
+/// How often the monitor is requested whether a start that somebody else requested has ended.
 const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Starts the container's process. One that runs already is as it should be.
@@ -99,7 +99,7 @@ fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     Ok(())
 }
 
-/// Asks the monitor. A server that was killed may have asked it before: then what came of that is
+/// Asks the monitor. A server that was killed may have requested it before: then what came of that is
 /// the answer.
 async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), MonitorError> {
     let monitor = &container.sandbox.monitor;
@@ -107,8 +107,8 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
         match monitor.start(&container.id).await {
             Err(MonitorError::Failed(failure)) if failure.kind == FailureKind::WrongState => {
                 let (hello, _) = monitor.subscribe().await?;
-                let told = hello.containers.iter().find(|one| one.id == container.id);
-                match told.map(|one| &one.phase) {
+                let reported = hello.containers.iter().find(|one| one.id == container.id);
+                match reported.map(|one| &one.phase) {
                     // The other start is under way.
                     Some(Phase::Created) => tokio::time::sleep(START_POLL_INTERVAL).await,
                     Some(_) => {
@@ -127,7 +127,7 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
 pub(crate) async fn update(
     node: Arc<Node>,
     container: Arc<Container>,
-    asked: LinuxContainerResources,
+    requested: LinuxContainerResources,
 ) -> Result<()> {
     let name = container.name();
     if container.phase() == super::Phase::Exited {
@@ -135,8 +135,8 @@ pub(crate) async fn update(
     }
     let dir = container.cgroup_dir();
     let controllers = resources::Controllers::of(&dir);
-    let all = resources::updated(&container.state().resources, &asked);
-    let mut changed = asked;
+    let all = resources::updated(&container.state().resources, &requested);
+    let mut changed = requested;
     // Memory and swap are one number to the specification: one can't change without the other.
     if changed.memory_limit_in_bytes == 0 && changed.memory_swap_limit_in_bytes != 0 {
         changed.memory_limit_in_bytes = all.memory_limit_in_bytes;

@@ -27,8 +27,8 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
         && grace > 0
     {
         send(node, container, container.stop_signal, false).await?;
-        let patience = Duration::from_secs(grace);
-        let ended = tokio::time::timeout(patience, container.wait_exited()).await;
+        let timeout = Duration::from_secs(grace);
+        let ended = tokio::time::timeout(timeout, container.wait_exited()).await;
         if ended.is_ok() {
             return Ok(());
         }
