@@ -18,7 +18,7 @@ use rrun_protocol::{FailureKind, Phase};
 /// The exit code of what could not be started, as containerd's users know it.
 const START_FAILED_EXIT_CODE: i32 = 128;
 
-/// How often the monitor is requested whether a start that somebody else requested has ended.
+/// How often the monitor is asked whether a start that another call requested has ended.
 const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Starts the container's process. One that runs already is as it should be.
@@ -99,7 +99,7 @@ fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     Ok(())
 }
 
-/// Asks the monitor. A server that was killed may have requested it before: then what came of that is
+/// Calls the monitor. A server that was killed may have called it before: then what came of that is
 /// the answer.
 async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), MonitorError> {
     let monitor = &container.sandbox.monitor;
