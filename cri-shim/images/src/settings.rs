@@ -80,7 +80,7 @@ impl ImageSettings {
     }
 
     /// Layers fetched at once from one host; by default as many as there may be.
-    pub fn layers_per_host(&self) -> usize {
+    pub(crate) fn layers_per_host(&self) -> usize {
         let given = self.parallel_layers_per_host;
         given.unwrap_or_else(|| self.most_layers_per_host())
     }
