@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_saphyr::budget::BudgetBreach;
 use serde_saphyr::{MessageFormatter, UserMessageFormatter};
 
@@ -44,8 +44,9 @@ pub(super) struct SpecFile {
     pub kind: String,
     #[serde(default, rename = "annotations")]
     _annotations: IgnoredAny,
+    #[serde(deserialize_with = "null_is_default")]
     pub devices: Vec<FileDevice>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub container_edits: ContainerEdits,
 }
 
@@ -55,6 +56,7 @@ pub(super) struct FileDevice {
     pub name: String,
     #[serde(default, rename = "annotations")]
     _annotations: IgnoredAny,
+    #[serde(deserialize_with = "null_is_default")]
     pub container_edits: ContainerEdits,
 }
 
@@ -62,13 +64,22 @@ pub(super) struct FileDevice {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct ContainerEdits {
+    #[serde(deserialize_with = "null_is_default")]
     pub env: Vec<String>,
+    #[serde(deserialize_with = "null_is_default")]
     pub device_nodes: Vec<DeviceNode>,
+    #[serde(deserialize_with = "null_is_default")]
     pub net_devices: Vec<NetDevice>,
+    #[serde(deserialize_with = "null_is_default")]
     pub hooks: Vec<Hook>,
+    #[serde(deserialize_with = "null_is_default")]
     pub mounts: Vec<Mount>,
     pub intel_rdt: Option<IntelRdt>,
-    #[serde(rename = "additionalGIDs", alias = "additionalGids")]
+    #[serde(
+        rename = "additionalGIDs",
+        alias = "additionalGids",
+        deserialize_with = "null_is_default"
+    )]
     pub additional_gids: Vec<u32>,
 }
 
@@ -98,9 +109,9 @@ pub(super) struct NetDevice {
 pub(super) struct Hook {
     pub hook_name: String,
     pub path: PathBuf,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub args: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub env: Vec<String>,
     pub timeout: Option<i64>,
 }
@@ -110,7 +121,7 @@ pub(super) struct Hook {
 pub(super) struct Mount {
     pub host_path: PathBuf,
     pub container_path: PathBuf,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub options: Vec<String>,
     pub r#type: Option<String>,
 }
@@ -134,6 +145,15 @@ pub(crate) struct IntelRdt {
     pub enable_cmt: Option<bool>,
     #[serde(rename = "enableMBM", skip_serializing_if = "Option::is_none")]
     pub enable_mbm: Option<bool>,
+}
+
+/// `null` stands for an empty list or no edits, as in Go.
+fn null_is_default<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::deserialize(from).map(Option::unwrap_or_default)
 }
 
 impl SpecFile {
@@ -322,6 +342,27 @@ mod tests {
         device
             .map(|device| device.container_edits)
             .ok_or_else(|| "there is one device".to_owned())
+    }
+
+    #[test]
+    fn null_is_an_empty_list_or_no_edits() -> Result<(), String> {
+        let edits = second_device(
+            "null",
+            "{env: null, mounts: ~, hooks:, additionalGids: null}",
+        )?;
+        assert!(edits.env.is_empty() && edits.mounts.is_empty() && edits.hooks.is_empty());
+        let json = r#"{"cdiVersion": "0.7.0", "kind": "vendor.com/device", "devices": [
+            {"name": "one", "containerEdits": {"env": ["A=b"], "hooks": [
+                {"hookName": "prestart", "path": "/hook", "args": null, "env": null}]}}],
+            "containerEdits": null}"#;
+        let file = SpecFile::parse(json, true)?;
+        assert!(
+            file.devices
+                .iter()
+                .all(|device| device.container_edits.env == ["A=b"])
+        );
+        assert!(yaml("devices: null\n").is_ok_and(|file| file.devices.is_empty()));
+        Ok(())
     }
 
     #[test]
