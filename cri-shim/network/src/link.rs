@@ -177,23 +177,30 @@ pub(crate) fn create_bridge(
 
 /// Sets a link up.
 pub(crate) fn set_up(batch: &mut Batch, index: u32, name: &str) {
+    no_ipv6_address(batch, name, |body| body.header(&link_header(index, 0)));
     let action = format!("set the interface {name} up");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(index, IFF_UP));
-        no_ipv6_address(body);
     });
 }
 
 /// Keeps the kernel from making an IPv6 address of its own accord, which it would look for
-/// duplicates of, a second long.
-fn no_ipv6_address(body: &mut Body) {
+/// duplicates of, a second long. `link` writes which link is meant.
+///
+/// In a message of its own: the kernel sets a link up before it reads this setting from the same
+/// message, and makes the address if the link has its carrier by then.
+fn no_ipv6_address(batch: &mut Batch, name: &str, link: impl FnOnce(&mut Body)) {
     // A kernel without IPv6 refuses to hear of it.
     if !Path::new("/proc/sys/net/ipv6").exists() {
         return;
     }
-    body.nest(IFLA_AF_SPEC, |families| {
-        families.nest(AF_INET6.into(), |inet6| {
-            inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+    let action = format!("keep the kernel from giving {name} an IPv6 address");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        link(body);
+        body.nest(IFLA_AF_SPEC, |families| {
+            families.nest(AF_INET6.into(), |inet6| {
+                inet6.bytes(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+            });
         });
     });
 }
@@ -274,12 +281,15 @@ pub(crate) fn join_bridge(
 /// What the kernel takes only of a port that is there: hairpin, so that a pod reaches itself by
 /// way of the node; its alias; no IPv6 address of its own; up.
 fn port_message(batch: &mut Batch, host: &str, alias: &str) {
+    no_ipv6_address(batch, host, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, host);
+    });
     let action = format!("set up the bridge port {host}");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(0, IFF_UP));
         body.string(IFLA_IFNAME, host);
         body.bytes(IFLA_IFALIAS, alias.as_bytes());
-        no_ipv6_address(body);
         body.nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_SLAVE_KIND, "bridge");
             info.nest(IFLA_INFO_SLAVE_DATA, |port| {
