@@ -1,6 +1,6 @@
-//! What every CRI call needs, whatever it is about: an [`error`] with a gRPC code and a sentence,
-//! [`wait`]s that the log reports, [`lock`], and [`singleflight`], by which a retry joins the call
-//! in flight.
+//! The crates of the CRI server share these: an [`error`] is a gRPC code and a sentence, a [`wait`]
+//! of over ten seconds is logged, a [`lock`] ignores poisoning, and by [`singleflight`] a retry joins
+//! the call in flight.
 
 pub mod error;
 pub mod lock;

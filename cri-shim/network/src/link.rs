@@ -175,9 +175,18 @@ pub(crate) fn create_bridge(
     socket.execute(&batch).map(drop)
 }
 
-/// Sets a link up.
+/// Sets a link up, without an IPv6 address of the kernel's own.
 pub(crate) fn set_up(batch: &mut Batch, index: u32, name: &str) {
     no_ipv6_address(batch, name, |body| body.header(&link_header(index, 0)));
+    set_flag_up(batch, index, name);
+}
+
+/// Sets the loopback link up, whose addresses the kernel makes.
+pub(crate) fn set_loopback_up(batch: &mut Batch, index: u32) {
+    set_flag_up(batch, index, "lo");
+}
+
+fn set_flag_up(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} up");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(index, IFF_UP));

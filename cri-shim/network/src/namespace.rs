@@ -117,7 +117,7 @@ fn bind(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
 fn loopback_up() -> Result<(), NetworkError> {
     let mut socket = Socket::route()?;
     let mut batch = Batch::default();
-    link::set_up(&mut batch, LOOPBACK_INDEX, "lo");
+    link::set_loopback_up(&mut batch, LOOPBACK_INDEX);
     socket.execute(&batch).map(drop)
 }
 

@@ -57,13 +57,14 @@ struct UserNamespace {
 }
 
 /// Fills the bundle, and returns the user that the container runs as.
-pub(super) fn fill(inputs: Inputs<'_>) -> Result<User> {
+pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<User> {
     let security = security(&inputs)?;
     make_log_directory(&inputs)?;
     let writable = inputs.node.writable_layer(&inputs.record.id);
     private_dir(&writable)?;
     let ids = user_namespace(&inputs)?;
-    let rootfs = mount_rootfs(&inputs, &security, &ids, &writable)?;
+    let layers = std::mem::take(&mut inputs.layers);
+    let rootfs = mount_rootfs(&inputs, layers, &security, &ids, &writable)?;
 
     let image = &inputs.image.config;
     let user = Accounts::read(&rootfs)?.resolve(Some(&security.context), &image.user)?;
@@ -135,13 +136,14 @@ fn user_namespace(inputs: &Inputs<'_>) -> Result<UserNamespace> {
 /// Mounts the writable layer over the image's layers, and returns the mount's path.
 fn mount_rootfs(
     inputs: &Inputs<'_>,
+    layers: Vec<PathBuf>,
     security: &Security,
     ids: &UserNamespace,
     writable: &Path,
 ) -> Result<PathBuf> {
     let target = inputs.dir.join("rootfs");
     let base = &inputs.node.config.root;
-    let lower = rootfs::over_mount_points(inputs.layers.clone(), base);
+    let lower = rootfs::over_mount_points(layers, base);
     rootfs::Overlay {
         lower: &lower,
         writable,

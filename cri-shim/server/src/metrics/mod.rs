@@ -136,9 +136,9 @@ static METRICS: Counters = Counters {
 
 /// A call under way. One that is dropped before its answer was cancelled by its client.
 pub(crate) struct Call {
-    /// As the client names it.
-    name: String,
     method: usize,
+    /// As the client names it, if it is none of the methods.
+    unknown: Option<String>,
     begun: Instant,
     code: usize,
 }
@@ -149,8 +149,8 @@ impl Call {
         let name = path.rsplit('/').next().unwrap_or_default();
         let method = METHODS.iter().position(|method| *method == name);
         Call {
-            name: name.to_owned(),
             method: method.unwrap_or(METHODS.len() - 1),
+            unknown: method.is_none().then(|| name.to_owned()),
             begun: Instant::now(),
             code: Code::Cancelled as usize,
         }
@@ -166,8 +166,9 @@ impl Call {
     }
 
     fn log(&self, failure: &Status) {
-        let (method, sentence) = (&self.name, failure.message());
-        match (method.as_str(), failure.code()) {
+        let known = METHODS.get(self.method).copied().unwrap_or_default();
+        let (method, sentence) = (self.unknown.as_deref().unwrap_or(known), failure.message());
+        match (method, failure.code()) {
             // A pull logs its own failure, once for all callers that wait for it.
             ("PullImage", _) => {}
             // A client tried a method that does not exist here.
