@@ -9,9 +9,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
     println!("cargo:rerun-if-changed=cri");
     tonic_prost_build::configure()
-        // A stable order: what is stored and logged is the same from run to run.
+        // Protobuf maps become BTreeMaps, whose entries have a stable order. As a result, a message
+        // has the same text in the store and in the log in every run.
         .btree_map(".")
-        // Its Debug is in src/lib.rs and leaves the secrets out.
+        // src/lib.rs implements Debug for AuthConfig without the secrets.
         .skip_debug([".runtime.v1.AuthConfig"])
         .compile_fds(definition)?;
     Ok(())

@@ -1,4 +1,4 @@
-//! Directories of the unified hierarchy (cgroup v2), and what their own files do. See cgroups(7) and
+//! Directories of the unified hierarchy (cgroup v2) and their interface files. See cgroups(7) and
 //! the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
 use std::fs::File;
@@ -10,33 +10,35 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
-/// Where the hierarchy is mounted.
+/// The mount point of the unified hierarchy (cgroup v2).
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
-/// linux/magic.h
+/// The file system type of the unified hierarchy, from linux/magic.h.
 const CGROUP2_SUPER_MAGIC: FsWord = 0x6367_7270;
 
-/// Whether the hierarchy is mounted at [`MOUNT_POINT`].
+/// Returns whether the unified hierarchy is mounted at [`MOUNT_POINT`].
 pub fn is_mounted() -> Result<bool, Errno> {
     Ok(rustix::fs::statfs(MOUNT_POINT)?.f_type == CGROUP2_SUPER_MAGIC)
 }
 
-/// Whether an open directory is a cgroup's.
+/// Returns whether `directory` is the open directory of a cgroup in the unified hierarchy.
 pub fn is_cgroup(directory: impl AsFd) -> Result<bool, Errno> {
     Ok(rustix::fs::fstatfs(directory)?.f_type == CGROUP2_SUPER_MAGIC)
 }
 
-/// Whether any process is in the cgroup or below it. A cgroup that does not exist has none.
+/// Returns whether the cgroup or any cgroup below it contains a process. Returns false if the
+/// cgroup does not exist.
 pub fn is_populated(cgroup: &Path) -> bool {
     let events = std::fs::read_to_string(cgroup.join("cgroup.events"));
     events.is_ok_and(|events| keyed(&events, "populated") == Some(1))
 }
 
-/// Kills every process in the cgroup and below it, at once, so that none escapes by forking. Does
-/// not wait for their end. A cgroup that does not exist is no error.
+/// Kills every process in the cgroup and in all cgroups below it. If one of these processes forks
+/// at the same time, the kernel also kills the new child. `kill` does not wait until the processes
+/// have exited. `kill` returns `Ok` if the cgroup does not exist.
 pub fn kill(cgroup: &Path) -> Result<(), Errno> {
     match write(cgroup, "cgroup.kill", "1") {
-        // ENODEV: it was removed after it was opened.
+        // ENODEV means that the cgroup was removed after its file was opened.
         Err(Errno::NOENT | Errno::NODEV) => Ok(()),
         result => result,
     }
@@ -49,7 +51,7 @@ fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
     Ok(())
 }
 
-/// A cgroup and all below it, parents before children.
+/// Returns the paths of the cgroup and of all cgroups below it. Each parent precedes its children.
 pub fn tree(cgroup: &Path) -> Vec<PathBuf> {
     let mut found = vec![cgroup.to_owned()];
     let mut next = 0;
@@ -66,13 +68,15 @@ pub fn tree(cgroup: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Removes the cgroup and those below it, which must have no processes. A cgroup that does not exist
-/// is no error.
+/// Removes the cgroup and all cgroups below it. These cgroups must not contain any processes.
+/// Children are removed before their parents. If the cgroup does not exist, `remove_tree` returns
+/// `Ok`.
 ///
 /// # Errors
-/// The first failure, children before parents, with its path. EBUSY: it has processes or children.
+/// The error contains the path of the first cgroup that could not be removed, and the errno. EBUSY
+/// means that this cgroup still contains processes or other cgroups.
 pub fn remove_tree(cgroup: &Path) -> Result<(), (PathBuf, Errno)> {
-    // Mostly there is nothing below.
+    // Usually the cgroup has no children, so a single rmdir(2) is enough.
     match rustix::fs::rmdir(cgroup) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(_) => {}
@@ -87,14 +91,15 @@ pub fn remove_tree(cgroup: &Path) -> Result<(), (PathBuf, Errno)> {
     failed.map_or(Ok(()), Err)
 }
 
-/// The value of `key` in a flat keyed file, such as `populated` in cgroup.events.
+/// Returns the value of `key` in the text of a flat keyed file. An example is the key `populated`
+/// in cgroup.events.
 pub fn keyed(text: &str, key: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '))
         .and_then(|value| value.trim().parse().ok())
 }
 
-/// The controllers that the cgroup has and its children lack.
+/// Returns the controllers that are available in the cgroup but not enabled for its children.
 pub fn missing_below(cgroup: &Path) -> Vec<String> {
     let read = |file: &str| std::fs::read_to_string(cgroup.join(file)).unwrap_or_default();
     let enabled = read("cgroup.subtree_control");
@@ -111,8 +116,9 @@ pub fn enable_below(cgroup: &Path, controller: &str) -> Result<(), Errno> {
     write(cgroup, "cgroup.subtree_control", &format!("+{controller}"))
 }
 
-/// `oom_kill` in memory.events: how often the kernel has killed a process in this cgroup because
-/// memory ran out. The file stays open, since the count must be read after the last process is gone.
+/// The counter `oom_kill` in a cgroup's memory.events. If memory runs out and the kernel kills a
+/// process in the cgroup, the kernel increments the counter. `OomKills` keeps memory.events open.
+/// The counter therefore remains readable after the last process of the cgroup has exited.
 #[derive(Debug)]
 pub struct OomKills {
     events: File,
@@ -120,16 +126,18 @@ pub struct OomKills {
 }
 
 impl OomKills {
-    /// `None` if the memory controller is not enabled.
+    /// Opens the counter of the OOM kills in `cgroup`. Returns `None` if the memory controller is
+    /// not enabled.
     pub fn open(cgroup: &Path) -> Option<Self> {
         let events = File::open(cgroup.join("memory.events")).ok()?;
         Some(OomKills { events, seen: 0 })
     }
 
-    /// Whether the kernel has killed since the last call.
+    /// Returns whether the counter has risen since the last call. The first call returns whether
+    /// the counter has risen since the cgroup was created.
     ///
     /// # Errors
-    /// The cgroup has been removed.
+    /// Fails if the cgroup has been removed.
     pub fn rose(&mut self) -> io::Result<bool> {
         let mut text = [0; 512];
         let length = self.events.read_at(&mut text, 0)?;
@@ -144,7 +152,8 @@ impl OomKills {
     }
 }
 
-/// poll(2) reports POLLPRI when the file has changed since it was read.
+/// The descriptor of memory.events. poll(2) reports POLLPRI on this descriptor when the file has
+/// changed since it was last read.
 impl AsFd for OomKills {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
@@ -156,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flat_keyed_files_are_read_by_whole_keys() {
+    fn only_a_whole_key_of_a_flat_keyed_file_matches() {
         let text = "inactive_file 5\nfile 7\n";
         assert_eq!(keyed(text, "file"), Some(7));
         assert_eq!(keyed(text, "inactive_file"), Some(5));

@@ -1,14 +1,15 @@
-//! clone3(2): a fork into new namespaces and into a cgroup.
+//! clone3(2): a fork that places the child in new namespaces and in a cgroup.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
-/// linux/sched.h; the constant in libc has a type that cannot hold it.
+/// The flag `CLONE_INTO_CGROUP` from linux/sched.h. The libc crate declares this flag with a type
+/// that is too small for the flag's value.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// `struct clone_args` of clone3(2), as of Linux 5.7 (`cgroup` is its last field).
+/// The `struct clone_args` of clone3(2) as of Linux 5.7, which ends with the field `cgroup`.
 #[repr(C, align(8))]
 #[derive(Default)]
 struct CloneArgs {
@@ -25,25 +26,29 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Which of the two processes returned from [`clone3`].
+/// The result of [`clone3`]. It distinguishes the new process from the calling process.
 pub enum Cloned {
-    /// The new process.
+    /// [`clone3`] has returned in the new process.
     Child,
-    /// The calling process. `pid` is the new process's id in the caller's PID namespace.
+    /// [`clone3`] has returned in the calling process. `pid` is the new process's id in the
+    /// caller's PID namespace.
     Parent { pid: i32, pidfd: OwnedFd },
 }
 
-/// A fork in one system call with new namespaces (`CLONE_NEW*` in `flags`), into `cgroup` if one is
-/// given.
-///
-/// With `CLONE_PARENT` among the flags, the new process is its caller's sibling instead.
+/// Forks with a single system call, which also places the new process in namespaces and in a
+/// cgroup. For each `CLONE_NEW*` flag in `flags`, the new process is in a new namespace. If
+/// `cgroup` is not `None`, the new process is in `cgroup`. With `CLONE_PARENT` in `flags`, the new
+/// process is a sibling of the caller instead of its child.
 ///
 /// # Errors
-/// EINVAL also for flags by which the new process would share the caller's memory.
+/// Returns the errno of clone3(2). Flags that would share the caller's memory with the new process
+/// are refused with EINVAL.
 ///
 /// # Safety
-/// If the caller has several threads, the new process may only make calls that are safe in a signal
-/// handler, signal-safety(7): a lock that another thread held stays locked in the copy for ever.
+/// If the calling process has several threads, the new process must call only async-signal-safe
+/// functions, see signal-safety(7). Another thread may hold a lock at the time of the fork. In the
+/// new process, this lock is never released. If the new process waited for the lock, it would wait
+/// for ever.
 pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
     const SHARING: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
     if flags & SHARING != 0 {
@@ -54,7 +59,8 @@ pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Clone
     let mut args = CloneArgs {
         flags: flags | libc::CLONE_PIDFD as u64,
         pidfd: &raw mut pidfd as u64,
-        // With CLONE_PARENT the exit signal is the caller's own, and clone3(2) wants 0 here.
+        // With CLONE_PARENT, the new process inherits the caller's exit signal, and clone3(2)
+        // requires that `exit_signal` is 0.
         exit_signal: if is_sibling { 0 } else { libc::SIGCHLD as u64 },
         ..CloneArgs::default()
     };
@@ -62,8 +68,9 @@ pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Clone
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = fd.as_raw_fd() as u64;
     }
-    // SAFETY: args is a valid clone_args of the length given and outlives the call. The new process
-    // shares no memory. What it may do is the caller's promise.
+    // SAFETY: `args` is a valid clone_args of the given length and outlives the call. The new
+    // process shares no memory with the calling process. The caller guarantees that the new process
+    // calls only async-signal-safe functions.
     let pid = unsafe {
         libc::syscall(
             libc::SYS_clone3,
@@ -75,7 +82,8 @@ pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Clone
         0 => Ok(Cloned::Child),
         1.. => Ok(Cloned::Parent {
             pid: pid as i32,
-            // SAFETY: on success the kernel has stored a new descriptor that nobody else owns.
+            // SAFETY: on success the kernel has stored a new descriptor in `pidfd`, and this
+            // descriptor has no other owner.
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
         _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),

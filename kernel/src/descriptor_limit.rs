@@ -1,15 +1,17 @@
-//! The limit on open descriptors (RLIMIT_NOFILE) of a server and of what it starts.
+//! The limit on open descriptors (RLIMIT_NOFILE) of the CRI server and of the monitors that it
+//! starts.
 
 use std::sync::OnceLock;
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 
-/// The limit that this process was started with.
+/// The limit on open descriptors that this process inherited.
 static INHERITED: OnceLock<Rlimit> = OnceLock::new();
 
-/// Raises the soft limit to the hard one: a stream takes about five descriptors, and the usual
-/// 1024 are not enough for the sessions that are allowed at once. If the limit stays too low, the
-/// calls that run into it report so.
+/// Raises this process's soft limit on open descriptors to its hard limit. The usual soft limit of
+/// 1024 is too low for the allowed number of concurrent exec, attach and port-forward sessions.
+/// Each session uses about five descriptors. A failure is ignored. If descriptors later run out,
+/// the failing call returns its own error.
 pub fn raise() {
     let inherited = getrlimit(Resource::Nofile);
     let _ = INHERITED.set(inherited);
@@ -23,7 +25,9 @@ pub fn raise() {
     );
 }
 
-/// Gives the process `pid` the limit from before [`raise`]. Containers inherit it from their monitor.
+/// Gives the process `pid` the descriptor limit that the calling process had before it called
+/// [`raise`]. The CRI server calls this function for each monitor, because containers inherit the
+/// monitor's descriptor limit.
 pub fn restore_for(pid: i32) {
     if let (Some(inherited), Some(pid)) = (INHERITED.get(), Pid::from_raw(pid)) {
         let _ = prlimit(Some(pid), Resource::Nofile, *inherited);

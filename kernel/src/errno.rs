@@ -1,10 +1,10 @@
-//! What the kernel answered, in words.
+//! The kernel's error numbers as text.
 
 use std::io;
 
 use nix::errno::Errno;
 
-/// The errno's text and name: `Operation not permitted (EPERM)`.
+/// Returns the description and the name of an errno, such as `Operation not permitted (EPERM)`.
 pub fn text(raw: i32) -> String {
     let errno = Errno::from_raw(raw);
     if errno == Errno::UnknownErrno {
@@ -13,7 +13,8 @@ pub fn text(raw: i32) -> String {
     format!("{} ({errno:?})", errno.desc())
 }
 
-/// [`text`] of the error's errno, or the error's own words if it has none.
+/// Returns the [`text`] of the errno in `error`. If `error` contains no errno, this function
+/// returns the display text of `error`.
 pub fn describe(error: &io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), text)
 }
@@ -23,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_errno_has_its_text_and_its_name() {
+    fn an_errno_is_described_by_its_text_and_its_name() {
         let error = io::Error::from_raw_os_error(libc::ENOENT);
         assert_eq!(describe(&error), "No such file or directory (ENOENT)");
         assert_eq!(describe(&io::Error::other("odd")), "odd");

@@ -1,5 +1,6 @@
-//! What the runtime, the monitor and the CRI server ask of Linux. Synchronous and small: the
-//! runtime lives for milliseconds, and a monitor's memory is counted in kilobytes.
+//! Linux interfaces that the runtime, the monitor and the CRI server share. This crate is small and
+//! has no async code. The runtime runs for only a few milliseconds. Every pod has a monitor, so a
+//! monitor must use little memory.
 
 pub mod capability;
 pub mod cgroup;

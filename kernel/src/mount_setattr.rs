@@ -1,11 +1,12 @@
-//! mount_setattr(2), which rustix lacks.
+//! The system call mount_setattr(2), which rustix lacks.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
 
-/// `struct mount_attr` of mount_setattr(2). Zero means no change.
+/// The `struct mount_attr` of mount_setattr(2). A field with the value 0 changes no attribute of
+/// the mount.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MountAttr {
@@ -16,7 +17,7 @@ pub struct MountAttr {
 }
 
 impl MountAttr {
-    /// Makes a mount read-only, and changes nothing else.
+    /// The attributes that make a mount read-only and change nothing else.
     pub const READ_ONLY: MountAttr = MountAttr {
         attr_set: libc::MOUNT_ATTR_RDONLY,
         attr_clr: 0,
@@ -24,8 +25,9 @@ impl MountAttr {
         userns_fd: 0,
     };
 
-    /// Also maps the ids of the mount's files by the user namespace `users`. Such a mount must not
-    /// be attached anywhere yet.
+    /// Adds an id mapping to the attributes. The mount then maps the owners of its files with the
+    /// id mapping of the user namespace `users`. The kernel refuses an id mapping for a mount that
+    /// is already attached to a mount namespace.
     pub fn with_ids_of(mut self, users: BorrowedFd<'_>) -> Self {
         self.attr_set |= libc::MOUNT_ATTR_IDMAP;
         self.userns_fd = u64::try_from(users.as_raw_fd()).unwrap_or_default();
@@ -33,14 +35,16 @@ impl MountAttr {
     }
 }
 
-/// Changes the attributes of the mount that `mount` refers to, and of all below it if `recursive`.
+/// Changes the attributes of the mount that `mount` refers to. If `recursive` is true, this
+/// function also changes all mounts below that mount.
 pub fn mount_setattr(
     mount: BorrowedFd<'_>,
     recursive: bool,
     attr: &MountAttr,
 ) -> Result<(), Errno> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a NUL-terminated string, attr a valid mount_attr of the length given.
+    // SAFETY: the path is a NUL-terminated string, and `attr` is a valid mount_attr of the given
+    // length.
     let returned = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

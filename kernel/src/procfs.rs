@@ -1,9 +1,10 @@
-//! The host's /proc, through which the kernel is told of processes and parameters.
+//! Opens files in the host's /proc. rrun writes to these files to configure processes and to set
+//! kernel parameters.
 //!
-//! What is written there decides what protects a container. A process that another container
-//! shares a mount namespace with, or a race with one, may have put another file in the place of
-//! the one that is meant (CVE-2025-52881). So /proc is checked to be the root of a procfs, and
-//! nothing that is mounted inside it is ever entered.
+//! A container's protection can depend on the values that rrun writes. Another process in the same
+//! mount namespace can mount a different file over a file in /proc. The mount can even be made
+//! directly before rrun opens the file (CVE-2025-52881). For this reason, this module checks that
+//! /proc is the root of a procfs, and refuses every path that crosses a mount point inside /proc.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -13,17 +14,17 @@ use rustix::io::Errno;
 
 use crate::errno;
 
-/// linux/magic.h
+/// The file system type of a procfs, from linux/magic.h.
 pub const PROC_SUPER_MAGIC: FsWord = 0x9fa0;
 
-/// linux/proc_fs.h, PROC_ROOT_INO
+/// The inode number of a procfs's root directory, `PROC_ROOT_INO` in linux/proc_fs.h.
 const ROOT_INODE: u64 = 1;
 
-/// Why /proc cannot be used.
+/// The reason why /proc cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcfsError {
     Kernel(Errno),
-    /// It is no procfs, or a part of one.
+    /// The mount at /proc is not a procfs, or it shows only a subdirectory of a procfs.
     Foreign,
 }
 
@@ -33,13 +34,13 @@ impl From<Errno> for ProcfsError {
     }
 }
 
-/// The whole sentence.
+/// Displays a complete sentence, which begins with `open /proc: `.
 impl fmt::Display for ProcfsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("open /proc: ")?;
         match self {
             ProcfsError::Kernel(errno) => f.write_str(&errno::text(errno.raw_os_error())),
-            ProcfsError::Foreign => f.write_str("what is mounted there is not the kernel's own"),
+            ProcfsError::Foreign => f.write_str("the mount at /proc is not the root of a procfs"),
         }
     }
 }
@@ -48,7 +49,7 @@ impl fmt::Display for ProcfsError {
 pub struct Procfs(OwnedFd);
 
 impl Procfs {
-    /// The one at /proc.
+    /// Opens the procfs that is mounted at /proc.
     pub fn open() -> Result<Procfs, ProcfsError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rustix::fs::open("/proc", flags, Mode::empty())?;
@@ -60,7 +61,8 @@ impl Procfs {
     }
 
     fn open_below(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
-        // `self` and `thread-self` are links, but to names beside them, which BENEATH allows.
+        // `self` and `thread-self` are symbolic links. BENEATH allows them, because they lead to
+        // directories inside /proc.
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
         rustix::fs::openat2(
             &self.0,
@@ -71,14 +73,14 @@ impl Procfs {
         )
     }
 
-    /// Opens a file by its path below /proc, for writing.
+    /// Opens a file for writing. `path` is relative to /proc.
     pub fn for_writing(&self, path: &str) -> Result<OwnedFd, Errno> {
         self.open_below(path, OFlags::WRONLY | OFlags::NOFOLLOW)
     }
 
-    /// Opens anew, with the access that `flags` request, the file that descriptor `number` of this
-    /// thread refers to. For an O_PATH descriptor, that is the file that was looked up, even if its
-    /// path names another one by now.
+    /// Reopens the file to which this thread's descriptor `number` refers, with the access mode in
+    /// `flags`. `reopen_descriptor` opens exactly that file, even if the file's path now leads to
+    /// another file.
     pub(crate) fn reopen_descriptor(&self, number: i32, flags: OFlags) -> Result<OwnedFd, Errno> {
         let directory = self.open_below("thread-self/fd", OFlags::PATH | OFlags::DIRECTORY)?;
         rustix::fs::openat(
@@ -89,7 +91,8 @@ impl Procfs {
         )
     }
 
-    /// Writes a file by its path below /proc with one write(2), as the kernel wants it.
+    /// Writes `text` to the file at `path`, which is relative to /proc. The kernel requires that
+    /// the whole text is passed in one write(2).
     pub fn write(&self, path: &str, text: &str) -> Result<(), Errno> {
         let file = self.for_writing(path)?;
         match rustix::io::write(&file, text.as_bytes())? {

@@ -1,12 +1,13 @@
-//! Opens of files at paths that an image, a container or a pod controls.
+//! Functions that open files at paths from images, containers and pods.
 //!
-//! The rule: such a path is opened only once the kind of its file is known. To open a device calls
-//! its driver, even if nothing is read or written: a watchdog begins to count, a tape rewinds, a
-//! terminal hangs up. To open a FIFO waits for its other end. So the path is looked up with O_PATH,
-//! which calls no driver and does not wait. If the file is a regular one, it is opened through its
-//! descriptor. It is not opened by its path, because that may lead to another file by now.
-//! Directories are simpler: with O_DIRECTORY the kernel refuses everything else before it calls a
-//! driver.
+//! A file at such a path is opened only after its type has been checked. Opening a device calls its
+//! driver, even if nothing is read or written. For example, a watchdog starts its countdown, a tape
+//! drive rewinds its tape, or a terminal hangs up. Opening a FIFO blocks until a process opens the
+//! other end of the FIFO. For this reason, the functions first look up the path with O_PATH, which
+//! calls no driver and does not block. If the file is a regular file, the functions open it through
+//! the O_PATH descriptor. The path is not looked up a second time, because it could then lead to
+//! another file. For a directory, O_DIRECTORY is enough. With O_DIRECTORY, the kernel refuses every
+//! other type of file before it calls a driver.
 
 use std::fmt;
 use std::fs::File;
@@ -20,20 +21,20 @@ use rustix::io::Errno;
 use crate::errno::describe;
 use crate::procfs::{Procfs, ProcfsError};
 
-/// Why a file was not opened or read.
+/// The reason why a file was not opened or read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unfit {
-    /// It is a file of this other kind.
+    /// The file is not a regular file. The value is the file's type.
     Kind(FileType),
-    /// It has more bytes than this limit.
+    /// The file is larger than the limit. The value is the limit in bytes.
     Larger(u64),
     Kernel(Errno),
-    /// /proc, by which it would be opened, is not the kernel's own.
+    /// The file was found, but it cannot be opened through /proc.
     Procfs(ProcfsError),
 }
 
 impl Unfit {
-    /// A sentence about `file`.
+    /// Returns the reason as a whole sentence that contains `file`, the path of the file.
     pub fn sentence(&self, file: &str) -> String {
         match self {
             Unfit::Kernel(_) | Unfit::Procfs(_) => format!("open {file}: {self}"),
@@ -51,7 +52,7 @@ impl Unfit {
                     FileType::Fifo => "a FIFO",
                     FileType::Socket => "a socket",
                     FileType::Symlink => "a symbolic link",
-                    _ => "of an unknown kind",
+                    _ => "of an unknown type",
                 };
                 format!("is {kind}, not a regular file")
             }
@@ -62,7 +63,8 @@ impl Unfit {
     }
 }
 
-/// The text to put after the file's name and a colon.
+/// Displays the reason without the file's path. The caller writes the path and a colon before the
+/// reason.
 impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -86,14 +88,14 @@ impl From<Errno> for Unfit {
     }
 }
 
-/// Opens the regular file at `path` with the access that `flags` request. Follows links. The
-/// kernel's namespace files are regular files, too.
+/// Opens the regular file at `path` with the access that `flags` request. Symbolic links are
+/// followed. A namespace file (/proc/PID/ns/…) counts as a regular file, too.
 pub fn open(path: &Path, flags: OFlags) -> Result<File, Unfit> {
     open_at(CWD, path, flags, true)
 }
 
-/// Opens the regular file at `path` below `dir`. Without `follow`, a link as the last component is
-/// refused.
+/// Opens the regular file at `path`, which is relative to `dir`. If `follow` is false, this
+/// function refuses a path whose last component is a symbolic link.
 pub fn open_at(
     dir: impl AsFd,
     path: impl rustix::path::Arg,
@@ -106,13 +108,15 @@ pub fn open_at(
     reopen(found, flags)
 }
 
-/// Opens the file that `found`, an O_PATH descriptor, refers to, if it is a regular file.
+/// Opens the file behind the O_PATH descriptor `found`. Returns an error if the file is not a
+/// regular file.
 pub fn reopen(found: impl AsFd, flags: OFlags) -> Result<File, Unfit> {
     check_kind(&found)?;
     reopen_regular(&Procfs::open()?, found, flags)
 }
 
-/// The same by a /proc that is open already, with the file's attributes.
+/// Does the same as [`reopen`], but uses a /proc that is already open and also returns the file's
+/// attributes.
 pub fn reopen_by(procfs: &Procfs, found: impl AsFd, flags: OFlags) -> Result<(File, Stat), Unfit> {
     let stat = check_kind(&found)?;
     Ok((reopen_regular(procfs, found, flags)?, stat))
@@ -127,13 +131,15 @@ fn check_kind(found: impl AsFd) -> Result<Stat, Unfit> {
 }
 
 fn reopen_regular(procfs: &Procfs, found: impl AsFd, flags: OFlags) -> Result<File, Unfit> {
-    // For a regular file O_NOCTTY has no effect, and O_NONBLOCK only avoids a wait for a lease.
+    // O_NOCTTY is only a precaution, because it has no effect on a regular file. With O_NONBLOCK,
+    // the open fails instead of waiting until another process gives up its lease on the file, see
+    // fcntl(2).
     let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
     let number = found.as_fd().as_raw_fd();
     Ok(procfs.reopen_descriptor(number, flags)?.into())
 }
 
-/// Reads a file of at most `limit` bytes.
+/// Reads the whole file. Fails if the file has more than `limit` bytes.
 pub fn read(file: File, limit: u64) -> Result<Vec<u8>, Unfit> {
     let mut bytes = Vec::new();
     let read = file.take(limit + 1).read_to_end(&mut bytes);
@@ -164,23 +170,26 @@ mod tests {
         }
         open("/proc/self/ns/net")?;
         assert_eq!(read(open("file")?, 3), Err(Unfit::Larger(3)));
-        let told = |unfit: std::result::Result<File, Unfit>| {
+        let message_of = |unfit: std::result::Result<File, Unfit>| {
             unfit
                 .err()
                 .map(|unfit| unfit.to_string())
                 .unwrap_or_default()
         };
-        for (name, what) in [
+        for (name, message) in [
             ("directory", "it is a directory, not a regular file"),
             ("socket", "it is a socket, not a regular file"),
             ("fifo", "it is a FIFO, not a regular file"),
             ("/dev/null", "it is a character device, not a regular file"),
-            ("none", "No such file or directory (ENOENT)"),
+            ("missing", "No such file or directory (ENOENT)"),
         ] {
-            assert_eq!(told(open(name)), what, "{name}");
+            assert_eq!(message_of(open(name)), message, "{name}");
         }
         let link = open_at(CWD, dir.join("link"), OFlags::RDONLY, false);
-        assert_eq!(told(link), "it is a symbolic link, not a regular file");
+        assert_eq!(
+            message_of(link),
+            "it is a symbolic link, not a regular file"
+        );
         std::fs::remove_dir_all(&dir)?;
         Ok(())
     }

@@ -1,24 +1,28 @@
-//! Signals by the names and numbers that people and configurations write.
+//! Parses signals in the notations of command lines, image configurations and CRI requests.
 
 use nix::sys::signal::Signal;
 
-/// The kernel's real-time signals. C libraries keep the first ones for themselves: `SIGRTMIN()` is
-/// 34 with glibc and 35 with musl. What is written means glibc's, as for Docker and runc.
+/// The lowest real-time signal that is not reserved by the C library. `SIGRTMIN()` returns 34 with
+/// glibc and 35 with musl. The constant is glibc's value. Docker and runc also use this value.
 const RTMIN: i32 = 34;
+/// The highest real-time signal of the kernel.
 const RTMAX: i32 = 64;
 
-/// Where a signal is written, which decides what may be written.
+/// The source of a signal's text, which determines the valid notations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notation {
-    /// runc's command line: 0, which is sent to no process, is a signal, and an offset from `RTMIN`
-    /// or `RTMAX` may be any number.
+    /// A command line, where signals are written in runc's notation. The signal 0, for which
+    /// kill(2) sends no signal, is valid on a command line. The offset after `RTMIN` or `RTMAX` is
+    /// a signed number, such as `+3`, `3` or `-3`.
     CommandLine,
-    /// An image's configuration or the CRI: real-time signals are `RTMIN+3`, `RTMINPLUS3`,
-    /// `RTMAX-3`, `RTMAXMINUS3`, and SIGCHLD has its second name.
+    /// An image's configuration or a CRI request, where signals are written in Docker's notation.
+    /// Real-time signals are written as `RTMIN+3`, `RTMINPLUS3`, `RTMAX-3` or `RTMAXMINUS3`, and
+    /// SIGCHLD can also be written as SIGCLD.
     Image,
 }
 
-/// The number of `SIGTERM`, `term`, `15` or `SIGRTMIN+3`.
+/// Returns the number of the signal that `text` names, such as `SIGTERM`, `term`, `15` or
+/// `SIGRTMIN+3`. Returns `None` if `text` is not a valid signal.
 pub fn parse(text: &str, notation: Notation) -> Option<i32> {
     if let Ok(number) = text.parse::<i32>() {
         let first = i32::from(notation == Notation::Image);
@@ -37,7 +41,7 @@ pub fn parse(text: &str, notation: Notation) -> Option<i32> {
         });
     }
     let canonical = match name {
-        // Second names, signal(7).
+        // signal(7) lists these alternative names.
         "CLD" if notation == Notation::Image => "CHLD",
         "IOT" => "ABRT",
         "POLL" => "IO",
@@ -51,8 +55,9 @@ fn real_time(number: i32) -> Option<i32> {
     (RTMIN..=RTMAX).contains(&number).then_some(number)
 }
 
-/// What follows `RTMIN` or `RTMAX`: nothing, or a signed number on the command line, or one after
-/// one of the two words in an image.
+/// Parses the text after `RTMIN` or `RTMAX`. An empty text means the offset 0. On a command line,
+/// the text is a signed number. In an image or a CRI request, the text is `sign` or `word`,
+/// followed by a number.
 fn offset(text: &str, notation: Notation, (sign, word): (&str, &str)) -> Option<i32> {
     if text.is_empty() {
         return Some(0);
@@ -65,13 +70,14 @@ fn offset(text: &str, notation: Notation, (sign, word): (&str, &str)) -> Option<
     (-RTMAX..=RTMAX).contains(&offset).then_some(offset)
 }
 
-/// The kernel's signal of this number, real-time signals included. `None` if there is none.
+/// Returns the kernel's signal with this number, which can be a real-time signal. Returns `None` if
+/// the number is out of range.
 pub fn by_number(number: i32) -> Option<rustix::process::Signal> {
     if !(1..=RTMAX).contains(&number) {
         return None;
     }
-    // SAFETY: the number is one of the kernel's, and no program of ours waits for signals by the
-    // real-time numbers that the C library keeps to itself.
+    // SAFETY: the number is a valid signal of the kernel. rrun's programs do not wait for the
+    // real-time signals that the C library reserves.
     Some(unsafe { rustix::process::Signal::from_raw_unchecked(number) })
 }
 
@@ -89,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_line_has_runcs_notation() {
+    fn signals_on_a_command_line_have_the_notation_of_runc() {
         check(
             Notation::CommandLine,
             &[
@@ -120,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_has_dockers_notation() {
+    fn signals_in_an_image_have_the_notation_of_docker() {
         check(
             Notation::Image,
             &[

@@ -7,8 +7,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SocketAddrUnix;
 
-/// Calls `with` with the address of the socket `name` in a directory. A path that is too long for
-/// an address (over 107 bytes, unix(7)) is reached through a descriptor of the directory.
+/// Passes the address of the socket `name` in `directory` to the function `with`. An address can
+/// contain a path of at most 107 bytes, see unix(7). If the socket's path is longer, the address
+/// contains the path `/proc/self/fd/N/NAME` instead, where N is a descriptor of `directory`.
 pub fn at_address<T>(
     directory: &Path,
     name: &str,

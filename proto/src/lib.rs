@@ -1,18 +1,21 @@
-//! The Kubernetes Container Runtime Interface, version 1, as Kubernetes 1.36 has it: messages,
-//! client and server.
+//! The messages, the client and the server of the Kubernetes Container Runtime Interface (CRI),
+//! version 1, as of Kubernetes 1.36.
 //!
-//! The definition is in `proto/cri/v1`, one file per concern; `build.rs` compiles it, and
-//! `tests/cri_api.rs` holds it against the Go module that Kubernetes itself is built from.
+//! The definition is in `proto/cri/v1`, which has one file per subject. `build.rs` compiles the
+//! definition. `tests/cri_api.rs` compares the definition with the Go module from which Kubernetes
+//! itself is built.
 
-/// Package `runtime.v1`, the name that travels in every gRPC method's path.
+/// The protobuf package `runtime.v1`. The package name must not change, because it is part of every
+/// gRPC method's path.
 pub mod v1 {
     tonic::include_proto!("runtime.v1");
 }
 
 use std::fmt;
 
-/// The definition marks these fields `debug_redact`, which prost passes over: without this a
-/// `{request:?}` in a log would carry a registry's password.
+/// The CRI definition marks the secret fields of AuthConfig with `debug_redact`, an option that
+/// prost ignores. Without this implementation of `Debug`, a log message with `{request:?}` would
+/// contain the password for a registry.
 impl fmt::Debug for v1::AuthConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fn redacted(secret: &str) -> &'static str {
@@ -34,7 +37,7 @@ mod tests {
     use super::v1::{AuthConfig, PullImageRequest};
 
     #[test]
-    fn debug_output_of_a_pull_carries_no_secret() {
+    fn the_debug_output_of_a_pull_request_contains_no_secret() {
         let request = PullImageRequest {
             auth: Some(AuthConfig {
                 username: "name".into(),

@@ -1,7 +1,8 @@
-//! Holds proto/cri/v1 against the api.proto in the Go module that Kubernetes is built from: every
-//! message, field, enum value and method, in both directions. Go fetches the module into its own
-//! cache; where there is no Go, or no module to be had, the comparison is counted as ignored and
-//! says why.
+//! Compares proto/cri/v1 with the file api.proto in the Go module from which Kubernetes is built.
+//! The comparison covers every message, field, enum value and method, and detects an item that is
+//! missing in either definition. `go mod download` downloads the module into Go's module cache. If
+//! Go is not installed or the module is not available, the test is reported as ignored, with the
+//! reason.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,13 +21,14 @@ use protox::prost_reflect::{
 
 const MODULE: &str = "k8s.io/cri-api@v0.36.3";
 const DEFINITION_IN_MODULE: &str = "pkg/apis/runtime/v1/api.proto";
-/// A dead proxy must not hold up the other tests for ever.
+/// The timeout for the download of the Go module. Without a timeout, an unresponsive module proxy
+/// would block the test run for ever.
 const DOWNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() {
     let trials = vec![
         Trial::ignorable_test(
-            "every_message_enum_and_method_is_that_of_kubernetes",
+            "every_message_enum_and_method_equals_that_of_kubernetes",
             || match fetch_module()? {
                 Fetched::Unavailable(reason) => Ok(Completion::ignored_with(reason)),
                 Fetched::Directory(directory) => {
@@ -36,34 +38,42 @@ fn main() {
                 }
             },
         ),
-        Trial::test("runtime_service_has_35_methods_and_image_service_6", || {
-            let pool = ours()?;
-            let methods: BTreeMap<_, _> = pool
-                .services()
-                .map(|service| (service.full_name().to_owned(), service.methods().len()))
-                .collect();
-            let expected = [
-                ("runtime.v1.ImageService".to_owned(), 6),
-                ("runtime.v1.RuntimeService".to_owned(), 35),
-            ];
-            if methods != expected.into() {
-                return Err(format!("the services are {methods:?}").into());
-            }
-            Ok(())
-        }),
-        Trial::test("comparison_sees_each_kind_of_change", comparison_sees),
+        Trial::test(
+            "runtime_service_has_35_methods_and_image_service_has_6",
+            || {
+                let pool = ours()?;
+                let methods: BTreeMap<_, _> = pool
+                    .services()
+                    .map(|service| (service.full_name().to_owned(), service.methods().len()))
+                    .collect();
+                let expected = [
+                    ("runtime.v1.ImageService".to_owned(), 6),
+                    ("runtime.v1.RuntimeService".to_owned(), 35),
+                ];
+                if methods != expected.into() {
+                    return Err(
+                        format!("the services in proto/cri/v1 have unexpected numbers of methods: {methods:?}").into(),
+                    );
+                }
+                Ok(())
+            },
+        ),
+        Trial::test(
+            "the_comparison_detects_each_kind_of_change",
+            comparison_detects_changes,
+        ),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 
-/// The definition that build.rs compiles.
+/// Compiles the definition in proto/cri/v1 from the same files as build.rs.
 fn ours() -> Result<DescriptorPool, Failed> {
     let mut compiler = Compiler::new([Path::new(env!("CARGO_MANIFEST_DIR"))])?;
     compiler.open_files(["cri/v1/runtime_service.proto", "cri/v1/image_service.proto"])?;
     Ok(compiler.descriptor_pool())
 }
 
-/// A definition that is one file.
+/// Compiles a definition that consists of one file with the text `source`.
 fn compile(source: &str) -> Result<DescriptorPool, Failed> {
     struct OneFile(String);
     impl FileResolver for OneFile {
@@ -79,15 +89,17 @@ fn compile(source: &str) -> Result<DescriptorPool, Failed> {
     Ok(compiler.descriptor_pool())
 }
 
-/// What a definition states: the full name of each thing to all that is said of it.
+/// The contents of a definition, as a map from the full name of each item to the item's
+/// description.
 type Facts = BTreeMap<String, String>;
 
 fn facts(pool: &DescriptorPool) -> Facts {
     let mut facts = Facts::new();
-    // The pool has google.protobuf's own descriptors in it too.
+    // The pool also contains the items of google.protobuf, which are not compared.
     let is_cri = |package: &str| !package.starts_with("google.protobuf");
     for message in pool.all_messages().filter(|m| is_cri(m.package_name())) {
-        // A map's entry type is part of the map field.
+        // This loop skips the entry message of a map, because `describe_type` describes it as part
+        // of the map field.
         if message.is_map_entry() {
             continue;
         }
@@ -100,7 +112,8 @@ fn facts(pool: &DescriptorPool) -> Facts {
         let name = enumeration.full_name();
         facts.insert(name.to_owned(), describe_enum(&enumeration));
         for value in enumeration.values() {
-            // By the enum's name: the values' own scope is the one around it.
+            // The enum's name is added to the key. In protobuf, the full name of an enum value does
+            // not contain the enum's name.
             facts.insert(
                 format!("{name}.{}", value.name()),
                 format!("{}{}", value.number(), describe_options(&value.options())),
@@ -132,7 +145,9 @@ fn describe_field(field: &FieldDescriptor) -> String {
         _ if field.is_map() => "",
         Cardinality::Repeated => "repeated ",
         Cardinality::Required => "required ",
-        // Messages can always be absent; anything else only if it says so.
+        // A field with a message type can always be absent. A field with another type can be absent
+        // only if it is marked `optional` or is part of a oneof. The description therefore contains
+        // `optional` only for a field with another type.
         Cardinality::Optional
             if field.supports_presence() && field.kind().as_message().is_none() =>
         {
@@ -158,7 +173,8 @@ fn describe_type(field: &FieldDescriptor) -> String {
             describe_type(&entry.map_entry_key_field()),
             describe_type(&entry.map_entry_value_field()),
         ),
-        // The full name of a message or an enum, the keyword of a scalar.
+        // For a message or an enum, the debug text of `kind` is the full name. For a scalar type,
+        // it is the keyword.
         kind => format!("{kind:?}"),
     }
 }
@@ -186,7 +202,7 @@ fn describe_method(method: &MethodDescriptor) -> String {
     )
 }
 
-/// `deprecated`, `debug_redact` and whatever else is set in brackets.
+/// Returns all options of an item as text, such as `deprecated` and `debug_redact`.
 fn describe_options(options: &DynamicMessage) -> String {
     options
         .fields()
@@ -199,14 +215,18 @@ fn differences(ours: &Facts, theirs: &Facts) -> Vec<String> {
     let missing_or_other = theirs
         .iter()
         .filter_map(|(name, there)| match ours.get(name) {
-            None => Some(format!("{name}: missing here; there it is `{there}`")),
-            Some(here) if here != there => Some(format!("{name}: here `{here}`, there `{there}`")),
+            None => Some(format!(
+                "{name}: missing in proto/cri/v1, `{there}` in {MODULE}"
+            )),
+            Some(here) if here != there => Some(format!(
+                "{name}: `{here}` in proto/cri/v1, `{there}` in {MODULE}"
+            )),
             Some(_) => None,
         });
     let ours_alone = ours
         .iter()
         .filter(|(name, _)| !theirs.contains_key(*name))
-        .map(|(name, here)| format!("{name}: here `{here}`, missing there"));
+        .map(|(name, here)| format!("{name}: `{here}` in proto/cri/v1, missing in {MODULE}"));
     missing_or_other.chain(ours_alone).collect()
 }
 
@@ -216,14 +236,14 @@ fn no_difference(ours: &Facts, theirs: &Facts) -> Result<(), Failed> {
         return Ok(());
     }
     Err(format!(
-        "proto/cri/v1 (here) and {MODULE} (there) differ in {} places:\n  {}",
+        "proto/cri/v1 and {MODULE} differ in {} places:\n  {}",
         found.len(),
         found.join("\n  ")
     )
     .into())
 }
 
-fn comparison_sees() -> Result<(), Failed> {
+fn comparison_detects_changes() -> Result<(), Failed> {
     const SOURCE: &str = r#"
         syntax = "proto3";
         package runtime.v1;
@@ -269,7 +289,11 @@ fn comparison_sees() -> Result<(), Failed> {
         ] {
             let prefix = format!("runtime.v1.{place}: ");
             if found.is_empty() || !found.iter().all(|line| line.starts_with(&prefix)) {
-                return Err(format!("`{from}` made `{to}` is told as {found:?}").into());
+                return Err(format!(
+                    "the replacement of `{from}` by `{to}` must be reported only as a \
+                     difference of {place}, but the comparison reported {found:?}"
+                )
+                .into());
             }
         }
     }
@@ -277,16 +301,17 @@ fn comparison_sees() -> Result<(), Failed> {
 }
 
 enum Fetched {
-    /// Where the module lies unpacked in Go's cache.
+    /// The directory of the unpacked module in Go's module cache.
     Directory(PathBuf),
-    /// Why it doesn't.
+    /// The reason why the module is not available.
     Unavailable(String),
 }
 
 fn fetch_module() -> Result<Fetched, Failed> {
     let spawned = Command::new("go")
         .args(["mod", "download", "-json", MODULE])
-        // Outside of any module, so that nothing here has a say in what is fetched.
+        // `go` runs in a directory outside of any Go module. No local go.mod then influences the
+        // download.
         .current_dir(std::env::temp_dir())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -296,7 +321,7 @@ fn fetch_module() -> Result<Fetched, Failed> {
         Ok(go) => go,
         Err(error) => {
             return Ok(Fetched::Unavailable(format!(
-                "{MODULE} not compared: running go: {error}"
+                "the comparison with {MODULE} was skipped: cannot run go: {error}"
             )));
         }
     };
@@ -306,19 +331,22 @@ fn fetch_module() -> Result<Fetched, Failed> {
             go.kill()?;
             go.wait()?;
             return Ok(Fetched::Unavailable(format!(
-                "{MODULE} not compared: go mod download gave no answer in {DOWNLOAD_TIMEOUT:?}"
+                "the comparison with {MODULE} was skipped: go mod download did not finish within {DOWNLOAD_TIMEOUT:?}"
             )));
         }
         thread::sleep(Duration::from_millis(50));
     }
-    // A few hundred bytes of JSON, even for a failure: the pipe has held them.
+    // The loop above does not read the output of `go`. `go` does not block, because its output fits
+    // into the pipe's buffer. Even after a failure, `go` prints only a few hundred bytes of JSON.
     let output = go.wait_with_output()?;
-    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    Ok(match answer["Dir"].as_str() {
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    Ok(match result["Dir"].as_str() {
         Some(directory) if output.status.success() => Fetched::Directory(directory.into()),
         _ => Fetched::Unavailable(format!(
-            "{MODULE} not compared: go mod download: {}",
-            answer["Error"].as_str().unwrap_or("no answer")
+            "the comparison with {MODULE} was skipped: go mod download failed: {}",
+            result["Error"]
+                .as_str()
+                .unwrap_or("the command printed no error")
         )),
     })
 }

@@ -1,24 +1,25 @@
-//! The command line, read as runc reads it.
+//! The parser of the command line, which accepts the same forms as runc's parser.
 //!
-//! Written out instead of taken from an argument parser for two reasons: runc's habits
-//! (a single dash before a long name, `--keep=false`, flags after the id except where the
-//! rest belongs to another program) are what callers rely on, and this is part of the time
-//! that every container's start takes.
+//! rrun does not use an argument parser crate, for two reasons. First, rrun's callers rely on
+//! runc's conventions. A long name can have a single dash, a switch can have a value
+//! (`--keep=false`), and flags can follow the container id. `exec` and `ps` are exceptions: the
+//! words after the container id are the command line of another program. Second, the parser must be
+//! fast, because every start of a container parses a command line.
 
 use std::fmt::Write as _;
 
 use crate::error::{Error, Result, refuse};
 
-/// One flag that a command takes.
+/// A flag that a command accepts.
 pub(crate) struct Flag {
     long: &'static str,
     short: Option<char>,
-    /// Whether a value follows; without one it is a switch.
+    /// True if a value follows the flag. A flag without a value is a switch.
     takes_value: bool,
     help: &'static str,
 }
 
-/// A flag that is given or not.
+/// Returns a flag that has no value.
 pub(crate) const fn switch(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
     Flag {
         long,
@@ -28,7 +29,7 @@ pub(crate) const fn switch(long: &'static str, short: Option<char>, help: &'stat
     }
 }
 
-/// A flag with a value.
+/// Returns a flag that needs a value.
 pub(crate) const fn value(long: &'static str, short: Option<char>, help: &'static str) -> Flag {
     Flag {
         long,
@@ -38,7 +39,7 @@ pub(crate) const fn value(long: &'static str, short: Option<char>, help: &'stati
     }
 }
 
-/// What was given on the command line.
+/// The flags and the arguments that were given on the command line.
 #[derive(Debug, Default)]
 pub(crate) struct Arguments {
     flags: Vec<(&'static str, String)>,
@@ -46,11 +47,12 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    /// Reads `words`. If `rest_is_foreign`, everything from the first word that is no flag
-    /// is positional, as for a program's own arguments.
+    /// Parses `words`. If `rest_is_foreign` is set, the flags end at the first word that is not a
+    /// flag. This word and all words after it are positional. For example, the words after the
+    /// container id of `exec` are the command line of another program.
     ///
     /// # Errors
-    /// A flag that is not in `known`, or one whose value is missing.
+    /// Fails if a flag is not in `known`, or if the value of a flag is missing.
     pub(crate) fn read(
         words: impl Iterator<Item = String>,
         known: &'static [Flag],
@@ -95,17 +97,19 @@ impl Arguments {
         Ok(arguments)
     }
 
-    /// Whether a switch is given (the last one counts).
+    /// Returns whether a switch is set. If the switch is given several times, the last occurrence
+    /// counts.
     pub(crate) fn is_set(&self, long: &str) -> bool {
         self.value(long) == Some("true")
     }
 
-    /// The value of a flag, if it is given (the last one counts).
+    /// Returns the value of a flag, if the flag is given. If the flag is given several times, the
+    /// last value counts.
     pub(crate) fn value(&self, long: &str) -> Option<&str> {
         self.values(long).next_back()
     }
 
-    /// All values of a flag that may be given more than once.
+    /// Returns all values of a flag that can be given several times.
     pub(crate) fn values(&self, long: &str) -> impl DoubleEndedIterator<Item = &str> {
         self.flags
             .iter()
@@ -113,7 +117,7 @@ impl Arguments {
             .map(|(_, value)| value.as_str())
     }
 
-    /// A flag's value as a number.
+    /// Returns a flag's value as a number.
     pub(crate) fn number<N: std::str::FromStr>(&self, long: &str) -> Result<Option<N>> {
         self.value(long)
             .map(|value| {
@@ -124,21 +128,23 @@ impl Arguments {
             .transpose()
     }
 
-    /// Checks that there is nothing beside the flags.
-    pub(crate) fn none(&self) -> Result<()> {
+    /// Checks that the command line contains only flags.
+    pub(crate) fn check_only_flags(&self) -> Result<()> {
         match self.positional.len() {
             0 => Ok(()),
-            given => refuse!("no argument is needed; {given} are given"),
+            given => refuse!(
+                "the command accepts only flags, but the command line has {given} other argument(s)"
+            ),
         }
     }
 
-    /// The one argument that most commands take.
+    /// Returns the container id, which is the only argument of most commands.
     pub(crate) fn container_id(&self) -> Result<&str> {
         match self.positional.as_slice() {
             [id] if !id.is_empty() => Ok(id),
-            [] | [_] => Err(Error::new("a container id is needed as argument")),
+            [] | [_] => Err(Error::new("the argument for the container id is missing")),
             _ => Err(Error::new(format!(
-                "exactly one argument is needed, a container id; {} are given",
+                "the command needs exactly one argument, the container id, but {} arguments are given",
                 self.positional.len()
             ))),
         }
@@ -156,7 +162,7 @@ fn find(known: &'static [Flag], name: &str) -> Option<&'static Flag> {
         .find(|flag| flag.long == name || (letter.is_some() && flag.short == letter))
 }
 
-/// The flags as a `--help` text shows them.
+/// Returns the descriptions of the flags for a `--help` text.
 pub(crate) fn describe(flags: &[Flag]) -> String {
     let mut text = String::new();
     for flag in flags {
@@ -187,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn one_dash_or_two_and_values_with_or_without_equals_sign() {
+    fn a_flag_has_one_dash_or_two_and_an_optional_equals_sign() {
         for words in [
             ["--bundle", "/b", "id"],
             ["-bundle", "/b", "id"],
@@ -206,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_may_follow_the_id_unless_the_rest_is_foreign() {
+    fn flags_can_follow_the_id_unless_the_remaining_words_belong_to_another_program() {
         assert!(read(&["id", "--keep"], false).unwrap().is_set("keep"));
         let foreign = read(&["--keep=false", "id", "sh", "--keep", "-c"], true).unwrap();
         assert!(!foreign.is_set("keep"));
@@ -214,13 +220,13 @@ mod tests {
     }
 
     #[test]
-    fn repeated_flags_keep_their_order() {
+    fn the_values_of_a_repeated_flag_keep_their_order() {
         let arguments = read(&["-e", "A=1", "-e", "B=2", "id"], false).unwrap();
         assert_eq!(arguments.values("env").collect::<Vec<_>>(), ["A=1", "B=2"]);
     }
 
     #[test]
-    fn unknown_flags_and_missing_values_are_refused_by_name() {
+    fn errors_name_unknown_flags_and_flags_without_a_value() {
         for (words, name) in [(vec!["--nope"], "-nope"), (vec!["--bundle"], "-bundle")] {
             let error = read(&words, false).unwrap_err().to_string();
             assert!(error.contains(name), "{error}");

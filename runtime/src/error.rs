@@ -1,9 +1,10 @@
-//! What went wrong, as one sentence for the person who reads it.
+//! The error type of rrun. Each error is one sentence for the person who reads it.
 //!
-//! Every error that reaches a user has the form `what was being done, to what: what the
-//! kernel said (ENAME)`. The sentence is built where the failure happens, because only
-//! there all its parts are known; from there on it is only carried, also across the pipe
-//! from a container's first process to its parent.
+//! Every error that reaches a user has the form `what rrun was doing, to what: what the kernel
+//! reported (ENAME)`. The code that detects a failure builds the sentence, because only this code
+//! has all parts of the sentence. The callers of this code pass the finished sentence on to their
+//! own callers. The channel from a container's first process to its parent also transports finished
+//! sentences.
 
 use std::fmt;
 
@@ -25,16 +26,17 @@ impl From<ProcfsError> for Error {
     }
 }
 
-/// What a caller may need to tell apart; everything else is in the sentence.
+/// The kind of an error, for calling functions that handle certain errors specially. All other
+/// details of an error are in its sentence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Anything that has no kind of its own.
+    /// An error that no calling function handles specially.
     General,
-    /// No container of that id under this root.
+    /// No container with the given id exists in the --root directory.
     NoSuchContainer,
 }
 
-/// One sentence, and its kind.
+/// A sentence for the user, and the kind of the error.
 #[derive(Debug, thiserror::Error)]
 #[error("{sentence}")]
 pub(crate) struct Error {
@@ -59,14 +61,15 @@ impl Error {
         self.kind
     }
 
-    /// Puts what was being done around what went wrong inside it.
+    /// Puts `doing` in front of the error's sentence. `doing` describes the larger operation that
+    /// failed because of this error.
     pub(crate) fn while_doing(mut self, doing: impl fmt::Display) -> Error {
         self.sentence = format!("{doing}: {}", self.sentence);
         self
     }
 }
 
-/// Something that carries the reason of a failure, mostly an errno.
+/// An error type that describes the reason of a failure. The reason is usually an errno.
 pub(crate) trait Reason {
     fn reason(&self) -> String;
 }
@@ -96,9 +99,10 @@ impl Reason for Error {
     }
 }
 
-/// Turns a kernel's refusal into a sentence.
+/// A result whose error, such as an errno from the kernel, can be converted to a sentence.
 pub(crate) trait Context<T> {
-    /// `doing` is evaluated only on failure: `mount proc on /proc`.
+    /// Puts a description of the operation, such as `mount proc on /proc`, in front of the error's
+    /// reason. `doing` builds the description, and is called only if the operation failed.
     fn doing<D: fmt::Display>(self, doing: impl FnOnce() -> D) -> Result<T>;
 }
 
@@ -108,7 +112,8 @@ impl<T, E: Reason> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// `return Err(Error::new(format!(…)))`.
+/// Expands to `return Err(Error::new(format!(…)))`, which returns an error from the calling
+/// function.
 macro_rules! refuse {
     ($($arg:tt)*) => {
         return Err($crate::error::Error::new(format!($($arg)*)))
@@ -121,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_errno_becomes_words_and_its_name() {
+    fn an_error_contains_the_errnos_description_and_its_name() {
         let failed: std::result::Result<(), _> = Err(rustix::io::Errno::PERM);
         let error = failed.doing(|| "mount proc on /proc").unwrap_err();
         assert_eq!(

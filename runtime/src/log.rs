@@ -1,5 +1,5 @@
-//! The log that `--log`, `--log-format` and `--debug` speak of, line for line as runc
-//! writes it, because its callers read the last error out of it.
+//! The log, which the flags `--log`, `--log-format` and `--debug` configure. The lines of the log
+//! have exactly runc's format, because rrun's callers parse the log to find rrun's last error.
 
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
@@ -25,7 +25,8 @@ struct Log {
 enum LogDestination {
     StandardError,
     File(File),
-    /// This process is in a container, from which the log must not be reachable.
+    /// No destination. A process in a container writes no log, because a container must not be able
+    /// to reach the host's log file.
     Nowhere,
 }
 
@@ -33,14 +34,16 @@ static LOG: OnceLock<Log> = OnceLock::new();
 
 impl Log {
     fn destination(&self) -> MutexGuard<'_, LogDestination> {
-        // After a panic under the lock, at most half a line is missing.
+        // A thread can panic while it holds the lock. The panic truncates at most one line, so the
+        // log is still usable.
         self.destination
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Opens the log file, if one is named. Called once, at the start.
+/// Opens the log file at `path`. Without a path, the log is standard error. rrun calls this
+/// function once, at its start.
 pub(crate) fn open(path: Option<&str>, format: LogFormat, debug: bool) -> Result<()> {
     let destination = match path.filter(|path| !path.is_empty() && *path != "/dev/stderr") {
         None => LogDestination::StandardError,
@@ -60,12 +63,12 @@ pub(crate) fn open(path: Option<&str>, format: LogFormat, debug: bool) -> Result
     Ok(())
 }
 
-/// Logs the error that ends this program. It also appears on standard error as it is,
-/// unless the log itself goes there.
+/// Logs the error that ends this program. If the log is a file, this function also writes the
+/// sentence, without time and level, to standard error.
 pub(crate) fn fatal(sentence: &str) {
     write("error", sentence);
-    let elsewhere = |log: &Log| matches!(*log.destination(), LogDestination::File(_));
-    if LOG.get().is_some_and(elsewhere) {
+    let is_file = |log: &Log| matches!(*log.destination(), LogDestination::File(_));
+    if LOG.get().is_some_and(is_file) {
         let _ = writeln!(std::io::stderr(), "{sentence}");
     }
 }
@@ -83,7 +86,8 @@ pub(crate) fn debug(sentence: impl FnOnce() -> String) {
 fn write(level: &str, message: &str) {
     let format = LOG.get().map_or(LogFormat::Text, |log| log.format);
     let line = line(format, level, message, &rfc3339_seconds(SystemTime::now()));
-    // Nobody is left to be told of a log that can not be written.
+    // A failure to write the log is ignored, because rrun has no other place to which it could
+    // report the failure.
     let _ = match LOG.get().map(Log::destination).as_deref_mut() {
         Some(LogDestination::File(file)) => file.write_all(line.as_bytes()),
         Some(LogDestination::Nowhere) => Ok(()),
@@ -91,8 +95,8 @@ fn write(level: &str, message: &str) {
     };
 }
 
-/// Closes the log file, a file of the host, in a process that is about to resolve paths of the
-/// container.
+/// Closes the log file, which is on the host. A process calls this function before it resolves
+/// paths in the container. Otherwise, the path /proc/self/fd/N could lead to the log file.
 pub(crate) fn close() {
     if let Some(mut destination) = LOG.get().map(Log::destination)
         && let LogDestination::File(_) = *destination
@@ -119,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_have_the_shape_that_callers_of_runc_parse() {
+    fn log_lines_have_the_format_that_callers_of_runc_parse() {
         let time = "2026-11-21T10:39:48Z";
         assert_eq!(
             line(LogFormat::Json, "error", "a \"b\"\n", time),

@@ -1,14 +1,17 @@
-//! rrun, an OCI runtime: it creates, starts, joins and deletes containers as the specification
-//! at <https://github.com/opencontainers/runtime-spec> describes them, with runc's command line.
+//! rrun, an OCI runtime. rrun creates, starts, enters and deletes containers as the runtime
+//! specification at <https://github.com/opencontainers/runtime-spec> describes, and has runc's
+//! command line.
 //!
-//! The modules in the order in which a command meets them: [`commands`] reads the command line
-//! and [`config`] the configuration, [`lifecycle::create`] makes cgroup and process,
-//! [`lifecycle::init`] is what that process does until it executes its program,
-//! [`lifecycle::start_socket`] is where it waits for `start`, and [`lifecycle::exec`] adds
-//! further processes.
+//! The following modules create a container, in this order. [`commands`] reads the command line,
+//! and [`config`] reads the configuration. [`lifecycle::create`] creates the cgroup and the
+//! container's first process. [`lifecycle::init`] is the code that the first process runs until it
+//! executes its program. [`lifecycle::start_socket`] is the socket at which the first process waits
+//! for `start`. [`lifecycle::exec`] adds further processes to a running container.
 //!
-//! The program has no start-up code of Rust's: that reads /proc/self/maps and allocates a signal
-//! stack to report a stack overflow, in a program that runs for milliseconds.
+//! The crate is `no_main`, so the program does not run the start-up code of Rust's standard
+//! library. To be able to report a stack overflow, the start-up code reads /proc/self/maps and
+//! allocates a signal stack. Both steps take too long in a program that runs for only a few
+//! milliseconds.
 #![cfg_attr(not(test), no_main)]
 
 mod arguments;
@@ -26,10 +29,10 @@ mod sys;
 
 use std::ffi::{c_char, c_int};
 
-/// What the C library calls.
+/// The entry point, which the C library calls.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main(count: c_int, words: *const *const c_char) -> c_int {
-    // SAFETY: these are the arguments of main, which the C library vouches for.
+    // SAFETY: the C library calls `main` with a valid argument count and a valid argument vector.
     let words = unsafe { commands::words(count, words) };
     c_int::from(commands::main(words))
 }

@@ -1,4 +1,5 @@
-//! Which controllers limits need, and how a cgroup gets them.
+//! The cgroup controllers that a container's limits need. This module finds these controllers and
+//! enables them.
 
 use std::path::Path;
 
@@ -8,20 +9,23 @@ use rrun_kernel::cgroup;
 use super::directory::{MOUNT_POINT, read};
 use crate::error::{Error, Result, refuse};
 
-/// Enabled even without limits, for statistics: `events` and others read these controllers' files.
+/// The controllers that rrun enables even without limits. `events` and other commands read
+/// statistics from the files of these controllers.
 const COUNTED_CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
-/// The kernel's default weight, in shares; setting it needs no controller.
+/// The kernel's default CPU weight, expressed as a value of `cpu.shares`. A container with this
+/// value does not need the cpu controller.
 const DEFAULT_SHARES: u64 = 1024;
 
-/// Controllers, each with the first field that needs it.
+/// A list of controllers, each with the first field of config.json that needs the controller.
 #[derive(Default)]
-struct Needed(Vec<(String, String)>);
+struct NeededControllers(Vec<(String, String)>);
 
-/// The controllers that the limits need, each with the field that needs it. What says that
-/// there is no limit needs none: see [`has_unlimited`].
+/// Returns the controllers that the limits need. The second string of each pair is the first field
+/// that needs the controller. A value that means "unlimited" does not need a controller: see
+/// [`has_unlimited`].
 pub(super) fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
-    let mut needed = Needed::default();
+    let mut needed = NeededControllers::default();
     needed.add_memory(resources);
     needed.add_cpu(resources);
     if resources
@@ -57,7 +61,7 @@ pub(super) fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
     needed.0
 }
 
-impl Needed {
+impl NeededControllers {
     fn add(&mut self, controller: &str, field: &str) {
         if !self.0.iter().any(|(known, _)| known == controller) {
             let field = format!("linux.resources.{field}");
@@ -128,13 +132,13 @@ impl Needed {
     }
 }
 
-/// Whether a key of what is unified takes a limit away.
+/// Returns whether an entry of `unified` removes a limit by setting the limit to "max".
 pub(super) fn is_unlimited(key: &str, value: &str) -> bool {
     let limits = key.ends_with(".max") || key.ends_with(".high");
     limits && value.split_whitespace().next() == Some("max")
 }
 
-/// Whether any limit is explicitly "unlimited", or set to the kernel's default.
+/// Returns whether any limit is explicitly set to "unlimited" or to the kernel's default.
 pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
     let memory = resources.memory().as_ref().is_some_and(|memory| {
         [memory.limit(), memory.reservation(), memory.swap()]
@@ -162,9 +166,12 @@ pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
             .any(|(key, value)| is_unlimited(key, value))
 }
 
-/// Hands the controllers down from the root of the hierarchy to the cgroup.
+/// Enables the controllers for the cgroup at `path`. A controller must be enabled in every ancestor
+/// of the cgroup. rrun starts at the root of the hierarchy, and enables the controllers in one
+/// ancestor after the other.
 ///
-/// Mostly they are there already, because other containers have the same parent.
+/// Usually the controllers are enabled already, because other containers have the same parent
+/// cgroup.
 pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
     let missing_in = |path: &Path, file: &str| -> Vec<&(String, String)> {
         let present = read(path, file).unwrap_or_default();
@@ -188,18 +195,18 @@ pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
     for component in relative.components() {
         if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers").first() {
             refuse!(
-                "{field}: needs the {controller} controller, which {} has not",
+                "{field}: needs the {controller} controller, which the cgroup {} does not have",
                 ancestor.display()
             );
         }
         let missing = missing_in(&ancestor, "cgroup.subtree_control");
-        hand_down_counted(&ancestor);
+        enable_counted(&ancestor);
         if !missing.is_empty() {
             let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();
             std::fs::write(ancestor.join("cgroup.subtree_control"), line.join(" ")).map_err(
                 |error| {
                     Error::new(format!(
-                        "hand {} down from cgroup {}: {}",
+                        "enable the controllers {} for the children of cgroup {}: {}",
                         line.join(" "),
                         ancestor.display(),
                         crate::error::Reason::reason(&error)
@@ -212,9 +219,10 @@ pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
     Ok(())
 }
 
-/// Hands down what it has of the controllers that count; where it can not, nothing is
-/// counted below, which is nobody's error.
-fn hand_down_counted(ancestor: &Path) {
+/// Enables [`COUNTED_CONTROLLERS`] for the children of `ancestor`, except the controllers that
+/// `ancestor` itself lacks. This function ignores failures. Without these controllers, the children
+/// only lack statistics.
+fn enable_counted(ancestor: &Path) {
     for name in cgroup::missing_below(ancestor) {
         if COUNTED_CONTROLLERS.contains(&name.as_str()) {
             let _ = cgroup::enable_below(ancestor, &name);

@@ -1,9 +1,9 @@
-//! As much of D-Bus as it takes to have systemd start and stop a unit.
+//! The part of D-Bus that rrun needs to start and stop a unit through systemd.
 //!
-//! One blocking connection, one call at a time, each with a deadline. Written out, because a
-//! D-Bus library brings an executor and threads, and this is in the way of every container's
-//! start. The wire format is that of the D-Bus Specification, "Message Protocol"; the calls
-//! are those of org.freedesktop.systemd1(5).
+//! A [`Bus`] is a blocking connection that makes one method call at a time. Each method call has a
+//! deadline. rrun does not use a D-Bus library. Such a library starts an executor and threads, and
+//! would delay the start of every container. The D-Bus Specification, "Message Protocol", defines
+//! the wire format. org.freedesktop.systemd1(5) describes systemd's methods.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 
-/// How long systemd may take to answer a call, or to do a job: as long as systemd itself
-/// gives a call.
+/// The time limit for systemd to answer a D-Bus call or to finish a job. systemd uses the same time
+/// limit for its own D-Bus calls.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(25);
-/// A wait longer than this is told.
+/// The time after which rrun logs a warning that systemd has not finished a job.
 const REPLY_WARNING_DELAY: Duration = Duration::from_secs(10);
-/// The longest message that is read; the protocol allows 128 MiB.
+/// The size limit for the header fields and for the body of a received message. The D-Bus protocol
+/// allows messages of up to 128 MiB.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 const CALL: u8 = 1;
@@ -27,7 +28,7 @@ const RETURN: u8 = 2;
 const ERROR: u8 = 3;
 const SIGNAL: u8 = 4;
 
-/// A value of a unit's property, with its D-Bus type.
+/// The value of a unit's property, with the D-Bus type of the value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum BusValue {
     Bool(bool),
@@ -63,7 +64,7 @@ impl BusValue {
     }
 }
 
-/// A message's bytes under construction, little-endian.
+/// The bytes of a D-Bus message that is being built, in little-endian order.
 #[derive(Default)]
 struct MessageWriter(Vec<u8>);
 
@@ -94,7 +95,8 @@ impl MessageWriter {
         self.0.push(0);
     }
 
-    /// The length before an array does not count the padding up to its first element.
+    /// Appends an array. The length in front of the array does not include the padding before the
+    /// array's first element.
     fn array<T>(&mut self, items: &[T], alignment: usize, put: impl Fn(&mut MessageWriter, &T)) {
         self.u32(0);
         let length_at = self.0.len() - 4;
@@ -135,7 +137,7 @@ impl MessageWriter {
     }
 }
 
-/// The arguments of a call.
+/// The arguments of a D-Bus method call.
 #[derive(Default)]
 pub(crate) struct Body {
     writer: MessageWriter,
@@ -165,7 +167,7 @@ impl Body {
         self
     }
 
-    /// The further units that StartTransientUnit could make.
+    /// Appends an empty list for the auxiliary units that StartTransientUnit can create.
     pub(crate) fn no_units(mut self) -> Body {
         self.signature.push_str("a(sa(sv))");
         self.writer.array::<()>(&[], 8, |_, ()| {});
@@ -173,7 +175,8 @@ impl Body {
     }
 }
 
-/// Reads what another wrote; `None` where it ends early.
+/// A reader of the bytes of a received D-Bus message. The methods of the reader return `None` if
+/// the bytes end too early.
 struct MessageReader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -210,7 +213,7 @@ impl<'a> MessageReader<'a> {
     }
 }
 
-/// A message that came, as far as it is looked at.
+/// A received D-Bus message, reduced to the parts that rrun uses.
 struct BusMessage {
     kind: u8,
     reply_to: u32,
@@ -233,7 +236,7 @@ impl BusMessage {
             at: 0,
         };
         while reader.at < fields.len() {
-            // The fields begin at a multiple of eight within the message.
+            // Each header field begins at a multiple of eight bytes within the message.
             reader.align(8);
             let code = *reader.take(1)?.first()?;
             match (code, reader.signature()?) {
@@ -262,16 +265,17 @@ impl BusMessage {
         }
     }
 
-    /// The first argument, if it is a string or an object's path.
+    /// Returns the first argument in the message's body, if the argument is a string or an object
+    /// path.
     fn first_text(&self) -> Option<String> {
         self.reader().text().map(str::to_owned)
     }
 }
 
-/// An error that systemd answered with.
+/// An error that systemd sent in reply to a method call.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    /// As `org.freedesktop.systemd1.NoSuchUnit`.
+    /// The D-Bus name of the error, such as `org.freedesktop.systemd1.NoSuchUnit`.
     pub(crate) name: String,
     pub(crate) text: String,
 }
@@ -284,25 +288,26 @@ impl Refusal {
     }
 }
 
-/// A connection to the systemd that manages units here.
+/// A connection to the systemd instance that manages the units of rrun's caller.
 pub(crate) struct Bus {
     stream: UnixStream,
     serial: u32,
-    /// Jobs that ended, and how, in the order in which that was told.
+    /// The finished jobs, each with its result, in the order in which systemd reported them as
+    /// finished.
     ended: VecDeque<(String, String)>,
 }
 
 impl Bus {
-    /// Connects to systemd's own socket, or through the message bus where that is all there
-    /// is. Without root's rights, to the user's systemd.
+    /// Connects to systemd's private socket, or to the message bus if the private socket is not
+    /// available. If rrun's caller is not root, this function connects to the user's own systemd.
     ///
     /// # Errors
-    /// No systemd here, or none that lets this user in.
+    /// Fails if systemd is not running, or if systemd rejects the user of rrun's caller.
     pub(crate) fn connect() -> Result<Bus> {
         let user = !rustix::process::geteuid().is_root();
         let run = if user {
             let directory = std::env::var_os("XDG_RUNTIME_DIR").ok_or_else(|| {
-                Error::new("--systemd-cgroup: XDG_RUNTIME_DIR, where the user's systemd listens, is not set")
+                Error::new("--systemd-cgroup: XDG_RUNTIME_DIR, the directory of the user's systemd socket, is not set")
             })?;
             PathBuf::from(directory)
         } else {
@@ -314,7 +319,8 @@ impl Bus {
         } else {
             run.join("dbus/system_bus_socket")
         };
-        let doing = |path: &Path| format!("--systemd-cgroup: reach systemd at {}", path.display());
+        let doing =
+            |path: &Path| format!("--systemd-cgroup: connect to systemd at {}", path.display());
         match UnixStream::connect(&own) {
             Ok(stream) => Bus::authenticate(stream).map_err(|error| error.while_doing(doing(&own))),
             Err(refused) => {
@@ -328,8 +334,9 @@ impl Bus {
         }
     }
 
-    /// Who calls is known from the socket; only the user id's digits, in hexadecimal, have
-    /// to be said. See the specification, "Authentication Protocol".
+    /// Authenticates rrun with the mechanism EXTERNAL. The server reads the client's user id from
+    /// the socket. The client also sends its user id, with each decimal digit as a hexadecimal
+    /// ASCII code. See the D-Bus Specification, "Authentication Protocol".
     fn authenticate(stream: UnixStream) -> Result<Bus> {
         let mut bus = Bus {
             stream,
@@ -340,44 +347,47 @@ impl Bus {
         for digit in rustix::process::geteuid().as_raw().to_string().bytes() {
             hello.extend(format!("{digit:02x}").bytes());
         }
-        // In one go with the rest, and not with the first call: what systemd reads together
-        // with BEGIN, it leaves lying until more comes.
+        // rrun sends BEGIN together with AUTH, and sends the first method call later. If a single
+        // read(2) returns both BEGIN and a method call, systemd does not process the method call
+        // until more bytes arrive.
         hello.extend(b"\r\nBEGIN\r\n");
         bus.stream.write_all(&hello).doing(|| "authenticate")?;
         let deadline = Instant::now() + REPLY_TIMEOUT;
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n") && answer.len() < 512 {
+        let mut reply = Vec::new();
+        while !reply.ends_with(b"\r\n") && reply.len() < 512 {
             let mut byte = [0u8; 1];
             bus.read_exact(&mut byte, deadline)?;
-            answer.extend(byte);
+            reply.extend(byte);
         }
-        if !answer.starts_with(b"OK ") {
+        if !reply.starts_with(b"OK ") {
             refuse!(
                 "authenticate: {}",
-                String::from_utf8_lossy(&answer).trim_end()
+                String::from_utf8_lossy(&reply).trim_end()
             );
         }
         Ok(bus)
     }
 
-    /// What a message bus wants besides: a greeting, and to be told what is to be heard.
+    /// Registers this connection with a message bus. This function sends the required greeting
+    /// (`Hello`), and subscribes to the signal JobRemoved.
     fn register(mut self) -> Result<Bus> {
         const DAEMON: (&str, &str, &str) = (
             "org.freedesktop.DBus",
             "/org/freedesktop/DBus",
             "org.freedesktop.DBus",
         );
-        let heard = "type='signal',sender='org.freedesktop.systemd1',member='JobRemoved'";
+        let match_rule = "type='signal',sender='org.freedesktop.systemd1',member='JobRemoved'";
         let refused = |refusal: Refusal| Error::new(refusal.text);
         self.call_object(DAEMON, "Hello", Body::default())?
             .map_err(refused)?;
-        self.call_object(DAEMON, "AddMatch", Body::default().text(heard))?
+        self.call_object(DAEMON, "AddMatch", Body::default().text(match_rule))?
             .map_err(refused)?;
         self.call("Subscribe", Body::default())?.map_err(refused)?;
         Ok(self)
     }
 
-    /// Calls a method of systemd's manager. Returns the first result, if it is a string.
+    /// Calls a method of systemd's manager object. Returns the first value in the reply, or an
+    /// empty string if this value is not a string.
     pub(crate) fn call(
         &mut self,
         method: &str,
@@ -391,7 +401,7 @@ impl Bus {
         self.call_object(MANAGER, method, body)
     }
 
-    /// A property of systemd's manager that is a string.
+    /// Returns the value of a string property of systemd's manager object.
     pub(crate) fn property(&mut self, name: &str) -> Result<String> {
         const PROPERTIES: (&str, &str, &str) = (
             "org.freedesktop.systemd1",
@@ -408,7 +418,11 @@ impl Bus {
             _ => None,
         }
         .map(str::to_owned)
-        .ok_or_else(|| Error::new(format!("ask systemd for its {name}: no answer to that")))
+        .ok_or_else(|| {
+            Error::new(format!(
+                "read the property {name} of systemd: the reply does not contain a string"
+            ))
+        })
     }
 
     fn call_object(
@@ -462,7 +476,7 @@ impl Bus {
         );
         message.align(8);
         message.0.extend(&body.writer.0);
-        let doing = || format!("call {method} of systemd");
+        let doing = || format!("call the method {method} of systemd");
         self.stream.write_all(&message.0).doing(doing)?;
         let deadline = Instant::now() + REPLY_TIMEOUT;
         loop {
@@ -489,9 +503,9 @@ impl Bus {
         }
     }
 
-    /// Waits for the end of a job that a call started. Returns its result, `done` if it went
-    /// well; see the signal JobRemoved.
-    pub(crate) fn finished(&mut self, job: &str, what: &str) -> Result<String> {
+    /// Waits until systemd has finished a job that an earlier D-Bus call started. Returns the job's
+    /// result, which is `done` on success. systemd sends the result in the signal JobRemoved.
+    pub(crate) fn await_job(&mut self, job: &str, what: &str) -> Result<String> {
         let started = Instant::now();
         let deadline = started + REPLY_TIMEOUT;
         let mut warned = false;
@@ -511,7 +525,7 @@ impl Bus {
                 Err(_) if !warned && Instant::now() >= next => {
                     warned = true;
                     log::warning(&format!(
-                        "{what}: has waited {} s",
+                        "{what}: systemd has not finished the job after {} s",
                         REPLY_WARNING_DELAY.as_secs()
                     ));
                 }
@@ -531,18 +545,19 @@ impl Bus {
         };
         let (body, fields) = (number(4), number(12));
         if header.first() != Some(&b'l') || body > MESSAGE_BYTES_MAX || fields > MESSAGE_BYTES_MAX {
-            refuse!("systemd sent what is no message of D-Bus");
+            refuse!("systemd sent bytes that are not a D-Bus message");
         }
         let mut rest = vec![0u8; fields.next_multiple_of(8) + body];
         self.read_exact(&mut rest, deadline)?;
         let body = rest.split_off(fields.next_multiple_of(8));
         rest.truncate(fields);
         BusMessage::parse(&header, &rest, body)
-            .ok_or_else(|| Error::new("systemd sent a message of D-Bus that can not be read"))
+            .ok_or_else(|| Error::new("systemd sent a D-Bus message that rrun cannot parse"))
     }
 
-    /// Reads so many bytes. A message that has begun is waited for longer than one that has
-    /// not, since what follows a half one could no longer be understood.
+    /// Fills `bytes` with data from the connection. Once the first bytes have arrived, this
+    /// function waits for the remaining bytes even beyond the deadline. If this function returned
+    /// earlier, rrun could not find the start of the next message.
     fn read_exact(&mut self, bytes: &mut [u8], deadline: Instant) -> Result<()> {
         let mut at = 0;
         while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
@@ -550,16 +565,16 @@ impl Bus {
             if at > 0 {
                 left = left.max(REPLY_WARNING_DELAY);
             } else if left.is_zero() {
-                refuse!("no answer within {} s", REPLY_TIMEOUT.as_secs());
+                refuse!("systemd did not reply within {} s", REPLY_TIMEOUT.as_secs());
             }
-            let doing = || "read systemd's answer";
+            let doing = || "read systemd's reply";
             self.stream.set_read_timeout(Some(left)).doing(doing)?;
             match self.stream.read(rest) {
                 Ok(0) => refuse!("systemd closed the connection"),
                 Ok(read) => at += read,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    refuse!("no answer within {} s", REPLY_TIMEOUT.as_secs());
+                    refuse!("systemd did not reply within {} s", REPLY_TIMEOUT.as_secs());
                 }
                 Err(error) => return Err(error).doing(doing),
             }
@@ -573,20 +588,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_are_laid_out_as_the_specification_has_it() {
+    fn arguments_are_encoded_as_the_specification_requires() {
         let body = Body::default()
             .text("a")
             .flag(true)
             .properties(&[("B".to_owned(), BusValue::Rates(vec![("/x".to_owned(), 7)]))]);
         assert_eq!(body.signature, "sba(sv)");
         let expected: &[u8] = &[
-            1, 0, 0, 0, b'a', 0, 0, 0, // "a", up to a multiple of four
+            1, 0, 0, 0, b'a', 0, 0, 0, // "a", padded to a multiple of four bytes
             1, 0, 0, 0, // true
-            40, 0, 0, 0, // bytes of the array
+            40, 0, 0, 0, // the length of the array in bytes
             1, 0, 0, 0, b'B', 0, // the property's name
             5, b'a', b'(', b's', b't', b')', 0, // its type
-            0, 0, 0, // up to a multiple of four
-            16, 0, 0, 0, 0, 0, 0, 0, // bytes of the inner array, up to eight
+            0, 0, 0, // padding to a multiple of four bytes
+            16, 0, 0, 0, 0, 0, 0, 0, // the length of the inner array, padded to eight bytes
             2, 0, 0, 0, b'/', b'x', 0, 0, // the path
             7, 0, 0, 0, 0, 0, 0, 0,
         ];
@@ -594,7 +609,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_that_end_early_or_lie_are_no_messages() {
+    fn messages_that_end_early_or_have_a_wrong_length_are_rejected() {
         let mut fields = MessageWriter::default();
         fields.0.extend([5, 1, b'u', 0]);
         fields.u32(9);
@@ -611,13 +626,14 @@ mod tests {
             Some("Unit x.scope not loaded.")
         );
         for length in 1..fields.0.len() {
-            // Whole fields are a message of their own; no part of one is.
+            // Parsing must succeed if `length` is the end of a field, and fail if `length` is
+            // inside a field.
             let cut = &fields.0[..length];
             let parsed = BusMessage::parse(&[b'l', ERROR], cut, Vec::new());
             assert_eq!(parsed.is_some(), length == 8, "{length}");
         }
         body.0[0] = 200;
-        let lie = BusMessage::parse(&[b'l', ERROR], &[], body.0).unwrap();
-        assert_eq!(lie.first_text(), None);
+        let wrong = BusMessage::parse(&[b'l', ERROR], &[], body.0).unwrap();
+        assert_eq!(wrong.first_text(), None);
     }
 }

@@ -1,5 +1,5 @@
-//! The directories of the unified hierarchy (cgroup v2) at /sys/fs/cgroup, and what their own
-//! files do: list, freeze and kill processes. See cgroups(7) and the kernel's
+//! The cgroup directories of the unified hierarchy (cgroup v2) at /sys/fs/cgroup. The functions of
+//! this module list, freeze and kill the processes of a cgroup. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,12 +16,13 @@ use crate::sys::path::cleaned;
 
 pub(crate) use rrun_kernel::cgroup::MOUNT_POINT;
 
-/// The most that is read of a cgroup's file; cgroup.procs of a large one is the longest.
+/// The largest number of bytes that rrun reads from a cgroup's file. The longest cgroup file is
+/// cgroup.procs in a cgroup with many processes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
-/// How long killed processes may take to leave their cgroup.
+/// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A cgroup's directory, open.
+/// The open directory of a cgroup.
 pub(super) struct Directory {
     path: PathBuf,
     fd: OwnedFd,
@@ -35,12 +36,13 @@ impl Directory {
         })
     }
 
-    /// Makes the cgroup, or takes one that is there and empty.
+    /// Creates the cgroup, or opens the cgroup if it already exists and is empty.
     ///
     /// # Errors
-    /// No cgroup v2 on this host; a cgroup that has processes or is frozen.
+    /// Fails if this host does not use cgroup v2. Also fails if an existing cgroup is frozen or
+    /// contains processes.
     pub(super) fn create(path: &Path) -> Result<Directory> {
-        let doing = || format!("make cgroup {}", path.display());
+        let doing = || format!("create cgroup {}", path.display());
         let existed = match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
             Ok(()) => false,
             Err(Errno::EXIST) => true,
@@ -84,10 +86,10 @@ impl Directory {
         let events =
             read(&self.path, "cgroup.events").doing(|| format!("read cgroup.events of {path}"))?;
         if rrun_kernel::cgroup::keyed(&events, "populated") == Some(1) {
-            refuse!("make cgroup {path}: it exists, and there are processes in it");
+            refuse!("create cgroup {path}: it already exists and contains processes");
         }
         if is_frozen(&self.path) {
-            refuse!("make cgroup {path}: it exists, and is frozen");
+            refuse!("create cgroup {path}: it already exists and is frozen");
         }
         Ok(())
     }
@@ -96,7 +98,7 @@ impl Directory {
         &self.path
     }
 
-    /// Writes one of its files.
+    /// Writes to a file of the cgroup.
     pub(super) fn write(&self, file: &str, value: &str) -> std::result::Result<(), Errno> {
         write(self, file, value)
     }
@@ -108,7 +110,7 @@ impl AsFd for Directory {
     }
 }
 
-/// Reads one file of a cgroup, without the last newline.
+/// Returns the content of a cgroup's file, without the final newline.
 pub(crate) fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std::io::Error> {
     use std::io::Read as _;
     let mut text = String::new();
@@ -130,7 +132,7 @@ fn write(directory: impl AsFd, file: &str, value: &str) -> std::result::Result<(
     Ok(())
 }
 
-/// One sentence for a host that rrun can not work on.
+/// Checks that cgroup v2 is mounted, because rrun cannot work without cgroup v2.
 pub(super) fn check_unified() -> Result<()> {
     if !rrun_kernel::cgroup::is_mounted().unwrap_or(false) {
         refuse!("rrun needs cgroup v2, and {MOUNT_POINT} is not a cgroup2 mount");
@@ -138,7 +140,7 @@ pub(super) fn check_unified() -> Result<()> {
     Ok(())
 }
 
-/// Opens the cgroup of an existing container, for a process to be made in.
+/// Opens the cgroup of an existing container, so that a process can be created in the cgroup.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(
         path,
@@ -160,7 +162,8 @@ pub(crate) fn is_frozen(path: &Path) -> bool {
         && state == *b"1"
 }
 
-/// Freezes or thaws all processes of a cgroup, and waits until it is so.
+/// Freezes or thaws all processes of a cgroup, and waits until the kernel has frozen or thawed all
+/// of them.
 pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
     let doing = || {
         let verb = if frozen { "freeze" } else { "thaw" };
@@ -175,7 +178,7 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
             let _ = write(&directory, "cgroup.freeze", "0");
         }
         refuse!(
-            "{}: it was not done within {} s",
+            "{}: the kernel did not finish within {} s",
             doing(),
             EMPTY_TIMEOUT.as_secs()
         );
@@ -183,36 +186,41 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
     Ok(())
 }
 
-/// All processes in a cgroup and those below it.
+/// Returns the ids of all processes in a cgroup and in the cgroups below it.
 pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     let mut pids = Vec::new();
     for directory in rrun_kernel::cgroup::tree(path) {
         match read(&directory, "cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
-            // EOPNOTSUPP: a threaded cgroup, whose processes are listed further up.
-            Err(error) if is_gone(&error) => {}
+            // EOPNOTSUPP means that the cgroup is threaded. The kernel lists the processes of a
+            // threaded cgroup in the cgroup.procs file of an ancestor. So this function skips the
+            // threaded cgroup.
+            Err(error) if cannot_be_listed(&error) => {}
             Err(error) => {
-                return Err(error).doing(|| format!("list processes of {}", directory.display()));
+                return Err(error)
+                    .doing(|| format!("list the processes of cgroup {}", directory.display()));
             }
         }
     }
     Ok(pids)
 }
 
-fn is_gone(error: &std::io::Error) -> bool {
+fn cannot_be_listed(error: &std::io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw_os_error),
         Some(Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP)
     )
 }
 
-/// Kills every process in a cgroup and below it, and does not wait for it.
+/// Kills every process in a cgroup and in the cgroups below it, without waiting for their exit.
 pub(crate) fn kill_all(path: &Path) -> Result<()> {
     rrun_kernel::cgroup::kill(path)
         .doing(|| format!("kill all processes in cgroup {}", path.display()))
 }
 
-/// Waits until cgroup.events has a line; the kernel wakes who polls it at every change.
+/// Waits until cgroup.events contains the line `wanted`, or the cgroup no longer exists. Returns
+/// false if the time limit `within` expires first. This function calls poll(2) on cgroup.events.
+/// The kernel wakes the polling process at every change of this file.
 pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Result<bool> {
     let doing = || format!("watch cgroup.events of {}", path.display());
     let file = match rustix::fs::open(
@@ -241,7 +249,10 @@ pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Res
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            log::warning(&format!("gave up: {} shows no \"{wanted}\"", doing()));
+            log::warning(&format!(
+                "{}: the line \"{wanted}\" did not appear within the time limit",
+                doing()
+            ));
             return Ok(false);
         }
         let timeout = Timespec {
@@ -255,19 +266,21 @@ pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Res
     }
 }
 
-/// The cgroup that a process is in, for when the container's own can take no processes
-/// because the container has divided it.
+/// Returns the path of the cgroup that contains process `pid`. If a container has enabled
+/// controllers for child cgroups, the kernel does not allow processes in the container's own
+/// cgroup. `exec` then uses the cgroup of the container's first process.
 pub(crate) fn of_process(pid: i32) -> Result<PathBuf> {
     let path = format!("/proc/{pid}/cgroup");
     let text = std::fs::read_to_string(&path).doing(|| format!("read {path}"))?;
     let own = text
         .lines()
         .find_map(|line| line.strip_prefix("0::/"))
-        .ok_or_else(|| Error::new(format!("{path} names no cgroup v2")))?;
+        .ok_or_else(|| Error::new(format!("{path} does not contain a cgroup v2 entry")))?;
     Ok(Path::new(MOUNT_POINT).join(own))
 }
 
-/// Whether a path below a container's cgroup exists there, for `exec --cgroup`.
+/// Returns the path of the cgroup `inner`, which is relative to the container's cgroup at `path`
+/// (`exec --cgroup`). Fails if the cgroup does not exist.
 pub(crate) fn existing_below(path: &Path, inner: &str) -> Result<PathBuf> {
     let inner = cleaned(Path::new(inner));
     let relative = inner.strip_prefix("/").unwrap_or(&inner);

@@ -1,8 +1,8 @@
 //! A container's cgroup, in the unified hierarchy (cgroup v2) at /sys/fs/cgroup.
 //!
-//! It is made, with all its limits, before the process that is made in it. So there is
-//! no moment in which that process is not held by them. See cgroups(7) and the kernel's
-//! Documentation/admin-guide/cgroup-v2.rst.
+//! rrun creates the cgroup, sets its limits, and then creates the container's first process inside
+//! the cgroup. So the first process never runs without these limits. See cgroups(7) and the
+//! kernel's Documentation/admin-guide/cgroup-v2.rst.
 
 mod controllers;
 mod dbus;
@@ -35,23 +35,26 @@ pub(crate) use stats::{oom_kills, stats};
 pub(crate) use systemd::ANNOTATION;
 pub(crate) use validate::validate;
 
-/// A container's cgroup, open.
+/// A container's cgroup, with the open descriptor of its directory.
 pub(crate) struct Cgroup {
     directory: Directory,
-    /// Until the container's first process is in the cgroup: see [`systemd`].
+    /// The process that keeps a systemd scope alive until the container's first process is in the
+    /// cgroup. See [`systemd`].
     placeholder: Option<Placeholder>,
-    /// Whether the device rules are still to be put in place.
+    /// True if [`Cgroup::complete`] still has to apply the device rules.
     devices_deferred: bool,
 }
 
-/// Where a container's cgroup will be, and who makes it.
+/// The path of a container's cgroup, and the systemd scope if systemd creates the cgroup.
 pub(crate) struct CgroupLocation {
     pub(crate) path: PathBuf,
     scope: Option<Scope>,
 }
 
 impl CgroupLocation {
-    /// By the cgroupfs driver, or the systemd driver if `by_systemd`.
+    /// Returns the location of the cgroup that `linux.cgroupsPath` specifies. If `by_systemd` is
+    /// true, the systemd driver creates the cgroup. If `by_systemd` is false, the cgroupfs driver
+    /// creates the cgroup.
     pub(crate) fn new(
         cgroups_path: &Path,
         annotations: &HashMap<String, String>,
@@ -66,9 +69,10 @@ impl CgroupLocation {
             });
         }
         if !cgroups_path.is_absolute() && cgroups_path.to_string_lossy().contains(':') {
-            // As runc and crun have it, it is a path like any other then.
+            // Without --systemd-cgroup, rrun treats a value of the form slice:prefix:name as an
+            // ordinary path, as runc and crun do.
             log::warning(&format!(
-                "linux.cgroupsPath: {} is in the form of the systemd cgroup driver, and --systemd-cgroup is not given",
+                "linux.cgroupsPath: {} has the form of the systemd cgroup driver (slice:prefix:name), but --systemd-cgroup is not set",
                 cgroups_path.display()
             ));
         }
@@ -78,12 +82,12 @@ impl CgroupLocation {
         })
     }
 
-    /// The unit of systemd that the cgroup is, if it is one.
+    /// Returns the name of the systemd unit, if systemd creates the cgroup.
     pub(crate) fn unit(&self) -> Option<&str> {
         self.scope.as_ref().map(|scope| scope.unit.as_str())
     }
 
-    /// Makes the cgroup. [`Cgroup::apply`] has to follow.
+    /// Creates the cgroup. The caller must call [`Cgroup::apply`] afterwards.
     pub(crate) fn create(&self, id: &str, resources: &LinuxResources) -> Result<Cgroup> {
         let Some(scope) = &self.scope else {
             return Ok(Cgroup {
@@ -104,12 +108,13 @@ impl CgroupLocation {
     }
 }
 
-/// Where a container's cgroup lies on the host.
+/// Returns the host path of a container's cgroup.
 ///
-/// `linux.cgroupsPath` counts from the mount point if it is absolute. Otherwise, and if it
-/// is missing (then the container's id takes its place), it counts from the parent of the
-/// cgroup that rrun itself is in, as with runc: its own has processes, and could therefore
-/// not have controllers for children.
+/// Like runc, rrun resolves an absolute `linux.cgroupsPath` from the mount point of the hierarchy.
+/// rrun resolves a relative path from the parent of rrun's own cgroup. If `linux.cgroupsPath` is
+/// missing, rrun uses the container's id as a relative path. A cgroup that contains processes
+/// cannot enable controllers for its children. So rrun's own cgroup cannot be the container's
+/// parent cgroup.
 fn path_for(cgroups_path: &Path, id: &str) -> Result<PathBuf> {
     if cgroups_path.is_absolute() {
         let relative = cgroups_path.strip_prefix("/").unwrap_or(cgroups_path);
@@ -124,7 +129,8 @@ fn path_for(cgroups_path: &Path, id: &str) -> Result<PathBuf> {
     Ok(Path::new(MOUNT_POINT).join(parent_of_own(&own)).join(inner))
 }
 
-/// From the content of /proc/self/cgroup, the path of the parent, relative.
+/// Returns the path of the parent of rrun's own cgroup, relative to the mount point of the
+/// hierarchy. `text` is the content of /proc/self/cgroup.
 fn parent_of_own(text: &str) -> &Path {
     text.lines()
         .find_map(|line| line.strip_prefix("0::/"))
@@ -133,16 +139,16 @@ fn parent_of_own(text: &str) -> &Path {
 }
 
 impl Cgroup {
-    /// Puts all limits in place; with `defer_devices`, the device rules only by
-    /// [`Cgroup::complete`], which has to follow in any case.
+    /// Sets all limits. If `defer_devices` is true, [`Cgroup::complete`] applies the device rules
+    /// later. The caller must always call [`Cgroup::complete`] afterwards.
     pub(crate) fn apply(&mut self, resources: &LinuxResources, defer_devices: bool) -> Result<()> {
         resources::apply(&self.directory, resources)?;
-        if self.placeholder.is_some() && resources::takes_one_process(resources) {
+        if self.placeholder.is_some() && resources::allows_one_process(resources) {
             self.set_pids_max("2")?;
         }
         log::debug(|| {
             let path = self.directory.path().display();
-            format!("made cgroup {path} with its limits")
+            format!("created cgroup {path} and set its limits")
         });
         self.devices_deferred = defer_devices;
         if defer_devices {
@@ -152,8 +158,9 @@ impl Cgroup {
     }
 
     fn apply_devices(&self, resources: &LinuxResources) -> Result<()> {
-        // A user namespace is what keeps an unprivileged caller's container from devices; the
-        // kernel takes no programs from such a caller.
+        // The kernel refuses BPF programs from an unprivileged process. If rrun's caller is
+        // unprivileged, the container is in a user namespace, which already prevents access to
+        // devices.
         if !rustix::process::geteuid().is_root() {
             return Ok(());
         }
@@ -161,14 +168,18 @@ impl Cgroup {
         devices::apply(&self.directory, rules, false)
     }
 
-    /// In a copy of the process that made it: closes its descriptors, and undoes nothing.
+    /// Closes the descriptor of the cgroup's directory, but does not end the placeholder process. A
+    /// child of rrun calls this function. Only rrun itself, the parent, is allowed to end the
+    /// placeholder process.
     pub(crate) fn leave_to_parent(self) {
         std::mem::forget(self.placeholder);
     }
 
-    /// To be called when the first process is in the cgroup, which then keeps it alive.
+    /// Ends the placeholder process, and applies the limits that [`Cgroup::apply`] deferred. The
+    /// container's first process must already be in the cgroup. Without a process in the cgroup,
+    /// systemd would end its scope.
     pub(crate) fn complete(&mut self, resources: &LinuxResources) -> Result<()> {
-        if self.placeholder.take().is_some() && resources::takes_one_process(resources) {
+        if self.placeholder.take().is_some() && resources::allows_one_process(resources) {
             self.set_pids_max("1")?;
         }
         if self.devices_deferred {
@@ -190,8 +201,8 @@ impl AsFd for Cgroup {
     }
 }
 
-/// Changes limits of an existing container, whose cgroup may be a unit of systemd. Device
-/// rules are changed if there are any.
+/// Changes the limits of an existing container. `unit` is the systemd unit of the cgroup, if the
+/// cgroup has a unit. Replaces the device rules only if `resources` contains device rules.
 pub(crate) fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources) -> Result<()> {
     let cgroup = Directory::open(path)?;
     let with_devices = resources.devices().is_some();
@@ -209,8 +220,9 @@ pub(crate) fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources
     Ok(())
 }
 
-/// The unit of systemd that a cgroup is, by its place alone: a scope in a slice, on a
-/// machine that systemd runs.
+/// Returns the name of the systemd unit for which systemd created the cgroup at `path`. This
+/// function assumes that systemd created the cgroup if three conditions are true: systemd is
+/// running, the cgroup's name ends in `.scope`, and the cgroup's parent is a slice.
 pub(crate) fn unit_at(path: &Path) -> Option<String> {
     let unit = path.file_name()?.to_str()?;
     let slice = path.parent()?;
@@ -220,23 +232,25 @@ pub(crate) fn unit_at(path: &Path) -> Option<String> {
     by_systemd.then(|| unit.to_owned())
 }
 
-/// Removes a cgroup and those below it, killing what is still in them, and the unit of
-/// systemd that it may be.
+/// Removes a cgroup and all cgroups below it. Kills the processes that are still in these cgroups.
+/// If the cgroup has a systemd unit, stops the unit.
 ///
 /// # Errors
-/// If a process does not die within some seconds.
+/// Fails if a killed process does not leave the cgroup within [`EMPTY_TIMEOUT`].
 pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
     if let Some(unit) = unit {
-        // systemd would first ask politely, and wait.
+        // rrun kills the processes itself. systemd would first send SIGTERM, and would send SIGKILL
+        // only after a delay.
         kill_all(path)?;
         wait_for_event(path, "populated 0", EMPTY_TIMEOUT)?;
         systemd::stop(unit)?;
     }
     match rustix::fs::rmdir(path) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        // An unprivileged caller's container can have none.
+        // A missing cgroup is not an error. The container of an unprivileged caller does not always
+        // have a cgroup.
         Err(_) if !path.exists() => return Ok(()),
-        // Processes, or cgroups below.
+        // rmdir(2) failed because the cgroup still contains processes or child cgroups.
         Err(_) => kill_all(path)?,
     }
     let deadline = Instant::now() + EMPTY_TIMEOUT;
@@ -252,8 +266,9 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
         if errno != Errno::BUSY || !emptied || Instant::now() >= deadline {
             return Err(errno).doing(|| format!("remove cgroup {}", directory.display()));
         }
-        // Emptied, and busy all the same: someone is just looking into it, or a process is
-        // being made in there, which the next round kills.
+        // rmdir(2) can fail with EBUSY although the cgroup was empty. For example, another program
+        // reads the cgroup's files, or has just created a process in the cgroup. The call of
+        // `kill_all` below kills such a process.
         std::thread::sleep(Duration::from_millis(2));
         kill_all(path)?;
     }
@@ -264,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_count_from_the_mount_point_or_from_beside_ones_own() {
+    fn absolute_paths_start_at_the_mount_point_and_relative_paths_at_the_parent_of_rruns_cgroup() {
         assert_eq!(
             path_for(Path::new("/kubepods/pod1/c1"), "c1").unwrap(),
             Path::new("/sys/fs/cgroup/kubepods/pod1/c1")

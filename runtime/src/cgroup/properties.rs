@@ -1,6 +1,7 @@
-//! `linux.resources` as properties of a systemd unit, so that systemd knows of the limits and
-//! keeps them when it writes a cgroup's files anew. What it has no property for is written to
-//! the files alone. See systemd.resource-control(5).
+//! The conversion of `linux.resources` to properties of a systemd unit. Whenever systemd rewrites
+//! the files of a cgroup, systemd preserves the limits that it received as properties. If systemd
+//! has no property for a limit, rrun writes the limit only to the cgroup's files. See
+//! systemd.resource-control(5).
 
 use oci_spec::runtime::{LinuxResources, LinuxThrottleDevice};
 
@@ -10,18 +11,19 @@ use crate::cgroup::dbus::{BusValue, Property};
 use crate::error::{Error, Result, refuse};
 use crate::sys::number_list::NumberSet;
 
-/// systemd's "infinity".
+/// The number that means "infinity" in a property's value.
 const INFINITY: u64 = u64::MAX;
 const DEFAULT_CPU_PERIOD: u64 = 100_000;
 
-/// The first version of systemd in which a scope has a policy.
+/// The first version of systemd that supports OOMPolicy for scopes.
 const OOM_POLICY_VERSION: u32 = 253;
 
-/// What can be said only when the scope is started.
+/// Returns the properties that systemd accepts only when it starts the scope.
 pub(crate) fn only_at_start(resources: &LinuxResources) -> Result<Vec<Property>> {
     let unified = resources.unified().as_ref();
     let group = unified.and_then(|all| all.get("memory.oom.group"));
-    // Else systemd would clear the file when it writes the cgroup's files anew.
+    // Without the property OOMPolicy, systemd would clear memory.oom.group when it rewrites the
+    // files of the cgroup.
     if group.is_some_and(|value| value.trim() == "1") && systemd::version()? >= OOM_POLICY_VERSION {
         let policy = BusValue::Text("kill".to_owned());
         return Ok(vec![("OOMPolicy".to_owned(), policy)]);
@@ -29,11 +31,15 @@ pub(crate) fn only_at_start(resources: &LinuxResources) -> Result<Vec<Property>>
     Ok(Vec::new())
 }
 
-/// The first version of systemd that knows cpu.idle (as a weight of zero).
+/// The first version of systemd that accepts a CPUWeight of zero. For a CPUWeight of zero, systemd
+/// sets cpu.idle.
 const IDLE_VERSION: u32 = 252;
 
+/// Converts the limits in `resources` to properties of a systemd unit. Includes the device rules
+/// only if `with_devices` is true.
+///
 /// # Errors
-/// A value that can not be understood, by its field.
+/// Fails if a value cannot be parsed. The error names the invalid field.
 pub(crate) fn from_resources(
     resources: &LinuxResources,
     with_devices: bool,
@@ -66,7 +72,8 @@ pub(crate) fn from_resources(
 struct Properties(Vec<Property>);
 
 impl Properties {
-    /// A later one overrides an earlier one, as a later write to a file would.
+    /// Sets a property. A later value of the property overrides an earlier value, like a later
+    /// write to a cgroup file.
     fn set(&mut self, name: &str, value: BusValue) {
         self.0.retain(|(known, _)| known != name);
         self.0.push((name.to_owned(), value));
@@ -123,7 +130,8 @@ impl Properties {
         Ok(())
     }
 
-    /// A weight of zero is what systemd calls a unit that runs only when nothing else does.
+    /// Sets the CPU weight to zero if `idle` is true. For a CPU weight of zero, systemd sets
+    /// cpu.idle. The kernel then runs the unit's processes only when the CPU is otherwise idle.
     fn idle(&mut self, idle: bool) -> Result<()> {
         if idle && systemd::version()? >= IDLE_VERSION {
             self.number("CPUWeight", 0);
@@ -131,8 +139,9 @@ impl Properties {
         Ok(())
     }
 
-    /// systemd counts in µs a second, and in whole hundredths of a CPU: rounded up, so that
-    /// the file, which is written after it and exactly, is never more than it allows.
+    /// Sets the CPU quota. systemd expects microseconds of CPU time per second, in steps of 10 000
+    /// (one hundredth of a CPU). rrun rounds the quota up to the next step, and later writes the
+    /// exact quota to cpu.max. So the exact quota never exceeds systemd's quota.
     fn quota(&mut self, quota: Option<u64>, period: u64) {
         let per_second = quota.map_or(INFINITY, |quota| {
             let period = if period == 0 {
@@ -170,7 +179,7 @@ impl Properties {
                 .flatten()
                 .map(|device| {
                     let path = format!("/dev/block/{}:{}", device.major(), device.minor());
-                    // A rate of zero takes the limit away.
+                    // A rate of zero removes the limit.
                     (
                         path,
                         Some(device.rate())
@@ -193,7 +202,7 @@ impl Properties {
         let value = value.trim();
         let wrong = || {
             Error::new(format!(
-                "linux.resources.unified {key}: {value} is no value of that file"
+                "linux.resources.unified {key}: {value} is not a valid value for this file"
             ))
         };
         let number = |text: &str| match text {
@@ -237,17 +246,17 @@ impl Properties {
 mod tests {
     use super::*;
 
-    fn found(json: &str) -> Vec<Property> {
+    fn properties_of(json: &str) -> Vec<Property> {
         let mut all = from_resources(&serde_json::from_str(json).unwrap(), false).unwrap();
         all.sort_by(|(first, _), (second, _)| first.cmp(second));
         all
     }
 
     #[test]
-    fn limits_become_properties() {
+    fn limits_become_properties_of_the_unit() {
         let number = |name: &str, value| (name.to_owned(), BusValue::U64(value));
         assert_eq!(
-            found(
+            properties_of(
                 r#"{"memory":{"limit":200,"swap":300,"reservation":100},
                     "cpu":{"shares":1024,"quota":15500,"period":100000,"cpus":"0-2,9"},
                     "pids":{"limit":-1},"unified":{"memory.min":"7","memory.high":"max"}}"#
@@ -266,21 +275,21 @@ mod tests {
             ]
         );
         assert_eq!(
-            found(r#"{"unified":{"cpu.max":"50000 100000","hugetlb.2MB.max":"0"}}"#),
+            properties_of(r#"{"unified":{"cpu.max":"50000 100000","hugetlb.2MB.max":"0"}}"#),
             [
                 number("CPUQuotaPerSecUSec", 500_000),
                 number("CPUQuotaPeriodUSec", 100_000),
             ]
         );
         assert_eq!(
-            found(r#"{"cpu":{"quota":-1}}"#),
+            properties_of(r#"{"cpu":{"quota":-1}}"#),
             [number("CPUQuotaPerSecUSec", INFINITY)]
         );
-        assert!(found(r#"{"cpu":{"cpus":"","shares":0},"memory":{"limit":0}}"#).is_empty());
+        assert!(properties_of(r#"{"cpu":{"cpus":"","shares":0},"memory":{"limit":0}}"#).is_empty());
     }
 
     #[test]
-    fn what_is_no_value_is_refused_by_its_field() {
+    fn the_error_for_an_invalid_value_names_the_field() {
         for (json, field) in [
             (r#"{"cpu":{"cpus":"3-1"}}"#, "linux.resources.cpu.cpus"),
             (r#"{"cpu":{"mems":"x"}}"#, "linux.resources.cpu.mems"),

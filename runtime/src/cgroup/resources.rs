@@ -1,5 +1,5 @@
-//! `linux.resources`: the limits, which libcgroups converts and writes. `controllers` knows which
-//! controllers they need.
+//! The code that sets the limits of `linux.resources`. libcgroups converts and writes most of the
+//! limits. The module `controllers` determines which controllers the limits need.
 
 use std::path::Path;
 
@@ -12,10 +12,11 @@ use super::controllers::{enable, has_unlimited, is_unlimited, needed};
 use super::directory::{Directory, MOUNT_POINT, read};
 use crate::error::{Context as _, Error, Result, refuse};
 
-/// Drops "unlimited" values for controllers that the cgroup lacks: it has no such limits anyway.
-/// Podman, docker and ctr always send some.
+/// Removes "unlimited" values for controllers that the cgroup lacks. A resource without a
+/// controller is always unlimited. Podman, docker and ctr always send some "unlimited" values.
 ///
-/// To be called after [`enable`], which hands down the controllers that the other values need.
+/// The caller must call [`enable`] first. After [`enable`], a controller can be missing only if all
+/// its values are "unlimited".
 fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if !has_unlimited(&resources) {
@@ -51,7 +52,7 @@ fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxRes
     resources
 }
 
-/// Puts limits in place in a cgroup that exists.
+/// Sets the limits of an existing cgroup.
 pub(super) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     let needed = needed(resources);
     enable(cgroup.path(), &needed)?;
@@ -63,8 +64,10 @@ pub(super) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()
     if let Some(idle) = cpu.and_then(|cpu| cpu.idle()) {
         set(cgroup, "cpu.idle", "cpu.idle", &idle.to_string())?;
     }
-    // No burst may be larger than the quota, neither the old one than the new quota nor the
-    // new one than the old: one order of the two is right.
+    // The kernel refuses a burst that is larger than the quota. If both values decrease, rrun must
+    // write the burst first. If both values increase, rrun must write the quota first. So rrun
+    // first tries to write the burst. If this write fails, rrun writes the burst again after the
+    // quota.
     let burst = cpu.and_then(|cpu| cpu.burst());
     let burst = burst.map(|burst| burst.to_string());
     let burst_is_set = burst
@@ -77,7 +80,8 @@ pub(super) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()
     apply_io_weight(cgroup, resources)?;
     apply_swap(cgroup, resources)?;
     apply_rdma(cgroup, resources)?;
-    // Last, because they are the most explicit.
+    // rrun writes the values of `unified` last, so that they override the other limits. The values
+    // of `unified` are the most explicit settings, because each value names its cgroup file.
     for (key, value) in resources.unified().iter().flatten() {
         set(cgroup, &format!("unified {key}"), key, value)?;
     }
@@ -99,7 +103,10 @@ fn setting(cgroup: &Directory, field: &str, file: &str, value: &str) -> String {
 fn apply_by_libcgroups(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     let path = cgroup.path();
     let failed = |error: &dyn std::fmt::Display| {
-        Error::new(format!("set limits of cgroup {}: {error}", path.display()))
+        Error::new(format!(
+            "set the limits of cgroup {}: {error}",
+            path.display()
+        ))
     };
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(path);
     let manager = Manager::new(MOUNT_POINT.into(), relative.to_owned()).map_err(|e| failed(&e))?;
@@ -121,7 +128,7 @@ fn apply_io_weight(cgroup: &Directory, resources: &LinuxResources) -> Result<()>
     let field = "blockIO.weight";
     let bfq_weight = weight.to_string();
     match cgroup.write("io.bfq.weight", &bfq_weight) {
-        // The file of the BFQ scheduler is there only where that is.
+        // The file io.bfq.weight exists only if the kernel has the BFQ scheduler.
         Err(Errno::NOENT) => set(cgroup, field, "io.weight", &io_weight(weight).to_string()),
         result => result.doing(|| setting(cgroup, field, "io.bfq.weight", &bfq_weight)),
     }
@@ -132,13 +139,14 @@ fn apply_swap(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
         return Ok(());
     };
     match cgroup.write("memory.swap.max", &limit) {
-        // A kernel without swap accounting has no swap to forbid.
+        // On a kernel without swap accounting, memory.swap.max does not exist. As runc does, rrun
+        // then ignores a limit that forbids swap or allows unlimited swap.
         Err(Errno::NOENT) if limit == "0" || limit == "max" => Ok(()),
         result => result.doing(|| setting(cgroup, "memory.swap", "memory.swap.max", &limit)),
     }
 }
 
-/// libcgroups leaves out this one controller.
+/// Sets the limits of the rdma controller, the only controller that libcgroups does not support.
 fn apply_rdma(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     for (device, limit) in resources.rdma().iter().flatten() {
         let mut line = device.clone();
@@ -153,12 +161,14 @@ fn apply_rdma(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {
     Ok(())
 }
 
-/// What libcgroups is to write: all but what it would get wrong.
+/// Returns a copy of `resources` without the limits that libcgroups would write incorrectly.
 ///
-/// It takes a zero for a value where the specification means that nothing is said, and a
-/// swap limit equal to the memory limit, which forbids swap, for none; see [`swap_max`].
-/// It writes a burst only after the quota, computes weights of I/O in too few bits, and
-/// names no key of what is unified in its errors.
+/// libcgroups writes a zero as a value, but in the specification a zero means "unset". libcgroups
+/// treats a swap limit equal to the memory limit as "unlimited", although such a limit forbids swap
+/// (see [`swap_max`]). libcgroups writes a burst only after the quota, so it cannot decrease both
+/// values together (see [`apply`]). libcgroups computes I/O weights in 16-bit arithmetic, which
+/// overflows. If libcgroups cannot write an entry of `unified`, the error from libcgroups does not
+/// name the entry's key.
 fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
     let mut resources = resources.clone();
     if let Some(memory) = resources.memory_mut() {
@@ -170,7 +180,7 @@ fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
         cpu.set_cpus(cpu.cpus().clone().filter(|list| !list.is_empty()));
         cpu.set_mems(cpu.mems().clone().filter(|list| !list.is_empty()));
         if cpu.idle() == Some(1) {
-            // Has no weight; the kernel refuses to set one.
+            // The kernel refuses to set the CPU weight of an idle cgroup.
             cpu.set_shares(None);
         }
         cpu.set_idle(None);
@@ -183,8 +193,9 @@ fn for_libcgroups(resources: &LinuxResources) -> LinuxResources {
     resources
 }
 
-/// Content of memory.swap.max. In the specification swap is memory and swap together, as in
-/// cgroup v1; in cgroup v2 it is swap alone.
+/// Returns the value for memory.swap.max, if a swap limit is set. In the specification,
+/// `memory.swap` limits the sum of memory and swap, as in cgroup v1. In cgroup v2, memory.swap.max
+/// limits swap alone, so this function subtracts the memory limit.
 pub(super) fn swap_max(resources: &LinuxResources) -> Option<String> {
     let memory = resources.memory().as_ref()?;
     match (memory.swap()?, memory.limit().unwrap_or(0)) {
@@ -194,8 +205,8 @@ pub(super) fn swap_max(resources: &LinuxResources) -> Option<String> {
     }
 }
 
-/// Whether the limit on processes leaves room for a single one.
-pub(super) fn takes_one_process(resources: &LinuxResources) -> bool {
+/// Returns whether the pids limit allows only a single process.
+pub(super) fn allows_one_process(resources: &LinuxResources) -> bool {
     let unified = resources
         .unified()
         .as_ref()
@@ -209,9 +220,8 @@ pub(super) fn takes_one_process(resources: &LinuxResources) -> bool {
     }
 }
 
-/// cpu.weight (1 to 10000) from `cpu.shares` (2 to 262144), so that the smallest, the
-/// default (1024 and 100) and the largest of both meet. The same curve as libcgroups and
-/// runc have.
+/// Converts `cpu.shares` (2 to 262144) to cpu.weight (1 to 10000). The formula converts 2 to 1, the
+/// default 1024 to the default 100, and 262144 to 10000. libcgroups and runc use the same formula.
 pub(super) fn cpu_weight(shares: u64) -> u64 {
     match shares {
         ..=2 => 1,
@@ -224,13 +234,13 @@ pub(super) fn cpu_weight(shares: u64) -> u64 {
     }
 }
 
-/// io.weight (1 to 10000) from `blockIO.weight` (10 to 1000).
+/// Converts `blockIO.weight` (10 to 1000) to io.weight (1 to 10000).
 pub(super) fn io_weight(weight: u16) -> u64 {
     1 + u64::from(weight.clamp(10, 1000) - 10) * 9999 / 990
 }
 
-/// The limit on memory and swap together that is asked for, if one is; -1 for none, which
-/// no limit on memory means, too.
+/// Returns the requested limit on the sum of memory and swap, if any. The value -1 means unlimited.
+/// If the memory limit is unlimited and no swap limit is set, this function also returns -1.
 pub(crate) fn memory_swap(resources: &LinuxResources) -> Option<i64> {
     let memory = resources.memory().as_ref()?;
     match (memory.swap(), memory.limit()) {
@@ -239,9 +249,10 @@ pub(crate) fn memory_swap(resources: &LinuxResources) -> Option<i64> {
     }
 }
 
-/// What an update leaves unsaid: a limit on memory and swap together means something only
-/// beside the one on memory, and holds on when that one changes. `memory_swap` is the one
-/// that was asked for last.
+/// Adds the limit that an update does not specify: the memory limit, or the limit on the sum of
+/// memory and swap. rrun needs both limits to compute memory.swap.max. If an update changes only
+/// the memory limit, the limit on the sum remains in force. `memory_swap` is the last requested
+/// limit on the sum of memory and swap.
 pub(crate) fn complete_update(
     path: &Path,
     memory_swap: i64,
@@ -258,7 +269,8 @@ pub(crate) fn complete_update(
         (0, 1..) => {
             let current = read(path, "memory.max")
                 .doing(|| format!("read memory.max of cgroup {}", path.display()))?;
-            // "max" stays none, which is refused beside a limit on both.
+            // If memory.max contains "max", the memory limit remains unset. Validation then refuses
+            // the limit on the sum of memory and swap.
             memory.set_limit(current.parse().ok());
         }
         (1.., 0) if memory_swap > 0 && !swap_alone => {
@@ -269,8 +281,10 @@ pub(crate) fn complete_update(
     Ok(())
 }
 
+/// Checks a new memory limit against the memory in use.
+///
 /// # Errors
-/// A memory limit below what is in use: setting it would make the kernel kill.
+/// Fails if the limit is below the memory in use, because the kernel would then kill processes.
 pub(crate) fn check_memory_above_use(path: &Path, resources: &LinuxResources) -> Result<()> {
     let limit = resources
         .memory()

@@ -1,5 +1,5 @@
-//! What a cgroup's processes use, in the shape in which runc's `events` tells it: times in
-//! nanoseconds, sizes in bytes, no limit as the largest number there is.
+//! The resource usage of a cgroup's processes, in the JSON format of `runc events`. Times are in
+//! nanoseconds and sizes in bytes. The value "unlimited" is written as the largest 64-bit number.
 
 use std::path::Path;
 
@@ -8,10 +8,11 @@ use serde_json::{Map, Value, json};
 use super::directory::{open, read};
 use crate::error::Result;
 
-/// Everything that the cgroup's controllers count; what one that is missing would count is
-/// zero, or not there.
+/// Returns the resource usage that the cgroup's controllers report. The values from a missing
+/// controller are zero or absent.
 pub(crate) fn stats(path: &Path) -> Result<Value> {
-    // Whether it is there at all: that is worth an error.
+    // `open` returns an error if the cgroup does not exist. The functions below return no error for
+    // missing files.
     open(path)?;
     Ok(json!({
         "cpu": cpu(path),
@@ -37,7 +38,7 @@ fn file(path: &Path, name: &str) -> Option<u64> {
     read(path, name).ok().map(|text| number(&text))
 }
 
-/// A file of lines such as `anon 4096`.
+/// Reads a cgroup file that consists of lines such as `anon 4096`.
 fn table(path: &Path, name: &str) -> Map<String, Value> {
     let text = read(path, name).unwrap_or_default();
     text.lines()
@@ -50,12 +51,13 @@ fn count(table: &Map<String, Value>, key: &str) -> u64 {
     table.get(key).and_then(Value::as_u64).unwrap_or(0)
 }
 
-/// How many processes of the cgroup were killed for want of memory.
+/// Returns the number of processes in the cgroup that the kernel killed for lack of memory.
 pub(crate) fn oom_kills(path: &Path) -> u64 {
     count(&table(path, "memory.events"), "oom_kill")
 }
 
-/// Pressure stall information; `null` from a kernel without it.
+/// Returns the pressure stall information (PSI) from a cgroup file, or `null` if the file does not
+/// exist.
 fn pressure(path: &Path, name: &str) -> Value {
     let Ok(text) = read(path, name) else {
         return Value::Null;
@@ -108,7 +110,7 @@ fn memory(path: &Path) -> Value {
     let used = file(path, "memory.current").unwrap_or(0);
     let limit = file(path, "memory.max").unwrap_or(0);
     let failed = count(&table(path, "memory.events"), "max");
-    // In this shape, as in cgroup v1, swap is memory and swap together.
+    // In runc's format, as in cgroup v1, the swap values are the sum of memory and swap.
     let swap = json!({
         "limit": file(path, "memory.swap.max").map_or(0, |swap| swap.saturating_add(limit)),
         "usage": file(path, "memory.swap.current").map_or(0, |swap| swap.saturating_add(used)),
@@ -131,12 +133,13 @@ fn memory(path: &Path) -> Value {
 }
 
 fn pids(path: &Path) -> Value {
-    // Without the controller both are zero. So is the limit if there is none, as with runc.
+    // Without the pids controller, `current` and `limit` are zero. As with runc, `limit` is also
+    // zero if the number of processes is unlimited.
     let pids = libcgroups::stats::pid_stats(path).unwrap_or_default();
     json!({ "current": pids.current, "limit": pids.limit })
 }
 
-/// Lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
+/// Reads io.stat, which has lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
 fn io(path: &Path) -> Value {
     let text = read(path, "io.stat").unwrap_or_default();
     let (mut bytes, mut operations) = (Vec::new(), Vec::new());
@@ -172,7 +175,7 @@ fn io(path: &Path) -> Value {
     with_pressure(Value::Object(stats), pressure(path, "io.pressure"))
 }
 
-/// By the size of the pages, as `2MB`.
+/// Returns the usage of huge pages, with an entry for each page size such as `2MB`.
 fn hugetlb(path: &Path) -> Value {
     let mut stats = Map::new();
     for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
@@ -193,7 +196,7 @@ fn hugetlb(path: &Path) -> Value {
     Value::Object(stats)
 }
 
-/// Lines such as `mlx4_0 hca_handle=2 hca_object=2000`.
+/// Reads rdma.current and rdma.max, which have lines such as `mlx4_0 hca_handle=2 hca_object=2000`.
 fn rdma(path: &Path) -> Value {
     let mut stats = Map::new();
     for name in ["current", "max"] {
@@ -225,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_become_the_shape_that_callers_of_runc_parse() {
+    fn cgroup_files_are_converted_to_the_json_of_runc_events() {
         let path = std::env::temp_dir().join(format!("rrun-stats-{}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         for (name, text) in [

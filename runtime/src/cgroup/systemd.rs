@@ -1,9 +1,11 @@
-//! The systemd cgroup driver: a container's cgroup is that of a transient scope, a unit which
-//! systemd makes, accounts for and shows, and leaves to rrun to divide ("Delegate").
+//! The systemd cgroup driver. systemd creates the container's cgroup as a transient scope, accounts
+//! for the scope's resource usage, and lists the scope among the units. The property "Delegate"
+//! lets rrun write limits and create child cgroups in the scope's cgroup.
 //!
-//! systemd makes no scope without a process in it. The container's own is to be made inside
-//! (see [`crate::lifecycle::create`]), so a placeholder that does nothing holds the place until then.
-//! See systemd.scope(5), systemd.resource-control(5) and org.freedesktop.systemd1(5).
+//! systemd creates a scope only around an existing process. But rrun creates the container's first
+//! process later, inside the scope's cgroup (see [`crate::lifecycle::create`]). Until the
+//! container's first process exists, an idle placeholder process keeps the scope alive. See
+//! systemd.scope(5), systemd.resource-control(5) and org.freedesktop.systemd1(5).
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -15,10 +17,11 @@ use crate::log;
 use crate::sys::child::{exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 
-/// Annotations that begin so name a property of the unit, its value in GVariant's text form.
+/// The prefix of the annotations that set properties of the systemd unit. The value of such an
+/// annotation is in GVariant text format.
 pub(crate) const ANNOTATION: &str = "org.systemd.property.";
 
-/// A scope as `linux.cgroupsPath` names it.
+/// The systemd scope that `linux.cgroupsPath` specifies.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Scope {
     pub(crate) unit: String,
@@ -27,8 +30,9 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
-    /// From `slice:prefix:name`, which means `prefix-name.scope` in that slice. The slice is
-    /// system.slice (user.slice for the user's systemd) if it is not said.
+    /// Parses a path of the form `slice:prefix:name`, which specifies the unit `prefix-name.scope`
+    /// in the slice `slice`. An empty slice means system.slice, or user.slice if the user's own
+    /// systemd creates the unit.
     pub(crate) fn from_spec(
         cgroups_path: &Path,
         id: &str,
@@ -39,7 +43,7 @@ impl Scope {
             [""] => ("", "rrun", id),
             [slice, prefix, name] => (*slice, *prefix, *name),
             _ => refuse!(
-                "linux.cgroupsPath: {text} is not of the form slice:prefix:name, which --systemd-cgroup needs"
+                "linux.cgroupsPath: {text} does not have the form slice:prefix:name, which --systemd-cgroup requires"
             ),
         };
         let slice = match slice {
@@ -49,17 +53,17 @@ impl Scope {
         };
         expand(slice)?;
         if name.is_empty() || name.contains('/') || prefix.contains('/') {
-            refuse!("linux.cgroupsPath: {text} names no unit of systemd");
+            refuse!("linux.cgroupsPath: {text} is not a valid name of a systemd unit");
         }
         if name.ends_with(".slice") {
-            refuse!("linux.cgroupsPath: {text} names a slice; a container is made a scope");
+            refuse!("linux.cgroupsPath: {text} names a slice, but a container needs a scope");
         }
         let mut properties = Vec::new();
         for (key, value) in annotations {
             if let Some(name) = key.strip_prefix(ANNOTATION) {
-                properties.push(annotated(name, value).ok_or_else(|| {
+                properties.push(parse_annotation(name, value).ok_or_else(|| {
                     Error::new(format!(
-                        "annotations: {key}: {value} is no value that rrun understands"
+                        "annotations: {key}: {value} is not a value that rrun can parse"
                     ))
                 })?);
             }
@@ -71,7 +75,7 @@ impl Scope {
         })
     }
 
-    /// The scope's cgroup, from the root of the hierarchy.
+    /// Returns the path of the scope's cgroup, relative to the root of the hierarchy.
     pub(crate) fn path(&self) -> Result<PathBuf> {
         let mut path = PathBuf::new();
         if !rustix::process::geteuid().is_root() {
@@ -83,12 +87,14 @@ impl Scope {
         Ok(path)
     }
 
-    /// Has systemd make the scope, with its limits.
+    /// Requests the scope with its limits from systemd, and waits until systemd has created the
+    /// scope.
     ///
     /// # Errors
-    /// A scope of that name that has processes; what systemd refuses, in its words.
+    /// Fails if a scope with the same name already contains processes, or if systemd refuses the
+    /// request. If systemd refuses the request, the error contains systemd's message.
     pub(crate) fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
-        let doing = || format!("start {} in {} by systemd", self.unit, self.slice);
+        let doing = || format!("start {} in {} through systemd", self.unit, self.slice);
         let mut bus = Bus::connect()?;
         let placeholder = Placeholder::new()?;
         let mut properties = vec![
@@ -101,7 +107,8 @@ impl Scope {
             flag("IOAccounting", true),
             flag("TasksAccounting", true),
             flag("DefaultDependencies", false),
-            // What ends badly is not kept for anyone to look at: it is looked at here.
+            // rrun reads the job's result immediately, so systemd does not need to keep a failed
+            // scope for later inspection.
             text("CollectMode", "inactive-or-failed"),
         ];
         properties.extend(limits);
@@ -115,18 +122,22 @@ impl Scope {
                 .no_units();
             match bus.call("StartTransientUnit", body)? {
                 Ok(job) => break job,
-                // One that failed before this, and is still shown.
+                // An earlier scope with the same name failed, and systemd still keeps the failed
+                // unit. rrun resets this unit and tries again.
                 Err(refusal) if refusal.is("UnitExists") && !retried => {
                     retried = true;
                     reset_failed(&mut bus, &self.unit)?;
                 }
-                Err(refusal) => return Err(refused(doing(), &refusal)),
+                Err(refusal) => return Err(refusal_error(doing(), &refusal)),
             }
         };
-        let result = bus.finished(&job, &doing())?;
+        let result = bus.await_job(&job, &doing())?;
         if result != "done" {
             let _ = reset_failed(&mut bus, &self.unit);
-            refuse!("{}: the job's result is {result}", doing());
+            refuse!(
+                "{}: systemd finished the job with the result {result}",
+                doing()
+            );
         }
         Ok(placeholder)
     }
@@ -140,14 +151,19 @@ fn flag(name: &str, value: bool) -> Property {
     (name.to_owned(), BusValue::Bool(value))
 }
 
-fn refused(doing: String, refusal: &Refusal) -> Error {
+fn refusal_error(doing: String, refusal: &Refusal) -> Error {
     let name = refusal.name.rsplit('.').next().unwrap_or_default();
     Error::new(format!("{doing}: {} ({name})", refusal.text))
 }
 
-/// Where a slice's cgroup is: `a-b.slice` is in `a.slice`, and `-.slice` is the root.
+/// Returns the path of a slice's cgroup. The cgroup of `a-b.slice` is inside the cgroup of
+/// `a.slice`, and the cgroup of `-.slice` is the root of the hierarchy.
 fn expand(slice: &str) -> Result<PathBuf> {
-    let malformed = || Error::new(format!("linux.cgroupsPath: {slice} is no name of a slice"));
+    let malformed = || {
+        Error::new(format!(
+            "linux.cgroupsPath: {slice} is not a valid name of a slice"
+        ))
+    };
     let name = slice.strip_suffix(".slice").ok_or_else(malformed)?;
     let mut path = PathBuf::new();
     if name == "-" {
@@ -162,9 +178,11 @@ fn expand(slice: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A property from an annotation. Only the plain forms of GVariant's text: they are all that
-/// properties of units have. `TimeoutStopSec` is for people; on the bus it counts in µs.
-fn annotated(name: &str, value: &str) -> Option<Property> {
+/// Converts an annotation to a property. This function parses only the simple types of the GVariant
+/// text format, because unit properties have no other types. A property in seconds, such as
+/// `TimeoutStopSec`, becomes a property in microseconds (`TimeoutStopUSec`), because systemd's
+/// D-Bus interface has only properties in microseconds.
+fn parse_annotation(name: &str, value: &str) -> Option<Property> {
     let parsed = gvariant(value.trim())?;
     let seconds = name.strip_suffix("Sec");
     let Some(seconds) = seconds.filter(|rest| !rest.ends_with('U')) else {
@@ -214,21 +232,25 @@ fn gvariant(text: &str) -> Option<BusValue> {
     }
 }
 
-/// Whether systemd runs this machine; see sd_booted(3).
+/// Returns whether this machine was booted with systemd. See sd_booted(3).
 pub(crate) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-/// systemd's version, its first number.
+/// Returns the major version of systemd.
 pub(crate) fn version() -> Result<u32> {
     let text = Bus::connect()?.property("Version")?;
     let digits = text.split(|c: char| !c.is_ascii_digit()).next();
     digits
         .and_then(|digits| digits.parse().ok())
-        .ok_or_else(|| Error::new(format!("systemd's version {text} is none")))
+        .ok_or_else(|| {
+            Error::new(format!(
+                "systemd reports the version {text}, which does not begin with a number"
+            ))
+        })
 }
 
-/// Changes limits of a running scope.
+/// Changes the limits of a running scope.
 pub(crate) fn set(unit: &str, limits: &[Property]) -> Result<()> {
     if limits.is_empty() {
         return Ok(());
@@ -237,37 +259,46 @@ pub(crate) fn set(unit: &str, limits: &[Property]) -> Result<()> {
     Bus::connect()?
         .call("SetUnitProperties", body)?
         .map(|_| ())
-        .map_err(|refusal| refused(format!("set limits of {unit} by systemd"), &refusal))
+        .map_err(|refusal| {
+            refusal_error(
+                format!("set the limits of {unit} through systemd"),
+                &refusal,
+            )
+        })
 }
 
-/// Stops a scope, and has systemd forget it. It is no error if there is none.
+/// Stops a scope and removes its failed state from systemd. A scope that does not exist is not an
+/// error.
 pub(crate) fn stop(unit: &str) -> Result<()> {
-    let doing = || format!("stop {unit} by systemd");
+    let doing = || format!("stop {unit} through systemd");
     let mut bus = Bus::connect()?;
     match bus.call("StopUnit", Body::default().text(unit).text("replace"))? {
         Ok(job) => {
-            let result = bus.finished(&job, &doing())?;
+            let result = bus.await_job(&job, &doing())?;
             if result != "done" {
-                log::warning(&format!("{}: the job's result is {result}", doing()));
+                log::warning(&format!(
+                    "{}: systemd finished the job with the result {result}",
+                    doing()
+                ));
             }
         }
         Err(refusal) if refusal.is("NoSuchUnit") => return Ok(()),
-        Err(refusal) => return Err(refused(doing(), &refusal)),
+        Err(refusal) => return Err(refusal_error(doing(), &refusal)),
     }
     reset_failed(&mut bus, unit)
 }
 
 fn reset_failed(bus: &mut Bus, unit: &str) -> Result<()> {
     match bus.call("ResetFailedUnit", Body::default().text(unit))? {
-        Err(refusal) if !refusal.is("NoSuchUnit") => Err(refused(
-            format!("reset {unit} by systemd, which failed"),
+        Err(refusal) if !refusal.is("NoSuchUnit") => Err(refusal_error(
+            format!("reset the failed unit {unit} through systemd"),
             &refusal,
         )),
         _ => Ok(()),
     }
 }
 
-/// A process that does nothing but be in a scope, and dies with this program.
+/// An idle process that keeps a scope alive. The kernel kills this process when rrun dies.
 pub(crate) struct Placeholder {
     pid: u32,
     pidfd: OwnedFd,
@@ -276,7 +307,7 @@ pub(crate) struct Placeholder {
 impl Placeholder {
     fn new() -> Result<Placeholder> {
         let parent = rustix::process::getpid();
-        match clone3(0, None).doing(|| "make a process to hold the scope (clone3)")? {
+        match clone3(0, None).doing(|| "create a placeholder process for the scope (clone3)")? {
             Cloned::Parent { pid, pidfd } => Ok(Placeholder {
                 pid: pid.cast_unsigned(),
                 pidfd,
@@ -285,7 +316,8 @@ impl Placeholder {
                 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
                 let _ = set_parent_process_death_signal(Some(Signal::KILL));
                 while getppid() == Some(parent) {
-                    // Only a signal ends this, and those that do not kill mean nothing here.
+                    // Only a signal ends this call of poll(2). If the signal does not kill the
+                    // process, the process waits again.
                     let _ = rustix::event::poll(&mut [], None);
                 }
                 exit_now()
@@ -305,7 +337,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scope_lies_in_its_slice_and_that_in_those_its_name_tells() {
+    fn a_scope_is_inside_its_slice_and_the_slice_is_inside_its_parent_slices() {
         let none = HashMap::new();
         let scope = Scope::from_spec(
             Path::new("kubepods-burstable-pod1.slice:cri:c1"),
@@ -340,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_become_properties() {
+    fn annotations_become_properties_of_the_unit() {
         for (name, value, property) in [
             (
                 "CollectMode",
@@ -375,7 +407,7 @@ mod tests {
             ("XSec", "'soon'", None),
         ] {
             let expected = property.map(|(name, value)| (name.to_owned(), value));
-            assert_eq!(annotated(name, value), expected, "{value}");
+            assert_eq!(parse_annotation(name, value), expected, "{value}");
         }
     }
 }

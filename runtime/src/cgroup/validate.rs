@@ -1,4 +1,5 @@
-//! `linux.resources` and `linux.cgroupsPath`, checked before anything is made.
+//! The checks of `linux.resources` and `linux.cgroupsPath`. These checks run before rrun creates
+//! the cgroup or a process.
 
 use std::path::Path;
 
@@ -7,8 +8,11 @@ use oci_spec::runtime::LinuxResources;
 use super::devices;
 use crate::error::{Result, refuse};
 
+/// Checks the path and the limits of a cgroup.
+///
 /// # Errors
-/// What cgroup v2 does not have, or this version does not support, by its field.
+/// Fails if cgroup v2 or this version of rrun does not support a setting. The error names the field
+/// that contains the setting.
 pub(crate) fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
     validate_path(path)?;
     validate_memory(resources)?;
@@ -17,13 +21,15 @@ pub(crate) fn validate(path: &Path, resources: &LinuxResources) -> Result<()> {
     for limit in resources.hugepage_limits().iter().flatten() {
         let size = limit.page_size();
         if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            refuse!("linux.resources.hugepageLimits.pageSize: {size} is no size, as 2MB");
+            refuse!(
+                "linux.resources.hugepageLimits.pageSize: {size} is not a valid page size (a valid example is 2MB)"
+            );
         }
     }
     if resources.network().as_ref().is_some_and(|network| {
         network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty())
     }) {
-        refuse!("linux.resources.network: cgroup v2 has no such thing");
+        refuse!("linux.resources.network: cgroup v2 does not support this setting");
     }
     validate_unified(resources)?;
     devices::validate(resources.devices().as_deref().unwrap_or_default())
@@ -35,7 +41,7 @@ fn validate_path(path: &Path) -> Result<()> {
         .any(|component| matches!(component, std::path::Component::ParentDir));
     if escapes || path == Path::new("/") {
         refuse!(
-            "linux.cgroupsPath: {} is no place for a container",
+            "linux.cgroupsPath: {}: the path must not contain \"..\", and must not be the root cgroup",
             path.display()
         );
     }
@@ -60,7 +66,7 @@ fn validate_memory(resources: &LinuxResources) -> Result<()> {
     ];
     for (field, present) in absent {
         if present {
-            refuse!("linux.resources.memory.{field}: cgroup v2 has no such thing");
+            refuse!("linux.resources.memory.{field}: cgroup v2 does not support this setting");
         }
     }
     let limit = memory.limit().unwrap_or(0);
@@ -68,11 +74,13 @@ fn validate_memory(resources: &LinuxResources) -> Result<()> {
         return Ok(());
     };
     if limit <= 0 {
-        refuse!("linux.resources.memory.swap: {swap} is a limit, but memory.limit is none");
+        refuse!(
+            "linux.resources.memory.swap: {swap} is a limit on the sum of memory and swap, but memory.limit is missing or unlimited"
+        );
     }
     if swap < limit {
         refuse!(
-            "linux.resources.memory.swap: {swap} is less than memory.limit ({limit}), which it includes"
+            "linux.resources.memory.swap: the limit {swap} on the sum of memory and swap is less than memory.limit ({limit})"
         );
     }
     Ok(())
@@ -94,7 +102,7 @@ fn validate_cpu(resources: &LinuxResources) -> Result<()> {
     ];
     for (field, present) in realtime {
         if present {
-            refuse!("linux.resources.cpu.{field}: cgroup v2 has no such thing");
+            refuse!("linux.resources.cpu.{field}: cgroup v2 does not support this setting");
         }
     }
     if let Some(idle) = cpu.idle().filter(|idle| !matches!(idle, 0 | 1)) {
@@ -108,7 +116,7 @@ fn validate_io(resources: &LinuxResources) -> Result<()> {
         return Ok(());
     };
     if io.leaf_weight().is_some_and(|weight| weight != 0) {
-        refuse!("linux.resources.blockIO.leafWeight: cgroup v2 has no such thing");
+        refuse!("linux.resources.blockIO.leafWeight: cgroup v2 does not support this setting");
     }
     let weight = io.weight().filter(|weight| *weight != 0);
     if let Some(weight) = weight.filter(|weight| !(10..=1000).contains(weight)) {
@@ -120,12 +128,14 @@ fn validate_io(resources: &LinuxResources) -> Result<()> {
 fn validate_unified(resources: &LinuxResources) -> Result<()> {
     for key in resources.unified().iter().flatten().map(|(key, _)| key) {
         if key.contains('/') || !key.contains('.') {
-            refuse!("linux.resources.unified: {key} is no name of a cgroup's file");
+            refuse!("linux.resources.unified: {key} is not the name of a cgroup file");
         }
         if key.starts_with("cgroup.")
             && !matches!(key.as_str(), "cgroup.max.depth" | "cgroup.max.descendants")
         {
-            refuse!("linux.resources.unified: {key} is not a limit, and is rrun's own to write");
+            refuse!(
+                "linux.resources.unified: {key} is not a limit, and only rrun is allowed to write this file"
+            );
         }
     }
     Ok(())

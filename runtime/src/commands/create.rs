@@ -15,7 +15,7 @@ use crate::process::terminal::connect_console;
 pub(crate) const COMMAND: Command = Command {
     name: "create",
     usage: "[options] <container-id>",
-    about: "create a container; its program then waits for start",
+    about: "create a container, which waits for start before it executes its program",
     flags: &[
         BUNDLE,
         CONSOLE_SOCKET,
@@ -30,14 +30,15 @@ pub(crate) const COMMAND: Command = Command {
     call: create,
 };
 
-/// For a caller who writes the bundle while rrun starts.
+/// The flag `--after`. With this flag, a caller can start rrun before the bundle is complete.
 const AFTER: Flag = value(
     "after",
     None,
-    "pipe to read from before the bundle is looked at; its end without a byte calls the creation off",
+    "pipe from which rrun reads one byte before it reads the bundle; end of file instead of the byte cancels the creation",
 );
 
-/// Waits until the caller has written the bundle, for as long as the caller wishes.
+/// Waits without a timeout until rrun's caller writes a byte to the pipe at `path`. The byte means
+/// that the bundle is complete.
 fn await_bundle(path: &str) -> Result<()> {
     let doing = || format!("wait for the bundle (--after {path})");
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -45,7 +46,9 @@ fn await_bundle(path: &str) -> Result<()> {
     loop {
         match rustix::io::read(&pipe, &mut [0u8; 1]) {
             Err(Errno::INTR) => {}
-            Ok(0) => return Err(Error::new("the caller called it off").while_doing(doing())),
+            Ok(0) => {
+                return Err(Error::new("the caller cancelled the creation").while_doing(doing()));
+            }
             read => return read.map(drop).doing(doing),
         }
     }
@@ -61,8 +64,12 @@ fn create(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let mut config = Config::load(bundle(arguments))?;
     let console_socket = match (config.process.terminal, console_socket(arguments)) {
         (true, Some(path)) => Some(connect_console(path)?),
-        (true, None) => refuse!("process.terminal: needs --console-socket to send the terminal to"),
-        (false, Some(_)) => refuse!("--console-socket: process.terminal is not set"),
+        (true, None) => refuse!(
+            "process.terminal is true, so create needs --console-socket, the socket that receives the terminal"
+        ),
+        (false, Some(_)) => {
+            refuse!("--console-socket cannot be used, because process.terminal is not true")
+        }
         (false, None) => None,
     };
     let notify = service_manager(globals, id, &mut config)?;

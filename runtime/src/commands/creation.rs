@@ -1,4 +1,4 @@
-//! What `create` and `run` share.
+//! Functions that the commands `create` and `run` share.
 
 use std::path::Path;
 
@@ -11,8 +11,9 @@ use crate::lifecycle::create::CreateRequest;
 use crate::lifecycle::notify_socket::{self, ServiceManager};
 use crate::process::descriptors::Descriptors;
 
-/// The service manager of rrun's caller, if it has one. The container then finds a socket of its
-/// own at `$NOTIFY_SOCKET`.
+/// Returns the service manager that NOTIFY_SOCKET in rrun's environment specifies. Returns `None`
+/// if this variable is not set. If the variable is set, this function also adds the mount of a
+/// notification socket to `config`, and sets NOTIFY_SOCKET in the container's environment.
 pub(crate) fn service_manager(
     globals: &Globals,
     id: &str,
@@ -27,7 +28,8 @@ pub(crate) fn service_manager(
     Ok(manager)
 }
 
-/// The request as the flags have it, of a container that does not wait for `start`.
+/// Returns the request to create the container that the flags describe. In this request, `waits` is
+/// false, so the container does not wait for `start`.
 pub(crate) fn request<'a>(
     globals: &'a Globals,
     arguments: &'a Arguments,

@@ -6,11 +6,11 @@ use crate::lifecycle::delete;
 pub(crate) const COMMAND: Command = Command {
     name: "delete",
     usage: "[options] <container-id>",
-    about: "remove all that belongs to a stopped container",
+    about: "remove a stopped container and everything that belongs to it",
     flags: &[switch(
         "force",
         Some('f'),
-        "kill the container first; it is no error if there is none",
+        "kill the container before removing it; succeed if the container does not exist",
     )],
     rest_is_foreign: false,
     call: delete,

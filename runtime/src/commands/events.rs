@@ -14,14 +14,14 @@ use crate::lifecycle::state::State;
 pub(crate) const COMMAND: Command = Command {
     name: "events",
     usage: "[options] <container-id>",
-    about: "tell what a container uses, and when a process of it is killed for want of memory",
+    about: "print a container's resource usage, and an event for each of its processes that the kernel's OOM killer kills",
     flags: &[
         value(
             "interval",
             None,
-            "time between two statistics, as 5s or 500ms (default: 5s)",
+            "time between two reports of the resource usage, such as 5s or 500ms (default: 5s)",
         ),
-        switch("stats", None, "tell the statistics once and end"),
+        switch("stats", None, "print the resource usage once and exit"),
     ],
     rest_is_foreign: false,
     call: events,
@@ -38,7 +38,8 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
         return Ok(0);
     }
-    // The kernel wakes who polls it at every change; without the controller there is none.
+    // The kernel wakes a process that polls memory.events when the file changes. Without the memory
+    // controller, memory.events does not exist.
     let memory = rustix::fs::open(
         state.cgroup.join("memory.events"),
         OFlags::RDONLY | OFlags::CLOEXEC,
@@ -59,10 +60,10 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno).doing(|| format!("watch container {id}")),
         }
-        let ended = watched
+        let exited = watched
             .first()
             .is_some_and(|process| !process.revents().is_empty());
-        // Until a file is read again, poll returns at once.
+        // Read memory.events after every poll, because otherwise the next poll returns immediately.
         let now = cgroup::oom_kills(&state.cgroup);
         if let Some(file) = &memory {
             let _ = rustix::io::pread(file, &mut [0u8; 512], 0);
@@ -71,7 +72,7 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             print_event(id, "oom", None);
         }
         killed = killed.max(now);
-        if ended {
+        if exited {
             return Ok(0);
         }
         if Instant::now() >= next {
@@ -81,19 +82,19 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     }
 }
 
-/// One event, one line.
+/// Prints an event as one line.
 fn print_event(id: &str, kind: &str, data: Option<Value>) {
-    // In runc's order: people grep for the beginning.
+    // The JSON fields are in runc's order, because users grep for the beginning of the line.
     let (kind, id) = (Value::from(kind), Value::from(id));
     let data = data.map_or_else(String::new, |data| format!(",\"data\":{data}"));
     print(&format!("{{\"type\":{kind},\"id\":{id}{data}}}\n"));
 }
 
-/// As Go writes durations: `5s`, `1m30s`, `500ms`.
+/// Parses a duration in Go's format, such as `5s`, `1m30s` or `500ms`.
 fn duration(text: &str) -> Result<Duration> {
     let wrong = || {
         Error::new(format!(
-            "invalid value \"{text}\" for flag -interval: it is a time greater than 0, as 5s or 500ms"
+            "invalid value \"{text}\" for flag -interval: expected a time greater than 0, such as 5s or 500ms"
         ))
     };
     let (mut rest, mut total) = (text, Duration::ZERO);
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_as_go_writes_them() {
+    fn durations_are_parsed_as_in_go() {
         for (text, milliseconds) in [
             ("5s", 5000),
             ("500ms", 500),

@@ -17,7 +17,7 @@ use crate::sys::files::read_bounded;
 pub(crate) const COMMAND: Command = Command {
     name: "exec",
     usage: "[options] <container-id> <program> [arguments...]  or  --process process.json <container-id>",
-    about: "execute a further program in a running container",
+    about: "execute another program in a running container",
     flags: &[
         CONSOLE_SOCKET,
         PIDFD_SOCKET,
@@ -25,24 +25,28 @@ pub(crate) const COMMAND: Command = Command {
         value(
             "env",
             Some('e'),
-            "environment variable, name=value; may be given more than once",
+            "environment variable as name=value; can be given several times",
         ),
-        switch("tty", Some('t'), "give it a terminal"),
-        value("user", Some('u'), "user id, and group id after a colon"),
+        switch("tty", Some('t'), "give the program a terminal"),
+        value(
+            "user",
+            Some('u'),
+            "user id, optionally followed by a colon and a group id",
+        ),
         value(
             "additional-gids",
             Some('g'),
-            "further group id; may be given more than once",
+            "additional group id; can be given several times",
         ),
         value(
             "process",
             Some('p'),
-            "file with the process as JSON, as in config.json",
+            "JSON file that describes the process in the format of the field process of config.json",
         ),
         switch(
             "detach",
             Some('d'),
-            "return when the program runs, and leave it",
+            "return when the program has started, without waiting for its exit",
         ),
         PID_FILE,
         value("process-label", None, "SELinux label of the program"),
@@ -51,22 +55,22 @@ pub(crate) const COMMAND: Command = Command {
         value(
             "cap",
             Some('c'),
-            "capability to add; may be given more than once",
+            "capability to add; can be given several times",
         ),
         value(
             "preserve-fds",
             None,
-            "hand this many further descriptors to the program",
+            "number of additional descriptors, from 3 upwards, to pass to the program",
         ),
         value(
             "cgroup",
             None,
-            "cgroup below the container's own to run it in",
+            "cgroup for the program, relative to the container's cgroup",
         ),
         switch(
             "ignore-paused",
             None,
-            "do so even if the container is paused",
+            "execute the program even if the container is paused",
         ),
     ],
     rest_is_foreign: true,
@@ -75,10 +79,11 @@ pub(crate) const COMMAND: Command = Command {
 
 fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let Some((id, words)) = arguments.positional.split_first() else {
-        refuse!("a container id is needed as argument");
+        refuse!("the argument for the container id is missing");
     };
     match execute(globals, arguments, id, words) {
-        // runc's status for what is no status of the program's own.
+        // Like runc, `exec` exits with status 255 if rrun itself fails. If the program fails,
+        // `exec` exits with the program's exit status.
         Err(error) => {
             crate::log::fatal(&error.to_string());
             Ok(255)
@@ -103,9 +108,13 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     let console_socket = match (process.terminal, detach, console_socket(arguments)) {
         (true, _, Some(path)) => Some(connect_console(path)?),
         (true, true, None) => {
-            refuse!("a terminal needs, with --detach, --console-socket to send it to")
+            refuse!(
+                "--tty or process.terminal with --detach needs --console-socket, the socket that receives the terminal"
+            )
         }
-        (false, _, Some(_)) => refuse!("--console-socket: no terminal is asked for"),
+        (false, _, Some(_)) => refuse!(
+            "--console-socket cannot be used, because neither --tty nor process.terminal requests a terminal"
+        ),
         (_, _, None) => None,
     };
     let foreground = if detach {
@@ -117,7 +126,9 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         state: &state,
         init,
         process,
-        // Before cgroup v2, each controller could have another: `[<controller>:]<path>`.
+        // runc's format is `[<controller>:]<path>`. In cgroup v1, a process can have a different
+        // cgroup for each controller. In cgroup v2, a process has only one cgroup. So rrun accepts
+        // no controller in the value of --cgroup, and only removes a leading colon.
         sub_cgroup: arguments
             .value("cgroup")
             .map(|text| text.strip_prefix(':').unwrap_or(text)),
@@ -142,7 +153,7 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
         }
         None => from_flags(arguments, words, &state.process)?,
     };
-    take_from_container(&mut spec, &state.process);
+    inherit_unset(&mut spec, &state.process);
     let mut process = Process::from_spec(&spec)?;
     process.inherit(state.personality.as_ref(), state.memory_policy.as_ref())?;
     let added = capabilities::mask(arguments.values("cap"));
@@ -150,26 +161,28 @@ fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Pro
     Ok(process)
 }
 
-/// What a process given by --process says nothing about is as the container's own is.
-fn take_from_container(spec: &mut ProcessSpec, own: &ProcessSpec) {
-    fn take<T: Clone>(here: &mut Option<T>, own: &Option<T>) {
-        if here.is_none() {
-            here.clone_from(own);
+/// Fills the unset fields of `spec` with the values of `own`. `spec` describes the process that
+/// `exec` creates, and `own` describes the container's first process.
+fn inherit_unset(spec: &mut ProcessSpec, own: &ProcessSpec) {
+    fn inherit<T: Clone>(field: &mut Option<T>, own: &Option<T>) {
+        if field.is_none() {
+            field.clone_from(own);
         }
     }
-    take(&mut spec.capabilities, &own.capabilities);
-    take(&mut spec.apparmor_profile, &own.apparmor_profile);
-    take(&mut spec.selinux_label, &own.selinux_label);
-    take(&mut spec.rlimits, &own.rlimits);
-    take(&mut spec.io_priority, &own.io_priority);
-    take(&mut spec.scheduler, &own.scheduler);
-    take(&mut spec.exec_cpu_affinity, &own.exec_cpu_affinity);
+    inherit(&mut spec.capabilities, &own.capabilities);
+    inherit(&mut spec.apparmor_profile, &own.apparmor_profile);
+    inherit(&mut spec.selinux_label, &own.selinux_label);
+    inherit(&mut spec.rlimits, &own.rlimits);
+    inherit(&mut spec.io_priority, &own.io_priority);
+    inherit(&mut spec.scheduler, &own.scheduler);
+    inherit(&mut spec.exec_cpu_affinity, &own.exec_cpu_affinity);
 }
 
-/// The container's own process, with what the flags say put in its place.
+/// Returns a copy of `own` with the changes that the flags specify. `own` describes the container's
+/// first process.
 fn from_flags(arguments: &Arguments, words: &[String], own: &ProcessSpec) -> Result<ProcessSpec> {
     if words.is_empty() {
-        refuse!("exec needs a program to execute, or --process");
+        refuse!("exec needs either a program to execute or --process");
     }
     let mut spec = own.clone();
     spec.args = Some(words.to_vec());
@@ -192,7 +205,7 @@ fn from_flags(arguments: &Arguments, words: &[String], own: &ProcessSpec) -> Res
     }
     let id = |text: &str| {
         text.parse::<u32>()
-            .map_err(|_| Error::new(format!("{text} is no user or group id")))
+            .map_err(|_| Error::new(format!("{text} is not a user or group id")))
     };
     let user = &mut spec.user;
     if let Some(text) = arguments.value("user") {

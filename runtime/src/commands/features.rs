@@ -12,18 +12,18 @@ use rrun_kernel::capability;
 pub(crate) const COMMAND: Command = Command {
     name: "features",
     usage: "",
-    about: "print what this runtime supports as JSON",
+    about: "print the features of this runtime as JSON",
     flags: &[],
     rest_is_foreign: false,
     call: features,
 };
 
 fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    arguments.none()?;
+    arguments.check_only_flags()?;
     let capabilities: Vec<String> = capability::all_names().collect();
     let flags = seccomp::FLAGS.iter().map(|(name, _)| *name);
     let supported: Vec<&str> = flags.filter(|name| seccomp::supports(name)).collect();
-    // See features-linux.md of the runtime specification.
+    // features-linux.md of the runtime specification defines the following fields.
     let features = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": OCI_VERSION,
@@ -68,9 +68,13 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// That `create --after` is there, and of which file that is true, as `DEVICE:INODE`: a program of
-/// another name that looks into the bundle first and then becomes rrun passes these features on as
-/// if they were its own, and must not be started before the bundle is written.
+/// Returns the device and the inode of rrun's executable as `DEVICE:INODE`. If a wrapper program
+/// executes rrun, `features` prints the numbers of rrun's executable, not the numbers of the
+/// wrapper's file. rrun's caller compares the printed numbers with the numbers of the file that it
+/// executes. If they differ, the file is a wrapper.
+///
+/// Only rrun itself supports `create --after`. A wrapper can read the bundle before it executes
+/// rrun. So rrun's caller must write the bundle before it starts the wrapper.
 fn own_device_and_inode() -> String {
     rustix::fs::stat("/proc/self/exe").map_or(String::new(), |file| {
         format!("{}:{}", file.st_dev, file.st_ino)

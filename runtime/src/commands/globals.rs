@@ -1,5 +1,5 @@
-//! What commands share: their description, the flags before their names, and the flags that
-//! several of them take.
+//! Definitions that the commands share: the description of a command, the global flags, and the
+//! flags that several commands accept.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -9,26 +9,27 @@ use crate::error::Result;
 use crate::process::descriptors::Descriptors;
 use crate::sys::unix_socket;
 
-/// One command: how it is called, and what does it.
+/// A command: its name, its help texts, its flags and its function.
 pub(crate) struct Command {
     pub(crate) name: &'static str,
     pub(crate) usage: &'static str,
     pub(crate) about: &'static str,
     pub(crate) flags: &'static [Flag],
-    /// Whether what follows the id belongs to another program.
+    /// True if all words after the container id are arguments of another program, such as ps(1).
     pub(crate) rest_is_foreign: bool,
     pub(crate) call: fn(&Globals, &Arguments) -> Result<u8>,
 }
 
-/// What the flags before the command's name say.
+/// The values of the global flags, which precede the command's name.
 pub(crate) struct Globals {
-    /// Where states are kept.
+    /// The directory that contains a state directory for each container.
     pub(crate) root: PathBuf,
-    /// Whether --root is not given.
+    /// True if --root is not given.
     pub(crate) default_root: bool,
-    /// Whether systemd makes the cgroups of new containers.
+    /// True if systemd creates the cgroups of new containers.
     pub(crate) systemd_cgroup: bool,
-    /// The result of [`descriptors::inherited`], for commands that start processes in containers.
+    /// The numbers of the descriptors that rrun's caller left open. The list is empty for commands
+    /// that start no process in a container.
     pub(crate) inherited: Vec<u32>,
 }
 
@@ -41,51 +42,60 @@ pub(crate) const BUNDLE: Flag = value(
 pub(crate) const CONSOLE_SOCKET: Flag = value(
     "console-socket",
     None,
-    "unix socket that is sent the master side of the terminal",
+    "unix socket that receives the master side of the terminal",
 );
 
-pub(crate) const PID_FILE: Flag = value("pid-file", None, "file to write the process id to");
+pub(crate) const PID_FILE: Flag = value(
+    "pid-file",
+    None,
+    "file to which rrun writes the id of the new process",
+);
 
 pub(crate) const NO_PIVOT: Flag = switch(
     "no-pivot",
     None,
-    "move the root instead of pivot_root, for a root on a ramdisk",
+    "use chroot instead of pivot_root, for a root on a ramdisk",
 );
 
-pub(crate) const NO_NEW_KEYRING: Flag =
-    switch("no-new-keyring", None, "keep the caller's session keyring");
+pub(crate) const NO_NEW_KEYRING: Flag = switch(
+    "no-new-keyring",
+    None,
+    "keep the caller's session keyring instead of creating one",
+);
 
 pub(crate) const PRESERVE_FDS: Flag = value(
     "preserve-fds",
     None,
-    "hand this many further descriptors to the container",
+    "number of additional descriptors, from 3 upwards, to pass to the container",
 );
 
 pub(crate) const PIDFD_SOCKET: Flag = value(
     "pidfd-socket",
     None,
-    "unix socket that is sent a descriptor of the process (pidfd)",
+    "unix socket that receives a descriptor of the process (pidfd)",
 );
 
-/// Writes to standard output; a reader that went away is no error.
+/// Writes text to standard output. Errors are ignored, because the reader can have closed the pipe.
 pub(crate) fn print(text: &str) {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
-/// The bundle that --bundle names, or the working directory.
+/// Returns the bundle that --bundle names, or the working directory.
 pub(crate) fn bundle(arguments: &Arguments) -> &Path {
     Path::new(arguments.value("bundle").unwrap_or("."))
 }
 
-/// Descriptors for the program: LISTEN_FDS of the environment and --preserve-fds.
+/// Returns the descriptors that rrun will pass to the program. LISTEN_FDS in rrun's environment
+/// announces some of these descriptors, and --preserve-fds requests the others.
 ///
 /// # Errors
-/// One of them is not open.
+/// Fails if a descriptor that the program should get is not open.
 pub(crate) fn descriptors(globals: &Globals, arguments: &Arguments) -> Result<Descriptors> {
     let number = |name| -> Option<u32> { std::env::var(name).ok()?.parse().ok() };
-    // Meant for another process if it says so; see sd_listen_fds(3).
+    // LISTEN_FDS applies to rrun only if LISTEN_PID contains rrun's process id. See
+    // sd_listen_fds(3).
     let meant = number("LISTEN_PID") == Some(std::process::id());
     let listen = number("LISTEN_FDS").filter(|_| meant).unwrap_or(0);
     let preserve = arguments.number("preserve-fds")?.unwrap_or(0);
@@ -98,7 +108,7 @@ pub(crate) fn console_socket(arguments: &Arguments) -> Option<&str> {
         .filter(|path| !path.is_empty())
 }
 
-/// The socket that --pidfd-socket names, connected.
+/// Connects to the socket that --pidfd-socket names.
 pub(crate) fn pidfd_socket(arguments: &Arguments) -> Result<Option<OwnedFd>> {
     arguments
         .value("pidfd-socket")

@@ -17,7 +17,7 @@ pub(crate) const COMMAND: Command = Command {
     flags: &[switch(
         "all",
         Some('a'),
-        "send it to all processes of the container",
+        "send the signal to all processes of the container",
     )],
     rest_is_foreign: false,
     call: kill,
@@ -28,7 +28,7 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         [id, signal] if !signal.is_empty() => (id, signal.as_str()),
         [id] | [id, _] => (id, "SIGTERM"),
         all => refuse!(
-            "one or two arguments are needed, a container id and a signal; {} are given",
+            "kill needs a container id and optionally a signal, but {} arguments are given",
             all.len()
         ),
     };
@@ -37,7 +37,9 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     let doing = || format!("send signal {signal} to container {id}");
     let process = state.open_process()?;
-    // Without a PID namespace of its own, what the first process leaves behind lives on.
+    // If the container did not get a new PID namespace, the kernel does not kill the other
+    // processes when the first process dies. Therefore rrun sends SIGKILL to all processes of the
+    // container.
     let all = arguments.is_set("all") || (signal == libc::SIGKILL && !state.new_pid_namespace);
     if all && signal == libc::SIGKILL {
         let left = || cgroup::all_pids(&state.cgroup).is_ok_and(|pids| !pids.is_empty());

@@ -10,21 +10,22 @@ use crate::log;
 pub(crate) const COMMAND: Command = Command {
     name: "list",
     usage: "[options]",
-    about: "list the containers under --root",
+    about: "list the containers that have a directory in --root",
     flags: &[
         value("format", Some('f'), "table or json (default: table)"),
-        switch("quiet", Some('q'), "only the ids"),
+        switch("quiet", Some('q'), "print only the ids"),
     ],
     rest_is_foreign: false,
     call: list,
 };
 
-/// Of a column, and after its longest cell, as runc's table has them.
+/// The minimum width of a column in characters, as in runc's table.
 const MIN_WIDTH: usize = 12;
+/// The number of spaces after the longest cell of a column, as in runc's table.
 const MARGIN: usize = 3;
 
 fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    arguments.none()?;
+    arguments.check_only_flags()?;
     let containers = containers(globals)?;
     if arguments.is_set("quiet") {
         for (state, _) in &containers {
@@ -39,15 +40,15 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
                 .map(|(state, status)| state.oci_state(*status))
                 .collect();
             let text = if shown.is_empty() {
-                "null".to_owned() // what runc prints
+                "null".to_owned() // runc also prints null for an empty list
             } else {
                 serde_json::to_string(&shown)
-                    .map_err(|error| Error::new(format!("print the list: {error}")))?
+                    .map_err(|error| Error::new(format!("print the list of containers: {error}")))?
             };
             print(&format!("{text}\n"));
         }
         "table" => print(&table(&containers)),
-        other => refuse!("invalid format {other:?}: it is table or json"),
+        other => refuse!("invalid format {other:?}: expected table or json"),
     }
     Ok(0)
 }
@@ -56,7 +57,9 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
     let root = &globals.root;
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
-        // The default one is made with the first container; one that is named should be there.
+        // If the default root directory does not exist, there are no containers, because rrun
+        // creates this directory for the first container. But if --root is given, the directory
+        // must exist.
         Err(error) if error.kind() == ErrorKind::NotFound && globals.default_root => {
             return Ok(Vec::new());
         }
@@ -66,7 +69,8 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| validate_id(name).is_ok())
-        // The default root is the CRI server's state directory, too: not all in it are containers.
+        // The CRI server also stores its state in the default root directory, so some entries are
+        // not containers.
         .filter(|name| root.join(name).join("state.json").exists())
         .collect();
     ids.sort_unstable();
@@ -76,7 +80,9 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
             .and_then(|state| Ok((state.status(&directory(root, &id)?)?, state)));
         match found {
             Ok((status, state)) => containers.push((state, status)),
-            // One that can not be read, or goes away meanwhile, does not hide the others.
+            // Log the error and list the other containers. The state of one container can be
+            // unreadable, or another process can delete a container while rrun reads the --root
+            // directory.
             Err(error) => log::warning(&error.to_string()),
         }
     }

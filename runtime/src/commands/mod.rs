@@ -1,5 +1,5 @@
-//! The commands, one file each. Every one translates its arguments, calls what does the
-//! work, and translates the outcome.
+//! The commands of rrun, such as `create` and `start`. Each command has its own file. A command
+//! reads its arguments, calls the module that does the work, and reports the result.
 
 mod create;
 mod creation;
@@ -51,7 +51,7 @@ const GLOBAL_FLAGS: &[Flag] = &[
     value(
         "root",
         None,
-        "directory for the state of containers (default: /run/rrun, or $XDG_RUNTIME_DIR/rrun of other users than root)",
+        "directory for the states of containers (default: /run/rrun, or $XDG_RUNTIME_DIR/rrun for users other than root)",
     ),
     value(
         "log",
@@ -63,40 +63,45 @@ const GLOBAL_FLAGS: &[Flag] = &[
         None,
         "format of the log, text or json (default: text)",
     ),
-    switch("debug", None, "log more"),
+    switch("debug", None, "also log debug messages"),
     switch(
         "systemd-cgroup",
         None,
-        "have systemd make the cgroups; cgroupsPath is slice:prefix:name",
+        "let systemd create the cgroups; cgroupsPath must then have the form slice:prefix:name",
     ),
     value(
         "rootless",
         None,
-        "true, false or auto (default); what rrun's user may is found out in any case",
+        "true, false or auto (default); ignored, because rrun itself detects the privileges of its user",
     ),
-    value("criu", None, "accepted for runc's callers, has no effect"),
+    value(
+        "criu",
+        None,
+        "ignored; accepted for compatibility with runc",
+    ),
     switch("help", Some('h'), "show this text"),
     switch("version", Some('v'), "show the version"),
 ];
 
 const DEFAULT_ROOT: &str = "/run/rrun";
 
-/// runc's status for a command that it does not know.
+/// runc's exit status for an unknown command.
 const NO_SUCH_COMMAND: u8 = 3;
 
-/// The words of the command line, from main's arguments.
+/// Converts the arguments of main to the words of the command line.
 ///
 /// # Safety
-/// `words` must point to `count` pointers to strings that end with NUL and live as long as
-/// the program.
+/// `words` must point to `count` pointers to strings. Each string must end with NUL, and must be
+/// valid until the program exits.
 pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
     (0..usize::try_from(count).unwrap_or(0))
-        // SAFETY: the caller vouches for so many pointers to such strings.
+        // SAFETY: the caller guarantees that `words` points to `count` pointers to strings that end
+        // with NUL.
         .map(|at| unsafe { CStr::from_ptr(*words.add(at)) })
         .collect()
 }
 
-/// The whole program: returns the status to exit with.
+/// Runs the whole program, and returns its exit status.
 pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
     match dispatch(words) {
         Ok(code) => code,
@@ -133,7 +138,7 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         print(&help());
         return Ok(0);
     }
-    let (name, wants_help) = match (name.as_str(), rest.first()) {
+    let (name, is_help) = match (name.as_str(), rest.first()) {
         ("help" | "h", Some(command)) if !command.starts_with('-') => (command, true),
         ("help" | "h", _) => {
             print(&help());
@@ -142,14 +147,15 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         _ => (name, false),
     };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
-        // Callers also request these with --help, to find out whether they are there.
+        // Refuse `checkpoint` and `restore` even with --help: callers run `checkpoint --help` to
+        // find out whether the runtime supports checkpoints.
         if name == "checkpoint" || name == "restore" {
-            refuse!("{name}: rrun does not checkpoint and restore containers");
+            refuse!("{name}: rrun does not support checkpoints of containers");
         }
         log::fatal(&format!("no such command: {name}"));
         return Ok(NO_SUCH_COMMAND);
     };
-    if wants_help || asks_for_help(command, rest) {
+    if is_help || requests_help(command, rest) {
         print(&command_help(command));
         return Ok(0);
     }
@@ -158,15 +164,17 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
     (command.call)(&globals, &arguments)
 }
 
-/// Keeps rrun's file and its caller's descriptors out of containers' reach. Returns the inherited
-/// descriptors if the command starts a process in a container.
+/// Prevents containers from reaching rrun's executable and the descriptors that rrun's caller left
+/// open. If the command starts a process in a container, this function returns the numbers of these
+/// descriptors.
 ///
-/// This comes first, because it may execute rrun once more. A word that only looks like one of
-/// these commands does no harm.
+/// rrun calls this function first, because this function can execute rrun again. The command line
+/// is not parsed yet. If any word is `create`, `run` or `exec`, this function assumes that rrun
+/// starts a process in a container. A wrong assumption does no harm.
 fn keep_out_of_containers(words: &[&'static CStr]) -> Result<Vec<u32>> {
     readonly_exec::reserve_standard_descriptors()?;
-    let enters = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
-    if words.iter().any(enters) {
+    let enters_container = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
+    if words.iter().any(enters_container) {
         readonly_exec::protect(words)?;
         descriptors::inherited()
     } else {
@@ -179,7 +187,7 @@ fn open_log(flags: &Arguments) -> Result<()> {
     let format = match flags.value("log-format") {
         None | Some("text") => log::LogFormat::Text,
         Some("json") => log::LogFormat::Json,
-        Some(other) => refuse!("invalid log-format {other:?}: it is text or json"),
+        Some(other) => refuse!("invalid log-format {other:?}: expected text or json"),
     };
     log::open(flags.value("log"), format, flags.is_set("debug"))
 }
@@ -188,7 +196,7 @@ fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
     if let Some(text) = flags.value("rootless")
         && !matches!(text, "true" | "false" | "auto" | "")
     {
-        refuse!("--rootless {text}: it is true, false or auto");
+        refuse!("invalid value {text:?} for --rootless: expected true, false or auto");
     }
     let root = match flags.value("root") {
         Some(root) => root.to_owned(),
@@ -203,8 +211,8 @@ fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
     })
 }
 
-/// Where states are kept if --root does not say: with the user's other things of that kind, if
-/// he is not root, or root of a user namespace only.
+/// Returns the default value of --root, which is the directory for the states of containers. For
+/// users other than root, and for root in a user namespace, this directory is in $XDG_RUNTIME_DIR.
 fn default_root() -> String {
     let Some(directory) = std::env::var("XDG_RUNTIME_DIR")
         .ok()
@@ -221,7 +229,7 @@ fn default_root() -> String {
     format!("{directory}/rrun")
 }
 
-fn asks_for_help(command: &Command, rest: &[String]) -> bool {
+fn requests_help(command: &Command, rest: &[String]) -> bool {
     let own = if command.rest_is_foreign {
         1
     } else {
@@ -248,7 +256,7 @@ fn help() -> String {
     for command in COMMANDS {
         text.push_str(&format!("   {:<9} {}\n", command.name, command.about));
     }
-    text.push_str("   help, h   show this text, or that of the command named after it\n");
+    text.push_str("   help, h   show this text, or the help text of the given command\n");
     text.push_str("\nGLOBAL OPTIONS:\n");
     text.push_str(&describe(GLOBAL_FLAGS));
     text

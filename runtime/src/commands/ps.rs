@@ -15,24 +15,24 @@ pub(crate) const COMMAND: Command = Command {
 
 fn ps(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let Some((id, options)) = arguments.positional.split_first() else {
-        refuse!("a container id is needed as argument");
+        refuse!("the argument for the container id is missing");
     };
     let state = State::load(&globals.root, id)?;
     let pids = cgroup::all_pids(&state.cgroup)?;
     match arguments.value("format").unwrap_or("table") {
         "json" => {
-            // `null` if there are none, as runc and `list` print it.
+            // Print `null` if the container has no processes, as runc does.
             let text = serde_json::to_string(&Some(&pids).filter(|pids| !pids.is_empty()))
                 .map_err(|error| Error::new(format!("print the processes: {error}")))?;
             print(&format!("{text}\n"));
         }
         "table" => print(&table(&pids, options)?),
-        other => refuse!("invalid format {other:?}: it is table or json"),
+        other => refuse!("invalid format {other:?}: expected table or json"),
     }
     Ok(0)
 }
 
-/// What the host's ps(1) says, without the lines of other processes.
+/// Returns the output of the host's ps(1), without the lines of processes outside the container.
 fn table(pids: &[i32], options: &[String]) -> Result<String> {
     let mut command = std::process::Command::new("ps");
     if options.is_empty() {
@@ -45,7 +45,7 @@ fn table(pids: &[i32], options: &[String]) -> Result<String> {
         refuse!("run ps: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    filtered(&text, pids).ok_or_else(|| Error::new("run ps: its output has no column PID"))
+    filtered(&text, pids).ok_or_else(|| Error::new("run ps: the output of ps has no PID column"))
 }
 
 fn filtered(text: &str, pids: &[i32]) -> Option<String> {
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_containers_lines_are_kept() {
+    fn the_table_contains_only_the_containers_processes() {
         let text =
             "UID   PID PPID CMD\nroot    1    0 init\nroot   42    1 sh -c x 7\nroot    7    1 y\n";
         assert_eq!(

@@ -8,7 +8,7 @@ use crate::lifecycle::state::{State, Status};
 pub(crate) const COMMAND: Command = Command {
     name: "resume",
     usage: "<container-id>",
-    about: "let the processes of a paused container go on",
+    about: "resume all processes of a paused container",
     flags: &[],
     rest_is_foreign: false,
     call: resume,

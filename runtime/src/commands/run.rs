@@ -15,7 +15,7 @@ use crate::process::terminal::connect_console;
 pub(crate) const COMMAND: Command = Command {
     name: "run",
     usage: "[options] <container-id>",
-    about: "create and start a container, and remove it when it ends",
+    about: "create and start a container, and remove it when it exits",
     flags: &[
         BUNDLE,
         CONSOLE_SOCKET,
@@ -23,14 +23,14 @@ pub(crate) const COMMAND: Command = Command {
         switch(
             "detach",
             Some('d'),
-            "return when the container runs, and leave it",
+            "return when the container has started, without waiting for its exit",
         ),
-        switch("keep", None, "do not remove the container when it ends"),
+        switch("keep", None, "do not remove the container when it exits"),
         PID_FILE,
         switch(
             "no-subreaper",
             None,
-            "accepted for runc's callers, has no effect",
+            "ignored; accepted for compatibility with runc",
         ),
         NO_PIVOT,
         NO_NEW_KEYRING,
@@ -50,11 +50,13 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         (true, true, Some(path)) => Some(connect_console(path)?),
         (true, true, None) => {
             refuse!(
-                "process.terminal: with --detach, needs --console-socket to send the terminal to"
+                "process.terminal is true, so run --detach needs --console-socket, the socket that receives the terminal"
             )
         }
         (_, false, Some(_)) | (false, _, Some(_)) => {
-            refuse!("--console-socket: needs process.terminal and --detach")
+            refuse!(
+                "--console-socket can only be used with --detach and with process.terminal set to true"
+            )
         }
         (_, _, None) => None,
     };

@@ -12,17 +12,17 @@ use crate::error::{Context, Error, Result, refuse};
 pub(crate) const COMMAND: Command = Command {
     name: "spec",
     usage: "[options]",
-    about: "write a config.json to begin with",
+    about: "write an example config.json",
     flags: &[
         value(
             "bundle",
             Some('b'),
-            "directory to write it to (default: the working directory)",
+            "directory in which config.json is created (default: the working directory)",
         ),
         switch(
             "rootless",
             None,
-            "for a container in a user namespace of the caller's own",
+            "write a configuration with a user namespace, for users other than root",
         ),
     ],
     rest_is_foreign: false,
@@ -30,7 +30,7 @@ pub(crate) const COMMAND: Command = Command {
 };
 
 fn spec(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
-    arguments.none()?;
+    arguments.check_only_flags()?;
     let path = bundle(arguments).join("config.json");
     let mut spec = example();
     if arguments.is_set("rootless") {
@@ -47,14 +47,14 @@ fn write_new(path: &Path, content: &[u8]) -> Result<()> {
     let doing = || format!("write {}", path.display());
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::from_raw_mode(0o666)) {
-        Err(Errno::EXIST) => refuse!("{} exists; remove it first", path.display()),
+        Err(Errno::EXIST) => refuse!("{} already exists; remove it first", path.display()),
         result => result.doing(doing)?,
     };
     std::io::Write::write_all(&mut std::fs::File::from(file), content).doing(doing)
 }
 
-/// What every container mostly wants: all namespaces but a user one, the usual mounts,
-/// three capabilities, and a shell on the terminal.
+/// Returns a configuration that suits most containers: all namespaces except a user namespace, the
+/// usual mounts, three capabilities, and a shell on the terminal.
 fn example() -> Value {
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
     let mount = |destination: &str, typ: &str, source: &str, options: &[&str]| json!({ "destination": destination, "type": typ, "source": source, "options": options });
@@ -129,7 +129,9 @@ fn make_rootless(spec: &mut Value) {
     }
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
         if mount["destination"] == "/sys" {
-            // sysfs belongs to the network namespace, which is the host's here.
+            // Mounting a new sysfs requires privileges over the network namespace. A rootless
+            // container shares the host's network namespace, so it gets a bind mount of the host's
+            // /sys.
             *mount = json!({
                 "destination": "/sys", "type": "none", "source": "/sys",
                 "options": ["rbind", "nosuid", "noexec", "nodev", "ro"],
@@ -148,7 +150,7 @@ fn make_rootless(spec: &mut Value) {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_example_is_a_configuration() {
+    fn the_example_is_a_valid_configuration() {
         let mut value = super::example();
         serde_json::from_value::<crate::config::spec::Spec>(value.clone()).unwrap();
         super::make_rootless(&mut value);

@@ -21,7 +21,8 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
     let state = State::load(&globals.root, id)?;
     let directory = directory(&globals.root, id)?;
-    // Bound before there is anyone who could say something.
+    // Bind the notification socket before the container's program starts, because the program can
+    // send a notification immediately.
     let notify = match ServiceManager::from_environment()? {
         Some(manager) => NotifySocket::bind(&directory, &manager)?,
         None => None,
@@ -32,7 +33,10 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         }
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
-        status => refuse!("cannot start container {id} in state {}", status.as_str()),
+        status => refuse!(
+            "cannot start container {id}: the container is {}",
+            status.as_str()
+        ),
     }
     let shown = state.json_for_hooks(Status::Running);
     hooks::run_and_log_failures("poststart", state.hooks.poststart().as_ref(), &shown);
@@ -44,14 +48,16 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// Hands the listener of the container's filter to the agent, if the filter has an agent.
+/// Sends the listener of the container's seccomp filter to the seccomp agent, if config.json
+/// specifies a listenerPath.
 fn serve_agent(state: &State, report: &Report) -> Result<()> {
     let Some(listener) = state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) else {
         return Ok(());
     };
     let served = listener.connect().and_then(|agent| {
         let process = state.open_process()?;
-        let process = process.ok_or_else(|| Error::new("the container's first process is dead"))?;
+        let process =
+            process.ok_or_else(|| Error::new("the container's first process has exited"))?;
         let shown = state.oci_state_for_others(Status::Created);
         agent.serve(report, &process, state.pid, shown)
     });

@@ -18,7 +18,7 @@ fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let state = State::load(&globals.root, id)?;
     let status = state.status(&directory(&globals.root, id)?)?;
     let mut text = serde_json::to_string_pretty(&state.oci_state(status))
-        .map_err(|error| Error::new(format!("print state of {id}: {error}")))?;
+        .map_err(|error| Error::new(format!("print the state of container {id}: {error}")))?;
     text.push('\n');
     print(&text);
     Ok(0)

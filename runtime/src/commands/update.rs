@@ -16,14 +16,14 @@ use crate::{cgroup, log};
 pub(crate) const COMMAND: Command = Command {
     name: "update",
     usage: "[options] <container-id>",
-    about: "change the limits of a container",
+    about: "change the resource limits of a container",
     flags: &[
         value(
             "resources",
             Some('r'),
-            "file with linux.resources as JSON, - for standard input; other options are then ignored",
+            "JSON file with the content of linux.resources (- for standard input); rrun then ignores all other options",
         ),
-        value("blkio-weight", None, "weight of block I/O, 10 to 1000"),
+        value("blkio-weight", None, "block I/O weight, from 10 to 1000"),
         value(
             "cpu-period",
             None,
@@ -32,50 +32,78 @@ pub(crate) const COMMAND: Command = Command {
         value(
             "cpu-quota",
             None,
-            "CPU time in each period, in microseconds; -1 for no limit",
+            "limit of the CPU time in each period, in microseconds; -1 for no limit",
         ),
         value(
             "cpu-burst",
             None,
-            "unused CPU time that may be saved up, in microseconds",
+            "unused CPU time, in microseconds, that the container can save for later periods",
         ),
         value(
             "cpu-share",
             None,
-            "weight beside other containers (cgroup v1 shares)",
+            "CPU weight relative to other containers (cgroup v1 shares)",
         ),
-        value("cpu-rt-period", None, "not in cgroup v2"),
-        value("cpu-rt-runtime", None, "not in cgroup v2"),
-        value("cpuset-cpus", None, "CPUs to use"),
-        value("cpuset-mems", None, "memory nodes to use"),
-        value("cpu-idle", None, "1 to run only when nothing else does"),
-        value("kernel-memory", None, "ignored, not in cgroup v2"),
-        value("kernel-memory-tcp", None, "ignored, not in cgroup v2"),
-        value("memory", None, "memory limit in bytes; -1 for none"),
+        value(
+            "cpu-rt-period",
+            None,
+            "period of the real-time CPU limit; not supported by cgroup v2",
+        ),
+        value(
+            "cpu-rt-runtime",
+            None,
+            "real-time CPU time in each period; not supported by cgroup v2",
+        ),
+        value(
+            "cpuset-cpus",
+            None,
+            "list of the allowed CPUs, such as 0-3,6",
+        ),
+        value(
+            "cpuset-mems",
+            None,
+            "list of the allowed memory nodes, such as 0-1",
+        ),
+        value(
+            "cpu-idle",
+            None,
+            "1: run the container only when no other process needs the CPU",
+        ),
+        value(
+            "kernel-memory",
+            None,
+            "kernel memory limit; ignored, because cgroup v2 does not support this limit",
+        ),
+        value(
+            "kernel-memory-tcp",
+            None,
+            "limit of TCP buffers; ignored, because cgroup v2 does not support this limit",
+        ),
+        value("memory", None, "memory limit in bytes; -1 for no limit"),
         value(
             "memory-reservation",
             None,
-            "memory that is reclaimed last, in bytes",
+            "amount of memory, in bytes, that the kernel reclaims last",
         ),
         value(
             "memory-swap",
             None,
-            "memory and swap together, in bytes; -1 for no limit",
+            "limit of the sum of memory and swap in bytes; -1 for no limit",
         ),
         value(
             "pids-limit",
             None,
-            "processes and threads; -1 for no limit, 0 to leave it as it is",
+            "limit of the number of processes and threads; -1 for no limit, 0 for no change",
         ),
         value(
             "l3-cache-schema",
             None,
-            "shares of the cache, a line of the resctrl group's schemata",
+            "L3 cache allocation, as a line of the resctrl group's schemata file",
         ),
         value(
             "mem-bw-schema",
             None,
-            "shares of memory bandwidth, a line of the resctrl group's schemata",
+            "memory bandwidth allocation, as a line of the resctrl group's schemata file",
         ),
     ],
     rest_is_foreign: false,
@@ -99,13 +127,16 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         Some(path) => (from_file(path)?, Vec::new()),
         None => (from_flags(arguments)?, schemata(arguments)),
     };
-    // Two updates at once would each build on what was before the other.
+    // Lock the container. Without the lock, two concurrent updates could both start from the old
+    // state, and one update would be lost.
     let Lock::Acquired(dir) = ContainerDir::lock(&directory, || {})? else {
-        refuse!("cannot update container {id}: another process is making, updating or removing it");
+        refuse!(
+            "cannot update container {id}: another process is creating, updating or removing it"
+        );
     };
     let mut state = State::load(&globals.root, id)?;
     check(&state)?;
-    // runc 1.3 and its callers mean by 0 that nothing is said.
+    // As in runc 1.3, a pids limit of 0 means that the update does not change the limit.
     if resources.pids().is_some_and(|pids| pids.limit() == 0) {
         resources.set_pids(None);
     }
@@ -119,10 +150,11 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         cgroup::check_memory_above_use(&state.cgroup, &resources)?;
     }
     cgroup::update(&state.cgroup, state.unit.as_deref(), &resources).map_err(|error| {
-        // With the container its cgroup goes, and the files that were to be written next.
-        let dead = matches!(state.status(&directory), Ok(Status::Stopped) | Err(_));
+        // The write to the cgroup fails if the container exited during the update and another
+        // process removed the cgroup.
+        let exited = matches!(state.status(&directory), Ok(Status::Stopped) | Err(_));
         memory_limit(&resources)
-            .filter(|_| dead)
+            .filter(|_| exited)
             .map_or(error, |limit| killed(&state.cgroup, limit))
     })?;
     if let Some(swap) = cgroup::memory_swap(&resources).filter(|swap| *swap != state.memory_swap) {
@@ -140,11 +172,13 @@ fn memory_limit(resources: &LinuxResources) -> Option<i64> {
     memory.limit().filter(|limit| *limit > 0)
 }
 
-/// The kernel makes room for a limit below what is in use by killing.
+/// Returns the error for a container that exited during the update. A new memory limit can be lower
+/// than the cgroup's memory usage. The kernel then kills processes of the cgroup until the usage is
+/// below the limit.
 fn killed(cgroup: &Path, limit: i64) -> Error {
     Error::new(format!(
-        "set linux.resources.memory.limit of cgroup {} (memory.max {limit}): the container ended \
-         meanwhile; if it used more than that, the kernel has killed it",
+        "set linux.resources.memory.limit of cgroup {} (memory.max {limit}): the container \
+         exited during the update; if it used more memory than the new limit, the kernel killed it",
         cgroup.display()
     ))
 }
@@ -171,7 +205,8 @@ fn from_file(path: &str) -> Result<LinuxResources> {
         .map_err(|error| Error::new(format!("parse resources from {path}: {error}")))
 }
 
-/// The flags, put into the form of the file. Sizes may end in k, m or g.
+/// Converts the flags to the resources that a --resources file would contain. The value of a memory
+/// flag can end in k, m, g or t.
 fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
     let (mut memory, mut cpu) = (Map::new(), Map::new());
     for (flag, field) in [
@@ -185,7 +220,9 @@ fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
     }
     for flag in ["kernel-memory", "kernel-memory-tcp"] {
         if arguments.value(flag).is_some_and(|text| !text.is_empty()) {
-            log::warning(&format!("--{flag} is ignored: cgroup v2 has no such limit"));
+            log::warning(&format!(
+                "rrun ignores --{flag}, because cgroup v2 has no kernel memory limit"
+            ));
         }
     }
     for (flag, field) in [
@@ -220,7 +257,7 @@ fn from_flags(arguments: &Arguments) -> Result<LinuxResources> {
         all.insert("blockIO".to_owned(), json!({ "weight": weight }));
     }
     serde_json::from_value(Value::Object(all))
-        .map_err(|error| Error::new(format!("the limits on the command line: {error}")))
+        .map_err(|error| Error::new(format!("parse the limits on the command line: {error}")))
 }
 
 fn size(flag: &str, text: &str) -> Result<i64> {
@@ -244,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_with_and_without_units() {
+    fn sizes_can_have_units() {
         for (text, bytes) in [
             ("-1", -1),
             ("1024", 1024),

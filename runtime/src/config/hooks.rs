@@ -1,7 +1,9 @@
-//! Programs that a configuration has run at six points of a container's life.
+//! The hooks of a container. A hook is a program that rrun executes at one of six points of a
+//! container's life cycle.
 //!
-//! See config.md, "POSIX-platform Hooks". Each gets the container's state on standard
-//! input; a failure of any but the last two kinds undoes the container.
+//! See "POSIX-platform Hooks" in config.md of the runtime specification. Each hook receives the
+//! container's state on its standard input. If a poststart or poststop hook fails, rrun only logs
+//! the failure. If a hook of another kind fails, rrun deletes the container.
 
 use std::ffi::{CString, OsStr};
 use std::io::{ErrorKind, Write as _};
@@ -21,16 +23,18 @@ use crate::error::{Context, Result, refuse};
 use crate::log;
 use crate::seccomp::Filter;
 
-/// How long a hook may run that says nothing about it; the specification sets no limit, but
-/// nothing here waits for ever.
+/// The timeout of a hook for which config.json specifies no timeout. The specification sets no
+/// default timeout, but rrun must not wait forever for a hook.
 const DEFAULT_HOOK_TIMEOUT: Duration = Duration::from_secs(3600);
-/// After this, the log says what is being waited for.
+/// The time after which rrun logs that it is still waiting for a hook.
 const HOOK_WARNING_DELAY: Duration = Duration::from_secs(10);
 
+/// Checks the paths and the timeouts of all hooks.
+///
 /// # Errors
-/// A hook whose path is not absolute, or whose timeout is not positive.
+/// Fails if the path of a hook is not absolute, or if the timeout of a hook is not positive.
 pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
-    #[allow(deprecated)] // prestart is: callers use it all the same
+    #[allow(deprecated)] // prestart is deprecated, but callers still use it
     let lists = [
         ("prestart", hooks.prestart()),
         ("createRuntime", hooks.create_runtime()),
@@ -55,23 +59,24 @@ pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// Where hooks run.
+/// The root and the namespaces in which hooks run.
 #[derive(Clone, Copy)]
 pub(crate) enum HookPlace<'a> {
-    /// In the host's or the caller's surroundings, for as long as the container's first process
-    /// lives, if that is given: nobody needs them then.
+    /// The hook runs outside the container's root, in the namespaces of the calling process. If a
+    /// pidfd of the container's first process is given, rrun kills the hook when the first process
+    /// dies. The container then no longer needs the hook.
     OnHost(Option<&'a OwnedFd>),
-    /// In the container, as its own programs.
+    /// The hook runs in the container's root and namespaces, like the container's programs.
     InContainer {
-        /// What the container's process has, for hooks that say nothing of their environment:
-        /// so has runc.
+        /// The environment of the container's process. As in runc, a hook gets this environment if
+        /// config.json specifies no environment for the hook.
         env: &'a [CString],
-        /// Loaded in the hook alone.
+        /// The seccomp filter that the hook's process loads for itself.
         filter: Option<&'a Filter>,
     },
 }
 
-/// Runs hooks one after the other, until one fails.
+/// Runs hooks one after the other. If a hook fails, the remaining hooks do not run.
 pub(crate) fn run(
     name: &str,
     hooks: Option<&Vec<Hook>>,
@@ -89,7 +94,8 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// The same, but a failure is only logged, as it is to be for poststart and poststop.
+/// Runs hooks one after the other. If a hook fails, this function only logs the failure, as the
+/// specification requires for poststart and poststop hooks.
 pub(crate) fn run_and_log_failures(name: &str, hooks: Option<&Vec<Hook>>, state: &str) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         if let Err(error) = run_one(hook, state, HookPlace::OnHost(None)) {
@@ -101,7 +107,9 @@ pub(crate) fn run_and_log_failures(name: &str, hooks: Option<&Vec<Hook>>, state:
     }
 }
 
-/// The state on its way into a hook, which may read it late or never.
+/// The pipe to a hook's standard input, and the part of the container's state that rrun has not
+/// written to the pipe yet. The hook can read the state late or never, so rrun writes without
+/// blocking.
 struct HookInput<'a> {
     pipe: ChildStdin,
     rest: &'a [u8],
@@ -110,13 +118,15 @@ struct HookInput<'a> {
 impl<'a> HookInput<'a> {
     fn new(pipe: ChildStdin, state: &'a str) -> Self {
         let rest = state.as_bytes();
-        // What the pipe does not hold must not block. It can't fail on a descriptor of our own.
+        // Make the pipe non-blocking, so that a full pipe does not block rrun. ioctl_fionbio cannot
+        // fail on an open descriptor.
         let _ = rustix::io::ioctl_fionbio(&pipe, true);
         HookInput { pipe, rest }
     }
 
-    /// Writes what there is room for. `None`: all is written, or nobody will read it, which makes
-    /// no failed hook.
+    /// Writes as many bytes of the state as fit into the pipe. Returns `None` if no bytes remain,
+    /// or if the hook has closed its standard input. A closed standard input is not an error,
+    /// because a hook need not read the state.
     fn write_more(mut self) -> Option<Self> {
         while !self.rest.is_empty() {
             match self.pipe.write(self.rest) {
@@ -130,29 +140,32 @@ impl<'a> HookInput<'a> {
     }
 }
 
-/// What a hook writes, to either output: the end of it tells why it failed.
+/// The combined standard output and standard error of a hook. If the hook fails, the end of this
+/// output usually explains the failure.
 struct HookOutput {
     pipe: Option<OwnedFd>,
     end: Vec<u8>,
 }
 
 impl HookOutput {
-    /// How much is kept, in bytes.
+    /// The maximum number of bytes that rrun keeps from the end of the hook's output.
     const OUTPUT_BYTES: usize = 4096;
 
-    /// Also gives the side that the hook is to have.
+    /// Creates the pipe for a hook's output. Returns two values: a `HookOutput` that contains the
+    /// read end, and the write end. The hook inherits the write end.
     fn new() -> Result<(HookOutput, OwnedFd)> {
-        let doing = || "make a pipe for its output";
-        let (pipe, hooks) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
+        let doing = || "create a pipe for the output of the hook";
+        let (pipe, write_end) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
         rustix::io::ioctl_fionbio(&pipe, true).doing(doing)?;
         let output = HookOutput {
             pipe: Some(pipe),
             end: Vec::new(),
         };
-        Ok((output, hooks))
+        Ok((output, write_end))
     }
 
-    /// Takes some of what is there; whether there was any.
+    /// Reads at most [`HookOutput::OUTPUT_BYTES`] of output from the pipe. Returns whether the
+    /// function has read any output.
     fn read_some(&mut self) -> bool {
         let Some(pipe) = &self.pipe else {
             return false;
@@ -167,7 +180,7 @@ impl HookOutput {
                 true
             }
             Err(Errno::INTR | Errno::AGAIN) => false,
-            // All who had it have closed it.
+            // End of file means that every process has closed the write end of the pipe.
             _ => {
                 self.pipe = None;
                 false
@@ -175,9 +188,12 @@ impl HookOutput {
         }
     }
 
-    /// Once the hook has ended. What it left running may go on writing, to nobody.
+    /// Returns the last bytes of the hook's output, as a suffix for an error sentence. rrun calls
+    /// this function after the hook has exited. A background process of the hook can still write to
+    /// the pipe, but rrun does not read this later output.
     fn text(mut self) -> String {
-        // As much as a pipe holds, and no more.
+        // Read at most 64 KiB, the capacity of a pipe. A background process of the hook can write
+        // to the pipe without end.
         let mut left = (64 << 10) / HookOutput::OUTPUT_BYTES;
         while left > 0 && self.read_some() {
             left -= 1;
@@ -190,18 +206,19 @@ impl HookOutput {
     }
 }
 
-/// Has the filter loaded in the process that becomes the hook.
+/// Makes the hook's process load `filter` before it executes the hook's program.
 fn load_in_hook(command: &mut Command, filter: &Filter) {
     let filter = filter.clone();
     let load = move || {
         let loaded = filter.load().map(drop);
         loaded.map_err(|error| std::io::Error::other(error.to_string()))
     };
-    // SAFETY: rrun has one thread, so that what runs between fork and exec may do anything.
+    // SAFETY: rrun has only one thread, so `load` can safely call any function between fork and
+    // exec.
     unsafe { command.pre_exec(load) };
 }
 
-/// The hook's program with its arguments and environment.
+/// Returns the command of a hook, with its arguments and its environment.
 fn command(hook: &Hook, place: HookPlace<'_>) -> Command {
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
@@ -235,45 +252,48 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
         HookPlace::InContainer { .. } => None,
     };
     let mut command = command(hook, place);
-    let (mut output, hooks) = HookOutput::new()?;
-    let again = hooks.try_clone().doing(|| "make a pipe for its output")?;
-    command.stdout(hooks).stderr(again);
-    let mut child = command.spawn().doing(|| "start it")?;
-    // It holds the hook's side of the pipes.
+    let (mut output, stdout) = HookOutput::new()?;
+    let stderr = stdout
+        .try_clone()
+        .doing(|| "create a pipe for the output of the hook")?;
+    command.stdout(stdout).stderr(stderr);
+    let mut child = command.spawn().doing(|| "start the hook")?;
+    // Drop `command`, to close rrun's copies of the hook's ends of the pipes. As long as rrun has a
+    // copy of the output pipe's write end, rrun never reads end of file from this pipe.
     drop(command);
     let input = child.stdin.take().map(|pipe| HookInput::new(pipe, state));
     if let Some(pid) = Pid::from_raw(child.id() as i32) {
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "watch it")?;
-        if let Err(ended) = await_hook(hook, &pidfd, container, input, &mut output) {
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "open a pidfd for the hook")?;
+        if let Err(error) = await_hook(hook, &pidfd, container, input, &mut output) {
             let kill = |child: &mut Child| {
                 let _ = child.kill();
                 let _ = child.wait();
             };
-            match ended {
-                NotEnded::TimedOut(timeout) => {
+            match error {
+                HookWaitError::TimedOut(timeout) => {
                     kill(&mut child);
                     refuse!(
-                        "it did not end within {} s and was killed",
+                        "the hook did not exit within {} s, so rrun killed it",
                         timeout.as_secs()
                     );
                 }
-                NotEnded::ContainerDied => {
+                HookWaitError::ContainerDied => {
                     kill(&mut child);
-                    refuse!("the container's first process died meanwhile");
+                    refuse!("the container's first process died while the hook was running");
                 }
-                NotEnded::Failed(errno) => return Err(errno).doing(|| "wait for it"),
+                HookWaitError::Failed(errno) => return Err(errno).doing(|| "wait for the hook"),
             }
         }
     }
-    let status = child.wait().doing(|| "wait for it")?;
+    let status = child.wait().doing(|| "read the exit status of the hook")?;
     if !status.success() {
-        refuse!("it ended with {status}{}", output.text());
+        refuse!("the hook failed with {status}{}", output.text());
     }
     Ok(())
 }
 
-/// Why a hook is not waited for any longer.
-enum NotEnded {
+/// The reason why rrun stops waiting for a hook that has not exited.
+enum HookWaitError {
     TimedOut(Duration),
     ContainerDied,
     Failed(Errno),
@@ -287,14 +307,15 @@ fn timeout(hook: &Hook) -> Duration {
         })
 }
 
-/// Waits until a hook has ended, and meanwhile writes its input and reads its output.
+/// Waits until a hook has exited. While this function waits, it writes to the hook's standard input
+/// and reads the hook's output.
 fn await_hook(
     hook: &Hook,
     pidfd: &OwnedFd,
     container: Option<&OwnedFd>,
     mut input: Option<HookInput<'_>>,
     output: &mut HookOutput,
-) -> std::result::Result<(), NotEnded> {
+) -> std::result::Result<(), HookWaitError> {
     let timeout = timeout(hook);
     let deadline = Instant::now() + timeout;
     let mut warned = false;
@@ -302,7 +323,7 @@ fn await_hook(
         input = input.and_then(HookInput::write_more);
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(NotEnded::TimedOut(timeout));
+            return Err(HookWaitError::TimedOut(timeout));
         }
         let wait = left.min(HOOK_WARNING_DELAY);
         let wait = Timespec {
@@ -316,20 +337,24 @@ fn await_hook(
         let reading = output.pipe.as_ref();
         watched.extend(reading.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
         let polled = poll(&mut watched, Some(&wait));
-        let dead = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        let ready = |at: usize| watched.get(at).is_some_and(|fd| !fd.revents().is_empty());
         match polled {
             Ok(0) if !warned && left >= HOOK_WARNING_DELAY => {
                 warned = true;
-                log::warning(&format!("still waiting for hook {}", hook.path().display()));
+                log::warning(&format!(
+                    "rrun is still waiting for hook {}",
+                    hook.path().display()
+                ));
             }
             Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) if dead(0) => return Ok(()),
-            Ok(_) if container.is_some() && dead(1) => return Err(NotEnded::ContainerDied),
-            // A pipe has room, or something in it.
+            Ok(_) if ready(0) => return Ok(()),
+            Ok(_) if container.is_some() && ready(1) => return Err(HookWaitError::ContainerDied),
+            // The pipe to the hook's standard input has free space, or the pipe with the hook's
+            // output contains data.
             Ok(_) => {
                 output.read_some();
             }
-            Err(errno) => return Err(NotEnded::Failed(errno)),
+            Err(errno) => return Err(HookWaitError::Failed(errno)),
         }
     }
 }

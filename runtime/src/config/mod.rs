@@ -1,4 +1,4 @@
-//! config.json: read whole, and checked whole, before anything on the system is touched.
+//! The bundle's config.json. rrun reads and checks the whole file before it changes the system.
 
 pub(crate) mod hooks;
 pub(crate) mod spec;
@@ -26,23 +26,25 @@ use crate::sys::path::cleaned;
 use rrun_kernel::regular_file;
 use rustix::fs::OFlags;
 
-/// What config.json asks for, checked, and in the form in which it is used.
+/// The checked content of config.json, in the form in which rrun uses it.
 pub(crate) struct Config {
-    /// The bundle's directory, absolute and without links.
+    /// The bundle's directory, as an absolute path without symbolic links.
     pub(crate) bundle: PathBuf,
-    /// The root file system on the host, absolute.
+    /// The root file system on the host, as an absolute path.
     pub(crate) rootfs: PathBuf,
     pub(crate) root_readonly: bool,
-    /// Propagation of the container's root, and whether it is recursive; `None` if not said.
+    /// The mount propagation of the container's root. The bool is true if the propagation also
+    /// applies to all mounts below the root. This field is `None` if config.json specifies no
+    /// propagation.
     root_propagation: Option<(u64, bool)>,
     pub(crate) oci_version: String,
     pub(crate) hostname: Option<String>,
     pub(crate) domainname: Option<String>,
     pub(crate) annotations: HashMap<String, String>,
     pub(crate) namespaces: Namespaces,
-    /// Of its new user namespace.
+    /// The id mappings of the container's new user namespace.
     pub(crate) id_maps: IdMaps,
-    /// Content for timens_offsets, see time_namespaces(7).
+    /// The content that rrun writes to /proc/self/timens_offsets. See time_namespaces(7).
     pub(crate) time_offsets: String,
     pub(crate) mounts: Vec<Mount>,
     pub(crate) devices: Vec<Device>,
@@ -54,9 +56,10 @@ pub(crate) struct Config {
     pub(crate) hooks: Hooks,
     pub(crate) seccomp: Option<Filter>,
     pub(crate) process: Process,
-    /// The process as it was written, from which `exec` takes what it is not told.
+    /// The field `process` of config.json. Its values are the default values for processes that
+    /// `exec` creates.
     pub(crate) process_spec: spec::ProcessSpec,
-    /// SELinux label of what is mounted.
+    /// The SELinux label of the container's mounts.
     pub(crate) mount_label: Option<String>,
     pub(crate) net_devices: Vec<NetDevice>,
     pub(crate) resctrl: Option<Resctrl>,
@@ -85,7 +88,7 @@ impl Config {
             refuse!("linux: is missing");
         };
         if spec.vm.is_some() {
-            refuse!("vm: rrun makes no virtual machines");
+            refuse!("vm: rrun does not create virtual machines");
         }
         let Some(process_spec) = spec.process.take() else {
             refuse!("process: is missing");
@@ -139,8 +142,8 @@ impl Config {
         Ok(config)
     }
 
-    /// Adds a mount of rrun's own, and the variable that names it, for further processes by `exec`
-    /// as well.
+    /// Adds a mount that config.json does not specify, and an environment variable with a path in
+    /// this mount. Processes that `exec` creates also get this variable.
     pub(crate) fn add_mount(&mut self, mount: Mount, variable: String) {
         self.mounts.push(mount);
         self.process
@@ -150,34 +153,40 @@ impl Config {
         env.get_or_insert_default().push(variable);
     }
 
-    /// Checks across several fields.
+    /// Checks the rules that involve several fields of config.json.
     fn check_together(&self) -> Result<()> {
         let namespaces = &self.namespaces;
         if !namespaces.own(Type::Mount) {
             refuse!(
-                "linux.namespaces: a mount namespace is needed, or the container's mounts would be the host's"
+                "linux.namespaces: a mount namespace is needed, because the container's file systems would otherwise be mounted on the host"
             );
         }
         if self.hostname.is_some() && !namespaces.own(Type::Uts) {
-            refuse!("hostname: would be set for the host, because there is no UTS namespace");
+            refuse!(
+                "hostname: rrun would change the host's name, because linux.namespaces contains no UTS namespace"
+            );
         }
         if self.domainname.is_some() && !namespaces.own(Type::Uts) {
-            refuse!("domainname: would be set for the host, because there is no UTS namespace");
+            refuse!(
+                "domainname: rrun would change the host's NIS domain name, because linux.namespaces contains no UTS namespace"
+            );
         }
         if namespaces.is_new(Type::User) && !self.id_maps.is_complete() {
-            refuse!("linux.uidMappings, linux.gidMappings: are needed for a new user namespace");
+            refuse!(
+                "linux.uidMappings, linux.gidMappings: a new user namespace needs both mappings"
+            );
         }
         if !self.id_maps.is_empty() && !namespaces.own(Type::User) {
-            refuse!("linux.uidMappings: there is no user namespace that could have mappings");
+            refuse!("linux.uidMappings: the mappings need a user namespace in linux.namespaces");
         }
         for mount in &self.mounts {
             mount.check_idmap(namespaces.own(Type::User))?;
         }
         if !self.time_offsets.is_empty() && !namespaces.is_new(Type::Time) {
-            refuse!("linux.timeOffsets: there is no new time namespace that could have offsets");
+            refuse!("linux.timeOffsets: the offsets need a new time namespace in linux.namespaces");
         }
         if !self.net_devices.is_empty() && !namespaces.own(Type::Network) {
-            refuse!("linux.netDevices: there is no network namespace to move devices to");
+            refuse!("linux.netDevices: the devices need a network namespace in linux.namespaces");
         }
         sysctl::validate(&self.sysctl, namespaces)?;
         hooks::validate(&self.hooks)?;
@@ -187,12 +196,14 @@ impl Config {
         cgroup::validate(&self.cgroups_path, &self.resources)
     }
 
+    /// Checks the rules that apply if rrun's caller is not root.
+    ///
     /// # Errors
-    /// What an unprivileged caller can not have, by its field.
+    /// Fails if the configuration requires root's privileges. The error names the invalid field.
     fn check_unprivileged(&self) -> Result<()> {
         if !self.namespaces.own(Type::User) {
             refuse!(
-                "linux.namespaces: without root's rights, a container needs a user namespace; `rrun spec --rootless` writes a config.json with one"
+                "linux.namespaces: without root's rights, a container needs a user namespace; `rrun spec --rootless` writes a config.json with a user namespace"
             );
         }
         if !self.net_devices.is_empty() {
@@ -201,15 +212,17 @@ impl Config {
         Ok(())
     }
 
-    /// Whether it can be made without a cgroup of its own: nothing is asked for that only a
-    /// cgroup could do.
+    /// Returns whether rrun can create the container without a separate cgroup. The container needs
+    /// a separate cgroup if the configuration requests a cgroup path or a resource limit. Device
+    /// rules do not count as resource limits.
     pub(crate) fn can_do_without_cgroup(&self) -> bool {
         let mut limits = self.resources.clone();
         limits.set_devices(None);
         self.cgroups_path.as_os_str().is_empty() && limits == LinuxResources::default()
     }
 
-    /// Whether the container's /dev is ours to fill: not if it is bound from elsewhere.
+    /// Returns whether rrun creates the files in the container's /dev. If /dev is a bind mount,
+    /// rrun does not create these files.
     pub(crate) fn fills_dev(&self) -> bool {
         !self
             .mounts
@@ -217,20 +230,23 @@ impl Config {
             .any(|mount| mount.is_bind() && mount.destination == Path::new("/dev"))
     }
 
-    /// Whether the first process has to wait for what only rrun can do from the host's side:
-    /// id maps and what a user namespace has no right to, network devices, resctrl.
+    /// Returns whether the first process must wait for its parent. The parent on the host does the
+    /// steps that the first process has no right to do. These steps write id mappings, set limits,
+    /// move network devices, and create resctrl groups.
     pub(crate) fn needs_parent(&self) -> bool {
         self.namespaces.own(Type::User) || !self.net_devices.is_empty() || self.resctrl.is_some()
     }
 
-    /// Whether the first process opens no device, until it is ready, that a rule could deny: none
-    /// of a file system on a block device, and none for a hook.
+    /// Returns whether the first process sets up the container without opening a device that a
+    /// device rule could deny. Only two steps can open such a device: a mount of a file system that
+    /// is stored on a block device, and a createContainer hook.
     pub(crate) fn opens_no_devices(&self) -> bool {
         let hooks = self.hooks.create_container().as_deref();
         hooks.unwrap_or_default().is_empty() && self.mounts.iter().all(Mount::opens_no_device)
     }
 
-    /// What leads to the host's files, for them to be opened while they can be reached.
+    /// Returns the parts of the configuration that refer to files on the host. rrun opens these
+    /// files before the host's file system becomes unreachable.
     pub(crate) fn mount_sources(&self) -> MountSources<'_> {
         MountSources {
             rootfs: &self.rootfs,
@@ -241,19 +257,20 @@ impl Config {
         }
     }
 
-    /// Whether mounts are meant to leave the container by its root.
+    /// Returns whether new mounts in the container's root propagate to the host.
     pub(crate) fn root_is_shared(&self) -> bool {
         matches!(self.root_propagation, Some((kind, _)) if kind == options::SHARED)
     }
 
-    /// The propagation to set on the container's root at the end, if it differs from what
-    /// it has by then.
+    /// Returns the propagation that the first process sets on the container's root after it has
+    /// entered the root. Returns `None` if the root already has the requested propagation, or if
+    /// config.json specifies no propagation.
     pub(crate) fn final_propagation(&self) -> Option<(u64, bool)> {
         self.root_propagation.filter(|(kind, _)| *kind != SLAVE)
     }
 }
 
-/// Versions 1.x, with or without a suffix such as `-dev`.
+/// Checks that `ociVersion` is 1.x.y, with or without a suffix such as `-dev`.
 fn check_version(version: &str) -> Result<()> {
     let mut parts = version.split(['.', '-', '+']);
     let number = |part: Option<&str>| part.and_then(|part| part.parse::<u32>().ok());
@@ -264,14 +281,16 @@ fn check_version(version: &str) -> Result<()> {
     ) {
         (Some(1), Some(_), Some(_)) => Ok(()),
         (Some(_), Some(_), Some(_)) => {
-            refuse!("ociVersion: {version} is not a version 1 of the specification")
+            refuse!(
+                "ociVersion: {version} is not supported, because rrun supports only version 1 of the specification"
+            )
         }
         _ if version.is_empty() => refuse!("ociVersion: is missing"),
-        _ => refuse!("ociVersion: {version} is not a version"),
+        _ => refuse!("ociVersion: {version} is not a version number"),
     }
 }
 
-/// The root file system, without symbolic links on the way to it.
+/// Returns the path of the root file system. Fails if root.path contains a symbolic link.
 fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
     let rootfs = bundle.join(&root.path);
     let rootfs = rootfs
@@ -280,16 +299,17 @@ fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
     if !rootfs.is_dir() {
         refuse!("root.path: {} is not a directory", rootfs.display());
     }
-    // runc takes none either: who can change the link would choose the root.
+    // Like runc, rrun refuses symbolic links in root.path. A user with write access to such a link
+    // could choose the container's root.
     if rootfs != cleaned(&bundle.join(&root.path)) {
         refuse!(
-            "root.path: {} leads over a symbolic link to {}, which is to be named itself",
+            "root.path: {} contains a symbolic link; specify the directory {} instead",
             root.path.display(),
             rootfs.display()
         );
     }
     if rootfs == Path::new("/") {
-        refuse!("root.path: the host's root can not be a container's");
+        refuse!("root.path: the host's root directory cannot be a container's root");
     }
     Ok(rootfs)
 }
@@ -297,9 +317,11 @@ fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
 fn root_propagation(linux: &Linux) -> Result<Option<(u64, bool)>> {
     match linux.rootfs_propagation.as_deref() {
         None | Some("") => Ok(None),
-        Some(name) => options::propagation(name)
-            .map(Some)
-            .ok_or_else(|| Error::new(format!("linux.rootfsPropagation: {name} is unknown"))),
+        Some(name) => options::propagation(name).map(Some).ok_or_else(|| {
+            Error::new(format!(
+                "linux.rootfsPropagation: the propagation {name} is unknown"
+            ))
+        }),
     }
 }
 
@@ -310,17 +332,19 @@ fn mounts(spec: &Spec, bundle: &Path, label: Option<&String>) -> Result<Vec<Moun
         .collect()
 }
 
+/// Returns the SELinux label of the container's mounts, if config.json specifies one.
+///
 /// # Errors
-/// A label, if SELinux is not enabled.
+/// Fails if the label is malformed, or if SELinux is not enabled in the kernel.
 fn mount_label(linux: &Linux) -> Result<Option<String>> {
     let label = linux.mount_label.clone().filter(|label| !label.is_empty());
     if let Some(label) = &label {
         if label.contains(['\0', '\n']) {
-            refuse!("linux.mountLabel: {label:?} is no label");
+            refuse!("linux.mountLabel: {label:?} is not a valid SELinux label");
         }
         if !lsm::has_selinux() {
             refuse!(
-                "linux.mountLabel: {label} can not be had, SELinux is not enabled in this kernel"
+                "linux.mountLabel: {label} cannot be used, because SELinux is not enabled in this kernel"
             );
         }
     }
@@ -341,7 +365,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_versions_1_are_accepted() {
+    fn only_version_1_is_accepted() {
         for version in ["1.0.0", "1.0.2-dev", "1.3.0", "1.2.1+dev"] {
             assert!(check_version(version).is_ok(), "{version}");
         }
@@ -352,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_that_contradict_each_other_or_are_not_supported_are_named() {
+    fn an_error_names_the_missing_contradictory_or_unsupported_field() {
         let directory = std::env::temp_dir().join(format!("rrun-config-{}", std::process::id()));
         std::fs::create_dir_all(directory.join("rootfs")).unwrap();
         let process = r#""process":{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/"}"#;

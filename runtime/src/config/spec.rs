@@ -1,10 +1,12 @@
-//! The parts of config.json whose types are rrun's own.
+//! The parts of config.json for which rrun defines its own types.
 //!
-//! The others are `oci-spec`'s. These are not, because to read a process its types bring a
-//! regular expression engine along, and types for every other platform: together half of
-//! the program. Unsupported fields are parsed only so that they can be refused by name.
+//! The other parts of config.json have types from the crate `oci-spec`. The type for a process in
+//! `oci-spec` would add a regular expression engine and the types for all other platforms to rrun's
+//! executable. These additions would make up half of the executable. rrun also defines types for
+//! fields that it does not support. With these types, rrun can refuse the fields by name.
 //!
-//! Unknown properties are passed over, as the specification wants ("Extensibility").
+//! rrun ignores properties of config.json that it does not recognise, as the specification requires
+//! (config.md, "Extensibility").
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -17,7 +19,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::seccomp::table::Syscall;
 
-/// The version of the runtime specification that `state` and `spec` speak.
+/// The version of the runtime specification that rrun implements.
 pub(crate) const OCI_VERSION: &str = "1.3.0";
 
 #[derive(Deserialize)]
@@ -78,7 +80,7 @@ pub(crate) struct IntelRdt {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct MemoryPolicySpec {
     pub(crate) mode: String,
-    /// As in cpuset(7), "List format".
+    /// The NUMA nodes, in the format of cpuset(7), "List format".
     #[serde(default)]
     pub(crate) nodes: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,7 +96,8 @@ pub(crate) struct PersonalitySpec {
 
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct NetDeviceSpec {
-    /// The name in the container, if it is another.
+    /// The name of the network device in the container, if this name differs from the name on the
+    /// host.
     #[serde(default)]
     pub(crate) name: String,
 }
@@ -135,16 +138,17 @@ pub(crate) struct ProcessSpec {
     pub(crate) exec_cpu_affinity: Option<CpuAffinity>,
 }
 
-/// Names and numbers of sched_setattr(2).
+/// The field `process.scheduler`, which contains the parameters for sched_setattr(2).
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(crate) struct Scheduler {
-    /// `SCHED_OTHER` and the like.
+    /// The name of the scheduling policy, such as `SCHED_OTHER`.
     pub(crate) policy: String,
     pub(crate) nice: i32,
     pub(crate) priority: i32,
     pub(crate) flags: Option<Vec<String>>,
-    /// Nanoseconds, as the two that follow.
+    /// The CPU time of the process in each period (`sched_runtime` of sched_setattr(2)), in
+    /// nanoseconds. `deadline` and `period` are also in nanoseconds.
     pub(crate) runtime: u64,
     pub(crate) deadline: u64,
     pub(crate) period: u64,
@@ -153,12 +157,13 @@ pub(crate) struct Scheduler {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(crate) struct IoPriority {
-    /// `IOPRIO_CLASS_BE` and the like.
+    /// The name of the I/O class, such as `IOPRIO_CLASS_BE`.
     pub(crate) class: String,
     pub(crate) priority: i32,
 }
 
-/// CPUs of a process that enters by `exec`, each as in cpuset(7), "List format".
+/// The field `process.execCPUAffinity`, which contains the CPUs for a process that `exec` creates.
+/// `initial` and `final` have the format of cpuset(7), "List format".
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(crate) struct CpuAffinity {
@@ -184,7 +189,7 @@ pub(crate) struct User {
     pub(crate) additional_gids: Option<Vec<u32>>,
 }
 
-/// Names of capabilities, as `CAP_CHOWN`.
+/// The field `process.capabilities`, which contains lists of capability names such as `CAP_CHOWN`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(crate) struct Capabilities {
@@ -197,14 +202,15 @@ pub(crate) struct Capabilities {
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct RlimitSpec {
-    /// `RLIMIT_NOFILE` and the like.
+    /// The name of the resource limit, such as `RLIMIT_NOFILE`.
     #[serde(rename = "type")]
     pub(crate) typ: String,
     pub(crate) soft: u64,
     pub(crate) hard: u64,
 }
 
-/// What `rrun state` prints and hooks get, in runc's order of fields.
+/// The container's state, as `rrun state` prints it and as hooks receive it. The fields are in the
+/// same order as in runc's output.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct OciState<'a> {
@@ -220,7 +226,7 @@ pub(crate) struct OciState<'a> {
     pub(crate) owner: &'a str,
 }
 
-/// `linux.seccomp`.
+/// The field `linux.seccomp`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct SeccompProfile {
@@ -257,10 +263,11 @@ pub(crate) struct SeccompArg {
     pub(crate) op: String,
 }
 
-/// Looked up while it is read: a profile has hundreds of them.
+/// The name of a system call. rrun looks up each name during the parsing of the profile. So rrun
+/// need not store the hundreds of names of a profile.
 pub(crate) enum SeccompCallName {
     Known(Syscall),
-    /// Of another architecture, or newer than rrun.
+    /// A system call that exists only on other architectures, or that is newer than rrun.
     Unknown(String),
 }
 

@@ -1,7 +1,9 @@
-//! The talk between a process being made into a container's and its parent, rrun.
+//! The channel between rrun and a child process that is about to become a process of a container.
 //!
-//! One socket pair, one message a record. It closes by itself when the program is executed
-//! (close-on-exec) or the process dies, so that neither side waits for a dead one.
+//! The channel is a socket pair of type SOCK_SEQPACKET, so each message arrives as one packet. The
+//! kernel closes the child's end when the child executes its program (close-on-exec). If the child
+//! or the parent dies, the kernel closes the end of the dead process. Therefore neither process
+//! waits for a peer that no longer exists.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,7 +14,7 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::seccomp::Report;
 use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
 
-/// The longest sentence that is carried.
+/// The maximum size of a message on the channel, in bytes.
 const MESSAGE_BYTES: usize = 16 << 10;
 
 const NEEDS_PARENT: u8 = b'M';
@@ -22,35 +24,40 @@ const READY: u8 = b'R';
 const CLONED: u8 = b'B';
 const FILTERED: u8 = b'S';
 const FAILED: u8 = b'F';
-const GO_ON: u8 = b'G';
+const CONTINUE: u8 = b'G';
 
-/// What the new process has to say.
+/// A message from the child to its parent.
 pub(crate) enum ChildMessage {
-    /// From an intermediate process: the first process, which it made as its sibling.
+    /// The process id of the container's first process. An intermediate process sends this message
+    /// after it has created the first process as its sibling (CLONE_PARENT).
     Cloned(i32),
-    /// It is in its namespaces and waits for what only the host's side can do: the mappings
-    /// of a user namespace and what that has no right to, network devices, resctrl.
+    /// The child is in its namespaces, and waits for its parent. The parent on the host does the
+    /// steps that the child has no right to do. These steps write the id mappings of a user
+    /// namespace, set the child's limits, move network devices, and create resctrl groups.
     NeedsParent,
-    /// All is mounted, the old root still there; it waits for the hooks to be run.
+    /// The child has mounted all file systems, but its root is still the host's root. The child
+    /// waits until the parent has run the prestart and createRuntime hooks.
     RunHooks,
-    /// The master side of its terminal.
+    /// The master side of the child's terminal.
     Terminal(OwnedFd),
-    /// Nothing is left to do but to execute the program.
+    /// The child has finished every step except the execution of its program.
     Ready,
-    /// As `Ready`, but a filter follows: the process reports everything else in the shared page.
+    /// The child is about to load its seccomp filter and then execute its program. The message
+    /// contains the descriptor of a shared page. After the child has loaded the filter, it reports
+    /// errors through this page.
     Filtered(Report),
-    /// It could not go on.
+    /// The child failed with this error.
     Failed(Error),
-    /// It executed the program, or died.
+    /// The channel is closed, because the child executed its program or died.
     Closed,
 }
 
-/// One end of the socket pair.
+/// One end of the channel between rrun and its child.
 pub(crate) struct Channel {
     fd: OwnedFd,
 }
 
-/// Parent's end, child's end.
+/// Creates a channel and returns the parent's end and the child's end.
 pub(crate) fn pair() -> Result<(Channel, Channel)> {
     let (parent, child) = socketpair(
         AddressFamily::UNIX,
@@ -58,7 +65,7 @@ pub(crate) fn pair() -> Result<(Channel, Channel)> {
         SocketFlags::CLOEXEC,
         None,
     )
-    .doing(|| "make a socket pair")?;
+    .doing(|| "create a socket pair")?;
     Ok((Channel { fd: parent }, Channel { fd: child }))
 }
 
@@ -71,11 +78,11 @@ impl AsFd for Channel {
 impl Channel {
     fn send(&self, message: &[u8]) -> Result<()> {
         rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL)
-            .doing(|| "report to the parent process")?;
+            .doing(|| "send a message to the parent process")?;
         Ok(())
     }
 
-    /// From the child: asks, and waits for the answer.
+    /// Sends a request from the child to the parent, and waits for the parent's answer.
     fn request(&self, request: u8) -> Result<()> {
         self.send(&[request])?;
         self.wait_for_answer()
@@ -85,10 +92,12 @@ impl Channel {
         let mut answer = [0u8; 1];
         loop {
             match rustix::net::recv(&self.fd, &mut answer, RecvFlags::empty()) {
-                Ok((_, 1)) if answer == [GO_ON] => return Ok(()),
+                Ok((_, 1)) if answer == [CONTINUE] => return Ok(()),
                 Err(Errno::INTR) => {}
-                Ok(_) => refuse!("the parent process is gone"),
-                Err(errno) => return Err(errno).doing(|| "wait for the parent process"),
+                Ok(_) => refuse!("the parent process has exited"),
+                Err(errno) => {
+                    return Err(errno).doing(|| "wait for the answer of the parent process");
+                }
             }
         }
     }
@@ -106,11 +115,11 @@ impl Channel {
         self.request(RUN_HOOKS)
     }
 
-    /// Hands the shared page to the parent. The filter that is loaded next may forbid this process
-    /// to send messages.
+    /// Sends the shared page to the parent. After the child has loaded its seccomp filter, it
+    /// reports errors through this page. The filter can forbid the child to send messages.
     pub(crate) fn send_page(&self, page: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), page, &[FILTERED])
-            .doing(|| "hand the shared page to the parent process")
+            .doing(|| "send the shared page to the parent process")
     }
 
     pub(crate) fn send_ready(&self) -> Result<()> {
@@ -119,29 +128,30 @@ impl Channel {
 
     pub(crate) fn send_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
-            .doing(|| "hand the terminal to the parent process")
+            .doing(|| "send the terminal to the parent process")
     }
 
     pub(crate) fn send_error(&self, error: &Error) {
         let mut message = vec![FAILED];
         message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
-        // If nobody listens, nobody wants to know.
+        // A failed send means that the parent is dead. The failure is ignored, because no process
+        // can report the error any more.
         let _ = self.send(&message);
     }
 
-    /// From the parent: the answer to a question.
+    /// Sends the parent's answer to a request from the child.
     pub(crate) fn answer(&self) -> Result<()> {
-        rustix::net::send(&self.fd, &[GO_ON], SendFlags::NOSIGNAL)
-            .doing(|| "answer the container's first process")?;
+        rustix::net::send(&self.fd, &[CONTINUE], SendFlags::NOSIGNAL)
+            .doing(|| "answer the request of the container's process")?;
         Ok(())
     }
 
-    /// From the parent: the next message.
+    /// Receives the next message from the child.
     pub(crate) fn receive(&self) -> Result<ChildMessage> {
         let mut buffer = vec![0u8; MESSAGE_BYTES];
         let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
             Err(Errno::CONNRESET) => return Ok(ChildMessage::Closed),
-            result => result.doing(|| "wait for the container's first process")?,
+            result => result.doing(|| "wait for a message from the container's process")?,
         };
         let message = buffer.get(..length).unwrap_or_default();
         Ok(match (message, descriptor) {
@@ -155,14 +165,15 @@ impl Channel {
             ([FAILED, sentence @ ..], _) => {
                 ChildMessage::Failed(Error::new(String::from_utf8_lossy(sentence)))
             }
-            _ => refuse!("the container's first process sent what it can not have sent"),
+            _ => refuse!("the container's process sent an unknown message"),
         })
     }
 }
 
-/// Sends a process's descriptor away as runc does, whose message says how it was made:
-/// `standard` for a container's first process, `setns` for one of `exec`.
-pub(crate) fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, made: &str) -> Result<()> {
-    send_descriptor(socket.as_fd(), pidfd.as_fd(), made.as_bytes())
-        .doing(|| "send the process's descriptor over --pidfd-socket")
+/// Sends a process's pidfd over the socket that --pidfd-socket names. `method` is the message's
+/// text. As in runc's protocol for this socket, the text is `standard` for a container's first
+/// process, and `setns` for a process that `exec` creates.
+pub(crate) fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, method: &str) -> Result<()> {
+    send_descriptor(socket.as_fd(), pidfd.as_fd(), method.as_bytes())
+        .doing(|| "send the pidfd of the process over --pidfd-socket")
 }

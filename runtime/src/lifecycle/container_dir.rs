@@ -1,9 +1,12 @@
-//! A container's directory, ROOT/ID: whoever makes it has the id, and it carries a lock.
+//! A container's directory, ROOT/ID. A process reserves the container's id by creating this
+//! directory. The lock on this directory is called the container's lock.
 //!
-//! Who makes or removes a container holds the lock (flock(2) on the directory) as long as
-//! that takes, so that a removal can not overlook what is being made. It ends with its
-//! holder, whatever that dies of. Everything in the directory is reached through the
-//! descriptor: who lost the directory to another can not touch that other's by its name.
+//! The lock is an flock(2) lock on the directory. rrun holds the lock during the whole creation or
+//! deletion of a container. So a deletion cannot miss a container that is being created. If an rrun
+//! process dies, the kernel releases its lock.
+//!
+//! rrun replaces and removes files relative to an open descriptor of the directory. So if another
+//! process replaces the directory, rrun does not change files in the new directory by mistake.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -16,21 +19,25 @@ use rustix::io::Errno;
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket;
 
-/// The start socket, once the container can be started: see [`crate::lifecycle::start_socket`].
+/// The name of the start socket when the container can be started. See
+/// [`crate::lifecycle::start_socket`].
 pub(crate) const START_SOCKET: &str = "start";
-/// Its name until then.
+/// The name of the start socket until the container can be started.
 pub(crate) const START_SOCKET_PENDING: &str = "start.shut";
-/// The container's state: see [`crate::lifecycle::state`].
+/// The name of the file that contains the container's state. See [`crate::lifecycle::state`].
 pub(crate) const STATE_FILE: &str = "state.json";
+/// The temporary name of a new state file. rrun then renames this file to [`STATE_FILE`].
 pub(crate) const STATE_FILE_NEW: &str = "state.json.new";
-/// A link to the container's cgroup, made before the cgroup is: whatever becomes of the
-/// state's file, what lives of the container can be found.
+/// The name of a symbolic link to the container's cgroup. rrun creates this link before it creates
+/// the cgroup. Through the link, rrun finds the container's processes even if the state file is
+/// missing or broken.
 const CGROUP_LINK: &str = "cgroup";
 
-/// How long to wait for another process to be done with a container.
+/// The maximum time that rrun waits for another process to release a container's lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a directory is made again that another process removed at once.
+/// The maximum number of attempts to create and lock a container's directory. An attempt fails if
+/// another process removes the directory before rrun can lock it.
 const CREATE_RETRIES: usize = 100;
 
 pub(crate) struct ContainerDir {
@@ -38,12 +45,12 @@ pub(crate) struct ContainerDir {
     fd: OwnedFd,
 }
 
-/// What came of trying to hold a container's directory.
+/// The result of an attempt to lock a container's directory.
 pub(crate) enum Lock {
     Acquired(ContainerDir),
-    /// There is no such directory.
+    /// The directory does not exist.
     Missing,
-    /// Another process has held it all the time.
+    /// Another process held the lock until the timeout.
     Busy,
 }
 
@@ -54,24 +61,26 @@ impl AsFd for ContainerDir {
 }
 
 impl ContainerDir {
-    /// Claims an id by making its directory.
+    /// Creates and locks the directory of a container. The existence of the directory reserves the
+    /// container's id.
     pub(crate) fn create(root: &Path, id: &str) -> Result<ContainerDir> {
         let directory = directory(root, id)?;
         for _ in 0..CREATE_RETRIES {
             make_directory(root, &directory, id)?;
-            // Between its making and its locking, another process may have taken it for
-            // the remains of a killed one, and removed it.
+            // Between mkdir and flock, another rrun process can remove the new directory. That
+            // process cannot distinguish the new directory from a directory that a killed rrun
+            // process left behind.
             match ContainerDir::lock(&directory, || {})? {
                 Lock::Acquired(dir) => return Ok(dir),
                 Lock::Missing => {}
                 Lock::Busy => break,
             }
         }
-        refuse!("container {id} is being removed by another process")
+        refuse!("another process is removing container {id}")
     }
 
-    /// Takes an existing directory. While another process has it, `meanwhile` is called now
-    /// and then.
+    /// Locks an existing directory. While another process holds the lock, this function calls
+    /// `meanwhile` before each new attempt to lock the directory.
     pub(crate) fn lock(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Lock> {
         let doing = || format!("lock {}", directory.display());
         let fd = match rustix::fs::open(
@@ -113,28 +122,34 @@ impl ContainerDir {
         &self.directory
     }
 
-    /// Whether nobody has removed it.
+    /// Returns whether this directory still exists. The link count of a removed directory is 0.
     pub(crate) fn is_linked(&self) -> Result<bool> {
-        let stat = rustix::fs::fstat(&self.fd)
-            .doing(|| format!("look at {}", self.directory.display()))?;
+        let stat =
+            rustix::fs::fstat(&self.fd).doing(|| format!("stat {}", self.directory.display()))?;
         Ok(stat.st_nlink > 0)
     }
 
-    /// Writes down where the container's cgroup will be.
+    /// Creates the symbolic link that records the path of the container's cgroup.
     pub(crate) fn link_cgroup(&self, cgroup: &Path) -> Result<()> {
-        rustix::fs::symlinkat(cgroup, &self.fd, CGROUP_LINK)
-            .doing(|| format!("make link {}", self.directory.join(CGROUP_LINK).display()))
+        rustix::fs::symlinkat(cgroup, &self.fd, CGROUP_LINK).doing(|| {
+            format!(
+                "create symbolic link {}",
+                self.directory.join(CGROUP_LINK).display()
+            )
+        })
     }
 
-    /// Lets others lock it.
+    /// Releases the lock, so that other processes can lock the directory.
     pub(crate) fn unlock(&self) {
-        // It cannot fail for a descriptor of our own; the lock ends with the descriptor anyway.
+        // Unlocking an open descriptor cannot fail, and closing the descriptor also releases the
+        // lock.
         let _ = rustix::fs::flock(&self.fd, FlockOperation::Unlock);
     }
 
-    /// Removes it with all that rrun wrote into it, so that the id is free again.
+    /// Removes the directory and all files that rrun wrote into the directory, so that the
+    /// container's id is free again.
     pub(crate) fn remove(&self) -> Result<()> {
-        let same = self.is_linked()?;
+        let linked = self.is_linked()?;
         for name in [
             STATE_FILE,
             START_SOCKET,
@@ -149,12 +164,14 @@ impl ContainerDir {
                 }
             }
         }
-        if !same {
-            // Another's may stand at its path by now.
+        if !linked {
+            // Another process may have created a new directory at the same path, so rrun must not
+            // remove the directory at this path.
             return Ok(());
         }
         let removed = match rustix::fs::rmdir(&self.directory) {
-            // Few containers have a notification socket.
+            // The container's directory still contains the directory of the notification socket,
+            // which few containers have.
             Err(Errno::NOTEMPTY) => {
                 notify_socket::remove(&self.directory)?;
                 rustix::fs::rmdir(&self.directory)
@@ -176,39 +193,41 @@ fn make_directory(root: &Path, directory: &Path, id: &str) -> Result<()> {
             .recursive(true)
             .mode(0o700)
             .create(root)
-            .doing(|| format!("make --root directory {}", root.display()))?;
+            .doing(|| format!("create --root directory {}", root.display()))?;
         made = rustix::fs::mkdir(directory, mode);
     }
     match made {
         Err(Errno::EXIST) => refuse!("container with given ID already exists: {id}"),
-        result => result.doing(|| format!("make directory {}", directory.display())),
+        result => result.doing(|| format!("create directory {}", directory.display())),
     }
 }
 
+/// Checks a container id.
+///
 /// # Errors
-/// An id that could lead out of the root directory, or that runc would not take.
+/// Fails if the id could name a path outside the --root directory, or if runc would refuse the id.
 pub(crate) fn validate_id(id: &str) -> Result<()> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
     if id.is_empty() || id == "." || id == ".." || !id.bytes().all(allowed) {
-        refuse!("invalid container id {id:?}: letters, digits and _ + - . are allowed");
+        refuse!("invalid container id {id:?}: only letters, digits and _ + - . are allowed");
     }
     if id.len() > 255 {
         refuse!(
-            "invalid container id: it has {} characters, 255 are allowed",
+            "invalid container id: it has {} characters, but at most 255 are allowed",
             id.len()
         );
     }
     Ok(())
 }
 
-/// A container's directory under --root.
+/// Returns the path of a container's directory in the --root directory.
 pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
     validate_id(id)?;
     Ok(root.join(id))
 }
 
-/// The cgroup that was recorded for the container in a directory. `None` if no cgroup was recorded,
-/// or it is not below /sys/fs/cgroup.
+/// Returns the path of a container's cgroup. A symbolic link in the container's directory contains
+/// this path. Returns `None` if the link does not exist, or if the path is not in /sys/fs/cgroup.
 pub(crate) fn linked_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
@@ -223,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_is_held_by_one_and_its_cgroup_is_known() {
+    fn an_id_can_be_reserved_only_once_and_the_directory_records_the_cgroup() {
         let root =
             std::env::temp_dir().join(format!("rrun-container-dir-test-{}", std::process::id()));
         let dir = ContainerDir::create(&root, "a").unwrap();
@@ -234,7 +253,8 @@ mod tests {
             linked_cgroup(dir.path()).as_deref(),
             Some(Path::new("/sys/fs/cgroup/x/y"))
         );
-        // One who lost its directory leaves alone what stands there now.
+        // A `ContainerDir` whose directory was removed must not remove a new directory at the same
+        // path.
         std::fs::rename(root.join("a"), root.join("b")).unwrap();
         std::fs::remove_file(root.join("b/cgroup")).unwrap();
         std::fs::remove_dir(root.join("b")).unwrap();
@@ -250,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_outside_of_the_hierarchy_is_not_believed() {
+    fn a_recorded_path_outside_the_cgroup_hierarchy_is_ignored() {
         let root = std::env::temp_dir().join(format!("rrun-cgroup-test-{}", std::process::id()));
         for path in ["/sys/fs/cgroup", "/sys/fs/cgroup/a/../..", "/tmp/x", "x"] {
             let dir = ContainerDir::create(&root, "a").unwrap();
@@ -262,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_stay_below_the_root_directory() {
+    fn an_id_cannot_name_a_path_outside_the_root_directory() {
         for id in ["a", "0af-_.+Z", "..a"] {
             assert!(validate_id(id).is_ok(), "{id}");
         }

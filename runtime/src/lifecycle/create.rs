@@ -1,10 +1,13 @@
-//! `create` in rrun itself, the parent of the container's first process.
+//! The parent's part of `create`. The parent is rrun itself, and its child is the container's first
+//! process.
 //!
-//! Four steps: [`Creation::reserve`] takes the id and makes the cgroup with its limits,
-//! [`Creation::spawn`] makes the first process in that cgroup and in its namespaces by one
-//! clone3(2), [`Creation::serve`] does for that process what only the host's side can do (while it
-//! builds its surroundings, see [`crate::lifecycle::init`]), and [`Creation::publish`] lets callers
-//! find the result. If a step fails, [`Rollback`] undoes everything so far.
+//! The creation of a container has four steps. [`Creation::reserve`] reserves the id and creates
+//! the cgroup with its limits. [`Creation::spawn`] creates the first process in that cgroup and in
+//! the container's namespaces, with one call of clone3(2). The first process then sets up the
+//! container (see [`crate::lifecycle::init`]). At the same time, [`Creation::serve`] does the steps
+//! that the first process has no right to do. [`Creation::publish`] reports the container to rrun's
+//! caller, and makes sure that `start` can find the container. If a step fails, [`Rollback`] undoes
+//! all earlier steps.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -35,36 +38,41 @@ use crate::sys::files::write_pid_file;
 use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
-/// How to create a container, besides its configuration.
+/// The parameters of a container's creation: its configuration and the settings from the command
+/// line.
 pub(crate) struct CreateRequest<'a> {
     pub(crate) root: &'a Path,
     pub(crate) id: &'a str,
     pub(crate) config: &'a Config,
-    /// Whether its program waits for `start`.
+    /// True if the container waits for `start` before it executes its program.
     pub(crate) waits: bool,
     pub(crate) console_socket: Option<OwnedFd>,
     pub(crate) pidfd_socket: Option<OwnedFd>,
     pub(crate) pid_file: Option<&'a Path>,
     pub(crate) no_pivot: bool,
     pub(crate) new_keyring: bool,
-    /// Whether systemd makes the cgroup.
+    /// True if systemd creates the cgroup.
     pub(crate) systemd_cgroup: bool,
     pub(crate) descriptors: Descriptors,
-    /// The service manager that is notified when the container is ready.
+    /// The service manager to notify when the container is ready.
     pub(crate) notify: Option<ServiceManager>,
 }
 
-/// A container that was made.
+/// A created container, with the descriptors that the caller of [`create`] needs.
 pub(crate) struct Created {
     pub(crate) state: State,
     pub(crate) pidfd: OwnedFd,
-    /// The master side of its terminal, if that was not sent to a console socket.
+    /// The master side of the container's terminal. This field is `None` if the container has no
+    /// terminal, or if the first process sends the master side to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
-    /// Receives its notification that it is ready, unless it waits for `start`.
+    /// The socket on which the container reports that it is ready. This field is `None` if rrun's
+    /// caller specified no service manager in NOTIFY_SOCKET. It is also `None` if the container
+    /// waits for `start`, because `start` then binds the socket.
     pub(crate) notify: Option<NotifySocket>,
 }
 
-/// Creates a container. When this returns, its program is executed, or waits for `start`.
+/// Creates a container. When this function returns, the container executes its program or waits for
+/// `start`.
 pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
     let (mut creation, channel) = Creation::reserve(request)?.spawn()?;
     let terminal = creation.serve(&channel)?;
@@ -75,16 +83,18 @@ pub(crate) fn create(request: CreateRequest<'_>) -> Result<Created> {
 struct Creation<'a> {
     request: CreateRequest<'a>,
     state: State,
-    /// `None` for an unprivileged caller who may make none.
+    /// The container's cgroup. This field is `None` until rrun has created the cgroup. It remains
+    /// `None` if rrun's caller has no right to create cgroups.
     cgroup: Option<Cgroup>,
     agent: Option<Agent<'a>>,
     notify: Option<NotifySocket>,
-    /// Whether rrun's caller is not root.
+    /// True if rrun's caller is not root.
     unprivileged: bool,
     rollback: Rollback<'a>,
 }
 
-/// Undoes a creation that failed, when it is dropped.
+/// A guard that undoes the creation of the container if a step fails. Dropping the guard undoes the
+/// creation, unless `disarmed` is true.
 struct Rollback<'a> {
     id: &'a str,
     dir: ContainerDir,
@@ -92,26 +102,27 @@ struct Rollback<'a> {
     has_cgroup: bool,
     child: Option<OwnedFd>,
     resctrl: ResctrlGroups,
-    /// The hooks, and the state that poststop hooks get.
+    /// The container's hooks, and the JSON state that the poststop hooks receive.
     hooks: Option<(&'a Hooks, String)>,
     disarmed: bool,
 }
 
 impl Rollback<'_> {
-    /// The pidfd of the first process.
+    /// Returns the pidfd of the first process.
     fn child(&self) -> Result<&OwnedFd> {
-        self.child.as_ref().ok_or_else(lost)
+        self.child.as_ref().ok_or_else(no_first_process)
     }
 
-    /// Keeps what was made, and returns the pidfd of the first process.
+    /// Disables the rollback, so that the container is kept. Returns the pidfd of the first
+    /// process.
     fn disarm(mut self) -> Result<OwnedFd> {
         self.disarmed = true;
-        self.child.take().ok_or_else(lost)
+        self.child.take().ok_or_else(no_first_process)
     }
 }
 
-fn lost() -> Error {
-    Error::new("the container's first process is lost")
+fn no_first_process() -> Error {
+    Error::new("the container has no first process yet")
 }
 
 impl Drop for Rollback<'_> {
@@ -121,7 +132,10 @@ impl Drop for Rollback<'_> {
         }
         let log_failure = |result: Result<()>| {
             if let Err(error) = result {
-                log::warning(&format!("undo the creation of {}: {error}", self.id));
+                log::warning(&format!(
+                    "undo the failed creation of container {}: {error}",
+                    self.id
+                ));
             }
         };
         if let Some(child) = &self.child {
@@ -133,7 +147,8 @@ impl Drop for Rollback<'_> {
         log_failure(self.resctrl.remove());
         log_failure(self.dir.remove());
         if let Some((hooks, state)) = &self.hooks {
-            // Hooks may take long, and the id is free already.
+            // Release the lock before the hooks run. Hooks can run for a long time, and the
+            // container's id is already free.
             self.dir.unlock();
             hooks::run_and_log_failures("poststop", hooks.poststop().as_ref(), state);
         }
@@ -141,7 +156,7 @@ impl Drop for Rollback<'_> {
 }
 
 impl<'a> Creation<'a> {
-    /// Takes the container's id, and makes its cgroup with all limits.
+    /// Reserves the container's id, and creates the container's cgroup with all limits.
     fn reserve(request: CreateRequest<'a>) -> Result<Creation<'a>> {
         let config = request.config;
         let location = CgroupLocation::new(
@@ -150,7 +165,8 @@ impl<'a> Creation<'a> {
             request.id,
             request.systemd_cgroup,
         )?;
-        // Before anything is made: a missing agent is found at once.
+        // Connect to the seccomp agent first. If the agent is missing, rrun then fails before it
+        // creates a cgroup or a process.
         let agent = connect_agent(config, request.waits)?;
         let dir = ContainerDir::create(request.root, request.id)?;
         let state = new_state(&request, &location);
@@ -173,7 +189,8 @@ impl<'a> Creation<'a> {
             request,
         };
         let dir = &creation.rollback.dir;
-        // Before the cgroup is made: whatever happens, `delete` will know where it is.
+        // Record the cgroup's path before the creation of the cgroup. Then `delete` can find the
+        // cgroup even if rrun is killed.
         dir.link_cgroup(&creation.state.cgroup)?;
         creation.state.save(dir)?;
         if let Some(manager) = &creation.request.notify {
@@ -190,22 +207,26 @@ impl<'a> Creation<'a> {
         let (config, rollback) = (self.request.config, &mut self.rollback);
         let mut cgroup = match rollback.location.create(rollback.id, &config.resources) {
             Err(error) if self.unprivileged && config.can_do_without_cgroup() => {
-                log::debug(|| format!("the container gets no cgroup of its own: {error}"));
+                log::debug(|| {
+                    format!("rrun creates the container without its own cgroup: {error}")
+                });
                 return Ok(());
             }
             cgroup => cgroup?,
         };
         rollback.has_cgroup = true;
-        // Loading the device program takes long, and the first process has other things to do
-        // meanwhile; a container that waits for `start` runs nothing before this one is done.
+        // Loading the cgroup's device program (BPF) takes long. If possible, rrun loads it later,
+        // while the first process sets up the container. But the container's program must not start
+        // before the device program is loaded. So rrun defers the loading only if the container
+        // waits for `start`, and if the setup opens no devices.
         let defer_devices = self.request.waits && config.opens_no_devices();
         cgroup.apply(&config.resources, defer_devices)?;
         self.cgroup = Some(cgroup);
         Ok(())
     }
 
-    /// Makes the first process. Only the parent returns, with its end of the channel between the
-    /// two.
+    /// Creates the first process. This function returns only in the parent. It returns the updated
+    /// `Creation`, and the parent's end of the channel between the parent and the first process.
     fn spawn(mut self) -> Result<(Creation<'a>, Channel)> {
         let config = self.request.config;
         let mut flags = config.namespaces.new & !flag(Type::Cgroup);
@@ -236,7 +257,7 @@ impl<'a> Creation<'a> {
             }
             clone3(flags, self.cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
                 format!(
-                    "make the container's first process in cgroup {} (clone3)",
+                    "create the container's first process in cgroup {} (clone3)",
                     self.state.cgroup.display()
                 )
             })?
@@ -250,7 +271,7 @@ impl<'a> Creation<'a> {
                 drop(host_mounts);
                 drop(childs_end);
                 drop(start_socket);
-                log::debug(|| format!("made the container's first process {pid}"));
+                log::debug(|| format!("created the container's first process, process id {pid}"));
                 self.rollback.child = Some(pidfd);
                 if let Some(cgroup) = &mut self.cgroup {
                     cgroup.complete(&config.resources)?;
@@ -263,8 +284,10 @@ impl<'a> Creation<'a> {
         }
     }
 
-    /// In the first process: what the parent made is not its own to undo, and it must not hold the
-    /// lock on the container's directory for as long as it lives.
+    /// Turns the new process into the container's first process. The new process first drops its
+    /// copies of the values that only the parent needs. Only the parent is responsible for undoing
+    /// a failed creation, so the new process must not undo it. The new process also must not keep
+    /// the lock on the container's directory.
     fn become_init(
         mut self,
         channel: Channel,
@@ -278,7 +301,8 @@ impl<'a> Creation<'a> {
         if let Some(cgroup) = self.cgroup {
             cgroup.leave_to_parent();
         }
-        // It unlinks the socket when it is dropped.
+        // Forget `self.notify` without dropping it. Dropping `self.notify` would remove the file of
+        // the notification socket, but the parent still needs this file.
         std::mem::forget(self.notify);
         Init {
             config: self.request.config,
@@ -297,8 +321,9 @@ impl<'a> Creation<'a> {
         .run()
     }
 
-    /// Serves the first process until it waits for `start` or has executed its program. Returns the
-    /// terminal, if it hands one over.
+    /// Handles the messages of the first process until the first process waits for `start` or has
+    /// executed its program. Returns the master side of the terminal, if the first process sends it
+    /// to the parent.
     fn serve(&mut self, channel: &Channel) -> Result<Option<OwnedFd>> {
         let (config, waits) = (self.request.config, self.request.waits);
         self.rollback.hooks = Some((&config.hooks, self.state.json_for_hooks(Status::Stopped)));
@@ -314,7 +339,10 @@ impl<'a> Creation<'a> {
         let terminal = served?;
         log::debug(|| {
             if waits {
-                format!("container {} is made, and waits for start", self.request.id)
+                format!(
+                    "container {} is created and waits for start",
+                    self.request.id
+                )
             } else {
                 format!("container {} executes its program", self.request.id)
             }
@@ -322,7 +350,9 @@ impl<'a> Creation<'a> {
         Ok(terminal)
     }
 
-    /// Lets the caller, and `start`, find the container.
+    /// Reports the container to rrun's caller through the PID file and the pidfd socket. If the
+    /// container waits for `start`, this function also gives the start socket its final name, so
+    /// that `start` can find the socket.
     fn publish(self, terminal: Option<OwnedFd>) -> Result<Created> {
         let (request, rollback) = (&self.request, &self.rollback);
         if let Some(path) = request.pid_file {
@@ -336,7 +366,7 @@ impl<'a> Creation<'a> {
         }
         if !rollback.dir.is_linked()? {
             refuse!(
-                "container {} was removed while it was being made",
+                "container {} was removed while it was being created",
                 request.id
             );
         }
@@ -349,8 +379,9 @@ impl<'a> Creation<'a> {
     }
 }
 
-/// Connects to the agent of the seccomp filter, if it has one. The filter of a container that waits
-/// is loaded only by `start`, which connects then; its agent's socket must exist all the same.
+/// Connects to the seccomp agent, if the seccomp profile specifies one. If the container waits for
+/// `start`, this function only checks that the agent's socket exists. `start` then connects to the
+/// agent.
 fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
     match config.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) if waits => {
@@ -362,21 +393,27 @@ fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
     }
 }
 
-/// Makes the first process from an intermediate process, which enters the namespaces
-/// `before_clone`.
+/// Creates the first process through an intermediate process. The intermediate process enters the
+/// existing namespaces in `before_clone`.
 ///
-/// This is only needed with a user namespace. New namespaces belong to the user namespace of the
-/// process that makes them, and to enter an existing one takes rights over the user namespace that
-/// it belongs to. So the order must be: the other namespaces, the user namespace, clone3. This
-/// process cannot do that itself, because it would lose its rights on the host, which it needs.
+/// An intermediate process is needed only if the container has a user namespace. When a process
+/// creates a namespace, the user namespace of this process owns the new namespace. To enter an
+/// existing namespace, a process needs rights in the user namespace that owns it. Therefore a
+/// process must first enter the other existing namespaces, then enter the user namespace, and then
+/// create the new namespaces with clone3. If rrun itself entered the user namespace, it would lose
+/// its rights on the host. rrun still needs these rights, so an intermediate process does these
+/// steps.
 fn clone_from_intermediate(
     flags: u64,
     cgroup: Option<&Cgroup>,
     mut before_clone: Vec<OpenNamespace>,
 ) -> Result<Cloned> {
-    // Not the container's channel: on that one, the process made may be the first to speak.
+    // Use a separate channel for the intermediate process. On a shared channel, a message from the
+    // first process could arrive before the message from the intermediate process.
     let (from_intermediate, to_parent) = channel::pair()?;
-    let pidfd = match clone3(0, None).doing(|| "make a process to enter namespaces (clone3)")? {
+    let pidfd = match clone3(0, None)
+        .doing(|| "create an intermediate process to enter namespaces (clone3)")?
+    {
         Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             let guard = NeverReturn;
@@ -386,21 +423,23 @@ fn clone_from_intermediate(
                 .try_for_each(OpenNamespace::enter)
                 .and_then(|()| {
                     clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
-                        .doing(|| "make the container's first process beside this one (clone3)")
+                        .doing(|| "create the container's first process from the intermediate process (clone3)")
                 });
             match cloned {
                 Ok(Cloned::Child) => {
                     std::mem::forget(guard);
                     return Ok(Cloned::Child);
                 }
-                // If the parent is gone, the process made will find that out itself.
+                // A failed send is ignored, because it means that the parent is dead. The first
+                // process itself detects the parent's death.
                 Ok(Cloned::Parent { pid, .. }) => drop(to_parent.cloned(pid)),
                 Err(error) => to_parent.send_error(&error),
             }
             exit_now()
         }
     };
-    // Close our copy, or receive() would not see end-of-file when the intermediate process dies.
+    // Close `to_parent` in the parent. Otherwise, receive() would not return end of file after the
+    // death of the intermediate process.
     drop(to_parent);
     let answer = from_intermediate.receive();
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
@@ -408,13 +447,15 @@ fn clone_from_intermediate(
         ChildMessage::Cloned(pid) => {
             let doing = || format!("open process {pid}");
             let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
-            // It is a child of this process, which has not waited for it: no other can
-            // have its id yet.
+            // The first process is a child of this process and is not reaped yet, so the kernel
+            // cannot have reused its process id.
             let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
             Ok(Cloned::Parent { pid, pidfd })
         }
         ChildMessage::Failed(error) => Err(error),
-        _ => refuse!("the process that was to enter the namespaces died"),
+        _ => {
+            refuse!("the intermediate process died before it created the container's first process")
+        }
     }
 }
 
@@ -445,7 +486,8 @@ fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> State {
     }
 }
 
-/// The name of rrun's caller in the host's /etc/passwd, or its user id.
+/// Returns the user name of rrun's caller from the host's /etc/passwd. If this file has no entry
+/// for the caller's user id, returns the user id.
 fn owner() -> String {
     let uid = rustix::process::geteuid();
     if uid.is_root() {

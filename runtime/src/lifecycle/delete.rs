@@ -1,4 +1,4 @@
-//! Taking a container away: its processes, its cgroup, its directory.
+//! The deletion of a container, including its processes, its cgroup and its directory.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -14,43 +14,45 @@ use crate::lifecycle::state::{State, Status};
 use crate::sys::syscalls::pidfd_send_signal;
 use crate::{cgroup, log};
 
-/// How long a killed first process may take to die.
+/// The maximum time that rrun waits for the exit of a container's first process after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Removes a container. One that runs is only removed by `force`; with that it is no error
-/// if there is none.
+/// Deletes a container. If `force` is true, this function first kills a running container, and
+/// reports success if the container does not exist.
 pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
     let directory = container_dir::directory(root, id)?;
     if !force && let Ok(state) = State::load(root, id) {
-        // Refuse now, before waiting for the lock.
+        // If the container is running, fail immediately, without waiting for the lock.
         check_removable(&state, &directory)?;
     }
-    let none = || Error::new(format!("container does not exist: {id}"));
-    let held = ContainerDir::lock(&directory, || {
+    let missing = || Error::new(format!("container does not exist: {id}"));
+    let lock = ContainerDir::lock(&directory, || {
         if force {
-            // Who makes it can not go on then, and gives it up.
+            // If another rrun process is still creating the container, it holds the lock. Kill the
+            // container's processes, so that the creation fails and the lock is released.
             kill_unlocked(root, id);
         }
     })?;
-    let dir = match held {
+    let dir = match lock {
         Lock::Acquired(dir) => dir,
         Lock::Missing if force => return Ok(()),
-        Lock::Missing => return Err(none().with_kind(Kind::NoSuchContainer)),
+        Lock::Missing => return Err(missing().with_kind(Kind::NoSuchContainer)),
         Lock::Busy if force => return delete_unlocked(root, id),
         Lock::Busy => {
-            refuse!("cannot delete container {id}: another process is making or removing it")
+            refuse!("cannot delete container {id}: another process is creating or removing it")
         }
     };
     let state = match State::load(root, id) {
         Ok(state) => state,
-        // What is left of a `create` that was killed before it could say what it makes.
+        // A `create` command was killed before it wrote the state file. Remove the container's
+        // cgroup and the container's directory.
         Err(error) if error.kind() == Kind::NoSuchContainer => {
             delete_without_state(dir)?;
             return if force { Ok(()) } else { Err(error) };
         }
         Err(error) if force => {
             log::warning(&format!(
-                "{error}; removing what is known of {id} all the same"
+                "{error}; rrun removes container {id} although it cannot read the container's state"
             ));
             return delete_without_state(dir);
         }
@@ -73,7 +75,8 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
     }
 }
 
-/// Removes a container whose first process has ended, unless somebody else did.
+/// Deletes a container whose first process has exited, unless another process has already deleted
+/// it.
 pub(crate) fn delete_after_exit(root: &Path, state: &State) -> Result<()> {
     match ContainerDir::lock(&container_dir::directory(root, &state.id)?, || {})? {
         Lock::Acquired(dir) => destroy(dir, state),
@@ -85,7 +88,7 @@ pub(crate) fn delete_after_exit(root: &Path, state: &State) -> Result<()> {
     }
 }
 
-/// Kills what lives of a container that another process is making.
+/// Kills all processes of a container that another rrun process is creating.
 fn kill_unlocked(root: &Path, id: &str) {
     let directory = root.join(id);
     if let Some(cgroup) = container_dir::linked_cgroup(&directory)
@@ -95,12 +98,16 @@ fn kill_unlocked(root: &Path, id: &str) {
     }
 }
 
-/// Removes a container whose maker hangs, in a hook for example. Its directory goes before
-/// its cgroup: the maker looks for the directory last of all, and unmakes everything if it
-/// is gone; and what it had made before then is in the cgroup.
+/// Deletes a container without holding its lock. The rrun process that holds the lock hangs, for
+/// example in a hook.
+///
+/// This function must remove the container's directory before it removes the container's cgroup.
+/// The last step of a creation checks that the directory exists, and undoes the creation if the
+/// directory is missing. All processes that rrun started for the container before this check are in
+/// the cgroup. The removal of the cgroup kills these processes.
 fn delete_unlocked(root: &Path, id: &str) -> Result<()> {
     log::warning(&format!(
-        "another process has been making or removing container {id} for a while; removing it all the same"
+        "another process has been creating or removing container {id} for a long time; rrun removes the container anyway"
     ));
     let directory = container_dir::directory(root, id)?;
     let cgroup = container_dir::linked_cgroup(&directory);
@@ -115,8 +122,8 @@ fn delete_unlocked(root: &Path, id: &str) -> Result<()> {
     })
 }
 
-/// Removes a container whose state can not be read. Everything of it that lives is in its
-/// cgroup.
+/// Deletes a container whose state cannot be read. To kill the container's processes, this function
+/// needs only the container's cgroup, because all of these processes are in the cgroup.
 fn delete_without_state(dir: ContainerDir) -> Result<()> {
     if let Some(cgroup) = container_dir::linked_cgroup(dir.path()) {
         cgroup::remove(&cgroup, cgroup::unit_at(&cgroup).as_deref())?;
@@ -124,10 +131,16 @@ fn delete_without_state(dir: ContainerDir) -> Result<()> {
     dir.remove()
 }
 
-/// Removes all that belongs to a container, killing it if need be.
+/// Kills the processes of a container, and removes its cgroup, its resctrl groups and its
+/// directory. Then runs the poststop hooks.
 fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
     if let Some(process) = state.open_process()? {
-        let doing = || format!("kill the first process of {} ({})", state.id, state.pid);
+        let doing = || {
+            format!(
+                "kill the first process of container {} (process id {})",
+                state.id, state.pid
+            )
+        };
         match pidfd_send_signal(process.as_fd(), libc::SIGKILL) {
             Err(Errno::SRCH) => {}
             result => result.doing(doing)?,
@@ -139,7 +152,7 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
         let dead = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
         if dead.doing(doing)? == 0 {
             return Err(Error::new(format!(
-                "{}: it still lives after {} s",
+                "{}: the process is still alive after {} s",
                 doing(),
                 KILL_TIMEOUT.as_secs()
             )));
@@ -148,7 +161,8 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
     cgroup::remove(&state.cgroup, state.unit.as_deref())?;
     state.resctrl.remove()?;
     dir.remove()?;
-    // Hooks may take long, and the id is free already.
+    // Release the lock before the hooks run. Hooks can run for a long time, and the container's id
+    // is already free.
     drop(dir);
     hooks::run_and_log_failures(
         "poststop",

@@ -1,7 +1,8 @@
-//! A further process for a running container, as `exec` makes it.
+//! The work of `exec`, which adds a process to a running container.
 //!
-//! clone3(2) makes it in the container's cgroup; by the pidfd of the container's first process
-//! it then enters all of that one's namespaces with one setns(2).
+//! rrun creates the process in the container's cgroup with clone3(2). The process then enters all
+//! namespaces of the container's first process with one call of setns(2) on the pidfd of the first
+//! process.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,13 +31,13 @@ use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
-/// Which process to run in which container.
+/// The parameters of `exec`: a process, and the container in which it runs.
 pub(crate) struct ExecRequest<'a> {
     pub(crate) state: &'a State,
-    /// The container's first process.
+    /// The pidfd of the container's first process.
     pub(crate) init: OwnedFd,
     pub(crate) process: Process,
-    /// A cgroup below the container's own, from its root.
+    /// The path of a cgroup for the process, relative to the container's cgroup.
     pub(crate) sub_cgroup: Option<&'a str>,
     pub(crate) console_socket: Option<OwnedFd>,
     pub(crate) pidfd_socket: Option<OwnedFd>,
@@ -44,21 +45,24 @@ pub(crate) struct ExecRequest<'a> {
     pub(crate) descriptors: Descriptors,
 }
 
-/// A process that has become its program.
+/// A process that `exec` created, and that now runs its program.
 pub(crate) struct ExecProcess {
     pub(crate) pidfd: OwnedFd,
-    /// The master side of its terminal, if that was not sent to a console socket.
+    /// The master side of the process's terminal. This field is `None` if the process has no
+    /// terminal, or if it sent the master side to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
 }
 
-/// Makes the process. When this returns, it has executed its program.
+/// Creates a process in a running container. When this function returns, the process has executed
+/// its program.
 pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     let state = request.state;
     let agent = match state.seccomp.as_ref().and_then(|it| it.listener.as_ref()) {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
-    // Before it enters a user namespace, where its user id is another.
+    // Read the user id before this process enters a user namespace. The user id has another value
+    // in that namespace.
     let unprivileged = !rustix::process::geteuid().is_root();
     let joined = join_before_clone(&request, unprivileged)?;
     let cgroup_path = match request.sub_cgroup {
@@ -93,9 +97,10 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     }
 }
 
-/// Enters those namespaces that the child has to be made in, and returns their `CLONE_NEW*` flags:
-/// a PID namespace is entered by children only. Without root's rights on the host it takes the user
-/// namespace, too, because only the owner of the PID namespace may enter that.
+/// Enters namespaces before rrun creates the child, and returns the `CLONE_NEW*` flags of these
+/// namespaces. rrun must enter the PID namespace first, because only later children of rrun are in
+/// this PID namespace. To enter the PID namespace, a process needs rights in the container's user
+/// namespace. If rrun's caller is not root, rrun therefore also enters the user namespace.
 fn join_before_clone(request: &ExecRequest<'_>, unprivileged: bool) -> Result<u64> {
     let types = if unprivileged {
         flag(Type::Pid) | flag(Type::User)
@@ -109,7 +114,7 @@ fn join_before_clone(request: &ExecRequest<'_>, unprivileged: bool) -> Result<u6
     Ok(joined)
 }
 
-/// Lets the caller find the process.
+/// Reports the process to rrun's caller through the PID file and the pidfd socket.
 fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
@@ -120,13 +125,15 @@ fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// Makes the process in a cgroup. A container that has divided its own cgroup can have no processes
-/// in it; then the process gets into the cgroup of the container's first process.
+/// Creates the process in the cgroup at `path`. If the container has enabled controllers for child
+/// cgroups, the kernel refuses new processes in the container's cgroup itself. After such a
+/// refusal, this function creates the process in the cgroup of the container's first process.
 fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, unprivileged: bool) -> Result<Cloned> {
-    let doing = |path: &Path| format!("make a process in cgroup {} (clone3)", path.display());
+    let doing = |path: &Path| format!("create a process in cgroup {} (clone3)", path.display());
     if unprivileged && !path.exists() {
-        // The container of an unprivileged caller, without a cgroup of its own.
-        return clone3(0, None).doing(|| "make a process (clone3)");
+        // If rrun's caller is unprivileged, rrun possibly created no cgroup for the container. The
+        // new process then stays in rrun's cgroup.
+        return clone3(0, None).doing(|| "create a process (clone3)");
     }
     let directory = cgroup::open(path)?;
     match clone3(0, Some(directory.as_fd())) {
@@ -165,16 +172,21 @@ fn run_to_execve(
     };
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
-    // An unprivileged parent could do no more than this process itself.
+    // If rrun's caller is not root, the parent has already entered the user namespace, and `joined`
+    // contains CLONE_NEWUSER. The parent then has no more rights than this process. So this process
+    // sets its limits itself.
     let new_user = state.namespaces & !joined & flag(Type::User) != 0;
     if new_user {
-        // The host's rights are needed for these; the parent sets them.
+        // Setting the OOM score adjustment and the resource limits requires rights on the host.
+        // This process loses these rights when it enters the user namespace, so the parent sets
+        // both.
         channel.wait_for_parent()?;
     } else {
         request.process.apply_oom_score_adj("self")?;
     }
     request.process.scheduling.apply_final_affinity()?;
-    // While /proc is the host's.
+    // This process sets its labels through files in /proc. Open these files in the host's /proc,
+    // before the process enters the container's mount namespace.
     let labels = request.process.labels.open()?;
     join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
     if state.namespaces & flag(Type::User) != 0 {
@@ -207,7 +219,8 @@ fn run_to_execve(
     Err(execute(&program, &request.process, filter, send))
 }
 
-/// Opens a terminal in the container, and makes it the process's own.
+/// Opens a terminal in the container, and makes the terminal the controlling terminal of the
+/// calling process.
 fn take_terminal(request: &ExecRequest<'_>, channel: &Channel) -> Result<()> {
     let root = rustix::fs::open(
         "/",

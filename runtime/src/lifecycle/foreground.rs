@@ -1,5 +1,6 @@
-//! Waiting in the foreground for a container's process, as `run` and `exec` do without
-//! --detach: signals go on to it, its status becomes rrun's own.
+//! The foreground mode of `run` and `exec`, without --detach. In this mode, rrun waits for the
+//! container's process and forwards signals to this process. rrun then exits with the exit status
+//! of this process.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -12,28 +13,32 @@ use crate::lifecycle::notify_socket::NotifySocket;
 use crate::log;
 use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd};
 
-/// How much a relay carries at once.
+/// The size, in bytes, of the buffer through which rrun copies data to and from the container's
+/// terminal.
 const RELAY_BYTES: usize = 32 << 10;
-/// How long the output may pause, after the end of the process, before the relay ends.
+/// The time that rrun waits for further output on the container's terminal after the container's
+/// process has exited.
 const OUTPUT_GRACE: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 50_000_000,
 };
 
-/// Signals that are for the container's process, taken by a descriptor.
+/// A signalfd(2) descriptor. rrun reads signals from this descriptor, and forwards them to the
+/// container's process.
 ///
-/// Made before the process is, so that none is lost in between; the process unblocks
-/// them for itself.
+/// rrun first blocks the signals and creates the descriptor, and then creates the container's
+/// process. So no signal is lost. The container's process unblocks the signals for itself.
 pub(crate) struct Foreground {
     signals: OwnedFd,
-    /// Where the container says that it is ready.
+    /// The socket on which the container reports that it is ready.
     pub(crate) notify: Option<NotifySocket>,
 }
 
 impl Foreground {
     pub(crate) fn start() -> Result<Foreground> {
-        // All but those that report an error of this program itself, or can not be had.
-        let own = [
+        // rrun does not forward the signals in this list. Each of these signals concerns rrun
+        // itself, or cannot be received through a signalfd(2) descriptor.
+        let not_forwarded = [
             libc::SIGKILL,
             libc::SIGSTOP,
             libc::SIGSEGV,
@@ -46,26 +51,29 @@ impl Foreground {
             libc::SIGPIPE,
             libc::SIGCHLD,
         ];
-        let others: Vec<i32> = (1..=64)
-            .filter(|signal| !own.contains(signal) && !matches!(signal, 32 | 33))
+        let forwarded: Vec<i32> = (1..=64)
+            .filter(|signal| !not_forwarded.contains(signal) && !matches!(signal, 32 | 33))
             .collect();
-        let set = signal_set(&others);
-        set_signal_mask(&set).doing(|| "block signals to forward them")?;
+        let set = signal_set(&forwarded);
+        set_signal_mask(&set).doing(|| "block the signals that rrun forwards")?;
         Ok(Foreground {
-            signals: signalfd(&set).doing(|| "make a descriptor for signals")?,
+            signals: signalfd(&set).doing(|| "create a descriptor for signals (signalfd)")?,
             notify: None,
         })
     }
 
-    /// Sends on what has come in.
+    /// Forwards all pending signals to the container's process.
     fn forward(&self, pidfd: &OwnedFd) {
         while let Some(signal) = read_signal(self.signals.as_fd()) {
-            // A process that is gone needs no signals.
+            // A failed send means that the container's process has exited, so the failure is
+            // ignored.
             let _ = pidfd_send_signal(pidfd.as_fd(), signal);
         }
     }
 
-    /// As long as rrun is in the foreground, it is what the service manager watches.
+    /// Forwards the container's notification to the service manager. While rrun is in the
+    /// foreground, the service manager watches rrun, so the notification names rrun's own process
+    /// id.
     fn pass_on_notification(&self) {
         if let Some(notify) = &self.notify
             && let Err(error) = notify.pass_on(rustix::process::getpid().as_raw_nonzero().get())
@@ -74,8 +82,9 @@ impl Foreground {
         }
     }
 
-    /// Waits for the end of a child and returns its status as a shell would: its exit
-    /// status, or 128 and the number of the signal that killed it.
+    /// Waits until the container's process exits, and returns its status. As in a shell, this
+    /// status is the exit status of the process, or 128 plus the number of the signal that killed
+    /// the process.
     pub(crate) fn wait(&self, pidfd: &OwnedFd) -> Result<u8> {
         loop {
             let mut watched = vec![
@@ -91,18 +100,19 @@ impl Foreground {
             }
             self.forward(pidfd);
             self.pass_on_notification();
-            if let Some(status) = ended(pidfd)? {
+            if let Some(status) = status_if_exited(pidfd)? {
                 return Ok(status);
             }
         }
     }
 }
 
-/// The status of a child, if it has ended.
-fn ended(pidfd: &OwnedFd) -> Result<Option<u8>> {
+/// Returns the status of the container's process (see [`Foreground::wait`]), if the process has
+/// exited.
+fn status_if_exited(pidfd: &OwnedFd) -> Result<Option<u8>> {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let status = waitid(WaitId::PidFd(pidfd.as_fd()), options)
-        .doing(|| "take the status of the container's process")?;
+        .doing(|| "read the exit status of the container's process")?;
     Ok(status.map(|status| exit_code(&status)))
 }
 
@@ -114,8 +124,8 @@ fn exit_code(status: &WaitIdStatus) -> u8 {
     }
 }
 
-/// The caller's own terminal, put in raw mode so that every key goes on as it is; given
-/// back its mode in the end.
+/// The terminal of rrun's caller in raw mode, in which every key reaches the container unchanged.
+/// Dropping this value restores the terminal's previous mode.
 struct RawTerminal {
     mode: Option<rustix::termios::Termios>,
 }
@@ -123,12 +133,13 @@ struct RawTerminal {
 impl RawTerminal {
     fn set() -> RawTerminal {
         let stdin = rustix::stdio::stdin();
-        // Standard input that is no terminal needs nothing.
+        // If standard input is not a terminal, rrun sets no terminal mode.
         let mode = rustix::termios::tcgetattr(stdin).ok();
         if let Some(mode) = &mode {
             let mut raw = mode.clone();
             raw.make_raw();
-            // Keep output processing (NL → CRNL): the container's pty does not do it.
+            // Keep the output processing of the caller's terminal. This terminal translates \n to
+            // \r\n, but the container's terminal does not.
             raw.output_modes = mode.output_modes;
             let _ = rustix::termios::tcsetattr(stdin, rustix::termios::OptionalActions::Now, &raw);
         }
@@ -148,8 +159,8 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Gives the container's terminal the size of the caller's, of which any of the three standard
-/// streams may be redirected.
+/// Sets the container's terminal to the size of the terminal of rrun's caller. Some of the three
+/// standard streams can be redirected. So this function uses the first stream that is a terminal.
 fn copy_size(master: &OwnedFd) {
     use rustix::stdio::{stderr, stdin, stdout};
     let own = [stderr(), stdout(), stdin()];
@@ -173,8 +184,8 @@ fn write_all(to: impl AsFd, mut bytes: &[u8]) -> std::result::Result<(), Errno> 
 }
 
 impl Foreground {
-    /// Like [`Foreground::wait`], and carries bytes between the caller's standard input and
-    /// output and the container's terminal.
+    /// Waits like [`Foreground::wait`]. While this function waits, it copies rrun's standard input
+    /// to the container's terminal, and the terminal's output to rrun's standard output.
     pub(crate) fn relay(&self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
         let _raw = RawTerminal::set();
         copy_size(&master);
@@ -197,7 +208,7 @@ impl Foreground {
                 input_open = relay_input(&master, &mut buffer);
             }
             if status.is_none() {
-                status = ended(pidfd)?;
+                status = status_if_exited(pidfd)?;
             }
             if ready.master && !relay_output(&master, &mut buffer) {
                 return match status {
@@ -208,17 +219,18 @@ impl Foreground {
         }
     }
 
-    /// Waits until there is something to relay. After the end of the process only what is still on
-    /// the way is waited for. `None` if a signal interrupted the wait.
+    /// Waits until data or a signal can be read from one of the descriptors, or until the
+    /// container's process exits. After the container's process has exited, this function waits at
+    /// most [`OUTPUT_GRACE`] for remaining output. Returns `None` if a signal interrupted the wait.
     fn await_relay(
         &self,
         pidfd: &OwnedFd,
         master: &OwnedFd,
         input_open: bool,
-        has_ended: bool,
+        has_exited: bool,
     ) -> Result<Option<Ready>> {
         let stdin = rustix::stdio::stdin();
-        let end = if has_ended {
+        let end = if has_exited {
             PollFlags::empty()
         } else {
             PollFlags::IN
@@ -234,7 +246,7 @@ impl Foreground {
         if let Some(notify) = &self.notify {
             watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
         }
-        let timeout = has_ended.then_some(&OUTPUT_GRACE);
+        let timeout = has_exited.then_some(&OUTPUT_GRACE);
         let any = match poll(&mut watched, timeout) {
             Ok(ready) => ready > 0,
             Err(Errno::INTR) => return Ok(None),
@@ -249,8 +261,8 @@ impl Foreground {
         }))
     }
 
-    /// Like [`Foreground::forward`], but a new size of the caller's terminal becomes that of the
-    /// container's.
+    /// Forwards signals like [`Foreground::forward`], except SIGWINCH. On SIGWINCH, this function
+    /// sets the container's terminal to the new size of the terminal of rrun's caller.
     fn forward_with_size(&self, pidfd: &OwnedFd, master: &OwnedFd) {
         while let Some(signal) = read_signal(self.signals.as_fd()) {
             if signal == libc::SIGWINCH {
@@ -262,7 +274,7 @@ impl Foreground {
     }
 }
 
-/// What a relay can read without waiting.
+/// The flags that show from which descriptors rrun can read without blocking.
 struct Ready {
     any: bool,
     master: bool,
@@ -270,14 +282,16 @@ struct Ready {
     input: bool,
 }
 
-/// Carries some input to the terminal; false if there will be no more.
+/// Copies available bytes from rrun's standard input to the container's terminal. Returns false at
+/// the end of the input.
 fn relay_input(master: &OwnedFd, buffer: &mut [u8]) -> bool {
     match rustix::io::read(rustix::stdio::stdin(), &mut *buffer) {
         Ok(length) if length > 0 => {
             let _ = write_all(master, buffer.get(..length).unwrap_or_default());
             true
         }
-        // End of file, for which a terminal has Ctrl-D.
+        // rrun's standard input is at end of file. Write Ctrl-D (byte 4) to the container's
+        // terminal, so that the container's process also reads end of file.
         Ok(_) => {
             let _ = write_all(master, &[4]);
             false
@@ -286,7 +300,8 @@ fn relay_input(master: &OwnedFd, buffer: &mut [u8]) -> bool {
     }
 }
 
-/// Carries some output of the terminal; false if there will be no more.
+/// Copies available output of the container's terminal to rrun's standard output. Returns false at
+/// the end of the output.
 fn relay_output(master: &OwnedFd, buffer: &mut [u8]) -> bool {
     match rustix::io::read(master, &mut *buffer) {
         Ok(length) if length > 0 => {
@@ -294,7 +309,7 @@ fn relay_output(master: &OwnedFd, buffer: &mut [u8]) -> bool {
             let _ = write_all(rustix::stdio::stdout(), output);
             true
         }
-        // EIO: the last holder of the slave side has closed it.
+        // EIO means that all processes have closed the terminal's slave side.
         _ => false,
     }
 }

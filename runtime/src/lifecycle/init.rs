@@ -1,8 +1,8 @@
-//! A container's first process, from clone3 to the execve of its program.
+//! The code of a container's first process, from clone3 to the execve of its program.
 //!
-//! It runs as a copy of rrun, alone in its new namespaces and in its cgroup, and sets itself up in
-//! the order in which the kernel has to see it. If a step fails, it sends one sentence to the
-//! parent and ends.
+//! The first process starts as a copy of rrun, alone in its new namespaces and in its cgroup. The
+//! first process sets up the container in the order that the kernel requires. If a step fails, the
+//! first process sends the parent one sentence that describes the error, and exits.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -34,30 +34,34 @@ use crate::sys::child::{NeverReturn, exit_now};
 use crate::sys::syscalls::{self, Execution};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// What the first process needs to know beside its configuration.
+/// The parameters of the first process, including the container's configuration.
 pub(crate) struct Init<'a> {
     pub(crate) config: &'a Config,
     pub(crate) state: &'a State,
     pub(crate) channel: Channel,
-    /// Existing namespaces that are left for it to enter.
+    /// The existing namespaces that the first process must enter itself.
     pub(crate) joins: Vec<OpenNamespace>,
-    /// Parts of the host's file system that were opened for it.
+    /// The mounts on the host that the parent opened for the first process.
     pub(crate) host_mounts: HostMounts,
-    /// Where the terminal's master side goes, if not to the parent.
+    /// The console socket, to which the first process sends the terminal's master side. Without a
+    /// console socket, the first process sends the master side to the parent.
     pub(crate) console_socket: Option<OwnedFd>,
-    /// The socket at which it waits for `start`; without one it does not wait.
+    /// The socket at which the first process waits for `start`. Without a start socket, the first
+    /// process does not wait.
     pub(crate) start_socket: Option<OwnedFd>,
     pub(crate) no_pivot: bool,
     pub(crate) new_keyring: bool,
     pub(crate) descriptors: Descriptors,
-    /// Whether rrun's caller is not root.
+    /// True if rrun's caller is not root.
     pub(crate) unprivileged: bool,
-    /// Its id in the host's PID namespace, once it has looked.
+    /// The id that the first process has in the host's PID namespace. This field is `None` until
+    /// the first process has read this id from the host's /proc.
     pub(crate) host_pid: Option<i32>,
 }
 
 impl Init<'_> {
-    /// Executes the program, or reports why it could not.
+    /// Sets up the container and executes the program. If a step fails, reports the error to the
+    /// parent and exits.
     pub(crate) fn run(mut self) -> ! {
         let _guard = NeverReturn;
         let Err(error) = self.run_to_execve();
@@ -84,7 +88,7 @@ impl Init<'_> {
         }
         leave_callers_cpus();
         if self.start_socket.is_some() {
-            end_at_signals()?;
+            terminate_at_signals()?;
         }
         self.joins.clear();
         self.host_mounts = HostMounts::default();
@@ -106,8 +110,9 @@ impl Init<'_> {
         }
     }
 
-    /// Everything up to the change of the root, after which the host is out of reach. Returns the
-    /// files of the host's /proc that set the process's labels.
+    /// Performs the setup steps of the first process, up to and including the change of its root.
+    /// After the change of its root, the first process cannot reach the host's files. Returns the
+    /// open files in the host's /proc through which the process sets its labels.
     fn enter_container(&mut self) -> Result<OpenLabels> {
         let config = self.config;
         let new_user = config.namespaces.own(Type::User);
@@ -115,7 +120,8 @@ impl Init<'_> {
         let rootfs = self.build_root(new_user)?;
         let terminal = self.make_terminal(&rootfs)?;
         self.run_hooks()?;
-        // The last that need the host's /proc.
+        // The following steps, up to the change of the root, are the last steps that need the
+        // host's /proc.
         sysctl::apply(&config.sysctl)?;
         let labels = config.process.labels.open()?;
         if !new_user {
@@ -130,7 +136,8 @@ impl Init<'_> {
         Ok(labels)
     }
 
-    /// Waits for `start`, which gets the errors from then on.
+    /// Waits for `start` and executes the program. After `start` has connected, the first process
+    /// sends its errors to `start`.
     fn wait_and_become_program(
         &self,
         socket: OwnedFd,
@@ -139,15 +146,15 @@ impl Init<'_> {
         page: Option<SharedPage>,
     ) -> Result<Infallible> {
         self.channel.send_ready()?;
-        let starter = start_socket::accept(socket.as_fd())?;
+        let connection = start_socket::accept(socket.as_fd())?;
         drop(socket);
-        let send = |page: BorrowedFd<'_>| start_socket::send_page(starter.as_fd(), page);
+        let send = |page: BorrowedFd<'_>| start_socket::send_page(connection.as_fd(), page);
         let Err(error) = self.become_program(process, program, page, send);
-        start_socket::send_error(starter.as_fd(), &error);
+        start_socket::send_error(connection.as_fd(), &error);
         exit_now()
     }
 
-    /// Runs the hooks startContainer and executes the program.
+    /// Runs the startContainer hooks and executes the program.
     fn become_program(
         &self,
         process: &Process,
@@ -159,13 +166,15 @@ impl Init<'_> {
         let hooks = self.config.hooks.start_container().as_deref();
         let hooks = hooks.filter(|list| !list.is_empty());
         match (filter, hooks) {
-            // The agent also decides about the hooks' system calls. A process can have only one
-            // listener, so this process loads the filter before it starts the hooks.
+            // The seccomp agent also decides about the system calls of the startContainer hooks. A
+            // process can have only one seccomp listener. So this process loads the filter before
+            // it starts the hooks, and the hooks inherit the filter.
             (Some((filter, page)), Some(_)) if filter.listener.is_some() => {
                 let reporter = page.hand_over(program, send)?;
                 filter.confine(&reporter)?;
                 if let Err(error) = self.start_container_hooks(process, None) {
-                    // The filter may forbid every other way to report this.
+                    // The filter can forbid the system calls that send a message, so report the
+                    // error through the shared page.
                     reporter.hook_failed(&error);
                     filter.end()
                 }
@@ -188,25 +197,27 @@ impl Init<'_> {
             join.enter()?;
         }
         if config.needs_parent() {
-            // To an unprivileged parent the kernel shows no files of /proc that belong to a
-            // process which may not be looked into. Nothing of the container runs yet.
+            // An unprivileged parent can open this process's files in /proc only if this process is
+            // dumpable. Being dumpable is safe at this point, because no program of the container
+            // runs yet.
             if self.unprivileged {
                 rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
-                    .doing(|| "let the parent process look into this one")?;
+                    .doing(|| "allow the parent process to open this process's files in /proc")?;
             }
             self.channel.wait_for_parent()?;
             if self.unprivileged {
                 rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-                    .doing(|| "forbid other processes to look into this one")?;
+                    .doing(|| "prevent other processes from opening this process's files in /proc (PR_SET_DUMPABLE)")?;
             }
         }
         if new_user {
             become_root_of_user_namespace()?;
         }
-        // Not made by clone3: the kernel would take the cgroup that the parent is in for its
-        // root (copy_cgroup_ns looks at the process that calls clone3).
+        // Do not create the cgroup namespace with clone3. The kernel (copy_cgroup_ns) makes the
+        // cgroup of the process that calls clone3 the root of the new namespace. That process is
+        // the parent, but the root must be the container's cgroup.
         if config.namespaces.is_new(Type::Cgroup) {
-            namespaces::unshare_cgroup().doing(|| "make a cgroup namespace")?;
+            namespaces::unshare_cgroup().doing(|| "create a cgroup namespace")?;
         }
         if config.namespaces.is_new(Type::Network) {
             syscalls::loopback_up().doing(|| "bring the loopback interface up")?;
@@ -222,35 +233,44 @@ impl Init<'_> {
         Ok(())
     }
 
-    /// Mounts everything on the root, which is not the root yet.
+    /// Builds the container's root and mounts all file systems in it. This function does not change
+    /// the root of the calling process.
     fn build_root(&mut self, new_user: bool) -> Result<Rootfs> {
         let config = self.config;
-        // Without a cgroup namespace, only its own cgroup is shown to the container.
+        // A mount of type `cgroup` must show only the container's own cgroup. If the container does
+        // not have a cgroup namespace, rrun needs the cgroup's path for this mount.
         let cgroup = OwnCgroup {
             path: &self.state.cgroup,
             has_namespace: config.namespaces.own(Type::Cgroup),
         };
 
-        // What is to be shared with the host must be opened while it still is, and all of it
-        // before the new root covers the old one.
+        // If the container's root is shared, later mounts below a bind mount must still propagate
+        // to the host. With --no-pivot, the container's root will cover the sources of bind mounts.
+        // In both cases, open the sources of the bind mounts now. Later, mount_change turns all
+        // mounts into slaves, so new mounts no longer propagate to the host. After that, rrun
+        // attaches the container's root, which can cover the sources.
         if config.root_is_shared() || self.no_pivot {
             self.host_mounts
                 .open(&config.mount_sources(), Mount::is_bind)?;
         }
-        // From here on nothing that is mounted reaches the host; what the host mounts
-        // still reaches those that ask for it (rslave).
+        // After this call of mount_change, new mounts in the container do not propagate to the
+        // host. New mounts on the host still propagate to the container's mounts that have the
+        // option rslave.
         rustix::mount::mount_change(
             "/",
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         )
-        .doing(|| "cut the mounts off from the host's (make / a slave)")?;
+        .doing(|| "stop mounts from propagating to the host (make / a slave mount)")?;
 
         let old_root = Path::new("/");
         let mut rootfs = match self.host_mounts.root.take() {
-            // Every process can reach that place; nothing has to be copied from it any more.
+            // Attach the container's root on `/`: every process can reach `/`, but not every
+            // process can reach `config.rootfs`. The container's root is allowed to cover the old
+            // root, because rrun has already opened the sources of all bind mounts.
             Some(root) => attach_root(root, old_root)?,
             None if self.no_pivot => attach_root(clone_root(&config.rootfs)?, old_root)?,
-            // Not on the old root: a recursive copy of that would have it on top.
+            // Attach the container's root at its own path on the host. If the root were attached on
+            // `/`, a recursive bind mount of `/` would include the container's root.
             None => attach_root(clone_root(&config.rootfs)?, &config.rootfs)?,
         };
         for (index, mount) in config.mounts.iter().enumerate() {
@@ -281,10 +301,11 @@ impl Init<'_> {
     fn run_hooks(&mut self) -> Result<()> {
         let config = self.config;
         if config.hooks != Hooks::default() {
-            // While /proc is the host's.
+            // Before the root changes, use the host's /proc to read the id that this process has on
+            // the host.
             self.host_pid = own_pid_on_host();
         }
-        #[allow(deprecated)] // prestart is: callers use it all the same
+        #[allow(deprecated)] // prestart is deprecated, but callers still use it
         let before = [config.hooks.prestart(), config.hooks.create_runtime()];
         if before
             .iter()
@@ -308,8 +329,8 @@ impl Init<'_> {
         Ok(())
     }
 
-    /// Each hook loads `filter`, if there is one, for itself alone; this process loads its own only
-    /// after the hooks.
+    /// Runs the startContainer hooks. If `filter` is given, each hook's process loads the filter
+    /// for itself. The calling process must load the filter after this function has returned.
     fn start_container_hooks(&self, process: &Process, filter: Option<&Filter>) -> Result<()> {
         hooks::run(
             "startContainer",
@@ -322,14 +343,15 @@ impl Init<'_> {
         )
     }
 
-    /// The state for hooks, with this process's id as the host knows it.
+    /// Returns the container's state for hooks. The state contains the id that the first process
+    /// has in the host's PID namespace.
     fn hook_state(&self, status: Status) -> String {
         let mut state = self.state.clone();
         state.pid = self.host_pid.unwrap_or(state.pid);
         state.json_for_hooks(status)
     }
 
-    /// Protects what is mounted.
+    /// Makes mounts read-only and masks paths, as the configuration specifies.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
         rootfs.make_read_only()?;
@@ -346,14 +368,17 @@ impl Init<'_> {
         let doing = || format!("change the root to {}", self.config.rootfs.display());
         rustix::process::fchdir(rootfs).doing(doing)?;
         if self.no_pivot {
-            // It is on top of the old root already, which stays below it for good.
+            // The container's root is already mounted on top of the old root, so chroot is
+            // sufficient. The old root remains mounted, so rrun must unmount the old root's procfs
+            // and sysfs.
             tree::unmount_host_proc_and_sys()?;
             rustix::process::chroot(".").doing(doing)?;
         } else {
-            // The old root ends up on top of the new one, from where it is taken off.
+            // pivot_root(".", ".") stacks the old root on top of the new root, so umount2(2) on "."
+            // below unmounts the old root.
             rustix::process::pivot_root(".", ".").doing(|| {
                 format!(
-                    "{} (pivot_root; on a ramdisk, --no-pivot is needed)",
+                    "{} (pivot_root; a root on a ramdisk needs --no-pivot)",
                     doing()
                 )
             })?;
@@ -372,38 +397,41 @@ impl Init<'_> {
     }
 }
 
-/// The first process of a PID namespace ignores every signal that it has no handler for. While it
-/// waits for `start`, signals are to end it like any other process.
-fn end_at_signals() -> Result<()> {
+/// Installs signal handlers that terminate this process. The first process of a PID namespace
+/// ignores every signal for which it has no handler. Without these handlers, signals such as
+/// SIGTERM could not terminate this process while it waits for `start`.
+fn terminate_at_signals() -> Result<()> {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
-        syscalls::end_at_signal(signal).doing(|| "prepare to be ended by signals")?;
+        syscalls::end_at_signal(signal)
+            .doing(|| "install a handler for signals that terminate the process")?;
     }
     Ok(())
 }
 
-/// This process's id in the PID namespace of the host's /proc.
+/// Returns the process id under which the host's /proc lists this process.
 fn own_pid_on_host() -> Option<i32> {
     let link = rustix::fs::readlink("/proc/self", Vec::new()).ok()?;
     link.to_str().ok()?.parse().ok()
 }
 
-/// Gives the container's first process a session keyring in place of that of rrun's caller,
-/// whose keys are none of the container's business.
+/// Gives the container's first process its own session keyring. The container must not see the keys
+/// in the session keyring of rrun's caller.
 fn make_keyring(state: &State, labels: &OpenLabels) -> Result<()> {
-    // linux/keyctl.h. All that the possessor may do, and its user may see, read and link it,
-    // which is what a new one comes with.
+    // The kernel's default permissions of a new keyring. The possessor has all permissions, and the
+    // owning user is allowed to view, read and link the keyring. See linux/keyctl.h.
     const DEFAULT: u32 = 0x3f00_0000 | 0x0001_0000 | 0x0002_0000 | 0x0010_0000;
     const USER_MAY_SEARCH: u32 = 0x0008_0000;
     const OTHERS_MAY_SEARCH: u32 = 0x0000_0008;
     let Some(keyring) = join_keyring(&state.id, labels)? else {
         return Ok(());
     };
-    // What exec brings finds it by its name.
+    // With `exec`, the new process searches for the keyring by name. So the new process needs the
+    // search permission for the keyring.
     let search = if state.namespaces & namespaces::flag(Type::User) != 0 {
         OTHERS_MAY_SEARCH
     } else {
         USER_MAY_SEARCH
     };
     syscalls::set_key_permissions(keyring, DEFAULT | search)
-        .doing(|| "let the container's other processes find the session keyring")
+        .doing(|| "set the permissions of the session keyring")
 }

@@ -1,4 +1,4 @@
-//! What happens to a container, from `create` to `delete`, a file for each step.
+//! The life cycle of a container, from `create` to `delete`.
 
 pub(crate) mod channel;
 pub(crate) mod container_dir;

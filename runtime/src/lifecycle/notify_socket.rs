@@ -1,10 +1,10 @@
-//! `$NOTIFY_SOCKET`: the container's way to tell the service manager that it is ready. See
-//! sd_notify(3).
+//! The notification socket (`$NOTIFY_SOCKET`). On this socket, a container reports to the service
+//! manager that the container is ready. See sd_notify(3).
 //!
-//! The manager's own socket is not the container's to reach, so the container gets one of
-//! its own, at [`INSIDE`]. What it says there is passed on if it is READY=1, with its process
-//! id on the host as MAINPID, as runc does it: nothing else that a container could say is to
-//! reach the host's service manager.
+//! The container cannot reach the service manager's own socket, so rrun gives the container a
+//! separate socket, in the directory [`INSIDE`]. Like runc, rrun forwards only READY=1 to the
+//! service manager. No other message from a container reaches the host's service manager. rrun adds
+//! MAINPID, the id of the process that the service manager will watch.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -26,16 +26,18 @@ use crate::sys::unix_socket::send_descriptor;
 use rrun_kernel::unix_socket::at_address;
 
 const VARIABLE: &str = "NOTIFY_SOCKET";
-/// The directory in the container's own under --root that is shown to the container.
+/// The name of the directory that contains the notification socket. This directory is in the
+/// container's directory under --root, and rrun mounts it in the container.
 const DIRECTORY: &str = "notify";
-/// The socket in there.
+/// The name of the notification socket in [`DIRECTORY`].
 const FILE: &str = "notify.sock";
+/// The mount point of [`DIRECTORY`] in the container.
 const INSIDE: &str = "/run/notify";
-/// The longest message; systemd takes no longer ones.
+/// The maximum length of a container's notification in bytes. systemd has the same limit.
 const MESSAGE_BYTES: usize = 4096;
-/// How long the service manager may take to have read everything.
+/// The maximum time that rrun waits for the service manager to read all of rrun's messages.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(30);
-/// After this, the log says what is being waited for.
+/// The time after which rrun logs that it still waits for the container's READY=1.
 const READY_WARNING_DELAY: Duration = Duration::from_secs(10);
 
 fn timespec(duration: Duration) -> Timespec {
@@ -45,14 +47,16 @@ fn timespec(duration: Duration) -> Timespec {
     }
 }
 
-/// The service manager's socket, if rrun's caller has one.
+/// The service manager, such as systemd, that waits for a notification from rrun.
 pub(crate) struct ServiceManager {
     address: SocketAddrUnix,
 }
 
 impl ServiceManager {
+    /// Reads the address of the service manager's socket from the environment.
+    ///
     /// # Errors
-    /// An address that is none of a unix socket's.
+    /// Fails if NOTIFY_SOCKET does not contain the address of a unix socket.
     pub(crate) fn from_environment() -> Result<Option<ServiceManager>> {
         let Some(name) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) else {
             return Ok(None);
@@ -62,31 +66,32 @@ impl ServiceManager {
         let address = match name {
             [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest).doing(doing)?,
             [b'/', ..] => SocketAddrUnix::new(name).doing(doing)?,
-            _ => refuse!("{}: it is no address of a unix socket", doing()),
+            _ => refuse!("{}: the value is not the address of a unix socket", doing()),
         };
         Ok(Some(ServiceManager { address }))
     }
 }
 
-/// The mount by which the container, whose directory under --root is `directory`, gets its socket;
-/// `index` is its place among the mounts.
+/// Returns the bind mount through which the container reaches the notification socket's directory.
+/// `directory` is the container's directory under --root. `index` is the position of the new mount
+/// in the configuration's list of mounts.
 pub(crate) fn mount(directory: &Path, index: usize) -> Result<Mount> {
     Mount::read_only_bind(index, &directory.join(DIRECTORY), Path::new(INSIDE))
 }
 
-/// The variable by which the container finds its socket.
+/// Returns the environment variable that contains the path of the container's notification socket.
 pub(crate) fn variable() -> String {
     format!("{VARIABLE}={INSIDE}/{FILE}")
 }
 
-/// Makes the directory for the container's socket.
+/// Creates the directory for the container's notification socket.
 pub(crate) fn make_directory(directory: &Path) -> Result<()> {
     let path = directory.join(DIRECTORY);
     rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755))
-        .doing(|| format!("make directory {}", path.display()))
+        .doing(|| format!("create directory {}", path.display()))
 }
 
-/// Removes what [`make_directory`] and [`NotifySocket::bind`] made.
+/// Removes the directory and the socket that [`make_directory`] and [`NotifySocket::bind`] created.
 pub(crate) fn remove(directory: &Path) -> Result<()> {
     let directory = directory.join(DIRECTORY);
     let path = directory.join(FILE);
@@ -100,7 +105,7 @@ pub(crate) fn remove(directory: &Path) -> Result<()> {
     }
 }
 
-/// The container's socket, and the service manager's.
+/// The container's notification socket, and a connection to the service manager's socket.
 pub(crate) struct NotifySocket {
     socket: OwnedFd,
     path: PathBuf,
@@ -108,14 +113,15 @@ pub(crate) struct NotifySocket {
 }
 
 impl NotifySocket {
-    /// Binds the container's socket. `None` if it was made without one.
+    /// Binds the container's notification socket. Returns `None` if the container was created
+    /// without a notification socket.
     pub(crate) fn bind(directory: &Path, manager: &ServiceManager) -> Result<Option<NotifySocket>> {
         let directory = directory.join(DIRECTORY);
         if !directory.is_dir() {
             return Ok(None);
         }
         let path = directory.join(FILE);
-        let doing = || format!("make socket {}", path.display());
+        let doing = || format!("create socket {}", path.display());
         let datagram = || {
             socket_with(
                 AddressFamily::UNIX,
@@ -125,7 +131,8 @@ impl NotifySocket {
             )
         };
         let socket = datagram().doing(doing)?;
-        // Any user of the container's may say that it is ready.
+        // Every user in the container is allowed to report that the container is ready, so the mode
+        // is 0777.
         at_address(&directory, FILE, |address| bind(&socket, address))
             .and_then(|()| {
                 rustix::fs::chmodat(
@@ -136,7 +143,7 @@ impl NotifySocket {
                 )
             })
             .doing(doing)?;
-        let to_manager = datagram().doing(|| "make a unix socket")?;
+        let to_manager = datagram().doing(|| "create a unix socket")?;
         connect(&to_manager, &manager.address)
             .doing(|| format!("connect to the service manager's socket ({VARIABLE})"))?;
         Ok(Some(NotifySocket {
@@ -146,13 +153,14 @@ impl NotifySocket {
         }))
     }
 
-    /// Readable when the container has something to say.
+    /// Returns the descriptor of the notification socket. This descriptor is readable when the
+    /// container has sent a message to the socket.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Passes on what the container says, `main_pid` being the process that the service
-    /// manager is to watch. Returns whether the container is ready.
+    /// Forwards the container's READY=1 to the service manager. `main_pid` is the id of the process
+    /// that the service manager will watch. Returns whether the container has sent READY=1.
     pub(crate) fn pass_on(&self, main_pid: i32) -> Result<bool> {
         let mut buffer = [0u8; MESSAGE_BYTES];
         loop {
@@ -176,12 +184,13 @@ impl NotifySocket {
 
     fn send(&self, message: &[u8]) -> Result<()> {
         rustix::net::send(&self.manager, message, rustix::net::SendFlags::NOSIGNAL)
-            .doing(|| "tell the service manager that the container is ready")?;
+            .doing(|| "notify the service manager that the container is ready")?;
         Ok(())
     }
 
-    /// Waits until the container is ready, or its first process has ended, and then until
-    /// the service manager knows.
+    /// Waits until the container has sent READY=1, or until the container's first process has
+    /// exited. If the container is ready, also waits until the service manager has read the
+    /// notification.
     pub(crate) fn wait(self, pid: i32, pidfd: &OwnedFd) -> Result<()> {
         let doing = || "wait for the container's READY=1 on its NOTIFY_SOCKET";
         let mut timeout = Some(timespec(READY_WARNING_DELAY));
@@ -193,33 +202,38 @@ impl NotifySocket {
             match poll(&mut watched, timeout.as_ref()) {
                 Ok(0) => {
                     timeout = None;
-                    log::warning(&format!("{}: it takes long", doing()));
+                    log::warning(&format!(
+                        "{}: rrun is still waiting after {} s",
+                        doing(),
+                        READY_WARNING_DELAY.as_secs()
+                    ));
                     continue;
                 }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno).doing(doing),
             }
-            let ended = !watched[1].revents().is_empty();
+            let exited = !watched[1].revents().is_empty();
             if self.pass_on(pid)? {
                 return self.barrier();
             }
-            if ended {
+            if exited {
                 return Ok(());
             }
         }
     }
 
-    /// Returns when the service manager has read all that was sent: it closes the
-    /// descriptor that comes last. See sd_notify_barrier(3).
+    /// Waits until the service manager has read all of rrun's messages. rrun sends a descriptor in
+    /// the last message. The service manager closes the descriptor after it has read this message.
+    /// See sd_notify_barrier(3).
     fn barrier(&self) -> Result<()> {
         let doing = || "wait for the service manager to read the notification";
-        let (end, given) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
-        send_descriptor(self.manager.as_fd(), given.as_fd(), b"BARRIER=1").doing(doing)?;
-        drop(given);
-        let mut watched = [PollFd::new(&end, PollFlags::empty())];
+        let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
+        send_descriptor(self.manager.as_fd(), write_end.as_fd(), b"BARRIER=1").doing(doing)?;
+        drop(write_end);
+        let mut watched = [PollFd::new(&read_end, PollFlags::empty())];
         match poll(&mut watched, Some(&timespec(BARRIER_TIMEOUT))) {
             Ok(0) => log::warning(&format!(
-                "{}: it has not after {} s",
+                "{}: the service manager has not read the notification within {} s",
                 doing(),
                 BARRIER_TIMEOUT.as_secs()
             )),
@@ -232,7 +246,8 @@ impl NotifySocket {
 
 impl Drop for NotifySocket {
     fn drop(&mut self) {
-        // Nobody listens any more: who still writes is to be told so.
+        // Remove the socket's file, because no process reads from the socket any more, and a later
+        // sender must get an error.
         let _ = rustix::fs::unlink(&self.path);
     }
 }

@@ -1,5 +1,5 @@
-//! The last steps of a process on its way to its program, of a container's first process and of
-//! one of `exec` alike.
+//! The last steps of a process before it executes its program. A container's first process and each
+//! process that `exec` creates perform the same steps.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
@@ -17,10 +17,13 @@ use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::syscalls::{self, Execution};
 
-/// Everything between the container's root and the program: the working directory, the
-/// user, and the descriptors. `kept` stay open until the execution. Returns the program's path.
+/// Performs the last steps before the process executes the program. The process has already changed
+/// its root. Among other steps, this function sets the labels, closes descriptors, enters the
+/// working directory and changes the user. The descriptors in `kept` remain open until the process
+/// executes the program. Returns the program's path.
 ///
-/// A filter could forbid these steps, so they all happen before one is loaded.
+/// A seccomp filter can forbid the system calls of these steps. So the process does all these steps
+/// before it loads its filter.
 pub(crate) fn apply_process(
     process: &mut Process,
     labels: OpenLabels,
@@ -30,23 +33,26 @@ pub(crate) fn apply_process(
 ) -> Result<CString> {
     labels.apply()?;
     drop(labels);
-    // Before this, no path of the container is resolved; after it, no path of the host.
+    // Close the log before the process resolves its first path in the container. After this call of
+    // log::close, the process resolves no path on the host.
     log::close();
-    // SAFETY: the owners of other descriptors belong to the code that forked this process, and it
-    // never returns there ([`crate::sys::child::NeverReturn`]).
+    // SAFETY: the values that own the closed descriptors belong to the code that forked this
+    // process. This process never returns to that code ([`crate::sys::child::NeverReturn`]).
     unsafe { descriptors.close_all_but(kept) }?;
     environment::complete(&mut process.env, process.uid, descriptors.listen);
     process.apply_inherited()?;
     process.chown_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
-    // With all rights first: the directory may be root's alone. Without them then, because
-    // a network file system may know only the user.
+    // Enter the working directory before the process changes its user, because possibly only root
+    // has access to the directory. But a network file system can refuse root and accept the user.
+    // So if this attempt fails, the process tries again after it has changed its user.
     let entered = match enter_cwd(&process.cwd) {
         Err(_) if !process.cwd.exists() => make_cwd(&process.cwd),
         entered => entered,
     };
-    // Rust ignores SIGPIPE; what is ignored stays so in a program executed.
-    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE")?;
+    // rrun ignores SIGPIPE. Without this call, the program would also ignore SIGPIPE, because
+    // execve(2) preserves ignored signals.
+    syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE to its default action")?;
     process.become_user(will_be_filtered && !process.no_new_privileges)?;
     if entered.is_err() {
         enter_cwd(&process.cwd)?;
@@ -57,11 +63,12 @@ pub(crate) fn apply_process(
     process.find_program()
 }
 
-/// Becomes the program; if that fails, returns the reason. `send` hands over the page through
-/// which a filtered process reports.
+/// Executes the program. Returns only if the execution fails, and returns the error. `send` sends
+/// the shared page to the rrun process that waits for the execution. A process with a seccomp
+/// filter reports an error through this page.
 ///
-/// Once a filter is loaded, this process makes no system call but execve(2). A profile must allow
-/// that call, or no program could be started under it.
+/// After this process has loaded a filter, it calls only execve(2), and exits if execve(2) fails.
+/// Every profile must allow execve(2), because otherwise no program could be started.
 pub(crate) fn execute(
     program: &CStr,
     process: &Process,
@@ -85,24 +92,29 @@ pub(crate) fn execute(
     }
 }
 
-/// Joins the container's session keyring, which is made if it is not there.
+/// Joins the container's session keyring, and creates the keyring if it does not exist. Returns
+/// `None` if the kernel does not support keyrings.
 pub(crate) fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
     labels.label_keyring(
         || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
-            // A kernel without keyrings has no keys to protect.
+            // If the kernel does not support keyrings, there are no keys that rrun must hide from
+            // the container.
             Err(Errno::NOSYS) => {
-                log::warning("no session keyring is made: the kernel has no keyrings");
+                log::warning(
+                    "rrun creates no session keyring, because the kernel does not support keyrings",
+                );
                 Ok(None)
             }
             result => result
                 .map(Some)
-                .doing(|| "make a session keyring (--no-new-keyring leaves it out)"),
+                .doing(|| "create a session keyring (--no-new-keyring skips this step)"),
         },
     )
 }
 
-/// Gives the master side of a terminal to the socket that the caller named, or else to rrun, which
-/// relays it.
+/// Sends the master side of a terminal to the console socket. Without a console socket, sends the
+/// master side to the parent. The parent then copies data between the terminal and its own standard
+/// streams.
 pub(crate) fn hand_over_terminal(
     terminal: &Terminal,
     socket: Option<BorrowedFd<'_>>,

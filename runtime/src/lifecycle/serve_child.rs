@@ -1,4 +1,5 @@
-//! What rrun does for a process on its way into a container, the first one or one of `exec`.
+//! The parent's part in the setup of a child. The child is a container's first process, or a
+//! process that `exec` creates.
 
 use std::os::fd::OwnedFd;
 
@@ -16,17 +17,17 @@ use crate::process::Process;
 use crate::seccomp::{Agent, Report};
 use crate::sys::child::{await_death, explain_death};
 
-/// What the child is made for, with what its requests need.
+/// The purpose of the child, with the data that the parent needs to handle the child's messages.
 pub(crate) enum Task<'a> {
-    /// A container's first process.
+    /// The child is a container's first process.
     Create {
         config: &'a Config,
-        /// Whether it waits for `start` when it is ready.
+        /// True if the first process waits for `start` when it is ready.
         waits: bool,
         state: &'a mut State,
         dir: &'a ContainerDir,
     },
-    /// A further process in a running container.
+    /// The child is a process that `exec` creates in a running container.
     Exec {
         state: &'a State,
         process: &'a Process,
@@ -34,8 +35,8 @@ pub(crate) enum Task<'a> {
     },
 }
 
-/// Serves the child until it has executed its program, or waits for `start`. Returns the terminal,
-/// if it hands one over.
+/// Handles the child's messages until the child has executed its program or waits for `start`.
+/// Returns the master side of the terminal, if the child sends it to the parent.
 pub(crate) fn serve_child(
     channel: &Channel,
     pidfd: &OwnedFd,
@@ -69,7 +70,7 @@ fn serve(
                 ready = true;
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
-                    let (pid, state) = task.shown();
+                    let (pid, state) = task.agent_data();
                     agent.serve(page, pidfd, pid, state)?;
                 }
             }
@@ -94,15 +95,16 @@ impl Task<'_> {
         matches!(self, Task::Create { waits: true, .. })
     }
 
-    /// The child's process id, and the container's state for the agent.
-    fn shown(&self) -> (i32, OciState<'_>) {
+    /// Returns the child's process id and the container's state for the seccomp agent.
+    fn agent_data(&self) -> (i32, OciState<'_>) {
         match self {
             Task::Create { state, .. } => (state.pid, state.oci_state_for_others(Status::Creating)),
             Task::Exec { state, pid, .. } => (*pid, state.oci_state_for_others(Status::Running)),
         }
     }
 
-    /// Does what the child, in its namespaces, has no right to do itself.
+    /// Performs the steps that need rights on the host. In its namespaces, the child does not have
+    /// these rights.
     fn do_parents_part(&mut self) -> Result<()> {
         match self {
             Task::Create {
@@ -122,7 +124,8 @@ impl Task<'_> {
                 net_devices::attach(&config.net_devices, state.pid)?;
                 if let Some(resctrl) = &config.resctrl {
                     let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
-                    // Before a failure is reported, because `delete` removes what was made.
+                    // Save the state even if a step failed. Then `delete` can remove the resctrl
+                    // groups that rrun has created.
                     state.save(dir)?;
                     applied?;
                 }
@@ -135,17 +138,18 @@ impl Task<'_> {
         }
     }
 
-    /// Runs the hooks that the specification wants on the host, once everything is mounted.
+    /// Runs the prestart and createRuntime hooks after the child has mounted all file systems. The
+    /// specification requires these hooks to run on the host.
     fn run_hooks(&self, pidfd: &OwnedFd) -> Result<()> {
         let Task::Create { config, state, .. } = self else {
-            return Err(not_for_exec());
+            return Err(unsupported_by_exec());
         };
         let hooks = &config.hooks;
         let shown = state.json_for_hooks(Status::Creating);
-        #[allow(deprecated)] // prestart is: callers use it all the same
+        #[allow(deprecated)] // prestart is deprecated, but callers still use it
         let prestart = hooks.prestart().as_ref();
         let host = hooks::HookPlace::OnHost(Some(pidfd));
-        log::debug(|| "run hooks prestart and createRuntime".to_owned());
+        log::debug(|| "run the prestart and createRuntime hooks".to_owned());
         hooks::run("prestart", prestart, &shown, host)?;
         hooks::run(
             "createRuntime",
@@ -157,20 +161,23 @@ impl Task<'_> {
 
     fn died(&self) -> Error {
         Error::new(match self {
-            Task::Create { .. } => "the container's first process died while it was being made",
-            Task::Exec { .. } => "the process died while it was being made",
+            Task::Create { .. } => "the container's first process died while it was being set up",
+            Task::Exec { .. } => "the new process died while it was being set up",
         })
     }
 
-    /// Only an intermediate process reports a clone, on a channel of its own.
+    /// Returns the error for a `Cloned` message on the child's channel. Only an intermediate
+    /// process sends `Cloned`, and the intermediate process has its own channel.
     fn misplaced_clone(&self) -> Error {
         match self {
-            Task::Create { .. } => Error::new("the container's first process told of another"),
-            Task::Exec { .. } => not_for_exec(),
+            Task::Create { .. } => {
+                Error::new("the container's first process reported that it created another process")
+            }
+            Task::Exec { .. } => unsupported_by_exec(),
         }
     }
 }
 
-fn not_for_exec() -> Error {
-    Error::new("the process asked for what exec does not do")
+fn unsupported_by_exec() -> Error {
+    Error::new("the new process sent a request that exec does not support")
 }

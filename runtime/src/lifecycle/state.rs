@@ -1,7 +1,9 @@
-//! What rrun remembers of a container between two of its commands: ROOT/ID/state.json.
+//! The state of a container. rrun stores the state in ROOT/ID/state.json, and later rrun commands
+//! read the state from this file.
 //!
-//! The file is replaced as a whole
-//! (written beside, then renamed), so that a reader sees an old state or a new one.
+//! To change the state, rrun replaces the whole file. rrun writes a new file in the same directory,
+//! and renames the new file to state.json. A reader therefore sees either the old state or the new
+//! state.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -28,46 +30,51 @@ use crate::sys::procfs::process_stat;
 pub(crate) struct State {
     pub(crate) oci_version: String,
     pub(crate) id: String,
-    /// Process id of the first process, in rrun's caller's PID namespace; 0 until it exists.
+    /// The id that the container's first process has in the PID namespace of rrun's caller. This id
+    /// is 0 until the first process exists.
     pub(crate) pid: i32,
-    /// When that process was started, in clock ticks after boot (proc_pid_stat(5), field
-    /// 22). With the pid, it names one process and no later one.
+    /// The time at which the first process started, in clock ticks after boot (proc_pid_stat(5),
+    /// field 22). Together with the pid, the start time identifies the process, even if the kernel
+    /// reuses the pid later.
     pub(crate) start_time: u64,
     pub(crate) bundle: PathBuf,
     pub(crate) rootfs: PathBuf,
-    /// RFC 3339.
+    /// The time at which the container was created, as RFC 3339 text.
     pub(crate) created: String,
     pub(crate) owner: String,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) annotations: BTreeMap<String, String>,
-    /// The cgroup's directory on the host.
+    /// The path of the cgroup's directory on the host.
     pub(crate) cgroup: PathBuf,
-    /// The unit of systemd that the cgroup is, if systemd made it.
+    /// The name of the systemd unit of the cgroup, if systemd created the cgroup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) unit: Option<String>,
-    /// The limit on memory and swap together, in bytes, that was asked for last; the cgroup
-    /// itself knows only what is left of it for swap. 0 if none was.
+    /// The last requested limit for the sum of memory and swap, in bytes. 0 means that no limit was
+    /// requested. The cgroup cannot store this limit, because cgroup v2 limits swap separately from
+    /// memory.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) memory_swap: i64,
-    /// `CLONE_NEW*` of the namespaces that are not the host's, for exec to enter.
+    /// The `CLONE_NEW*` flags of the namespaces that the container does not share with the host. A
+    /// process that `exec` creates enters these namespaces.
     pub(crate) namespaces: u64,
-    /// Whether its PID namespace ends with its first process.
+    /// True if the container has a new PID namespace. With a new PID namespace, the kernel kills
+    /// all processes of the container when the first process exits.
     pub(crate) new_pid_namespace: bool,
-    /// Defaults for the processes of `exec`.
+    /// The default values for processes that `exec` creates.
     pub(crate) process: ProcessSpec,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) personality: Option<PersonalitySpec>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) memory_policy: Option<MemoryPolicySpec>,
-    /// Whether its processes keep their callers' session keyring.
+    /// True if the container's processes keep the session keyring of rrun's caller.
     #[serde(default)]
     pub(crate) keeps_keyring: bool,
-    /// Its groups in resctrl.
+    /// The container's resctrl groups.
     #[serde(default, skip_serializing_if = "ResctrlGroups::is_empty")]
     pub(crate) resctrl: ResctrlGroups,
     #[serde(default)]
     pub(crate) hooks: Hooks,
-    /// Also loaded by the processes of `exec`.
+    /// The seccomp filter. Processes that `exec` creates also load this filter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) seccomp: Option<Filter>,
 }
@@ -114,8 +121,9 @@ impl State {
     }
 
     pub(crate) fn save(&self, dir: &ContainerDir) -> Result<()> {
-        let text = serde_json::to_vec(self)
-            .map_err(|error| Error::new(format!("write state of {}: {error}", self.id)))?;
+        let text = serde_json::to_vec(self).map_err(|error| {
+            Error::new(format!("write the state of container {}: {error}", self.id))
+        })?;
         write_replacing(
             dir,
             Path::new(STATE_FILE_NEW),
@@ -123,29 +131,31 @@ impl State {
             &text,
             0o600,
         )
-        .map_err(|error| error.while_doing(format!("write state of {}", self.id)))
+        .map_err(|error| error.while_doing(format!("write the state of container {}", self.id)))
     }
 
-    /// A descriptor of the first process, if that very process still exists (it may be a
-    /// zombie: then the descriptor is readable).
+    /// Returns a pidfd of the first process, if the process still exists and is not a zombie.
     pub(crate) fn open_process(&self) -> Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
             return Ok(None);
         };
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            // EINVAL: the id is a thread's by now.
+            // EINVAL means that the kernel has reused the process id as a thread id.
             Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
             Err(errno) => return Err(errno).doing(|| format!("open process {}", self.pid)),
         };
-        // Only now is it sure that a look at /proc is a look at the process held.
+        // Compare the start times after opening the pidfd. If both start times are equal, the pidfd
+        // refers to the recorded process.
         match process_stat(self.pid)? {
-            Some((start_time, dead)) if start_time == self.start_time && !dead => Ok(Some(pidfd)),
+            Some((start_time, zombie)) if start_time == self.start_time && !zombie => {
+                Ok(Some(pidfd))
+            }
             _ => Ok(None),
         }
     }
 
-    /// Whether the first process exists and is no zombie.
+    /// Returns whether the first process exists and is not a zombie.
     fn is_alive(&self) -> Result<bool> {
         if self.pid <= 0 {
             return Ok(false);
@@ -158,7 +168,9 @@ impl State {
 
     pub(crate) fn status(&self, directory: &Path) -> Result<Status> {
         match self.status_from_files(directory)? {
-            // A `start` that was killed after it was accepted has left the socket's name behind.
+            // Possibly, a `start` command was killed after the first process had accepted its
+            // request. The start socket then remains in the container's directory, although the
+            // container runs.
             Status::Created if !crate::lifecycle::start_socket::is_waiting(directory) => {
                 Ok(if self.is_alive()? {
                     Status::Running
@@ -170,7 +182,8 @@ impl State {
         }
     }
 
-    /// The status from the files alone, for callers that connect to the start socket themselves.
+    /// Returns the status without checking that a process waits at the start socket. The callers of
+    /// this function connect to the socket themselves, and so find out whether a process waits.
     pub(crate) fn status_from_files(&self, directory: &Path) -> Result<Status> {
         if self.pid == 0 {
             return Ok(Status::Creating);
@@ -205,8 +218,9 @@ impl State {
         }
     }
 
-    /// The state as hooks and seccomp agents get it: with the process id even while the
-    /// container is being made.
+    /// Returns the container's state for hooks and seccomp agents. While rrun creates the
+    /// container, this state already contains the id of the first process, but the output of `rrun
+    /// state` does not.
     pub(crate) fn oci_state_for_others(&self, status: Status) -> OciState<'_> {
         let mut shown = self.oci_state(status);
         if status == Status::Creating {
@@ -215,7 +229,7 @@ impl State {
         shown
     }
 
-    /// The state as a hook gets it on its standard input.
+    /// Returns the state as the JSON text that a hook receives on its standard input.
     pub(crate) fn json_for_hooks(&self, status: Status) -> String {
         serde_json::to_string(&self.oci_state_for_others(status)).unwrap_or_default()
     }

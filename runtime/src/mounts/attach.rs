@@ -1,4 +1,4 @@
-//! Mounts made, and attached to their place in the container.
+//! The creation of mounts, and their attachment to a path in the container.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
@@ -15,7 +15,8 @@ use crate::mounts::rootfs::{MountTarget, Rootfs};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 use rrun_kernel::procfs::PROC_SUPER_MAGIC;
 
-/// Files in /proc that may be bound over, as lxcfs does to show a container its limits.
+/// The files in /proc that a bind mount is allowed to cover. For example, lxcfs covers some of
+/// these files to show a container its limits.
 const PROC_FILES: &[&str] = &[
     "/proc/cpuinfo",
     "/proc/diskstats",
@@ -31,7 +32,8 @@ const PROC_FILES: &[&str] = &[
 ];
 
 impl Mount {
-    /// Mounts it in the container. `opened` is the mount, if it was opened already.
+    /// Creates the mount and attaches it in the container. `opened` is the detached mount, if
+    /// [`super::HostMounts`] has already opened it.
     pub(crate) fn mount(
         &self,
         rootfs: &mut Rootfs,
@@ -49,8 +51,9 @@ impl Mount {
         self.attach(rootfs, mount)
     }
 
-    /// Makes the mount, attached nowhere. With `cut_off`, what is mounted below a bind mount
-    /// later on does not reach the host. Ids are mapped as in the user namespace `ids`.
+    /// Creates the mount without attaching it. If `cut_off` is true, later mounts below a bind
+    /// mount do not propagate to the host. `ids` is an optional user namespace. If `ids` is given,
+    /// the mount maps user and group ids like this user namespace.
     pub(super) fn make_detached(
         &self,
         cgroup: Option<&OwnCgroup<'_>>,
@@ -93,15 +96,16 @@ impl Mount {
         };
         mount_setattr(mount.as_fd(), self.options.idmap == Some(true), &attr).map_err(|errno| {
             let hint = match errno {
-                Errno::INVAL => ": its file system may not support that",
-                Errno::PERM => ": its ids may be mapped already",
+                Errno::INVAL => ": perhaps the file system does not support id mappings",
+                Errno::PERM => ": perhaps the ids of the source are already mapped",
                 _ => "",
             };
-            Error::new(format!("map its ids: {}{hint}", errno.reason()))
+            Error::new(format!("map the mount's ids: {}{hint}", errno.reason()))
         })
     }
 
-    /// Moves a mount that [`Mount::make_detached`] made to its place in the container.
+    /// Attaches `mount`, which [`Mount::make_detached`] created, at its destination in the
+    /// container.
     fn attach(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
         self.attach_to_target(rootfs, mount)
             .map_err(|error| error.while_doing(self.sentence()))
@@ -109,11 +113,11 @@ impl Mount {
 
     fn attach_to_target(&self, rootfs: &mut Rootfs, mount: OwnedFd) -> Result<()> {
         let is_new = !self.is_bind() && matches!(&*self.typ, "proc" | "sysfs");
-        let mut filled = self.is_filled();
-        let is_kernels = is_new || matches!(self.destination.to_str(), Some("/proc" | "/sys"));
+        let mut inherits = self.inherits_from_target();
+        let is_kernel_mount = is_new || matches!(self.destination.to_str(), Some("/proc" | "/sys"));
         let target = if is_new {
-            // Others look for the kernel's own files here; a link would make them look
-            // somewhere else (CVE-2019-19921).
+            // Programs expect the kernel's own files at the path of a procfs or sysfs. A symbolic
+            // link in this path could lead programs to other files (CVE-2019-19921).
             rootfs.plain_directory(&self.destination)?
         } else {
             let stat = rustix::fs::fstat(&mount).doing(|| "stat the source")?;
@@ -121,34 +125,36 @@ impl Mount {
                 FileType::Directory => MountTarget::Directory,
                 _ => MountTarget::File,
             };
-            // A directory that is only made for it has nothing to give it.
-            let is_there = !filled || rootfs.open(&self.destination, OFlags::PATH).is_ok();
-            filled &= is_there;
+            // A directory that does not exist yet has no contents or mode to inherit.
+            let exists = !inherits || rootfs.open(&self.destination, OFlags::PATH).is_ok();
+            inherits &= exists;
             let target = rootfs.mount_target(&self.destination, kind)?;
             self.refuse_inside_proc(&target, &mount)?;
             target
         };
-        if filled && self.options.tmpcopyup {
+        if inherits && self.options.tmpcopyup {
             tmpcopyup::copy(&target, &mount)?;
-        } else if filled {
+        } else if inherits {
             tmpcopyup::copy_mode(&target, &mount)?;
         }
-        move_mount(&mount, &target).doing(|| "attach it")?;
+        move_mount(&mount, &target).doing(|| "attach the mount to the destination")?;
         let attributes = [&self.options.attr, &self.options.recursive_attr];
         if self.is_written_first() && attributes.into_iter().any(options::is_read_only) {
-            let again = fcntl_dupfd_cloexec(&mount, 0).doing(|| "keep it in mind")?;
+            let again =
+                fcntl_dupfd_cloexec(&mount, 0).doing(|| "duplicate the mount's descriptor")?;
             rootfs.read_only_later(self.sentence(), again);
         }
-        rootfs.attached(&self.destination, mount, is_kernels);
+        rootfs.record_attached(&self.destination, mount, is_kernel_mount);
         Ok(())
     }
 
-    /// Refuses a mount inside /proc, whatever path leads there: it would hide the kernel's own
-    /// files (CVE-2019-16884). Allowed are [`PROC_FILES`], and a procfs bound over /proc itself.
+    /// Refuses a mount at any path that leads into /proc, because the mount would hide the kernel's
+    /// own files (CVE-2019-16884). The exceptions are [`PROC_FILES`], and a procfs that is bound
+    /// over /proc itself.
     fn refuse_inside_proc(&self, target: &OwnedFd, mount: &OwnedFd) -> Result<()> {
         let is_proc = |fd: &OwnedFd| {
             rustix::fs::fstatfs(fd)
-                .doing(|| "ask for the file system")
+                .doing(|| "determine the file system type of the mount or of its destination")
                 .map(|statfs| statfs.f_type == PROC_SUPER_MAGIC)
         };
         let inside = self.destination.starts_with("/proc") || is_proc(target)?;
@@ -159,10 +165,11 @@ impl Mount {
         {
             return Ok(());
         }
-        // The host's own /proc, or another's, may be bound there.
+        // The configuration is allowed to bind the /proc of the host or of another container over
+        // /proc.
         if self.destination == Path::new("/proc") && self.is_bind() && is_proc(mount)? {
             return Ok(());
         }
-        refuse!("nothing may be mounted inside /proc")
+        refuse!("mounts inside /proc are not allowed")
     }
 }

@@ -10,12 +10,14 @@ impl Mount {
     pub(super) fn set_attributes(&self, mount: &OwnedFd) -> Result<()> {
         let unchanged = MountAttr::default();
         if self.is_bind() && self.options.attr != unchanged {
-            mount_setattr(mount.as_fd(), false, &self.options.attr).doing(|| "set its options")?;
+            mount_setattr(mount.as_fd(), false, &self.options.attr)
+                .doing(|| "set the mount's options")?;
         }
         self.set_wider_attributes(mount)
     }
 
-    /// Sets what goes for the mounts below as well, and the propagation.
+    /// Sets the propagation, and the recursive attributes, which also apply to the mounts below
+    /// this mount.
     pub(super) fn set_wider_attributes(&self, mount: &OwnedFd) -> Result<()> {
         let unchanged = MountAttr::default();
         let mut recursive = self.options.recursive_attr;
@@ -23,14 +25,16 @@ impl Mount {
             recursive.attr_set &= !MountAttr::READ_ONLY.attr_set;
         }
         if recursive != unchanged {
-            mount_setattr(mount.as_fd(), true, &recursive).doing(|| "set its recursive options")?;
+            mount_setattr(mount.as_fd(), true, &recursive)
+                .doing(|| "set the mount's recursive options")?;
         }
         for (propagation, recursive) in &self.options.propagation {
             let attr = MountAttr {
                 propagation: *propagation,
                 ..unchanged
             };
-            mount_setattr(mount.as_fd(), *recursive, &attr).doing(|| "set its propagation")?;
+            mount_setattr(mount.as_fd(), *recursive, &attr)
+                .doing(|| "set the mount's propagation")?;
         }
         Ok(())
     }

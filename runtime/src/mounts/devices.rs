@@ -1,4 +1,4 @@
-//! Device nodes and links in a container's /dev.
+//! Device nodes and symbolic links in a container's /dev.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +13,7 @@ use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_tree, move_mount};
 use crate::sys::path::cleaned;
 
-/// A device node to be made.
+/// A device node that rrun creates in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
     path: PathBuf,
@@ -25,7 +25,8 @@ pub(crate) struct Device {
     gid: u32,
 }
 
-/// Those that every container has, says config-linux.md: name, major and minor number.
+/// The devices that config-linux.md requires in every container, each with its path, major number
+/// and minor number.
 const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/null", 1, 3),
     ("/dev/zero", 1, 5),
@@ -35,7 +36,7 @@ const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/tty", 5, 0),
 ];
 
-/// Name in /dev, and where it leads.
+/// The symbolic links in /dev, each with its name and target.
 const LINKS: [(&str, &str); 4] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -43,8 +44,8 @@ const LINKS: [(&str, &str); 4] = [
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// The devices of a container: the defaults, and those of `linux.devices`, which may stand
-/// in a default's place.
+/// Returns the devices of a container: the defaults, and the entries of `linux.devices`. An entry
+/// of `linux.devices` replaces a default device that has the same path.
 pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
     let mut devices: Vec<Device> = DEFAULTS
         .iter()
@@ -64,13 +65,13 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
             LinuxDeviceType::B => FileType::BlockDevice,
             LinuxDeviceType::P => FileType::Fifo,
             LinuxDeviceType::A => {
-                refuse!("linux.devices[{index}].type: a is no type of a device node")
+                refuse!("linux.devices[{index}].type: \"a\" is not a type of device node")
             }
         };
         let number = |value: i64| {
             u32::try_from(value).map_err(|_| {
                 crate::error::Error::new(format!(
-                    "linux.devices[{index}]: {value} is no device number"
+                    "linux.devices[{index}]: {value} is not a device number"
                 ))
             })
         };
@@ -90,8 +91,9 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
     Ok(devices)
 }
 
-/// Makes nodes and links. `bind` takes the nodes from the host instead, because in a user
-/// namespace none can be made. The file mode creation mask must be 0.
+/// Creates the device nodes and links. Device nodes cannot be created in a user namespace, so if
+/// `bind` is true, rrun bind-mounts the host's device nodes instead of creating new nodes. The file
+/// mode creation mask (umask) must be 0.
 pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
     let dev = rootfs
         .open(Path::new("/dev"), OFlags::PATH | OFlags::DIRECTORY)
@@ -99,12 +101,13 @@ pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()
     for device in devices {
         device
             .make(rootfs, &dev, bind)
-            .map_err(|error| error.while_doing(format!("make {}", device.path.display())))?;
+            .map_err(|error| error.while_doing(format!("create {}", device.path.display())))?;
     }
     for (name, to) in LINKS {
         link(&dev, name, to)?;
     }
-    // The container's own devpts has the right one, whatever the image brought along.
+    // /dev/ptmx must be a link to the ptmx in the container's own devpts. So rrun removes a ptmx of
+    // the image.
     match rustix::fs::unlinkat(&dev, "ptmx", AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
         result => result.doing(|| "remove /dev/ptmx")?,
@@ -115,20 +118,20 @@ pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()
 fn link(dev: &OwnedFd, name: &str, to: &str) -> Result<()> {
     match rustix::fs::symlinkat(to, dev, name) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        result => result.doing(|| format!("make link /dev/{name}")),
+        result => result.doing(|| format!("create the link /dev/{name}")),
     }
 }
 
 impl Device {
     fn make(&self, rootfs: &Rootfs, dev: &OwnedFd, bind: bool) -> Result<()> {
         if bind {
-            let node = clone_tree(&self.path, false).doing(|| "take it from the host")?;
-            let stat = rustix::fs::fstat(&node).doing(|| "look at the host's")?;
+            let node = clone_tree(&self.path, false).doing(|| "clone the host's device node")?;
+            let stat = rustix::fs::fstat(&node).doing(|| "stat the host's device node")?;
             if !self.is_at(&stat) {
-                refuse!("the host's is another device");
+                refuse!("the host's file at this path has a different type or device number");
             }
             let target = rootfs.mount_target(&self.path, MountTarget::File)?;
-            return move_mount(&node, &target).doing(|| "attach it");
+            return move_mount(&node, &target).doing(|| "attach the device node");
         }
         let below_dev = self.path.strip_prefix("/dev").ok();
         match below_dev.and_then(single_component) {
@@ -153,13 +156,13 @@ impl Device {
             Ok(()) => {}
             Err(Errno::EXIST) => {
                 let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
-                    .doing(|| "stat what is there already")?;
+                    .doing(|| "stat the existing file")?;
                 if !self.is_at(&stat) {
-                    refuse!("something else is there already");
+                    refuse!("a different file already exists at this path");
                 }
                 return Ok(());
             }
-            Err(errno) => return Err(errno).doing(|| "make the node"),
+            Err(errno) => return Err(errno).doing(|| "create the node"),
         }
         if (self.uid, self.gid) != (0, 0) {
             rustix::fs::chownat(
@@ -188,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_configurations_device_takes_the_place_of_a_default() {
+    fn a_device_of_the_configuration_replaces_a_default() {
         let spec: Vec<LinuxDevice> = serde_json::from_str(
             r#"[{"path":"/dev/../dev/null","type":"c","major":1,"minor":3,"fileMode":384},
                 {"path":"/dev/net/tun","type":"c","major":10,"minor":200}]"#,

@@ -1,4 +1,4 @@
-//! One entry of `mounts` in config.json, checked.
+//! A checked entry of `mounts` in config.json.
 
 use std::path::{Path, PathBuf};
 
@@ -10,38 +10,40 @@ use crate::mounts::options::{Bind, MountOptions};
 use crate::namespaces::idmap::IdMaps;
 use crate::sys::path::cleaned;
 
-/// The cgroup that a container is in.
+/// The container's own cgroup, for mounts of the type cgroup2.
 pub(crate) struct OwnCgroup<'a> {
     pub(crate) path: &'a Path,
-    /// Whether it has a cgroup namespace; otherwise its own cgroup is shown to it in place of
-    /// the whole hierarchy.
+    /// True if the container has a cgroup namespace. Without a cgroup namespace, rrun mounts only
+    /// the container's own cgroup instead of the whole hierarchy.
     pub(crate) has_namespace: bool,
 }
 
-/// One entry of `mounts`, checked.
+/// A checked entry of `mounts`.
 #[derive(Clone, Debug)]
 pub(crate) struct Mount {
     index: usize,
     pub(crate) destination: PathBuf,
-    /// The file system's type; for a bind mount only a word.
+    /// The type of the file system. rrun ignores the type of a bind mount.
     pub(super) typ: String,
     pub(super) source: PathBuf,
     pub(crate) options: MountOptions,
-    /// SELinux label of the files (linux.mountLabel).
+    /// The SELinux label for the files in the mount (linux.mountLabel).
     pub(super) label: Option<String>,
-    /// How ids are mapped; if they are to be (`options.idmap`) and this is empty, as in the
-    /// container's user namespace.
+    /// The id mappings of the mount. If `options.idmap` is set and this field is empty, ids are
+    /// mapped as in the container's user namespace.
     pub(super) id_maps: IdMaps,
 }
 
 impl Mount {
+    /// Parses and checks the entry `mounts[index]`.
+    ///
     /// # Errors
-    /// What is missing or not supported, by the name of its field.
+    /// Fails if a field is missing or not supported. The error names the invalid field.
     pub(crate) fn from_spec(index: usize, spec: &SpecMount, bundle: &Path) -> Result<Mount> {
         let field = format!("mounts[{index}]");
         let destination = cleaned(spec.destination());
         if destination == Path::new("/") {
-            refuse!("{field}.destination: the root itself can not be mounted over");
+            refuse!("{field}.destination: a mount cannot cover the root directory itself");
         }
         let options = spec.options().iter().flatten().map(String::as_str);
         let mut options = options::parse(options)
@@ -51,7 +53,7 @@ impl Mount {
             options.bind = Bind::Alone;
         }
         if options.bind == Bind::No && typ.is_empty() && !options.remount {
-            refuse!("{field}.type: is missing, and there is no option bind");
+            refuse!("{field}.type: is missing, and the option bind is not set");
         }
         if typ == "cgroup" {
             typ = "cgroup2".to_owned();
@@ -63,9 +65,11 @@ impl Mount {
         )?;
         if !id_maps.is_empty() {
             if !id_maps.is_complete() {
-                refuse!("{field}.uidMappings, gidMappings: one can not be without the other");
+                refuse!(
+                    "{field}.uidMappings, gidMappings: each of these fields requires the other"
+                );
             }
-            // Not recursive unless it is said, as with runc.
+            // Without the option ridmap, the mapping is not recursive, as with runc.
             options.idmap.get_or_insert(false);
         }
         check_options(&field, &typ, &options)?;
@@ -74,7 +78,7 @@ impl Mount {
             if source.as_os_str().is_empty() {
                 refuse!("{field}.source: is missing");
             }
-            // Relative to the bundle, says config.md.
+            // config.md specifies that a relative source is relative to the bundle.
             source = bundle.join(source);
         }
         Ok(Mount {
@@ -88,12 +92,14 @@ impl Mount {
         })
     }
 
+    /// Checks that ids can be mapped, if the mount has the option `idmap`.
+    ///
     /// # Errors
-    /// `idmap` without mappings, when the container has no user namespace.
+    /// Fails if `idmap` is set without mappings, and the container does not have a user namespace.
     pub(crate) fn check_idmap(&self, own_user_namespace: bool) -> Result<()> {
         if self.is_idmapped() && self.id_maps.is_empty() && !own_user_namespace {
             refuse!(
-                "mounts[{}].options: idmap needs uidMappings and gidMappings, because the container has no user namespace whose mappings it could use",
+                "mounts[{}].options: idmap needs uidMappings and gidMappings, because the container has no user namespace whose mappings rrun could use instead",
                 self.index
             );
         }
@@ -109,7 +115,7 @@ impl Mount {
         self
     }
 
-    /// A bind mount of rrun's own, behind those of the configuration.
+    /// Returns a read-only bind mount that rrun adds after the mounts of the configuration.
     pub(crate) fn read_only_bind(index: usize, source: &Path, destination: &Path) -> Result<Mount> {
         let options = ["bind", "nosuid", "noexec", "nodev", "ro"];
         Ok(Mount {
@@ -134,26 +140,27 @@ impl Mount {
         }
     }
 
-    /// Whether it gets something of the directory that it covers: a tmpfs its contents with
-    /// `tmpcopyup`, and its mode unless it has one of its own, as with runc.
-    pub(super) fn is_filled(&self) -> bool {
+    /// Returns whether the mount inherits the contents or the file mode of the directory that the
+    /// mount covers. As with runc, a tmpfs with the option `tmpcopyup` inherits the contents, and a
+    /// tmpfs without the option `mode` inherits the mode.
+    pub(super) fn inherits_from_target(&self) -> bool {
         let has_mode = || self.options.data.iter().any(|(key, _)| key == "mode");
         self.typ == "tmpfs" && !self.is_bind() && (self.options.tmpcopyup || !has_mode())
     }
 
-    /// Whether others may have to be mounted in it, for which it has no place yet: then it is
-    /// read-only only in the end, if it is to be, as with runc.
+    /// Returns whether rrun might need to create mount points inside this mount. Like runc, rrun
+    /// attaches all mounts before it makes such a mount read-only.
     pub(super) fn is_written_first(&self) -> bool {
         let is_dev = self.destination == Path::new("/dev");
         (self.typ == "tmpfs" || is_dev) && !self.is_bind()
     }
 
-    /// Whether it is certain that no device is opened for it.
+    /// Returns true if the creation of this mount certainly does not open a device.
     pub(crate) fn opens_no_device(&self) -> bool {
-        const OF_NO_DEVICE: [&str; 7] = [
+        const WITHOUT_DEVICE: [&str; 7] = [
             "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
         ];
-        self.is_bind() || OF_NO_DEVICE.contains(&&*self.typ)
+        self.is_bind() || WITHOUT_DEVICE.contains(&&*self.typ)
     }
 
     pub(crate) fn is_bind(&self) -> bool {
@@ -161,18 +168,20 @@ impl Mount {
     }
 }
 
+/// Checks that the options can be combined with each other and with the type of the mount.
+///
 /// # Errors
-/// Options that do not go together, or not with the type.
+/// Fails if options contradict each other, or are not allowed for the type.
 fn check_options(field: &str, typ: &str, options: &MountOptions) -> Result<()> {
     if options.tmpcopyup && typ != "tmpfs" {
-        refuse!("{field}.options: tmpcopyup is for a tmpfs");
+        refuse!("{field}.options: tmpcopyup is allowed only for a tmpfs");
     }
     if options.idmap.is_some() && options.bind == Bind::No {
         refuse!("{field}: ids can be mapped only in a bind mount");
     }
     if options.remount && (options.idmap.is_some() || options.tmpcopyup) {
         refuse!(
-            "{field}.options: remount changes a mount that is there, and goes with neither idmap nor tmpcopyup"
+            "{field}.options: remount changes an existing mount, and cannot be combined with idmap or tmpcopyup"
         );
     }
     if options.bind == Bind::No {
@@ -202,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named_with_their_place() {
+    fn errors_name_the_entry_and_the_field() {
         for (json, words) in [
             (
                 r#"{"destination":"/../","type":"tmpfs"}"#,

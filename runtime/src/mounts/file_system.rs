@@ -1,5 +1,5 @@
-//! New mounts of a file system, by fsopen(2) and fsconfig(2), and what there is in their
-//! place where a user namespace has no right to one.
+//! New mounts of a file system, created with fsopen(2) and fsconfig(2). If the kernel does not
+//! allow such a mount in a user namespace, rrun binds a directory of the host instead.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -16,18 +16,20 @@ use crate::error::{Context, Error, Reason as _, Result};
 use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// Where a mount that only mount(2) can make stands for a moment: a directory that is there
-/// for certain, in a mount namespace that is the container's own.
+/// The temporary mount point for a mount that only mount(2) can create. The directory /proc always
+/// exists. The host does not see a mount on /proc, because this process is in the container's mount
+/// namespace.
 const SCRATCH_MOUNT_POINT: &str = "/proc";
 
-/// What went wrong, and what the kernel said.
+/// The errno with which the kernel refused a mount, and the error that rrun reports.
 struct MountRefusal {
     errno: Errno,
     error: Error,
 }
 
 impl Mount {
-    /// A detached mount of the file system, or of what stands for it.
+    /// Creates a detached mount of the file system. If the kernel refuses this mount, returns a
+    /// bind mount of the host's own directory instead, for example of /sys for a sysfs.
     pub(super) fn new_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
         let made = if needs_mount_call(&self.options.data) {
             self.with_mount_call()
@@ -44,9 +46,11 @@ impl Mount {
         }
     }
 
-    /// What of the host's is bound where a user namespace may have no mount of its own, because
-    /// the network, IPC or cgroup namespace is not its own; runc does so for a cgroup, crun for
-    /// the others.
+    /// Returns the host's directory that rrun bind-mounts in place of the file system, and whether
+    /// the bind mount is recursive. In a user namespace, the kernel refuses to mount sysfs, mqueue
+    /// or cgroup2 if the user namespace does not own the corresponding namespace (network, IPC or
+    /// cgroup). In this case, runc bind-mounts the host's directory of a cgroup2, and crun
+    /// bind-mounts the host's directory of a sysfs or mqueue.
     fn host_substitute<'a>(
         &self,
         errno: Errno,
@@ -61,10 +65,12 @@ impl Mount {
     }
 
     pub(super) fn bind_instead(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {
-        let doing = || format!("bind {} in its place", path.display());
+        let doing = || format!("bind {} instead", path.display());
         let mount = clone_tree(path, recursive).doing(doing)?;
-        // Access times may be locked. The rest goes for what is mounted below, too: a sysfs
-        // of its own would have nothing there.
+        // rrun sets only the requested options that restrict the use of the mount. rrun does not
+        // set the options for access times, because the kernel refuses to change them if they are
+        // locked. A recursive bind mount also contains the host's mounts below the directory. rrun
+        // restricts these mounts too, because a new sysfs would not contain them.
         let attr = MountAttr {
             attr_set: self.options.attr.attr_set & options::RESTRICTIONS,
             ..MountAttr::default()
@@ -76,7 +82,7 @@ impl Mount {
     fn explained(&self, refused: MountRefusal) -> Error {
         if self.typ == "proc" && refused.errno == Errno::PERM {
             return Error::new(format!(
-                "{}: a user namespace needs a PID namespace of its own for that, and sight of a /proc that nothing hides parts of",
+                "{}: the kernel allows a mount of proc in a user namespace only if the container has its own PID namespace and rrun's /proc has no masked paths",
                 refused.error
             ));
         }
@@ -88,7 +94,7 @@ impl Mount {
             rustix::mount::fsopen(&*self.typ, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
                 MountRefusal {
                     errno,
-                    error: self.no_file_system(errno),
+                    error: self.file_system_error(errno),
                 }
             })?;
         let explained = |errno: Errno| MountRefusal {
@@ -103,7 +109,7 @@ impl Mount {
             errno,
             error: explained(errno)
                 .error
-                .while_doing("label it (linux.mountLabel)"),
+                .while_doing("set the SELinux label of the file system (linux.mountLabel)"),
         };
         if !self.source.as_os_str().is_empty() {
             rustix::mount::fsconfig_set_string(&fs, "source", &self.source).map_err(explained)?;
@@ -125,12 +131,13 @@ impl Mount {
         Ok(mount)
     }
 
-    /// By mount(2), which takes longer values. That attaches it somewhere; what it gives is a
-    /// copy that is not.
+    /// Creates the mount with mount(2), which accepts longer values than fsconfig(2). mount(2)
+    /// attaches the new mount to a directory, so this function returns a detached copy of the
+    /// mount.
     fn with_mount_call(&self) -> std::result::Result<OwnedFd, MountRefusal> {
         let refused = |errno: Errno| MountRefusal {
             errno,
-            error: self.no_file_system(errno),
+            error: self.file_system_error(errno),
         };
         let mut data = joined(&self.options.data);
         if let Some(context) = self.context() {
@@ -158,14 +165,16 @@ impl Mount {
         Ok(copy)
     }
 
-    /// The label that the file system puts on all of its files. Some have labels of the
-    /// policy's own, file by file, or one set afterwards.
+    /// Returns the SELinux label that applies to all files of the file system. Returns `None` for a
+    /// file system that does not accept a label for all its files. Without a common label, each
+    /// file gets its own label from the SELinux policy, or from rrun afterwards.
     fn context(&self) -> Option<&str> {
         let whole = !matches!(&*self.typ, "proc" | "sysfs" | "cgroup2" | "mqueue");
         self.label.as_deref().filter(|_| whole)
     }
 
-    /// As long as something is to be written there, it is not read-only.
+    /// Returns the attributes with which the mount is created. If rrun still has to create files in
+    /// the mount, the returned attributes lack the read-only attribute.
     fn first_attributes(&self) -> u64 {
         let wanted = self.options.attr.attr_set;
         if self.is_written_first() {
@@ -175,18 +184,19 @@ impl Mount {
         }
     }
 
-    fn no_file_system(&self, errno: Errno) -> Error {
+    fn file_system_error(&self, errno: Errno) -> Error {
         Error::new(match errno {
-            Errno::NODEV => format!("the kernel has no file system {}", self.typ),
+            Errno::NODEV => format!("the kernel does not support the file system {}", self.typ),
             errno => errno.reason(),
         })
     }
 }
 
-/// Hands parameters to a file system that is being set up.
+/// Passes parameters to a file system that is being configured.
 ///
 /// # Errors
-/// The name of what is refused.
+/// Fails if the file system refuses a parameter. The error contains the name of this parameter, and
+/// the errno.
 pub(super) fn set_parameters<'a>(
     fs: &OwnedFd,
     data: &'a [Parameter],
@@ -201,7 +211,8 @@ pub(super) fn set_parameters<'a>(
     Ok(())
 }
 
-/// What the file system had to say about a refusal, if anything.
+/// Returns the kernel's message about the last failed call on `fs`, or an empty string if there is
+/// no message.
 pub(super) fn kernel_log(fs: &OwnedFd) -> String {
     let mut buffer = [0u8; 512];
     match rustix::io::read(fs, &mut buffer) {
@@ -213,7 +224,7 @@ pub(super) fn kernel_log(fs: &OwnedFd) -> String {
     }
 }
 
-/// Gives the root of a mount an SELinux label.
+/// Sets the SELinux label of a mount's root directory.
 fn set_label(mount: &OwnedFd, label: &str) -> std::result::Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(mount, ".", flags, Mode::empty())?;

@@ -1,4 +1,4 @@
-//! Mounts opened on the host before the container can no longer reach it.
+//! Mounts that rrun opens before the container's first process loses access to the host's files.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -11,31 +11,34 @@ use crate::error::Result;
 use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{self, IdMaps};
 
-/// What config.json says about the mounts that lead to the host's files.
+/// The settings of config.json that determine which of the host's files rrun mounts, and how.
 pub(crate) struct MountSources<'a> {
     pub(crate) rootfs: &'a Path,
     pub(crate) mounts: &'a [Mount],
-    /// Whether what is mounted in the container reaches the host by its root.
+    /// True if the container's root is a shared mount, so that new mounts below it propagate to the
+    /// host.
     pub(crate) root_is_shared: bool,
     pub(crate) namespaces: &'a Namespaces,
     pub(crate) id_maps: &'a IdMaps,
 }
 
 /// Parts of the host's file system, opened as detached mounts before the container's first process
-/// lost sight of them or the right to reach them.
+/// loses access to the host's files.
 #[derive(Default)]
 pub(crate) struct HostMounts {
     pub(crate) root: Option<OwnedFd>,
-    /// For each of the container's mounts.
+    /// One element for each of the container's mounts. The element is `None` if rrun has not opened
+    /// the mount.
     pub(crate) mounts: Vec<Option<OwnedFd>>,
 }
 
 impl HostMounts {
-    /// Opens what the container's first process could not: in another user namespace, it cannot
-    /// reach the host's files, and mapping ids takes all rights over the file system.
+    /// Opens the mounts that the container's first process could not open itself. In its user
+    /// namespace, the first process cannot reach the host's files. The first process also cannot
+    /// map ids, because an id mapping requires all privileges over the file system.
     ///
-    /// Opens nothing for an unprivileged caller: the first process can reach his files as well, and
-    /// it has all rights over its own mounts.
+    /// If rrun's caller is unprivileged, this function opens nothing. The first process can then
+    /// reach the same files as rrun's caller, and has all privileges over its own mounts.
     pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
         let mut host_mounts = HostMounts::default();
         if !rustix::process::geteuid().is_root() {
@@ -50,13 +53,15 @@ impl HostMounts {
         Ok(host_mounts)
     }
 
-    /// Opens the sources of the bind mounts that are `wanted` and not opened yet.
+    /// Opens the sources of the bind mounts that `wanted` selects. Skips the sources that are
+    /// already open.
     pub(crate) fn open(
         &mut self,
         sources: &MountSources<'_>,
         wanted: fn(&Mount) -> bool,
     ) -> Result<()> {
-        // With a shared root, later mounts below must still propagate to the host.
+        // If the container's root is shared, later mounts below a bind mount must still propagate
+        // to the host. So rrun does not stop the propagation in this case.
         let cut_off = !sources.root_is_shared;
         let mut namespaces = idmap::IdMapNamespaces::default();
         self.mounts.resize_with(sources.mounts.len(), || None);

@@ -1,8 +1,8 @@
-//! The mounts of a container, made and moved by file descriptor.
+//! The mounts of a container, which rrun creates and moves by file descriptor.
 //!
-//! A mount is first made detached, complete with all its attributes (fsopen, open_tree,
-//! mount_setattr), and only then moved to a place that openat2 found (move_mount). At no
-//! moment is it visible with less protection than was asked for.
+//! rrun first creates a detached mount with all its attributes (fsopen, open_tree, mount_setattr).
+//! rrun then attaches the mount (move_mount) to a path that it looked up with openat2. So the mount
+//! is never visible with less protection than requested.
 
 mod attach;
 mod attributes;

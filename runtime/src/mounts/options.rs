@@ -1,8 +1,8 @@
-//! The option strings of `mounts[].options` and what each means to the kernel.
+//! The option strings of `mounts[].options`, and the meaning of each option for the kernel.
 //!
-//! The names are those of the runtime specification (config.md, "Linux mount options"),
-//! which takes them from mount(8). What is in none of the tables goes to the file system
-//! itself as a parameter; the file system refuses what it does not know.
+//! The option names are defined in the runtime specification (config.md, "Linux mount options"),
+//! which uses the names of mount(8). If an option is not in any table of this module, rrun passes
+//! the option to the file system as a parameter. The file system refuses unknown parameters.
 
 use rustix::mount::MountFlags;
 
@@ -14,16 +14,17 @@ const ATTR_RDONLY: u64 = 0x0000_0001;
 const ATTR_NOSUID: u64 = 0x0000_0002;
 const ATTR_NODEV: u64 = 0x0000_0004;
 const ATTR_NOEXEC: u64 = 0x0000_0008;
-/// All of the bits that say how access times are kept.
+/// All bits that control how access times are updated.
 const ATTR_ATIME: u64 = 0x0000_0070;
 const ATTR_NOATIME: u64 = 0x0000_0010;
 const ATTR_STRICTATIME: u64 = 0x0000_0020;
 const ATTR_NODIRATIME: u64 = 0x0000_0080;
 const ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
-/// Attributes that forbid something.
+/// The attributes that restrict the use of a mount.
 pub(crate) const RESTRICTIONS: u64 =
     ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW;
-/// The mount maps ids as the user namespace does that goes with it.
+/// The attribute that maps the ids of a mount. The user namespace with the mappings is passed to
+/// mount_setattr(2) together with the attribute.
 pub(crate) const ATTR_IDMAP: u64 = 0x0010_0000;
 
 const MS_UNBINDABLE: u64 = libc::MS_UNBINDABLE;
@@ -31,7 +32,8 @@ const MS_PRIVATE: u64 = libc::MS_PRIVATE;
 const MS_SLAVE: u64 = libc::MS_SLAVE;
 const MS_SHARED: u64 = libc::MS_SHARED;
 
-/// Name, bits to set, bits to clear first.
+/// The options that set attributes, each with its name, the bits to set, and the bits to clear
+/// first.
 const ATTRIBUTES: &[(&str, u64, u64)] = &[
     ("ro", ATTR_RDONLY, 0),
     ("rw", 0, ATTR_RDONLY),
@@ -53,7 +55,8 @@ const ATTRIBUTES: &[(&str, u64, u64)] = &[
     ("symfollow", 0, ATTR_NOSYMFOLLOW),
 ];
 
-/// Name, propagation type, whether for all mounts below as well.
+/// The options that set the propagation, each with its name and propagation type. The third field
+/// is true if the option also applies to all mounts below the mount.
 const PROPAGATIONS: &[(&str, u64, bool)] = &[
     ("private", MS_PRIVATE, false),
     ("rprivate", MS_PRIVATE, true),
@@ -65,55 +68,59 @@ const PROPAGATIONS: &[(&str, u64, bool)] = &[
     ("runbindable", MS_UNBINDABLE, true),
 ];
 
-/// Options of the file system as a whole that every file system takes.
+/// The options that apply to a whole file system (its superblock), and that every file system
+/// accepts.
 const SUPERBLOCK: &[&str] = &["sync", "async", "dirsync", "mand", "lazytime", "nolazytime"];
 
-/// Those that are not there yet, and are refused rather than ignored.
+/// The options that rrun does not support yet. rrun refuses these options instead of ignoring them.
 const UNSUPPORTED: &[&str] = &["move"];
 
-/// Say how a mount is told of, or ask for what every file system has today; fsconfig(2) does
-/// not know them.
+/// The options that have no effect. `silent` and `loud` control only messages about a mount. The
+/// other options control features that no longer depend on a mount option. fsconfig(2) does not
+/// accept any option in this list.
 const WITHOUT_EFFECT: &[&str] = &["silent", "loud", "iversion", "noiversion", "nomand"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Bind {
-    /// A new mount of a file system.
+    /// A new mount of a file system instead of a bind mount.
     No,
-    /// The one mount at the source.
+    /// A bind mount of the source, without the mounts below the source.
     Alone,
-    /// The mount at the source and all below it.
+    /// A bind mount of the source and of all mounts below the source.
     Recursive,
 }
 
-/// What a list of options asks for.
+/// The settings that a list of mount options requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MountOptions {
     pub(crate) bind: Bind,
-    /// Whether the mount is there already and is only given these options.
+    /// True if the options only change an existing mount.
     pub(crate) remount: bool,
-    /// Attributes of the mount itself.
+    /// The attributes of the mount itself.
     pub(crate) attr: MountAttr,
-    /// Attributes of the mount and of all below it.
+    /// The attributes of the mount and of all mounts below it.
     pub(crate) recursive_attr: MountAttr,
-    /// Whether ids are to be mapped, and if so, whether in all mounts below as well.
+    /// `None` means that ids are not mapped, `Some(false)` that ids are mapped only in this mount,
+    /// and `Some(true)` that ids are also mapped in all mounts below this mount.
     pub(crate) idmap: Option<bool>,
-    /// Propagation types, in the order given, each with whether it is recursive.
+    /// The propagation types in the given order. The boolean is true if the propagation type also
+    /// applies to all mounts below the mount.
     pub(crate) propagation: Vec<(u64, bool)>,
-    /// Whether a tmpfs begins with what the directory has that it covers.
+    /// True if a tmpfs is filled with a copy of the directory that it covers.
     pub(crate) tmpcopyup: bool,
-    /// Options of the file system as a whole; a bind mount leaves them as they are.
+    /// The options of the whole file system. A bind mount does not change these options.
     pub(crate) superblock: Vec<&'static str>,
-    /// Parameters of the file system, with and without value.
+    /// The parameters of the file system, each with or without a value.
     pub(crate) data: Vec<Parameter>,
 }
 
 /// A parameter of a file system: its name, and its value if it has one.
 pub(crate) type Parameter = (String, Option<String>);
 
-/// Reads a list of option strings.
+/// Parses a list of option strings.
 ///
 /// # Errors
-/// An option that this version does not support, by its name.
+/// Fails if this version of rrun does not support an option. The error names the option.
 pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<MountOptions> {
     let mut parsed = MountOptions {
         bind: Bind::No,
@@ -159,8 +166,9 @@ pub(crate) fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<MountO
     Ok(parsed)
 }
 
-/// Several may stand in one string, as mount(2) takes them, and callers rely on that. A comma
-/// belongs to a value behind a backslash (overlay) or between quotes (an SELinux label).
+/// Splits an option string into parameters. One string can contain several parameters, as with
+/// mount(2), and rrun's callers rely on this behaviour. A comma is part of a value in two cases:
+/// after a backslash (as in an overlay's `lowerdir`), and between quotes (as in an SELinux label).
 fn parameters(option: &str) -> Vec<Parameter> {
     let (mut quoted, mut escaped) = (false, false);
     option
@@ -181,12 +189,13 @@ fn parameters(option: &str) -> Vec<Parameter> {
         .collect()
 }
 
-/// Whether a parameter is SELinux's, whose values stand in quotes for mount(2) alone.
+/// Returns whether a parameter is an SELinux label. mount(2) requires quotes around the value of
+/// such a parameter, but fsconfig(2) does not.
 fn is_label(key: &str) -> bool {
     matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext")
 }
 
-/// What mount(2) has for an option of the file system as a whole.
+/// Returns the flag of mount(2) that corresponds to an option of the whole file system.
 pub(crate) fn mount_flag(superblock: &str) -> MountFlags {
     match superblock {
         "sync" => MountFlags::SYNCHRONOUS,
@@ -200,12 +209,14 @@ pub(crate) fn mount_flag(superblock: &str) -> MountFlags {
 fn merge(attr: &mut MountAttr, set: u64, clear: u64) {
     attr.attr_set = (attr.attr_set & !clear) | set;
     attr.attr_clr |= clear;
-    // A later option takes back what an earlier one cleared: `rw,ro` is read-only. Access
-    // time is one field and must always be cleared as a whole before it is set.
+    // A later option overrides an earlier option, so `rw,ro` is read-only. The bits for access
+    // times form one field. The kernel sets the field only if the whole field is also cleared. So
+    // the field's bits remain in `attr_clr`.
     attr.attr_clr &= !(set & !ATTR_ATIME);
 }
 
-/// The propagation that `linux.rootfsPropagation` names, and whether it is recursive.
+/// Returns the propagation type that `linux.rootfsPropagation` specifies, and whether the type is
+/// recursive.
 pub(crate) fn propagation(name: &str) -> Option<(u64, bool)> {
     PROPAGATIONS
         .iter()
@@ -213,7 +224,7 @@ pub(crate) fn propagation(name: &str) -> Option<(u64, bool)> {
         .map(|(_, kind, recursive)| (*kind, *recursive))
 }
 
-/// All the names above, for `rrun features`.
+/// Returns the names of all supported options, for `rrun features`.
 pub(crate) fn known() -> Vec<String> {
     let mut names: Vec<String> = [
         "bind",
@@ -238,34 +249,42 @@ pub(crate) fn known() -> Vec<String> {
     names
 }
 
-/// Whether the mount itself is to be read-only.
+/// Returns whether the attributes make the mount itself read-only.
 pub(crate) fn is_read_only(attr: &MountAttr) -> bool {
     attr.attr_set & ATTR_RDONLY != 0
 }
 
-/// Mounts made on the host still arrive, none leaves.
+/// The propagation type with which new mounts propagate only from the host to the container.
 pub(crate) const SLAVE: u64 = MS_SLAVE;
-/// Mounts arrive and leave.
+/// The propagation type with which new mounts propagate in both directions, between the host and
+/// the container.
 pub(crate) const SHARED: u64 = MS_SHARED;
 
-/// The longest value that fsconfig(2) takes; overlay's `lowerdir` often is longer.
+/// The maximum length in bytes of a value that fsconfig(2) accepts. The value of an overlay's
+/// `lowerdir` is often longer.
 const FSCONFIG_VALUE_BYTES: usize = 255;
 
-/// What mount(2) takes of parameters in all: a page less the NUL.
+/// The maximum total length of the parameters that mount(2) accepts, which is one page minus the
+/// final NUL byte.
 const MOUNT_DATA_BYTES: usize = 4095;
 
+/// Checks the total length of a file system's parameters.
+///
 /// # Errors
-/// More than the kernel takes.
+/// Fails if the parameters are longer than the kernel accepts.
 pub(crate) fn check_parameters(data: &[Parameter]) -> Result<()> {
     if needs_mount_call(data) {
         let length = joined(data).len();
         if length > MOUNT_DATA_BYTES {
-            refuse!("are {length} bytes long, and the kernel takes {MOUNT_DATA_BYTES}");
+            refuse!(
+                "the parameters are {length} bytes long, but the kernel accepts at most {MOUNT_DATA_BYTES}"
+            );
         }
     }
     Ok(())
 }
 
+/// Returns whether a value is too long for fsconfig(2), so that only mount(2) accepts it.
 pub(crate) fn needs_mount_call(data: &[Parameter]) -> bool {
     data.iter().any(|(_, value)| {
         value
@@ -274,7 +293,7 @@ pub(crate) fn needs_mount_call(data: &[Parameter]) -> bool {
     })
 }
 
-/// Parameters as mount(2) takes them.
+/// Joins parameters into the string that mount(2) expects.
 pub(crate) fn joined(data: &[Parameter]) -> String {
     data.iter()
         .map(|(key, value)| match value {
@@ -295,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_options_of_a_tmpfs() {
+    fn the_usual_options_of_a_tmpfs_are_parsed() {
         let options = parsed(&["nosuid", "strictatime", "mode=755", "size=65536k"]);
         assert_eq!(options.bind, Bind::No);
         assert_eq!(options.attr.attr_set, ATTR_NOSUID | ATTR_STRICTATIME);
@@ -310,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_contradicting_options_counts() {
+    fn the_last_of_several_contradicting_options_applies() {
         assert_eq!(parsed(&["ro", "rw"]).attr.attr_set, 0);
         assert_eq!(parsed(&["ro", "rw"]).attr.attr_clr, ATTR_RDONLY);
         assert_eq!(parsed(&["rw", "ro"]).attr, MountAttr::READ_ONLY);
@@ -324,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn recursive_forms_are_told_from_names_that_begin_with_r() {
+    fn recursive_options_are_distinguished_from_other_options_that_begin_with_r() {
         let options = parsed(&["rbind", "rro", "rslave", "relatime"]);
         assert_eq!(options.bind, Bind::Recursive);
         assert_eq!(options.recursive_attr, MountAttr::READ_ONLY);
@@ -334,12 +353,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
+    fn the_error_for_an_unsupported_option_names_the_option() {
         let error = parse(["move"].into_iter()).unwrap_err().to_string();
         assert!(error.contains("move"), "{error}");
     }
 
-    /// config.md of the runtime specification 1.3, "Linux mount options".
+    /// The option names in config.md of the runtime specification 1.3, "Linux mount options".
     const SPECIFICATION: &str = "
         async atime bind defaults dev diratime dirsync exec idmap iversion lazytime loud mand
         noatime nodev nodiratime noexec noiversion nolazytime nomand norelatime nostrictatime
@@ -349,16 +368,22 @@ mod tests {
         shared silent slave strictatime suid symfollow sync tmpcopyup unbindable";
 
     #[test]
-    fn every_name_of_the_specification_means_something() {
+    fn every_option_name_of_the_specification_is_supported() {
         let known = known();
         for name in SPECIFICATION.split_whitespace() {
-            assert!(known.iter().any(|it| it == name), "{name} is not known");
-            assert!(parsed(&[name]).data.is_empty(), "{name} is a parameter");
+            assert!(
+                known.iter().any(|it| it == name),
+                "the mount option {name} is not in the list of supported options"
+            );
+            assert!(
+                parsed(&[name]).data.is_empty(),
+                "the mount option {name} was parsed as a parameter of the file system"
+            );
         }
     }
 
     #[test]
-    fn several_parameters_may_stand_in_one_string() {
+    fn one_string_can_contain_several_parameters() {
         let options = parsed(&[
             r#"size=1m,mode=700,noswap,context="a:b:c0,c1""#,
             r"lowerdir=/a\,b:/c,index=off",

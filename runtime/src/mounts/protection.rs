@@ -14,12 +14,12 @@ use crate::mounts::rootfs::Rootfs;
 use crate::sys::path::cleaned;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// Hides `linux.maskedPaths`: a directory under an empty one, anything else under
-/// /dev/null. What does not exist needs no hiding.
+/// Hides the paths of `linux.maskedPaths`. A directory is covered with an empty directory, and any
+/// other file with /dev/null. A path that does not exist is skipped.
 pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
     let mut seen = BTreeSet::new();
-    // One cover is enough for what is named twice.
+    // A path that is listed twice is covered only once.
     for path in paths.iter().filter(|path| seen.insert(*path)) {
         let doing = || format!("mask {path} (linux.maskedPaths)");
         let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
@@ -28,7 +28,9 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
         };
         let stat = rustix::fs::fstat(&target).doing(doing)?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            // One empty directory serves for all. It can be copied only once it is attached.
+            // The same empty tmpfs covers all masked directories. The kernel can copy a mount only
+            // after the mount is attached. So rrun attaches the tmpfs to the first directory, and
+            // attaches copies of this mount to the other directories.
             let cover = match &empty {
                 Some(attached) => clone_descriptor(attached, false),
                 None => empty_tmpfs(label),
@@ -37,8 +39,8 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
             move_mount(&cover, &target).doing(doing)?;
             empty.get_or_insert(cover);
         } else {
-            // The host's, because the container's could be a link to a file of the host's
-            // choosing (CVE-2025-31133).
+            // rrun must cover the masked file with the host's /dev/null. The container's /dev/null
+            // could be a link to another file (CVE-2025-31133).
             let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
             let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
             if stat.st_rdev != rustix::fs::makedev(1, 3) {
@@ -50,7 +52,7 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
     Ok(())
 }
 
-/// Makes `linux.readonlyPaths` read-only, with all that is mounted below them.
+/// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them.
 pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     for path in paths {
         let doing = || format!("make {path} read-only (linux.readonlyPaths)");
@@ -65,7 +67,7 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// A new, empty, read-only tmpfs, attached nowhere.
+/// Creates an empty, read-only tmpfs without attaching it.
 fn empty_tmpfs(label: Option<&str>) -> std::result::Result<OwnedFd, Errno> {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     if let Some(label) = label {

@@ -1,4 +1,4 @@
-//! `remount`: other options for a mount that is there already.
+//! The option `remount`, which changes the options of an existing mount.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -12,24 +12,26 @@ use crate::mounts::options::{self, Bind};
 use crate::mounts::rootfs::Rootfs;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// Gives the mount at the destination the options of `mount`, as mount(2) does with
-/// MS_REMOUNT: what is not among them is cleared, but for how access times are kept.
+/// Sets the options of `mount` on the existing mount at the destination. Like MS_REMOUNT of
+/// mount(2), this function clears all options that `mount` does not list. It does not clear the
+/// options for access times.
 ///
-/// `ro` and the like become attributes of the mount, never of the file system, which the host
-/// may have mounted as well (sysfs, cgroup2); that gets its own parameters only.
+/// Options such as `ro` become attributes of the mount, never of the file system. The same file
+/// system can also be mounted on the host (sysfs, cgroup2). Only the options of a file system, such
+/// as `sync` or the `size` of a tmpfs, change the file system itself.
 pub(super) fn remount(mount: &Mount, rootfs: &Rootfs) -> Result<()> {
     let path = &mount.destination;
-    let there = rootfs
+    let mounted = rootfs
         .open(path, OFlags::PATH)
-        .doing(|| "open it in the container")?;
-    let stat = rustix::fs::statx(&there, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
-        .doing(|| "look at it")?;
+        .doing(|| "open the mount in the container")?;
+    let stat = rustix::fs::statx(&mounted, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+        .doing(|| "stat the mount")?;
     if !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
-        refuse!("nothing is mounted there that could be remounted");
+        refuse!("this path is not a mount point");
     }
     let options = &mount.options;
     if options.bind == Bind::No && !(options.data.is_empty() && options.superblock.is_empty()) {
-        reconfigure(mount, &there)?;
+        reconfigure(mount, &mounted)?;
     }
     let set = options.attr.attr_set;
     let attr = MountAttr {
@@ -37,13 +39,13 @@ pub(super) fn remount(mount: &Mount, rootfs: &Rootfs) -> Result<()> {
         attr_clr: options.attr.attr_clr | (options::RESTRICTIONS & !set),
         ..MountAttr::default()
     };
-    mount_setattr(there.as_fd(), false, &attr).doing(|| "set its options")?;
-    mount.set_wider_attributes(&there)
+    mount_setattr(mounted.as_fd(), false, &attr).doing(|| "set the mount's options")?;
+    mount.set_wider_attributes(&mounted)
 }
 
-fn reconfigure(mount: &Mount, there: &OwnedFd) -> Result<()> {
+fn reconfigure(mount: &Mount, mounted: &OwnedFd) -> Result<()> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-    let fs = rustix::mount::fspick(there, "", flags).doing(|| "open its file system")?;
+    let fs = rustix::mount::fspick(mounted, "", flags).doing(|| "open the mount's file system")?;
     let explained =
         |errno: rustix::io::Errno| Error::new(format!("{}{}", errno.reason(), kernel_log(&fs)));
     for name in &mount.options.superblock {

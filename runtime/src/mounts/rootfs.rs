@@ -1,10 +1,10 @@
-//! Paths inside a container's root file system, which is hostile ground.
+//! Path lookups inside a container's root file system, whose content can come from an attacker.
 //!
-//! Nothing here takes a path as a string from the host's root. Every look-up is done by
-//! the kernel with openat2(2) and RESOLVE_IN_ROOT, so that a symbolic link, absolute or
-//! full of `..`, ends inside the container; what is then mounted or changed is the
-//! descriptor that the look-up returned, not the name, which may mean something else by
-//! now. Directories are made by `pathrs`, which holds to the same rule at every step.
+//! This module never resolves a path of the container from the host's root. rrun does every lookup
+//! with openat2(2) and RESOLVE_IN_ROOT. With RESOLVE_IN_ROOT, even an absolute symbolic link or a
+//! link with `..` ends inside the container. After the lookup, rrun uses the returned descriptor
+//! instead of the path, because the path can lead to another file after a rename. rrun creates
+//! directories with the crate `pathrs`, which follows the same rules for each directory.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,26 +17,28 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// As many links are followed as the kernel itself would follow.
+/// The maximum number of symbolic links that rrun follows in a path. The kernel has the same limit.
 const MAX_LINKS: usize = 40;
 
-/// How often a look-up is tried again that a rename disturbed.
+/// The maximum number of times that rrun repeats a path lookup. A rename during a lookup makes the
+/// repetition necessary.
 const LOOKUP_RETRIES: usize = 128;
 
-/// The root of a container's file system, as a descriptor.
+/// The root directory of a container's file system, as a descriptor.
 pub(crate) struct Rootfs {
     fd: OwnedFd,
-    /// What is mounted of the kernel's own, /proc and /sys, and where.
+    /// The mounts of the kernel's own files, such as /proc and /sys, each with its path.
     kernel_mounts: Vec<(PathBuf, OwnedFd)>,
-    /// Mounts that are to be read-only once everything is in place, and what they are.
+    /// The mounts that become read-only after all mounts are attached, each with a description for
+    /// error messages.
     read_only_later: Vec<(String, OwnedFd)>,
 }
 
-/// What is to be found, or made, at a path.
+/// The kind of file that a mount requires at its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MountTarget {
     Directory,
-    /// Anything that is no directory; a missing one is made as an empty file.
+    /// Any file that is not a directory. If the file is missing, rrun creates an empty file.
     File,
 }
 
@@ -55,32 +57,34 @@ impl Rootfs {
         }
     }
 
-    /// Takes note that `mount` is attached at `path`; it is the kernel's own or not.
-    pub(crate) fn attached(&mut self, path: &Path, mount: OwnedFd, is_kernels: bool) {
+    /// Records that `mount` is attached at `path`. `is_kernel_mount` is true if the mount contains
+    /// the kernel's own files, such as /proc and /sys.
+    pub(crate) fn record_attached(&mut self, path: &Path, mount: OwnedFd, is_kernel_mount: bool) {
         self.kernel_mounts
             .retain(|(place, _)| !place.starts_with(path));
-        if is_kernels {
+        if is_kernel_mount {
             self.kernel_mounts.push((path.to_owned(), mount));
         }
     }
 
-    /// Takes note of a mount to be made read-only by [`Rootfs::make_read_only`].
+    /// Records a mount that [`Rootfs::make_read_only`] makes read-only later.
     pub(crate) fn read_only_later(&mut self, sentence: String, mount: OwnedFd) {
         self.read_only_later.push((sentence, mount));
     }
 
-    /// For when nothing is written any more into what was mounted.
+    /// Makes each mount in `read_only_later` read-only. The caller must call this function after
+    /// rrun has created all files in these mounts.
     pub(crate) fn make_read_only(&self) -> Result<()> {
         for (sentence, mount) in &self.read_only_later {
             mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)
-                .doing(|| format!("{sentence}: make it read-only"))?;
+                .doing(|| format!("{sentence}: make the mount read-only"))?;
         }
         Ok(())
     }
 
-    /// Opens what is to be protected at `path`. In /proc and /sys that is looked for in what
-    /// was mounted there, not in what a rename in the container's files may have put in its
-    /// place since (CVE-2019-19921).
+    /// Opens the file or directory at `path`, which rrun then masks or makes read-only. A rename in
+    /// the container can replace the directory /proc or /sys (CVE-2019-19921). So rrun looks up a
+    /// path in /proc or /sys directly in the mount that rrun attached.
     pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
         let within = self.kernel_mounts.iter().rev().find_map(|(place, mount)| {
             let rest = path.strip_prefix(place).ok()?;
@@ -92,12 +96,13 @@ impl Rootfs {
         }
     }
 
-    /// Opens what is at `path`, links followed, with openat2(2).
+    /// Opens the file at `path` with openat2(2), and follows symbolic links.
     pub(crate) fn open(&self, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
         open_in(&self.fd, path, flags, ResolveFlags::empty())
     }
 
-    /// The same, and no link of any kind is followed.
+    /// Opens the file at `path` with openat2(2), and fails if a component of the path is a symbolic
+    /// link or a magic link.
     fn open_without_links(
         &self,
         path: &Path,
@@ -106,8 +111,9 @@ impl Rootfs {
         open_in(&self.fd, path, flags, ResolveFlags::NO_SYMLINKS)
     }
 
-    /// A descriptor (O_PATH) of what is to be mounted upon. What is missing is made, in the
-    /// place where the links that do exist lead.
+    /// Returns a descriptor (O_PATH) of the mount point at `path`. If the mount point is missing,
+    /// this function follows the symbolic links in `path` and creates the mount point at the
+    /// resulting path.
     pub(crate) fn mount_target(&self, path: &Path, target: MountTarget) -> Result<OwnedFd> {
         let found = match self.open(path, OFlags::PATH) {
             Err(Errno::NOENT) => self.make(path, target),
@@ -125,7 +131,8 @@ impl Rootfs {
         }
     }
 
-    /// The same for a mount that others rely on, as /proc: no link on the way to it.
+    /// Returns a descriptor of the directory at `path`, for a mount that programs rely on, such as
+    /// /proc. The path must not contain a symbolic link. A missing directory is created.
     pub(crate) fn plain_directory(&self, path: &Path) -> Result<OwnedFd> {
         match self.open_without_links(path, OFlags::PATH) {
             Err(Errno::NOENT) => {
@@ -134,7 +141,7 @@ impl Rootfs {
                     .doing(|| format!("open {} in the container", path.display()))
             }
             Err(Errno::LOOP) => refuse!(
-                "{} in the container is a symbolic link, and no place for this mount",
+                "{} in the container leads through a symbolic link, which is not allowed for this mount",
                 path.display()
             ),
             result => {
@@ -147,7 +154,8 @@ impl Rootfs {
         }
     }
 
-    /// Makes a directory and those that lead to it; one that exists already is fine.
+    /// Creates a directory and its missing parents. A directory that already exists is not an
+    /// error.
     fn make_directory(&self, path: &Path) -> Result<OwnedFd> {
         use std::os::unix::fs::PermissionsExt as _;
         if let Some(made) = self.make_last(path)? {
@@ -165,12 +173,15 @@ impl Rootfs {
             })
     }
 
-    /// Makes a directory and its missing parents, name by name. Each name is opened below a
-    /// descriptor and no link is followed, so that it can't lead elsewhere. Needs no /proc, unlike
-    /// [`Rootfs::make_directory`]. Returns the path of the directory without links.
+    /// Creates a directory and its missing parents, one path component after the other. rrun opens
+    /// each component relative to its parent's descriptor and follows no link, so the path cannot
+    /// lead out of the root. Unlike [`Rootfs::make_directory`], this function does not need /proc.
+    /// Returns the path of the created directory without links, or `path` itself if the directory
+    /// already exists.
     ///
     /// # Errors
-    /// Also if the path leads through a link in /proc into a process.
+    /// Fails if the directory cannot be created, or if the path leads through a magic link in
+    /// /proc, such as /proc/PID/cwd.
     pub(crate) fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
         match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
             Err(Errno::NOENT) => {}
@@ -198,7 +209,8 @@ impl Rootfs {
         Ok(path)
     }
 
-    /// The most usual case, in three system calls: only the last directory is missing.
+    /// Creates the directory with three system calls if only the last component of `path` is
+    /// missing. This case is the most common. Returns `None` in all other cases.
     fn make_last(&self, path: &Path) -> Result<Option<OwnedFd>> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Ok(None);
@@ -208,14 +220,16 @@ impl Rootfs {
         };
         match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => {}
-            // A link that leads nowhere, perhaps.
+            // The existing file can be a symbolic link to a missing target. So the caller must
+            // follow the link.
             Err(Errno::EXIST) => return Ok(None),
             Err(errno) => {
                 return Err(errno)
                     .doing(|| format!("make directory {} in the container", path.display()));
             }
         }
-        // A single name below a descriptor, and no link: this can not lead elsewhere.
+        // This call opens a single path component relative to the parent's descriptor, and follows
+        // no link. So it cannot open a file outside of `parent`.
         rustix::fs::openat(
             &parent,
             name,
@@ -226,10 +240,14 @@ impl Rootfs {
         .map(Some)
     }
 
-    /// The directory that `path` lies in, made if need be, and its name in there.
+    /// Returns the parent directory of `path` and the last component of `path`. A missing parent
+    /// directory is created.
     pub(crate) fn parent(&self, path: &Path) -> Result<(OwnedFd, OsString)> {
         let Some(name) = path.file_name() else {
-            refuse!("{} names no file in the container", path.display());
+            refuse!(
+                "{} is not the path of a file in the container",
+                path.display()
+            );
         };
         let parent = path.parent().unwrap_or_else(|| Path::new("/"));
         let directory = match self.open(parent, OFlags::PATH | OFlags::DIRECTORY) {
@@ -245,7 +263,8 @@ impl Rootfs {
         }
         let path = self.follow(path)?;
         let (directory, name) = self.parent(&path)?;
-        // O_NOFOLLOW and O_EXCL: if a link has appeared there since, this fails.
+        // O_NOFOLLOW and O_EXCL make this call fail if a symbolic link has appeared at the path
+        // since the lookup.
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(&directory, &name, flags, Mode::from_raw_mode(0o644)) {
             Ok(_) | Err(Errno::EXIST) => {}
@@ -263,11 +282,12 @@ impl Rootfs {
         .doing(|| format!("open {} in the container", path.display()))
     }
 
-    /// Where `path` leads when every link on it is followed, of which some may point to
-    /// what does not exist yet (an image's /etc/resolv.conf often does).
+    /// Returns the path to which `path` leads after all its links are followed. A link can point to
+    /// a file that does not exist yet, as /etc/resolv.conf in an image often does.
     ///
-    /// What comes out is a path and may be overtaken by a rename. That is harmless: it is
-    /// used to make things, by look-ups that stay in the root themselves.
+    /// A rename can make the returned path outdated. An outdated path is harmless. rrun uses the
+    /// path only to create files and directories, and the lookups for these operations also stay
+    /// inside the root.
     fn follow(&self, path: &Path) -> Result<PathBuf> {
         let mut ahead: Vec<OsString> = components_backwards(path);
         let mut reached = PathBuf::from("/");
@@ -285,7 +305,10 @@ impl Rootfs {
                 Ok(link) => {
                     links += 1;
                     if links > MAX_LINKS {
-                        refuse!("{} in the container: too many links", path.display());
+                        refuse!(
+                            "{} in the container: too many symbolic links",
+                            path.display()
+                        );
                     }
                     let link = Path::new(std::ffi::OsStr::from_bytes(link.as_bytes()));
                     if link.is_absolute() {
@@ -293,7 +316,7 @@ impl Rootfs {
                     }
                     ahead.extend(components_backwards(link));
                 }
-                // No link, or nothing there yet.
+                // The file `next` is not a symbolic link, or does not exist yet.
                 Err(Errno::INVAL | Errno::NOENT) => reached = next,
                 Err(errno) => {
                     return Err(errno)
@@ -316,8 +339,8 @@ fn open_in(
     let mut again = 0;
     loop {
         match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
-            // The kernel could not rule out that a rename elsewhere was an attack on
-            // this look-up; it asks to try again.
+            // EAGAIN means that a file was renamed during this lookup, possibly as an attack.
+            // openat2(2) requires its caller to repeat the lookup.
             Err(Errno::AGAIN) if again < LOOKUP_RETRIES => again += 1,
             result => return result,
         }
@@ -345,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_end_inside_the_root_even_where_nothing_is_yet() {
+    fn links_end_inside_the_root_even_if_their_targets_do_not_exist() {
         let base = std::env::temp_dir().join(format!("rrun-rootfs-test-{}", std::process::id()));
         let root = base.join("root");
         std::fs::create_dir_all(root.join("etc")).unwrap();

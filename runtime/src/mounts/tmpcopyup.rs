@@ -1,7 +1,10 @@
-//! The option `tmpcopyup` of a tmpfs: it begins with what the directory has that it covers.
+//! The option `tmpcopyup` of a tmpfs. With this option, rrun fills the tmpfs with a copy of the
+//! directory that the tmpfs covers.
 //!
-//! That directory is the container's, and hostile: nothing is opened by more than one name
-//! below a descriptor, no link is followed, and no FIFO or device is opened ([`regular_file`]).
+//! An attacker could have prepared the covered directory, because it is part of the container's
+//! root file system. So rrun opens each file by a single path component, relative to the descriptor
+//! of the file's directory. rrun follows no link, and opens no FIFO or device (see
+//! [`regular_file`]).
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +16,7 @@ use crate::error::{Context, Result, refuse};
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file;
 
-/// How many directories within each other are copied.
+/// The largest depth of nested directories that rrun copies.
 const DEPTH_MAX: usize = 128;
 
 const DIRECTORY: OFlags = OFlags::RDONLY
@@ -21,21 +24,22 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Copies the contents of one directory, its owner and mode, to another. Both may be O_PATH.
+/// Copies the contents, owner and mode of the directory `from` to the directory `to`. Both
+/// directories can be O_PATH descriptors.
 pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let open = |fd: &dyn AsFd| {
         rustix::fs::openat(fd, ".", DIRECTORY, Mode::empty()).doing(|| "open the directory")
     };
     let from = open(&from)?;
-    let stat = rustix::fs::fstat(&from).doing(|| "look at the directory")?;
+    let stat = rustix::fs::fstat(&from).doing(|| "stat the directory")?;
     let to = open(&to)?;
     copy_below(&Procfs::open()?, &from, &to, DEPTH_MAX)?;
     copy_owner_and_mode(&to, &stat)
 }
 
-/// Gives a directory the mode of another.
+/// Copies the mode of the mount point `from` to the root directory of the tmpfs `to`.
 pub(crate) fn copy_mode(from: impl AsFd, to: impl AsFd) -> Result<()> {
-    let stat = rustix::fs::fstat(from).doing(|| "look at the mount point")?;
+    let stat = rustix::fs::fstat(from).doing(|| "stat the mount point")?;
     let to = rustix::fs::openat(to, ".", DIRECTORY, Mode::empty()).doing(|| "open the tmpfs")?;
     rustix::fs::fchmod(&to, mode(&stat)).doing(|| "set the tmpfs's mode")
 }
@@ -44,11 +48,13 @@ fn mode(stat: &Stat) -> Mode {
     Mode::from_raw_mode(stat.st_mode as RawMode & 0o7777)
 }
 
-/// Owner first: a change of it takes set-uid bits away.
+/// Sets the owner and the mode of the file `to`. This function sets the owner first, because the
+/// kernel clears the set-uid and set-gid bits of a file when the owner changes.
 fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
     let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     match rustix::fs::fchown(to, Some(owner.0), Some(owner.1)) {
-        // An owner that the container's user namespace does not have.
+        // EINVAL means that the container's user namespace does not map this owner. rrun then
+        // leaves the owner of `to` unchanged.
         Ok(()) | Err(Errno::INVAL) => {}
         result => result.doing(|| "set an owner")?,
     }
@@ -57,7 +63,7 @@ fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
 
 fn copy_below(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {
     if depth == 0 {
-        refuse!("more than {DEPTH_MAX} directories are within each other");
+        refuse!("directories are nested more than {DEPTH_MAX} levels deep");
     }
     let entries = Dir::read_from(from).doing(|| "list a directory")?;
     for entry in entries {
@@ -79,25 +85,26 @@ fn copy_entry(
     name: &CStr,
     depth: usize,
 ) -> Result<()> {
-    let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW).doing(|| "look at it")?;
+    let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW).doing(|| "stat it")?;
     let kind = FileType::from_raw_mode(stat.st_mode);
     match kind {
         FileType::Directory => {
             let from = rustix::fs::openat(from, name, DIRECTORY, Mode::empty());
             let from = from.doing(|| "open it")?;
-            rustix::fs::mkdirat(to, name, Mode::RWXU).doing(|| "make it")?;
+            rustix::fs::mkdirat(to, name, Mode::RWXU).doing(|| "create the copy")?;
             let to = rustix::fs::openat(to, name, DIRECTORY, Mode::empty());
-            let to = to.doing(|| "open what was made")?;
+            let to = to.doing(|| "open the copy")?;
             copy_below(procfs, &from, &to, depth - 1)?;
             copy_owner_and_mode(&to, &stat)
         }
         FileType::RegularFile => copy_file(procfs, from, to, name),
         FileType::Symlink => {
             let link = rustix::fs::readlinkat(from, name, Vec::new()).doing(|| "read the link")?;
-            rustix::fs::symlinkat(&link, to, name).doing(|| "make it")
+            rustix::fs::symlinkat(&link, to, name).doing(|| "create the copy")
         }
         _ => {
-            rustix::fs::mknodat(to, name, kind, Mode::empty(), stat.st_rdev).doing(|| "make it")?;
+            rustix::fs::mknodat(to, name, kind, Mode::empty(), stat.st_rdev)
+                .doing(|| "create the copy")?;
             rustix::fs::chmodat(to, name, mode(&stat), AtFlags::empty()).doing(|| "set its mode")
         }
     }
@@ -108,8 +115,9 @@ fn copy_file(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Resu
     let found = rustix::fs::openat(from, name, flags, Mode::empty()).doing(|| "open it")?;
     let (from, stat) = regular_file::reopen_by(procfs, &found, OFlags::RDONLY)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let to = rustix::fs::openat(to, name, flags, Mode::RUSR).doing(|| "make it")?;
-    // No more than it had: one that grows meanwhile must not be followed for ever.
+    let to = rustix::fs::openat(to, name, flags, Mode::RUSR).doing(|| "create the copy")?;
+    // rrun copies at most as many bytes as the file had before the copy. Otherwise this loop would
+    // never end for a file that keeps growing.
     let mut left = u64::try_from(stat.st_size).unwrap_or(0);
     while left > 0 {
         let most = usize::try_from(left.min(1 << 30)).unwrap_or(1 << 30);

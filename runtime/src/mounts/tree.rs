@@ -1,4 +1,4 @@
-//! Mounts as file descriptors: copied, moved, cut off from the host.
+//! Operations on mounts by file descriptor: copy, move, and stop the propagation to the host.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -12,7 +12,8 @@ use crate::mounts::options;
 use crate::mounts::rootfs::Rootfs;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// A detached copy of the mount at a path of the host, with those below it if `recursive`.
+/// Returns a detached copy of the mount at a path of the host. If `recursive` is true, the copy
+/// includes the mounts below the path.
 pub(crate) fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<OwnedFd, Errno> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
@@ -21,7 +22,8 @@ pub(crate) fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<Ow
     rustix::mount::open_tree(CWD, path, flags)
 }
 
-/// A detached copy of the mount that a descriptor refers to.
+/// Returns a detached copy of the mount that a descriptor refers to. If `recursive` is true, the
+/// copy includes the mounts below the descriptor's file.
 pub(crate) fn clone_descriptor(
     fd: impl AsFd,
     recursive: bool,
@@ -35,7 +37,7 @@ pub(crate) fn clone_descriptor(
     rustix::mount::open_tree(fd, "", flags)
 }
 
-/// Moves a mount onto what `target` refers to.
+/// Attaches a mount to the file or directory that `target` refers to.
 pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Result<(), Errno> {
     rustix::mount::move_mount(
         mount,
@@ -46,17 +48,17 @@ pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Re
     )
 }
 
-/// A copy of the mount that the root lies in, from the root on, and of those below it;
-/// what is mounted on it does not reach the host.
+/// Returns a detached mount of the container's root directory at `path`, with all mounts below the
+/// root. Later mounts on this detached mount do not propagate to the host.
 pub(crate) fn clone_root(path: &Path) -> Result<OwnedFd> {
-    let sentence = || format!("make root.path {} a mount of its own", path.display());
+    let sentence = || format!("make root.path {} a separate mount", path.display());
     let root = clone_tree(path, true).doing(sentence)?;
     make_slave(&root).doing(sentence)?;
     Ok(root)
 }
 
-/// What is mounted on it, or below it, does not reach the host; what the host mounts still
-/// arrives.
+/// Stops the propagation of new mounts from `mount`, and from all mounts below `mount`, to the
+/// host. New mounts of the host still propagate to these mounts.
 pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     let attr = MountAttr {
         propagation: options::SLAVE,
@@ -65,16 +67,17 @@ pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     mount_setattr(mount.as_fd(), true, &attr)
 }
 
-/// Attaches the root, which pivot_root(2) wants to be a mount in this namespace. What lies on
-/// `at` is hidden by it from then on.
+/// Attaches the container's root at `at`, because pivot_root(2) requires the root to be a mount in
+/// this namespace. The root then hides the previous content of `at`.
 pub(crate) fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
     rustix::mount::move_mount(&root, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .doing(|| format!("mount the container's root on {}", at.display()))?;
     Ok(Rootfs::new(root))
 }
 
-/// Takes the old root's /proc and /sys off, wherever they are: a process in a user namespace
-/// may mount either anew, unmasked, as long as it is unmasked anywhere in its mount namespace.
+/// Unmounts every procfs and sysfs of the old root. Otherwise a process in a user namespace could
+/// mount a new procfs or sysfs without masked paths. The kernel allows such a mount if the
+/// process's mount namespace contains an unmasked procfs or sysfs at any path.
 pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
     let file = "/proc/self/mountinfo";
     let text = std::fs::read_to_string(file).doing(|| format!("read {file}"))?;
@@ -87,12 +90,13 @@ pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
         else {
             continue;
         };
-        // Not the host's. What the container has mounted is listed too, but no path leads
-        // there yet.
+        // rrun first makes the mount a slave, because the unmount would otherwise propagate to the
+        // host. /proc/self/mountinfo also lists the mounts of the container. No path leads to the
+        // container's mounts yet, so mount_change fails for them, and rrun skips them.
         let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         if rustix::mount::mount_change(point, slave).is_ok() {
             rustix::mount::unmount(point, UnmountFlags::DETACH)
-                .doing(|| format!("take {point} off the old root (--no-pivot)"))?;
+                .doing(|| format!("unmount {point} from the old root (--no-pivot)"))?;
         }
     }
     Ok(())

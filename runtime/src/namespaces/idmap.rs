@@ -1,9 +1,9 @@
-//! Mappings of user and group ids: of a container's user namespace, and of single mounts.
+//! The mappings of user and group ids for a container's user namespace and for individual mounts.
 //!
-//! A mount with a mapping (an idmapped mount) shows a file of user 0 as another's, without
-//! changing it: the way by which a container with a user namespace gets at volumes and
-//! images that root owns. See mount_setattr(2), "ID-mapped mounts", and config.md,
-//! "Mounts", `uidMappings`.
+//! A mount with a mapping (an idmapped mount) shows a file of user 0 as a file of another user,
+//! without changing the file. With such a mount, a container with a user namespace can use volumes
+//! and images that root owns. See mount_setattr(2), "ID-mapped mounts", and config.md, "Mounts",
+//! `uidMappings`.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -19,10 +19,10 @@ use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file;
 use rustix::fs::OFlags;
 
-/// The most lines that the kernel takes for one map (UID_GID_MAP_MAX_EXTENTS).
+/// The maximum number of lines that the kernel accepts in one map (UID_GID_MAP_MAX_EXTENTS).
 const MAP_LINES_MAX: usize = 340;
 
-/// Content for uid_map and gid_map; see user_namespaces(7).
+/// The content that rrun writes to uid_map and gid_map. See user_namespaces(7).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct IdMaps {
     uid: String,
@@ -30,10 +30,11 @@ pub(crate) struct IdMaps {
 }
 
 impl IdMaps {
-    /// `field` is the place of `uidMappings` and `gidMappings` in config.json, with a dot.
+    /// Checks the id mappings of config.json and converts them to the kernel's format. `field` is
+    /// the path of the object that contains `uidMappings` and `gidMappings`, followed by a dot.
     ///
     /// # Errors
-    /// What the kernel would refuse, by the name of its field.
+    /// Fails if the kernel would refuse a mapping. The error names the invalid field.
     pub(crate) fn from_spec(
         field: &str,
         uid: Option<&[LinuxIdMapping]>,
@@ -45,7 +46,7 @@ impl IdMaps {
         })
     }
 
-    /// Whether both users and groups are mapped.
+    /// Returns whether both users and groups are mapped.
     pub(crate) fn is_complete(&self) -> bool {
         !self.uid.is_empty() && !self.gid.is_empty()
     }
@@ -54,14 +55,14 @@ impl IdMaps {
         self.uid.is_empty() && self.gid.is_empty()
     }
 
-    /// Sets the maps of the user namespace that process `pid` is in.
+    /// Writes the id maps of the user namespace that contains process `pid`.
     pub(crate) fn write(&self, pid: i32, field: &str) -> Result<()> {
         let procfs = Procfs::open()?;
         for (file, name, map) in [
             ("uid_map", "uidMappings", &self.uid),
             ("gid_map", "gidMappings", &self.gid),
         ] {
-            // All lines in one write; see user_namespaces(7).
+            // The kernel requires all lines of a map in a single write. See user_namespaces(7).
             procfs
                 .write(&format!("{pid}/{file}"), map)
                 .doing(|| format!("set {field}{name}"))?;
@@ -69,17 +70,21 @@ impl IdMaps {
         Ok(())
     }
 
-    /// Sets them as one who has no rights over the ids: the kernel lets everybody map himself
-    /// alone, and newuidmap(1) and newgidmap(1) what /etc/subuid and /etc/subgid grant.
+    /// Writes the id maps if rrun's caller has no privileges over the mapped ids. Without
+    /// privileges, a user can map only the user's own id. If a map contains other ids, rrun calls
+    /// newuidmap(1) or newgidmap(1). These programs map only ids that /etc/subuid and /etc/subgid
+    /// grant to the user.
     pub(crate) fn write_unprivileged(&self, pid: i32, field: &str) -> Result<()> {
         let uid = rustix::process::geteuid().as_raw();
         let gid = rustix::process::getegid().as_raw();
         let procfs = Procfs::open()?;
         if maps_single_id(&self.gid, gid) {
-            // Else a group that is there to lock its members out could be left.
+            // The kernel accepts this gid map only after rrun has written "deny" to
+            // /proc/PID/setgroups. A file can deny access to the members of a group. With
+            // setgroups(2), a process could leave this group and then access the file.
             procfs
                 .write(&format!("{pid}/setgroups"), "deny")
-                .doing(|| format!("forbid setgroups, to set {field}gidMappings"))?;
+                .doing(|| format!("forbid setgroups before setting {field}gidMappings"))?;
         }
         for (file, tool, name, map, own) in [
             ("uid_map", "newuidmap", "uidMappings", &self.uid, uid),
@@ -106,7 +111,7 @@ impl IdMaps {
     }
 }
 
-/// Whether a map has nobody but that one id of the host's.
+/// Returns whether `map` maps exactly one id, and maps this id to `id` on the host.
 fn maps_single_id(map: &str, id: u32) -> bool {
     let fields: Vec<&str> = map.split_whitespace().collect();
     matches!(fields.as_slice(), [_, outside, "1"] if outside.parse() == Ok(id))
@@ -115,7 +120,7 @@ fn maps_single_id(map: &str, id: u32) -> bool {
 fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
     if mappings.len() > MAP_LINES_MAX {
         refuse!(
-            "{field}: has {} lines, the kernel takes {MAP_LINES_MAX}",
+            "{field}: has {} mappings, but the kernel accepts at most {MAP_LINES_MAX}",
             mappings.len()
         );
     }
@@ -141,16 +146,19 @@ fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
     Ok(text)
 }
 
-/// User namespaces that exist for their mappings only, to be handed to mount_setattr(2).
+/// The user namespaces whose id mappings rrun applies to mounts with mount_setattr(2).
 #[derive(Default)]
 pub(crate) struct IdMapNamespaces {
-    made: Vec<(IdMaps, OwnedFd)>,
-    /// The container's own, which exists already.
+    created: Vec<(IdMaps, OwnedFd)>,
+    /// The existing user namespace that the container joins. This field is `None` until rrun has
+    /// opened that namespace.
     joined: Option<OwnedFd>,
 }
 
 impl IdMapNamespaces {
-    /// The container's, or one with the mappings that it will have.
+    /// Returns the container's user namespace. If the container's namespace does not exist yet,
+    /// returns another user namespace with the same mappings. For a mount, both namespaces have the
+    /// same effect.
     pub(crate) fn for_container(
         &mut self,
         namespaces: &namespaces::Namespaces,
@@ -166,18 +174,21 @@ impl IdMapNamespaces {
         Ok(self.joined.insert(opened))
     }
 
-    /// One with these mappings. Mounts with the same share it.
+    /// Returns a user namespace with the mappings `maps`. Mounts with equal mappings share a user
+    /// namespace.
     pub(crate) fn for_maps(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
-        let at = match self.made.iter().position(|(known, _)| known == maps) {
+        let at = match self.created.iter().position(|(known, _)| known == maps) {
             Some(at) => at,
             None => {
-                self.made.push((maps.clone(), make(maps)?));
-                self.made.len() - 1
+                self.created.push((maps.clone(), make(maps)?));
+                self.created.len() - 1
             }
         };
-        match self.made.get(at) {
+        match self.created.get(at) {
             Some((_, namespace)) => Ok(namespace),
-            None => refuse!("make a user namespace for a mount: it is lost"),
+            None => {
+                refuse!("create a user namespace for a mount: the new namespace was not recorded")
+            }
         }
     }
 }
@@ -188,15 +199,16 @@ fn open(path: &Path) -> Result<OwnedFd> {
         .doing(|| format!("open user namespace {}", path.display()))
 }
 
-/// A user namespace can only be made by a process in it, which then is of no more use.
+/// Creates a user namespace with the mappings `maps`. rrun creates the namespace together with a
+/// process in it, and kills the process afterwards.
 fn make(maps: &IdMaps) -> Result<OwnedFd> {
-    let doing = || "make a user namespace for the mappings of a mount";
+    let doing = || "create a user namespace for the mappings of a mount";
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
     let (pid, pidfd) = match clone3(libc::CLONE_NEWUSER as u64, None).doing(doing)? {
         Cloned::Child => {
             let _guard = NeverReturn;
             drop(writer);
-            // Until the other end is closed, if need be by its owner's death.
+            // This read returns when the parent closes its end of the pipe, or dies.
             let _ = rustix::io::read(&reader, &mut [0u8; 1]);
             exit_now()
         }
@@ -220,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_would_refuse_is_refused_by_name() {
+    fn the_error_for_a_mapping_that_the_kernel_would_refuse_names_the_field() {
         for (json, words) in [
             (
                 r#"[{"containerID":0,"hostID":1,"size":0}]"#,

@@ -1,4 +1,5 @@
-//! Which namespaces a container gets: new ones, or existing ones by path.
+//! The namespaces of a container: new namespaces, and existing namespaces that the container
+//! enters.
 
 pub(crate) mod idmap;
 pub(crate) mod net_devices;
@@ -17,14 +18,14 @@ use crate::error::{Context, Result, refuse};
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file;
 
-/// An existing namespace to enter.
+/// The type and the path of an existing namespace that the container enters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct NamespacePath {
     typ: Type,
     path: PathBuf,
 }
 
-/// A namespace's file, open, and what it is to be.
+/// The open file of an existing namespace, with the type that the namespace must have.
 #[derive(Debug)]
 pub(crate) struct OpenNamespace {
     typ: Type,
@@ -32,21 +33,22 @@ pub(crate) struct OpenNamespace {
     fd: OwnedFd,
 }
 
-/// The namespaces of a container. What is in neither list it shares with rrun's caller.
+/// The namespaces of a container. The container shares a namespace with rrun's caller if neither
+/// `new` nor `join` contains the namespace's type.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Namespaces {
-    /// `CLONE_NEW*` of those that are made for it.
+    /// The `CLONE_NEW*` flags of the namespaces that are created for the container.
     pub(crate) new: u64,
-    /// Those that exist already.
+    /// The existing namespaces that the container enters.
     join: Vec<NamespacePath>,
 }
 
-/// The `CLONE_NEW*` flag of a type of namespace.
+/// Returns the `CLONE_NEW*` flag of a type of namespace.
 pub(crate) fn flag(typ: Type) -> u64 {
     typ as u64
 }
 
-/// Every type, with its name in the specification.
+/// All types of namespaces, with their names in the specification.
 pub(crate) const TYPES: [(Type, &str); 8] = [
     (Type::Cgroup, "cgroup"),
     (Type::Ipc, "ipc"),
@@ -58,7 +60,7 @@ pub(crate) const TYPES: [(Type, &str); 8] = [
     (Type::Uts, "uts"),
 ];
 
-/// A type's name in the specification.
+/// Returns the specification's name for a type of namespace.
 fn name(typ: Type) -> &'static str {
     TYPES
         .iter()
@@ -67,15 +69,17 @@ fn name(typ: Type) -> &'static str {
 }
 
 impl Namespaces {
+    /// Checks `linux.namespaces` of config.json.
+    ///
     /// # Errors
-    /// A type that is there twice, or a path that is not absolute.
+    /// Fails if a type is listed twice, or if a path is not absolute.
     pub(crate) fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
         let mut namespaces = Namespaces::default();
         for (index, namespace) in spec.iter().enumerate() {
             let typ = namespace.typ();
             if namespaces.own(typ) {
                 refuse!(
-                    "linux.namespaces[{index}].type: {} is there twice",
+                    "linux.namespaces[{index}].type: {} is listed twice",
                     name(typ)
                 );
             }
@@ -97,29 +101,31 @@ impl Namespaces {
         Ok(namespaces)
     }
 
-    /// Whether one of this type is made for the container.
+    /// Returns whether a new namespace of this type is created for the container.
     pub(crate) fn is_new(&self, typ: Type) -> bool {
         self.new & flag(typ) != 0
     }
 
-    /// Whether an existing one of this type is entered.
+    /// Returns whether the container enters an existing namespace of this type.
     fn is_joined(&self, typ: Type) -> bool {
         self.join.iter().any(|join| join.typ == typ)
     }
 
-    /// Whether the container is in another namespace of this type than rrun's caller.
+    /// Returns whether the container has a different namespace of this type than rrun's caller.
     pub(crate) fn own(&self, typ: Type) -> bool {
         self.is_new(typ) || self.is_joined(typ)
     }
 
-    /// The `CLONE_NEW*` flags of all that are not rrun's caller's.
+    /// Returns the `CLONE_NEW*` flags of all namespaces that the container does not share with
+    /// rrun's caller.
     pub(crate) fn own_flags(&self) -> u64 {
         self.join
             .iter()
             .fold(self.new, |flags, join| flags | flag(join.typ))
     }
 
-    /// The file of the one of this type to be entered.
+    /// Returns the path of the existing namespace of this type that the container enters, if there
+    /// is one.
     fn joined_path(&self, typ: Type) -> Option<&Path> {
         self.join
             .iter()
@@ -127,7 +133,8 @@ impl Namespaces {
             .map(|join| &*join.path)
     }
 
-    /// Opens the files of those to be entered, while the host's paths are still valid.
+    /// Opens the files of the existing namespaces that the container enters, while the host's paths
+    /// are still reachable.
     pub(crate) fn open_joins(&self) -> Result<Vec<OpenNamespace>> {
         self.join
             .iter()
@@ -147,14 +154,18 @@ impl Namespaces {
 }
 
 impl OpenNamespace {
-    /// Whether it holds only for children, so that the parent must enter it.
+    /// Returns whether the parent must enter this namespace before it creates the new process.
+    /// After setns(2) with a PID namespace, the calling process remains in its old PID namespace.
+    /// Only its later children are in the new PID namespace. A child inherits its parent's time
+    /// namespace, so the child does not need to enter that namespace itself.
     pub(crate) fn is_entered_by_children(&self) -> bool {
         matches!(self.typ, Type::Pid | Type::Time)
     }
 
-    /// Whether the new process enters it itself in any case. In its mount namespace the
-    /// host's paths are gone, and in its cgroup namespace it could not be made in a
-    /// cgroup outside of that.
+    /// Returns whether the new process must always enter this namespace itself, because its parent
+    /// cannot enter it. A parent in the container's mount namespace could no longer reach the
+    /// host's paths. A parent in the container's cgroup namespace could not create a process in a
+    /// cgroup outside of the cgroup namespace.
     pub(crate) fn is_entered_after_clone(&self) -> bool {
         matches!(self.typ, Type::Mount | Type::Cgroup)
     }
@@ -174,24 +185,25 @@ impl OpenNamespace {
             Type::User => LinkNameSpaceType::User,
             Type::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
         };
-        // The kernel checks that the file is a namespace, and of that type.
+        // The kernel checks that the file is a namespace of this type.
         rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
             .doing(|| format!("enter {} namespace {}", name(self.typ), self.path.display()))
     }
 }
 
-/// Makes a cgroup namespace and enters it.
+/// Creates a cgroup namespace and enters it.
 pub(crate) fn unshare_cgroup() -> std::result::Result<(), Errno> {
     unshare(UnshareFlags::NEWCGROUP)
 }
 
 fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
-    // SAFETY: the two callers request NEWCGROUP and NEWTIME, which leave the descriptor table
-    // shared as it is; the process is single-threaded.
+    // SAFETY: the callers pass only NEWCGROUP and NEWTIME, which do not affect the descriptor
+    // table, and the process is single-threaded.
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
-/// In a new user namespace, user 0 has to be become by a system call.
+/// Changes the ids of this process to user 0 and group 0. A process in a new user namespace does
+/// not have these ids automatically.
 pub(crate) fn become_root_of_user_namespace() -> Result<()> {
     let (uid, gid) = (Uid::ROOT, Gid::ROOT);
     rustix::thread::set_thread_res_gid(gid, gid, gid)
@@ -200,10 +212,10 @@ pub(crate) fn become_root_of_user_namespace() -> Result<()> {
         .doing(|| "become user 0 of the user namespace")
 }
 
-/// Makes a time namespace for children, with its clocks set off. See time_namespaces(7):
-/// that can be done only before the first process is in it.
+/// Creates a time namespace for later children, and sets the offsets of its clocks. The kernel
+/// accepts offsets only before the first process is in the namespace. See time_namespaces(7).
 pub(crate) fn unshare_time(offsets: &str) -> Result<()> {
-    unshare(UnshareFlags::NEWTIME).doing(|| "make a time namespace")?;
+    unshare(UnshareFlags::NEWTIME).doing(|| "create a time namespace")?;
     Procfs::open()?
         .write("self/timens_offsets", offsets)
         .doing(|| "set linux.timeOffsets")
@@ -218,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn new_and_joined_ones_are_told_apart() {
+    fn new_and_existing_namespaces_are_distinguished() {
         let namespaces = read(
             r#"[{"type":"pid"},{"type":"network","path":"/run/netns/a"},{"type":"mount","path":""}]"#,
         )
@@ -232,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_there_twice_is_refused() {
+    fn a_type_that_is_listed_twice_is_refused() {
         let error = read(r#"[{"type":"pid"},{"type":"pid","path":"/x"}]"#).unwrap_err();
         assert!(error.to_string().contains("linux.namespaces[1]"), "{error}");
     }

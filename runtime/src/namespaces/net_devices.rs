@@ -1,9 +1,9 @@
-//! `linux.netDevices`: network devices of the host that move into the container's network
-//! namespace. See rtnetlink(7).
+//! Network devices that rrun moves from the host to the container's network namespace
+//! (`linux.netDevices`). See rtnetlink(7).
 //!
-//! A device loses its addresses on the way, so the permanent, global ones are given to it
-//! again, and it is brought up, as runc does. When the container's network namespace ends,
-//! the kernel gives hardware back to the host.
+//! A device loses its addresses when it is moved to another namespace. So rrun adds the device's
+//! permanent, global addresses again and brings the device up, as runc does. When the container's
+//! network namespace is destroyed, the kernel moves hardware devices back to the host.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,8 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
 
-/// Long enough for any single answer of the kernel's (NLMSG_GOODSIZE is at most 8 kB).
+/// The size of the receive buffer, which is enough for any single reply of the kernel
+/// (NLMSG_GOODSIZE is at most 8 kB).
 const REPLY_BYTES: usize = 32 << 10;
 /// linux/if_addr.h
 const IFA_FLAGS: u16 = 8;
@@ -24,15 +25,17 @@ const IFA_FLAGS: u16 = 8;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const NAME_BYTES_MAX: usize = libc::IFNAMSIZ;
 
-/// A device by its name on the host, and its name in the container.
+/// The name of a network device on the host, and its name in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NetDevice {
     host: String,
     inside: String,
 }
 
+/// Checks `linux.netDevices` of config.json.
+///
 /// # Errors
-/// Names that no device can have, or two devices with one name.
+/// Fails if a name is invalid, or if two devices would have the same name.
 pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Result<Vec<NetDevice>> {
     let mut checked: Vec<NetDevice> = Vec::new();
     for (host, device) in devices {
@@ -49,11 +52,11 @@ pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Resu
                     matches!(letter, '/' | ':' | '\0') || letter.is_ascii_whitespace()
                 });
             if !valid {
-                refuse!("linux.netDevices: {name:?} is no name of a network device");
+                refuse!("linux.netDevices: {name:?} is not a valid name of a network device");
             }
         }
         if checked.iter().any(|other| other.inside == *inside) {
-            refuse!("linux.netDevices: two devices are to be {inside} in the container");
+            refuse!("linux.netDevices: two devices would have the name {inside} in the container");
         }
         checked.push(NetDevice {
             host: host.clone(),
@@ -63,7 +66,7 @@ pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Resu
     Ok(checked)
 }
 
-/// Moves devices of rrun's network namespace to that of a process.
+/// Moves devices from rrun's network namespace to the network namespace of process `pid`.
 pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
     if devices.is_empty() {
         return Ok(());
@@ -77,7 +80,8 @@ pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
     let host = NetlinkSocket::open()?;
     enter(target.as_fd())?;
     let inside = NetlinkSocket::open();
-    // Whatever comes of it, rrun goes on where it was.
+    // rrun returns to its own network namespace, even if it could not open the socket in the
+    // container's namespace.
     enter(own.as_fd())?;
     let inside = inside?;
     for device in devices {
@@ -85,7 +89,7 @@ pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
             .attach(&host, &inside, target.as_fd())
             .map_err(|error| {
                 error.while_doing(format!(
-                    "move linux.netDevices {} to the container as {}",
+                    "move the network device {} to the container as {} (linux.netDevices)",
                     device.host, device.inside
                 ))
             })?;
@@ -95,7 +99,7 @@ pub(crate) fn attach(devices: &[NetDevice], pid: i32) -> Result<()> {
 
 fn enter(namespace: BorrowedFd<'_>) -> Result<()> {
     move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
-        .doing(|| "change the network namespace")
+        .doing(|| "enter a network namespace")
 }
 
 impl NetDevice {
@@ -107,11 +111,13 @@ impl NetDevice {
     ) -> Result<()> {
         let index = host
             .index_of(&self.host)?
-            .ok_or_else(|| Error::new("there is no such device on the host"))?;
-        // Before it is taken down, which takes the IPv6 ones off.
+            .ok_or_else(|| Error::new("the device does not exist on the host"))?;
+        // rrun reads the addresses before it takes the device down, because taking a device down
+        // removes the device's IPv6 addresses.
         let addresses = host.addresses(index)?;
-        // Nothing of the host's is to use it while it is half gone.
-        host.set_up(index, false).doing(|| "take it down")?;
+        // rrun takes the device down first, so that no process on the host uses the device during
+        // the move.
+        host.set_up(index, false).doing(|| "take the device down")?;
         let mut request = NetlinkRequest::new(libc::RTM_NEWLINK, libc::NLM_F_ACK as u16);
         request.link(index, 0, 0);
         request.attribute(libc::IFLA_IFNAME, &with_nul(&self.inside));
@@ -120,20 +126,20 @@ impl NetDevice {
             &(namespace.as_raw_fd() as u32).to_ne_bytes(),
         );
         host.request(request, |_, _| {})
-            .doing(|| "change its namespace")?;
+            .doing(|| "set the device's name and network namespace")?;
         let index = inside
             .index_of(&self.inside)?
-            .ok_or_else(|| Error::new("it did not arrive in the container"))?;
+            .ok_or_else(|| Error::new("the device is missing in the container after the move"))?;
         for address in addresses {
             inside
                 .request(address.add_request(index), |_, _| {})
-                .doing(|| "give it its address again")?;
+                .doing(|| "add the device's address again")?;
         }
-        inside.set_up(index, true).doing(|| "bring it up")
+        inside.set_up(index, true).doing(|| "bring the device up")
     }
 }
 
-/// An address as `struct ifaddrmsg` and attributes have it.
+/// An address of a network interface, from `struct ifaddrmsg` and its attributes.
 struct InterfaceAddress {
     family: u8,
     prefix: u8,
@@ -153,7 +159,8 @@ impl InterfaceAddress {
         request
     }
 
-    /// From an RTM_NEWADDR message, if it is one to take along.
+    /// Parses an RTM_NEWADDR message. Returns `None` unless the message contains a permanent,
+    /// global address of `device`.
     fn from_message(body: &[u8], device: i32) -> Option<InterfaceAddress> {
         let [family, prefix, flags, scope, a, b, c, d, rest @ ..] = body else {
             return None;
@@ -172,8 +179,8 @@ impl InterfaceAddress {
                 _ => {}
             }
         }
-        // What the host's network gave it for a while, or what it has by itself, has no
-        // meaning in the container.
+        // rrun keeps only permanent, global addresses. A temporary address from the host's network,
+        // or an address that the device generates itself, has no meaning in the container.
         let permanent = all_flags & libc::IFA_F_PERMANENT != 0;
         (index == device && permanent && *scope == RT_SCOPE_UNIVERSE)
             .then(|| Some((*family, *prefix, local.or(address)?)))
@@ -192,7 +199,7 @@ fn with_nul(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// Type and value of each attribute. See rtnetlink(7), "Routing attributes".
+/// Returns the type and value of each netlink attribute. See rtnetlink(7), "Routing attributes".
 fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let [a, b, c, d, ..] = bytes else { return None };
@@ -204,7 +211,7 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// A message to the kernel, header first. See netlink(7).
+/// A netlink message to the kernel, including the message header. See netlink(7).
 struct NetlinkRequest {
     bytes: Vec<u8>,
 }
@@ -214,12 +221,13 @@ impl NetlinkRequest {
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
         bytes.extend((flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
-        // Sequence number and port id: one question at a time, from one socket.
+        // The sequence number and the port id can be zero, because rrun sends only one request at a
+        // time over a socket.
         bytes.extend([0; 8]);
         NetlinkRequest { bytes }
     }
 
-    /// `struct ifinfomsg`.
+    /// Appends a `struct ifinfomsg`.
     fn link(&mut self, index: i32, flags: u32, change: u32) {
         self.bytes.extend([0; 4]);
         self.bytes.extend(index.to_ne_bytes());
@@ -235,7 +243,7 @@ impl NetlinkRequest {
     }
 }
 
-/// A netlink socket; it belongs to the network namespace in which it was opened.
+/// A netlink socket, which belongs to the network namespace in which it was opened.
 struct NetlinkSocket {
     fd: OwnedFd,
 }
@@ -253,7 +261,8 @@ impl NetlinkSocket {
         Ok(NetlinkSocket { fd })
     }
 
-    /// Sends a question, and shows every answer but the last, which is the outcome.
+    /// Sends a netlink request. Calls `answer` with the type and body of every reply, except the
+    /// last reply, which contains only the result.
     fn request(
         &self,
         mut request: NetlinkRequest,
@@ -305,7 +314,9 @@ impl NetlinkSocket {
         });
         match answered {
             Err(Errno::NODEV) => Ok(None),
-            result => result.doing(|| format!("look for {name}")).map(|()| index),
+            result => result
+                .doing(|| format!("look up the device {name}"))
+                .map(|()| index),
         }
     }
 
@@ -326,7 +337,7 @@ impl NetlinkSocket {
                 found.extend(InterfaceAddress::from_message(body, index));
             }
         })
-        .doing(|| "read its addresses")?;
+        .doing(|| "read the device's addresses")?;
         Ok(found)
     }
 }
@@ -340,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_checked_before_anything_is_moved() {
+    fn invalid_and_duplicate_names_are_refused() {
         assert_eq!(
             read(r#"{"eth1":{"name":"net0"},"eth2":{}}"#).unwrap().len(),
             2
@@ -357,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn only_permanent_global_addresses_go_along() {
+    fn only_permanent_global_addresses_are_kept() {
         let message = |flags: u8, scope: u8| {
             let mut body = vec![libc::AF_INET as u8, 24, flags, scope];
             body.extend(7i32.to_ne_bytes());

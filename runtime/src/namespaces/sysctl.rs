@@ -1,4 +1,4 @@
-//! `linux.sysctl`: kernel parameters of a container's own namespaces.
+//! `linux.sysctl`: the kernel parameters of a container's own namespaces.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use crate::error::{Context, Result, refuse};
 use crate::namespaces::Namespaces;
 use rrun_kernel::procfs::Procfs;
 
-/// Parameters of an IPC namespace; every other one under kernel. is the whole machine's.
+/// The parameters with the prefix `kernel.` that each IPC namespace has separately.
 const IPC: &[&str] = &[
     "kernel.msgmax",
     "kernel.msgmnb",
@@ -20,8 +20,9 @@ const IPC: &[&str] = &[
     "kernel.shm_rmid_forced",
 ];
 
-/// A name as a path below /proc/sys. Either separator may be used, says sysctl(8): the
-/// first one in the name is the separator, the other one then stands for itself.
+/// Converts the name of a kernel parameter to a path relative to /proc/sys. sysctl(8) allows a dot
+/// or a slash as the separator. The first dot or slash in the name is the separator. If the
+/// separator is a dot, a slash in the name represents a dot in a path component.
 fn path_of(name: &str) -> String {
     match name.find(['.', '/']) {
         Some(first) if name.as_bytes().get(first) == Some(&b'.') => name
@@ -36,13 +37,15 @@ fn path_of(name: &str) -> String {
     }
 }
 
+/// Checks that setting the parameters changes only the container's own namespaces.
+///
 /// # Errors
-/// A parameter that is not the container's own: setting it would change the host.
+/// Fails if setting a parameter would change the host.
 pub(crate) fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Result<()> {
     for name in sysctl.keys() {
         let path = path_of(name);
         if path.split('/').any(|part| part.is_empty() || part == "..") {
-            refuse!("linux.sysctl: {name} is no name of a parameter");
+            refuse!("linux.sysctl: {name} is not a valid name of a parameter");
         }
         let dotted = path.replace('/', ".");
         let owner = if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
@@ -52,19 +55,19 @@ pub(crate) fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces
         } else if dotted == "kernel.domainname" || dotted == "kernel.hostname" {
             Type::Uts
         } else {
-            refuse!("linux.sysctl: {name} is not a parameter of a namespace, but of the host");
+            refuse!("linux.sysctl: {name} is a parameter of the host, not of a namespace");
         };
         if !namespaces.own(owner) {
             refuse!(
-                "linux.sysctl: {name} would be set for the host, because the container has no {owner} namespace of its own"
+                "linux.sysctl: {name} would be set for the host, because the container does not have its own {owner} namespace"
             );
         }
     }
     Ok(())
 }
 
-/// Writes the parameters through the host's /proc, which nobody in the container has had a
-/// hand on; what is written belongs to the namespaces of the process that writes.
+/// Writes the parameters through the host's /proc, because the container could have manipulated its
+/// own /proc. The kernel applies each parameter to the namespaces of the process that writes it.
 pub(crate) fn apply(sysctl: &HashMap<String, String>) -> Result<()> {
     if sysctl.is_empty() {
         return Ok(());
@@ -94,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_namespace_of_the_container_owns_can_be_set() {
+    fn only_parameters_of_the_containers_own_namespaces_can_be_set() {
         assert!(validated("net.ipv4.ip_forward", &["network"]).is_ok());
         assert!(validated("net/ipv4/ip_forward", &["network"]).is_ok());
         assert!(validated("net.ipv4.ip_forward", &["ipc"]).is_err());
@@ -104,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dot_in_an_interfaces_name_is_kept_when_written_as_a_slash() {
+    fn a_slash_represents_a_dot_in_the_name_of_an_interface() {
         assert_eq!(
             path_of("net.ipv4.conf.eth0/1.mtu"),
             "net/ipv4/conf/eth0.1/mtu"

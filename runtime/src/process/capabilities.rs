@@ -12,7 +12,7 @@ use crate::error::{Context, Result, refuse};
 use crate::log;
 use rrun_kernel::capability::{self, name};
 
-/// Capability sets as bit masks, bit n being capability number n.
+/// The capability sets as bit masks. Bit n represents the capability with the number n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CapabilityMasks {
     bounding: u64,
@@ -24,36 +24,40 @@ pub(crate) struct CapabilityMasks {
 
 const SYS_ADMIN: u64 = 1 << 21;
 
-/// The bits of names. One that is unknown is left out and logged, as the
-/// specification has it (config.md, capabilities).
+/// Returns the bit mask of the capabilities with the given names. This function ignores and logs an
+/// unknown name, as the specification requires (config.md, capabilities).
 pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
     names.into_iter().fold(0, |mask, name| match bit(name) {
         Some(bit) => mask | bit,
         None => {
-            log::warning(&format!("capability {name} is unknown, and left out"));
+            log::warning(&format!("rrun ignores the unknown capability {name}"));
             mask
         }
     })
 }
 
-/// The bit of a name, with or without `CAP_`, in upper or lower case.
+/// Returns a mask that contains only the bit of the capability `name`. `name` can be in upper or
+/// lower case, with or without `CAP_`.
 fn bit(name: &str) -> Option<u64> {
     capability::parse(name).map(|capability| capability.bitmask())
 }
 
-/// The names of the capabilities in a mask, for a sentence.
+/// Returns the names of the capabilities in a mask, separated by commas, for an error or log
+/// sentence.
 fn names(mask: u64) -> String {
     capability::names(mask).collect::<Vec<_>>().join(", ")
 }
 
 impl CapabilityMasks {
-    /// Without what can not be had: names that are unknown, and ambient capabilities that are
-    /// not both permitted and inheritable. Each is logged.
+    /// Reads the capability sets from the configuration. This function ignores unknown names, and
+    /// ambient capabilities that are not both permitted and inheritable. This function logs each
+    /// capability that it ignores.
     pub(crate) fn from_spec(capabilities: &Capabilities) -> CapabilityMasks {
         let mut seen = BTreeSet::new();
         let mut mask = |names: &Option<Vec<String>>| {
             let names = names.iter().flatten().map(String::as_str);
-            // Usually in several of the sets: one line for each is enough.
+            // An unknown capability name usually occurs in several sets, but rrun logs the name
+            // only once.
             self::mask(names.filter(|name| bit(name).is_some() || seen.insert(name.to_string())))
         };
         let mut sets = CapabilityMasks {
@@ -66,7 +70,7 @@ impl CapabilityMasks {
         let excess = sets.ambient & !(sets.permitted & sets.inheritable);
         if excess != 0 {
             log::warning(&format!(
-                "process.capabilities.ambient: {} left out, not both in permitted and inheritable",
+                "process.capabilities.ambient: rrun ignores {}, because an ambient capability must also be permitted and inheritable",
                 names(excess)
             ));
             sets.ambient &= !excess;
@@ -74,10 +78,11 @@ impl CapabilityMasks {
         sets
     }
 
-    /// Whether the sets can be had together.
+    /// Checks that the effective set is a subset of the permitted set.
     ///
     /// # Errors
-    /// Effective capabilities that are not permitted, which the kernel would refuse.
+    /// Fails if an effective capability is not in the permitted set, because capset(2) refuses such
+    /// an effective set.
     pub(crate) fn validate(&self) -> Result<()> {
         let excess = self.effective & !self.permitted;
         if excess != 0 {
@@ -89,9 +94,11 @@ impl CapabilityMasks {
         Ok(())
     }
 
-    /// Adds capabilities, as `exec --cap` does: never to the inheritable ones, which would
-    /// go on to programs with capabilities of their file's own (CVE-2022-29162); and so to
-    /// the ambient ones only as far as the configuration made them inheritable.
+    /// Adds the capabilities in `mask` to the sets, for `exec --cap`. This function never adds a
+    /// capability to the inheritable set. Through the inheritable set, a program whose file has
+    /// capabilities could gain the added capabilities (CVE-2022-29162). Only an inheritable
+    /// capability can be ambient. So this function adds a capability to the ambient set only if the
+    /// configuration made the capability inheritable.
     pub(crate) fn add(&mut self, mask: u64) {
         self.bounding |= mask;
         self.effective |= mask;
@@ -99,9 +106,11 @@ impl CapabilityMasks {
         self.ambient |= mask & self.inheritable;
     }
 
-    /// Limits the bounding set of this process. Needs CAP_SETPCAP, so it comes first.
+    /// Drops from the calling process's bounding set every capability that is not in the
+    /// configuration's bounding set. Dropping a capability needs CAP_SETPCAP, so the process must
+    /// call this function before it gives up its capabilities.
     pub(crate) fn drop_bounding(&self) -> Result<()> {
-        // A number that this kernel does not have gives EINVAL: all were seen then.
+        // EINVAL means that the number is greater than the number of this kernel's last capability.
         for number in 0..64 {
             if self.bounding & (1 << number) != 0 {
                 continue;
@@ -119,12 +128,13 @@ impl CapabilityMasks {
         Ok(())
     }
 
-    /// Sets effective, permitted, inheritable and ambient set of this process. With
-    /// `until_execution` the process also keeps CAP_SYS_ADMIN, if it has that.
+    /// Sets the effective, the permitted, the inheritable and the ambient set of the calling
+    /// process. If `until_execution` is true, a process that has CAP_SYS_ADMIN keeps this
+    /// capability until execve(2).
     ///
-    /// The program does not get CAP_SYS_ADMIN from this: execve(2) computes the new sets from the
-    /// bounding, the inheritable and the ambient set alone, and it is added to none of these
-    /// ("Transformation of capabilities during execve()" in capabilities(7)).
+    /// The program does not get CAP_SYS_ADMIN. execve(2) computes the program's sets only from the
+    /// bounding, the inheritable and the ambient set. This function does not add CAP_SYS_ADMIN to
+    /// these three sets. See capabilities(7), "Transformation of capabilities during execve()".
     pub(crate) fn apply(&self, until_execution: bool) -> Result<()> {
         let with = |more: u64| CapabilitySets {
             effective: CapabilitySet::from_bits_retain(self.effective | more),
@@ -145,7 +155,7 @@ impl CapabilityMasks {
                 "set process.capabilities".to_owned()
             } else {
                 format!(
-                    "set process.capabilities.permitted, of which rrun itself lacks {}",
+                    "set process.capabilities.permitted (rrun itself lacks {})",
                     names(missing)
                 )
             }
@@ -164,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_the_kernels() {
+    fn capability_names_have_the_kernels_numbers() {
         assert_eq!(mask(["CAP_CHOWN"]), 1);
         assert_eq!(mask(["cap_net_raw", "SYS_ADMIN"]), 1 << 13 | 1 << 21);
         assert_eq!(mask(["CAP_CHECKPOINT_RESTORE"]), 1 << 40);
@@ -176,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_had_is_left_out() {
+    fn unknown_and_unusable_capabilities_are_ignored() {
         let sets = sets(
             r#"{"permitted":["CAP_FLY","CAP_KILL","CAP_CHOWN"],"inheritable":["CAP_CHOWN"],
                 "ambient":["CAP_KILL","CAP_CHOWN"]}"#,
@@ -186,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn an_effective_one_must_be_permitted() {
+    fn an_effective_capability_must_be_permitted() {
         let error = sets(r#"{"effective":["CAP_SYS_ADMIN"]}"#)
             .validate()
             .unwrap_err()

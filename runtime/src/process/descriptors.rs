@@ -1,13 +1,16 @@
-//! Open descriptors, kept out of the container (CVE-2024-21626).
+//! The descriptors that rrun inherits from its caller, and how rrun keeps them out of the container
+//! (CVE-2024-21626).
 //!
-//! A descriptor of the host that is open in a process on its way into a container has a name
-//! there: /proc/self/fd/N. The kernel resolves that name in `process.cwd`, in `process.args` and
-//! in every symbolic link of the image, long before execve(2) closes anything. Close-on-exec is
-//! therefore not enough: rrun closes every descriptor that the program must not have before it
-//! resolves the first path of the container.
+//! Suppose that a process enters a container with an open descriptor of a file on the host. The
+//! path /proc/self/fd/N in the container then leads to that file. The fields `process.cwd` and
+//! `process.args` and the symbolic links of the image can contain this path. The kernel resolves
+//! the path long before execve(2) closes any descriptor, so close-on-exec is not enough. Before
+//! rrun resolves the first path in the container, it therefore closes every descriptor that the
+//! program must not have.
 //!
-//! A descriptor that rrun inherited through execve(2) is not marked close-on-exec, and rrun marks
-//! all of its own. rrun lists the inherited ones at its start, before it opens a file.
+//! rrun opens all its own descriptors close-on-exec. The descriptors that rrun inherited through
+//! execve(2) are not marked close-on-exec. rrun lists the inherited descriptors at its start,
+//! before it opens any file.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -18,26 +21,29 @@ use crate::sys::syscalls;
 
 const OPEN_DESCRIPTORS: &str = "/proc/self/fd";
 
-/// Standard input, output and error.
+/// The lowest descriptor number after standard input, output and error.
 const FIRST_INHERITED: u32 = 3;
 
-/// The descriptors of rrun's caller that the program gets beside the standard three, and those
-/// that it must not get.
+/// The descriptors that rrun inherited from its caller, from 3 upwards. The program gets the first
+/// `listen + preserve` descriptors, and must not get the others.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Descriptors {
-    /// How many sockets LISTEN_FDS announces.
+    /// The number of sockets that the variable LISTEN_FDS announces (sd_listen_fds(3)).
     pub(crate) listen: u32,
-    /// How many further descriptors --preserve-fds requests.
+    /// The number of additional descriptors that the program gets (the value of --preserve-fds).
     preserve: u32,
-    /// All other descriptors that the caller left open, in ascending order.
+    /// The inherited descriptors that the program must not get, in ascending order.
     leaked: Vec<u32>,
 }
 
-/// The descriptors, other than the standard three, that rrun's caller left open, in ascending
-/// order. Must be called before rrun opens a file of its own.
+/// Returns the numbers of the descriptors that rrun's caller left open, from 3 upwards in ascending
+/// order. rrun must call this function before it opens any file. Otherwise, the list would contain
+/// the descriptor of that file.
 pub(crate) fn inherited() -> Result<Vec<u32>> {
-    let doing = || format!("look at the open descriptors in {OPEN_DESCRIPTORS}");
-    // Since Linux 6.2 the size is the number of open descriptors; before, it is 0.
+    let doing = || format!("list the open descriptors in {OPEN_DESCRIPTORS}");
+    // Since Linux 6.2, the size of the directory /proc/self/fd is the number of open descriptors,
+    // and a size of 3 means that rrun inherited only the standard descriptors. On older kernels,
+    // the size of the directory is 0.
     let size = rustix::fs::stat(OPEN_DESCRIPTORS).doing(doing)?.st_size;
     if size == i64::from(FIRST_INHERITED) {
         return Ok(Vec::new());
@@ -61,18 +67,19 @@ pub(crate) fn inherited() -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Marks every inherited descriptor close-on-exec, so that hooks do not get it.
+/// Marks every inherited descriptor close-on-exec, so that hooks do not inherit these descriptors.
 pub(crate) fn keep_from_hooks() -> Result<()> {
     syscalls::close_range_cloexec(FIRST_INHERITED).doing(|| "mark descriptors close-on-exec")
 }
 
 impl Descriptors {
-    /// Separates the [`inherited`] descriptors that the program gets from the leaked ones. Hooks
-    /// on the host get neither.
+    /// Divides the descriptors that rrun inherited into two groups: the descriptors that the
+    /// program gets, and the descriptors that rrun's caller leaked. `inherited` contains the
+    /// numbers of all inherited descriptors. Hooks on the host get no inherited descriptor.
     ///
     /// # Errors
-    /// A descriptor that the program should get is not open: a descriptor of rrun's own could
-    /// take its number.
+    /// Fails if a descriptor that the program should get is not open. Without this check, rrun
+    /// could later open a file with this descriptor number, and the program would get rrun's file.
     pub(crate) fn new(listen: u32, preserve: u32, mut inherited: Vec<u32>) -> Result<Descriptors> {
         let mut descriptors = Descriptors {
             listen,
@@ -84,7 +91,7 @@ impl Descriptors {
             (FIRST_INHERITED..first).find(|number| inherited.binary_search(number).is_err());
         if let Some(number) = missing {
             refuse!(
-                "descriptor {number} can not be preserved (--preserve-fds, LISTEN_FDS): it is not open"
+                "descriptor {number} cannot be preserved (--preserve-fds, LISTEN_FDS): it is not open"
             );
         }
         if !inherited.is_empty() {
@@ -95,20 +102,21 @@ impl Descriptors {
         Ok(descriptors)
     }
 
-    /// The first number that the program does not get.
+    /// Returns the lowest descriptor number that the program does not get.
     fn first_closed(&self) -> u32 {
         FIRST_INHERITED
             .saturating_add(self.listen)
             .saturating_add(self.preserve)
     }
 
-    /// Closes what the caller leaked. A new process must do this first, because other processes of
-    /// the container may see it as soon as it exists.
+    /// Closes the descriptors that rrun's caller leaked. A new process must call this function
+    /// first. As soon as the new process exists, the container's other processes can reach its
+    /// descriptors through /proc/PID/fd.
     pub(crate) fn close_leaked(&self) -> Result<()> {
         let adjacent = |a: &u32, b: &u32| b.checked_sub(1) == Some(*a);
         for range in self.leaked.chunk_by(adjacent) {
             if let (Some(first), Some(last)) = (range.first(), range.last()) {
-                // SAFETY: rrun inherited these, so that nothing in this program owns them.
+                // SAFETY: rrun inherited these descriptors, so no value in this program owns them.
                 unsafe { syscalls::close_range(*first, *last) }
                     .doing(|| "close the descriptors that rrun's caller leaked")?;
             }
@@ -116,11 +124,13 @@ impl Descriptors {
         Ok(())
     }
 
-    /// Closes all descriptors but the standard three, those that the program gets, and `kept`,
-    /// which execve(2) will close. Afterwards no file of the host is open in this process.
+    /// Closes the calling process's descriptors. The exceptions are standard input, output and
+    /// error, the descriptors that the program gets, and the descriptors in `kept`. execve(2) will
+    /// close the descriptors in `kept`. After this call, the calling process has no other file of
+    /// the host open.
     ///
     /// # Safety
-    /// Nothing that owns another descriptor may be used or dropped afterwards.
+    /// After this call, the caller must neither use nor drop a value that owns a closed descriptor.
     pub(crate) unsafe fn close_all_but(&self, kept: &[BorrowedFd<'_>]) -> Result<()> {
         let doing = || "close the descriptors that the container must not have";
         for number in FIRST_INHERITED..self.first_closed() {
@@ -134,12 +144,14 @@ impl Descriptors {
         let mut next = self.first_closed();
         for number in kept {
             if next < number {
-                // SAFETY: the caller guarantees that the owners are not used any more.
+                // SAFETY: the caller guarantees that no value that owns one of these descriptors
+                // is used any more.
                 unsafe { syscalls::close_range(next, number - 1) }.doing(doing)?;
             }
             next = number.saturating_add(1);
         }
-        // SAFETY: as above.
+        // SAFETY: the caller guarantees that no value that owns one of these descriptors is used
+        // any more.
         unsafe { syscalls::close_range(next, u32::MAX) }.doing(doing)
     }
 }

@@ -1,4 +1,5 @@
-//! `process.env`: checked, and completed by what only the container's root can tell.
+//! The environment of a process (`process.env`). This module checks the variables, and adds the
+//! variables that rrun can determine only in the container's root, such as HOME.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -8,19 +9,23 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use crate::error::{Error, Result, refuse};
 use rrun_kernel::regular_file;
 
-/// The most of a container's /etc/passwd that is read; it is the container's to write.
+/// The maximum number of bytes that rrun reads from a container's /etc/passwd. The container
+/// controls this file, so the file can have any size.
 const PASSWD_BYTES_MAX: u64 = 4 << 20;
 
+/// Checks the entries of an environment.
+///
 /// # Errors
-/// An entry that is no `NAME=value`, by its place.
+/// Fails if an entry does not have the form `NAME=value`, or if it contains NUL. The error contains
+/// the index of the entry in `process.env`.
 pub(crate) fn from_spec(env: &[String]) -> Result<Vec<CString>> {
     env.iter()
         .enumerate()
         .map(|(index, entry)| {
             match entry.split_once('=') {
-                None => refuse!("process.env[{index}]: {entry:?} has no ="),
+                None => refuse!("process.env[{index}]: {entry:?} has no = sign"),
                 Some(("", _)) => {
-                    refuse!("process.env[{index}]: {entry:?} has no name before the =")
+                    refuse!("process.env[{index}]: {entry:?} has no name before the = sign")
                 }
                 Some(_) => {}
             }
@@ -30,10 +35,14 @@ pub(crate) fn from_spec(env: &[String]) -> Result<Vec<CString>> {
         .collect()
 }
 
-/// Adds HOME from /etc/passwd of the current root, if the environment does not set it. Without
-/// /proc that file cannot be opened safely, and HOME is /. Announces preserved sockets as systemd
-/// does. If a name occurs twice, only the last entry stays: programs use the first that they find,
-/// and `exec --env` appends.
+/// Completes an environment. If the environment does not set HOME, this function adds HOME with the
+/// value from /etc/passwd in the current root. If /proc is not mounted in the container, rrun
+/// cannot open /etc/passwd safely, and sets HOME to /.
+///
+/// If `listen_fds` is not 0, this function adds LISTEN_FDS and LISTEN_PID, as systemd does for the
+/// sockets that it passes to a program. If a variable occurs several times, this function keeps
+/// only the last entry. `exec --env` appends entries, but programs use the first entry of a
+/// variable.
 pub(crate) fn complete(env: &mut Vec<CString>, uid: u32, listen_fds: u32) {
     let has_home = env
         .iter()
@@ -73,8 +82,10 @@ fn keep_last(env: &mut Vec<CString>) {
 
 fn home_of_user(uid: u32) -> Option<String> {
     use std::io::Read as _;
-    // The container controls the file, and by now also /proc, which `Procfs::open` checks. Without
-    // a /proc nothing is opened.
+    // The container controls /etc/passwd, so this path can lead to any type of file.
+    // `regular_file::reopen` opens the file only if it is a regular file. `reopen` opens the file
+    // through /proc. The container also controls /proc, so `Procfs::open` checks that /proc is a
+    // real procfs. Without /proc, `reopen` fails, and HOME becomes `/`.
     let found = rustix::fs::openat2(
         CWD,
         "/etc/passwd",
@@ -107,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn home_comes_from_the_line_with_the_uid() {
+    fn home_is_read_from_the_passwd_line_with_the_users_id() {
         let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\n";
         assert_eq!(home_in_passwd(passwd, 33).as_deref(), Some("/var/www"));
         assert_eq!(home_in_passwd(passwd, 0).as_deref(), Some("/root"));
@@ -115,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_name_the_last_value_stays() {
+    fn the_last_value_of_a_variable_is_kept() {
         let given = ["A=1", "PATH=/a", "AB=1", "A=2", "HOME=/h", "PATH=/b", "A="];
         let mut env = from_spec(&strings(&given)).unwrap();
         complete(&mut env, 0, 0);
@@ -124,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_and_value_is_refused_by_its_place() {
+    fn an_error_names_the_position_of_a_malformed_entry() {
         for entry in ["NAME", "", "=value", "A=\0"] {
             let error = from_spec(&strings(&["A=b", entry])).unwrap_err();
             assert!(error.to_string().contains("process.env[1]"), "{error}");

@@ -1,5 +1,5 @@
-//! What the kernel's security modules are told of a process: its AppArmor profile and its
-//! SELinux label. See Documentation/userspace-api/lsm.rst, proc_pid_attr(5).
+//! The labels of a process for the kernel's security modules (LSMs): its AppArmor profile and its
+//! SELinux label. See proc_pid_attr(5) and Documentation/userspace-api/lsm.rst in the kernel tree.
 
 use std::os::fd::OwnedFd;
 
@@ -9,22 +9,22 @@ use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
 use rrun_kernel::procfs::Procfs;
 
-/// linux/magic.h
+/// `SELINUX_MAGIC` in linux/magic.h.
 const SELINUX_MAGIC: u64 = 0xf97c_ff8c;
 const SELINUX_MOUNT: &str = "/sys/fs/selinux";
 const APPARMOR_ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 
-/// Profile and label that a process is to be executed with.
+/// The AppArmor profile and the SELinux label of the program that a process executes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Labels {
     apparmor: Option<String>,
     selinux: Option<String>,
 }
 
-/// The files of /proc through which a process tells the kernel of its own, open.
+/// The open files in /proc/self/attr to which a process writes its own labels.
 ///
-/// They are opened while /proc is the host's: what a container has there may be anything
-/// (CVE-2019-16884), or nothing.
+/// rrun opens these files in the host's /proc, because the /proc in the container can be a fake
+/// (CVE-2019-16884) or can be missing.
 #[derive(Default)]
 pub(crate) struct OpenLabels {
     apparmor: Option<(OwnedFd, String)>,
@@ -41,19 +41,22 @@ fn non_empty(text: Option<&String>) -> Option<String> {
     text.filter(|text| !text.is_empty()).cloned()
 }
 
-/// Whether the kernel enforces AppArmor profiles.
+/// Returns whether AppArmor is enabled in the kernel.
 fn has_apparmor() -> bool {
     std::fs::read(APPARMOR_ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
 }
 
-/// Whether the kernel enforces SELinux labels.
+/// Returns whether SELinux is enabled in the kernel.
 pub(crate) fn has_selinux() -> bool {
     rustix::fs::statfs(SELINUX_MOUNT).is_ok_and(|fs| fs.f_type as u64 == SELINUX_MAGIC)
 }
 
 impl Labels {
+    /// Reads the labels from the configuration of a process.
+    ///
     /// # Errors
-    /// What the kernel does not have, by its field.
+    /// Fails if a label is malformed, or if the label's security module is not enabled in the
+    /// kernel. The error names the invalid field.
     pub(crate) fn from_spec(process: &spec::ProcessSpec) -> Result<Labels> {
         let labels = Labels {
             apparmor: non_empty(process.apparmor_profile.as_ref()),
@@ -61,28 +64,31 @@ impl Labels {
         };
         if let Some(profile) = &labels.apparmor {
             if profile.contains(['\0', '\n']) {
-                refuse!("process.apparmorProfile: {profile:?} is no name of a profile");
+                refuse!(
+                    "process.apparmorProfile: {profile:?} is not a valid name of an AppArmor profile"
+                );
             }
             if !has_apparmor() {
                 refuse!(
-                    "process.apparmorProfile: {profile} can not be had, AppArmor is not enabled in this kernel"
+                    "process.apparmorProfile: {profile} cannot be used, because AppArmor is not enabled in this kernel"
                 );
             }
         }
         if let Some(label) = &labels.selinux {
             if label.contains(['\0', '\n']) {
-                refuse!("process.selinuxLabel: {label:?} is no label");
+                refuse!("process.selinuxLabel: {label:?} is not a valid SELinux label");
             }
             if !has_selinux() {
                 refuse!(
-                    "process.selinuxLabel: {label} can not be had, SELinux is not enabled in this kernel"
+                    "process.selinuxLabel: {label} cannot be used, because SELinux is not enabled in this kernel"
                 );
             }
         }
         Ok(labels)
     }
 
-    /// Opens what [`OpenLabels::apply`] will write to, in the host's /proc.
+    /// Opens the files in /proc/self/attr of the host's procfs. [`OpenLabels::apply`] sets the
+    /// labels by writing to these files.
     pub(crate) fn open(&self) -> Result<OpenLabels> {
         if *self == Labels::default() {
             return Ok(OpenLabels::default());
@@ -93,7 +99,8 @@ impl Labels {
             .apparmor
             .as_ref()
             .map(|profile| {
-                // Of its own since Linux 5.8; before, shared with the other modules.
+                // Since Linux 5.8, AppArmor has its own file, /proc/self/attr/apparmor/exec. On
+                // older kernels, all security modules share the file /proc/self/attr/exec.
                 let file = match attr("apparmor/exec") {
                     Err(Errno::NOENT) => attr("exec"),
                     result => result,
@@ -119,14 +126,15 @@ impl Labels {
 }
 
 impl OpenLabels {
-    /// Has a session keyring that is made next belong to the label, if there is one.
+    /// Calls `make`, which creates a session keyring. If the configuration specifies an SELinux
+    /// label, the new keyring gets this label.
     pub(crate) fn label_keyring<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(selinux) = &self.selinux else {
             return make();
         };
         let doing = || {
             format!(
-                "label the session keyring as process.selinuxLabel says, {}",
+                "label the session keyring with process.selinuxLabel {}",
                 selinux.label
             )
         };
@@ -136,7 +144,8 @@ impl OpenLabels {
         made
     }
 
-    /// Has the program that this process executes run with profile and label.
+    /// Sets the AppArmor profile and the SELinux label of the program that the calling process will
+    /// execute.
     pub(crate) fn apply(&self) -> Result<()> {
         if let Some((file, profile)) = &self.apparmor {
             let request = format!("exec {profile}");

@@ -1,12 +1,13 @@
-//! `linux.memoryPolicy`: from which NUMA nodes a process gets its memory. See
-//! set_mempolicy(2); what is set is kept over execve(2) and inherited.
+//! The NUMA nodes from which a process gets its memory (`linux.memoryPolicy`). See
+//! set_mempolicy(2). execve(2) preserves this memory policy, and child processes inherit the
+//! policy.
 
 use crate::config::spec;
 use crate::error::{Context, Result, refuse};
 use crate::sys::number_list::NumberSet;
 use crate::sys::syscalls;
 
-/// linux/mempolicy.h
+/// The modes from linux/mempolicy.h.
 pub(crate) const MODES: [(&str, u32); 7] = [
     ("MPOL_DEFAULT", 0),
     ("MPOL_PREFERRED", 1),
@@ -17,14 +18,14 @@ pub(crate) const MODES: [(&str, u32); 7] = [
     ("MPOL_WEIGHTED_INTERLEAVE", 6),
 ];
 
-/// linux/mempolicy.h
+/// The mode flags from linux/mempolicy.h.
 pub(crate) const FLAGS: [(&str, u32); 3] = [
     ("MPOL_F_NUMA_BALANCING", 1 << 13),
     ("MPOL_F_RELATIVE_NODES", 1 << 14),
     ("MPOL_F_STATIC_NODES", 1 << 15),
 ];
 
-/// Mode with flags, and nodes, as the system call wants them.
+/// A memory policy in the form that set_mempolicy(2) needs. `mode` also contains the mode flags.
 #[derive(Clone, Debug)]
 pub(crate) struct MemoryPolicy {
     name: &'static str,
@@ -33,8 +34,12 @@ pub(crate) struct MemoryPolicy {
 }
 
 impl MemoryPolicy {
+    /// Reads the memory policy from the configuration.
+    ///
     /// # Errors
-    /// Names that mean nothing, nodes that contradict the mode, by their field.
+    /// Fails if the mode or a flag is unknown. Also fails if the mode requires nodes but none are
+    /// given, or if nodes are given but the mode allows no nodes. The error names the invalid
+    /// field.
     pub(crate) fn from_spec(policy: &spec::MemoryPolicySpec) -> Result<MemoryPolicy> {
         let field = "linux.memoryPolicy";
         let Some((name, mode)) = MODES.iter().find(|(name, _)| *name == policy.mode) else {
@@ -51,15 +56,15 @@ impl MemoryPolicy {
             .map_err(|error| error.while_doing(format!("{field}.nodes")))?;
         match (*name, &nodes) {
             ("MPOL_DEFAULT" | "MPOL_LOCAL", Some(_)) => {
-                refuse!("{field}.nodes: {name} takes none")
+                refuse!("{field}.nodes: {name} does not allow nodes")
             }
             ("MPOL_DEFAULT" | "MPOL_LOCAL" | "MPOL_PREFERRED", _) | (_, Some(_)) => {}
-            (_, None) => refuse!("{field}.nodes: {name} needs at least one"),
+            (_, None) => refuse!("{field}.nodes: {name} needs at least one node"),
         }
         Ok(MemoryPolicy { name, mode, nodes })
     }
 
-    /// Sets the policy of this process.
+    /// Sets the memory policy of the calling process.
     pub(crate) fn apply(&self) -> Result<()> {
         syscalls::set_mempolicy(self.mode, self.nodes.as_ref())
             .doing(|| format!("set linux.memoryPolicy to {}", self.name))
@@ -75,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn modes_and_nodes_must_agree() {
+    fn an_error_names_an_unknown_mode_or_flag_and_nodes_that_contradict_the_mode() {
         for (json, field) in [
             (r#"{"mode":"MPOL_BIND","nodes":""}"#, "nodes"),
             (r#"{"mode":"MPOL_LOCAL","nodes":"0"}"#, "nodes"),

@@ -1,5 +1,5 @@
-//! The process that a configuration asks for: its arguments, environment, user, limits.
-//! One of these is a container's first process, others enter by `exec`.
+//! The process that a configuration specifies: its arguments, environment, user and limits. The
+//! process is a container's first process or a process that `exec` creates.
 
 pub(crate) mod capabilities;
 pub(crate) mod descriptors;
@@ -27,10 +27,10 @@ use crate::sys::syscalls;
 use rrun_kernel::errno;
 use rrun_kernel::procfs::Procfs;
 
-/// Where programs are looked for when the environment has no PATH.
+/// The directories in which rrun searches for a program if the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// `RLIMIT_*` number, soft and hard limit.
+/// A resource limit: its name, its `RLIMIT_*` number, its soft value and its hard value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rlimit {
     name: &'static str,
@@ -39,20 +39,20 @@ struct Rlimit {
     hard: u64,
 }
 
-/// A process to be, checked and in the form that the system calls want.
+/// The checked parameters of a process, in the form that the system calls need.
 #[derive(Clone, Debug)]
 pub(crate) struct Process {
     pub(crate) args: Vec<CString>,
     pub(crate) env: Vec<CString>,
     pub(crate) cwd: PathBuf,
     pub(crate) terminal: bool,
-    /// Rows and columns of the terminal, if they are asked for.
+    /// The rows and the columns of the terminal, if the configuration specifies them.
     pub(crate) console_size: Option<(u16, u16)>,
     pub(crate) uid: u32,
     gid: u32,
     groups: Vec<u32>,
     pub(crate) umask: Option<u32>,
-    /// None at all if the configuration says nothing about them.
+    /// The capability sets, which are empty if the configuration does not specify them.
     pub(crate) capabilities: CapabilityMasks,
     pub(crate) no_new_privileges: bool,
     pub(crate) oom_score_adj: Option<i32>,
@@ -64,8 +64,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Checks the process that a configuration specifies.
+    ///
     /// # Errors
-    /// What is missing, contradictory or not supported, by the name of its field.
+    /// Fails if a field is missing, contradictory or not supported. The error names the invalid
+    /// field.
     pub(crate) fn from_spec(spec: &ProcessSpec) -> Result<Process> {
         let args = args(spec)?;
         if !spec.cwd.is_absolute() {
@@ -76,7 +79,7 @@ impl Process {
         }
         let user = &spec.user;
         if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
-            refuse!("process.user.umask: {umask:o} is not a file mode");
+            refuse!("process.user.umask: {umask:o} is greater than 777");
         }
         let capabilities = spec
             .capabilities
@@ -90,9 +93,9 @@ impl Process {
         {
             refuse!("process.oomScoreAdj: {adj} is not between -1000 and 1000");
         }
-        let size = |wanted: u64| {
-            u16::try_from(wanted)
-                .map_err(|_| Error::new(format!("process.consoleSize: {wanted} is too large")))
+        let size = |size: u64| {
+            u16::try_from(size)
+                .map_err(|_| Error::new(format!("process.consoleSize: {size} is too large")))
         };
         Ok(Process {
             args,
@@ -118,7 +121,8 @@ impl Process {
         })
     }
 
-    /// Takes on what the container has for all of its processes.
+    /// Stores the personality and the memory policy, which the configuration specifies for all
+    /// processes of a container.
     pub(crate) fn inherit(
         &mut self,
         personality: Option<&spec::PersonalitySpec>,
@@ -129,7 +133,8 @@ impl Process {
         Ok(())
     }
 
-    /// Sets what needs no privilege and must be set by the process itself.
+    /// Sets the personality and the memory policy of the calling process. A process can set these
+    /// two values only for itself, and needs no privilege to set them.
     pub(crate) fn apply_inherited(&self) -> Result<()> {
         if let Some(personality) = self.personality {
             personality.apply()?;
@@ -140,7 +145,8 @@ impl Process {
         }
     }
 
-    /// Sets the resource limits and the scheduling of `pid`, 0 being this process.
+    /// Sets the resource limits and the scheduling of process `pid`. A `pid` of 0 means the calling
+    /// process.
     pub(crate) fn apply_limits(&self, pid: i32) -> Result<()> {
         self.scheduling.apply(pid)?;
         for limit in &self.rlimits {
@@ -154,11 +160,12 @@ impl Process {
         Ok(())
     }
 
-    /// Sets the OOM score adjustment of a process, by its id or `self`.
+    /// Sets the OOM score adjustment of a process. `process` is a process id or `self`.
     ///
-    /// The kernel refuses without CAP_SYS_RESOURCE only what is lower than the lowest that
-    /// was set before; such a refusal is an error, for it would make the process a likelier
-    /// victim than was asked for.
+    /// A process without CAP_SYS_RESOURCE can lower this adjustment, but only to the last value
+    /// that a process with CAP_SYS_RESOURCE set. If the kernel refuses the value, rrun reports an
+    /// error. Otherwise, the OOM killer could kill the process earlier than the configuration
+    /// specifies.
     pub(crate) fn apply_oom_score_adj(&self, process: &str) -> Result<()> {
         let Some(adj) = self.oom_score_adj else {
             return Ok(());
@@ -168,14 +175,15 @@ impl Process {
             .doing(|| format!("set process.oomScoreAdj to {adj}"))
     }
 
-    /// Takes on group and user ids and capabilities, for good. Afterwards nothing privileged is
-    /// possible, except to load a filter, for which `until_execution` keeps CAP_SYS_ADMIN.
+    /// Permanently sets the group ids, the user ids and the capabilities of the calling process. If
+    /// `until_execution` is true, the process keeps CAP_SYS_ADMIN until it executes its program.
+    /// The process needs CAP_SYS_ADMIN to load a seccomp filter.
     pub(crate) fn become_user(&self, until_execution: bool) -> Result<()> {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {
-            // A user namespace may forbid setgroups; then none can be had, which is only
-            // wrong if some are asked for.
+            // EPERM means that the user namespace forbids setgroups(2). rrun ignores this error if
+            // the configuration requests no additional groups.
             Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
             result => {
                 result.doing(|| format!("set process.user.additionalGids to {:?}", self.groups))?
@@ -183,24 +191,25 @@ impl Process {
         }
         let (gid, uid) = (Gid::from_raw(self.gid), Uid::from_raw(self.uid));
         rustix::thread::set_thread_res_gid(gid, gid, gid)
-            .doing(|| format!("become process.user.gid {}", self.gid))?;
+            .doing(|| format!("change the group id to process.user.gid {}", self.gid))?;
         if self.uid != 0 {
             rustix::thread::set_keep_capabilities(true)
-                .doing(|| "keep capabilities over the change of user")?;
+                .doing(|| "keep the capabilities when the user id changes (PR_SET_KEEPCAPS)")?;
         }
         rustix::thread::set_thread_res_uid(uid, uid, uid)
-            .doing(|| format!("become process.user.uid {}", self.uid))?;
+            .doing(|| format!("change the user id to process.user.uid {}", self.uid))?;
         self.capabilities.apply(until_execution)
     }
 
-    /// Finds the program that `args[0]` names, in the current root, with the PATH of the
-    /// process's own environment.
+    /// Returns the path of the program that `args[0]` names. If `args[0]` contains no slash, this
+    /// function searches the directories in the process's PATH, in the current root.
     ///
     /// # Errors
-    /// In runc's words, which its callers look for.
+    /// Fails if the program does not exist or cannot be executed. The error has runc's text,
+    /// because rrun's callers recognise the error by this text.
     pub(crate) fn find_program(&self) -> Result<CString> {
         let Some(name) = self.args.first() else {
-            refuse!("process.args: must have at least the program to run");
+            refuse!("process.args: must contain at least the program to execute");
         };
         let shown = name.to_string_lossy();
         if name.as_bytes().contains(&b'/') {
@@ -216,7 +225,7 @@ impl Process {
             .unwrap_or(DEFAULT_PATH);
         let mut refused = None;
         for directory in path.split(':') {
-            // An empty element means the working directory.
+            // An empty element of PATH means the working directory.
             let directory = if directory.is_empty() { "." } else { directory };
             let Ok(candidate) = CString::new(format!("{directory}/{shown}")) else {
                 continue;
@@ -235,8 +244,8 @@ impl Process {
         })
     }
 
-    /// Makes standard input, output and error belong to the process's user, so that it can
-    /// open them again through /dev/stdout.
+    /// Makes the process's user the owner of standard input, output and error. Then the process can
+    /// open these streams again through paths such as /dev/stdout.
     pub(crate) fn chown_stdio(&self) {
         if self.uid == 0 {
             return;
@@ -251,8 +260,8 @@ impl Process {
             };
             let is_null = stat.st_rdev == rustix::fs::makedev(1, 3);
             if !is_null && stat.st_uid != self.uid {
-                // A file system that does not allow it (read-only, foreign ids) is no
-                // reason to refuse the process.
+                // A failure of fchown(2) is ignored, because the stream's file system can be
+                // read-only or can lack a mapping for the user id.
                 let _ = rustix::fs::fchown(fd, Some(Uid::from_raw(self.uid)), None);
             }
         }
@@ -266,16 +275,17 @@ fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
         .flatten()
         .map(|text| {
             CString::new(text.as_str())
-                .map_err(|_| Error::new("process.args: a value contains NUL"))
+                .map_err(|_| Error::new("process.args: an argument contains NUL"))
         })
         .collect::<Result<Vec<CString>>>()?;
     if args.is_empty() {
-        refuse!("process.args: must have at least the program to run");
+        refuse!("process.args: must contain at least the program to execute");
     }
     Ok(args)
 }
 
-/// Why a program can not be executed, in runc's words with the kernel's name beside them.
+/// Returns the error for a program that cannot be executed. The error consists of runc's text and
+/// the name of the errno.
 fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
     use rustix::io::Errno;
     Error::new(match errno {
@@ -289,21 +299,23 @@ fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
     })
 }
 
-/// The error of an execve(2) that failed although [`Process::find_program`] found the program.
+/// Returns the error for an execve(2) that failed although [`Process::find_program`] found the
+/// program.
 pub(crate) fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
     use rustix::io::Errno;
     match errno {
         Errno::NOENT => Error::new(format!(
-            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that it names is missing in the container"
+            "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that the program names is missing in the container"
         )),
         errno if filtered && !matches!(errno, Errno::ACCESS | Errno::NOEXEC) => {
-            no_program(path, errno).while_doing("execve, which linux.seccomp may forbid")
+            no_program(path, errno).while_doing("execve, which linux.seccomp possibly forbids")
         }
         errno => no_program(path, errno),
     }
 }
 
-/// Whether the file can be executed by this process, as far as can be told before.
+/// Checks whether the calling process has permission to execute the file at `path`. A later
+/// execve(2) can still fail for other reasons.
 fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
     use rustix::io::Errno;
     let stat = rustix::fs::stat(path)?;
@@ -315,7 +327,8 @@ fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
     rustix::fs::accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
 }
 
-/// Name and number; C libraries differ in the numbers' type.
+/// The name and the number of each resource limit. The numbers are converted to i64, because the
+/// type of these constants differs between C libraries.
 const RLIMITS: [(&str, i64); 16] = [
     ("RLIMIT_CPU", libc::RLIMIT_CPU as i64),
     ("RLIMIT_FSIZE", libc::RLIMIT_FSIZE as i64),
@@ -339,14 +352,17 @@ fn rlimits(spec: &ProcessSpec) -> Result<Vec<Rlimit>> {
     let mut limits: Vec<Rlimit> = Vec::new();
     for limit in spec.rlimits.iter().flatten() {
         let Some((name, resource)) = RLIMITS.iter().find(|(name, _)| *name == limit.typ) else {
-            refuse!("process.rlimits: {} is no resource limit", limit.typ);
+            refuse!(
+                "process.rlimits: {} is not the name of a resource limit",
+                limit.typ
+            );
         };
         if limits.iter().any(|other| other.name == *name) {
-            refuse!("process.rlimits: {name} is there twice");
+            refuse!("process.rlimits: {name} is listed twice");
         }
         if limit.soft > limit.hard {
             refuse!(
-                "process.rlimits: {name} has a soft limit ({}) above its hard one ({})",
+                "process.rlimits: the soft limit of {name} ({}) is greater than its hard limit ({})",
                 limit.soft,
                 limit.hard
             );
@@ -361,28 +377,29 @@ fn rlimits(spec: &ProcessSpec) -> Result<Vec<Rlimit>> {
     Ok(limits)
 }
 
-/// Enters the working directory, in the current root.
+/// Enters the process's working directory in the current root.
 ///
 /// # Errors
-/// Also if the directory lies outside the root. Links in /proc lead to the root, the working
-/// directory and the descriptors of a process, and the container may see processes of the host
-/// there (CVE-2024-21626).
+/// Fails if the process cannot enter the directory, or if the directory is outside the root. The
+/// container's /proc can contain processes of the host. So a path can leave the root through the
+/// links /proc/PID/root, /proc/PID/cwd and /proc/PID/fd/N (CVE-2024-21626).
 pub(crate) fn enter_cwd(cwd: &Path) -> Result<()> {
     rustix::process::chdir(cwd).doing(|| format!("enter process.cwd {}", cwd.display()))?;
     let current = rustix::process::getcwd(Vec::new())
-        .doing(|| format!("ask where process.cwd {} is", cwd.display()))?;
+        .doing(|| format!("resolve process.cwd {} (getcwd)", cwd.display()))?;
     if current.as_bytes().first() != Some(&b'/') {
         refuse!(
-            "enter process.cwd {}: it lies outside the container",
+            "enter process.cwd {}: the directory is outside the container",
             cwd.display()
         );
     }
     Ok(())
 }
 
-/// Makes the missing working directory in the current root, and enters it. Follows no link in /proc
-/// that leads into a process: this process has more rights than the program, and could make
-/// directories on the host.
+/// Creates the missing working directory in the current root, and enters the directory. This
+/// function does not follow links such as /proc/PID/root. Through such links, the calling process
+/// could create directories on the host. The calling process still has more privileges than the
+/// program.
 pub(crate) fn make_cwd(cwd: &Path) -> Result<()> {
     let root = rustix::fs::open(
         "/",
@@ -392,7 +409,7 @@ pub(crate) fn make_cwd(cwd: &Path) -> Result<()> {
     .doing(|| "open the container's root")?;
     let made = Rootfs::new(root)
         .make_working_directory(cwd)
-        .map_err(|error| error.while_doing(format!("make process.cwd {}", cwd.display())))?;
+        .map_err(|error| error.while_doing(format!("create process.cwd {}", cwd.display())))?;
     enter_cwd(&made)
 }
 
@@ -405,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_not_to_be_had_is_named() {
+    fn errors_name_missing_and_invalid_fields() {
         for (json, field) in [
             (r#"{"user":{"uid":0,"gid":0},"cwd":"/"}"#, "process.args"),
             (

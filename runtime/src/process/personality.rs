@@ -1,4 +1,5 @@
-//! `linux.personality`: which Linux the kernel pretends to be. See personality(2).
+//! The variant of Linux that the kernel emulates for a process (`linux.personality`). See
+//! personality(2).
 
 use crate::config::spec;
 use crate::error::{Context, Result, refuse};
@@ -11,7 +12,8 @@ pub(crate) struct Personality {
     persona: u32,
 }
 
-/// linux/personality.h
+/// The personality domains that the specification defines, with their numbers from
+/// linux/personality.h.
 const DOMAINS: [Personality; 2] = [
     Personality {
         name: "LINUX",
@@ -24,17 +26,21 @@ const DOMAINS: [Personality; 2] = [
 ];
 
 impl Personality {
-    /// Flags are ignored, as runc and crun do: the specification defines none.
+    /// Reads the personality from the configuration. rrun ignores the flags of the personality, as
+    /// runc and crun do, because the specification defines no flags.
     ///
     /// # Errors
-    /// A domain that is unknown.
+    /// Fails if the domain is unknown.
     pub(crate) fn from_spec(personality: &spec::PersonalitySpec) -> Result<Personality> {
         for flag in personality.flags.iter().flatten() {
             log::warning(&format!(
-                "linux.personality.flags: {flag:?} is ignored, the specification has none"
+                "linux.personality.flags: rrun ignores {flag:?}, because the specification defines no flags"
             ));
         }
-        match DOMAINS.iter().find(|one| one.name == personality.domain) {
+        match DOMAINS
+            .iter()
+            .find(|domain| domain.name == personality.domain)
+        {
             Some(personality) => Ok(*personality),
             None => refuse!(
                 "linux.personality.domain: {:?} is neither LINUX nor LINUX32",
@@ -43,7 +49,7 @@ impl Personality {
         }
     }
 
-    /// Sets that of this process.
+    /// Sets the personality of the calling process.
     pub(crate) fn apply(self) -> Result<()> {
         syscalls::personality(self.persona)
             .doing(|| format!("set linux.personality to {}", self.name))
@@ -55,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_specifications_domains_are_known() {
+    fn only_the_specifications_domains_are_accepted() {
         let read = |json| Personality::from_spec(&serde_json::from_str(json).unwrap());
         assert_eq!(read(r#"{"domain":"LINUX32"}"#).unwrap().persona, 8);
         assert!(read(r#"{"domain":"BSD"}"#).is_err());

@@ -1,5 +1,5 @@
-//! When and where a process runs: `process.scheduler`, `process.ioPriority`,
-//! `process.execCPUAffinity`. See sched_setattr(2), ioprio_set(2), sched_setaffinity(2).
+//! The scheduling of a process, which the fields `process.scheduler`, `process.ioPriority` and
+//! `process.execCPUAffinity` specify. See sched_setattr(2), ioprio_set(2) and sched_setaffinity(2).
 
 use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
@@ -7,7 +7,7 @@ use crate::log;
 use crate::sys::number_list::NumberSet;
 use crate::sys::syscalls::{self, SchedAttr};
 
-/// linux/sched.h
+/// The scheduling policies from linux/sched.h.
 const POLICIES: [(&str, u32); 7] = [
     ("SCHED_OTHER", 0),
     ("SCHED_FIFO", 1),
@@ -18,7 +18,7 @@ const POLICIES: [(&str, u32); 7] = [
     ("SCHED_DEADLINE", 6),
 ];
 
-/// linux/sched.h
+/// The scheduling flags from linux/sched.h.
 const FLAGS: [(&str, u64); 7] = [
     ("SCHED_FLAG_RESET_ON_FORK", 0x01),
     ("SCHED_FLAG_RECLAIM", 0x02),
@@ -29,7 +29,7 @@ const FLAGS: [(&str, u64); 7] = [
     ("SCHED_FLAG_UTIL_CLAMP_MAX", 0x40),
 ];
 
-/// linux/ioprio.h
+/// The I/O scheduling classes from linux/ioprio.h.
 const IO_CLASSES: [(&str, i32); 3] = [
     ("IOPRIO_CLASS_RT", 1),
     ("IOPRIO_CLASS_BE", 2),
@@ -37,21 +37,25 @@ const IO_CLASSES: [(&str, i32); 3] = [
 ];
 const IO_CLASS_SHIFT: i32 = 13;
 
-/// What is asked for, in the form of the system calls.
+/// The requested scheduling, in the form that the system calls need.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Scheduling {
     scheduler: Option<SchedAttr>,
-    /// The `ioprio` of ioprio_set(2).
+    /// The argument `ioprio` of ioprio_set(2).
     io_priority: Option<i32>,
-    /// CPUs on which a process of `exec` is made.
+    /// The CPUs to which rrun moves before it creates a process for `exec`.
     initial: Option<NumberSet>,
-    /// CPUs on which it runs once it is in the container's cgroup.
+    /// The CPUs for the new process of `exec`. The process moves to these CPUs after it has entered
+    /// the container's cgroup.
     last: Option<NumberSet>,
 }
 
 impl Scheduling {
+    /// Reads the scheduling parameters of a process from the configuration.
+    ///
     /// # Errors
-    /// Names that mean nothing, values that contradict the policy, by their field.
+    /// Fails if the name of a policy, of a flag or of an I/O class is unknown, or if the scheduling
+    /// policy does not allow a value. The error names the invalid field.
     pub(crate) fn from_spec(process: &spec::ProcessSpec) -> Result<Scheduling> {
         let affinity = process.exec_cpu_affinity.clone().unwrap_or_default();
         let cpus = |field: &str, list: &str| {
@@ -66,8 +70,8 @@ impl Scheduling {
         })
     }
 
-    /// Gives a process, 0 being this one, its scheduler and I/O priority. Both can need
-    /// CAP_SYS_NICE on the host.
+    /// Sets the scheduler and the I/O priority of process `pid`. A `pid` of 0 means the calling
+    /// process. Some values, for example a real-time policy, need CAP_SYS_NICE on the host.
     pub(crate) fn apply(&self, pid: i32) -> Result<()> {
         if let Some(attr) = &self.scheduler {
             syscalls::sched_setattr(pid, attr).doing(|| {
@@ -93,7 +97,8 @@ impl Scheduling {
         Ok(())
     }
 
-    /// Puts the caller on the CPUs on which a process of `exec` is to be made.
+    /// Moves the calling process to the CPUs of `process.execCPUAffinity.initial`, so that it
+    /// creates the process for `exec` on these CPUs.
     pub(crate) fn apply_initial_affinity(&self) -> Result<()> {
         match &self.initial {
             Some(cpus) => {
@@ -103,7 +108,8 @@ impl Scheduling {
         }
     }
 
-    /// From a process of `exec`, in the container's cgroup.
+    /// Sets the final CPU affinity of the calling process. With `exec`, the new process calls this
+    /// function after it has entered the container's cgroup.
     pub(crate) fn apply_final_affinity(&self) -> Result<()> {
         match (&self.initial, &self.last) {
             (_, Some(cpus)) => {
@@ -118,12 +124,13 @@ impl Scheduling {
     }
 }
 
-/// Frees this process of the CPUs that rrun's caller is bound to: of a container's processes
-/// only its own cpuset says where they run, and the kernel cuts what is asked for to that.
+/// Removes the CPU affinity that the calling process inherited from rrun's caller. Only the
+/// container's cpuset should limit the CPUs of the container's processes. This function requests
+/// all CPUs, and the kernel reduces the request to the cpuset.
 pub(crate) fn leave_callers_cpus() {
     if let Err(errno) = syscalls::sched_setaffinity(&NumberSet::ALL) {
         log::warning(&format!(
-            "the container's process keeps the CPU affinity of rrun's caller: {errno}"
+            "the container's process keeps the CPU affinity of rrun's caller, because sched_setaffinity failed: {errno}"
         ));
     }
 }
@@ -144,13 +151,17 @@ fn attr(scheduler: &spec::Scheduler) -> Result<SchedAttr> {
         }
         "SCHED_FIFO" | "SCHED_RR" => {}
         _ if priority != 0 => {
-            refuse!("{field}.priority: {policy} has none, only SCHED_FIFO and SCHED_RR have")
+            refuse!(
+                "{field}.priority: {policy} does not use a priority, only SCHED_FIFO and SCHED_RR do"
+            )
         }
         _ => {}
     }
     let (runtime, deadline, period) = (scheduler.runtime, scheduler.deadline, scheduler.period);
     if policy != "SCHED_DEADLINE" && (runtime, deadline, period) != (0, 0, 0) {
-        refuse!("{field}.runtime, .deadline, .period: {policy} has none, only SCHED_DEADLINE has");
+        refuse!(
+            "{field}.runtime, .deadline, .period: {policy} does not use these values, only SCHED_DEADLINE does"
+        );
     }
     let mut flags = 0;
     for name in scheduler.flags.iter().flatten() {
@@ -193,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_the_policy_has_not_are_named() {
+    fn an_error_names_an_unknown_name_or_a_value_that_contradicts_the_policy() {
         for (json, field) in [
             (
                 r#"{"scheduler":{"policy":"SCHED_NICE"}}"#,
@@ -238,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_numbers() {
+    fn policies_and_flags_have_the_kernels_numbers() {
         let read = read(
             r#"{"scheduler":{"policy":"SCHED_DEADLINE","runtime":1,"deadline":2,"period":3,
                 "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN"]},

@@ -1,5 +1,6 @@
-//! A container's terminal: a pseudo-terminal out of its own devpts, whose master side goes
-//! to whoever holds the console socket. See pty(7).
+//! A container's terminal, which is a pseudo-terminal from the container's own devpts. If rrun's
+//! caller specifies a console socket, rrun sends the master side of the terminal to this socket.
+//! Otherwise, rrun copies data between the terminal and its own standard streams. See pty(7).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -14,32 +15,34 @@ use crate::mounts::tree::{clone_descriptor, move_mount};
 use crate::sys::syscalls::set_controlling_terminal;
 use crate::sys::unix_socket::{self, send_descriptor};
 
-/// linux/magic.h
+/// `DEVPTS_SUPER_MAGIC` in linux/magic.h.
 const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 
 pub(crate) struct Terminal {
     master: OwnedFd,
     slave: OwnedFd,
-    /// Its name in the container, `/dev/pts/0`.
+    /// The path of the terminal in the container, such as `/dev/pts/0`.
     name: String,
 }
 
-/// Connects to the socket that is to receive the master side.
+/// Connects to the console socket, which will receive the terminal's master side.
 pub(crate) fn connect_console(path: &str) -> Result<OwnedFd> {
     unix_socket::connect("console socket", path)
 }
 
 impl Terminal {
-    /// A new one, from the devpts that is mounted in the container.
+    /// Opens a new terminal from the devpts that is mounted in the container.
     pub(crate) fn open(rootfs: &Rootfs, size: Option<(u16, u16)>) -> Result<Terminal> {
         let doing = || "open /dev/pts/ptmx in the container (process.terminal)";
-        // A container's image may have put anything there (CVE-2025-52565), and to open it
-        // may be harm enough. In a devpts itself nobody can; nothing mounted on it is taken.
+        // A container's image can contain any file at /dev/pts/ptmx (CVE-2025-52565), and opening
+        // such a file can already do harm. This function therefore checks that /dev/pts is a real
+        // devpts, in which the image cannot create files. RESOLVE_NO_XDEV refuses a file that is
+        // mounted on ptmx.
         let devpts = rootfs
             .open(Path::new("/dev/pts"), OFlags::PATH | OFlags::DIRECTORY)
             .doing(doing)?;
         if rustix::fs::fstatfs(&devpts).doing(doing)?.f_type as u64 != DEVPTS_SUPER_MAGIC {
-            refuse!("{}: /dev/pts is no devpts", doing());
+            refuse!("{}: no devpts is mounted on /dev/pts", doing());
         }
         let master = rustix::fs::openat2(
             &devpts,
@@ -76,7 +79,7 @@ impl Terminal {
         })
     }
 
-    /// Shows the slave side as /dev/console.
+    /// Mounts the terminal's slave side on /dev/console.
     pub(crate) fn mount_console(&self, rootfs: &Rootfs) -> Result<()> {
         let doing = || "mount the terminal on /dev/console";
         let target = rootfs.mount_target(Path::new("/dev/console"), MountTarget::File)?;
@@ -84,11 +87,12 @@ impl Terminal {
         move_mount(&slave, &target).doing(doing)
     }
 
-    /// Leaves newlines as they are. rrun's relay needs that: its own output is a file, a pipe, or a
-    /// terminal that translates newlines itself, and lines that end in \r\n are no use to any of
-    /// them. A receiver of the console socket decides about that alone.
+    /// Stops the terminal from translating \n to \r\n. rrun calls this function if it copies the
+    /// terminal's output itself. rrun writes the output to a file, to a pipe, or to a terminal that
+    /// translates newlines itself. So the output must not contain \r\n already. A program that
+    /// receives the terminal through a console socket sets the terminal's output mode itself.
     pub(crate) fn keep_newlines(&self) -> Result<()> {
-        let doing = || "set the terminal's modes";
+        let doing = || "set the terminal's output modes";
         let mut mode = tcgetattr(&self.slave).doing(doing)?;
         mode.output_modes.remove(OutputModes::ONLCR);
         tcsetattr(&self.slave, OptionalActions::Now, &mode).doing(doing)
@@ -98,16 +102,18 @@ impl Terminal {
         self.master.as_fd()
     }
 
-    /// Sends the master side away, as runc does: with its name as the message.
+    /// Sends the master side over the console socket. As in runc's protocol for the console socket,
+    /// the message contains the terminal's path.
     pub(crate) fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
         send_descriptor(socket, self.master.as_fd(), self.name.as_bytes())
             .doing(|| "send the terminal over the console socket")
     }
 
-    /// Makes the slave side this session's terminal and standard input, output and error.
+    /// Makes the slave side the controlling terminal of the calling process's session, and also the
+    /// process's standard input, output and error.
     pub(crate) fn make_controlling(&self) -> Result<()> {
-        set_controlling_terminal(self.slave.as_fd()).doing(|| "take the terminal")?;
-        let doing = || "make the terminal standard input, output and error";
+        set_controlling_terminal(self.slave.as_fd()).doing(|| "set the controlling terminal")?;
+        let doing = || "use the terminal as standard input, output and error";
         rustix::stdio::dup2_stdin(&self.slave).doing(doing)?;
         rustix::stdio::dup2_stdout(&self.slave).doing(doing)?;
         rustix::stdio::dup2_stderr(&self.slave).doing(doing)

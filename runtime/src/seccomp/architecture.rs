@@ -1,6 +1,8 @@
-//! The architectures that a profile can name, and those whose programs this kernel runs.
+//! The architectures that a seccomp profile can name, and the architectures whose programs this
+//! kernel can run.
 
-/// An architecture whose calls can reach this kernel or one that rrun runs on.
+/// An architecture for which a container's program can be compiled. An x86-64 kernel also runs x32
+/// and 32-bit x86 programs, and an arm64 kernel also runs 32-bit Arm programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Architecture {
     X86_64,
@@ -10,7 +12,7 @@ pub(crate) enum Architecture {
     Arm,
 }
 
-/// Every name of the specification (config-linux.md, "Seccomp"), in alphabetical order.
+/// All architecture names of the specification (config-linux.md, "Seccomp"), in alphabetical order.
 pub(crate) const NAMES: [&str; 23] = [
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",
@@ -43,7 +45,8 @@ pub(crate) const NATIVE: Architecture = Architecture::X86_64;
 pub(crate) const NATIVE: Architecture = Architecture::Aarch64;
 
 impl Architecture {
-    /// The architecture of a name; `None` for those that neither kernel runs programs of.
+    /// Returns the architecture with this name, or `None` if neither an x86-64 nor an arm64 kernel
+    /// runs programs of this architecture.
     pub(crate) fn by_name(name: &str) -> Option<Architecture> {
         match name {
             "SCMP_ARCH_X86_64" => Some(Architecture::X86_64),
@@ -55,7 +58,8 @@ impl Architecture {
         }
     }
 
-    /// `AUDIT_ARCH_*` of linux/audit.h, as seccomp_data.arch has it. x32 has x86-64's.
+    /// Returns the `AUDIT_ARCH_*` value (linux/audit.h) that seccomp_data.arch contains for
+    /// programs of this architecture. x32 has the same value as x86-64.
     pub(crate) fn audit(self) -> u32 {
         match self {
             Architecture::X86_64 | Architecture::X32 => 0xc000_003e,
@@ -65,13 +69,14 @@ impl Architecture {
         }
     }
 
-    /// Whether arguments are compared as 64 bits. Those of the others are 32 bits wide: the
-    /// upper half of a register is not theirs (x32), or always 0.
+    /// Returns whether the filter compares all 64 bits of an argument. On all architectures except
+    /// x86-64 and arm64, an argument has 32 bits. On such an architecture, the upper half of the
+    /// 64-bit field in seccomp_data is always 0, or is not part of the argument (x32).
     pub(crate) fn is_wide(self) -> bool {
         matches!(self, Architecture::X86_64 | Architecture::Aarch64)
     }
 
-    /// Whether a kernel that is `native` runs programs of this architecture.
+    /// Returns whether a kernel with the architecture `native` runs programs of this architecture.
     pub(crate) fn runs_on(self, native: Architecture) -> bool {
         match native {
             Architecture::Aarch64 => matches!(self, Architecture::Aarch64 | Architecture::Arm),

@@ -1,9 +1,10 @@
-//! Classic BPF, written from its end to its beginning.
+//! A generator of classic BPF programs, which writes a program from its end to its beginning.
 //!
-//! A conditional jump reaches 255 instructions forward, and nothing reaches back. Written
-//! backwards, every place that is jumped to exists already, and what is too far away gets a
-//! stepping stone (a jump without condition, or a copy of the return) close by.
-//! See the kernel's Documentation/networking/filter.rst and seccomp_filter.rst.
+//! A conditional jump reaches at most 255 instructions forward, and no jump can go backward. When
+//! the generator writes a jump, it has already written the jump's target, because it writes
+//! backward. If a target is too far away, the generator adds a stepping stone nearby. A stepping
+//! stone is an unconditional jump to the target, or a copy of the return instruction. See the
+//! kernel's Documentation/networking/filter.rst and seccomp_filter.rst.
 
 use crate::sys::syscalls::SockFilter;
 
@@ -19,7 +20,7 @@ const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
 const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
 const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 
-/// What a conditional jump asks of the accumulator.
+/// The comparison of the accumulator with a constant in a conditional jump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Test {
@@ -28,29 +29,31 @@ pub(crate) enum Test {
     GreaterOrEqual = 0x35, // BPF_JMP | BPF_JGE | BPF_K
 }
 
-/// A place in the program, counted from its end.
+/// The position of an instruction in the program, counted from the end of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position(usize);
 
-/// Where to go on.
+/// The goal of a jump: a return value of the filter, or a position in the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Goal {
-    /// The filter's answer, `SECCOMP_RET_*` with its data.
+    /// The filter returns this value: a `SECCOMP_RET_*` action with its data.
     Return(u32),
     At(Position),
 }
 
-/// A program in the making.
+/// A program that is being generated.
 #[derive(Default)]
 pub(crate) struct ProgramBuilder {
-    /// The last instruction first.
+    /// The instructions in reverse order, beginning with the last instruction of the program.
     reversed: Vec<SockFilter>,
-    /// For answers and far places, where the latest stepping stone to them is.
+    /// The position of the newest stepping stone for each distant goal. A stepping stone is an
+    /// instruction that jumps to the goal, or returns the goal's value.
     stones: Vec<(Goal, Position)>,
 }
 
-/// How far a stepping stone may be: a conditional jump has two, and either may have to be
-/// laid after the other was found near enough.
+/// The largest distance that a conditional jump crosses without a new stepping stone. JUMP_MAX is
+/// smaller than the maximum of 255, because a conditional jump has two goals. A new stepping stone
+/// for one goal increases the distance to the other goal.
 const JUMP_MAX: usize = 250;
 
 impl ProgramBuilder {
@@ -64,7 +67,7 @@ impl ProgramBuilder {
         Position(self.reversed.len() - 1)
     }
 
-    /// How many instructions lie between the next one and `place`.
+    /// Returns the number of instructions between `place` and the instruction that is added next.
     fn distance(&self, place: Position) -> usize {
         self.reversed.len() - 1 - place.0
     }
@@ -84,8 +87,9 @@ impl ProgramBuilder {
         place
     }
 
-    /// A place from which, or at which, the goal is reached, within a jump's reach.
-    fn near(&mut self, goal: Goal) -> Position {
+    /// Returns a position that a conditional jump can reach. This position is the goal itself, or a
+    /// nearby stepping stone that leads to the goal.
+    fn reachable(&mut self, goal: Goal) -> Position {
         if let Goal::At(place) = goal
             && self.distance(place) <= JUMP_MAX
         {
@@ -98,19 +102,21 @@ impl ProgramBuilder {
         }
     }
 
-    /// Goes on at one goal or the other, by the accumulator.
+    /// Adds a conditional jump, which compares the accumulator with `value`. The jump leads to
+    /// `if_true` if the comparison is true, and otherwise to `if_false`.
     pub(crate) fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
         if if_true == if_false {
             return if_true;
         }
-        let (if_true, if_false) = (self.near(if_true), self.near(if_false));
-        // Both are at most JUMP_MAX and a stone away.
+        let (if_true, if_false) = (self.reachable(if_true), self.reachable(if_false));
+        // Each distance fits into a u8. The distance is at most JUMP_MAX, or JUMP_MAX + 1 if the
+        // other goal needed a new stepping stone.
         let (if_true, if_false) = (self.distance(if_true), self.distance(if_false));
         Goal::At(self.push(test as u16, if_true as u8, if_false as u8, value))
     }
 
-    /// Has the program go on at `goal` after what will be written before it.
-    fn fall_into(&mut self, goal: Goal) {
+    /// Makes sure that the program continues at `goal` after the next added instruction.
+    fn continue_at(&mut self, goal: Goal) {
         match goal {
             Goal::At(place) if self.reversed.len() == place.0 + 1 => {}
             goal => {
@@ -119,25 +125,25 @@ impl ProgramBuilder {
         }
     }
 
-    /// Loads a word of `seccomp_data` into the accumulator, keeps the bits in `mask`, and
-    /// goes on at `goal`.
+    /// Adds code that loads a word of `seccomp_data` into the accumulator, keeps only the bits in
+    /// `mask`, and continues at `goal`.
     pub(crate) fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
-        self.fall_into(goal);
+        self.continue_at(goal);
         if mask != u32::MAX {
             self.push(AND, 0, 0, mask);
         }
         Goal::At(self.push(LOAD, 0, 0, offset))
     }
 
-    /// The program that begins at `goal`.
+    /// Returns the finished program, which begins at `goal`.
     pub(crate) fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
-        self.fall_into(goal);
+        self.continue_at(goal);
         self.reversed.reverse();
         self.reversed
     }
 }
 
-/// What the kernel would do with a program and a system call.
+/// Interprets a filter program, and returns the filter's result for a system call.
 #[cfg(test)]
 pub(crate) fn interpret(
     program: &[SockFilter],
@@ -171,7 +177,7 @@ pub(crate) fn interpret(
             0x15 => branch(accumulator == value),
             0x25 => branch(accumulator > value),
             0x35 => branch(accumulator >= value),
-            other => panic!("instruction {other:#x} is not one of ours"),
+            other => panic!("the filter contains the unexpected instruction {other:#x}"),
         }
     }
 }
@@ -181,14 +187,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn far_goals_are_reached_over_stepping_stones() {
+    fn distant_goals_are_reached_over_stepping_stones() {
         let mut program = ProgramBuilder::default();
         let mut goal = Goal::Return(0);
         for number in 0..2000 {
             goal = program.branch(Test::Equal, number, Goal::Return(number + 7), goal);
         }
         let start = program.load(NUMBER, u32::MAX, goal);
-        // One that jumps over all of it.
+        // This jump crosses the whole program.
         let far = program.branch(Test::Equal, 1, Goal::Return(7), start);
         let far = program.load(ARCHITECTURE, u32::MAX, far);
         let program = program.finish(far);
@@ -200,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn packed_and_unpacked_is_the_same() {
+    fn a_packed_instruction_unpacks_to_the_same_instruction() {
         let instruction = SockFilter {
             code: 0x15,
             if_true: 255,

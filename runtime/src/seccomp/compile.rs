@@ -1,9 +1,11 @@
-//! From a checked profile to a filter program: for each architecture the numbers of all
-//! calls, made into ranges with the same answer, and a binary search over those.
+//! The compiler that translates a checked profile into a filter program. For each architecture, the
+//! compiler merges the numbers of all system calls into ranges with the same decision. The compiler
+//! then generates a binary search over the ranges.
 //!
-//! A chain of comparisons, one for each call, as is common, costs the container at every
-//! call that the kernel can not answer by its bitmap of what is always allowed, and costs
-//! more to load: the kernel runs the filter once for each call that there is.
+//! Other runtimes commonly use a chain of comparisons, one for each system call. The kernel has a
+//! bitmap of the calls that a filter always allows, and runs the filter only for the other calls.
+//! For these other calls, a long chain is slow. A long chain also takes longer to load. When a
+//! process loads a filter, the kernel runs the filter once for each system call to fill the bitmap.
 
 use super::architecture::Architecture;
 use super::bpf::{ARCHITECTURE, Goal, INSTRUCTIONS_MAX, NUMBER, ProgramBuilder, Test};
@@ -12,33 +14,37 @@ use super::table::{ARM_PRIVATE, Syscall, X32_BIT, multiplexed};
 use crate::error::{Result, refuse};
 use crate::sys::syscalls::SockFilter;
 
-/// The number that a tracer puts in place of a call that is not to be made.
+/// The call number that a tracer sets to make the kernel skip a call.
 const SKIPPED: u32 = u32::MAX;
-/// Numbers 512 to 547 are x32's for calls that it has differently: newer ones follow the
-/// others below, and start again above.
+/// The numbers 512 to 547. x32 uses these numbers for the calls that differ from x86-64. Linux
+/// assigns numbers to new x32 calls in ascending order up to 511, and will continue at 548.
 const X32_OWN: std::ops::Range<u32> = X32_BIT + 512..X32_BIT + 548;
-/// What a program of another architecture gets, as from libseccomp.
+/// The value that the filter returns for programs of an architecture that the profile does not
+/// list. libseccomp uses the same value.
 const FOREIGN: u32 = libc::SECCOMP_RET_KILL_THREAD;
 
-/// What is to be done with the calls of a range.
+/// The decision about all calls in a range of call numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Decision {
     Answer(u32),
-    /// It depends on the arguments: the chain of that number.
+    /// The decision depends on the arguments of the system call. The number is an index into
+    /// `Compiler::chains`.
     Chain(usize),
 }
 
-/// Ranges by their first number, in order, from 0; each ends where the next one starts.
+/// The ranges of call numbers in ascending order. Each entry contains the first number of a range,
+/// and the range ends where the next range starts.
 struct Ranges(Vec<(u32, Decision)>);
 
 impl Ranges {
-    /// Everything from `first` on, until something else is said of it.
+    /// Sets the decision for all system call numbers from `first` upwards. A later call of this
+    /// function with a larger number ends this range and starts the next one.
     fn from(&mut self, first: u32, decision: Decision) {
         match self.0.last_mut() {
             Some((start, last)) if *start == first => *last = decision,
             _ => self.0.push((first, decision)),
         }
-        // The same as before goes on.
+        // If the last two ranges have the same decision, this function merges them into one range.
         if let [.., (_, before), (_, last)] = self.0.as_slice()
             && before == last
         {
@@ -47,16 +53,17 @@ impl Ranges {
     }
 }
 
-/// What is done with numbers of which the profile says nothing.
+/// The filter's decision about the system calls that the profile does not name.
 ///
-/// A C library tries new calls first and falls back on old ones if they are not there, but
-/// not if they are forbidden. So that it works with profiles older than itself, a call that
-/// is newer than the newest that the profile names is answered as an old kernel would
-/// answer it. runc does so since its version 1.0.
+/// A C library tries a new system call first. The library falls back to an old call if the new call
+/// does not exist (ENOSYS), but not if the new call is forbidden. The C library must also work with
+/// a profile that is older than the library. So a call that is newer than all calls in the profile
+/// fails with ENOSYS, as on an old kernel. runc has done the same since version 1.0.
 struct UnnamedCalls {
     architecture: Architecture,
     default: u32,
-    /// The newest call named; `None` if new calls are to be treated as all others.
+    /// The number of the newest call that the profile names. This field is `None` if newer calls
+    /// are treated like all other unnamed calls.
     newest: Option<u32>,
 }
 
@@ -77,7 +84,7 @@ impl UnnamedCalls {
                 None
             } else {
                 numbers
-                    .filter(|number| !is_apart(architecture, *number))
+                    .filter(|number| !is_unordered(architecture, *number))
                     .max()
             },
         }
@@ -85,15 +92,16 @@ impl UnnamedCalls {
 
     fn decision(&self, number: u32) -> Decision {
         Decision::Answer(match self.newest {
-            Some(newest) if number > newest && !is_apart(self.architecture, number) => {
+            Some(newest) if number > newest && !is_unordered(self.architecture, number) => {
                 libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32
             }
             _ => self.default,
         })
     }
 
-    /// Where the decision changes, in order, from `base` on.
-    fn borders(&self, base: u32) -> Vec<u32> {
+    /// Returns the call numbers at which the decision changes, in ascending order. The first number
+    /// in the list is `base`.
+    fn boundaries(&self, base: u32) -> Vec<u32> {
         let mut all = vec![base];
         if let Some(newest) = self.newest {
             all.push(newest + 1);
@@ -108,8 +116,8 @@ impl UnnamedCalls {
     }
 }
 
-/// Numbers that have nothing to do with a call's age.
-fn is_apart(architecture: Architecture, number: u32) -> bool {
+/// Returns whether `number` is in a range in which a higher number does not mean a newer call.
+fn is_unordered(architecture: Architecture, number: u32) -> bool {
     match architecture {
         Architecture::X32 => X32_OWN.contains(&number),
         Architecture::Arm => number >= ARM_PRIVATE,
@@ -120,22 +128,24 @@ fn is_apart(architecture: Architecture, number: u32) -> bool {
 struct Compiler<'a> {
     profile: &'a CheckedProfile,
     program: ProgramBuilder,
-    /// The profile's, and what is made of them for calls that come through another.
+    /// The profile's rules, and the rules that are derived from them for socketcall(2) and ipc(2).
     rules: Vec<SeccompRule>,
     chains: Vec<Chain>,
 }
 
-/// Rules to try one after the other.
+/// A list of rules that the filter tries one after the other.
 struct Chain {
     rules: Vec<u16>,
-    /// Whether arguments are compared as 64 bits.
+    /// True if the chain's code compares all 64 bits of an argument.
     wide: bool,
-    /// Where its code is, once that is written.
+    /// The position of the chain's code, or `None` until the code is generated.
     code: Option<Goal>,
 }
 
+/// Compiles a checked profile to a filter program.
+///
 /// # Errors
-/// A profile that needs more instructions than the kernel takes.
+/// Fails if the program has more instructions than the kernel accepts.
 pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
     let mut compiler = Compiler {
         profile,
@@ -145,13 +155,16 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
     };
     let mut sections: Vec<(u32, Goal)> = Vec::new();
     for architecture in &profile.architectures {
-        // x32 is filtered beside x86-64, whose name it has.
+        // x32 has the same AUDIT_ARCH value as x86-64, so the section for x86-64 also filters the
+        // calls of x32.
         if *architecture != Architecture::X32 {
             let section = compiler.section(*architecture);
             sections.push((architecture.audit(), section));
         }
     }
-    // The kernel's own, which comes first, is to be compared first.
+    // The program must test for the kernel's own architecture first. This architecture is the first
+    // entry of `sections`. The comparisons are added in reverse order, because the builder writes
+    // the program from its end.
     let mut goal = Goal::Return(FOREIGN);
     for (audit, section) in sections.into_iter().rev() {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);
@@ -160,7 +173,7 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
     let program = compiler.program.finish(start);
     if program.len() > INSTRUCTIONS_MAX {
         refuse!(
-            "linux.seccomp: makes a filter of {} instructions, of which the kernel takes {INSTRUCTIONS_MAX}",
+            "linux.seccomp: the filter has {} instructions, but the kernel accepts at most {INSTRUCTIONS_MAX}",
             program.len()
         );
     }
@@ -186,7 +199,8 @@ impl Compiler<'_> {
         }
     }
 
-    /// Adds all numbers from `base` on.
+    /// Adds the ranges for all calls of `architecture`. The call numbers of this architecture start
+    /// at `base`.
     fn add_calls(&mut self, ranges: &mut Ranges, architecture: Architecture, base: u32) {
         let mut rules: Vec<(u32, u16)> = Vec::with_capacity(self.profile.calls.len());
         for (syscall, rule) in &self.profile.calls {
@@ -197,32 +211,35 @@ impl Compiler<'_> {
         if architecture == Architecture::X86 {
             self.add_multiplexed(&mut rules);
         }
-        // Stable: what is said of the same call stays in the profile's order.
+        // The sort is stable, so rules for the same call remain in the profile's order.
         rules.sort_by_key(|(number, _)| *number);
 
         let unnamed = UnnamedCalls::new(self.profile, architecture);
-        let mut borders = unnamed.borders(base).into_iter().peekable();
-        for of_one in rules.chunk_by(|(one, _), (other, _)| one == other) {
-            let Some((number, _)) = of_one.first() else {
+        let mut boundaries = unnamed.boundaries(base).into_iter().peekable();
+        for same_call in rules.chunk_by(|(one, _), (other, _)| one == other) {
+            let Some((number, _)) = same_call.first() else {
                 continue;
             };
-            while let Some(border) = borders.next_if(|border| border <= number) {
-                ranges.from(border, unnamed.decision(border));
+            while let Some(boundary) = boundaries.next_if(|boundary| boundary <= number) {
+                ranges.from(boundary, unnamed.decision(boundary));
             }
-            let decision = self.decide(of_one, architecture.is_wide());
+            let decision = self.decide(same_call, architecture.is_wide());
             ranges.from(*number, decision);
             ranges.from(number + 1, unnamed.decision(number + 1));
         }
-        for border in borders {
-            ranges.from(border, unnamed.decision(border));
+        for boundary in boundaries {
+            ranges.from(boundary, unnamed.decision(boundary));
         }
     }
 
-    /// What socketcall(2) and ipc(2) stand for, as rules on their first argument.
+    /// Adds rules for the calls that programs make through socketcall(2) and ipc(2). The first
+    /// argument of socketcall(2) or ipc(2) identifies the actual call. Each added rule tests this
+    /// argument.
     ///
-    /// Their own arguments are behind a pointer, where no filter sees them. A rule that is
-    /// stricter than the default therefore counts whatever the arguments are; one that is
-    /// laxer does not count if it has conditions.
+    /// The arguments of the actual call are behind a pointer, so a filter cannot test the
+    /// conditions of a rule. If a rule with conditions is stricter than the default action, the
+    /// added rule applies to the call with any arguments. If a rule with conditions is laxer than
+    /// the default action, the compiler adds no rule.
     fn add_multiplexed(&mut self, rules: &mut Vec<(u32, u16)>) {
         for (syscall, rule) in &self.profile.calls {
             let Some((through, call)) = multiplexed(syscall.name()) else {
@@ -242,7 +259,8 @@ impl Compiler<'_> {
                 answer: it.answer,
                 conditions: vec![Condition {
                     argument: 0,
-                    // The upper half of ipc's is a version number.
+                    // The mask removes the version number in the upper half of ipc(2)'s first
+                    // argument.
                     comparison: Comparison::Masked {
                         mask: 0xffff,
                         value: u64::from(call),
@@ -253,10 +271,11 @@ impl Compiler<'_> {
         }
     }
 
-    /// What all rules for one call come to.
+    /// Returns the decision that results from all rules for one system call.
     fn decide(&mut self, rules: &[(u32, u16)], wide: bool) -> Decision {
         let rule = |place: &u16| self.rules.get(usize::from(*place));
-        // One that asks nothing covers all others, as with libseccomp.
+        // As in libseccomp, a rule without conditions overrides all other rules for the same system
+        // call.
         let always = rules
             .iter()
             .filter_map(|(_, place)| rule(place))
@@ -264,7 +283,8 @@ impl Compiler<'_> {
         if let Some(always) = always {
             return Decision::Answer(always.answer);
         }
-        // For the same reason, one that asks less comes before one that asks more.
+        // As in libseccomp, the filter tries a rule with fewer conditions before a rule with more
+        // conditions.
         let mut chain: Vec<u16> = rules.iter().map(|(_, place)| *place).collect();
         chain.sort_by_key(|place| rule(place).map_or(0, |rule| rule.conditions.len()));
         let same = |known: &Chain| known.rules == chain && known.wide == wide;
@@ -279,13 +299,14 @@ impl Compiler<'_> {
         }))
     }
 
-    /// The code that finds the decision for the number in the accumulator.
+    /// Generates the code that finds the decision for the call number in the accumulator.
     fn search(&mut self, ranges: &[(u32, Decision)]) -> Goal {
         match ranges {
             [] => Goal::Return(self.profile.default),
             [(_, Decision::Answer(answer))] => Goal::Return(*answer),
             [(_, Decision::Chain(chain))] => self.chain(*chain),
-            // One number in the midst of others.
+            // The middle range is a single number between two ranges with the same decision, so one
+            // comparison is enough.
             [(_, around), (number, decision), (next, after)]
                 if around == after && *next == number + 1 =>
             {
@@ -327,14 +348,16 @@ impl Compiler<'_> {
     }
 }
 
-/// The kernel takes the strictest of several filters' answers to be the least, as a signed
-/// number (seccomp_run_filters).
+/// Returns whether the return value `answer` of a filter is stricter than the return value `than`.
+/// The kernel compares return values as signed numbers, and treats the smallest value as the
+/// strictest (seccomp_run_filters).
 fn is_stricter(answer: u32, than: u32) -> bool {
     let action = |answer: u32| (answer & libc::SECCOMP_RET_ACTION_FULL) as i32;
     action(answer) < action(than)
 }
 
-/// Code that compares an argument, its upper half first if it is `wide`.
+/// Generates the code that compares an argument of the system call with a value. If `wide` is true,
+/// the generated code compares the upper half of the argument first.
 fn compare(
     program: &mut ProgramBuilder,
     condition: Condition,
@@ -342,7 +365,8 @@ fn compare(
     holds: Goal,
     fails: Goal,
 ) -> Goal {
-    // Offsets in struct seccomp_data; the lower half comes first on all that rrun runs on.
+    // `low_at` and `high_at` are offsets in struct seccomp_data. All architectures that rrun
+    // supports are little-endian, so the lower half of an argument comes before the upper half.
     let low_at = 16 + 8 * condition.argument;
     let high_at = low_at + 4;
     let value = match condition.comparison {

@@ -1,4 +1,4 @@
-//! A filter made of a profile, which a process loads.
+//! The filter that rrun compiles from a seccomp profile, and that a container's process loads.
 
 use std::os::fd::{AsFd, IntoRawFd as _, OwnedFd};
 
@@ -14,7 +14,7 @@ use crate::log;
 use crate::sys::child::{exit_now, trap};
 use crate::sys::syscalls::{self, SockFilter};
 
-/// Flags by their names; seccomp(2) explains them.
+/// The names and values of the filter flags. See seccomp(2).
 pub(crate) const FLAGS: [(&str, u32); 4] = [
     (TSYNC, 0),
     (
@@ -27,27 +27,30 @@ pub(crate) const FLAGS: [(&str, u32); 4] = [
     ),
     ("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV", WAIT_KILLABLE_RECV),
 ];
-/// Would have all threads filtered, of which there is one.
+/// The name of the flag that applies the filter to all threads of the process. rrun accepts this
+/// name but sets no flag for it, because the process has only one thread.
 const TSYNC: &str = "SECCOMP_FILTER_FLAG_TSYNC";
 const WAIT_KILLABLE_RECV: u32 = libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32;
 const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 
-/// A filter ready to be loaded; as JSON, part of a container's state.
+/// A filter that is ready to load. The JSON form of a filter is part of a container's state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Filter {
     #[serde(serialize_with = "to_hex", deserialize_with = "from_hex")]
     program: Vec<SockFilter>,
-    /// `SECCOMP_FILTER_FLAG_*`.
+    /// The `SECCOMP_FILTER_FLAG_*` bits of the filter.
     flags: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) listener: Option<Listener>,
 }
 
 impl Filter {
-    /// The filter of a profile. `None` if the profile is empty, which means no seccomp at all.
+    /// Compiles a profile to a filter. Returns `None` if the profile is empty, because the
+    /// container then has no filter.
     ///
     /// # Errors
-    /// What is unknown, contradictory, or not in this kernel, by the name of its field.
+    /// Fails if a value of the profile is unknown, contradicts another value, or is not supported
+    /// by this kernel. The error names the field that contains the value.
     pub(crate) fn from_profile(profile: &SeccompProfile) -> Result<Option<Filter>> {
         if profile.is_empty() {
             return Ok(None);
@@ -59,13 +62,13 @@ impl Filter {
         let path = text(&profile.listener_path);
         let metadata = text(&profile.listener_metadata);
         if metadata.is_some() && path.is_none() {
-            refuse!("linux.seccomp.listenerMetadata: there is no listenerPath to send it to");
+            refuse!("linux.seccomp.listenerMetadata: is set, but listenerPath is missing");
         }
         let listener = match (checked.notifies, path) {
             (false, _) => None,
             (true, Some(path)) => Some(Listener { path, metadata }),
             (true, None) => refuse!(
-                "linux.seccomp.listenerPath: is missing: nobody could be asked about the calls with SCMP_ACT_NOTIFY"
+                "linux.seccomp.listenerPath: is missing, but SCMP_ACT_NOTIFY requires an agent that listens at this path"
             ),
         };
         let flags = flags(profile, listener.is_some())?;
@@ -76,43 +79,47 @@ impl Filter {
         }))
     }
 
-    /// Filters this process's calls from now on, for good. Gives the listener, if there is
-    /// one.
+    /// Loads the filter, which then applies to all system calls of this process and cannot be
+    /// removed. Returns the listener, if the filter has one.
     pub(crate) fn load(&self) -> Result<Option<OwnedFd>> {
         syscalls::load_seccomp_filter(&self.program, self.flags)
             .doing(|| "load the seccomp filter (linux.seccomp)")
     }
 
-    /// As [`Filter::load`], but returns only when the agent has the listener, if there is one.
-    /// Makes no system call once the filter is loaded.
+    /// Loads the filter like [`Filter::load`]. If the filter has a listener, this function returns
+    /// only when the agent has received the listener. After the filter is loaded, this function
+    /// makes no system call.
     pub(crate) fn confine(&self, reporter: &Reporter) -> Result<()> {
         if let Some(listener) = self.load()? {
             if !reporter.await_agent(listener.as_fd()) {
                 self.end();
             }
-            // execve(2) closes the listener; the filter may forbid close(2).
+            // The listener stays open until execve(2) closes it, because the filter can forbid
+            // close(2).
             let _ = listener.into_raw_fd();
         }
         Ok(())
     }
 
-    /// Ends this process once the filter is loaded.
+    /// Ends this process. The process may already have loaded the filter, and the filter can block
+    /// exit_group(2).
     pub(crate) fn end(&self) -> ! {
         if self.listener.is_some() {
-            // The filter may send exit_group(2) to the agent. If the agent is gone, nobody answers:
-            // the kernel sees that this process itself holds the listener, and lets it wait for
-            // ever.
+            // The filter can pass exit_group(2) to the agent. If the agent has exited,
+            // exit_group(2) would then wait forever, because this process itself still has the
+            // listener open. So the process does not call exit_group(2).
             trap()
         }
         exit_now()
     }
 }
 
-/// The flags to load with; all must be in this kernel.
+/// Returns the flags for loading the filter. Fails if this kernel does not support a flag.
 fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
     let mut flags = if listens { NEW_LISTENER } else { 0 };
     match &profile.flags {
-        // As in runc: who says nothing does not want speculation to be slowed down.
+        // If the profile does not specify flags, rrun sets SPEC_ALLOW as runc does. Then the kernel
+        // does not restrict speculative execution.
         None => flags |= libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32,
         Some(names) => {
             for (index, name) in names.iter().enumerate() {
@@ -121,7 +128,7 @@ fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
                 };
                 if *flag == WAIT_KILLABLE_RECV && !listens {
                     refuse!(
-                        "linux.seccomp.flags[{index}]: {name} needs calls with SCMP_ACT_NOTIFY"
+                        "linux.seccomp.flags[{index}]: {name} is allowed only if the profile uses SCMP_ACT_NOTIFY"
                     );
                 }
                 flags |= flag;
@@ -130,19 +137,19 @@ fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
     }
     if !syscalls::has_seccomp_flags(flags) {
         if !syscalls::has_seccomp_flags(0) {
-            refuse!("linux.seccomp: this kernel has no seccomp filters");
+            refuse!("linux.seccomp: this kernel does not support seccomp filters");
         }
         for name in profile.flags.iter().flatten() {
             if !supports(name) {
-                refuse!("linux.seccomp.flags: this kernel has no {name}");
+                refuse!("linux.seccomp.flags: this kernel does not support {name}");
             }
         }
-        refuse!("linux.seccomp: this kernel has not what SCMP_ACT_NOTIFY needs");
+        refuse!("linux.seccomp: this kernel does not support SCMP_ACT_NOTIFY");
     }
     Ok(flags)
 }
 
-/// Whether this kernel has filters with that flag.
+/// Returns whether this kernel supports filters with the flag `flag`.
 pub(crate) fn supports(flag: &str) -> bool {
     FLAGS.iter().any(|(name, flag_bit)| {
         let with = if *flag_bit == WAIT_KILLABLE_RECV {
@@ -167,7 +174,9 @@ fn from_hex<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<SockF
     let text = String::deserialize(from)?;
     let (words, rest) = text.as_bytes().as_chunks::<16>();
     if !rest.is_empty() {
-        return Err(D::Error::custom("half an instruction of a seccomp filter"));
+        return Err(D::Error::custom(
+            "the seccomp filter ends in the middle of an instruction",
+        ));
     }
     words
         .iter()

@@ -1,5 +1,6 @@
-//! The agent that decides about the calls with SCMP_ACT_NOTIFY.
-//! See config-linux.md of the runtime specification, "The Container Process State".
+//! The seccomp agent, a process outside the container. The agent decides about the system calls for
+//! which the profile specifies the action SCMP_ACT_NOTIFY. See config-linux.md of the runtime
+//! specification, "The Container Process State".
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
@@ -13,20 +14,20 @@ use crate::config::spec::{OCI_VERSION, OciState};
 use crate::error::{Context, Error, Result, refuse};
 use crate::sys::unix_socket::send_descriptor;
 
-/// The target of a listener's link in /proc/self/fd. The target of a file's link begins with `/`, so
-/// no file can pass for a listener.
+/// The target of the link in /proc/self/fd for a descriptor of a seccomp listener. The link of an
+/// ordinary file has a target that begins with `/`, so a file cannot be mistaken for a listener.
 const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
-/// Where the agent listens, and what it is sent.
+/// The address of the seccomp agent, and the metadata that rrun sends to the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Listener {
-    /// Path of a unix socket on the host.
+    /// The path of the agent's unix socket on the host.
     pub(crate) path: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) metadata: Option<String>,
 }
 
-/// A connection to the agent, good for one process.
+/// A connection to the seccomp agent. rrun uses each connection for a single process.
 pub(crate) struct Agent<'a> {
     listener: &'a Listener,
     connection: OwnedFd,
@@ -61,9 +62,9 @@ impl Listener {
         })
     }
 
-    /// Checks that the agent's socket exists, for a container whose `start` will connect to it.
+    /// Checks that the agent's socket exists, because `start` will connect to the socket later.
     pub(crate) fn check(&self) -> Result<()> {
-        let doing = || format!("look for linux.seccomp.listenerPath {}", self.path);
+        let doing = || format!("check linux.seccomp.listenerPath {}", self.path);
         let stat = rustix::fs::stat(&*self.path).doing(doing)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Socket => Ok(()),
@@ -73,8 +74,8 @@ impl Listener {
 }
 
 impl Agent<'_> {
-    /// Waits until the process has loaded its filter, hands the filter's listener to the agent, and
-    /// lets the process go on.
+    /// Waits until the process has loaded its filter, sends the filter's listener to the agent, and
+    /// lets the process continue.
     pub(crate) fn serve(
         self,
         report: &Report,
@@ -83,7 +84,7 @@ impl Agent<'_> {
         state: OciState<'_>,
     ) -> Result<()> {
         let Some(number) = report.await_listener(process) else {
-            // The process failed before that, and reports the reason itself.
+            // The process failed before it loaded the filter, and reports the reason itself.
             return Ok(());
         };
         let sent = self.send_listener(process.as_fd(), pid, number, state);
@@ -91,10 +92,12 @@ impl Agent<'_> {
         sent
     }
 
-    /// Takes the listener out of the process that loaded its filter, where it has that
-    /// number, and hands it to the agent.
+    /// Copies the listener from the process that loaded its filter, and sends the copy to the
+    /// agent. `number` is the number that the listener's descriptor has in that process.
     ///
-    /// The process itself could not send it: the filter may ask the agent about that.
+    /// The process cannot send the listener itself. If the filter passes sendmsg(2) to the agent,
+    /// this call waits for the agent's decision. The agent does not have the listener yet, so the
+    /// call would wait forever.
     fn send_listener(
         self,
         process: BorrowedFd<'_>,
@@ -102,9 +105,10 @@ impl Agent<'_> {
         number: i32,
         state: OciState<'_>,
     ) -> Result<()> {
-        let doing = || format!("hand the seccomp listener to {}", self.listener.path);
+        let doing = || format!("send the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
-        // A process in the same PID namespace may have written another number into the shared page.
+        // rrun checks that the descriptor is a listener. Another process in the same PID namespace
+        // can write a wrong number into the shared page.
         let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
         let what = rustix::fs::readlink(&link, Vec::new()).doing(doing)?;
         if what.as_bytes() != LISTENER {

@@ -1,9 +1,10 @@
-//! System call filters: `linux.seccomp` of config.json, compiled to the kernel's classic
-//! BPF. See seccomp(2) and the kernel's Documentation/userspace-api/seccomp_filter.rst.
+//! System call filters, which rrun compiles from `linux.seccomp` of config.json to the kernel's
+//! classic BPF. See seccomp(2) and the kernel's Documentation/userspace-api/seccomp_filter.rst.
 //!
-//! In the order of the story: a [`profile`] is read and checked, each call's numbers come
-//! from the [`table`], [`compile`] makes a program of them by means of [`bpf`], a process
-//! loads it, and the [`listener`], if there is one, is told.
+//! The module [`profile`] checks a seccomp profile, and [`table`] contains the numbers of all
+//! system calls. The module [`compile`] translates the profile to a program with the generator in
+//! [`bpf`]. A process loads the program with the module [`filter`]. If the profile requires an
+//! agent, [`listener`] sends the filter's listener to the agent.
 
 pub(crate) mod architecture;
 mod bpf;

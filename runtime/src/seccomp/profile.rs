@@ -1,12 +1,13 @@
-//! `linux.seccomp` as config.json has it, and what is checked of it.
-//! See config-linux.md of the runtime specification, "Seccomp".
+//! The checks of `linux.seccomp` in config.json. See config-linux.md of the runtime specification,
+//! "Seccomp".
 
 use super::architecture::{self, Architecture, NATIVE};
 use super::table::Syscall;
 use crate::config::spec::{SeccompArg, SeccompCallName, SeccompProfile, SeccompSyscalls};
 use crate::error::{Result, refuse};
 
-/// Every action's name in alphabetical order, and the filter's answer (linux/seccomp.h).
+/// The names of all actions in alphabetical order, each with the value that the filter returns
+/// (linux/seccomp.h).
 pub(crate) const ACTIONS: [(&str, u32); 9] = [
     ("SCMP_ACT_ALLOW", libc::SECCOMP_RET_ALLOW),
     ("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO),
@@ -19,7 +20,7 @@ pub(crate) const ACTIONS: [(&str, u32); 9] = [
     ("SCMP_ACT_TRAP", libc::SECCOMP_RET_TRAP),
 ];
 
-/// Every operator's name, in alphabetical order.
+/// The names of all operators, in alphabetical order.
 pub(crate) const OPERATORS: [&str; 7] = [
     "SCMP_CMP_EQ",
     "SCMP_CMP_GE",
@@ -33,7 +34,7 @@ pub(crate) const OPERATORS: [&str; 7] = [
 /// The largest errno that a system call can return (linux/err.h, `MAX_ERRNO`).
 const LARGEST_ERRNO: u32 = 4095;
 
-/// What an argument is compared with.
+/// The comparison of an argument of a system call with a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Comparison {
     Equal(u64),
@@ -42,39 +43,39 @@ pub(crate) enum Comparison {
     LessOrEqual(u64),
     Greater(u64),
     GreaterOrEqual(u64),
-    /// The bits of the argument that are in `mask` are those of `value`.
+    /// True if the argument is equal to `value` after all bits outside `mask` are cleared.
     Masked {
         mask: u64,
         value: u64,
     },
 }
 
-/// A condition on an argument, the first being number 0.
+/// A condition on an argument of a system call. The first argument has the number 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Condition {
     pub(crate) argument: u32,
     pub(crate) comparison: Comparison,
 }
 
-/// For some calls, what to answer if all conditions hold.
+/// A rule of the profile: the value that the filter returns if all conditions are true.
 #[derive(Clone, Debug)]
 pub(crate) struct SeccompRule {
     pub(crate) answer: u32,
     pub(crate) conditions: Vec<Condition>,
 }
 
-/// A profile, checked.
+/// A seccomp profile that was checked.
 pub(crate) struct CheckedProfile {
-    /// `SECCOMP_RET_*` with its data.
+    /// The filter's default return value: a `SECCOMP_RET_*` action with its data.
     pub(crate) default: u32,
-    /// What is filtered for, this kernel's own architecture included.
+    /// The architectures that the filter supports, including this kernel's own architecture.
     pub(crate) architectures: Vec<Architecture>,
     pub(crate) rules: Vec<SeccompRule>,
-    /// Which of the rules, by their place, are for which calls, in the profile's order.
+    /// System calls in the profile's order, each with the index of one of its rules in `rules`.
     pub(crate) calls: Vec<(Syscall, u16)>,
-    /// Every call that the profile names, whatever it says of it.
+    /// Every system call that the profile names, whatever the action for the call is.
     pub(crate) named: Vec<Syscall>,
-    /// Calls that some other process is asked about.
+    /// True if the filter sends some system calls to an agent (SCMP_ACT_NOTIFY).
     pub(crate) notifies: bool,
 }
 
@@ -85,7 +86,8 @@ fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
         }
         refuse!("{field}: {action} is unknown");
     };
-    // "errnoRet" or "defaultErrnoRet", in the same object.
+    // The errno is in the field "errnoRet" or "defaultErrnoRet" of the object that contains the
+    // action.
     let errno_field = || {
         field.strip_suffix("defaultAction").map_or_else(
             || field.replace(".action", ".errnoRet"),
@@ -102,14 +104,17 @@ fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
     };
     match errno.unwrap_or(libc::EPERM as u32) {
         errno if errno <= largest => Ok(answer | errno),
-        errno => refuse!("{}: {errno} is more than {largest}", errno_field()),
+        errno => refuse!(
+            "{}: {errno} is more than the maximum of {largest}",
+            errno_field()
+        ),
     }
 }
 
 fn condition(field: impl Fn() -> String, arg: &SeccompArg) -> Result<Condition> {
     if arg.index > 5 {
         refuse!(
-            "{}.index: {}: the last argument is number 5",
+            "{}.index: {} is not the number of an argument, because the last argument has the number 5",
             field(),
             arg.index
         );
@@ -135,13 +140,18 @@ fn condition(field: impl Fn() -> String, arg: &SeccompArg) -> Result<Condition> 
 }
 
 impl SeccompProfile {
-    /// runc's callers write an empty object where they mean no seccomp at all.
+    /// Returns whether the profile is empty. Callers of runc pass an empty profile to disable
+    /// seccomp.
     pub(crate) fn is_empty(&self) -> bool {
         self.default_action.is_empty() && self.syscalls.as_ref().is_none_or(Vec::is_empty)
     }
 
+    /// Checks the profile. Calls the function `unknown` with the name of every unknown system
+    /// call.
+    ///
     /// # Errors
-    /// What is unknown or contradictory, by the name of its field.
+    /// Fails if a value is unknown, or contradicts another value. The error names the field that
+    /// contains the value.
     pub(crate) fn check(&self, unknown: &mut dyn FnMut(&str)) -> Result<CheckedProfile> {
         self.check_for(NATIVE, unknown)
     }
@@ -168,7 +178,7 @@ impl SeccompProfile {
             entry.check(index, &mut checked, unknown)?;
         }
         if checked.rules.len() > usize::from(u16::MAX) {
-            refuse!("linux.seccomp.syscalls: are too many");
+            refuse!("linux.seccomp.syscalls: the profile contains more rules than rrun supports");
         }
         Ok(checked)
     }
@@ -180,7 +190,7 @@ impl SeccompProfile {
                 Some(architecture) if !architecture.runs_on(native) => {}
                 Some(architecture) if all.contains(&architecture) => {}
                 Some(architecture) => all.push(architecture),
-                // No program of those can run here.
+                // rrun ignores this architecture, because its programs cannot run on this kernel.
                 None if architecture::NAMES.contains(&name.as_str()) => {}
                 None => refuse!("linux.seccomp.architectures[{index}]: {name} is unknown"),
             }
@@ -198,7 +208,8 @@ impl SeccompSyscalls {
     ) -> Result<()> {
         let field = || format!("linux.seccomp.syscalls[{index}]");
         let answer = match &self.errno_ret {
-            // Without the field's name, which is only wanted for a refusal.
+            // SCMP_ACT_ALLOW is a common action. rrun needs the name of the field `action` only for
+            // error messages, so rrun saves the time to construct the name here.
             None if self.action == "SCMP_ACT_ALLOW" => libc::SECCOMP_RET_ALLOW,
             errno => answer(&format!("{}.action", field()), &self.action, *errno)?,
         };
@@ -212,8 +223,9 @@ impl SeccompSyscalls {
         let first = checked.rules.len();
         if answer != checked.default {
             checked.notifies |= answer == libc::SECCOMP_RET_USER_NOTIF && !self.names.is_empty();
-            // As in runc: conditions on different arguments must all hold, but of those on
-            // the same argument any one will do, and then all of them count alone.
+            // If the conditions of an entry test different arguments, all conditions must be true,
+            // as in runc. But if two conditions test the same argument, it is enough that one
+            // condition of the entry is true.
             let repeated = conditions.iter().enumerate().any(|(at, condition)| {
                 conditions
                     .iter()
@@ -256,13 +268,13 @@ mod tests {
     fn refusal(json: &str) -> String {
         let profile: SeccompProfile = serde_json::from_str(json).unwrap();
         match profile.check(&mut |_| {}) {
-            Ok(_) => panic!("{json} was accepted"),
+            Ok(_) => panic!("the invalid profile {json} was accepted"),
             Err(error) => error.to_string(),
         }
     }
 
     #[test]
-    fn what_is_unknown_or_contradictory_is_named() {
+    fn errors_name_the_unknown_or_contradictory_field() {
         let call = |inner: &str| {
             format!(
                 r#"{{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{{"names":["write"]{inner}}}]}}"#
@@ -307,7 +319,10 @@ mod tests {
             ),
         ] {
             let sentence = refusal(&json);
-            assert!(sentence.contains(words), "{json}: {sentence}");
+            assert!(
+                sentence.contains(words),
+                "wrong error for the profile {json}: {sentence}"
+            );
         }
     }
 
@@ -327,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_calls_are_passed_over_and_told() {
+    fn unknown_calls_are_ignored_and_reported() {
         let json = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
             {"names":["fly","read"],"action":"SCMP_ACT_LOG"}]}"#;
         let profile: SeccompProfile = serde_json::from_str(json).unwrap();

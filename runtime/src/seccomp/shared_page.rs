@@ -1,10 +1,12 @@
-//! Memory through which a process under its filter reports to rrun without a system call.
+//! A page of shared memory. After a process has loaded its seccomp filter, it reports to rrun
+//! through this page, without a system call.
 //!
-//! Between the load of a filter and execve(2), no other system call is certain to be allowed. The
-//! least profile under which runc and crun start a program allows little more than execve(2). Any
-//! other call may fail, end the process, or wait for an agent that does not have the listener yet.
-//! So the process hands over a page of shared memory before it loads the filter. The page carries
-//! two reports: the number of the listener's descriptor, and the reason why the program was not executed.
+//! After a process has loaded its filter, only execve(2) is certain to be allowed. The smallest
+//! profile with which runc and crun can start a program allows little more than execve(2). Any
+//! other system call could fail, end the process, or wait for an agent that does not have the
+//! listener yet. So the process sends the descriptor of a page of shared memory to rrun before it
+//! loads the filter. The process writes two reports into the page: the number of the listener's
+//! descriptor, and the reason why the program was not executed.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -21,15 +23,17 @@ use crate::error::{Context, Error, Result};
 use crate::process::not_executed;
 use crate::sys::syscalls;
 
-/// The most bytes of the text that the page carries, with a NUL at the end.
+/// The size in bytes of the text in the shared page, including the final NUL.
 const TEXT_BYTES: usize = 3072;
 
-/// The content of the page, which is all 0 at first.
+/// The content of the shared page. All bytes of the page are 0 at first.
 #[repr(C)]
 struct PageContent {
-    /// The number of the listener's descriptor, which is never 0, 1 or 2.
+    /// The number of the listener's descriptor, or 0 before the process has loaded the filter. The
+    /// listener itself never has the number 0, because descriptors 0 to 2 are always in use.
     listener: AtomicU32,
-    /// [`TAKEN`] or [`REFUSED`].
+    /// rrun's answer to the process, which is 0 before rrun answers, and then [`TAKEN`] or
+    /// [`REFUSED`].
     answer: AtomicU32,
     /// The errno of execve(2), or [`HOOK_FAILED`].
     failure: AtomicU32,
@@ -51,51 +55,57 @@ const TAKEN: u32 = 1;
 const REFUSED: u32 = 2;
 const HOOK_FAILED: u32 = u32::MAX;
 
-/// How often the process checks for the answer before it assumes that rrun is dead. It can't read
-/// the clock instead: that may be a system call.
+/// The number of times that the process checks for rrun's answer. After this number of checks, the
+/// process assumes that rrun is dead. The process cannot measure the time instead. Reading the
+/// clock can require a system call, and the filter might not allow this call.
 ///
-/// A check takes 10 to 50 nanoseconds, so this is 3 to 13 seconds of processor time. rrun needs
-/// milliseconds. On a busy machine it gets them, because the scheduler gives both processes their
-/// share while this one checks. Even if this one is real-time and both have one processor, the
-/// kernel leaves the others 50 milliseconds of every second (sched_rt_runtime_us).
+/// Each check of the page takes 10 to 50 nanoseconds. All checks together take 3 to 13 seconds of
+/// processor time, but rrun needs only milliseconds to answer. Even on a busy machine, the
+/// scheduler gives rrun these milliseconds while the process checks the page. Even if the process
+/// has a real-time policy and shares one processor with rrun, the kernel leaves 50 milliseconds of
+/// every second to other processes (sched_rt_runtime_us).
 const ANSWER_CHECKS: u64 = 1 << 28;
 
-/// How long rrun sleeps between two checks for the listener.
+/// The interval at which rrun checks whether the process has reported the listener's descriptor.
 const LISTENER_CHECK_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000,
 };
 
-/// The page, in the process that will be filtered.
+/// The shared page, mapped into the process that will load the filter.
 pub(crate) struct SharedPage {
     file: OwnedFd,
     content: &'static PageContent,
 }
 
 impl SharedPage {
-    /// Must be called before the limits of the process are set, because they may forbid it.
+    /// Creates the page. The caller must call this function before it sets the resource limits of
+    /// the process. These limits can prevent the creation of the page.
     pub(crate) fn new() -> Result<SharedPage> {
-        let doing = || "make shared memory for the reports of a filtered process (memfd_create)";
+        let doing = || "create the shared memory through which a process with a seccomp filter reports to rrun (memfd_create)";
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = match rustix::fs::memfd_create("rrun", flags | MemfdFlags::NOEXEC_SEAL) {
-            // Before Linux 6.3.
+            // Linux before 6.3 does not support MFD_NOEXEC_SEAL.
             Err(Errno::INVAL) => rustix::fs::memfd_create("rrun", flags),
             file => file,
         };
         let file = file.doing(doing)?;
         rustix::fs::ftruncate(&file, size_of::<PageContent>() as u64).doing(doing)?;
-        // A process in the same PID namespace may open the file through /proc. If it made the file
-        // shorter, an access to the page would end this process with SIGBUS.
+        // Another process in the same PID namespace can open the page's file through /proc. Without
+        // the seals, that process could make the file shorter, and the next access to the page
+        // would end this process with SIGBUS.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).doing(doing)?;
         let address = syscalls::map_shared(file.as_fd(), size_of::<PageContent>()).doing(doing)?;
-        // SAFETY: this many bytes are mapped there, aligned to a page, and are never unmapped. Any
-        // value of them is valid. Others may write them meanwhile, but all accesses are atomic.
+        // SAFETY: the whole `PageContent` is mapped at `address`, which is aligned to a page, and
+        // is never unmapped. Every bit pattern is a valid `PageContent`. Other processes can write
+        // to the page at the same time, but all accesses are atomic.
         let content = unsafe { address.cast::<PageContent>().as_ref() };
         Ok(SharedPage { file, content })
     }
 
-    /// Writes the program's path into the page, and hands the page over with `send`.
+    /// Writes the program's path into the page, and sends the page's descriptor to rrun by calling
+    /// `send`.
     pub(crate) fn hand_over(
         self,
         program: &CStr,
@@ -113,12 +123,13 @@ impl AsFd for SharedPage {
     }
 }
 
-/// The page in the process, once rrun has it as well.
+/// The shared page in the process that loads the filter, after rrun has received the page.
 pub(crate) struct Reporter(&'static PageContent);
 
 impl Reporter {
-    /// Reports the listener's descriptor to rrun, and waits until the agent has it. False: rrun
-    /// failed to hand it over and reports the reason, or rrun is dead.
+    /// Reports the listener's descriptor to rrun, and waits until the agent has the listener.
+    /// Returns false if rrun is dead, or if rrun could not send the listener to the agent. If rrun
+    /// could not send the listener, rrun itself reports the reason to its caller.
     pub(crate) fn await_agent(&self, listener: BorrowedFd<'_>) -> bool {
         let number = listener.as_raw_fd() as u32;
         self.0.listener.store(number, Ordering::Release);
@@ -137,14 +148,16 @@ impl Reporter {
         self.0.failure.store(number, Ordering::Release);
     }
 
-    /// Reports why the program is not executed at all.
+    /// Reports the error of a failed hook. After this report, the process does not execute its
+    /// program.
     pub(crate) fn hook_failed(&self, error: &Error) {
         self.0.write(error.to_string().as_bytes());
         self.0.failure.store(HOOK_FAILED, Ordering::Release);
     }
 }
 
-/// The same page, in rrun outside the container.
+/// The shared page in the rrun process outside the container. This process reads and writes the
+/// page through the page's file.
 pub(crate) struct Report {
     file: File,
 }
@@ -160,8 +173,9 @@ impl Report {
         Some(u32::from_ne_bytes(word)).filter(|word| *word != 0)
     }
 
-    /// Waits until the process has loaded its filter, and returns the number of its listener.
-    /// `None`: the process died or failed before that.
+    /// Waits until the process has loaded its filter, and returns the number of the listener's
+    /// descriptor in that process. Returns `None` if the process died or failed before it loaded
+    /// the filter.
     pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
         loop {
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
@@ -176,18 +190,21 @@ impl Report {
         }
     }
 
-    /// Lets the process go on if the agent has the listener (`taken`); otherwise the process ends.
+    /// Answers the process. If the agent has received the listener, `taken` is true, and the
+    /// process continues. If `taken` is false, the process ends itself.
     pub(crate) fn answer(&self, taken: bool) {
         let word = if taken { TAKEN } else { REFUSED };
-        // If this fails, the process gives up after a while.
+        // If this write fails, the process stops waiting after it has read `answer`
+        // [`ANSWER_CHECKS`] times.
         let offset = offset_of!(PageContent, answer) as u64;
         let _ = self.file.write_all_at(&word.to_ne_bytes(), offset);
     }
 
-    /// The result, to be read once the process has executed its program or died.
+    /// Reads the result that the process reported. The caller must first wait until the process has
+    /// executed its program or died.
     ///
     /// # Errors
-    /// A hook failed under the filter, or the program could not be executed.
+    /// Fails if a hook failed after the filter was loaded, or if the program could not be executed.
     pub(crate) fn verdict(&self) -> Result<()> {
         let Some(errno) = self.word(offset_of!(PageContent, failure)) else {
             return Ok(());
@@ -202,7 +219,8 @@ impl Report {
         if errno == HOOK_FAILED {
             return Err(Error::new(text));
         }
-        // Another process may have written the number, and rustix panics at one out of range.
+        // rrun checks that the errno is in range, because rustix panics for any other number.
+        // Another process can write any number into the page.
         let errno = i32::try_from(errno)
             .ok()
             .filter(|it| (1..4096).contains(it));

@@ -1,21 +1,23 @@
-//! Names of system calls and their numbers, for every architecture whose programs an x86-64
-//! or an arm64 kernel runs.
+//! The names and numbers of system calls on all architectures that an x86-64 or arm64 kernel
+//! supports, for example i386 and 32-bit Arm.
 //!
-//! `syscalls.tbl` is for people; what the program carries is made of it at compile time,
-//! without pointers, so that a container without seccomp does not pay for them at start.
+//! `syscalls.tbl` is the readable source of the numbers. The Rust compiler converts this file to a
+//! table without pointers. Pointers in the table would have to be relocated whenever rrun starts.
+//! They would delay the start of every container, even without seccomp.
 
 use super::architecture::Architecture;
 
 const TEXT: &[u8] = include_bytes!("syscalls.tbl");
 const COLUMNS: usize = 5;
 const ABSENT: u16 = u16::MAX;
-/// Arm's private calls start at 0x0f0000 (`__ARM_NR_BASE`); they are kept from here on.
+/// The number at which Arm's private calls start in the table. The kernel numbers these calls from
+/// 0x0f0000 (`__ARM_NR_BASE`), but that number does not fit into the 16 bits of a table entry.
 const PRIVATE: u16 = 0xf000;
 pub(crate) const ARM_PRIVATE: u32 = 0x0f_0000;
-/// Marks the number of an x32 call (`__X32_SYSCALL_BIT`).
+/// The bit that marks the number of an x32 call (`__X32_SYSCALL_BIT`).
 pub(crate) const X32_BIT: u32 = 0x4000_0000;
 
-/// A system call's place in the table.
+/// A system call, represented by the index of the call's row in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Syscall(u16);
 
@@ -24,7 +26,7 @@ const fn starts_a_line(at: usize) -> bool {
     (at == 0 || TEXT[at - 1] == b'\n') && first != b'#' && first != b'\n'
 }
 
-/// How many calls there are, and how many bytes their names have together.
+/// Returns the number of system calls in the table, and the total length of their names in bytes.
 const fn extent() -> (usize, usize) {
     let (mut count, mut bytes, mut at) = (0, 0, 0);
     while at < TEXT.len() {
@@ -45,7 +47,7 @@ const BYTES: usize = extent().1;
 
 struct Table {
     names: [u8; BYTES],
-    /// Where each name starts, and where the last one ends.
+    /// The offset at which each name starts in `names`, and the offset at which the last name ends.
     starts: [u16; COUNT + 1],
     numbers: [[u16; COLUMNS]; COUNT],
 }
@@ -106,7 +108,8 @@ fn name_at(row: usize) -> &'static [u8] {
 }
 
 impl Syscall {
-    /// The call of that name on any of the architectures.
+    /// Returns the system call with this name, if the call exists on at least one of the
+    /// architectures.
     pub(crate) fn by_name(name: &str) -> Option<Syscall> {
         let (mut low, mut high) = (0, COUNT);
         while low < high {
@@ -124,7 +127,8 @@ impl Syscall {
         std::str::from_utf8(name_at(usize::from(self.0))).unwrap_or_default()
     }
 
-    /// Its number where a program of that architecture calls the kernel.
+    /// Returns the number of the call on an architecture, or `None` if the call does not exist on
+    /// that architecture.
     pub(crate) fn number(self, architecture: Architecture) -> Option<u32> {
         let column = match architecture {
             Architecture::X86_64 => 0,
@@ -143,8 +147,9 @@ impl Syscall {
     }
 }
 
-/// On 32-bit x86, the calls that socketcall(2) and ipc(2) can stand for, each by the name of
-/// the one it comes through and the value of its first argument (linux/net.h, linux/ipc.h).
+/// Returns the multiplexing call, socketcall(2) or ipc(2), through which a 32-bit x86 program can
+/// make the call `name`. Also returns the number that the program passes as the first argument of
+/// the multiplexing call to select `name`. See linux/net.h and linux/ipc.h.
 pub(crate) fn multiplexed(name: &str) -> Option<(&'static str, u32)> {
     const SOCKETCALL: [&str; 20] = [
         "socket",
@@ -189,7 +194,7 @@ pub(crate) fn multiplexed(name: &str) -> Option<(&'static str, u32)> {
     Some(("ipc", *call))
 }
 
-/// Every name of a number.
+/// Returns the names of all calls that have this number on an architecture.
 #[cfg(test)]
 pub(crate) fn names_of(architecture: Architecture, number: u32) -> Vec<&'static str> {
     (0..COUNT as u16)
@@ -217,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_the_kernels() {
+    fn the_numbers_are_equal_to_the_kernels_numbers() {
         use Architecture::{Aarch64, Arm, X32, X86, X86_64};
         for (name, architecture, number) in [
             ("read", X86_64, Some(0)),
@@ -250,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_multiplexed_is_in_the_table() {
+    fn multiplexed_calls_have_the_right_numbers() {
         assert_eq!(multiplexed("sendmmsg"), Some(("socketcall", 20)));
         assert_eq!(multiplexed("shmctl"), Some(("ipc", 24)));
         assert_eq!(multiplexed("read"), None);

@@ -1,4 +1,4 @@
-//! What filters decide, found out by running them.
+//! Tests of compiled filters. The tests interpret a filter to find the filter's decisions.
 
 use serde_json::{Value, json};
 
@@ -60,7 +60,7 @@ fn profile(default: &str, syscalls: Value) -> Value {
 }
 
 #[test]
-fn every_call_gets_its_rule_and_all_others_the_default() {
+fn the_filter_applies_the_rule_of_a_call_and_the_default_to_all_other_calls() {
     let names = ["read", "write", "execve", "openat", "pwritev2", "clone3"];
     let filter = CompiledProfile::on(
         X86_64,
@@ -81,7 +81,7 @@ fn every_call_gets_its_rule_and_all_others_the_default() {
 }
 
 #[test]
-fn every_action_is_answered() {
+fn every_action_becomes_a_return_value_of_the_filter() {
     for (action, errno_ret, answer) in [
         ("SCMP_ACT_KILL", None, KILL),
         ("SCMP_ACT_KILL_THREAD", None, KILL),
@@ -112,7 +112,7 @@ fn every_action_is_answered() {
 }
 
 #[test]
-fn programs_of_architectures_not_listed_are_killed() {
+fn programs_of_unlisted_architectures_are_killed() {
     let only_native = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
     let filter = CompiledProfile::on(X86_64, only_native.clone());
     assert_eq!(filter.call(X86_64, "read", &[]), ALLOW);
@@ -123,7 +123,8 @@ fn programs_of_architectures_not_listed_are_killed() {
             "{architecture:?}"
         );
     }
-    // What a tracer puts in place of a call is no call of x32's.
+    // A tracer skips a system call by setting its number to u32::MAX. The filter must not treat
+    // this number as an x32 call.
     assert_eq!(filter.number(X86_64, u32::MAX, [0; 6]), ALLOW);
     let filter = CompiledProfile::on(Aarch64, only_native);
     assert_eq!(filter.call(Aarch64, "read", &[]), ALLOW);
@@ -131,7 +132,7 @@ fn programs_of_architectures_not_listed_are_killed() {
 }
 
 #[test]
-fn calls_newer_than_the_profile_are_not_there() {
+fn calls_that_are_newer_than_the_profile_fail_with_enosys() {
     let names = ["read", "faccessat2", "set_tls", "preadv2"];
     let rules = json!([rule(&names, "SCMP_ACT_ALLOW", json!([]))]);
     let mut with_all = profile("SCMP_ACT_ERRNO", rules);
@@ -144,13 +145,15 @@ fn calls_newer_than_the_profile_are_not_there() {
     }
     assert_eq!(filter.number(X86_64, 511, [0; 6]), ENOSYS);
     assert_eq!(filter.number(X86_64, 9999, [0; 6]), ENOSYS);
-    // x32's own numbers do not tell a call's age.
+    // The calls with the numbers 512 to 547 of x32 are old, so the filter must not treat these
+    // calls as newer than the profile.
     assert_eq!(filter.call(X32, "preadv2", &[]), ALLOW);
     assert_eq!(filter.call(X32, "ioctl", &[]), EPERM);
     assert_eq!(filter.number(X32, 0x4000_0000 + 548, [0; 6]), ENOSYS);
     assert_eq!(filter.number(X86_64, u32::MAX, [0; 6]), EPERM);
 
-    // Nor do arm's private ones.
+    // Arm's private calls have high numbers although they are old, so the filter must not treat
+    // these calls as newer than the profile.
     let filter = CompiledProfile::on(Aarch64, with_all.clone());
     for architecture in [Aarch64, Arm] {
         assert_eq!(filter.call(architecture, "faccessat2", &[]), ALLOW);
@@ -216,16 +219,16 @@ fn arguments_are_compared_as_64_bits() {
                     assert_eq!(
                         filter.call(X86_64, "ioctl", &args),
                         answer(holds(arg, value)),
-                        "{arg:#x} {op} {value:#x}"
+                        "result of the filter for the comparison {arg:#x} {op} {value:#x}"
                     );
-                    // Those of 32-bit programs are 32 bits wide.
+                    // The arguments of 32-bit programs are 32 bits wide.
                     let (low, low_value) = (arg & 0xffff_ffff, value & 0xffff_ffff);
                     args[index as usize] = low;
                     for narrow in [X86, X32] {
                         assert_eq!(
                             filter.call(narrow, "ioctl", &args),
                             answer(holds(low, low_value)),
-                            "{low:#x} {op} {low_value:#x} ({narrow:?})"
+                            "result of the filter for {low:#x} {op} {low_value:#x} on {narrow:?}"
                         );
                     }
                 }
@@ -272,7 +275,7 @@ fn masked_bits_are_compared() {
 }
 
 #[test]
-fn conditions_on_different_arguments_must_all_hold() {
+fn all_conditions_must_be_true_if_they_test_different_arguments() {
     let args = json!([when(0, "EQ", 2), when(1, "EQ", 3), when(2, "NE", 4)]);
     let rules = json!([rule(&["socket"], "SCMP_ACT_ALLOW", args)]);
     let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
@@ -282,9 +285,10 @@ fn conditions_on_different_arguments_must_all_hold() {
     }
 }
 
-/// As runc has it; profiles count on it.
+/// In runc, a rule also applies if only one of several conditions on the same argument is true.
+/// Existing profiles rely on this behaviour.
 #[test]
-fn of_conditions_on_the_same_argument_one_is_enough() {
+fn one_true_condition_is_enough_if_several_conditions_test_the_same_argument() {
     let args = json!([when(0, "EQ", 2), when(0, "EQ", 10), when(1, "EQ", 1)]);
     let rules = json!([rule(&["socket"], "SCMP_ACT_ALLOW", args)]);
     let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ERRNO", rules));
@@ -295,7 +299,7 @@ fn of_conditions_on_the_same_argument_one_is_enough() {
 }
 
 #[test]
-fn of_several_rules_for_a_call_any_can_hold_and_the_one_that_asks_nothing_wins() {
+fn any_rule_for_a_call_can_match_and_a_rule_without_conditions_overrides_the_others() {
     let personality = |value: u64| {
         rule(
             &["personality"],
@@ -315,7 +319,7 @@ fn of_several_rules_for_a_call_any_can_hold_and_the_one_that_asks_nothing_wins()
         rule(&["socket"], "SCMP_ACT_TRAP", json!([when(0, "EQ", 2)])),
         rule(&["clone"], "SCMP_ACT_TRAP", json!([when(0, "EQ", 1)])),
         rule(&["clone"], "SCMP_ACT_ALLOW", json!([])),
-        // The default's own action takes nothing away from others.
+        // A rule whose action is the default action does not override other rules.
         rule(&["mount"], "SCMP_ACT_ERRNO", json!([])),
         rule(&["mount"], "SCMP_ACT_ALLOW", json!([when(3, "EQ", 1)])),
     ]);
@@ -343,7 +347,8 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
     for (through, call, answer) in [
         ("socketcall", 1, ALLOW),
         ("socketcall", 16, ALLOW),
-        // Its argument can not be seen.
+        // If a program calls bind through socketcall, the filter cannot see the arguments of bind.
+        // So the rule, which allows bind only for some arguments, does not apply.
         ("socketcall", 2, EPERM),
         ("socketcall", 3, EPERM),
         ("ipc", 21, ALLOW),
@@ -353,10 +358,12 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
         assert_eq!(
             filter.call(X86, through, &[call]),
             answer,
-            "{through} {call}"
+            "result of the filter for the operation {call} of {through}"
         );
     }
-    // Where it can not be seen, what is forbidden for some is forbidden for all.
+    // The filter cannot see the arguments of a call that a program makes through socketcall. So if
+    // the profile forbids the call for some arguments, the filter forbids the call through
+    // socketcall for all arguments.
     let vsock = rule(&["socket"], "SCMP_ACT_ERRNO", json!([when(0, "EQ", 40)]));
     let filter = CompiledProfile::on(X86_64, profile("SCMP_ACT_ALLOW", json!([vsock])));
     assert_eq!(filter.call(X86, "socket", &[40]), EPERM);
@@ -366,7 +373,7 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
 }
 
 #[test]
-fn a_profile_of_a_rule_for_each_call_fits_and_is_searched_in_few_steps() {
+fn a_profile_with_a_rule_for_each_call_fits_into_a_filter() {
     let rules: Vec<Value> = (0..470u32)
         .map(|number| {
             let names: Vec<&str> = super::table::names_of(X86_64, number);

@@ -1,4 +1,5 @@
-//! The end of a process that is a copy of rrun, seen from inside it and from its parent.
+//! Functions for a child process that is a copy of rrun. With these functions, the child can end
+//! itself. Its parent can kill the child, wait for its death and find the cause of its death.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -9,20 +10,21 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 use crate::error::Error;
 use crate::sys::syscalls::pidfd_send_signal;
 
-/// Ends the process without running anything that it has as a copy of its parent.
+/// Ends this child process without running the exit handlers or destructors that it inherited from
+/// its parent.
 pub(crate) fn exit_now() -> ! {
-    // SAFETY: exit_group takes an integer, runs no handlers and flushes nothing.
+    // SAFETY: exit_group has only an integer argument, and runs no exit handlers.
     unsafe { libc::syscall(libc::SYS_exit_group, 1) };
-    // A filter may refuse that call, and a C library's _exit would repeat it for ever. abort() at
-    // last executes an instruction that the processor refuses.
+    // A seccomp filter can refuse exit_group(2), and the C library's _exit would repeat that call
+    // forever. So rrun calls abort(), which finally executes an invalid instruction.
     std::process::abort()
 }
 
-/// Ends the process by an instruction that the processor refuses. A filter can hold or refuse every
-/// system call, exit_group(2) included, but not this.
+/// Ends this process with an invalid instruction. A seccomp filter can block or refuse every system
+/// call, including exit_group(2), but not this instruction.
 pub(crate) fn trap() -> ! {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the instruction raises SIGILL, which has its default disposition and ends the process.
+    // SAFETY: the instruction raises SIGILL, whose default disposition ends the process.
     unsafe {
         std::arch::asm!("ud2", options(noreturn, nomem, nostack))
     }
@@ -35,8 +37,8 @@ pub(crate) fn trap() -> ! {
     exit_now()
 }
 
-/// Ends the process when dropped, on return or unwinding, so that a copy of rrun never returns into
-/// the parent's code.
+/// A guard for a child process that is a copy of rrun. When the guard is dropped, on return or
+/// during unwinding, it ends the child. So the child never continues with the parent's code.
 pub(crate) struct NeverReturn;
 
 impl Drop for NeverReturn {
@@ -45,14 +47,15 @@ impl Drop for NeverReturn {
     }
 }
 
-/// Kills a child and takes its status, so that nothing is left of it.
+/// Kills a child and waits for its exit status, so that the child does not remain as a zombie.
 pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
     let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
     while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }
 
-/// Waits until a process is dead that has closed its end of the channel, which it does on its
-/// way there: only then [`explain_death`] can tell of what.
+/// Waits until a process is dead, after the process has closed its end of a channel to rrun. A
+/// dying process closes its descriptors before its death. But [`explain_death`] can find the cause
+/// only after the death.
 pub(crate) fn await_death(pidfd: &OwnedFd) {
     const DEATH_TIMEOUT: Timespec = Timespec {
         tv_sec: 10,
@@ -62,15 +65,16 @@ pub(crate) fn await_death(pidfd: &OwnedFd) {
     while let Err(Errno::INTR) = poll(&mut watched, Some(&DEATH_TIMEOUT)) {}
 }
 
-/// Adds to the error the signal that killed the process, if one did.
+/// Adds to `error` the signal that killed the process. Returns `error` unchanged if no signal
+/// killed the process.
 pub(crate) fn explain_death(error: Error, pidfd: &OwnedFd) -> Error {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
         Ok(Some(status)) => match status.terminating_signal() {
             Some(libc::SIGKILL) => error.while_doing(
-                "killed by SIGKILL, perhaps because its memory limit is too low to start in",
+                "killed by SIGKILL, perhaps because the memory limit is too low to start the container",
             ),
-            // It ended itself ([`trap`]), and the error says why.
+            // The process ended itself with [`trap`], and the error contains the reason.
             Some(libc::SIGILL) => error,
             Some(signal) => error.while_doing(format!("killed by signal {signal}")),
             None => error,

@@ -1,4 +1,4 @@
-//! clone3(2), for a program that never starts a thread.
+//! The system call clone3(2), for a program that never starts a thread.
 
 use std::os::fd::BorrowedFd;
 
@@ -6,8 +6,10 @@ use rustix::io::Errno;
 
 pub(crate) use rrun_kernel::clone3::Cloned;
 
-/// See [`rrun_kernel::clone3::clone3`]. Any code may run in the child.
+/// Calls [`rrun_kernel::clone3::clone3`]. The child is allowed to run any code, not only
+/// async-signal-safe functions.
 pub(crate) fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
-    // SAFETY: rrun never starts a thread, so that no lock is held that the copy lacks the holder of.
+    // SAFETY: rrun never starts a thread, so the child cannot inherit a lock that another thread of
+    // the parent holds.
     unsafe { rrun_kernel::clone3::clone3(flags, cgroup) }
 }

@@ -1,4 +1,4 @@
-//! Files read up to a limit, and files replaced as a whole.
+//! Functions that read files up to a size limit, and that replace files atomically.
 
 use std::io::Read as _;
 use std::os::fd::AsFd;
@@ -8,7 +8,8 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Context, Result, refuse};
 
-/// The most that is read of a JSON file; the largest config.json that occur have some 100 kB.
+/// The size limit for JSON files. In practice, the largest config.json files have a size of about
+/// 100 kB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Reads a file of at most [`FILE_BYTES_MAX`] bytes.
@@ -27,7 +28,7 @@ pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
         .doing(doing)?;
     if read as u64 > FILE_BYTES_MAX {
         refuse!(
-            "read {}: is larger than {} MB",
+            "read {}: the file is larger than {} MB",
             path.display(),
             FILE_BYTES_MAX >> 20
         );
@@ -35,7 +36,8 @@ pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a file beside its place and renames it there. Both paths count from `directory`.
+/// Writes `content` to the file `new`, and renames that file to `path`. Both paths are relative to
+/// `directory`.
 pub(crate) fn write_replacing(
     directory: impl AsFd,
     new: &Path,
@@ -59,7 +61,8 @@ pub(crate) fn write_replacing(
     rustix::fs::renameat(&directory, new, &directory, path).doing(doing)
 }
 
-/// Writes a process id to where the caller asked for it, without a newline, as runc does.
+/// Writes a process id to the file that rrun's caller requested (`--pid-file`), without a newline,
+/// as runc does.
 pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}"));

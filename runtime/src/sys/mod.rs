@@ -1,4 +1,5 @@
-//! The kernel's calls and file formats. Nothing here knows what a container is.
+//! Wrappers of the kernel's system calls, and parsers of the kernel's file formats. This module
+//! contains no code that is specific to containers.
 
 pub(crate) mod child;
 pub(crate) mod clone;

@@ -1,28 +1,29 @@
-//! Lists of numbers as the kernel writes them for CPUs and memory nodes: `0-3,5`. See
+//! Lists of numbers such as `0-3,5`, in the kernel's format for CPUs and memory nodes. See
 //! cpuset(7), "List format".
 
 use crate::error::{Error, Result, refuse};
 
-/// More than any kernel can be built for (CONFIG_NR_CPUS).
+/// The number of bits in a [`NumberSet`]. A kernel cannot be built for more than 8192 CPUs
+/// (CONFIG_NR_CPUS).
 const NUMBERS: usize = 8192;
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// A set of numbers, as the bit mask that system calls take.
+/// A set of numbers, in the form of the bit mask that system calls expect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NumberSet {
     words: [u64; NUMBERS / WORD_BITS],
 }
 
 impl NumberSet {
-    /// Every number.
+    /// The set of all numbers.
     pub(crate) const ALL: NumberSet = NumberSet {
         words: [u64::MAX; NUMBERS / WORD_BITS],
     };
 
-    /// The set that a list names; `None` if it is empty.
+    /// Parses a list of numbers. Returns `None` if the list is empty.
     ///
     /// # Errors
-    /// What is no list, or a number that no kernel knows.
+    /// Fails if the text is not a list, or if a number is not smaller than [`NUMBERS`].
     pub(crate) fn parse(list: &str) -> Result<Option<NumberSet>> {
         let mut set = NumberSet {
             words: [0; NUMBERS / WORD_BITS],
@@ -31,7 +32,7 @@ impl NumberSet {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
             let (first, last) = (number(first)?, number(last)?);
             if first > last {
-                refuse!("{range} is no range");
+                refuse!("{range} is not a valid range");
             }
             for number in first..=last {
                 if let Some(word) = set.words.get_mut(number / WORD_BITS) {
@@ -43,12 +44,12 @@ impl NumberSet {
             if list.is_empty() {
                 return Ok(None);
             }
-            refuse!("{list:?} names no number");
+            refuse!("{list:?} does not contain a number");
         }
         Ok(Some(set))
     }
 
-    /// The same in bytes, the lowest first, as far as there are numbers.
+    /// Returns the bit mask as bytes, the lowest byte first, without zero bytes at the end.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
         let mut bytes: Vec<u8> = bytes.collect();
@@ -70,10 +71,10 @@ fn number(text: &str) -> Result<usize> {
     match text.parse::<usize>() {
         Ok(number) if number < NUMBERS => Ok(number),
         Ok(number) => Err(Error::new(format!(
-            "{number} is more than {}, the most there can be",
+            "{number} is larger than {}, the largest possible number",
             NUMBERS - 1
         ))),
-        Err(_) => Err(Error::new(format!("{text:?} is no number"))),
+        Err(_) => Err(Error::new(format!("{text:?} is not a number"))),
     }
 }
 

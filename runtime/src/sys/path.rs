@@ -1,8 +1,9 @@
-//! Paths as text.
+//! Functions that process paths as text, without access to the file system.
 
 use std::path::{Component, Path, PathBuf};
 
-/// A path without `.`, `..` and doubled slashes, as if it were below /.
+/// Returns `path` as an absolute path without `.`, `..` and doubled slashes. A relative path is
+/// resolved from the root directory.
 pub(crate) fn cleaned(path: &Path) -> PathBuf {
     let mut clean = PathBuf::from("/");
     for component in path.components() {

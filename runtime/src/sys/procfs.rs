@@ -1,11 +1,12 @@
-//! What /proc tells of processes.
+//! Functions that read information about processes from /proc.
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
 
-/// When a process was started, and whether it is a zombie; `None` if there is none.
+/// Returns the start time of a process, in clock ticks since the boot, and whether the process is a
+/// zombie. Returns `None` if the process does not exist.
 pub(crate) fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
     let path = format!("/proc/{pid}/stat");
     let mut buffer = [0u8; 1024];
@@ -19,7 +20,8 @@ pub(crate) fn process_stat(pid: i32) -> Result<Option<(u64, bool)>> {
 }
 
 fn parse_stat(stat: &[u8]) -> Option<(u64, bool)> {
-    // The second field is the program's name in parentheses, with anything in it.
+    // The second field of /proc/PID/stat is the program's name in parentheses. The name can contain
+    // any character, so the last closing parenthesis ends the field.
     let after_name = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = stat
         .get(after_name + 1..)?
@@ -35,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_in_proc_stat_can_not_deceive() {
+    fn a_program_name_cannot_forge_other_fields_of_proc_stat() {
         let stat = b"7 (a) Z 1 ) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9\n";
         assert_eq!(parse_stat(stat), Some((4242, false)));
         let own = process_stat(std::process::id() as i32).unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! System calls that neither rustix nor nix offers yet, each with a safe face.
+//! System calls that neither rustix nor nix provides yet, each with a wrapper function.
 
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
@@ -21,9 +21,11 @@ pub(super) fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
     }
 }
 
-/// Marks every open descriptor from `first` on close-on-exec. See close_range(2).
+/// Sets the close-on-exec flag of every open descriptor whose number is `first` or higher. See
+/// close_range(2).
 pub(crate) fn close_range_cloexec(first: u32) -> Result<(), Errno> {
-    // SAFETY: no memory is passed; setting a flag invalidates no descriptor.
+    // SAFETY: the call has no pointer arguments, and setting a flag does not invalidate a
+    // descriptor.
     check(unsafe {
         libc::syscall(
             libc::SYS_close_range,
@@ -38,15 +40,16 @@ pub(crate) fn close_range_cloexec(first: u32) -> Result<(), Errno> {
 /// Closes every descriptor from `first` to `last`. See close_range(2).
 ///
 /// # Safety
-/// Nothing that owns one of them may be used or dropped afterwards.
+/// The caller must not use or drop a value that owns one of these descriptors afterwards.
 pub(crate) unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
-    // SAFETY: no memory is passed; the caller vouches for the descriptors.
+    // SAFETY: the call has no pointer arguments, and the caller guarantees that it does not use the
+    // descriptors any more.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
     Ok(())
 }
 
-/// Gives this process the session keyring of that name, or a new one, so that it no longer
-/// holds its parent's keys. Returns the keyring's number. See keyctl(2),
+/// Joins the session keyring `name`, so that this process no longer has its parent's keys. The
+/// kernel creates the keyring if it does not exist. Returns the keyring's number. See keyctl(2),
 /// `KEYCTL_JOIN_SESSION_KEYRING`.
 pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
@@ -55,17 +58,18 @@ pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
 }
 
-/// Says who may do what with a key. See keyctl(2), `KEYCTL_SETPERM`.
+/// Sets the permissions of a key. See keyctl(2), `KEYCTL_SETPERM`.
 pub(crate) fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
     const KEYCTL_SETPERM: libc::c_int = 5;
-    // SAFETY: no memory is passed.
+    // SAFETY: the call has no pointer arguments.
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, key, permissions) })?;
     Ok(())
 }
 
-/// Sends signal number `signal` (0 only checks) to the process behind `pidfd`.
+/// Sends the signal number `signal` to the process that `pidfd` refers to. With the signal number
+/// 0, the kernel only checks whether the process exists.
 pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
-    // SAFETY: a null siginfo is allowed and means an ordinary kill(2).
+    // SAFETY: a null siginfo is allowed, and the call then behaves like kill(2).
     check(unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -78,16 +82,16 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()
     Ok(())
 }
 
-/// Sends signal number `signal` to a process by its id. See kill(2).
+/// Sends the signal number `signal` to the process with the id `pid`. See kill(2).
 pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
-    // SAFETY: no memory is passed.
+    // SAFETY: the call has no pointer arguments.
     check(libc::c_long::from(unsafe { libc::kill(pid, signal) }))?;
     Ok(())
 }
 
 fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), Errno> {
-    // SAFETY: called with SIG_DFL and SIG_IGN only, which are no functions of ours that a
-    // signal could run at the wrong time.
+    // SAFETY: the callers pass only SIG_DFL and SIG_IGN, so a signal does not run a function of
+    // rrun.
     let previous = unsafe { libc::signal(signal, disposition) };
     if previous == libc::SIG_ERR {
         return Err(last_errno());
@@ -95,7 +99,7 @@ fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), E
     Ok(())
 }
 
-/// Gives a signal back its default disposition.
+/// Resets a signal to its default disposition.
 pub(crate) fn default_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_DFL)
 }
@@ -104,16 +108,16 @@ pub(crate) fn ignore_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_IGN)
 }
 
-/// Lets a signal end the process, with the status that shells know it by. Not as its default
-/// disposition does: the first process of a PID namespace is spared that. Executing a
-/// program resets it.
+/// Installs a handler that ends this process when `signal` arrives. The exit status is 128 plus the
+/// signal number, as in shells. The handler is necessary, because the first process of a PID
+/// namespace ignores a signal with the default disposition. execve(2) resets the handler.
 pub(crate) fn end_at_signal(signal: i32) -> Result<(), Errno> {
     extern "C" fn end(signal: i32) {
         // SAFETY: _exit is async-signal-safe, and does not return.
         unsafe { libc::_exit(128 + signal) }
     }
     let handler: extern "C" fn(i32) = end;
-    // SAFETY: the handler calls nothing but _exit, at whatever moment it runs.
+    // SAFETY: the handler calls only _exit, which is allowed at every moment.
     let previous = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     if previous == libc::SIG_ERR {
         return Err(last_errno());
@@ -121,19 +125,19 @@ pub(crate) fn end_at_signal(signal: i32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Blocks exactly the signals in `mask`; returns those that were blocked before.
+/// Blocks exactly the signals in `mask`. Returns the signals that were blocked before.
 pub(crate) fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
     // SAFETY: an all-zero sigset_t is a valid value of that plain type.
     let mut previous: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: both point to valid sets for the duration of the call.
+    // SAFETY: both pointers refer to valid sets for the duration of the call.
     let returned = unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask, &raw mut previous) };
     check(libc::c_long::from(returned))?;
     Ok(previous)
 }
 
-/// The set of no signals, or of those given.
+/// Returns a signal set that contains exactly `signals`.
 pub(crate) fn signal_set(signals: &[i32]) -> libc::sigset_t {
-    // SAFETY: sigemptyset initialises the set, sigaddset only refuses invalid numbers.
+    // SAFETY: sigemptyset initialises the set, and sigaddset refuses invalid signal numbers.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
@@ -144,21 +148,22 @@ pub(crate) fn signal_set(signals: &[i32]) -> libc::sigset_t {
     }
 }
 
-/// A descriptor from which the signals in `mask` can be read. See signalfd(2).
+/// Returns a descriptor from which the signals in `mask` can be read. See signalfd(2).
 pub(crate) fn signalfd(mask: &libc::sigset_t) -> Result<OwnedFd, Errno> {
-    // SAFETY: mask points to a valid set; -1 asks for a new descriptor.
+    // SAFETY: mask points to a valid set, and -1 requests a new descriptor.
     let fd = check(libc::c_long::from(unsafe {
         libc::signalfd(-1, mask, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
     }))?;
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The number of the next signal pending in a [`signalfd`], if there is one.
+/// Returns the number of the next signal that is pending in a [`signalfd`], if there is one.
 pub(crate) fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     let mut info = [0u8; std::mem::size_of::<libc::signalfd_siginfo>()];
     match rustix::io::read(fd, &mut info) {
-        // ssi_signo is the first field, 32 bits wide.
+        // `ssi_signo`, the number of the signal, is the first field of signalfd_siginfo and has 32
+        // bits.
         Ok(read) if read == info.len() => {
             let [a, b, c, d, ..] = info;
             Some(u32::from_ne_bytes([a, b, c, d]) as i32)
@@ -167,8 +172,7 @@ pub(crate) fn read_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     }
 }
 
-/// An execve(2) whose arguments are already laid out for the kernel, so that the call itself
-/// allocates nothing.
+/// A call of execve(2) with prepared arguments. The call itself does not allocate memory.
 pub(crate) struct Execution<'a> {
     path: &'a CStr,
     argv: Vec<*const libc::c_char>,
@@ -190,7 +194,8 @@ impl<'a> Execution<'a> {
         }
     }
 
-    /// Replaces this process's program; returns only if that failed. Makes no other system call.
+    /// Replaces this process's program with execve(2), and makes no other system call. Returns only
+    /// if execve(2) failed.
     pub(crate) fn execute(&self) -> Errno {
         // SAFETY: all strings are NUL-terminated and outlive `self`, and both arrays end with a
         // null pointer.
@@ -199,16 +204,16 @@ impl<'a> Execution<'a> {
     }
 }
 
-/// Replaces this process's program by the file that `file` refers to, with the environment
-/// that it has; returns only if that failed. See execveat(2).
+/// Replaces this process's program with the file that `file` refers to, and keeps the environment.
+/// Returns only if execveat(2) failed.
 pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
     unsafe extern "C" {
         static environ: *const *const libc::c_char;
     }
     let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
     argv.push(std::ptr::null());
-    // SAFETY: the path and all arguments are NUL-terminated, the array ends with a null
-    // pointer; environ is the C library's, and nothing changes it in this program.
+    // SAFETY: the path and all arguments are NUL-terminated, and the array ends with a null
+    // pointer. environ belongs to the C library, and rrun never changes it.
     unsafe {
         libc::syscall(
             libc::SYS_execveat,
@@ -222,13 +227,15 @@ pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
     last_errno()
 }
 
-/// Sets hard and soft limit of one resource; `resource` is a `RLIMIT_*` number.
+/// Sets the hard and soft limits of one resource for process `pid`. `resource` is a `RLIMIT_*`
+/// number.
 pub(crate) fn setrlimit(pid: i32, resource: i64, soft: u64, hard: u64) -> Result<(), Errno> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
     };
-    // SAFETY: limit is valid for reads; a null old limit is allowed.
+    // SAFETY: `limit` is valid for reads, and prlimit64 accepts a null pointer in place of a buffer
+    // for the old limit.
     check(unsafe {
         libc::syscall(
             libc::SYS_prlimit64,
@@ -250,7 +257,8 @@ pub(crate) struct SchedAttr {
     pub(crate) flags: u64,
     pub(crate) nice: i32,
     pub(crate) priority: u32,
-    /// Nanoseconds, as the two that follow.
+    /// The CPU time in each period for SCHED_DEADLINE. This field, `deadline` and `period` are in
+    /// nanoseconds.
     pub(crate) runtime: u64,
     pub(crate) deadline: u64,
     pub(crate) period: u64,
@@ -275,27 +283,27 @@ impl Default for SchedAttr {
     }
 }
 
-/// Sets scheduling policy and attributes of a process, 0 being this one.
+/// Sets the scheduling policy and attributes of process `pid`, where 0 means this process.
 pub(crate) fn sched_setattr(pid: i32, attr: &SchedAttr) -> Result<(), Errno> {
     // SAFETY: attr is a valid sched_attr whose first field is its length.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attr), 0) })?;
     Ok(())
 }
 
-/// Sets the I/O scheduling class and priority of a process, 0 being this one. See
+/// Sets the I/O scheduling class and priority of process `pid`, where 0 means this process. See
 /// ioprio_set(2).
 pub(crate) fn ioprio_set(pid: i32, ioprio: i32) -> Result<(), Errno> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-    // SAFETY: no memory is passed.
+    // SAFETY: the call has no pointer arguments.
     check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, ioprio) })?;
     Ok(())
 }
 
-/// Binds this process to the CPUs of the set; those that do not exist do not matter, if one
-/// does.
+/// Restricts this process to the CPUs in the set. The kernel ignores CPUs that do not exist, if at
+/// least one CPU in the set exists.
 pub(crate) fn sched_setaffinity(cpus: &NumberSet) -> Result<(), Errno> {
     let words = cpus.words();
-    // SAFETY: the mask is valid for reads of the length given, in bytes.
+    // SAFETY: the mask is valid for reads of the given length in bytes.
     check(unsafe {
         libc::syscall(
             libc::SYS_sched_setaffinity,
@@ -312,35 +320,38 @@ pub(crate) fn set_mempolicy(mode: u32, nodes: Option<&NumberSet>) -> Result<(), 
     let words = nodes.map(NumberSet::words).unwrap_or_default();
     let (mask, length) = match words {
         [] => (std::ptr::null(), 0),
-        // The kernel reads a bit less than it is told, for reasons of its own.
+        // The kernel reads one bit less than the given length, so the length is the number of bits
+        // plus 1.
         words => (words.as_ptr(), words.len() * u64::BITS as usize + 1),
     };
-    // SAFETY: the mask is null, or valid for reads of the length given less one, in bits.
+    // SAFETY: the mask is null, or valid for reads of `length` - 1 bits. The kernel reads only
+    // these bits.
     check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, length) })?;
     Ok(())
 }
 
 /// Sets this process's execution domain. See personality(2).
 pub(crate) fn personality(persona: u32) -> Result<(), Errno> {
-    // SAFETY: no memory is passed.
+    // SAFETY: the call has no pointer arguments.
     let previous = unsafe { libc::personality(libc::c_ulong::from(persona)) };
     check(libc::c_long::from(previous))?;
     Ok(())
 }
 
-/// The terminal becomes this session's controlling terminal. See ioctl_tty(2).
+/// Makes a terminal the controlling terminal of this session. See ioctl_tty(2).
 pub(crate) fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
-    // SAFETY: TIOCSCTTY takes an integer, no pointer.
+    // SAFETY: the argument of TIOCSCTTY is an integer, not a pointer.
     let returned = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY as _, 0) };
     check(libc::c_long::from(returned))?;
     Ok(())
 }
 
-/// Whether the kernel would take a seccomp filter with these `SECCOMP_FILTER_FLAG_*`.
+/// Returns whether the kernel accepts a seccomp filter with these `SECCOMP_FILTER_FLAG_*` flags.
 ///
-/// It looks at the flags before it looks for the filter, and there is none at address 0.
+/// This function passes a null pointer in place of a filter to seccomp(2). The kernel checks the
+/// flags first, so it returns EFAULT for the pointer only if the flags are valid.
 pub(crate) fn has_seccomp_flags(flags: u32) -> bool {
-    // SAFETY: a null filter is not read; the kernel answers EFAULT.
+    // SAFETY: the kernel does not read a filter from the null pointer, and returns EFAULT.
     let returned = unsafe {
         libc::syscall(
             libc::SYS_seccomp,
@@ -363,7 +374,7 @@ pub(crate) struct SockFilter {
 }
 
 impl SockFilter {
-    /// As one number, for the container's state.
+    /// Returns the instruction as one number, which is stored in the container's state.
     pub(crate) fn pack(self) -> u64 {
         u64::from(self.code) << 48
             | u64::from(self.if_true) << 40
@@ -381,8 +392,8 @@ impl SockFilter {
     }
 }
 
-/// Has this process's calls filtered from now on. Gives a descriptor if the flags ask for a
-/// listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
+/// Loads a filter for all further system calls of this process. Returns the listener's descriptor
+/// if the flags request a listener. See seccomp(2), SECCOMP_SET_MODE_FILTER.
 pub(crate) fn load_seccomp_filter(
     program: &[SockFilter],
     flags: u32,
@@ -397,8 +408,8 @@ pub(crate) fn load_seccomp_filter(
         length: program.len().try_into().map_err(|_| Errno::INVAL)?,
         instructions: program.as_ptr(),
     };
-    // SAFETY: the program has as many instructions as it says, each laid out as the kernel's
-    // struct sock_filter, and outlives the call.
+    // SAFETY: `program` contains the right number of instructions, which have the layout of the
+    // kernel's struct sock_filter, and outlives the call.
     let returned = check(unsafe {
         libc::syscall(
             libc::SYS_seccomp,
@@ -410,7 +421,8 @@ pub(crate) fn load_seccomp_filter(
     if flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32 == 0 {
         return Ok(None);
     }
-    // SAFETY: with that flag, the kernel returns a new descriptor that nobody else owns.
+    // SAFETY: with SECCOMP_FILTER_FLAG_NEW_LISTENER, the kernel returns a new descriptor, which has
+    // no other owner.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(returned as i32) }))
 }
 
@@ -420,7 +432,7 @@ pub(crate) fn map_shared(
     file: BorrowedFd<'_>,
     length: usize,
 ) -> Result<NonNull<libc::c_void>, Errno> {
-    // SAFETY: the kernel chooses an address that nothing else is mapped at.
+    // SAFETY: the kernel chooses an address at which no other memory is mapped.
     let address = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -452,7 +464,7 @@ pub(crate) fn loopback_up() -> Result<(), Errno> {
         *to = *from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: SIOCSIFFLAGS reads an ifreq, which request is.
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, and `request` is an ifreq.
     let returned = unsafe {
         libc::ioctl(
             socket.as_raw_fd(),

@@ -1,10 +1,11 @@
-//! Points in time as RFC 3339 text, as runc writes them.
+//! Functions that format a time as RFC 3339 text, as runc does.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rrun_kernel::date::DateTime;
 
-/// `2026-11-21T10:39:48.123456789Z`, as runc writes a container's time of creation.
+/// Formats a time like `2026-11-21T10:39:48.123456789Z`. runc writes the creation time of a
+/// container in the same format.
 pub(crate) fn rfc3339_nanos(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut text = DateTime::from_unix(since.as_secs()).to_string();
@@ -18,7 +19,7 @@ pub(crate) fn rfc3339_nanos(time: SystemTime) -> String {
     text
 }
 
-/// `2026-11-21T10:39:48Z`, as runc writes it into its log.
+/// Formats a time like `2026-11-21T10:39:48Z`, the format in which runc writes a time into its log.
 pub(crate) fn rfc3339_seconds(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut text = DateTime::from_unix(since.as_secs()).to_string();
@@ -32,7 +33,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn known_points_in_time() {
+    fn known_times_are_formatted_correctly() {
         let at = |seconds, nanos| UNIX_EPOCH + Duration::new(seconds, nanos);
         assert_eq!(rfc3339_seconds(at(0, 0)), "1970-01-01T00:00:00Z");
         assert_eq!(

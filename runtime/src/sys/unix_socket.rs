@@ -1,4 +1,5 @@
-//! Connections to a caller's unix socket, and descriptors sent over them. See unix(7).
+//! Connections to a unix socket of rrun's caller, and the transfer of descriptors over unix
+//! sockets. See unix(7).
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,10 +14,10 @@ use rustix::net::{
 
 use crate::error::{Context, Result};
 
-/// Connects to a caller's socket, which is to receive a descriptor.
+/// Connects to a socket of rrun's caller. rrun later sends a descriptor over this socket.
 ///
 /// # Errors
-/// Nobody listens at `path`. `what` names the socket's purpose in the error.
+/// Fails if no process listens at `path`. `what` describes the socket in the error message.
 pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
     let doing = || format!("connect to {what} {path}");
     let socket = socket_with(
@@ -31,10 +32,11 @@ pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Receives a message, and the descriptor that came with it, if any.
+/// Receives a message and the descriptor in it, if there is one.
 ///
 /// # Errors
-/// EMFILE also if the message arrived, but its descriptor was lost: this process has no room for it.
+/// Fails with EMFILE if the message arrived, but the kernel dropped the message's descriptor
+/// because this process has too many open descriptors.
 pub(crate) fn receive_descriptor(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -58,7 +60,7 @@ pub(crate) fn receive_descriptor(
     Ok((received.bytes, descriptor))
 }
 
-/// Sends a descriptor with some bytes over a unix socket.
+/// Sends a descriptor together with `bytes` over a unix socket.
 pub(crate) fn send_descriptor(
     socket: BorrowedFd<'_>,
     descriptor: BorrowedFd<'_>,

@@ -1,4 +1,5 @@
-//! The bpf(2) calls that put a program of ours on a cgroup, find it there and replace it.
+//! The bpf(2) calls that attach rrun's device program to a cgroup, find the attached program, and
+//! replace the attached program.
 
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 
@@ -8,7 +9,7 @@ use super::program::BpfInsn;
 
 type BpfResult<T> = std::result::Result<T, Errno>;
 
-// linux/bpf.h, enum bpf_cmd, bpf_prog_type, bpf_attach_type
+// These constants are from linux/bpf.h: enum bpf_cmd, enum bpf_prog_type and enum bpf_attach_type.
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_DETACH: libc::c_int = 9;
@@ -17,16 +18,19 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
-/// A container that divides its cgroup may add programs, which only restrict; so may systemd.
+/// The flag that allows further device programs on the same cgroup and on the cgroups below it. A
+/// container can add programs to its child cgroups, and systemd can add its own program. A further
+/// program can only restrict access, so the container cannot use it to gain access to a device.
 const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_F_REPLACE: u32 = 4;
 
-/// By which ours is told from systemd's on the same cgroup.
+/// The name of rrun's BPF program. rrun uses this name to distinguish its program from systemd's
+/// program on the same cgroup.
 const NAME: [u8; 16] = *b"rrun_devices\0\0\0\0";
-/// The kernel allows that many on one cgroup (BPF_CGROUP_MAX_PROGS).
+/// The maximum number of programs that the kernel allows on one cgroup (BPF_CGROUP_MAX_PROGS).
 const PROGRAMS_MAX: usize = 64;
 
-/// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used.
+/// The part of `union bpf_attr` that rrun uses for BPF_PROG_LOAD.
 #[repr(C)]
 struct LoadAttributes {
     prog_type: u32,
@@ -41,7 +45,7 @@ struct LoadAttributes {
     prog_name: [u8; 16],
 }
 
-/// The same for BPF_PROG_ATTACH and BPF_PROG_DETACH.
+/// The part of `union bpf_attr` that rrun uses for BPF_PROG_ATTACH and BPF_PROG_DETACH.
 #[repr(C)]
 struct AttachAttributes {
     target_fd: u32,
@@ -51,7 +55,7 @@ struct AttachAttributes {
     replace_bpf_fd: u32,
 }
 
-/// The same for BPF_PROG_QUERY.
+/// The part of `union bpf_attr` that rrun uses for BPF_PROG_QUERY.
 #[repr(C)]
 struct QueryAttributes {
     target_fd: u32,
@@ -63,7 +67,7 @@ struct QueryAttributes {
     padding: u32,
 }
 
-/// The same for BPF_OBJ_GET_INFO_BY_FD.
+/// The part of `union bpf_attr` that rrun uses for BPF_OBJ_GET_INFO_BY_FD.
 #[repr(C)]
 struct InfoAttributes {
     bpf_fd: u32,
@@ -71,7 +75,7 @@ struct InfoAttributes {
     info: u64,
 }
 
-/// `struct bpf_prog_info` up to the program's name.
+/// The start of `struct bpf_prog_info`, up to the program's name.
 #[repr(C)]
 #[derive(Default)]
 struct ProgramInfo {
@@ -80,8 +84,9 @@ struct ProgramInfo {
 }
 
 fn bpf<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<i32> {
-    // SAFETY: attributes is a prefix of bpf_attr of the length given, and what it points to
-    // outlives the call; the kernel takes what is missing as zero.
+    // SAFETY: `attributes` is a prefix of bpf_attr with the given length. The pointers in
+    // `attributes` refer to memory that outlives the call. The kernel treats the missing fields as
+    // zero.
     let returned = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -97,10 +102,10 @@ fn bpf<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<i32> {
     Ok(returned as i32)
 }
 
-/// The same for the commands that return a descriptor.
+/// Makes a bpf(2) call that returns a new descriptor.
 fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<OwnedFd> {
     let fd = bpf(command, attributes)?;
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -122,8 +127,8 @@ pub(crate) fn load(code: &[BpfInsn]) -> BpfResult<OwnedFd> {
     )
 }
 
-/// Puts a program on a cgroup, in the place of another if one is given: at no moment is
-/// there none.
+/// Attaches a device program to a cgroup. If `old` is given, the new program replaces `old`
+/// atomically, so that the cgroup always has a program.
 pub(crate) fn attach(
     cgroup: &impl AsFd,
     program: &OwnedFd,
@@ -156,7 +161,7 @@ pub(crate) fn detach(cgroup: &impl AsFd, program: &OwnedFd) -> BpfResult<()> {
     .map(|_| ())
 }
 
-/// The program of rrun's that is on a cgroup.
+/// Returns the device program that rrun attached to a cgroup earlier, if there is one.
 pub(crate) fn attached(cgroup: &impl AsFd) -> BpfResult<Option<OwnedFd>> {
     let mut ids = [0u32; PROGRAMS_MAX];
     let mut query = QueryAttributes {
@@ -170,7 +175,8 @@ pub(crate) fn attached(cgroup: &impl AsFd) -> BpfResult<Option<OwnedFd>> {
     };
     bpf(BPF_PROG_QUERY, &mut query)?;
     for id in ids.iter().take(query.prog_cnt as usize) {
-        // In this command's attributes, the id is all that is set.
+        // BPF_PROG_GET_FD_BY_ID needs only the program's id. The other attributes of this command
+        // are zero.
         let program = bpf_fd(BPF_PROG_GET_FD_BY_ID, &mut [*id, 0, 0])?;
         let mut info = ProgramInfo::default();
         bpf(

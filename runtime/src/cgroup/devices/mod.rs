@@ -1,10 +1,12 @@
-//! `linux.resources.devices`: which device nodes may be opened or made, enforced by a small
-//! program that the kernel runs at every attempt (BPF_PROG_TYPE_CGROUP_DEVICE).
+//! `linux.resources.devices`: the rules for opening and creating device nodes. A small BPF program
+//! (BPF_PROG_TYPE_CGROUP_DEVICE) enforces the rules. The kernel runs the program at every attempt
+//! to open or create a device node.
 //!
-//! Rules are in cgroup v1's terms: everything is denied at first, each rule changes what
-//! the ones before it said. The program asks them from the last to the first; the first
-//! that speaks of the attempt decides it. An attempt for several rights at once (opening
-//! for reading and writing) is allowed only if one rule allows all of them.
+//! The rules have the semantics of cgroup v1: everything is denied at first, and each rule
+//! overrides the rules before it. So the program checks the rules from the last to the first. The
+//! program obeys the first rule that applies to the device and to the requested rights. An attempt
+//! can need several rights at once, for example to open a device for reading and writing. Such an
+//! attempt is allowed only if a single rule allows all these rights.
 
 use oci_spec::runtime::LinuxDeviceCgroup;
 
@@ -23,7 +25,7 @@ pub(crate) fn validate(spec: &[LinuxDeviceCgroup]) -> Result<()> {
     rules(spec).map(|_| ())
 }
 
-/// Whether nothing is denied, so that no program is needed.
+/// Returns whether the rules allow every access. The cgroup then does not need a program.
 fn allows_everything(rules: &[DeviceRule]) -> bool {
     for rule in rules.iter().rev() {
         if !rule.allow {
@@ -36,8 +38,9 @@ fn allows_everything(rules: &[DeviceRule]) -> bool {
     false
 }
 
-/// The rules as systemd's properties DevicePolicy and DeviceAllow, which know no exception
-/// to what they allow: they may allow more than the program does, never less.
+/// Converts the rules to systemd's properties DevicePolicy and DeviceAllow. These properties cannot
+/// express an exception to an allow rule. So they can allow more than the BPF program, but never
+/// less.
 pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
@@ -76,7 +79,8 @@ pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
 }
 
 impl DeviceRule {
-    /// The device as systemd's DeviceAllow has it; `None` if no driver has that number.
+    /// Returns the device in the syntax of systemd's DeviceAllow, or `None` if no driver has the
+    /// rule's major number.
     fn node(&self, drivers: &str) -> Option<String> {
         let kind = if self.kind == Some(BLOCK) {
             "block"
@@ -99,7 +103,8 @@ impl DeviceRule {
     }
 }
 
-/// The name of the driver of a major number in the text of /proc/devices.
+/// Returns the name of the driver that has the major number `major`. `drivers` is the content of
+/// /proc/devices.
 fn driver<'a>(drivers: &'a str, kind: &str, major: i32) -> Option<&'a str> {
     let heading = match kind {
         "block" => "Block devices:",
@@ -116,10 +121,11 @@ fn driver<'a>(drivers: &'a str, kind: &str, major: i32) -> Option<&'a str> {
         })
 }
 
-/// Enforces the rules on a cgroup and all below it, in place of those before them.
+/// Enforces the rules on a cgroup and all cgroups below it. If `replace` is true, the new rules
+/// replace the rules that rrun applied earlier.
 ///
 /// # Errors
-/// What the kernel says of the program.
+/// Fails if the kernel refuses the program.
 pub(crate) fn apply(cgroup: &Directory, spec: &[LinuxDeviceCgroup], replace: bool) -> Result<()> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
@@ -149,12 +155,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn systemd_is_told_what_is_allowed() {
+    fn device_rules_become_systemd_properties() {
         let device_properties = |json: &str| {
             let [(_, policy), (_, BusValue::Pairs(allowed))] =
                 properties(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
             else {
-                panic!("DeviceAllow is no list of pairs");
+                panic!("DeviceAllow is not a list of pairs");
             };
             (policy, allowed)
         };
@@ -185,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_for_everything_decides_whether_there_is_a_program() {
+    fn the_last_rule_for_all_devices_decides_whether_a_program_is_needed() {
         assert!(allows_everything(&parsed(r#"[{"allow":true,"type":"a"}]"#)));
         let mut rules = parsed(r#"[{"allow":false,"access":"rwm"}]"#);
         rules.extend(DEFAULTS);

@@ -1,9 +1,10 @@
-//! The rules as a program for the kernel's BPF machine.
+//! The compiler that translates device rules into a program for the kernel's BPF machine.
 //!
-//! As short as it can be made, because the kernel checks every way through it when it is
-//! loaded, and that is part of a container's start. Rules next to each other that say the
-//! same (allow, or deny) may be asked in any order; so each run of them is sorted by type,
-//! rights and major number, and each of those is compared once.
+//! The compiler makes the program as short as possible. When the kernel loads the program, it
+//! verifies every path through the program. This verification delays the container's start.
+//! Neighbouring rules with the same effect (allow, or deny) can be checked in any order. So the
+//! compiler sorts each group of such rules by type, rights and major number. The program then
+//! compares each of these values only once.
 
 use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
 
@@ -12,13 +13,15 @@ use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BpfInsn {
     code: u8,
-    /// Destination register in the low half, source register in the high one.
+    /// The destination register in the low four bits, and the source register in the high four
+    /// bits.
     registers: u8,
     offset: i16,
     immediate: i32,
 }
 
-// Opcodes, see the kernel's Documentation/bpf/standardization/instruction-set.rst.
+// The opcodes that the program uses. See the kernel's
+// Documentation/bpf/standardization/instruction-set.rst.
 const LOAD_WORD: u8 = 0x61;
 const MOVE: u8 = 0xbc;
 const MOVE_CONSTANT: u8 = 0xb7;
@@ -29,7 +32,8 @@ const JUMP_UNEQUAL: u8 = 0x55;
 const JUMP_EQUAL: u8 = 0x15;
 const EXIT: u8 = 0x95;
 
-// Registers: the result, the context and then scratch, type, access, major, minor.
+// The registers that the program uses. Register 1 contains the address of the program's context at
+// first, and temporary values afterwards.
 const R_RESULT: u8 = 0;
 const R_SCRATCH: u8 = 1;
 const R_KIND: u8 = 2;
@@ -37,7 +41,7 @@ const R_ACCESS: u8 = 3;
 const R_MAJOR: u8 = 4;
 const R_MINOR: u8 = 5;
 
-/// A place in the program that is jumped to.
+/// The target of a jump in the program.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Label(usize);
 
@@ -46,9 +50,9 @@ const DENY: Label = Label(1);
 
 struct Assembler {
     code: Vec<BpfInsn>,
-    /// BpfInsns that jump, and where to.
+    /// The index of each jump instruction, and the label that is the jump's target.
     jumps: Vec<(usize, Label)>,
-    /// Where each label is.
+    /// The index of the instruction that each label marks.
     places: Vec<usize>,
 }
 
@@ -82,7 +86,8 @@ impl Assembler {
         self.jumps.iter().any(|(_, to)| *to == label)
     }
 
-    /// `label:` return whether it is allowed.
+    /// Places `label` at the next instruction, and emits the instructions that return the label's
+    /// decision (allow or deny).
     fn return_decision(&mut self, label: Label) {
         self.place_label(label);
         self.put(MOVE_CONSTANT, R_RESULT, 0, 0, i32::from(label == ALLOW));
@@ -100,7 +105,8 @@ impl Assembler {
         self.code
     }
 
-    /// Rules that all say the same, in any order.
+    /// Emits the code for rules with the same effect (allow, or deny). The order of such rules does
+    /// not matter.
     fn add_rules(&mut self, mut rules: Vec<DeviceRule>) {
         merge_types(&mut rules);
         rules.sort_unstable_by_key(|rule| {
@@ -113,20 +119,20 @@ impl Assembler {
             )
         });
         rules.dedup();
-        for of_a_type in rules.chunk_by(|a, b| a.kind == b.kind) {
+        for same_type in rules.chunk_by(|a, b| a.kind == b.kind) {
             let next = self.label();
-            if let Some(kind) = of_a_type.first().and_then(|rule| rule.kind) {
+            if let Some(kind) = same_type.first().and_then(|rule| rule.kind) {
                 self.jump(JUMP_UNEQUAL, R_KIND, kind, next);
             }
-            for of_an_access in of_a_type.chunk_by(|a, b| a.access == b.access) {
-                self.with_access(of_an_access);
+            for same_access in same_type.chunk_by(|a, b| a.access == b.access) {
+                self.add_rules_with_access(same_access);
             }
             self.place_label(next);
         }
     }
 
-    /// Rules of one type for the same rights.
-    fn with_access(&mut self, rules: &[DeviceRule]) {
+    /// Emits the code for rules that have the same device type and the same rights.
+    fn add_rules_with_access(&mut self, rules: &[DeviceRule]) {
         let Some(DeviceRule { allow, access, .. }) = rules.first().copied() else {
             return;
         };
@@ -136,9 +142,9 @@ impl Assembler {
             .iter()
             .any(|rule| rule.major.is_none() && rule.minor.is_none());
         if access != ALL {
-            // An allowing rule speaks of an attempt only if it covers all that is attempted,
-            // a denying one already if it covers some of it.
-            let (mask, speaks, passes) = if allow {
+            // An allow rule applies to an access only if the rule covers all requested rights. A
+            // deny rule applies if it covers at least one requested right.
+            let (mask, jump_if_match, jump_if_no_match) = if allow {
                 (!access & ALL, JUMP_EQUAL, JUMP_UNEQUAL)
             } else {
                 (access, JUMP_UNEQUAL, JUMP_EQUAL)
@@ -146,28 +152,28 @@ impl Assembler {
             self.put(MOVE, R_SCRATCH, R_ACCESS, 0, 0);
             self.put(AND_CONSTANT, R_SCRATCH, 0, 0, mask);
             if every {
-                self.jump(speaks, R_SCRATCH, 0, answer);
+                self.jump(jump_if_match, R_SCRATCH, 0, answer);
                 return;
             }
-            self.jump(passes, R_SCRATCH, 0, next);
+            self.jump(jump_if_no_match, R_SCRATCH, 0, next);
         } else if every {
             self.jump(JUMP, 0, 0, answer);
             return;
         }
-        for of_a_major in rules.chunk_by(|a, b| a.major == b.major) {
-            let Some(major) = of_a_major.first().and_then(|rule| rule.major) else {
-                for minor in of_a_major.iter().filter_map(|rule| rule.minor) {
+        for same_major in rules.chunk_by(|a, b| a.major == b.major) {
+            let Some(major) = same_major.first().and_then(|rule| rule.major) else {
+                for minor in same_major.iter().filter_map(|rule| rule.minor) {
                     self.jump(JUMP_EQUAL, R_MINOR, minor, answer);
                 }
                 continue;
             };
-            if of_a_major.iter().any(|rule| rule.minor.is_none()) {
+            if same_major.iter().any(|rule| rule.minor.is_none()) {
                 self.jump(JUMP_EQUAL, R_MAJOR, major, answer);
                 continue;
             }
             let other = self.label();
             self.jump(JUMP_UNEQUAL, R_MAJOR, major, other);
-            for minor in of_a_major.iter().filter_map(|rule| rule.minor) {
+            for minor in same_major.iter().filter_map(|rule| rule.minor) {
                 self.jump(JUMP_EQUAL, R_MINOR, minor, answer);
             }
             self.place_label(other);
@@ -176,14 +182,16 @@ impl Assembler {
     }
 }
 
-/// There are two types; a rule for each of them is one for both.
+/// If two rules differ only in the type, block or character device, merges the two rules into one
+/// rule without a type. The merged rule has the same effect, because device nodes have no other
+/// types.
 fn merge_types(rules: &mut Vec<DeviceRule>) {
-    let of_blocks: Vec<DeviceRule> = rules
+    let block_rules: Vec<DeviceRule> = rules
         .iter()
         .filter(|rule| rule.kind == Some(BLOCK))
         .copied()
         .collect();
-    for block in of_blocks {
+    for block in block_rules {
         let char = DeviceRule {
             kind: Some(CHAR),
             ..block
@@ -198,21 +206,23 @@ fn merge_types(rules: &mut Vec<DeviceRule>) {
     }
 }
 
-/// The program that asks the rules, from the last to the first.
+/// Compiles a program that checks the rules from the last to the first.
 pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),
         places: vec![0; 2],
     };
-    // The first word has the rights in its upper half, the type in its lower one.
+    // The program's context is a struct bpf_cgroup_dev_ctx. In the first word of this struct, the
+    // upper half contains the requested rights, and the lower half contains the device type.
     program.put(LOAD_WORD, R_KIND, R_SCRATCH, 0, 0);
     program.put(LOAD_WORD, R_MAJOR, R_SCRATCH, 4, 0);
     program.put(LOAD_WORD, R_MINOR, R_SCRATCH, 8, 0);
     program.put(MOVE, R_ACCESS, R_KIND, 0, 0);
     program.put(AND_CONSTANT, R_KIND, 0, 0, 0xffff);
     program.put(SHIFT_RIGHT, R_ACCESS, 0, 0, 16);
-    // What comes before a rule for everything has no say.
+    // A rule for all devices and all rights overrides all earlier rules. The compiler ignores the
+    // overridden rules.
     let decided = |rule: &DeviceRule| {
         rule.kind.is_none() && rule.major.is_none() && rule.minor.is_none() && rule.access == ALL
     };
@@ -226,7 +236,8 @@ pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
         program.add_rules(run.to_vec());
     }
     program.return_decision(last);
-    // The verifier refuses code that can not be reached.
+    // The kernel's verifier refuses unreachable code. So the compiler emits the decision `other`
+    // only if a jump leads to it.
     let other = if last == ALLOW { DENY } else { ALLOW };
     if program.is_used(other) {
         program.return_decision(other);
@@ -239,7 +250,7 @@ mod tests {
     use super::super::rule::{DEFAULTS, MKNOD, READ, WRITE, parsed};
     use super::*;
 
-    /// What the program decides, computed by running it.
+    /// Interprets a program, and returns whether the program allows this access to the device.
     fn decides(code: &[BpfInsn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0i64; 6];
         let mut at = 0usize;
@@ -272,8 +283,9 @@ mod tests {
         }
     }
 
-    /// What the rules say, one after the other.
-    fn meant(rules: &[DeviceRule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    /// Returns whether the rules allow this access to the device. This function evaluates the rules
+    /// directly, from the last to the first, without a compiled program.
+    fn expected(rules: &[DeviceRule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         rules
             .iter()
             .rev()
@@ -291,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_decides_as_the_rules_say() {
+    fn the_program_decides_as_the_rules_specify() {
         for json in [
             "[]",
             r#"[{"allow":false,"access":"rwm"}]"#,
@@ -317,8 +329,9 @@ mod tests {
                             for minor in [0, 1, 2, 3, 7, 200] {
                                 assert_eq!(
                                     decides(&code, kind, access, major, minor),
-                                    meant(&rules, kind, access, major, minor),
-                                    "{json}: {kind} {access} {major}:{minor}"
+                                    expected(&rules, kind, access, major, minor),
+                                    "decision for the rules {json}, device {kind} {major}:{minor}, \
+                                     access {access}"
                                 );
                             }
                         }
@@ -329,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_denies_disks_and_allows_null_in_few_instructions() {
+    fn the_default_rules_deny_disks_and_allow_dev_null_in_few_instructions() {
         let mut rules = parsed(r#"[{"allow":false,"access":"rwm"}]"#);
         rules.extend(DEFAULTS);
         rules.extend(DEFAULTS);
@@ -339,6 +352,10 @@ mod tests {
         assert!(decides(&code, BLOCK, MKNOD, 8, 0));
         assert!(!decides(&code, BLOCK, READ, 8, 0));
         assert!(!decides(&code, CHAR, READ, 1, 1));
-        assert!(code.len() <= 24, "{} instructions", code.len());
+        assert!(
+            code.len() <= 24,
+            "number of instructions of the program for the default rules: {}, expected: at most 24",
+            code.len()
+        );
     }
 }

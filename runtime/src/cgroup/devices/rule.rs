@@ -1,4 +1,4 @@
-//! The rules of `linux.resources.devices`, checked.
+//! The parsed and checked rules of `linux.resources.devices`.
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -12,7 +12,7 @@ pub(super) const READ: i32 = 2;
 pub(super) const WRITE: i32 = 4;
 pub(super) const ALL: i32 = MKNOD | READ | WRITE;
 
-/// One rule; `None` stands for every one.
+/// A device rule. If a field is `None`, the rule concerns devices with every value of that field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DeviceRule {
     pub(super) allow: bool,
@@ -32,8 +32,9 @@ const fn allow(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -
     }
 }
 
-/// What every container may do, as with runc: make nodes (but not open them), use the
-/// default devices and terminals. These come after the configuration's own rules.
+/// The rules that apply to every container, as with runc. These rules allow a container to create
+/// any device node (but not to open it), and to use the default devices and terminals. rrun appends
+/// these rules to the rules of the configuration.
 pub(super) const DEFAULTS: [DeviceRule; 10] = [
     allow(CHAR, None, None, MKNOD),
     allow(BLOCK, None, None, MKNOD),
@@ -56,7 +57,7 @@ pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<DeviceRule>> {
             .map(Some)
             .ok_or_else(|| {
                 Error::new(format!(
-                    "linux.resources.devices[{index}].{field}: {value} is no device number"
+                    "linux.resources.devices[{index}].{field}: {value} is not a device number"
                 ))
             }),
     };
@@ -68,7 +69,7 @@ pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<DeviceRule>> {
                 Some(LinuxDeviceType::B) => Some(BLOCK),
                 Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(CHAR),
                 Some(LinuxDeviceType::P) => {
-                    refuse!("linux.resources.devices[{index}].type: p has no device number")
+                    refuse!("linux.resources.devices[{index}].type: type p (a FIFO) has no device number")
                 }
             };
             let mut access = 0;
@@ -78,11 +79,12 @@ pub(super) fn rules(spec: &[LinuxDeviceCgroup]) -> Result<Vec<DeviceRule>> {
                     'r' => READ,
                     'w' => WRITE,
                     _ => refuse!(
-                        "linux.resources.devices[{index}].access: {letter} is none of r, w, m"
+                        "linux.resources.devices[{index}].access: {letter} is not one of r, w, m"
                     ),
                 };
             }
-            // cgroup v1 took a rule for all types as one for all devices and all rights.
+            // As in cgroup v1, a rule for all types applies to all devices and all rights, and the
+            // fields `major`, `minor` and `access` are ignored.
             let every = kind.is_none();
             Ok(DeviceRule {
                 allow: rule.allow(),

@@ -1,4 +1,4 @@
-//! Which controllers and files limits ask for.
+//! Tests of the controllers that limits need, and of the values that rrun writes to cgroup files.
 
 use super::*;
 use crate::cgroup::validate;
@@ -8,7 +8,7 @@ fn read_resources(json: &str) -> LinuxResources {
 }
 
 #[test]
-fn every_limit_asks_for_its_controller_once() {
+fn the_controller_of_every_limit_is_listed_once() {
     let resources = read_resources(
         r#"{"memory":{"limit":1},"cpu":{"shares":102,"quota":50000,"cpus":"0"},
             "pids":{"limit":5},"unified":{"memory.min":"1","hugetlb.2MB.max":"0"}}"#,
@@ -30,7 +30,7 @@ fn every_limit_asks_for_its_controller_once() {
 }
 
 #[test]
-fn swap_is_what_may_be_used_beside_memory() {
+fn the_swap_limit_of_the_cgroup_does_not_include_memory() {
     for (json, content) in [
         (r#"{"memory":{"limit":100,"swap":100}}"#, Some("0")),
         (r#"{"memory":{"limit":100,"swap":150}}"#, Some("50")),
@@ -46,7 +46,7 @@ fn swap_is_what_may_be_used_beside_memory() {
 }
 
 #[test]
-fn a_new_memory_limit_leaves_the_one_on_memory_and_swap() {
+fn a_new_memory_limit_keeps_the_limit_on_the_sum_of_memory_and_swap() {
     let nowhere = Path::new("/nowhere");
     let completed = |last, json| {
         let mut resources = read_resources(json);
@@ -71,7 +71,7 @@ fn a_new_memory_limit_leaves_the_one_on_memory_and_swap() {
 }
 
 #[test]
-fn weights_meet_at_both_ends_and_at_the_default() {
+fn weights_correspond_at_the_minimum_the_default_and_the_maximum() {
     for (shares, weight) in [
         (0, 1),
         (2, 1),
@@ -88,7 +88,7 @@ fn weights_meet_at_both_ends_and_at_the_default() {
 }
 
 #[test]
-fn what_cgroup_v2_lacks_is_refused_by_name() {
+fn the_error_for_a_setting_that_cgroup_v2_lacks_names_the_field() {
     for (json, field) in [
         (r#"{"memory":{"swappiness":0}}"#, "memory.swappiness"),
         (
