@@ -1,4 +1,5 @@
-//! Why a call failed: a gRPC code for kubelet, one sentence for a person.
+//! The error of a failed CRI request. Each error has a gRPC code for kubelet and one sentence for
+//! the operator.
 
 use std::fmt;
 use std::io;
@@ -9,7 +10,8 @@ use tonic::Status;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failed call's answer. Clones go to every caller that joined it.
+/// The error that a failed CRI request returns. Every caller that joined the failed work receives a
+/// clone of the error.
 #[derive(Clone, Debug)]
 pub struct Error {
     code: Code,
@@ -24,12 +26,12 @@ impl Error {
         }
     }
 
-    /// Something on this node failed.
+    /// Creates an error for a valid request that a problem on this node prevented.
     pub fn internal(sentence: impl Into<String>) -> Self {
         Error::new(Code::Internal, sentence)
     }
 
-    /// The request contradicts itself or lacks what it needs.
+    /// Creates an error for a request that contradicts itself or lacks a required field.
     pub fn invalid(sentence: impl Into<String>) -> Self {
         Error::new(Code::InvalidArgument, sentence)
     }
@@ -38,7 +40,7 @@ impl Error {
         Error::new(Code::NotFound, sentence)
     }
 
-    /// The object is not in the state that the call needs.
+    /// Creates an error for an object whose state does not allow the requested operation.
     pub fn wrong_state(sentence: impl Into<String>) -> Self {
         Error::new(Code::FailedPrecondition, sentence)
     }
@@ -70,9 +72,10 @@ impl From<Error> for Status {
     }
 }
 
-/// Adds what was being done to what the kernel said.
+/// Prefixes an error with a description of the operation that failed.
 pub trait During<T> {
-    /// `what` as in "mount proc on /proc".
+    /// Prefixes the error with the text that `what` returns. The text describes the failed
+    /// operation, for example "mount proc on /proc".
     fn during(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
@@ -102,13 +105,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_errno_is_said_in_words_and_by_name() {
+    fn an_error_contains_the_description_and_the_name_of_the_errno() {
         let denied: io::Result<()> = Err(io::Error::from_raw_os_error(libc::EPERM));
-        let said = denied
+        let text = denied
             .during(|| "mount proc on /proc".into())
             .map_err(|error| error.to_string());
         assert_eq!(
-            said,
+            text,
             Err("mount proc on /proc: Operation not permitted (EPERM)".into())
         );
     }

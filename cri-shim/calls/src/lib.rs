@@ -1,6 +1,7 @@
-//! The crates of the CRI server share these: an [`error`] is a gRPC code and a sentence, a [`wait`]
-//! of over ten seconds is logged, a [`lock`] ignores poisoning, and by [`singleflight`] a retry joins
-//! the call in flight.
+//! Helpers that all crates of the CRI server share. [`error`] defines errors that consist of a gRPC
+//! code and a sentence. [`wait`] logs every step that takes over ten seconds. [`lock`] locks a
+//! mutex even if it is poisoned. [`singleflight`] lets the retry of a CRI request join the work
+//! that the first request started.
 
 pub mod error;
 pub mod lock;

@@ -2,8 +2,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`, also after a thread has panicked while it held the lock. What rrun keeps under a
-/// lock is only read and changed, never waited under, so a panic can't leave it half done.
+/// Locks `mutex`, even if a thread with the lock panicked. Ignoring the panic is safe: rrun's
+/// critical sections only read and change memory, and never block. A panic therefore can't leave
+/// the protected value half changed.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

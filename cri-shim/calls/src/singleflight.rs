@@ -1,7 +1,7 @@
-//! Work that its caller may give up on and ask for again.
+//! Runs work that continues without its caller. A retry of the CRI request can then join the work.
 //!
-//! The work runs in a task of its own, so a client that cancels cancels nothing; whoever asks for
-//! the same key meanwhile waits for the same work and gets the same answer.
+//! The work runs in its own task. A client can therefore cancel its request without cancelling the
+//! work. A second request with the same key joins the work in flight and gets the same result.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -15,10 +15,11 @@ use crate::lock::lock;
 
 type Answer<T> = watch::Receiver<Option<Result<T>>>;
 
-/// The work under way, by key.
+/// A table of the work in flight. Requests with the same key share one execution of the work.
 pub struct SingleFlight<T> {
     work: Arc<Mutex<HashMap<String, Answer<T>>>>,
-    /// How long a caller waits; the work goes on.
+    /// The time after which a caller stops waiting for the result. The work then continues without
+    /// this caller.
     timeout: Duration,
 }
 
@@ -29,7 +30,8 @@ impl<T> Default for SingleFlight<T> {
 }
 
 impl<T> SingleFlight<T> {
-    /// Work that nobody waits for longer, not even who has no deadline of his own.
+    /// Creates a `SingleFlight` with no work in progress. A caller waits at most `timeout` for a
+    /// result, even if its CRI request has no deadline.
     pub fn with_timeout(timeout: Duration) -> Self {
         SingleFlight {
             work: Arc::default(),
@@ -39,7 +41,8 @@ impl<T> SingleFlight<T> {
 }
 
 impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
-    /// The answer of the work under `key`, which `begin` starts if there is none under way.
+    /// Returns the result of the work with the key `key`. Calls `begin` to start the work if no
+    /// work with this key is in flight.
     pub async fn join<F>(&self, key: &str, begin: impl FnOnce() -> F) -> Result<T>
     where
         F: Future<Output = Result<T>> + Send + 'static,
@@ -58,8 +61,9 @@ impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
                     let future = begin();
                     tokio::spawn(async move {
                         let result = future.await;
-                        // First out of the table, then told: who comes between begins anew and
-                        // finds what has been made.
+                        // Remove the key before publishing the result. A caller that arrives
+                        // between the removal and the publication starts the work again. The second
+                        // execution then finds the object that the first execution created.
                         drop(entry);
                         let _ = done.send(Some(result));
                     });
@@ -67,24 +71,27 @@ impl<T: Clone + Send + Sync + 'static> SingleFlight<T> {
                 }
             }
         };
-        let told = tokio::time::timeout(self.timeout, answer.wait_for(Option::is_some)).await;
-        let Ok(told) = told else {
+        let received = tokio::time::timeout(self.timeout, answer.wait_for(Option::is_some)).await;
+        let Ok(received) = received else {
             return Err(Error::new(
                 tonic::Code::DeadlineExceeded,
                 format!(
-                    "{key}: it has not ended within {} s and goes on; the same call again joins it",
+                    "{key}: not finished within {} s; the work continues, and a retry of the request joins the work",
                     self.timeout.as_secs()
                 ),
             ));
         };
-        match told.map(|told| told.clone()) {
+        match received.map(|answer| answer.clone()) {
             Ok(Some(result)) => result,
-            _ => Err(Error::internal(format!("{key}: the work was aborted"))),
+            _ => Err(Error::internal(format!(
+                "{key}: the task that executed the request was aborted"
+            ))),
         }
     }
 }
 
-/// Takes the key out of the table, however the work ends.
+/// A guard that removes the key from the table on drop. The key is also removed if the work panics
+/// or is aborted.
 struct KeyGuard<T> {
     work: Arc<Mutex<HashMap<String, Answer<T>>>>,
     key: String,
@@ -105,7 +112,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_retry_joins_and_a_caller_that_gave_up_cancels_nothing() {
+    async fn a_retry_joins_the_work_that_a_cancelled_call_started() {
         let flights = Arc::new(SingleFlight::<u32>::default());
         let begun = Arc::new(AtomicU32::new(0));
         let go = Arc::new(Notify::new());

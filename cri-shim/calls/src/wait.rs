@@ -1,15 +1,16 @@
-//! Waits that an operator should know of.
+//! Waits for steps of a CRI request, and logs a warning if a step is slow.
 
 use std::fmt::Display;
 use std::future::Future;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-/// How long a step may take before the log says what it waits for.
+/// The time after which an unfinished step is logged for the first time.
 const REPORT_AFTER: Duration = Duration::from_secs(10);
 
-/// Waits for `step`, and says in the log what it is if that takes over ten seconds, and when it
-/// has ended after all. `what` as in "pod 12ab: mount the root file system".
+/// Waits for `step`. If the step takes over ten seconds, logs a warning with `what`, and another
+/// warning when the step finishes. `what` names the step, for example "pod 12ab: mount the root
+/// file system".
 pub async fn slow<F: Future>(what: impl Display, step: F) -> F::Output {
     let mut step = pin!(step);
     let begin = Instant::now();
@@ -19,21 +20,25 @@ pub async fn slow<F: Future>(what: impl Display, step: F) -> F::Output {
         match tokio::time::timeout(interval, step.as_mut()).await {
             Ok(output) => {
                 if reported {
-                    log::warn!("{what}: ended after {} s", begin.elapsed().as_secs());
+                    log::warn!("{what}: finished after {} s", begin.elapsed().as_secs());
                 }
                 return output;
             }
             Err(_) => {
                 reported = true;
-                log::warn!("{what}: waiting for {} s", begin.elapsed().as_secs());
+                log::warn!(
+                    "{what}: has been waiting for {} s",
+                    begin.elapsed().as_secs()
+                );
                 interval = (interval * 2).min(Duration::from_secs(600));
             }
         }
     }
 }
 
-/// Runs what blocks (files, mounts) on a thread of its own, so that a hung file system stalls
-/// nobody else. As [`slow`] for the rest.
+/// Runs `work` on a separate thread. `work` can block on files or mounts, and a hung file system
+/// must not stall other CRI requests. Logs a warning if the work takes over ten seconds, like
+/// [`slow`].
 pub async fn blocking<T: Send + 'static>(
     what: impl Display,
     work: impl FnOnce() -> T + Send + 'static,
@@ -41,9 +46,10 @@ pub async fn blocking<T: Send + 'static>(
     match slow(what, tokio::task::spawn_blocking(work)).await {
         Ok(output) => output,
         Err(error) => match error.try_into_panic() {
-            // The thread's panic goes on here, as if the work had been called.
+            // `work` panicked. Continue its panic in this task, as if the task had called `work`
+            // itself.
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is being shut down, and nobody waits for an answer any more.
+            // The runtime is shutting down, so no caller waits for the result any more.
             Err(_) => std::future::pending().await,
         },
     }

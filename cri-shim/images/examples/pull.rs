@@ -1,4 +1,5 @@
-//! Pulls one image into a directory and says what that cost: for measuring, without a server.
+//! Measures a pull without rrun-cri. Pulls one image into a directory, and prints the image's size
+//! and the time of the pull.
 //!
 //!     pull DIRECTORY REFERENCE
 
@@ -27,7 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let seconds =
         |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1_000_000.0;
     println!(
-        "{} layers, {} bytes compressed, {} bytes and {} inodes on the disk",
+        "{} layers, {} bytes compressed, {} bytes and {} inodes unpacked",
         image.layers.len(),
         image.size,
         images.fs_usage().bytes,

@@ -1,5 +1,5 @@
-//! Images in a tar archive: an OCI image layout (OCI image-spec, image-layout.md), or what
-//! `docker save` writes.
+//! Reads images from a tar archive: either an OCI image layout (OCI image-spec, image-layout.md) or
+//! the output of `docker save`.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,37 +19,40 @@ use crate::reference::Name;
 use crate::resolved::ResolvedImage;
 use rrun_kernel::regular_file;
 
-/// The most files of an archive: blobs, documents, and the directories of old `docker save`s.
+/// The maximum number of files and links in an archive. The files are blobs and JSON documents. For
+/// each layer, archives from old versions of `docker save` contain a few additional files.
 const MAX_FILES: usize = 1 << 16;
 
-/// How many links may lead from one to the next.
+/// The maximum number of links that are followed from a path in the archive to a file.
 const MAX_LINKS: usize = 8;
 
-/// An archive whose files are known by their places.
+/// An opened archive and an index of its files.
 pub(crate) struct ImageArchive {
     file: Arc<File>,
     files: HashMap<String, Span>,
-    /// By digest.
+    /// The position of each blob in the archive, by the blob's digest.
     blobs: HashMap<String, Span>,
 }
 
-/// Where a file lies in the archive.
+/// The position of a file in the archive.
 #[derive(Clone, Copy)]
 struct Span {
     offset: u64,
     length: u64,
 }
 
-/// One image of an archive.
+/// One image in an archive.
 pub(crate) struct ArchivedImage {
-    /// As the archive has it; most often one, sometimes none.
+    /// The image's names in the archive. Most images have one name, but an image can also have
+    /// several names or no name.
     pub names: Vec<Name>,
-    /// The digest of its manifest or index, which `docker save` does not write down.
+    /// The digest of the image's manifest or index. The digest is `None` for an archive of `docker
+    /// save`, which contains no digest of a manifest or index.
     pub digest: Option<String>,
     pub image: ResolvedImage,
 }
 
-/// One of `docker save`'s manifest.json.
+/// One entry of `docker save`'s manifest.json.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct DockerImage {
@@ -58,20 +61,21 @@ struct DockerImage {
     layers: Option<Vec<String>>,
 }
 
-fn broken(what: impl Into<String>) -> ImageError {
+fn damaged(what: impl Into<String>) -> ImageError {
     ImageError::new(Kind::DataLoss, what)
 }
 
 fn unreadable(error: &io::Error) -> ImageError {
-    broken(format!("it can't be read: {error}"))
+    damaged(format!("the archive can't be read: {error}"))
 }
 
 impl ImageArchive {
-    /// Opens `path`, and finds what is where. One that is compressed is first unpacked, to at most
-    /// `most` bytes, into a file without a name in `scratch`. Blocks.
+    /// Opens the archive at `path` and indexes its files. A compressed archive is first
+    /// decompressed into a file without a name in the directory `scratch`. `open` fails if the
+    /// decompressed archive has more than `most` bytes. This call blocks on disk I/O.
     pub(crate) fn open(path: &Path, scratch: &Path, most: u64) -> Result<Self, ImageError> {
         let file = regular_file::open(path, OFlags::RDONLY)
-            .map_err(|unfit| broken(format!("it can't be read: {unfit}")))?;
+            .map_err(|unfit| damaged(format!("the archive can't be read: {unfit}")))?;
         let mut first = [0; 6];
         let count = file
             .read_at(&mut first, 0)
@@ -98,15 +102,15 @@ impl ImageArchive {
         })
     }
 
-    /// What is in it. Blocks.
+    /// Returns the images in the archive. This call blocks on disk I/O.
     pub(crate) fn images(&mut self) -> Result<Vec<ArchivedImage>, ImageError> {
         if self.files.contains_key("oci-layout") && self.files.contains_key("index.json") {
             self.layout()
         } else if self.files.contains_key("manifest.json") {
             self.docker()
         } else {
-            Err(broken(
-                "it holds neither an OCI image layout nor what docker save writes",
+            Err(damaged(
+                "the archive is neither an OCI image layout nor the output of docker save",
             ))
         }
     }
@@ -120,7 +124,10 @@ impl ImageArchive {
         if ours.is_empty() {
             return Err(ImageError::new(
                 Kind::NotFound,
-                format!("it holds no image for linux/{}", manifest::architecture()),
+                format!(
+                    "the archive contains no image for linux/{}",
+                    manifest::architecture()
+                ),
             ));
         }
         ours.into_iter()
@@ -133,7 +140,7 @@ impl ImageArchive {
                         match manifest::parse(&bytes)? {
                             Document::Image(manifest) => (manifest, bytes.len()),
                             Document::Index(_) => {
-                                return Err(broken("its index names another index"));
+                                return Err(damaged("the archive's index refers to another index"));
                             }
                         }
                     }
@@ -151,7 +158,11 @@ impl ImageArchive {
 
     fn docker(&mut self) -> Result<Vec<ArchivedImage>, ImageError> {
         let images: Vec<DockerImage> = serde_json::from_slice(&self.document("manifest.json")?)
-            .map_err(|error| broken(format!("its manifest.json can't be read: {error}")))?;
+            .map_err(|error| {
+                damaged(format!(
+                    "the archive's manifest.json can't be read: {error}"
+                ))
+            })?;
         images
             .into_iter()
             .map(|image| {
@@ -160,8 +171,8 @@ impl ImageArchive {
                 let diff_ids = manifest::parse_configuration(&configuration)?.diff_ids;
                 let layers = image.layers.unwrap_or_default();
                 if layers.len() != diff_ids.len() {
-                    return Err(broken(format!(
-                        "its manifest.json has {} layers where the image's configuration has {}",
+                    return Err(damaged(format!(
+                        "the archive's manifest.json has {} layers, but the image's configuration has {}",
                         layers.len(),
                         diff_ids.len()
                     )));
@@ -185,8 +196,9 @@ impl ImageArchive {
             .collect()
     }
 
-    /// A layer by its path. Its digest is not written down: that of one that is not compressed is
-    /// the diff ID, else it has to be found out.
+    /// Returns the descriptor of the layer that is stored at `path` in an archive of `docker save`.
+    /// An archive of `docker save` contains no digests of layers. For an uncompressed layer, the
+    /// digest is the diff ID. For a compressed layer, this function computes the digest.
     fn docker_layer(&mut self, path: &str, diff_id: String) -> Result<LayerDescriptor, ImageError> {
         let span = self.span(path)?;
         let mut reader = self.reader(span);
@@ -212,7 +224,9 @@ impl ImageArchive {
         let found = normal(path.as_bytes()).and_then(|path| self.files.get(&path).copied());
         found.ok_or_else(|| {
             let shown: String = path.chars().filter(|c| !c.is_control()).take(200).collect();
-            broken(format!("it names {shown:?} and does not hold it"))
+            damaged(format!(
+                "the archive refers to the file {shown:?}, but does not contain this file"
+            ))
         })
     }
 
@@ -225,18 +239,18 @@ impl ImageArchive {
         }
     }
 
-    /// The bytes of a blob as the archive has them; whether they are what the digest says shows
-    /// when they have been read.
+    /// Returns a reader for the bytes of a blob. The reader does not verify the blob's digest. The
+    /// caller must read the whole blob and then verify the digest.
     pub(crate) fn blob(&self, digest: &str) -> Result<impl Read + Send + 'static, ImageError> {
         let span = self.blobs.get(digest).copied();
-        let span = span.ok_or_else(|| broken("the archive does not hold it"))?;
+        let span = span.ok_or_else(|| damaged("the archive does not contain the layer"))?;
         Ok(self.reader(span))
     }
 
     fn bytes(&self, what: &str, span: Span) -> Result<Bytes, ImageError> {
         if span.length > DOCUMENT_BYTES {
-            return Err(broken(format!(
-                "{what} has {} bytes, of which {DOCUMENT_BYTES} are the most that is read",
+            return Err(damaged(format!(
+                "{what} has {} bytes, and the limit is {DOCUMENT_BYTES} bytes",
                 span.length
             )));
         }
@@ -251,14 +265,17 @@ impl ImageArchive {
         self.bytes(path, self.span(path)?)
     }
 
-    /// A small blob.
+    /// Reads a small blob and verifies its digest.
     fn verified(&self, digest: &str) -> Result<Bytes, ImageError> {
         let span = self.blobs.get(digest).copied();
-        let span = span.ok_or_else(|| broken(format!("it lacks the blob {digest}")))?;
+        let span =
+            span.ok_or_else(|| damaged(format!("the archive does not contain the blob {digest}")))?;
         let bytes = self.bytes(digest, span)?;
         match digest_of(&bytes) {
-            came if came == digest => Ok(bytes),
-            came => Err(broken(format!("its blob {digest} has the digest {came}"))),
+            actual if actual == digest => Ok(bytes),
+            actual => Err(damaged(format!(
+                "the archive's blob {digest} has the digest {actual}"
+            ))),
         }
     }
 }
@@ -272,9 +289,9 @@ fn decompressed(file: &File, scratch: &Path, most: u64) -> Result<File, ImageErr
         ImageError::new(kind, format!("{what} {}: {error}", scratch.display()))
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    // Ours: O_TMPFILE makes a new file.
+    // Ours: O_TMPFILE creates a new file without a name, so no other process can have created it.
     let into = rustix::fs::openat(CWD, scratch, flags, Mode::from_raw_mode(0o600))
-        .map_err(|error| here("make a file in", error.into()))?;
+        .map_err(|error| here("create a temporary file in", error.into()))?;
     let mut into = File::from(into);
     let decoder = layer::decoder(file).map_err(|error| unreadable(&error))?;
     let mut decoder = decoder.take(most.saturating_add(1));
@@ -285,24 +302,26 @@ fn decompressed(file: &File, scratch: &Path, most: u64) -> Result<File, ImageErr
             .read(&mut buffer)
             .map_err(|error| unreadable(&error))?;
         let Some(chunk) = buffer.get(..count).filter(|chunk| !chunk.is_empty()) else {
-            into.rewind().map_err(|error| here("go back in", error))?;
+            into.rewind()
+                .map_err(|error| here("seek to the start of the temporary file in", error))?;
             return Ok(into);
         };
         sum += count as u64;
         if sum > most {
             return Err(ImageError::new(
                 Kind::ResourceExhausted,
-                format!("it unpacks to more than {most} bytes, which is the bound"),
+                format!("the archive decompresses to more than the limit of {most} bytes"),
             ));
         }
         io::Write::write_all(&mut into, chunk)
-            .map_err(|error| here("unpack it to a file in", error))?;
+            .map_err(|error| here("write the unpacked archive to a file in", error))?;
     }
 }
 
-/// Every file of the archive by its path, links followed.
+/// Returns a map from the path of each file in the archive to the file's position. For the path of
+/// a link, the map contains the position of the link's target.
 fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
-    let bad = |error: layer::ArchiveError| broken(error.to_string());
+    let bad = |error: layer::ArchiveError| damaged(error.to_string());
     let mut archive = tar::TarArchive::new(CountingReader {
         reader: BufReader::with_capacity(256 << 10, file),
         count: 0,
@@ -314,7 +333,9 @@ fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
             continue;
         };
         if files.len() + links.len() >= MAX_FILES {
-            return Err(broken(format!("it holds more than {MAX_FILES} files")));
+            return Err(damaged(format!(
+                "the archive contains more than the limit of {MAX_FILES} files"
+            )));
         }
         match entry.kind {
             tar::EntryKind::File if !entry.content.is_sparse() => {
@@ -327,7 +348,7 @@ fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
             tar::EntryKind::HardLink => {
                 links.extend(normal(&entry.link).map(|target| (path, target)));
             }
-            // Beside the link.
+            // A symbolic link's target is relative to the link's own directory.
             tar::EntryKind::Symlink => {
                 let (directory, _) = path.rsplit_once('/').unwrap_or(("", &path));
                 let target = [directory.as_bytes(), b"/", &entry.link].concat();
@@ -353,7 +374,8 @@ fn index(file: &File) -> Result<HashMap<String, Span>, ImageError> {
     Ok(files)
 }
 
-/// A path without `.`, `..` and doubled slashes; `None` if it leads out of the archive.
+/// Normalises a path from the archive: removes `.` and doubled slashes, and resolves `..`. Returns
+/// `None` if the path leads out of the archive or is not UTF-8.
 fn normal(path: &[u8]) -> Option<String> {
     let mut parts: Vec<&str> = Vec::new();
     for part in std::str::from_utf8(path).ok()?.split('/') {
@@ -381,7 +403,7 @@ impl<R: Read> Read for CountingReader<R> {
     }
 }
 
-/// A part of a file.
+/// A reader of one part of a file.
 struct FileSection {
     file: Arc<File>,
     begin: u64,
@@ -412,7 +434,7 @@ mod tests {
     use super::normal;
 
     #[test]
-    fn paths_stay_in_the_archive() {
+    fn paths_that_lead_out_of_the_archive_are_refused() {
         assert_eq!(normal(b"./a//b").as_deref(), Some("a/b"));
         assert_eq!(normal(b"a/../b/layer.tar").as_deref(), Some("b/layer.tar"));
         assert_eq!(normal(b"../a"), None);

@@ -1,4 +1,4 @@
-//! Credentials as the CRI hands them over.
+//! Registry credentials from CRI requests.
 
 use std::fmt;
 
@@ -7,11 +7,12 @@ use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 
 use crate::error::{ImageError, Kind};
 
-/// How to prove to a registry who is asking, and to which. Never printed.
+/// Credentials for a registry, and the server that may receive them. Credentials are never printed.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Auth {
     pub(super) credential: Credential,
-    /// The one host that may see it; `None`: whoever answers for the registry.
+    /// The only host that may receive the credentials. `None` allows every endpoint of the
+    /// registry.
     server: Option<String>,
 }
 
@@ -21,14 +22,14 @@ pub(super) enum Credential {
         username: String,
         password: String,
     },
-    /// An OAuth2 refresh token, for the token server only (`identity_token`).
+    /// An OAuth2 refresh token (`identity_token`), which is sent only to the token server.
     Identity(String),
-    /// A bearer token that goes to the registry as it is (`registry_token`).
+    /// A bearer token (`registry_token`), which is sent to the registry unchanged.
     Bearer(String),
 }
 
 impl Auth {
-    /// A bearer token that goes to the registry as it is.
+    /// Creates credentials from a bearer token, which is sent to the registry unchanged.
     pub fn bearer(token: &str) -> Self {
         Auth {
             credential: Credential::Bearer(token.to_owned()),
@@ -36,8 +37,8 @@ impl Auth {
         }
     }
 
-    /// From the fields of the CRI's `AuthConfig`, in the order in which containerd looks at them;
-    /// `None` if all are empty.
+    /// Creates credentials from the fields of the CRI's `AuthConfig`, in containerd's order of
+    /// precedence. Returns `None` if the fields contain no credentials.
     pub fn from_cri(
         username: &str,
         password: &str,
@@ -54,8 +55,9 @@ impl Auth {
         }))
     }
 
-    /// Whether an endpoint may see this: it is the server that the credentials are for, or
-    /// answers for the registry that they are for.
+    /// Returns whether the endpoint `endpoint` of the registry `registry` may receive these
+    /// credentials. Credentials for a certain server are sent only if this server is the endpoint
+    /// or the registry.
     pub(super) fn is_for(&self, endpoint: &str, registry: &str) -> bool {
         let Some(server) = &self.server else {
             return true;
@@ -65,7 +67,7 @@ impl Auth {
     }
 }
 
-/// Docker Hub goes by three names.
+/// Maps the three host names of Docker Hub to `docker.io`.
 fn normal(host: &str) -> &str {
     match host {
         "index.docker.io" | "registry-1.docker.io" => "docker.io",
@@ -73,7 +75,8 @@ fn normal(host: &str) -> &str {
     }
 }
 
-/// `https://index.docker.io/v1/` and `index.docker.io` are the same server.
+/// Returns the host in a server address. For example, the addresses `https://index.docker.io/v1/`
+/// and `index.docker.io` have the same host.
 fn host_of(address: &str) -> String {
     let rest = address.split_once("://").map_or(address, |(_, rest)| rest);
     rest.split('/').next().unwrap_or_default().to_owned()
@@ -87,7 +90,9 @@ impl Credential {
         identity_token: &str,
         registry_token: &str,
     ) -> Result<Option<Self>, ImageError> {
-        // Some token brokers put a placeholder for the user's name beside an identity token.
+        // Some token brokers send an identity token together with a placeholder as the user name. A
+        // user name without a password is therefore ignored if the request also contains an
+        // identity token.
         if !username.is_empty() && (!password.is_empty() || identity_token.is_empty()) {
             return Ok(Some(Credential::Basic {
                 username: username.to_owned(),
@@ -112,7 +117,8 @@ impl Credential {
             let (username, password) = decoded.split_once(':').ok_or_else(unreadable)?;
             return Ok(Some(Credential::Basic {
                 username: username.to_owned(),
-                // Docker's own tools pad with NULs.
+                // Docker's own tools pad the password with NULs, so the NULs at the end are
+                // removed.
                 password: password.trim_end_matches('\0').to_owned(),
             }));
         }
@@ -164,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_given_is_anonymous() {
+    fn empty_fields_mean_an_anonymous_pull() {
         assert!(matches!(Auth::from_cri("", "", "", "", "", ""), Ok(None)));
         assert!(matches!(
             Auth::from_cri("", "", "", "", "", "https://r.example"),
@@ -173,14 +179,14 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_token_outweighs_a_name_without_a_password() {
+    fn an_identity_token_takes_precedence_over_a_user_name_without_password() {
         let identity = Some(Credential::Identity("t".into()));
         assert_eq!(credential(["<token>", "", "", "t", ""]), identity);
         assert_eq!(credential(["", "", "", "t", "r"]), identity);
     }
 
     #[test]
-    fn credentials_go_to_the_server_that_they_are_for() -> Result<(), ImageError> {
+    fn credentials_are_sent_only_to_the_server_that_they_name() -> Result<(), ImageError> {
         let auth = |server| Auth::from_cri("me", "x", "", "", "", server);
         let is_for = |server, endpoint: &str, registry: &str| {
             auth(server).map(|auth| auth.is_some_and(|auth| auth.is_for(endpoint, registry)))

@@ -1,4 +1,4 @@
-//! The bytes of a layer on their way from the network to the thread that unpacks them.
+//! Passes the bytes of a layer from the network to the thread that unpacks them.
 
 use std::io::{self, Read};
 
@@ -10,19 +10,22 @@ use crate::layer::LayerError;
 use crate::partial::{self, Partial};
 use crate::turns::UnpackTurn;
 
-/// A blob as it comes: first what was kept of it, then what the network brings, kept as well.
+/// A reader for one blob. The reader first returns the bytes that were kept from an earlier attempt
+/// to fetch the blob. After the kept bytes, the reader returns the bytes from the network. The
+/// reader appends these bytes to the file with the kept bytes.
 pub(crate) struct BlobReader {
     chunks: mpsc::Receiver<Bytes>,
     current: Bytes,
-    /// Held while there are bytes to unpack.
+    /// The turn of the thread that unpacks the blob. The reader gives the turn back while it waits
+    /// for bytes from the network.
     turn: UnpackTurn,
     partial: Option<Partial>,
-    /// Bytes that an earlier try left.
+    /// The number of kept bytes from an earlier attempt to fetch the blob.
     pub replay: u64,
     replayed: u64,
-    /// Bytes from the network.
-    came: u64,
-    /// The network has no more.
+    /// The number of bytes received from the network.
+    received: u64,
+    /// True if no more bytes will arrive from the network.
     ended: bool,
 }
 
@@ -39,15 +42,17 @@ impl BlobReader {
             replay: partial.as_ref().map_or(0, Partial::length),
             partial,
             replayed: 0,
-            came: 0,
+            received: 0,
             ended: false,
         }
     }
 
-    /// Keeps the bytes that have arrived, if the only error is that the rest has not. A large blob
-    /// is kept for a later pull. A blob of any size is kept if the fetch gave its slot away.
+    /// Ends reading. The received bytes are kept for a later attempt if the transfer broke off and
+    /// no local error occurred. In addition, the blob must have at least `MIN_KEPT_BYTES`, or the
+    /// fetch must have given its slot to another pull. In all other cases, the received bytes are
+    /// removed.
     pub(crate) fn end(self, error: Option<&LayerError>, size: u64, gave_way: bool) {
-        let broke_off = self.ended && self.replay + self.came < size;
+        let broke_off = self.ended && self.replay + self.received < size;
         let ours = matches!(
             error,
             Some(LayerError::System { .. } | LayerError::Bound(_))
@@ -63,12 +68,13 @@ impl BlobReader {
     }
 
     fn keep(&mut self) {
-        self.came += self.current.len() as u64;
+        self.received += self.current.len() as u64;
         if let Some(partial) = &mut self.partial
             && let Err(error) = partial.append(&self.current)
         {
-            // The layer itself may still find room.
-            log::warn!("keep what has come of a layer: {error}");
+            // The fetch continues without a copy of the received bytes. A disk that is too full for
+            // this copy can still have enough space for the unpacked layer.
+            log::warn!("cannot keep the received bytes of a layer for a retry: {error}");
             if let Some(partial) = self.partial.take() {
                 partial.remove();
             }

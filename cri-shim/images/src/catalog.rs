@@ -1,5 +1,6 @@
-//! What is here: images, their names, their layers, and who keeps which. In memory, with the
-//! changes for the store; never waits for anything.
+//! The in-memory catalog of this node's images, their names, their layers, and the leases that keep
+//! layers. Methods that change the catalog return these changes, and the caller must write the
+//! changes to the store. Apart from `load`, the methods never block.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -12,58 +13,68 @@ use crate::record::Image;
 use crate::reference::{Name, Target};
 use rrun_store::{Change, Store, Table};
 
-/// The directory of the layer that stands for none: overlayfs wants at least one.
+/// The number of the empty layer. An image without layers uses the empty layer, because overlayfs
+/// requires at least one lower directory.
 pub(crate) const EMPTY_LAYER: u64 = 0;
 
-/// One unpacked layer.
+/// The record of one unpacked layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Layer {
-    /// It is in `layers/NUMBER/fs`: short, for the mount's options have to fit into a page.
+    /// The number in the path of the layer's directory, `layers/NUMBER/fs`. The options of an
+    /// overlay mount contain the paths of all layers, and must fit into one page. The path of a
+    /// layer is therefore short.
     pub number: u64,
     pub bytes: u64,
     pub inodes: u64,
-    /// See [`crate::layer::UnpackSummary`].
+    /// True if the layer hides all layers below it. See [`crate::layer::UnpackSummary`].
     pub opaque_root: bool,
-    /// The layer has directories that its archive did not list.
+    /// True if the layer has unlisted directories. A directory is unlisted if the archive has
+    /// entries for files in the directory, but no entry for the directory itself.
     #[serde(default)]
     pub unlisted: bool,
 }
 
-/// The key of a layer whose content depends on its archive alone, so that all images share it.
+/// Returns the key of the layer with the given diff ID. All images can share this layer, because
+/// its content depends only on its archive.
 ///
-/// Older versions kept a layer under its bare diff ID. There, directories that the archive did not
-/// list have the owner and mode that they had in the first image with that layer. The images and
-/// containers of such a store keep using that layer; no other image may use it.
+/// Older versions of rrun stored a layer under its diff ID without a prefix. They unpacked a layer
+/// for the first image that contained it. A directory without an entry in the archive got the owner
+/// and mode that were right for this first image. The images and containers in an older version's
+/// records continue to use the layer under its diff ID. No other image may use it.
 pub(crate) fn key_of(diff_id: &str) -> String {
     format!("shared/{diff_id}")
 }
 
-/// The key of the layer that goes on top of layers with these keys, lowest first, and sets the
-/// owner and mode of directories. Its content depends on the layers below it alone.
+/// Returns the key of the directory layer for the layers with the given keys (lowest first). The
+/// directory layer is placed on top of these layers and sets the owner and mode of directories. The
+/// content of the directory layer depends only on the layers below.
 pub(crate) fn directory_layer_key(keys: &[String]) -> String {
     let chain = crate::layer::digest_of(keys.join(" ").as_bytes());
     format!("looks/{chain}")
 }
 
-/// What a container or pod keeps.
+/// A lease, which keeps an image's layers on the node for a container or for one of its image
+/// volumes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Lease {
     pub image: String,
-    /// Keys of layers, lowest first.
+    /// The keys of the image's layers, lowest first.
     pub layers: Vec<String>,
 }
 
 #[derive(Default)]
 pub(crate) struct Catalog {
     images: BTreeMap<String, Arc<Image>>,
-    /// Tag and digest references in full, to ids.
+    /// The image ids, by complete tag or digest reference.
     names: HashMap<String, String>,
-    /// By key: [`key_of`], [`directory_layer_key`], or the diff ID in a store of an older version.
+    /// The layers, by their keys. A key is the result of [`key_of`] or [`directory_layer_key`], or
+    /// a diff ID if an older version unpacked the layer.
     layers: HashMap<String, Layer>,
-    /// Layers that the store does not know yet.
+    /// The keys of layers whose records are not in the store yet.
     unrecorded: HashSet<String>,
     leases: HashMap<String, Lease>,
-    /// How many pulls under way stand on a layer.
+    /// For each layer, the number of pulls in progress that need the layer. The key is the layer's
+    /// key.
     holds: HashMap<String, usize>,
 }
 
@@ -71,13 +82,15 @@ pub(crate) fn directory(root: &Path, number: u64) -> PathBuf {
     root.join("layers").join(number.to_string())
 }
 
-/// The overlay lower directory with nothing in it.
+/// Returns the path of the empty lower directory, which an image without layers uses.
 pub fn empty_layer(root: &Path) -> PathBuf {
     directory(root, EMPTY_LAYER).join("fs")
 }
 
 impl Catalog {
-    /// Reads the store; layers whose directory is gone are forgotten, and the images with them.
+    /// Loads the records from the store. If a layer's directory no longer exists, drops the layer's
+    /// record and the records of all images with this layer. Also returns the changes that delete
+    /// the dropped records from the store.
     pub(crate) fn load(store: &Store, root: &Path) -> Result<(Self, Vec<Change>), ImageError> {
         let mut catalog = Catalog::default();
         let mut changes = Vec::new();
@@ -85,7 +98,7 @@ impl Catalog {
             if directory(root, layer.number).join("fs").is_dir() {
                 catalog.layers.insert(key, layer);
             } else {
-                log::error!("the layer {key} is gone from the disk");
+                log::error!("the directory of the layer {key} no longer exists");
                 changes.push(Change::delete(Table::LAYERS, &key));
             }
         }
@@ -97,7 +110,9 @@ impl Catalog {
             {
                 catalog.insert(Arc::new(image));
             } else {
-                log::error!("the image {id} lacks layers and has to be pulled again");
+                log::error!(
+                    "layers of the image {id} no longer exist; the image must be pulled again"
+                );
                 changes.push(Change::delete(Table::IMAGES, &id));
             }
         }
@@ -116,17 +131,17 @@ impl Catalog {
         self.images.values().cloned().collect()
     }
 
-    /// By name, id, or the beginning of just one id.
-    pub(crate) fn find(&self, wanted: &str) -> Option<Arc<Image>> {
-        if let Some(image) = self.images.get(wanted) {
+    /// Finds an image by its name, by its id, or by a unique beginning of its id.
+    pub(crate) fn find(&self, query: &str) -> Option<Arc<Image>> {
+        if let Some(image) = self.images.get(query) {
             return Some(Arc::clone(image));
         }
-        if let Ok(name) = Name::parse(wanted)
+        if let Ok(name) = Name::parse(query)
             && let Some(id) = self.names.get(&name.canonical())
         {
             return self.images.get(id).cloned();
         }
-        let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
+        let hex = query.strip_prefix("sha256:").unwrap_or(query);
         if hex.is_empty() || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
             return None;
         }
@@ -141,8 +156,8 @@ impl Catalog {
         }
     }
 
-    /// Makes an image that has come known under `names`, and by the digest of its manifest. A tag
-    /// that another image had moves to this one.
+    /// Records a pulled image under `names` and under the digest of its manifest. A tag that
+    /// belongs to another image moves to the pulled image.
     pub(crate) fn publish(
         &mut self,
         mut image: Image,
@@ -186,7 +201,8 @@ impl Catalog {
         Ok((image, changes))
     }
 
-    /// Takes an image and all its names away; its layers stay until [`Catalog::sweep`].
+    /// Removes an image and all its names. The image's layers remain until [`Catalog::sweep`]
+    /// removes them.
     pub(crate) fn remove(&mut self, id: &str) -> Vec<Change> {
         if self.images.remove(id).is_none() {
             return Vec::new();
@@ -198,7 +214,8 @@ impl Catalog {
         ]
     }
 
-    /// Undoes a [`Catalog::publish`] that did not reach the store.
+    /// Reverts a call of [`Catalog::publish`] whose changes could not be written to the store.
+    /// `before` is the image's record from before this call.
     pub(crate) fn restore(&mut self, id: &str, before: Option<Arc<Image>>) {
         self.remove(id);
         if let Some(before) = before {
@@ -215,7 +232,7 @@ impl Catalog {
         self.layers.insert(key.to_owned(), layer);
     }
 
-    /// Whether the store knows all of these.
+    /// Returns whether the store contains the records of all layers with the given keys.
     pub(crate) fn all_recorded<'a>(&self, mut keys: impl Iterator<Item = &'a str>) -> bool {
         keys.all(|key| self.layers.contains_key(key) && !self.unrecorded.contains(key))
     }
@@ -226,7 +243,7 @@ impl Catalog {
         }
     }
 
-    pub(crate) fn let_go<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
+    pub(crate) fn release_hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
         for key in keys {
             if let Some(count) = self.holds.get_mut(key) {
                 *count -= 1;
@@ -237,8 +254,9 @@ impl Catalog {
         }
     }
 
-    /// Forgets the layers that nobody names, keeps or is pulling. Their directories are the
-    /// caller's to remove, when the store has forgotten them too.
+    /// Removes the records of layers that no image, lease or pull uses. Returns the removed
+    /// records, and the changes that delete these records from the store. After the changes are
+    /// written, the caller must remove the layers' directories.
     pub(crate) fn sweep(&mut self) -> (Vec<Layer>, Vec<Change>) {
         let used: HashSet<&str> = self
             .images
@@ -297,9 +315,12 @@ impl Catalog {
         self.leases.keys().cloned().collect()
     }
 
-    /// The overlay lower directories of layers named lowest first: uppermost first, each once,
-    /// for the kernel refuses a directory twice and the lower one shows nothing anyway; nothing
-    /// below a layer that hides all. `None` if one is missing.
+    /// Returns the overlay lower directories of the layers with the given keys (lowest first). The
+    /// result starts with the uppermost layer. If a layer hides all layers below it, the result
+    /// ends with this layer. The kernel refuses an overlay mount with the same lower directory
+    /// twice. If an image contains a layer twice, the result therefore contains only the upper
+    /// occurrence. The lower occurrence would not change the files in the container. Returns `None`
+    /// if a layer is missing.
     pub(crate) fn lowers<'a>(
         &self,
         keys: impl DoubleEndedIterator<Item = &'a str>,
@@ -314,7 +335,7 @@ impl Catalog {
         })
     }
 
-    /// The layers that [`Catalog::lowers`] names.
+    /// Returns the layers whose directories [`Catalog::lowers`] returns, in the same order.
     pub(crate) fn stack<'a>(
         &self,
         keys: impl DoubleEndedIterator<Item = &'a str>,
@@ -332,12 +353,13 @@ impl Catalog {
         Some(stack)
     }
 
-    /// Numbers of all directories in use.
+    /// Returns the numbers of the directories of all layers in the catalog.
     pub(crate) fn numbers(&self) -> HashSet<u64> {
         self.layers.values().map(|layer| layer.number).collect()
     }
 
-    /// What an image takes on the disk, in bytes, layers that it shares with others included.
+    /// Returns the size of an image on the disk in bytes, including the layers that it shares with
+    /// other images.
     pub(crate) fn bytes_of(&self, image: &Image) -> u64 {
         let mut counted = HashSet::new();
         image
@@ -349,7 +371,7 @@ impl Catalog {
             .sum()
     }
 
-    /// Bytes and inodes of all layers.
+    /// Returns the number of bytes and inodes of all layers.
     pub(crate) fn usage(&self) -> (u64, u64) {
         self.layers.values().fold((0, 0), |(bytes, inodes), layer| {
             (bytes + layer.bytes, inodes + layer.inodes)
@@ -411,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moved_tag_leaves_the_old_image_its_digest() -> Result<(), ImageError> {
+    fn an_image_keeps_its_digest_when_its_tag_moves_to_another_image() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2"]);
         let name = Name::parse("r.example/app:1")?;
         catalog.publish(
@@ -430,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_may_be_shortened_as_long_as_they_are_unique() -> Result<(), ImageError> {
+    fn an_image_is_found_by_a_unique_beginning_of_its_id() -> Result<(), ImageError> {
         let mut catalog = with_layers(&[]);
         catalog.publish(image("a", &[]), &[Name::parse("x:1")?], Some(&id("e")))?;
         let mut second = image("b", &[]);
@@ -446,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_stays_while_an_image_a_lease_or_a_pull_names_it() -> Result<(), ImageError> {
+    fn a_layer_is_kept_while_an_image_a_lease_or_a_pull_needs_it() -> Result<(), ImageError> {
         let mut catalog = with_layers(&["1", "2", "3"]);
         catalog.publish(
             image("a", &["1", "2"]),
@@ -464,17 +486,17 @@ mod tests {
         )?;
         catalog.remove(&id("a"));
         assert!(catalog.sweep().0.is_empty());
-        catalog.let_go([id("3").as_str()].into_iter());
+        catalog.release_hold([id("3").as_str()].into_iter());
         assert_eq!(catalog.sweep().0.len(), 1);
         catalog.remove_lease("pod");
-        let (gone, changes) = catalog.sweep();
-        assert_eq!((gone.len(), changes.len()), (2, 2));
+        let (removed, changes) = catalog.sweep();
+        assert_eq!((removed.len(), changes.len()), (2, 2));
         assert_eq!(catalog.usage(), (0, 0));
         Ok(())
     }
 
     #[test]
-    fn lower_directories_are_named_once_and_from_above() {
+    fn each_lower_directory_is_listed_once_and_the_uppermost_is_first() {
         let mut catalog = with_layers(&["1", "2", "3"]);
         let names = [id("1"), id("2"), id("1")];
         let lowers = |catalog: &Catalog, names: &[String]| {

@@ -1,7 +1,7 @@
-//! What a registry's `WWW-Authenticate` asks for (RFC 9110, section 11; the distribution
+//! Parses a registry's `WWW-Authenticate` header (RFC 9110, section 11, and the distribution
 //! project's token specification).
 
-/// One way to authenticate that a registry offers.
+/// One authentication scheme that a registry offers.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Challenge {
     Basic,
@@ -12,7 +12,8 @@ pub(crate) enum Challenge {
     },
 }
 
-/// The first challenge in the header that can be met, bearer tokens before passwords.
+/// Returns the challenge that the client must answer. The first valid bearer challenge takes
+/// precedence over a basic challenge.
 pub(crate) fn choose<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Challenge> {
     let mut basic = None;
     for header in headers {
@@ -39,7 +40,8 @@ pub(crate) fn choose<'a>(headers: impl Iterator<Item = &'a str>) -> Option<Chall
     basic
 }
 
-/// `key="value",key=value`, with backslashes before quotes.
+/// Parses parameters of the form `key="value",key=value`. In a quoted value, a backslash escapes
+/// the next character.
 fn parameters_of(text: &str) -> Vec<(String, String)> {
     let mut parameters = Vec::new();
     let mut rest = text.chars().peekable();
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bearer_challenge_names_realm_service_and_scope() {
+    fn a_bearer_challenge_contains_a_realm_a_service_and_a_scope() {
         let header = r#"Bearer realm="https://auth.example/token?a=b,c",service="r.example",scope="repository:app:pull""#;
         assert_eq!(
             choose(["Basic realm=\"x\"", header].into_iter()),
@@ -89,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_no_challenge() {
+    fn unknown_and_incomplete_challenges_are_ignored() {
         assert_eq!(
             choose(["Negotiate", "", "Bearer", "Bearer ="].into_iter()),
             None

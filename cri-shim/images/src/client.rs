@@ -1,5 +1,5 @@
-//! The HTTP client for one endpoint of a registry: its certificates and ours, as hosts.toml has
-//! them.
+//! Builds the HTTP client for one endpoint of a registry, with the certificates that hosts.toml
+//! lists.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,8 +12,9 @@ use crate::failure::cause;
 use crate::hosts::Endpoint;
 use crate::identity::{self, ClientCertificates, Identity};
 
-/// A client that follows no redirection by itself: the library would strip the headers that it
-/// knows to be secret from a request to another host, and send those of hosts.toml along.
+/// Builds an HTTP client that does not follow redirections. If reqwest followed a redirection to
+/// another host, it would remove only the secret headers that it recognises. The other host would
+/// then receive the secret headers from hosts.toml.
 pub(crate) fn build(
     endpoint: &Endpoint,
     silence: Duration,
@@ -27,7 +28,11 @@ pub(crate) fn build(
     let failed = |error: &dyn std::error::Error| {
         ImageError::new(
             Kind::Internal,
-            format!("prepare for registry {}: {}", endpoint.host, cause(error)),
+            format!(
+                "prepare the HTTP client for registry {}: {}",
+                endpoint.host,
+                cause(error)
+            ),
         )
     };
     let authorities = authorities(endpoint)?;
@@ -46,7 +51,8 @@ pub(crate) fn build(
         .collect::<Result<_, _>>()
         .map_err(|error| failed(&error))?;
     if endpoint.base.starts_with("http:") {
-        // No TLS, no need for the system's authorities, which may not be there.
+        // Plain HTTP does not need the system's certificate authorities, so they need not be
+        // installed.
         builder = builder.tls_certs_only(authorities);
     } else if !authorities.is_empty() {
         builder = builder.tls_certs_merge(authorities);
@@ -57,18 +63,18 @@ pub(crate) fn build(
     builder.build().map_err(|error| failed(&error))
 }
 
-/// The authorities that hosts.toml names.
+/// Reads the certificates of the authorities that hosts.toml lists.
 fn authorities(endpoint: &Endpoint) -> Result<Vec<CertificateDer<'static>>, ImageError> {
     let mut authorities = Vec::new();
     for path in &endpoint.ca {
         let found = identity::certificates(&read(endpoint, path)?)
-            .ok_or_else(|| bad(endpoint, path, "holds no certificate in PEM form"))?;
+            .ok_or_else(|| bad(endpoint, path, "does not contain a certificate in PEM form"))?;
         authorities.extend(found);
     }
     Ok(authorities)
 }
 
-/// Our certificates and keys that hosts.toml names.
+/// Reads the client certificates and keys that hosts.toml lists.
 fn identities(endpoint: &Endpoint) -> Result<Vec<Identity>, ImageError> {
     let mut ours = Vec::new();
     for (certificate, key) in &endpoint.client {
@@ -96,6 +102,10 @@ fn read(endpoint: &Endpoint, path: &Path) -> Result<Vec<u8>, ImageError> {
 fn bad(endpoint: &Endpoint, path: &Path, what: &str) -> ImageError {
     ImageError::new(
         Kind::InvalidArgument,
-        format!("{} for registry {}: {what}", path.display(), endpoint.host),
+        format!(
+            "registry {}: the file {} {what}",
+            endpoint.host,
+            path.display()
+        ),
     )
 }

@@ -1,4 +1,5 @@
-//! Why an image could not be had: a kind for the program, one sentence for the person.
+//! Errors of image operations. Each error has a kind and one sentence for the operator. The kind
+//! determines the gRPC code.
 
 use std::fmt;
 use std::io;
@@ -9,31 +10,32 @@ use crate::layer::LayerError;
 use rrun_calls::error::{Code, Error};
 use rrun_store::StoreError;
 
-/// What a failure means to the caller; each maps to one gRPC code.
+/// The kind of a failure. Each kind maps to one gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// No such image here, or no such name in the registry.
+    /// The image is not on this node, or the registry has no image with that name.
     NotFound,
-    /// A reference, a credential or a configuration file that can't be read.
+    /// A reference, a credential or a configuration file is invalid.
     InvalidArgument,
-    /// The registry wants credentials, or refuses those it was given.
+    /// The registry requires credentials, or rejects the given credentials.
     Unauthenticated,
-    /// The registry knows the caller and denies it.
+    /// The registry recognises the caller, but denies access.
     PermissionDenied,
-    /// The registry is dead, overloaded or broke off in the middle.
+    /// The registry is unreachable or overloaded, or its answer broke off.
     Unavailable,
-    /// What arrived is not what its digest promised, or is no layer at all.
+    /// The received data does not match its digest, or is not a valid layer.
     DataLoss,
-    /// A bound was reached: disk full, a layer that grows without end.
+    /// A limit was reached, for example the disk is full or a layer is too large.
     ResourceExhausted,
-    /// What rrun does not do yet.
+    /// The image needs a feature that rrun does not support.
     Unimplemented,
-    /// This machine failed: a system call, the metadata store.
+    /// An operation on this machine failed, for example a system call or a write to the metadata
+    /// store.
     Internal,
 }
 
-/// A failed image operation. Clones are cheap enough to hand to everyone who waited for the same
-/// pull. The message never holds credentials.
+/// The error of a failed image operation. Every caller that waited for the same pull receives a
+/// clone of the error. The message never contains credentials.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct ImageError {
@@ -53,7 +55,7 @@ impl ImageError {
         self.kind
     }
 
-    /// Puts what was being done in front of the message.
+    /// Prefixes the message with a description of the operation that failed.
     pub(crate) fn context(self, what: impl fmt::Display) -> Self {
         ImageError {
             kind: self.kind,

@@ -1,17 +1,17 @@
-//! Why a request to a registry failed.
+//! Errors of requests to a registry.
 
 use std::time::Duration;
 
 use crate::error::ImageError;
 
-/// Why a request failed, and whether the same may succeed later.
+/// The error of a request to a registry, and whether a retry can succeed.
 #[derive(Debug)]
 pub(crate) struct RequestFailure {
     pub error: ImageError,
     pub retry: bool,
-    /// What the registry asks for by `Retry-After`, bounded.
+    /// The delay that the registry requested with `Retry-After`, limited to a maximum.
     pub wait: Option<Duration>,
-    /// The endpoint is too slow to be used again.
+    /// True if the endpoint was too slow. The pull must then not use the endpoint again.
     pub slow: bool,
 }
 
@@ -26,25 +26,27 @@ impl From<ImageError> for RequestFailure {
     }
 }
 
-/// The innermost reason, which is the kernel's or the TLS library's.
+/// Returns the message of an error's innermost source. The innermost source is usually an error of
+/// the kernel or of the TLS library.
 pub(crate) fn cause(error: &dyn std::error::Error) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {
         innermost = source;
     }
     if std::ptr::eq(innermost, error) {
-        return "it can't be done".into();
+        return "unknown cause".into();
     }
-    let said = clean(&innermost.to_string());
-    // rustls' word for an answer that is no TLS.
-    if said.contains("InvalidContentType") {
-        return "it does not speak TLS; for plain HTTP its hosts.toml says server = \"http://…\""
+    let message = clean(&innermost.to_string());
+    // rustls reports InvalidContentType if the peer's answer is not TLS.
+    if message.contains("InvalidContentType") {
+        return "the server does not speak TLS; for plain HTTP, the registry's hosts.toml must contain server = \"http://…\""
             .into();
     }
-    said
+    message
 }
 
-/// A stranger's text for a message: one short line.
+/// Returns the first 200 characters of untrusted text as one line without control characters. The
+/// result is safe in a message.
 pub(crate) fn clean(text: &str) -> String {
     text.chars()
         .take(200)

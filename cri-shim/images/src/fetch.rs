@@ -1,8 +1,8 @@
-//! One layer's way from where it comes from to its directory.
+//! Fetches one layer from its origin and unpacks it into its directory.
 //!
-//! The network's side is a future; decompression, hashing and unpacking have a thread of their
-//! own, with a short queue between the two, so that a slow disk slows the sender down instead of
-//! filling memory.
+//! A future receives the data from the network, and a separate thread decompresses, hashes and
+//! unpacks the data. A short queue connects the future and the thread. If the disk is slow, the
+//! queue is full and the future stops receiving. The data therefore can't fill the memory.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -26,16 +26,17 @@ use crate::turns::{ReaderInTurns, UnpackTurn, UnpackTurns};
 use crate::unpacked_layer::{UnpackedLayer, make};
 use rrun_calls::wait::{blocking, slow};
 
-/// Chunks on their way to the thread. The HTTP client makes them up to 400 KiB.
+/// The maximum number of chunks that wait for the unpacking thread. A chunk from the HTTP client
+/// has at most 400 KiB, so one queue contains at most about 3 MiB.
 const CHUNK_QUEUE_LENGTH: usize = 8;
 
-/// Where an image's layers come from.
+/// The origin of an image's layers.
 pub(crate) enum Origin {
     Registry(Source),
     Archive(ImageArchive),
 }
 
-/// A layer that is to come, and where it goes.
+/// A layer to fetch, the number of its directory, and its limits.
 #[derive(Clone)]
 pub(crate) struct LayerRequest {
     pub root: PathBuf,
@@ -47,8 +48,9 @@ pub(crate) struct LayerRequest {
 /// The queues in which a fetch waits.
 pub(crate) struct Queues {
     pub slots: Arc<Slots>,
-    /// One permit for each layer that may be half unpacked, because it is arriving or because it
-    /// waits for its turn. Each such layer has a thread and the memory of a decoder.
+    /// The permits for partly unpacked layers. A layer is partly unpacked from the start of its
+    /// thread until all its data is unpacked. Each partly unpacked layer uses a thread and the
+    /// memory of a decoder. The number of permits is therefore limited.
     pub places: Arc<Semaphore>,
     pub turns: Arc<UnpackTurns>,
     pub min_rate: MinRate,
@@ -70,9 +72,9 @@ impl Queues {
     }
 }
 
-/// Fetches, verifies and unpacks one layer into `layers/NUMBER`. Dropped before its end, it
-/// leaves nothing but the beginning of a large blob, for the next try; after it the layer is the
-/// caller's.
+/// Fetches, verifies and unpacks one layer into `layers/NUMBER`. If this future is dropped early,
+/// the partly unpacked layer is removed. The received bytes of a large blob are kept for the next
+/// attempt. After success, the caller must either record the layer or remove it.
 pub(crate) async fn fetch(
     origin: Arc<Origin>,
     request: LayerRequest,
@@ -91,10 +93,11 @@ pub(crate) async fn fetch(
     fetched.map_err(|error| error.context(what))
 }
 
-/// `what` is for the log: "layer sha256:…".
+/// Waits for a permit from [`Queues::places`]. `what` names the layer in the log, for example
+/// "layer sha256:…".
 async fn place(queues: &Queues, what: &str) -> Option<OwnedSemaphorePermit> {
-    let what = format!("{what}: unpack other layers first");
-    // Nobody closes the semaphore.
+    let what = format!("{what}: wait until other layers are unpacked");
+    // Acquiring a permit fails only if the semaphore is closed. This semaphore is never closed.
     slow(what, Arc::clone(&queues.places).acquire_owned())
         .await
         .ok()
@@ -127,22 +130,16 @@ async fn download(
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
     let descriptor = &request.descriptor;
-    // A blob may be a little longer than its unpacked content, but not twice as long.
-    if descriptor.size / 2 > request.bounds.bytes {
-        return Err(LayerError::Bound(format!(
-            "it has {} bytes, and a layer may unpack to at most {} bytes",
-            descriptor.size, request.bounds.bytes
-        ))
-        .into());
-    }
+    check_size(request)?;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
     let _piece = DiscardOnDrop::of_small(&request.root, &descriptor.digest, descriptor.size);
-    // The most bytes that any attempt has received: bytes that arrive again are no progress.
+    // The highest number of bytes that any attempt has received. An attempt makes progress only
+    // when it receives more bytes than this number.
     let farthest = AtomicU64::new(0);
-    let mut anew = false;
+    let mut restarted = false;
     loop {
-        slot.again();
+        slot.begin_turn();
         let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
         let progress = |bytes: u64| {
@@ -158,22 +155,44 @@ async fn download(
         };
         if slot.gave_way() && error.kind() == Kind::Unavailable {
             if farthest.load(Ordering::Relaxed) == before {
-                slot.came_no_farther();
+                slot.record_no_progress();
             }
-            log::info!("layer {}: {error}; it goes on later", descriptor.digest);
+            log::info!(
+                "layer {}: {error}; the fetch continues later",
+                descriptor.digest
+            );
             continue;
         }
-        // The bytes that an earlier attempt left may be the wrong ones.
-        if had == 0 || anew || error.kind() != Kind::DataLoss {
+        // The kept bytes of an earlier attempt can be wrong. This function therefore tries the
+        // fetch once more without the kept bytes.
+        if had == 0 || restarted || error.kind() != Kind::DataLoss {
             return Err(error);
         }
-        log::info!("layer {}: {error}; begins anew", descriptor.digest);
+        log::info!(
+            "layer {}: {error}; the fetch starts again from the first byte",
+            descriptor.digest
+        );
         partial::discard(&request.root, &descriptor.digest, descriptor.size);
-        anew = true;
+        restarted = true;
     }
 }
 
-/// One try; a failure tells as well how many bytes there were from an earlier one.
+/// Refuses a blob that would unpack to more than the limit. A compressed blob can be slightly
+/// longer than its unpacked content, but not twice as long. A blob that is more than twice as long
+/// as the limit is therefore refused.
+fn check_size(request: &LayerRequest) -> Result<(), ImageError> {
+    let (size, limit) = (request.descriptor.size, request.bounds.bytes);
+    if size / 2 <= limit {
+        return Ok(());
+    }
+    let error = LayerError::Bound(format!(
+        "the blob has {size} bytes, but the limit for an unpacked layer is {limit} bytes"
+    ));
+    Err(error.into())
+}
+
+/// Makes one attempt to fetch and unpack a layer. On failure, also returns how many bytes from
+/// earlier attempts this attempt used.
 async fn attempt(
     source: &Source,
     request: &LayerRequest,
@@ -192,7 +211,7 @@ async fn attempt(
     let (send_had, had) = oneshot::channel();
     let for_thread = request.clone();
     let turn = UnpackTurn::new(&queues.turns, what);
-    let gave_way = slot.whether_it_gave_way();
+    let gave_way = slot.gave_way_flag();
     let unpacked = on_a_thread(request.number, move || {
         let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
         let partial = Partial::open(&for_thread.root, digest, *size);
@@ -218,13 +237,14 @@ async fn attempt(
             .blob(digest, *size, had, &to_thread, watch, progress)
             .await
     };
-    // The remaining work needs no registry.
+    // The layer needs no more data from the registry, so another layer can use the slot.
     slot.leave();
     drop(to_thread);
     let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
     match (sent, unpacked) {
         (Ok(()), Ok(layer)) => Ok(layer.keep()),
-        // What broke on this side stopped the sending, not the other way round.
+        // An error on this node, for example a full disk, also stops the transfer. Report the error
+        // on this node, because it caused the error of the transfer.
         (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {
             Err((had, error.into()))
         }
@@ -234,11 +254,14 @@ async fn attempt(
 }
 
 fn ended_early() -> LayerError {
-    LayerError::Stream(io::Error::other("the thread that unpacked it ended"))
+    LayerError::Stream(io::Error::other(
+        "the thread that unpacks the layer ended unexpectedly",
+    ))
 }
 
-/// Runs what blocks on a thread of its own. If nobody waits any more its answer is dropped, and
-/// the layer removed with it.
+/// Runs blocking work on a separate thread, and returns a receiver for the result of the work. If
+/// the receiver is dropped early, the result is dropped at the end of the work. Dropping the result
+/// removes the unpacked layer.
 fn on_a_thread(
     number: u64,
     work: impl FnOnce() -> Result<UnpackedLayer, LayerError> + Send + 'static,
@@ -253,7 +276,7 @@ fn on_a_thread(
         .map_err(|error| {
             ImageError::new(
                 Kind::Internal,
-                format!("start a thread for a layer: {error}"),
+                format!("cannot start a thread to unpack a layer: {error}"),
             )
         })?;
     Ok(unpacked)
@@ -267,12 +290,15 @@ fn receive(compressed: impl Read, request: &LayerRequest) -> Result<UnpackedLaye
     made.ok_or_else(ended_early)
 }
 
-/// Makes the layer that sets the owner and mode of an image's directories, if the image needs one.
-/// It goes on top of `stack`, which is listed uppermost first. `pull` is for the log.
+/// Creates an image's directory layer, if the image needs one. A directory layer sets the owner and
+/// mode of directories, and is placed on top of the layers in `stack`. `stack` lists the uppermost
+/// layer first. `pull` names the pull in the log.
 ///
-/// An image may make this as much work as a large layer, and each layer of the image costs several
-/// open files. So it waits in the queues of the layers that are unpacked. The thread keeps its
-/// place until it ends, and it ends soon after the pull has been abandoned.
+/// For a hostile image, creating the directory layer can be as expensive as unpacking a large
+/// layer. Creating the directory layer also needs several open files for each layer of the image.
+/// The creation of a directory layer therefore waits in the same queues as unpacking a layer. A
+/// separate thread creates the directory layer, and keeps its permit from [`Queues::places`] until
+/// the thread ends. If the pull is abandoned, the thread stops before its next step.
 pub(crate) async fn make_directory_layer(
     queues: &Queues,
     root: &Path,
@@ -288,7 +314,7 @@ pub(crate) async fn make_directory_layer(
         })
         .collect();
     let root = root.to_owned();
-    let what = "set the owner and mode of directories that its layers do not list";
+    let what = "set the owner and mode of directories that the image's layers do not list";
     let whole = format!("pull {pull}: {what}");
     let place = place(queues, &whole).await;
     let mut turn = UnpackTurn::new(&queues.turns, whole.clone());
@@ -299,7 +325,9 @@ pub(crate) async fn make_directory_layer(
         let go_on = || {
             turn.take();
             match waiter.strong_count() {
-                0 => Err(LayerError::Stream(io::Error::other("nobody waits for it"))),
+                0 => Err(LayerError::Stream(io::Error::other(
+                    "the pull was abandoned",
+                ))),
                 _ => Ok(()),
             }
         };

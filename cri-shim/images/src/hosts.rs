@@ -1,8 +1,10 @@
-//! `hosts.toml`: where a registry's images are really fetched from.
+//! Reads `hosts.toml` files. Each file lists the endpoints that provide a registry's images.
 //!
-//! The files and keys are those of containerd's `certs.d` convention (its docs/hosts.md):
-//! `HOST/hosts.toml` below the configured directory, `HOST_PORT_` if a colon is unwelcome,
-//! `_default` for all hosts that have no file of their own. They are read anew at each pull.
+//! The files and keys follow containerd's `certs.d` convention (containerd's docs/hosts.md). The
+//! file for a host is `HOST/hosts.toml` below the configured directory, where HOST can contain a
+//! port (`HOST:PORT`). On file systems that allow no colon in a name, the file can be
+//! `HOST_PORT_/hosts.toml`. `_default/hosts.toml` applies to all hosts without their own file. The
+//! files are read again at each pull.
 
 mod file;
 
@@ -17,47 +19,49 @@ use crate::error::{ImageError, Kind};
 use rrun_calls::lock::lock;
 use rrun_kernel::errno::describe;
 
-/// How long a connection may take to come about where no `dial_timeout` says otherwise.
+/// The time limit for opening a connection if no `dial_timeout` is set.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The most that is looked at of one hosts.toml.
+/// The maximum number of bytes of a hosts.toml that [`Registries::files`] reads.
 const FILE_BYTES: u64 = 1 << 20;
 
-/// The most warnings that are remembered, not to be given twice.
+/// The maximum number of warnings in the set [`Registries::warned`].
 const MAX_WARNINGS: usize = 1000;
 
-/// The tree of `HOST/hosts.toml` files. Clones share what they have warned of.
+/// The directory that contains the `HOST/hosts.toml` files. Clones share the set `warned`, which
+/// contains the logged warnings. Each warning is therefore logged only once.
 #[derive(Clone, Debug)]
 pub struct Registries {
     dir: PathBuf,
     warned: Arc<Mutex<BTreeSet<String>>>,
 }
 
-/// One place that answers for a registry.
+/// One endpoint that serves the images of a registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Endpoint {
-    /// `http` or `https`, host and path up to and with `/v2`.
+    /// The base URL of the registry API, for example `https://registry-1.docker.io/v2`.
     pub base: String,
-    /// Host and port, for messages.
+    /// The host, with its port if the URL contains one.
     pub host: String,
-    /// It is a mirror: not the registry that the reference names.
+    /// True if this endpoint is a mirror. False if it is the registry in the image reference.
     pub mirror: bool,
-    /// May say which digest a tag stands for.
+    /// True if requests to this endpoint may resolve a tag to a digest.
     pub resolve: bool,
-    /// May be asked for content.
+    /// True if manifests and blobs may be fetched by digest from this endpoint.
     pub pull: bool,
     pub skip_verify: bool,
-    /// PEM files of authorities to trust beside the system's.
+    /// The PEM files of authorities to trust in addition to the system's authorities.
     pub ca: Vec<PathBuf>,
-    /// PEM files of a certificate and its key, to prove who is asking.
+    /// The PEM files of client certificates and their keys.
     pub client: Vec<(PathBuf, Option<PathBuf>)>,
     pub headers: Vec<(String, String)>,
-    /// How long a connection may take to come about, TLS included.
+    /// The time limit for opening a connection, including the TLS handshake.
     pub dial_timeout: Duration,
 }
 
 impl Registries {
-    /// `dir` is usually /etc/rrun/certs.d; it need not exist.
+    /// Creates an object that reads the registry configuration from the directory `dir`, usually
+    /// /etc/rrun/certs.d. The directory need not exist.
     pub fn new(dir: &Path) -> Self {
         Registries {
             dir: dir.to_owned(),
@@ -65,7 +69,8 @@ impl Registries {
         }
     }
 
-    /// All hosts.toml files and what they say, each as far as is looked at. Blocks on the disk.
+    /// Returns the paths of all hosts.toml files and the contents of the files. Contents of more
+    /// than `FILE_BYTES` bytes are truncated. This call blocks on disk I/O.
     pub fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut all = BTreeMap::new();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
@@ -79,14 +84,15 @@ impl Registries {
         all
     }
 
-    /// Whether a file of those can be understood; the log tells what of it is not known. Blocks
-    /// on the disk.
+    /// Checks whether a hosts.toml file can be parsed, and logs its unknown keys. This call blocks
+    /// on disk I/O.
     pub fn check(&self, file: &Path) -> Result<(), ImageError> {
         lock(&self.warned).clear();
         self.endpoints(&registry_of(file)).map(drop)
     }
 
-    /// Where to ask for images of `registry`, in this order. Blocks on the disk.
+    /// Returns the endpoints for images of `registry`, in the order in which they are tried. This
+    /// call blocks on disk I/O.
     pub(super) fn endpoints(&self, registry: &str) -> Result<Vec<Endpoint>, ImageError> {
         for dir in directories(registry) {
             let dir = self.dir.join(&dir);
@@ -108,7 +114,7 @@ impl Registries {
         Ok(vec![upstream(registry)])
     }
 
-    /// Each warning once, not at each pull.
+    /// Logs each text in `unknown` as a warning. Does not log the same warning again at each pull.
     fn warn(&self, path: &Path, unknown: Vec<String>) {
         for what in unknown {
             let what = format!("{}, {what}", path.display());
@@ -118,13 +124,14 @@ impl Registries {
             }
             if warned.insert(what.clone()) {
                 drop(warned);
-                log::warn!("the registry configuration {what}");
+                log::warn!("registry configuration {what}");
             }
         }
     }
 }
 
-/// The registry whose file this is: `HOST_PORT_` stands for `HOST:PORT`.
+/// Returns the registry to which a hosts.toml file applies. The directory name `HOST_PORT_` means
+/// `HOST:PORT`.
 fn registry_of(path: &Path) -> String {
     let dir = path.parent().and_then(Path::file_name).unwrap_or_default();
     let dir = dir.to_string_lossy();
@@ -147,14 +154,14 @@ fn directories(registry: &str) -> Vec<String> {
 fn refuse(path: &Path, why: &str) -> ImageError {
     ImageError::new(
         Kind::InvalidArgument,
-        format!("the registry configuration {}, {why}", path.display()),
+        format!("registry configuration {}, {why}", path.display()),
     )
 }
 
-/// The registry itself, when no file says otherwise.
+/// Returns the registry itself as an endpoint, for registries without a hosts.toml file.
 fn upstream(registry: &str) -> Endpoint {
     let host = match registry {
-        // Docker Hub's registry has another name than its images.
+        // The host name of Docker Hub's registry differs from the host name in image references.
         "docker.io" => "registry-1.docker.io",
         other => other,
     };
@@ -184,7 +191,8 @@ fn is_loopback(authority: &str) -> bool {
             .is_ok_and(|address| address.is_loopback())
 }
 
-/// A file's endpoints, in the order in which they are asked, and what it says that nobody knows.
+/// Parses a hosts.toml file. Returns the file's endpoints in the order in which they are tried.
+/// Also returns a warning text for each unknown key.
 fn parse(
     registry: &str,
     path: &Path,
@@ -202,16 +210,16 @@ fn parse(
         endpoints.push(endpoint);
     }
     let last = match &file.server {
-        Some((url, line)) => endpoint(registry, url, file.of_server).map_err(|why| {
+        Some((url, line)) => endpoint(registry, url, file.server_settings).map_err(|why| {
             refuse(
                 path,
-                &format!("line {line}, server: {:?} {why}", shown(url)),
+                &format!("line {line}, server: {:?}: {why}", shown(url)),
             )
         })?,
         None => {
             let upstream = upstream(registry).base;
             let server = upstream.strip_suffix("/v2").unwrap_or(&upstream);
-            endpoint(registry, server, file.of_server).map_err(|why| refuse(path, &why))?
+            endpoint(registry, server, file.server_settings).map_err(|why| refuse(path, &why))?
         }
     };
     if endpoints.iter().all(|endpoint| endpoint.base != last.base) {
@@ -223,13 +231,13 @@ fn parse(
 fn endpoint(registry: &str, url: &str, settings: HostSettings) -> Result<Endpoint, String> {
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
-        Some(_) => return Err("is neither http:// nor https://".to_owned()),
+        Some(_) => return Err("the address does not begin with http:// or https://".to_owned()),
         None if is_loopback(url) => ("http", url),
         None => ("https", url),
     };
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
     if host.is_empty() || host.contains('@') {
-        return Err("names no host, or holds credentials".to_owned());
+        return Err("the address has no host, or contains credentials".to_owned());
     }
     let path = path.trim_end_matches('/');
     let slash = if path.is_empty() { "" } else { "/" };
@@ -239,7 +247,7 @@ fn endpoint(registry: &str, url: &str, settings: HostSettings) -> Result<Endpoin
     } else {
         "/v2"
     };
-    // An empty list is none, as containerd has it.
+    // An empty list of capabilities counts as a missing list, as in containerd.
     let capabilities = settings.capabilities.filter(|list| !list.is_empty());
     let can = |what: &str| {
         let list = capabilities.as_ref();
@@ -260,7 +268,7 @@ fn endpoint(registry: &str, url: &str, settings: HostSettings) -> Result<Endpoin
     })
 }
 
-/// An address without the credentials that do not belong there.
+/// Removes the credentials from an address. The result can be used in a message.
 fn shown(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {
         (Some(scheme), Some(at)) if scheme < at => {
@@ -275,8 +283,9 @@ fn shown(url: &str) -> String {
     }
 }
 
-/// A directory without hosts.toml may hold certificates by Docker's pattern: `*.crt` to trust,
-/// `*.cert` with a `*.key` of the same name to show.
+/// Returns the endpoint for a directory that contains certificates in Docker's layout, but no
+/// hosts.toml. In this layout, each `*.crt` file contains authorities to trust. Each `*.cert` file
+/// contains a client certificate, and the `*.key` file with the same name contains the private key.
 fn certificates(registry: &str, dir: &Path) -> Result<Option<Endpoint>, ImageError> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -303,7 +312,8 @@ fn certificates(registry: &str, dir: &Path) -> Result<Option<Endpoint>, ImageErr
     }
     endpoint.ca.sort();
     endpoint.client.sort();
-    // Who has certificates for it speaks TLS with it, on loopback, too.
+    // The directory contains certificates for this registry. The registry therefore uses TLS, even
+    // if it has a loopback address.
     if let Some(rest) = endpoint.base.strip_prefix("http://") {
         endpoint.base = format!("https://{rest}");
     }
@@ -327,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_are_asked_in_the_order_of_the_file_and_the_server_last() {
+    fn hosts_are_tried_in_the_order_of_the_file_and_the_server_is_tried_last() {
         let text = r#"
             server = "https://registry-1.docker.io"
             [host."https://z.example"]
@@ -350,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn the_registry_itself_is_the_server_if_none_is_named() {
+    fn the_registry_itself_is_the_default_server() {
         assert_eq!(
             bases("docker.io", "").ok(),
             Some(vec!["https://registry-1.docker.io/v2".to_owned()])
@@ -362,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_stand_beside_the_file() -> Result<(), ImageError> {
+    fn paths_are_relative_to_the_directory_of_the_file() -> Result<(), ImageError> {
         let text = r#"
             server = "https://r.example"
             ca = "ca.pem"
@@ -392,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_file_is_refused_with_its_name_and_key() {
+    fn an_error_in_a_file_is_reported_with_the_file_the_line_and_the_key() {
         for (text, word) in [
             ("server = 3", "line 1, server"),
             ("\n[host.\"ftp://x\"]", "line 2, host.\"ftp://x\""),
@@ -411,13 +421,13 @@ mod tests {
                 error
                     .as_ref()
                     .is_some_and(|e| e.contains(word) && e.contains("/c/x/hosts.toml")),
-                "{text}: {error:?}"
+                "wrong error for the hosts.toml {text:?}: {error:?}"
             );
         }
     }
 
     #[test]
-    fn directories_go_from_the_host_to_the_default() {
+    fn directories_are_tried_from_the_host_to_the_default() {
         assert_eq!(
             directories("r.example:5000"),
             ["r.example_5000_", "r.example:5000", "_default"]
@@ -425,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_names_its_registry() {
+    fn the_directory_name_determines_the_registry() {
         for (path, registry) in [
             ("/certs.d/docker.io/hosts.toml", "docker.io"),
             ("/certs.d/127.0.0.1:5000/hosts.toml", "127.0.0.1:5000"),

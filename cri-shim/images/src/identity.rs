@@ -1,5 +1,5 @@
-//! Chooses the client certificate for a registry that requests one (RFC 8446, 4.3.2); hosts.toml
-//! may name several.
+//! Chooses the client certificate for a registry that requests one (RFC 8446, 4.3.2). hosts.toml
+//! can list several certificates.
 
 use std::sync::Arc;
 
@@ -11,29 +11,34 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
-/// All certificates of a PEM file; `None` if there is none, or one is broken.
+/// Parses all certificates of a PEM file. Returns `None` if the file contains no certificate or an
+/// invalid certificate.
 pub(crate) fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     all.ok().filter(|all| !all.is_empty())
 }
 
-/// A certificate with its key.
+/// A client certificate with its private key.
 #[derive(Debug)]
 pub(crate) struct Identity {
     certified: Arc<CertifiedKey>,
-    /// Who vouches for it, and for each certificate of its chain: distinguished names in DER.
+    /// The issuers of the certificate and of the other certificates in its chain, as distinguished
+    /// names in DER.
     issuers: Vec<DistinguishedName>,
 }
 
 impl Identity {
-    /// `pem` has the certificate and perhaps its chain, `key` the key.
+    /// Creates an identity. `pem` contains the certificate and optionally its chain, and `key`
+    /// contains the private key.
     pub(crate) fn new(pem: &[u8], key: &[u8]) -> Result<Self, &'static str> {
-        const NEITHER: &str = "holds no certificate and key in PEM form";
-        let chain = certificates(pem).ok_or(NEITHER)?;
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| NEITHER)?;
-        let key = ring::sign::any_supported_type(&key)
-            .map_err(|_| "comes with a key of a kind that is not known")?;
-        // One whose issuer can't be read is shown where no other fits.
+        const NOT_PEM: &str = "does not contain a certificate and a key in PEM form";
+        let chain = certificates(pem).ok_or(NOT_PEM)?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| NOT_PEM)?;
+        let key =
+            ring::sign::any_supported_type(&key).map_err(|_| "has a key of an unsupported type")?;
+        // A certificate whose issuer can't be parsed adds no entry to `issuers`. An identity
+        // without issuers can still be chosen: `resolve` returns the first identity if no identity
+        // has an issuer from the server's list.
         let issuers = chain.iter().filter_map(|certificate| {
             let read = webpki::EndEntityCert::try_from(certificate).ok()?;
             Some(DistinguishedName::in_sequence(read.issuer()))
@@ -43,7 +48,7 @@ impl Identity {
         if let Err(Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) =
             certified.keys_match()
         {
-            return Err("holds a certificate that its key does not belong to");
+            return Err("has a key that does not belong to the certificate");
         }
         Ok(Identity {
             certified: Arc::new(certified),
@@ -52,7 +57,7 @@ impl Identity {
     }
 }
 
-/// The certificates that may be shown, in the order of hosts.toml.
+/// The client certificates for the registry, in the same order as in hosts.toml.
 #[derive(Debug)]
 pub(crate) struct ClientCertificates(Vec<Identity>);
 
@@ -63,18 +68,21 @@ impl ClientCertificates {
 }
 
 impl ResolvesClientCert for ClientCertificates {
-    /// The first one that an authority vouches for whom the server names, else the first: a server
-    /// need not name all whom it trusts.
-    fn resolve(&self, named: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+    /// Returns the first certificate whose issuer the server lists as trusted. If no certificate
+    /// has a listed issuer, returns the first certificate. The server can still accept this
+    /// certificate, because it need not list every issuer that it trusts.
+    fn resolve(&self, trusted: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         let usable = || {
             let all = self.0.iter();
             all.filter(|one| one.certified.key.choose_scheme(schemes).is_some())
         };
-        let vouched = |one: &&Identity| {
+        let issuer_is_listed = |one: &&Identity| {
             let mut issuers = one.issuers.iter();
-            issuers.any(|issuer| named.contains(&issuer.as_ref()))
+            issuers.any(|issuer| trusted.contains(&issuer.as_ref()))
         };
-        let chosen = usable().find(vouched).or_else(|| usable().next())?;
+        let chosen = usable()
+            .find(issuer_is_listed)
+            .or_else(|| usable().next())?;
         Some(Arc::clone(&chosen.certified))
     }
 
@@ -83,7 +91,9 @@ impl ResolvesClientCert for ClientCertificates {
     }
 }
 
-/// TLS that shows one of `ours`, and trusts `authorities` and the system's, or everybody.
+/// Creates a TLS configuration that authenticates this client with one of the client certificates
+/// in `ours`. If `skip_verify` is set, the configuration accepts the certificate of any server.
+/// Otherwise, it trusts `authorities` and the system's authorities.
 pub(crate) fn tls(
     ours: ClientCertificates,
     authorities: Vec<CertificateDer<'static>>,
@@ -108,7 +118,8 @@ pub(crate) fn tls(
     Ok(tls)
 }
 
-/// `skip_verify`: any certificate will do. That its holder has the key is still made sure of.
+/// The verifier for the setting `skip_verify`. This verifier accepts any certificate, but verifies
+/// that the server has the certificate's private key.
 #[derive(Debug)]
 struct AnyServer(Arc<CryptoProvider>);
 

@@ -1,4 +1,5 @@
-//! What all calls about images share: the catalog, the store, and the pulls under way.
+//! The state that all operations on images share: the catalog, the store, and the pulls in
+//! progress.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -25,29 +26,30 @@ pub(crate) struct ImageStore {
     pub settings: ImageSettings,
     pub catalog: Mutex<Catalog>,
     pub pulls: Mutex<HashMap<PullKey, PullInProgress>>,
-    /// By the layer's key.
+    /// The fetches in progress, by the key of the layer.
     pub fetches: Mutex<HashMap<String, WeakFetch>>,
     /// The queues in which fetches of layers wait.
     pub queues: Arc<Queues>,
     pub next_layer: AtomicU64,
     pub next_pull: AtomicU64,
-    /// Held while archives are imported.
+    /// The lock for the import of archives.
     pub preloading: tokio::sync::Mutex<()>,
-    /// Held while layers are removed from the disk.
+    /// The lock for the removal of layers from the disk.
     pub removing: Arc<tokio::sync::Mutex<()>>,
-    /// How many removals are under way or waiting for their turn.
+    /// The number of layer removals in progress, including the removals that wait for the lock
+    /// `removing`.
     pub removals: Arc<watch::Sender<usize>>,
-    /// Someone will look for partial blobs that nobody came back for.
+    /// True if the task for the removal of expired partial blobs was started.
     pub sweeping_partials: AtomicBool,
-    /// Called at the end of each pull.
+    /// A function that is called at the end of each pull.
     pub observer: OnceLock<fn(PullEnd)>,
 }
 
-/// How a pull ended.
+/// The result of a pull.
 #[derive(Clone, Copy, Debug)]
 pub enum PullEnd {
     Pulled {
-        /// Compressed bytes of the image's layers.
+        /// The compressed size of the image in bytes.
         bytes: u64,
         took: Duration,
     },
@@ -61,7 +63,8 @@ impl ImageStore {
         }
     }
 
-    /// Removes, once they are old enough, the partial blobs that nobody has come back for.
+    /// Starts a task that regularly removes expired partial blobs. Only the first call has an
+    /// effect.
     pub(crate) fn sweep_partials_later(&self) {
         if self.sweeping_partials.swap(true, Ordering::Relaxed) {
             return;
@@ -76,16 +79,19 @@ impl ImageStore {
         });
     }
 
-    /// Removes the layers of a pull that has failed or was abandoned.
+    /// Removes the layers of a pull that failed or was abandoned.
     pub(crate) async fn release_fetches(&self) -> Result<(), ImageError> {
-        // Fetches that no pull needs have ended; the sweep removes their layers.
+        // A fetch stops by itself when no pull needs it. The entries of stopped fetches are removed
+        // from the table here, and `sweep` removes the layers of stopped fetches.
         lock(&self.fetches).retain(|_, fetching| fetching.upgrade().is_some());
         self.sweep_partials_later();
         self.sweep().await
     }
 
-    /// Removes the layers that nobody needs, first from the store and then, with nobody waiting,
-    /// from the disk: the next start removes what no record names.
+    /// Removes the layers that no image, lease or pull needs. The records are deleted before this
+    /// call returns. The directories are removed in the background. If the server stops before a
+    /// directory is removed, no record names this directory. The next start of the server then
+    /// removes the directory.
     pub(crate) async fn sweep(&self) -> Result<(), ImageError> {
         let (layers, written) = {
             let (layers, changes) = lock(&self.catalog).sweep();
@@ -100,7 +106,8 @@ impl ImageStore {
         let removals = Arc::clone(&self.removals);
         removals.send_modify(|count| *count += 1);
         tokio::spawn(async move {
-            // One after the other: a node that runs out of room removes many.
+            // A node that is short of disk space can have many layers to remove. The removals run
+            // one after the other and therefore use only one thread.
             let _removing = removing.lock_owned().await;
             let removed = tokio::task::spawn_blocking(move || {
                 for layer in layers {

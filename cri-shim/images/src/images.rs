@@ -1,4 +1,4 @@
-//! The images of the node: the facade of this crate.
+//! The facade of this crate, with all operations on the node's images.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,29 +21,29 @@ use crate::{partial, pull};
 use rrun_calls::lock::lock;
 use rrun_store::{Store, StoreError, Table};
 
-/// A commit to the store, on its way to the disk.
+/// A future that resolves when a commit is on the disk.
 type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
-/// What the images take on the disk.
+/// The disk usage of all images.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FsUsage {
-    /// The directory that holds the layers.
+    /// The directory that contains the layers.
     pub path: PathBuf,
-    /// Bytes of all unpacked layers.
+    /// The number of bytes of all unpacked layers.
     pub bytes: u64,
-    /// Inodes of all unpacked layers.
+    /// The number of inodes of all unpacked layers.
     pub inodes: u64,
 }
 
-/// All the images of the node. Clones share one set.
+/// All images of the node. Clones share the same images.
 #[derive(Clone)]
 pub struct Images {
     pub(crate) store: Arc<ImageStore>,
 }
 
 impl Images {
-    /// Loads the records under `root` (rrun-cri's `--root`) and removes what failed pulls left.
-    /// Blocks on the disk.
+    /// Loads the records from `store`, and removes incomplete files of failed pulls from `root`
+    /// (rrun-cri's `--root`). This call blocks on disk I/O.
     pub fn open(
         root: &Path,
         store: Store,
@@ -54,12 +54,15 @@ impl Images {
             make_private(&dir)?;
         }
         let empty = empty_layer(root);
-        std::fs::create_dir_all(&empty).map_err(|error| failed("make", &empty, &error))?;
+        std::fs::create_dir_all(&empty)
+            .map_err(|error| failed("create the directory", &empty, &error))?;
         let (mut catalog, mut changes) = Catalog::load(&store, root)?;
         let (_, swept) = catalog.sweep();
         changes.extend(swept);
-        // Their directories go below, like everything that no record names. Were the store not
-        // to learn of it, the next start would find the directories gone and do the same.
+        // This function need not wait for the commit. `remove_leavings` removes all directories
+        // without a record, so it also removes the directories of the deleted records. If the
+        // commit does not reach the disk, the next start finds these directories missing and
+        // deletes the records again.
         drop(store.commit(changes));
         let next = remove_leavings(root, &catalog)?;
         Ok(Images {
@@ -83,19 +86,20 @@ impl Images {
         })
     }
 
-    /// From now on `observer` is called at the end of each pull. Only the first call has an effect.
+    /// Registers `observer`, which is called at the end of each pull. Only the first call of this
+    /// method has an effect.
     pub fn on_pull_end(&self, observer: fn(PullEnd)) {
         let _ = self.store.observer.set(observer);
     }
 
-    /// Where registries are configured.
+    /// Returns the registry configuration, which the hosts.toml files contain.
     pub fn registries(&self) -> &Registries {
         &self.store.registries
     }
 
-    /// Fetches the image that `reference` names. A call for an image that is being pulled joins
-    /// that pull. A pull continues for a while after its last caller has gone, so that a retry can
-    /// join.
+    /// Fetches the image that `reference` names. If a pull of this image is already in progress,
+    /// the call joins this pull. If all callers of a pull disconnect, the pull continues for the
+    /// time `image.abandoned_seconds`. A retry within this time joins the pull.
     pub async fn pull(
         &self,
         reference: &str,
@@ -105,30 +109,30 @@ impl Images {
         pull::join(&self.store, name, auth).await
     }
 
-    /// The image of that name, digest reference, id, or unique beginning of an id.
+    /// Finds an image by its name, its digest reference, its id, or a unique beginning of its id.
     pub fn find(&self, name: &str) -> Option<Arc<Image>> {
         lock(&self.store.catalog).find(name)
     }
 
-    /// Every image, in the order of their ids.
+    /// Returns all images, ordered by id.
     pub fn list(&self) -> Vec<Arc<Image>> {
         lock(&self.store.catalog).list()
     }
 
-    /// The unpacked size of an image on the disk, in bytes, not the registry's compressed size:
-    /// kubelet's garbage collection relies on it.
+    /// Returns the unpacked size of an image on the disk in bytes, not the registry's compressed
+    /// size. Kubelet's garbage collection relies on this number.
     pub fn bytes_of(&self, image: &Image) -> u64 {
         lock(&self.store.catalog).bytes_of(image)
     }
 
-    /// The whole configuration of an image as its builder wrote it (OCI image-spec, config.md).
-    /// Blocks on the disk.
+    /// Returns the complete configuration of an image as its builder wrote it (OCI image-spec,
+    /// config.md). This call blocks on disk I/O.
     pub fn configuration(&self, id: &str) -> Result<Option<serde_json::Value>, ImageError> {
         Ok(self.store.records.get(Table::CONFIGURATIONS, id)?)
     }
 
-    /// Removes the image that `name` finds, with all its names; none there is no error. Layers
-    /// under a lease stay until it is released.
+    /// Removes the image that `name` refers to, with all its names. Does nothing if `name` refers
+    /// to no image. If a lease keeps a layer, the layer remains until the lease is released.
     pub async fn remove(&self, name: &str) -> Result<(), ImageError> {
         let written = {
             let mut catalog = lock(&self.store.catalog);
@@ -143,9 +147,10 @@ impl Images {
         self.store.sweep().await
     }
 
-    /// Keeps the layers of an image for `owner` (a container's id), over restarts, until
-    /// [`Images::release`]. Returns the overlay lower directories, uppermost first. Asked again
-    /// for the same owner and image, answers the same, be the image there or not.
+    /// Keeps the layers of an image for `owner` until [`Images::release`] is called, even across
+    /// restarts of the server. `owner` is a container's id, or `ID:NUMBER` for an image volume of
+    /// the container. Returns the overlay lower directories, uppermost first. A repeated call for
+    /// the same owner and image returns the same directories, even if the image has been removed.
     pub async fn lease(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
         let (lowers, written) = self.begin_lease(owner, image_id, true)?;
         if let Some(written) = written
@@ -157,16 +162,16 @@ impl Images {
         Ok(lowers)
     }
 
-    /// As [`Images::lease`], with nobody waiting for the disk: whoever restarts the server takes
-    /// the lease again for what is still there. What is removed later is removed from the store
-    /// later.
+    /// Creates a lease like [`Images::lease`], but does not wait until the lease is on the disk. If
+    /// the server stops before the lease is written, the lease is lost. The next start of the
+    /// server creates the missing leases of all existing containers again.
     pub fn lease_soon(&self, owner: &str, image_id: &str) -> Result<Vec<PathBuf>, ImageError> {
         let (lowers, written) = self.begin_lease(owner, image_id, false)?;
         if let Some(written) = written {
             let owner = owner.to_owned();
             tokio::spawn(async move {
                 if let Err(error) = written.await {
-                    log::error!("write down that {owner} keeps its image: {error}");
+                    log::error!("cannot store the image lease of {owner}: {error}");
                 }
             });
         }
@@ -191,7 +196,7 @@ impl Images {
                 let image = catalog.image(image_id).ok_or_else(|| {
                     ImageError::new(
                         Kind::NotFound,
-                        format!("the image {image_id} is not here; pull it first"),
+                        format!("the image {image_id} is not on this node; pull it first"),
                     )
                 })?;
                 let lease = Lease {
@@ -206,14 +211,15 @@ impl Images {
             .ok_or_else(|| {
                 ImageError::new(
                     Kind::DataLoss,
-                    format!("layers of the image {image_id} are gone; pull it again"),
+                    format!("layers of the image {image_id} no longer exist; pull the image again"),
                 )
             })?;
         if known {
             return Ok((lowers, None));
         }
         let changes = catalog.add_lease(owner, lease)?;
-        // Queued under the lock, so that a release comes after it.
+        // Queue the change under the catalog's lock. A later release of this lease is then written
+        // after the lease.
         let written: Written = if awaited {
             Box::pin(self.store.records.commit(changes))
         } else {
@@ -222,7 +228,7 @@ impl Images {
         Ok((lowers, Some(written)))
     }
 
-    /// Lets go of what `owner` leased; nothing leased is no error.
+    /// Releases the lease of `owner`. Does nothing if `owner` has no lease.
     pub async fn release(&self, owner: &str) -> Result<(), ImageError> {
         let written = {
             let mut catalog = lock(&self.store.catalog);
@@ -236,18 +242,20 @@ impl Images {
         self.store.sweep().await
     }
 
-    /// Owners of all leases, for the reconciliation after a start.
+    /// Returns the owners of all leases. When the server starts, it releases the leases of
+    /// containers that no longer exist.
     pub fn leases(&self) -> Vec<String> {
         lock(&self.store.catalog).owners()
     }
 
-    /// Waits, for so long at most, until the layers that nobody needs are gone from the disk.
+    /// Waits until the unneeded layers are removed from the disk, but at most for `limit`.
     pub async fn removed(&self, limit: Duration) {
         let mut removals = self.store.removals.subscribe();
         let _ = tokio::time::timeout(limit, removals.wait_for(|count| *count == 0)).await;
     }
 
-    /// What the unpacked layers take, by accounting: nothing is walked.
+    /// Returns the disk usage of the unpacked layers, which is computed from the records without
+    /// walking the directories.
     pub fn fs_usage(&self) -> FsUsage {
         let (bytes, inodes) = lock(&self.store.catalog).usage();
         FsUsage {
@@ -265,16 +273,18 @@ pub(crate) fn failed(what: &str, path: &Path, error: &io::Error) -> ImageError {
     )
 }
 
-/// Nobody but root may look into layers: set-uid programs of every image lie there.
+/// Creates a directory that only root can enter. Without this protection, every user of the node
+/// could run the set-uid programs in the layers of all images.
 fn make_private(dir: &Path) -> Result<(), ImageError> {
     use std::os::unix::fs::PermissionsExt as _;
-    std::fs::create_dir_all(dir).map_err(|error| failed("make", dir, &error))?;
+    std::fs::create_dir_all(dir).map_err(|error| failed("create the directory", dir, &error))?;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
         .map_err(|error| failed("set the mode of", dir, &error))
 }
 
-/// Empties `ingest/` but for what a pull can go on from, removes the layers that no record names,
-/// and returns the first number that no directory has.
+/// Removes interrupted downloads from `ingest/`, except partial blobs that a pull can resume. Also
+/// removes the layer directories that no record names. Returns the number for the next new layer
+/// directory.
 fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
     let read = |dir: &Path| -> Result<Vec<PathBuf>, ImageError> {
         std::fs::read_dir(dir)
@@ -285,7 +295,10 @@ fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
         if partial::is_fresh(&path) {
             continue;
         }
-        log::info!("remove what a broken-off pull left: {}", path.display());
+        log::info!(
+            "remove an incomplete file or directory of an interrupted pull: {}",
+            path.display()
+        );
         remove(&path);
     }
     let numbers = catalog.numbers();
@@ -299,7 +312,10 @@ fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
             Some(EMPTY_LAYER) => {}
             Some(number) if numbers.contains(&number) => {}
             _ => {
-                log::info!("remove a layer that no record names: {}", path.display());
+                log::info!(
+                    "remove a layer directory without a record: {}",
+                    path.display()
+                );
                 remove(&path);
                 last = last.max(number.unwrap_or(EMPTY_LAYER));
             }

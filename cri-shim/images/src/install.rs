@@ -1,5 +1,5 @@
-//! Brings an image's layers to the disk and makes the image known, whether it is pulled or
-//! imported.
+//! Fetches and unpacks an image's layers, and records the image. Both pulls and imports use this
+//! module.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -23,13 +23,13 @@ use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
 use rrun_store::{Change, Table};
 
-/// How often a pull's progress is logged at least.
+/// The maximum interval between two progress lines of a pull in the log.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often a pull's progress is looked at.
+/// The interval at which a pull's progress is checked.
 const PROGRESS_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// When a pull's progress is worth a line in the log: after ten seconds, or a tenth of the bytes.
+/// Decides when a pull's progress is logged: every ten seconds, and after each tenth of the bytes.
 struct Progress {
     total: u64,
     logged: (u64, Instant),
@@ -43,18 +43,19 @@ impl Progress {
         }
     }
 
-    fn passed(&mut self, come: u64, now: Instant) -> bool {
+    fn passed(&mut self, received: u64, now: Instant) -> bool {
         let (before, then) = self.logged;
         let tenths = |bytes: u64| bytes.saturating_mul(10) / self.total.max(1);
-        let passed = tenths(come) > tenths(before) || now.duration_since(then) >= PROGRESS_INTERVAL;
+        let passed =
+            tenths(received) > tenths(before) || now.duration_since(then) >= PROGRESS_INTERVAL;
         if passed {
-            self.logged = (come, now);
+            self.logged = (received, now);
         }
         passed
     }
 }
 
-/// Prevents the removal of layers while a pull needs them.
+/// A guard that keeps a pull's layers from being removed during the pull.
 struct LayerHold<'a> {
     store: &'a ImageStore,
     keys: Vec<String>,
@@ -70,13 +71,14 @@ impl<'a> LayerHold<'a> {
 impl Drop for LayerHold<'_> {
     fn drop(&mut self) {
         let keys = self.keys.iter().map(String::as_str);
-        lock(&self.store.catalog).let_go(keys);
+        lock(&self.store.catalog).release_hold(keys);
     }
 }
 
-/// Brings an image's layers and makes it known under `names`, by tag and, where there is one, by
-/// the digest of its manifest. `log_name` is its name in the log. `callers` counts the calls that
-/// wait, if it can be abandoned.
+/// Fetches and unpacks an image's layers, and records the image under `names`. If `digest` (the
+/// digest of the manifest) is given, the image also gets a digest reference for each name.
+/// `log_name` is the image's name in the log. `callers` is the number of callers of the pull, or
+/// `None` if the image is imported from an archive.
 pub(crate) async fn install(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -102,8 +104,9 @@ pub(crate) async fn install(
         match bring_layers(store, origin, pull, &descriptors, &keys, top, log_name).await {
             Ok(unpacked) => {
                 image.unpacked = unpacked;
-                // The pull counts as its own caller, so that nobody can abandon it while the store
-                // writes: the image would be known although the pull has failed.
+                // If the pull were abandoned during this write, the pull would fail although the
+                // image is recorded. `_caller` counts as a caller of the pull, and a pull with a
+                // caller can't be abandoned.
                 let _caller = callers.map(Caller::new);
                 publish(store, image, names, digest, &configuration).await
             }
@@ -116,9 +119,9 @@ pub(crate) async fn install(
     published
 }
 
-/// Brings every layer to the disk; returns the keys of all layers that make up the image's root.
-/// `top` is the key of the layer that sets the owner and mode of directories, should the image need
-/// one.
+/// Fetches and unpacks every layer, and creates the image's directory layer if the image needs one.
+/// Returns the keys of all layers that form the image's root file system. `top` is the key of the
+/// directory layer, which sets the owner and mode of directories.
 async fn bring_layers(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -136,10 +139,14 @@ async fn bring_layers(
         (stack, known, catalog.all_recorded(keys()))
     };
     let stack = stack.ok_or_else(|| {
-        ImageError::new(Kind::Internal, "a layer vanished while it was being pulled")
+        ImageError::new(
+            Kind::Internal,
+            "a layer was removed while it was being pulled",
+        )
     })?;
     let mut unpacked = keys.to_vec();
-    // An image with the same layers needed this one, and so does this image.
+    // If the directory layer exists, another image with the same layers needed it, so this image
+    // needs it, too.
     if known {
         unpacked.push(top.clone());
         if recorded {
@@ -152,15 +159,16 @@ async fn bring_layers(
         let number = store.next_layer.fetch_add(1, Ordering::Relaxed);
         fetch::make_directory_layer(&store.queues, &store.root, number, &stack, log_name).await?
     };
-    // The store may name only layers that are on the disk.
+    // The layers must be on the disk before the store lists them.
     if !recorded || made.is_some() {
         let root = store.root.clone();
-        let what = format!("pull {log_name}: write its layers to the disk");
+        let what = format!("pull {log_name}: sync the image's layers to the disk");
         blocking(what, move || layer::sync(&root)).await?;
     }
     if let Some(made) = made {
         let mut catalog = lock(&store.catalog);
-        // If another pull has added the layer meanwhile, dropping `made` removes ours.
+        // If another pull has already added the directory layer, dropping `made` removes this
+        // pull's copy.
         if catalog.layer(&top).is_none() {
             catalog.add_layer(&top, made.keep());
         }
@@ -169,7 +177,7 @@ async fn bring_layers(
     Ok(unpacked)
 }
 
-/// Fetches all the layers at once, and logs the progress.
+/// Fetches all layers in parallel, and logs the progress.
 async fn fetch_layers(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -194,10 +202,10 @@ async fn fetch_layers(
         tokio::select! {
             fetched = &mut all => return fetched.map(drop),
             () = tokio::time::sleep(PROGRESS_CHECK_INTERVAL) => {
-                let come = progress.load(Ordering::Relaxed);
-                if logged.passed(come, Instant::now()) {
+                let received = progress.load(Ordering::Relaxed);
+                if logged.passed(received, Instant::now()) {
                     log::info!(
-                        "pull {log_name}: {} layers, {come} of at most {total} bytes have come",
+                        "pull {log_name}: {} layers, {received} of at most {total} bytes received",
                         descriptors.len(),
                     );
                 }
@@ -206,7 +214,8 @@ async fn fetch_layers(
     }
 }
 
-/// Brings one layer: it is here, or another pull is fetching it, or this one fetches it.
+/// Fetches and unpacks one layer, unless the catalog already contains it. If another pull is
+/// already fetching the same layer, joins that fetch.
 async fn fetch_layer(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -215,11 +224,13 @@ async fn fetch_layer(
     key: &str,
     progress: &Arc<AtomicU64>,
 ) -> Result<(), ImageError> {
-    // Who joined another's fetch, with another's registry and credentials, tries it alone once
-    // that has failed.
+    // A joined fetch uses the registry and credentials of another pull. If a joined fetch fails,
+    // this loop fetches the layer with this pull's registry and credentials.
     loop {
         let (fetching, ours) = {
-            // A fetch that ends adds its layer before it leaves this table.
+            // After success, a fetch first adds its layer to the catalog, and then removes itself
+            // from the table of fetches. If a fetched layer is not in the locked table, it is
+            // therefore in the catalog.
             let mut fetches = lock(&store.fetches);
             let catalog = lock(&store.catalog);
             if catalog.layer(key).is_some() {
@@ -230,7 +241,7 @@ async fn fetch_layer(
                 None => {
                     if catalog.layer(&descriptor.diff_id).is_some() {
                         log::info!(
-                            "layer {}: an older version unpacked it for one image alone, so it is fetched again",
+                            "layer {}: an older version of rrun-cri unpacked it for one image only, so the server fetches the layer again",
                             descriptor.digest
                         );
                     }
@@ -244,7 +255,9 @@ async fn fetch_layer(
         };
         match fetching.await {
             Err(error) if ours => return Err(error),
-            Err(error) => log::info!("{error}; tried again for another image"),
+            Err(error) => {
+                log::info!("{error}; another pull needs the layer, so it fetches the layer again")
+            }
             Ok(()) => return Ok(()),
         }
     }
@@ -273,7 +286,7 @@ fn begin_fetch(
     let queues = Arc::clone(&store.queues);
     let store: Weak<ImageStore> = Arc::downgrade(store);
     async move {
-        let placed = directory(&request.root, request.number);
+        let path = directory(&request.root, request.number);
         let result = fetch::fetch(origin, request, pull, &queues, move |bytes| {
             progress.fetch_add(bytes, Ordering::Relaxed);
         })
@@ -283,7 +296,7 @@ fn begin_fetch(
             lock(&store.fetches).remove(&key);
             result
         } else {
-            remove(&placed);
+            remove(&path);
             result.map(drop)
         }
     }
@@ -298,7 +311,8 @@ async fn publish(
     digest: Option<&str>,
     configuration: &[u8],
 ) -> PullResult {
-    // Whole, for people who inspect it; nothing here works from it.
+    // The only purpose of the complete configuration is to answer CRI requests that inspect the
+    // image.
     let whole: serde_json::Value = serde_json::from_slice(configuration).unwrap_or_default();
     let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;
     let (image, before, written) = {
@@ -306,11 +320,12 @@ async fn publish(
         let before = catalog.image(&image.id).cloned();
         let (image, mut changes) = catalog.publish(image, names, digest)?;
         changes.push(whole);
-        // Queued under the lock, awaited without it.
+        // Queue the changes under the catalog's lock. The store then receives all changes in the
+        // same order as the catalog. Await the commit without the lock.
         (image, before, store.records.commit(changes))
     };
     if let Err(error) = written.await {
-        // What the store does not know must not be seen.
+        // The image's record is not in the store, so the catalog must not contain the image either.
         lock(&store.catalog).restore(&image.id, before);
         return Err(error.into());
     }
@@ -322,7 +337,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_is_told_by_tenths_and_every_ten_seconds() {
+    fn progress_is_logged_after_every_tenth_of_the_bytes_and_every_ten_seconds() {
         let mut logged = Progress::new(1000);
         let begin = Instant::now();
         let after = |seconds| begin + Duration::from_secs(seconds);

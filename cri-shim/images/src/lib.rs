@@ -1,8 +1,10 @@
-//! Images: references, registries, pulls, records.
+//! Pulls images from registries, unpacks their layers, and records the images.
 //!
-//! [`Images`] is the facade. `pull` tells a pull's story: `source` asks the `registry` endpoints
-//! that `hosts` names for the `manifest`, `install` and `fetch` bring each layer, and the `catalog`
-//! holds what is here. `preload` brings images from an `archive` instead.
+//! [`Images`] is the facade of this crate. To read the code of a pull, start with the module
+//! `pull`. The module `source` requests the manifest from the registry endpoints that hosts.toml
+//! lists. The modules `install` and `fetch` fetch and unpack each layer, and the module `catalog`
+//! records the result. The module `preload` imports images from archive files instead of
+//! registries.
 
 mod archive;
 mod auth;

@@ -1,18 +1,19 @@
-//! How slow a registry may be.
+//! Limits for the time and the rate of a registry's answers.
 
 use std::time::Duration;
 
-/// The least rate of an answer: `rate` bytes a second, on the average of `over`. 0 allows any rate.
+/// The minimum rate of an answer. On average over the time `over`, at least `rate` bytes per second
+/// must arrive. A rate of 0 disables the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MinRate {
     pub rate: u64,
     pub over: Duration,
 }
 
-/// How long rrun-cri waits for a registry.
+/// The limits that apply to every answer of a registry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RegistryLimits {
-    /// How long a registry may send no byte.
+    /// The time without a received byte after which a request fails.
     pub silence: Duration,
     pub min_rate: MinRate,
 }

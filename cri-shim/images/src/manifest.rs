@@ -1,4 +1,5 @@
-//! Manifests, indexes and configurations: OCI's and Docker's schema 2, which are of one shape.
+//! Parses manifests, indexes and configurations in the formats of OCI and of Docker's schema 2,
+//! which have the same structure.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +10,18 @@ use crate::layer::LayerDescriptor;
 use crate::record::ImageConfig;
 use crate::reference::is_digest;
 
-/// The media types that are accepted for a tag or a digest.
+/// The `Accept` header of a request for a manifest or an index.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json";
 
-/// The most bytes of a manifest, an index or a configuration, each.
+/// The maximum number of bytes of each manifest, index or configuration.
 pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 
-/// overlayfs takes 500 lower directories, and rrun-cri adds two: the mount points at the bottom,
-/// and at the top the layer that sets the owner and mode of directories.
+/// The maximum number of layers in an image. An overlay mount supports 500 lower directories. Two
+/// of these directories are reserved: a directory with the mount points at the bottom, and the
+/// directory layer at the top.
 const MAX_LAYERS: usize = 498;
 
 #[derive(Debug, Deserialize)]
@@ -35,8 +37,9 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// What an image layout calls the image: its full name where containerd or Docker wrote it,
-    /// else what stands where the specification wants it (OCI image-spec, annotations.md).
+    /// Returns the name of the image in an image layout. containerd and Docker write an annotation
+    /// with the full name. Other programs write the annotation that the specification defines for
+    /// the reference name (OCI image-spec, annotations.md).
     pub(crate) fn name(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
         [
@@ -48,7 +51,8 @@ impl Descriptor {
         .map(String::as_str)
     }
 
-    /// Nothing says that it is not for this machine.
+    /// Returns false if the image's platform names another operating system or architecture. An
+    /// image without a platform can be for any machine.
     pub(crate) fn may_fit(&self) -> bool {
         let machine = architecture();
         self.platform.as_ref().is_none_or(|platform| {
@@ -57,8 +61,9 @@ impl Descriptor {
         })
     }
 
-    /// It is Windows' base layer, which has to be fetched from Microsoft (Docker's schema 2), or
-    /// what OCI made of that.
+    /// Returns whether the layer is a foreign layer (Docker's schema 2) or a non-distributable
+    /// layer (OCI). Foreign and non-distributable layers are base layers of Windows, which must be
+    /// fetched from Microsoft.
     fn is_foreign(&self) -> bool {
         self.media_type.contains(".foreign.") || self.media_type.contains(".nondistributable.")
     }
@@ -76,7 +81,7 @@ struct Platform {
 #[derive(Debug)]
 pub(crate) struct Manifest {
     pub config: Descriptor,
-    /// Lowest first.
+    /// The image's layers, lowest first.
     pub layers: Vec<Descriptor>,
 }
 
@@ -100,18 +105,20 @@ fn broken(what: impl Into<String>) -> ImageError {
     ImageError::new(Kind::DataLoss, what)
 }
 
-/// Reads a manifest or an index by its content, for media types are often wrong.
+/// Parses a manifest or an index. The content determines whether a document is a manifest or an
+/// index, because media types are often wrong.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
     let raw: RawManifest = serde_json::from_slice(bytes)
         .map_err(|error| broken(format!("the manifest can't be read: {error}")))?;
     if raw.schema_version == Some(1) {
         return Err(ImageError::new(
             Kind::Unimplemented,
-            "the image has a manifest of Docker's schema 1, which was given up in 2019: push it again with a current tool",
+            "the image has a manifest of Docker's schema 1, which has been obsolete since 2019: push the image again with a current tool",
         ));
     }
     match raw {
-        // Who read it as the one would run something else than who read it as the other
+        // A document must not be both a manifest and an index. Such a document could refer to one
+        // image if it is parsed as a manifest, and to another image if it is parsed as an index
         // (CVE-2021-41190).
         RawManifest {
             manifests: Some(_),
@@ -128,12 +135,12 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
             if layers.iter().any(Descriptor::is_foreign) {
                 return Err(ImageError::new(
                     Kind::Unimplemented,
-                    "the image has a foreign layer, which is not in its registry: such layers are those of Windows, and not for linux",
+                    "the image has a foreign layer, which is not stored in the image's registry; only Windows images have foreign layers, and rrun runs Linux images",
                 ));
             }
             if layers.len() > MAX_LAYERS {
                 return Err(broken(format!(
-                    "the image has {} layers, of which overlayfs takes {MAX_LAYERS}",
+                    "the image has {} layers, and the limit is {MAX_LAYERS} layers",
                     layers.len()
                 )));
             }
@@ -147,7 +154,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
             ..
         } => choose(&manifests, &Machine::this()).map(Document::Index),
         _ => Err(broken(
-            "the manifest names neither a configuration with layers nor other manifests",
+            "the manifest lists neither a configuration with layers nor other manifests",
         )),
     }
 }
@@ -157,12 +164,12 @@ fn check_digest(digest: &str) -> Result<(), ImageError> {
         return Ok(());
     }
     Err(broken(format!(
-        "the digest {:?} in the manifest is not sha256: and 64 hexadecimal digits",
+        "the digest {:?} in the manifest is not sha256: followed by 64 hexadecimal digits",
         digest.chars().take(100).collect::<String>()
     )))
 }
 
-/// Go's name of the architecture that this program was built for.
+/// Returns Go's name for the architecture that this program was built for.
 pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -171,12 +178,13 @@ pub(crate) fn architecture() -> &'static str {
     }
 }
 
-/// What this machine can run.
+/// The platforms whose images this machine can run.
 struct Machine {
     architecture: &'static str,
-    /// x86-64's level, `v1` to `v4` (psABI), or ARM's version; the best first.
+    /// The levels of x86-64 (`v1` to `v4`, psABI) or the versions of ARM that this machine
+    /// supports. The highest level or version is first.
     variants: &'static [&'static str],
-    /// The older architecture that it runs as well.
+    /// The older architecture whose programs this machine can also run.
     compatible: &'static str,
 }
 
@@ -219,8 +227,10 @@ fn x86_64_levels() -> &'static [&'static str] {
     &[]
 }
 
-/// The manifest for this machine. Attestations stand in an index as `unknown/unknown` and are
-/// never it. What all such machines run comes before what only some of them do.
+/// Chooses the manifest for this machine. Some variants of an architecture run on all its machines,
+/// and newer variants run on only some of these machines. A manifest for all machines takes
+/// precedence over a manifest for a newer variant. Attestations have the platform `unknown/unknown`
+/// in an index and are never chosen.
 fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageError> {
     let of = |architecture: &'static str| {
         manifests.iter().filter_map(move |descriptor| {
@@ -238,7 +248,7 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
         .or_else(|| machine.variants.iter().find_map(of_variant))
         .or_else(|| of(machine.compatible).max_by_key(|(_, variant)| *variant))
         .map(|(descriptor, _)| descriptor)
-        // An index of one image, without a platform.
+        // An index with a single image can omit the platform.
         .or(match manifests {
             [only] if only.platform.is_none() => Some(only),
             _ => None,
@@ -255,10 +265,10 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
     }
 }
 
-/// An image layout's index.json: each image, with the name that the layout gives it.
+/// Parses an image layout's index.json. Returns the descriptor of each image.
 pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
     let raw: RawManifest = serde_json::from_slice(bytes)
-        .map_err(|error| broken(format!("its index.json can't be read: {error}")))?;
+        .map_err(|error| broken(format!("the archive's index.json can't be read: {error}")))?;
     let manifests = raw.manifests.unwrap_or_default();
     for descriptor in &manifests {
         check_digest(&descriptor.digest)?;
@@ -266,7 +276,7 @@ pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> 
     Ok(manifests)
 }
 
-/// What a configuration says, as far as it matters here.
+/// The parts of an image's configuration that rrun-cri uses.
 #[derive(Debug)]
 pub(crate) struct Configuration {
     pub config: ImageConfig,
@@ -338,14 +348,14 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
     })
 }
 
-/// Brings the manifest's layers and the configuration's diff IDs together.
+/// Combines the manifest's layers with the configuration's diff IDs.
 pub(crate) fn layer_descriptors(
     manifest: &Manifest,
     diff_ids: &[String],
 ) -> Result<Vec<LayerDescriptor>, ImageError> {
     if manifest.layers.len() != diff_ids.len() {
         return Err(broken(format!(
-            "the manifest has {} layers and the configuration {}: the image was built wrongly, or is none that can be run",
+            "the manifest has {} layers, but the configuration has {}: the image was built incorrectly, or it is not a container image",
             manifest.layers.len(),
             diff_ids.len()
         )));
@@ -397,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_yields_the_manifest_of_this_machine_and_never_an_attestation() {
+    fn an_index_yields_the_manifest_for_this_machine_and_never_an_attestation() {
         let index = [
             entry("a", "unknown", "unknown", None),
             entry("b", "windows", "amd64", None),
@@ -412,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variant_is_taken_only_where_it_runs() {
+    fn a_variant_is_chosen_only_if_the_machine_runs_it() {
         let index = [
             entry("a", "linux", "amd64", Some("v4")),
             entry("b", "linux", "amd64", Some("v2")),
@@ -432,14 +442,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_image_and_index_at_once_is_refused() {
+    fn a_document_that_is_both_a_manifest_and_an_index_is_refused() {
         let manifest = serde_json::json!({"schemaVersion": 2, "layers": [], "manifests": [],
             "config": {"digest": digest("a"), "size": 1}});
         assert!(refusal(&manifest).is_some_and(|why| why.contains("both")));
     }
 
     #[test]
-    fn foreign_layers_are_refused_by_their_name() {
+    fn foreign_layers_are_refused() {
         for kind in [
             "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
             "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
@@ -453,14 +463,14 @@ mod tests {
     }
 
     #[test]
-    fn digests_of_other_forms_are_refused() {
+    fn malformed_digests_are_refused() {
         let manifest = serde_json::json!({"schemaVersion": 2,
             "config": {"digest": "sha256:../../x", "size": 1}, "layers": []});
         assert!(parse(manifest.to_string().as_bytes()).is_err());
     }
 
     #[test]
-    fn dockers_nulls_are_empty() -> Result<(), ImageError> {
+    fn null_fields_in_a_configuration_of_docker_count_as_empty() -> Result<(), ImageError> {
         let text = serde_json::json!({"os": "linux", "architecture": "amd64",
             "config": {"Entrypoint": null, "Cmd": ["sh"], "Env": null, "Volumes": null,
                        "Labels": null, "User": ""},

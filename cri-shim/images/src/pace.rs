@@ -1,7 +1,7 @@
 //! Measures how fast a registry's answer arrives.
 //!
-//! Only time spent waiting for the network counts. A slow disk, or a wait for a turn to unpack, is
-//! not the registry's fault.
+//! Only the time spent waiting for the network is measured. A slow disk, or a wait until the thread
+//! may unpack, must not count against the registry.
 
 use std::future::Future;
 use std::pin::pin;
@@ -14,40 +14,44 @@ use crate::limits::MinRate;
 use crate::slots::Slot;
 use rrun_calls::lock::lock;
 
-/// How often a wait is checked.
+/// The interval at which the rate is checked during a wait for the network.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// An answer stands still if fewer than [`STALL_BYTES`] arrive within this time.
+/// If fewer than [`STALL_BYTES`] bytes arrive within this time, the answer counts as stalled.
 const STALL_TIME: Duration = Duration::from_secs(10);
 const STALL_BYTES: u64 = 512;
 
-/// The same before the first byte, since a slow line makes DNS, TCP and TLS slow as well.
+/// If no first byte arrives within this time, the answer counts as stalled. `HEAD_STALL_TIME` is
+/// longer than [`STALL_TIME`], because it also covers the DNS lookup and the TCP and TLS
+/// handshakes.
 const HEAD_STALL_TIME: Duration = Duration::from_secs(20);
 
-/// Watches the answers that bring one layer or document.
+/// Watches the rate at which one layer or document arrives.
 pub(crate) struct RateWatch {
     min_rate: MinRate,
-    /// The slot of a layer; documents are small and need none.
+    /// The slot of the layer, or `None` for a document, which is small and needs no slot.
     slot: Option<Arc<Slot>>,
     pace: Mutex<Pace>,
 }
 
 #[derive(Default)]
 struct Pace {
-    /// Since the rate was last checked and sufficient.
+    /// The time spent waiting for the network since the last check at which the rate was
+    /// sufficient.
     waited: Duration,
-    came: u64,
-    /// Since `still` was last set.
-    lately_waited: Duration,
-    lately_came: u64,
-    still: bool,
+    received: u64,
+    /// The time spent waiting for the network since `stalled` was last updated.
+    recently_waited: Duration,
+    recently_received: u64,
+    stalled: bool,
     checked: Option<Instant>,
 }
 
-/// The purpose of a wait.
+/// The part of an answer for which a request waits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// A connection and the head of an answer; reqwest limits the time for both together.
+    /// The phase from the connection attempt to the end of the response head. The HTTP client
+    /// (reqwest) has one time limit for the whole phase.
     Head,
     Body,
 }
@@ -61,8 +65,8 @@ impl RateWatch {
         }
     }
 
-    /// Waits for `work`, which waits for the network. Fails if the answer is too slow, or if the
-    /// slot goes to another layer meanwhile.
+    /// Waits for `work`, an operation on the network. Fails if the answer is too slow, or if
+    /// another pull gets this fetch's slot during the wait.
     pub(crate) async fn wait<T>(
         &self,
         phase: Phase,
@@ -84,60 +88,64 @@ impl RateWatch {
         }
     }
 
-    /// Counts bytes of an answer that have arrived.
-    pub(crate) fn came(&self, bytes: u64) -> Result<(), RequestFailure> {
+    /// Adds `bytes` to the number of received bytes. Fails if the answer is too slow, or if another
+    /// pull gets this fetch's slot.
+    pub(crate) fn count_received(&self, bytes: u64) -> Result<(), RequestFailure> {
         if let Some(slot) = &self.slot {
-            slot.came(bytes);
+            slot.count_received(bytes);
         }
         self.add(Phase::Body, Duration::ZERO, bytes);
         self.check(Phase::Body)
     }
 
-    /// Notes that the answer comes from `host`. Fails if too many layers come from there already.
+    /// Records that `host` sends the layer. Fails if the maximum number of layers is already being
+    /// fetched from `host`.
     pub(crate) fn comes_from(&self, host: &str) -> Result<(), RequestFailure> {
         match &self.slot {
             Some(slot) if !slot.moves_to(host) => {
-                let why =
-                    format!("it comes from {host}, and no further layer may come from there now");
+                let why = format!(
+                    "{host} sends the layer, but the maximum number of layers is already being fetched from this host"
+                );
                 Err(ImageError::new(Kind::Unavailable, why).into())
             }
             _ => Ok(()),
         }
     }
 
-    /// Whether the slot went to another layer. The rest is then fetched in the next turn.
+    /// Returns whether the slot was given to another pull. If so, the fetch receives the rest of
+    /// the layer in its next turn.
     pub(crate) fn gave_way(&self) -> bool {
         self.slot.as_ref().is_some_and(|slot| slot.gave_way())
     }
 
-    fn add(&self, phase: Phase, waited: Duration, came: u64) {
+    fn add(&self, phase: Phase, waited: Duration, received: u64) {
         let mut pace = lock(&self.pace);
         if phase == Phase::Body {
             pace.waited += waited;
         }
-        pace.lately_waited += waited;
-        pace.came += came;
-        pace.lately_came += came;
+        pace.recently_waited += waited;
+        pace.received += received;
+        pace.recently_received += received;
     }
 
     fn check(&self, phase: Phase) -> Result<(), RequestFailure> {
-        let still = {
+        let stalled = {
             let mut pace = lock(&self.pace);
             let MinRate { rate, over } = self.min_rate;
             if rate > 0 && pace.waited >= over {
                 let seconds = pace.waited.as_secs();
-                if pace.came < rate.saturating_mul(seconds) {
-                    return Err(too_slow(pace.came, seconds, rate));
+                if pace.received < rate.saturating_mul(seconds) {
+                    return Err(too_slow(pace.received, seconds, rate));
                 }
-                (pace.waited, pace.came) = (Duration::ZERO, 0);
+                (pace.waited, pace.received) = (Duration::ZERO, 0);
             }
             let stall_time = match phase {
                 Phase::Head => HEAD_STALL_TIME,
                 Phase::Body => STALL_TIME,
             };
-            if pace.lately_came >= STALL_BYTES || pace.lately_waited >= stall_time {
-                pace.still = pace.lately_came < STALL_BYTES;
-                (pace.lately_waited, pace.lately_came) = (Duration::ZERO, 0);
+            if pace.recently_received >= STALL_BYTES || pace.recently_waited >= stall_time {
+                pace.stalled = pace.recently_received < STALL_BYTES;
+                (pace.recently_waited, pace.recently_received) = (Duration::ZERO, 0);
             }
             let now = Instant::now();
             if pace
@@ -147,18 +155,18 @@ impl RateWatch {
                 return Ok(());
             }
             pace.checked = Some(now);
-            pace.still
+            pace.stalled
         };
         match &self.slot {
-            Some(slot) if slot.gives_way(still) => Err(gave_way(still)),
+            Some(slot) if slot.gives_way(stalled) => Err(gave_way(stalled)),
             _ => Ok(()),
         }
     }
 }
 
-fn too_slow(came: u64, seconds: u64, least: u64) -> RequestFailure {
+fn too_slow(received: u64, seconds: u64, least: u64) -> RequestFailure {
     let what = format!(
-        "{came} bytes came in {seconds} s, where image.least_rate wants {least} bytes a second"
+        "{received} bytes arrived in {seconds} s; image.least_rate requires {least} bytes a second"
     );
     RequestFailure {
         slow: true,
@@ -166,11 +174,11 @@ fn too_slow(came: u64, seconds: u64, least: u64) -> RequestFailure {
     }
 }
 
-fn gave_way(still: bool) -> RequestFailure {
-    let why = if still {
-        "almost no bytes arrive, and another image waits"
+fn gave_way(stalled: bool) -> RequestFailure {
+    let why = if stalled {
+        "almost no data arrives, and another image waits for the layer's download slot"
     } else {
-        "it has had its turn, and another image waits"
+        "the layer has used its download slot for its full time, and another image waits for the layer's download slot"
     };
     ImageError::new(Kind::Unavailable, why).into()
 }
@@ -192,20 +200,21 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_below_the_least_fails_with_its_numbers() {
+    fn a_rate_below_the_minimum_fails_and_the_message_contains_both_rates() {
         let watch = watch(100, 60);
         assert_eq!(after(&watch, Phase::Body, 59, 12), Ok(()));
-        let told = after(&watch, Phase::Body, 1, 0);
+        let result = after(&watch, Phase::Body, 1, 0);
         assert!(
-            told.as_ref()
-                .is_err_and(|told| told.contains("12 bytes came in 60 s")
-                    && told.contains("100 bytes a second")),
-            "{told:?}"
+            result
+                .as_ref()
+                .is_err_and(|message| message.contains("12 bytes arrived in 60 s")
+                    && message.contains("100 bytes a second")),
+            "{result:?}"
         );
     }
 
     #[test]
-    fn a_slow_line_that_moves_is_good_for_ever() {
+    fn a_slow_line_above_the_minimum_rate_never_fails() {
         let watch = watch(100, 60);
         for _ in 0..1000 {
             assert_eq!(after(&watch, Phase::Body, 10, 1000), Ok(()));
@@ -213,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_counts_neither_heads_nor_without_a_bound() {
+    fn the_rate_is_checked_only_for_bodies_and_only_if_a_minimum_is_set() {
         assert_eq!(after(&watch(100, 60), Phase::Head, 600, 0), Ok(()));
         assert_eq!(after(&watch(0, 60), Phase::Body, 600, 0), Ok(()));
     }

@@ -1,9 +1,10 @@
-//! The beginning of a large blob, kept in a file while the rest arrives.
+//! Keeps the beginning of a large blob in a file while the rest arrives.
 //!
-//! A pull that failed, or that ended with rrun-cri, goes on from there when it is repeated. A fetch
-//! that gave its slot away goes on from there in its next turn. Nothing trusts the file: its bytes
-//! go through the same hash as those that follow. The file is removed when the blob is complete or
-//! proves bad, or when no pull has come back for it within an hour.
+//! If a pull fails or the server stops, the next pull of the image continues after the bytes in the
+//! file. If a fetch gives its download slot to another pull, it also continues after these bytes in
+//! its next slot. The file's content is not trusted. Its bytes are hashed together with the bytes
+//! from the network. The file is removed when the blob is complete or invalid. If no pull uses the
+//! file for an hour, the file is also removed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,21 +14,24 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// Smaller blobs are not kept for a later pull: to fetch them again costs less.
+/// The minimum size of a blob whose beginning is kept for a later pull. Fetching a smaller blob
+/// again costs less than keeping its beginning.
 pub(crate) const MIN_KEPT_BYTES: u64 = 4 << 20;
 
-/// Smaller blobs are not kept even for the next turn of the same pull.
+/// The minimum size of a blob whose received bytes are kept during the wait for another slot.
 const MIN_PIECE_BYTES: u64 = 64 << 10;
 
-/// How long after its last byte a partial blob is kept.
+/// The time after which a partial blob is removed, counted from the arrival of its last byte.
 pub(crate) const PARTIAL_LIFETIME: Duration = Duration::from_secs(3600);
 
 const SUFFIX: &str = ".partial";
 
-/// The suffix for a blob that is kept neither for a later pull nor over a restart.
+/// The suffix of the file that keeps the beginning of a small blob. Files with this suffix are not
+/// kept for a later pull. When the server starts, it also removes all files with this suffix.
 const PIECE_SUFFIX: &str = ".piece";
 
-/// The beginning of one blob. Locked: two that fetch the same bytes don't write to one file.
+/// The file with the beginning of one blob. A lock on the file prevents two fetches of the same
+/// blob from writing to it.
 pub(crate) struct Partial {
     file: File,
     path: PathBuf,
@@ -45,8 +49,9 @@ fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
 }
 
 impl Partial {
-    /// Opens what there is of the blob, or begins; `None` if it is not worth it or can't be done,
-    /// and the blob is fetched as a whole. Blocks on the disk.
+    /// Opens the file with the beginning of the blob, or creates an empty file. Returns `None` if
+    /// the blob is too small or the file can't be used. No bytes of the blob are then kept. This
+    /// call blocks on disk I/O.
     pub(crate) fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
         if size < MIN_PIECE_BYTES {
             return None;
@@ -60,7 +65,9 @@ impl Partial {
             .mode(0o600)
             .open(&path);
         let file = opened
-            .map_err(|error| log::warn!("keep a blob in {}: {error}", path.display()))
+            .map_err(|error| {
+                log::warn!("cannot keep a partial blob in {}: {error}", path.display())
+            })
             .ok()?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
         let mut length = file.metadata().ok()?.len();
@@ -71,7 +78,7 @@ impl Partial {
         Some(Partial { file, path, length })
     }
 
-    /// Bytes of the blob that are here.
+    /// Returns how many bytes of the blob the file contains.
     pub(crate) fn length(&self) -> u64 {
         self.length
     }
@@ -91,17 +98,21 @@ impl Partial {
 
     pub(crate) fn remove(self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            log::warn!("remove {}: {error}", self.path.display());
+            log::warn!(
+                "cannot remove the partial blob {}: {error}",
+                self.path.display()
+            );
         }
     }
 }
 
-/// Forgets what there is of a blob.
+/// Removes the file with the beginning of a blob.
 pub(crate) fn discard(root: &Path, digest: &str, size: u64) {
     let _ = std::fs::remove_file(path_of(root, digest, size));
 }
 
-/// Removes, when it is dropped, the file of a blob that is not kept for a later pull.
+/// A guard for the file with the beginning of a small blob. Dropping the guard removes the file,
+/// because the file of a small blob is not kept for a later pull.
 pub(crate) struct DiscardOnDrop<'a> {
     root: &'a Path,
     digest: &'a str,
@@ -110,7 +121,8 @@ pub(crate) struct DiscardOnDrop<'a> {
 
 impl<'a> DiscardOnDrop<'a> {
     pub(crate) fn of_small(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
-        // `then_some` would make the value in any case, and drop it: that removes the file.
+        // `then_some` would always create the guard. For a large blob, `then_some` would then drop
+        // the guard, and this drop would remove the blob's file.
         (size < MIN_KEPT_BYTES).then(|| DiscardOnDrop { root, digest, size })
     }
 }
@@ -121,7 +133,7 @@ impl Drop for DiscardOnDrop<'_> {
     }
 }
 
-/// Whether this is a partial blob that may still be of use.
+/// Returns whether `path` is the file of a partial blob that a later pull can still use.
 pub(crate) fn is_fresh(path: &Path) -> bool {
     let named = path
         .file_name()
@@ -132,18 +144,21 @@ pub(crate) fn is_fresh(path: &Path) -> bool {
         .filter(std::fs::Metadata::is_file)
         .and_then(|metadata| metadata.modified().ok())
         .map(|modified| SystemTime::now().duration_since(modified));
-    // One from the future is of a clock that was set: fresh.
+    // A file time in the future means that the clock was set back; such a file counts as fresh.
     named && age.is_some_and(|age| age.map_or(true, |age| age < PARTIAL_LIFETIME))
 }
 
-/// Removes the partial blobs that nobody came back for. Blocks on the disk.
+/// Removes the partial blobs whose lifetime has passed. This call blocks on disk I/O.
 pub(crate) fn sweep(root: &Path) {
     let Ok(entries) = std::fs::read_dir(root.join("ingest")) else {
         return;
     };
     for path in entries.flatten().map(|entry| entry.path()) {
         if path.to_string_lossy().ends_with(SUFFIX) && !is_fresh(&path) {
-            log::info!("remove {}, for which nobody came back", path.display());
+            log::info!(
+                "remove the partial blob {}, which no pull has used for an hour",
+                path.display()
+            );
             let _ = std::fs::remove_file(&path);
         }
     }
@@ -156,7 +171,7 @@ mod tests {
     const DIGEST: &str = "sha256:0123";
 
     #[test]
-    fn a_partial_blob_is_found_again_and_never_longer_than_the_blob() -> io::Result<()> {
+    fn the_bytes_in_a_file_are_reused_unless_the_file_is_longer_than_the_blob() -> io::Result<()> {
         let root = std::env::temp_dir().join(format!("rrun-partial-{}", std::process::id()));
         std::fs::create_dir_all(root.join("ingest"))?;
         assert!(Partial::open(&root, DIGEST, MIN_PIECE_BYTES - 1).is_none());
@@ -164,7 +179,7 @@ mod tests {
         first.append(b"one")?;
         assert!(
             Partial::open(&root, DIGEST, MIN_KEPT_BYTES).is_none(),
-            "two write to one file"
+            "two fetches of the same blob opened the file of the blob at the same time"
         );
         drop(first);
         let again = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;

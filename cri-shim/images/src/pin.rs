@@ -1,12 +1,13 @@
-//! Images that the node can't do without: kubelet's garbage collection leaves them.
+//! Pinned images, which kubelet's garbage collection does not remove.
 
 use serde::{Deserialize, Serialize};
 
 use crate::record::Image;
 use crate::reference::Name;
 
-/// Patterns of names. Kubelet asks which images are pinned and spares those; who removes one by
-/// its name means it, as with containerd and CRI-O.
+/// The name patterns of pinned images. rrun-cri reports these images to kubelet as pinned. The
+/// garbage collection of kubelet does not remove pinned images. An explicit request to remove a
+/// pinned image still removes it, as in containerd and CRI-O.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<String>", into = "Vec<String>")]
 pub struct Pins {
@@ -14,7 +15,8 @@ pub struct Pins {
 }
 
 impl From<Vec<String>> for Pins {
-    /// Names, in which `*` stands for anything. Short ones are those of Docker Hub, as everywhere.
+    /// Creates pins from image names in which `*` matches any text. A name without a registry
+    /// refers to Docker Hub.
     fn from(patterns: Vec<String>) -> Self {
         let full = |pattern: String| match Name::parse(&pattern) {
             Ok(name) => name.canonical(),
@@ -62,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_star_stands_for_anything() {
+    fn a_star_matches_any_text() {
         for (pattern, name, is) in [
             ("r.io/pause:3.9", "r.io/pause:3.9", true),
             ("r.io/pause:3.9", "r.io/pause:3.91", false),
@@ -75,12 +77,16 @@ mod tests {
             ("a*a", "a", false),
             ("", "a", false),
         ] {
-            assert_eq!(matches(pattern, name), is, "{pattern} {name}");
+            assert_eq!(
+                matches(pattern, name),
+                is,
+                "whether the pattern {pattern:?} matches the image name {name:?}"
+            );
         }
     }
 
     #[test]
-    fn short_names_are_those_of_docker_hub() {
+    fn short_names_refer_to_docker_hub() {
         assert_eq!(
             Pins::from(vec!["busybox".to_owned(), "*pause*".to_owned()]).patterns,
             ["docker.io/library/busybox:latest", "*pause*"]

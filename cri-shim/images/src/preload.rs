@@ -1,5 +1,5 @@
-//! `ROOT/preload/`: archives of images for nodes that reach no registry, imported at start and at
-//! SIGHUP.
+//! Imports the image archives in `ROOT/preload/` at start and at SIGHUP, for nodes that can't reach
+//! a registry.
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -18,14 +18,16 @@ use crate::reference::Name;
 use rrun_calls::lock::lock;
 use rrun_store::{Change, Table};
 
-/// What is remembered of an archive, so that it need not be read again.
+/// The record of an imported archive. If an archive has not changed since its import, the server
+/// does not read it again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct ImportRecord {
     length: u64,
-    /// The last change of its content or attributes, in nanoseconds since 1970.
+    /// The archive's ctime: the time of the last change of its content or attributes, in
+    /// nanoseconds since 1970.
     changed: i128,
     inode: u64,
-    /// Each with the names that it got.
+    /// The ids of the imported images, each with the image's names in the archive.
     images: Vec<(String, Vec<String>)>,
 }
 
@@ -33,7 +35,7 @@ impl ImportRecord {
     fn of(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::metadata(path)?;
         if !metadata.is_file() {
-            return Err(io::Error::other("it is no file"));
+            return Err(io::Error::other("it is not a regular file"));
         }
         Ok(ImportRecord {
             length: metadata.len(),
@@ -44,15 +46,15 @@ impl ImportRecord {
         })
     }
 
-    fn is_of(&self, other: &ImportRecord) -> bool {
+    fn is_same_file(&self, other: &ImportRecord) -> bool {
         (self.length, self.changed, self.inode) == (other.length, other.changed, other.inode)
     }
 }
 
 impl Images {
-    /// Imports the archives in `ROOT/preload` whose images are not here yet. What can't be
-    /// imported gets one line in the log, and stops nothing else. One call at a time: a
-    /// second one waits.
+    /// Imports the archives in `ROOT/preload` whose images are not on the node yet. If an archive
+    /// can't be imported, the error is logged and the other archives are still imported. Concurrent
+    /// calls of this function run one after the other.
     pub async fn preload(&self) {
         let store = &self.store;
         let _one = store.preloading.lock().await;
@@ -61,11 +63,11 @@ impl Images {
         let archives = match listed {
             Ok(Ok(archives)) => archives,
             Ok(Err(error)) => {
-                log::warn!("preload: {error}");
+                log::warn!("preload images: {error}");
                 return;
             }
             Err(error) => {
-                log::error!("preload: {error}");
+                log::error!("preload images: {error}");
                 return;
             }
         };
@@ -75,7 +77,7 @@ impl Images {
         let known = match store.records.load::<ImportRecord>(Table::PRELOADS) {
             Ok(known) => known.into_iter().collect(),
             Err(error) => {
-                log::error!("preload: {error}");
+                log::error!("preload images: {error}");
                 std::collections::HashMap::new()
             }
         };
@@ -92,7 +94,7 @@ impl Images {
     }
 }
 
-/// The archives, in the order of their names.
+/// Returns the paths of the archives, ordered by name.
 fn archives(root: &Path) -> Result<Vec<PathBuf>, ImageError> {
     let dir = root.join("preload");
     let entries = match std::fs::read_dir(&dir) {
@@ -119,22 +121,20 @@ async fn import(
     name: &str,
     known: Option<&ImportRecord>,
 ) -> Result<(), ImageError> {
-    let mut now = ImportRecord::of(path)
-        .map_err(|error| ImageError::new(Kind::DataLoss, format!("it can't be read: {error}")))?;
-    if known.is_some_and(|known| known.is_of(&now) && is_here(store, known)) {
-        log::debug!("preload {}: is here already", path.display());
+    let mut now = ImportRecord::of(path).map_err(|error| {
+        ImageError::new(
+            Kind::DataLoss,
+            format!("the archive can't be read: {error}"),
+        )
+    })?;
+    if known.is_some_and(|known| known.is_same_file(&now) && is_here(store, known)) {
+        log::debug!(
+            "preload {}: the images in the archive are already on the node",
+            path.display()
+        );
         return Ok(());
     }
-    let (archive, scratch) = (path.to_owned(), store.root.join("ingest"));
-    let most = store.settings.layer_bytes;
-    let opened = tokio::task::spawn_blocking(move || {
-        let mut archive = ImageArchive::open(&archive, &scratch, most)?;
-        let images = archive.images()?;
-        Ok::<_, ImageError>((archive, images))
-    });
-    let (archive, images) = opened
-        .await
-        .map_err(|error| ImageError::new(Kind::Internal, format!("read it: {error}")))??;
+    let (archive, images) = open_archive(store, path).await?;
     let origin = Arc::new(Origin::Archive(archive));
     for ArchivedImage {
         names,
@@ -155,10 +155,10 @@ async fn import(
         .await?;
         let names: Vec<String> = names.iter().map(Name::canonical).collect();
         log::info!(
-            "preload {log_name}: image {} as {}",
+            "preload {log_name}: image {} imported as {}",
             image.id,
             if names.is_empty() {
-                "nothing, the archive has no name for it".to_owned()
+                "an image without a name, because the archive contains no name for it".to_owned()
             } else {
                 names.join(", ")
             }
@@ -169,8 +169,29 @@ async fn import(
     Ok(store.records.commit(vec![change]).await?)
 }
 
-/// Whether every image of an archive is here under the names that it brought. A name that was
-/// moved to another image since then stays where it is.
+/// Opens an archive and returns the archive and its images. Reads the archive on a separate thread,
+/// because the read blocks.
+async fn open_archive(
+    store: &ImageStore,
+    path: &Path,
+) -> Result<(ImageArchive, Vec<ArchivedImage>), ImageError> {
+    let (archive, scratch) = (path.to_owned(), store.root.join("ingest"));
+    let most = store.settings.layer_bytes;
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut archive = ImageArchive::open(&archive, &scratch, most)?;
+        let images = archive.images()?;
+        Ok::<_, ImageError>((archive, images))
+    });
+    opened.await.map_err(|error| {
+        ImageError::new(
+            Kind::Internal,
+            format!("the task that reads the archive failed: {error}"),
+        )
+    })?
+}
+
+/// Returns whether the catalog contains all images of an imported archive and all their names. A
+/// name that was moved to another image after the import also counts as present.
 fn is_here(store: &ImageStore, known: &ImportRecord) -> bool {
     let catalog = lock(&store.catalog);
     known.images.iter().all(|(id, names)| {

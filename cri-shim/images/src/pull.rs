@@ -1,4 +1,4 @@
-//! A pull from its beginning to the record in the store.
+//! Performs one pull, from the request for the manifest to the image's record in the store.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +21,8 @@ use crate::source::Source;
 use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 
-/// Starts a pull, or joins the one under way, and waits for it.
+/// Starts a pull, or joins a pull in progress with the same name and credentials, and waits for the
+/// result.
 pub(crate) async fn join(store: &Arc<ImageStore>, name: Name, auth: Option<Auth>) -> PullResult {
     let key = (name, auth);
     let (answer, _caller) = {
@@ -41,7 +42,7 @@ fn start(store: &Arc<ImageStore>, key: PullKey) -> PullInProgress {
         task.await.unwrap_or_else(|error| {
             Err(ImageError::new(
                 Kind::Internal,
-                format!("the pull ended too soon: {error}"),
+                format!("the pull's task ended unexpectedly: {error}"),
             ))
         })
     };
@@ -58,7 +59,7 @@ async fn run(
 ) -> PullResult {
     let reference = key.0.canonical();
     let begun = Instant::now();
-    log::info!("pull {reference}: begun");
+    log::info!("pull {reference}: started");
     let pulled = tokio::select! {
         pulled = pull(&store, &key, &callers) => Some(pulled),
         () = abandoned(&store, &key, &callers) => None,
@@ -87,7 +88,8 @@ async fn run(
         }
     }
     let mut pulls = lock(&store.pulls);
-    // After an abandoned pull there may be a new one under the same key.
+    // If this pull was abandoned, the entry with this key can belong to a new pull. The entry of a
+    // new pull must remain in the table.
     if pulls
         .get(&key)
         .is_some_and(|pulling| Arc::ptr_eq(&pulling.callers, &callers))
@@ -98,18 +100,20 @@ async fn run(
     result
 }
 
-/// Returns when no caller has waited for the pull for as long as the configuration allows. A later
-/// caller starts a new pull.
+/// Waits until the pull has no caller for the time `image.abandoned_seconds`. Then removes the pull
+/// from the table of pulls. A later caller starts a new pull.
 async fn abandoned(store: &ImageStore, key: &PullKey, callers: &watch::Sender<usize>) {
-    let bound = store.settings.abandoned_timeout();
+    let timeout = store.settings.abandoned_timeout();
     let mut count = callers.subscribe();
-    // `wait_for` fails only if the sender is gone, and this function borrows it.
+    // `wait_for` fails only if the sender is dropped. The sender can't be dropped here, because
+    // this function borrows it.
     while count.wait_for(|count| *count == 0).await.is_ok() {
-        let back = tokio::time::timeout(bound, count.wait_for(|count| *count > 0));
+        let back = tokio::time::timeout(timeout, count.wait_for(|count| *count > 0));
         if back.await.is_ok_and(|back| back.is_ok()) {
             continue;
         }
-        // Callers join under this lock, so none can join between the check and the removal.
+        // Callers join a pull under this lock. No caller can therefore join between the check of
+        // `callers` and the removal of the pull.
         let mut pulls = lock(&store.pulls);
         if *callers.borrow() == 0 {
             pulls.remove(key);
@@ -118,12 +122,12 @@ async fn abandoned(store: &ImageStore, key: &PullKey, callers: &watch::Sender<us
     }
 }
 
-/// Removes what an abandoned pull has left, and returns the error to report.
+/// Removes the layers of an abandoned pull, and returns the error with which the pull fails.
 async fn clear(store: &Arc<ImageStore>) -> ImageError {
     let why = ImageError::new(
         Kind::Unavailable,
         format!(
-            "nobody has waited for it for {} s (image.abandoned_seconds), so it ends; a pull within the next hour resumes its large layers",
+            "no caller has waited for this pull for {} s (image.abandoned_seconds), so it was stopped; a new pull within the next hour resumes the download of its large layers",
             store.settings.abandoned_timeout().as_secs()
         ),
     );
@@ -165,12 +169,15 @@ async fn open_source(
         Source::open(&registries, &name, auth.as_ref(), limits)
     });
     opened.await.map_err(|error| {
-        ImageError::new(Kind::Internal, format!("read the configuration: {error}"))
+        ImageError::new(
+            Kind::Internal,
+            format!("the task that reads the registry configuration failed: {error}"),
+        )
     })?
 }
 
-/// Fetches an image's manifest and configuration. Returns with them the digest of what `name`
-/// stands for: of the index, if it is one.
+/// Fetches an image's manifest and configuration. Returns the image, and the digest of the manifest
+/// or index that `name` refers to.
 async fn resolve(
     source: &Source,
     name: &Name,
@@ -185,7 +192,11 @@ async fn resolve(
     };
     let descriptor = &document.config;
     let bytes = source.document(&descriptor.digest, descriptor.size);
-    let configuration = slow(format!("pull {reference}: read its configuration"), bytes).await?;
+    let configuration = slow(
+        format!("pull {reference}: fetch the image's configuration"),
+        bytes,
+    )
+    .await?;
     let image = ResolvedImage::of_manifest(&document, manifest_size as u64, configuration)?;
     Ok((digest, image))
 }
@@ -195,11 +206,12 @@ async fn manifest_of(
     target: &Target,
     reference: &str,
 ) -> Result<(Bytes, String), ImageError> {
-    let what = format!("pull {reference}: read its manifest");
+    let what = format!("pull {reference}: fetch the image's manifest");
     slow(what, source.manifest(target)).await
 }
 
-/// The manifest that an index has for this machine, and its size in bytes.
+/// Fetches the manifest that an index lists for this machine. Returns the manifest and its size in
+/// bytes.
 async fn chosen_manifest(
     source: &Source,
     chosen: Target,
@@ -210,7 +222,7 @@ async fn chosen_manifest(
         Document::Image(manifest) => Ok((manifest, bytes.len())),
         Document::Index(_) => Err(ImageError::new(
             Kind::DataLoss,
-            "the index names another index",
+            "the index refers to another index",
         )),
     }
 }

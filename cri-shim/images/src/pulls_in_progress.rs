@@ -1,4 +1,5 @@
-//! The pulls and the fetches of layers that are under way, which callers and pulls join.
+//! Pulls and layer fetches in progress. Later callers can join a pull, and later pulls can join a
+//! fetch.
 
 use std::sync::Arc;
 
@@ -12,14 +13,14 @@ use crate::reference::Name;
 
 pub(crate) type PullResult = Result<Arc<Image>, ImageError>;
 
-/// One pull that any number of callers wait for.
+/// One pull and the number of callers that wait for it.
 pub(crate) struct PullInProgress {
     pub answer: Shared<BoxFuture<'static, PullResult>>,
-    /// How many callers wait.
+    /// The number of callers that wait for the pull.
     pub callers: Arc<watch::Sender<usize>>,
 }
 
-/// A caller that waits for a pull.
+/// A guard that counts as one caller of a pull. Dropping the guard reduces the count.
 pub(crate) struct Caller(Arc<watch::Sender<usize>>);
 
 impl Caller {
@@ -37,9 +38,11 @@ impl Drop for Caller {
 
 pub(crate) type FetchInProgress = Shared<BoxFuture<'static, Result<(), ImageError>>>;
 
-/// One layer's fetch; it stops when no pull wants it any more.
+/// A weak reference to the fetch of one layer. The reference does not keep the fetch running. The
+/// fetch stops when no pull needs it any more.
 pub(crate) type WeakFetch = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 
-/// What makes two pulls the same: with other credentials it is another, or the first to ask
-/// would vouch for the second.
+/// The key of a pull in progress. A call joins a pull only if the call and the pull have the same
+/// key. The key includes the credentials. Otherwise, a caller without valid credentials could join
+/// another caller's pull and get a private image.
 pub(crate) type PullKey = (Name, Option<Auth>);

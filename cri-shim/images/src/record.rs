@@ -1,34 +1,39 @@
-//! What is known of an image once it is here.
+//! The record of an image that is stored on this node.
 
 use serde::{Deserialize, Serialize};
 
-/// One image: a configuration and the layers that it names. Many names may point to it.
+/// One image: a configuration and the layers that it lists. Several names can refer to one image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
     /// The digest of the configuration, `sha256:…`.
     pub id: String,
-    /// Tag references in full: `docker.io/library/busybox:1.36`.
+    /// The image's complete tag references, for example `docker.io/library/busybox:1.36`.
     pub repo_tags: Vec<String>,
-    /// Digest references: `docker.io/library/busybox@sha256:…`, of the index if there was one.
+    /// The image's digest references, for example `docker.io/library/busybox@sha256:…`. The digest
+    /// is the index's digest if the image was pulled through an index.
     pub repo_digests: Vec<String>,
-    /// What containerd calls the size: bytes of manifest, configuration and compressed layers.
+    /// The image's size, calculated as in containerd: the number of bytes of the manifest, the
+    /// configuration and the compressed layers.
     pub size: u64,
     pub config: ImageConfig,
-    /// Lowest first, as the manifest lists them.
+    /// The image's layers, lowest first, as the manifest lists them.
     pub layers: Vec<LayerName>,
-    /// The keys of the unpacked layers that make up its root, lowest first: one for each of
-    /// `layers`, and on top, if the image needs it, the layer that sets the owner and mode of
-    /// directories. Empty in the records of older versions: see [`Image::keys`].
+    /// The keys of the unpacked layers that form the image's root file system, lowest first.
+    /// `unpacked` contains one key for each entry of `layers`. If the image has a directory layer,
+    /// the key of the directory layer is at the end. A directory layer sets the owner and mode of
+    /// directories. `unpacked` is empty in records of older versions (see [`Image::keys`]).
     #[serde(default)]
     pub unpacked: Vec<String>,
-    /// When the image was built (RFC 3339), if it says so.
+    /// The build time from the image's configuration (RFC 3339), if the configuration contains this
+    /// time.
     pub created: Option<String>,
-    /// Kept by kubelet's garbage collection.
+    /// True if kubelet's garbage collection must keep the image.
     pub pinned: bool,
 }
 
 impl Image {
-    /// The keys of its unpacked layers, lowest first.
+    /// Returns the keys of the image's unpacked layers, lowest first. In a record of an older
+    /// version, the keys are the diff IDs of the layers.
     pub fn keys(&self) -> Vec<&str> {
         if self.unpacked.is_empty() {
             self.layers.iter().map(|l| l.diff_id.as_str()).collect()
@@ -38,30 +43,32 @@ impl Image {
     }
 }
 
-/// One layer as a manifest and a configuration name it.
+/// One layer, as a manifest and a configuration describe it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerName {
     /// The digest of the uncompressed archive.
     pub diff_id: String,
-    /// The digest of what the registry sends.
+    /// The digest of the blob that the registry sends.
     pub digest: String,
-    /// Compressed size in bytes.
+    /// The compressed size in bytes.
     pub size: u64,
 }
 
-/// The part of an image's configuration that a container starts from (OCI image-spec, config.md).
+/// The part of an image's configuration that is used to create a container (OCI image-spec,
+/// config.md).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
     pub entrypoint: Vec<String>,
     pub cmd: Vec<String>,
-    /// `NAME=value` each.
+    /// The environment variables, each as `NAME=value`.
     pub env: Vec<String>,
-    /// `user`, `uid`, `user:group` or `uid:gid`; empty if the image names none.
+    /// The user as `user`, `uid`, `user:group` or `uid:gid`. The field is empty if the image sets
+    /// no user.
     pub user: String,
     pub working_dir: String,
     pub volumes: Vec<String>,
-    /// A name or a number, as the image wrote it.
+    /// The stop signal, which is a name or a number as in the image's configuration.
     pub stop_signal: Option<String>,
     pub labels: std::collections::BTreeMap<String, String>,
 }

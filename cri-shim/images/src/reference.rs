@@ -1,8 +1,8 @@
-//! Names of images, as Docker normalises them.
+//! Parses image references, and normalises them as Docker does.
 
 use crate::error::{ImageError, Kind};
 
-/// What a reference points to inside its repository.
+/// The part of a reference after the repository: a tag or a digest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Target {
     Tag(String),
@@ -10,27 +10,29 @@ pub(crate) enum Target {
     Digest(String),
 }
 
-/// A reference in full: `busybox` is `docker.io/library/busybox:latest`. A tag beside a digest
-/// says nothing and is dropped, as containerd does.
+/// A complete reference: `busybox` becomes `docker.io/library/busybox:latest`. If a reference has
+/// both a tag and a digest, the tag is dropped as in containerd. Only the digest identifies the
+/// image.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Name {
-    /// Host, with a port if one was given.
+    /// The host, with its port if the reference contains one.
     pub(crate) registry: String,
     pub(crate) repository: String,
     pub(crate) target: Target,
 }
 
-/// The most bytes of a repository's name, and of a tag (distribution's reference.go).
+/// The maximum lengths in bytes of a repository's name and of a tag, from the distribution
+/// project's reference.go.
 const REPOSITORY_BYTES: usize = 255;
 const TAG_BYTES: usize = 128;
 
-/// Docker Hub, and the name it had once.
+/// The name of Docker Hub, and its former name.
 const HUB: &str = "docker.io";
 const OLD_HUB: &str = "index.docker.io";
 
 impl Name {
-    /// By hand: the regular expression that other implementations share, compiled, would be two
-    /// thirds of this server's memory.
+    /// Parses a reference. Unlike other implementations, this parser uses no regular expression. A
+    /// compiled regular expression would take two thirds of this server's memory.
     pub fn parse(reference: &str) -> Result<Self, ImageError> {
         let refuse = |why: &str| {
             let shown: String = reference.chars().take(300).collect();
@@ -43,7 +45,8 @@ impl Name {
             Some((rest, digest)) => (rest, Some(digest)),
             None => (reference, None),
         };
-        // A colon before the last slash is a port's.
+        // A tag begins with a colon after the last slash. A colon before the last slash begins a
+        // port.
         let after_slash = rest.rfind('/').map_or(0, |slash| slash + 1);
         let colon = rest.rfind(':').filter(|colon| *colon >= after_slash);
         let (name, tag) = match colon.and_then(|colon| rest.split_at_checked(colon)) {
@@ -61,21 +64,23 @@ impl Name {
             path.to_owned()
         };
         if !is_host(registry) {
-            return Err(refuse("its registry is no host name"));
+            return Err(refuse("the registry is not a host name"));
         }
         if repository.len() > REPOSITORY_BYTES || !path.split('/').all(is_component) {
             return Err(refuse(
-                "its name is not of lower-case letters, digits and separators between them",
+                "the name may contain only lower-case letters and digits, with . or _ or __ or any number of - between them",
             ));
         }
         if tag.is_some_and(|tag| !is_tag(tag)) {
-            return Err(refuse("its tag is not of letters, digits, _, . and -"));
+            return Err(refuse(
+                "the tag may contain only letters, digits, _, . and -",
+            ));
         }
         let target = match (digest, tag) {
             (Some(digest), _) if is_digest(digest) => Target::Digest(digest.to_owned()),
             (Some(_), _) => {
                 return Err(refuse(
-                    "its digest is not sha256: and 64 lower-case hexadecimal digits",
+                    "the digest is not sha256: followed by 64 lower-case hexadecimal digits",
                 ));
             }
             (None, tag) => Target::Tag(tag.unwrap_or("latest").to_owned()),
@@ -87,7 +92,7 @@ impl Name {
         })
     }
 
-    /// The name as it is stored and compared.
+    /// Returns the complete reference as text. References are stored and compared in this form.
     pub fn canonical(&self) -> String {
         match &self.target {
             Target::Tag(tag) => format!("{}/{}:{tag}", self.registry, self.repository),
@@ -95,20 +100,22 @@ impl Name {
         }
     }
 
-    /// The digest reference of the same repository.
+    /// Returns a reference to the digest `digest` in the same repository.
     pub(crate) fn with_digest(&self, digest: &str) -> String {
         format!("{}/{}@{digest}", self.registry, self.repository)
     }
 }
 
-/// Whether a reference's first part is a registry and not the beginning of a name on Docker Hub.
+/// Returns whether `first`, the text before the first slash of a reference, is a registry. A text
+/// that is not a registry is the beginning of a repository name on Docker Hub.
 fn is_registry(first: &str) -> bool {
     first == "localhost"
         || first.contains(['.', ':'])
         || first.contains(|c: char| c.is_ascii_uppercase())
 }
 
-/// Dotted labels or an IPv6 address in brackets, and perhaps a port.
+/// Returns whether `text` is a host: dotted labels or an IPv6 address in brackets, with an optional
+/// port.
 fn is_host(text: &str) -> bool {
     let (host, port) = match text.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
@@ -131,7 +138,8 @@ fn is_host(text: &str) -> bool {
     host && port.is_none_or(|port| port.parse::<u16>().is_ok())
 }
 
-/// Lower-case letters and digits with `.`, `_`, `__` or any number of `-` between them.
+/// Returns whether `text` consists of lower-case letters and digits with `.`, `_`, `__` or any
+/// number of `-` between them.
 fn is_component(text: &str) -> bool {
     let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let separators = text.split(is_plain).filter(|between| !between.is_empty());
@@ -149,7 +157,7 @@ fn is_tag(text: &str) -> bool {
         && text.bytes().all(|b| is_word(&b) || b == b'.' || b == b'-')
 }
 
-/// Whether `text` is a sha256 digest, the one algorithm that registries use.
+/// Returns whether `text` is a sha256 digest. Registries use no other digest algorithm.
 pub(crate) fn is_digest(text: &str) -> bool {
     text.strip_prefix("sha256:").is_some_and(|hex| {
         hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
@@ -161,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn short_names_are_those_of_docker_hub() {
+    fn short_names_refer_to_docker_hub() {
         let canonical = |text| Name::parse(text).map(|name| name.canonical()).ok();
         assert_eq!(
             canonical("busybox").as_deref(),
@@ -179,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registry_is_told_by_dot_colon_or_capital() {
+    fn a_registry_is_recognised_by_a_dot_a_colon_or_a_capital_letter() {
         let parts = |text| {
             let name = Name::parse(text);
             name.map(|name| (name.registry, name.repository)).ok()
@@ -194,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_wins_over_a_tag() {
+    fn a_digest_takes_precedence_over_a_tag() {
         let hex = "a".repeat(64);
         let name = Name::parse(&format!("r.example/app:1@sha256:{hex}"));
         assert_eq!(
@@ -204,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused_with_a_sentence() {
+    fn a_malformed_reference_is_refused_with_an_explanation() {
         for bad in [
             "",
             "Upper/Case",

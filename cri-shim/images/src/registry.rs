@@ -1,7 +1,8 @@
-//! The wire: one endpoint of a registry (OCI distribution specification, "Pulling").
+//! Sends HTTP requests to one endpoint of a registry (OCI distribution specification, "Pulling").
 //!
-//! Everything that comes from there is a stranger's: every document is bounded, no text of it
-//! reaches a log but shortened and cleaned, and no token or password does.
+//! This module trusts no data from a registry. Every document has a size limit. Text from a
+//! registry is shortened, and its control characters are replaced, before it is logged. Tokens and
+//! passwords are never logged.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -27,50 +28,81 @@ use crate::manifest;
 use crate::pace::{Phase, RateWatch};
 use rrun_calls::lock::lock;
 
-/// Redirections that are followed for one answer.
+/// The maximum number of redirections for one request.
 const MAX_REDIRECTIONS: usize = 10;
 
-/// The most bytes of a token server's answer, and of a failure's explanation.
+/// The maximum number of bytes of a token server's answer.
 const TOKEN_BYTES: u64 = 1 << 20;
+
+/// The maximum number of bytes in the body of an answer with an error status.
 const EXPLANATION_BYTES: u64 = 16 << 10;
 
-/// How long an explanation may take to arrive.
+/// The time within which the body of an answer with an error status must arrive.
 const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The longest that a registry may ask us to wait.
+/// The upper limit for the delay that a registry requests with `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
 
-/// How long is waited: for a connection, and for the next bytes of it.
+/// The time limit for opening a connection, and the time limit for the next bytes to arrive on the
+/// connection.
 #[derive(Clone, Copy)]
 struct Timeouts {
     connect: Duration,
     silence: Duration,
 }
 
-/// One repository at one endpoint, for the time of one pull.
+/// One repository at one endpoint, used for one pull.
 pub(crate) struct Registry {
     client: Client,
-    /// For other servers that the registry sends us to: without the certificate that says who we
-    /// are.
+    /// The client for other servers: the targets of the registry's redirections, and its token
+    /// servers. This client sends no client certificate, because a certificate would identify this
+    /// node to the other servers.
     elsewhere: Client,
     timeouts: Timeouts,
     min_rate: MinRate,
-    /// The reason why this endpoint is not used any more.
+    /// The error of a request whose answer was too slow. If `slowness` is set, the pull does not
+    /// use the endpoint again.
     slowness: Mutex<Option<ImageError>>,
-    /// The host that the registry last redirected a request to, if it did.
+    /// The host to which the registry last redirected a request.
     sends_to: Mutex<Option<String>>,
     endpoint: Endpoint,
     repository: String,
-    /// The registry that a mirror is to answer for.
+    /// The name of the original registry, if this endpoint is a mirror. Each request to a mirror
+    /// contains the parameter `ns` with this name.
     namespace: Option<String>,
     headers: HeaderMap,
     credential: Option<Credential>,
-    /// What was last accepted; found out at the first challenge.
+    /// The `Authorization` header that the registry accepted last. If the caller provided no bearer
+    /// token, the client creates the header when it answers the registry's first challenge.
     authorization: Mutex<Option<HeaderValue>>,
 }
 
+/// Returns the headers that hosts.toml sets for an endpoint. The values of these headers can be
+/// secret.
+fn headers_of(endpoint: &Endpoint) -> Result<HeaderMap, ImageError> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in &endpoint.headers {
+        let (Ok(key), Ok(mut value)) = (
+            HeaderName::from_bytes(name.as_bytes()),
+            HeaderValue::from_str(value),
+        ) else {
+            return Err(ImageError::new(
+                Kind::InvalidArgument,
+                format!(
+                    "the header {name:?} that hosts.toml sets for {} is not a valid HTTP header",
+                    endpoint.host
+                ),
+            ));
+        };
+        value.set_sensitive(true);
+        headers.append(key, value);
+    }
+    Ok(headers)
+}
+
 impl Registry {
-    /// Blocks on the disk for certificates.
+    /// Creates the HTTP clients for an endpoint. This call blocks on disk I/O while it reads the
+    /// certificates.
     pub(crate) fn new(
         endpoint: Endpoint,
         registry: &str,
@@ -79,33 +111,23 @@ impl Registry {
         limits: RegistryLimits,
     ) -> Result<Self, ImageError> {
         let silence = limits.silence;
-        // Who installed one before us chose the same or knew better.
+        // `install_default` fails if a default cryptography provider is already installed. The
+        // error is ignored, because the process can use the installed provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let refuse = |what: String| ImageError::new(Kind::InvalidArgument, what);
         let client = client::build(&endpoint, silence, true)?;
         let elsewhere = if endpoint.client.is_empty() {
             client.clone()
         } else {
             client::build(&endpoint, silence, false)?
         };
-        let mut headers = HeaderMap::new();
-        for (name, value) in &endpoint.headers {
-            let (Ok(key), Ok(mut value)) = (
-                HeaderName::from_bytes(name.as_bytes()),
-                HeaderValue::from_str(value),
-            ) else {
-                return Err(refuse(format!(
-                    "the header {name:?} that hosts.toml gives {} can't be sent",
-                    endpoint.host
-                )));
-            };
-            value.set_sensitive(true);
-            headers.append(key, value);
-        }
+        let headers = headers_of(&endpoint)?;
         let authorization = match &credential {
             Some(Credential::Bearer(token)) => {
                 Some(secret(&format!("Bearer {token}")).ok_or_else(|| {
-                    refuse("the registry token holds characters that can't be sent".into())
+                    ImageError::new(
+                        Kind::InvalidArgument,
+                        "the registry token contains characters that an HTTP header can't contain",
+                    )
                 })?)
             }
             _ => None,
@@ -133,7 +155,7 @@ impl Registry {
         &self.endpoint
     }
 
-    /// A manifest by tag or digest.
+    /// Fetches a manifest by tag or digest.
     pub(crate) async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, RequestFailure> {
         let url = self.url("manifests", target)?;
         let watch = self.watch();
@@ -143,7 +165,8 @@ impl Registry {
             .map_err(|failure| self.named(failure))
     }
 
-    /// A blob from `offset` on; what comes back says where it really begins.
+    /// Requests the bytes of a blob from `offset` to its end. The returned [`Blob`] contains the
+    /// offset at which the answer actually begins.
     pub(crate) async fn blob(
         &self,
         digest: &str,
@@ -153,7 +176,7 @@ impl Registry {
         let url = self.url("blobs", digest)?;
         watch.comes_from(&self.layers_come_from())?;
         let response = self.get(url, None, offset, &watch).await?;
-        // After a redirection, the bytes come from that host.
+        // If the request was redirected, another host than the endpoint's host can send the bytes.
         let elsewhere = self.elsewhere_of(&response);
         lock(&self.sends_to).clone_from(&elsewhere);
         let begins = match response.status() {
@@ -172,13 +195,15 @@ impl Registry {
         })
     }
 
-    /// The host that layers come from, as far as is known: this one, or one it redirects to.
+    /// Returns the host that probably provides the layers. If this endpoint has redirected a
+    /// request, returns the host of the last redirection. Otherwise, returns the endpoint's own
+    /// host.
     pub(crate) fn layers_come_from(&self) -> String {
         let elsewhere = lock(&self.sends_to).clone();
         elsewhere.unwrap_or_else(|| self.endpoint.host.clone())
     }
 
-    /// The host that answered instead of this endpoint, after a redirection.
+    /// Returns the host that sent `response`, or `None` if this endpoint itself sent the response.
     fn elsewhere_of(&self, response: &Response) -> Option<String> {
         let url = response.url();
         let base = Url::parse(&self.endpoint.base).ok()?;
@@ -188,12 +213,13 @@ impl Registry {
         Some(host_of(url))
     }
 
-    /// A watch for a small answer, which needs no slot.
+    /// Creates a rate watch for a small document, which needs no slot.
     fn watch(&self) -> Arc<RateWatch> {
         Arc::new(RateWatch::new(self.min_rate, None))
     }
 
-    /// The reason why this pull must not use this endpoint again.
+    /// Returns the error of a request whose answer was too slow, or `None` if no answer was too
+    /// slow. After such an error, the pull must not use this endpoint again.
     pub(crate) fn slowness(&self) -> Option<ImageError> {
         lock(&self.slowness).clone()
     }
@@ -202,7 +228,7 @@ impl Registry {
         *lock(&self.slowness) = Some(error.clone());
     }
 
-    /// A small blob as a whole.
+    /// Fetches a small blob into memory.
     pub(crate) async fn document(&self, digest: &str, most: u64) -> Result<Bytes, RequestFailure> {
         let blob = self.blob(digest, 0, self.watch()).await?;
         let what = "the image's configuration";
@@ -216,7 +242,7 @@ impl Registry {
         let mut url = Url::parse(&text).map_err(|error| {
             ImageError::new(
                 Kind::InvalidArgument,
-                format!("the address {text} of the registry: {error}"),
+                format!("the address {text} of the registry is invalid: {error}"),
             )
         })?;
         if let Some(namespace) = &self.namespace {
@@ -267,7 +293,8 @@ impl Registry {
             private.insert(AUTHORIZATION, known);
         }
         let (response, at_home) = self.follow(&url, &public, &private, watch).await?;
-        // Whoever we were sent to has no claim to our credentials.
+        // If the registry redirected the request to another server, this server must not get the
+        // credentials. The challenge of the other server is therefore not answered.
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
             return accepted(response, self.min_rate).await;
         }
@@ -287,9 +314,10 @@ impl Registry {
         accepted(response, self.min_rate).await
     }
 
-    /// Asks, and goes where the registry sends us. `private` headers, which may prove who we are,
-    /// go to this endpoint alone; once elsewhere there is no way back to them. Tells besides
-    /// whether it was this endpoint that answered.
+    /// Sends a request and follows redirections. The `private` headers are sent only to this
+    /// endpoint, because they can contain credentials. After a redirection to another server, the
+    /// private headers are not sent again, even if a later redirection leads back to this endpoint.
+    /// The returned flag is true if this endpoint itself sent the answer.
     async fn follow(
         &self,
         url: &Url,
@@ -318,9 +346,13 @@ impl Registry {
                 .and_then(|location| location.to_str().ok())
                 .and_then(|location| at.join(location).ok())
                 .filter(|next| matches!(next.scheme(), "http" | "https"))
-                .ok_or_else(|| astray("it sends us to an address that can't be read"))?;
+                .ok_or_else(|| {
+                    redirection_error("the server redirects the request to an invalid address")
+                })?;
             if at.scheme() == "https" && next.scheme() == "http" {
-                return Err(astray("it sends us from https to plain http"));
+                return Err(redirection_error(
+                    "the server redirects the request from https to plain http",
+                ));
             }
             at_home &= next.origin() == url.origin();
             if !at_home {
@@ -330,10 +362,13 @@ impl Registry {
             }
             at = next;
         }
-        Err(astray("it sends us from one address to the next"))
+        Err(redirection_error(&format!(
+            "the server redirects the request more than {MAX_REDIRECTIONS} times"
+        )))
     }
 
-    /// What to send to a registry with this challenge; `None` if we have nothing for it.
+    /// Returns the `Authorization` header that answers `challenge`. Returns `None` if the
+    /// credentials can't answer the challenge, or if the credentials were already rejected.
     async fn answer_challenge(
         &self,
         challenge: Option<Challenge>,
@@ -373,7 +408,7 @@ impl Registry {
         let named = |failure: RequestFailure| RequestFailure {
             error: failure
                 .error
-                .context(format_args!("its token server {host}")),
+                .context(format_args!("the token server {host}")),
             ..failure
         };
         let request = self.token_request(url, fields)?;
@@ -389,18 +424,21 @@ impl Registry {
         token_of(&body)
     }
 
-    /// The address of the token server, which must not endanger the credentials.
+    /// Parses the address of the token server, and checks that a request to it does not expose the
+    /// credentials.
     fn token_server(&self, realm: &str) -> Result<Url, RequestFailure> {
-        let url = Url::parse(realm)
-            .map_err(|_| token_server_failed("has no address that can be read"))?;
+        let url = Url::parse(realm).map_err(|_| token_server_failed("has an invalid address"))?;
         if !matches!(url.scheme(), "http" | "https") {
-            return Err(token_server_failed("is reached neither by http nor https"));
+            return Err(token_server_failed(
+                "has an address that is neither http nor https",
+            ));
         }
-        // Over TLS we were given the credentials, over TLS they go on.
+        // If the registry uses TLS, the credentials must not be sent to its token server without
+        // TLS.
         let exposed = url.scheme() == "http" && self.endpoint.base.starts_with("https:");
         if exposed && self.credential.is_some() {
             return Err(token_server_failed(
-                "is reached without TLS and would see the password",
+                "has an address without TLS, so the credentials are not sent",
             ));
         }
         Ok(url)
@@ -419,14 +457,19 @@ impl Registry {
             &self.elsewhere
         };
         match &self.credential {
-            // RFC 6749, section 6; the distribution project's OAuth2 token specification.
+            // RFC 6749, section 6, and the distribution project's OAuth2 token specification define
+            // this request.
             Some(Credential::Identity(token)) => {
                 fields.extend([
                     ("grant_type", "refresh_token"),
                     ("client_id", "rrun"),
                     ("refresh_token", token),
                 ]);
-                let body = form(&fields).ok_or_else(|| token_server_failed("can't be asked"))?;
+                let body = form(&fields).ok_or_else(|| {
+                    token_server_failed(
+                        "can't be queried, because the form fields can't be encoded",
+                    )
+                })?;
                 Ok(client
                     .post(url)
                     .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
@@ -446,39 +489,39 @@ impl Registry {
 }
 
 fn token_server_failed(what: &str) -> RequestFailure {
-    ImageError::new(Kind::Unavailable, format!("its token server {what}")).into()
+    ImageError::new(Kind::Unavailable, format!("the token server {what}")).into()
 }
 
-/// The token in a token server's answer, as the header that it is sent in.
+/// Parses a token server's answer. Returns the token as an `Authorization` header.
 fn token_of(body: &[u8]) -> Result<HeaderValue, RequestFailure> {
     #[derive(Deserialize)]
     struct TokenAnswer {
         token: Option<String>,
         access_token: Option<String>,
     }
-    let broken = || token_server_failed("sent an answer that is no token");
-    // The parser's message could quote what it read.
-    let answer: TokenAnswer = serde_json::from_slice(body).map_err(|_| broken())?;
+    let malformed = || token_server_failed("sent an answer without a valid token");
+    // The parser's own message is dropped, because it could quote the token.
+    let answer: TokenAnswer = serde_json::from_slice(body).map_err(|_| malformed())?;
     answer
         .token
         .or(answer.access_token)
         .and_then(|token| secret(&format!("Bearer {token}")))
-        .ok_or_else(broken)
+        .ok_or_else(malformed)
 }
 
-/// A blob as it arrives.
+/// A blob that is being received.
 pub(crate) struct Blob {
     response: Response,
-    /// The offset of the first byte that comes.
+    /// The offset, in the blob, of the first byte that the registry sends.
     pub begins: u64,
     timeouts: Timeouts,
-    /// The host that answers.
+    /// The host that sends the blob. Error messages contain this host.
     host: String,
     watch: Arc<RateWatch>,
 }
 
 impl Blob {
-    /// The next bytes, `None` at the end.
+    /// Returns the next bytes of the blob, or `None` at the end of the blob.
     pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, RequestFailure> {
         next(&mut self.response, self.timeouts, &self.watch)
             .await
@@ -491,7 +534,7 @@ impl Blob {
     }
 }
 
-/// The next bytes of an answer, `None` at its end.
+/// Returns the next bytes of an answer, or `None` at the end of the answer.
 async fn next(
     response: &mut Response,
     timeouts: Timeouts,
@@ -500,12 +543,12 @@ async fn next(
     let chunk = watch.wait(Phase::Body, response.chunk()).await?;
     let chunk = chunk.map_err(|error| transport(error, timeouts))?;
     if let Some(chunk) = &chunk {
-        watch.came(chunk.len() as u64)?;
+        watch.count_received(chunk.len() as u64)?;
     }
     Ok(chunk)
 }
 
-/// The host of a URL, with the port if that is not the default of its scheme.
+/// Returns the host of a URL, with the port if it is not the default port of the scheme.
 fn host_of(url: &Url) -> String {
     let host = clean(url.host_str().unwrap_or_default());
     match url.port() {
@@ -514,7 +557,7 @@ fn host_of(url: &Url) -> String {
     }
 }
 
-/// Makes a header value that is not shown in any debug output.
+/// Creates a header value that debug output does not show.
 fn secret(text: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(text).ok()?;
     value.set_sensitive(true);
@@ -523,22 +566,22 @@ fn secret(text: &str) -> Option<HeaderValue> {
 
 fn basic(username: &str, password: &str) -> HeaderValue {
     let encoded = STANDARD.encode(format!("{username}:{password}"));
-    // Base64 can always be sent.
+    // Base64 text is always a valid header value, so the fallback is never used.
     secret(&format!("Basic {encoded}")).unwrap_or_else(|| HeaderValue::from_static("Basic"))
 }
 
-/// The fields as a form's body.
+/// Encodes `fields` as the body of a request with a URL-encoded form.
 fn form(fields: &[(&str, &str)]) -> Option<String> {
     let mut url = Url::parse("http://form/").ok()?;
     url.query_pairs_mut().extend_pairs(fields);
     url.query().map(str::to_owned)
 }
 
-fn astray(why: &str) -> RequestFailure {
+fn redirection_error(why: &str) -> RequestFailure {
     ImageError::new(Kind::Unavailable, why).into()
 }
 
-/// Passes a success on and makes a sentence of everything else.
+/// Returns `response` unchanged if its status reports success. Otherwise returns an error.
 async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, RequestFailure> {
     let status = response.status();
     if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
@@ -561,23 +604,27 @@ async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, Req
     let body = bounded(
         response,
         EXPLANATION_BYTES,
-        "an explanation",
+        "the body of the error response",
         Timeouts {
             connect: EXPLANATION_TIMEOUT,
             silence: EXPLANATION_TIMEOUT,
         },
         &watch,
     );
-    // The status is what counts: a stalled explanation is done without.
+    // Only the HTTP status determines the error kind. If the body does not arrive in time, the
+    // error is reported without the explanation from the body.
     let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
     let body = body.unwrap_or_else(|_| Ok(Bytes::new()));
-    let explained = body.map(|body| explanation(&body)).unwrap_or_default();
-    let reason = status.canonical_reason().unwrap_or("no known status");
-    let colon = if explained.is_empty() { "" } else { ": " };
+    let text = body.map(|body| explanation(&body)).unwrap_or_default();
+    let reason = status.canonical_reason().unwrap_or("(unknown status)");
+    let colon = if text.is_empty() { "" } else { ": " };
     Err(RequestFailure {
         error: ImageError::new(
             kind,
-            format!("it answered {} {reason}{colon}{explained}", status.as_u16()),
+            format!(
+                "the server answered {} {reason}{colon}{text}",
+                status.as_u16()
+            ),
         ),
         retry: kind == Kind::Unavailable,
         wait,
@@ -585,7 +632,8 @@ async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, Req
     })
 }
 
-/// What a registry says of a failure (distribution specification, "Error Codes").
+/// Extracts the first error message from the body of an answer with an error status (distribution
+/// specification, "Error Codes").
 fn explanation(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct ErrorsBody {
@@ -608,7 +656,7 @@ fn explanation(body: &[u8]) -> String {
     }
 }
 
-/// Reads a body that may have `most` bytes.
+/// Reads the body of `response`. Fails if the body has more than `most` bytes.
 async fn bounded(
     mut response: Response,
     most: u64,
@@ -621,7 +669,7 @@ async fn bounded(
         if body.len() as u64 + chunk.len() as u64 > most {
             return Err(ImageError::new(
                 Kind::DataLoss,
-                format!("{what} is longer than {most} bytes, the most that is read"),
+                format!("{what} is longer than the limit of {most} bytes"),
             )
             .into());
         }
@@ -630,22 +678,24 @@ async fn bounded(
     Ok(body.into())
 }
 
-/// A failure below HTTP. The address is left out: behind a redirection it can hold a signature.
+/// Describes a failure of the connection or of the transfer. The message omits the URL, because the
+/// URL of a redirection can contain a signature.
 fn transport(error: reqwest::Error, timeouts: Timeouts) -> RequestFailure {
     let what = if error.is_connect() {
         "connect"
     } else if error.is_body() || error.is_decode() {
         "the answer broke off"
     } else {
-        "ask"
+        "send the request"
     };
     let why = if error.is_timeout() && error.is_connect() {
         format!("no connection within {:?}", timeouts.connect)
-    } else if error.is_timeout() && what == "ask" {
-        // Bytes of the head may have arrived: the limit is for the whole head.
+    } else if error.is_timeout() && what == "send the request" {
+        // The time limit applies to the whole response head. The message is therefore also correct
+        // if a part of the head arrived.
         format!("no answer within {} s", timeouts.silence.as_secs())
     } else if error.is_timeout() {
-        format!("nothing came for {} s", timeouts.silence.as_secs())
+        format!("no data arrived for {} s", timeouts.silence.as_secs())
     } else {
         cause(&error)
     };

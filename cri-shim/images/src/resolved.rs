@@ -7,7 +7,7 @@ use crate::layer::LayerDescriptor;
 use crate::manifest::{self, Manifest};
 use crate::record::{Image, LayerName};
 
-/// An image of which all is known but its layers are yet to come.
+/// An image with a complete record, before its layers are fetched.
 pub(crate) struct ResolvedImage {
     pub image: Image,
     pub descriptors: Vec<LayerDescriptor>,
@@ -15,7 +15,8 @@ pub(crate) struct ResolvedImage {
 }
 
 impl ResolvedImage {
-    /// `manifest_size` bytes of manifest count for the image's size.
+    /// Creates a resolved image from its manifest. `manifest_size` is the manifest's size in bytes,
+    /// which is added to the image's size.
     pub(crate) fn of_manifest(
         document: &Manifest,
         manifest_size: u64,
@@ -27,7 +28,7 @@ impl ResolvedImage {
         ResolvedImage::new(id, descriptors, manifest_size, configuration)
     }
 
-    /// `id` is the digest of `configuration`.
+    /// Creates a resolved image. `id` is the digest of `configuration`.
     pub(crate) fn new(
         id: String,
         descriptors: Vec<LayerDescriptor>,

@@ -1,4 +1,4 @@
-//! The `[image]` table of the configuration: bounds on pulls, and which images are kept.
+//! The `[image]` table of the configuration: limits for pulls, and the pinned images.
 
 use std::time::Duration;
 
@@ -7,29 +7,31 @@ use serde::{Deserialize, Serialize};
 use crate::limits::MinRate;
 use crate::pin::Pins;
 
-/// What the `[image]` table of the configuration sets.
+/// The settings in the `[image]` table of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageSettings {
-    /// Layers fetched at once, over all pulls.
+    /// The maximum number of layers that all pulls together fetch at the same time.
     pub parallel_layers: usize,
-    /// See [`ImageSettings::layers_per_host`].
+    /// The maximum number of layers that are fetched from one host at the same time. See
+    /// [`ImageSettings::layers_per_host`].
     pub parallel_layers_per_host: Option<usize>,
-    /// Layers unpacked at once.
+    /// The maximum number of layers that are unpacked at the same time.
     pub parallel_unpacks: usize,
-    /// The most bytes that one layer may unpack to.
+    /// The maximum number of bytes of one layer's uncompressed archive.
     pub layer_bytes: u64,
-    /// The most files that one layer may hold.
+    /// The maximum number of files in one layer.
     pub layer_files: u64,
-    /// How long a registry may send nothing in the middle of an answer.
+    /// The time without received data, in seconds, after which a registry's answer fails. The whole
+    /// response head must also arrive within this time.
     pub silence_seconds: u64,
-    /// The least rate of a registry's answers in bytes a second, on the average of
-    /// `least_rate_seconds`; 0 allows any rate.
+    /// The minimum rate of a registry's answers in bytes per second, on average over
+    /// `least_rate_seconds`. 0 disables the check.
     pub least_rate: u64,
     pub least_rate_seconds: u64,
-    /// How long a pull continues after its last caller has gone.
+    /// The time, in seconds, for which a pull continues after its last caller disconnected.
     pub abandoned_seconds: u64,
-    /// Images that garbage collection spares.
+    /// The images that kubelet's garbage collection must keep.
     pub pinned: Pins,
 }
 
@@ -51,7 +53,7 @@ impl Default for ImageSettings {
 }
 
 impl ImageSettings {
-    /// The key of the configuration whose value can't be used, and what is wrong with it.
+    /// Checks the settings. If a value is invalid, returns the key of the value and the reason.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         let zeros = [
             ("image.parallel_layers", self.parallel_layers == 0),
@@ -67,25 +69,29 @@ impl ImageSettings {
             ("image.abandoned_seconds", self.abandoned_seconds == 0),
         ];
         if let Some((key, _)) = zeros.into_iter().find(|(_, zero)| *zero) {
-            return Err((key, "0 would let nothing be pulled".to_owned()));
+            return Err((key, "0 would prevent all pulls".to_owned()));
         }
         let (per_host, all) = (self.layers_per_host(), self.parallel_layers);
         if per_host > self.most_layers_per_host() {
             return Err((
                 "image.parallel_layers_per_host",
-                format!("{per_host} would let one host take all {all} of image.parallel_layers"),
+                format!(
+                    "{per_host} would let one host use all {all} slots of image.parallel_layers"
+                ),
             ));
         }
         Ok(())
     }
 
-    /// Layers fetched at once from one host; by default as many as there may be.
+    /// Returns how many layers may be fetched from one host at the same time. The default is the
+    /// maximum value of `parallel_layers_per_host`.
     pub(crate) fn layers_per_host(&self) -> usize {
         let given = self.parallel_layers_per_host;
         given.unwrap_or_else(|| self.most_layers_per_host())
     }
 
-    /// If there is more than one slot, one host must leave a slot for the others.
+    /// Returns the maximum value of `parallel_layers_per_host`. If `parallel_layers` is more than
+    /// 1, the maximum is less than `parallel_layers`. One host then can't use all slots.
     fn most_layers_per_host(&self) -> usize {
         self.parallel_layers.saturating_sub(1).max(1)
     }
@@ -102,7 +108,7 @@ impl ImageSettings {
     }
 
     pub(crate) fn abandoned_timeout(&self) -> Duration {
-        // A larger number would overflow the clock, and this one is as good as no limit.
+        // More than `u32::MAX` seconds (about 136 years) could overflow the clock.
         Duration::from_secs(self.abandoned_seconds.min(u32::MAX.into()))
     }
 }
@@ -112,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_host_never_gets_all_of_the_layers_at_once() {
+    fn one_host_gets_all_slots_only_if_there_is_one_slot() {
         let settings = |parallel_layers, parallel_layers_per_host| ImageSettings {
             parallel_layers,
             parallel_layers_per_host,
@@ -123,11 +129,16 @@ mod tests {
         {
             let settings = settings(layers, given);
             assert_eq!(settings.check(), Ok(()));
-            assert_eq!(settings.layers_per_host(), per_host, "of {layers}");
+            assert_eq!(
+                settings.layers_per_host(),
+                per_host,
+                "number of layers per host for parallel_layers = {layers}"
+            );
         }
         let refused = settings(3, Some(3)).check();
         assert!(
-            refused.is_err_and(|(_, reason)| reason.contains("all 3 of image.parallel_layers"))
+            refused
+                .is_err_and(|(_, reason)| reason.contains("all 3 slots of image.parallel_layers"))
         );
     }
 }

@@ -1,12 +1,17 @@
 //! Decides which layers may be fetched now.
 //!
-//! The number of slots limits the fetches of all pulls together. One host may have fewer, or it
-//! could hold up the pulls from all others. A fetch that receives almost nothing gives its slot up
-//! as soon as another pull waits for it, and so does a fetch that has had its slot for long. The
-//! bytes that have arrived are kept, and the fetch goes on from there in its next turn.
+//! A fetch of a layer needs a slot. The number of slots limits how many layers all pulls together
+//! fetch at the same time. A separate, lower limit applies to each host. One slow host therefore
+//! can't block the pulls from all other hosts.
 //!
-//! That does not help a small layer, of which no bytes are kept, nor a layer of a registry that
-//! sends each blob only from its beginning. Such a fetch gets longer turns until it comes farther.
+//! A turn is a period in which a fetch has a slot. A fetch gives its slot to a waiting pull if
+//! almost no bytes arrive, or if the turn is over. The received bytes are kept, and the fetch
+//! continues after these bytes in its next turn.
+//!
+//! Two kinds of fetches must receive all bytes again in their next turn. One kind is the fetch of a
+//! very small layer, because the layer's received bytes are not kept. The other kind is a fetch
+//! from a registry that always sends a blob from its beginning. If a fetch of one of these kinds
+//! receives no new byte in a turn, its next turn is twice as long.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -17,32 +22,36 @@ use tokio::sync::oneshot;
 
 use rrun_calls::lock::lock;
 
-/// How long a fetch keeps its slot while another pull waits for it.
+/// The normal length of a turn while another pull waits for a slot.
 const SHORT_TURN: Duration = Duration::from_secs(60);
 
-/// The same for a fetch that is fast, or that already has many bytes. The next turn unpacks those
-/// bytes again, and that must not become most of the work.
+/// The length of a turn of a fast or large fetch while another pull waits for a slot. A fetch is
+/// fast if it reaches [`FAST_BYTES_PER_SECOND`]. A fetch is large if it received
+/// [`LARGE_REPLAY_BYTES`] in earlier turns. At the beginning of each turn, all bytes from earlier
+/// turns are unpacked again. A few long turns therefore cost less than many short turns.
 const LONG_TURN: Duration = Duration::from_secs(600);
 
-/// The longest turn of a fetch whose turns are made longer. Others wait for as long.
+/// The maximum length of a turn while another pull waits for a slot.
 const MAX_TURN: Duration = Duration::from_secs(3600);
 
-/// The rate of a fast fetch, in bytes a second.
+/// The minimum rate, in bytes per second, of a fetch that counts as fast.
 const FAST_BYTES_PER_SECOND: u64 = 1 << 20;
 
-/// How many bytes of earlier turns count as many.
+/// The minimum number of bytes from earlier turns for a fetch that counts as large.
 const LARGE_REPLAY_BYTES: u64 = 64 << 20;
 
-/// How often a layer queues again because it comes from another host than expected.
+/// The maximum number of times that one layer queues again because of a redirection to another
+/// host.
 const MAX_MOVES: u64 = 3;
 
-/// How long a layer waits for its slot before the log says so.
+/// The time after which a layer's wait for a slot is logged.
 const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
 
-/// The slots of a node.
+/// The slots for fetching layers on this node.
 pub(crate) struct Slots {
-    /// How many there are over all hosts, and how many of them one host may have.
+    /// The maximum number of slots for all hosts together.
     most: usize,
+    /// The maximum number of slots for one host.
     per_host: usize,
     state: Mutex<SlotTable>,
 }
@@ -51,7 +60,7 @@ pub(crate) struct Slots {
 struct SlotTable {
     next: u64,
     holders: Vec<Holder>,
-    /// In the order in which they came.
+    /// The layers that wait for a slot. The layer that has waited longest is first.
     waiters: VecDeque<Waiter>,
 }
 
@@ -71,17 +80,19 @@ struct Waiter {
     granted: oneshot::Sender<()>,
 }
 
-/// How many bytes of a layer arrived in earlier turns, and in this one.
+/// The counters for the received bytes of one layer. `before` counts the bytes from earlier turns,
+/// and `now` counts the bytes from the current turn.
 #[derive(Default)]
 struct Gauge {
     before: AtomicU64,
     now: AtomicU64,
-    /// How often a turn was over before the fetch came farther than in earlier turns.
+    /// The number of turns in vain. In a turn in vain, the fetch received only bytes that earlier
+    /// turns had already received.
     in_vain: AtomicU32,
 }
 
 impl Holder {
-    /// Bytes in a second.
+    /// Returns the rate of this fetch in bytes per second.
     fn rate(&self, now: Instant) -> u64 {
         let seconds = now.duration_since(self.since).as_secs().max(1);
         self.gauge.now.load(Ordering::Relaxed) / seconds
@@ -109,7 +120,8 @@ impl Slots {
         })
     }
 
-    /// A slot for one layer of one pull, not held yet. `what` is for the log: "layer sha256:…".
+    /// Creates a slot for one layer of one pull. The slot is not granted yet. `what` names the
+    /// layer in the log, for example "layer sha256:…".
     pub(crate) fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
         let mut state = lock(&self.state);
         state.next += 1;
@@ -129,8 +141,9 @@ impl Slots {
         state.holders.iter().filter(|h| h.host == host).count()
     }
 
-    /// Grants the free slots. The pull that has the fewest goes first, or the next image would have
-    /// to wait for all layers of an image that has many.
+    /// Grants the free slots to waiting layers. Each free slot is granted to a layer of the pull
+    /// with the fewest slots. A pull therefore need not wait until all layers of an earlier, larger
+    /// pull are fetched.
     fn grant(&self, state: &mut SlotTable) {
         state.waiters.retain(|waiter| !waiter.granted.is_closed());
         while state.holders.len() < self.most {
@@ -158,9 +171,9 @@ impl Slots {
         }
     }
 
-    /// Whether this holder must give its slot to another pull that waits. Layers of the same image
-    /// keep their slots, since the image gains nothing if they take turns.
-    fn must_leave(&self, state: &SlotTable, id: u64, still: bool, now: Instant) -> bool {
+    /// Returns whether the fetch with the slot `id` must give this slot to another pull. A fetch
+    /// never gives its slot to a layer of the same pull, because the pull would not end earlier.
+    fn must_leave(&self, state: &SlotTable, id: u64, stalled: bool, now: Instant) -> bool {
         let Some(ours) = state.holders.iter().find(|holder| holder.id == id) else {
             return false;
         };
@@ -178,10 +191,11 @@ impl Slots {
             if !helps(ours) {
                 continue;
             }
-            if still {
+            if stalled {
                 return true;
             }
-            // The slowest of the holders whose turn is over must leave.
+            // If the turns of several fetches are over, only the slowest of these fetches gives up
+            // its slot.
             let slowest = state
                 .holders
                 .iter()
@@ -196,7 +210,8 @@ impl Slots {
     }
 }
 
-/// The right to fetch one layer, held or not. To drop it gives it back.
+/// The slot of one layer. The layer may be fetched only while the slot is granted. Dropping this
+/// value releases the slot.
 pub(crate) struct Slot {
     slots: Arc<Slots>,
     id: u64,
@@ -204,15 +219,16 @@ pub(crate) struct Slot {
     what: String,
     gauge: Arc<Gauge>,
     gave_way: Arc<AtomicBool>,
-    /// It gave way because its turn was over.
+    /// True if the fetch gave up the slot at the end of its turn.
     turn_was_over: AtomicBool,
     moves: AtomicU64,
 }
 
 impl Slot {
-    /// Waits until the layer may be fetched from `host`, and gives up a slot held for another host.
-    /// The caller must not hold anything that a holder of a slot may wait for: that would be a
-    /// deadlock.
+    /// Waits until the slot is granted for a fetch from `host`. If this layer already has the slot
+    /// for another host, releases that slot first. The caller must not hold any resource that other
+    /// fetches need. A fetch without this resource could not finish and release its slot, and the
+    /// result would be a deadlock.
     pub(crate) async fn at(&self, host: &str) {
         let (granted, answer) = oneshot::channel();
         {
@@ -236,13 +252,14 @@ impl Slot {
         let mut answer = answer;
         let begun = Instant::now();
         let mut pause = WAIT_BEFORE_LOG;
-        // The sender stays in the queue until the slot is granted, so that this does not end early.
+        // The queue contains the sender until the slot is granted. Receiving from `answer`
+        // therefore can't fail earlier.
         while tokio::time::timeout(pause, &mut answer).await.is_err() {
             pause = (pause * 2).min(LONG_TURN);
-            if self.stands_for_its_pull() {
+            if self.represents_its_pull() {
                 let Slots { most, per_host, .. } = &*self.slots;
                 log::warn!(
-                    "{}: waiting for {} s to be fetched: at most {per_host} layers are fetched at once from {host}, and {most} from all hosts",
+                    "{}: has been waiting for {} s to be fetched: the limit is {per_host} layers at a time from {host}, and {most} from all hosts",
                     self.what,
                     begun.elapsed().as_secs()
                 );
@@ -250,8 +267,9 @@ impl Slot {
         }
     }
 
-    /// Notes that the layer comes from `host`, for which the slot may not be held. False: no
-    /// further layer may come from there now, and the slot has been given up.
+    /// Records that the layer is now fetched from `host`. The slot can have been granted for
+    /// another host. If the maximum number of layers is already being fetched from `host`, releases
+    /// the slot and returns false.
     pub(crate) fn moves_to(&self, host: &str) -> bool {
         let mut state = lock(&self.slots.state);
         let room = Slots::from_host(&state, host) < self.slots.per_host;
@@ -261,7 +279,8 @@ impl Slot {
         if state.holders[at].host == host {
             return true;
         }
-        // Hosts that redirect to each other must not make the layer queue for ever.
+        // After MAX_MOVES moves to other hosts, the host's limit is ignored. Without this rule, a
+        // layer could wait again and again if two hosts redirect its fetch to each other.
         let stays = room || self.moves.fetch_add(1, Ordering::Relaxed) >= MAX_MOVES;
         if stays {
             host.clone_into(&mut state.holders[at].host);
@@ -273,16 +292,17 @@ impl Slot {
         stays
     }
 
-    /// Whether no layer of this pull is fetched now and this is the first of those that wait. Only
-    /// the first one logs its wait: one line is enough for the pull.
-    fn stands_for_its_pull(&self) -> bool {
+    /// Returns whether this layer must log its wait. Only one layer logs the wait of the whole
+    /// pull: the pull's first waiting layer. While another layer of the pull is being fetched, no
+    /// layer logs a wait.
+    fn represents_its_pull(&self) -> bool {
         let state = lock(&self.slots.state);
         let mut waiting = state.waiters.iter().filter(|w| w.pull == self.pull);
         let fetched = state.holders.iter().any(|h| h.pull == self.pull);
         !fetched && waiting.next().is_some_and(|first| first.id == self.id)
     }
 
-    /// Gives the slot back.
+    /// Releases the slot.
     pub(crate) fn leave(&self) {
         let mut state = lock(&self.slots.state);
         let before = state.holders.len();
@@ -292,54 +312,59 @@ impl Slot {
         }
     }
 
-    /// Notes how many bytes earlier turns have left.
+    /// Records how many bytes earlier turns received.
     pub(crate) fn begins_at(&self, bytes: u64) {
         self.gauge.before.store(bytes, Ordering::Relaxed);
     }
 
-    /// Counts bytes that have arrived.
-    pub(crate) fn came(&self, bytes: u64) {
+    /// Adds `bytes` to the number of bytes that were received in this turn.
+    pub(crate) fn count_received(&self, bytes: u64) {
         self.gauge.now.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Gives the slot to another pull that waits, if it is time to. `still`: almost nothing
-    /// arrives.
-    pub(crate) fn gives_way(&self, still: bool) -> bool {
+    /// Gives up the slot if another pull must get it, and returns whether the slot was given up.
+    /// `stalled` is true if almost no bytes arrive.
+    pub(crate) fn gives_way(&self, stalled: bool) -> bool {
         let mut state = lock(&self.slots.state);
         if !self
             .slots
-            .must_leave(&state, self.id, still, Instant::now())
+            .must_leave(&state, self.id, stalled, Instant::now())
         {
             return false;
         }
         self.gave_way.store(true, Ordering::Relaxed);
-        self.turn_was_over.store(!still, Ordering::Relaxed);
-        // It has fetched for a while, so hosts that redirect to each other cannot repeat this fast.
+        self.turn_was_over.store(!stalled, Ordering::Relaxed);
+        // The next turn counts the moves between hosts from 0 again. If two hosts redirect the
+        // fetch to each other, the moves continue. The moves are not a busy loop, because each turn
+        // lasts some time.
         self.moves.store(0, Ordering::Relaxed);
         state.holders.retain(|holder| holder.id != self.id);
         self.slots.grant(&mut state);
         true
     }
 
-    /// Whether the slot has been given to another pull.
+    /// Returns whether the slot was given to another pull.
     pub(crate) fn gave_way(&self) -> bool {
         self.gave_way.load(Ordering::Relaxed)
     }
 
-    /// As [`Slot::gave_way`], for a thread that may outlive the fetch and must not keep the slot.
-    pub(crate) fn whether_it_gave_way(&self) -> Arc<AtomicBool> {
+    /// Returns the flag that [`Slot::gave_way`] reads. The unpacking thread uses this flag instead
+    /// of the `Slot`. This thread can outlive the fetch, and must not keep the slot in use.
+    pub(crate) fn gave_way_flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.gave_way)
     }
 
-    /// The next turn begins.
-    pub(crate) fn again(&self) {
+    /// Resets the flags `gave_way` and `turn_was_over` before the next turn.
+    pub(crate) fn begin_turn(&self) {
         self.gave_way.store(false, Ordering::Relaxed);
         self.turn_was_over.store(false, Ordering::Relaxed);
     }
 
-    /// Notes that the last turn brought only bytes that earlier turns had brought as well. If it
-    /// was not long enough, the next one is twice as long. A fetch that stood still gains nothing.
-    pub(crate) fn came_no_farther(&self) {
+    /// Records that the last turn of the fetch was in vain: the fetch received only bytes that
+    /// earlier turns had already received. If the fetch gave up its slot because its turn was over,
+    /// the next turn is twice as long. If the fetch gave up its slot because almost no bytes
+    /// arrived, its turns do not become longer.
+    pub(crate) fn record_no_progress(&self) {
         if self.turn_was_over.load(Ordering::Relaxed) {
             self.gauge.in_vain.fetch_add(1, Ordering::Relaxed);
         }
@@ -362,7 +387,7 @@ mod tests {
         slots.slot(pull, "a layer".to_owned())
     }
 
-    /// Whether the slot is granted at once.
+    /// Returns whether the slot is granted immediately.
     fn enters(slot: &Slot, host: &str) -> bool {
         slot.at(host).now_or_never().is_some()
     }
@@ -378,7 +403,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_is_let_in_when_a_slot_is_free_and_not_before_others() {
+    async fn waiting_fetches_get_a_free_slot_in_the_order_of_their_arrival() {
         let slots = Slots::new(2, 1);
         let (first, second, third) = (slot(&slots, 1), slot(&slots, 2), slot(&slots, 3));
         assert!(enters(&first, "a"));
@@ -389,7 +414,7 @@ mod tests {
         drop(first);
         assert!((&mut third_waits).now_or_never().is_none());
         assert!((&mut second_waits).now_or_never().is_some());
-        // A waiter that is dropped takes no slot.
+        // A slot is not granted to a waiter that was dropped.
         drop(third_waits);
         drop(second_waits);
         drop(second);
@@ -397,19 +422,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_redirection_counts_where_it_leads() {
+    async fn a_redirected_fetch_counts_towards_the_limit_of_its_new_host() {
         let slots = Slots::new(3, 1);
         let (first, second) = (slot(&slots, 1), slot(&slots, 2));
         assert!(enters(&first, "a"));
         assert!(enters(&second, "b"));
-        assert!(!second.moves_to("a"), "a second one from the same host");
+        assert!(
+            !second.moves_to("a"),
+            "a second fetch from the host `a` was allowed, although the limit is one fetch per host"
+        );
         assert!(second.gave_way());
-        // `second` holds no slot any more.
+        // `second` no longer has a slot, so `third` gets a slot immediately.
         let third = slot(&slots, 3);
         assert!(enters(&third, "b"));
         assert!(third.moves_to("c"));
         assert!(enters(&second, "b"));
-        // After enough redirections between full hosts, the layer stays where it is.
+        // After MAX_MOVES redirections, the layer keeps its slot although the host's limit is
+        // reached.
         for _ in 1..MAX_MOVES {
             assert!(!second.moves_to("a"));
             assert!(enters(&second, "b"));
@@ -418,35 +447,48 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_move_gives_way_to_whoever_waits_for_it() {
+    async fn a_stalled_fetch_gives_its_slot_to_a_waiting_pull() {
         let slots = Slots::new(2, 1);
-        let (still, other) = (slot(&slots, 1), slot(&slots, 1));
-        assert!(enters(&still, "a"));
+        let (stalled, other) = (slot(&slots, 1), slot(&slots, 1));
+        assert!(enters(&stalled, "a"));
         assert!(enters(&other, "b"));
-        assert!(!still.gives_way(true), "nobody waits");
+        assert!(
+            !stalled.gives_way(true),
+            "the stalled fetch gave up its slot although no other fetch waits"
+        );
         let sibling = slot(&slots, 1);
         let mut sibling_waits = Box::pin(sibling.at("b"));
         assert!((&mut sibling_waits).now_or_never().is_none());
-        assert!(!other.gives_way(true), "a layer of the same image can wait");
+        assert!(
+            !other.gives_way(true),
+            "the fetch gave up its slot to a layer of the same image"
+        );
         let waiter = slot(&slots, 2);
         let mut waits = Box::pin(waiter.at("b"));
         assert!((&mut waits).now_or_never().is_none());
-        assert!(!still.gives_way(true), "it would be of no use");
-        assert!(!other.gives_way(false), "it moves");
+        assert!(
+            !stalled.gives_way(true),
+            "the stalled fetch gave up its slot for the host `a`, but the waiting fetch needs a slot for the host `b`"
+        );
+        assert!(
+            !other.gives_way(false),
+            "a fetch that receives bytes gave up its slot before the end of its turn"
+        );
         assert!(other.gives_way(true) && other.gave_way());
-        // The other image gets it before the layer of an image that already has a slot.
+        // The image of the layer `sibling` still has a slot. The waiting layer of the other image
+        // therefore gets the slot before `sibling`.
         assert!((&mut waits).now_or_never().is_some());
         assert!((&mut sibling_waits).now_or_never().is_none());
     }
 
     #[tokio::test]
-    async fn after_its_turn_the_slowest_gives_way_to_another_pull() {
+    async fn the_slowest_fetch_gives_its_slot_to_another_pull_after_its_turn() {
         let slots = Slots::new(2, 2);
         let (slow, fast) = (slot(&slots, 1), slot(&slots, 1));
         assert!(enters(&slow, "a"));
         assert!(enters(&fast, "a"));
-        slow.came(1000);
-        fast.came(100_000);
+        slow.count_received(1000);
+        fast.count_received(100_000);
         let sibling = slot(&slots, 1);
         let mut sibling_waits = Box::pin(sibling.at("b"));
         assert!((&mut sibling_waits).now_or_never().is_none());
@@ -456,7 +498,7 @@ mod tests {
         };
         assert!(
             !must(&slow, SHORT_TURN),
-            "a layer of the same image can wait"
+            "a fetch would lose its slot to a layer of the same image"
         );
         let other = slot(&slots, 2);
         let mut other_waits = Box::pin(other.at("b"));
@@ -465,11 +507,15 @@ mod tests {
         assert!(must(&slow, SHORT_TURN));
         assert!(!must(&fast, SHORT_TURN));
         slow.begins_at(LARGE_REPLAY_BYTES);
-        assert!(!must(&slow, SHORT_TURN), "there is much to unpack anew");
+        assert!(
+            !must(&slow, SHORT_TURN),
+            "a fetch with many bytes from earlier turns would lose its slot after a short turn"
+        );
         assert!(must(&slow, LONG_TURN));
     }
 
-    /// Whether the slot must leave, for another pull, after it has been held for this long.
+    /// Returns whether the fetch gives up its slot to another pull after it has had the slot for
+    /// `held`.
     fn must_leave_after(slot: &Slot, held: Duration) -> bool {
         let mut state = lock(&slot.slots.state);
         for holder in state.holders.iter_mut().filter(|h| h.id == slot.id) {
@@ -480,43 +526,43 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn turns_without_progress_become_longer_until_the_layer_comes_farther() {
+    async fn turns_without_progress_become_longer_up_to_a_limit() {
         let slots = Slots::new(1, 1);
         let small = slot(&slots, 1);
         let second = Duration::from_secs(1);
         let mut turn = SHORT_TURN;
         for _ in 0..8 {
-            small.again();
+            small.begin_turn();
             assert!(enters(&small, "a"));
             let other = slot(&slots, 2);
             let mut waits = Box::pin(other.at("a"));
             assert!((&mut waits).now_or_never().is_none());
             assert!(!must_leave_after(&small, turn - second), "{turn:?}");
             assert!(must_leave_after(&small, turn), "{turn:?}");
-            small.came_no_farther();
+            small.record_no_progress();
             turn = (turn * 2).min(MAX_TURN);
         }
         assert_eq!(turn, MAX_TURN);
     }
 
     #[tokio::test]
-    async fn a_fetch_that_stands_still_gets_no_longer_turns() {
+    async fn the_turns_of_a_stalled_fetch_do_not_become_longer() {
         let slots = Slots::new(1, 1);
-        let still = slot(&slots, 1);
+        let stalled = slot(&slots, 1);
         for _ in 0..3 {
-            still.again();
-            assert!(enters(&still, "a"));
+            stalled.begin_turn();
+            assert!(enters(&stalled, "a"));
             let other = slot(&slots, 2);
             let mut waits = Box::pin(other.at("a"));
             assert!((&mut waits).now_or_never().is_none());
-            assert!(still.gives_way(true));
-            still.came_no_farther();
+            assert!(stalled.gives_way(true));
+            stalled.record_no_progress();
         }
-        assert_eq!(still.gauge.in_vain.load(Ordering::Relaxed), 0);
+        assert_eq!(stalled.gauge.in_vain.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]
-    async fn each_turn_may_queue_again_for_another_host() {
+    async fn a_fetch_can_queue_again_for_another_host_in_each_turn() {
         let slots = Slots::new(2, 1);
         let (first, second) = (slot(&slots, 1), slot(&slots, 2));
         assert!(enters(&first, "a"));
@@ -532,6 +578,9 @@ mod tests {
         drop(waits);
         drop(other);
         assert!(enters(&second, "b"));
-        assert!(!second.moves_to("a"), "a second one from the same host");
+        assert!(
+            !second.moves_to("a"),
+            "a second fetch from the host `a` was allowed, although the limit is one fetch per host"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! All the endpoints that may have an image, asked in their order, again and again for a while.
+//! Requests an image from the endpoints of its registry. The endpoints are tried one after the
+//! other, in several rounds.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,25 +20,27 @@ use crate::pace::RateWatch;
 use crate::reference::{Name, Target};
 use crate::registry::{Blob, Registry};
 
-/// Pauses before the second and each later round over all endpoints.
+/// The pauses before the second and each later round of requests to all endpoints.
 const ROUND_DELAYS: [Duration; 3] = [
     Duration::from_millis(300),
     Duration::from_secs(1),
     Duration::from_secs(3),
 ];
 
-/// How often a blob may break off altogether.
+/// The maximum number of broken connections for one blob. After one more broken connection, the
+/// fetch of the blob fails.
 const MAX_RESUMES: usize = 20;
 
-/// Where one pull gets its image from.
+/// The endpoints from which one pull gets its image.
 pub(crate) struct Source {
     registries: Vec<Arc<Registry>>,
 }
 
 impl Source {
-    /// Credentials that name no server are shown to every endpoint that asks for them, as
-    /// containerd does it: a mirror is where the operator says the registry is. Blocks on the disk:
-    /// configuration and certificates.
+    /// Prepares the endpoints of the image's registry. Credentials without a server name are sent
+    /// to every endpoint that requests credentials, as in containerd. The operator configured the
+    /// endpoints for this registry, so all these endpoints are trusted. Reading the configuration
+    /// and the certificates blocks on disk I/O.
     pub(crate) fn open(
         configured: &Registries,
         name: &Name,
@@ -63,26 +66,27 @@ impl Source {
         Ok(Source { registries })
     }
 
-    /// The host that a layer is expected to come from: that of the first endpoint in use.
+    /// Returns the host that probably provides a layer if the first usable endpoint is used.
     pub(crate) fn first_host(&self) -> Option<String> {
         let mut able = self.registries.iter().filter(|r| r.endpoint().pull);
         able.find(|registry| registry.slowness().is_none())
             .map(|registry| registry.layers_come_from())
     }
 
-    /// The manifest or index that a tag or digest names, with its digest.
+    /// Fetches the manifest or index that a tag or digest names. Returns the document and its
+    /// digest.
     pub(crate) async fn manifest(&self, target: &Target) -> Result<(Bytes, String), ImageError> {
-        let (wanted, resolve) = match target {
+        let (expected, resolve) = match target {
             Target::Tag(tag) => (tag, true),
             Target::Digest(digest) => (digest, false),
         };
         self.round(resolve, |registry| {
-            let wanted = wanted.clone();
+            let expected = expected.clone();
             async move {
-                let body = registry.manifest(&wanted, DOCUMENT_BYTES).await?;
+                let body = registry.manifest(&expected, DOCUMENT_BYTES).await?;
                 let digest = digest_of(&body);
-                if !resolve && digest != wanted {
-                    return Err(mismatch(&registry, "the manifest", &wanted, &digest));
+                if !resolve && digest != expected {
+                    return Err(mismatch(&registry, "the manifest", &expected, &digest));
                 }
                 Ok((body, digest))
             }
@@ -91,26 +95,26 @@ impl Source {
         .await
     }
 
-    /// A small blob, verified.
-    pub(crate) async fn document(&self, wanted: &str, size: u64) -> Result<Bytes, ImageError> {
+    /// Fetches a small blob and verifies its digest.
+    pub(crate) async fn document(&self, expected: &str, size: u64) -> Result<Bytes, ImageError> {
         if size > DOCUMENT_BYTES {
             return Err(ImageError::new(
                 Kind::DataLoss,
                 format!(
-                    "the image's configuration is to have {size} bytes, of which {DOCUMENT_BYTES} are the most that is read"
+                    "the image's configuration has {size} bytes according to the manifest, and the limit is {DOCUMENT_BYTES} bytes"
                 ),
             ));
         }
         self.round(false, |registry| {
-            let wanted = wanted.to_owned();
+            let expected = expected.to_owned();
             async move {
-                let body = registry.document(&wanted, size).await?;
+                let body = registry.document(&expected, size).await?;
                 let digest = digest_of(&body);
-                if digest != wanted {
+                if digest != expected {
                     return Err(mismatch(
                         &registry,
                         "the image's configuration",
-                        &wanted,
+                        &expected,
                         &digest,
                     ));
                 }
@@ -121,9 +125,11 @@ impl Source {
         .await
     }
 
-    /// Sends a blob's bytes from `offset` on to `to`, each once and in order, from wherever they
-    /// can be had. Goes on where a connection broke off, unless the slot of `watch` has been given
-    /// away. Calls `progress` with the number of bytes that arrived.
+    /// Fetches a blob from `offset` to its end, from any endpoint that has the blob. Sends all
+    /// bytes to `to`, in the right order and each byte once. If the connection breaks, continues
+    /// over a new connection. If the fetch has lost its slot to another pull, returns an error
+    /// instead (see [`RateWatch::gave_way`]). Calls `progress` with the size of each chunk that
+    /// arrives.
     pub(crate) async fn blob(
         &self,
         digest: &str,
@@ -138,19 +144,20 @@ impl Source {
             let rest = self
                 .blob_from(digest, size, offset, to, watch, &progress)
                 .await;
-            let Err((error, came)) = rest else {
+            let Err((error, reached)) = rest else {
                 return Ok(());
             };
-            offset = came;
+            offset = reached;
             if broken >= MAX_RESUMES || offset == begun || watch.gave_way() {
                 return Err(error);
             }
-            log::info!("{error}; goes on at byte {offset}");
+            log::info!("{error}; the fetch continues at byte {offset}");
         }
         Ok(())
     }
 
-    /// One round of connections for the rest of a blob; on failure tells how far it came.
+    /// Fetches a blob from `offset` to its end over one connection. On failure, also returns the
+    /// offset that the fetch reached.
     async fn blob_from(
         &self,
         digest: &str,
@@ -163,12 +170,14 @@ impl Source {
         let connected = self.connect_blob(digest, offset, watch).await;
         let (mut blob, registry) = connected.map_err(|error| (error, offset))?;
         let mut at = offset;
-        // A registry without ranges begins anew.
+        // A registry without support for range requests sends the blob from its beginning. In this
+        // case, the bytes before `offset` are skipped.
         let mut skip = offset.saturating_sub(blob.begins);
         loop {
             let mut chunk = match blob.chunk().await {
                 Ok(Some(chunk)) => chunk,
-                // An answer without a length just ends when it breaks off.
+                // An answer without a Content-Length looks complete even if it broke off. The
+                // number of received bytes is therefore compared with the blob's size.
                 Ok(None) if at < size => {
                     let error = ImageError::new(
                         Kind::DataLoss,
@@ -192,14 +201,16 @@ impl Source {
             }
             at += chunk.len() as u64;
             progress(chunk.len() as u64);
-            // The receiver has gone when the layer proved bad: it knows why.
+            // If the layer is invalid, the thread that unpacks the layer drops the receiver and
+            // reports the reason itself.
             if to.send(chunk).await.is_err() {
                 return Ok(());
             }
         }
     }
 
-    /// Asks for a blob from `offset` on; returns with it the registry that answers.
+    /// Requests the bytes of a blob from `offset` to its end. Returns the answer, and the endpoint
+    /// that sent the answer.
     async fn connect_blob(
         &self,
         digest: &str,
@@ -209,9 +220,9 @@ impl Source {
         self.round(false, |registry| {
             let (digest, watch) = (digest.to_owned(), Arc::clone(watch));
             async move {
-                // Without its slot the fetch must not use another endpoint.
+                // A fetch that has lost its slot must not use another endpoint.
                 if watch.gave_way() {
-                    let why = "another image has its turn";
+                    let why = "the layer's download slot was given to another image";
                     return Err(ImageError::new(Kind::Unavailable, why).into());
                 }
                 let blob = registry.blob(&digest, offset, watch).await?;
@@ -222,8 +233,9 @@ impl Source {
         .await
     }
 
-    /// Asks each endpoint in turn, and all of them again after a pause as long as one of them
-    /// failed in a way that may pass. An endpoint that has proved too slow is skipped.
+    /// Calls `ask` for one endpoint after the other until a call succeeds. One call for each
+    /// endpoint is a round. If all calls of a round fail and at least one failure can be temporary,
+    /// repeats the round after a pause. Skips endpoints that were too slow earlier in this pull.
     async fn round<T>(
         &self,
         resolve: bool,
@@ -256,7 +268,9 @@ impl Source {
                         }
                         retry |= failure.retry;
                         wait = wait.max(failure.wait.unwrap_or_default());
-                        // What the registry itself says outweighs a mirror that lacks the image.
+                        // If all endpoints fail, the error of the last endpoint is reported. But a
+                        // "not found" error does not replace an earlier error of another kind. A
+                        // mirror need not have the image, so its "not found" error is less useful.
                         let outweighs = last.as_ref().is_none_or(|last| {
                             last.kind() == Kind::NotFound || failure.error.kind() != Kind::NotFound
                         });
@@ -269,7 +283,7 @@ impl Source {
             let error = last.unwrap_or_else(|| {
                 ImageError::new(
                     Kind::InvalidArgument,
-                    "hosts.toml names no host with the capability that is needed",
+                    "hosts.toml lists no host with the required capability",
                 )
             });
             match pauses.next() {
@@ -280,11 +294,11 @@ impl Source {
     }
 }
 
-fn mismatch(registry: &Registry, what: &str, wanted: &str, came: &str) -> RequestFailure {
+fn mismatch(registry: &Registry, what: &str, expected: &str, actual: &str) -> RequestFailure {
     ImageError::new(
         Kind::DataLoss,
         format!(
-            "registry {}: {what} has the digest {came}, not {wanted}",
+            "registry {}: {what} has the digest {actual}, not {expected}",
             registry.endpoint().host
         ),
     )

@@ -1,8 +1,9 @@
-//! Decides which threads may unpack layers now, and limits their number.
+//! Decides which threads may unpack layers now, and limits the number of these threads.
 //!
-//! A thread takes a turn when it has bytes to unpack and gives it back while it waits for more, so
-//! that a layer that arrives slowly holds up no other. A thread that has had its turn for long
-//! gives it to one that waits, and queues again.
+//! A turn is the permission to unpack. A thread takes a turn when it has bytes to unpack. While it
+//! waits for more bytes, it gives the turn back. A layer that arrives slowly therefore delays no
+//! other layer. After a time slice ([`TURN_SLICE`]), a thread gives its turn to a waiting thread,
+//! and queues again.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -11,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use rrun_calls::lock::lock;
 
-/// How long a turn may be while another thread waits.
+/// The maximum time for which a thread keeps its turn to unpack while another thread waits.
 const TURN_SLICE: Duration = Duration::from_millis(100);
 
-/// How long a layer waits for its turn before the log says so.
+/// The time after which a layer's wait for a turn is logged.
 const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
 
 pub(crate) struct UnpackTurns {
@@ -56,7 +57,7 @@ impl UnpackTurns {
             if begun.elapsed() >= next_log {
                 next_log *= 2;
                 log::warn!(
-                    "{what}: waiting for {} s to be unpacked: at most {} layers are unpacked at once",
+                    "{what}: has been waiting for {} s to be unpacked: the limit is {} layers at a time",
                     begun.elapsed().as_secs(),
                     self.most
                 );
@@ -64,7 +65,7 @@ impl UnpackTurns {
         }
         state.waiting.pop_front();
         state.taken += 1;
-        // The next thread may find a free turn, too.
+        // If another turn is free, the next waiting thread can take it now.
         self.changed.notify_all();
     }
 
@@ -76,12 +77,12 @@ impl UnpackTurns {
         }
     }
 
-    fn wanted(&self) -> bool {
+    fn has_waiters(&self) -> bool {
         !lock(&self.state).waiting.is_empty()
     }
 }
 
-/// One thread's turn, taken or not.
+/// The object through which one thread takes its turns to unpack and gives them back.
 pub(crate) struct UnpackTurn {
     turns: Arc<UnpackTurns>,
     what: String,
@@ -89,7 +90,8 @@ pub(crate) struct UnpackTurn {
 }
 
 impl UnpackTurn {
-    /// `what` is for the log: "layer sha256:…".
+    /// Creates the `UnpackTurn` of a thread that does not have a turn yet. `what` names the layer
+    /// in the log, for example "layer sha256:…".
     pub(crate) fn new(turns: &Arc<UnpackTurns>, what: String) -> Self {
         UnpackTurn {
             turns: Arc::clone(turns),
@@ -98,10 +100,12 @@ impl UnpackTurn {
         }
     }
 
-    /// Waits for a turn. A thread that has had one for long lets others go first. Blocks.
+    /// Waits until this thread has a turn. If this thread already has a turn, keeps it for at most
+    /// [`TURN_SLICE`]. If other threads wait after this time, gives the turn back and queues again.
+    /// This call blocks.
     pub(crate) fn take(&mut self) {
         match self.since {
-            Some(since) if since.elapsed() < TURN_SLICE || !self.turns.wanted() => return,
+            Some(since) if since.elapsed() < TURN_SLICE || !self.turns.has_waiters() => return,
             Some(_) => self.give_back(),
             None => {}
         }
@@ -122,7 +126,8 @@ impl Drop for UnpackTurn {
     }
 }
 
-/// A reader that is used in turns and whose bytes are always available.
+/// A reader that waits for a turn to unpack before each read. The thread keeps its turn during and
+/// between the reads. `reader` must therefore never wait for bytes from the network.
 pub(crate) struct ReaderInTurns<R> {
     pub reader: R,
     pub turn: UnpackTurn,
@@ -142,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_threads_than_allowed_have_a_turn_and_each_gets_one() {
+    fn the_number_of_turns_is_limited_and_every_thread_gets_a_turn() {
         let turns = UnpackTurns::new(2);
         let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let rounds = AtomicUsize::new(0);

@@ -1,4 +1,4 @@
-//! Layers in their place on the disk, and their removal.
+//! Moves unpacked layers to their final directories, and removes layers from the disk.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use crate::catalog::{Layer, directory};
 use crate::layer::{self, LayerError, UnpackSummary};
 
-/// Lets `fill` make a layer in `ingest/NUMBER/fs`, and moves the layer to its place. `None`: `fill`
-/// made no layer.
+/// Calls `fill` to unpack a layer into `ingest/NUMBER/fs`, then moves the layer to its final
+/// directory. Returns `None` if `fill` created no layer.
 pub(crate) fn make(
     root: &Path,
     number: u64,
@@ -20,7 +20,7 @@ pub(crate) fn make(
         what: format!("{what} {}", ingest.display()),
         errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
     };
-    std::fs::create_dir(&ingest).map_err(|error| fail("make the directory", error))?;
+    std::fs::create_dir(&ingest).map_err(|error| fail("create the directory", error))?;
     let result = fill(&ingest.join("fs")).and_then(|unpacked| {
         let Some(unpacked) = unpacked else {
             return Ok(None);
@@ -39,7 +39,8 @@ pub(crate) fn make(
     result
 }
 
-/// A layer in its place that belongs to nobody yet; it goes when it is dropped.
+/// An unpacked layer in its final directory, which no record names yet. Dropping this value removes
+/// the layer from the disk.
 pub(crate) struct UnpackedLayer {
     path: Option<PathBuf>,
     number: u64,
@@ -62,18 +63,24 @@ impl UnpackedLayer {
 impl Drop for UnpackedLayer {
     fn drop(&mut self) {
         if let Some(path) = self.path.take() {
-            // It may be dropped where nothing must block.
+            // This value can be dropped on a thread of the async runtime, and such a thread must
+            // not block. A separate thread therefore removes the directory.
             let removal = std::thread::Builder::new().spawn(move || remove(&path));
             if let Err(error) = removal {
-                log::warn!("start a thread to remove a layer: {error}");
+                log::warn!("cannot start a thread to remove a layer: {error}");
             }
         }
     }
 }
 
-/// Removes a directory that nobody names; what can't be removed now is at the next start.
+/// Removes a directory that no record names. If the removal fails, the next start of the server
+/// removes the directory.
 pub(crate) fn remove(path: &Path) {
     if let Err(error) = layer::remove_path(path) {
-        log::warn!("remove {}: {}", path.display(), io::Error::from(error));
+        log::warn!(
+            "cannot remove {}: {}",
+            path.display(),
+            io::Error::from(error)
+        );
     }
 }

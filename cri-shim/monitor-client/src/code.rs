@@ -1,4 +1,4 @@
-//! The gRPC codes of failures between the CRI server and a monitor.
+//! The gRPC codes for failed requests to a monitor and for a failed start of a monitor.
 
 use std::io;
 
@@ -16,8 +16,8 @@ impl From<MonitorError> for Error {
                 FailureKind::WrongState => Code::FailedPrecondition,
                 FailureKind::Runtime | FailureKind::Monitor => Code::Internal,
             },
-            // Not DeadlineExceeded: kubelet takes that for a probe's own timeout, and restarts the
-            // container.
+            // The code is not DeadlineExceeded, because kubelet would interpret DeadlineExceeded as
+            // the timeout of a probe and restart the container.
             MonitorError::Deadline { .. } => Code::Unavailable,
             MonitorError::Gone { .. } | MonitorError::Protocol { .. } => Code::Internal,
         };
@@ -28,15 +28,15 @@ impl From<MonitorError> for Error {
 impl From<SpawnError> for Error {
     fn from(error: SpawnError) -> Self {
         let code = match &error {
-            SpawnError::File { error, .. } if lacks_room(error) => Code::ResourceExhausted,
+            SpawnError::File { error, .. } if is_out_of_resources(error) => Code::ResourceExhausted,
             SpawnError::File { .. } | SpawnError::Alive(_) => Code::Internal,
         };
         Error::new(code, error.to_string())
     }
 }
 
-/// Whether the disk, the descriptors or the memory of the node have run out.
-fn lacks_room(error: &io::Error) -> bool {
+/// Returns whether the error means that the node has no disk space, descriptors or memory left.
+fn is_out_of_resources(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     matches!(
         errno,

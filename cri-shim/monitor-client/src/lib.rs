@@ -1,6 +1,7 @@
-//! The CRI server's side of the protocol with the monitors.
+//! The client for monitors, which the CRI server uses.
 //!
-//! [`spawn()`] starts a pod's monitor; a [`MonitorClient`] sends it requests, one connection each.
+//! [`spawn()`] starts a pod's monitor. A [`MonitorClient`] sends requests to the monitor, and opens
+//! a separate connection for each request.
 
 mod code;
 mod socket;
@@ -20,18 +21,19 @@ use rrun_protocol::wire::{self, WireError};
 use rrun_protocol::{Attach, Create, Event, Exec, Failure, Hello, Reply, Request};
 use socket::connect;
 
-/// How long a request may take that waits for no runtime.
+/// The timeout of a request for which the monitor runs no runtime.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a request may take that waits for a runtime: the monitor gives each runtime call two
-/// minutes, and cleans up with a second one after a failed first.
+/// The timeout of a request for which the monitor runs a runtime. The monitor has a timeout of two
+/// minutes for each runtime command. After a failed command, the monitor runs a second command to
+/// clean up, so a request can take four minutes.
 const RUNTIME_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// When the answer to a request must be there.
+/// The deadline for the reply to a request.
 #[derive(Clone, Copy)]
 struct Deadline {
     at: Instant,
-    /// From the beginning of the request, for the error.
+    /// The request's timeout, which the error message contains.
     timeout: Duration,
 }
 
@@ -44,42 +46,46 @@ impl Deadline {
 
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
-    /// There is no monitor, or it went away before it answered.
-    #[error("the monitor at {socket} is gone: {reason}")]
+    /// No monitor listens at the socket, or the monitor closed the connection before it sent the
+    /// reply.
+    #[error("the connection to the monitor at {socket} failed: {reason}")]
     Gone { socket: PathBuf, reason: String },
-    /// The monitor's own answer.
+    /// The monitor replied with an error.
     #[error("{}", .0.message)]
     Failed(Failure),
-    #[error("the monitor at {socket} did not answer to {request} within {seconds} s")]
+    #[error("the monitor at {socket} did not answer the request {request} within {seconds} s")]
     Deadline {
         socket: PathBuf,
         request: &'static str,
         seconds: u64,
     },
-    #[error("the monitor at {socket} answered {request} with {answer}")]
+    #[error("the request {request} to the monitor at {socket} failed: {reason}")]
     Protocol {
         socket: PathBuf,
         request: &'static str,
-        answer: String,
+        reason: String,
     },
 }
 
-/// Asks one pod's monitor. Cheap to make and to clone; holds no connection.
+/// A client for one pod's monitor. A client is cheap to create and to clone, because it keeps no
+/// connection open.
 #[derive(Clone, Debug)]
 pub struct MonitorClient {
     socket: PathBuf,
 }
 
 impl MonitorClient {
-    /// `socket` is `STATE/pods/POD/monitor.sock`; its length does not matter.
+    /// Creates a client for the monitor that listens at the path `socket`, such as
+    /// `STATE/pods/POD/monitor.sock`. The path can have any length.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         MonitorClient {
             socket: socket.into(),
         }
     }
 
-    /// [`Request::Create`]; the pid of the container's first process. `after` is closed here once
-    /// passed.
+    /// Sends [`Request::Create`] and returns the pid of the container's first process. The request
+    /// carries the descriptor `after`. After sending, `create` closes its own copy of this
+    /// descriptor.
     pub async fn create(
         &self,
         create: Create,
@@ -100,14 +106,14 @@ impl MonitorClient {
         }
     }
 
-    /// [`Request::Start`].
+    /// Sends [`Request::Start`].
     pub async fn start(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::Start { id: id.to_owned() };
         self.request_done("start", &request, RUNTIME_REQUEST_TIMEOUT)
             .await
     }
 
-    /// [`Request::Kill`].
+    /// Sends [`Request::Kill`].
     pub async fn kill(&self, id: &str, signal: i32, all: bool) -> Result<(), MonitorError> {
         let request = Request::Kill {
             id: id.to_owned(),
@@ -118,7 +124,8 @@ impl MonitorClient {
             .await
     }
 
-    /// [`Request::Update`]; `resources` is the runtime specification's LinuxResources as JSON.
+    /// Sends [`Request::Update`]. `resources` is a LinuxResources object of the OCI runtime
+    /// specification, as JSON.
     pub async fn update(&self, id: &str, resources: String) -> Result<(), MonitorError> {
         let request = Request::Update {
             id: id.to_owned(),
@@ -128,28 +135,30 @@ impl MonitorClient {
             .await
     }
 
-    /// [`Request::Delete`].
+    /// Sends [`Request::Delete`].
     pub async fn delete(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::Delete { id: id.to_owned() };
         self.request_done("delete", &request, RUNTIME_REQUEST_TIMEOUT)
             .await
     }
 
-    /// [`Request::ReopenLog`].
+    /// Sends [`Request::ReopenLog`].
     pub async fn reopen_log(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::ReopenLog { id: id.to_owned() };
         self.request_done("reopen_log", &request, REQUEST_TIMEOUT)
             .await
     }
 
-    /// [`Request::Shutdown`].
+    /// Sends [`Request::Shutdown`].
     pub async fn shutdown(&self) -> Result<(), MonitorError> {
         self.request_done("shutdown", &Request::Shutdown, RUNTIME_REQUEST_TIMEOUT)
             .await
     }
 
-    /// [`Request::Exec`]. `stdio` is stdin, stdout and stderr, and none with `exec.terminal`. The
-    /// caller closes its own copies of them: an end of file comes only when all are closed.
+    /// Sends [`Request::Exec`]. `stdio` contains the descriptors for stdin, stdout and stderr, or
+    /// no descriptors if `exec.terminal` is true. After this call, the caller must close its own
+    /// copies of these descriptors. As long as the copies are open, the reader of an output pipe
+    /// does not get the end of file.
     pub async fn exec(
         &self,
         exec: Exec,
@@ -173,7 +182,9 @@ impl MonitorClient {
         }
     }
 
-    /// [`Request::Attach`]; `pipes` are the writing ends, which are closed here once passed.
+    /// Sends [`Request::Attach`]. `pipes` are the writing ends of the pipes for the container's
+    /// output. The request carries the pipes. After sending, `attach` closes its own copies of the
+    /// pipes.
     pub async fn attach(
         &self,
         attach: Attach,
@@ -195,14 +206,15 @@ impl MonitorClient {
         }
     }
 
-    /// [`Request::CloseStdin`].
+    /// Sends [`Request::CloseStdin`].
     pub async fn close_stdin(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::CloseStdin { id: id.to_owned() };
         self.request_done("close_stdin", &request, REQUEST_TIMEOUT)
             .await
     }
 
-    /// [`Request::Subscribe`]: what there is now, and then whatever happens.
+    /// Sends [`Request::Subscribe`]. Returns the monitor's current state, and a handle for the
+    /// later events.
     pub async fn subscribe(&self) -> Result<(Hello, Events), MonitorError> {
         let deadline = Deadline::after(REQUEST_TIMEOUT);
         let mut connection = self
@@ -280,7 +292,8 @@ impl MonitorClient {
         })
     }
 
-    /// The next reply; an error that it carries becomes ours.
+    /// Receives the next reply. A reply that carries an error is returned as
+    /// [`MonitorError::Failed`].
     async fn receive(
         &self,
         name: &'static str,
@@ -296,7 +309,7 @@ impl MonitorClient {
         match reply {
             Ok(Some(Reply::Error(failure))) => Err(MonitorError::Failed(failure)),
             Ok(Some(reply)) => Ok(reply),
-            Ok(None) => Err(self.gone(&"it closed the connection")),
+            Ok(None) => Err(self.gone(&"the monitor closed the connection")),
             Err(ReceiveError::Io(error)) => Err(self.gone(&error)),
             Err(ReceiveError::Wire(error)) => Err(self.unreadable(name, &error)),
         }
@@ -321,7 +334,7 @@ impl MonitorClient {
         MonitorError::Protocol {
             socket: self.socket.clone(),
             request,
-            answer: error.to_string(),
+            reason: error.to_string(),
         }
     }
 
@@ -329,7 +342,7 @@ impl MonitorClient {
         MonitorError::Protocol {
             socket: self.socket.clone(),
             request,
-            answer: format!("{reply:?}"),
+            reason: format!("the monitor sent the unexpected reply {reply:?}"),
         }
     }
 }
@@ -346,7 +359,8 @@ enum ReceiveError {
 }
 
 impl Connection {
-    /// `None` at the end of the stream. Loses nothing when it is dropped half-way.
+    /// Receives the next reply. Returns `None` at the end of the stream. `next` is cancel-safe,
+    /// because `self` keeps the received data.
     async fn next(&mut self) -> Result<Option<Reply>, ReceiveError> {
         loop {
             if let Some(reply) = wire::decode(&mut self.received).map_err(ReceiveError::Wire)? {
@@ -366,19 +380,21 @@ impl Connection {
     }
 }
 
-/// A process in a container. Dropping it kills the process and what is left of its session.
+/// A handle for the process that [`Request::Exec`] started in a container. Dropping this handle
+/// kills the process and all processes that it has started.
 pub struct ExecHandle {
-    /// The process's id on the node.
+    /// The process id in the node's PID namespace.
     pub pid: i32,
-    /// The pty's master, if a terminal was asked for; take it.
+    /// The pty's master, if the request had `terminal`. The caller can move the descriptor out of
+    /// the handle.
     pub terminal: Option<OwnedFd>,
     client: MonitorClient,
     connection: Connection,
 }
 
 impl ExecHandle {
-    /// The process's exit status as a shell would give it. No deadline: the caller has the one
-    /// that matters. Cancel-safe.
+    /// Waits for the process to exit and returns its exit status as a shell reports it. `wait` has
+    /// no timeout, because the caller sets its own timeout. `wait` is cancel-safe.
     pub async fn wait(&mut self) -> Result<i32, MonitorError> {
         let client = &self.client;
         match client.receive("exec", &mut self.connection, None).await? {
@@ -388,16 +404,19 @@ impl ExecHandle {
     }
 }
 
-/// A client's place at a container's stdio. Dropping it detaches.
+/// A handle for a client that is attached to a container's stdio. Dropping this handle detaches the
+/// client.
 pub struct AttachHandle {
-    /// The container's stdin, or its pty's master, if it has one; take it.
+    /// The container's stdin or the master of its pty. `None` if the monitor sent no descriptor.
+    /// The caller can move the descriptor out of the handle.
     pub stdin: Option<OwnedFd>,
     connection: Connection,
 }
 
 impl AttachHandle {
-    /// Waits for the container's end, or the monitor's. Returns how many bytes of its stdout and
-    /// stderr did not fit into the pipes at the end. Cancel-safe.
+    /// Waits until the container or the monitor exits. Returns how many bytes the monitor omitted
+    /// at the end of stdout and at the end of stderr. The monitor omits output if the stream's pipe
+    /// is full. `ended` is cancel-safe.
     pub async fn ended(&mut self) -> (u64, u64) {
         match self.connection.next().await {
             Ok(Some(Reply::Ended { stdout, stderr })) => (stdout, stderr),
@@ -406,16 +425,17 @@ impl AttachHandle {
     }
 }
 
-/// What happens to a pod's containers, in order.
+/// A handle that returns the events of a pod's containers, oldest first.
 pub struct Events {
     client: MonitorClient,
     connection: Connection,
 }
 
 impl Events {
-    /// Waits for the next event, however long that takes. Cancel-safe. After an error (the
-    /// monitor died, or dropped a subscriber that did not keep up) subscribe again, or find that
-    /// there is no monitor any more.
+    /// Waits for the next event without a timeout. `next` is cancel-safe. An error has one of two
+    /// causes: the monitor died, or the monitor disconnected this client. The monitor disconnects a
+    /// client that reads too slowly. After an error, the caller can subscribe again. If the monitor
+    /// died, the new subscription fails.
     pub async fn next(&mut self) -> Result<Event, MonitorError> {
         let client = &self.client;
         match client

@@ -1,4 +1,5 @@
-//! Sockets of monitors, whatever the length of their paths.
+//! Functions that create a monitor's socket or connect to this socket. The socket's path can be too
+//! long for a socket address, so the functions use [`at_address`].
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -8,13 +9,16 @@ use rrun_kernel::unix_socket::at_address;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Connections that may wait for a monitor that is busy or still starting.
+/// The maximum number of connections that wait for the monitor's accept(2). Connections wait while
+/// the monitor is busy or still starting.
 const BACKLOG: i32 = 256;
 
-/// How long a connect waits before it tries again while a monitor's backlog is full.
+/// The interval between the client's attempts to connect. The client retries connect(2) while
+/// [`BACKLOG`] connections are already waiting.
 const CONNECT_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Calls `with` with the address of the socket at this path.
+/// Passes the address of the socket at the path `socket` to the function `with`, and returns the
+/// result of `with`.
 fn at<T>(
     socket: &Path,
     with: impl FnOnce(&SocketAddrUnix) -> Result<T, Errno>,
@@ -26,7 +30,7 @@ fn at<T>(
     at_address(directory, name, with)
 }
 
-/// Listens on a socket at this path, which must not be there.
+/// Creates a socket at this path and listens on it. The path must not exist yet.
 pub(crate) fn bind(socket: &Path) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -35,8 +39,9 @@ pub(crate) fn bind(socket: &Path) -> Result<OwnedFd, Errno> {
     Ok(listener)
 }
 
-/// Connects, waiting while the monitor's backlog is full. The socket does not block, and the
-/// executor does not know of it yet: what is sent at once is there when the monitor looks.
+/// Connects to a monitor. While the monitor's backlog is full, this function waits and retries. The
+/// returned socket is non-blocking and is not registered with tokio yet. If the caller sends its
+/// request immediately, the monitor can read the request as soon as it accepts the connection.
 pub(crate) async fn connect(socket: &Path) -> std::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     loop {

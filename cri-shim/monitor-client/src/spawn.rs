@@ -1,4 +1,4 @@
-//! The start of a pod's monitor.
+//! A function that starts a pod's monitor.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -12,8 +12,9 @@ use tokio::io::unix::AsyncFd;
 use crate::socket::{bind, connect};
 use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
-/// How long a socket that was there is tried. A monitor that takes longer to accept is busy, and
-/// so alive.
+/// The timeout for a connection to an existing socket. A connection to a dead monitor's socket is
+/// refused immediately. If this timeout expires instead, the client assumes that the monitor is
+/// alive but busy.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
@@ -24,17 +25,18 @@ pub enum SpawnError {
         path: PathBuf,
         error: std::io::Error,
     },
-    #[error("a monitor is listening at {0} already")]
+    #[error("a monitor is already listening at {0}")]
     Alive(PathBuf),
 }
 
-/// Starts the pod's monitor: writes `dir`/monitor.json, binds `dir`/monitor.sock and runs
-/// `binary` with the listening socket at [`LISTEN_FD`]. Returns its pid without waiting for it:
-/// a request made at once is answered when the monitor has come up, or fails with
-/// [`MonitorError::Gone`](crate::MonitorError::Gone) if it could not. A task of the runtime reaps
-/// it whenever it ends.
+/// Starts the pod's monitor: writes `dir`/monitor.json, binds `dir`/monitor.sock and runs `binary`
+/// with the listening socket at [`LISTEN_FD`]. Returns the monitor's pid without waiting until the
+/// monitor is ready. The caller can send a request immediately. The monitor replies to the request
+/// after the monitor has started. If the monitor cannot start, the request fails with
+/// [`MonitorError::Gone`](crate::MonitorError::Gone). A tokio task reaps the monitor when it exits.
 ///
-/// A socket that an earlier monitor left behind is replaced; one with a monitor behind it is not.
+/// `spawn` replaces a socket that an earlier monitor left behind. `spawn` fails if a monitor still
+/// listens on the socket.
 pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnError> {
     let configuration = dir.join(CONFIGURATION_NAME);
     let socket = dir.join(SOCKET_NAME);
@@ -48,12 +50,13 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
 
     let listener = match bind(&socket) {
         Err(rustix::io::Errno::ADDRINUSE) => {
-            // One whose backlog is full is alive, too.
+            // An error means that no monitor listens on the socket. After a timeout, a monitor may
+            // still listen on the socket, see [`PROBE_TIMEOUT`].
             let connecting = tokio::time::timeout(PROBE_TIMEOUT, connect(&socket)).await;
             if !matches!(connecting, Ok(Err(_))) {
                 return Err(SpawnError::Alive(socket));
             }
-            std::fs::remove_file(&socket).map_err(failed("remove the old", &socket))?;
+            std::fs::remove_file(&socket).map_err(failed("remove the old socket", &socket))?;
             bind(&socket)
         }
         bound => bound,
@@ -67,8 +70,9 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
     Ok(pid)
 }
 
-/// Runs the monitor with nothing of ours but the socket: /dev/null as stdio, no environment but
-/// the search path, every signal as it is by default.
+/// Starts the monitor's process. The only descriptor that the monitor inherits from this process is
+/// the socket. The monitor's stdio is /dev/null, its environment contains only PATH, and every
+/// signal has its default action.
 fn start(binary: &Path, dir: &Path, listener: &OwnedFd) -> nix::Result<i32> {
     let c_string = |bytes: &[u8]| std::ffi::CString::new(bytes).map_err(|_| nix::Error::EINVAL);
     let mut actions = PosixSpawnFileActions::init()?;
@@ -97,17 +101,20 @@ fn start(binary: &Path, dir: &Path, listener: &OwnedFd) -> nix::Result<i32> {
     Ok(pid.as_raw())
 }
 
-/// Waits for a monitor in a task of its own, so that its end leaves no zombie.
+/// Starts a task that reaps the monitor after its exit. Without this task, the monitor would remain
+/// as a zombie.
 fn reap(pid: i32) {
     let Some(pid) = Pid::from_raw(pid) else {
         return;
     };
-    // It can't have been reaped by anybody else, so the pid is still the monitor's.
+    // The pid still belongs to the monitor, because the monitor has not been reaped yet. Only the
+    // task below reaps the monitor.
     let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) else {
         return;
     };
     tokio::spawn(async move {
-        // SAFETY: `pidfd` is owned, never replaced, and always gives the same descriptor.
+        // SAFETY: `AsyncFd` owns `pidfd`, never replaces it, and `pidfd` always refers to the same
+        // descriptor.
         let registered = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
         let Ok(pidfd) = registered else {
             return;

@@ -1,6 +1,6 @@
-//! The monitor and its client, over the real protocol, with real processes. The runtime is a
-//! shell script with an OCI runtime's command line, so that these need neither root nor cgroups;
-//! real runtimes and cgroups are for the end-to-end tests.
+//! Tests of the monitor and its client, over the real protocol and with real processes. The runtime
+//! is a shell script that accepts the command line of an OCI runtime. With this script, the tests
+//! need neither root nor cgroups. The end-to-end tests cover real runtimes and cgroups.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use rrun_monitor_client::{Events, MonitorClient, MonitorError};
 use rrun_protocol::{Create, Event, Exec, ExitRecord, FailureKind, Hello, Phase, Pod};
 
-/// `create` starts BUNDLE/program, which waits until `start`; `exec` runs its process as a
-/// script. A file BUNDLE/refuse is an error, BUNDLE/hang a runtime that never ends, looked at when
-/// the pipe `--after` says so, if there is one.
+/// A shell script that acts as the runtime. Its `create` starts a process, which waits for the
+/// runtime's `start` and then runs BUNDLE/program. Its `exec` runs the shell script whose path is
+/// the value of the option `--process`. If the file BUNDLE/refuse exists, `create` fails. If the
+/// file BUNDLE/hang exists, `create` never exits. With `--after`, `create` first waits until the
+/// pipe has data, and then checks for these two files.
 const RUNTIME: &str = r#"#!/bin/sh
 while [ $# -gt 0 ]; do
     case $1 in
@@ -33,11 +35,11 @@ root=${0%/*}
 case $verb in
 create)
     if [ -n "$after" ] && [ -z "$(head -c 1 "$after")" ]; then
-        echo '{"level":"error","msg":"called off"}' >> "$log"
+        echo '{"level":"error","msg":"the caller cancelled the creation"}' >> "$log"
         exit 1
     fi
     if [ -e "$bundle/refuse" ]; then
-        echo '{"level":"error","msg":"no such luck"}' >> "$log"
+        echo '{"level":"error","msg":"disk quota exceeded"}' >> "$log"
         exit 1
     fi
     [ ! -e "$bundle/hang" ] || exec sleep 1000
@@ -55,19 +57,21 @@ delete) rm -f "$root/start-$id" ;;
 esac
 "#;
 
-/// The monitor's binary, which cargo puts beside the directory of this one.
+/// Returns the path of the monitor's binary. Cargo places the monitor's binary in the parent
+/// directory of the directory that contains the test binary.
 fn monitor() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let binary = own.ancestors().nth(2).unwrap().join("rrun-monitor");
     assert!(
         binary.is_file(),
-        "there is no {}: run `cargo build --workspace` first",
+        "{} does not exist: run `cargo build --workspace` first",
         binary.display()
     );
     binary
 }
 
-/// A monitor in a directory of its own, whose path is too long for a socket's address.
+/// A monitor in its own directory. The directory has a long path. The path of the monitor's socket
+/// therefore does not fit into a socket address.
 struct Fixture {
     dir: PathBuf,
     client: MonitorClient,
@@ -140,7 +144,7 @@ impl Fixture {
         self.client.start(id).await.unwrap();
     }
 
-    /// The log without its timestamps.
+    /// Returns the lines of the container's log without their timestamps.
     fn log(&self, id: &str) -> Vec<String> {
         let text = std::fs::read_to_string(self.dir.join(id).join("log")).unwrap();
         text.lines().map(|line| line[31..].to_owned()).collect()
@@ -172,7 +176,7 @@ async fn exit_of(events: &mut Events, id: &str) -> ExitRecord {
 }
 
 #[tokio::test]
-async fn an_exit_is_on_the_disk_and_the_log_whole_when_it_is_told() {
+async fn the_exit_record_and_the_log_are_complete_when_the_exit_is_reported() {
     let pod = Fixture::new("exit").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
     pod.run("a", "echo out; echo err >&2; printf part; exit 7")
@@ -194,13 +198,14 @@ async fn an_exit_is_on_the_disk_and_the_log_whole_when_it_is_told() {
 }
 
 #[tokio::test]
-async fn a_signal_is_128_more_and_a_background_process_does_not_delay_the_exit() {
+async fn an_exit_by_a_signal_is_reported_as_128_plus_n_without_waiting_for_background_processes() {
     let pod = Fixture::new("signal").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
     pod.run("a", "sleep 1000 & echo $!; wait").await;
     pod.client.kill("a", 15, false).await.unwrap();
     assert_eq!(exit_of(&mut events, "a").await.code, 128 + 15);
-    // There is no cgroup here by which the monitor could have killed it.
+    // The container has no cgroup, so the monitor cannot kill the background process. The test
+    // kills this process.
     if let Some(pid) = pod.log("a").first().and_then(|line| line[9..].parse().ok()) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
     }
@@ -209,14 +214,14 @@ async fn a_signal_is_128_more_and_a_background_process_does_not_delay_the_exit()
 }
 
 #[tokio::test]
-async fn a_runtime_that_refuses_gives_the_reason_and_leaves_nothing() {
+async fn a_failed_create_request_reports_the_reason_and_leaves_no_container() {
     let pod = Fixture::new("refuse").await;
     let create = pod.create("a", "");
     std::fs::write(create.bundle.join("refuse"), "").unwrap();
     match pod.client.create(create, None).await {
         Err(MonitorError::Failed(failure)) => {
             assert_eq!(failure.kind, FailureKind::Runtime);
-            assert_eq!(failure.message, "no such luck");
+            assert_eq!(failure.message, "disk quota exceeded");
         }
         other => panic!("{other:?}"),
     }
@@ -225,7 +230,7 @@ async fn a_runtime_that_refuses_gives_the_reason_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_runtime_that_hangs_is_killed_and_stops_nobody_else() {
+async fn a_runtime_that_hangs_is_killed_and_does_not_delay_other_containers() {
     let pod = Fixture::with_options("hang", "--runtime-timeout 1").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
     let create = pod.create("a", "");
@@ -256,7 +261,8 @@ async fn a_runtime_can_be_started_before_its_bundle_is_written() {
         let client = pod.client.clone();
         let create = tokio::spawn(async move { client.create(create, Some(after.into())).await });
         tokio::task::yield_now().await;
-        // The monitor has the request: what comes next is answered after it.
+        // The monitor accepts connections in the order of their arrival. The reply to this
+        // subscription therefore shows that the monitor has already received the create request.
         pod.hello().await;
         std::fs::remove_file(&refuse).unwrap();
         if written {
@@ -266,9 +272,9 @@ async fn a_runtime_can_be_started_before_its_bundle_is_written() {
         match create.await.unwrap() {
             Ok(_) if written => {}
             Err(MonitorError::Failed(failure)) if !written => {
-                assert_eq!(failure.message, "called off");
+                assert_eq!(failure.message, "the caller cancelled the creation");
             }
-            other => panic!("create {id}: {other:?}"),
+            other => panic!("wrong result of the creation of the container {id}: {other:?}"),
         }
     }
     assert_eq!(pod.hello().await.containers.len(), 1);
@@ -277,7 +283,7 @@ async fn a_runtime_can_be_started_before_its_bundle_is_written() {
 }
 
 #[tokio::test]
-async fn an_exec_has_its_own_stdio_and_status() {
+async fn a_process_that_exec_starts_has_its_own_stdio_and_exit_status() {
     let pod = Fixture::new("exec").await;
     pod.run("a", "exec sleep 1000").await;
     let (mut out, theirs) = std::io::pipe().unwrap();
@@ -299,7 +305,7 @@ async fn an_exec_has_its_own_stdio_and_status() {
 }
 
 #[tokio::test]
-async fn an_exec_dies_with_its_client() {
+async fn the_process_of_an_exec_is_killed_when_its_client_disconnects() {
     let pod = Fixture::new("exec-dies").await;
     pod.run("a", "exec sleep 1000").await;
     let (mut out, theirs) = std::io::pipe().unwrap();
@@ -312,13 +318,13 @@ async fn an_exec_dies_with_its_client() {
     let stdio = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
     let handle = pod.client.exec(exec, &stdio).await.unwrap();
     drop((theirs, handle));
-    // The end of the file comes when the process is gone.
+    // The pipe's reading end gets the end of file only when the process has exited.
     assert_eq!(out.read(&mut [0]).unwrap(), 0);
     pod.end().await;
 }
 
 #[tokio::test]
-async fn an_exec_needs_a_running_container() {
+async fn an_exec_request_fails_unless_the_container_is_running() {
     let pod = Fixture::new("exec-none").await;
     let exec = |id: &str| Exec {
         id: id.into(),
@@ -336,10 +342,11 @@ async fn an_exec_needs_a_running_container() {
 }
 
 #[tokio::test]
-async fn garbage_closes_its_own_connection_only() {
+async fn an_invalid_message_closes_only_its_own_connection() {
     let pod = Fixture::new("garbage").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
-    // The path is too long for this test's own address.
+    // The path of the pod's directory is too long for a socket address. Rust's standard library
+    // cannot connect to such a path, so the test creates a symbolic link with a short path.
     let short = std::env::temp_dir().join(format!("rrun-monitor-{}", std::process::id()));
     let _ = std::fs::remove_file(&short);
     std::os::unix::fs::symlink(&pod.dir, &short).unwrap();
@@ -359,12 +366,12 @@ async fn garbage_closes_its_own_connection_only() {
 }
 
 #[tokio::test]
-async fn a_create_whose_client_dies_is_done_and_a_delete_waits_for_it() {
+async fn a_create_request_whose_client_disconnects_is_completed_before_a_delete_request() {
     let pod = Fixture::new("orphan").await;
     let create = pod.create("a", "exec sleep 1000");
     let client = pod.client.clone();
     let create = tokio::spawn(async move { client.create(create, None).await });
-    // Gone at some point of the create, whichever that is.
+    // The client disconnects at an arbitrary time while the create request is in progress.
     tokio::task::yield_now().await;
     create.abort();
     pod.client.delete("a").await.unwrap();
@@ -373,7 +380,7 @@ async fn a_create_whose_client_dies_is_done_and_a_delete_waits_for_it() {
 }
 
 #[tokio::test]
-async fn a_hundred_thousand_lines_are_all_there_through_a_rotation() {
+async fn a_log_rotation_loses_no_line_of_a_hundred_thousand() {
     let pod = Fixture::new("lines").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
     pod.run("a", "seq 1 100000").await;
@@ -389,7 +396,7 @@ async fn a_hundred_thousand_lines_are_all_there_through_a_rotation() {
 }
 
 #[tokio::test]
-async fn a_monitor_does_not_end_while_a_container_lives() {
+async fn a_monitor_refuses_to_shut_down_while_a_container_runs() {
     let pod = Fixture::new("shutdown").await;
     pod.run("a", "exec sleep 1000").await;
     match pod.client.shutdown().await {
@@ -402,7 +409,7 @@ async fn a_monitor_does_not_end_while_a_container_lives() {
 }
 
 #[tokio::test]
-async fn many_containers_end_at_once() {
+async fn many_containers_can_exit_at_once() {
     let pod = Fixture::new("many").await;
     let (_, mut events) = pod.client.subscribe().await.unwrap();
     for number in 0..20 {

@@ -1,4 +1,5 @@
-//! Clients at a running container's stdio: they follow its output, and write to its stdin.
+//! Clients that are attached to a running container's stdio. An attached client receives the
+//! container's output, and can write to the container's stdin.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -18,15 +19,17 @@ impl Container {
     ) -> Vec<Effect> {
         let id = &attach.id;
         if !self.has_init() {
-            let message = format!("attach to container {id}: it is not running");
+            let message = format!("attach to container {id}: the container is not running");
             return vec![Effect::fail(client, FailureKind::WrongState, message)];
         }
-        let (count, wanted) = (
+        let (count, requested) = (
             pipes.len(),
             usize::from(attach.stdout) + usize::from(attach.stderr),
         );
-        if count != wanted {
-            let message = format!("attach to container {id}: {count} pipes for {wanted} streams");
+        if count != requested {
+            let message = format!(
+                "attach to container {id}: the request carries {count} pipes for {requested} streams"
+            );
             return vec![Effect::fail(client, FailureKind::Monitor, message)];
         }
         let input = match self.input_for(attach, &pipes) {
@@ -42,7 +45,7 @@ impl Container {
         }
         let newline = if terminal { "\r\n" } else { "\n" };
         let mut pipes = pipes.into_iter();
-        let mut pipe = |wanted: bool| wanted.then(|| pipes.next()).flatten();
+        let mut pipe = |requested: bool| requested.then(|| pipes.next()).flatten();
         let (stdout, stderr) = (pipe(attach.stdout), pipe(attach.stderr));
         let follower = Follower::new(client, stdout, stderr, newline);
         self.output.follow(follower);
@@ -53,8 +56,10 @@ impl Container {
         }]
     }
 
-    /// Prepares the pipes, and copies what the client writes the container's input to, if there
-    /// is such a thing and it may.
+    /// Makes the client's pipes non-blocking. Returns a duplicate of the descriptor through which
+    /// this client can write to the container. With a terminal, this descriptor is the terminal's
+    /// master. Without a terminal, this descriptor is the stdin pipe, or `None` in three cases: the
+    /// client did not request stdin, stdin is closed, or stdin is reserved for another client.
     fn input_for(&self, attach: &Attach, pipes: &[OwnedFd]) -> std::io::Result<Option<OwnedFd>> {
         let input = if self.spec.terminal {
             self.output.terminal()
@@ -70,7 +75,8 @@ impl Container {
         Ok(copy.transpose()?)
     }
 
-    /// A client that was attached detaches, and takes along what only it could write to.
+    /// Detaches a client that has disconnected. If only this client was allowed to write to the
+    /// container's stdin, this function closes stdin.
     pub(crate) fn client_gone(&mut self, client: ClientId) {
         self.output.unfollow(client);
         if self.stdin_client == Some(client) {

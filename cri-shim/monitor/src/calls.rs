@@ -1,4 +1,4 @@
-//! The runtime calls that are under way, and what each is for.
+//! The runtime calls that are in progress, and the purpose of each call.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,18 +8,19 @@ use super::own_log;
 use super::runtime::{Call, CallCheck};
 use rrun_protocol::Failure;
 
-/// How long a runtime may still take to start a container whose first process has ended.
-const ENDED_START_TIMEOUT: Duration = Duration::from_secs(10);
+/// The timeout for a runtime's `start` call, counted from the exit of the container's first
+/// process.
+const START_TIMEOUT_AFTER_EXIT: Duration = Duration::from_secs(10);
 
-/// What a runtime call is for, and who waits for it. Containers and execs go by their serial
-/// numbers here, since an id can come back.
+/// The purpose of a runtime call, and the client that waits for the result. A purpose identifies a
+/// container or an exec by its serial number, because a container's id can be reused.
 #[derive(Debug)]
 pub(crate) enum Purpose {
     Create {
         serial: u64,
         client: ClientId,
     },
-    /// The removal of what a failed create left.
+    /// The removal of everything that a failed `create` left behind.
     Rollback {
         serial: u64,
         client: ClientId,
@@ -29,20 +30,21 @@ pub(crate) enum Purpose {
         serial: u64,
         client: ClientId,
     },
-    /// Kill and update: the result changes nothing, and is the client's alone.
+    /// The runtime's `kill` or `update`. The monitor sends the result of this call to the client.
+    /// The result does not change the monitor's state.
     Request {
         client: ClientId,
     },
     Exec {
         number: u64,
     },
-    /// The runtime's cleanup after a container's end.
+    /// The runtime's `delete` after a container's exit.
     Delete {
         serial: u64,
     },
 }
 
-/// Calls by the runtime's pid.
+/// The runtime calls in progress, with the pid of the runtime process as the key.
 #[derive(Default)]
 pub(crate) struct Calls(BTreeMap<i32, (Call, Purpose)>);
 
@@ -51,7 +53,7 @@ impl Calls {
         self.0.insert(call.pid, (call, purpose));
     }
 
-    /// Takes the call whose runtime this is.
+    /// Removes and returns the runtime call whose process has this pid.
     pub(crate) fn remove(&mut self, pid: i32) -> Option<(Call, Purpose)> {
         self.0.remove(&pid)
     }
@@ -60,7 +62,7 @@ impl Calls {
         self.0.is_empty()
     }
 
-    /// When [`Calls::check`] has something to do.
+    /// Returns the time at which [`Calls::check`] must be called again.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         self.0
             .values()
@@ -68,7 +70,7 @@ impl Calls {
             .min()
     }
 
-    /// Logs the calls that are slow, and kills the runtimes whose time is up.
+    /// Logs the runtime calls that are slow, and kills the runtimes whose deadline has passed.
     pub(crate) fn check(&mut self, now: Instant) {
         for (call, _) in self.0.values_mut() {
             let (check, pid, what) = (call.check(now), call.pid, call.what());
@@ -76,23 +78,24 @@ impl Calls {
                 CallCheck::InTime => {}
                 CallCheck::Slow(seconds) => {
                     own_log::write(&format!(
-                        "{what}: waiting for the runtime, process {pid}, for {seconds} s"
+                        "{what}: the runtime, process {pid}, has not finished after {seconds} s"
                     ));
                 }
                 CallCheck::TimedOut(seconds) => {
                     own_log::write(&format!(
-                        "{what}: killed the runtime, process {pid}, after {seconds} s"
+                        "{what}: the monitor killed the runtime, process {pid}, after {seconds} s"
                     ));
                 }
             }
         }
     }
 
-    /// The start of this container has little time left: its first process has ended.
+    /// Shortens the deadline of the `start` call for the container with this serial number, whose
+    /// first process has exited.
     pub(crate) fn shorten_start(&mut self, container: u64) {
         for (call, purpose) in self.0.values_mut() {
             if matches!(purpose, Purpose::Start { serial, .. } if *serial == container) {
-                call.shorten(ENDED_START_TIMEOUT);
+                call.shorten(START_TIMEOUT_AFTER_EXIT);
             }
         }
     }

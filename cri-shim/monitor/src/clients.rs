@@ -1,4 +1,4 @@
-//! The clients that are connected, and the socket that they come by.
+//! The connected clients and the listening socket.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -15,16 +15,18 @@ use super::serials::Serials;
 use rrun_kernel::errno::describe;
 use rrun_protocol::Reply;
 
-/// The most clients at once; more wait in the socket's backlog.
+/// The maximum number of simultaneous clients. Further clients wait in the backlog of the listening
+/// socket.
 const MAX_CLIENTS: usize = 256;
 
-/// How long no client is accepted after descriptors have run out.
+/// The time for which the monitor accepts no further clients. This pause begins when
+/// [`MAX_CLIENTS`] clients are connected, or when accept(2) fails.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 pub(crate) struct Clients {
     listener: OwnedFd,
     connections: BTreeMap<ClientId, Connection>,
-    /// When clients are accepted again, if they are not now.
+    /// The time at which the monitor accepts clients again, if accepting is paused.
     accept_paused_until: Option<Instant>,
 }
 
@@ -42,8 +44,9 @@ impl Clients {
         self.connections.contains_key(&client)
     }
 
-    /// The next client that waits to be accepted. With none the listener is watched on, unless
-    /// there is no room for another client.
+    /// Accepts the next waiting client. Returns `None` if no client waits, if [`MAX_CLIENTS`]
+    /// clients are connected, or if accept(2) fails. In the last two cases, the monitor accepts no
+    /// further clients for [`ACCEPT_PAUSE`].
     pub(crate) fn accept(&mut self, poller: &Poller, serials: &mut Serials) -> Option<ClientId> {
         while self.connections.len() < MAX_CLIENTS {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -70,7 +73,7 @@ impl Clients {
         None
     }
 
-    /// Accepts clients again once the pause is over.
+    /// Watches the listening socket again once the pause in accepting clients is over.
     pub(crate) fn end_accept_pause(&mut self, now: Instant, poller: &Poller) {
         if self.accept_paused_until.is_some_and(|until| now >= until) {
             self.accept_paused_until = None;
@@ -78,7 +81,7 @@ impl Clients {
         }
     }
 
-    /// Sends and reads what a client's socket is ready for.
+    /// Sends the data that waits for a client, and receives the client's request, without blocking.
     pub(crate) fn ready(
         &mut self,
         client: ClientId,
@@ -99,8 +102,9 @@ impl Clients {
         incoming
     }
 
-    /// Sends a message, with what follows it on the connection. False when the connection is of
-    /// no use any more: then call [`Clients::remove`]. A client that has gone needs no message.
+    /// Sends a message and sets the next stage of the connection. Returns false if the caller must
+    /// close the connection with [`Clients::remove`]. If the client has already disconnected, this
+    /// function drops the message.
     #[must_use]
     pub(crate) fn send(
         &mut self,
@@ -123,11 +127,12 @@ impl Clients {
         true
     }
 
-    /// Closes a connection. False if there is no such client.
+    /// Closes a client's connection. Returns false if the client does not exist.
     pub(crate) fn remove(&mut self, client: ClientId) -> bool {
         let removed = self.connections.remove(&client).is_some();
         if removed {
-            // There is room for another.
+            // The connection's descriptor is free again, so the monitor can accept another client
+            // now.
             self.accept_paused_until = self.accept_paused_until.map(|_| Instant::now());
         }
         removed
@@ -137,7 +142,7 @@ impl Clients {
         self.those(|connection| connection.stage == Stage::Subscribed)
     }
 
-    /// Those that took too long to send their request, or to read their answer.
+    /// Returns the clients that took too long to send their request or to read their answer.
     pub(crate) fn overdue(&self, now: Instant) -> Vec<ClientId> {
         self.those(|connection| connection.deadline().is_some_and(|at| now >= at))
     }
@@ -147,14 +152,16 @@ impl Clients {
         those.map(|(client, _)| *client).collect()
     }
 
-    /// When a deadline passes, or the pause ends.
+    /// Returns the earliest time at which a client's deadline passes or the pause in accepting
+    /// clients ends.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         let deadlines = self.connections.values().filter_map(Connection::deadline);
         deadlines.chain(self.accept_paused_until).min()
     }
 }
 
-/// Waits for room in a client's socket as long as something waits to be sent.
+/// Watches whether a client's socket is readable and, while unsent data remains, whether it is
+/// writable.
 fn watch_socket(client: ClientId, connection: &Connection, poller: &Poller) {
     let mut flags = EventFlags::IN;
     if connection.has_output() {

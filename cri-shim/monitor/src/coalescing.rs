@@ -1,8 +1,9 @@
-//! Whether output that comes next waits for more, to be read with it.
+//! Decides whether the monitor delays its next read of the containers' output. A delayed read
+//! returns more bytes.
 //!
-//! Output that comes in small pieces soon after each other is left in its pipe for a moment, so
-//! that a program that writes line by line does not wake us, and the thread that writes the log,
-//! for every line.
+//! If small pieces of output arrive in quick succession, the monitor leaves the output in the
+//! container's pipe for a moment. Without this delay, every line of the output would wake the
+//! monitor and the log's thread.
 
 use std::time::{Duration, Instant};
 
@@ -10,10 +11,11 @@ use rustix::event::Timespec;
 
 use super::output::LARGE_READ_BYTES;
 
-/// Pieces that come sooner than this after each other are worth the wait.
+/// The monitor delays reading if two pieces of output arrive within less than this time.
 const COALESCING_WINDOW: Duration = Duration::from_millis(1);
 
-/// How long output waits. A pipe is not filled in this time by a program that writes short lines.
+/// The time for which the monitor delays reading. A program that writes short lines cannot fill a
+/// pipe in this time.
 pub(crate) const COALESCING_DELAY: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 250_000,
@@ -21,18 +23,20 @@ pub(crate) const COALESCING_DELAY: Timespec = Timespec {
 
 #[derive(Default)]
 pub(crate) struct Coalescing {
-    /// The most bytes that a stream has given in this round of the loop, if any has.
+    /// The largest number of bytes that one read returned in this round of the event loop. `None`
+    /// if no stream was read.
     largest_read: Option<usize>,
     last_output: Option<Instant>,
 }
 
 impl Coalescing {
-    /// A stream has given this many bytes.
+    /// Records that one read from a stream returned this many bytes.
     pub(crate) fn add_read(&mut self, bytes: usize) {
         self.largest_read = self.largest_read.max(Some(bytes));
     }
 
-    /// Whether output is to wait in the next round of the loop.
+    /// Ends a round of the event loop. Returns whether the monitor delays reading output in the
+    /// next round.
     pub(crate) fn end_round(&mut self) -> bool {
         let Some(bytes) = self.largest_read.take() else {
             return false;

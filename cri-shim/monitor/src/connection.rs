@@ -1,4 +1,5 @@
-//! A client's connection: what has come of its request, what waits to be sent to it.
+//! A client's connection to the monitor. The connection stores the received part of the request and
+//! the unsent part of the answer.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -9,35 +10,37 @@ use serde::Serialize;
 use rrun_protocol::Request;
 use rrun_protocol::wire;
 
-/// A connection's number; never used twice.
+/// The number that identifies a connection. The monitor never reuses this number.
 pub(crate) type ClientId = u64;
 
-/// How long a client may take to send its request, or to read its answer.
+/// The time within which a client must send its request. The client must also read each answer
+/// within this time.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The most bytes that wait for a client that does not read: at more it is dropped.
+/// The maximum number of unsent bytes for one client. If a client does not read and more bytes
+/// wait, the monitor disconnects the client.
 const MAX_UNSENT_BYTES: usize = 256 << 10;
 
-/// How far a connection has come.
+/// The progress of a client's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// The request is not whole yet.
+    /// The request has not arrived completely yet.
     Request,
-    /// The request is being worked on.
+    /// The monitor is processing the request.
     Working,
-    /// The client gets every event.
+    /// The client has subscribed and receives every event.
     Subscribed,
-    /// The connection is closed as soon as the answer is sent.
+    /// The monitor closes the connection as soon as it has sent the answer.
     Answered,
 }
 
-/// What came in.
+/// The result of reading from a client's connection.
 pub(crate) enum Incoming {
-    /// Nothing whole yet.
+    /// No complete request has arrived yet.
     Partial,
-    /// The request, with its descriptors.
+    /// A request with its descriptors.
     Request(Request, Vec<OwnedFd>),
-    /// The client closed, or sent what is no request.
+    /// The client closed the connection or sent an invalid request.
     Closed,
 }
 
@@ -48,7 +51,8 @@ pub(crate) struct Connection {
     fds: Vec<OwnedFd>,
     unsent: Vec<u8>,
     unsent_fds: Vec<OwnedFd>,
-    /// When the client is given up, if it owes us something.
+    /// The deadline for the client to send its request or to read its answer. After this deadline,
+    /// the monitor disconnects the client.
     deadline: Option<Instant>,
 }
 
@@ -77,12 +81,14 @@ impl Connection {
         !self.unsent.is_empty()
     }
 
-    /// Reads what has come. Called when the socket is readable.
+    /// Reads the data that has arrived on the socket. The event loop calls this function when the
+    /// socket is readable.
     pub(crate) fn read(&mut self) -> Incoming {
         loop {
             match wire::receive(&self.socket, &mut self.received, &mut self.fds) {
                 Ok(0) => return Incoming::Closed,
-                // One request is all that a client has to say.
+                // A client must not send anything after its request, so the monitor closes the
+                // connection.
                 Ok(_) if self.stage != Stage::Request => return Incoming::Closed,
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -102,8 +108,8 @@ impl Connection {
         }
     }
 
-    /// Sends a message, or as much of it as the client takes now. False if the connection is of
-    /// no use any more.
+    /// Sends as much of the message as the socket accepts now. [`Connection::flush`] sends the rest
+    /// of the message later. Returns false if the connection must be closed.
     pub(crate) fn send<T: Serialize>(&mut self, message: &T, fds: Vec<OwnedFd>) -> bool {
         if self.unsent.len() > MAX_UNSENT_BYTES {
             return false;
@@ -120,7 +126,8 @@ impl Connection {
         self.flush()
     }
 
-    /// Sends what waits. False if the connection is of no use any more.
+    /// Sends as much of the waiting data as the socket accepts now. Returns false if an error
+    /// occurred or the last answer has been sent. The caller must then close the connection.
     pub(crate) fn flush(&mut self) -> bool {
         let mut sent = 0;
         while let Some(rest) = self.unsent.get(sent..).filter(|rest| !rest.is_empty()) {

@@ -1,4 +1,4 @@
-//! The console socket: how a runtime hands over a terminal's master side.
+//! The console socket, through which a runtime sends a terminal's master to the monitor.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -8,15 +8,15 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use rrun_protocol::wire;
 
-/// A socket in our working directory on which one runtime call sends one terminal. The name is
-/// gone when this is dropped.
+/// A socket in the monitor's working directory, on which one runtime call sends the master of one
+/// terminal. Dropping the `Console` removes the socket's file.
 pub(crate) struct Console {
     name: String,
     listener: OwnedFd,
 }
 
 impl Console {
-    /// `number` makes the name unique within the monitor.
+    /// Opens a console socket. `number` makes the socket's name unique within the monitor.
     pub(crate) fn open(number: u64) -> Result<Self, Errno> {
         let name = format!("console-{number}.sock");
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -28,19 +28,23 @@ impl Console {
         Ok(console)
     }
 
-    /// A path for the runtime that fits into an address, however deep our directory is.
+    /// Returns the path through which the runtime connects to the socket. The path begins with
+    /// /proc/PID/cwd instead of the path of the monitor's directory. For this reason, the path is
+    /// always short enough for a socket address.
     pub(crate) fn path(&self) -> PathBuf {
         let cwd = format!("/proc/{}/cwd", std::process::id());
         PathBuf::from(cwd).join(&self.name)
     }
 
-    /// The terminal's master, once the runtime has ended: it sends it before.
+    /// Receives the terminal's master. The caller must call `receive` only after the runtime's
+    /// exit. The runtime sends the master before it exits, so `receive` does not have to wait.
     pub(crate) fn receive(&self) -> Result<OwnedFd, Errno> {
         let socket = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC)?;
         let (mut name, mut fds) = (Vec::new(), Vec::new());
         wire::receive(&socket, &mut name, &mut fds)?;
         let master = fds.pop().ok_or(Errno::BADMSG)?;
-        // A message may carry any descriptor; what is no terminal would stall us.
+        // The runtime can send any descriptor. Reads from a descriptor that is not a terminal could
+        // block the monitor. For this reason, `receive` refuses such a descriptor.
         if !rustix::termios::isatty(master.as_fd()) {
             return Err(Errno::NOTTY);
         }

@@ -1,4 +1,4 @@
-//! A container: its state, and what all that is done with it needs.
+//! A container's state, and the data that all operations on the container need.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -17,20 +17,23 @@ use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{Create, ExitRecord, Failure, Phase};
 
 pub(crate) struct Container {
-    /// Ids can come back; this does not.
+    /// The container's serial number, which the monitor never reuses. A container's id, by
+    /// contrast, can be reused.
     pub(crate) serial: u64,
     pub(crate) spec: Create,
     pub(crate) state: State,
-    /// The first process; 0 until it is there.
+    /// The pid of the container's first process. The pid is 0 until the process exists.
     pub(crate) pid: i32,
-    /// A `start` is under way.
+    /// True while the runtime's `start` is in progress.
     pub(crate) starting: bool,
     pub(crate) output: Output,
-    /// Our side of its stdin, for attach; a terminal's master does for both.
+    /// The monitor's end of the container's stdin pipe, to which attached clients write. `None` if
+    /// the container has a terminal, because clients then write to the terminal's master.
     pub(crate) stdin: Option<OwnedFd>,
-    /// With `stdin_once`, the client that has it.
+    /// The only client that is allowed to write to stdin. `None` if the container does not have
+    /// `stdin_once`, or if no client has attached to stdin.
     pub(crate) stdin_client: Option<ClientId>,
-    /// Where the runtime's `create` sends the terminal's master.
+    /// The socket on which the runtime's `create` sends the terminal's master.
     pub(crate) console: Option<Console>,
     pub(crate) oom: OomWatch,
     pub(crate) deletion: Option<Deletion>,
@@ -40,9 +43,10 @@ pub(crate) struct Container {
 pub(crate) enum State {
     Creating,
     Created,
-    /// `start` has been done.
+    /// The runtime's `start` has succeeded.
     Running,
-    /// The first process is gone.
+    /// The container's first process has exited, and the next steps of the termination are in
+    /// progress.
     Terminating(Termination),
     Exited {
         exit: ExitRecord,
@@ -50,20 +54,21 @@ pub(crate) enum State {
     },
 }
 
-/// How far the end has come, once the first process is gone.
+/// The progress of a container's termination after the exit of its first process.
 pub(crate) struct Termination {
     pub(crate) code: i32,
     pub(crate) finished_at: i64,
-    /// When what was left in the cgroup is waited for no longer, once it has been killed.
+    /// The deadline for the exit of the killed processes in the cgroup. `None` until the monitor
+    /// has killed these processes.
     pub(crate) kill_deadline: Option<Instant>,
-    /// Until the cgroup is checked again.
+    /// The interval until the next check of the cgroup.
     pub(crate) check_interval: Duration,
     pub(crate) next_check: Option<Instant>,
-    /// When the log is waited for no longer, once all has been read that goes into it.
+    /// The deadline for the completion of the log. `None` until all output has been read.
     pub(crate) log_deadline: Option<Instant>,
 }
 
-/// The runtime's `delete` after a container's end.
+/// The state of the runtime's `delete` after a container's exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cleanup {
     Running,
@@ -71,23 +76,26 @@ pub(crate) enum Cleanup {
     Failed,
 }
 
-/// A removal that clients wait for.
+/// A deletion that is in progress, and the clients that wait for its result.
 pub(crate) struct Deletion {
     pub(crate) clients: Vec<ClientId>,
-    /// When they get the answer that the first process does not die.
+    /// The deadline for the exit of the container's first process. After this deadline, the clients
+    /// receive an error.
     pub(crate) deadline: Instant,
 }
 
-/// A create that failed and left nothing but, perhaps, an empty log.
+/// A failed create request that the monitor has not answered yet. The log's thread first removes
+/// the container's log file if the file is empty.
 pub(crate) struct Rollback {
     pub(crate) client: ClientId,
     pub(crate) failure: Failure,
-    /// When the client is answered though the log is still there.
+    /// The deadline for the removal of the log file. After this deadline, the monitor answers the
+    /// client even if the file still exists.
     pub(crate) deadline: Instant,
 }
 
 impl Container {
-    /// A container whose create begins.
+    /// Returns a container in the state `Creating`.
     pub(crate) fn new(serial: u64, spec: Create, log: ContainerLog) -> Self {
         Container {
             serial,
@@ -109,17 +117,19 @@ impl Container {
         &self.spec.id
     }
 
-    /// Whether its first process lives, as far as we know.
+    /// Returns whether the container's first process is alive, according to the state that the
+    /// monitor has recorded.
     pub(crate) fn has_init(&self) -> bool {
         matches!(self.state, State::Created | State::Running)
     }
 
-    /// Whether this process is its first one.
+    /// Returns whether the process with this pid is the container's first process.
     pub(crate) fn is_init(&self, pid: i32) -> bool {
         self.pid == pid && self.has_init()
     }
 
-    /// As clients see its state; `None` while they can't.
+    /// Returns the container's state as clients see it. Returns `None` while the runtime is
+    /// creating the container. Clients cannot see the container during this time.
     pub(crate) fn phase(&self) -> Option<Phase> {
         match &self.state {
             State::Creating => None,
@@ -129,7 +139,8 @@ impl Container {
         }
     }
 
-    /// When something is to be done though nothing has happened.
+    /// Returns the time at which the event loop must check the container again, even if no event
+    /// has arrived.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         match (&self.state, &self.deletion) {
             (State::Creating, _) => self.rollback.as_ref().map(|rollback| rollback.deadline),
@@ -143,7 +154,7 @@ impl Container {
         self.spec.bundle.join("init.pid")
     }
 
-    /// `RUNTIME… VERB` for this container, without arguments yet.
+    /// Returns the command `RUNTIME… VERB` for this container, without further arguments.
     pub(crate) fn command(&self, verb: &'static str) -> RuntimeCommand {
         RuntimeCommand::new(&self.spec.runtime, verb, self.id())
     }
@@ -154,11 +165,12 @@ impl Container {
             .argument(self.id())
     }
 
-    /// Kills all that there is of the container. The end of the first process follows.
+    /// Kills all processes of the container. The event loop handles the exit of the first process
+    /// later, when it reaps that process.
     pub(crate) fn kill_all(&self) {
         if let Err(errno) = cgroup::kill(&self.spec.cgroup) {
             own_log::write(&format!(
-                "kill the cgroup of {}: {}",
+                "kill all processes of container {}: {}",
                 self.id(),
                 describe(&errno.into())
             ));
@@ -168,7 +180,8 @@ impl Container {
         }
     }
 
-    /// Signals the first process. Its pid is certain: only we could have reaped it.
+    /// Sends a signal to the container's first process. The pid still belongs to this process,
+    /// because the monitor has not reaped the process yet. Only the monitor reaps this process.
     pub(crate) fn signal_init(&self, signal: i32) -> bool {
         let pid = rustix::process::Pid::from_raw(self.pid);
         match (pid, kernel_signal::by_number(signal)) {
@@ -180,7 +193,8 @@ impl Container {
 
 #[cfg(test)]
 impl Container {
-    /// A created container without processes, log or cgroup, and with a bundle of its own.
+    /// Returns a container in the state `Created`, for a unit test. The container has a bundle in a
+    /// temporary directory, but no processes, log or cgroup.
     pub(crate) fn for_test(name: &str) -> Self {
         let bundle = std::env::temp_dir().join(format!("rrun-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&bundle);

@@ -1,8 +1,11 @@
-//! The container's log in the CRI's format: `TIME STREAM TAG LINE`, one line each, TAG being F
-//! for a whole line and P for a part of one.
+//! The container's log in the CRI's format. Each line has the form `TIME STREAM TAG TEXT`. The tag
+//! F marks text that was followed by a newline in the output. The tag P marks text without a
+//! following newline: a part of a long line, or the incomplete last line.
 //!
-//! Lines are found in place in one buffer that all containers share, and go to the log's file
-//! many at a time: neither a reader nor a rotation ever sees half a line.
+//! The monitor reads the output of all containers into one shared buffer and finds the line ends in
+//! this buffer. The monitor writes many log lines to the file at a time, but never a part of a log
+//! line. For this reason, neither a reader of the file nor a log rotation finds an incomplete log
+//! line.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -13,10 +16,11 @@ use rustix::io::Errno;
 use super::log_file::LogFile;
 use super::timestamp::Timestamp;
 
-/// A line longer than this is cut into parts: containerd's and CRI-O's bound.
+/// The length in bytes above which a line is cut into parts. containerd and CRI-O use the same
+/// length.
 const MAX_LINE_BYTES: usize = 16 << 10;
 
-/// One read takes at most this: a pipe's capacity.
+/// The maximum number of bytes that one read returns. A pipe has this capacity by default.
 const READ_BYTES: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +29,11 @@ pub(crate) enum Stream {
     Stderr,
 }
 
-/// Where output is read to. All containers of the pod share it: it is large, but only touched
-/// pages are memory.
+/// The buffer into which the monitor reads output. All containers of the pod share the buffer. The
+/// buffer is large, but only its used pages occupy memory.
 pub(crate) struct ReadBuffer {
     input: Vec<u8>,
-    /// Where in `input` the bytes of the last read are.
+    /// The range of `input` that contains the bytes of the last read.
     last_read: std::ops::Range<usize>,
 }
 
@@ -41,7 +45,7 @@ impl ReadBuffer {
         }
     }
 
-    /// What the last [`ContainerLog::pump`] read.
+    /// Returns the bytes that the last [`ContainerLog::pump`] has read.
     pub(crate) fn last_read(&self) -> &[u8] {
         self.input.get(self.last_read.clone()).unwrap_or_default()
     }
@@ -53,29 +57,29 @@ impl Default for ReadBuffer {
     }
 }
 
-/// What a read of a stream found.
+/// The result of reading from one of a container's output streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadOutcome {
-    /// Something; there may be more.
+    /// Data was read. More data may be available.
     Data,
-    /// Nothing now.
+    /// No data is available now.
     Empty,
-    /// The writers are gone.
+    /// All writers have closed the stream.
     End,
 }
 
 /// One container's log.
 pub(crate) struct ContainerLog {
-    /// `None` throws everything away.
+    /// The log's file. `None` if the log discards all output.
     file: Option<LogFile>,
-    /// The beginnings of lines whose end has not come yet, at most [`MAX_LINE_BYTES`] long.
+    /// The bytes of stdout after its last newline: at most [`MAX_LINE_BYTES`] bytes.
     partial_stdout: Vec<u8>,
     partial_stderr: Vec<u8>,
 }
 
 impl ContainerLog {
-    /// Has the log opened, or, with no path, throws everything away. `wake` as in
-    /// [`LogFile::open`].
+    /// Opens the log. Without a path, the returned log discards all output. [`LogFile::open`]
+    /// describes `wake`.
     pub(crate) fn open(path: Option<PathBuf>, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let file = path.map(|path| LogFile::open(path, wake)).transpose()?;
         Ok(ContainerLog {
@@ -85,7 +89,8 @@ impl ContainerLog {
         })
     }
 
-    /// Whether the log takes more. If not, the loop is woken when it does.
+    /// Returns whether the log accepts more output. If the log accepts no more output, the log's
+    /// thread wakes the event loop when the log has room again.
     pub(crate) fn has_room(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::has_room)
     }
@@ -94,24 +99,25 @@ impl ContainerLog {
         self.file.as_ref()
     }
 
-    /// Whether all is in the file. If not, the loop is woken when it is.
+    /// Returns whether all output has been written to the log's file. If the result is false, the
+    /// log's thread wakes the event loop after it has written all output.
     pub(crate) fn is_written(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::is_written)
     }
 
-    /// As [`LogFile::discard`].
+    /// Calls [`LogFile::discard`] if the log has a file.
     pub(crate) fn discard(&self) {
         if let Some(file) = &self.file {
             file.discard();
         }
     }
 
-    /// As [`LogFile::is_discarded`].
+    /// Returns the result of [`LogFile::is_discarded`], or true if the log has no file.
     pub(crate) fn is_discarded(&self) -> bool {
         self.file.as_ref().is_none_or(LogFile::is_discarded)
     }
 
-    /// Reads from one of the container's streams once, and passes the lines that are whole on.
+    /// Reads from one of the container's streams once, and passes the complete lines to the log.
     pub(crate) fn pump(
         &mut self,
         fd: impl AsFd,
@@ -120,7 +126,8 @@ impl ContainerLog {
     ) -> ReadOutcome {
         let partial = self.partial(stream);
         let length = partial.len();
-        // The partial line is shorter than the buffer by far.
+        // The incomplete line always fits into the buffer, because it is much shorter than the
+        // buffer.
         if let Some(front) = buffer.input.get_mut(..length) {
             front.copy_from_slice(partial);
         }
@@ -129,7 +136,8 @@ impl ContainerLog {
             Ok(0) => return ReadOutcome::End,
             Ok(count) => count,
             Err(Errno::AGAIN | Errno::INTR) => return ReadOutcome::Empty,
-            // A pty's way to say that nobody has its other side open.
+            // Reading from a terminal's master fails when no process has the terminal's other side
+            // open. This failure means that the output has ended.
             Err(_) => return ReadOutcome::End,
         };
         buffer.last_read = length..length + count;
@@ -144,7 +152,7 @@ impl ContainerLog {
         ReadOutcome::Data
     }
 
-    /// Writes what is left of a line that will never end.
+    /// Writes the incomplete last line of a stream that has ended.
     pub(crate) fn finish(&mut self, stream: Stream) {
         let partial = std::mem::take(self.partial(stream));
         if let (false, Some(file)) = (partial.is_empty(), &self.file) {
@@ -164,8 +172,9 @@ impl ContainerLog {
     }
 }
 
-/// Formats what was read, after the partial line from before. A rest without an end becomes the
-/// partial line.
+/// Appends the lines of `input` to `pending` in the log's format, and returns the number of
+/// appended lines. `input` begins with the previous contents of `partial`. An incomplete line at
+/// the end of `input` becomes the new contents of `partial`.
 fn push_lines(pending: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
     let mut rest = input;
     let mut batch = Batch::new(stream, pending);
@@ -191,7 +200,8 @@ fn push_lines(pending: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, inpu
     }
 }
 
-/// Lines on their way to the file, all with the time at which they were read.
+/// A batch of log lines for the file. All lines of a batch have the same timestamp: the time at
+/// which the monitor read the lines.
 struct Batch<'a> {
     header: [u8; 40],
     output: &'a mut Vec<u8>,
@@ -259,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_in_two_pieces_is_one_line() {
+    fn a_line_read_in_two_pieces_is_logged_as_one_line() {
         assert_eq!(
             written(&[b"one\ntw", b"o\n\nend"]),
             ["stdout F one", "stdout F two", "stdout F ", "stdout P end"]
@@ -283,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_just_16_kib_is_whole() {
+    fn a_line_of_exactly_16_kib_is_not_cut() {
         let mut line = vec![b'x'; MAX_LINE_BYTES];
         line.push(b'\n');
         assert_eq!(
@@ -293,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn many_short_lines_fill_more_than_one_write() {
+    fn many_short_lines_are_all_written() {
         let input = b"\n".repeat(READ_BYTES);
         assert_eq!(written(&[&input]).len(), READ_BYTES);
     }

@@ -1,4 +1,4 @@
-//! What clients do with a container that is there: start, kill, update, delete.
+//! The requests that clients send for an existing container: start, kill, update and delete.
 
 use std::time::Instant;
 
@@ -15,7 +15,8 @@ impl Container {
     pub(crate) fn start(&mut self, client: ClientId) -> Vec<Effect> {
         let id = self.id();
         if !matches!(self.state, State::Created) || self.starting {
-            let message = format!("start container {id}: it is not in the created state");
+            let message =
+                format!("start container {id}: the container is not in the created state");
             return vec![Effect::fail(client, FailureKind::WrongState, message)];
         }
         let (serial, command) = (self.serial, self.command("start").argument(id));
@@ -23,8 +24,10 @@ impl Container {
         vec![Effect::run(command, Purpose::Start { serial, client })]
     }
 
-    /// The runtime's `start` has ended, with this reason if it failed. The container's
-    /// termination may have waited for that.
+    /// Handles the exit of the runtime's `start`. `failure` is the reason why the `start` failed,
+    /// or `None` if it succeeded. While a `start` is in progress, a container's termination does
+    /// not continue. The caller must therefore call [`Container::continue_termination`] after this
+    /// function.
     pub(crate) fn start_ended(&mut self, client: ClientId, failure: Option<String>) -> Vec<Effect> {
         self.starting = false;
         if let Some(reason) = failure {
@@ -36,7 +39,7 @@ impl Container {
         vec![Effect::Reply(client, Reply::Done)]
     }
 
-    /// The runtime could not be run to start the container.
+    /// Handles an error that prevented the runtime's `start` from being run.
     pub(crate) fn start_not_run(&mut self, client: ClientId, message: String) -> Vec<Effect> {
         self.starting = false;
         vec![Effect::fail(client, FailureKind::Monitor, message)]
@@ -45,13 +48,14 @@ impl Container {
     pub(crate) fn kill(&self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
         let id = self.id();
         if kernel_signal::by_number(signal).is_none() {
-            let message = format!("kill container {id}: there is no signal {signal}");
+            let message = format!("kill container {id}: the signal {signal} does not exist");
             return vec![Effect::fail(client, FailureKind::Monitor, message)];
         }
         let done = vec![Effect::Reply(client, Reply::Done)];
         match self.state {
             State::Creating => {
-                let message = format!("kill container {id}: it is still being created");
+                let message =
+                    format!("kill container {id}: the runtime is still creating the container");
                 return vec![Effect::fail(client, FailureKind::WrongState, message)];
             }
             State::Terminating(_) | State::Exited { .. } => return done,
@@ -76,7 +80,7 @@ impl Container {
     pub(crate) fn update(&self, client: ClientId, resources: &str) -> Vec<Effect> {
         let id = self.id();
         if !self.has_init() {
-            let message = format!("update container {id}: it is not running");
+            let message = format!("update container {id}: the container is not running");
             return vec![Effect::fail(client, FailureKind::WrongState, message)];
         }
         let command = self
@@ -95,8 +99,8 @@ impl Container {
         }
     }
 
-    /// Removes the container, as soon as what is under way with it has ended. The client has an
-    /// answer by `deadline` even if the first process does not die.
+    /// Deletes the container as soon as the operations in progress on it have finished. If the
+    /// container's first process is still alive at `deadline`, the client receives an error.
     pub(crate) fn delete(&mut self, client: ClientId, deadline: Instant) -> Vec<Effect> {
         let deletion = self.deletion.get_or_insert_with(|| Deletion {
             clients: Vec::new(),
@@ -125,13 +129,16 @@ impl Container {
         }
     }
 
-    /// The deadline of a deletion has passed, and the first process lives.
+    /// Handles a deletion whose deadline has passed while the container's first process is still
+    /// alive.
     pub(crate) fn deletion_overdue(&mut self) -> Vec<Effect> {
         let Some(deletion) = self.deletion.take() else {
             return Vec::new();
         };
         let (id, pid) = (self.id(), self.pid);
-        let message = format!("delete container {id}: its first process {pid} does not die");
+        let message = format!(
+            "delete container {id}: the monitor killed its first process (pid {pid}), but the process has not exited"
+        );
         own_log::write(&message);
         let fail = |client| Effect::fail(client, FailureKind::Monitor, message.as_str());
         deletion.clients.into_iter().map(fail).collect()
@@ -143,7 +150,7 @@ mod tests {
     use super::*;
     use crate::container_log::ReadBuffer;
 
-    fn ended(name: &str) -> Container {
+    fn exited_container(name: &str) -> Container {
         let mut container = Container::for_test(name);
         container.init_exited(0);
         let effects = container.continue_termination(&mut ReadBuffer::new());
@@ -155,8 +162,8 @@ mod tests {
     }
 
     #[test]
-    fn a_deletion_waits_for_the_cleanup_that_is_under_way() {
-        let mut container = ended("delete-waits");
+    fn a_deletion_waits_for_the_cleanup_in_progress() {
+        let mut container = exited_container("delete-waits");
         for client in [5, 6] {
             assert!(container.delete(client, Instant::now()).is_empty());
         }
@@ -169,9 +176,10 @@ mod tests {
     }
 
     #[test]
-    fn a_cleanup_that_failed_is_done_again_for_a_deletion_that_says_what_is_left() {
-        let mut container = ended("delete-again");
-        // A directory with a file in it can't be removed as a cgroup can.
+    fn a_deletion_repeats_a_failed_cleanup_and_reports_the_remaining_cgroup() {
+        let mut container = exited_container("delete-again");
+        // This directory is used as the container's cgroup. The directory contains a regular file,
+        // so the attempt to remove the cgroup fails.
         std::fs::create_dir(&container.spec.cgroup).unwrap();
         std::fs::write(container.spec.cgroup.join("file"), "").unwrap();
         assert!(container.cleaned_up(None).is_empty());

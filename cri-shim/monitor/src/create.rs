@@ -1,4 +1,5 @@
-//! A container's create: its stdio and its log are made, and the runtime runs on them.
+//! The creation of a container. The monitor opens the container's stdio and log, and runs the
+//! runtime's `create` with this stdio.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,8 +18,9 @@ use rrun_kernel::errno::describe;
 use rrun_protocol::{Create, Failure, FailureKind, Reply};
 
 impl Container {
-    /// Makes the stdio, and the command that creates the container on it. `after` is the pipe of
-    /// [`rrun_protocol::Request::Create`]; `wake` as in [`ContainerLog::open`].
+    /// Opens the container's log and stdio. Returns the container, and the runtime's `create`
+    /// command with this stdio. `after` is the pipe that [`rrun_protocol::Request::Create`]
+    /// describes. [`LogFile::open`](super::log_file::LogFile::open) describes `wake`.
     pub(crate) fn create(
         serial: u64,
         spec: Create,
@@ -30,23 +32,25 @@ impl Container {
             format!("{what} of container {id}: {}", describe(&error))
         };
         let log = ContainerLog::open(spec.log.clone(), wake)
-            .map_err(|error| failed("start the thread for the log", error))?;
+            .map_err(|error| failed("start the thread that writes the log", error))?;
         let mut container = Container::new(serial, spec, log);
         let stdio = if container.spec.terminal {
             let console = Console::open(serial)
-                .map_err(|errno| failed("make the console socket", errno.into()))?;
+                .map_err(|errno| failed("create the console socket", errno.into()))?;
             container.console = Some(console);
             Stdio::Log
         } else {
             let theirs = container.make_pipes();
-            Stdio::Container(theirs.map_err(|errno| failed("make the stdio", errno.into()))?)
+            Stdio::Container(
+                theirs.map_err(|errno| failed("create the stdio pipes", errno.into()))?,
+            )
         };
         let command = container.create_command(stdio, after);
         Ok((container, command))
     }
 
-    /// Keeps our ends of the container's stdio, and returns the container's: stdin, stdout and
-    /// stderr.
+    /// Creates the pipes of the container's stdio. Keeps the monitor's ends and returns the
+    /// container's ends, which are its stdin, stdout and stderr.
     fn make_pipes(&mut self) -> Result<[OwnedFd; 3], Errno> {
         let stdin = if self.spec.stdin {
             let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -59,7 +63,8 @@ impl Container {
         };
         let (stdout_ours, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
         let (stderr_ours, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
-        // Only our ends: the container's must block.
+        // Only the monitor's ends become non-blocking, because programs in the container expect
+        // blocking stdio.
         rustix::io::ioctl_fionbio(&stdout_ours, true)?;
         rustix::io::ioctl_fionbio(&stderr_ours, true)?;
         self.output.set_pipes(stdout_ours, stderr_ours);
@@ -77,7 +82,7 @@ impl Container {
             .input(after)
     }
 
-    /// The runtime's `create` has ended with this status.
+    /// Handles the exit of the runtime's `create`. `code` is the exit status of the `create`.
     pub(crate) fn create_ended(&mut self, client: ClientId, call: &Call, code: i32) -> Vec<Effect> {
         let console = self.console.take();
         let pid = read_pid(&self.pid_file());
@@ -103,7 +108,10 @@ impl Container {
             let reason = describe(&errno.into());
             Failure {
                 kind: FailureKind::Monitor,
-                message: format!("take the terminal of container {}: {reason}", self.id()),
+                message: format!(
+                    "receive the terminal of container {} from the runtime: {reason}",
+                    self.id()
+                ),
             }
         })?;
         let _ = rustix::io::ioctl_fionbio(&master, true);
@@ -113,7 +121,7 @@ impl Container {
 
     fn create_failure(&self, call: &Call, code: i32) -> Failure {
         let message = if code == 0 {
-            "the runtime made a container, but did not tell its pid".into()
+            "the runtime created the container, but wrote no valid pid file".into()
         } else {
             call.reason(code, self.output.stream(Stream::Stderr))
         };
@@ -129,7 +137,8 @@ impl Container {
             self.kill_all();
         }
         let created = Reply::Created { pid: self.pid };
-        // The answer first: the client's next request is looked at when all here is done.
+        // `Reply` is the first effect, so the client does not wait for `Watch`. This order is safe:
+        // the monitor carries out both effects before it processes the client's next request.
         vec![Effect::Reply(client, created), Effect::Watch(self.serial)]
     }
 }

@@ -1,4 +1,5 @@
-//! The rollback of a create that failed: nothing is left of the container, its empty log included.
+//! The rollback of a failed create request. The rollback removes everything that the request
+//! created for the container. A log file is removed only if the file is empty.
 
 use std::time::{Duration, Instant};
 
@@ -9,12 +10,13 @@ use super::effect::Effect;
 use rrun_kernel::cgroup;
 use rrun_protocol::{Failure, Reply};
 
-/// How long a failed create waits for the removal of its log's file, whose file system may hang.
+/// The maximum time for which the answer to a failed create request waits for the removal of the
+/// log's file. The time is limited, because the log's file system can hang.
 const LOG_REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Container {
-    /// The runtime's own cleanup after a failed create can't be relied upon, least of all if it
-    /// was killed.
+    /// Begins the rollback. The monitor does not rely on the runtime to clean up after a failed
+    /// create. For example, a killed runtime cleans up nothing.
     pub(crate) fn begin_rollback(&mut self, client: ClientId, failure: Failure) -> Vec<Effect> {
         self.kill_all();
         self.output.log().discard();
@@ -27,7 +29,8 @@ impl Container {
         vec![Effect::run(self.delete_command(), purpose)]
     }
 
-    /// The runtime's `delete` has ended, or could not be run.
+    /// Handles the exit of the runtime's `delete`, or an error that prevented the `delete` from
+    /// being run.
     pub(crate) fn rollback_ended(&mut self, client: ClientId, failure: Failure) -> Vec<Effect> {
         let _ = cgroup::kill(&self.spec.cgroup);
         let _ = cgroup::remove_tree(&self.spec.cgroup);
@@ -39,7 +42,8 @@ impl Container {
         self.continue_rollback()
     }
 
-    /// Answers the failed create once its log is gone, too.
+    /// Answers the client of the failed create request once the container's log has been removed or
+    /// the deadline has passed.
     pub(crate) fn continue_rollback(&mut self) -> Vec<Effect> {
         let log = self.output.log();
         let is_over =
@@ -60,11 +64,11 @@ mod tests {
     use rrun_protocol::FailureKind;
 
     #[test]
-    fn a_failed_create_is_answered_after_the_runtime_has_cleaned_up() {
+    fn a_failed_create_request_is_answered_after_the_runtime_has_cleaned_up() {
         let mut container = Container::for_test("rollback");
         let failure = Failure {
             kind: FailureKind::Runtime,
-            message: "no such luck".into(),
+            message: "disk quota exceeded".into(),
         };
         let effects = container.begin_rollback(3, failure.clone());
         assert!(matches!(
@@ -75,7 +79,7 @@ mod tests {
         let [Effect::Reply(3, Reply::Error(failure)), Effect::Forget(1)] = &effects[..] else {
             panic!("{effects:?}");
         };
-        assert_eq!(failure.message, "no such luck");
+        assert_eq!(failure.message, "disk quota exceeded");
         std::fs::remove_dir_all(&container.spec.bundle).unwrap();
     }
 }

@@ -1,8 +1,10 @@
-//! Killing one process of a container with all that came from it, where it has no cgroup of its
-//! own ([`super::exec_cgroup`]).
+//! Kills one process of a container together with all processes that this process started. The
+//! monitor uses this module if an exec has no separate cgroup ([`super::exec_cgroup`]).
 //!
-//! They are stopped before they are killed, so that none forks away meanwhile and none loses the
-//! parent by which we find it. What has become a session of its own and lost that parent is missed.
+//! The monitor first searches for all these processes and stops each of them with SIGSTOP. Then the
+//! monitor kills all of them. A stopped process cannot fork during the search. A stopped process
+//! also remains the parent of its children, so the search finds the children. The search does not
+//! find a process that has created its own session and whose parent has exited.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -11,17 +13,19 @@ use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// How deep below the container's cgroup we look: cgroups that the container made.
+/// The maximum depth, below the container's cgroup, of the nested cgroups in which the monitor
+/// searches for processes. A container can create nested cgroups, and move its processes into them.
 const MAX_CGROUP_DEPTH: u32 = 16;
 
-/// How often we look for what was forked while we looked.
+/// The maximum number of searches for processes in the container's cgroup. Processes can fork
+/// during a search. The next search then finds the new processes.
 const MAX_PASSES: usize = 16;
 
-/// The most processes that are stopped before the first is killed; what is found beyond dies at
-/// once.
+/// The maximum number of processes that remain stopped during the search. The monitor kills any
+/// further process immediately.
 const MAX_STOPPED: usize = 512;
 
-/// A process as /proc/PID/stat has it (proc_pid_stat(5)).
+/// The properties of a process that the monitor reads from /proc/PID/stat (proc_pid_stat(5)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: i32,
@@ -35,7 +39,9 @@ impl Process {
         Process::parse(pid, &stat)
     }
 
-    /// The name, in brackets, can hold anything, brackets too.
+    /// Parses the contents of /proc/PID/stat. The process name in this file is in parentheses, and
+    /// can itself contain parentheses. For this reason, the last closing parenthesis in the file is
+    /// the end of the name.
     fn parse(pid: i32, stat: &[u8]) -> Option<Self> {
         let name_end = stat.iter().rposition(|byte| *byte == b')')?;
         let rest = std::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
@@ -50,8 +56,11 @@ impl Process {
     }
 }
 
-/// Kills `leader`, which must be our unreaped child, the processes of `cgroup` that are in its
-/// session or descend from it, and none of `init`'s session. False if there seemed to be no end.
+/// Kills the process `leader`, which must be an unreaped child of the monitor. Also kills the
+/// descendants of `leader` in `cgroup`, and the processes of `cgroup` in the session of `leader`.
+/// `init` is the container's first process. If `init` is in the session of `leader`, `kill` kills
+/// only `leader` and its descendants. Returns false if even the last of [`MAX_PASSES`] searches
+/// found new processes.
 pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     let session = |pid| Process::read(pid).map(|process| process.session);
     let own = session(leader).filter(|own| session(init) != Some(*own));
@@ -92,7 +101,9 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     complete
 }
 
-/// Stops a process and holds on to it, if it is still the one that was seen.
+/// Stops a process with SIGSTOP and returns a pidfd for it. `seen` contains the earlier properties
+/// of the process, from the search in the cgroup. Returns `None` if the pid no longer exists. Also
+/// returns `None` if the pid now belongs to a process in another session.
 fn stop(pid: i32, seen: Option<Process>) -> Option<OwnedFd> {
     let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
     if let Some(seen) = seen
@@ -127,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_name_can_hold_brackets() {
+    fn a_process_name_can_contain_parentheses() {
         let stat = b"7 (a) b) S 3) R 12 13 14 34816 7 4194560 105 0";
         let process = Process::parse(7, stat).unwrap();
         assert_eq!((process.parent, process.session), (12, 14));

@@ -1,7 +1,9 @@
-//! Descriptors that a process inherited and must not keep.
+//! Closes the descriptors that a process has inherited.
 
-/// Closes every descriptor from this one on. Only for a process that owns none of them.
+/// Closes all descriptors whose number is at least `first`. No `OwnedFd` of the process may own any
+/// of these descriptors.
 pub(crate) fn close_from(first: u32) {
-    // SAFETY: close_range(2) takes no pointers; the caller owns none of the descriptors.
+    // SAFETY: close_range(2) has no pointer arguments, and the caller guarantees that no `OwnedFd`
+    // owns any of the descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0u32) };
 }

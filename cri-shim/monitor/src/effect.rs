@@ -1,8 +1,9 @@
-//! What a change of a container's state brings about outside of it.
+//! The effects that a change of a container's state has outside the container.
 //!
-//! A container's methods only change its state (and its files and cgroup), and return what else is
-//! to be done. `serve` does that, in the order given. So a container knows neither the clients nor
-//! the loop, and its life can be tested without either.
+//! A container's methods change only the container's own state, files and cgroup. The methods
+//! return all further effects as values, and `serve` carries out these effects in the given order.
+//! For this reason, the container's code does not depend on the clients or the event loop. Tests
+//! can call this code without clients and an event loop.
 
 use std::os::fd::OwnedFd;
 
@@ -13,24 +14,26 @@ use rrun_protocol::{Event, Failure, FailureKind, Reply};
 
 #[derive(Debug)]
 pub(crate) enum Effect {
-    /// Send this, after which the connection stays.
+    /// Send this reply to the client and keep the connection open.
     Send {
         client: ClientId,
         reply: Reply,
         fds: Vec<OwnedFd>,
     },
-    /// Send the one answer that ends a connection.
+    /// Send this last answer to the client, and then close the connection.
     Reply(ClientId, Reply),
     Disconnect(ClientId),
-    /// Send this to every subscriber.
+    /// Send this event to every subscriber.
     Publish(Event),
     Run(Box<RuntimeCommand>, Purpose),
-    /// Leave the runtime that starts this container little time: its first process has ended.
+    /// Shorten the deadline of the runtime's `start` for this container. The container's first
+    /// process has already exited.
     ShortenStart(u64),
-    /// Watch this container's output and out-of-memory kills: it has been created. If its first
-    /// process has ended already, this claims its exit status and begins the termination.
+    /// Watch the output and the out-of-memory kills of this container, which has been created. If
+    /// the container's first process has already exited, the monitor also begins the container's
+    /// termination. `early_exits` contains the exit status.
     Watch(u64),
-    /// Remove all that the monitor has of this container.
+    /// Remove everything that the monitor stores about this container.
     Forget(u64),
 }
 

@@ -1,4 +1,4 @@
-//! Processes that are started in a running container.
+//! Execs, which are processes that clients start in a running container.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -24,15 +24,15 @@ use rrun_protocol::{Exec, FailureKind};
 /// All execs of the pod.
 #[derive(Default)]
 pub(crate) struct Execs {
-    /// By their numbers, those whose runtime is at work.
+    /// The execs whose runtime call is still in progress, with the exec's number as the key.
     starting: BTreeMap<u64, StartingExec>,
-    /// By their pids, those that run.
+    /// The running execs, with the pid of the exec's first process as the key.
     running: BTreeMap<i32, ExecProcess>,
-    /// The cgroups of execs that have ended and left something behind.
+    /// The cgroups of execs that have exited and left processes behind.
     leftovers: BTreeMap<u64, LeftoverCgroup>,
 }
 
-/// An exec whose runtime is still at work.
+/// An exec whose runtime call is still in progress.
 pub(crate) struct StartingExec {
     client: ClientId,
     pid_file: PathBuf,
@@ -40,7 +40,7 @@ pub(crate) struct StartingExec {
     scope: Scope,
 }
 
-/// An exec's process.
+/// A running exec, with the pid of its first process.
 pub(crate) struct ExecProcess {
     client: ClientId,
     pid: i32,
@@ -50,31 +50,35 @@ pub(crate) struct ExecProcess {
 /// An exec that the runtime has started.
 pub(crate) struct StartedExec {
     pub(crate) process: ExecProcess,
-    /// The terminal's master, if there is one, or why it could not be had.
+    /// The terminal's master. `Ok(None)` if the exec has no terminal. `Err` if the monitor could
+    /// not receive the master.
     pub(crate) terminal: Result<Option<OwnedFd>, Errno>,
 }
 
-/// An exec that the runtime did not start, or not in time.
+/// An exec whose runtime call failed or exceeded its deadline.
 pub(crate) struct FailedExec {
     client: ClientId,
     reason: String,
-    /// A runtime that was killed for its slowness may have got so far as to start the process.
+    /// The pid of the exec's process, if the runtime reported a pid. Even a failed exec may have a
+    /// process. For example, the runtime may already have started the process when the monitor
+    /// kills the runtime at the deadline.
     pid: Option<i32>,
     scope: Scope,
 }
 
-/// Where an exec's processes are.
+/// The data with which the monitor finds and kills an exec's processes.
 struct Scope {
-    /// The container's first process and its cgroup.
+    /// The pid of the container's first process.
     init: i32,
+    /// The path of the container's cgroup.
     container: PathBuf,
-    /// The exec's own cgroup, where there could be one.
+    /// The separate cgroup of the exec. `None` if the monitor has not created this cgroup.
     own: Option<ExecCgroup>,
 }
 
 impl Execs {
-    /// Begins an exec. `number` is given once in the monitor's life, `dir` is the monitor's,
-    /// `fds` are the process's stdio.
+    /// Begins an exec. `number` identifies the exec within the monitor. `dir` is the monitor's
+    /// directory. `fds` are the stdio of the exec's process.
     pub(crate) fn begin(
         &mut self,
         number: u64,
@@ -86,11 +90,13 @@ impl Execs {
     ) -> Vec<Effect> {
         let id = &exec.id;
         if !matches!(container.state, State::Running) {
-            let message = format!("exec in container {id}: it is not running");
+            let message = format!("exec in container {id}: the container is not running");
             return vec![Effect::fail(client, FailureKind::WrongState, message)];
         }
         let pid_file = dir.join(format!("exec-{number}.pid"));
-        // What runs in a kernel of its own is in no cgroup of this one.
+        // A container that is not native ([`Create::native`](rrun_protocol::Create::native)) runs
+        // on a separate kernel. The cgroups of the node's kernel do not contain the container's
+        // processes. For this reason, the monitor creates no cgroup for the exec.
         let own = if container.spec.native {
             ExecCgroup::make(&container.spec.cgroup, number)
         } else {
@@ -120,7 +126,7 @@ impl Execs {
         }
     }
 
-    /// Takes an exec whose runtime has ended, or could not be run.
+    /// Removes and returns an exec whose runtime call has ended or could not be started.
     pub(crate) fn take_starting(&mut self, number: u64) -> Option<StartingExec> {
         self.starting.remove(&number)
     }
@@ -129,12 +135,13 @@ impl Execs {
         self.running.insert(process.pid, process);
     }
 
-    /// Takes an exec whose process has ended.
+    /// Removes and returns an exec whose process has exited.
     pub(crate) fn take_running(&mut self, pid: i32) -> Option<ExecProcess> {
         self.running.remove(&pid)
     }
 
-    /// The client is gone, and so nobody is left to end or read its process.
+    /// Kills the execs of a client that has disconnected. No other client can read the output of
+    /// these execs or stop them.
     pub(crate) fn client_gone(&mut self, client: ClientId) {
         for process in self.running.values() {
             if process.client == client {
@@ -143,7 +150,8 @@ impl Execs {
         }
     }
 
-    /// Removes an exec's cgroup now, or when what was left in it has ended.
+    /// Removes the cgroup of an exec that has ended. If the cgroup still contains processes,
+    /// removes it as soon as these processes have exited.
     pub(crate) fn remove_cgroup(
         &mut self,
         cgroup: Option<ExecCgroup>,
@@ -170,15 +178,17 @@ impl Execs {
         }
     }
 
-    /// The container whose cgroup this is has been removed.
+    /// Stops watching the leftover exec cgroups of a container that has been removed. `cgroup` is
+    /// the container's cgroup.
     pub(crate) fn container_gone(&mut self, cgroup: &Path) {
         self.leftovers
             .retain(|_, leftover| !leftover.is_below(cgroup));
     }
 }
 
-/// The runtime's command, and the socket on which it sends the terminal, if there is one.
-/// `cgroup` is relative to the container's.
+/// Returns the runtime's `exec` command. For an exec with a terminal, also returns the socket on
+/// which the runtime sends the terminal's master. `cgroup` is the path of the exec's cgroup
+/// relative to the container's cgroup.
 fn exec_command(
     container: &Container,
     number: u64,
@@ -194,7 +204,9 @@ fn exec_command(
         Err(none) if none.is_empty() && exec.terminal => Stdio::Log,
         other => {
             let count = other.map_or_else(|fds| fds.len(), |fds| fds.len());
-            let message = format!("{count} descriptors came with the request");
+            let message = format!(
+                "the request carries {count} descriptors, but it must carry 3 without a terminal, or 0 with a terminal"
+            );
             return Err(std::io::Error::other(message));
         }
     };
@@ -216,7 +228,7 @@ impl StartingExec {
         self.client
     }
 
-    /// The runtime has ended with this status.
+    /// Handles the exit of the runtime's `exec`. `code` is the exit status of the `exec`.
     pub(crate) fn finish(self, call: &Call, code: i32) -> Result<StartedExec, FailedExec> {
         let pid = read_pid(&self.pid_file);
         let _ = std::fs::remove_file(&self.pid_file);
@@ -229,7 +241,7 @@ impl StartingExec {
             }
             pid => {
                 let reason = if code == 0 {
-                    "the runtime started a process, but did not tell its pid".into()
+                    "the runtime started the process, but wrote no valid pid file".into()
                 } else {
                     call.reason(code, None)
                 };
@@ -249,17 +261,19 @@ impl FailedExec {
         self.client
     }
 
-    /// Why it failed.
+    /// Returns the reason why the exec failed.
     pub(crate) fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// The process, if the runtime got so far as to start it.
+    /// Returns the pid of the exec's process, if the runtime reported a pid.
     pub(crate) fn pid(&self) -> Option<i32> {
         self.pid
     }
 
-    /// Kills what there is of it, and returns its cgroup. `reaped`: its first process is gone.
+    /// Kills the exec's processes, and returns the exec's cgroup. `reaped` is true if the monitor
+    /// has reaped the exec's first process. The pid of the first process can then belong to another
+    /// process, so this function kills only the processes in the exec's cgroup.
     pub(crate) fn kill(self, reaped: bool) -> Option<ExecCgroup> {
         match self.pid {
             Some(pid) if !reaped => self.scope.kill(pid),
@@ -282,25 +296,29 @@ impl ExecProcess {
         self.pid
     }
 
-    /// Kills the process, which has not been reaped, and what came from it.
+    /// Kills the exec's first process, and all processes that the first process started. The
+    /// monitor must not have reaped the first process yet.
     pub(crate) fn kill(&self) {
         self.scope.kill(self.pid);
     }
 
-    /// Its cgroup, once it has ended.
+    /// Returns the cgroup of an exec whose process has exited.
     pub(crate) fn into_cgroup(self) -> Option<ExecCgroup> {
         self.scope.own
     }
 }
 
 impl Scope {
-    /// Kills the exec's first process, which has not been reaped, and what came from it.
+    /// Kills the exec's first process, which has this pid and must not have been reaped. Also kills
+    /// all processes that the first process started.
     fn kill(&self, pid: i32) {
         if self.own.as_ref().is_some_and(ExecCgroup::kill) {
             return;
         }
         if !descendants::kill(&self.container, pid, self.init) {
-            own_log::write(&format!("exec {pid} forks faster than it can be killed"));
+            own_log::write(&format!(
+                "kill the exec process {pid} and its descendants: they fork faster than the monitor can kill them"
+            ));
         }
     }
 }

@@ -1,10 +1,13 @@
-//! A cgroup for each exec, below the container's: what the exec starts can be killed as one, and
-//! can't leave by setsid(2) and a second fork.
+//! A separate cgroup for each exec, below the container's cgroup. Through this cgroup, the monitor
+//! can kill all processes of the exec. Even a process that calls setsid(2) and forks again remains
+//! in the cgroup.
 //!
-//! No controller is enabled for it, so that it may stand beside the container's own processes
-//! (cgroup-v2.rst, "No Internal Process Constraint"), and all that is counted or limited is so
-//! in the container's. Inside, the program sees it as its cgroup. A daemon that a command leaves
-//! behind on purpose keeps it; it goes when that ends.
+//! No controller is enabled for the exec's cgroup. For this reason, the container's cgroup can
+//! contain both processes and the exec's cgroup (cgroup-v2.rst, "No Internal Process Constraint").
+//! The container's limits also apply to the exec. The kernel adds the exec's resource usage to the
+//! usage of the container's cgroup. The exec's processes see the exec's cgroup in
+//! /proc/self/cgroup. A command can leave a daemon behind on purpose. The daemon then remains in
+//! the exec's cgroup. When the daemon exits, the monitor removes this cgroup.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,10 +18,12 @@ use rustix::fs::Mode;
 
 use rrun_kernel::cgroup;
 
-/// The most leftover cgroups that are watched; the rest go with their containers.
+/// The maximum number of leftover cgroups that the monitor watches. A leftover cgroup is the cgroup
+/// of an exited exec that still contains processes. The monitor does not watch any further leftover
+/// cgroups, and removes them only together with the cgroup of their container.
 pub(crate) const MAX_LEFTOVERS: usize = 64;
 
-/// Removed when it is dropped, if it is empty then.
+/// The cgroup of an exec. Dropping the `ExecCgroup` removes the cgroup if it is empty.
 #[derive(Debug)]
 pub(crate) struct ExecCgroup {
     path: PathBuf,
@@ -26,9 +31,10 @@ pub(crate) struct ExecCgroup {
 }
 
 impl ExecCgroup {
-    /// `number` has never been given for this container. None where the container's cgroup can
-    /// have no such one below it: there is no cgroup v2, the container has made its own a
-    /// threaded one or bounded how many there are below. Then the exec does without.
+    /// Creates the cgroup for the exec with this number. Returns `None` if the node has no cgroup
+    /// v2 or the container's cgroup is threaded. Also returns `None` if the container has limited
+    /// the number of its child cgroups. Without a separate cgroup, the exec's processes are in the
+    /// container's cgroup.
     pub(crate) fn make(container: &Path, number: u64) -> Option<Self> {
         let name = format!("rrun-exec-{number}");
         let path = container.join(&name);
@@ -40,17 +46,19 @@ impl ExecCgroup {
         (kind.get(..length) == Some(b"domain\n")).then_some(made)
     }
 
-    /// From the container's cgroup.
+    /// Returns the cgroup's name, which is its path relative to the container's cgroup.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Kills all in it. False if there was nothing: a runtime may not do as its `--cgroup` says.
+    /// Kills all processes in the cgroup. Returns false if the cgroup was empty or the kill failed.
+    /// The cgroup is empty if the runtime ignores the option `--cgroup`.
     pub(crate) fn kill(&self) -> bool {
         cgroup::is_populated(&self.path) && cgroup::kill(&self.path).is_ok()
     }
 
-    /// What is left in it once its first process has ended, if anything.
+    /// Removes the cgroup and returns `None`, if the cgroup is empty. Returns the cgroup, if the
+    /// cgroup still contains processes. The exec's first process must have exited.
     pub(crate) fn into_leftover(self) -> Option<LeftoverCgroup> {
         if cgroup::remove_tree(&self.path).is_ok() {
             return None;
@@ -62,12 +70,14 @@ impl ExecCgroup {
 
 impl Drop for ExecCgroup {
     fn drop(&mut self) {
-        // One that is still in use goes with the container's, and one that is gone needs nothing.
+        // An error of rmdir(2) can be ignored. If the cgroup still contains processes, the monitor
+        // removes it later, together with the container's cgroup. If the cgroup no longer exists,
+        // it need not be removed.
         let _ = rustix::fs::rmdir(&self.path);
     }
 }
 
-/// A cgroup whose exec has ended and left something running.
+/// The cgroup of an exec that has exited and left processes running.
 #[derive(Debug)]
 pub(crate) struct LeftoverCgroup {
     own: ExecCgroup,
@@ -75,8 +85,9 @@ pub(crate) struct LeftoverCgroup {
 }
 
 impl LeftoverCgroup {
-    /// Whether it is gone: it was empty and has been removed, or its container has. If not, the
-    /// kernel tells when that changes.
+    /// Removes the cgroup if it is empty. Returns true if the cgroup no longer exists. If the
+    /// cgroup still exists, the kernel reports the cgroup's next change through the descriptor
+    /// [`Self::as_fd`].
     pub(crate) fn is_gone(&self) -> bool {
         let mut text = [0; 128];
         let populated = match self.events.read_at(&mut text, 0) {
@@ -93,7 +104,8 @@ impl LeftoverCgroup {
     }
 }
 
-/// The kernel says `POLLPRI` when cgroup.events has changed since it was read.
+/// The descriptor of the file cgroup.events. The kernel reports `POLLPRI` when the file has changed
+/// since the last read.
 impl AsFd for LeftoverCgroup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()

@@ -1,4 +1,4 @@
-//! How processes end, and the record that a container's end leaves on the disk.
+//! Exit statuses of processes, and the exit record that is stored on disk for each container.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,11 +9,12 @@ use rustix::process::WaitStatus;
 
 use rrun_protocol::ExitRecord;
 
-/// The record's name in the bundle.
+/// The name of the exit record in the bundle.
 const RECORD: &str = "exit.json";
 const TEMPORARY_RECORD: &str = "exit.json.tmp";
 
-/// An exit status as a shell would give it.
+/// Returns the exit status of a process as a shell reports it. If a signal killed the process, the
+/// exit status is 128 plus the signal's number.
 pub(crate) fn code(status: WaitStatus) -> i32 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code,
@@ -22,7 +23,7 @@ pub(crate) fn code(status: WaitStatus) -> i32 {
     }
 }
 
-/// Nanoseconds since the epoch.
+/// Returns the current time in nanoseconds since the epoch.
 pub(crate) fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -31,18 +32,19 @@ pub(crate) fn now() -> i64 {
         .unwrap_or(0)
 }
 
-/// Puts the record on the disk whole or not at all.
+/// Writes the exit record to disk, either completely or not at all.
 pub(crate) fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
     let temporary = bundle.join(TEMPORARY_RECORD);
     let mut file = File::create(&temporary)?;
     file.write_all(&serde_json::to_vec(exit)?)?;
     file.sync_all()?;
     std::fs::rename(&temporary, bundle.join(RECORD))?;
-    // The name, too, must outlive a crash of the machine.
+    // Syncing the directory makes sure that the record's directory entry survives a crash of the
+    // machine.
     File::open(bundle)?.sync_all()
 }
 
-/// Removes the record; it need not be there.
+/// Removes the container's exit record if it exists.
 pub(crate) fn forget(bundle: &Path) {
     for name in [RECORD, TEMPORARY_RECORD] {
         let _ = std::fs::remove_file(bundle.join(name));

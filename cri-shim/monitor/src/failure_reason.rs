@@ -1,19 +1,22 @@
-//! Why a runtime failed: the sentence for the client, found in the runtime's log.
+//! Searches the runtime's log for the reason why a runtime call failed. The reason is a sentence
+//! for the client.
 
 use serde::Deserialize;
 
-/// The longest reason.
+/// The maximum length of a reason in bytes.
 const MAX_REASON_BYTES: usize = 2 << 10;
 
-/// A runtime's log line: runc's form, which all others follow.
+/// A line of a runtime's log in runc's JSON format, which all other runtimes use, too.
 #[derive(Deserialize)]
 struct LogLine {
     level: String,
     msg: String,
 }
 
-/// The last error-level message of a log of JSON lines. Without one it is the plain text at the
-/// log's end, all lines of it: the first often says what was being done, the last only where.
+/// Returns the last error-level message of a log with JSON lines. If the log contains no such
+/// message, returns all plain-text lines at the end of the log. The last line alone is not enough,
+/// because it often names only a place in the runtime's source code. The first of the plain-text
+/// lines often names the failed action.
 pub(crate) fn last_error(log: &[u8]) -> Option<String> {
     let mut plain: Vec<String> = Vec::new();
     let mut plain_ended = false;
@@ -24,7 +27,8 @@ pub(crate) fn last_error(log: &[u8]) -> Option<String> {
                 return Some(bounded(&joined(&lines)));
             }
             Ok(_) => plain_ended = !plain.is_empty(),
-            // The beginning of a JSON line may be cut off.
+            // Skip plain text that is not at the end of the log. Also skip a JSON line whose
+            // beginning is missing: the monitor reads only the end of a long log.
             Err(_) if plain_ended || line.ends_with(b"\"}") => {}
             Err(_) => {
                 let text = String::from_utf8_lossy(line).trim().to_owned();
@@ -38,7 +42,7 @@ pub(crate) fn last_error(log: &[u8]) -> Option<String> {
     (!plain.is_empty()).then(|| bounded(&joined(&plain)))
 }
 
-/// Several lines as one.
+/// Joins several lines into one line.
 fn joined<T: AsRef<str>>(lines: &[T]) -> String {
     let mut all = String::new();
     for line in lines
@@ -89,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_several_lines_is_told_whole() {
+    fn an_error_of_several_lines_is_reported_completely() {
         let log = br#"{"level":"error","msg":"update cpu.max:\n  write: invalid\n"}
 {"level":"warning","msg":"bye"}
 "#;
@@ -97,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_bounded_at_a_character() {
+    fn a_long_reason_is_cut_at_a_character_boundary() {
         let long = "é".repeat(MAX_REASON_BYTES);
         assert_eq!(bounded(&long).len(), MAX_REASON_BYTES);
         assert_eq!(bounded(&format!("a{long}")).len(), MAX_REASON_BYTES - 1);

@@ -1,7 +1,8 @@
-//! A client that follows a container's output as it goes to the log.
+//! A client that receives a copy of a container's output, in parallel with the log.
 //!
-//! It has pipes of its own, into which everything is written that fits. What does not is left
-//! out: a client that does not read costs its pipes, and the container nothing.
+//! The monitor writes only as much as fits into the client's pipes, and omits the rest of the
+//! output. A client that does not read fills only its own pipes, and does not slow down the
+//! container.
 
 use std::os::fd::OwnedFd;
 
@@ -11,7 +12,8 @@ use super::connection::ClientId;
 use super::container_log::Stream;
 use rrun_protocol::{Reply, omission_notice};
 
-/// A pipe that overflowed is written to again when it has at most this in it.
+/// When a client's pipe is full, the monitor stops writing to the pipe. The monitor continues when
+/// the pipe contains at most this many bytes.
 const RESUME_BELOW_BYTES: u64 = 16 << 10;
 
 /// An attached client.
@@ -24,14 +26,15 @@ pub(crate) struct Follower {
 /// A pipe to a client.
 struct ClientPipe {
     pipe: OwnedFd,
-    /// Bytes left out since the last notice.
+    /// The number of bytes of output that the monitor has omitted since its last notice.
     omitted: u64,
-    /// The end of a notice's lines.
+    /// The line ending that the monitor writes before and after a notice.
     newline: &'static str,
 }
 
 impl Follower {
-    /// The pipes do not block. `newline` ends lines of the container's output.
+    /// Creates a follower. The pipes must be non-blocking. `newline` is the line ending of the
+    /// container's output.
     pub(crate) fn new(
         client: ClientId,
         stdout: Option<OwnedFd>,
@@ -54,7 +57,7 @@ impl Follower {
         self.client
     }
 
-    /// Passes on what was read, as far as the client keeps up.
+    /// Writes as many of the bytes to the client's pipe as fit into it.
     pub(crate) fn write(&mut self, stream: Stream, bytes: &[u8]) {
         let pipe = match stream {
             Stream::Stdout => &mut self.stdout,
@@ -65,7 +68,8 @@ impl Follower {
         }
     }
 
-    /// Closes the pipes, and returns what the client needs to know of the streams' ends.
+    /// Closes the pipes, and returns the message that reports how many bytes were omitted at the
+    /// end of each stream.
     pub(crate) fn end(self) -> Reply {
         let omitted = |pipe: &Option<ClientPipe>| pipe.as_ref().map_or(0, |pipe| pipe.omitted);
         Reply::Ended {
@@ -76,7 +80,7 @@ impl Follower {
 }
 
 impl ClientPipe {
-    /// False when nobody reads the pipe any more.
+    /// Writes bytes to the client's pipe. Returns false if the client has closed the pipe.
     fn write(&mut self, mut bytes: &[u8]) -> bool {
         if self.omitted > 0 && !self.write_notice() {
             self.omitted += bytes.len() as u64;
@@ -96,8 +100,9 @@ impl ClientPipe {
         true
     }
 
-    /// Writes how much is missing, once there is room for more than that. A pipe takes so short a
-    /// text whole or not at all.
+    /// Writes a notice about the omitted bytes if the pipe has enough room. Returns whether the
+    /// notice was written. The notice is shorter than PIPE_BUF, so the pipe accepts it either
+    /// completely or not at all (pipe(7)).
     fn write_notice(&mut self) -> bool {
         if rustix::io::ioctl_fionread(&self.pipe).is_ok_and(|held| held > RESUME_BELOW_BYTES) {
             return false;
@@ -118,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_client_that_does_not_read_loses_output_and_is_told_so() {
+    fn a_client_that_does_not_read_loses_output_and_receives_a_notice() {
         let (read, pipe) = rustix::pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&pipe, true).unwrap();
         let mut pipe = ClientPipe {
@@ -143,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_is_gone_is_noticed() {
+    fn a_write_detects_a_client_that_has_disconnected() {
         let (read, pipe) = rustix::pipe::pipe().unwrap();
         drop(read);
         let mut pipe = ClientPipe {

@@ -1,10 +1,12 @@
 //! A container's log file, and the thread that writes it.
 //!
-//! A file system can hang (a frozen disk, a server that does not answer), and whoever writes to it
-//! hangs, past every signal. The loop that looks after the whole pod therefore never touches a
-//! log's file: it leaves lines here, as many as there is room for, and a thread of the log's own
-//! writes them. A log that hangs stalls its container's output and nothing else. Lines that come
-//! while the thread writes go with its next write(2), all at once.
+//! A file system can hang, for example because its disk is frozen or its file server does not
+//! respond. A thread that writes to such a file system hangs, too, and no signal can interrupt the
+//! thread. The event loop serves the whole pod. For this reason, the event loop never accesses a
+//! log file, but stores lines in a mailbox of limited size. Each log has its own thread, which
+//! writes the lines to the log's file. A log that hangs blocks only the output of its container.
+//! While the thread is in a write(2), further lines can arrive. The thread writes all these lines
+//! with its next write(2).
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind::AlreadyExists;
@@ -20,16 +22,18 @@ use rustix::io::Errno;
 use super::timestamp::Timestamp;
 use rrun_kernel::regular_file::{self, Unfit};
 
-/// Bytes that may wait for the file; beyond that the container's pipes are not read.
+/// The number of waiting bytes at which the mailbox is full. While the mailbox is full, the event
+/// loop does not read the container's output.
 const MAX_PENDING_BYTES: usize = 256 << 10;
 
-/// A buffer with a larger capacity than this, in bytes, goes back to the heap when it is empty.
+/// The capacity in bytes above which the log's thread frees an empty buffer.
 const MAX_IDLE_CAPACITY: usize = 32 << 10;
 
-/// The thread's stack; it calls little.
+/// The stack size in bytes of the thread that writes the log. The thread needs little stack.
 const STACK_BYTES: usize = 64 << 10;
 
-/// The loop's side of a log's file. When it is dropped the thread writes what waits, and ends.
+/// The handle through which the monitor's event loop uses a container's log file. When the handle
+/// is dropped, the log's thread writes the waiting lines and exits.
 pub(crate) struct LogFile {
     shared: Arc<Shared>,
 }
@@ -38,23 +42,24 @@ struct Shared {
     path: PathBuf,
     mailbox: Mutex<Mailbox>,
     work: Condvar,
-    /// An eventfd(2) that the loop waits for.
+    /// The eventfd(2) through which the log's thread wakes the event loop.
     wake: Arc<OwnedFd>,
 }
 
-/// What the two sides leave for each other.
+/// The state through which the event loop and the log's thread communicate.
 #[derive(Default)]
 struct Mailbox {
-    /// Whole lines for the file.
+    /// Complete lines that wait to be written to the file.
     pending: Vec<u8>,
     lines: u64,
     reopen: bool,
     discard: bool,
     discarded: bool,
     close: bool,
-    /// The thread has nothing to do and waits.
+    /// True while the log's thread waits for work.
     idle: bool,
-    /// The loop wants to be woken when the thread is done with something.
+    /// True if the event loop waits for the log's thread. The thread wakes the event loop when the
+    /// thread is idle or the mailbox has room.
     wake_loop: bool,
     opened: Option<Result<(), Unfit>>,
     reopened: Option<Result<(), Unfit>>,
@@ -67,8 +72,10 @@ impl Shared {
 }
 
 impl LogFile {
-    /// Starts the thread, which opens the file. `wake` is written to when something is done that
-    /// the loop has been refused before.
+    /// Starts the log's thread, which opens the file. While the thread has not finished the
+    /// requested work, functions such as [`LogFile::is_written`] and [`LogFile::reopened`] return
+    /// false or `None`. When the thread has finished, it wakes the event loop through the eventfd
+    /// `wake`. The event loop then calls the function again.
     pub(crate) fn open(path: PathBuf, wake: &Arc<OwnedFd>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             path,
@@ -88,12 +95,14 @@ impl LogFile {
         &self.shared.path
     }
 
-    /// Whether the file could be opened at first; `None` while that is under way.
+    /// Returns the result of the first attempt to open the file. Returns `None` until the thread
+    /// has tried to open the file.
     pub(crate) fn opened(&self) -> Option<Result<(), Unfit>> {
         self.shared.mailbox().opened
     }
 
-    /// Whether more may come. If not, the loop is woken when it may.
+    /// Returns whether more lines can be appended. If the result is false, the log's thread wakes
+    /// the event loop when the mailbox has room again.
     pub(crate) fn has_room(&self) -> bool {
         let mut mailbox = self.shared.mailbox();
         let room = mailbox.pending.len() < MAX_PENDING_BYTES;
@@ -101,14 +110,16 @@ impl LogFile {
         room
     }
 
-    /// Lets `fill` append whole lines to what waits; it gives their number.
+    /// Calls `fill`, which appends complete lines to the waiting bytes and returns the number of
+    /// lines.
     pub(crate) fn append(&self, fill: impl FnOnce(&mut Vec<u8>) -> u64) {
         let mut mailbox = self.shared.mailbox();
         mailbox.lines += fill(&mut mailbox.pending);
         self.wake_writer(mailbox);
     }
 
-    /// Has the file opened again at its path once what waits is written.
+    /// Requests that the log's thread opens the file at its path again. The thread first writes the
+    /// waiting lines to the old file.
     pub(crate) fn reopen(&self) {
         let mut mailbox = self.shared.mailbox();
         mailbox.reopen = true;
@@ -117,29 +128,34 @@ impl LogFile {
         self.wake_writer(mailbox);
     }
 
-    /// What came of [`LogFile::reopen`]; `None` while that is under way.
+    /// Returns the result of the last [`LogFile::reopen`]. Returns `None` until the log's thread
+    /// has tried to reopen the file.
     pub(crate) fn reopened(&self) -> Option<Result<(), Unfit>> {
         let mut mailbox = self.shared.mailbox();
         mailbox.wake_loop |= mailbox.reopened.is_none();
         mailbox.reopened
     }
 
-    /// Has the file removed if it was made for this log and nothing is in it: kubelet counts a
-    /// container's attempts by its logs. Never mind if this is dropped before.
+    /// Requests the removal of the file by the log's thread. The thread removes the file only if
+    /// the file is empty and was created by this thread. An empty file must not remain: kubelet can
+    /// derive a container's restart count from the names of the container's log files. If this
+    /// handle is dropped before the removal, the file remains.
     pub(crate) fn discard(&self) {
         let mut mailbox = self.shared.mailbox();
         mailbox.discard = true;
         self.wake_writer(mailbox);
     }
 
-    /// Whether [`LogFile::discard`] has been done. If not, the loop is woken when it is.
+    /// Returns whether the log's thread has completed the request of [`LogFile::discard`]. If the
+    /// result is false, the thread wakes the event loop as soon as it has completed the request.
     pub(crate) fn is_discarded(&self) -> bool {
         let mut mailbox = self.shared.mailbox();
         mailbox.wake_loop |= !mailbox.discarded;
         mailbox.discarded
     }
 
-    /// Whether all is in the file. If not, the loop is woken when it is.
+    /// Returns whether all lines have been written to the file. If the result is false, the log's
+    /// thread wakes the event loop after it has written all lines.
     pub(crate) fn is_written(&self) -> bool {
         let mut mailbox = self.shared.mailbox();
         let written = mailbox.idle && mailbox.pending.is_empty() && !mailbox.reopen;
@@ -168,7 +184,8 @@ impl Drop for LogFile {
 fn write_loop(shared: &Shared) {
     let mut writer = LogWriter::default();
     let mut opened = writer.open(&shared.path);
-    // The server makes the log's directory, and perhaps is at it now.
+    // The CRI server creates the log's directory, but this thread can run before the directory
+    // exists. In this case, the thread creates the directory itself.
     if opened == Err(Errno::NOENT.into())
         && let Some(dir) = shared.path.parent()
         && std::fs::create_dir_all(dir).is_ok()
@@ -208,7 +225,8 @@ fn write_loop(shared: &Shared) {
             }
             mailbox.idle = true;
             if std::mem::take(&mut mailbox.wake_loop) {
-                // The counter of an eventfd does not fill up by ones.
+                // The result of the write is ignored. The write fails only if the eventfd's 64-bit
+                // counter overflows, which does not happen in practice.
                 let _ = rustix::io::write(&shared.wake, &1_u64.to_ne_bytes());
             }
             mailbox = shared
@@ -224,25 +242,29 @@ fn write_loop(shared: &Shared) {
     }
 }
 
-/// The file, and what did not get into it.
+/// The open file, and the number of lines that could not be written to it.
 #[derive(Default)]
 struct LogWriter {
     file: Option<File>,
-    /// There was no file at the path before.
+    /// True if the thread's last open created the file. False if the file already existed.
     created: bool,
-    /// Lines that could not be written since the last that could, and why.
+    /// The number of lines that have been lost since the last successful write.
     lost: u64,
+    /// The reason for the last failure to open or write the file.
     reason: Option<Unfit>,
-    /// Half a line stands at the end of the file.
+    /// True if the file ends with an incomplete line.
     torn: bool,
 }
 
 impl LogWriter {
-    /// Opens the file; if that fails, the old one stays in use. A pod may be able to write to the
-    /// directory, so this does not follow a link at the path, and opens only a regular file.
+    /// Opens the file. If opening fails, the old file remains in use. A pod can have write access
+    /// to the log's directory. For this reason, the function opens only a regular file, and does
+    /// not follow a symbolic link at the path.
     fn open(&mut self, path: &Path) -> Result<(), Unfit> {
         let mut opened = self.try_open(path);
-        // The file existed at the first open and was gone at the second: it was rotated.
+        // `try_open` first tries to create the file. If the file exists, `try_open` then opens the
+        // existing file. A log rotation between these two steps can move the file away, and
+        // `try_open` then fails with ENOENT. The second attempt creates the file.
         if opened
             .as_ref()
             .is_err_and(|unfit| *unfit == Errno::NOENT.into())
@@ -263,7 +285,8 @@ impl LogWriter {
     }
 
     fn try_open(&mut self, path: &Path) -> Result<File, Unfit> {
-        // Ours: `create_new` opens only a file that this call makes.
+        // `create_new` refuses an existing file, such as a link or a device that a pod has created.
+        // O_EXCL: the opened file is always new, so opening it by its path is safe.
         let created = OpenOptions::new()
             .append(true)
             .mode(0o640)
@@ -290,8 +313,9 @@ impl LogWriter {
         }
     }
 
-    /// Writes a batch. What can't be written is dropped and counted, and the count is the first
-    /// thing that is written when writing works again: a full disk must not stop the container.
+    /// Writes a batch of lines. A full disk must not stop the container, so the function drops and
+    /// counts lines that it cannot write. When writing works again, the function first writes a
+    /// notice with the number of lost lines.
     fn write(&mut self, batch: &[u8], lines: u64) {
         let Some(file) = self.file.as_mut() else {
             self.lost += lines;
@@ -332,13 +356,14 @@ fn notice(torn: bool, lost: u64, reason: Option<Unfit>) -> Vec<u8> {
 
 struct WriteFailed {
     errno: Errno,
-    /// Whole lines that did get into the file.
+    /// The number of complete lines that were written to the file.
     lines: u64,
-    /// The part of a line that got there could not be taken back.
+    /// True if the file ends with an incomplete line that the thread could not remove.
     torn: bool,
 }
 
-/// Writes all the bytes, or whole lines of them.
+/// Writes all bytes to the file. If a write fails in the middle of a line, the function removes the
+/// written part of this line from the file.
 fn write_whole(file: &mut File, bytes: &[u8]) -> Result<(), WriteFailed> {
     let mut written = 0;
     let errno = loop {
@@ -363,7 +388,8 @@ fn write_whole(file: &mut File, bytes: &[u8]) -> Result<(), WriteFailed> {
     })
 }
 
-/// Cuts the last bytes off a file that only we append to.
+/// Removes the last `count` bytes of a file to which only this monitor appends. Returns whether the
+/// removal succeeded.
 fn take_back(file: &mut File, count: u64) -> bool {
     file.stream_position()
         .and_then(|end| file.set_len(end.saturating_sub(count)))
@@ -377,7 +403,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lost_lines_are_counted_where_the_log_goes_on() {
+    fn the_number_of_lost_lines_is_logged_before_the_next_line() {
         let full = OpenOptions::new().append(true).open("/dev/full").unwrap();
         let mut writer = LogWriter {
             file: Some(full),
@@ -397,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_can_not_be_opened_says_why_and_one_that_can_is_written() {
+    fn a_log_either_reports_why_it_cannot_be_opened_or_is_written() {
         let wake =
             Arc::new(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap());
         let opened = |file: &LogFile| loop {
@@ -418,7 +444,7 @@ mod tests {
             1
         });
         while !file.is_written() {
-            // The eventfd is written to as soon as it is.
+            // The eventfd becomes readable as soon as the log has been written.
             rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
         }
         assert_eq!(std::fs::read(&path).unwrap(), b"one\n");
@@ -433,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_a_regular_file_and_no_link_to_one() {
+    fn a_log_must_be_a_regular_file_and_not_a_symbolic_link() {
         let dir = std::env::temp_dir().join(format!("rrun-log-kinds-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("log");

@@ -1,16 +1,22 @@
-//! One `rrun-monitor` process per pod: the parent of its containers.
+//! The `rrun-monitor` process, which exists once for each pod and is the parent of the pod's
+//! containers.
 //!
-//! The crate `rrun-protocol` is the whole contract between it and the CRI server. The process
-//! begins in `startup` and then stays in `serve`, a loop around epoll (`poller`) that knows
-//! everything else and that nothing else knows.
+//! The crate `rrun-protocol` defines the whole interface between the monitor and the CRI server.
+//! The module `startup` prepares the process and then calls `serve`. `serve` is the event loop, and
+//! waits for epoll events with `poller`. `serve` uses all other modules. Only `startup` uses
+//! `serve`.
 //!
-//! * What the loop keeps: `clients` with their `connection`s, runtime `calls`, `execs`, containers.
-//! * A `container`'s life: `create`, `create_rollback`, `control` (start, kill, update, delete),
-//!   `attach`, `termination`. These change its state and return `effect`s, which `serve` carries
-//!   out. Its `output` goes to the `container_log` and to `follower`s; `oom` is what is reported of
-//!   out-of-memory kills.
-//! * What they need of the kernel and the runtime: `runtime`, `readonly_exec`, `log_file`,
-//!   `console`, `exec_cgroup`, `descendants`, `exit`, `pause`.
+//! The event loop stores the `clients` with their `connection`s, the runtime `calls`, the `execs`
+//! and the containers.
+//!
+//! The life cycle of a `container` is implemented in `create`, `create_rollback`, `control` (start,
+//! kill, update, delete), `attach` and `termination`. Each of these modules changes the container's
+//! state and returns `effect`s. `serve` carries out the `effect`s. The module `output` passes a
+//! container's output to the `container_log` and to `follower`s. The module `oom` decides which
+//! out-of-memory kills are reported.
+//!
+//! The modules above call the kernel and the runtime through `runtime`, `readonly_exec`,
+//! `log_file`, `console`, `exec_cgroup`, `descendants`, `exit` and `pause`.
 
 mod attach;
 mod calls;

@@ -1,4 +1,4 @@
-//! Out-of-memory kills in a container's cgroup: what of them is reported, and when.
+//! Out-of-memory kills in a container's cgroup, and the decision when to report them.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 
 use rrun_kernel::cgroup::OomKills;
 
-/// At most one kill in this time is reported.
+/// The monitor reports an out-of-memory kill only if at least this time has passed since it
+/// detected the previous kill.
 const OOM_EVENT_INTERVAL: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 pub(crate) struct OomWatch {
-    /// None where the memory controller is not enabled, or the cgroup is gone.
+    /// The kernel's counter of out-of-memory kills. `None` if the memory controller is not enabled
+    /// or the cgroup no longer exists.
     count: Option<OomKills>,
     killed: bool,
-    reported_at: Option<Instant>,
+    last_kill_at: Option<Instant>,
 }
 
 impl OomWatch {
@@ -26,17 +28,21 @@ impl OomWatch {
         self.count = None;
     }
 
-    /// Becomes ready with `POLLPRI` when [`OomWatch::check`] could find something.
+    /// Returns a descriptor for which the kernel reports `POLLPRI` when the cgroup's counters have
+    /// changed. The event loop must then call [`OomWatch::check`].
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.count.as_ref().map(AsFd::as_fd)
     }
 
-    /// Whether the kernel has ever killed one of the container's processes for want of memory.
+    /// Returns whether the kernel has ever killed a process of the container because memory ran
+    /// out.
     pub(crate) fn has_killed(&self) -> bool {
         self.killed
     }
 
-    /// Whether the kernel has killed since the last check, and that is to be reported.
+    /// Returns true if the monitor must report an out-of-memory kill. The kill must have happened
+    /// after the last check, and at least [`OOM_EVENT_INTERVAL`] must have passed since the monitor
+    /// detected the previous kill.
     pub(crate) fn check(&mut self) -> bool {
         match self.count.as_mut().map(OomKills::rose) {
             None | Some(Ok(false)) => false,
@@ -52,7 +58,7 @@ impl OomWatch {
     }
 
     fn is_due(&mut self, now: Instant) -> bool {
-        let last = self.reported_at.replace(now);
+        let last = self.last_kill_at.replace(now);
         last.is_none_or(|last| now >= last + OOM_EVENT_INTERVAL)
     }
 }
@@ -62,12 +68,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kills_that_follow_each_other_are_reported_once() {
+    fn kills_in_quick_succession_are_reported_once() {
         let (mut watch, start) = (OomWatch::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         assert!(watch.is_due(start));
         assert!(!watch.is_due(after(9)));
-        // The interval begins again with each kill.
+        // Each kill restarts the interval, even if the kill is not reported.
         assert!(!watch.is_due(after(18)));
         assert!(watch.is_due(after(28)));
     }

@@ -1,4 +1,5 @@
-//! A container's output: read when it comes, and passed on to its log and to attached clients.
+//! A container's output. The monitor reads the output when it arrives, and passes it to the log and
+//! to attached clients.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -8,44 +9,49 @@ use super::effect::Effect;
 use super::follower::Follower;
 use rrun_protocol::{Failure, FailureKind, Reply};
 
-/// How often each stream is read at a container's end: a pipe holds much less, and a process
-/// outside the container that writes on must not keep us.
+/// The maximum number of reads from each stream after a container has exited. With 64 KiB for each
+/// read, 64 reads are more than enough to empty a pipe. A process outside the container could
+/// continue to write to the pipe. Without this limit, the monitor would then read from the pipe for
+/// ever.
 const MAX_DRAIN_READS: usize = 64;
 
-/// A read of this much or more found a pipe nearly full, which holds 64 KiB at first.
+/// If a read returns at least this many bytes, the pipe was nearly full. A new pipe has a capacity
+/// of 64 KiB.
 pub(crate) const LARGE_READ_BYTES: usize = 48 << 10;
 
-/// The size of a pipe that was found nearly full: the most that pipe(7) gives for the asking. The
-/// container's writer goes on while we leave it alone, and pays for the pages itself.
+/// The capacity in bytes to which the monitor enlarges a nearly full pipe. Without privileges, 1
+/// MiB is the maximum (pipe(7)). With a larger pipe, the container can continue to write while the
+/// monitor delays reading. The kernel charges the pipe's pages to the container's memory.
 const ENLARGED_PIPE_BYTES: usize = 1 << 20;
 
-/// The container's output and where it goes.
+/// The container's output streams, and the log and the clients that receive the output.
 pub(crate) struct Output {
     log: ContainerLog,
-    /// A pipe, or a terminal's master.
+    /// The reading end of the stdout pipe, or the master of the container's terminal.
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
-    /// The streams that are not watched while the log takes nothing.
+    /// The streams that the monitor does not watch, because the log accepts no more output.
     paused: Vec<Stream>,
-    /// The streams that have been given a larger pipe, if they could be.
+    /// The streams whose pipe the monitor has already tried to enlarge.
     enlarged: Vec<Stream>,
     followers: Vec<Follower>,
-    /// The clients that wait for the log to be opened again.
+    /// The clients that wait until the log has been reopened.
     reopening: Vec<ClientId>,
 }
 
-/// What became of a stream that was ready.
+/// The result of [`Output::ready`] for a stream.
 pub(crate) enum StreamState {
-    /// This many bytes were read; there may be more.
+    /// The number of bytes that were read. More bytes may be available.
     Read(usize),
-    /// There is nothing now, or nothing any more.
+    /// No bytes are available now, or the stream has ended.
     Idle,
-    /// The log takes nothing. The stream is not to be watched until [`Output::resume`].
+    /// The log accepts no more output. The monitor must not watch the stream until
+    /// [`Output::resume`] returns it.
     Paused,
 }
 
 impl Output {
-    /// Without streams yet.
+    /// Creates a container's output. The output has no streams yet.
     pub(crate) fn new(log: ContainerLog) -> Self {
         Output {
             log,
@@ -58,17 +64,18 @@ impl Output {
         }
     }
 
-    /// Our ends of the container's pipes, which do not block.
+    /// Sets the monitor's ends of the container's pipes. These ends must be non-blocking.
     pub(crate) fn set_pipes(&mut self, stdout: OwnedFd, stderr: OwnedFd) {
         (self.stdout, self.stderr) = (Some(stdout), Some(stderr));
     }
 
-    /// The master of the container's terminal, which does not block.
+    /// Sets the master of the container's terminal. The master must be non-blocking.
     pub(crate) fn set_terminal(&mut self, master: OwnedFd) {
         self.stdout = Some(master);
     }
 
-    /// The container's terminal, if it has one: it is in stdout's place.
+    /// Returns the master of the container's terminal, which is stored in place of the stdout pipe.
+    /// The caller must check that the container has a terminal.
     pub(crate) fn terminal(&self) -> Option<BorrowedFd<'_>> {
         self.stream(Stream::Stdout)
     }
@@ -81,7 +88,7 @@ impl Output {
         fd.as_ref().map(AsFd::as_fd)
     }
 
-    /// Reads from a stream that is ready.
+    /// Reads from a stream that epoll has reported as readable.
     pub(crate) fn ready(&mut self, stream: Stream, buffer: &mut ReadBuffer) -> StreamState {
         if !self.log.has_room() {
             self.paused.push(stream);
@@ -97,7 +104,7 @@ impl Output {
         }
     }
 
-    /// The streams to watch again, once there is room in the log.
+    /// Returns the streams that can be watched again because the log has room.
     pub(crate) fn resume(&mut self) -> Vec<Stream> {
         if self.paused.is_empty() || !self.log.has_room() {
             return Vec::new();
@@ -105,7 +112,7 @@ impl Output {
         std::mem::take(&mut self.paused)
     }
 
-    /// Reads from a stream once, for the log and for those that follow.
+    /// Reads from a stream once, and passes the output to the log and to the followers.
     fn pump(&mut self, stream: Stream, buffer: &mut ReadBuffer) -> ReadOutcome {
         let fd = match stream {
             Stream::Stdout => &self.stdout,
@@ -120,7 +127,8 @@ impl Output {
         }
         if buffer.last_read().len() >= LARGE_READ_BYTES && !self.enlarged.contains(&stream) {
             self.enlarged.push(stream);
-            // A terminal has no size, and some nodes allow no more than there is.
+            // A failure is ignored. The stream can be a terminal, which can't be enlarged. A node
+            // can also forbid larger pipes.
             let _ = rustix::pipe::fcntl_setpipe_size(fd, ENLARGED_PIPE_BYTES);
         }
         for follower in &mut self.followers {
@@ -136,7 +144,7 @@ impl Output {
         }
     }
 
-    /// Reads what is there, and closes both streams.
+    /// Reads the remaining output and closes both streams.
     pub(crate) fn drain(&mut self, buffer: &mut ReadBuffer) {
         for stream in [Stream::Stdout, Stream::Stderr] {
             for _ in 0..MAX_DRAIN_READS {
@@ -159,8 +167,8 @@ impl Output {
             .retain(|follower| follower.client() != client);
     }
 
-    /// The container writes no more: closes the followers' pipes, and returns who they were and
-    /// what they need to know of the streams' ends.
+    /// Closes the followers' pipes after the container's last output. Returns the clients of the
+    /// followers, each with the message that reports the end of its streams.
     pub(crate) fn end_followers(&mut self) -> Vec<(ClientId, Reply)> {
         let followers = std::mem::take(&mut self.followers);
         followers
@@ -175,8 +183,10 @@ impl Output {
         &self.log
     }
 
-    /// Why the log could not be opened, if that is known. Where the file system hangs it is not,
-    /// and the container waits for its log with its first line.
+    /// Returns the failure that occurred when the monitor opened the container's log. Returns
+    /// `None` if the log is open. Also returns `None` while the log's thread is still opening the
+    /// log, for example because the file system hangs. During this time, the container's output
+    /// waits in memory.
     pub(crate) fn log_failure(&self, id: &str) -> Option<Failure> {
         let file = self.log.file()?;
         let unfit = file.opened()?.err()?;
@@ -187,7 +197,7 @@ impl Output {
         })
     }
 
-    /// Has the log opened again at its path; [`Output::log_reopened`] has the answer.
+    /// Starts to reopen the log at its path. [`Output::log_reopened`] answers the client later.
     pub(crate) fn reopen_log(&mut self, client: ClientId) -> Vec<Effect> {
         match self.log.file() {
             None => vec![Effect::Reply(client, Reply::Done)],
@@ -199,7 +209,8 @@ impl Output {
         }
     }
 
-    /// Answers those who wait for the log to be opened again, if it has been.
+    /// Answers the clients that requested the reopening of the log. Returns no answers while the
+    /// log's thread is still reopening the log.
     pub(crate) fn log_reopened(&mut self, id: &str) -> Vec<Effect> {
         if self.reopening.is_empty() {
             return Vec::new();
@@ -213,7 +224,7 @@ impl Output {
         let path = file.path().display();
         let failure = reopened
             .err()
-            .map(|unfit| format!("open the log {path} of container {id} again: {unfit}"));
+            .map(|unfit| format!("reopen the log {path} of container {id}: {unfit}"));
         let clients = std::mem::take(&mut self.reopening).into_iter();
         clients
             .map(|client| match &failure {

@@ -1,4 +1,5 @@
-//! The monitor's own log, `monitor.log` in its directory: what no client gets as an answer.
+//! The monitor's own log, which is the file `monitor.log` in the monitor's directory. The log
+//! contains errors that the monitor does not send to a client.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -6,13 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::timestamp::Timestamp;
 
-/// Where it is, in the monitor's working directory.
+/// The name of the log file in the monitor's working directory.
 const FILE_NAME: &str = "monitor.log";
 
-/// At this many bytes it starts anew: it lies in memory (tmpfs).
+/// The size in bytes above which the monitor empties the log. The size is limited, because the log
+/// is on a tmpfs and occupies memory.
 const MAX_BYTES: u64 = 64 << 10;
 
-/// Writes a line. A failure is ignored: there is no other log.
+/// Appends a line to the log. A failure is ignored, because the monitor has no other log in which
+/// to report it.
 pub(crate) fn write(line: &str) {
     let opened = OpenOptions::new()
         .append(true)

@@ -1,11 +1,16 @@
-//! The pause process: the first process of a pod's PID namespace, when the pod's containers share
-//! one; with a user namespace the process that holds all of the pod's namespaces, since only those
-//! that are made inside of it belong to it, user_namespaces(7).
+//! The pause process. If the pod's containers share a PID namespace, the pause process is the first
+//! process of this namespace. If the pod has a user namespace, the pause process keeps all of the
+//! pod's namespaces alive. The pod's user namespace must own the pod's other namespaces. A user
+//! namespace owns only namespaces that were created inside the user namespace (user_namespaces(7)).
+//! The monitor is outside the pod's user namespace, so the monitor itself cannot create the pod's
+//! other namespaces.
 //!
-//! It does nothing, and dies with the monitor. Its children, the orphans of the containers, are
-//! reaped by the kernel. The containers see it in /proc, and one with CAP_SYS_PTRACE could take
-//! it over: so it has no descriptors, no capabilities, an empty root and an empty network, and
-//! /proc/1/exe is our binary on a mount that can't be written.
+//! The pause process only waits, and the kernel kills it when the monitor exits. Orphaned processes
+//! of the containers become children of the pause process, and the kernel reaps them. The
+//! containers see the pause process in /proc, and a container with CAP_SYS_PTRACE could take
+//! control of it. For this reason, the pause process has no descriptors, no capabilities, an empty
+//! root directory and an empty network namespace. Its executable is the monitor's binary on a
+//! read-only mount. The containers can see this executable as /proc/1/exe.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -30,31 +35,36 @@ use rrun_kernel::errno::describe;
 use rrun_kernel::readonly_exec::open_on_readonly_mount;
 use rrun_protocol::{IdMaps, Pod};
 
-/// What `ps` in a container shows.
+/// The name of the pause process, which `ps` shows in a container.
 const PROCESS_NAME: &CStr = c"rrun-pod";
 
-/// The argument that makes a monitor's binary this process.
+/// The argument with which the monitor's binary becomes the pause process.
 pub(crate) const ARGUMENT: &str = "--pod-init";
 const ARGUMENT_C: &CStr = c"--pod-init";
 
-/// What it reports when nothing of the node is left within its reach.
+/// The message that the pause process sends to the monitor as soon as it has isolated itself from
+/// the node.
 const READY: &[u8] = b"ready";
 
-/// What it waits for from the monitor.
+/// The message that the monitor sends after it has written the ID maps. The pause process then
+/// continues.
 const GO: &[u8] = b"!";
 
-/// How long it may take to get there.
+/// The time within which the pause process must send [`READY`] after its start.
 const START_TIMEOUT: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
 };
 
-/// Where its empty root is mounted for a moment; any directory does.
+/// The directory on which the empty root file system is mounted before pivot_root(2). Any directory
+/// works.
 const ROOT_MOUNT_POINT: &str = "/proc";
 
-/// Starts it, in the namespaces that it is to hold, and returns its pid here when it is ready.
+/// Starts the pause process in new namespaces, which it keeps alive. Waits until the process is
+/// ready, and returns its pid in the monitor's PID namespace.
 pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
-    // The binary's mount is in our mount namespace, not in the one that the child will be in.
+    // The monitor must open the binary before it creates the child. The child will be in a new
+    // mount namespace, and cannot copy a mount from the monitor's mount namespace (open_tree(2)).
     let binary = read_only_binary()?;
     let (from_child, to_us) = pipe_with(PipeFlags::CLOEXEC)?;
     let (from_us, to_child) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -72,7 +82,7 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
         }
     }
     let flags = u64::try_from(flags).unwrap_or_default();
-    // SAFETY: the monitor has one thread.
+    // SAFETY: the monitor has only one thread, so the child's copy of the memory is consistent.
     match unsafe { clone3(flags, None) }? {
         Cloned::Child => {
             drop(to_child);
@@ -90,19 +100,24 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
     }
 }
 
-/// Each map in one write, which is all that the kernel takes. A failure ends us, and the child
-/// with us.
+/// Writes the user and group ID maps of the pause process. Each map is written with one write(2),
+/// because the kernel refuses a second write to the same map. After a failure, the monitor exits,
+/// and the kernel kills the pause process.
 fn map_ids(pid: i32, users: &IdMaps) -> std::io::Result<()> {
     for (name, map) in [("uid_map", &users.uid_map), ("gid_map", &users.gid_map)] {
         std::fs::write(format!("/proc/{pid}/{name}"), map).map_err(|error| {
             let (map, reason) = (map.trim_end(), describe(&error));
-            std::io::Error::other(format!("write {map:?} to its {name}: {reason}"))
+            std::io::Error::other(format!(
+                "write {map:?} to the {name} of the pause process: {reason}"
+            ))
         })?;
     }
     Ok(())
 }
 
-/// Our own executable, so that nobody can write to it or, where an overlay can be had, try to.
+/// Opens the monitor's own executable on a read-only mount, so that no process can write to it. The
+/// function prefers an overlay. An attempt to open the overlay's file for writing fails, and does
+/// not affect the original file ([`rrun_kernel::readonly_exec`]).
 fn read_only_binary() -> std::io::Result<OwnedFd> {
     if let Ok(binary) = readonly_exec::overlaid(Path::new("/proc/self/exe")) {
         return Ok(binary);
@@ -135,13 +150,18 @@ fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
     }
 }
 
-/// In the child: a new program, so that nothing of the monitor's memory is in it.
+/// Executes the pause process's program in the child. The child then no longer contains any of the
+/// monitor's memory.
 fn become_pause(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor: &OwnedFd) -> ! {
     if nix::unistd::dup2_stdout(to_monitor.as_fd()).is_ok() {
         let failed = match await_go(from_monitor).and_then(|()| be_root_inside(pod)) {
-            Err(errno) => format!("become root of its namespaces: {}", describe(&errno.into())),
+            Err(errno) => format!(
+                "become root in the pod's namespaces: {}",
+                describe(&errno.into())
+            ),
             Ok(()) => {
-                // After the change of user, which clears the parent-death signal, prctl(2).
+                // The parent-death signal must be set after the change of user, because a change of
+                // user clears the signal (prctl(2)).
                 let death = rustix::process::Signal::KILL;
                 let _ = rustix::process::set_parent_process_death_signal(Some(death));
                 let arguments = [PROCESS_NAME, ARGUMENT_C];
@@ -149,16 +169,18 @@ fn become_pause(pod: &Pod, binary: &OwnedFd, from_monitor: &OwnedFd, to_monitor:
                 let flags = AtFlags::AT_EMPTY_PATH;
                 let Err(errno) =
                     nix::unistd::execveat(binary, c"", &arguments, &environment, flags);
-                format!("execute it: {}", describe(&errno.into()))
+                format!("execute the pause process: {}", describe(&errno.into()))
             }
         };
         report(failed.as_bytes());
     }
-    // SAFETY: the process is a copy of the monitor, whose destructors are not to run here.
+    // SAFETY: _exit(2) ends the child without running the monitor's destructors, which must not run
+    // in this copy of the monitor.
     unsafe { libc::_exit(1) }
 }
 
-/// Waits for the monitor to report that the maps are written; it may have died instead.
+/// Waits for the message [`GO`] from the monitor. Fails if the monitor dies before it sends the
+/// message.
 fn await_go(from_monitor: &OwnedFd) -> Result<(), Errno> {
     loop {
         match rustix::io::read(from_monitor, &mut [0_u8; 1]) {
@@ -169,7 +191,9 @@ fn await_go(from_monitor: &OwnedFd) -> Result<(), Errno> {
     }
 }
 
-/// In a user namespace nobody is root before a call says so.
+/// Makes this process root in the pod's user namespace, and sets the pod's host name. Does nothing
+/// if the pod has no user namespace. A process in a new user namespace is not root until it calls
+/// setresuid(2).
 fn be_root_inside(pod: &Pod) -> Result<(), Errno> {
     if pod.users.is_none() {
         return Ok(());
@@ -190,7 +214,7 @@ fn report(what: &[u8]) {
     let _ = stdout.write_all(what).and_then(|()| stdout.flush());
 }
 
-/// The whole life of the new program. Returns only if it could not isolate itself.
+/// Runs the pause process. Returns only if the process could not isolate itself.
 pub(crate) fn run() {
     match isolate() {
         Ok(()) => report(READY),
@@ -205,10 +229,11 @@ pub(crate) fn run() {
 fn isolate() -> Result<(), (&'static str, std::io::Error)> {
     let at = |step| move |errno: Errno| (step, std::io::Error::from(errno));
     rustix::thread::set_name(PROCESS_NAME).map_err(at("set its name"))?;
-    // SAFETY: no handler is installed. With SIGCHLD ignored the kernel reaps for us (wait(2)).
+    // SAFETY: this call installs no signal handler. While the pause process ignores SIGCHLD, the
+    // kernel reaps its children (wait(2)).
     unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }
         .map_err(|errno| ("ignore SIGCHLD", errno.into()))?;
-    empty_root().map_err(at("make an empty root"))?;
+    empty_root().map_err(at("create an empty root directory"))?;
     let none = CapabilitySets {
         effective: CapabilitySet::empty(),
         permitted: CapabilitySet::empty(),
@@ -217,7 +242,7 @@ fn isolate() -> Result<(), (&'static str, std::io::Error)> {
     rustix::thread::set_capabilities(None, none).map_err(at("drop its capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .map_err(at("be closed to ptrace"))
+        .map_err(at("clear the dumpable flag of the pause process"))
 }
 
 fn empty_root() -> Result<(), Errno> {
@@ -238,7 +263,8 @@ fn empty_root() -> Result<(), Errno> {
     )?;
     rustix::process::fchdir(&root)?;
     rustix::process::pivot_root(".", ".")?;
-    // The old root is on top of the new one now, and the working directory below it.
+    // pivot_root(".", ".") has stacked the old root on top of the new root. For umount2(2), "." is
+    // the topmost of the stacked mounts, so this call unmounts the old root (pivot_root(2)).
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")
 }

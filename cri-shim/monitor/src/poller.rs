@@ -1,4 +1,4 @@
-//! What the monitor waits for: its epoll sets, and what each descriptor in them belongs to.
+//! The monitor's epoll sets, and the sources of their events.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,13 +9,14 @@ use rustix::io::Errno;
 use super::connection::ClientId;
 use super::container_log::Stream;
 
-/// The most events that one wait returns.
+/// The maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 32;
 
-/// Where a wait puts its events.
+/// The buffer in which epoll_wait(2) stores the events.
 pub(crate) type EventSpace = [MaybeUninit<epoll::Event>; MAX_EVENTS];
 
-/// What a descriptor in an epoll set belongs to. The number goes into the kernel's 64 bits.
+/// The source of an epoll event: the object whose descriptor has become ready. The source is
+/// encoded in the 64 bits of user data that the kernel stores for each descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EventSource {
     Listener,
@@ -24,11 +25,12 @@ pub(crate) enum EventSource {
     Stdout(u64),
     Stderr(u64),
     Memory(u64),
-    /// A log's thread has done what it was waited for.
+    /// The eventfd through which the logs' threads wake the event loop. A log's thread writes to
+    /// the eventfd when it has finished the work that the event loop waits for.
     Logs,
-    /// The cgroup that an exec has left behind.
+    /// The cgroup of an exec that has exited and left processes behind.
     ExecCgroup(u64),
-    /// The nested epoll set of everything but output.
+    /// The nested epoll set, which contains all descriptors except the containers' output.
     Control,
 }
 
@@ -72,11 +74,13 @@ impl EventSource {
     }
 }
 
-/// Two epoll sets, so that output can be left alone for a moment while all else is waited for.
+/// The two epoll sets. With two sets, the monitor can ignore output for a moment while it waits for
+/// all other events.
 pub(crate) struct Poller {
-    /// The containers' output, and `control`.
+    /// The set that contains the descriptors of the containers' output, and the nested set
+    /// `control`.
     all: OwnedFd,
-    /// Everything but output.
+    /// The set that contains all descriptors except the containers' output.
     control: OwnedFd,
 }
 
@@ -91,7 +95,7 @@ impl Poller {
         Ok(poller)
     }
 
-    /// Waits for whatever comes.
+    /// Waits for any event, including a container's output.
     pub(crate) fn wait<'a>(
         &self,
         space: &'a mut EventSpace,
@@ -101,7 +105,7 @@ impl Poller {
         Ok(events)
     }
 
-    /// Waits for whatever comes but output.
+    /// Waits for any event except a container's output.
     pub(crate) fn wait_for_control<'a>(
         &self,
         space: &'a mut EventSpace,
@@ -124,12 +128,12 @@ impl Poller {
         epoll::add(set, fd, source.pack(), flags)
     }
 
-    /// Changes what is waited for at a descriptor that is no output.
+    /// Changes the events for which a descriptor in the set `control` is watched.
     pub(crate) fn modify(&self, fd: impl AsFd, source: EventSource, flags: epoll::EventFlags) {
         let _ = epoll::modify(&self.control, fd, source.pack(), flags);
     }
 
-    /// Waits for an output no more.
+    /// Stops watching one of a container's output streams.
     pub(crate) fn unwatch_output(&self, fd: impl AsFd) {
         let _ = epoll::delete(&self.all, fd);
     }

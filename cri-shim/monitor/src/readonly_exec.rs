@@ -1,9 +1,11 @@
-//! Programs on a file system of the monitor's own, which nobody can write to.
+//! The execution of rrun from a read-only file system that the monitor creates.
 //!
-//! Before it meets a container rrun sees to it that it was executed from such a file system, and
-//! if it was not, makes one and executes itself once more ([`rrun_kernel::readonly_exec`] tells
-//! why, and why a read-only mount is not enough). This saves it the second execve(2), which is
-//! much of what a short call takes: the overlay is made once, and rrun executed from it each time.
+//! Before rrun starts a container's process, rrun checks the file system from which it was
+//! executed. If this file system is writable, rrun creates a read-only overlay and executes itself
+//! again from the overlay. [`rrun_kernel::readonly_exec`] describes why a read-only file system is
+//! necessary, and why a read-only mount is not enough. The monitor creates the overlay once and
+//! executes rrun from it every time. With the monitor's overlay, rrun does not need the second
+//! execve(2). The second execve(2) would take a large part of the time of a short runtime call.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -17,24 +19,28 @@ use std::sync::{Mutex, PoisonError};
 use rrun_kernel::readonly_exec::open_in_overlay;
 use rustix::fs::{Mode, OFlags, Stat};
 
-/// The only runtime that is known to look for it.
+/// The file name of the only runtime that the monitor executes from an overlay. Other runtimes are
+/// not known to check the file system from which they were executed.
 const RUNTIME_NAME: &str = "rrun";
 
-/// The beginning of the only programs taken: a script's interpreter would be given a path that
-/// leads nowhere by then.
+/// The first bytes of an ELF program. The monitor executes only ELF programs from the overlay, and
+/// no scripts. The interpreter of a script would receive the script's path under /proc/self/fd, but
+/// cannot open the script through this path.
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
 struct ReadonlyProgram {
     program: CString,
-    /// Device and inode of the file below. As long as the overlay is there, no other gets them.
+    /// The device and inode numbers of the original file. While the overlay exists, no other file
+    /// can get the same numbers. Different numbers therefore show that the program was replaced.
     identity: (u64, u64),
     file: OwnedFd,
 }
 
 static LAST: Mutex<Option<ReadonlyProgram>> = Mutex::new(None);
 
-/// The path by which a child of ours that has our descriptors executes `program` from a read-only
-/// file system. `None` for what is not rrun, or where no such file system can be had.
+/// Returns a path under /proc/self/fd. Through this path, a child process executes `program` from a
+/// read-only file system. The child must have inherited the monitor's descriptors. Returns `None`
+/// if the program is not rrun, or if the monitor cannot create the read-only file system.
 pub(crate) fn executable_path(program: &CStr) -> Option<CString> {
     let path = Path::new(OsStr::from_bytes(program.to_bytes()));
     if path.file_name() != Some(OsStr::new(RUNTIME_NAME)) {
@@ -52,7 +58,8 @@ pub(crate) fn executable_path(program: &CStr) -> Option<CString> {
     CString::new(format!("/proc/self/fd/{}", program.file.as_raw_fd())).ok()
 }
 
-/// Makes the file system for a program that [`executable_path`] will be asked for.
+/// Creates the read-only file system for a program in advance. The next call of [`executable_path`]
+/// for this program is then faster.
 pub(crate) fn prepare(program: &Path) {
     if let Ok(program) = CString::new(program.as_os_str().as_bytes()) {
         executable_path(&program);
@@ -72,9 +79,9 @@ fn mount_readonly(program: &CStr, path: &Path, identity: (u64, u64)) -> Option<R
     })
 }
 
-/// The file at `path` in an overlay of its directory that has no layer to write to and is
-/// attached nowhere. As far as the kernel counts who writes to it and who executes it, it is
-/// another file than the one below.
+/// Opens the file at `path` in an overlay of its directory. The overlay has no writable layer and
+/// is not attached to any mount point. The overlay's file has its own inode. For this reason, its
+/// execution does not fail with ETXTBSY while a process has the original file open for writing.
 pub(crate) fn overlaid(path: &Path) -> io::Result<OwnedFd> {
     let path = std::fs::canonicalize(path)?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
@@ -102,7 +109,7 @@ mod tests {
     #[test]
     fn rrun_is_executed_from_a_read_only_overlay_until_it_is_replaced() {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: mounting needs root");
+            eprintln!("skipped: this test mounts file systems, so it needs root");
             return;
         }
         let dir = std::env::temp_dir().join(format!("rrun-readonly-{}", std::process::id()));

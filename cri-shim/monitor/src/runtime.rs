@@ -1,9 +1,10 @@
-//! Runs of the OCI runtime's command line. None is waited for: SIGCHLD tells of its end, and a
-//! deadline ends it.
+//! Runtime calls: the monitor runs commands of the OCI runtime. The monitor does not block during a
+//! runtime call: SIGCHLD reports the runtime's exit, and a deadline limits the call's duration.
 //!
-//! What the runtime is to read or write besides the container's stdio (its log, a process, the
-//! resources) are memory files, reached by `/proc/MONITOR/fd/N`: no name to clean up, and no
-//! descriptor of ours that could leak into a container.
+//! The runtime's log, the process description for `exec` and the resources for `update` are memory
+//! files, which need no cleanup. The runtime reads the resources from its stdin, and opens the
+//! other two files as `/proc/MONITOR/fd/N`. The runtime inherits only its stdio, so no other
+//! descriptor of the monitor can leak into a container.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
@@ -23,13 +24,14 @@ use super::failure_reason::last_error;
 use super::readonly_exec;
 use rrun_kernel::errno::describe;
 
-/// A call that takes longer than this is logged.
+/// The duration after which the monitor logs a runtime call as slow.
 const SLOW_CALL_TIME: Duration = Duration::from_secs(10);
 
-/// How much of a runtime's log or of its stderr is searched for a reason, from its end.
+/// The maximum number of bytes that the monitor reads from the end of a runtime's log or stderr. In
+/// these bytes, the monitor searches for the reason of a failure.
 const MAX_LOG_BYTES: u64 = 16 << 10;
 
-/// A file in memory with this content, from its start.
+/// Returns a memory file with this content and the file offset 0.
 pub(crate) fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
     if !content.is_empty() {
@@ -39,44 +41,48 @@ pub(crate) fn memory_file(name: &str, content: &[u8]) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// How another process of this node finds one of our descriptors.
+/// Returns the path through which another process on this node can open one of the monitor's
+/// descriptors.
 pub(crate) fn path_of(fd: impl AsFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), fd.as_fd().as_raw_fd())
 }
 
-/// A process id from the file that a runtime wrote.
+/// Reads a process id from the pid file that a runtime wrote.
 pub(crate) fn read_pid(path: &Path) -> Option<i32> {
     let text = std::fs::read_to_string(path).ok()?;
     text.trim().parse().ok().filter(|pid| *pid > 1)
 }
 
-/// The stdio of a call.
+/// The stdio of a runtime call.
 #[derive(Debug)]
 pub(crate) enum Stdio {
-    /// Nothing to read; what the runtime writes is its log, too.
+    /// An empty stdin (/dev/null). The runtime's stdout and stderr are appended to the runtime's
+    /// log.
     Log,
-    /// As `Log`, but this to read.
+    /// The same as `Log`, except that stdin is this file instead of /dev/null.
     Input(File),
-    /// The container's or the exec's: what the runtime itself writes goes the same way.
+    /// The stdio of the container or of the exec. The runtime's own output is written to the same
+    /// streams.
     Container([OwnedFd; 3]),
 }
 
-/// A runtime's command line, not yet run.
+/// A runtime's command line that has not been run yet.
 #[derive(Debug)]
 pub(crate) struct RuntimeCommand {
-    /// The binary and its global options.
+    /// The runtime's binary, followed by its global options.
     runtime: Vec<String>,
     verb: &'static str,
-    /// The container's.
+    /// The container's id.
     id: String,
     arguments: Vec<OsString>,
     stdio: Stdio,
-    /// A file that the runtime reads by path, and that must last as long as the call.
+    /// A file that the runtime opens through the path of one of the monitor's descriptors
+    /// ([`path_of`]). The descriptor must remain open until the runtime call has finished.
     input: Option<OwnedFd>,
 }
 
 impl RuntimeCommand {
-    /// `RUNTIME… VERB` for the container with this id, without arguments yet.
+    /// Creates the command `RUNTIME… VERB` for the container with this id, without arguments.
     pub(crate) fn new(runtime: &[String], verb: &'static str, id: &str) -> Self {
         RuntimeCommand {
             runtime: runtime.to_vec(),
@@ -93,7 +99,7 @@ impl RuntimeCommand {
         self
     }
 
-    /// A flag with its value, if there is one.
+    /// Adds a flag and its value, if `value` is not `None`.
     pub(crate) fn option(self, flag: &str, value: Option<impl Into<OsString>>) -> Self {
         match value {
             Some(value) => self.argument(flag).argument(value),
@@ -106,55 +112,55 @@ impl RuntimeCommand {
         self
     }
 
-    /// Keeps a file open that an argument names by its path.
+    /// Keeps a file open until the runtime call has finished. The file's path is one of the
+    /// runtime's arguments.
     pub(crate) fn input(mut self, file: Option<OwnedFd>) -> Self {
         self.input = file;
         self
     }
 
-    /// The runtime's binary, for sentences.
+    /// Returns the name of the runtime's binary for error messages.
     fn program(&self) -> &str {
         self.runtime.first().map_or("the runtime", String::as_str)
     }
 
-    /// The sentence for a runtime that could not be started.
+    /// Returns the error message for a runtime that could not be started.
     pub(crate) fn not_run(&self, error: &std::io::Error) -> String {
         let (program, verb, id) = (self.program(), self.verb, &self.id);
         let reason = describe(error);
         match verb {
-            "create" => format!("run {program} for the create of container {id}: {reason}"),
             "exec" => format!("exec in container {id}: {reason}"),
             _ => format!("run {program} to {verb} container {id}: {reason}"),
         }
     }
 }
 
-/// A runtime that is running.
+/// A runtime call in progress, with the process of the runtime.
 pub(crate) struct Call {
     pub(crate) pid: i32,
-    /// The subcommand and the container, for sentences.
+    /// The runtime's subcommand and the container's id, for error messages.
     what: String,
     log: File,
     started: Instant,
     deadline: Instant,
     slow_logged: bool,
     timed_out: bool,
-    /// See [`RuntimeCommand::input`].
+    /// The file passed to [`RuntimeCommand::input`].
     _input: Option<OwnedFd>,
 }
 
-/// What [`Call::check`] found.
+/// The result of [`Call::check`].
 pub(crate) enum CallCheck {
     InTime,
-    /// The call has been running for this many seconds, which has not been logged yet.
+    /// The call has been running for this many seconds, and has not been logged as slow yet.
     Slow(u64),
-    /// The deadline has passed, and the runtime has been killed, after this many seconds.
+    /// The deadline has passed, and the runtime was killed after this many seconds.
     TimedOut(u64),
 }
 
 impl Call {
-    /// Starts `RUNTIME… --log … VERB arguments…`. On success what the command keeps for the
-    /// runtime is the call's.
+    /// Starts `RUNTIME… --log … VERB arguments…`. On success, the returned call becomes the owner
+    /// of the file that `command` keeps open.
     pub(crate) fn start(command: &mut RuntimeCommand, timeout: Duration) -> std::io::Result<Self> {
         let log = memory_file("runtime-log", &[])?;
         rustix::fs::fcntl_setfl(&log, OFlags::APPEND)?;
@@ -196,7 +202,7 @@ impl Call {
         &self.what
     }
 
-    /// When somebody should call [`Call::check`] again.
+    /// Returns the time at which [`Call::check`] must be called again.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         match (self.timed_out, self.slow_logged) {
             (true, _) => None,
@@ -205,7 +211,8 @@ impl Call {
         }
     }
 
-    /// Kills the runtime if the call's deadline has passed.
+    /// Kills the runtime if the call's deadline has passed. Returns whether the call must be logged
+    /// as slow or as killed.
     pub(crate) fn check(&mut self, now: Instant) -> CallCheck {
         let seconds = now.duration_since(self.started).as_secs();
         if !self.timed_out && now >= self.deadline {
@@ -220,30 +227,35 @@ impl Call {
         CallCheck::InTime
     }
 
-    /// Brings the deadline forward to at most this from now on.
+    /// Shortens the remaining time of the runtime call to at most `timeout`.
     pub(crate) fn shorten(&mut self, timeout: Duration) {
         self.deadline = self.deadline.min(Instant::now() + timeout);
     }
 
-    /// Kills the runtime with what it has forked: it leads a process group, and has not been
-    /// reaped, so that its number is still its own.
+    /// Kills the runtime's process group. This group contains the runtime and the processes that
+    /// the runtime has forked. The pid cannot belong to another process, because the monitor has
+    /// not reaped the runtime yet.
     fn kill(&self) {
         let pid = nix::unistd::Pid::from_raw(self.pid);
         let _ = nix::sys::signal::killpg(pid, Signal::SIGKILL);
         let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
     }
 
-    /// Why the call failed, if it did by this exit status.
+    /// Returns the reason why the runtime call failed, or `None` if this exit status means success.
     pub(crate) fn failure(&self, code: i32) -> Option<String> {
         (code != 0).then(|| self.reason(code, None))
     }
 
-    /// Why the call failed with this exit status: the last error in the runtime's log or, without
-    /// one, in what it wrote to `stderr`.
+    /// Returns the reason why the runtime call failed with this exit status: the last error in the
+    /// runtime's log. If the log contains no error, the function returns the last error in
+    /// `stderr`.
     pub(crate) fn reason(&self, code: i32, stderr: Option<BorrowedFd<'_>>) -> String {
         if self.timed_out {
             let seconds = self.started.elapsed().as_secs();
-            return format!("{}: the runtime was killed after {seconds} s", self.what);
+            return format!(
+                "{}: the monitor killed the runtime, because it had not finished after {seconds} s",
+                self.what
+            );
         }
         let mut log = vec![0; MAX_LOG_BYTES as usize];
         let length = self.log.metadata().map_or(0, |data| data.len());
@@ -262,14 +274,15 @@ impl Call {
             }
         }
         format!(
-            "{}: the runtime ended with status {code} and gave no reason",
+            "{}: the runtime exited with status {code} and reported no reason",
             self.what
         )
     }
 }
 
-/// Runs a command found by the search path, in a process group of its own, with our environment
-/// and these descriptors only.
+/// Runs the command `line` in a new process group, with the monitor's environment. The command
+/// inherits only the descriptors `fds`, as its stdin, stdout and stderr. If the program is not
+/// executed from the monitor's read-only file system, the C library finds it through PATH.
 fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
     let program = line
         .first()
@@ -281,7 +294,9 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
     let mut attributes = PosixSpawnAttr::init()?;
     attributes.set_pgroup(nix::unistd::Pid::from_raw(0))?;
     attributes.set_sigmask(&SigSet::empty())?;
-    // All are as by default but SIGPIPE; to be told so spares the C library a look at each.
+    // Only SIGPIPE must be reset to its default action, because all other signals already have
+    // their default action. The C library queries the action of each signal that is not in this
+    // set. For this reason, a set of all signals is cheaper than a set with only SIGPIPE.
     attributes.set_sigdefault(&SigSet::all())?;
     attributes.set_flags(
         PosixSpawnFlags::POSIX_SPAWN_SETPGROUP
@@ -307,12 +322,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_command_gives_its_last_line_as_the_reason() {
-        let command = ["sh", "-c", "echo no such luck >&2; exit 3"].map(String::from);
+    fn the_reason_of_a_failed_call_is_the_last_line_of_the_runtimes_output() {
+        let command = ["sh", "-c", "echo disk quota exceeded >&2; exit 3"].map(String::from);
         let mut command = RuntimeCommand::new(&command, "start", "a");
         let call = Call::start(&mut command, Duration::from_secs(60)).unwrap();
         let pid = rustix::process::Pid::from_raw(call.pid);
         rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
-        assert_eq!(call.reason(3, None), "no such luck");
+        assert_eq!(call.reason(3, None), "disk quota exceeded");
     }
 }

@@ -1,6 +1,6 @@
-//! Numbers by which clients, containers and execs are known within a monitor.
+//! Serial numbers that identify clients, containers and execs within a monitor.
 
-/// Gives each number once.
+/// A counter that returns each number once.
 #[derive(Debug, Default)]
 pub(crate) struct Serials(u64);
 

@@ -1,5 +1,6 @@
-//! The monitor's loop: it waits for the listening socket, its clients, SIGCHLD, and the containers'
-//! output and out-of-memory counts, and carries out what follows from their events.
+//! The monitor's event loop, which waits for events and handles them. The events have these
+//! sources: the listening socket, the clients' sockets, SIGCHLD, the containers' output, the
+//! out-of-memory counters, the threads that write the logs, and the cgroups of exited execs.
 
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
@@ -36,22 +37,24 @@ use rrun_protocol::{
     ContainerState, Create, Event, Exec, Failure, FailureKind, Hello, Reply, Request,
 };
 
-/// What a monitor knows of its pod from the start.
+/// The data about the pod that is known when the monitor starts.
 pub(crate) struct PodContext {
-    /// The monitor's directory, absolute, for paths that others use; it is the working directory,
-    /// too.
+    /// The absolute path of the monitor's directory, which is also its working directory. Paths
+    /// that the monitor passes to other processes begin with this absolute path.
     pub(crate) dir: PathBuf,
-    /// How long one run of a runtime may take.
+    /// The timeout for each runtime call.
     pub(crate) runtime_timeout: Duration,
-    /// The first process of the pod's PID namespace, if the pod shares one.
+    /// The pid of the first process in the pod's PID namespace, if the pod's containers share a PID
+    /// namespace.
     pub(crate) pid1: Option<i32>,
-    /// See [`rrun_protocol::Hello::holder`].
+    /// The pid of the process that [`rrun_protocol::Hello::holder`] describes.
     pub(crate) holder: Option<i32>,
-    /// See [`rrun_protocol::Pod::runtime`]; until it has been prepared for.
+    /// The runtime binary that [`rrun_protocol::Pod::runtime`] describes. `None` after the monitor
+    /// has passed the runtime to [`readonly_exec::prepare`].
     pub(crate) runtime: Option<PathBuf>,
 }
 
-/// What else is to be done after a round of events.
+/// The work that the monitor must do after it has handled one batch of events.
 #[derive(Default)]
 struct Pending {
     children: bool,
@@ -63,7 +66,7 @@ pub(crate) struct Monitor {
     poller: Poller,
     signals: SignalFd,
     clients: Clients,
-    /// There has been a subscriber.
+    /// True once the first client has subscribed.
     had_subscriber: bool,
     serials: Serials,
     containers: BTreeMap<u64, Container>,
@@ -71,10 +74,10 @@ pub(crate) struct Monitor {
     calls: Calls,
     early_exits: EarlyExits,
     read_buffer: ReadBuffer,
-    /// An eventfd by which the logs' threads wake this one.
+    /// The eventfd through which the logs' threads wake the event loop.
     log_wake: Arc<OwnedFd>,
     coalescing: Coalescing,
-    /// The client that ends the monitor.
+    /// The client that requested the monitor's shutdown.
     shutdown: Option<ClientId>,
 }
 
@@ -108,7 +111,8 @@ impl Monitor {
         })
     }
 
-    /// Works until a client's Shutdown.
+    /// Handles events until a client has requested the monitor's shutdown and no runtime call is in
+    /// progress.
     pub(crate) fn run(&mut self) -> Result<(), Errno> {
         let mut space: EventSpace = [const { MaybeUninit::uninit() }; _];
         let mut coalesce = false;
@@ -128,7 +132,8 @@ impl Monitor {
         }
     }
 
-    /// Waits for events and handles them. With `coalesce` output waits for a moment.
+    /// Waits for events and handles them. If `coalesce` is true, this call ignores the containers'
+    /// output and waits at most [`coalescing::COALESCING_DELAY`].
     fn wait(&mut self, space: &mut EventSpace, coalesce: bool) -> Result<Pending, Errno> {
         let timeout = self.next_timeout();
         let events = if coalesce {
@@ -172,7 +177,7 @@ impl Monitor {
         pending
     }
 
-    // Output.
+    // The functions below handle the containers' output and logs.
 
     fn output_ready(&mut self, serial: u64, stream: Stream) {
         let Some(container) = self.containers.get_mut(&serial) else {
@@ -189,7 +194,8 @@ impl Monitor {
         }
     }
 
-    /// Some log has done what it was waited for: taken lines, been opened again, been completed.
+    /// Handles a wake-up by a log's thread. The thread has made room for more lines, written all
+    /// lines, reopened the log, or removed the log's file.
     fn logs_ready(&mut self) {
         let _ = rustix::io::read(&self.log_wake, &mut [0_u8; 8]);
         let serials: Vec<u64> = self.containers.keys().copied().collect();
@@ -215,11 +221,12 @@ impl Monitor {
         }
     }
 
-    // Clients.
+    // The functions below handle clients and their requests.
 
     fn accept(&mut self) {
         while let Some(client) = self.clients.accept(&self.poller, &mut self.serials) {
-            // The request is mostly there already.
+            // The client's request has usually arrived already, so this call reads the request
+            // without another wait for events.
             self.client_ready(client, EventFlags::IN);
         }
     }
@@ -247,7 +254,7 @@ impl Monitor {
         }
     }
 
-    /// Sends the one answer that ends a connection.
+    /// Sends the last answer on a client's connection, and then closes the connection.
     fn reply(&mut self, client: ClientId, reply: &Reply) {
         self.send(client, Stage::Answered, reply, Vec::new());
     }
@@ -304,8 +311,11 @@ impl Monitor {
             containers: containers.collect(),
         });
         self.send(client, Stage::Subscribed, &hello, Vec::new());
-        // The first client makes the pod, and what it mounts would have to wait for this; the
-        // second comes when the pod is made. Its first container need not wait then.
+        // `prepare` creates a mount in advance, so the pod's first container starts faster. The
+        // first subscriber is about to set up the pod. If the monitor called `prepare` at this
+        // time, the first subscriber's own mounts would have to wait. The second subscriber
+        // connects after the pod has been set up. For this reason, the monitor calls `prepare` for
+        // the second subscriber.
         if std::mem::replace(&mut self.had_subscriber, true)
             && let Some(runtime) = self.pod.runtime.take()
         {
@@ -316,7 +326,9 @@ impl Monitor {
     fn create(&mut self, client: ClientId, spec: Create, mut fds: Vec<OwnedFd>) {
         if self.serial_of(&spec.id).is_some() || self.shutdown.is_some() {
             let id = &spec.id;
-            let message = format!("create container {id}: it exists, or the pod is being ended");
+            let message = format!(
+                "create container {id}: the container already exists, or the monitor is shutting down"
+            );
             return self.fail(client, FailureKind::WrongState, message);
         }
         let serial = self.serials.next();
@@ -351,14 +363,17 @@ impl Monitor {
         let has_exited = |container: &Container| matches!(container.state, State::Exited { .. });
         match self.containers.values().find(|it| !has_exited(it)) {
             Some(container) => {
-                let message = format!("end the monitor: container {} is alive", container.id());
+                let message = format!(
+                    "shut down the monitor: container {} has not exited",
+                    container.id()
+                );
                 self.fail(client, FailureKind::WrongState, message);
             }
             None => self.shutdown = Some(client),
         }
     }
 
-    // Containers.
+    // The functions below find containers and carry out effects.
 
     fn serial_of(&self, id: &str) -> Option<u64> {
         let container = self.containers.values().find(|it| it.id() == id)?;
@@ -366,11 +381,12 @@ impl Monitor {
     }
 
     fn not_found(&mut self, client: ClientId, id: &str) {
-        let message = format!("there is no container {id} in this pod");
+        let message = format!("container {id} does not exist in this pod");
         self.fail(client, FailureKind::NotFound, message);
     }
 
-    /// Does something with a container, if it is still there, and what follows from it.
+    /// Calls `act` with the container that has this serial number, if the container still exists.
+    /// Then carries out the effects that `act` returns.
     fn act_on(&mut self, serial: u64, act: impl FnOnce(&mut Container) -> Vec<Effect>) {
         if let Some(container) = self.containers.get_mut(&serial) {
             let effects = act(container);
@@ -378,7 +394,8 @@ impl Monitor {
         }
     }
 
-    /// Does something for a client with the container that has this id now.
+    /// Calls `act` with the container that has this id, and carries out the effects that `act`
+    /// returns. If no container has this id, the client receives an error.
     fn act_for(
         &mut self,
         client: ClientId,
@@ -391,7 +408,8 @@ impl Monitor {
         }
     }
 
-    /// In the order given, and with all that follows from the one before the next.
+    /// Carries out effects in the given order. An effect can cause further effects. The monitor
+    /// carries out these further effects before the next effect in `effects`.
     fn carry_out(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
@@ -437,7 +455,7 @@ impl Monitor {
                 && let Err(errno) = self.poller.watch(fd, source, flags)
             {
                 let (id, reason) = (container.id(), describe(&errno.into()));
-                own_log::write(&format!("watch {source:?} of {id}: {reason}"));
+                own_log::write(&format!("watch {source:?} of container {id}: {reason}"));
             }
         }
         if let Some(code) = self.early_exits.claim(container.pid) {
@@ -458,7 +476,8 @@ impl Monitor {
         }
     }
 
-    /// Removes all that the monitor has of a container, and answers those who asked for that.
+    /// Removes everything that the monitor stores about a container, and answers the clients that
+    /// requested the deletion.
     fn forget(&mut self, serial: u64) {
         let Some(container) = self.containers.remove(&serial) else {
             return;
@@ -470,7 +489,7 @@ impl Monitor {
         }
     }
 
-    // Children.
+    // The functions below reap child processes and handle their exits.
 
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.signals.read_signal() {}
@@ -491,14 +510,16 @@ impl Monitor {
             let serial = container.serial;
             self.init_exited(serial, code);
         } else if self.pod.pid1 == Some(pid) {
-            own_log::write("the first process of the pod's PID namespace ended, and all in it");
+            own_log::write(
+                "the first process of the pod's PID namespace exited, so the kernel killed all other processes in the namespace",
+            );
             self.pod.pid1 = None;
         } else if !self.calls.is_empty() {
             self.early_exits.add(pid, code);
         }
     }
 
-    // Runtime calls.
+    // The functions below start runtime calls and handle their results.
 
     fn start_call(&mut self, mut command: RuntimeCommand, purpose: Purpose) {
         match Call::start(&mut command, self.pod.runtime_timeout) {
@@ -561,7 +582,7 @@ impl Monitor {
         }
     }
 
-    // Execs.
+    // The functions below handle execs.
 
     fn exec_call_ended(&mut self, number: u64, call: &Call, code: i32) {
         let Some(exec) = self.execs.take_starting(number) else {
@@ -588,9 +609,11 @@ impl Monitor {
             }
             Err(errno) => {
                 let reason = describe(&errno.into());
-                let message = format!("take the terminal of an exec: {reason}");
+                let message =
+                    format!("exec: receive the terminal's master from the runtime: {reason}");
                 self.fail(client, FailureKind::Monitor, message);
-                // The pid of a process that has been reaped may be another one's by now.
+                // If the process has been reaped, its pid may already belong to another process,
+                // which must not be killed.
                 if exited.is_none() {
                     process.kill();
                 }
@@ -617,7 +640,7 @@ impl Monitor {
             .remove_cgroup(cgroup, &self.poller, &mut self.serials);
     }
 
-    // Time.
+    // The functions below handle deadlines.
 
     fn next_timeout(&self) -> Option<Timespec> {
         let containers = self.containers.values().filter_map(Container::next_check);
@@ -644,7 +667,8 @@ impl Monitor {
         }
     }
 
-    /// The time of [`Container::next_check`] has come.
+    /// Continues the operation in progress on a container, after the time [`Container::next_check`]
+    /// has passed.
     fn container_due(&mut self, serial: u64) {
         match self.containers.get(&serial).map(|it| &it.state) {
             Some(State::Creating) => self.act_on(serial, Container::continue_rollback),

@@ -1,4 +1,5 @@
-//! How a monitor comes to be what it is: from the command line to the first wait.
+//! The startup of a monitor. The startup parses the command line and prepares the monitor's process
+//! for the event loop in `serve`.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -18,22 +19,23 @@ use super::serve::{Monitor, PodContext};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
-/// The configuration is a few hundred bytes.
+/// The maximum size of the configuration in bytes. A configuration usually has a few hundred bytes.
 const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
 
-/// How long one run of a runtime may take.
+/// The default timeout for each runtime call.
 const RUNTIME_TIMEOUT: Duration = Duration::from_secs(120);
 
 const USAGE: &str = "usage: rrun-monitor --dir DIRECTORY [--runtime-timeout SECONDS]";
 
 const HELP: &str = "\
-rrun-monitor looks after one pod: it is the parent of its containers' processes, keeps their logs
-and exit codes, and outlives rrun-cri, which starts it. Nobody needs to start it by hand.
+rrun-monitor supervises one pod: it is the parent of the containers' processes and writes their logs
+and exit codes. rrun-cri starts rrun-monitor, which keeps running when rrun-cri exits. There is no
+need to start rrun-monitor by hand.
 
-  --dir DIRECTORY            the pod's directory, with monitor.json and room for monitor.sock
-  --runtime-timeout SECONDS  how long one run of an OCI runtime may take (120)
-  -h, --help                 this text
-  -V, --version              the version
+  --dir DIRECTORY            the pod's directory, which contains monitor.json
+  --runtime-timeout SECONDS  the timeout for each call of an OCI runtime (default: 120)
+  -h, --help                 print this text
+  -V, --version              print the version
 ";
 
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +82,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Start
     })
 }
 
-/// The whole life of a monitor; returns when it was told to end.
+/// Runs the monitor, and returns after a client has requested the monitor's shutdown. If the first
+/// argument is [`pause::ARGUMENT`], runs the pause process instead.
 pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartError> {
     let mut arguments = arguments.peekable();
     if arguments.peek().is_some_and(|name| name == pause::ARGUMENT) {
@@ -95,7 +98,7 @@ pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartEr
         _ => {}
     }
     let arguments = parse(arguments)?;
-    let what = format!("enter {}", arguments.dir.display());
+    let what = format!("enter the directory {}", arguments.dir.display());
     std::env::set_current_dir(&arguments.dir).map_err(StartError::io(what))?;
     let served = serve(arguments.runtime_timeout);
     if let Err(error) = &served {
@@ -104,29 +107,32 @@ pub(crate) fn run(arguments: impl Iterator<Item = String>) -> Result<(), StartEr
     served
 }
 
-/// To standard output; a reader that went away is no error.
+/// Prints the text to standard output. A write error is ignored, because standard output can be a
+/// pipe whose reader has closed it.
 fn print(text: &str) -> Result<(), StartError> {
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(())
 }
 
 fn serve(runtime_timeout: Duration) -> Result<(), StartError> {
-    let dir = std::env::current_dir().map_err(StartError::io("find the own directory"))?;
+    let dir = std::env::current_dir().map_err(StartError::io("find the working directory"))?;
     let mut pod = read_configuration(Path::new(CONFIGURATION_NAME))?;
     let listener = take_descriptors()?;
-    // It leads a session already if somebody started it so.
+    // setsid(2) fails without harm if the monitor was started as the leader of a session.
     let _ = rustix::process::setsid();
     let signals = take_signals().map_err(StartError::io("block signals"))?;
-    // Any process will do as the argument: it is only whether there is one.
+    // prctl(2) only needs a nonzero argument to set PR_SET_CHILD_SUBREAPER, so any process id
+    // works.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(StartError::io("become the child subreaper"))?;
     if pod.users.is_none() {
         enter_namespaces(&pod)?;
     }
-    // The logs' threads need none of their own.
+    // A single heap for all threads saves memory. With several heaps, each log's thread would get a
+    // separate heap.
     rrun_kernel::heap::one_heap();
     let held = if pod.shared_pid || pod.users.is_some() {
-        Some(pause::start(&pod).map_err(StartError::io("start the pod's process"))?)
+        Some(pause::start(&pod).map_err(StartError::io("start the pod's pause process"))?)
     } else {
         None
     };
@@ -139,7 +145,7 @@ fn serve(runtime_timeout: Duration) -> Result<(), StartError> {
     };
     drop(pod);
     let mut monitor =
-        Monitor::new(context, signals, listener).map_err(StartError::io("make the epoll set"))?;
+        Monitor::new(context, signals, listener).map_err(StartError::io("create the epoll set"))?;
     monitor.run().map_err(StartError::io("wait for events"))?;
     let _ = std::fs::remove_file(SOCKET_NAME);
     Ok(())
@@ -155,16 +161,25 @@ fn read_configuration(path: &Path) -> Result<Pod, StartError> {
     serde_json::from_slice(&json).map_err(StartError::Configuration)
 }
 
-/// Keeps the listening socket and closes whatever else was inherited. Stdio is /dev/null: it
-/// may be the CRI server's terminal or its pipe to a journal, which ends with the server.
+/// Keeps the listening socket and closes all other inherited descriptors. Redirects stdio to
+/// /dev/null. The inherited stdio can be the CRI server's terminal or a pipe to the journal. Both
+/// can disappear when the CRI server exits.
 fn take_descriptors() -> Result<OwnedFd, StartError> {
-    // SAFETY: borrowed only to look whether it is a socket that listens; nothing is done with
-    // the number if it is not open.
+    // SAFETY: this function first checks that descriptor 3 is an open listening socket. If the
+    // check fails, the function returns without using the descriptor again.
     let listener = unsafe { BorrowedFd::borrow_raw(LISTEN_FD) };
     match rustix::net::sockopt::socket_acceptconn(listener) {
         Ok(true) => {}
-        Ok(false) => return Err(StartError::io("listen on descriptor 3")(Errno::INVAL)),
-        Err(errno) => return Err(StartError::io("listen on descriptor 3")(errno)),
+        Ok(false) => {
+            return Err(StartError::io(
+                "use descriptor 3, which must be a listening socket",
+            )(Errno::INVAL));
+        }
+        Err(errno) => {
+            return Err(StartError::io(
+                "use descriptor 3, which must be a listening socket",
+            )(errno));
+        }
     }
     let null = File::options()
         .read(true)
@@ -179,13 +194,17 @@ fn take_descriptors() -> Result<OwnedFd, StartError> {
     close_from(LISTEN_FD.cast_unsigned() + 1);
     rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::CLOEXEC)
         .and_then(|()| rustix::io::ioctl_fionbio(listener, true))
-        .map_err(StartError::io("set up descriptor 3"))?;
-    // SAFETY: nobody else owns the listener: it was inherited.
+        .map_err(StartError::io(
+            "make descriptor 3 non-blocking and close-on-exec",
+        ))?;
+    // SAFETY: descriptor 3 has no other owner in this process, because the monitor inherited it
+    // from the CRI server.
     Ok(unsafe { OwnedFd::from_raw_fd(LISTEN_FD) })
 }
 
-/// All signals are blocked, so that nobody's Ctrl-C and no shutdown's SIGTERM keeps us from
-/// recording how the containers end; SIGCHLD comes by descriptor.
+/// Blocks all signals. Ctrl-C, or the SIGTERM at a machine's shutdown, must not end the monitor
+/// before it has recorded the containers' exits. The monitor reads SIGCHLD from the returned
+/// descriptor.
 fn take_signals() -> nix::Result<SignalFd> {
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
     let mut children = SigSet::empty();
@@ -202,9 +221,10 @@ fn enter_namespaces(pod: &Pod) -> Result<(), StartError> {
         flags |= UnshareFlags::NEWUTS;
     }
     if !flags.is_empty() {
-        // SAFETY: neither flag changes how this process's memory or descriptors are shared.
+        // SAFETY: CLONE_NEWIPC and CLONE_NEWUTS do not change how this process shares memory or
+        // descriptors.
         unsafe { rustix::thread::unshare_unsafe(flags) }
-            .map_err(StartError::io("make the pod's IPC and UTS namespaces"))?;
+            .map_err(StartError::io("create the pod's IPC and UTS namespaces"))?;
     }
     if let Some(name) = &pod.hostname {
         rustix::system::sethostname(name.as_bytes())
@@ -224,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_a_directory_and_perhaps_a_timeout() {
+    fn the_command_line_has_a_directory_and_an_optional_timeout() {
         assert_eq!(parsed(&["--dir", "/a"]), Some(("/a".into(), 120)));
         assert_eq!(
             parsed(&["--runtime-timeout", "5", "--dir", "/a"]),

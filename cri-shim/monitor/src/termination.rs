@@ -1,8 +1,9 @@
-//! A container's end.
+//! The termination of a container.
 //!
-//! It has three steps: the first process is reaped; when nothing is left in the cgroup, the log is
-//! completed, the record written and everybody informed; then the runtime cleans up. A client that
-//! waits for the exit does not wait for that last step.
+//! A termination has three steps. First, the monitor reaps the container's first process. Second,
+//! when the cgroup is empty, the monitor completes the log, writes the exit record and reports the
+//! exit. Third, the runtime's `delete` cleans up. A client that waits for the container's exit does
+//! not wait for the third step.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,15 +18,20 @@ use rrun_kernel::cgroup;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Event, ExitRecord, FailureKind};
 
-/// How long the rest of a container may take to die after it was killed.
+/// The time for which the monitor waits for the exit of a container's remaining processes. The wait
+/// begins when the monitor has killed these processes.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a container's end waits for its log. A file system that takes longer hangs; the log
-/// is completed when it does so no more.
+/// The maximum time for which the monitor waits for a complete log before it reports a container's
+/// exit. If the log is still incomplete after this time, the monitor assumes that the log's file
+/// system hangs. The monitor then reports the exit first, and completes the log when the file
+/// system works again.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The first and the longest pause between two checks of a cgroup that is not empty yet.
+/// The shortest interval between two checks of a cgroup that is not empty yet.
 const MIN_CGROUP_CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The longest interval between two checks of a cgroup that is not empty yet.
 const MAX_CGROUP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Termination {
@@ -40,7 +46,9 @@ impl Termination {
         }
     }
 
-    /// Whether nothing is left in the cgroup, or what is left does not die. Kills it at first.
+    /// Returns true if the cgroup is empty. Also returns true if [`KILL_TIMEOUT`] has passed since
+    /// the monitor sent SIGKILL to the processes in the cgroup. The first call sends SIGKILL to all
+    /// processes in the cgroup.
     fn is_cgroup_done(&mut self, cgroup: &Path) -> bool {
         if !cgroup::is_populated(cgroup) {
             return true;
@@ -49,7 +57,10 @@ impl Termination {
         let path = cgroup.display();
         let deadline = *self.kill_deadline.get_or_insert_with(|| {
             if let Err(errno) = cgroup::kill(cgroup) {
-                own_log::write(&format!("kill all in {path}: {}", describe(&errno.into())));
+                own_log::write(&format!(
+                    "kill all processes in {path}: {}",
+                    describe(&errno.into())
+                ));
             }
             now + KILL_TIMEOUT
         });
@@ -60,14 +71,14 @@ impl Termination {
         }
         let seconds = KILL_TIMEOUT.as_secs();
         own_log::write(&format!(
-            "processes in {path} are alive {seconds} s after they were killed"
+            "processes in {path} are still alive {seconds} s after the monitor sent SIGKILL to them"
         ));
         true
     }
 }
 
 impl Container {
-    /// The first process has been reaped.
+    /// Handles the exit of the container's first process, which the monitor has reaped.
     pub(crate) fn init_exited(&mut self, code: i32) -> Vec<Effect> {
         self.state = State::Terminating(Termination::new(code, exit::now()));
         if self.starting {
@@ -77,7 +88,8 @@ impl Container {
         }
     }
 
-    /// Reports that the kernel killed for want of memory, if it did.
+    /// Reports an out-of-memory kill to the subscribers, if
+    /// [`OomWatch::check`](super::oom::OomWatch::check) requires a report.
     pub(crate) fn check_oom(&mut self) -> Vec<Effect> {
         if !self.oom.check() {
             return Vec::new();
@@ -86,13 +98,14 @@ impl Container {
         vec![Effect::Publish(Event::OutOfMemory { id })]
     }
 
-    /// Goes on with the end as far as that is possible now. Check for out-of-memory kills before:
-    /// the count must be read while the cgroup is there, and reported before the end is.
+    /// Continues the termination if its next step is possible now. The caller must call
+    /// [`Container::check_oom`] first, for two reasons. The counter of out-of-memory kills exists
+    /// only as long as the cgroup. The monitor must also report a kill before it reports the exit.
     pub(crate) fn continue_termination(&mut self, buffer: &mut ReadBuffer) -> Vec<Effect> {
         let State::Terminating(termination) = &mut self.state else {
             return Vec::new();
         };
-        // The answer to Start comes first.
+        // The monitor must answer the `start` in progress before it reports the exit.
         if self.starting || !termination.is_cgroup_done(&self.spec.cgroup) {
             return Vec::new();
         }
@@ -102,7 +115,8 @@ impl Container {
         self.terminated()
     }
 
-    /// Whether all output is in the log, or its file system hangs. Reads the output at first.
+    /// Returns true if all output is in the log, or if the log's file system has hung for
+    /// [`LOG_FLUSH_TIMEOUT`]. The first call reads the remaining output.
     fn is_log_done(&mut self, buffer: &mut ReadBuffer) -> bool {
         let State::Terminating(termination) = &mut self.state else {
             return false;
@@ -123,12 +137,12 @@ impl Container {
         let (id, log) = (&self.spec.id, self.spec.log.as_deref());
         let path = log.unwrap_or(Path::new("")).display();
         own_log::write(&format!(
-            "container {id}: its end is told, though its log is not written: the file system of {path} hangs"
+            "container {id}: the monitor reports its exit before its log is complete, because the file system of {path} hangs"
         ));
         true
     }
 
-    /// Records the exit, and then tells everybody.
+    /// Writes the exit record, and then reports the exit to all subscribers.
     fn terminated(&mut self) -> Vec<Effect> {
         let State::Terminating(termination) = &self.state else {
             return Vec::new();
@@ -168,11 +182,13 @@ impl Container {
         )]
     }
 
-    /// The runtime's `delete` has ended, with this reason if it failed.
+    /// Handles the exit of the runtime's `delete`. `failure` is the reason why the `delete` failed,
+    /// or `None` if it succeeded.
     ///
-    /// A runtime that fails to delete, or is not there any more, must not keep a container for
-    /// ever: without processes and without a cgroup it is gone as far as the node goes. The
-    /// runtime has a second chance when a client asks for the container's deletion.
+    /// The `delete` can fail, for example because the runtime has been uninstalled. Even then, the
+    /// container must not remain for ever. For this reason, the monitor treats a container without
+    /// processes and without a cgroup as deleted. After a failure, the monitor runs the runtime's
+    /// `delete` again when a client requests the container's deletion.
     pub(crate) fn cleaned_up(&mut self, failure: Option<&str>) -> Vec<Effect> {
         if let Some(reason) = failure {
             own_log::write(&format!("delete container {}: {reason}", self.id()));
@@ -216,7 +232,7 @@ mod tests {
     use rrun_protocol::Reply;
 
     #[test]
-    fn an_exit_waits_for_the_answer_to_start_and_is_on_the_disk_when_it_is_published() {
+    fn an_exit_is_published_after_the_answer_to_start_and_after_its_record_is_on_disk() {
         let mut buffer = ReadBuffer::new();
         let mut container = Container::for_test("exit-after-start");
         let effects = container.start(7);

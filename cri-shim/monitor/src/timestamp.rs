@@ -1,10 +1,10 @@
-//! The time as container logs and the monitor's own log have it.
+//! Timestamps for container logs and the monitor's own log.
 
 use rrun_kernel::date::DateTime;
 
 use super::exit;
 
-/// The time as the CRI's logs have it, in UTC: RFC 3339 with nine digits of a second.
+/// A UTC timestamp in the format of the CRI's logs: RFC 3339, with nine decimal places of a second.
 pub(crate) struct Timestamp([u8; 30]);
 
 impl Timestamp {
@@ -12,7 +12,8 @@ impl Timestamp {
         Timestamp::at(exit::now())
     }
 
-    /// `nanoseconds` since the epoch; the years 1970 to 9999.
+    /// Formats a time, given in `nanoseconds` since the epoch. The year must be between 1970 and
+    /// 9999.
     pub(crate) fn at(nanoseconds: i64) -> Self {
         let nanoseconds = u64::try_from(nanoseconds).unwrap_or_default();
         let date = DateTime::from_unix(nanoseconds / 1_000_000_000);

@@ -1,8 +1,10 @@
-//! Which pod has which address.
+//! The assignment of addresses to pods.
 //!
-//! Addresses are given in turn, so that one that was freed is the last to be given again: what
-//! remembers its old owner, a peer's connection or a resolver's cache, has the longest time to
-//! forget. The caller writes every change to the store; this is the state in memory.
+//! Addresses are assigned in ascending order. A freed address is therefore assigned again as late
+//! as possible. Connections and DNS cache entries can still refer to the address of a deleted pod.
+//! With this order, the connections and cache entries expire before another pod gets the address.
+//! This module keeps the assignments only in memory. The caller writes every change of an
+//! assignment to the server's store.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -11,8 +13,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// An IPv4 or IPv6 range in CIDR notation. Its first address is the gateway's, the last one of an
-/// IPv4 range is for broadcasts, the others are for pods.
+/// An IPv4 or IPv6 range in CIDR notation. The first address after the network address is the
+/// gateway's address. The last address is not assigned to pods, because in an IPv4 range it is the
+/// broadcast address. The addresses between the gateway's address and the last address are for
+/// pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Range {
@@ -21,13 +25,13 @@ pub struct Range {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a range for pods: {why}")]
+#[error("{text:?} is not a valid pod range: {why}")]
 pub struct RangeError {
     text: String,
     why: &'static str,
 }
 
-/// The number that an address is.
+/// Returns an address as a number.
 fn bits(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(address) => address.to_bits().into(),
@@ -35,23 +39,24 @@ fn bits(address: IpAddr) -> u128 {
     }
 }
 
-/// `number` as an address of `like`'s family.
+/// Returns `number` as an address of the same address family as `like`.
 fn address(like: IpAddr, number: u128) -> IpAddr {
     match like {
-        // The upper bits are 0.
+        // The upper 96 bits of an IPv4 address's number are 0.
         IpAddr::V4(_) => Ipv4Addr::from_bits(number as u32).into(),
         IpAddr::V6(_) => Ipv6Addr::from_bits(number).into(),
     }
 }
 
 impl Range {
-    /// 10.88.0.0/16.
+    /// The default IPv4 range of pods, 10.88.0.0/16.
     pub(crate) const DEFAULT: Range = Range {
         network: IpAddr::V4(Ipv4Addr::new(10, 88, 0, 0)),
         prefix: 16,
     };
 
-    /// fd72:7275:6e30::/64, of the unique local addresses of RFC 4193; it spells "rrun0".
+    /// The default IPv6 range of pods, fd72:7275:6e30::/64. The range is one of the unique local
+    /// address ranges of RFC 4193. Its bytes after `fd` spell "rrun0" in ASCII.
     pub(crate) const DEFAULT6: Range = Range {
         network: IpAddr::V6(Ipv6Addr::new(0xfd72, 0x7275, 0x6e30, 0, 0, 0, 0, 0)),
         prefix: 64,
@@ -69,7 +74,7 @@ impl Range {
         self.network
     }
 
-    /// Nothing for IPv6, which has none.
+    /// Returns the broadcast address, or `None` for IPv6, which has no broadcasts.
     pub(crate) fn broadcast(self) -> Option<IpAddr> {
         (!self.is_ipv6()).then(|| address(self.network, self.last()))
     }
@@ -82,12 +87,12 @@ impl Range {
         address(self.network, all & !self.host_bits())
     }
 
-    /// The length of the prefix in bits.
+    /// Returns the length of the prefix in bits.
     pub(crate) fn prefix(self) -> u8 {
         self.prefix
     }
 
-    /// Every bit behind the prefix.
+    /// Returns the mask of the host part. In this mask, all bits after the prefix are set.
     fn host_bits(self) -> u128 {
         let width = if self.is_ipv6() { 128 } else { 32 };
         (1_u128 << (width - u32::from(self.prefix))) - 1
@@ -110,13 +115,13 @@ impl Range {
             && (bits(self.network)..=self.last()).contains(&bits(other))
     }
 
-    /// The range that `gateway`, an address with a prefix of this length, is the gateway of.
+    /// Returns the range with the gateway `gateway` and the prefix length `prefix`.
     pub(crate) fn of_gateway(gateway: IpAddr, prefix: u8) -> Option<Range> {
         let network = address(gateway, bits(gateway).checked_sub(1)?);
         format!("{network}/{prefix}").parse().ok()
     }
 
-    /// Whether `network`/`prefix` and this range have an address in common.
+    /// Returns whether this range and the range `network`/`prefix` have an address in common.
     pub(crate) fn overlaps(self, network: IpAddr, prefix: u8) -> bool {
         let width = if self.is_ipv6() { 128 } else { 32 };
         let behind = width - u32::from(prefix.min(self.prefix));
@@ -150,14 +155,14 @@ impl FromStr for Range {
             .ok_or_else(|| error(why))?;
         let range = Range { network, prefix };
         if bits(network) & range.host_bits() != 0 {
-            return Err(error("its address has bits set behind the prefix"));
+            return Err(error("its address has bits set after the prefix"));
         }
-        let odd = match network {
+        let reserved = match network {
             IpAddr::V4(address) => address.octets()[0] == 0,
             IpAddr::V6(address) => address.is_unicast_link_local() || address.to_ipv4().is_some(),
         };
-        if network.is_loopback() || network.is_multicast() || odd {
-            return Err(error("these addresses have another meaning"));
+        if network.is_loopback() || network.is_multicast() || reserved {
+            return Err(error("these addresses are reserved for another purpose"));
         }
         Ok(range)
     }
@@ -183,24 +188,25 @@ impl fmt::Display for Range {
     }
 }
 
-/// Every address of the range is taken.
+/// The error for an assignment from a range without a free address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exhausted {
     pub range: Range,
 }
 
-/// The addresses of a range and who has them.
+/// The assigned addresses of a range, and the pods that own the addresses.
 pub(crate) struct Addresses {
     range: Range,
     by_address: BTreeMap<u128, String>,
     by_pod: HashMap<String, u128>,
-    /// Where the search for the next one begins.
+    /// The address at which the search for the next free address begins.
     next: u128,
 }
 
 impl Addresses {
-    /// `given` is what the store remembers, `last` the address that was given last; what is of the
-    /// other family is passed over.
+    /// Restores the assignments from the entries in the server's store. `given` contains the
+    /// assigned addresses with their pods, and `last` is the most recently assigned address.
+    /// Addresses of the other address family in `given` are ignored.
     pub(crate) fn new(
         range: Range,
         given: impl IntoIterator<Item = (IpAddr, String)>,
@@ -213,8 +219,8 @@ impl Addresses {
             next: last.map_or(range.first_pod(), |last| bits(last).saturating_add(1)),
         };
         for (address, pod) in given {
-            // An address outside of the range is one from before the configuration changed. Its
-            // pod keeps it.
+            // An address in `given` can be outside the range, because the configuration can change
+            // after the assignment. The pod keeps this address.
             if address.is_ipv6() == range.is_ipv6() {
                 addresses.by_address.insert(bits(address), pod.clone());
                 addresses.by_pod.insert(pod, bits(address));
@@ -232,13 +238,13 @@ impl Addresses {
         Some(address(self.range.network, *number))
     }
 
-    /// Every pod with its address.
+    /// Returns every pod with its address.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&str, IpAddr)> {
         let entries = self.by_address.iter();
         entries.map(|(number, pod)| (pod.as_str(), address(self.range.network, *number)))
     }
 
-    /// Gives `pod`, which has none, an address.
+    /// Assigns a free address to `pod`, which must not have an address yet.
     pub(crate) fn take(&mut self, pod: &str) -> Result<IpAddr, Exhausted> {
         let (first, last) = (self.range.first_pod(), self.range.last_pod());
         let begin = match self.next {
@@ -255,7 +261,7 @@ impl Addresses {
         Ok(address(self.range.network, number))
     }
 
-    /// Takes everything that `pod` has.
+    /// Frees all addresses of `pod`.
     pub(crate) fn free(&mut self, pod: &str) {
         self.by_pod.remove(pod);
         self.by_address.retain(|_, owner| owner != pod);
@@ -275,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_knows_its_addresses() {
+    fn a_range_has_a_gateway_a_broadcast_address_and_a_mask() {
         let range = range("10.88.0.0/16");
         assert_eq!(range.gateway(), v4(10, 88, 0, 1));
         assert_eq!(range.broadcast(), Some(v4(10, 88, 255, 255)));
@@ -290,22 +296,25 @@ mod tests {
             ("10.88.0.0/31", "from 8 to 30"),
             ("10.88.0.0/7", "from 8 to 30"),
             ("10.88.0.0/x", "from 8 to 30"),
-            ("10.88.0.1/16", "bits set behind"),
-            ("fd00::1/64", "bits set behind"),
+            ("10.88.0.1/16", "bits set after"),
+            ("fd00::1/64", "bits set after"),
             ("fd00::/8", "from 16 to 126"),
-            ("fe80::/64", "another meaning"),
+            ("fe80::/64", "another purpose"),
             ("web/8", "IP address"),
-            ("127.0.0.0/8", "another meaning"),
-            ("224.0.0.0/8", "another meaning"),
+            ("127.0.0.0/8", "another purpose"),
+            ("224.0.0.0/8", "another purpose"),
             ("", "needs a prefix length"),
         ] {
             let error = text.parse::<Range>().unwrap_err().to_string();
-            assert!(error.contains(why), "{text}: {error}");
+            assert!(
+                error.contains(why),
+                "wrong error for the range {text:?}: {error}"
+            );
         }
     }
 
     #[test]
-    fn overlap_is_seen_from_both_sides() {
+    fn ranges_overlap_if_one_contains_the_other() {
         let range = range("10.88.0.0/16");
         assert!(range.overlaps(v4(10, 88, 3, 0), 24));
         assert!(range.overlaps(v4(10, 0, 0, 0), 8));
@@ -315,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_freed_address_is_given_again_last() {
+    fn a_freed_address_is_assigned_again_last() {
         let mut addresses = Addresses::new(range("10.0.0.0/29"), [], None);
         let first = addresses.take("a");
         assert_eq!(first, Ok(v4(10, 0, 0, 2)));
@@ -331,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn the_turn_and_the_owners_are_remembered() {
+    fn the_last_assigned_address_and_the_owners_are_restored() {
         let last = v4(10, 0, 0, 5);
         let given = [(v4(10, 0, 0, 6), "kept".to_owned())];
         let mut addresses = Addresses::new(range("10.0.0.0/29"), given, Some(last));
@@ -340,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_from_before_a_change_of_the_range_stay_with_their_pods() {
+    fn pods_keep_their_addresses_when_the_range_changes() {
         let old = v4(10, 9, 0, 2);
         let mut addresses =
             Addresses::new(range("10.0.0.0/30"), [(old, "old".to_owned())], Some(old));
@@ -350,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_works_alike() {
+    fn an_ipv6_range_works_like_an_ipv4_range() {
         let range = range("fd00:1::/126");
         let address = |last| IpAddr::from(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, last));
         assert_eq!(range.gateway(), address(1));

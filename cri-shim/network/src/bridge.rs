@@ -1,5 +1,6 @@
-//! What the embedded network has in the kernel: the bridge ([`device`]), the nftables rules, a veth
-//! pair for each pod ([`pair`]). Everything here blocks, for microseconds to a few milliseconds.
+//! The kernel objects of the embedded network. These objects are the bridge ([`device`]), the
+//! nftables rules, and a veth pair for each pod ([`pair`]). Every function in this module blocks,
+//! for microseconds to a few milliseconds.
 
 mod device;
 mod pair;
@@ -25,34 +26,38 @@ use device::{BridgeDevice, Repaired};
 pub(crate) use pair::{PodNamespace, host_interface};
 use rrun_calls::lock::lock;
 
-/// The bridge and its rules, as configured.
+/// The bridge and its nftables rules.
 pub(crate) struct Bridge {
     config: NetworkConfig,
-    /// What new pods get addresses of.
+    /// The ranges from which new pods get their addresses.
     ranges: Vec<Range>,
-    /// What was found or made last.
+    /// The state of the bridge at the last check. `None` before the first check, or if the bridge
+    /// was not complete.
     state: Mutex<Option<BridgeState>>,
-    /// Whether this server has made the table: an older one's may be of another shape.
+    /// True if this server process has created the nftables table. If the value is false, the
+    /// server replaces the table, because another version of the server may have created the table
+    /// with a different structure.
     made_table: AtomicBool,
 }
 
-/// What should be in the kernel for pods.
+/// The kernel objects that should exist for the pods.
 pub(crate) struct Desired {
-    /// Those that have an interface.
+    /// The ids of the pods that have an interface.
     pub pods: Vec<String>,
     pub addresses: Vec<IpAddr>,
     pub mappings: Vec<Mapping>,
 }
 
-/// Called only when the bridge or the table is made anew.
+/// A function that returns the desired kernel objects. The function is called only if the bridge or
+/// the nftables table must be repaired.
 type GetDesired<'a> = &'a dyn Fn() -> Desired;
 
-/// A bridge that was whole when it was looked at.
+/// The state of a bridge that was complete at the last check.
 #[derive(Clone, Copy)]
 struct BridgeState {
     index: u32,
     mtu: u32,
-    /// Whether host ports are at ::1 too.
+    /// True if host ports are also open at ::1.
     loopback6: bool,
     rules: Generation,
 }
@@ -79,22 +84,23 @@ impl Bridge {
         }
     }
 
-    /// Looks at everything, and makes what is missing. If the bridge had to be made anew, the pods
-    /// that have an interface are put back on it.
+    /// Checks the bridge and its rules, and creates the missing objects. If the bridge is created
+    /// again, the interfaces of the pods become its ports again.
     pub(crate) fn repair(&self, desired: GetDesired) -> Result<(), NetworkError> {
         self.repair_all(&mut self.state(), false, desired).map(drop)
     }
 
-    /// Makes the table anew, if there is a bridge or a pod that wants one.
+    /// Replaces the nftables table if the bridge exists or a pod needs the bridge.
     pub(crate) fn renew(&self, desired: GetDesired) -> Result<(), NetworkError> {
-        let there = link::find(&mut Socket::route()?, &self.config.bridge)?.is_some();
-        if there || !desired().addresses.is_empty() {
+        let exists = link::find(&mut Socket::route()?, &self.config.bridge)?.is_some();
+        if exists || !desired().addresses.is_empty() {
             self.repair_all(&mut self.state(), true, desired)?;
         }
         Ok(())
     }
 
-    /// Makes `pod`'s pair of interfaces, or finds it. It has no address yet.
+    /// Creates the veth pair of `pod`, unless it already exists. [`Bridge::configure`] adds the
+    /// addresses to the pod's interface.
     pub(crate) fn connect(
         &self,
         pod: &str,
@@ -103,10 +109,10 @@ impl Bridge {
         desired: GetDesired,
     ) -> Result<PodNamespace, NetworkError> {
         let namespace = PodNamespace::open(netns)?;
-        let state = self.whole(desired)?;
+        let state = self.ensure_bridge(desired)?;
         let mut socket = Socket::route()?;
         let state = self.with_mtu_of_uplink(&mut socket, state, desired)?;
-        let make = |socket: &mut Socket, state: BridgeState| {
+        let ensure_pair = |socket: &mut Socket, state: BridgeState| {
             let pair = link::VethPair {
                 host: &host_interface(pod),
                 alias: &pair::alias(&self.config.bridge, pod),
@@ -114,21 +120,23 @@ impl Bridge {
                 mtu: state.mtu,
                 mac,
             };
-            pair::make(socket, &pair, &namespace)
+            pair::ensure(socket, &pair, &namespace)
         };
-        match make(&mut socket, state) {
-            // If somebody deleted the bridge, only its absence shows it.
+        match ensure_pair(&mut socket, state) {
+            // In this match arm, another program has deleted the bridge. `ensure_bridge` has not
+            // detected the deletion. If the nftables rules are unchanged, `ensure_bridge` does not
+            // look up the bridge.
             Err(_) if self.is_gone(&mut socket, state) => {
                 let state = self.repair_all(&mut self.state(), false, desired)?;
-                make(&mut socket, state)?;
+                ensure_pair(&mut socket, state)?;
             }
             result => result?,
         }
         Ok(namespace)
     }
 
-    /// Gives the pod's interface its addresses and the pod its default routes. Done again it
-    /// changes nothing.
+    /// Adds the addresses to the pod's interface, and adds the pod's default routes. If this
+    /// function is called again, it changes nothing.
     pub(crate) fn configure(
         &self,
         namespace: &PodNamespace,
@@ -138,7 +146,8 @@ impl Bridge {
         pair::configure(namespace, addresses, mac, &self.ranges)
     }
 
-    /// Opens host ports. What a foreign hand took away is made anew with it.
+    /// Opens host ports. If another program removed the bridge or the nftables table, this function
+    /// creates the removed objects again.
     pub(crate) fn publish(
         &self,
         mappings: &[Mapping],
@@ -158,8 +167,10 @@ impl Bridge {
         Ok(())
     }
 
-    /// Closes host ports. `free` gives them back: until then no other pod gets them, and what is
-    /// published after that comes after this.
+    /// Closes host ports. The function `free` makes the ports available to other pods. `withdraw`
+    /// holds the lock on the bridge's state until `withdraw` returns. If another pod reserves the
+    /// same ports, [`Bridge::publish`] for that pod waits for this lock. The other pod's ports are
+    /// therefore opened only after the old ports were closed.
     pub(crate) fn withdraw(
         &self,
         mappings: &[Mapping],
@@ -175,7 +186,8 @@ impl Bridge {
         Ok(())
     }
 
-    /// Adds the routes for replies to host ports on loopback.
+    /// Configures how the node routes the replies on connections to host ports at 127.0.0.1 and
+    /// ::1.
     fn route_loopbacks(
         &self,
         socket: &mut Socket,
@@ -193,8 +205,8 @@ impl Bridge {
         socket.execute(&batch).map(drop)
     }
 
-    /// Deletes the node's ends of the pods' pairs, and with them the pods'. They need not be
-    /// there.
+    /// Deletes the node's ends of the pods' veth pairs. The kernel then also deletes the pods'
+    /// ends. This function ignores an interface that does not exist.
     pub(crate) fn disconnect(&self, pods: &[String]) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
         let names: Vec<String> = pods.iter().map(|pod| host_interface(pod)).collect();
@@ -204,8 +216,9 @@ impl Bridge {
         link::delete_together(&mut socket, &names)
     }
 
-    /// Deletes every interface of rrun's but those in `keep`, and makes those refuse router
-    /// advertisements and redirects.
+    /// Deletes the interfaces that rrun created, except the interfaces of the pods in `keep`. The
+    /// interfaces of the pods in `keep` are configured to refuse router advertisements and
+    /// redirects.
     pub(crate) fn sweep(&self, keep: &HashSet<String>) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
         let links = link::list(&mut socket)?;
@@ -224,15 +237,18 @@ impl Bridge {
             if !keep.contains(&link.name) {
                 link::delete(&mut socket, &link.name)?;
             } else if let Err(error) = forwarding::refuse_routers(&link.name) {
-                // The interface may be an earlier version's, so this can be its first refusal.
+                // The error is only logged. Interfaces that this version of rrun created already
+                // refuse router advertisements and redirects. `refuse_routers` changes only
+                // interfaces from an earlier version.
                 log::error!("{error}");
             }
         }
         Ok(())
     }
 
-    /// Makes the interfaces of running pods refuse router advertisements and redirects. After a
-    /// failure for one pod, the others still follow; the error is the last one.
+    /// Configures the interfaces of running pods to refuse router advertisements and redirects. If
+    /// a pod's interface can't be changed, this function continues with the other pods and returns
+    /// the last error.
     pub(crate) fn refuse_routers(&self, netns: &[PathBuf]) -> Result<(), NetworkError> {
         let refuse = |path: &PathBuf| {
             namespace::enter(namespace::open(path)?.as_fd(), path)?;
@@ -247,9 +263,10 @@ impl Bridge {
         })
     }
 
-    /// The bridge, made or repaired if need be. If nothing has changed since the last time this is
-    /// one question to the kernel and one file read.
-    fn whole(&self, desired: GetDesired) -> Result<BridgeState, NetworkError> {
+    /// Returns the state of the bridge. If necessary, this function first creates or repairs the
+    /// bridge. If nothing has changed since the last check, this function only sends one request to
+    /// the kernel and reads one file for each address family.
+    fn ensure_bridge(&self, desired: GetDesired) -> Result<BridgeState, NetworkError> {
         let known = *self.state();
         if let Some(state) = known
             && nftables::generation(&mut Socket::netfilter()?)? == state.rules
@@ -260,7 +277,8 @@ impl Bridge {
         self.repair_all(&mut self.state(), false, desired)
     }
 
-    /// Follows the uplink's MTU, unless one is configured. Pods that are there keep theirs.
+    /// Sets the bridge's MTU to the MTU of the uplink, unless an MTU is configured. Existing pods
+    /// keep their MTU.
     fn with_mtu_of_uplink(
         &self,
         socket: &mut Socket,
@@ -273,8 +291,9 @@ impl Bridge {
             return Ok(state);
         }
         if device::gets_ipv6(state.mtu, mtu) {
-            // The bridge gets IPv6 again, but the kernel has forgotten its IPv6 addresses and
-            // routes.
+            // The MTU was below the minimum for IPv6, and the kernel therefore deleted the bridge's
+            // IPv6 addresses and routes. The larger MTU enables IPv6 on the bridge again. The
+            // repair restores the deleted addresses and routes.
             return self.repair_all(&mut self.state(), false, desired);
         }
         device.set_mtu(socket, state.index, state.mtu, mtu)?;
@@ -284,17 +303,19 @@ impl Bridge {
         Ok(BridgeState { mtu, ..state })
     }
 
-    /// Whether the node passes packets on, of each family that pods have.
+    /// Returns whether packet forwarding is enabled for every address family in which pods have
+    /// addresses.
     fn forwards(&self) -> bool {
         let mut ranges = self.ranges.iter();
         ranges.all(|range| forwarding::is_on(range.is_ipv6()))
     }
 
-    /// Brings the bridge, forwarding, routes and rules right; with `renew` the rules are made anew
-    /// in any case.
+    /// Repairs the bridge, the node's packet forwarding, the routes and the nftables rules. If
+    /// `renew` is true, the rules are replaced even if they are complete.
     ///
-    /// The lock is held while the kernel is asked, against the custom of this crate: ten first
-    /// pods need one bridge, and none can go on before it is there.
+    /// The caller holds the lock on the bridge's state while this function sends requests to the
+    /// kernel. Other calls wait for the lock meanwhile. This wait does no harm, because no call can
+    /// attach a pod before the bridge exists.
     fn repair_all(
         &self,
         known: &mut Option<BridgeState>,
@@ -339,10 +360,11 @@ impl Bridge {
             mappings,
         };
         let mut socket = Socket::netfilter()?;
-        // Read first: a change while the table is looked at is seen the next time.
+        // The generation is read before the check. If another program changes nftables during this
+        // check, the next check detects the change.
         let before = nftables::generation(&mut socket)?;
-        let old = renew || !self.made_table.load(Ordering::Relaxed);
-        if !old && nftables::is_there(&mut socket, &table)? {
+        let must_replace = renew || !self.made_table.load(Ordering::Relaxed);
+        if !must_replace && nftables::is_complete(&mut socket, &table)? {
             return Ok(before);
         }
         nftables::replace(&mut socket, &table)?;
@@ -359,7 +381,9 @@ impl Bridge {
     }
 }
 
-/// Our own changes must not invalidate the known generation of the rules.
+/// Calls `change`, which changes the nftables table. If no other program changes nftables during
+/// the call of `change`, this function updates the generation in `known`. The state in `known` then
+/// remains valid.
 fn change_rules(
     known: &mut Option<BridgeState>,
     change: impl FnOnce(&mut Socket) -> Result<(), NetworkError>,
@@ -377,9 +401,12 @@ fn change_rules(
     Ok(())
 }
 
-/// Host ports work without this, but for those who have sent to the port before.
+/// Deletes stale flows. An error is only logged, because the error affects only peers that have
+/// already sent packets to a host port.
 fn forget_flows(mappings: &[Mapping], stale: Stale) {
     if let Err(error) = conntrack::forget(mappings, stale) {
-        log::warn!("packets for host ports may go on to where they went before: {error}");
+        log::warn!(
+            "packets for host ports may still be sent to their previous destination: {error}"
+        );
     }
 }

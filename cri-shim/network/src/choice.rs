@@ -1,5 +1,6 @@
-//! Which network a pod gets: CNI's where a configuration says so, else the embedded one. A pod is
-//! taken out of the one that it was put into, whatever the choice is by then.
+//! The choice of a pod's network. By default, a pod gets networks from CNI plugins if CNI is
+//! configured. If CNI is not configured, the pod gets the embedded network. The choice remains in
+//! force until the pod is detached, even if the CNI configurations change.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -15,7 +16,7 @@ use crate::host_ports::{self, HostPort};
 use crate::namespace::Namespaces;
 use rrun_calls::error::{Error, Result};
 
-/// The networks that pods can have; clones share one state.
+/// The networks to which pods can be attached. Clones share one state.
 #[derive(Clone)]
 pub struct PodNetwork {
     mode: Mode,
@@ -34,7 +35,7 @@ impl PodNetwork {
         }
     }
 
-    /// Whether the next pod gets its network from CNI.
+    /// Returns whether a new pod gets its network from CNI plugins.
     pub(crate) async fn is_cni(&self) -> bool {
         match self.mode {
             Mode::Auto => self.cni.is_configured().await,
@@ -43,7 +44,8 @@ impl PodNetwork {
         }
     }
 
-    /// Refuses what the pod's network could not do.
+    /// Checks the pod configuration `config`. Returns an error if the network of a new pod would
+    /// not support this configuration.
     pub async fn check(&self, config: &PodSandboxConfig) -> Result<()> {
         if self.is_cni().await {
             return self.cni.check(config);
@@ -51,8 +53,10 @@ impl PodNetwork {
         host_ports(config).map(drop)
     }
 
-    /// Chooses, and writes down what [`PodNetwork::attach`] is going to make. A pod in the node's
-    /// network gets nothing but its ports: nobody else's then. `name` is for whoever wants them.
+    /// Chooses the pod's network, and stores the parameters for the following
+    /// [`PodNetwork::attach`]. If `own_network` is false, the pod is in the node's network
+    /// namespace, and only its host ports are reserved. `name` is the name of this pod. If another
+    /// pod requests the same host port, the error message for the other pod contains `name`.
     pub async fn reserve(
         &self,
         pod: &str,
@@ -74,7 +78,8 @@ impl PodNetwork {
         reserved.map_err(Error::from)
     }
 
-    /// Connects the namespace pinned at `netns`: the pod's addresses, the primary one first.
+    /// Connects the pod's network namespace, which is pinned at `netns`, to the pod's network.
+    /// Returns the pod's addresses, beginning with the primary address.
     pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
         if self.cni.has(pod) {
             return self.cni.attach(pod, netns).await;
@@ -82,7 +87,8 @@ impl PodNetwork {
         Ok(self.embedded.attach(pod, netns).await?.addresses)
     }
 
-    /// Takes the pod's network away, also one that was never made, or half.
+    /// Removes the pod's network. `detach` also succeeds if the network was never created or only
+    /// partly created.
     pub async fn detach(
         &self,
         pod: &str,
@@ -96,34 +102,38 @@ impl PodNetwork {
         Ok(DetachOutcome::Done)
     }
 
-    /// Whether the pod's network is CNI's. One that is gone still needs its namespace then.
-    pub fn keeps(&self, pod: &str) -> bool {
+    /// Returns whether CNI plugins have connected the pod and not yet disconnected it. The plugins
+    /// need the pod's network namespace to disconnect the pod. While this function returns true,
+    /// the server must therefore keep the namespace, even if the pod was deleted.
+    pub fn uses_cni(&self, pod: &str) -> bool {
         self.cni.has(pod)
     }
 
-    /// After a start, before the first attach: `live` are the pods that are there.
+    /// Removes the networks of deleted pods. The server must call this function after its start and
+    /// before the first attach. `live` contains the ids of the pods that still exist.
     pub async fn reconcile(&self, live: &HashSet<String>) -> Result<()> {
         self.cni.start(live);
         Ok(self.embedded.reconcile(live).await?)
     }
 
-    /// Makes the interfaces of these pods refuse router advertisements and redirects. Pods that CNI
-    /// plugins connected stay as they are.
+    /// Configures the interfaces of `pods` to refuse router advertisements and redirects.
+    /// Interfaces from CNI plugins are not changed.
     pub async fn refuse_routers(&self, pods: &[String]) -> Result<()> {
         let embedded = pods.iter().filter(|pod| !self.cni.has(pod));
         let netns = embedded.map(|pod| self.namespaces.of(pod)).collect();
         Ok(self.embedded.refuse_routers(netns).await?)
     }
 
-    /// Looks for new configurations, and makes the embedded network's rules anew.
+    /// Replaces the embedded network's nftables rules, and reads the CNI configurations again.
     pub async fn reload(&self) {
         if let Err(error) = self.embedded.renew().await {
-            log::error!("SIGHUP: make the rules of the embedded network anew: {error}");
+            log::error!("SIGHUP: replace the nftables rules of the embedded network: {error}");
         }
         self.cni.reload().await;
     }
 
-    /// For the CRI's condition NetworkReady: a sentence if pods can't be given a network.
+    /// Checks whether pods can be attached to a network. The result is used for the CRI condition
+    /// NetworkReady. An error is a sentence with the reason why pods can't be attached.
     pub async fn ready(&self) -> std::result::Result<(), String> {
         if self.is_cni().await {
             self.cni.ready().await
@@ -132,36 +142,37 @@ impl PodNetwork {
         }
     }
 
-    /// The node's ranges for pods, as kubelet tells them.
+    /// Sets the node's pod ranges, which kubelet sends in UpdateRuntimeConfig. Only CNI plugins use
+    /// these ranges.
     pub async fn set_ranges(&self, cidrs: &str) -> Result<()> {
         if !self.is_cni().await {
             log::info!(
-                "the pods' range {cidrs} of UpdateRuntimeConfig is not for the embedded network: \
-                 the configuration's is in use"
+                "the embedded network ignores the pod range {cidrs} of UpdateRuntimeConfig: it uses \
+                 the ranges of its configuration"
             );
         }
         self.cni.set_ranges(cidrs).await
     }
 
-    /// For the verbose Status.
-    pub async fn shown(&self) -> BTreeMap<String, String> {
+    /// Returns the entries about the networks for the response to a verbose Status request.
+    pub async fn status_info(&self) -> BTreeMap<String, String> {
         let network = if self.is_cni().await {
             "cni"
         } else {
             "embedded"
         };
-        let (addresses, ports) = self.embedded.given();
+        let (addresses, ports) = self.embedded.pod_counts();
         let embedded = json!({ "podsWithAddresses": addresses, "podsWithHostPorts": ports });
         let mut all = BTreeMap::from([
             ("network".to_owned(), network.to_owned()),
             ("embeddedNetwork".to_owned(), embedded.to_string()),
         ]);
-        let cni = self.cni.shown().await;
+        let cni = self.cni.status_info().await;
         all.extend(cni.map(|(key, value)| (key.to_owned(), value)));
         all
     }
 
-    /// What CNI gave the pod, for the verbose PodSandboxStatus.
+    /// Returns the CNI results of the pod, for the response to a verbose PodSandboxStatus request.
     pub async fn results(&self, pod: &str) -> Option<Value> {
         self.cni.results(pod).await
     }

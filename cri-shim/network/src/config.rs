@@ -1,4 +1,4 @@
-//! The `[network]` table of the configuration: what the embedded network is made from.
+//! The `[network]` table of the configuration, which configures the embedded network.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,23 +6,27 @@ use crate::address::{Range, RangeError};
 use crate::error::NetworkError;
 use crate::forwarding;
 
-/// What the `[network]` table of the configuration sets.
+/// The settings of the configuration's `[network]` table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkConfig {
-    /// The bridge's interface name, and the name of the nftables table.
+    /// The name of the bridge. The nftables table has the same name.
     pub bridge: String,
-    /// The IPv4 range of the pods; its first address is the gateway's.
+    /// The IPv4 range from which pods get addresses. The first address after the network address is
+    /// the gateway's address.
     pub range: OptionalRange,
-    /// Their IPv6 range, likewise.
+    /// The IPv6 range from which pods get addresses. The first address after the network address is
+    /// the gateway's address.
     pub range6: OptionalRange,
-    /// Which of a pod's addresses is told first.
+    /// The address family of a pod's primary address, which is the first address in the pod's
+    /// status.
     pub primary: Family,
-    /// Whether traffic that leaves the range takes the node's address.
+    /// True if packets from pods to destinations outside the pod range get the node's address as
+    /// their source address.
     pub masquerade: bool,
-    /// The MTU of the pods' interfaces in bytes; by default that of the node's uplink.
+    /// The MTU of the pods' interfaces in bytes. The default is the MTU of the node's uplink.
     pub mtu: Option<u32>,
-    /// Whether pods get it, or CNI's.
+    /// The kind of network for pods: the embedded network, or networks from CNI plugins.
     pub mode: Mode,
 }
 
@@ -40,24 +44,26 @@ impl Default for NetworkConfig {
     }
 }
 
-/// `network.mode`.
+/// The value of the key `network.mode`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// CNI if there is a configuration, else the embedded network.
+    /// Pods get networks from CNI plugins if a CNI configuration exists, and otherwise the embedded
+    /// network.
     #[default]
     Auto,
-    /// CNI; with no configuration the node is not ready.
+    /// Pods get networks from CNI plugins. Without a CNI configuration, the node is not ready.
     Cni,
-    /// The embedded network; configurations are not looked at.
+    /// Pods get the embedded network. CNI configurations are ignored.
     Embedded,
 }
 
-/// Whether, and of which range, pods have addresses of a family.
+/// The pod range of an address family, or `Off` if pods get no addresses of this family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum OptionalRange {
-    /// By an empty string.
+    /// Pods get no addresses of the address family. In the configuration, this value is an empty
+    /// string.
     Off,
     Of(Range),
 }
@@ -82,7 +88,7 @@ impl From<OptionalRange> for String {
     }
 }
 
-/// A family of addresses.
+/// An address family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
@@ -92,19 +98,20 @@ pub enum Family {
 }
 
 impl NetworkConfig {
-    /// The least that IPv4 works with, and the most that the kernel's veth takes.
+    /// The valid MTUs, from the smallest MTU that IPv4 allows to the largest MTU of a veth
+    /// interface.
     pub(crate) const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
-    /// IFNAMSIZ without its NUL.
+    /// The maximum length of an interface name, which is IFNAMSIZ without the terminating NUL.
     const NAME_BYTES: usize = 15;
 
-    /// Refuses what the kernel would not take: the key of the configuration, and what is wrong with
-    /// its value.
+    /// Refuses values that the kernel would reject. The error consists of the configuration key and
+    /// a description of the problem with the key's value.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         self.validate().map_err(|error| match error {
             NetworkError::Config {
                 field,
                 value,
-                wanted,
+                expected,
             } => {
                 let key = match field {
                     "bridge" => "network.bridge",
@@ -114,13 +121,14 @@ impl NetworkConfig {
                     "mtu" => "network.mtu",
                     _ => "network",
                 };
-                (key, format!("is {value:?}; it has to be {wanted}"))
+                (key, format!("is {value:?}; it has to be {expected}"))
             }
             other => ("network", other.to_string()),
         })
     }
 
-    /// Refuses what the kernel would not take, by the field.
+    /// Refuses values that the kernel would reject. The error contains the name of the invalid
+    /// field.
     pub(crate) fn validate(&self) -> Result<(), NetworkError> {
         let name = &self.bridge;
         let is_name = !name.is_empty()
@@ -134,7 +142,7 @@ impl NetworkConfig {
             return Err(NetworkError::Config {
                 field: "bridge",
                 value: name.clone(),
-                wanted: "an interface name: 1 to 15 visible characters without / : % or \"",
+                expected: "an interface name: 1 to 15 visible characters without / : % or \"",
             });
         }
         self.validate_ranges()?;
@@ -142,26 +150,27 @@ impl NetworkConfig {
             Some(mtu) if !Self::MTU.contains(&mtu) => Err(NetworkError::Config {
                 field: "mtu",
                 value: mtu.to_string(),
-                wanted: "68 to 65535 bytes",
+                expected: "68 to 65535 bytes",
             }),
             _ => Ok(()),
         }
     }
 
-    /// Refuses a range of the other family, no range at all, and a primary family without a range.
+    /// Refuses a range of the wrong address family, a configuration without any range, and a
+    /// primary family without a range.
     fn validate_ranges(&self) -> Result<(), NetworkError> {
-        for (field, range, ipv6, wanted) in [
+        for (field, range, ipv6, expected) in [
             (
                 "range",
                 self.range,
                 false,
-                "an IPv4 range, or empty for none; network.range6 is for IPv6",
+                "an IPv4 range, or an empty string for no IPv4 addresses (network.range6 is for IPv6)",
             ),
             (
                 "range6",
                 self.range6,
                 true,
-                "an IPv6 range, or empty for none",
+                "an IPv6 range, or an empty string for no IPv6 addresses",
             ),
         ] {
             if let OptionalRange::Of(range) = range
@@ -170,7 +179,7 @@ impl NetworkConfig {
                 return Err(NetworkError::Config {
                     field,
                     value: range.to_string(),
-                    wanted,
+                    expected,
                 });
             }
         }
@@ -179,21 +188,22 @@ impl NetworkConfig {
                 return Err(NetworkError::Config {
                     field: "range",
                     value: String::new(),
-                    wanted: "a range where network.range6 is empty",
+                    expected: "a range, because network.range6 is empty",
                 });
             }
             if self.primary == Family::Ipv6 {
                 return Err(NetworkError::Config {
                     field: "primary",
                     value: "ipv6".to_owned(),
-                    wanted: "ipv4 where network.range6 is empty",
+                    expected: "ipv4, because network.range6 is empty",
                 });
             }
         }
         Ok(())
     }
 
-    /// What pods get an address each of, the primary family first.
+    /// Returns the pod ranges. Each pod gets one address from each range. The first range is the
+    /// range of the primary address family.
     pub(crate) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
         let mut ranges = Vec::new();
         if let OptionalRange::Of(range) = self.range {
@@ -205,10 +215,10 @@ impl NetworkConfig {
                 return Err(NetworkError::Config {
                     field: "range",
                     value: String::new(),
-                    wanted: "a range on this node, which has no IPv6",
+                    expected: "an IPv4 range, because this node has no IPv6 and pods would get no address",
                 });
             }
-            OptionalRange::Of(_) => log::info!("the node has no IPv6, and so have pods none"),
+            OptionalRange::Of(_) => log::info!("the node has no IPv6, so pods get no IPv6 address"),
             OptionalRange::Off => {}
         }
         if self.primary == Family::Ipv6 {
@@ -223,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_configuration_that_the_kernel_would_not_take_is_refused() {
+    fn a_configuration_that_the_kernel_would_reject_is_refused() {
         let long = "sixteen-letters-".to_owned();
         for bridge in [String::new(), "a/b".to_owned(), "a b".to_owned(), long] {
             let config = NetworkConfig {

@@ -1,9 +1,12 @@
-//! What connection tracking remembers of host ports, by ctnetlink: the kernel's
-//! `linux/netfilter/nfnetlink_conntrack.h`.
+//! Deletes stale flows to host ports from the kernel's connection-tracking table, over ctnetlink.
+//! The kernel's header `linux/netfilter/nfnetlink_conntrack.h` defines the messages.
 //!
-//! Where the packets of a flow go is decided by its first one. For a protocol without connections
-//! a flow lasts as long as somebody goes on sending, and so do answers of the past: to the pod that
-//! had the port before, or to nobody. Those flows have to be forgotten when a port comes or goes.
+//! The first packet of a flow determines the destination of all packets of the flow. For a protocol
+//! without connections, such as UDP, a flow lasts as long as the peer keeps sending packets. When a
+//! host port is opened or closed, old flows can still exist. The kernel sends the packets of an old
+//! flow to the previous destination. The previous destination can be the address of another pod, or
+//! an address that no pod has. For this reason, stale flows are deleted when a host port is opened
+//! or closed.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -33,33 +36,36 @@ const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
-/// Which parts of the tuple a dump is held against; the kernel's bits for the protocol's number
-/// and the port of the destination.
+/// The flags of a filter for a dump of flows. The two bits select the protocol number and the
+/// destination port. The kernel compares only these two parts of a flow's tuple.
 const FILTER_BY_PROTOCOL_AND_PORT: u32 = 1 << 3 | 1 << 5;
 
-/// A `struct nfgenmsg` is before the attributes.
+/// The size of the `struct nfgenmsg` that precedes the attributes.
 const HEADER_BYTES: usize = 4;
 
-/// What is to be forgotten of a host port.
+/// Specifies which flows to a host port must be deleted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stale {
-    /// The port has come to its pod: whatever goes elsewhere.
+    /// The flows whose packets are sent to a destination other than the host port's pod. After a
+    /// host port is opened, these flows are stale.
     Elsewhere,
-    /// The port was taken from its pod: whatever goes there.
+    /// The flows whose packets are sent to the host port's pod. After a host port is closed, these
+    /// flows are stale.
     ToThePod,
 }
 
 /// A flow to a host port.
 struct Flow<'a> {
-    /// The destination of its first packet.
+    /// The destination address of the flow's first packet.
     destination: IpAddr,
-    /// Where its packets go.
+    /// The address and port to which the flow's packets are sent.
     to: SocketAddr,
     attributes: Attributes<'a>,
 }
 
-/// Has the kernel forget the flows by which packets for these host ports would go on to the wrong
-/// place. TCP is left out: its connections end with their pod, and a new one is a new flow.
+/// Deletes the flows that would direct packets for the host ports in `mappings` to the wrong
+/// destination. TCP flows are not deleted. A TCP connection ends together with its pod, and every
+/// new connection is a new flow.
 pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkError> {
     let mut socket = None;
     for mapping in mappings {
@@ -71,7 +77,7 @@ pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
             none => none.insert(Socket::netfilter()?),
         };
         let found = flows(socket, mapping)?;
-        let mut doomed = Batch::default();
+        let mut deletions = Batch::default();
         let mut own = None;
         for flow in found.iter().filter_map(Flow::parse) {
             let is_stale = match stale {
@@ -81,11 +87,11 @@ pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
                 }
             };
             if is_stale {
-                flow.delete(&mut doomed, mapping);
+                flow.delete(&mut deletions, mapping);
             }
         }
-        match socket.execute(&doomed) {
-            // It ended by itself meanwhile.
+        match socket.execute(&deletions) {
+            // ENOENT means that the flow expired after it was listed.
             Err(error) if error.is(Errno::ENOENT) => {}
             result => drop(result?),
         }
@@ -93,8 +99,9 @@ pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
     Ok(())
 }
 
-/// Whether a packet to `destination` is meant for the host port, and not forwarded to the same port
-/// of another machine.
+/// Returns whether `destination` is an address at which the host port of `mapping` is open. A
+/// packet to another address is for the port with the same number on another machine. `own` caches
+/// the addresses of this node.
 fn is_for_port(
     mapping: &Mapping,
     destination: IpAddr,
@@ -116,7 +123,7 @@ fn is_for_port(
 fn flows(socket: &mut Socket, mapping: &Mapping) -> Result<Vec<Reply>, NetworkError> {
     let mut batch = Batch::default();
     let Mapping { protocol, port, .. } = mapping;
-    let action = format!("look for what connection tracking has of {protocol} port {port}");
+    let action = format!("list the connection-tracking entries of {protocol} port {port}");
     let kind = subsystem(IPCTNL_MSG_CT_GET);
     batch.message(action, kind, NLM_F_DUMP, |body| {
         body.header(&family(mapping));
@@ -148,11 +155,15 @@ impl<'a> Flow<'a> {
     }
 
     fn delete(&self, batch: &mut Batch, mapping: &Mapping) {
-        let action = format!("have connection tracking forget a flow to {}", self.to);
+        let action = format!(
+            "delete the connection-tracking entry of a flow to {}",
+            self.to
+        );
         let kind = subsystem(IPCTNL_MSG_CT_DELETE);
         batch.message(action, kind, NLM_F_ACK, |body: &mut Body| {
             body.header(&family(mapping));
-            // As they came: the inside of a nest is its value.
+            // The request contains the attributes that identify the flow, as the kernel has
+            // reported them. `nested` encodes a nested attribute whose content is `value`.
             for (kind, value) in self.attributes.clone() {
                 match kind {
                     CTA_TUPLE_ORIG => body.nested(kind, value),
@@ -173,7 +184,7 @@ const fn subsystem(message: u16) -> u16 {
     NFNL_SUBSYS_CTNETLINK << 8 | message
 }
 
-/// A `struct nfgenmsg`.
+/// Returns a `struct nfgenmsg` with the address family of `mapping`.
 fn family(mapping: &Mapping) -> [u8; HEADER_BYTES] {
     let family = match mapping.address {
         IpAddr::V4(_) => libc::AF_INET,

@@ -1,4 +1,5 @@
-//! What interfaces have counted, by /proc/net/dev: proc_net(5).
+//! The packet and byte counters of pods' interfaces, which are read from /proc/net/dev. See
+//! proc_net(5).
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -10,7 +11,8 @@ use crate::{bridge, namespace};
 
 const TABLE: &str = "/proc/thread-self/net/dev";
 
-/// A pod's interface and its counters, as the pod sees them.
+/// The counters of a pod's interface. The `rx` fields count what the pod received, and the `tx`
+/// fields count what the pod sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct InterfaceCounters {
     pub name: String,
@@ -24,15 +26,15 @@ pub struct InterfaceCounters {
     pub tx_dropped: u64,
 }
 
-/// The counters of one moment: the node's table, which has a line for each pod of the embedded
-/// network, is read once, whatever number of pods are asked for.
+/// A reader of interface counters. The node's /proc/net/dev has a line for each pod of the embedded
+/// network. The reader reads /proc/net/dev only once, for any number of pods.
 pub struct Counters<'a> {
     network: &'a PodNetwork,
     node: OnceCell<HashMap<String, InterfaceCounters>>,
 }
 
 impl PodNetwork {
-    /// What the pods' interfaces have counted by now.
+    /// Returns a reader of the pods' current interface counters.
     pub fn counters(&self) -> Counters<'_> {
         Counters {
             network: self,
@@ -42,18 +44,20 @@ impl PodNetwork {
 }
 
 impl Counters<'_> {
-    /// The pod's interfaces but the loopback, eth0 first; none if it has no network of its own.
-    /// Small files are read, no kernel lock is waited for.
+    /// Returns the counters of the pod's interfaces except the loopback. The first interface in the
+    /// list is eth0. If the pod is in the node's network namespace, the list is empty. This
+    /// function reads small files and does not wait for a kernel lock.
     pub fn of(&self, pod: &str) -> Vec<InterfaceCounters> {
-        if !self.network.keeps(pod) {
+        if !self.network.uses_cni(pod) {
             let node = self.node.get_or_init(|| {
                 let table = std::fs::read_to_string(TABLE).unwrap_or_default();
                 parsed(&table).map(|one| (one.name.clone(), one)).collect()
             });
             let found = node.get(&bridge::host_interface(pod));
-            return found.map(turned).into_iter().collect();
+            return found.map(from_pods_side).into_iter().collect();
         }
-        // Which interfaces of the node are their other ends, if any are, plugins need not say.
+        // The counters are read in the pod's network namespace. The pod's interfaces on the node
+        // are not always known, because CNI plugins need not report them.
         let path = self.network.namespace_of(pod);
         let read = || {
             let pinned = namespace::open(&path)?;
@@ -75,7 +79,8 @@ fn parsed(table: &str) -> impl Iterator<Item = InterfaceCounters> {
         let (name, counters) = line.split_once(':')?;
         let mut counters = counters.split_ascii_whitespace().map(str::parse);
         let mut next = |skip| counters.nth(skip)?.ok();
-        // bytes packets errs drop fifo frame compressed multicast, and again for sending.
+        // The first eight columns are for received packets: bytes packets errs drop fifo frame
+        // compressed multicast. The other eight columns are for sent packets.
         Some(InterfaceCounters {
             name: name.trim().to_owned(),
             rx_bytes: next(0)?,
@@ -90,8 +95,10 @@ fn parsed(table: &str) -> impl Iterator<Item = InterfaceCounters> {
     })
 }
 
-/// What the node's end of a pair received is what the pod sent.
-fn turned(node: &InterfaceCounters) -> InterfaceCounters {
+/// Converts the counters of the node's end of a veth pair to the counters of the pod's end. The
+/// receive and transmit counters are swapped, because the node's end receives the pod's transmitted
+/// bytes.
+fn from_pods_side(node: &InterfaceCounters) -> InterfaceCounters {
     InterfaceCounters {
         name: POD_INTERFACE.to_owned(),
         rx_bytes: node.tx_bytes,
@@ -110,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nodes_counters_are_the_pods_turned_round() {
+    fn the_counters_of_the_pod_are_those_of_the_node_with_swapped_directions() {
         let table = "Inter-|   Receive |  Transmit\n face |bytes packets errs drop fifo frame \
                      compressed multicast|bytes packets errs drop fifo colls carrier compressed\n\
                      rr0123456789ab:     100      2    3    4    0     0          0         0   \
@@ -128,6 +135,6 @@ mod tests {
         };
         let all: Vec<InterfaceCounters> = parsed(table).collect();
         assert_eq!(all.len(), 1);
-        assert_eq!(all.first().map(turned), Some(expected));
+        assert_eq!(all.first().map(from_pods_side), Some(expected));
     }
 }

@@ -1,13 +1,16 @@
-//! The embedded network, which needs no plugin: a bridge on the node, one veth pair and one address
-//! of each family for each pod, and an nftables table of our own that masquerades what leaves the
-//! pods' range. Everything goes over netlink, from short-lived threads; no program is run.
+//! The embedded network, which needs no CNI plugin. The embedded network consists of a bridge on
+//! the node and an nftables table. Each pod has a veth pair and one address of each address family.
+//! The table masquerades packets that leave the pod range. Short-lived threads configure these
+//! objects over netlink, without running other programs.
 //!
-//! A host firewall whose `forward` hook drops keeps dropping: in nftables a packet must be accepted
-//! by every base chain, so no table of ours could let it through. Such a firewall has to accept
-//! what comes from and goes to the bridge.
+//! A host firewall that drops packets in its `forward` hook must accept the packets to and from the
+//! bridge. The nftables table of rrun can't override the firewall. The kernel forwards a packet
+//! only if the base chains of all tables accept the packet.
 //!
-//! `state` is what pods have, in memory, in the store and on the [`crate::bridge`]; `pod_lock` lets
-//! one call at a time work on a pod; `teardown` takes pods away in the background.
+//! The module `state` manages the addresses and host ports of pods. It keeps them in memory and in
+//! the server's store, and configures the kernel with [`crate::bridge`]. `pod_lock` ensures that
+//! only one call at a time changes a pod's network. `teardown` removes pods' networks in the
+//! background.
 
 mod pod_lock;
 mod state;
@@ -29,20 +32,20 @@ use rrun_store::Store;
 use state::EmbeddedState;
 use teardown::Teardown;
 
-/// What a pod got: to be kept with the pod's record and shown in its status.
+/// The result of an attach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
-    /// The pod's addresses, the primary one first.
+    /// The pod's addresses, beginning with the primary address.
     pub addresses: Vec<IpAddr>,
-    /// The interface's name inside the pod.
+    /// The name of the pod's interface inside the pod.
     pub interface: String,
-    /// The interface's hardware address.
+    /// The hardware address of the pod's interface.
     pub mac: [u8; 6],
-    /// Where the pod's default route leads, of the primary family.
+    /// The gateway of the pod's default route in the primary address family.
     pub gateway: Option<IpAddr>,
 }
 
-/// The embedded network; clones share one state.
+/// The embedded network. Clones share one state.
 #[derive(Clone)]
 pub struct EmbeddedNetwork {
     state: Arc<EmbeddedState>,
@@ -50,7 +53,7 @@ pub struct EmbeddedNetwork {
 }
 
 impl EmbeddedNetwork {
-    /// Reads the addresses that are given out. The kernel is not touched until the first pod.
+    /// Loads the assigned addresses from the store. This function changes nothing in the kernel.
     pub fn open(store: Store, config: NetworkConfig) -> Result<EmbeddedNetwork, NetworkError> {
         let state = Arc::new(EmbeddedState::load(store, config)?);
         Ok(EmbeddedNetwork {
@@ -59,10 +62,13 @@ impl EmbeddedNetwork {
         })
     }
 
-    /// Gives the pod its addresses, ahead of [`EmbeddedNetwork::attach`], which would do it
-    /// otherwise, and the host ports that it asks for; only these if it is in the node's network.
-    /// They last as long as a commit to the store, which shares its transaction with a commit of
-    /// the caller's that is under way. `name` is the pod's for others that want the same port.
+    /// Assigns addresses to the pod and reserves the host ports that the pod requests. If `reserve`
+    /// was not called for a pod, [`EmbeddedNetwork::attach`] assigns the addresses. If
+    /// `own_network` is false, the pod is in the node's network namespace, and only the host ports
+    /// are reserved. This call waits for a commit to the store. If the caller commits other changes
+    /// at the same time, the store writes all changes in one transaction. `name` is the name of
+    /// this pod. If another pod requests the same host port, the error message for the other pod
+    /// contains `name`.
     pub async fn reserve(
         &self,
         pod: &str,
@@ -93,9 +99,10 @@ impl EmbeddedNetwork {
         .await
     }
 
-    /// Connects the namespace pinned at `netns`. For a pod that is connected, gives the same
-    /// answer again. A caller that goes away does not stop it half-way; if it fails, nothing of it
-    /// stays but what was reserved before.
+    /// Connects the pod's network namespace, which is pinned at `netns`, to the bridge. If the pod
+    /// is already connected, this call returns the same result as the call that connected the pod.
+    /// The attach is completed even if the caller is cancelled. If the attach fails, only the
+    /// reservations from an earlier [`EmbeddedNetwork::reserve`] remain.
     pub async fn attach(&self, pod: &str, netns: &Path) -> Result<Attachment, NetworkError> {
         let (state, teardown) = (Arc::clone(&self.state), Arc::clone(&self.teardown));
         let (pod, netns) = (pod.to_owned(), netns.to_owned());
@@ -126,19 +133,22 @@ impl EmbeddedNetwork {
         .await
     }
 
-    /// Takes the pod's host ports, interface and addresses away. Succeeds also if nothing is there,
-    /// if only half of it is, and if the namespace, which the embedded network does not need for
-    /// this, is lost.
+    /// Removes the pod's host ports, interface and addresses. `detach` also succeeds if some or all
+    /// of these objects do not exist. `detach` does not need the pod's network namespace. The
+    /// namespace may have been deleted already.
     ///
-    /// The host ports are free when it returns. The rest goes after that: for 10 to 20 ms the
-    /// kernel waits until no processor has the interface in hand, and no caller waits with it,
-    /// except in [`EmbeddedNetwork::settled`] and in an attach of the same pod. If the server dies
-    /// meanwhile, [`EmbeddedNetwork::reconcile`] completes the work.
+    /// The host ports are free when this call returns. The interface and the addresses are removed
+    /// in the background. Their removal takes 10 to 20 ms, because the kernel waits until no
+    /// processor uses the interface. Only [`EmbeddedNetwork::settled`] and an attach of the same
+    /// pod wait for the background removal. If the server dies before the removal is complete,
+    /// [`EmbeddedNetwork::reconcile`] completes it.
     pub async fn detach(&self, pod: &str, _netns: Option<&Path>) -> Result<(), NetworkError> {
         let (state, teardown) = (Arc::clone(&self.state), Arc::clone(&self.teardown));
         let pod = pod.to_owned();
         finish(async move {
-            // If it goes already, and nobody waits to attach it again, all is done.
+            // If the pod's network is already being removed, this call usually has nothing to do.
+            // However, another call may be waiting for the pod's lock and could attach the pod
+            // again. In this case, this call must remove the network after the other call.
             if state.is_awaited(&pod) || !teardown.has(&pod) {
                 let locked = state.lock(&pod).await;
                 let closed = state.close_ports(&pod).await;
@@ -150,18 +160,23 @@ impl EmbeddedNetwork {
         .await
     }
 
-    /// Waits until everything that was detached is gone from the kernel and the store.
+    /// Waits until the interfaces and addresses of all detached pods have been removed from the
+    /// kernel and the store.
     pub async fn settled(&self) {
         self.teardown.settled().await;
     }
 
-    /// After a start: removes interfaces and addresses of pods that are not in `live_pods`, only
-    /// ever our own. Pods attached since [`EmbeddedNetwork::open`] are left alone. To be called
-    /// before the first attach: an interface that is being made has no owner yet.
+    /// Removes the interfaces and addresses of pods that are not in `live_pods`. Removes only
+    /// objects that rrun created. The interfaces and addresses of pods that were attached after
+    /// [`EmbeddedNetwork::open`] are kept. The server must call `reconcile` after its start and
+    /// before the first attach. During an attach, the pod is not recorded yet, and `reconcile`
+    /// could remove the pod's new interface.
     pub async fn reconcile(&self, live_pods: &HashSet<String>) -> Result<(), NetworkError> {
         let dead = self.state.take_inherited_except(live_pods);
         for pod in &dead {
-            // The table is made anew below; theirs may be another pod's by now.
+            // `free_ports` frees the ports only in memory. The map elements of the ports are not
+            // deleted, because another pod may already have reserved the same ports. `renew` below
+            // replaces the whole nftables table.
             self.state.free_ports(pod);
         }
         for pod in dead {
@@ -178,29 +193,32 @@ impl EmbeddedNetwork {
         .await
     }
 
-    /// Makes the interfaces of connected pods refuse router advertisements and redirects, as those
-    /// of new pods do from the beginning. `netns` are the paths of the pods' network namespaces.
+    /// Configures the interfaces of connected pods to refuse router advertisements and redirects.
+    /// Only interfaces from an earlier version of rrun are changed. The interfaces from this
+    /// version already refuse these packets. `netns` contains the paths of the pods' network
+    /// namespaces.
     pub(crate) async fn refuse_routers(&self, netns: Vec<PathBuf>) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
-        let what = "make pods' interfaces refuse router advertisements";
+        let what = "configure pods' interfaces to refuse router advertisements";
         blocking(what, move || state.bridge().refuse_routers(&netns)).await
     }
 
-    /// How many pods have addresses, and how many host ports.
-    pub(crate) fn given(&self) -> (usize, usize) {
-        self.state.given()
+    /// Returns two numbers, namely how many pods have addresses, and how many pods have host ports.
+    pub(crate) fn pod_counts(&self) -> (usize, usize) {
+        self.state.pod_counts()
     }
 
-    /// Makes the rules anew, whatever somebody has done to them; without pods or a bridge there
-    /// are none.
+    /// Replaces the nftables rules, which another program may have changed. If there is no bridge
+    /// and no pod, this call does nothing.
     pub(crate) async fn renew(&self) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
         let what = "replace the embedded network's nftables rules";
         blocking(what, move || state.bridge().renew(&|| state.desired())).await
     }
 
-    /// For the CRI's condition NetworkReady; brings bridge and rules right if somebody removed
-    /// them, also for the pods that are there.
+    /// Checks the embedded network for the CRI condition NetworkReady. If another program removed
+    /// the bridge or the rules, `ready` creates them again. It also connects the existing pods to
+    /// the new bridge. An error is a sentence with the reason why the network is not ready.
     pub async fn ready(&self) -> Result<(), String> {
         let state = Arc::clone(&self.state);
         let what = "check the embedded network's bridge and nftables rules";
@@ -210,7 +228,7 @@ impl EmbeddedNetwork {
     }
 }
 
-/// Runs `work` to its end, whether or not the caller stays.
+/// Completes `work` even if the caller is cancelled.
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T, NetworkError>> + Send + 'static,
 ) -> Result<T, NetworkError> {

@@ -1,4 +1,4 @@
-//! What can go wrong with a pod's network, in sentences.
+//! The errors of pod networks. The display text of each error is a sentence.
 
 use std::io;
 use std::net::IpAddr;
@@ -13,21 +13,22 @@ use rrun_store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// A system call on a network namespace or its pin failed.
+    /// A system call failed on a network namespace, or on the file at which the namespace is
+    /// pinned.
     #[error("{action} {path}: {source}")]
     Namespace {
         action: &'static str,
         path: PathBuf,
         source: io::Error,
     },
-    #[error("{path} is not a network namespace: the mount that pinned it is gone")]
+    #[error("{path} is not a network namespace: the mount that pinned it no longer exists")]
     NotPinned { path: PathBuf },
-    #[error("start a thread for the network: {0}")]
+    #[error("start a thread for a network operation: {0}")]
     Thread(io::Error),
-    #[error("a thread of the network ended without an answer")]
+    #[error("a network operation ended without a result: its thread panicked")]
     ThreadDied,
-    /// The kernel refused a netlink message. `detail` is what it says beside the error number,
-    /// with a colon before it.
+    /// The kernel refused a netlink message. `detail` is empty, or it is a colon followed by the
+    /// kernel's explanation of the error.
     #[error("{action}: {} ({errno:?}){detail}", errno.desc())]
     Kernel {
         action: String,
@@ -46,45 +47,44 @@ pub enum NetworkError {
         value: &'static str,
         source: io::Error,
     },
-    #[error("network.{field} is {value:?} in the configuration; it has to be {wanted}")]
+    #[error("network.{field} is {value:?} in the configuration; it has to be {expected}")]
     Config {
         field: &'static str,
         value: String,
-        wanted: &'static str,
+        expected: &'static str,
     },
     #[error(
-        "the pods' range {range} overlaps the route to {route} of this node; set {} to a range that \
-         is free",
+        "the pod range {range} overlaps the route to {route} of this node; set {} to a free range",
         key(*range)
     )]
     RangeInUse { range: Range, route: String },
     #[error(
-        "every address of the pods' range {range} is taken; set {} to a wider one",
+        "every address of the pod range {range} is in use; set {} to a wider range",
         key(*range)
     )]
     Exhausted { range: Range },
-    #[error("{port} of the node is taken, by {by}")]
+    #[error("the node's {port} is already used by the pod {by}")]
     PortTaken { port: HostPort, by: String },
-    #[error("the pod asks for {port} of the node, but pods have no {family} address ({key})")]
+    #[error("the pod requests the node's {port}, but pods have no {family} address ({key})")]
     NoFamily {
         port: HostPort,
         family: &'static str,
         key: &'static str,
     },
     #[error(
-        "the interface {name} is there already and is no bridge but {kind}; remove it, or set \
-         network.bridge to another name"
+        "the interface {name} already exists, but its type is {kind} instead of bridge; remove the \
+         interface, or set network.bridge to another name"
     )]
     NotABridge { name: String, kind: String },
-    #[error("the network namespace {netns} has an interface eth0 that is not of rrun's making")]
+    #[error("the network namespace {netns} has an interface eth0 that rrun did not create")]
     InterfaceTaken { netns: PathBuf },
-    #[error("the metadata store has {key:?} where an address should be")]
+    #[error("the metadata store has the key {key:?} where it should have an IP address")]
     Record { key: String },
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// The configuration's key for a range like this one.
+/// Returns the configuration key for pod ranges of the same address family as `range`.
 fn key(range: Range) -> &'static str {
     if range.is_ipv6() {
         "network.range6"
@@ -110,9 +110,9 @@ impl NetworkError {
         NetworkError::NoFamily { port, family, key }
     }
 
-    /// Whether it is the kernel's answer `wanted`.
-    pub(crate) fn is(&self, wanted: Errno) -> bool {
-        matches!(self, NetworkError::Kernel { errno, .. } if *errno == wanted)
+    /// Returns whether the kernel reported the error number `errno`.
+    pub(crate) fn is(&self, errno: Errno) -> bool {
+        matches!(self, NetworkError::Kernel { errno: reported, .. } if *reported == errno)
     }
 }
 
@@ -121,7 +121,8 @@ impl From<NetworkError> for Error {
         let code = match &error {
             NetworkError::Exhausted { .. } => Code::ResourceExhausted,
             NetworkError::Kernel { errno, .. } => code_of(*errno),
-            // EAGAIN: RLIMIT_NPROC or a cgroup's pids.max is reached.
+            // EAGAIN means that the number of threads has reached RLIMIT_NPROC or the pids.max of a
+            // cgroup.
             NetworkError::Thread(source) if source.kind() == io::ErrorKind::WouldBlock => {
                 Code::ResourceExhausted
             }
@@ -149,7 +150,8 @@ impl From<NetworkError> for Error {
 
 fn code_of(errno: Errno) -> Code {
     match errno {
-        // ENOSPC: user.max_net_namespaces is reached. EXFULL: the bridge has no free port.
+        // ENOSPC means that the number of network namespaces has reached the limit
+        // user.max_net_namespaces. EXFULL means that the bridge has no free port.
         Errno::ENOSPC
         | Errno::EXFULL
         | Errno::ENOMEM
@@ -165,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_keeps_its_sentence_and_says_whether_something_is_used_up() {
+    fn an_error_keeps_its_sentence_and_exhausted_resources_get_their_own_code() {
         let range = Range::DEFAULT;
         let sentence = NetworkError::Exhausted { range }.to_string();
         let error = Error::from(NetworkError::Exhausted { range });

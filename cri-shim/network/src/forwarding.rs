@@ -1,4 +1,5 @@
-//! The sysctls that a node and its pods need: ip-sysctl in the kernel's documentation.
+//! The network sysctls of the node and of its pods. See Documentation/networking/ip-sysctl.rst of
+//! the kernel.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -9,15 +10,16 @@ const IPV4: &str = "/proc/sys/net/ipv4/ip_forward";
 const IPV6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 const IPV6_INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 
-/// Whether the kernel has IPv6 and it is not turned off.
+/// Returns whether the kernel supports IPv6 and IPv6 is not disabled.
 pub(crate) fn has_ipv6() -> bool {
     let all = format!("{IPV6_INTERFACES}/all/disable_ipv6");
     std::fs::read(all).is_ok_and(|value| value.first() == Some(&b'0'))
 }
 
-/// The files below `/proc/sys/net` that are 0 for an interface whose link pods share. A pod can
-/// send what only a router should send. Without this, the node and the other pods would take
-/// routes, addresses and DNS servers from its advertisements, and would follow its redirects.
+/// Returns the names of the sysctls that must be 0 on `interface`, which receives packets from
+/// pods. A pod can send router advertisements and redirects, which only a router should send. If
+/// these sysctls were not 0, the node and the other pods would accept routes, addresses and DNS
+/// servers from a pod's router advertisements. They would also follow a pod's redirects.
 fn refused(interface: &str) -> [String; 3] {
     [
         format!("ipv6/conf/{interface}/accept_ra"),
@@ -26,22 +28,24 @@ fn refused(interface: &str) -> [String; 3] {
     ]
 }
 
-/// Makes `interface`, which is the node's, refuse router advertisements and redirects. It sends no
-/// redirects either, because pods refuse them. Must be called while the interface is down: what
-/// arrives earlier is accepted.
+/// Configures `interface`, an interface of the node, to refuse router advertisements and redirects.
+/// The interface also stops sending redirects, because pods would ignore the redirects. This
+/// function must be called before the interface is set up. If the interface is already up, it
+/// accepts router advertisements and redirects until this call.
 pub(crate) fn refuse_routers(interface: &str) -> Result<(), NetworkError> {
     let refused = refused(interface);
     refused.iter().try_for_each(|name| clear(name))?;
     clear(&format!("ipv4/conf/{interface}/send_redirects"))
 }
 
-/// Whether `interface` accepts router advertisements, or would if it did not forward.
+/// Returns whether `accept_ra` allows router advertisements on `interface`. If `accept_ra` is 1,
+/// the interface nevertheless refuses router advertisements while it forwards packets.
 pub(crate) fn accepts_advertisements(interface: &str) -> bool {
     is_set(path(&format!("ipv6/conf/{interface}/accept_ra")))
 }
 
-/// Makes a pod's interface, and its loopback, refuse router advertisements and redirects. Acts on
-/// the network namespace of the calling thread, which is the pod's.
+/// Configures a pod's interface and its loopback to refuse router advertisements and redirects. The
+/// calling thread must be in the pod's network namespace.
 pub(crate) fn refuse_routers_in_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
     all.iter().try_for_each(|name| clear(name))
@@ -50,14 +54,14 @@ pub(crate) fn refuse_routers_in_pod(interface: &str) -> Result<(), NetworkError>
 fn all_refused_in_pod(interface: &str) -> Vec<String> {
     let mut all = Vec::from(refused(interface));
     all.extend(refused("lo"));
-    // On a host that does not forward, the kernel follows a redirect if either the interface or
-    // `all` accepts redirects.
+    // `accept_redirects` must be 0 both for the interface and for `all`. If forwarding is disabled,
+    // the kernel follows an IPv4 redirect if either the interface or `all` accepts redirects.
     all.push("ipv4/conf/all/accept_redirects".to_owned());
     all
 }
 
-/// As [`refuse_routers_in_pod`], in a running pod. A value that is neither 0 nor the kernel's
-/// default was set on purpose and stays.
+/// Configures a running pod in the same way as [`refuse_routers_in_pod`], but changes only sysctls
+/// with the kernel's default value 1. Any other value was set on purpose.
 pub(crate) fn refuse_routers_in_running_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
     let mut defaults = all.iter().filter(|name| is(path(name), "1"));
@@ -68,8 +72,9 @@ fn path(name: &str) -> String {
     format!("/proc/sys/net/{name}")
 }
 
-/// Writes 0. The file does not exist if the kernel lacks IPv6, or if the interface's MTU is too
-/// small for it.
+/// Writes 0 to the file of the sysctl `name`. If the file does not exist, this function does
+/// nothing. For example, an interface has no files for IPv6 sysctls if its MTU is too small for
+/// IPv6. A kernel without IPv6 has no such files at all.
 fn clear(name: &str) -> Result<(), NetworkError> {
     let path = path(name);
     match set(&path, "0") {
@@ -83,21 +88,24 @@ pub(crate) fn is_on(ipv6: bool) -> bool {
     is_set(if ipv6 { IPV6 } else { IPV4 })
 }
 
-/// Makes the node forward packets. The node's other interfaces accept router advertisements if they
-/// did so before, and refuse them otherwise.
+/// Enables packet forwarding on the node. Forwarding alone would stop some of the node's interfaces
+/// from accepting router advertisements. `turn_on` ensures that these interfaces continue to accept
+/// router advertisements.
 ///
-/// A router follows no redirects: for IPv6 the kernel refuses them on every interface that
-/// forwards, and for IPv4 it clears `conf/all/accept_redirects`. rrun-cri does not change that.
+/// A node that forwards packets ignores ICMP redirects. For IPv6, the kernel refuses redirects on
+/// every interface that forwards packets. For IPv4, the kernel clears `conf/all/accept_redirects`
+/// when forwarding is enabled. `turn_on` leaves these settings for redirects unchanged.
 pub(crate) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
     if is_on(ipv6) {
         return Ok(());
     }
     if ipv6 {
-        // Interfaces that appear later copy this value. Earlier ones are in the listing below.
+        // Interfaces that are created later copy the value in `default`. The loop below changes the
+        // interfaces that already exist.
         keep_advertisements(&Path::new(IPV6_INTERFACES).join("default"))?;
         let interfaces = std::fs::read_dir(IPV6_INTERFACES);
         for interface in interfaces.into_iter().flatten().flatten() {
-            // `all/accept_ra` affects neither existing nor new interfaces.
+            // The sysctl `all/accept_ra` has no effect on existing or new interfaces.
             if interface.file_name() != "all" {
                 keep_advertisements(&interface.path())?;
             }
@@ -107,23 +115,26 @@ pub(crate) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
     set(IPV4, "1")
 }
 
-/// Lets an interface that accepts router advertisements accept them while it forwards, too. With 1
-/// in `accept_ra` an interface accepts them only if it does not forward, with 2 always. Without
-/// this, a node with an address by SLAAC would lose the address and its default route. An interface
-/// that already forwards refuses advertisements with 1, and keeps refusing them.
+/// Ensures that an interface continues to accept router advertisements when forwarding is enabled.
+/// If `accept_ra` is 1, an interface accepts advertisements only while it does not forward packets.
+/// If `accept_ra` is 2, an interface always accepts advertisements. A node can have got its address
+/// by SLAAC. Without this function, the node would lose the address and its default route. If an
+/// interface already forwards packets, it is not changed. With `accept_ra` 1, such an interface
+/// already refuses advertisements.
 fn keep_advertisements(interface: &Path) -> Result<(), NetworkError> {
     let path = interface.join("accept_ra");
     if is_set(interface.join("forwarding")) || !is_set(&path) || is(&path, "2") {
         return Ok(());
     }
     match set(&path, "2") {
-        // The interface is gone.
+        // The interface was deleted after the directory was listed.
         Err(_) if !path.exists() => Ok(()),
         result => result,
     }
 }
 
-/// Has what comes from 127.0.0.1 leave by the bridge, for host ports.
+/// Allows the kernel to route packets from 127.0.0.1 through the bridge. Host ports at 127.0.0.1
+/// need this setting.
 pub(crate) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
     let path = format!("/proc/sys/net/ipv4/conf/{bridge}/route_localnet");
     if is(&path, "1") {
@@ -132,20 +143,22 @@ pub(crate) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
     set(path, "1")
 }
 
-/// Whether answers of pods can come back to ::1. Where br_netfilter is on for IPv6, they are
-/// translated while they are still on the bridge, and what comes in from there for ::1 the kernel
-/// drops.
+/// Returns whether replies from host ports at ::1 reach the node's processes. If br_netfilter is
+/// enabled for IPv6, the replies do not reach the processes. In this case, the kernel translates
+/// the destination of a reply back to ::1 while the reply is still on the bridge. The kernel then
+/// drops the reply, because it drops every packet that comes from a bridge with the destination
+/// ::1.
 pub(crate) fn can_translate_loopback6() -> bool {
     !is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1")
 }
 
-/// Whether the file exists and holds a number other than 0.
+/// Returns whether the sysctl file `path` exists and contains a number other than 0.
 fn is_set(path: impl AsRef<Path>) -> bool {
     std::fs::read_to_string(path).is_ok_and(|value| value.trim_end() != "0")
 }
 
-fn is(path: impl AsRef<Path>, wanted: &str) -> bool {
-    std::fs::read_to_string(path).is_ok_and(|value| value.trim_end() == wanted)
+fn is(path: impl AsRef<Path>, value: &str) -> bool {
+    std::fs::read_to_string(path).is_ok_and(|text| text.trim_end() == value)
 }
 
 fn set(path: impl AsRef<Path>, value: &'static str) -> Result<(), NetworkError> {

@@ -1,7 +1,9 @@
-//! Host ports: ports of the node that lead to pods, and which pod has which.
+//! Host ports, and the pods that own them. A host port is a port of the node. The kernel forwards
+//! the packets for this port to a pod.
 //!
-//! The rules that do it are in [`super::nftables`]; here is what they are made from. A pod in the
-//! node's own network has its ports as well, so that no other pod takes them: it needs no rule.
+//! [`super::nftables`] generates the nftables rules for host ports from the data in this module. A
+//! pod in the node's network namespace needs no rules for its host ports. The host ports of such a
+//! pod are recorded nevertheless, so that no other pod can reserve the same ports.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use rrun_proto::v1::{PortMapping, Protocol as CriProtocol};
 use serde::{Deserialize, Serialize};
 
-/// A protocol with ports.
+/// A transport protocol that has ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -20,7 +22,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Its number in the IP header.
+    /// Returns the protocol's number in the IP header.
     pub(crate) fn number(self) -> u8 {
         match self {
             Protocol::Tcp => 6,
@@ -40,18 +42,22 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// A port of the node that leads to one of the pod's.
+/// A host port, which is a port of the node. The kernel forwards the packets for this port to a
+/// port of the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPort {
     pub protocol: Protocol,
-    /// The node's address; nothing is every address, an unspecified one every one of its family.
+    /// The address of the node at which the port is open. `None` means every address of both
+    /// address families. The unspecified address (0.0.0.0 or ::) means every address of its address
+    /// family.
     pub address: Option<IpAddr>,
     pub host: u16,
     pub container: u16,
 }
 
 impl HostPort {
-    /// Whether a packet could be meant for either.
+    /// Returns whether the two host ports conflict, because the same packet can be addressed to
+    /// both.
     fn conflicts_with(&self, other: &HostPort) -> bool {
         let addresses = match (self.address, other.address) {
             (None, _) | (_, None) => true,
@@ -69,12 +75,12 @@ impl fmt::Display for HostPort {
         let HostPort { protocol, host, .. } = self;
         match self.address {
             None => write!(formatter, "{protocol} port {host}"),
-            Some(address) => write!(formatter, "{protocol} port {host} of {address}"),
+            Some(address) => write!(formatter, "{protocol} port {host} at {address}"),
         }
     }
 }
 
-/// What is wrong with `port_mappings`, in a sentence.
+/// An error in a pod's `port_mappings`. The display text of the error is a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("port_mappings[{index}]{field}: {why}")]
 pub(crate) struct PortError {
@@ -83,14 +89,20 @@ pub(crate) struct PortError {
     why: String,
 }
 
-/// The host ports among a pod's mappings; a mapping without one is only a declaration.
+/// Returns the host ports in a pod's port mappings. A mapping without a host port is ignored,
+/// because it only documents a port of the container.
 pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
     let mut ports: Vec<HostPort> = Vec::new();
     for (index, mapping) in mappings.iter().enumerate() {
         let error = |field, why| PortError { index, field, why };
         let port = |field, value: i32| {
             let port = u16::try_from(value).ok().filter(|port| *port > 0);
-            port.ok_or_else(|| error(field, format!("{value} is no port, which is 1 to 65535")))
+            port.ok_or_else(|| {
+                error(
+                    field,
+                    format!("{value} is not a port, which is a number from 1 to 65535"),
+                )
+            })
         };
         if mapping.host_port == 0 {
             continue;
@@ -102,7 +114,7 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
             Ok(CriProtocol::Udp) => Protocol::Udp,
             Ok(CriProtocol::Sctp) => Protocol::Sctp,
             Err(_) => {
-                let why = format!("{} is no protocol with ports", mapping.protocol);
+                let why = format!("{} is not the number of TCP, UDP or SCTP", mapping.protocol);
                 return Err(error(".protocol", why));
             }
         };
@@ -111,7 +123,7 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
             text => match text.parse::<IpAddr>() {
                 Ok(address) if !address.is_multicast() => Some(address.to_canonical()),
                 _ => {
-                    let why = format!("{text:?} is not an address of a node");
+                    let why = format!("{text:?} is not a unicast IP address");
                     return Err(error(".host_ip", why));
                 }
             },
@@ -123,11 +135,12 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
             container,
         };
         match ports.iter().find(|port| port.conflicts_with(&new)) {
-            // Two containers may declare the same one.
+            // A repeated mapping is ignored, because two containers of the pod can declare the same
+            // host port.
             Some(same) if *same == new => {}
             Some(other) => {
                 let to = other.container;
-                let why = format!("the pod maps {other} already, to its port {to}");
+                let why = format!("the pod already maps {other} to the pod's port {to}");
                 return Err(error("", why));
             }
             None => ports.push(new),
@@ -136,43 +149,47 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
     Ok(ports)
 }
 
-/// One entry of the maps: protocol, address and port of the node, and where they lead.
+/// An entry of the nftables maps. An entry maps the protocol, address and port of a host port to an
+/// address and port of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mapping {
     pub protocol: Protocol,
-    /// Unspecified is every address of the family.
+    /// The address of the node at which the port is open. The unspecified address (0.0.0.0 or ::)
+    /// means every address of its address family.
     pub address: IpAddr,
     pub port: u16,
     pub to: SocketAddr,
 }
 
-/// A pod's ports in the store and in memory.
+/// The host ports of a pod, as they are recorded in the store and in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PortReservation {
-    /// The pod's name, for the sentence that others read.
+    /// The pod's name. If another pod requests one of the ports, the error message contains this
+    /// name.
     pub name: String,
     pub ports: Vec<HostPort>,
 }
 
-/// The port is another pod's.
+/// The error for the reservation of another pod's host port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PortConflict {
     pub port: HostPort,
-    /// The name of the pod that has it.
+    /// The name of the pod that owns the port.
     pub owner: String,
 }
 
-/// Which pod has which ports.
+/// The reserved host ports of all pods. The map's keys are the pods' ids.
 #[derive(Default)]
 pub(crate) struct PortReservations(BTreeMap<String, PortReservation>);
 
 impl PortReservations {
-    /// What the store remembers.
+    /// Adds a reservation that was read from the store.
     pub(crate) fn remember(&mut self, pod: String, reservation: PortReservation) {
         self.0.insert(pod, reservation);
     }
 
-    /// All of them or none.
+    /// Reserves the host ports for the pod. If another pod owns one of the ports, no port is
+    /// reserved.
     pub(crate) fn take(
         &mut self,
         pod: &str,
@@ -207,8 +224,10 @@ impl PortReservations {
     }
 }
 
-/// What leads to a pod with these addresses; nothing for one in the node's network, which has
-/// none. The kernel takes an unspecified address as any.
+/// Returns the entries of the nftables maps for a pod's host ports. `addresses` contains the pod's
+/// addresses. For a pod in the node's network namespace, `addresses` is empty, and the result
+/// contains no entries. In an entry, the unspecified address (0.0.0.0 or ::) means every address of
+/// its address family.
 pub(crate) fn mappings(ports: &[HostPort], addresses: &[IpAddr]) -> Vec<Mapping> {
     let mut all = Vec::new();
     for port in ports {
@@ -245,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_mapped_is_refused_by_its_field() {
+    fn an_invalid_port_mapping_is_refused_with_the_name_of_its_field() {
         for (bad, field) in [
             (mapping(0, "", -1, 80), "port_mappings[1].host_port"),
             (mapping(0, "", 65536, 80), "port_mappings[1].host_port"),
@@ -258,7 +277,7 @@ mod tests {
             let error = parse(&[mapping(0, "", 80, 80), bad]).map_err(|error| error.to_string());
             assert!(
                 matches!(&error, Err(text) if text.starts_with(field)),
-                "{field}: {error:?}"
+                "the error must begin with {field:?}; the result: {error:?}"
             );
         }
         let twice = [mapping(0, "", 80, 80), mapping(0, "", 80, 80)];
@@ -269,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_has_one_pod_at_each_address() -> Result<(), PortError> {
+    fn only_one_pod_can_reserve_a_host_port_at_an_address() -> Result<(), PortError> {
         let reservation = |name: &str, host_ip| {
             Ok(PortReservation {
                 name: name.to_owned(),
@@ -304,7 +323,8 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_any_address_leads_to_every_family_that_the_pod_has() -> Result<(), PortError> {
+    fn a_host_port_without_an_address_has_an_entry_for_each_address_of_the_pod()
+    -> Result<(), PortError> {
         let addresses = [
             [10, 88, 0, 2].into(),
             IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 2]),

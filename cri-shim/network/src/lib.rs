@@ -1,7 +1,7 @@
 //! Pod networks.
 //!
-//! [`PodNetwork`] chooses between plugins ([`Cni`]) and the embedded network ([`EmbeddedNetwork`]).
-//! [`namespace`] makes, pins and removes network namespaces.
+//! [`PodNetwork`] chooses between CNI plugins ([`Cni`]) and the embedded network
+//! ([`EmbeddedNetwork`]). [`namespace`] creates, pins and removes network namespaces.
 
 mod address;
 mod bridge;

@@ -1,5 +1,5 @@
-//! Links, addresses and routes: the rtnetlink messages of this room. See rtnetlink(7) and the
-//! kernel's `linux/if_link.h`.
+//! The rtnetlink messages for links, addresses and routes. See rtnetlink(7) and the kernel's
+//! `linux/if_link.h`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -19,7 +19,7 @@ use crate::netlink::{
     Batch, Body, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Reply, Socket,
 };
 
-/// The name of a pod's interface inside its namespace.
+/// The name of a pod's interface in the pod's network namespace.
 pub(crate) const POD_INTERFACE: &str = "eth0";
 
 const VETH_INFO_PEER: u16 = 1;
@@ -28,13 +28,15 @@ const IFLA_BRPORT_HAIRPIN: u16 = 4;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
-/// The group of the links that go; "rrun" in ASCII, which nobody else will come upon.
-const DOOMED_GROUP: u32 = 0x7272_756e;
+/// The device group of links that are going to be deleted. The bytes of this number are "rrun" in
+/// ASCII. Other programs are not likely to use this group.
+const DELETION_GROUP: u32 = 0x7272_756e;
 
-/// Of the bridge's route to ::1: the loopback's has 0, which is the best.
+/// The metric of the bridge's route to ::1. The loopback's route to ::1 has the lower metric 0. The
+/// loopback's route therefore takes precedence.
 const LOOPBACK_METRIC: u32 = 1024;
 
-/// The protocol of routes that a router advertised, rtnetlink(7).
+/// The protocol number of routes from router advertisements. See rtnetlink(7).
 const RTPROT_RA: u8 = 9;
 
 const LINK_HEADER_BYTES: usize = 16;
@@ -47,13 +49,15 @@ const AF_INET6: u8 = libc::AF_INET6 as u8;
 const IFA_F_NODAD: u8 = libc::IFA_F_NODAD as u8;
 const IFF_UP: u32 = libc::IFF_UP as u32;
 
-/// A hardware address.
+/// A hardware address of an Ethernet interface.
 pub(crate) type Mac = [u8; 6];
 
-/// The hardware address that belongs to the IPv4 address among these, or else to the first: when
-/// the address goes to another pod, what a neighbour has cached stays right. `02` is for locally
-/// administered ones, `0a:58` are the first bytes that Kubernetes' networks have always used for
-/// this.
+/// Returns a hardware address for a pod with the IP addresses `addresses`. The hardware address is
+/// derived from the first IPv4 address, or from the first address if there is no IPv4 address. If
+/// an IP address is later assigned to another pod, the other pod gets the same hardware address.
+/// Neighbour cache entries for this IP address therefore remain correct. The bit `02` of the first
+/// byte marks a locally administered address. Kubernetes networks traditionally use `0a:58` as the
+/// first bytes of the hardware addresses of pods.
 pub(crate) fn mac_of(addresses: &[IpAddr]) -> Mac {
     let mut all = addresses.iter();
     let like = all.find(|one| one.is_ipv4()).or(addresses.first());
@@ -68,7 +72,8 @@ pub(crate) fn mac_of(addresses: &[IpAddr]) -> Mac {
     [0x0a, 0x58, a, b, c, d]
 }
 
-/// The link-local address that belongs to a hardware address, RFC 4291, appendix A.
+/// Returns the link-local address that is derived from a hardware address. See RFC 4291, appendix
+/// A.
 pub(crate) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
     let mut octets = [0; 16];
     octets[..2].copy_from_slice(&[0xfe, 0x80]);
@@ -76,14 +81,15 @@ pub(crate) fn link_local_of([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
     octets.into()
 }
 
-/// What a dump or a query tells of a link.
+/// The properties of a network link, as the kernel reports them. The type contains only the
+/// properties that this crate needs.
 pub(crate) struct Link {
     pub index: u32,
     pub name: String,
     pub up: bool,
     pub mtu: u32,
     pub master: Option<u32>,
-    /// `veth`, `bridge`; nothing for a physical one.
+    /// The kind of link, such as `veth` or `bridge`. A physical link has no kind.
     pub kind: Option<String>,
     pub alias: Option<String>,
     pub mac: Option<Mac>,
@@ -108,15 +114,15 @@ impl Link {
     }
 }
 
-/// The link called `name`, if there is one.
+/// Returns the link with the name `name`, if it exists.
 pub(crate) fn find(socket: &mut Socket, name: &str) -> Result<Option<Link>, NetworkError> {
-    let action = format!("look for the interface {name}");
+    let action = format!("look up the interface {name}");
     query(socket, action, 0, Some(name))
 }
 
-/// The link `index`, if there is one.
+/// Returns the link with the index `index`, if it exists.
 pub(crate) fn at(socket: &mut Socket, index: u32) -> Result<Option<Link>, NetworkError> {
-    query(socket, format!("look for interface {index}"), index, None)
+    query(socket, format!("look up interface {index}"), index, None)
 }
 
 fn query(
@@ -139,7 +145,7 @@ fn query(
     }
 }
 
-/// Every link of the namespace.
+/// Lists all links of the network namespace.
 pub(crate) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
     let mut batch = Batch::default();
     batch.message("list the interfaces", RTM_GETLINK, NLM_F_DUMP, |body| {
@@ -152,7 +158,8 @@ pub(crate) fn list(socket: &mut Socket) -> Result<Vec<Link>, NetworkError> {
         .collect())
 }
 
-/// Makes a bridge whose hardware address stays the same whatever becomes its port.
+/// Creates the bridge `name` with the hardware address `mac`. If the bridge were created without
+/// `mac`, its hardware address could change whenever it gets a port.
 pub(crate) fn create_bridge(
     socket: &mut Socket,
     name: &str,
@@ -175,13 +182,13 @@ pub(crate) fn create_bridge(
     socket.execute(&batch).map(drop)
 }
 
-/// Sets a link up, without an IPv6 address of the kernel's own.
+/// Sets a link up, and prevents the kernel from assigning an IPv6 address to the link.
 pub(crate) fn set_up(batch: &mut Batch, index: u32, name: &str) {
     no_ipv6_address(batch, name, |body| body.header(&link_header(index, 0)));
     set_flag_up(batch, index, name);
 }
 
-/// Sets the loopback link up, whose addresses the kernel makes.
+/// Sets the loopback link up. The kernel then assigns the addresses 127.0.0.1 and ::1 to the link.
 pub(crate) fn set_loopback_up(batch: &mut Batch, index: u32) {
     set_flag_up(batch, index, "lo");
 }
@@ -193,17 +200,20 @@ fn set_flag_up(batch: &mut Batch, index: u32, name: &str) {
     });
 }
 
-/// Keeps the kernel from making an IPv6 address of its own accord, which it would look for
-/// duplicates of, a second long. `link` writes which link is meant.
+/// Prevents the kernel from assigning an IPv6 address to the link. Without this setting, the kernel
+/// would assign a link-local address. The kernel would then check for a second whether another
+/// machine has the same address. `link` writes the part of the message that identifies the link.
 ///
-/// In a message of its own: the kernel sets a link up before it reads this setting from the same
-/// message, and makes the address if the link has its carrier by then.
+/// This setting needs a separate message. If one message contained the setting and also set the
+/// link up, the kernel would first set the link up. If the link already has a carrier, the kernel
+/// would then assign an address before it applies the setting.
 fn no_ipv6_address(batch: &mut Batch, name: &str, link: impl FnOnce(&mut Body)) {
-    // A kernel without IPv6 refuses to hear of it.
+    // A kernel without IPv6 assigns no IPv6 address, so no message is needed. Such a kernel would
+    // also reject a message with IFLA_INET6_ADDR_GEN_MODE.
     if !Path::new("/proc/sys/net/ipv6").exists() {
         return;
     }
-    let action = format!("keep the kernel from giving {name} an IPv6 address");
+    let action = format!("prevent the kernel from giving {name} an IPv6 address");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         link(body);
         body.nest(IFLA_AF_SPEC, |families| {
@@ -214,21 +224,23 @@ fn no_ipv6_address(batch: &mut Batch, name: &str, link: impl FnOnce(&mut Body)) 
     });
 }
 
-/// A pod's two interfaces.
+/// The parameters of a pod's veth pair, which has one interface on the node and one interface in
+/// the pod.
 pub(crate) struct VethPair<'a> {
-    /// The name of the node's end.
+    /// The name of the node's end of the veth pair.
     pub host: &'a str,
-    /// What people see beside it in `ip link`.
+    /// The alias of the node's end of the veth pair. The command `ip link` shows the alias.
     pub alias: &'a str,
     pub bridge: u32,
     pub mtu: u32,
-    /// The hardware address of the pod's end.
+    /// The hardware address of the pod's interface.
     pub mac: Mac,
 }
 
-/// Makes the pair with both ends where they belong from the first moment: the pod's in its
-/// namespace under its name, the node's on the bridge. Nothing is moved or renamed, since the
-/// kernel would then wait for RCU. Both ends are down.
+/// Creates a veth pair. The pod's end is created in the pod's namespace with its final name. The
+/// node's end is created as a port of the bridge. Neither end must be moved or renamed later. For a
+/// move or a new name, the kernel would wait for an RCU grace period. After this call, both ends
+/// are still down.
 pub(crate) fn create_veth(
     socket: &mut Socket,
     pair: &VethPair,
@@ -258,7 +270,8 @@ pub(crate) fn create_veth(
     socket.execute(&batch).map(drop)
 }
 
-/// Sets up the node's end of a pair that is on the bridge.
+/// Configures the node's end of a veth pair and sets it up. The node's end must already be a port
+/// of the bridge.
 pub(crate) fn set_up_port(
     socket: &mut Socket,
     host: &str,
@@ -269,7 +282,7 @@ pub(crate) fn set_up_port(
     socket.execute(&batch).map(drop)
 }
 
-/// Puts the node's end of a pair back on a bridge that was made anew.
+/// Adds the node's end of a veth pair to the bridge as a port, after the bridge was created again.
 pub(crate) fn join_bridge(
     socket: &mut Socket,
     host: &str,
@@ -277,7 +290,7 @@ pub(crate) fn join_bridge(
     bridge: u32,
 ) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
-    let action = format!("put {host} on the bridge");
+    let action = format!("make the interface {host} a port of the bridge");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(0, 0));
         body.string(IFLA_IFNAME, host);
@@ -287,8 +300,10 @@ pub(crate) fn join_bridge(
     socket.execute(&batch).map(drop)
 }
 
-/// What the kernel takes only of a port that is there: hairpin, so that a pod reaches itself by
-/// way of the node; its alias; no IPv6 address of its own; up.
+/// Adds the messages that configure an existing bridge port and set it up. The messages enable
+/// hairpin mode, which allows a pod to reach itself through the node. The kernel can enable this
+/// mode only for an existing port. The messages also set the port's alias, and prevent the kernel
+/// from assigning an IPv6 address to the port.
 fn port_message(batch: &mut Batch, host: &str, alias: &str) {
     no_ipv6_address(batch, host, |body| {
         body.header(&link_header(0, 0));
@@ -308,7 +323,8 @@ fn port_message(batch: &mut Batch, host: &str, alias: &str) {
     });
 }
 
-/// Deletes a link; it need not be there. The other end of a pair goes with it.
+/// Deletes a link. The function also succeeds if the link does not exist. If the link is one end of
+/// a veth pair, the kernel deletes the other end, too.
 pub(crate) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
     let action = format!("delete the interface {name}");
@@ -322,7 +338,8 @@ pub(crate) fn delete(socket: &mut Socket, name: &str) -> Result<(), NetworkError
     }
 }
 
-/// Deletes several links; they need not be there. The kernel then waits once, not once for each.
+/// Deletes the links in `names`. The function also succeeds if some of the links do not exist. The
+/// kernel waits for RCU only once for all links, instead of once for each link.
 pub(crate) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
     for name in names {
@@ -330,7 +347,7 @@ pub(crate) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(
         batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
             body.header(&link_header(0, 0));
             body.string(IFLA_IFNAME, name);
-            body.u32(IFLA_GROUP, DOOMED_GROUP);
+            body.u32(IFLA_GROUP, DELETION_GROUP);
         });
     }
     batch.message(
@@ -339,10 +356,11 @@ pub(crate) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(
         NLM_F_ACK,
         |body| {
             body.header(&link_header(0, 0));
-            body.u32(IFLA_GROUP, DOOMED_GROUP);
+            body.u32(IFLA_GROUP, DELETION_GROUP);
         },
     );
-    // Some may not have been there. Whatever went wrong, what is left shows.
+    // The batch also fails if one of the links does not exist. After a failure, each link is
+    // deleted separately. For a link that does not exist, `delete` returns no error.
     if socket.execute(&batch).is_err() {
         for name in names {
             delete(socket, name)?;
@@ -351,8 +369,9 @@ pub(crate) fn delete_together(socket: &mut Socket, names: &[String]) -> Result<(
     Ok(())
 }
 
-/// Gives a link an address with this length of prefix; it may have it already. Nobody looks for
-/// duplicates, which takes the kernel a second.
+/// Adds a message that adds `address` with the prefix length `prefix` to a link. The kernel accepts
+/// the message even if the link already has the address. For IPv6, the message contains the flag
+/// IFA_F_NODAD. This flag disables the detection of duplicate addresses, which would take a second.
 pub(crate) fn add_address(
     batch: &mut Batch,
     index: u32,
@@ -361,7 +380,7 @@ pub(crate) fn add_address(
     prefix: u8,
     broadcast: Option<IpAddr>,
 ) {
-    let action = format!("add the address {address}/{prefix} to {name}");
+    let action = format!("add the address {address}/{prefix} to the interface {name}");
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     batch.message(action, RTM_NEWADDR, flags, |body| {
         let [i0, i1, i2, i3] = index.to_ne_bytes();
@@ -381,9 +400,9 @@ pub(crate) fn add_address(
     });
 }
 
-/// Takes an address from a link.
+/// Deletes an address from a link.
 pub(crate) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, prefix: u8) {
-    let action = format!("delete the address {address}/{prefix}");
+    let action = format!("delete the address {address}/{prefix} from interface {index}");
     batch.message(action, RTM_DELADDR, NLM_F_ACK, |body| {
         let [i0, i1, i2, i3] = index.to_ne_bytes();
         body.header(&[family(address), prefix, 0, 0, i0, i1, i2, i3]);
@@ -392,7 +411,8 @@ pub(crate) fn delete_address(batch: &mut Batch, index: u32, address: IpAddr, pre
     });
 }
 
-/// The addresses, with the length of their prefix, of the link `index`; none of the link only.
+/// Returns the addresses of the link `index` with their prefix lengths. Addresses without global
+/// scope, such as link-local addresses, are omitted.
 pub(crate) fn addresses(
     socket: &mut Socket,
     index: u32,
@@ -405,7 +425,7 @@ pub(crate) fn addresses(
         .collect())
 }
 
-/// Every address of the node.
+/// Returns all addresses of the node.
 pub(crate) fn own_addresses(socket: &mut Socket) -> Result<Vec<IpAddr>, NetworkError> {
     let all = all_addresses(socket)?;
     Ok(all.into_iter().map(|one| one.address).collect())
@@ -429,7 +449,8 @@ fn all_addresses(socket: &mut Socket) -> Result<Vec<Assigned>, NetworkError> {
         .filter_map(|reply| {
             let [_, prefix, _, scope, i0, i1, i2, i3] = reply.header::<ADDRESS_HEADER_BYTES>()?;
             let attributes = reply.attributes(ADDRESS_HEADER_BYTES);
-            // IPv6 has no IFA_LOCAL but for point to point.
+            // For IPv6, the kernel reports IFA_LOCAL only on point-to-point links. On other links,
+            // IFA_ADDRESS contains the link's address.
             let local = attributes.get(IFA_LOCAL);
             Some(Assigned {
                 link: u32::from_ne_bytes([i0, i1, i2, i3]),
@@ -441,10 +462,10 @@ fn all_addresses(socket: &mut Socket) -> Result<Vec<Assigned>, NetworkError> {
         .collect())
 }
 
-/// Makes `gateway` the way to everywhere else.
+/// Adds a default route through `gateway`.
 pub(crate) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) {
-    let action = format!("add the default route by {gateway}");
-    // NLM_F_REPLACE: the same route may be there already.
+    let action = format!("add the default route through {gateway}");
+    // NLM_F_REPLACE is set because the route may already exist.
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     batch.message(action, RTM_NEWROUTE, flags, |body| {
         let mut header = [0; ROUTE_HEADER_BYTES];
@@ -459,12 +480,14 @@ pub(crate) fn add_default_route(batch: &mut Batch, index: u32, gateway: IpAddr) 
     });
 }
 
-/// Has what comes in by a link for ::1 delivered, as route_localnet does for 127.0.0.1. For packets
-/// that were translated to it, that is: of others the kernel takes none. The loopback's own route
-/// comes first in all other lookups, by its metric.
+/// Adds a local route to ::1 on a link. With this route, the kernel accepts packets that arrive on
+/// the link if NAT has changed their destination to ::1. The kernel drops all other packets to ::1
+/// that arrive on the link. For packets to 127.0.0.1, the sysctl route_localnet has the same
+/// effect. The route does not change how processes of the node reach ::1. For their packets, the
+/// kernel prefers the loopback's route to ::1, because the loopback's route has a lower metric.
 pub(crate) fn add_loopback_route(batch: &mut Batch, index: u32) {
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-    let action = format!("have ::1 delivered on interface {index}");
+    let action = format!("add a local route to ::1 on interface {index}");
     batch.message(action, RTM_NEWROUTE, flags, |body| {
         let mut header = [0; ROUTE_HEADER_BYTES];
         header[0] = AF_INET6;
@@ -480,18 +503,21 @@ pub(crate) fn add_loopback_route(batch: &mut Batch, index: u32) {
     });
 }
 
-/// A route of the main table.
+/// A route of the main routing table.
 pub(crate) struct Route {
     pub destination: IpAddr,
     pub prefix: u8,
-    /// The link that it leads out of, if it is a single one.
+    /// The index of the link through which the route leads. `None` if the route leads through
+    /// several links.
     pub link: Option<u32>,
     protocol: u8,
 }
 
 impl Route {
-    /// Whether a router advertisement may have made the route. It makes default routes, and routes
-    /// to prefixes on the link, which have the same protocol as the routes of addresses.
+    /// Returns whether a router advertisement may have created the route. A router advertisement
+    /// creates default routes, and routes to the prefixes that it announces. The kernel also
+    /// creates routes for an interface's addresses. For these routes, this function returns true
+    /// too, because they have the same protocol number as routes to advertised prefixes.
     pub(crate) fn is_advertised(&self) -> bool {
         let link_local = matches!(self.destination, IpAddr::V6(to) if to.is_unicast_link_local());
         match self.protocol {
@@ -502,7 +528,7 @@ impl Route {
     }
 }
 
-/// The routes of the main table of the family of `like`.
+/// Returns the routes in the main routing table that have the address family of `like`.
 pub(crate) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, NetworkError> {
     let any: IpAddr = match like {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -531,7 +557,7 @@ pub(crate) fn routes(socket: &mut Socket, like: IpAddr) -> Result<Vec<Route>, Ne
         .collect())
 }
 
-/// Deletes a route that leads out of the link `index`. Succeeds if the route is missing.
+/// Deletes a route through the link `index`. A route that does not exist is not an error.
 pub(crate) fn delete_route(
     socket: &mut Socket,
     index: u32,
@@ -559,13 +585,15 @@ pub(crate) fn delete_route(
     }
 }
 
-/// The link that a packet to `destination` would leave by; nothing if there is no way.
-pub(crate) fn way_to(
+/// Returns the index of the link through which the node sends packets to `destination`. Returns
+/// `None` if the node has no route to `destination`.
+pub(crate) fn outgoing_link(
     socket: &mut Socket,
     destination: IpAddr,
 ) -> Result<Option<u32>, NetworkError> {
     let mut batch = Batch::default();
-    batch.message("look for the uplink", RTM_GETROUTE, NLM_F_ACK, |body| {
+    let action = "look up the node's uplink";
+    batch.message(action, RTM_GETROUTE, NLM_F_ACK, |body| {
         let mut header = [0; ROUTE_HEADER_BYTES];
         header[0] = family(destination);
         header[1] = match destination {
@@ -579,7 +607,7 @@ pub(crate) fn way_to(
         Ok(replies) => Ok(replies
             .iter()
             .find_map(|reply| reply.attributes(ROUTE_HEADER_BYTES).u32(RTA_OIF))),
-        // Unreachable, prohibited, or a kernel without IPv6.
+        // The destination is unreachable or prohibited, or the kernel does not support IPv6.
         Err(NetworkError::Kernel { .. }) => Ok(None),
         Err(error) => Err(error),
     }
@@ -590,7 +618,8 @@ pub(crate) fn set_down(batch: &mut Batch, index: u32, name: &str) {
     let action = format!("set the interface {name} down");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         let mut header = link_header(index, IFF_UP);
-        // The mask of flags to change keeps IFF_UP, whose new value is 0.
+        // The bytes 8 to 11 contain the new flags. The bytes 12 to 15 contain the mask of the flags
+        // to change. IFF_UP remains in the mask, and its new value is 0.
         header[8..12].fill(0);
         body.header(&header);
     });
@@ -626,7 +655,7 @@ fn address(octets: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// A `struct ifinfomsg` that sets `flags`.
+/// Returns a `struct ifinfomsg` that sets the flags in `flags`.
 fn link_header(index: u32, flags: u32) -> [u8; LINK_HEADER_BYTES] {
     let mut header = [0; LINK_HEADER_BYTES];
     header[0] = AF_UNSPEC;

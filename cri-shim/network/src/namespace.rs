@@ -1,4 +1,5 @@
-//! Network namespaces, pinned by a bind mount so that they live without a process in them.
+//! Network namespaces. A bind mount pins each namespace. The namespace therefore continues to exist
+//! while no process is in it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,28 +16,32 @@ use crate::error::NetworkError;
 use crate::link;
 use crate::netlink::{Batch, Socket};
 
-/// Enough for a few system calls and a netlink reply; the default of 2 MiB is only address space,
-/// but mapping and unmapping it costs.
+/// The stack size of the threads that enter a network namespace. These threads make only a few
+/// system calls and read a netlink reply. The kernel maps and unmaps this stack faster than the
+/// default stack of 2 MiB.
 const STACK_BYTES: usize = 128 << 10;
 
-/// The loopback is the first interface of every namespace.
+/// The index of the loopback interface. The loopback is the first interface of every network
+/// namespace.
 const LOOPBACK_INDEX: u32 = 1;
 
-/// What statfs(2) says of a file that stands for a namespace.
+/// The file system type that statfs(2) reports for a file that represents a namespace.
 const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
 
-/// Where the pods' namespaces are pinned, each under a name of its own.
+/// The directory in which the pods' network namespaces are pinned. It contains one file for each
+/// namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespaces {
     dir: PathBuf,
-    /// What the names of ours begin with.
+    /// The prefix of the file names of this server's namespaces.
     prefix: String,
 }
 
 impl Namespaces {
-    /// Plugins, and daemons of theirs in pods, look for namespaces in `/run/netns`, ip-netns(8).
-    /// In a directory that is also others' the names tell that they are those of the server with
-    /// this `state`.
+    /// Uses the directory `dir` for the namespaces of the server whose state directory is `state`.
+    /// CNI plugins, and daemons that plugins run in pods, expect namespaces in `/run/netns`, see
+    /// ip-netns(8). If `dir` is not inside `state`, other programs may also use `dir`. The file
+    /// names of this server's namespaces then begin with a hash of `state`.
     pub fn new(dir: PathBuf, state: &Path) -> Self {
         let prefix = if dir.starts_with(state) {
             String::new()
@@ -52,12 +57,12 @@ impl Namespaces {
         &self.dir
     }
 
-    /// Where `pod`'s is.
+    /// Returns the path of the pod's network namespace.
     pub fn of(&self, pod: &str) -> PathBuf {
         self.dir.join(format!("{}{pod}", self.prefix))
     }
 
-    /// Every pod that one is there of.
+    /// Returns the ids of all pods whose network namespaces are pinned in this directory.
     pub fn pods(&self) -> io::Result<Vec<String>> {
         let mut pods = Vec::new();
         for entry in std::fs::read_dir(&self.dir)? {
@@ -73,31 +78,32 @@ impl Namespaces {
     }
 }
 
-/// Makes a new network namespace with its loopback up and pins it at `path`, a new file in a
-/// directory that must be there.
+/// Creates a network namespace, sets its loopback interface up, and pins the namespace at `path`.
+/// The file `path` is created, but its directory must already exist.
 ///
-/// A namespace can only be made by the thread that moves into it, and a thread of the async
-/// runtime must not move: a thread of its own makes it and ends. Blocks for well under a
-/// millisecond. If a step fails nothing stays at `path`; a namespace pinned there already is left
-/// alone and is an error.
+/// When a thread creates a network namespace, the thread also moves into the namespace. A thread of
+/// the async runtime must not move. For this reason, a separate thread creates the namespace and
+/// then exits. This call blocks for much less than a millisecond. If a step fails, no file remains
+/// at `path`. If a namespace is already pinned at `path`, this function returns an error and does
+/// not change that namespace.
 pub fn create(path: &Path) -> Result<(), NetworkError> {
     new_pin(path)?;
     let result = on_own_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET)
-            .map_err(|errno| failed("make a network namespace for", path, errno.into()))?;
+            .map_err(|errno| failed("create a network namespace for", path, errno.into()))?;
         bind(Path::new("/proc/thread-self/ns/net"), path)?;
         loopback_up()
     });
     if result.is_err() {
-        // The first error is what counts.
+        // This function returns the first error and ignores an error of this clean-up.
         let _ = remove(path);
     }
     result
 }
 
-/// The file that a namespace is pinned at.
+/// Creates the file at which a namespace is pinned.
 fn new_pin(path: &Path) -> Result<(), NetworkError> {
-    // O_EXCL: a second pod never lands in the first one's namespace.
+    // O_EXCL ensures that a second pod never gets the namespace that is already pinned at `path`.
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -113,7 +119,7 @@ fn bind(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
         .map_err(|errno| failed("pin a network namespace at", path, errno.into()))
 }
 
-/// Of the namespace that the calling thread is in.
+/// Sets the loopback interface up in the network namespace of the calling thread.
 fn loopback_up() -> Result<(), NetworkError> {
     let mut socket = Socket::route()?;
     let mut batch = Batch::default();
@@ -121,8 +127,9 @@ fn loopback_up() -> Result<(), NetworkError> {
     socket.execute(&batch).map(drop)
 }
 
-/// Pins the network namespace of a process, `/proc/PID/ns/net`, at `path`, as [`create`] does with
-/// a new one.
+/// Pins a network namespace at `path`, and sets the loopback interface of that namespace up.
+/// `namespace` is the file `/proc/PID/ns/net` of a process in the namespace. As in [`create`], the
+/// file `path` must not exist yet, and no file remains at `path` if a step fails.
 pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
     new_pin(path)?;
     let result = bind(namespace, path).and_then(|()| {
@@ -133,21 +140,21 @@ pub fn pin(namespace: &Path, path: &Path) -> Result<(), NetworkError> {
         })
     });
     if result.is_err() {
-        // The first error is what counts.
+        // This function returns the first error and ignores an error of this clean-up.
         let _ = remove(path);
     }
     result
 }
 
-/// Unpins the namespace at `path`: unmounts it and removes the file. Right also when nothing is
-/// there. With the last process and socket gone the kernel takes the namespace apart on a thread
-/// of its own, which nobody waits for.
+/// Unmounts the namespace that is pinned at `path`, and removes the file. A file that does not
+/// exist is not an error. If no process and no socket uses the namespace any more, a kernel thread
+/// destroys the namespace. `remove` does not wait for the kernel thread.
 pub fn remove(path: &Path) -> Result<(), NetworkError> {
     loop {
-        // A namespace mounted twice over the same file, by a crash at the wrong moment, goes too.
+        // A crash can leave two mounts on the same file. The loop removes both mounts.
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
-            // EINVAL: a file, but no mount on it.
+            // EINVAL means that no namespace is mounted on the file.
             Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
             Err(errno) => {
                 return Err(failed("unmount the network namespace", path, errno.into()));
@@ -164,31 +171,33 @@ pub fn remove(path: &Path) -> Result<(), NetworkError> {
     }
 }
 
-/// Whether a network namespace is pinned at `path`; after a reboot, or a crash at the wrong moment,
-/// it is an ordinary file.
+/// Returns whether a network namespace is pinned at `path`. After a reboot or a crash, `path` can
+/// be an ordinary file without a namespace.
 pub fn is_pinned(path: &Path) -> bool {
     open(path).is_ok()
 }
 
-/// A non-blocking TCP socket, not connected, in the namespace pinned at `path`, or in ours. It
-/// stays there whoever uses it. Blocks for well under a millisecond.
+/// Opens a non-blocking, unconnected TCP socket in the namespace pinned at `path`. If `path` is
+/// `None`, the socket is opened in the server's own namespace. The socket remains in its namespace,
+/// even if a thread in another namespace uses the socket. This call blocks for much less than a
+/// millisecond.
 pub fn socket(path: Option<&Path>, family: AddressFamily) -> Result<OwnedFd, NetworkError> {
-    let make = |path: &Path| {
+    let open_in = |path: &Path| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         rustix::net::socket_with(family, SocketType::STREAM, flags, None)
-            .map_err(|errno| failed("make a socket in the network namespace", path, errno.into()))
+            .map_err(|errno| failed("open a socket in the network namespace", path, errno.into()))
     };
     let Some(path) = path else {
-        return make(Path::new("/proc/self/ns/net"));
+        return open_in(Path::new("/proc/self/ns/net"));
     };
     let namespace = open(path)?;
     on_own_thread(|| {
         enter(namespace.as_fd(), path)?;
-        make(path)
+        open_in(path)
     })
 }
 
-/// Opens the namespace pinned at `path`.
+/// Opens the network namespace that is pinned at `path`.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     let action = "open the network namespace";
     let file = File::open(path).map_err(|source| failed(action, path, source))?;
@@ -201,13 +210,14 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     Ok(file.into())
 }
 
-/// Moves the calling thread, for good, into `namespace`, which was opened at `path`.
+/// Moves the calling thread permanently into `namespace`, which was opened at `path`.
 pub(crate) fn enter(namespace: BorrowedFd, path: &Path) -> Result<(), NetworkError> {
     setns(namespace, CloneFlags::CLONE_NEWNET)
         .map_err(|errno| failed("enter the network namespace", path, errno.into()))
 }
 
-/// Runs `work` on a new thread, so that what it changes of itself ends with it.
+/// Runs `work` on a new thread, which then exits. Changes that `work` makes to this thread, such as
+/// a move into another network namespace, do not affect other threads.
 pub(crate) fn on_own_thread<T: Send>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
@@ -239,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_in_a_shared_directory_are_the_servers_own() {
+    fn in_a_shared_directory_each_server_has_different_file_names() {
         let names = |dir: &str, state: &str| Namespaces::new(dir.into(), Path::new(state));
         let own = names("/run/rrun/netns", "/run/rrun");
         assert_eq!(own.of("p"), Path::new("/run/rrun/netns/p"));

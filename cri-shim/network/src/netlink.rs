@@ -1,9 +1,11 @@
-//! Netlink as this room needs it: several messages in one `sendmsg`, each one's answer read back.
+//! A netlink client. The client sends several messages with one `send` call, and reads the reply to
+//! each message.
 //!
-//! A request is carried out by the kernel inside the `sendmsg` of the thread that asks, waits for
-//! the RTNL included, so an async socket would only hide that a thread blocks. A blocking socket
-//! that lives as long as its requests is faster, and the same one serves rtnetlink and nf_tables.
-//! See netlink(7), rtnetlink(7).
+//! The kernel executes a request inside the `send` call, including any wait for the kernel's RTNL
+//! lock. An async socket would therefore also block the sending thread. The client uses a blocking
+//! socket, because a blocking socket is faster. Callers open a socket for a few requests and then
+//! close it. The client is used for rtnetlink, nf_tables and ctnetlink. See netlink(7) and
+//! rtnetlink(7).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -15,7 +17,7 @@ use crate::error::NetworkError;
 const HEADER_BYTES: usize = 16;
 const ALIGNMENT: usize = 4;
 const NLA_F_NESTED: u16 = 1 << 15;
-/// The rest of an attribute's type after the flags for nesting and byte order.
+/// The mask that removes the flags for nesting and byte order from an attribute's type.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
 const NLMSG_ERROR: u16 = 2;
@@ -28,29 +30,34 @@ pub(crate) const NLM_F_EXCL: u16 = 0x200;
 pub(crate) const NLM_F_CREATE: u16 = 0x400;
 pub(crate) const NLM_F_APPEND: u16 = 0x800;
 const NLM_F_DUMP_INTR: u16 = 0x10;
-/// In an error message: the kernel left out the request that it answers.
+/// The flag of an error message that does not contain a copy of the failed request.
 const NLM_F_CAPPED: u16 = 0x100;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
-/// The largest part of a dump that the kernel sends at once.
+/// The size of the largest datagram that the kernel sends for a dump.
 const RECEIVE_BYTES: usize = 32 << 10;
 
-/// How often a dump is begun anew because the table changed under it.
+/// The maximum number of attempts for a dump. A dump is repeated if the dumped table changes during
+/// the dump.
 const DUMP_TRIES: usize = 16;
 
-/// Messages to be sent together. The kernel carries them out in order, and, unlike a transaction,
-/// goes on after one that failed.
+/// Messages that are sent together. The kernel executes the messages in order. A batch is not a
+/// transaction, because the kernel also executes the messages after a failed message.
 #[derive(Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
-    /// What each message does, in the words of an error. Its index is the sequence number.
+    /// The descriptions of the actions that the messages request. If the kernel reports an error
+    /// for a message, the [`NetworkError`] contains the message's description. The index of a
+    /// description is the sequence number of its message.
     actions: Vec<String>,
-    /// How many of the messages are answered by an acknowledgement or a dump's end.
+    /// The expected number of acknowledgements and end-of-dump messages in the kernel's reply to
+    /// the batch.
     answers: usize,
 }
 
 impl Batch {
-    /// Adds a message of `kind`; `flags` besides NLM_F_REQUEST.
+    /// Adds a message of the type `kind`. `flags` are the message's flags in addition to
+    /// NLM_F_REQUEST.
     pub(crate) fn message(
         &mut self,
         action: impl Into<String>,
@@ -78,11 +85,11 @@ impl Batch {
     }
 }
 
-/// The inside of a message: its fixed header and its attributes.
+/// The content of a message, which consists of a fixed header and attributes.
 pub(crate) struct Body<'a>(&'a mut Vec<u8>);
 
 impl Body<'_> {
-    /// The fixed header of the message's family.
+    /// Appends the fixed header that precedes the attributes, such as `struct ifinfomsg`.
     pub(crate) fn header(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
         self.pad();
@@ -96,12 +103,12 @@ impl Body<'_> {
         self.bytes(kind, &value.to_ne_bytes());
     }
 
-    /// nf_tables wants its numbers in network byte order.
+    /// Appends a number in network byte order as an attribute. nf_tables requires this byte order.
     pub(crate) fn be32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
-    /// A string with the NUL that the kernel wants.
+    /// Appends a string with a terminating NUL as an attribute. The kernel requires the NUL.
     pub(crate) fn string(&mut self, kind: u16, value: &str) {
         self.attribute(kind, |body| {
             body.0.extend_from_slice(value.as_bytes());
@@ -113,7 +120,7 @@ impl Body<'_> {
         self.attribute(kind | NLA_F_NESTED, inside);
     }
 
-    /// A nest whose inside is known already.
+    /// Appends a nested attribute whose content is already encoded.
     pub(crate) fn nested(&mut self, kind: u16, inside: &[u8]) {
         self.nest(kind, |body| body.0.extend_from_slice(inside));
     }
@@ -123,7 +130,8 @@ impl Body<'_> {
         self.0.extend_from_slice(&[0; 2]);
         self.0.extend_from_slice(&kind.to_ne_bytes());
         inside(&mut Body(self.0));
-        // A length that does not fit, which nothing here comes near, is refused by the kernel.
+        // The kernel rejects an attribute whose length does not fit into 16 bits. All attributes
+        // that this crate sends are much shorter than 64 KiB.
         let length = u16::try_from(self.0.len() - start).unwrap_or(u16::MAX);
         if let Some(field) = self.0.get_mut(start..start + 2) {
             field.copy_from_slice(&length.to_ne_bytes());
@@ -136,24 +144,27 @@ impl Body<'_> {
     }
 }
 
-/// A message that the kernel answered with, other than an acknowledgement.
+/// A message from the kernel that is neither an acknowledgement, nor an error, nor the end of a
+/// dump.
 pub(crate) struct Reply {
     body: Vec<u8>,
 }
 
 impl Reply {
-    /// The first `N` bytes: the fixed header of the family.
+    /// Returns the first `N` bytes of the message. These bytes are the fixed header before the
+    /// attributes.
     pub(crate) fn header<const N: usize>(&self) -> Option<[u8; N]> {
         self.body.first_chunk().copied()
     }
 
-    /// The attributes after a fixed header of `header_bytes`.
+    /// Returns the attributes after a fixed header of `header_bytes` bytes.
     pub(crate) fn attributes(&self, header_bytes: usize) -> Attributes<'_> {
         Attributes(self.body.get(header_bytes..).unwrap_or_default())
     }
 }
 
-/// Walks attributes: their type without the flags, and their value.
+/// An iterator over netlink attributes. For each attribute, the iterator returns the attribute's
+/// type without the flag bits, and the attribute's value.
 #[derive(Clone)]
 pub(crate) struct Attributes<'a>(pub(crate) &'a [u8]);
 
@@ -171,12 +182,12 @@ impl<'a> Attributes<'a> {
         Some(u32::from_ne_bytes(self.array(wanted)?))
     }
 
-    /// A value of exactly `N` bytes.
+    /// Returns the value of an attribute if the value has exactly `N` bytes.
     pub(crate) fn array<const N: usize>(&self, wanted: u16) -> Option<[u8; N]> {
         self.get(wanted)?.try_into().ok()
     }
 
-    /// A string up to its NUL.
+    /// Returns the value of an attribute as a string, without the terminating NUL.
     pub(crate) fn string(&self, wanted: u16) -> Option<&'a str> {
         let value = self.get(wanted)?;
         let end = value.iter().position(|byte| *byte == 0);
@@ -204,14 +215,14 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// For links, addresses and routes.
+    /// Opens a netlink socket for requests about links, addresses and routes.
     pub(crate) fn route() -> Result<Self, NetworkError> {
         Self::open(None, "open an rtnetlink socket")
     }
 
-    /// For nf_tables.
+    /// Opens a netlink socket for requests to nf_tables and to connection tracking.
     pub(crate) fn netfilter() -> Result<Self, NetworkError> {
-        Self::open(Some(netlink::NETFILTER), "open an nf_tables socket")
+        Self::open(Some(netlink::NETFILTER), "open a netfilter socket")
     }
 
     fn open(
@@ -225,8 +236,8 @@ impl Socket {
             protocol,
         )
         .map_err(|errno| NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error())))?;
-        // The kernel says why in words, and does not send the request back. Without either the
-        // socket serves as well.
+        // With these options, an error message contains an explanation in words, and no copy of the
+        // failed request. The socket also works if the kernel does not support the options.
         set_option(&fd, libc::NETLINK_EXT_ACK);
         set_option(&fd, libc::NETLINK_CAP_ACK);
         Ok(Socket {
@@ -235,13 +246,13 @@ impl Socket {
         })
     }
 
-    /// For what is still asked by ioctl(2).
+    /// Returns the file descriptor, for requests that need ioctl(2).
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// Sends the messages and waits for every answer. The error is that of the first message that
-    /// failed.
+    /// Sends the messages and returns the kernel's replies. If messages fail, this function returns
+    /// the error of the first failed message.
     pub(crate) fn execute(&mut self, batch: &Batch) -> Result<Vec<Reply>, NetworkError> {
         if batch.actions.is_empty() {
             return Ok(Vec::new());
@@ -254,7 +265,8 @@ impl Socket {
         Err(NetworkError::kernel(last_action(batch), Errno::EINTR))
     }
 
-    /// `None` is a dump that was interrupted by a change.
+    /// Sends the messages of `batch` once. Returns `None` if a change of the dumped table
+    /// interrupted a dump.
     fn execute_once(&mut self, batch: &Batch) -> Result<Option<Vec<Reply>>, NetworkError> {
         let sent = rustix::net::send(&self.fd, &batch.bytes, SendFlags::empty());
         sent.map_err(|errno| {
@@ -265,12 +277,13 @@ impl Socket {
         let mut interrupted = false;
         let mut answers = 0;
         while answers < batch.answers {
-            // Nothing waits here: the answers were queued while `send` ran, and a dump goes on as
-            // it is read.
+            // The `recv` call never waits, because the kernel has queued the replies during `send`.
+            // The kernel queues the next part of a dump whenever the socket is read.
             let received = rustix::net::recv(&self.fd, &mut self.buffer[..], RecvFlags::DONTWAIT);
             let (length, _) = match received {
                 Ok(received) => received,
-                // An acknowledgement is missing, but what failed is known.
+                // The kernel sends no further acknowledgement. The loop can end nevertheless,
+                // because a message has already failed.
                 Err(rustix::io::Errno::AGAIN) if failure.is_some() => break,
                 Err(errno) => {
                     let errno = Errno::from_raw(errno.raw_os_error());
@@ -306,7 +319,7 @@ fn last_action(batch: &Batch) -> &str {
 
 fn set_option(fd: &OwnedFd, option: libc::c_int) {
     let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length are those of `on`, which outlives the call.
+    // SAFETY: the pointer and the length describe `on`, which outlives the call.
     unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
@@ -326,7 +339,8 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// What an NLMSG_ERROR or NLMSG_DONE says, if it is not that all went well.
+    /// Returns the error in a message of the type NLMSG_ERROR or NLMSG_DONE. Returns `None` if the
+    /// message reports success.
     fn error(&self, batch: &Batch) -> Option<NetworkError> {
         let code = i32::from_ne_bytes(*self.body.first_chunk()?);
         if code == 0 {
@@ -382,9 +396,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_padded_and_nest() {
+    fn attributes_are_padded_and_can_be_nested() {
         let mut batch = Batch::default();
-        batch.message("say", 7, NLM_F_ACK, |body| {
+        batch.message("send a test message", 7, NLM_F_ACK, |body| {
             body.header(&[9]);
             body.string(1, "abcd");
             body.nest(2, |inside| {
@@ -408,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_lie_end_the_walk() {
+    fn a_message_or_attribute_with_an_invalid_length_ends_the_iteration() {
         assert_eq!(Attributes(&[3, 0, 1, 0]).next(), None);
         assert_eq!(Attributes(&[200, 0, 1, 0, 0, 0, 0, 0]).next(), None);
         assert_eq!(Attributes(&[4, 0, 1]).next(), None);

@@ -1,5 +1,6 @@
-//! The embedded network's own nftables table, over nf_tables' netlink. See nft(8) and the
-//! kernel's `linux/netfilter/nf_tables.h`.
+//! The embedded network's nftables table, which is configured over the netlink protocol of
+//! nf_tables. See nft(8) and the kernel's `linux/netfilter/nf_tables.h`. In the syntax of nft(8),
+//! the table is:
 //!
 //! ```text
 //! table inet rrun0 {
@@ -10,11 +11,11 @@
 //!         iifname "rrun0" ip daddr 127.0.0.0/8 drop
 //!     }
 //!     chain host_ports {
-//!         ip6 daddr ::1 return, where answers could not come back
-//!         ip saddr 10.88.0.0/16 and host_ports4 has an entry (as below): ct mark set ct mark | 0x1000
+//!         ip6 daddr ::1 return   (only if the kernel would drop replies to ::1)
+//!         ip saddr 10.88.0.0/16 (and an entry in host_ports4) ct mark set ct mark | 0x1000
 //!         dnat ip to meta l4proto . ip daddr . th dport map @host_ports4
 //!         dnat ip to meta l4proto . 0.0.0.0 . th dport map @host_ports4
-//!         the same for ip6
+//!         (and the same rules for ip6)
 //!     }
 //!     chain prerouting {
 //!         type nat hook prerouting priority dstnat;
@@ -31,21 +32,28 @@
 //!         oifname "rrun0" ip saddr 127.0.0.0/8 masquerade
 //!         oifname "rrun0" ip6 saddr ::1 masquerade
 //!         oifname "rrun0" ip saddr 10.88.0.0/16 ct status dnat ct mark & 0x1000 != 0 masquerade
-//!         the same for ip6
+//!         (and the same rules for ip6)
 //!     }
 //! }
 //! ```
 //!
-//! A pod that calls a host port of its own, or of another pod of this node, is masqueraded so that
-//! the answer comes back by the node and not straight over the bridge. The mark of its connection
-//! distinguishes it from what others translate, kube-proxy for a Service with the same port: their
-//! business. A process of the node that calls 127.0.0.1 or ::1 is masqueraded, because these
-//! addresses have no meaning in the pod; for it the bridge routes local addresses (route_localnet,
-//! and for ::1 a local route of the bridge's), and `guard` keeps pods from using that to reach what
-//! listens at the node's 127.0.0.1 only; what they send to ::1 the kernel drops.
+//! A pod can connect to its own host port, or to a host port of another pod on this node. The rules
+//! masquerade such a connection. As a result, the replies return through the node instead of
+//! directly over the bridge. The rules set the mark 0x1000 on a connection to a host port, and
+//! masquerade only connections with this mark. Other connections are not masqueraded, because
+//! another program may have changed their destination address. For example, kube-proxy changes the
+//! destination of connections to a Service. A Service can have the same port number as a host port.
+//! A program that changes the destination of a connection must itself masquerade the connection.
 //!
-//! Host ports come and go as elements of the maps. The table itself is replaced as a whole in one
-//! transaction: no packet sees half of it, and nothing of anybody else's is ever named.
+//! A process on the node can connect to a host port at 127.0.0.1 or ::1. The rules masquerade such
+//! a connection, because in the pod these addresses refer to the pod itself. The replies to the
+//! process need two settings of the bridge: the sysctl route_localnet and a local route to ::1. The
+//! chain `guard` prevents pods from using route_localnet to reach sockets that listen only at
+//! 127.0.0.1 of the node. The kernel itself drops the packets that pods send to ::1.
+//!
+//! To open or close a host port, rrun adds or removes elements of the maps. To change the rules,
+//! rrun replaces the whole table in one transaction. Every packet is therefore processed by either
+//! the old or the new table. The transaction changes no other table.
 
 mod expression;
 
@@ -88,7 +96,7 @@ const NFTA_HOOK_PRIORITY: u16 = 2;
 const NF_INET_PRE_ROUTING: u32 = 0;
 const NF_INET_LOCAL_OUT: u32 = 3;
 const NF_INET_POST_ROUTING: u32 = 4;
-/// The priorities that nft calls `raw`, `dstnat` and `srcnat`.
+/// The chain priorities with the names `raw`, `dstnat` and `srcnat` in nft(8).
 const NF_IP_PRI_RAW: i32 = -300;
 const NF_IP_PRI_NAT_DST: i32 = -100;
 const NF_IP_PRI_NAT_SRC: i32 = 100;
@@ -115,7 +123,8 @@ const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_SET_ELEM_KEY: u16 = 1;
 const NFTA_SET_ELEM_DATA: u16 = 2;
 
-/// How many elements go into one message: the length of an attribute has 16 bits.
+/// The maximum number of elements in one message. An attribute with more elements could be too
+/// long, because netlink stores the length of an attribute in 16 bits.
 const ELEMENTS_AT_ONCE: usize = 256;
 
 const GUARD: &str = "guard";
@@ -124,10 +133,11 @@ const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const POSTROUTING: &str = "postrouting";
 
-/// Where the kernel calls a chain: the chain's type, the hook's number, its priority.
+/// The hook at which the kernel runs a chain. The tuple contains the chain's type, the number of
+/// the hook, and the priority.
 type Hook = (&'static str, u32, i32);
 
-/// All chains. One without a hook is only reached by a jump.
+/// All chains of the table. A chain without a hook runs only when a rule jumps to it.
 const CHAINS: [(&str, Option<Hook>); 5] = [
     (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
     (HOST_PORTS, None),
@@ -142,35 +152,37 @@ const CHAINS: [(&str, Option<Hook>); 5] = [
     ),
 ];
 
-/// What the table is made from.
+/// The data from which the nftables table is created.
 pub(crate) struct NftTable<'a> {
-    /// Its name, and that of the bridge.
+    /// The name of the table, which is also the name of the bridge.
     pub name: &'a str,
-    /// The ranges that pods have addresses of.
+    /// The ranges that contain the addresses of pods.
     pub ranges: Vec<Range>,
     pub masquerade: bool,
-    /// Whether host ports are at ::1 too.
+    /// True if host ports are also open at ::1.
     pub loopback6: bool,
-    /// All host ports.
+    /// The entries of the table's maps, which contain the host ports of all pods.
     pub mappings: Vec<Mapping>,
 }
 
-/// A number that changes with every change of any table of this network namespace.
+/// A number that the kernel increments whenever any nftables table of this network namespace
+/// changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Generation(u32);
 
 impl Generation {
-    /// Whether there was one change in between.
+    /// Returns whether the nftables tables were changed exactly once since the generation `before`.
     pub(crate) fn follows(self, before: Generation) -> bool {
         self.0 == before.0.wrapping_add(1)
     }
 }
 
-/// The generation of the rules now.
+/// Reads the current generation of the nftables tables from the kernel.
 pub(crate) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError> {
     let mut batch = Batch::default();
     let kind = subsystem(NFT_MSG_GETGEN);
-    batch.message("read the generation of nftables", kind, NLM_F_ACK, |body| {
+    let action = "read the generation number of the nftables tables";
+    batch.message(action, kind, NLM_F_ACK, |body| {
         body.header(&family(NFPROTO_UNSPEC));
     });
     let replies = socket.execute(&batch).map_err(explained)?;
@@ -181,7 +193,7 @@ pub(crate) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError
 }
 
 impl NftTable<'_> {
-    /// Those that pods have.
+    /// Returns the address families in which pods have addresses.
     fn families(&self) -> Vec<IpFamily> {
         let mut families = vec![IpFamily::V4, IpFamily::V6];
         families.retain(|family| {
@@ -191,7 +203,7 @@ impl NftTable<'_> {
         families
     }
 
-    /// Every rule, with its chain.
+    /// Returns all rules of the table, each with the name of its chain.
     fn rules(&self) -> Vec<(&'static str, Rule)> {
         let mut rules = vec![(GUARD, Rule::guard(self.name))];
         if !self.loopback6 {
@@ -206,7 +218,7 @@ impl NftTable<'_> {
             rules.push((HOST_PORTS, Rule::host_port(family, false)));
         }
         for chain in [PREROUTING, OUTPUT] {
-            rules.push((chain, Rule::local_goes_to(HOST_PORTS)));
+            rules.push((chain, Rule::jump_if_local(HOST_PORTS)));
         }
         for range in &self.ranges {
             if self.masquerade {
@@ -221,9 +233,9 @@ impl NftTable<'_> {
     }
 }
 
-/// Whether the table has all that it is made of.
-pub(crate) fn is_there(socket: &mut Socket, table: &NftTable) -> Result<bool, NetworkError> {
-    let action = format!("look for the nftables table {}", table.name);
+/// Returns whether the table exists and has the expected numbers of rules and of map elements.
+pub(crate) fn is_complete(socket: &mut Socket, table: &NftTable) -> Result<bool, NetworkError> {
+    let action = format!("look up the nftables table {}", table.name);
     let count = |socket: &mut Socket, kind, body: &dyn Fn(&mut Body)| {
         let mut batch = Batch::default();
         batch.message(&action, subsystem(kind), NLM_F_DUMP, |message| {
@@ -255,15 +267,15 @@ pub(crate) fn is_there(socket: &mut Socket, table: &NftTable) -> Result<bool, Ne
                     .count()
             })
             .sum();
-        let wanted = table.mappings.iter().filter(|one| of.has(one)).count();
-        if found != wanted {
+        let expected = table.mappings.iter().filter(|one| of.has(one)).count();
+        if found != expected {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-/// Makes the table, or makes it anew.
+/// Creates the table, or replaces it if it exists.
 pub(crate) fn replace(socket: &mut Socket, table: &NftTable) -> Result<(), NetworkError> {
     let name = table.name;
     let mut transaction = Transaction::begin();
@@ -284,7 +296,8 @@ pub(crate) fn replace(socket: &mut Socket, table: &NftTable) -> Result<(), Netwo
     transaction.commit(socket).map_err(explained)
 }
 
-/// Adds entries to the maps; those that are there may stay.
+/// Adds `mappings` to the maps of the table `name`. A mapping that a map already contains is not an
+/// error.
 pub(crate) fn publish(
     socket: &mut Socket,
     name: &str,
@@ -295,7 +308,8 @@ pub(crate) fn publish(
     transaction.commit(socket)
 }
 
-/// Takes entries out of the maps, all or, if one is not there, none.
+/// Removes `mappings` from the maps of the table `name`. If one of the mappings is missing in the
+/// maps, this function fails and removes no mapping.
 pub(crate) fn withdraw(
     socket: &mut Socket,
     name: &str,
@@ -306,7 +320,7 @@ pub(crate) fn withdraw(
     transaction.commit(socket)
 }
 
-/// Messages that nf_tables carries out all or not at all.
+/// A list of messages that nf_tables executes atomically.
 struct Transaction(Batch);
 
 impl Transaction {
@@ -327,9 +341,9 @@ impl Transaction {
         });
     }
 
-    /// Makes the table, with nothing in it.
+    /// Adds messages that delete the table, if it exists, and then create an empty table.
     fn empty_table(&mut self, table: &str) {
-        // Deleting fails if there is nothing to delete: so it is made first.
+        // The table is created before the deletion. Without the table, the deletion would fail.
         let make = format!("create the nftables table {table}");
         let name = |body: &mut Body| body.string(NFTA_TABLE_NAME, table);
         self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
@@ -338,7 +352,7 @@ impl Transaction {
         self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
     }
 
-    /// Adds the map of a family's host ports.
+    /// Adds a message that creates the map for the host ports of an address family.
     fn map(&mut self, table: &str, family: IpFamily) {
         let map = family.map();
         let action = format!("create the map {map} of the nftables table {table}");
@@ -373,7 +387,7 @@ impl Transaction {
     }
 
     fn rule(&mut self, table: &str, chain: &str, rule: &Rule) {
-        let action = format!("add a rule to {chain} of the nftables table {table}");
+        let action = format!("add a rule to the chain {chain} of the nftables table {table}");
         let flags = NLM_F_CREATE | NLM_F_APPEND;
         self.message(&action, NFT_MSG_NEWRULE, flags, |body| {
             body.string(NFTA_RULE_TABLE, table);
@@ -382,7 +396,7 @@ impl Transaction {
         });
     }
 
-    /// Adds or deletes elements of the maps.
+    /// Adds messages of the type `kind`, which add or delete elements of the maps.
     fn elements(&mut self, table: &str, kind: u16, mappings: &[Mapping]) {
         let flags = if kind == NFT_MSG_NEWSETELEM {
             NLM_F_CREATE
@@ -422,22 +436,24 @@ const fn subsystem(message: u16) -> u16 {
     NFNL_SUBSYS_NFTABLES << 8 | message
 }
 
-/// A `struct nfgenmsg`.
+/// Returns a `struct nfgenmsg`, which is the fixed header of an nf_tables message.
 const fn family(family: u8) -> [u8; 4] {
     [family, 0, 0, 0]
 }
 
-/// The `struct nfgenmsg` at a transaction's begin and end: it names the subsystem.
+/// Returns the `struct nfgenmsg` of the messages that begin and end a transaction. This header
+/// contains the number of the nftables subsystem.
 const fn border() -> [u8; 4] {
     let [high, low] = NFNL_SUBSYS_NFTABLES.to_be_bytes();
     [NFPROTO_UNSPEC, 0, high, low]
 }
 
-/// Tells a kernel that lacks something from other failures.
+/// Converts errors that indicate a missing kernel feature into [`NetworkError::Feature`].
 fn explained(error: NetworkError) -> NetworkError {
     match error {
         NetworkError::Kernel {
-            // ENOENT: of the chain type or the expression, the table being made just before.
+            // ENOENT means that the kernel lacks the chain type or the expression. The table can't
+            // be missing, because the same transaction creates the table.
             errno: Errno::EPROTONOSUPPORT | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOENT,
             action,
             detail,

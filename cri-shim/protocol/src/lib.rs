@@ -1,17 +1,19 @@
 //! The private protocol between the CRI server and a pod's monitor.
 //!
-//! A unix stream socket, `STATE/pods/POD/monitor.sock`. Each message is a little-endian `u32`
-//! length (at most 4 MiB) and that many bytes of JSON; descriptors travel as `SCM_RIGHTS` with the
-//! message's first byte. One connection carries one operation: the client
-//! sends one [`Request`], the monitor answers with one [`Reply`], or, where said below, with
-//! several, and then closes. Connections are cheap; nothing is multiplexed. What is no message
-//! closes the connection, and so does a client that does not read what it asked for.
+//! The transport is a unix stream socket, `STATE/pods/POD/monitor.sock`. Each message begins with
+//! the length of its JSON in bytes, as a little-endian `u32`. The JSON follows, and is at most 4
+//! MiB long. Descriptors are sent as `SCM_RIGHTS` together with the message's first byte. Each
+//! operation uses its own connection, because connections are cheap. The client sends one
+//! [`Request`] on the connection. The monitor sends one [`Reply`], or several for some requests,
+//! and then closes the connection. The monitor also closes the connection after an invalid message,
+//! or if the client does not read the replies.
 //!
-//! The CRI server may die between any two bytes. An operation that the monitor has begun runs to
-//! its end all the same, except an exec, which dies with its connection.
-//!
-//! [`wire`] puts the messages on a socket. The two sides can be of different versions; README.md
-//! says what each may meet, and how a field is added.
+//! The CRI server can die at any time, even in the middle of a message. The monitor completes each
+//! operation that it has begun, even if the connection closes. The only exception is an exec: when
+//! the connection closes, the monitor kills the exec's process.
+//! [`wire`] sends and receives the messages on a socket. The CRI server and the monitor can have
+//! different versions. README.md describes the compatibility of different versions, and how to add
+//! a field to a message.
 
 pub mod wire;
 
@@ -19,139 +21,165 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// The file names in a pod's directory.
+/// The name of the monitor's socket in a pod's directory.
 pub const SOCKET_NAME: &str = "monitor.sock";
+/// The name of the monitor's configuration file in a pod's directory.
 pub const CONFIGURATION_NAME: &str = "monitor.json";
 
-/// The descriptor at which a monitor finds its listening socket: the CRI server binds it, so
-/// that clients can connect before the monitor has come to its senses.
+/// The descriptor number of the listening socket that the monitor inherits from the CRI server. The
+/// CRI server binds the socket. Clients can therefore connect before the monitor has finished its
+/// initialisation.
 pub const LISTEN_FD: i32 = 3;
 
-/// What a monitor is told once, in `STATE/pods/POD/monitor.json`, before it starts.
+/// The configuration of a monitor. The CRI server writes the configuration to
+/// `STATE/pods/POD/monitor.json` and then starts the monitor.
 ///
-/// The monitor is started as `rrun-monitor --dir STATE/pods/POD` and holds the namespaces that
-/// the containers of the pod share: it is itself in the new ones (`/proc/PID/ns/…` joins them), or
-/// keeps a process that is.
+/// The CRI server starts the monitor as `rrun-monitor --dir STATE/pods/POD`. The monitor keeps the
+/// namespaces alive that the pod's containers share. Either the monitor itself is in these
+/// namespaces, or it keeps a child process in them. Other processes join the namespaces through
+/// `/proc/PID/ns/…` of the monitor or of this child.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pod {
     /// The sandbox's id.
     pub id: String,
-    /// A new UTS namespace with this host name; `None`: the node's.
+    /// The host name for a new UTS namespace. `None` means the node's UTS namespace.
     pub hostname: Option<String>,
-    /// A new IPC namespace, or the node's.
+    /// True if the pod gets a new IPC namespace. False if the pod uses the node's IPC namespace.
     pub new_ipc: bool,
-    /// One PID namespace for all containers: the monitor then keeps a first process in it that
-    /// does nothing but reap ([`Hello::pid1`]).
+    /// True if all containers of the pod share one PID namespace. The monitor then runs the first
+    /// process of this namespace, which only reaps other processes ([`Hello::pid1`]).
     pub shared_pid: bool,
-    /// A new user namespace. The monitor stays out of it, and of the pod's other namespaces: a
-    /// process that does nothing holds them ([`Hello::holder`]), a new network namespace too.
+    /// The id maps of a new user namespace. With a user namespace, the monitor does not enter any
+    /// of the pod's namespaces. Instead of the monitor, an idle process ([`Hello::holder`]) keeps
+    /// these namespaces alive, including a new network namespace.
     #[serde(default)]
     pub users: Option<IdMaps>,
-    /// The binary of the runtime that the pod's containers will most likely be made by, for a
-    /// monitor that has nothing else to do yet.
+    /// The runtime binary that will probably create the pod's containers. The monitor prepares a
+    /// read-only overlay of this binary in advance.
     #[serde(default)]
     pub runtime: Option<PathBuf>,
 }
 
-/// The ids of a pod's user namespace, as the kernel takes them: a line for each range with the
-/// first id inside, the first outside and how many, user_namespaces(7).
+/// The id maps of a pod's user namespace in the kernel's format. Each line describes a range of ids
+/// by three numbers: the first id inside the namespace, the first id outside the namespace, and the
+/// number of ids (user_namespaces(7)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMaps {
     pub uid_map: String,
     pub gid_map: String,
 }
 
-/// What a client asks for.
+/// A request that a client sends to the monitor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Answered by [`Reply::Hello`], then by a [`Reply::Event`] for each change until one side
-    /// closes. Events that happen between the snapshot and the first wait are not lost.
+    /// Subscribes to events. The monitor first sends a [`Reply::Hello`], which contains the
+    /// monitor's current state. The monitor then sends a [`Reply::Event`] for each later change,
+    /// until the client or the monitor closes the connection. The socket buffers the events until
+    /// the client reads them.
     Subscribe,
-    /// Runs `RUNTIME… create`, with the container's stdio on pipes (or a terminal) that the
-    /// monitor owns. With a descriptor, the reading end of a pipe, the bundle may still be written:
-    /// that one is passed to the runtime as `--after`. Answered by [`Reply::Created`] or
-    /// [`Reply::Error`]; after an error nothing of the container is left with the monitor or the
-    /// runtime.
+    /// Runs `RUNTIME… create`. The container's stdio is connected to pipes or to a terminal, which
+    /// the monitor owns. If the bundle may still be incomplete, the request carries the reading end
+    /// of a pipe as a descriptor. The monitor passes this pipe to the runtime as `--after`. The
+    /// runtime reads the bundle only after the client has written to the pipe. The reply is
+    /// [`Reply::Created`] or [`Reply::Error`]. After an error, neither the monitor nor the runtime
+    /// keeps any state of the container.
     Create(Create),
-    /// Runs `RUNTIME… start ID`. Answered by [`Reply::Done`] or [`Reply::Error`]. After an error
-    /// the container is still there, for a Delete; its first process may have ended, which is an
-    /// [`Event::Exited`]. That event never comes before the answer to Start.
+    /// Runs `RUNTIME… start ID`. The reply is [`Reply::Done`] or [`Reply::Error`]. After an error,
+    /// the container still exists, and the client must send a Delete. If the container's first
+    /// process has already exited, the monitor reports the exit as an [`Event::Exited`]. The
+    /// monitor never sends this event before the reply to Start.
     Start { id: String },
-    /// Sends a signal to the container's first process, or to every process of the container
-    /// (`all`; by `cgroup.kill` when the signal is SIGKILL). Done, too, if there is nothing left
-    /// to signal.
+    /// Sends a signal to the container's first process or, with `all`, to every process of the
+    /// container. To send SIGKILL to all processes, the monitor writes to `cgroup.kill`. The reply
+    /// is [`Reply::Done`] even if the container has no process any more.
     Kill { id: String, signal: i32, all: bool },
-    /// Runs `RUNTIME… update --resources - ID` with this JSON (the runtime specification's
-    /// LinuxResources).
+    /// Runs `RUNTIME… update --resources - ID` and writes `resources` to the runtime's stdin.
+    /// `resources` is a LinuxResources object of the OCI runtime specification, as JSON.
     Update { id: String, resources: String },
-    /// Kills and forgets the container, runs `RUNTIME… delete --force ID` (if that has not been
-    /// done at its end already) and removes its exit record. Done if the monitor knows no such
-    /// container; waits for a Create that is still under way, and joins a Delete that is. An
-    /// error says what could not be removed; the container is then still known, as exited, and
-    /// another Delete tries again.
+    /// Kills the container, runs `RUNTIME… delete --force ID`, and removes the exit record and the
+    /// container's state in the monitor. The monitor does not run the command again if the command
+    /// already succeeded after the container's exit. The reply is also [`Reply::Done`] if the
+    /// monitor has no container with this id. If a Create of the container is in progress, the
+    /// Delete waits until the Create has finished. If another Delete of the container is in
+    /// progress, both requests get the same reply. An error message names the objects that could
+    /// not be removed. After an error, the container remains in the state Exited, and the next
+    /// Delete tries the removal again.
     Delete { id: String },
-    /// Runs `RUNTIME… exec` in the container. Descriptors: without `terminal` three, the
-    /// process's stdin, stdout and stderr. With `terminal` none, and [`Reply::Started`] carries
-    /// the pty's master. Answered by [`Reply::Started`] or [`Reply::Error`], then by
-    /// [`Reply::Exited`]. If the client closes first, the process is killed with all that
-    /// it started, which is in a cgroup of its own (where the runtime is not [`Create::native`]:
-    /// with all that descends from it or is in its session). `process` must have the same `terminal`
-    /// as this.
+    /// Runs `RUNTIME… exec` in the container. Without `terminal`, the request carries three
+    /// descriptors: the stdin, stdout and stderr of the process. With `terminal`, the request
+    /// carries no descriptors, and [`Reply::Started`] carries the pty's master. The reply is
+    /// [`Reply::Started`] or [`Reply::Error`]. When the process exits, the monitor also sends
+    /// [`Reply::Exited`]. If the client closes the connection earlier, the monitor kills the
+    /// process and all processes that the process has started. With [`Create::native`], the monitor
+    /// kills all processes in the separate cgroup of the process. Without [`Create::native`], the
+    /// monitor kills the descendants of the process, and all processes in the session of the
+    /// process. The Process object [`Exec::process`] also has a field `terminal`, which must have
+    /// the same value as the `terminal` in this request.
     Exec(Exec),
-    /// Follows the container's output from now on. Descriptors: the writing ends of a pipe for
-    /// each of stdout and stderr that is wanted, in this order; a terminal's output is all
-    /// stdout. What does not fit into a pipe is left out, and a notice in it says so. Answered by
-    /// [`Reply::Attached`], which carries a descriptor to write to (the container's stdin, or the
-    /// pty's master, whose size can be set, too) if there is one, or [`Reply::Error`]. When
-    /// the container has ended comes [`Reply::Ended`], and the connection and the pipes are
-    /// closed. If the client closes first it is detached; with `stdin_once` the first one that had
-    /// stdin takes it along.
+    /// Attaches the client to the container's stdio. For each requested output stream, the request
+    /// carries the writing end of a pipe. The pipe for stdout precedes the pipe for stderr. The
+    /// monitor writes all later output of the container to these pipes. All output of a terminal
+    /// counts as stdout. The monitor omits output that does not fit into a pipe, and writes a
+    /// notice into the pipe instead. The reply is [`Reply::Attached`] or [`Reply::Error`]. For a
+    /// container with a terminal, [`Reply::Attached`] carries the pty's master. With the master,
+    /// the client can also set the terminal's size. For any other container, [`Reply::Attached`]
+    /// can carry a descriptor of the container's stdin. The monitor sends this descriptor if the
+    /// request has `stdin`, stdin is open, and the client is allowed to write to stdin. When the
+    /// container has exited, the monitor sends [`Reply::Ended`] and closes the connection and the
+    /// pipes. To detach earlier, the client closes the connection. If the container has
+    /// `stdin_once`, only the first client with `stdin` is allowed to write to stdin. When this
+    /// client detaches, the monitor closes the container's stdin.
     Attach(Attach),
-    /// Ends a container's stdin, which has `stdin_once`, for all. Done, too, if it has none.
+    /// Closes the container's stdin for all clients, if the container has `stdin_once`. The reply
+    /// is [`Reply::Done`] even if the container has no stdin.
     CloseStdin { id: String },
-    /// Opens the container's log again at its path, after a rotation. Lines read after the
-    /// answer are in the new file.
+    /// Opens the container's log again at its path, after a log rotation. After the reply, the
+    /// monitor writes all further lines to the new file.
     ReopenLog { id: String },
-    /// Ends the monitor. [`Reply::Error`] while a container runs.
+    /// Shuts down the monitor. If a container is running, the reply is [`Reply::Error`] and the
+    /// monitor does not exit.
     Shutdown,
 }
 
-/// See [`Request::Create`].
+/// The arguments of [`Request::Create`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Create {
     pub id: String,
-    /// The directory with config.json. The monitor keeps `exit.json` beside it
-    /// ([`ExitRecord`]), and the runtime's log.
+    /// The container's bundle, which contains config.json. The monitor also writes `exit.json`
+    /// ([`ExitRecord`]) to this directory.
     pub bundle: PathBuf,
-    /// The runtime's binary and its global options, without `--log`.
+    /// The path of the runtime's binary, followed by its global options. The monitor adds `--log`.
     pub runtime: Vec<String>,
-    /// The container's cgroup directory, from which the out-of-memory count is read at its end.
+    /// The container's cgroup directory, in which the monitor reads the out-of-memory counter.
     pub cgroup: PathBuf,
-    /// The CRI log file; none if the pod has no log directory.
+    /// The path of the CRI log file. `None` if the pod has no log directory.
     pub log: Option<PathBuf>,
     pub terminal: bool,
-    /// Keep stdin open for attach; else it is /dev/null.
+    /// True if clients can attach to the container's stdin. False if the container's stdin is
+    /// /dev/null.
     pub stdin: bool,
-    /// Close stdin after the first attached client goes.
+    /// True if the monitor closes the container's stdin when the first client with `stdin`
+    /// disconnects.
     pub stdin_once: bool,
-    /// The container's processes are processes of this kernel (rrun, runc, crun), so that a
-    /// signal to the pid is a signal to the container, which saves a `RUNTIME… kill`. False for
-    /// runtimes that put a kernel of their own between (runsc, kata).
+    /// True if the container's processes are processes of the node's kernel, as with rrun, runc and
+    /// crun. The monitor can then send a signal directly to a pid, without running `RUNTIME… kill`.
+    /// False for runtimes that run a separate kernel between the node's kernel and the container,
+    /// such as runsc and kata.
     #[serde(default)]
     pub native: bool,
 }
 
-/// See [`Request::Exec`].
+/// The arguments of [`Request::Exec`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Exec {
     pub id: String,
-    /// The runtime specification's Process object, as JSON.
+    /// A Process object of the OCI runtime specification, as JSON.
     pub process: String,
     pub terminal: bool,
 }
 
-/// See [`Request::Attach`].
+/// The arguments of [`Request::Attach`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Attach {
     pub id: String,
@@ -160,7 +188,7 @@ pub struct Attach {
     pub stderr: bool,
 }
 
-/// What the monitor answers.
+/// A message that the monitor sends to a client: a reply to a request, or an event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
@@ -173,13 +201,15 @@ pub enum Reply {
         pid: i32,
     },
     Attached,
-    /// The container that was followed writes no more. Bytes of each stream that were left out at
-    /// its end, of which no notice is in the pipe, for that is full.
+    /// The container to which the client is attached writes no more output. `stdout` and `stderr`
+    /// are the numbers of bytes that the monitor omitted at the end of these two streams. The
+    /// streams' pipes contain no notice about these bytes, because the pipes were full.
     Ended {
         stdout: u64,
         stderr: u64,
     },
-    /// An exec's end: its status as a shell would give it (128 + the signal's number).
+    /// The process that [`Request::Exec`] started has exited. `code` is the exit status as a shell
+    /// reports it. If signal N killed the process, `code` is 128 + N.
     Exited {
         code: i32,
     },
@@ -187,7 +217,7 @@ pub enum Reply {
     Error(Failure),
 }
 
-/// Why an operation failed: one sentence, fit for an operator.
+/// The reason why an operation failed, as one sentence for the operator.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Failure {
     pub kind: FailureKind,
@@ -197,28 +227,31 @@ pub struct Failure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureKind {
-    /// The monitor knows no such container.
+    /// The monitor has no container with this id.
     NotFound,
-    /// The container is not in the state that the operation needs.
+    /// The container is not in the state that the operation requires.
     WrongState,
-    /// The runtime said no; the message is the runtime's.
+    /// The runtime reported an error. The failure's message is the runtime's error message.
     Runtime,
-    /// The monitor itself failed (a descriptor, a file, a fork).
+    /// The monitor itself failed, for example because it could not open a file or fork.
     Monitor,
 }
 
-/// The monitor's state when a client subscribes.
+/// The state of the monitor at the moment when a client subscribes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     /// The monitor's process id.
     pub pid: i32,
-    /// The process that is in the pod's namespaces (`/proc/PID/ns/{ipc,uts}`, and `user` and `net`
-    /// with a user namespace), if that is not the monitor itself.
+    /// The id of a process in the pod's namespaces. In `/proc/PID/ns` of this process, `ipc` and
+    /// `uts` are the pod's namespaces. If the pod has a user namespace, `user` and `net` are the
+    /// pod's namespaces, too. `None` if the monitor itself is in the pod's namespaces.
     #[serde(default)]
     pub holder: Option<i32>,
-    /// The first process of the pod's PID namespace, if the pod shares one.
+    /// The id of the first process in the pod's PID namespace. `None` if the pod's containers do
+    /// not share a PID namespace.
     pub pid1: Option<i32>,
-    /// It passes on the pipe of a [`Request::Create`]. Those that an earlier server left do not.
+    /// True if the monitor can pass the pipe of a [`Request::Create`] to the runtime. Monitors of
+    /// earlier versions cannot pass the pipe.
     #[serde(default)]
     pub passes_after: bool,
     pub containers: Vec<ContainerState>,
@@ -242,28 +275,29 @@ pub enum Phase {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
-    /// The container's first process ended. Its log is complete, its record on disk, its cgroup
-    /// empty. `RUNTIME… delete` runs after this event, so that nobody waits for it: the empty
-    /// cgroup is gone for certain when [`Request::Delete`] has been answered.
+    /// The container's first process has exited. The container's log is complete, its exit record
+    /// is on disk and its cgroup is empty. The monitor runs `RUNTIME… delete` only after this
+    /// event. Clients therefore do not have to wait for the runtime. The empty cgroup can still
+    /// exist until the monitor replies to [`Request::Delete`].
     Exited { id: String, exit: ExitRecord },
-    /// The kernel killed a process of the container for want of memory (`memory.events`,
-    /// `oom_kill`); the container may live on.
+    /// The kernel killed a process of the container because memory ran out (`oom_kill` in
+    /// `memory.events`). Other processes of the container may still be running.
     OutOfMemory { id: String },
 }
 
-/// How a container ended: `BUNDLE/exit.json`, written to a temporary name, fsynced and renamed
-/// before anyone is told.
+/// The record of a container's exit, `BUNDLE/exit.json`. The monitor writes the record to a
+/// temporary file, calls fsync and renames the file before it reports the exit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// As a shell would give it: 128 + the signal's number for a signal.
+    /// The exit status as a shell reports it: 128 + N if the process was killed by signal N.
     pub code: i32,
-    /// The kernel killed a process of the container for want of memory.
+    /// True if the kernel killed a process of the container because memory ran out.
     pub oom_killed: bool,
-    /// Nanoseconds since the epoch.
+    /// The time of the exit in nanoseconds since 1970.
     pub finished_at: i64,
 }
 
-/// What a client reads in a stream in place of this many bytes of it.
+/// Returns the notice that an attached client receives in place of `bytes` bytes of output.
 pub fn omission_notice(bytes: u64, newline: &str) -> String {
     format!(
         "{newline}[rrun: {bytes} bytes of output are left out here: this client reads too slowly]{newline}"
@@ -275,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_an_older_side_leaves_out_has_a_default() {
+    fn a_field_that_an_older_program_omits_has_a_default() {
         let hello = r#"{"pid":7,"pid1":null,"containers":[]}"#;
         let hello: Hello = serde_json::from_str(hello).unwrap();
         assert_eq!((hello.holder, hello.passes_after), (None, false));
@@ -291,13 +325,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_newer_side_adds_is_ignored() {
+    fn a_field_that_a_newer_program_adds_is_ignored() {
         let exit = r#"{"code":1,"oom_killed":false,"finished_at":2,"core_dumped":true}"#;
         assert!(serde_json::from_str::<ExitRecord>(exit).is_ok());
     }
 
     #[test]
-    fn the_names_on_the_wire_are_those_of_the_first_version() {
+    fn the_names_in_the_json_equal_those_of_the_first_version() {
         let json = |request: &Request| serde_json::to_string(request).unwrap();
         assert_eq!(json(&Request::Subscribe), r#""subscribe""#);
         let id = || "a".to_owned();

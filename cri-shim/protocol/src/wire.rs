@@ -1,4 +1,5 @@
-//! Messages on the socket: length, JSON and descriptors, for both sides of the protocol.
+//! The encoding of messages on the socket (length, JSON and descriptors). The CRI server and the
+//! monitor both use this module.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -12,24 +13,25 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The most bytes of JSON in one message, either way.
+/// The maximum number of bytes of JSON in one message, in either direction.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
-/// The most descriptors that one message carries: an exec's stdio.
+/// The maximum number of descriptors in one message. A request to start a process (Exec) carries
+/// three descriptors, for stdin, stdout and stderr.
 const MAX_FDS: usize = 3;
 
-/// How much is read from a socket at once.
+/// The maximum number of bytes that one read from a socket returns.
 const READ_BYTES: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    #[error("a message of {0} bytes, more than the {MAX_MESSAGE_BYTES} allowed")]
+    #[error("a message has {0} bytes, more than the allowed {MAX_MESSAGE_BYTES}")]
     TooLong(usize),
-    #[error("a message that can't be read: {0}")]
+    #[error("a message cannot be parsed: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// A message as it goes over the socket.
+/// Returns the bytes that are sent over the socket for a message.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     let mut bytes = vec![0; 4];
     serde_json::to_writer(&mut bytes, message)?;
@@ -43,7 +45,8 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     }
 }
 
-/// Takes the first message off what has been received; `None` until it is whole.
+/// Removes the first message from `received` and returns the message. Returns `None` if the message
+/// is not complete yet.
 pub fn decode<T: DeserializeOwned>(received: &mut Vec<u8>) -> Result<Option<T>, WireError> {
     let Some(prefix) = received.first_chunk::<4>() else {
         return Ok(None);
@@ -60,7 +63,9 @@ pub fn decode<T: DeserializeOwned>(received: &mut Vec<u8>) -> Result<Option<T>, 
     Ok(Some(message))
 }
 
-/// Sends what fits, the descriptors with the first byte. Never raises SIGPIPE, never blocks.
+/// Sends as many bytes as the socket accepts, and sends the descriptors together with the first
+/// byte. Returns the number of bytes that were sent. This function never raises SIGPIPE and never
+/// blocks.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -71,9 +76,9 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u
     rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags)
 }
 
-/// Appends what has arrived to `received` and `fds`, and returns how many bytes that was: 0 at
-/// the end of the stream. More descriptors at once than a message can carry are the other side's
-/// error (`EMSGSIZE`). Never blocks.
+/// Receives bytes and descriptors, and appends them to `received` and `fds`. Returns the number of
+/// received bytes, which is 0 at the end of the stream. If the peer has sent more descriptors than
+/// one message can carry, this function fails with EMSGSIZE. The function never blocks.
 pub fn receive(
     socket: impl AsFd,
     received: &mut Vec<u8>,
@@ -107,7 +112,7 @@ mod tests {
     use crate::Request;
 
     #[test]
-    fn a_message_is_whole_only_with_its_last_byte() {
+    fn a_message_is_decoded_only_after_its_last_byte_has_arrived() {
         let bytes = encode(&Request::Start { id: "a".into() }).unwrap();
         let mut received = bytes[..bytes.len() - 1].to_vec();
         assert!(decode::<Request>(&mut received).unwrap().is_none());
@@ -119,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_beyond_the_limit_is_refused_before_its_bytes_come() {
+    fn a_length_beyond_the_limit_is_refused_before_its_bytes_arrive() {
         let mut received = u32::MAX.to_le_bytes().to_vec();
         assert!(matches!(
             decode::<Request>(&mut received),
@@ -128,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_refused() {
+    fn a_message_that_is_not_json_is_refused() {
         let mut received = vec![2, 0, 0, 0, b'x', b'y'];
         assert!(matches!(
             decode::<Request>(&mut received),
@@ -137,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_travel_with_the_first_byte() {
+    fn descriptors_are_sent_with_the_first_byte() {
         let (left, right) = rustix::net::socketpair(
             rustix::net::AddressFamily::UNIX,
             rustix::net::SocketType::STREAM,

@@ -1,5 +1,6 @@
-//! cgroup v2 directories: made for pods, read for statistics, killed and removed at the end.
-//! Limits are the OCI runtime's business.
+//! Management of the pods' cgroup v2 directories. The server creates the cgroups and reads their
+//! statistics. When a pod is removed, the server kills the processes in the pod's cgroup and
+//! removes the cgroup. The OCI runtime sets the cgroups' limits.
 
 pub(crate) mod slice;
 
@@ -16,7 +17,8 @@ use rrun_kernel::errno::describe;
 
 pub(crate) use rrun_kernel::cgroup::{MOUNT_POINT, keyed};
 
-/// Who keeps the cgroup tree: rrun by files, or systemd by D-Bus. Kubelet asks and follows.
+/// The manager of the cgroup tree: rrun through files, or systemd through D-Bus. Kubelet queries
+/// the server's driver and uses the same driver.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
 )]
@@ -26,7 +28,7 @@ pub(crate) enum CgroupDriver {
     Systemd,
 }
 
-/// One sentence if this host has no cgroup v2.
+/// Checks that this host has cgroup v2; the error is a complete sentence.
 pub(crate) fn check() -> Result<(), String> {
     match cgroup::is_mounted() {
         Ok(true) => Ok(()),
@@ -34,21 +36,23 @@ pub(crate) fn check() -> Result<(), String> {
             "{MOUNT_POINT} is not a cgroup2 file system: rrun needs cgroup v2 (the unified hierarchy)"
         )),
         Err(errno) => Err(format!(
-            "look at {MOUNT_POINT}: {}: rrun needs cgroup v2 (the unified hierarchy)",
+            "query the file system of {MOUNT_POINT}: {}: rrun needs cgroup v2 (the unified hierarchy)",
             describe(&errno.into())
         )),
     }
 }
 
-/// The directory of a cgroup path such as `/kubepods/burstable/pod1`.
+/// Returns the directory of a cgroup path such as `/kubepods/burstable/pod1`.
 pub(crate) fn directory(cgroup: &str) -> PathBuf {
     Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
 }
 
-/// The cgroup path of a pod with this parent, in the form of the driver.
+/// Returns the cgroup path that the cgroup parent in a pod's request specifies. The parent must
+/// have the form that the cgroup driver requires.
 pub(crate) fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
     if driver == CgroupDriver::Systemd {
-        // Kubelet sends the slice's name, others its path.
+        // Kubelet sends only the slice's name as the cgroup parent, and other clients send the
+        // slice's path.
         let name = parent.rsplit('/').next().unwrap_or(parent);
         return slice::path(if slice::is_slice(name) { name } else { parent });
     }
@@ -65,7 +69,8 @@ pub(crate) fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {
     Ok(parent.trim_end_matches('/').to_owned())
 }
 
-/// The cgroup path of a pod that names no parent: its own, in the one that is configured for such.
+/// Returns the cgroup path of a pod whose request has no cgroup parent: a separate cgroup below the
+/// configured parent.
 pub(crate) fn own(parent: &str, pod: &str) -> String {
     match parent.strip_suffix(".slice") {
         Some(prefix) => {
@@ -76,17 +81,19 @@ pub(crate) fn own(parent: &str, pod: &str) -> String {
     }
 }
 
-/// Makes the cgroup and the ones above it, with every controller handed down. Returns the
-/// directories made, outermost first.
+/// Creates the cgroup and its missing parents, and enables every available controller in them.
+/// Returns the directories that were created, outermost first.
 pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
-    // A parent can go when the last pod in it does, just before the next one is made.
+    // The removal of a parent cgroup's last pod can also remove the parent cgroup. If the parent
+    // cgroup is removed just before the server creates another pod's cgroup in it, the creation
+    // fails. The server then repeats the creation.
     let mut tries = 0;
     loop {
         match make(cgroup) {
             Err(ParentGone) if tries < 10 => tries += 1,
             Err(ParentGone) => {
                 return Err(Error::internal(format!(
-                    "make the cgroup {cgroup}: its parents are removed again and again"
+                    "create the cgroup {cgroup}: one of its parent cgroups was removed during every attempt"
                 )));
             }
             Ok(result) => return result,
@@ -94,14 +101,14 @@ pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// A parent went while a cgroup was made in it.
+/// The error if the parent cgroup was removed during the creation of a cgroup.
 struct ParentGone;
 
 fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, ParentGone> {
     let mut made = Vec::new();
     let mut path = PathBuf::from(MOUNT_POINT);
     for part in cgroup.split('/').filter(|part| !part.is_empty()) {
-        hand_down(&path);
+        enable_controllers(&path);
         path.push(part);
         match std::fs::create_dir(&path) {
             Ok(()) => made.push(path.clone()),
@@ -111,23 +118,26 @@ fn make(cgroup: &str) -> Result<Result<Vec<PathBuf>>, ParentGone> {
                 if error.kind() == io::ErrorKind::NotFound {
                     return Err(ParentGone);
                 }
-                let what = || format!("make the cgroup {}", path.display());
+                let what = || format!("create the cgroup {}", path.display());
                 return Ok(Err(error).during(what));
             }
         }
     }
-    // To the containers, too: what one without limits uses is counted by the controllers.
-    hand_down(&path);
+    // Enable the controllers for the containers' cgroups, too, because controllers also measure the
+    // resource usage of a container without limits.
+    enable_controllers(&path);
     Ok(Ok(made))
 }
 
-/// Makes every controller that `dir` has available to its children. What the kernel refuses here
-/// (a controller in use by realtime threads, a parent with processes) shows when a limit is set.
-fn hand_down(dir: &Path) {
+/// Enables every available controller of `dir` for the children of `dir`. The kernel can refuse to
+/// enable a controller, for example because of processes in `dir` or of realtime threads. A refusal
+/// is not an error here. A later attempt to set a limit then fails, and the error of that attempt
+/// names the missing controller.
+fn enable_controllers(dir: &Path) {
     for controller in cgroup::missing_below(dir) {
         if let Err(errno) = cgroup::enable_below(dir, &controller) {
             log::debug!(
-                "hand {controller} down in {}: {}",
+                "enable the controller {controller} below {}: {}",
                 dir.display(),
                 describe(&errno.into())
             );
@@ -135,12 +145,13 @@ fn hand_down(dir: &Path) {
     }
 }
 
-/// The directory, or, while systemd has not made it, the nearest one above that is there.
+/// Returns `dir`, or its nearest existing ancestor if systemd has not created the directory yet.
 pub(crate) fn nearest(dir: &Path) -> &Path {
     dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir)
 }
 
-/// Removes directories made by [`create`], innermost first, as far as they are empty.
+/// Removes the directories that [`create`] created, innermost first. The removal stops at a
+/// directory that is not empty.
 pub(crate) fn remove_dirs(made: &[PathBuf]) {
     for dir in made.iter().rev() {
         match std::fs::remove_dir(dir) {
@@ -150,12 +161,13 @@ pub(crate) fn remove_dirs(made: &[PathBuf]) {
     }
 }
 
-/// Kills every process in the cgroup and below, waits for their end and removes it and what is
-/// below. Done if it is not there.
+/// Kills every process in the cgroup and in its descendants, waits until the processes have exited,
+/// and removes the cgroups. A missing cgroup is not an error.
 pub(crate) async fn destroy(dir: &Path) -> Result<()> {
     cgroup::kill(dir).during(|| format!("kill the cgroup {}", dir.display()))?;
     let mut pause = Duration::from_millis(1);
-    // A process in an uninterruptible sleep can take long to die; rmdir says EBUSY until then.
+    // A process in an uninterruptible sleep can take a long time to exit. Until it has exited,
+    // rmdir(2) fails with EBUSY for the process's cgroup.
     for _ in 0..100 {
         match cgroup::remove_tree(dir) {
             Ok(()) => return Ok(()),
@@ -169,13 +181,14 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
         }
     }
     Err(Error::internal(format!(
-        "remove the cgroup {}: its processes do not die",
+        "remove the cgroup {}: its processes do not exit",
         dir.display()
     )))
 }
 
-/// A file of the cgroup, if it is there: a controller may be missing. The kernel writes these,
-/// none is larger than a page or two.
+/// Returns the contents of a cgroup file. If the file's controller is not enabled, the file does
+/// not exist, and the result is `None`. A buffer of 16 KiB is enough: the kernel's files are at
+/// most one or two pages long.
 pub(crate) fn read(dir: &Path, file: &str) -> Option<String> {
     let file = std::fs::File::open(dir.join(file)).ok()?;
     let mut text = vec![0; 16 << 10];
@@ -184,7 +197,7 @@ pub(crate) fn read(dir: &Path, file: &str) -> Option<String> {
     String::from_utf8(text).ok()
 }
 
-/// A file with one number; `None` also for `max`.
+/// Returns the number in a cgroup file, or `None` if the file does not exist or contains `max`.
 pub(crate) fn number(dir: &Path, file: &str) -> Option<u64> {
     read(dir, file)?.trim().parse().ok()
 }
@@ -194,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parent_has_the_drivers_form() -> Result<()> {
+    fn a_cgroup_parent_must_have_the_drivers_form() -> Result<()> {
         let files = |parent| of_pod(CgroupDriver::Cgroupfs, parent);
         assert_eq!(files("/kubepods/pod1/")?, "/kubepods/pod1");
         assert!(files("kubepods-pod1.slice").is_err_and(|e| e.sentence().contains("slice")));

@@ -1,8 +1,8 @@
-//! The time of day.
+//! The wall clock.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Nanoseconds since the epoch.
+/// Returns the number of nanoseconds since the epoch.
 pub(crate) fn now() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)

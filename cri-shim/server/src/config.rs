@@ -1,7 +1,9 @@
-//! The configuration: files, drop-ins and the command line, laid over each other and checked.
+//! The server's configuration, which is merged from the main file, the drop-ins and the command
+//! line, and then checked.
 //!
-//! [`table`] has every key with its default, [`layers`] reads and merges what files and flags set,
-//! [`check`] refuses what can't be served, [`changes`] names the keys in which two differ.
+//! [`table`] defines every key with its default. [`layers`] reads and merges the values of files
+//! and flags. [`check`] rejects values that can't be used. [`changes`] lists the keys whose values
+//! differ between two configurations.
 
 mod changes;
 mod check;
@@ -21,5 +23,5 @@ pub(crate) use rlimit::Rlimit;
 pub(crate) use runtime_handler::RuntimeHandler;
 pub(crate) use table::Config;
 
-/// What `rrun-cri config default` prints.
+/// The commented default configuration, which `rrun-cri config default` prints.
 pub(crate) const DEFAULT_TEXT: &str = include_str!("config_default.toml");

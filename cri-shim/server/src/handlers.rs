@@ -1,5 +1,5 @@
-//! What the runtime handlers can do, as their own `features` say (the runtime specification's
-//! features.md), and what this kernel can.
+//! The features of the runtime handlers and of the kernel. A runtime reports its features with the
+//! command `features`, which the runtime specification's features.md defines.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -15,24 +15,28 @@ use crate::config::Config;
 use crate::container::idmap;
 use rrun_calls::wait::blocking;
 
-/// How long a runtime may take to tell.
+/// The time limit for a runtime's `features` command.
 const FEATURES_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What is asked of a handler besides running containers.
+/// The optional runtime features that rrun-cri uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Features {
-    /// The mount option `rro`.
+    /// True if the runtime supports the mount option `rro`.
     pub recursive_read_only: bool,
-    /// It knows user namespaces.
+    /// True if the runtime supports user namespaces.
     pub users: bool,
-    /// `uidMappings` and `gidMappings` of mounts.
+    /// True if the runtime supports `uidMappings` and `gidMappings` of mounts.
     pub mapped_mounts: bool,
-    /// `create --after PIPE`: it can be started before the bundle is written. Not so a program that
-    /// changes the bundle before it becomes rrun (nvidia-container-runtime does that to runc).
+    /// True if the runtime supports `create --after PIPE`. With this option, the runtime first
+    /// reads a byte from PIPE, and then reads the bundle. The server can therefore write the bundle
+    /// while the runtime starts. Some wrappers change the bundle and then execute rrun. Such a
+    /// wrapper does not support this option, because it reads the bundle without waiting for the
+    /// byte. For runc, nvidia-container-runtime is a wrapper of this kind.
     pub after: bool,
 }
 
-/// Asked once, when somebody first wants to know.
+/// The handlers' features. The server queries a handler once, at the first use of the handler's
+/// features.
 pub(crate) struct Handlers {
     features: BTreeMap<String, OnceCell<Features>>,
     users: OnceCell<bool>,
@@ -47,31 +51,39 @@ impl Handlers {
         }
     }
 
-    /// Of a handler by its name; empty is the default one.
+    /// Returns the features of the runtime handler with the name `handler`. An empty name selects
+    /// the default handler.
     pub(crate) async fn features(&self, config: &Config, handler: &str) -> Features {
         let name = config.handler_name(handler);
         let (Some(cell), Some(runtime)) = (self.features.get(name), config.runtimes.get(name))
         else {
             return Features::default();
         };
-        // One that is installed later has not been asked.
+        // A missing runtime is not queried. `cell` would otherwise keep the empty result, even
+        // after an administrator has installed the runtime.
         if runtime.missing().is_some() {
             return Features::default();
         }
-        *cell.get_or_init(|| ask(name, runtime.path.clone())).await
+        *cell.get_or_init(|| query(name, runtime.path.clone())).await
     }
 
-    /// Whether the node can give pods user namespaces: the kernel must map the ids of layers.
+    /// Returns whether pods can have user namespaces, which requires id-mapped mounts of the image
+    /// layers.
     pub(crate) async fn users(&self, config: &Config) -> bool {
         let root = config.root.clone();
         *self
             .users
             .get_or_init(|| async move {
                 let probe = move || idmap::probe(&root, &rrun_images::empty_layer(&root));
-                match blocking("try a user namespace", probe).await {
+                match blocking(
+                    "test whether the node supports user namespaces for pods",
+                    probe,
+                )
+                .await
+                {
                     Ok(()) => true,
                     Err(error) => {
-                        log::info!("pods get no user namespaces of their own: {error}");
+                        log::info!("this node does not support user namespaces for pods: {error}");
                         false
                     }
                 }
@@ -80,7 +92,7 @@ impl Handlers {
     }
 }
 
-async fn ask(name: &str, path: PathBuf) -> Features {
+async fn query(name: &str, path: PathBuf) -> Features {
     let output = Command::new(&path)
         .arg("features")
         .stdin(Stdio::null())
@@ -89,7 +101,7 @@ async fn ask(name: &str, path: PathBuf) -> Features {
         .output();
     let failed = |why: String| {
         log::info!(
-            "the runtime handler {name:?} does not tell its features ({} features: {why}); it is taken to have none",
+            "the runtime handler {name:?} does not report its features (\"{} features\" failed: {why}); rrun-cri assumes that the runtime has no optional features",
             path.display()
         );
         Features::default()
@@ -101,17 +113,23 @@ async fn ask(name: &str, path: PathBuf) -> Features {
         },
         Ok(Ok(output)) => failed(output.status.to_string()),
         Ok(Err(error)) => failed(rrun_kernel::errno::describe(&error)),
-        Err(_) => failed(format!("no answer within {} s", FEATURES_TIMEOUT.as_secs())),
+        Err(_) => failed(format!(
+            "the command did not exit within {} s",
+            FEATURES_TIMEOUT.as_secs()
+        )),
     }
 }
 
-/// As rrun has it among its features.
+/// Returns the device and inode numbers of a binary as `DEVICE:INODE`. `rrun features` reports the
+/// numbers of rrun's binary in the same form. If these numbers differ from the numbers of the
+/// handler's binary, the handler's binary is a wrapper that executes rrun.
 fn identity(path: &Path) -> Option<String> {
     let file = std::fs::metadata(path).ok()?;
     Some(format!("{}:{}", file.dev(), file.ino()))
 }
 
-/// `identity` is that of the file which told them.
+/// Reads a runtime's features from the JSON output of the command `features`. `identity` contains
+/// the device and inode numbers of the handler's binary, as [`identity()`] returns them.
 fn read(features: &Value, identity: Option<&str>) -> Features {
     let has = |pointer: &str, word: &str| {
         let list = features.pointer(pointer).and_then(Value::as_array);
@@ -134,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn features_are_where_the_specification_has_them() {
+    fn features_are_read_from_the_fields_of_the_specification() {
         let features = json!({
             "mountOptions": ["ro", "rro"],
             "linux": {

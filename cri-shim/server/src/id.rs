@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rrun_calls::error::{During, Result};
 
-/// A new id: 64 hexadecimal digits from the kernel's random numbers.
+/// Returns a new id: 64 hexadecimal digits from the kernel's random number generator.
 pub(crate) fn new_id() -> Result<String> {
     let mut bytes = [0_u8; 32];
     std::fs::File::open("/dev/urandom")
@@ -15,12 +15,13 @@ pub(crate) fn new_id() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The first digits of an id, for the log.
+/// Returns the first 12 digits of an id, for log messages.
 pub(crate) fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
-/// The entry with this id, or with the only id that begins with it.
+/// Returns the entry whose id is `id`. A prefix of the id is sufficient if no other id has this
+/// prefix.
 pub(crate) fn by_prefix<T>(all: &BTreeMap<String, Arc<T>>, id: &str) -> Option<Arc<T>> {
     if let Some(found) = all.get(id) {
         return Some(Arc::clone(found));
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_prefix_finds_only_what_is_unambiguous() {
+    fn a_prefix_finds_an_entry_only_if_it_is_unambiguous() {
         let all: BTreeMap<String, Arc<u32>> = [("ab1", 1), ("ab2", 2), ("c", 3)]
             .map(|(id, n)| (id.to_owned(), Arc::new(n)))
             .into();

@@ -31,7 +31,7 @@ use rrun_images::Registries;
 #[derive(Parser)]
 #[command(name = "rrun-cri", version, args_conflicts_with_subcommands = true)]
 struct Arguments {
-    /// The configuration file; config.d/*.toml beside it are read, too
+    /// The configuration file; the files config.d/*.toml next to it are read, too
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -42,7 +42,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// About the configuration
+    /// Print or check the configuration
     Config {
         #[command(subcommand)]
         what: ConfigCommand,
@@ -51,12 +51,12 @@ enum Command {
 
 #[derive(Subcommand)]
 enum ConfigCommand {
-    /// Print the whole default configuration, commented, as TOML
+    /// Print the whole default configuration with comments, as TOML
     Default,
-    /// Say what is wrong with the configuration and the registries' files, and exit with 1 if anything
-    /// is; a running server is not asked
+    /// Check the configuration and the registries' hosts.toml files, and exit with status 1 if
+    /// there is a mistake. This command does not contact a running server
     Check {
-        /// The configuration file; config.d/*.toml beside it are read, too
+        /// The configuration file; the files config.d/*.toml next to it are read, too
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
@@ -85,7 +85,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a start with this file would refuse, and what pulls would.
+/// Reports mistakes in the configuration and in the registries' files. A mistake in the
+/// configuration would prevent the server's start. A mistake in a registry's file would make pulls
+/// fail.
 fn check(file: Option<PathBuf>) -> Result<(), String> {
     stderr_log::open(false);
     let flags = Flags::default();
@@ -109,7 +111,7 @@ fn run(file: Option<PathBuf>, flags: Flags) -> Result<(), String> {
     let source = ConfigSource { file, flags };
     let config = source.load().map_err(|error| error.to_string())?;
     if !rustix::process::geteuid().is_root() {
-        return Err("this must run as root".to_owned());
+        return Err("the server must run as root".to_owned());
     }
     cgroup::check()?;
     stderr_log::open(config.debug);

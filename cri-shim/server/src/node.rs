@@ -1,4 +1,5 @@
-//! What the server knows of its node. Memory is what it works from; the store follows.
+//! The state of the node. The server reads this state from memory, and writes each change to the
+//! store.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -26,13 +27,14 @@ use rrun_network::PodNetwork;
 use rrun_network::namespace::Namespaces;
 use rrun_store::Store;
 
-/// How long a caller waits for a pod or a container: what takes longer hangs in a file system.
+/// The limit on the time that a caller waits for the creation of a pod or a container. A creation
+/// takes longer only if a file system hangs.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// Everything that a call needs.
+/// The shared state of all gRPC methods of the server.
 pub(crate) struct Node {
     pub config: Config,
-    /// Where pods' network namespaces are pinned.
+    /// The paths at which pods' network namespaces are pinned.
     pub namespaces: Namespaces,
     pub store: Store,
     pub images: Images,
@@ -40,13 +42,16 @@ pub(crate) struct Node {
     pub selinux: Selinux,
     pub events: Bus,
     pub stats: StatsCache,
-    /// Where removed writable layers go.
+    /// The directory of writable layers that a background thread deletes.
     pub trash: Arc<Trash>,
     pub handlers: Handlers,
     pub streams: Streams,
-    /// Calls that make something, by what they make; the answer is an id.
+    /// The creations of pods and containers that are in progress. Two requests for the same pod or
+    /// container have the same key. The second request therefore joins the creation in progress.
+    /// The result of a creation is the id of the pod or container.
     pub creations: SingleFlight<String>,
-    /// Calls that change or end something, by what they do.
+    /// The operations on existing pods and containers that are in progress, such as stops. The key
+    /// of an operation contains its name and the id of the pod or container.
     pub changes: SingleFlight<()>,
     index: Mutex<Index>,
 }
@@ -112,9 +117,11 @@ impl Node {
         self.index().containers.values().cloned().collect()
     }
 
-    /// The pod's containers, the newest first: where kubelet does not sort them itself (the statuses
-    /// in PodSandboxStatus, by which it goes with EventedPLEG) it takes the first of a name for the
-    /// one that counts, and would start a second beside a running one that comes later.
+    /// Returns the pod's containers, newest first. The order matters: with its feature EventedPLEG,
+    /// kubelet does not sort the statuses in PodSandboxStatus. If several containers have the same
+    /// name, kubelet treats the first one as the current container. In another order, the first one
+    /// could be an exited container. Kubelet would then start another container although one is
+    /// running.
     pub(crate) fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
         let index = self.index();
         let of = index.containers.values();
@@ -126,19 +133,21 @@ impl Node {
         found
     }
 
-    /// The pod with this id, or with the only id that begins so.
+    /// Returns the pod whose id is `id`. A prefix of the id is sufficient if no other id has this
+    /// prefix.
     pub(crate) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
         by_prefix(&self.index().sandboxes, id)
-            .ok_or_else(|| Error::not_found(format!("there is no pod {id:?}")))
+            .ok_or_else(|| Error::not_found(format!("the pod {id:?} does not exist")))
     }
 
-    /// The container with this id, or with the only id that begins so.
+    /// Returns the container whose id is `id`. A prefix of the id is sufficient if no other id has
+    /// this prefix.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
         by_prefix(&self.index().containers, id)
-            .ok_or_else(|| Error::not_found(format!("there is no container {id:?}")))
+            .ok_or_else(|| Error::not_found(format!("the container {id:?} does not exist")))
     }
 
-    /// The pod made for this metadata.
+    /// Returns the pod that was created with this metadata.
     pub(crate) fn sandbox_named(&self, metadata: &PodSandboxMetadata) -> Option<Arc<Sandbox>> {
         let index = self.index();
         let mut all = index.sandboxes.values();
@@ -146,17 +155,17 @@ impl Node {
             .cloned()
     }
 
-    /// `STATE/pods/POD`.
+    /// Returns the pod's directory, `STATE/pods/POD`.
     pub(crate) fn sandbox_dir(&self, sandbox: &str) -> PathBuf {
         self.config.state.join("pods").join(sandbox)
     }
 
-    /// Where the pod's network namespace is pinned.
+    /// Returns the path at which the pod's network namespace is pinned.
     pub(crate) fn netns(&self, sandbox: &str) -> PathBuf {
         self.namespaces.of(sandbox)
     }
 
-    /// `STATE/pods/POD/containers/CID`.
+    /// Returns the path of the container's bundle, `STATE/pods/POD/containers/CID`.
     pub(crate) fn bundle(&self, sandbox: &str, container: &str) -> PathBuf {
         let mut bundle = self.sandbox_dir(sandbox);
         bundle.push("containers");
@@ -164,7 +173,7 @@ impl Node {
         bundle
     }
 
-    /// `ROOT/containers/CID`.
+    /// Returns the path of the container's writable layer, `ROOT/containers/CID`.
     pub(crate) fn writable_layer(&self, container: &str) -> PathBuf {
         self.config.root.join("containers").join(container)
     }

@@ -1,4 +1,5 @@
-//! What the node lacks, told in the log at the start: not here is found out when a pod wants it.
+//! Checks at startup for missing features of the node. The log then reports a missing feature
+//! before a pod fails for lack of it.
 
 use std::path::Path;
 
@@ -6,53 +7,55 @@ use crate::cgroup::CgroupDriver;
 use crate::cgroup::{self, slice};
 use crate::config::Config;
 
-/// The controllers that pods' limits and statistics need, cgroup-v2.rst.
+/// The cgroup controllers that pods' limits and statistics need (cgroup-v2.rst).
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
-/// One line of the log for each thing that is missing.
+/// Logs a warning for each missing program or feature of this node that pods need.
 pub(crate) fn warn(config: &Config) {
-    for lack in lacks(config) {
-        log::warn!("{lack}");
+    for warning in warnings(config) {
+        log::warn!("{warning}");
     }
 }
 
-fn lacks(config: &Config) -> Vec<String> {
-    let mut lacks = Vec::new();
-    lacks.extend(controllers(Path::new(cgroup::MOUNT_POINT)));
-    lacks.extend(config.monitor_missing());
+fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    warnings.extend(controllers(Path::new(cgroup::MOUNT_POINT)));
+    warnings.extend(config.monitor_missing());
     for (name, handler) in &config.runtimes {
         if let Some(missing) = handler.missing() {
-            let named = if *name == config.default_runtime {
-                "the default one: no pod can be made"
+            let consequence = if *name == config.default_runtime {
+                "pods cannot be created, because this handler is the default handler"
             } else {
-                "pods that choose it can't be made"
+                "pods that choose this handler cannot be created"
             };
-            lacks.push(format!("the runtime handler {name:?}: {missing} ({named})"));
+            warnings.push(format!(
+                "the runtime handler {name:?}: {missing} ({consequence})"
+            ));
         }
     }
     if config.cgroup_driver == CgroupDriver::Systemd && !slice::is_systemd_booted() {
-        lacks.push(
-            "cgroup_driver is \"systemd\", and systemd is not PID 1 (there is no /run/systemd/system): \
-             no pod can be made"
+        warnings.push(
+            "cgroup_driver is \"systemd\", but systemd is not PID 1 (/run/systemd/system does not exist): \
+             pods cannot be created"
                 .to_owned(),
         );
     }
-    lacks
+    warnings
 }
 
-/// A sentence if the hierarchy at `root` lacks controllers.
+/// Returns a warning if the cgroup at `root` lacks some of the [`CONTROLLERS`].
 fn controllers(root: &Path) -> Option<String> {
-    let there = cgroup::read(root, "cgroup.controllers").unwrap_or_default();
+    let available = cgroup::read(root, "cgroup.controllers").unwrap_or_default();
     let missing: Vec<&str> = CONTROLLERS
         .into_iter()
-        .filter(|one| !there.split_ascii_whitespace().any(|had| had == *one))
+        .filter(|one| !available.split_ascii_whitespace().any(|name| name == *one))
         .collect();
     if missing.is_empty() {
         return None;
     }
     Some(format!(
-        "{} has no controller {}: what these limit is refused, and what they count is not told; a host \
-         with cgroup v1 beside it boots with systemd.unified_cgroup_hierarchy=1",
+        "{} lacks the cgroup controllers {}: rrun-cri refuses their limits and cannot report their \
+         statistics. If cgroup v1 is mounted, boot with systemd.unified_cgroup_hierarchy=1",
         root.display(),
         missing.join(", ")
     ))

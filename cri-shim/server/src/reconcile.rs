@@ -1,4 +1,4 @@
-//! After a start: the store and what the kernel has, brought together.
+//! Reconciliation of the store with the running containers after the server has started.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 
 use crate::clock::now;
-use crate::container::{self, Container, Phase, remove};
+use crate::container::{self, Container, Phase, UNKNOWN_TO_MONITOR, remove};
 use crate::node::Node;
 use crate::sandbox::{self, Sandbox, files, namespaces, stop, sysctl, watch};
 use rrun_calls::error::{During, Result};
@@ -15,8 +15,8 @@ use rrun_monitor_client::MonitorError;
 use rrun_network::namespace as netns;
 use rrun_store::Table;
 
-/// Loads what the store has, asks every monitor how its containers are, and removes what belongs
-/// to nobody.
+/// Loads the store's records, and queries every monitor about its containers. Pods and containers
+/// without a record in the store are then removed.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     let sandboxes: Vec<(String, sandbox::SandboxRecord)> = node.store.load(Table::SANDBOXES)?;
     for (_, record) in sandboxes {
@@ -25,17 +25,17 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     adopt_sandboxes(node)?;
     let containers: Vec<(String, container::ContainerRecord)> =
         node.store.load(Table::CONTAINERS)?;
-    let mut homeless = Vec::new();
+    let mut without_pod = Vec::new();
     for (id, record) in containers {
         match node.sandbox(&record.sandbox) {
             Ok(sandbox) => node.add_container(Arc::new(Container::from_record(sandbox, record))),
-            Err(_) => homeless.push(id),
+            Err(_) => without_pod.push(id),
         }
     }
     adopt_containers(node)?;
-    lease_again(node);
-    join_all(node.sandboxes().iter().map(|pod| meet(node, pod))).await;
-    for id in homeless {
+    renew_leases(node);
+    join_all(node.sandboxes().iter().map(|pod| reconcile_pod(node, pod))).await;
+    for id in without_pod {
         let change = rrun_store::Change::delete(Table::CONTAINERS, &id);
         node.store.commit(vec![change]).await?;
     }
@@ -49,19 +49,20 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
         .collect();
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
-        log::error!("bring the pods' network and the store together: {error}");
+        log::error!("reconcile the pods' networks with the store: {error}");
     }
     refuse_routers(node).await;
     Ok(())
 }
 
-/// Makes running pods refuse router advertisements, since an earlier version of rrun did not.
+/// Configures running pods to refuse router advertisements, because earlier versions of rrun
+/// created pods without this setting.
 async fn refuse_routers(node: &Node) {
     let connected = |sandbox: &Sandbox| {
         let sharing = namespaces::sharing(&sandbox.config);
         sandbox.state().ready
             && sharing.is_ok_and(|sharing| sharing.own_network)
-            && !sysctl::chooses_routers(&sandbox.config)
+            && !sysctl::sets_router_acceptance(&sandbox.config)
     };
     let pods: Vec<String> = node
         .sandboxes()
@@ -70,11 +71,13 @@ async fn refuse_routers(node: &Node) {
         .map(|sandbox| sandbox.id.clone())
         .collect();
     if let Err(error) = node.network.refuse_routers(&pods).await {
-        log::error!("make the pods' interfaces refuse router advertisements: {error}");
+        log::error!("configure the pods' interfaces to refuse router advertisements: {error}");
     }
 }
 
-/// Pods that were made, and written down, when a kill came before the store had them.
+/// Adds completely created pods that are missing in the store. The server was killed before it
+/// wrote these pods to the store. Each of these pods has a record in its directory, and `ready` is
+/// true in this record.
 fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
     for id in entries(&node.config.state.join("pods"))? {
         let path = node.sandbox_dir(&id).join(sandbox::RECORD);
@@ -90,7 +93,9 @@ fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
     Ok(())
 }
 
-/// Containers likewise, and starts that the store did not come to know of.
+/// Adds containers that are missing in the store. The server was killed before it wrote these
+/// containers to the store. If the store contains a container without its start time, adds the
+/// start time.
 fn adopt_containers(node: &Arc<Node>) -> Result<()> {
     for sandbox in node.sandboxes() {
         for id in entries(&node.sandbox_dir(&sandbox.id).join("containers"))? {
@@ -119,18 +124,23 @@ fn adopt_containers(node: &Arc<Node>) -> Result<()> {
     Ok(())
 }
 
-/// Leases that a kill kept from the store: it has the removal of an image only after them.
-fn lease_again(node: &Node) {
+/// Renews the containers' leases on their images. The server may have been killed before the store
+/// wrote the leases to disk. This function does not wait for the disk. The store writes changes in
+/// their order, so a lease is on disk before any later removal of the image.
+fn renew_leases(node: &Node) {
     for container in node.containers() {
         if let Err(error) = node.images.lease_soon(&container.id, &container.image_id) {
-            log::warn!("{}: keep its image: {error}", container.name());
+            log::warn!(
+                "{}: renew the lease on the container's image: {error}",
+                container.name()
+            );
         }
     }
 }
 
-/// Brings one pod of the store and its monitor together. What fails is logged: one bad pod must
-/// not keep the others from being served.
-async fn meet(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+/// Updates one pod of the store with the state that the pod's monitor reports. A failure is only
+/// logged: one broken pod must not prevent the service for other pods.
+async fn reconcile_pod(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     if !sandbox.state().ready {
         sandbox.state().retired = true;
     }
@@ -142,7 +152,7 @@ async fn meet(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             if !sandbox.state().retired {
                 watch::begin(node, sandbox);
             }
-            forget_half_made(node, sandbox, &known).await
+            remove_partial_containers(node, sandbox, &known).await
         }
         Err(error) => lost(node, sandbox, &error).await,
     };
@@ -151,8 +161,11 @@ async fn meet(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     }
 }
 
-/// A record was written and a kill came before the runtime's create: nobody has its id.
-async fn forget_half_made(
+/// Removes containers that the server recorded but the runtime did not create. These containers
+/// remain if the server is killed during CreateContainer. No client has received the ids of these
+/// containers, so they can be removed. If the monitor has no record of a container that was
+/// started, this function records the container as exited.
+async fn remove_partial_containers(
     node: &Arc<Node>,
     sandbox: &Sandbox,
     known: &HashSet<String>,
@@ -164,13 +177,14 @@ async fn forget_half_made(
         if container.phase() == Phase::Created {
             remove::remove(node, &container).await?;
         } else {
-            container.ended(node, 137, now(), "Unknown", "its monitor does not know it");
+            container.record_end(node, 137, now(), "Unknown", UNKNOWN_TO_MONITOR);
         }
     }
     Ok(())
 }
 
-/// No monitor answers: a reboot, or it died while there was no server.
+/// Handles a pod whose monitor does not answer. Either the host was rebooted, or the monitor died
+/// at a time when no server was running.
 async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, error: &MonitorError) -> Result<()> {
     let containers = node.containers_of(&sandbox.id);
     let live = containers.iter().any(|one| one.state().in_runtime);
@@ -180,33 +194,35 @@ async fn lost(node: &Arc<Node>, sandbox: &Arc<Sandbox>, error: &MonitorError) ->
     Ok(())
 }
 
-/// What no record names: of calls that a kill cut short. What can't be removed is told and left
-/// for the next start.
+/// Removes pods and containers without a record in the store. These pods and containers remain if
+/// the server is killed during a CRI request. A failed removal is logged, and the server retries it
+/// at its next start.
 async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     let state = &node.config.state;
     for id in entries(&state.join("pods"))? {
         let known = node.sandbox(&id).ok().filter(|sandbox| sandbox.id == id);
         let pod = match known {
             Some(pod) => pod,
-            None => match half_made_sandbox(node, &id) {
+            None => match partial_sandbox(node, &id) {
                 Some(pod) => Arc::new(pod),
                 None => continue,
             },
         };
+        let name = pod.name();
         for bundle in entries(&node.sandbox_dir(&id).join("containers"))? {
             if node.container(&bundle).is_ok_and(|one| one.id == bundle) {
                 continue;
             }
-            log::info!("{}: remove the half-made container {bundle}", pod.name());
-            let container = half_made_container(node, &pod, &bundle);
+            log::info!("{name}: the server removes the partially created container {bundle}");
+            let container = partial_container(node, &pod, &bundle);
             if let Err(error) = remove::unmake(node, &Arc::new(container)).await {
-                log::error!("{}: {error}", pod.name());
+                log::error!("{name}: {error}");
             }
         }
         if node.sandbox(&id).is_err() {
-            log::info!("{}: remove it, it was half made", pod.name());
-            if let Err(error) = stop::unmake(node, &pod).await {
-                log::error!("{}: {error}", pod.name());
+            log::info!("{name}: the server removes the partially created pod");
+            if let Err(error) = stop::roll_back(node, &pod).await {
+                log::error!("{name}: {error}");
             }
         }
     }
@@ -214,7 +230,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     let pinned = namespaces.pods();
     for id in pinned.during(|| format!("read {}", namespaces.dir().display()))? {
         if node.sandbox(&id).is_err()
-            && !node.network.keeps(&id)
+            && !node.network.uses_cni(&id)
             && let Err(error) = netns::remove(&node.netns(&id))
         {
             log::error!("{error}");
@@ -223,14 +239,15 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
     let mut owners = entries(&node.config.root.join("containers"))?;
     owners.extend(node.images.leases());
     for id in owners {
-        // An image volume's is the container's with a number.
+        // The owner of a lease is a container. The owner's name is the container's id. If the lease
+        // is for an image volume, a colon and a number follow the id.
         let (container, _) = id.split_once(':').unwrap_or((&id, ""));
         if node.container(container).is_err() {
             if let Err(error) = node.trash.put(&node.writable_layer(container), container) {
                 log::error!("{error}");
             }
             if let Err(error) = node.images.release(&id).await {
-                log::error!("let go of the image of {id}: {error}");
+                log::error!("release the lease on the image of {id}: {error}");
             }
         }
     }
@@ -253,9 +270,9 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The pod as its directory tells of it; without a record there, nothing but the directory was
-/// made.
-fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
+/// Returns the pod that the record in its directory describes. If the directory contains no record,
+/// nothing else was created for the pod, so the directory is removed.
+fn partial_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
     let dir = node.sandbox_dir(id);
     match files::read_record(&dir.join(sandbox::RECORD)) {
         Some(record) => Some(Sandbox::from_record(node, record)),
@@ -268,8 +285,9 @@ fn half_made_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
     }
 }
 
-/// The container as its bundle tells of it, or with nothing but its id.
-fn half_made_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
+/// Returns the container that the record in its bundle describes. If the bundle contains no record,
+/// the result contains only the ids of the container and of its pod.
+fn partial_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
     let path = node.bundle(&sandbox.id, id).join(container::RECORD);
     let record = files::read_record(&path).unwrap_or_else(|| container::ContainerRecord {
         id: id.to_owned(),

@@ -1,5 +1,5 @@
-//! SIGHUP: the configuration is read again. What can change while the server runs does, the log
-//! says what, and what can't is named.
+//! Reload of the configuration on SIGHUP. Changed settings take effect if they do not require a
+//! restart. The log lists the changed keys that require a restart.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,17 +10,18 @@ use crate::node::Node;
 use crate::stderr_log;
 use rrun_images::Registries;
 
-/// What the last reload found.
+/// The configuration that is in effect. A reload compares this configuration with the files on the
+/// disk.
 pub(crate) struct Reload {
     source: ConfigSource,
     config: Config,
     registries: Registries,
-    /// The hosts.toml files.
+    /// The paths and contents that the hosts.toml files had at the last reload.
     hosts: BTreeMap<PathBuf, Vec<u8>>,
 }
 
 impl Reload {
-    /// Logs what in the registries' configuration can't be understood. Blocks on the disk.
+    /// Checks the registries' hosts.toml files and logs their errors. This call blocks on disk I/O.
     pub(crate) fn new(source: ConfigSource, node: &Arc<Node>) -> Self {
         let registries = node.images.registries().clone();
         let hosts = registries.files();
@@ -37,42 +38,45 @@ impl Reload {
         }
     }
 
-    /// Reads everything again; a sentence if something is wrong with it. Blocks on the disk.
+    /// Reads the whole configuration again. Returns an error text if the configuration contains a
+    /// mistake. This call blocks on disk I/O.
     pub(crate) fn run(&mut self) -> Option<String> {
         let mut wrong = None;
         match self.source.load() {
-            Ok(config) => self.take(config),
+            Ok(config) => self.apply(config),
             Err(error) => {
-                let what = format!("{error}; the configuration stays as it was");
+                let what = format!("{error}; the previous configuration remains in effect");
                 log::error!("SIGHUP: {what}");
                 wrong = Some(what);
             }
         }
-        wrong.or(self.look_at_registries())
+        wrong.or(self.check_registries())
     }
 
-    /// Puts into force what can be, and logs which keys wait for the next start.
-    fn take(&mut self, config: Config) {
+    /// Applies the changed settings that need no restart. Logs the changed keys that need a
+    /// restart.
+    fn apply(&mut self, config: Config) {
         let mut changed = changed_keys(&self.config, &config);
         if changed.is_empty() {
-            log::info!("SIGHUP: the configuration is as it was");
+            log::info!("SIGHUP: the configuration has not changed");
         }
         if config.debug != self.config.debug {
             stderr_log::set_level(config.debug);
-            log::info!("SIGHUP: debug is {} now", config.debug);
+            log::info!("SIGHUP: debug is now {}", config.debug);
         }
         changed.retain(|key| key != "debug");
         if !changed.is_empty() {
             log::warn!(
-                "SIGHUP: changed, and in force with the next start: {}",
+                "SIGHUP: these changed keys take effect at the next start: {}",
                 changed.join(", ")
             );
         }
         self.config = config;
     }
 
-    /// hosts.toml files are read at each pull; here is told what the next one will find.
-    fn look_at_registries(&mut self) -> Option<String> {
+    /// Checks the hosts.toml files that have changed, and logs their errors. The server does
+    /// nothing else to apply the changes, because each pull reads the hosts.toml files again.
+    fn check_registries(&mut self) -> Option<String> {
         let mut wrong = None;
         let now = self.registries.files();
         for (path, text) in &now {
@@ -80,7 +84,7 @@ impl Reload {
                 continue;
             }
             match self.registries.check(path) {
-                Ok(()) => log::info!("SIGHUP: {} has changed and is in force", path.display()),
+                Ok(()) => log::info!("SIGHUP: {} has changed and is in effect", path.display()),
                 Err(error) => {
                     log::error!("SIGHUP: {error}");
                     wrong = Some(error.to_string());
@@ -88,7 +92,10 @@ impl Reload {
             }
         }
         for path in self.hosts.keys().filter(|path| !now.contains_key(*path)) {
-            log::info!("SIGHUP: {} is gone", path.display());
+            log::info!(
+                "SIGHUP: {} no longer exists, so its settings no longer apply",
+                path.display()
+            );
         }
         self.hosts = now;
         wrong

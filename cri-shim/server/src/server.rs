@@ -1,4 +1,5 @@
-//! From configuration to service, and its orderly end. Containers live on without it.
+//! Startup and orderly shutdown of the server. Containers continue to run while the server is
+//! stopped.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -38,18 +39,18 @@ use rrun_network::Cni;
 use rrun_network::{EmbeddedNetwork, PodNetwork};
 use rrun_store::Store;
 
-/// How long calls under way may take to end after SIGTERM.
+/// The time limit after SIGTERM for CRI calls in progress.
 const CALLS_GRACE: Duration = Duration::from_secs(5);
 
-/// How long a server that was killed may hold its locks.
+/// The time to wait for the locks of a previous server that was killed.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Serves until SIGTERM or SIGINT.
+/// Runs the server until it receives SIGTERM or SIGINT.
 pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     heap::one_heap();
     descriptor_limit::raise();
-    // Two threads: one that blocks where it should not stalls nobody. What blocks by its nature
-    // has threads of its own.
+    // With two worker threads, a task that blocks by mistake does not stop the other tasks. Work
+    // that is known to block runs in separate threads.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_stack_size(heap::THREAD_STACK_BYTES)
@@ -62,7 +63,7 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
 
 async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     make_directories(&config)?;
-    // Held until the process ends.
+    // The locks on the root directory and the state directory are held until the process exits.
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
     make_mount_points(&config.root)?;
@@ -99,8 +100,8 @@ async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     );
     let preload = tokio::spawn(preload(Arc::clone(&node), hangup));
     tokio::select! {
-        _ = terminate.recv() => log::info!("SIGTERM: ends, containers live on"),
-        _ = interrupt.recv() => log::info!("SIGINT: ends, containers live on"),
+        _ = terminate.recv() => log::info!("received SIGTERM: the server stops; containers continue to run"),
+        _ = interrupt.recv() => log::info!("received SIGINT: the server stops; containers continue to run"),
     }
     preload.abort();
     reloading.abort();
@@ -110,7 +111,9 @@ async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     notify("STOPPING=1");
     let _ = std::fs::remove_file(&socket);
     let _ = end.send(true);
-    // Connections and sessions hold the other end. Streams of events have no end of their own.
+    // `closed` returns after all connections and sessions have ended and dropped their receivers of
+    // the channel `end`. The timeout is needed because the event streams of GetContainerEvents
+    // never end by themselves.
     let _ = tokio::time::timeout(CALLS_GRACE, async {
         let _ = accepting.await;
         end.closed().await;
@@ -127,11 +130,12 @@ fn make_directories(config: &Config) -> Result<()> {
     }
     let namespaces = config.namespaces();
     std::fs::create_dir_all(namespaces.dir())
-        .during(|| format!("make the directory {}", namespaces.dir().display()))?;
+        .during(|| format!("create the directory {}", namespaces.dir().display()))?;
     private_dir(&config.root.join("containers"))
 }
 
-/// Loads what the store has of the node. Blocks on the disk; nothing is served yet.
+/// Opens the store, the images, the network and SELinux. This call blocks on disk I/O. The call
+/// delays no client, because the server does not serve clients yet.
 fn open_node(config: Config) -> Result<Arc<Node>> {
     let store = Store::open(&config.root.join("meta.redb"))?;
     let registries = Registries::new(&config.registry_config_path);
@@ -148,22 +152,27 @@ fn open_node(config: Config) -> Result<Arc<Node>> {
     Ok(Arc::new(Node::new(config, store, images, network, selinux)))
 }
 
-/// Serves each connection in a task until `ending` turns true.
+/// Accepts connections until `ending` becomes true, and serves each connection in a separate task.
 ///
-/// Not by tonic's own server, for one reason: that ends a call itself when the client's deadline
-/// (`grpc-timeout`) passes, with the status Cancelled, racing with the client, which then sees
-/// that instead of DeadlineExceeded.
+/// The server of the crate tonic is not used, because tonic cancels a call at the client's deadline
+/// (`grpc-timeout`). If tonic cancels the call before the client does, the client receives the
+/// status Cancelled instead of DeadlineExceeded.
 async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Receiver<bool>) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = turned(&mut ending) => return,
+            () = wait_until_true(&mut ending) => return,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, most likely: some will be closed.
-                log::error!("accept a connection: {}", describe(&error));
+                // The most likely cause is a lack of file descriptors. Other connections free
+                // descriptors when they are closed. The server therefore pauses, and then accepts
+                // the next connection.
+                log::error!(
+                    "accept a connection on the CRI socket: {}",
+                    describe(&error)
+                );
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -174,7 +183,8 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
             let answer = routes.call(request);
             async move {
                 let answer = answer.await?;
-                // The headers report a failure. A stream that fails later counts as a success.
+                // The response of a failed call contains the call's gRPC status in the headers. If
+                // a response stream fails later, the call still counts as a success.
                 call.answered(Status::from_header_map(answer.headers()));
                 Ok::<_, std::convert::Infallible>(answer)
             }
@@ -187,24 +197,24 @@ async fn accept(listener: UnixListener, routes: Routes, mut ending: watch::Recei
             let mut connection = std::pin::pin!(connection);
             let result = tokio::select! {
                 result = connection.as_mut() => result,
-                () = turned(&mut ending) => {
+                () = wait_until_true(&mut ending) => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
             };
             if let Err(error) = result {
-                log::debug!("a connection ended: {error}");
+                log::debug!("a client's connection to the CRI socket failed: {error}");
             }
         });
     }
 }
 
-/// Waits until it is true, or nobody is left to make it so.
-async fn turned(ending: &mut watch::Receiver<bool>) {
+/// Waits until the value of `ending` is true or its sender is dropped.
+async fn wait_until_true(ending: &mut watch::Receiver<bool>) {
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
-/// Imports the archives in `ROOT/preload`, now and at each SIGHUP.
+/// Imports the image archives in `ROOT/preload` at startup, and again at each SIGHUP.
 async fn preload(node: Arc<Node>, mut hangup: Signal) {
     loop {
         node.images.preload().await;
@@ -212,7 +222,7 @@ async fn preload(node: Arc<Node>, mut hangup: Signal) {
         if hangup.recv().await.is_none() {
             return;
         }
-        log::info!("SIGHUP: looks for images to import and CNI configurations");
+        log::info!("SIGHUP: searching for image archives to import and for CNI configurations");
         node.network.reload().await;
     }
 }
@@ -226,7 +236,8 @@ async fn reload(mut reload: Reload, mut hangup: Signal) {
         let work = move || (reload.run(), reload);
         let wrong;
         (wrong, reload) = blocking("read the configuration again", work).await;
-        // `systemctl status` shows it; sd_notify(3) wants one line.
+        // `systemctl status` displays the text after `STATUS=`. This text can have only one line,
+        // sd_notify(3).
         let status = wrong.unwrap_or_default().replace('\n', " ");
         notify(&format!("READY=1\nSTATUS={status}"));
     }
@@ -246,8 +257,9 @@ fn network(config: &Config, store: &Store) -> Result<PodNetwork> {
     Ok(PodNetwork::new(mode, embedded, cni, namespaces))
 }
 
-/// Keeps a second server off this directory. One that was killed is given time to end: its lock
-/// goes only with the last of its memory.
+/// Locks the directory against use by a second server. A killed server keeps its lock until the
+/// kernel has freed the server's memory. This function therefore waits up to `LOCK_TIMEOUT` for the
+/// lock.
 async fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let what = || format!("lock {}", path.display());
@@ -267,7 +279,7 @@ async fn lock(dir: &Path) -> Result<File> {
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 return Err(Error::internal(format!(
-                    "another rrun-cri uses {}: {} is locked",
+                    "another rrun-cri process uses {}: it has locked {}",
                     dir.display(),
                     path.display()
                 )));
@@ -280,7 +292,8 @@ async fn lock(dir: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Binds the CRI socket, for root only, in the place of one that nobody listens at.
+/// Binds the CRI socket with access for root only, and replaces a socket file on which no server
+/// listens.
 async fn listen(path: &Path) -> Result<UnixListener> {
     let what = || format!("listen on {}", path.display());
     if let Some(parent) = path.parent() {
@@ -288,7 +301,7 @@ async fn listen(path: &Path) -> Result<UnixListener> {
     }
     if UnixStream::connect(path).await.is_ok() {
         return Err(Error::internal(format!(
-            "{}: another server listens there",
+            "{}: another server already listens on this socket",
             what()
         )));
     }
@@ -298,7 +311,8 @@ async fn listen(path: &Path) -> Result<UnixListener> {
         }
         _ => {}
     }
-    // Bound under another name, so that nobody can connect before the mode is right.
+    // The socket first gets a temporary name. Clients therefore can't connect before the server has
+    // set the socket's mode.
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     let _ = std::fs::remove_file(&name);
@@ -308,7 +322,8 @@ async fn listen(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Tells systemd how far the server is, sd_notify(3); without it, nobody.
+/// Reports the server's state to systemd, see sd_notify(3). If systemd did not start the server,
+/// nothing is sent.
 fn notify(state: &str) {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
@@ -324,6 +339,6 @@ fn notify(state: &str) {
         }
     });
     if let Err(error) = sent {
-        log::warn!("tell systemd {state}: {error}");
+        log::warn!("report {state} to systemd: {error}");
     }
 }

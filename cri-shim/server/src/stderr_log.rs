@@ -1,4 +1,4 @@
-//! The log: lines on stderr, where systemd and people read it.
+//! The log on standard error, which systemd forwards to the journal.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -8,12 +8,13 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use rrun_kernel::date::DateTime;
 
 struct Stderr {
-    /// systemd stamps the lines itself and takes their level from a `<N>` prefix, sd-daemon(3).
+    /// True if stderr is connected to the journal. systemd then adds the time to each line, and
+    /// reads the level from a `<N>` prefix, sd-daemon(3).
     to_journal: bool,
 }
 
-/// Sends what this program logs to stderr. Libraries' lines come through from `warn` up only:
-/// below that they carry headers and payloads.
+/// Starts to log to stderr. Messages of libraries are logged only at the levels `warn` and `error`.
+/// Messages at lower levels contain the headers and payloads of requests.
 pub(crate) fn open(debug: bool) {
     let to_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     if log::set_boxed_logger(Box::new(Stderr { to_journal })).is_ok() {
@@ -21,7 +22,7 @@ pub(crate) fn open(debug: bool) {
     }
 }
 
-/// Whether what is done is logged, too, and not only what goes wrong.
+/// Enables or disables the debug messages in the log.
 pub(crate) fn set_level(debug: bool) {
     log::set_max_level(if debug {
         LevelFilter::Debug
@@ -60,7 +61,8 @@ impl Log for Stderr {
                 Level::Debug | Level::Trace => " debug: ",
             });
         }
-        // What comes from outside must not begin a line of its own.
+        // Text from other programs can contain line breaks, which must not start a new line in the
+        // log.
         for c in record.args().to_string().chars() {
             if c == '\n' || c == '\r' {
                 line.push_str("; ");

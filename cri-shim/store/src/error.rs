@@ -1,4 +1,4 @@
-//! What can go wrong with the metadata store, in sentences.
+//! Errors of the metadata store.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,7 +18,9 @@ pub enum StoreError {
         table: &'static str,
         source: Box<redb::Error>,
     },
-    #[error("the entry {key} in table {table} of the metadata store: {source}")]
+    #[error(
+        "convert the entry {key} in table {table} of the metadata store from or to JSON: {source}"
+    )]
     Value {
         table: &'static str,
         key: String,
@@ -26,12 +28,12 @@ pub enum StoreError {
     },
     #[error("write to the metadata store: {0}")]
     Write(Arc<redb::Error>),
-    #[error("write to the metadata store: its writer has stopped")]
+    #[error("write to the metadata store: the writer thread has stopped")]
     Stopped,
 }
 
 impl StoreError {
-    /// The gRPC code of a call that fails because of this.
+    /// Returns the gRPC code for a CRI request that failed with this error.
     pub fn code(&self) -> Code {
         let io_error = match self {
             StoreError::Open {
@@ -66,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_disk_is_resource_exhausted() {
+    fn an_error_of_a_full_disk_has_the_code_resource_exhausted() {
         let failed = |errno| {
             let error = redb::Error::Io(io::Error::from_raw_os_error(errno));
             Error::from(StoreError::Write(Arc::new(error)))

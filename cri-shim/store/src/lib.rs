@@ -1,10 +1,14 @@
-//! The metadata store: one `redb` file under `--root`.
+//! The metadata store, which is one `redb` database file in the directory `--root`.
 //!
-//! Memory is what the server works from; the store is read once, at start, and written through.
-//! All writes go through one thread that puts whatever waits into one transaction, so that ten
-//! pods created at once share one fsync. A change is durable when [`Store::commit`] returns. What
-//! nobody waits for ([`Store::commit_soon`]) goes with what somebody does, or with other such:
-//! the starts of a pod's containers are one transaction.
+//! The server works from memory: it reads the store once, at start, and writes every change to the
+//! store. One writer thread does all writes. The writer puts all queued commits into one
+//! transaction. If ten pods are created at the same time, they can therefore share one fsync.
+//!
+//! A change is durable when the future of [`Store::commit`] resolves. [`Store::commit_soon`] is for
+//! changes that no caller waits for. A change of `commit_soon` is written together with the next
+//! change of `commit`, or after a short delay. Several changes of `commit_soon` within this delay
+//! are written together. For example, if the containers of a pod start at the same time, one
+//! transaction records all their starts.
 
 mod error;
 pub mod record;
@@ -22,7 +26,7 @@ use tokio::sync::oneshot;
 pub use error::StoreError;
 use rrun_calls::lock::lock;
 
-/// The rooms of the store. Keys are ids; values JSON.
+/// A table of the store. The keys of a table are strings, usually ids, and the values are JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table(&'static str);
 
@@ -31,16 +35,17 @@ impl Table {
     pub const CONTAINERS: Table = Table("containers");
     pub const IMAGES: Table = Table("images");
     pub const LAYERS: Table = Table("layers");
-    /// Images' whole configurations, for those who inspect them.
+    /// The images' complete configurations, for CRI requests that inspect an image.
     pub const CONFIGURATIONS: Table = Table("configurations");
-    /// Archives that were imported, by their file names.
+    /// The imported image archives, by file name.
     pub const PRELOADS: Table = Table("preloads");
-    /// Which container or pod keeps which image's layers, whatever becomes of the image's names.
+    /// The leases that containers have on images. A lease keeps an image's layers even if all names
+    /// of the image are removed.
     pub const LEASES: Table = Table("leases");
     pub const ADDRESSES: Table = Table("addresses");
-    /// What CNI plugins were called with for each pod, and what they answered.
+    /// The input and the result of the CNI plugins for each pod.
     pub const ATTACHMENTS: Table = Table("attachments");
-    /// What kubelet says of the node's network.
+    /// The network configuration that kubelet sent for the node.
     pub const NETWORK: Table = Table("network");
 
     fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
@@ -57,7 +62,7 @@ pub struct Change {
 }
 
 impl Change {
-    /// Sets `key` to `value`.
+    /// Creates a change that sets `key` to `value`.
     pub fn put<T: Serialize>(table: Table, key: &str, value: &T) -> Result<Self, StoreError> {
         let value = serde_json::to_vec(value).map_err(|source| StoreError::Value {
             table: table.0,
@@ -71,7 +76,7 @@ impl Change {
         })
     }
 
-    /// Removes `key`; it need not be there.
+    /// Creates a change that removes `key`. The key need not exist.
     pub fn delete(table: Table, key: &str) -> Self {
         Change {
             table,
@@ -83,20 +88,21 @@ impl Change {
 
 struct Commit {
     changes: Vec<Change>,
-    /// Somebody waits for it.
+    /// True if a caller waits for this commit.
     awaited: bool,
     done: oneshot::Sender<Result<(), StoreError>>,
 }
 
-/// A handle to the store; clones share one file and one writer.
+/// A handle to the store. All clones share one database file and one writer thread.
 #[derive(Clone)]
 pub struct Store {
     file: Arc<StoreFile>,
     writer: mpsc::Sender<Commit>,
 }
 
-/// The database, opened anew after a failure: redb takes nothing more once a write has failed
-/// (a full disk), and repairs itself when it is opened.
+/// The database file and its open handle. After a failed write (for example on a full disk), redb
+/// refuses all further operations on the handle. The next use of the store then opens the file
+/// again, and redb repairs it.
 struct StoreFile {
     path: PathBuf,
     database: Mutex<Option<Arc<Database>>>,
@@ -134,17 +140,19 @@ impl StoreFile {
     }
 }
 
-/// What the store may cache, in bytes: it is read once.
+/// The size of redb's cache in bytes. A small cache is enough, because the server reads nearly all
+/// entries only once, at its start.
 const CACHE_BYTES: usize = 256 << 10;
 
-/// The most commits that share a transaction.
+/// The maximum number of commits that share a transaction.
 const COMMITS_AT_ONCE: usize = 256;
 
-/// How long a change that nobody waits for may stay in memory.
+/// The maximum delay before a change of [`Store::commit_soon`] is written.
 const COMMIT_DELAY: Duration = Duration::from_millis(50);
 
 impl Store {
-    /// Opens or creates the file; its directory must be there.
+    /// Opens the database file at `path`, or creates the file if it does not exist. The file's
+    /// directory must exist.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let file = StoreFile {
             path: path.to_owned(),
@@ -168,7 +176,7 @@ impl Store {
         Ok(Store { file, writer })
     }
 
-    /// Every entry of a table, in the order of the keys.
+    /// Returns all entries of a table, ordered by key.
     pub fn load<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
         let read = |error: redb::Error| StoreError::Read {
             table: table.0,
@@ -187,7 +195,8 @@ impl Store {
         parsed.collect()
     }
 
-    /// One entry of a table, for what is too large to be kept in memory.
+    /// Returns one entry of a table. Callers use this function for values that are too large to be
+    /// kept in memory.
     pub fn get<T: DeserializeOwned>(
         &self,
         table: Table,
@@ -208,10 +217,13 @@ impl Store {
         parsed.transpose()
     }
 
-    /// Makes all the changes or none; the answer comes when they are on the disk.
+    /// Writes either all the changes or no change. The returned future resolves when the changes
+    /// are on the disk.
     ///
-    /// The changes are queued by the call itself, not when its future is polled: who calls while
-    /// holding the lock over what is in memory has both in one order, and awaits without it.
+    /// `commit` queues the changes before it returns, even if the returned future is never polled.
+    /// A caller can therefore change its own state and queue the commit under one lock. Overlapping
+    /// changes then have the same order in the callers' state and in the store. The caller can
+    /// await the future without the lock.
     pub fn commit(
         &self,
         changes: Vec<Change>,
@@ -219,7 +231,8 @@ impl Store {
         self.queue(changes, true)
     }
 
-    /// As [`Store::commit`], a moment later: for what no answer depends on.
+    /// Writes the changes like [`Store::commit`], but after a short delay. `commit_soon` is for
+    /// changes that need not be durable before the caller answers its client.
     pub fn commit_soon(
         &self,
         changes: Vec<Change>,
@@ -245,7 +258,8 @@ impl Store {
     }
 }
 
-/// An entry that is written each time its object changes, until it is deleted for good.
+/// An entry of the store. An entry describes one object, and is written after each change of the
+/// object. After the entry has been deleted, it is never written again.
 pub struct Entry {
     table: Table,
     key: String,
@@ -261,8 +275,8 @@ impl Entry {
         }
     }
 
-    /// Writes what `value` gives; nothing once the entry is deleted. Of two calls the later one's
-    /// value stays.
+    /// Writes the value that `value` returns. Does nothing if the entry was deleted. If two calls
+    /// overlap, the store keeps the value of the later call.
     pub async fn save<T: Serialize>(
         &self,
         store: &Store,
@@ -271,7 +285,8 @@ impl Entry {
         self.write(store, value, true).await
     }
 
-    /// As [`Entry::save`], for what no answer depends on.
+    /// Writes the value like [`Entry::save`], but after a short delay. `save_soon` is for values
+    /// that need not be durable before the caller answers its client.
     pub async fn save_soon<T: Serialize>(
         &self,
         store: &Store,
@@ -297,7 +312,7 @@ impl Entry {
         written.await
     }
 
-    /// Takes the entry out of the store, for good.
+    /// Removes the entry from the store. Later calls of [`Entry::save`] do nothing.
     pub async fn delete(&self, store: &Store) -> Result<(), StoreError> {
         let written = {
             let mut deleted = lock(&self.deleted);
@@ -308,7 +323,7 @@ impl Entry {
     }
 }
 
-/// Keys and values of a table.
+/// Returns the keys and values of a table.
 fn entries(database: &Database, table: Table) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
     let transaction = database.begin_read()?;
     let opened = match transaction.open_table(table.definition()) {
@@ -324,7 +339,7 @@ fn entries(database: &Database, table: Table) -> Result<Vec<(String, Vec<u8>)>, 
     Ok(entries)
 }
 
-/// One entry of a table.
+/// Returns the value of one entry of a table.
 fn value(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>, redb::Error> {
     let transaction = database.begin_read()?;
     match transaction.open_table(table.definition()) {
@@ -355,7 +370,8 @@ fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
         let result = file.with(|database| write(database, &batch));
         let result = result.map_err(Arc::new);
         for commit in batch {
-            // A caller that has gone is no reason to undo the work of the others.
+            // Sending fails if the caller no longer waits for its commit. Ignore this error,
+            // because the callers of the other commits still need their results.
             let _ = commit.done.send(result.clone().map_err(StoreError::Write));
         }
     }
@@ -379,7 +395,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_commit_is_there_after_opening_again() -> Result<(), Box<dyn std::error::Error>> {
+    async fn a_committed_change_is_read_after_the_store_is_opened_again()
+    -> Result<(), Box<dyn std::error::Error>> {
         let dir = std::env::temp_dir().join(format!("rrun-store-{}", std::process::id()));
         std::fs::create_dir_all(&dir)?;
         let path = dir.join("meta.redb");
@@ -392,7 +409,8 @@ mod tests {
                     Change::put(Table::IMAGES, "b", &"two")?,
                 ])
                 .await?;
-            // What nobody waits for keeps its place before what somebody does.
+            // Changes of `commit_soon` are written before a later change of `commit`, in the order
+            // of the calls.
             drop(store.commit_soon(vec![Change::put(Table::IMAGES, "c", &"three")?]));
             drop(store.commit_soon(vec![Change::put(Table::IMAGES, "d", &"four")?]));
             store
@@ -404,7 +422,8 @@ mod tests {
             let soon = store.commit_soon(vec![Change::put(Table::IMAGES, "e", &"five")?]);
             soon.await?;
         }
-        // The writer lets go of the file when the last handle is gone.
+        // After the last handle is dropped, the writer thread closes the file with a delay. The
+        // first attempts to open the file again can therefore fail.
         let mut tries = 0;
         let store = loop {
             match Store::open(&path) {

@@ -1,5 +1,6 @@
-//! CRI messages inside the store's JSON: protobuf's bytes in hexadecimal, so that a record keeps
-//! fields that this version does not look at.
+//! Serialisation of CRI messages inside the store's JSON. A message is stored as its protobuf bytes
+//! in hexadecimal. A record therefore also keeps the fields of a message that this version does not
+//! read.
 
 use prost::Message;
 use serde::de::Error as _;
@@ -27,7 +28,7 @@ pub fn deserialize<'de, M: Message + Default, D: Deserializer<'de>>(
             .ok()
             .filter(|pair| pair.len() == 2)
             .and_then(|pair| u8::from_str_radix(pair, 16).ok())
-            .ok_or_else(|| D::Error::custom("not hexadecimal"))?;
+            .ok_or_else(|| D::Error::custom("the text is not hexadecimal"))?;
         bytes.push(byte);
     }
     M::decode(bytes.as_slice()).map_err(D::Error::custom)
@@ -45,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_comes_back_as_it_was() -> Result<(), serde_json::Error> {
+    fn a_message_survives_serialisation_unchanged() -> Result<(), serde_json::Error> {
         let config = PodSandboxConfig {
             hostname: "näme".into(),
             ..Default::default()

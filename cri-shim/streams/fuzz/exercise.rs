@@ -1,7 +1,10 @@
-// Included by the fuzz target and by tests/spdy.rs, which know `spdy` by different ways.
+// The fuzz target and tests/spdy.rs import the module `spdy` from different paths. For this reason,
+// they include this file with `include!` and cannot share it as a module.
 
-/// Takes `input` as a connection's bytes, in pieces of the length that its first byte says, and
-/// does with them what the streaming server does. Nothing may panic, and memory is bounded.
+/// Parses `input` as the bytes that a client sends on a connection. The first byte of `input` is
+/// the length of the pieces in which the other bytes arrive. For each parsed frame, calls the
+/// session's functions in the order in which the streaming server calls them. No call may panic,
+/// and the used memory must remain limited.
 fn exercise(input: &[u8]) {
     let Some((&size, bytes)) = input.split_first() else {
         return;
@@ -39,13 +42,13 @@ fn exercise(input: &[u8]) {
                 Some(spdy::Event::Reset { stream }) => assert!(!session.close(stream)),
                 Some(spdy::Event::GoAway) | None => {}
             }
-            // One frame has a short answer; what we write is well-formed.
+            // The session's answer to one frame is short, and parsing the answer causes no panic.
             assert!(output.len() < 256);
             let (mut ours, mut output) = (spdy::Decoder::default(), bytes::BytesMut::from(&*output));
             ours.expect_no_headers();
             while let Ok(Some(_)) = ours.decode(&mut output) {}
         }
-        // A control frame at most waits for its end.
+        // The buffer keeps at most one incomplete control frame.
         assert!(buffer.len() <= spdy::MAX_CONTROL_BYTES + 8 + piece.len());
     }
 }

@@ -1,10 +1,12 @@
-//! What clients have sent to programs in pods, and these have not read yet.
+//! The data from clients that programs in pods have not read yet.
 //!
-//! Many connections to a pod come by one connection of a client, which knows no windows
-//! ([`crate::spdy::Session`]): the reader takes in all of it, or nothing. So what comes for a program
-//! that does not read waits here while there is room, and does not hold up the other programs' data.
-//! While there is none ([`Backlog::is_full`], [`QueueSender::is_full`]) the client must not be read
-//! from, and the reader has to bound for how long ([`QueueSender::stalled_for`]).
+//! A client sends the data of many forwarded connections on one connection. Kubernetes' clients
+//! have no flow control per stream ([`crate::spdy::Session`]). For this reason, the server can't
+//! read the data of only some of the forwarded connections. Each program has a queue for the data
+//! that it has not read yet. If a program does not read, only the data in its own queue waits. The
+//! backlog is the total amount of data in the queues of a client. While the backlog or a queue is
+//! full ([`Backlog::is_full`], [`QueueSender::is_full`]), the server must not read from the client.
+//! The server must also limit how long a queue remains full ([`QueueSender::stalled_for`]).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -17,19 +19,22 @@ use tokio::time::Instant;
 
 use rrun_calls::lock::lock;
 
-/// How many bytes may wait for one program before its queue is full.
+/// The number of waiting bytes at which the queue of one program is full.
 const MAX_QUEUE_BYTES: usize = 1 << 20;
 
-/// How many bytes may wait for all programs of a client together before the backlog is full.
+/// The number of waiting bytes at which the backlog is full. The backlog counts the bytes for all
+/// programs of a client.
 const MAX_BACKLOG_BYTES: usize = 4 << 20;
 
-/// What a piece costs beside its bytes.
+/// The number of bytes that each waiting piece of data counts in addition to its length. Even a
+/// short piece occupies memory in the queue.
 const PIECE_OVERHEAD_BYTES: usize = 64;
 
-/// Pieces shorter than this are copied: a slice would keep the whole read buffer alive.
+/// A piece of data that is shorter than this number of bytes is copied into its own memory. If a
+/// short piece remained a slice of the read buffer, it would keep the whole buffer allocated.
 const COPIED_PIECE_BYTES: usize = 8 << 10;
 
-/// What waits for all programs of a client.
+/// The total amount of data that waits for all programs to which one client is connected.
 #[derive(Default)]
 pub(crate) struct Backlog {
     waiting: AtomicUsize,
@@ -41,29 +46,32 @@ struct Queue {
     state: Mutex<QueueState>,
     more: Notify,
     begin: Instant,
-    /// When something was read, or the first that waits came: milliseconds after `begin`.
+    /// The time of the last progress, in milliseconds after `begin`. Progress means that the
+    /// program read data, or that data arrived in an empty queue.
     moved: AtomicU64,
 }
 
 #[derive(Default)]
 struct QueueState {
     queue: VecDeque<Bytes>,
-    /// The cost of what is in the queue, and of what was taken out of it and not passed on yet.
+    /// The total [`cost`] of the data that the program has not received yet. The total also
+    /// includes data that the receiver has removed from the queue, but has not written to the
+    /// program yet.
     waiting: usize,
-    /// The sender has closed the queue.
+    /// True once the sender has closed the queue.
     ended: bool,
-    /// The receiver is gone.
+    /// True once the receiver has been dropped.
     gone: bool,
 }
 
-/// Puts into one program's queue. Dropping it ends the queue.
+/// The sending end of one program's queue. Dropping the sender closes the queue.
 pub(crate) struct QueueSender(Arc<Queue>);
 
-/// Takes out of the queue.
+/// The receiving end of a queue.
 pub(crate) struct QueueReceiver(Arc<Queue>);
 
 impl Backlog {
-    /// A queue for another program.
+    /// Creates a queue for the data that the client sends to one program.
     pub(crate) fn queue(self: &Arc<Self>) -> (QueueSender, QueueReceiver) {
         let queue = Arc::new(Queue {
             all: Arc::clone(self),
@@ -79,7 +87,9 @@ impl Backlog {
         self.waiting.load(Ordering::Relaxed) > MAX_BACKLOG_BYTES
     }
 
-    /// Waits until the backlog has shrunk; may wake spuriously. Only one task may wait.
+    /// Waits until the backlog has shrunk. The call can also return without a change. For this
+    /// reason, the caller must check the backlog again. Only one task may wait for the backlog at a
+    /// time.
     pub(crate) async fn shrunk(&self) {
         self.shrunk.notified().await;
     }
@@ -108,7 +118,8 @@ fn cost(bytes: &Bytes) -> usize {
 }
 
 impl QueueSender {
-    /// Returns false if nobody will read it. Does not check whether there is room.
+    /// Adds a piece of data to the queue. Returns false if the queue is closed or its receiver was
+    /// dropped. `push` does not check whether the queue is full.
     pub(crate) fn push(&self, bytes: Bytes) -> bool {
         let bytes = if bytes.len() < COPIED_PIECE_BYTES {
             Bytes::copy_from_slice(&bytes)
@@ -131,7 +142,7 @@ impl QueueSender {
         true
     }
 
-    /// Ends the queue.
+    /// Closes the queue.
     pub(crate) fn close(&self) {
         self.0.state().ended = true;
         self.0.more.notify_one();
@@ -145,7 +156,7 @@ impl QueueSender {
         self.0.state().waiting
     }
 
-    /// For how long nothing of what waits has been read.
+    /// Returns the time for which the program has not read any of the waiting data.
     pub(crate) fn stalled_for(&self) -> Duration {
         let moved = Duration::from_millis(self.0.moved.load(Ordering::Relaxed));
         self.0.begin.elapsed().saturating_sub(moved)
@@ -159,7 +170,8 @@ impl Drop for QueueSender {
 }
 
 impl QueueReceiver {
-    /// The next piece, `None` at the end. Call [`Self::passed`] when it has been written.
+    /// Returns the next piece of data, or `None` if the queue is empty and closed. After the caller
+    /// has written the piece to the program, it must call [`Self::passed`].
     pub(crate) async fn recv(&mut self) -> Option<Bytes> {
         loop {
             {
@@ -167,7 +179,7 @@ impl QueueReceiver {
                 if let Some(piece) = state.queue.pop_front() {
                     return Some(piece);
                 }
-                // A short queue keeps no memory of a long one.
+                // The queue is empty. Free the memory that the queue needed earlier.
                 state.queue = VecDeque::new();
                 if state.ended {
                     return None;
@@ -177,12 +189,12 @@ impl QueueReceiver {
         }
     }
 
-    /// The program has read something.
+    /// Records that the program has read data.
     pub(crate) fn progressed(&self) {
         self.0.touch();
     }
 
-    /// All of a piece has gone to the program.
+    /// Records that the caller has written a piece of data to the program completely.
     pub(crate) fn passed(&self, piece: &Bytes) {
         self.0.touch();
         self.0.leave(&mut self.0.state(), cost(piece));
@@ -204,7 +216,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_waits_is_counted_for_one_and_for_all() {
+    async fn waiting_data_is_counted_for_its_queue_and_for_the_backlog() {
         let all = Arc::new(Backlog::default());
         let (first, mut receiver) = all.queue();
         let (second, others) = all.queue();
@@ -217,7 +229,7 @@ mod tests {
         let read = receiver.recv().await.unwrap_or_default();
         receiver.passed(&read);
         assert!(!first.is_full());
-        // One that holds a permit: nobody waits for it in vain.
+        // `passed` has notified the backlog, so `shrunk` returns immediately.
         all.shrunk().await;
         while !all.is_full() {
             assert!(second.push(piece.clone()));

@@ -1,6 +1,6 @@
-//! The sending side of a client's channels, in either protocol family.
+//! The sending side of a client's channels, over SPDY or WebSocket.
 //!
-//! A channel is named by the number of its SPDY stream, or by its number on the WebSocket.
+//! A channel is identified by the number of its SPDY stream, or by its number on the WebSocket.
 
 use std::io;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use crate::pipe::Pipe;
 use crate::spdy_connection::SpdyWriter;
 use crate::websocket::WebSocketWriter;
 
-/// How long a client may take to read what it was sent, and to close the connection.
+/// The time limit for a client to read the last data and to close the connection.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Sends on a client's channels, from any task.
+/// The sending side of a client's channels, usable from any task.
 #[derive(Clone)]
 pub(crate) enum Channels {
     Spdy(Arc<SpdyWriter>),
@@ -21,7 +21,7 @@ pub(crate) enum Channels {
 }
 
 impl Channels {
-    /// Sends data, waiting while the client takes none.
+    /// Sends data, and waits while the client does not read.
     pub(crate) async fn send(&self, channel: u32, data: &[u8]) -> io::Result<()> {
         match self {
             Channels::Spdy(writer) => writer.send(channel, data).await,
@@ -29,7 +29,8 @@ impl Channels {
         }
     }
 
-    /// Whether [`Self::splice`] can send: nothing is done to the bytes on their way.
+    /// Returns whether [`Self::splice`] can be used. Splicing requires a connection on which the
+    /// bytes are sent unchanged.
     pub(crate) fn splices(&self) -> bool {
         match self {
             Channels::Spdy(writer) => writer.splices(),
@@ -37,9 +38,10 @@ impl Channels {
         }
     }
 
-    /// Sends what `fill` puts into a pipe, at most as many bytes as it is passed, without copying
-    /// them. Returns what `fill` returns: 0 at the end, an error of the kind `WouldBlock` if there is
-    /// nothing now.
+    /// Sends the bytes that `fill` moves into a pipe, without copying them into this process's
+    /// memory. `fill` receives the pipe and the maximum number of bytes that `fill` may move.
+    /// Returns the result of `fill`, which is the number of moved bytes, or 0 at the end of the
+    /// data. If no data is available now, the result is an error of the kind `WouldBlock`.
     pub(crate) async fn splice(
         &self,
         channel: u32,
@@ -51,7 +53,8 @@ impl Channels {
         }
     }
 
-    /// Closes our half of a channel. On a WebSocket a server cannot.
+    /// Closes the server's half of a SPDY stream. The call has no effect on a WebSocket, because a
+    /// server can't close a channel of a WebSocket.
     pub(crate) async fn close(&self, channel: u32) -> io::Result<()> {
         match self {
             Channels::Spdy(writer) => writer.close(channel).await,
@@ -59,23 +62,27 @@ impl Channels {
         }
     }
 
-    /// Ends both halves of a channel, without waiting. On a WebSocket a server cannot.
+    /// Closes both halves of a SPDY stream, without waiting. The call has no effect on a WebSocket,
+    /// because a server can't close a channel of a WebSocket.
     pub(crate) fn reset(&self, channel: u32) {
         if let Channels::Spdy(writer) = self {
             writer.reset(channel);
         }
     }
 
-    /// `count` bytes of a channel have been passed on, so the client may send as many more. A
-    /// WebSocket has no windows.
+    /// Records that the server has processed `count` bytes of a channel's data. The client may then
+    /// send `count` more bytes. The call has no effect on a WebSocket, because a WebSocket has no
+    /// flow control.
     pub(crate) fn consumed(&self, channel: u32, count: usize) {
         if let Channels::Spdy(writer) = self {
             writer.consumed(channel, count);
         }
     }
 
-    /// Closes the connection in order. `rest` reads what the client still sends: if a connection is
-    /// closed with unread data, the kernel discards what the client has not read yet.
+    /// Closes the connection so that the client receives all data. `rest` reads the data that the
+    /// client still sends. Without `rest`, the server could close the connection before it has read
+    /// all data from the client. The kernel would then discard the server's data that the client
+    /// has not read yet.
     pub(crate) async fn finish(&self, rest: impl Future<Output = ()>) -> io::Result<()> {
         if let Channels::WebSocket(writer) = self {
             writer.finish().await?;
@@ -88,7 +95,7 @@ impl Channels {
     }
 }
 
-/// A WebSocket's channels are numbered by a byte.
+/// Returns a WebSocket channel's number, which is one byte.
 fn byte(channel: u32) -> u8 {
     let [number, ..] = channel.to_le_bytes();
     number

@@ -1,4 +1,4 @@
-//! Pipes and terminals, read and written without blocking.
+//! Non-blocking reads and writes of pipes and terminals.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,7 +8,7 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::pipe::Pipe;
 
-/// One read takes at most this: what a pipe holds.
+/// The maximum number of bytes that one read returns. A pipe has this capacity by default.
 pub(crate) const READ_BYTES: usize = 64 << 10;
 
 /// One end of a pipe, or a terminal's master.
@@ -18,11 +18,11 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// `fd` becomes non-blocking.
+    /// Makes `fd` non-blocking, and registers it with tokio.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
         let is_terminal = rustix::termios::isatty(&fd);
-        // SAFETY: an OwnedFd gives the same descriptor for as long as it lives.
+        // SAFETY: an `OwnedFd` refers to the same open descriptor as long as it exists.
         let registered = unsafe { AsyncFd::register(fd) };
         Ok(Descriptor {
             fd: registered.map_err(io::Error::from)?,
@@ -34,31 +34,35 @@ impl Descriptor {
         self.is_terminal
     }
 
-    /// Reads what is there: `Some(0)` at the end, `None` if there is nothing now.
+    /// Reads the data that is available. Returns the number of read bytes, which is 0 at the end of
+    /// the data. Returns `None` if no data is available now.
     pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match rustix::io::read(self.fd.get_ref(), &mut *buffer) {
                 Ok(count) => return Ok(Some(count)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
-                // A terminal whose other side nobody has open.
+                // EIO means the end of the data: no process has the other side of the terminal
+                // open.
                 Err(Errno::IO) => return Ok(Some(0)),
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 
-    /// Puts what is there into a pipe: see [`Pipe::fill`]. Not for a terminal.
+    /// Moves the data that is available into a pipe, see [`Pipe::fill`]. `self` must not be a
+    /// terminal.
     pub(crate) fn splice(&self, pipe: &mut Pipe, most: usize) -> io::Result<usize> {
         pipe.fill(self, most)
     }
 
-    /// Waits for something to read. Whoever then finds nothing clears the guard.
+    /// Waits until data can be read. If the caller then finds no data, it must clear the readiness
+    /// of the returned guard.
     pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.fd.readable().await
     }
 
-    /// Writes everything, waiting while the other side does not read.
+    /// Writes all bytes, and waits while the process on the other side does not read.
     pub(crate) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut guard = self.fd.writable().await?;
@@ -72,7 +76,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// How many bytes could be read now.
+    /// Returns the number of bytes that can be read now.
     pub(crate) fn pending(&self) -> u64 {
         rustix::io::ioctl_fionread(self.fd.get_ref()).unwrap_or(0)
     }

@@ -1,10 +1,11 @@
-//! How a connection says that its other end is gone.
+//! Recognises the errors of a connection whose peer has disconnected.
 
 use std::io;
 
 use rustix::io::Errno;
 
-/// Whether this error only means that the other end has gone. Anything else is worth a log line.
+/// Returns whether this error only means that the peer has disconnected. The caller should log any
+/// other error.
 pub fn is_disconnect(error: &io::Error) -> bool {
     let kinds = [
         io::ErrorKind::BrokenPipe,

@@ -1,4 +1,4 @@
-//! The two halves of what a session's bytes travel on, for two tasks.
+//! The receiving half and the sending half of a client's connection, which different tasks use.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -13,24 +13,24 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use crate::pipe::Pipe;
 use crate::watch::Watch;
 
-/// Bytes both ways.
+/// A stream of bytes in both directions.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 
-/// What a client sends.
+/// The half that receives the client's data.
 pub(crate) enum ReadHalf {
     Plain(OwnedReadHalf, Arc<Watch>),
     Locked(tokio::io::ReadHalf<Box<dyn ByteStream>>),
 }
 
-/// What a client is sent.
+/// The half that sends data to the client.
 pub(crate) enum WriteHalf {
     Plain(OwnedWriteHalf, Arc<Watch>),
     Locked(tokio::io::WriteHalf<Box<dyn ByteStream>>),
 }
 
-/// A plain socket's halves, which need no lock between them.
+/// Splits a plain socket into two halves, which need no common lock.
 pub(crate) fn of_socket(socket: TcpStream, watch: Arc<Watch>) -> (ReadHalf, WriteHalf) {
     let (read, write) = socket.into_split();
     (
@@ -39,7 +39,7 @@ pub(crate) fn of_socket(socket: TcpStream, watch: Arc<Watch>) -> (ReadHalf, Writ
     )
 }
 
-/// The halves of anything else.
+/// Splits a stream that is not a plain socket into two halves, which share a lock.
 pub(crate) fn of_stream(stream: impl ByteStream + 'static) -> (ReadHalf, WriteHalf) {
     let stream: Box<dyn ByteStream> = Box::new(stream);
     let (read, write) = tokio::io::split(stream);
@@ -66,7 +66,8 @@ impl AsyncRead for ReadHalf {
 }
 
 impl WriteHalf {
-    /// The socket, if what is written goes there as it is.
+    /// Returns the socket if this half sends the data unchanged. Returns `None` if TLS or a tunnel
+    /// changes the data.
     pub(crate) fn socket(&self) -> Option<&TcpStream> {
         match self {
             WriteHalf::Plain(half, _) => Some(half.as_ref()),
@@ -74,7 +75,7 @@ impl WriteHalf {
         }
     }
 
-    /// Passes on what is in a pipe, to its last byte. Only for one that has a [`Self::socket`].
+    /// Sends the contents of a pipe. Fails if [`Self::socket`] returns `None`.
     pub(crate) fn poll_drain(
         &self,
         context: &mut Context<'_>,
@@ -95,8 +96,9 @@ impl WriteHalf {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends the beginning of what comes by [`Self::poll_drain`], as much of it as there is room
-    /// for, without a packet of its own.
+    /// Sends as much of a header as the socket accepts, and returns the number of sent bytes. The
+    /// kernel sends the header together with the data that [`Self::poll_drain`] sends next, not in
+    /// a separate packet.
     pub(crate) fn begin(&self, header: &[u8]) -> io::Result<usize> {
         let Some(socket) = self.socket() else {
             return Ok(0);

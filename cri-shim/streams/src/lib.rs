@@ -1,11 +1,15 @@
-//! The protocols that clients speak on the streams of exec, attach and port-forward.
+//! The protocols that carry the streams of exec, attach and port-forward.
 //!
-//! [`upgrade`] agrees with the client on SPDY ([`spdy`], on a connection by `spdy_connection`) or
-//! WebSocket (`websocket`). Both travel on a [`Transport`]: SPDY also in a WebSocket, by a `tunnel`.
-//! Both send by one `output`, which splices from a `pipe` where the bytes pass unchanged. `channels`
-//! is the sending side of either. On top of them [`remotecommand`] serves the five channels of exec
-//! and attach, and [`port_forward`] a client's connections to a pod; its `backlog` is what programs
-//! in pods have not read yet.
+//! [`upgrade`] negotiates either SPDY or WebSocket with the client. [`spdy`] implements SPDY
+//! without I/O, and `spdy_connection` adds the I/O. `websocket` implements WebSocket. SPDY and
+//! WebSocket both use a [`Transport`]. SPDY can also be tunnelled in a WebSocket (`tunnel`). SPDY
+//! and WebSocket send through an `output`. If the connection sends the bytes unchanged, the
+//! `output` can send the contents of a `pipe` with splice(2). `channels` is the sending side for
+//! both protocols.
+//!
+//! Two more protocols are built on SPDY and WebSocket. [`remotecommand`] serves the five channels
+//! of exec and attach. [`port_forward`] serves a client's connections to a pod. The module
+//! `backlog` stores the data that programs in the pod have not read yet.
 
 mod backlog;
 mod channels;

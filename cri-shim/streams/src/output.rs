@@ -1,4 +1,6 @@
-//! What a client is sent, by many tasks: whole frames, and short replies between them.
+//! The sending side of a client's connection. Many tasks send frames on one connection. The server
+//! sends each frame as a whole. Between frames, the server sends the short replies that the
+//! protocol requires.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -12,15 +14,16 @@ use crate::halves::WriteHalf;
 use crate::pipe::Pipe;
 use rrun_calls::lock::lock;
 
-/// How many bytes of replies may wait for a client that does not read them.
+/// The maximum number of bytes of unsent replies. Replies remain unsent if the client does not
+/// read.
 const MAX_REPLY_BYTES: usize = 64 << 10;
 
-/// The sending side of a connection. A frame that has been begun is sent whole, even if its sender
-/// gives up waiting.
+/// The sending side of a client's connection. A task can be cancelled after it has sent a part of a
+/// frame. The rest of the frame is then sent before any other data.
 pub(crate) struct Output {
-    /// Replies that the protocol demands, and that have not been sent yet.
+    /// The unsent replies that the protocol requires.
     replies: Mutex<Vec<u8>>,
-    /// No more replies are sent.
+    /// True once [`Output::finish`] has been called. After that call, new replies are dropped.
     finished: AtomicBool,
     splices: bool,
     writer: tokio::sync::Mutex<FrameWriter>,
@@ -28,14 +31,16 @@ pub(crate) struct Output {
 
 struct FrameWriter {
     half: WriteHalf,
-    /// What is left of the frames that were begun.
+    /// The frames and replies that have not been sent completely.
     rest: Vec<u8>,
+    /// The number of bytes of `rest` that have been sent.
     sent: usize,
-    /// Its content is sent after `rest`.
+    /// A pipe whose contents are sent after `rest`.
     pipe: Option<Pipe>,
 }
 
-/// The exclusive right to send: all frames that others began have been sent.
+/// The exclusive right to send on a connection. [`Output::acquire`] returns a permit only after all
+/// earlier frames have been sent completely.
 pub(crate) struct SendPermit<'a> {
     output: &'a Arc<Output>,
     writer: Option<tokio::sync::MutexGuard<'a, FrameWriter>>,
@@ -56,7 +61,8 @@ impl Output {
         })
     }
 
-    /// Whether a [`SendPermit`] can send what is in a pipe: nothing is done to the bytes on their way.
+    /// Returns whether a [`SendPermit`] can send the contents of a pipe. Only a plain socket
+    /// supports sending from a pipe, because TLS and a tunnel change the bytes that they send.
     pub(crate) fn splices(&self) -> bool {
         self.splices
     }
@@ -72,9 +78,12 @@ impl Output {
         Ok(permit)
     }
 
-    /// Lets `write` append replies, and makes sure that they are sent: by whoever is sending now,
-    /// else by a task, so that no reader waits for a client that does not read. False when more
-    /// of them wait than a client may leave unread.
+    /// Calls `write`, which appends replies to the waiting replies, and starts sending the replies.
+    /// If another task is sending, that task also sends the replies. If no task is sending, a new
+    /// task sends the replies. `reply` itself does not wait for the client. The caller can
+    /// therefore continue to read from a client that does not read the replies. Returns the result
+    /// of `write`, and a bool. The bool is false if more than [`MAX_REPLY_BYTES`] bytes of replies
+    /// are waiting.
     pub(crate) fn reply<T>(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>) -> T) -> (T, bool) {
         let mut replies = lock(&self.replies);
         let result = write(&mut replies);
@@ -103,7 +112,7 @@ impl Output {
         });
     }
 
-    /// Sends the replies that wait, and this; replies that come later are not sent.
+    /// Sends the waiting replies and then `frame`. Drops all replies that are added later.
     pub(crate) async fn finish(self: &Arc<Self>, frame: &[u8]) -> io::Result<()> {
         self.finished.store(true, Ordering::Relaxed);
         let mut writer = self.writer.lock().await;
@@ -113,14 +122,14 @@ impl Output {
         writer.flush().await
     }
 
-    /// Ends our half of the connection.
+    /// Shuts down the server's half of the connection.
     pub(crate) async fn shut_down(&self) -> io::Result<()> {
         self.writer.lock().await.half.shutdown().await
     }
 }
 
 impl SendPermit<'_> {
-    /// Sends a frame.
+    /// Sends a frame that consists of `header` and `data`.
     pub(crate) async fn send(mut self, header: &[u8], data: &[u8]) -> io::Result<()> {
         match &mut self.writer {
             Some(writer) => writer.send(header, data).await,
@@ -128,8 +137,9 @@ impl SendPermit<'_> {
         }
     }
 
-    /// Lets `fill` put something into the pipe. Whatever it puts there must be sent by
-    /// [`SendPermit::send_pipe`], with no await in between.
+    /// Calls `fill`, which moves data into the pipe. The caller must then send the data with
+    /// [`SendPermit::send_pipe`], without an await between `fill` and `send_pipe`. If the task were
+    /// cancelled at such an await, the data would later be sent without its header.
     pub(crate) fn fill(
         &mut self,
         fill: impl FnOnce(&mut Pipe) -> io::Result<usize>,
@@ -144,7 +154,7 @@ impl SendPermit<'_> {
         fill(writer.pipe.insert(pipe))
     }
 
-    /// Sends a frame whose data is in the pipe.
+    /// Sends a frame that consists of `header` and the data in the pipe.
     pub(crate) async fn send_pipe(mut self, header: &[u8]) -> io::Result<()> {
         match &mut self.writer {
             Some(writer) => writer.send_pipe(header).await,
@@ -156,13 +166,13 @@ impl SendPermit<'_> {
 impl Drop for SendPermit<'_> {
     fn drop(&mut self) {
         self.writer = None;
-        // Replies whose senders found the writer taken.
+        // Send the replies that other tasks added while this permit locked the writer.
         self.output.send_replies();
     }
 }
 
 impl FrameWriter {
-    /// Sends what was begun.
+    /// Sends the unsent bytes of `rest`, and then the contents of the pipe.
     async fn flush(&mut self) -> io::Result<()> {
         std::future::poll_fn(|context| {
             while let Some(rest) = self.rest.get(self.sent..).filter(|rest| !rest.is_empty()) {
@@ -205,7 +215,8 @@ impl FrameWriter {
 
     async fn send_pipe(&mut self, header: &[u8]) -> io::Result<()> {
         let written = self.half.begin(header);
-        // Without it what is in the pipe is not to be sent either.
+        // If the frame's header could not be sent, the contents of the pipe must not be sent
+        // either.
         if written.is_err() {
             self.pipe = None;
         }

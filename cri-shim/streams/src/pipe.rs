@@ -1,5 +1,5 @@
-//! splice(2): bytes that go from one descriptor to another by a pipe of ours, and never come into
-//! this process's memory.
+//! Transfers with splice(2): bytes move from one descriptor to another through a pipe, without a
+//! copy into this process's memory.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,11 +7,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-/// What a pipe is to hold, in bytes: the most that pipe(7) gives for the asking, and half the system
-/// calls and wake-ups that 256 KiB take. It is room that is only taken while bytes are on their way.
+/// The capacity of a pipe in bytes: the maximum without privileges (pipe(7)). With a larger pipe, a
+/// transfer needs fewer system calls and wake-ups. A pipe uses memory only for the bytes in the
+/// pipe.
 pub const PIPE_BYTES: usize = 1 << 20;
 
-/// A pipe, and how many bytes are in it.
+/// A pipe, and the number of bytes in it.
 pub(crate) struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
@@ -21,7 +22,8 @@ pub(crate) struct Pipe {
 impl Pipe {
     pub(crate) fn new() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Without that it holds 64 KiB.
+        // A failure to enlarge the pipe is ignored, because the default capacity of 64 KiB is
+        // sufficient.
         let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
         Ok(Pipe {
             read,
@@ -34,15 +36,17 @@ impl Pipe {
         self.held
     }
 
-    /// Takes at most `most` bytes of what can be read now: 0 at the end, an error of the kind
-    /// `WouldBlock` if there is nothing. `from` is a socket or a pipe.
+    /// Moves the bytes that can be read from `from` now into this pipe, at most `most` bytes.
+    /// `from` must be a socket or a pipe. Returns the number of moved bytes, which is 0 at the end
+    /// of the data. Fails with `WouldBlock` if no data is available now.
     pub(crate) fn fill(&mut self, from: impl AsFd, most: usize) -> io::Result<usize> {
         let count = moved(from, &self.write, most)?;
         self.held += count;
         Ok(count)
     }
 
-    /// Passes on as much as `to` takes now; `WouldBlock` if that is nothing.
+    /// Moves as many bytes from this pipe to `to` as `to` accepts now. Fails with `WouldBlock` if
+    /// `to` accepts no bytes.
     pub(crate) fn drain(&mut self, to: impl AsFd) -> io::Result<usize> {
         let count = moved(&self.read, to, self.held)?;
         if count == 0 && self.held > 0 {
@@ -70,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_pass_and_the_end_is_told() -> io::Result<()> {
+    fn a_pipe_passes_on_bytes_and_reports_the_end_of_the_data() -> io::Result<()> {
         let (from, mut writer) = std::io::pipe()?;
         let (mut reader, to) = std::io::pipe()?;
         let mut pipe = Pipe::new()?;

@@ -1,4 +1,4 @@
-//! A SPDY session on a client's connection: one task reads, many write.
+//! A SPDY session on a client's connection: one task reads, and many tasks write.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -15,16 +15,18 @@ use crate::spdy::frame::{self, MAX_DATA_BYTES};
 use crate::spdy::{Allowance, Decoder, Event, Session, SpdyError};
 use rrun_calls::lock::lock;
 
-/// One read takes at most about this.
+/// The approximate maximum number of bytes that one read returns.
 const READ_BYTES: usize = 64 << 10;
 
-/// A read with less room than this makes a new buffer.
+/// The minimum free space in bytes that the buffer must have for a read. If less space is free, the
+/// reader allocates a new buffer.
 const MIN_READ_ROOM_BYTES: usize = 4 << 10;
 
-/// What is read while a session is silent; it is part of every session's memory.
+/// The size in bytes of the read buffer while the client sends no data. The buffer is small,
+/// because every session has its own buffer.
 const IDLE_READ_BYTES: usize = 512;
 
-/// Reads what the client sends.
+/// The receiving side of a SPDY session.
 pub(crate) struct SpdyReader {
     half: ReadHalf,
     input: BytesMut,
@@ -32,15 +34,17 @@ pub(crate) struct SpdyReader {
     writer: Arc<SpdyWriter>,
 }
 
-/// Sends, from any task.
+/// The sending side of a SPDY session, usable from any task.
 pub(crate) struct SpdyWriter {
     session: Mutex<Session>,
     output: Arc<Output>,
-    /// Windows have grown, or streams are gone.
+    /// Wakes the tasks that wait to send data. The tasks wake up when a flow control window has
+    /// grown or a stream has been closed.
     changed: Notify,
 }
 
-/// A session on these halves, of which `read` has come already.
+/// Opens a SPDY session on the two halves of a client's connection. `read` is the data that has
+/// already been read from the client.
 pub(crate) fn open(
     (half, write): (ReadHalf, WriteHalf),
     read: &[u8],
@@ -60,7 +64,8 @@ pub(crate) fn open(
 }
 
 impl SpdyReader {
-    /// The next event; `None` when the client has closed the connection. Cancel-safe.
+    /// Returns the next event, or `None` if the client has closed the connection. The call is
+    /// cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Event>> {
         loop {
             while let Some(frame) = self.decoder.decode(&mut self.input).map_err(broken)? {
@@ -96,7 +101,8 @@ impl SpdyReader {
         }
     }
 
-    /// Waits without a buffer: most sessions are silent most of the time.
+    /// Waits for the client's next data with only a small buffer on the stack. A large buffer for
+    /// each connection would waste memory, because most clients send no data most of the time.
     async fn first_read(&mut self) -> io::Result<usize> {
         self.input = BytesMut::new();
         let mut first = [0; IDLE_READ_BYTES];
@@ -106,7 +112,7 @@ impl SpdyReader {
         Ok(count)
     }
 
-    /// All streams are open: see [`Decoder::expect_no_headers`].
+    /// Records that the client has opened all its streams, see [`Decoder::expect_no_headers`].
     pub(crate) fn expect_no_headers(&mut self) {
         self.decoder.expect_no_headers();
     }
@@ -117,14 +123,16 @@ impl SpdyWriter {
         lock(&self.session)
     }
 
-    /// A permit to send on a stream, and how much of what is wanted may be sent with it. Waits while
-    /// the client takes nothing.
+    /// Waits until the flow control windows allow more data and all earlier frames have been sent.
+    /// Returns a permit to send on the connection, and a number of bytes. The caller may send this
+    /// number of bytes on the stream. The number is at most `wanted`.
     async fn allowed(&self, stream: u32, wanted: usize) -> io::Result<(SendPermit<'_>, usize)> {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            // Before the allowance is taken: that obliges to send.
+            // An allowance is a number of bytes. A task that has taken an allowance must send that
+            // many bytes. For this reason, the task first acquires the permit to send.
             let permit = self.output.acquire().await?;
             let allowance = self.session().take_allowance(stream, wanted);
             match allowance {
@@ -138,7 +146,7 @@ impl SpdyWriter {
         }
     }
 
-    /// Sends data, waiting while the client takes none.
+    /// Sends data, and waits while the client does not read.
     pub(crate) async fn send(&self, stream: u32, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             let (permit, count) = self.allowed(stream, data.len().min(MAX_DATA_BYTES)).await?;
@@ -150,14 +158,15 @@ impl SpdyWriter {
         Ok(())
     }
 
-    /// See [`Output::splices`].
+    /// Returns whether [`Self::splice`] can be used, see [`Output::splices`].
     pub(crate) fn splices(&self) -> bool {
         self.output.splices()
     }
 
-    /// Sends what `fill` puts into a pipe, at most as many bytes as it is told, without looking at
-    /// them. Returns what `fill` does: 0 at the end, an error of the kind `WouldBlock` if there is
-    /// nothing now.
+    /// Sends the bytes that `fill` moves into a pipe, without copying them into this process's
+    /// memory. `fill` receives the pipe and the maximum number of bytes that `fill` may move.
+    /// Returns the result of `fill`, which is the number of moved bytes, or 0 at the end of the
+    /// data. If no data is available now, the result is an error of the kind `WouldBlock`.
     pub(crate) async fn splice(
         &self,
         stream: u32,
@@ -166,7 +175,8 @@ impl SpdyWriter {
         let (mut permit, allowed) = self.allowed(stream, pipe::PIPE_BYTES).await?;
         let filled = permit.fill(|pipe| fill(pipe, allowed));
         let count = filled.as_ref().copied().unwrap_or(0);
-        // No other task has seen that too much was taken: that takes a permit.
+        // A task reads the flow control windows only while it owns the permit. No other task has
+        // seen the reduced windows, so this task can give back the unused bytes.
         self.session().give_back(stream, allowed - count);
         if count > 0 {
             let header = frame::data_header(stream, count, false);
@@ -175,7 +185,7 @@ impl SpdyWriter {
         filled
     }
 
-    /// Closes our half of a stream.
+    /// Closes the server's half of a stream.
     pub(crate) async fn close(&self, stream: u32) -> io::Result<()> {
         let permit = self.output.acquire().await?;
         let closed = self.session().close(stream);
@@ -193,13 +203,14 @@ impl SpdyWriter {
         self.changed.notify_waiters();
     }
 
-    /// `count` bytes of a stream have been passed on.
+    /// Records that the server has processed `count` bytes of a stream's data, see
+    /// [`Session::consumed`].
     pub(crate) fn consumed(&self, stream: u32, count: usize) {
         self.output
             .reply(|replies| self.session().consumed(stream, count, replies));
     }
 
-    /// Sends the replies that wait, and ends our half of the connection.
+    /// Sends the waiting replies, and shuts down the server's half of the connection.
     pub(crate) async fn finish(&self) -> io::Result<()> {
         self.output.finish(&[]).await?;
         self.output.shut_down().await

@@ -1,4 +1,4 @@
-//! A client's connection: TCP, or TLS over it.
+//! A client's connection, which is plain TCP or TLS over TCP.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 use crate::halves::{self, ByteStream, ReadHalf, WriteHalf};
 use crate::watch::Watch;
 
-/// A client's connection, with a [`Watch`] that sees all that moves on it.
+/// A client's connection, with a [`Watch`] that tracks all transfers on it.
 pub struct Transport {
     stream: Stream,
     watch: Arc<Watch>,
@@ -25,7 +25,7 @@ enum Stream {
 }
 
 impl Transport {
-    /// Takes a connection, with a TLS handshake if there is an acceptor.
+    /// Accepts a connection, with a TLS handshake if `tls` contains an acceptor.
     pub async fn accept(stream: TcpStream, tls: Option<TlsAcceptor>) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         let watch = Watch::new(&stream)?;
@@ -40,7 +40,8 @@ impl Transport {
         Arc::clone(&self.watch)
     }
 
-    /// Its two halves, for two tasks. A plain socket's need no lock between them.
+    /// Splits the connection into a receiving half and a sending half, for different tasks. The
+    /// halves of a plain socket need no common lock.
     pub(crate) fn split(self) -> (ReadHalf, WriteHalf) {
         match self.stream {
             Stream::Plain(stream) => halves::of_socket(stream, self.watch),

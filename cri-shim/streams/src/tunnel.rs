@@ -1,4 +1,4 @@
-//! SPDY in a WebSocket: binary messages that together are a stream of bytes.
+//! A tunnel for SPDY in a WebSocket: the contents of all binary messages form one stream of bytes.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -15,19 +15,20 @@ use crate::halves::{self, ReadHalf, WriteHalf};
 use crate::transport::Transport;
 use crate::websocket::{broken, serve};
 
-/// The most bytes that go into one message.
+/// The maximum number of bytes in one message that the server sends.
 const MAX_TUNNEL_MESSAGE_BYTES: usize = 128 << 10;
 
 /// A WebSocket whose binary messages carry a stream of bytes.
 pub(crate) struct Tunnel {
     socket: WebSocketStream<Transport>,
-    /// What has come and has not been read.
+    /// The data that has arrived but has not been read yet.
     received: VecDeque<Bytes>,
     ended: bool,
 }
 
 impl Tunnel {
-    /// A tunnel on `transport`, whose handshake is done and of which `read` has come already.
+    /// Opens a tunnel on `transport`, whose WebSocket handshake is complete. `read` is the data
+    /// that has already been read from the transport.
     pub(crate) async fn open(transport: Transport, read: Bytes) -> Self {
         Tunnel {
             socket: serve(transport, read).await,
@@ -36,7 +37,7 @@ impl Tunnel {
         }
     }
 
-    /// Its two halves, for two tasks.
+    /// Splits the tunnel into a receiving half and a sending half, for different tasks.
     pub(crate) fn split(self) -> (ReadHalf, WriteHalf) {
         halves::of_stream(self)
     }

@@ -1,4 +1,5 @@
-//! From an HTTP request to what both sides will speak.
+//! Negotiates the protocol of exec, attach and port-forward, based on the headers of the client's
+//! HTTP request.
 
 use hyper::header::{CONNECTION, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use hyper::{Response, StatusCode};
@@ -16,32 +17,32 @@ const WS_VERSION: HeaderName = HeaderName::from_static("sec-websocket-version");
 
 const SPDY: &str = "SPDY/3.1";
 
-/// The most protocols that a client may offer.
+/// The maximum number of protocols in a client's offer that the server considers.
 const MAX_OFFERED: usize = 32;
 
-/// What a stream is for.
+/// The purpose of a streaming connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Exec and attach.
+    /// The connection serves exec or attach.
     Command,
     PortForward,
 }
 
-/// What will be spoken.
+/// The negotiated protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subprotocol {
     Command(CommandProtocol),
     PortForward(PortForwardProtocol),
 }
 
-/// What exec and attach speak.
+/// The protocol of exec and attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CommandProtocol {
     Spdy(Version),
     WebSocket(Version, Codec),
 }
 
-/// The version of the remotecommand subprotocol, of either family.
+/// The version of the remotecommand subprotocol, over SPDY or WebSocket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
     V1,
@@ -51,17 +52,18 @@ pub enum Version {
     V5,
 }
 
-/// What port-forward speaks.
+/// The protocol of port-forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortForwardProtocol {
     Spdy,
-    /// SPDY in a WebSocket.
+    /// SPDY tunnelled in a WebSocket.
     Tunnel,
-    /// A pair of channels for each port of the request.
+    /// A pair of channels for each requested port.
     WebSocket(Codec),
 }
 
-/// A protocol's name in the client's headers. Clients that offer none mean the one without a name.
+/// A protocol that the server supports, and the protocol's name in the headers of clients. A client
+/// that offers no protocol gets the protocol with the empty name.
 type Named = (&'static str, Subprotocol);
 
 const BINARY: Codec = Codec::Binary { close: false };
@@ -137,32 +139,34 @@ impl Purpose {
     }
 }
 
-/// A refusal: what the client gets, and nothing has happened.
+/// The response that refuses a request. A refused request has no effect.
 pub type Refusal = Response<String>;
 
-/// What a client and we can both speak for this purpose, and the response that says so.
+/// Negotiates a protocol that the client and the server support for this purpose. Returns the
+/// protocol, and the response that accepts it.
 pub fn negotiate(
     purpose: Purpose,
     headers: &HeaderMap,
 ) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
     let upgrade = text(headers, &UPGRADE).to_ascii_lowercase();
     if !list(headers, &CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade")) {
-        let sentence = "this wants a connection upgrade to SPDY/3.1 or to a WebSocket";
+        let sentence = "this request requires a connection upgrade to SPDY/3.1 or to a WebSocket";
         return Err(refuse(StatusCode::BAD_REQUEST, sentence));
     }
     match upgrade.as_str() {
         "websocket" => websocket(purpose, headers),
         "spdy/3.1" => spdy(purpose, headers),
         _ => {
-            let sentence = format!("no upgrade to {upgrade:?}: SPDY/3.1 and websocket are served");
+            let sentence =
+                format!("the upgrade to {upgrade:?} is not supported; use SPDY/3.1 or websocket");
             Err(refuse(StatusCode::BAD_REQUEST, &sentence))
         }
     }
 }
 
-/// The first protocol that the client offers and that is spoken here.
-fn choose(spoken: &[Named], offered: &[&str]) -> Option<Named> {
-    let known = |name: &str| spoken.iter().find(|(known, _)| *known == name).copied();
+/// Returns the first offered protocol that the server supports.
+fn choose(supported: &[Named], offered: &[&str]) -> Option<Named> {
+    let known = |name: &str| supported.iter().find(|(known, _)| *known == name).copied();
     if offered.is_empty() {
         return known("");
     }
@@ -173,12 +177,12 @@ fn spdy(
     purpose: Purpose,
     headers: &HeaderMap,
 ) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
-    let spoken = purpose.over_spdy();
+    let supported = purpose.over_spdy();
     let offered: Vec<&str> = list(headers, &STREAM_VERSION).take(MAX_OFFERED).collect();
-    let Some((name, subprotocol)) = choose(spoken, &offered) else {
-        let sentence = format!("none of the protocols {offered:?} is spoken here");
+    let Some((name, subprotocol)) = choose(supported, &offered) else {
+        let sentence = format!("the server supports none of the protocols {offered:?}");
         let mut refusal = refuse(StatusCode::FORBIDDEN, &sentence);
-        for (name, _) in spoken.iter().filter(|(name, _)| !name.is_empty()) {
+        for (name, _) in supported.iter().filter(|(name, _)| !name.is_empty()) {
             let value = HeaderValue::from_static(name);
             refusal.headers_mut().append(ACCEPTED_VERSIONS, value);
         }
@@ -198,12 +202,12 @@ fn websocket(
 ) -> Result<(Subprotocol, Response<String>), Box<Refusal>> {
     let key = text(headers, &WS_KEY);
     if text(headers, &WS_VERSION) != "13" || key.len() != 24 {
-        let sentence = "a WebSocket of version 13 with a key of 16 bytes is wanted";
+        let sentence = "the WebSocket handshake must have version 13 and a key of 16 bytes";
         return Err(refuse(StatusCode::BAD_REQUEST, sentence));
     }
     let offered: Vec<&str> = list(headers, &WS_PROTOCOL).take(MAX_OFFERED).collect();
     let Some((name, subprotocol)) = choose(purpose.over_websocket(), &offered) else {
-        let sentence = format!("none of the WebSocket protocols {offered:?} is spoken here");
+        let sentence = format!("the server supports none of the WebSocket protocols {offered:?}");
         return Err(refuse(StatusCode::FORBIDDEN, &sentence));
     };
     let mut response = switching("websocket");
@@ -226,7 +230,8 @@ fn switching(to: &'static str) -> Response<String> {
     response
 }
 
-/// A response with a sentence.
+/// Returns the response that refuses a request with this status. The body of the response is
+/// `sentence`.
 pub fn refuse(status: StatusCode, sentence: &str) -> Box<Refusal> {
     let mut response = Response::new(format!("{sentence}\n"));
     *response.status_mut() = status;
@@ -238,7 +243,8 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> &'a str {
     value.unwrap_or_default().trim()
 }
 
-/// The members of a header that is a list, which may come in several lines.
+/// Returns the members of a header whose value is a comma-separated list. A request can contain the
+/// header several times.
 fn list<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
     headers
         .get_all(name)
@@ -262,7 +268,7 @@ mod tests {
         headers
     }
 
-    fn spoken(
+    fn supported(
         purpose: Purpose,
         pairs: &[(&'static str, &'static str)],
     ) -> Result<Subprotocol, u16> {
@@ -276,13 +282,13 @@ mod tests {
     }
 
     #[test]
-    fn the_client_s_first_choice_that_we_speak_is_taken() {
+    fn the_clients_first_supported_protocol_is_chosen() {
         let exec = Purpose::Command;
         let up = ("connection", "keep-alive, Upgrade");
         let spdy = ("upgrade", "SPDY/3.1");
         let version = "x-stream-protocol-version";
         assert_eq!(
-            spoken(
+            supported(
                 exec,
                 &[
                     up,
@@ -294,25 +300,25 @@ mod tests {
             Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V4)))
         );
         assert_eq!(
-            spoken(exec, &[up, spdy, (version, "v9.x, v2.channel.k8s.io")]),
+            supported(exec, &[up, spdy, (version, "v9.x, v2.channel.k8s.io")]),
             Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V2)))
         );
         assert_eq!(
-            spoken(exec, &[up, spdy]),
+            supported(exec, &[up, spdy]),
             Ok(Subprotocol::Command(CommandProtocol::Spdy(Version::V1)))
         );
-        assert_eq!(spoken(exec, &[up, spdy, (version, "v9.x")]), Err(403));
-        assert_eq!(spoken(exec, &[spdy]), Err(400));
-        assert_eq!(spoken(exec, &[up, ("upgrade", "h2c")]), Err(400));
+        assert_eq!(supported(exec, &[up, spdy, (version, "v9.x")]), Err(403));
+        assert_eq!(supported(exec, &[spdy]), Err(400));
+        assert_eq!(supported(exec, &[up, ("upgrade", "h2c")]), Err(400));
         let ports = Purpose::PortForward;
         assert_eq!(
-            spoken(ports, &[up, spdy, (version, "portforward.k8s.io")]),
+            supported(ports, &[up, spdy, (version, "portforward.k8s.io")]),
             Ok(Subprotocol::PortForward(PortForwardProtocol::Spdy))
         );
     }
 
     #[test]
-    fn a_websocket_s_protocols_are_weighed_in_their_order() {
+    fn websocket_protocols_are_chosen_in_the_clients_order() {
         let exec = Purpose::Command;
         let common = [
             ("connection", "Upgrade"),
@@ -322,28 +328,28 @@ mod tests {
         ];
         let with = |protocols| [&common[..], &[("sec-websocket-protocol", protocols)]].concat();
         assert_eq!(
-            spoken(exec, &with("v5.channel.k8s.io, v4.channel.k8s.io")),
+            supported(exec, &with("v5.channel.k8s.io, v4.channel.k8s.io")),
             Ok(Subprotocol::Command(CommandProtocol::WebSocket(
                 Version::V5,
                 Codec::Binary { close: true }
             )))
         );
         assert_eq!(
-            spoken(exec, &with("x, v4.base64.channel.k8s.io")),
+            supported(exec, &with("x, v4.base64.channel.k8s.io")),
             Ok(Subprotocol::Command(CommandProtocol::WebSocket(
                 Version::V4,
                 Codec::Base64
             )))
         );
-        assert_eq!(spoken(exec, &with("x")), Err(403));
-        assert_eq!(spoken(exec, &common[..3]), Err(400));
+        assert_eq!(supported(exec, &with("x")), Err(403));
+        assert_eq!(supported(exec, &common[..3]), Err(400));
         let ports = Purpose::PortForward;
         assert_eq!(
-            spoken(ports, &with("SPDY/3.1+portforward.k8s.io")),
+            supported(ports, &with("SPDY/3.1+portforward.k8s.io")),
             Ok(Subprotocol::PortForward(PortForwardProtocol::Tunnel))
         );
         assert_eq!(
-            spoken(ports, &common),
+            supported(ports, &common),
             Ok(Subprotocol::PortForward(PortForwardProtocol::WebSocket(
                 BINARY
             )))

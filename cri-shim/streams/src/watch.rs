@@ -1,4 +1,4 @@
-//! Whether a client's connection is in use, and whether the client is still there.
+//! Tracks when a client's connection was last used, and whether the client is still connected.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,13 +10,14 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// How often a connection that is not read from is checked for a hang-up.
+/// The interval at which the server checks whether the client has closed the connection. The checks
+/// are needed while the server does not read from the connection.
 const HANGUP_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// When a connection last moved, and a second descriptor of it.
+/// The time of the last transfer on a connection, and a duplicate of the connection's descriptor.
 pub struct Watch {
     begin: Instant,
-    /// Seconds after `begin`.
+    /// The time of the last transfer in seconds after `begin`.
     moved: AtomicU64,
     socket: OwnedFd,
 }
@@ -35,7 +36,7 @@ impl Watch {
         self.moved.store(now, Ordering::Relaxed);
     }
 
-    /// Waits until nothing has moved for this long.
+    /// Waits until no data has been transferred on the connection for the time `limit`.
     pub async fn idle(&self, limit: Duration) {
         loop {
             let moved = Duration::from_secs(self.moved.load(Ordering::Relaxed));
@@ -47,8 +48,8 @@ impl Watch {
         }
     }
 
-    /// Waits until the client has closed the connection, or lost it, however much it sent before
-    /// that has not been read.
+    /// Waits until the client has closed the connection or the connection has been lost. Unread
+    /// data from the client does not delay the result.
     pub(crate) async fn gone(&self) {
         while !self.is_gone() {
             tokio::time::sleep(HANGUP_POLL_INTERVAL).await;
@@ -61,7 +62,7 @@ impl Watch {
         ready.is_ok_and(|count| count > 0)
     }
 
-    /// Ends the connection for whoever holds a descriptor of it.
+    /// Shuts down the connection for all descriptors that refer to it.
     pub fn shut_down(&self) {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }

@@ -20,22 +20,27 @@ use crate::output::Output;
 use crate::pipe::{self, Pipe};
 use crate::transport::Transport;
 
-/// The longest message that is taken: it is in memory as a whole. Kubernetes' clients send 32 KiB.
+/// The maximum size in bytes of a client's message, which is stored in memory as a whole.
+/// Kubernetes' clients send messages of 32 KiB.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
-/// What a client sends is read in pieces of this; it is part of every session's memory.
+/// The size in bytes of the read buffer of a WebSocket session. The buffer is small, because every
+/// session has its own buffer.
 const READ_BYTES: usize = 16 << 10;
 
-/// The first byte of a frame that is a whole message, and its opcodes.
+/// The flag in a frame's first byte that marks the last frame of a message. Each message that the
+/// server sends is a single frame.
 const FIN: u8 = 0x80;
 const OPCODE_TEXT: u8 = 1;
 const OPCODE_BINARY: u8 = 2;
 const OPCODE_CLOSE: u8 = 8;
 
-/// In v5: the other byte names a channel that the client closes.
+/// The first byte of a message that closes a channel in version 5 of the channel protocol. The
+/// second byte is the channel's number.
 const CLOSE_CHANNEL: u8 = 255;
 
-/// A WebSocket on `transport`, whose handshake is done and of which `read` has come already.
+/// Opens a WebSocket on `transport`, whose WebSocket handshake is complete. `read` is the data that
+/// has already been read from the transport.
 pub(crate) async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
     transport: T,
     read: Bytes,
@@ -48,16 +53,17 @@ pub(crate) async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
     WebSocketStream::from_partially_read(transport, read.to_vec(), Role::Server, Some(config)).await
 }
 
-/// How channels are put into messages.
+/// The encoding of a channel's number and data in a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codec {
-    /// Binary messages; `close`: with v5's way to close a channel.
+    /// Binary messages. `close` is true if the client can close a channel, as in version 5 of the
+    /// channel protocol.
     Binary { close: bool },
-    /// Text messages: the channel's digit, and base64.
+    /// Text messages, which contain the channel as a digit and the data as base64.
     Base64,
 }
 
-/// What a client sends.
+/// A message from a client.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ChannelMessage {
     Data(u8, Bytes),
@@ -95,10 +101,12 @@ impl Codec {
     }
 }
 
-/// The beginning of a message: a frame that is a whole one, unmasked, and the channel (RFC 6455,
-/// section 5.2). `length` is that of the data.
+/// The header of a message that the server sends. This header consists of the header of a WebSocket
+/// frame (RFC 6455, section 5.2) and the channel's number. The frame is unmasked and contains the
+/// complete message.
 struct MessageHeader {
     bytes: [u8; 11],
+    /// The length of the header in bytes.
     length: usize,
 }
 
@@ -137,19 +145,20 @@ impl MessageHeader {
     }
 }
 
-/// The receiving side of channels.
+/// The receiving side of a WebSocket's channels.
 pub(crate) struct WebSocketReader {
     stream: WebSocketStream<WebSocketIo>,
     codec: Codec,
 }
 
-/// The sending side of channels.
+/// The sending side of a WebSocket's channels.
 pub(crate) struct WebSocketWriter {
     output: Arc<Output>,
     codec: Codec,
 }
 
-/// Channels on `transport`, whose handshake is done and of which `read` has come already.
+/// Opens channels on `transport`, whose WebSocket handshake is complete. `read` is the data that
+/// has already been read from the transport.
 pub(crate) async fn open(
     transport: Transport,
     read: Bytes,
@@ -169,7 +178,8 @@ pub(crate) async fn open(
 }
 
 impl WebSocketReader {
-    /// The next message; `None` when the client has closed. Cancel-safe.
+    /// Returns the next message, or `None` if the client has closed the connection. The call is
+    /// cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Option<ChannelMessage>> {
         while let Some(message) = self.stream.next().await {
             let bytes = match message.map_err(broken)? {
@@ -201,14 +211,16 @@ impl WebSocketWriter {
         permit.send(header.bytes(), data).await
     }
 
-    /// See [`Output::splices`].
+    /// Returns whether [`Self::splice`] can be used. The output must support splicing
+    /// ([`Output::splices`]), and the data must not be encoded as base64.
     pub(crate) fn splices(&self) -> bool {
         self.output.splices() && self.codec != Codec::Base64
     }
 
-    /// Sends what `fill` puts into a pipe, at most as many bytes as it is told, without looking at
-    /// them. Returns what `fill` does: 0 at the end, an error of the kind `WouldBlock` if there is
-    /// nothing now.
+    /// Sends the bytes that `fill` moves into a pipe, without copying them into this process's
+    /// memory. `fill` receives the pipe and the maximum number of bytes that `fill` may move.
+    /// Returns the result of `fill`, which is the number of moved bytes, or 0 at the end of the
+    /// data. If no data is available now, the result is an error of the kind `WouldBlock`.
     pub(crate) async fn splice(
         &self,
         channel: u8,
@@ -232,7 +244,9 @@ impl WebSocketWriter {
     }
 }
 
-/// What tungstenite reads from; its replies (pongs, close frames) go by the same output as all else.
+/// The stream from which tungstenite reads and to which it writes. The library tungstenite writes
+/// only pongs and close frames. The server sends these frames through the same [`Output`] as all
+/// other data.
 struct WebSocketIo {
     half: ReadHalf,
     output: Arc<Output>,
@@ -259,7 +273,7 @@ impl AsyncWrite for WebSocketIo {
             ((), true) => Poll::Ready(Ok(bytes.len())),
             ((), false) => Poll::Ready(Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "more pings than the client reads answers to",
+                "the client sends pings without reading the answers",
             ))),
         }
     }
@@ -273,11 +287,12 @@ impl AsyncWrite for WebSocketIo {
     }
 }
 
-/// An error of the WebSocket as one of the connection.
+/// Converts an error of the WebSocket to an I/O error of the connection.
 pub(crate) fn broken(error: Error) -> io::Error {
     match error {
         Error::Io(error) => error,
-        // A client may disconnect without a close frame.
+        // A client is allowed to disconnect without a close frame, so such a disconnect is not a
+        // protocol error.
         Error::ConnectionClosed
         | Error::AlreadyClosed
         | Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
@@ -325,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_as_long_as_its_length_wants() {
+    fn a_longer_message_needs_a_longer_header() {
         let header = |length| {
             MessageHeader::new(OPCODE_BINARY, 1, length)
                 .bytes()

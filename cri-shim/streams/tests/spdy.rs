@@ -1,4 +1,5 @@
-//! The fuzz target of the SPDY parser as an ordinary test: its corpus, and random changes of it.
+//! Runs the fuzz target of the SPDY parser as an ordinary test. The inputs are the target's corpus
+//! and random changes of the corpus.
 
 use std::path::Path;
 
@@ -6,7 +7,8 @@ use rrun_streams::spdy;
 
 include!("../fuzz/exercise.rs");
 
-/// Changes of the whole corpus's files, each having its share.
+/// The number of inputs that the test makes by changing files of the corpus. The test makes the
+/// same number of inputs from each file.
 const CHANGES: usize = 52_000;
 
 fn corpus() -> Vec<Vec<u8>> {
@@ -22,20 +24,20 @@ fn corpus() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Numbers that look random and are the same each time (xorshift64).
+/// A generator of pseudo-random numbers that returns the same sequence each time (xorshift64).
 struct Numbers(u64);
 
 impl Numbers {
-    fn below(&mut self, most: usize) -> usize {
+    fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % most.max(1) as u64).unwrap()
+        usize::try_from(self.0 % limit.max(1) as u64).unwrap()
     }
 }
 
 #[test]
-fn what_is_in_the_corpus_is_survived() {
+fn the_corpus_causes_no_panic() {
     let corpus = corpus();
     assert!(corpus.len() >= 8);
     for input in corpus {
@@ -44,7 +46,7 @@ fn what_is_in_the_corpus_is_survived() {
 }
 
 #[test]
-fn random_changes_of_the_corpus_are_survived() {
+fn random_changes_of_the_corpus_cause_no_panic() {
     let corpus = corpus();
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
     for input in &corpus {

@@ -1,4 +1,4 @@
-//! One hosts.toml: what its keys mean, and in which line there is something else.
+//! Parses one hosts.toml, and reports each mistake with its line and key.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,27 +8,28 @@ use toml::de::{DeTable, DeValue};
 
 use crate::position;
 
-/// What may stand at the top of the file and in each `[host]`.
+/// The keys that are allowed at the top of the file and in each `[host]` section.
 const KEYS: &str = "capabilities, ca, client, skip_verify, header, override_path, dial_timeout";
 
-/// The longest `dial_timeout`.
+/// The maximum `dial_timeout`.
 const MAX_DIAL_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// How to speak to one host.
+/// The settings for one host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct HostSettings {
-    /// `None` or empty: all.
+    /// The capabilities of the host. `None` and an empty list both mean all capabilities.
     pub capabilities: Option<Vec<String>>,
     pub skip_verify: bool,
     pub ca: Vec<PathBuf>,
-    /// A certificate and its key, which may be in the same file.
+    /// The files of the client certificates, each with the file of its private key. The private
+    /// key's file is `None` if the private key is in the certificate's file.
     pub client: Vec<(PathBuf, Option<PathBuf>)>,
     pub headers: Vec<(String, String)>,
     pub override_path: bool,
     pub dial_timeout: Option<Duration>,
 }
 
-/// An address with its settings, and where it stands.
+/// One `[host]` section: its address, its line in the file, and its settings.
 pub(super) struct HostSection {
     pub url: String,
     pub line: usize,
@@ -37,22 +38,24 @@ pub(super) struct HostSection {
 
 #[derive(Default)]
 pub(super) struct HostsFile {
-    /// In the order of the file.
+    /// The `[host]` sections, in the order of the file.
     pub hosts: Vec<HostSection>,
-    /// `server`, if the file has it.
+    /// The value and the line number of the key `server`, if the file contains this key.
     pub server: Option<(String, usize)>,
-    /// The settings at the top, which are the server's.
-    pub of_server: HostSettings,
-    /// A sentence for each key that nobody knows. containerd ignores them, and so do we, aloud.
+    /// The settings at the top of the file, which apply to the host in `server`.
+    pub server_settings: HostSettings,
+    /// The texts of the warnings about unknown keys, one text for each key. Unknown keys are
+    /// ignored as in containerd, but they are logged.
     pub unknown: Vec<String>,
 }
 
-/// `line N, KEY: WHY`.
+/// Prefixes the message `why` with the line and the key to which the message applies.
 fn at(line: usize, key: &str, why: &str) -> String {
     format!("line {line}, {key}: {why}")
 }
 
-/// Reads `text`, the content of `path`; relative paths in it stand beside that.
+/// Parses `text`, the content of the file `path`. Relative paths in `text` are relative to the
+/// directory of `path`.
 pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
     let table = DeTable::parse(text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
@@ -66,13 +69,13 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
             ("server", DeValue::String(url)) => {
                 file.server = Some((url.clone().into_owned(), line));
             }
-            ("server", _) => return Err(at(line, "server", "is no text")),
+            ("server", _) => return Err(at(line, "server", "the value is not a string")),
             ("host", DeValue::Table(hosts)) => {
                 for (url, value) in hosts {
                     let line = position::line(text, url.span().start);
                     let url = url.get_ref();
                     let DeValue::Table(table) = value.get_ref() else {
-                        let why = "is no table: it is to be [host.\"https://…\"]";
+                        let why = "the value is not a table; the format is [host.\"https://…\"]";
                         return Err(at(line, &format!("host.{url}"), why));
                     };
                     let mut settings = HostSettings::default();
@@ -90,11 +93,11 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
                 return Err(at(
                     line,
                     "host",
-                    "is no table: it is to be [host.\"https://…\"]",
+                    "the value is not a table; the format is [host.\"https://…\"]",
                 ));
             }
             _ => {
-                file.of_server
+                file.server_settings
                     .take(path, text, key, value, &mut file.unknown)?;
             }
         }
@@ -121,7 +124,7 @@ impl HostSettings {
             }
             "skip_verify" | "override_path" => {
                 let DeValue::Boolean(value) = value else {
-                    return Err(refuse("is neither true nor false"));
+                    return Err(refuse("the value is neither true nor false"));
                 };
                 match key {
                     "skip_verify" => self.skip_verify = *value,
@@ -129,36 +132,37 @@ impl HostSettings {
                 }
             }
             "ca" => {
-                let paths = texts(value).ok_or_else(|| refuse("is no path or list of paths"))?;
-                self.ca = paths.iter().map(|ca| beside(path, ca)).collect();
+                let paths = strings(value).ok_or_else(|| refuse("the value is neither a path nor a list of paths"))?;
+                self.ca = paths.iter().map(|ca| relative_to(path, ca)).collect();
             }
             "client" => {
                 self.client = clients(value, path).ok_or_else(|| {
-                    refuse("is no path, list of paths or list of [certificate, key]")
+                    refuse("the value is neither a path, nor a list of paths, nor a list of [certificate, key] pairs")
                 })?;
             }
             "header" => {
                 self.headers = headers(value)
-                    .ok_or_else(|| refuse("is no table of texts or lists of texts"))?;
+                    .ok_or_else(|| refuse("the value is not a table of strings or lists of strings"))?;
             }
             "dial_timeout" => {
                 let DeValue::String(text) = value else {
-                    return Err(refuse("is no text like \"5s\""));
+                    return Err(refuse("the value is not a string like \"5s\""));
                 };
                 self.dial_timeout = duration(text).map_err(|why| refuse(&why))?;
             }
             _ => unknown.push(at(
                 line,
                 key,
-                &format!("nobody knows this key, it is ignored; there are {KEYS}, and at the top server and host"),
+                &format!("this key is unknown and ignored; the known keys are {KEYS} (and server and host at the top of the file)"),
             )),
         }
         Ok(())
     }
 }
 
-/// A path beside the file, or an absolute one.
-fn beside(file: &Path, path: &str) -> PathBuf {
+/// Returns `path` itself if it is absolute. If `path` is relative, joins `path` to the directory of
+/// `file`.
+fn relative_to(file: &Path, path: &str) -> PathBuf {
     file.parent().unwrap_or(file).join(path)
 }
 
@@ -169,8 +173,8 @@ fn text(value: &DeValue) -> Option<String> {
     }
 }
 
-/// A text or a list of them.
-fn texts(value: &DeValue) -> Option<Vec<String>> {
+/// Returns the strings of a value that is a string or a list of strings.
+fn strings(value: &DeValue) -> Option<Vec<String>> {
     match value {
         DeValue::Array(list) => list.iter().map(|one| text(one.get_ref())).collect(),
         one => Some(vec![text(one)?]),
@@ -178,13 +182,13 @@ fn texts(value: &DeValue) -> Option<Vec<String>> {
 }
 
 fn capabilities(value: &DeValue) -> Result<Vec<String>, String> {
-    let all = texts(value).filter(|_| matches!(value, DeValue::Array(_)));
-    let all = all.ok_or("is no list of texts")?;
+    let all = strings(value).filter(|_| matches!(value, DeValue::Array(_)));
+    let all = all.ok_or("the value is not a list of strings")?;
     let all: Vec<String> = all.iter().map(|one| one.to_lowercase()).collect();
     for one in &all {
         if !matches!(one.as_str(), "pull" | "resolve" | "push") {
             return Err(format!(
-                "{one:?} is unknown; there are \"pull\", \"resolve\" and \"push\""
+                "{one:?} is unknown; the known capabilities are \"pull\", \"resolve\" and \"push\""
             ));
         }
     }
@@ -193,12 +197,12 @@ fn capabilities(value: &DeValue) -> Result<Vec<String>, String> {
 
 fn clients(value: &DeValue, file: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)>> {
     let one = |value: &DeValue| {
-        let pair = texts(value)?;
+        let pair = strings(value)?;
         match pair.as_slice() {
-            [certificate] => Some((beside(file, certificate), None)),
+            [certificate] => Some((relative_to(file, certificate), None)),
             [certificate, key] => {
-                let key = (!key.is_empty()).then(|| beside(file, key));
-                Some((beside(file, certificate), key))
+                let key = (!key.is_empty()).then(|| relative_to(file, key));
+                Some((relative_to(file, certificate), key))
             }
             _ => None,
         }
@@ -215,17 +219,17 @@ fn headers(value: &DeValue) -> Option<Vec<(String, String)>> {
     };
     let mut headers = Vec::new();
     for (name, value) in table {
-        for text in texts(value.get_ref())? {
+        for text in strings(value.get_ref())? {
             headers.push((name.get_ref().clone().into_owned(), text));
         }
     }
     Some(headers)
 }
 
-/// A duration as Go's `time.ParseDuration` has it: `300ms`, `1m30s`, `1.5h`. `None` is 0, which
-/// asks for no bound of one's own.
+/// Parses a duration in the format of Go's `time.ParseDuration`, for example `300ms`, `1m30s` or
+/// `1.5h`. Returns `None` for 0, which selects the default timeout.
 fn duration(text: &str) -> Result<Option<Duration>, String> {
-    let wrong = || format!("{text:?} is no duration like \"5s\", \"300ms\" or \"1m30s\"");
+    let wrong = || format!("{text:?} is not a duration like \"5s\", \"300ms\" or \"1m30s\"");
     let mut rest = text.strip_prefix('+').unwrap_or(text);
     if rest == "0" {
         return Ok(None);
@@ -261,7 +265,7 @@ fn duration(text: &str) -> Result<Option<Duration>, String> {
     }
     match Duration::try_from_secs_f64(seconds) {
         Ok(duration) if duration <= MAX_DIAL_TIMEOUT => Ok(Some(duration)),
-        _ => Err(format!("{text:?} is more than an hour")),
+        _ => Err(format!("{text:?} is longer than the limit of one hour")),
     }
 }
 
@@ -270,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_those_of_go() {
+    fn durations_are_parsed_as_in_go() {
         for (text, milliseconds) in [
             ("5s", 5000),
             ("300ms", 300),
@@ -302,26 +306,26 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_told_with_its_line_and_changes_nothing() -> Result<(), String> {
+    fn an_unknown_key_is_reported_with_its_line_and_ignored() -> Result<(), String> {
         let text = "server = \"https://r\"\nskip_verfy = true\n\n[host.\"https://m\"]\n  ca = \"a\"\n  \
                     cleint = \"b\"\n[host.\"https://m\".header]\nanything = \"goes\"\n[hosts]\n";
         let file = parse(Path::new("/c/x/hosts.toml"), text)?;
         let begin: Vec<_> = file
             .unknown
             .iter()
-            .filter_map(|told| told.split(": ").next())
+            .filter_map(|message| message.split(": ").next())
             .collect();
         assert_eq!(
             begin,
             ["line 2, skip_verfy", "line 6, cleint", "line 9, hosts"]
         );
-        assert_eq!(file.of_server, HostSettings::default());
+        assert_eq!(file.server_settings, HostSettings::default());
         Ok(())
     }
 
     #[test]
-    fn a_mistake_is_told_with_its_line_and_key_in_any_table() {
-        for (text, told) in [
+    fn a_mistake_is_reported_with_its_line_and_key() {
+        for (text, expected) in [
             ("\nserver = 3", "line 2, server"),
             ("host = 3", "line 1, host"),
             (
@@ -352,8 +356,10 @@ mod tests {
         ] {
             let error = parse(Path::new("/c/x/hosts.toml"), text).err();
             assert!(
-                error.as_ref().is_some_and(|error| error.starts_with(told)),
-                "{text}: {error:?}"
+                error
+                    .as_ref()
+                    .is_some_and(|error| error.starts_with(expected)),
+                "wrong error for the hosts.toml {text:?}: {error:?}"
             );
         }
     }

@@ -1,7 +1,8 @@
-//! Reads tar archives in every dialect that layers come in: old, ustar, GNU, pax.
+//! Reads tar archives in every format that layers use: old, ustar, GNU and pax.
 //!
-//! The `tar` crate's headers, but not its entries: those read extended headers of any size into
-//! memory and know no pax sparse files. Nothing here trusts a number from the archive.
+//! This module uses `tar::Header`, but not `tar::Entry`. `tar::Entry` reads extended headers of any
+//! size into memory, and does not support pax sparse files. This module trusts no number in the
+//! archive.
 
 use std::io::{self, Read};
 
@@ -23,52 +24,56 @@ pub(crate) enum EntryKind {
     Fifo,
 }
 
-/// One file of the archive; its content is read from the [`TarArchive`] before the next entry.
+/// One file, directory or link in the archive. The content of a file is read from the
+/// [`TarArchive`]. The caller must read this content before it requests the next entry.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub kind: EntryKind,
-    /// Bytes as the archive has them: not always UTF-8, not always relative, never with a NUL.
+    /// The unchanged path from the archive. The path can be absolute and need not be UTF-8. The
+    /// path never contains a NUL.
     pub path: Vec<u8>,
     pub link: Vec<u8>,
-    /// Permissions with set-uid, set-gid and sticky bits.
+    /// The permission bits, including the set-uid, set-gid and sticky bits.
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    /// Seconds since 1970, nanoseconds.
+    /// The modification time: seconds since 1970, and nanoseconds.
     pub mtime: (i64, u32),
-    /// Major and minor number.
+    /// The major and minor number of a device.
     pub device: (u32, u32),
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub content: Content,
 }
 
-/// Where the bytes of a file go.
+/// The length of a file, and the parts of the file whose bytes the archive contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Content {
     /// The file's length in bytes.
     pub length: u64,
-    /// (offset, length) of what the archive holds, ascending; the rest are holes.
+    /// The (offset, length) pairs of the parts that the archive contains, in ascending order. All
+    /// other parts of the file are holes.
     pub pieces: Vec<(u64, u64)>,
 }
 
 pub(crate) struct TarArchive<R> {
     reader: R,
-    /// What is left of the current entry's content.
+    /// The number of unread bytes in the current entry's content.
     body: u64,
     padding: u64,
     global: Pax,
 }
 
-/// What extended headers say of the entry that follows them.
+/// The values in the extended headers of one entry. The extended headers precede the entry.
 struct ExtendedHeaders {
     pax: Pax,
-    /// GNU tar's long names.
+    /// The path from GNU tar's header for long paths (type `L`).
     long_name: Option<Vec<u8>>,
+    /// The link target from GNU tar's header for long link targets (type `K`).
     long_link: Option<Vec<u8>>,
 }
 
 impl ExtendedHeaders {
-    /// The entry's path, and the target if it is a link.
+    /// Returns the entry's path and, if the entry is a link, the link's target.
     fn names(&self, header: &Header) -> Result<(Vec<u8>, Vec<u8>), ArchiveError> {
         let path = self
             .pax
@@ -84,7 +89,7 @@ impl ExtendedHeaders {
             .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
             .unwrap_or_default();
         if path.contains(&0) || link.contains(&0) {
-            return malformed("a file name with a NUL in it");
+            return malformed("a file name contains a NUL");
         }
         Ok((path, link))
     }
@@ -93,7 +98,8 @@ impl ExtendedHeaders {
 impl EntryKind {
     fn of(flag: u8, path: &[u8]) -> Result<Self, ArchiveError> {
         Ok(match flag {
-            // What is no directory by its flag is one by its name in archives older than ustar.
+            // In archives older than ustar, a directory has the type flag of a file. Its name ends
+            // with a slash.
             b'0' | b'\0' | b'7' | b'S' if path.ends_with(b"/") => EntryKind::Directory,
             b'0' | b'\0' | b'7' | b'S' => EntryKind::File,
             b'1' => EntryKind::HardLink,
@@ -104,7 +110,7 @@ impl EntryKind {
             b'6' => EntryKind::Fifo,
             other => {
                 return malformed(format!(
-                    "{} is an entry of the unknown type {:?}",
+                    "the entry {} has the unknown type {:?}",
                     String::from_utf8_lossy(path),
                     char::from(other)
                 ));
@@ -113,16 +119,17 @@ impl EntryKind {
     }
 }
 
-/// A user's or a group's number.
+/// Returns the user or group number of an entry. If the entry has the pax record `name`, the number
+/// is in this record. Otherwise, the number is in the header.
 fn id(pax: &Pax, name: &str, in_header: Option<u64>, path: &[u8]) -> Result<u32, ArchiveError> {
-    // The last number is chown's "leave it".
+    // u32::MAX is excluded, because chown(2) interprets it as "do not change".
     match pax
         .number(name, in_header)
         .and_then(|id| u32::try_from(id).ok())
     {
         Some(id) if id != u32::MAX => Ok(id),
         _ => malformed(format!(
-            "{} has a {name} that is no user or group number",
+            "the entry {} has a {name} that is not a valid user or group number",
             String::from_utf8_lossy(path)
         )),
     }
@@ -138,18 +145,18 @@ impl<R: Read> TarArchive<R> {
         }
     }
 
-    /// The stream that the archive is read from; right after [`TarArchive::next_entry`] it stands
-    /// where the entry's content begins.
+    /// Returns the stream that the archive is read from. Right after a call of
+    /// [`TarArchive::next_entry`], the stream is at the beginning of the entry's content.
     pub(crate) fn reader(&self) -> &R {
         &self.reader
     }
 
-    /// The stream that the archive is read from.
+    /// Returns the stream that the archive is read from.
     pub(crate) fn into_inner(self) -> R {
         self.reader
     }
 
-    /// The next file, or `None` at the end of the archive.
+    /// Returns the next entry, or `None` at the end of the archive.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extended = ExtendedHeaders {
             pax: self.global.clone(),
@@ -162,7 +169,7 @@ impl<R: Read> TarArchive<R> {
             };
             let flag = header.as_old().linkflag[0];
             let Some(size) = field(&header.as_old().size, header.entry_size()) else {
-                return malformed("the size field of a header is no number");
+                return malformed("the size field of a header is not a number");
             };
             match flag {
                 b'x' | b'X' => {
@@ -174,16 +181,16 @@ impl<R: Read> TarArchive<R> {
                     self.global.parse(&records)?;
                     extended.pax.parse(&records)?;
                 }
-                b'L' => extended.long_name = Some(until_nul(self.extended(size)?)),
-                b'K' => extended.long_link = Some(until_nul(self.extended(size)?)),
-                // A volume's label: no file.
+                b'L' => extended.long_name = Some(truncate_at_nul(self.extended(size)?)),
+                b'K' => extended.long_link = Some(truncate_at_nul(self.extended(size)?)),
+                // Skip the content of a volume label.
                 b'V' => self.open_body(size),
                 _ => return self.entry(&header, flag, size, extended).map(Some),
             }
         }
     }
 
-    /// Reads of the current entry's content; 0 at its end.
+    /// Reads from the current entry's content. Returns 0 at the end of the content.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
         let most = usize::try_from(self.body).unwrap_or(usize::MAX);
         let most = most.min(buffer.len());
@@ -211,7 +218,7 @@ impl<R: Read> TarArchive<R> {
         Ok(())
     }
 
-    /// The next header block, its checksum verified.
+    /// Reads the next header block and verifies its checksum.
     fn next_header(&mut self) -> Result<Option<Header>, ArchiveError> {
         self.skip_body()?;
         let mut header = Header::new_old();
@@ -235,17 +242,17 @@ impl<R: Read> TarArchive<R> {
             + 8 * u32::from(b' ');
         if header.cksum().ok() != Some(sum) {
             return malformed(
-                "a header's checksum is wrong: this is no tar archive, or a broken one",
+                "a header's checksum is wrong: this is not a tar archive, or it is damaged",
             );
         }
         Ok(Some(header))
     }
 
-    /// The content of an extended header.
+    /// Reads the content of an extended header.
     fn extended(&mut self, size: u64) -> Result<Vec<u8>, ArchiveError> {
         if size > EXTENDED_BYTES {
             return malformed(format!(
-                "an extended header of {size} bytes, of which {EXTENDED_BYTES} are the most that is read"
+                "an extended header has {size} bytes, and the limit is {EXTENDED_BYTES} bytes"
             ));
         }
         self.open_body(size);
@@ -282,7 +289,7 @@ impl<R: Read> TarArchive<R> {
             &path,
         )?;
         let Some(stored) = pax.number("size", Some(size)) else {
-            return malformed("a pax size that is no number");
+            return malformed("the size in a pax header is not a number");
         };
         let mtime = pax
             .get("mtime")
@@ -311,7 +318,9 @@ impl<R: Read> TarArchive<R> {
         })
     }
 
-    /// Begins the content of an entry, of which `stored` bytes follow its header.
+    /// Prepares to read an entry's content. Returns the length of the entry's file, and the parts
+    /// of the file that the archive contains. `stored` is the number of bytes that follow the
+    /// entry's header.
     fn content(
         &mut self,
         header: &Header,
@@ -322,7 +331,7 @@ impl<R: Read> TarArchive<R> {
     ) -> Result<Content, ArchiveError> {
         match kind {
             EntryKind::File => {
-                // The rest of an old GNU sparse map stands between header and content.
+                // The rest of an old GNU sparse map is stored between the header and the content.
                 let old = if flag == b'S' {
                     Some(self.old_sparse(header)?)
                 } else {
@@ -340,19 +349,21 @@ impl<R: Read> TarArchive<R> {
                 self.open_body(stored);
                 Ok(Content::none())
             }
-            // A length there tells of another file's content.
+            // Entries of other types have no content. The length in the header of a hard link, for
+            // example, is the length of the link's target.
             _ => Ok(Content::none()),
         }
     }
 
-    /// GNU tar's own sparse format: pieces in the header and in blocks that follow it.
+    /// Reads the map of a sparse file in GNU tar's old format. The map is in the header and in the
+    /// blocks that follow the header.
     fn old_sparse(&mut self, header: &Header) -> Result<Content, ArchiveError> {
         let Some(gnu) = header.as_gnu() else {
-            return malformed("a sparse file in an archive that is not GNU tar's");
+            return malformed("a sparse file's header is not in GNU tar's format");
         };
         let length = gnu
             .real_size()
-            .or_else(|_| malformed("a sparse file's size is no number"))?;
+            .or_else(|_| malformed("a sparse file's size is not a number"))?;
         let mut pieces = Vec::new();
         add_pieces(&mut pieces, &gnu.sparse)?;
         let mut extended = gnu.is_extended();
@@ -365,8 +376,8 @@ impl<R: Read> TarArchive<R> {
         Ok(Content { length, pieces })
     }
 
-    /// The three sparse formats that GNU tar writes into pax archives; the last has its map at
-    /// the beginning of the content.
+    /// Reads the map of a sparse file. GNU tar writes this map into pax archives in one of three
+    /// formats (0.0, 0.1 and 1.0). In the format 1.0, the map is at the beginning of the content.
     fn pax_sparse(&mut self, pax: &Pax, stored: u64) -> Result<Content, ArchiveError> {
         let bad = || ArchiveError::Malformed("a sparse file's map can't be read".into());
         let length = match pax
@@ -420,7 +431,8 @@ impl<R: Read> TarArchive<R> {
         Ok(Content { length, pieces })
     }
 
-    /// One decimal number and its line end from the beginning of a sparse file's content.
+    /// Reads one decimal number and its newline from the map at the beginning of a sparse file's
+    /// content. Increases `read` by the number of bytes that were read.
     fn map_line(&mut self, read: &mut usize) -> Result<u64, ArchiveError> {
         let mut digits = Vec::new();
         loop {
@@ -447,12 +459,13 @@ impl Content {
         }
     }
 
-    /// Whether the archive holds less than the whole file, or a map of it before its content.
+    /// Returns whether the file has holes or consists of several pieces in the archive.
     pub(crate) fn is_sparse(&self) -> bool {
         self.length > 0 && self.pieces != [(0, self.length)]
     }
 
-    /// The pieces must follow one another inside the file and be just what is stored.
+    /// Checks that the pieces do not overlap, are inside the file, and have `stored` bytes in
+    /// total.
     fn check(&self, stored: u64) -> Result<(), ArchiveError> {
         let mut end = 0;
         let mut sum: u64 = 0;
@@ -460,12 +473,14 @@ impl Content {
             let next = offset.checked_add(*length);
             match next {
                 Some(next) if *offset >= end && next <= self.length => end = next,
-                _ => return malformed("a sparse file's pieces overlap or lie outside of it"),
+                _ => return malformed("a sparse file's pieces overlap or are outside the file"),
             }
             sum = sum.saturating_add(*length);
         }
         if sum != stored {
-            return malformed("a sparse file's pieces are not what the archive holds of it");
+            return malformed(
+                "the sizes of a sparse file's pieces do not add up to the size of its content in the archive",
+            );
         }
         Ok(())
     }
@@ -480,7 +495,7 @@ fn add_pieces(
             return malformed("a sparse file's map can't be read");
         };
         if pieces.len() >= SPARSE_PIECES {
-            return malformed("a sparse file of too many pieces");
+            return malformed("a sparse file has too many pieces");
         }
         if length > 0 {
             pieces.push((offset, length));
@@ -489,7 +504,7 @@ fn add_pieces(
     Ok(())
 }
 
-/// A number field of a header; an empty one is zero.
+/// Returns the value of a number field in a header. The value of an empty field is 0.
 fn field(raw: &[u8], parsed: io::Result<u64>) -> Option<u64> {
     if raw.iter().all(|byte| matches!(byte, 0 | b' ')) {
         return Some(0);
@@ -497,7 +512,7 @@ fn field(raw: &[u8], parsed: io::Result<u64>) -> Option<u64> {
     parsed.ok()
 }
 
-fn until_nul(mut name: Vec<u8>) -> Vec<u8> {
+fn truncate_at_nul(mut name: Vec<u8>) -> Vec<u8> {
     if let Some(nul) = name.iter().position(|byte| *byte == 0) {
         name.truncate(nul);
     }
@@ -509,19 +524,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_headers_checksum_is_verified() {
+    fn the_checksum_of_a_header_is_verified() {
         let garbage = [b'a'; 1024];
         assert!(TarArchive::new(&garbage[..]).next_entry().is_err());
     }
 
-    /// Eleven octal digits end at 8 GiB; beyond that the field is a binary number (GNU tar's
-    /// "base-256"), or pax says it.
+    /// The eleven octal digits of the size field can only express sizes below 8 GiB. A larger size
+    /// is stored as a binary number in the field (GNU tar's "base-256"), or in a pax record.
     #[test]
-    fn a_file_of_more_than_8_gib_has_its_size() -> Result<(), ArchiveError> {
+    fn the_size_of_a_file_of_more_than_8_gib_is_read() -> Result<(), ArchiveError> {
         let size = (9 << 30) + 7;
         let mut binary = Header::new_gnu();
         binary.set_size(size);
-        assert_eq!(binary.as_old().size[0] & 0x80, 0x80, "base-256");
+        assert_eq!(
+            binary.as_old().size[0] & 0x80,
+            0x80,
+            "the size field does not contain a binary number"
+        );
         binary.set_cksum();
         let mut records = Header::new_ustar();
         records.set_entry_type(tar::EntryType::XHeader);
@@ -545,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extended_header_has_a_bound() {
+    fn a_too_large_extended_header_is_refused() {
         let mut header = Header::new_ustar();
         header.set_entry_type(tar::EntryType::XHeader);
         header.set_size(1 << 40);

@@ -1,16 +1,19 @@
-//! From what a registry sends to a tar archive: gzip, zstd or nothing, told by the first bytes.
+//! Decompresses layers. The first bytes of a layer show whether it is compressed with gzip or zstd,
+//! or not compressed.
 //!
-//! Media types are not asked: registries and builders have them wrong often enough.
+//! Media types are ignored, because registries and builders often set wrong media types.
 
 use std::io::{self, BufRead, BufReader, Read};
 
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// The largest zstd window, as a power of two. Encoders use up to 8 MiB below `--ultra`; a window
-/// is memory that a stranger makes this process take.
+/// The base-2 logarithm of the maximum zstd window size in bytes. An untrusted image specifies the
+/// window size, and the decoder allocates a buffer of this size. The window size is therefore
+/// limited to 32 MiB. Without `--ultra` or `--long`, zstd's encoder uses windows of at most 8 MiB.
+/// A limit of 32 MiB is therefore enough for usual layers.
 const ZSTD_WINDOW_LOG: u32 = 25;
 
-/// Wraps `compressed` into the decoder that its first bytes call for.
+/// Wraps `compressed` in a decoder for the compression format that its first bytes indicate.
 pub(crate) fn decoder<'a>(compressed: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut first = [0; 6];
     let mut compressed = compressed;
@@ -44,7 +47,7 @@ impl Format {
     fn of(magic: &[u8]) -> io::Result<Self> {
         match magic {
             [0x1f, 0x8b, ..] => Ok(Format::Gzip),
-            // A frame, or a skippable frame before the first.
+            // A zstd stream begins with a normal frame or with a skippable frame.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Format::Zstd),
             [0xfd, b'7', b'z', b'X', b'Z', 0] => Err(unsupported("xz")),
             [b'B', b'Z', b'h', ..] => Err(unsupported("bzip2")),
@@ -53,7 +56,8 @@ impl Format {
     }
 }
 
-/// Whether what begins with these bytes, six or all, is not compressed.
+/// Returns whether data that starts with the bytes `first` is not compressed. `first` contains the
+/// first six bytes. If the data is shorter, `first` contains all bytes.
 pub(crate) fn is_plain(first: &[u8]) -> io::Result<bool> {
     Ok(Format::of(first)? == Format::Plain)
 }
@@ -68,7 +72,7 @@ fn unsupported(format: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::Unsupported,
         format!(
-            "it is compressed with {format}; gzip, zstd and what is not compressed can be used"
+            "the data is compressed with {format}, but only gzip, zstd and uncompressed data are supported"
         ),
     )
 }
@@ -85,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_compressed_how_shows_in_the_first_bytes() -> io::Result<()> {
+    fn the_first_bytes_determine_the_compression() -> io::Result<()> {
         let text = b"a layer, more or less".repeat(100);
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&text)?;
@@ -98,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gzip_stream_of_two_members_is_one() -> io::Result<()> {
+    fn a_gzip_stream_of_two_members_is_decompressed_completely() -> io::Result<()> {
         let mut both = Vec::new();
         for part in [b"one ", b"two "] {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -110,8 +114,8 @@ mod tests {
     }
 
     #[test]
-    fn a_zstd_stream_of_several_frames_is_one() -> io::Result<()> {
-        // As parallel compressors write it, with something to skip before and between.
+    fn a_zstd_stream_of_several_frames_is_decompressed_completely() -> io::Result<()> {
+        // Parallel compressors write several frames, with skippable frames before and between them.
         let skipped = b"\x50\x2a\x4d\x18\x04\0\0\0skip";
         let mut all = skipped.to_vec();
         for part in [&b"one "[..], b"two "] {
@@ -123,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn xz_is_refused_by_its_name() {
+    fn an_xz_stream_is_refused_and_the_error_names_the_format() {
         let error = decoded(b"\xfd7zXZ\0rest");
         assert!(error.is_err_and(|e| e.to_string().contains("xz")));
     }

@@ -1,21 +1,21 @@
-//! What a layer should be.
+//! The size and the digests that a layer must have, and the limits for a layer.
 
-/// What a layer may grow to.
+/// The limits for one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Bytes of the uncompressed archive.
+    /// The maximum number of bytes of the uncompressed archive.
     pub bytes: u64,
-    /// Files and directories.
+    /// The maximum number of files and directories in the layer.
     pub entries: u64,
 }
 
-/// What the manifest and the configuration say of a layer.
+/// The size and the digests of a layer, as the manifest and the configuration specify them.
 #[derive(Clone, Debug)]
 pub struct LayerDescriptor {
-    /// `sha256:…` of what the registry sends.
+    /// The digest of the blob that the registry sends, as `sha256:…`.
     pub digest: String,
-    /// How many bytes it sends.
+    /// The size in bytes of the blob that the registry sends.
     pub size: u64,
-    /// `sha256:…` of the uncompressed archive.
+    /// The digest of the uncompressed archive, as `sha256:…`.
     pub diff_id: String,
 }

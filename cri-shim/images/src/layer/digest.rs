@@ -1,4 +1,4 @@
-//! Digests of what is read.
+//! Computes digests of streams.
 
 use std::cell::Cell;
 use std::fmt::Write as _;
@@ -9,7 +9,8 @@ use sha2::{Digest, Sha256};
 use super::descriptor::LayerDescriptor;
 use super::error::LayerError;
 
-/// Reads to the end, but no more than about `most` bytes; whether the end was reached.
+/// Reads and discards about `most` bytes, or all bytes if there are fewer. Returns whether the end
+/// of `reader` was reached.
 pub(super) fn drain(reader: &mut impl Read, most: u64) -> io::Result<bool> {
     let mut buffer = [0; 16 << 10];
     let mut sum = 0;
@@ -22,7 +23,7 @@ pub(super) fn drain(reader: &mut impl Read, most: u64) -> io::Result<bool> {
     Ok(false)
 }
 
-/// The digest of all that `reader` yields.
+/// Returns the digest of all bytes that `reader` yields.
 pub(crate) fn digest_of_all(reader: &mut impl Read) -> io::Result<String> {
     let exceeded = Cell::new(false);
     let mut hashing = HashingReader::new(reader, u64::MAX, &exceeded);
@@ -30,7 +31,7 @@ pub(crate) fn digest_of_all(reader: &mut impl Read) -> io::Result<String> {
     Ok(hashing.digest())
 }
 
-/// `sha256:` and the hexadecimal digest of `bytes`.
+/// Returns the digest of `bytes` as `sha256:` and hexadecimal digits.
 pub(crate) fn digest_of(bytes: &[u8]) -> String {
     name_of(Sha256::digest(bytes).as_slice())
 }
@@ -44,7 +45,8 @@ fn name_of(hash: &[u8]) -> String {
     name
 }
 
-/// Hashes and counts what is read through it, and stops beyond a bound.
+/// A reader that hashes and counts the bytes from another reader. If the other reader returns more
+/// than `most` bytes, this reader sets `exceeded` and fails.
 pub(super) struct HashingReader<'a, R> {
     reader: R,
     hash: Sha256,
@@ -68,7 +70,8 @@ impl<'a, R: Read> HashingReader<'a, R> {
         name_of(self.hash.finalize().as_slice())
     }
 
-    /// Holds what arrived against what was promised.
+    /// Compares the received data with the size and digest in the descriptor. `drained` is the
+    /// result of the [`drain`] call that read the rest of the data.
     pub(super) fn verify(
         self,
         descriptor: &LayerDescriptor,
@@ -76,21 +79,21 @@ impl<'a, R: Read> HashingReader<'a, R> {
     ) -> Result<(), LayerError> {
         if self.exceeded.get() {
             return Err(LayerError::Digest(format!(
-                "more than the {} bytes arrived that the manifest promises",
+                "the registry sent more than the {} bytes that the manifest specifies",
                 descriptor.size
             )));
         }
         drained?;
         if self.count != descriptor.size {
             return Err(LayerError::Digest(format!(
-                "{} bytes arrived where the manifest promises {}",
+                "the registry sent {} bytes instead of the {} bytes that the manifest specifies",
                 self.count, descriptor.size
             )));
         }
         let digest = self.digest();
         if digest != descriptor.digest {
             return Err(LayerError::Digest(format!(
-                "what arrived has the digest {digest}"
+                "the received data has the wrong digest {digest}"
             )));
         }
         Ok(())
@@ -105,7 +108,7 @@ impl<R: Read> Read for HashingReader<'_, R> {
             self.exceeded.set(true);
             return Err(io::Error::new(
                 io::ErrorKind::FileTooLarge,
-                "more bytes than allowed",
+                "the data exceeds its maximum length",
             ));
         }
         self.hash.update(buffer.get(..count).unwrap_or_default());

@@ -1,13 +1,18 @@
-//! Makes the layer that gives an image's directories their metadata: owner, mode, extended
-//! attributes and time.
+//! Creates an image's directory layer, which gives directories their metadata: owner, mode,
+//! extended attributes and time.
 //!
-//! An archive may use a directory without listing it: `etc/app.conf`, but no `etc/`. In an image,
-//! such a directory has the metadata that the layers below give it. Those layers differ from image
-//! to image, but all images share the unpacked layer. So a shared layer takes nothing from the
-//! layers below: there the directory belongs to root, has mode 0755 and is marked (see
-//! [`super::tree`]). If the lower layers of an image give it other metadata, the image gets a small
-//! layer on top, which has nothing but directories. overlayfs shows the metadata of the uppermost
-//! directory of a name and merges the contents of all of them.
+//! An archive can use a directory without listing it. For example, an archive can contain an entry
+//! `etc/app.conf`, but no entry `etc/`. Here, `etc` is called an unlisted directory of the layer.
+//! In an image, an unlisted directory has the metadata of the same directory in the layers below.
+//! But the server unpacks a layer only once for all images with this layer. The layers below can
+//! differ between these images. On the disk, an unlisted directory therefore always belongs to
+//! root, has mode 0755 and has a mark (see [`super::tree`]).
+//!
+//! If an unlisted directory has other metadata in the layers below, the image gets a directory
+//! layer. The directory layer is a small additional layer on top of the other layers, and contains
+//! only directories. Several layers can contain a directory at the same path. In this case,
+//! overlayfs shows the metadata of the uppermost directory, and merges the contents of all these
+//! directories.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,14 +25,16 @@ use rustix::io::Errno;
 use super::error::LayerError;
 use super::tree::{is_opaque, is_unlisted, modified};
 
-/// The most lookups of a directory in a layer. An image of many layers that share tens of thousands
-/// of directories needs far fewer. A hostile image must not keep a thread busy for hours.
+/// The maximum number of directory lookups in the layers of one image. Without a limit, a hostile
+/// image could keep a thread busy for hours. An image of many layers that share tens of thousands
+/// of directories needs far fewer lookups.
 const MAX_LOOKUPS: u64 = 1 << 24;
 
-/// The most bytes that the paths of directories still to be visited may take.
+/// The maximum number of bytes for the paths of directories that are still to be visited.
 const PENDING_BYTES: usize = 64 << 20;
 
-/// The prefix of overlayfs's attributes, which concern only the layer that they are in.
+/// The prefix of overlayfs's own attributes. Overlayfs attributes are not copied, because they
+/// apply only to the layer that contains them.
 const OVERLAY: &[u8] = b"trusted.overlay.";
 
 const OPEN: OFlags = OFlags::RDONLY
@@ -38,16 +45,18 @@ const OPEN: OFlags = OFlags::RDONLY
 /// One unpacked layer of an image.
 #[derive(Clone, Debug)]
 pub(crate) struct LowerLayer {
-    /// Its directory.
+    /// The layer's directory.
     pub path: PathBuf,
-    /// It has marked directories below its root.
+    /// True if directories below the layer's root are marked as unlisted.
     pub unlisted: bool,
 }
 
-/// Makes the directory `into`, which is the layer on top of `layers`. Those are listed uppermost
-/// first, without the ones that another layer hides as a whole. Returns the number of directories
-/// in the new layer. 0: the image needs no such layer, and `into` was not made. Calls `go_on`
-/// before each step; an error of `go_on` ends the work. Blocks.
+/// Creates the directory layer for `layers` in the new directory `into`. `layers` lists the
+/// uppermost layer first, and omits layers that another layer hides completely.
+///
+/// Returns the number of directories in the directory layer. If the image needs no directory layer,
+/// returns 0 and does not create `into`. Calls `go_on` before each step; an error from `go_on` ends
+/// the work. This call blocks on disk I/O.
 pub(crate) fn make_directory_layer(
     layers: &[LowerLayer],
     into: &Path,
@@ -86,13 +95,15 @@ pub(crate) fn make_directory_layer(
     Ok(walk.count)
 }
 
-/// A directory of the image in one of its layers.
+/// One layer's version of a directory in the image.
 struct Part {
     layer: usize,
     directory: Rc<OwnedFd>,
-    /// The archive lists it, and so gives it its metadata.
+    /// True if the layer's archive lists the directory, and therefore determines the directory's
+    /// metadata.
     listed: bool,
-    /// It hides the contents of the directory below it, but its metadata may come from there.
+    /// True if the directory hides the contents of the same directory in lower layers. A lower
+    /// layer can nevertheless determine the metadata of the directory itself.
     opaque: bool,
 }
 
@@ -106,7 +117,8 @@ struct Walk<'a, G> {
     lookups: u64,
 }
 
-/// The parts whose contents overlayfs merges.
+/// Removes from `parts` all versions of the directory below the first opaque version. Overlayfs
+/// does not show the contents of the removed versions. Returns the remaining versions.
 fn merged(parts: &mut Vec<Part>) -> &[Part] {
     if let Some(last) = parts.iter().position(|part| part.opaque) {
         parts.truncate(last + 1);
@@ -114,8 +126,10 @@ fn merged(parts: &mut Vec<Part>) -> &[Part] {
     parts
 }
 
-/// The part that gives the directory its metadata in the image: the uppermost that is listed, or
-/// the uppermost of all if no layer lists the directory.
+/// Returns the version of the directory that determines its metadata in the image. If the archive
+/// of at least one layer lists the directory, the uppermost of these layers determines the
+/// metadata. If no archive lists the directory, the uppermost layer that contains the directory
+/// determines the metadata.
 fn source(parts: &[Part]) -> Option<&Part> {
     parts.iter().find(|part| part.listed).or(parts.first())
 }
@@ -126,20 +140,21 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             Ok(Part {
                 layer,
                 directory: Rc::clone(root),
-                listed: !is_unlisted(root).map_err(|e| failed("look at", b"", e))?,
+                listed: !is_unlisted(root).map_err(|e| failed("read the attributes of", b"", e))?,
                 opaque: false,
             })
         };
         self.roots.iter().enumerate().map(part).collect()
     }
 
-    /// The directory `name` in each of `parents` that has it, above the first that hides the rest.
+    /// Returns the directories with the name `name` in `parents`. Skips each parent without a file
+    /// `name`. Stops at the first parent in which `name` is not a directory.
     fn parts(&mut self, parents: &[Part], name: &[u8]) -> Result<Vec<Part>, LayerError> {
         (self.go_on)()?;
         self.lookups += parents.len() as u64;
         if self.lookups > MAX_LOOKUPS {
             return Err(LayerError::Bound(format!(
-                "its layers share too many directories: to compare them takes more than {MAX_LOOKUPS} lookups"
+                "the image's layers share too many directories: comparing the directories takes more than {MAX_LOOKUPS} lookups"
             )));
         }
         let mut parts = Vec::new();
@@ -147,12 +162,14 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             let directory = match rustix::fs::openat(&parent.directory, name, OPEN, Mode::empty()) {
                 Ok(directory) => directory,
                 Err(Errno::NOENT) => continue,
-                // A file, a link or a whiteout hides the directory in the layers below.
+                // A file, a symbolic link or a whiteout hides the directory `name` in the layers
+                // below.
                 Err(Errno::NOTDIR | Errno::LOOP) => break,
                 Err(error) => return Err(failed("open the directory", name, error)),
             };
             let marked = self.layers[parent.layer].unlisted
-                && is_unlisted(&directory).map_err(|e| failed("look at", name, e))?;
+                && is_unlisted(&directory)
+                    .map_err(|e| failed("read the attributes of", name, e))?;
             parts.push(Part {
                 layer: parent.layer,
                 listed: !marked,
@@ -173,8 +190,9 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(parts)
     }
 
-    /// Gives the root directory its metadata. A difference in its time alone does not matter:
-    /// containers see the time of their writable layer's root, which is as new as the container.
+    /// Creates the root of the directory layer if the uppermost layer's root directory has the
+    /// wrong metadata for this image. A wrong modification time alone does not matter, because a
+    /// container sees the time of its writable layer's root.
     fn root(&mut self) -> Result<(), LayerError> {
         let parts = self.root_parts()?;
         let (Some(top), Some(source)) = (parts.first(), source(&parts)) else {
@@ -183,7 +201,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         if top.layer == source.layer {
             return Ok(());
         }
-        let fail = |e| failed("look at", b"", e);
+        let fail = |e| failed("read the attributes of", b"", e);
         let stat = |part: &Part| rustix::fs::fstat(&part.directory).map_err(fail);
         let (ours, theirs) = (stat(top)?, stat(source)?);
         let same = (ours.st_uid, ours.st_gid, ours.st_mode)
@@ -196,8 +214,11 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(())
     }
 
-    /// Gives the directories in `path` their metadata. Passes those that may contain further ones
-    /// to `later`, which returns whether it has room for another path.
+    /// Visits the subdirectories of the directory `path`. For each subdirectory, checks the
+    /// metadata in the uppermost layer that contains the subdirectory. If the metadata is wrong for
+    /// this image, creates the subdirectory in the directory layer. Calls `later` with the path of
+    /// each subdirectory that must also be visited. `later` collects these paths, and returns false
+    /// if the paths have too many bytes.
     fn visit(
         &mut self,
         path: &[u8],
@@ -205,7 +226,8 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     ) -> Result<(), LayerError> {
         let mut parts = self.parts_of(path)?;
         let parents = merged(&mut parts);
-        // The lowest layer that has the directory takes no metadata from a layer below.
+        // Skip the lowest layer that contains this directory. No layer below contains the same
+        // subdirectories, so the subdirectories already have the right metadata.
         let upper = parents.len().saturating_sub(1);
         for parent in &parents[..upper] {
             if !self.layers[parent.layer].unlisted {
@@ -222,7 +244,8 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
                     continue;
                 }
                 let mut below = self.parts(parents, name)?;
-                // Each name is handled once, in the uppermost of the layers that are read here.
+                // Several layers can contain a directory with this name. The directory is handled
+                // only once, for the uppermost of these layers that has unlisted directories.
                 let first = below.iter().find(|part| self.layers[part.layer].unlisted);
                 if first.is_none_or(|first| first.layer != parent.layer) {
                     continue;
@@ -242,7 +265,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
                     .any(|part| self.layers[part.layer].unlisted);
                 if more && !later(whole.to_vec()) {
                     return Err(LayerError::Bound(format!(
-                        "the paths of the directories that its layers share take more than {PENDING_BYTES} bytes"
+                        "several layers of the image contain the same directories, and the paths of these directories have more than {PENDING_BYTES} bytes in total"
                     )));
                 }
             }
@@ -250,13 +273,13 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(())
     }
 
-    /// Makes a directory of the layer and its parents, and gives each the metadata that it has in
-    /// the image.
+    /// Creates the directory `path` and its parents in the directory layer. Gives each of these
+    /// directories the metadata that the directory must have in the image.
     fn make(&mut self, path: &[u8]) -> Result<(), LayerError> {
         let mut parts = self.root_parts()?;
         let mut at = self.top(&parts)?;
         for name in path.split(|byte| *byte == b'/').filter(|n| !n.is_empty()) {
-            let fail = |e| failed("make the directory", path, e);
+            let fail = |e| failed("create the directory", path, e);
             let above = source(&parts).map(times).transpose();
             let above = above.map_err(fail)?;
             let below = self.parts(merged(&mut parts), name)?;
@@ -270,7 +293,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             if made {
                 self.count += 1;
                 if let Some(source) = source(&parts) {
-                    dress(&directory, &source.directory, path)?;
+                    copy_metadata(&directory, &source.directory, path)?;
                 }
                 if let Some(above) = above {
                     rustix::fs::futimens(&at, &above).map_err(fail)?;
@@ -281,10 +304,10 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(())
     }
 
-    /// The root of the layer, which the first call makes.
+    /// Opens the root of the directory layer. The first call creates the root.
     fn top(&mut self, parts: &[Part]) -> Result<OwnedFd, LayerError> {
         let name = self.into.as_os_str().as_encoded_bytes();
-        let fail = |e| LayerError::system("make the directory", name, e);
+        let fail = |e| LayerError::system("create the directory", name, e);
         if !self.made {
             rustix::fs::mkdir(self.into, Mode::from_raw_mode(0o700)).map_err(fail)?;
         }
@@ -293,7 +316,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             self.made = true;
             self.count += 1;
             if let Some(source) = source(parts) {
-                dress(&top, &source.directory, b"")?;
+                copy_metadata(&top, &source.directory, b"")?;
             }
         }
         Ok(top)
@@ -313,7 +336,7 @@ fn times(part: &Part) -> Result<Timestamps, Errno> {
     Ok(modified(stat.st_mtime, stat.st_mtime_nsec as u32))
 }
 
-/// The extended attributes of a directory, without those of overlayfs.
+/// Returns the extended attributes of a directory, except the attributes of overlayfs.
 fn attributes(directory: impl AsFd) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno> {
     let directory = directory.as_fd();
     let names = match rustix::fs::flistxattr_query(directory) {
@@ -341,8 +364,8 @@ fn attributes(directory: impl AsFd) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno>
     Ok(found)
 }
 
-/// Gives one directory the owner, mode, attributes and time of another.
-fn dress(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), LayerError> {
+/// Copies the owner, mode, attributes and time from the directory `theirs` to `ours`.
+fn copy_metadata(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), LayerError> {
     let (ours, theirs) = (ours.as_fd(), theirs.as_fd());
     let fail = |e| failed("set the owner, mode and attributes of", path, e);
     let stat = rustix::fs::fstat(theirs).map_err(fail)?;
@@ -351,7 +374,9 @@ fn dress(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), LayerErr
     rustix::fs::fchmod(ours, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(fail)?;
     for (name, value) in attributes(theirs).map_err(fail)? {
         match rustix::fs::fsetxattr(ours, name.as_slice(), &value, XattrFlags::empty()) {
-            // Ignored as when a layer is unpacked: a security module's label, for example.
+            // The errors ENOTSUP, EPERM and EINVAL are ignored, as in the code that unpacks a
+            // layer. For example, a label of an inactive security module causes one of these
+            // errors.
             Ok(()) | Err(Errno::NOTSUP | Errno::PERM | Errno::INVAL) => {}
             Err(error) => return Err(fail(error)),
         }

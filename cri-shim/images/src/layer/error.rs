@@ -1,4 +1,4 @@
-//! Why a layer can't be unpacked.
+//! The errors of unpacking a layer.
 
 use std::io;
 
@@ -6,13 +6,13 @@ use rustix::io::Errno;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// The stream broke off, or can't be decompressed.
+    /// The stream of the layer's bytes broke off, or can't be decompressed.
     #[error("{0}")]
     Stream(io::Error),
-    /// The archive is broken, or would write where it must not.
+    /// The archive is invalid, or an entry would be written outside the layer.
     #[error("{0}")]
     Malformed(String),
-    /// Not what was promised.
+    /// The received data does not match the size or the digest in the manifest or configuration.
     #[error("{0}")]
     Digest(String),
     #[error("{0}")]
@@ -38,7 +38,8 @@ impl LayerError {
     }
 }
 
-/// A stranger's file name for a message: short and without control characters.
+/// Formats an untrusted file name for a message. The result is shortened and contains no control
+/// characters.
 fn printable(path: &[u8]) -> String {
     let mut text: String = String::from_utf8_lossy(path)
         .chars()
@@ -66,7 +67,7 @@ impl From<io::Error> for LayerError {
     }
 }
 
-/// Why a tar archive can't be read.
+/// An error in a tar archive.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ArchiveError {
     #[error(transparent)]

@@ -1,7 +1,9 @@
-//! Layers: from a stream to an overlay lower directory.
+//! Unpacks layers from a stream into an overlay lower directory.
 //!
-//! One pass does it all: what arrives is hashed, decompressed, hashed again and unpacked, and
-//! nothing counts before both digests are right.
+//! Unpacking takes one pass: the received bytes are hashed, decompressed, hashed again and
+//! unpacked. The digest of the received bytes must match the image's manifest. The digest of the
+//! decompressed bytes must match the image's configuration. If a digest does not match, the
+//! unpacked layer is not used.
 
 pub(crate) mod archive;
 mod decompress;
@@ -32,8 +34,9 @@ pub use unpack::UnpackSummary;
 
 use digest::{HashingReader, drain};
 
-/// Unpacks the layer that `compressed` yields into the new directory `into`, and verifies it.
-/// Blocks; on an error what is in `into` is of no use.
+/// Reads a layer from `compressed`, unpacks it into the new directory `into`, and verifies the
+/// layer's size and digests. This call blocks on disk I/O. After an error, the content of `into` is
+/// unusable.
 pub fn unpack(
     compressed: impl Read,
     into: &Path,
@@ -41,7 +44,7 @@ pub fn unpack(
     bounds: &Bounds,
 ) -> Result<UnpackSummary, LayerError> {
     let path = into.as_os_str().as_encoded_bytes();
-    let make = |errno| LayerError::system("make the directory", path, errno);
+    let make = |errno| LayerError::system("create the directory", path, errno);
     rustix::fs::mkdir(into, Mode::from_raw_mode(0o755)).map_err(make)?;
     let root = rustix::fs::openat(
         CWD,
@@ -50,7 +53,7 @@ pub fn unpack(
         Mode::empty(),
     )
     .map_err(make)?;
-    // mkdir's mode is subject to the umask.
+    // mkdir(2) removes the bits of the umask from the mode, so the mode is set explicitly.
     rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(make)?;
 
     let too_long = Cell::new(false);
@@ -61,13 +64,15 @@ pub fn unpack(
             received.verify(descriptor, drained)?;
             if diff_id != descriptor.diff_id {
                 return Err(LayerError::Digest(format!(
-                    "its archive has the digest {diff_id} where the image's configuration promises {}",
+                    "the uncompressed archive has the digest {diff_id}, but the image's configuration specifies {}",
                     descriptor.diff_id
                 )));
             }
             Ok(unpacked)
         }
-        // Damage on the way looks like a broken archive: the digest tells the two apart.
+        // An archive that was damaged during the transfer looks like a malformed archive. If the
+        // digest of the received data is wrong, `verify` therefore reports the damage instead of
+        // the malformed archive.
         Err(error @ (LayerError::Malformed(_) | LayerError::Stream(_))) => {
             match drain(&mut received, DRAIN_AFTER_FAILURE_BYTES) {
                 Ok(true) => received.verify(descriptor, Ok(true))?,
@@ -80,16 +85,23 @@ pub fn unpack(
     }
 }
 
-/// Writes everything on the file system that holds `path` to the disk: one wait for all layers of
-/// an image, where fsync(2) would be one for each file.
+/// Writes all data of the file system that contains `path` to the disk. One call of syncfs(2) is
+/// enough for all layers of an image. fsync(2) would be necessary for each file.
 pub(crate) fn sync(path: &Path) -> Result<(), LayerError> {
-    let fail = |e| LayerError::system("write to the disk", path.as_os_str().as_encoded_bytes(), e);
+    let fail = |e| {
+        LayerError::system(
+            "sync the file system that contains",
+            path.as_os_str().as_encoded_bytes(),
+            e,
+        )
+    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(fail)?;
     rustix::fs::syncfs(directory).map_err(fail)
 }
 
-/// Decompresses and unpacks; returns the digest of the archive too.
+/// Decompresses and unpacks a layer. Returns the summary and the digest of the uncompressed
+/// archive.
 fn unpack_plain(
     compressed: impl Read,
     root: OwnedFd,
@@ -100,19 +112,21 @@ fn unpack_plain(
     let mut archive = archive::TarArchive::new(plain);
     let unpacked = unpack::unpack(&mut archive, root, bounds);
     let mut plain = archive.into_inner();
-    // What stands behind the archive's end counts for the digest.
+    // Read the bytes after the end of the archive, because the digest also covers these bytes.
     let unpacked = unpacked.and_then(|unpacked| {
         drain(&mut plain, u64::MAX)?;
         Ok(unpacked)
     });
     if too_large.get() {
         return Err(LayerError::Bound(format!(
-            "it unpacks to more than {} bytes, which is the bound",
+            "the layer unpacks to more than the limit of {} bytes",
             bounds.bytes
         )));
     }
     Ok((unpacked?, plain.digest()))
 }
 
-/// How much more is read of a layer that has failed, to learn whether it was damaged on the way.
+/// The maximum number of bytes that [`unpack`] reads after an error in the archive. If the layer
+/// ends within this number of bytes, its digest shows whether the layer was damaged during the
+/// transfer.
 const DRAIN_AFTER_FAILURE_BYTES: u64 = 64 << 20;

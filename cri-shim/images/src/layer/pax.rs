@@ -1,19 +1,22 @@
-//! The records of pax extended headers (POSIX, pax: extended header).
+//! Parses the records of pax extended headers (POSIX, pax: extended header).
 
 use std::collections::BTreeMap;
 
 use super::error::ArchiveError;
 
-/// The most bytes of one extended header: pax records or a GNU long name.
+/// The maximum number of bytes in one extended header, which contains pax records or a GNU long
+/// name.
 pub(super) const EXTENDED_BYTES: u64 = 1 << 20;
 
-/// The most pieces of one sparse file.
+/// The maximum number of pieces (ranges with data) in one sparse file.
 pub(super) const SPARSE_PIECES: usize = 1 << 18;
 
 #[derive(Clone, Default)]
 pub(super) struct Pax {
     records: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// GNU sparse 0.0 repeats its keys: the numbers in their order.
+    /// The numbers of a sparse file's map in GNU tar's format 0.0, in the order of the records. In
+    /// this format, several records have the same key, but `records` stores only one value for each
+    /// key. The numbers are therefore stored in this list instead.
     pub sparse: Vec<u64>,
 }
 
@@ -22,7 +25,8 @@ impl Pax {
         self.records.get(key.as_bytes()).map(Vec::as_slice)
     }
 
-    /// A number that a record overrides; `None`: it can't be read.
+    /// Returns the number in the record `key`, or `in_header` if the record `key` does not exist.
+    /// Returns `None` if the record does not contain a number.
     pub(super) fn number(&self, key: &str, in_header: Option<u64>) -> Option<u64> {
         match self.get(key) {
             Some(value) => decimal(value),
@@ -30,7 +34,7 @@ impl Pax {
         }
     }
 
-    /// The extended attributes of the file.
+    /// Returns the extended attributes that the records contain.
     pub(super) fn into_xattrs(self) -> Vec<(Vec<u8>, Vec<u8>)> {
         self.records
             .into_iter()
@@ -38,7 +42,8 @@ impl Pax {
             .collect()
     }
 
-    /// Adds the records `LENGTH KEY=VALUE\n` (POSIX, pax: extended header).
+    /// Parses the records of one pax header and adds the records to `self`. Each record has the
+    /// form `LENGTH KEY=VALUE\n` (POSIX, pax: extended header).
     pub(super) fn parse(&mut self, mut records: &[u8]) -> Result<(), ArchiveError> {
         let bad = || ArchiveError::Malformed("a pax header can't be read".into());
         while records.first().is_some_and(|byte| *byte != 0) {
@@ -88,7 +93,8 @@ pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// A pax time: seconds with a fraction, negative before 1970.
+/// Parses a pax time, which is a number of seconds with an optional fraction. A time before 1970 is
+/// negative.
 pub(super) fn time(value: &[u8]) -> Option<(i64, u32)> {
     let text = std::str::from_utf8(value).ok()?;
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
@@ -114,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_have_fractions_and_may_lie_before_1970() {
+    fn times_can_have_fractions_and_be_before_1970() {
         assert_eq!(time(b"12.5"), Some((12, 500_000_000)));
         assert_eq!(time(b"-1.25"), Some((-2, 750_000_000)));
         assert_eq!(time(b"7"), Some((7, 0)));
@@ -122,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn pax_records_are_read_and_broken_ones_refused() {
+    fn pax_records_are_parsed_and_malformed_records_are_refused() {
         let mut pax = Pax::default();
         assert!(pax.parse(b"9 path=a\n16 linkpath=b/c\n").is_ok());
         assert_eq!(pax.get("path"), Some(b"a".as_slice()));

@@ -1,8 +1,9 @@
-//! Removes trees that a stranger built, however deep they are.
+//! Removes directory trees of any depth. Untrusted layers can contain very deep trees.
 //!
-//! Recursion costs a file descriptor or a stack frame a level, and a hostile layer can have any
-//! number of levels. Here a subdirectory is moved up to the top before it is emptied, so that two
-//! open directories are enough for every tree.
+//! Recursion would need a file descriptor or a stack frame for each level of directories. The
+//! number of levels in a hostile layer is not limited. This module therefore first moves each
+//! nested directory to the top of the tree, and then empties the directory. Two open directories
+//! are then enough for every tree.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -15,7 +16,7 @@ const OPEN: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Removes a file or a whole directory; what is not there is removed already.
+/// Removes a file or a whole directory. Does nothing if `path` does not exist.
 pub fn remove_path(path: &Path) -> Result<(), Errno> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::INVAL);
@@ -27,7 +28,7 @@ pub fn remove_path(path: &Path) -> Result<(), Errno> {
     remove(&parent, name.as_encoded_bytes())
 }
 
-/// Removes `name` in `parent`.
+/// Removes the file or directory `name` in the directory `parent`.
 pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     let parent = parent.as_fd();
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
@@ -59,7 +60,7 @@ pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
-/// Moves a directory to the top, under a name that is free there.
+/// Moves the directory `name` from `from` to `top`, under a name that is not in use in `top`.
 fn move_up(from: &OwnedFd, name: &[u8], top: &OwnedFd, moved: &mut u64) -> Result<(), Errno> {
     loop {
         *moved += 1;
@@ -71,11 +72,11 @@ fn move_up(from: &OwnedFd, name: &[u8], top: &OwnedFd, moved: &mut u64) -> Resul
     }
 }
 
-/// The most names held at once.
+/// The maximum number of directory names that are kept in memory at the same time.
 const NAMES_AT_ONCE: usize = 1024;
 
-/// Unlinks the files of a directory and names some of the subdirectories that it has; none if it
-/// is empty now.
+/// Unlinks files in a directory and returns the names of up to `NAMES_AT_ONCE` subdirectories. If
+/// the returned list is empty, the directory is now empty.
 fn unlink_files(directory: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
     let mut directories = Vec::new();
     for entry in Dir::read_from(directory)? {

@@ -1,8 +1,8 @@
-//! A directory tree made from names that a stranger chose.
+//! Writes a directory tree with the file names from an untrusted archive.
 //!
-//! Every path is resolved by the kernel with the tree's root as `/` (openat2(2),
-//! RESOLVE_IN_ROOT): a symbolic link that the archive planted leads nowhere else. Nobody but the
-//! unpacking thread writes here, and nothing runs from here, before the layer is whole.
+//! The kernel resolves every path with the tree's root as `/` (openat2(2), RESOLVE_IN_ROOT). A
+//! symbolic link in the archive therefore can't lead out of the tree. Only the unpacking thread
+//! changes the tree. No program in the tree runs before the layer is complete.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,25 +15,32 @@ use rustix::io::Errno;
 
 use super::error::LayerError;
 
-/// linux/limits.h: PATH_MAX and NAME_MAX.
+/// The maximum lengths in bytes of a path and of a file name. The kernel's names for these limits
+/// are PATH_MAX, which includes the final NUL, and NAME_MAX.
 const PATH_BYTES: usize = 4095;
 const NAME_BYTES: usize = 255;
 
-/// The kernel answers EAGAIN when something was renamed anywhere while it followed `..`.
+/// The maximum number of attempts to open a path. Several attempts can be necessary: openat2(2)
+/// fails with EAGAIN if any file in the system is renamed during the resolution of a `..`.
 const OPENAT2_TRIES: usize = 64;
 
 pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
 
-/// Marks a directory that the archive used without listing it. overlayfs ignores unknown attributes
-/// with this prefix and hides all of them. No archive can set one.
+/// The extended attribute that marks a directory as unlisted. An archive can contain files in a
+/// directory, but no entry for the directory itself. Such a directory is called unlisted. Overlayfs
+/// ignores unknown attributes with the prefix `trusted.overlay.` and hides them from programs. When
+/// an archive is unpacked, attributes with this prefix are ignored. An archive therefore can't set
+/// this mark.
 const UNLISTED: &str = "trusted.overlay.rrun.unlisted";
 
-/// The name of a file below the root: no empty part, no `.`, no `..`.
+/// The path of a file relative to the tree's root. The path contains no empty component, no `.` and
+/// no `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct EntryName(Vec<u8>);
 
 impl EntryName {
-    /// From an archive's path, taken as relative to the root even if it begins with `/`.
+    /// Parses a path from the archive. Even a path that begins with `/` is relative to the tree's
+    /// root.
     pub(super) fn parse(path: &[u8]) -> Result<Self, LayerError> {
         let mut clean = Vec::with_capacity(path.len());
         for part in path.split(|byte| *byte == b'/') {
@@ -42,13 +49,13 @@ impl EntryName {
                 b".." => {
                     return Err(LayerError::malformed(
                         path,
-                        "its name leads upwards with ..",
+                        "its path leads upwards with ..",
                     ));
                 }
                 _ if part.len() > NAME_BYTES => {
                     return Err(LayerError::malformed(
                         path,
-                        "a part of its name is longer than 255 bytes",
+                        "a component of its path is longer than 255 bytes",
                     ));
                 }
                 _ => {
@@ -62,7 +69,7 @@ impl EntryName {
         if clean.len() > PATH_BYTES {
             return Err(LayerError::malformed(
                 path,
-                "its name is longer than 4095 bytes",
+                "its path is longer than 4095 bytes",
             ));
         }
         Ok(EntryName(clean))
@@ -76,7 +83,8 @@ impl EntryName {
         &self.0
     }
 
-    /// The directory and the last part; the root has neither.
+    /// Splits the path into its directory and its last component. For the root, the directory and
+    /// the last component are empty.
     pub(super) fn split(&self) -> (&[u8], &[u8]) {
         match self.0.iter().rposition(|byte| *byte == b'/') {
             Some(slash) => (&self.0[..slash], &self.0[slash + 1..]),
@@ -91,12 +99,13 @@ impl EntryName {
 
 pub(super) struct Tree {
     root: OwnedFd,
-    /// The directory of the last entry, since the next is most often its neighbour; with the
-    /// times it must have again when we leave it, for making a file in it changes them.
+    /// The path, the descriptor and the original times of the directory with the last unpacked
+    /// entry. The directory remains open because the next entry is usually in the same directory.
+    /// Creating a file changes the directory's times, so `leave` restores them.
     current: Option<(Vec<u8>, OwnedFd, Timestamps)>,
-    /// How many directories below the root are marked as unlisted.
+    /// The number of directories below the root with the mark [`UNLISTED`].
     pub unlisted: u64,
-    /// Files and directories made.
+    /// The number of files and directories that were created.
     pub inodes: u64,
 }
 
@@ -114,7 +123,7 @@ impl Tree {
         self.root.as_fd()
     }
 
-    /// Opens what is there, links followed inside the root.
+    /// Opens an existing file or directory. Symbolic links are resolved inside the tree's root.
     pub(super) fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
         for _ in 1..OPENAT2_TRIES {
@@ -136,8 +145,8 @@ impl Tree {
         )
     }
 
-    /// Opens the directory that an entry goes into and keeps it open; makes it, and those above
-    /// it, if the archive did not.
+    /// Opens `directory`, the directory of an entry, and keeps it open. Creates the directory and
+    /// its parents if they do not exist.
     pub(super) fn enter(&mut self, directory: &[u8]) -> Result<BorrowedFd<'_>, LayerError> {
         if self
             .current
@@ -151,8 +160,9 @@ impl Tree {
                     other.map_err(|e| LayerError::system("open the directory", directory, e))?
                 }
             };
-            let times = times_of(&opened)
-                .map_err(|e| LayerError::system("look at the directory", directory, e))?;
+            let times = times_of(&opened).map_err(|e| {
+                LayerError::system("read the attributes of the directory", directory, e)
+            })?;
             self.current = Some((directory.to_vec(), opened, times));
         }
         match &self.current {
@@ -161,7 +171,8 @@ impl Tree {
         }
     }
 
-    /// Closes the current directory and gives it its times back.
+    /// Closes the directory that contains the most recently unpacked entry, and sets the
+    /// directory's times back to their earlier values.
     pub(super) fn leave(&mut self) -> Result<(), LayerError> {
         if let Some((path, directory, times)) = self.current.take() {
             rustix::fs::futimens(&directory, &times)
@@ -171,7 +182,7 @@ impl Tree {
     }
 
     fn make_implied(&mut self, directory: &[u8]) -> Result<OwnedFd, LayerError> {
-        let fail = |e| LayerError::system("make the directory", directory, e);
+        let fail = |e| LayerError::system("create the directory", directory, e);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let mut end = 0;
         let mut above = self.open(b"", flags).map_err(fail)?;
@@ -195,8 +206,10 @@ impl Tree {
         }
     }
 
-    /// Makes the directory that is `part` of the path `directory`, in `above`, which does not
-    /// change its times. `missing` is why it could not be opened.
+    /// Creates one missing directory in its parent `above`, and marks the new directory as
+    /// unlisted. The range `part` of the path `directory` contains the new directory's name. The
+    /// times of `above` do not change. `missing` is the error that the attempt to open the missing
+    /// directory returned.
     fn make_unlisted(
         &mut self,
         above: &OwnedFd,
@@ -204,7 +217,7 @@ impl Tree {
         part: Range<usize>,
         missing: Errno,
     ) -> Result<OwnedFd, LayerError> {
-        let fail = |e| LayerError::system("make the directory", directory, e);
+        let fail = |e| LayerError::system("create the directory", directory, e);
         let (prefix, part) = (&directory[..part.end], &directory[part]);
         let times = times_of(above).map_err(fail)?;
         let whiteout = is_whiteout(above, part);
@@ -213,7 +226,7 @@ impl Tree {
         } else if missing == Errno::NOTDIR {
             return Err(LayerError::malformed(
                 directory,
-                "a part of its name is a file, not a directory",
+                "a component of its path is a file, not a directory",
             ));
         }
         match rustix::fs::mkdirat(above, part, Mode::from_raw_mode(0o755)) {
@@ -221,18 +234,21 @@ impl Tree {
             Err(Errno::EXIST) => {
                 return Err(LayerError::malformed(
                     directory,
-                    "a part of its name is a symbolic link that leads nowhere",
+                    "a component of its path is a symbolic link whose target does not exist",
                 ));
             }
             Err(error) => return Err(fail(error)),
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let opened = self.open(prefix, flags).map_err(fail)?;
-        // mkdir(2) takes the group of a set-group-ID parent and clears the umask's bits.
+        // mkdir(2) applies the umask to the mode. If the parent directory has the set-group-ID bit,
+        // mkdir(2) also takes the group from the parent. The owner, group and mode are therefore
+        // set explicitly.
         let (root, group) = (Uid::ROOT, Gid::ROOT);
         rustix::fs::fchown(&opened, Some(root), Some(group)).map_err(fail)?;
         rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o755)).map_err(fail)?;
-        // The whiteout hides the directory of the layers below: this one is new.
+        // The removed whiteout hid the directory with the same path in the layers below. Overlayfs
+        // must not merge this hidden directory with the new directory.
         if whiteout {
             make_opaque(&opened).map_err(fail)?;
         } else if mark_unlisted(&opened).map_err(fail)? {
@@ -243,21 +259,23 @@ impl Tree {
     }
 }
 
-/// Tells overlayfs that nothing of the directory shows from the layers below
-/// (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
+/// Makes a directory opaque. Overlayfs then hides the contents of the same directory in the layers
+/// below (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
 pub(super) fn make_opaque(directory: impl AsFd) -> Result<(), Errno> {
     rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
 }
 
-/// Whether the directory hides its contents in the layers below.
+/// Returns whether the directory is opaque. If a directory is opaque, overlayfs hides the contents
+/// of the same directory in the layers below.
 pub(super) fn is_opaque(directory: impl AsFd) -> bool {
     let mut value = [0; 1];
     let found = rustix::fs::fgetxattr(directory, OPAQUE, &mut value);
     found.is_ok() && value == *b"y"
 }
 
-/// Marks a directory that takes its owner, mode, attributes and time from the layers below. False:
-/// the file system does not support the mark, and the directory keeps its own.
+/// Marks a directory as unlisted. In an image, a marked directory takes its owner, mode, attributes
+/// and time from the layers below. If the file system does not support the mark, returns false, and
+/// the directory keeps its own metadata.
 pub(super) fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fsetxattr(directory, UNLISTED, b"y", XattrFlags::empty()) {
         Ok(()) => Ok(true),
@@ -266,8 +284,8 @@ pub(super) fn mark_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     }
 }
 
-/// Removes the mark, because the archive lists the directory after all, or hides it in the layers
-/// below. False: the directory had no mark.
+/// Removes the mark of an unlisted directory. The caller has read a later entry of the archive for
+/// this directory: the directory itself, or a whiteout. Returns false if the directory had no mark.
 pub(super) fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fremovexattr(directory, UNLISTED) {
         Ok(()) => Ok(true),
@@ -276,7 +294,7 @@ pub(super) fn unmark(directory: impl AsFd) -> Result<bool, Errno> {
     }
 }
 
-/// Whether the archive used the directory without listing it.
+/// Returns whether the directory is marked as unlisted.
 pub(super) fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     match rustix::fs::fgetxattr(directory, UNLISTED, &mut [0; 1]) {
         Ok(_) => Ok(true),
@@ -285,7 +303,8 @@ pub(super) fn is_unlisted(directory: impl AsFd) -> Result<bool, Errno> {
     }
 }
 
-/// overlayfs's sign for "gone": a character device 0/0.
+/// Creates a whiteout, which hides the file `name` in the layers below. A whiteout of overlayfs is
+/// a character device with the device number 0/0.
 pub(super) fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     rustix::fs::mknodat(
         directory,
@@ -297,13 +316,14 @@ pub(super) fn make_whiteout(directory: impl AsFd, name: &[u8]) -> Result<(), Err
 }
 
 pub(super) fn is_whiteout(directory: impl AsFd, name: &[u8]) -> bool {
-    look_at(directory, name).is_some_and(|stat| {
+    lstat(directory, name).is_some_and(|stat| {
         FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
     })
 }
 
-/// What is there under that name, a link itself and not where it leads.
-pub(super) fn look_at(directory: impl AsFd, name: &[u8]) -> Option<Stat> {
+/// Returns the metadata of the file `name`, or `None` after an error. A symbolic link is not
+/// followed.
+pub(super) fn lstat(directory: impl AsFd, name: &[u8]) -> Option<Stat> {
     rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()
 }
 
@@ -312,7 +332,8 @@ fn times_of(file: impl AsFd) -> Result<Timestamps, Errno> {
     Ok(modified(stat.st_mtime, stat.st_mtime_nsec as u32))
 }
 
-/// Times that set the modification and leave the access alone.
+/// Returns the argument for utimensat(2) that sets the modification time and leaves the access time
+/// unchanged.
 pub(super) fn modified(seconds: i64, nanoseconds: u32) -> Timestamps {
     Timestamps {
         last_access: Timespec {
@@ -331,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_relative_to_the_root_and_never_lead_upwards() -> Result<(), LayerError> {
+    fn paths_are_relative_to_the_root_and_contain_no_dot_dot() -> Result<(), LayerError> {
         assert_eq!(EntryName::parse(b"/a//./b/")?.as_bytes(), b"a/b");
         assert!(EntryName::parse(b"./")?.is_root());
         assert_eq!(

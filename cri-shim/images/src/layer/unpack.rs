@@ -1,4 +1,4 @@
-//! Writes an archive's entries into a tree, as an overlay lower directory wants them.
+//! Writes an archive's entries into a tree that overlayfs can use as a lower directory.
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,27 +11,29 @@ use super::descriptor::Bounds;
 use super::error::LayerError;
 use super::removal;
 use super::tree::{
-    EntryName, Tree, is_whiteout, look_at, make_opaque, make_whiteout, mark_unlisted, modified,
+    EntryName, Tree, is_whiteout, lstat, make_opaque, make_whiteout, mark_unlisted, modified,
     unmark,
 };
 
-/// The prefixes of the OCI image specification (layer.md, "Whiteouts").
+/// The prefix of a whiteout's file name in the OCI image specification (layer.md, "Whiteouts").
 const WHITEOUT: &[u8] = b".wh.";
+/// The file name of an opaque whiteout in the OCI image specification.
 const OPAQUE_WHITEOUT: &[u8] = b".wh..wh..opq";
-/// aufs kept notes under such names; they are no files of the image.
+/// The prefix of aufs's own metadata files, which do not belong to the image.
 const AUFS: &[u8] = b".wh..wh.";
 
-/// What came of an archive.
+/// The result of unpacking an archive.
 #[derive(Debug, Default)]
 pub struct UnpackSummary {
-    /// Bytes on the disk, in blocks of 4 KiB.
+    /// The number of bytes on the disk, rounded up to blocks of 4 KiB.
     pub bytes: u64,
     pub inodes: u64,
-    /// How many directories below the root the archive used and did not list. They are marked, and
-    /// in each image they take their metadata from the layers below (see
-    /// [`super::directory_layer`]).
+    /// The number of unlisted directories below the layer's root. For an unlisted directory, the
+    /// archive has no entry, but it has entries for files in the directory. Unlisted directories
+    /// are marked on the disk. In each image, the marked directories take their metadata from the
+    /// layers below (see [`super::directory_layer`]).
     pub unlisted: u64,
-    /// The layer hides everything below it.
+    /// True if the layer hides all layers below it.
     pub opaque_root: bool,
 }
 
@@ -47,13 +49,13 @@ pub(super) fn unpack<R: Read>(
         buffer: vec![0; 64 << 10],
     };
     mark_unlisted(unpacking.tree.root())
-        .map_err(|e| LayerError::system("mark the directory", b"", e))?;
+        .map_err(|e| LayerError::system("set the unlisted attribute of the directory", b"", e))?;
     let mut entries: u64 = 0;
     while let Some(entry) = archive.next_entry()? {
         entries += 1;
         if entries > bounds.entries || unpacking.tree.inodes > bounds.entries {
             return Err(LayerError::Bound(format!(
-                "it holds more than {} files, which is the bound",
+                "the layer contains more than the limit of {} files",
                 bounds.entries
             )));
         }
@@ -103,14 +105,14 @@ impl Unpacking {
                 if entry.link.is_empty() || entry.link.len() > 4095 {
                     return Err(LayerError::malformed(
                         &entry.path,
-                        "a symbolic link without a target, or with one too long",
+                        "it is a symbolic link without a target, or with a target of more than 4095 bytes",
                     ));
                 }
                 let parent = self.tree.enter(directory)?;
                 replacing(parent, last, || {
                     rustix::fs::symlinkat(entry.link.as_slice(), parent, last)
                 })
-                .map_err(|e| LayerError::system("make the symbolic link", &entry.path, e))?;
+                .map_err(|e| LayerError::system("create the symbolic link", &entry.path, e))?;
                 self.finish_node(entry, &name)
             }
             EntryKind::CharacterDevice | EntryKind::BlockDevice | EntryKind::Fifo => {
@@ -124,7 +126,7 @@ impl Unpacking {
                 replacing(parent, last, || {
                     rustix::fs::mknodat(parent, last, kind, Mode::from_raw_mode(0o600), device)
                 })
-                .map_err(|e| LayerError::system("make the device", &entry.path, e))?;
+                .map_err(|e| LayerError::system("create the device", &entry.path, e))?;
                 self.finish_node(entry, &name)
             }
         }
@@ -139,27 +141,30 @@ impl Unpacking {
         }
         self.tree.leave()?;
         let root = self.tree.root();
-        dress(root, entry)?;
-        unmark(root)
-            .map(drop)
-            .map_err(|e| LayerError::system("unmark the directory", b"", e))
+        set_metadata(root, entry)?;
+        unmark(root).map(drop).map_err(|e| {
+            LayerError::system("remove the unlisted attribute of the directory", b"", e)
+        })
     }
 
-    /// `.wh..wh..opq`: nothing of the layers below shows in `directory`.
+    /// Handles an opaque whiteout (`.wh..wh..opq`), which hides the contents of `directory` in the
+    /// layers below.
     fn hide_all(&mut self, directory: &[u8]) -> Result<(), LayerError> {
         if directory.is_empty() {
-            // overlayfs does not ask for the attribute at a layer's root: whoever mounts must
-            // leave the layers below out.
+            // Overlayfs ignores the opaque attribute of a layer's root directory. Instead, the
+            // mount of the image must omit the layers below.
             self.opaque_root = true;
             return Ok(());
         }
         let opened = self.tree.enter(directory)?;
-        make_opaque(opened)
-            .map_err(|e| LayerError::system("make opaque the directory", directory, e))
+        make_opaque(opened).map_err(|e| {
+            LayerError::system("set the opaque attribute of the directory", directory, e)
+        })
     }
 
-    /// `.wh.NAME`: NAME of the layers below is gone. What this layer itself has under that name
-    /// stays, whichever of the two comes first in the archive.
+    /// Handles a whiteout (`.wh.NAME`), which hides the file NAME in the layers below. If this
+    /// layer itself contains a file NAME, this file remains. The order of the file and the whiteout
+    /// in the archive does not matter.
     fn hide(
         &mut self,
         name: &EntryName,
@@ -169,15 +174,15 @@ impl Unpacking {
         if matches!(hidden, b"" | b"." | b"..") {
             return Err(LayerError::malformed(
                 name.as_bytes(),
-                "a whiteout of nothing",
+                "it is a whiteout that does not name a file",
             ));
         }
         let parent = self.tree.enter(directory)?;
-        let fail = |e| LayerError::system("make the whiteout", name.as_bytes(), e);
+        let fail = |e| LayerError::system("create the whiteout", name.as_bytes(), e);
         match make_whiteout(parent, hidden) {
             Ok(()) => self.tree.inodes += 1,
             Err(Errno::EXIST) => {
-                let is_directory = look_at(parent, hidden).is_some_and(|stat| {
+                let is_directory = lstat(parent, hidden).is_some_and(|stat| {
                     FileType::from_raw_mode(stat.st_mode) == FileType::Directory
                 });
                 if is_directory {
@@ -186,7 +191,8 @@ impl Unpacking {
                         rustix::fs::openat(parent, hidden, flags | OFlags::CLOEXEC, Mode::empty())
                             .map_err(fail)?;
                     make_opaque(&opened).map_err(fail)?;
-                    // It was removed and made again, so it takes no metadata from below.
+                    // This layer removes the lower layers' directory and creates a new one. The new
+                    // directory takes no metadata from the layers below.
                     if unmark(&opened).map_err(fail)? {
                         self.tree.unlisted -= 1;
                     }
@@ -200,14 +206,14 @@ impl Unpacking {
     fn place_directory(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
-        let fail = |e| LayerError::system("make the directory", &entry.path, e);
+        let fail = |e| LayerError::system("create the directory", &entry.path, e);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut made = true;
         let mut hides = false;
         match rustix::fs::mkdirat(parent, last, Mode::from_raw_mode(0o700)) {
             Ok(()) => {}
             Err(Errno::EXIST) => {
-                let there = look_at(parent, last).ok_or_else(|| fail(Errno::NOENT))?;
+                let there = lstat(parent, last).ok_or_else(|| fail(Errno::NOENT))?;
                 if FileType::from_raw_mode(there.st_mode) == FileType::Directory {
                     made = false;
                 } else {
@@ -222,7 +228,7 @@ impl Unpacking {
         if hides {
             make_opaque(&opened).map_err(fail)?;
         }
-        dress(&opened, entry)?;
+        set_metadata(&opened, entry)?;
         if made {
             self.tree.inodes += 1;
             self.bytes += 4096;
@@ -249,7 +255,7 @@ impl Unpacking {
                 Mode::from_raw_mode(0o600),
             )
         })
-        .map_err(|e| LayerError::system("make the file", &entry.path, e))?;
+        .map_err(|e| LayerError::system("create the file", &entry.path, e))?;
         self.tree.inodes += 1;
         let fail = |e| LayerError::system("write the file", &entry.path, e);
         let mut end = 0;
@@ -264,7 +270,7 @@ impl Unpacking {
                 if count == 0 {
                     return Err(LayerError::malformed(
                         &entry.path,
-                        "the archive holds less of it than it says",
+                        "the archive ends before the content of this file is complete",
                     ));
                 }
                 let mut chunk = &self.buffer[..count];
@@ -287,7 +293,7 @@ impl Unpacking {
         if end != entry.content.length {
             rustix::fs::ftruncate(&file, entry.content.length).map_err(fail)?;
         }
-        dress(&file, entry)
+        set_metadata(&file, entry)
     }
 
     fn place_hard_link(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
@@ -295,13 +301,13 @@ impl Unpacking {
         if target.is_root() || target == *name {
             return Err(LayerError::malformed(
                 &entry.path,
-                "a hard link to the root or to itself",
+                "it is a hard link to the root or to itself",
             ));
         }
         let missing = || {
             LayerError::malformed(
                 &entry.path,
-                "a hard link to a file that the layer does not hold",
+                "it is a hard link to a file that the layer does not contain",
             )
         };
         let (target_directory, target_last) = target.split();
@@ -314,29 +320,31 @@ impl Unpacking {
                 other.map_err(|e| LayerError::system("open the directory", target_directory, e))?
             }
         };
-        match look_at(&target_parent, target_last) {
+        match lstat(&target_parent, target_last) {
             None => return Err(missing()),
             Some(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
                 return Err(LayerError::malformed(
                     &entry.path,
-                    "a hard link to a directory",
+                    "it is a hard link to a directory",
                 ));
             }
             Some(_) => {}
         }
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
-        // Without a flag linkat does not follow a link at the end.
+        // Without AT_SYMLINK_FOLLOW, linkat(2) does not follow a symbolic link in the last
+        // component of the target's path.
         replacing(parent, last, || {
             rustix::fs::linkat(&target_parent, target_last, parent, last, AtFlags::empty())
         })
         .map_err(|e| match e {
             Errno::NOENT => missing(),
-            error => LayerError::system("make the hard link", &entry.path, error),
+            error => LayerError::system("create the hard link", &entry.path, error),
         })
     }
 
-    /// Owner, mode, attributes and time of what can't be opened: links and devices.
+    /// Sets the owner, mode, attributes and time of a symbolic link, a device or a FIFO. Such an
+    /// entry must not be opened.
     fn finish_node(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
         self.tree.inodes += 1;
         let (directory, last) = name.split();
@@ -361,7 +369,9 @@ impl Unpacking {
             .map_err(|e| fail("set the mode of", e))?;
         }
         if !entry.xattrs.is_empty() {
-            // The last part is not followed; the directory is named by its descriptor.
+            // lsetxattr(2) does not follow a symbolic link in the last component of the path. The
+            // path begins with the descriptor of the parent directory. The kernel therefore does
+            // not resolve the parent's path again, and follows no symbolic link in it.
             let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
             path.extend_from_slice(last);
             set_xattrs(entry, |key, value| {
@@ -378,7 +388,8 @@ impl Unpacking {
     }
 }
 
-/// Runs `make`; if the name is taken, by an earlier entry of the same archive, clears it first.
+/// Calls `make`, which creates the file `name` in `parent`. If an earlier entry of the same archive
+/// already created this file, removes the file and calls `make` again.
 fn replacing<T>(
     parent: impl AsFd,
     name: &[u8],
@@ -393,9 +404,9 @@ fn replacing<T>(
     }
 }
 
-/// Owner, mode, attributes and time of an open file. In this order: chown(2) clears set-uid bits
-/// and capabilities.
-fn dress(file: impl AsFd, entry: &Entry) -> Result<(), LayerError> {
+/// Sets the owner, mode, attributes and time of an open file. The owner must be set first, because
+/// chown(2) clears set-uid bits and capabilities.
+fn set_metadata(file: impl AsFd, entry: &Entry) -> Result<(), LayerError> {
     let file = file.as_fd();
     let fail = |what, e| LayerError::system(what, &entry.path, e);
     rustix::fs::fchown(
@@ -418,15 +429,17 @@ fn set_xattrs(
     set: impl Fn(&[u8], &[u8]) -> Result<(), Errno>,
 ) -> Result<(), LayerError> {
     for (key, value) in &entry.xattrs {
-        // These steer overlayfs: with them a layer could show files of other layers or hide
-        // what is there. They are ours to set.
+        // The attributes `trusted.overlay.*` and `user.overlay.*` control overlayfs. A layer with
+        // these attributes could hide files or show files of other layers. These attributes in an
+        // archive are therefore ignored.
         if key.starts_with(b"trusted.overlay.") || key.starts_with(b"user.overlay.") {
             continue;
         }
         match set(key, value) {
             Ok(()) => {}
-            // A file system without such attributes, a label of a security module that is not
-            // here, a user attribute on a link: the file is good without.
+            // Errors are ignored for three kinds of attributes, because the file is usable without
+            // them: attributes that the file system does not support, labels of an inactive
+            // security module, and user attributes of a symbolic link.
             Err(Errno::NOTSUP) => {}
             Err(Errno::PERM | Errno::INVAL) if key != b"security.capability" => {}
             Err(error) => {

@@ -1,4 +1,4 @@
-//! Archives that builders write, and archives that nobody should.
+//! Tests with archives that image builders write, and with malformed archives.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -15,34 +15,43 @@ use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
-        trial("names_that_lead_upwards_are_refused", upwards),
-        trial("absolute_names_land_below_the_root", absolute),
-        trial(
-            "no_write_goes_through_a_link_out_of_the_root",
-            through_links,
-        ),
+        trial("paths_with_dot_dot_are_refused", upwards),
+        trial("absolute_paths_are_written_below_the_root", absolute),
+        trial("no_write_follows_a_link_out_of_the_root", through_links),
         trial("links_inside_the_layer_are_followed", inside_links),
         trial("hard_links_stay_inside_the_layer", hard_links),
-        trial("owner_mode_time_and_attributes_are_kept", attributes),
-        trial("devices_and_fifos_are_made", devices),
-        trial("later_entries_replace_earlier_ones", replaced),
-        trial("long_and_odd_names_are_kept", names),
-        trial("whiteouts_hide_what_is_below_in_an_overlay", whiteouts),
         trial(
-            "whiteouts_and_their_replacements_come_in_any_order",
+            "the_owner_the_mode_the_time_and_the_attributes_of_files_are_kept",
+            attributes,
+        ),
+        trial("devices_and_fifos_are_created", devices),
+        trial(
+            "a_later_entry_replaces_an_earlier_entry_with_the_same_path",
+            replaced,
+        ),
+        trial("long_names_and_names_that_are_not_utf8_are_kept", names),
+        trial(
+            "whiteouts_hide_files_of_lower_layers_in_an_overlay",
+            whiteouts,
+        ),
+        trial(
+            "a_whiteout_can_precede_or_follow_the_file_with_its_name",
             replacements,
         ),
-        trial("a_layer_has_bounds", bounds),
-        trial("broken_archives_are_refused", broken),
-        trial("what_arrives_is_what_was_promised", promised),
+        trial("a_too_large_layer_is_refused", bounds),
+        trial("damaged_archives_are_refused", broken),
+        trial(
+            "data_that_does_not_match_the_descriptor_is_refused",
+            promised,
+        ),
     ]
 }
 
-/// Those that have GNU tar write the archive.
+/// Returns the tests that need GNU tar to write their archives.
 pub(crate) fn trials_of_gnu_tar() -> Vec<Trial> {
     vec![
-        trial("every_dialect_of_tar_is_read", dialects),
-        trial("sparse_files_have_their_holes", sparse),
+        trial("every_tar_format_is_read", dialects),
+        trial("sparse_files_keep_their_holes", sparse),
     ]
 }
 
@@ -63,7 +72,8 @@ fn unpack(archive: &[u8], into: &Path) -> Result<UnpackSummary, LayerError> {
     layer::unpack(archive, into, &descriptor(archive, archive), &BOUNDS)
 }
 
-/// Unpacks into a new directory inside another, so that what escapes can be seen beside it.
+/// Unpacks `archive` into a subdirectory of a new directory. A file that escapes from the layer is
+/// then visible in the outer directory.
 fn unpacked(archive: Archive) -> Result<(Dir, PathBuf), Failure> {
     let dir = Dir::new()?;
     let fs = dir.0.join("fs");
@@ -74,12 +84,15 @@ fn unpacked(archive: Archive) -> Result<(Dir, PathBuf), Failure> {
 fn refused(archive: Archive) -> Result<String, Failure> {
     let dir = Dir::new()?;
     let result = unpack(&archive.end(), &dir.0.join("fs"));
-    let beside: Vec<_> = std::fs::read_dir(&dir.0)?.collect();
-    if beside.len() != 1 {
-        return Err(format!("something is beside the root: {beside:?}").into());
+    let outside: Vec<_> = std::fs::read_dir(&dir.0)?.collect();
+    if outside.len() != 1 {
+        return Err(format!(
+            "the layer's parent directory must contain only fs, but it contains {outside:?}"
+        )
+        .into());
     }
     match result {
-        Ok(_) => Err("it was not refused".into()),
+        Ok(_) => Err("the layer archive was unpacked, but it must be refused".into()),
         Err(error) => Ok(error.to_string()),
     }
 }
@@ -113,24 +126,30 @@ async fn through_links() -> Result<(), Failure> {
     let outside = Dir::new()?;
     let victim = outside.0.join("victim");
     std::fs::write(&victim, "untouched")?;
-    let path = outside.0.to_str().ok_or("path")?.to_owned();
-    // To a directory that exists outside, but not inside.
+    let path = outside
+        .0
+        .to_str()
+        .ok_or("the path is not UTF-8")?
+        .to_owned();
+    // The link points to a directory that exists outside the layer, but not inside the layer.
     refused(Archive::new().symlink("out", &path).file("out/victim", "x"))?;
-    // The link itself as the file.
+    // A file in the archive replaces a symbolic link with the same path, and does not change the
+    // link's target.
     let (_dir, fs) = unpacked(
         Archive::new()
-            .symlink("victim", victim.to_str().ok_or("path")?)
+            .symlink("victim", victim.to_str().ok_or("the path is not UTF-8")?)
             .file("victim", "mine"),
     )?;
     assert!(fs.join("victim").symlink_metadata()?.is_file());
-    // Upwards, further than there is: it ends at the layer's root.
+    // A link that leads up beyond the root ends at the layer's root.
     let (_dir, fs) = unpacked(
         Archive::new()
             .symlink("up", "../../../../../..")
             .file("up/here", "x"),
     )?;
     assert!(fs.join("here").is_file());
-    // Whiteouts, opaque marks and directories take the same way.
+    // A whiteout, an opaque whiteout or a directory is refused if its path contains a link out of
+    // the layer.
     refused(
         Archive::new()
             .symlink("out", &path)
@@ -142,12 +161,12 @@ async fn through_links() -> Result<(), Failure> {
             .file("out/.wh..wh..opq", ""),
     )?;
     refused(Archive::new().symlink("out", &path).dir("out/dir/", 0o777))?;
-    // A directory in the place of a link does not touch what the link leads to.
+    // A directory that replaces a link does not change the link's target.
     let before = std::fs::metadata(&outside.0)?.mode();
     let (_dir, fs) = unpacked(Archive::new().symlink("d", &path).dir("d/", 0o777))?;
     assert!(fs.join("d").symlink_metadata()?.is_dir());
     assert_eq!(std::fs::metadata(&outside.0)?.mode(), before);
-    // Loops end.
+    // A file is refused if its path contains a loop of symbolic links.
     refused(
         Archive::new()
             .symlink("a", "b")
@@ -185,13 +204,14 @@ async fn hard_links() -> Result<(), Failure> {
         refused(Archive::new().hard_link("x", target))?;
     }
     refused(Archive::new().dir("d/", 0o755).hard_link("x", "d"))?;
-    // Through a link that leads out.
+    // The path of the hard link's target contains a symbolic link to a directory outside the layer.
     refused(
         Archive::new()
             .symlink("e", "/etc")
             .hard_link("x", "e/passwd"),
     )?;
-    // A hard link to a link is another link, not what it leads to.
+    // A hard link to a symbolic link refers to the symbolic link itself, not to the symbolic link's
+    // target.
     let (_dir, fs) = unpacked(
         Archive::new()
             .symlink("l", "/etc/shadow")
@@ -209,7 +229,8 @@ fn xattr(path: &Path, name: &str) -> Option<Vec<u8>> {
 }
 
 async fn attributes() -> Result<(), Failure> {
-    // A version 2 capability set with cap_net_bind_service, effective.
+    // The value of a security.capability attribute of version 2. The effective flag is set, and the
+    // permitted set contains cap_net_bind_service.
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let (_dir, fs) = unpacked(
         Archive::new()
@@ -286,7 +307,7 @@ async fn attributes() -> Result<(), Failure> {
     assert_eq!(xattr(&fs.join("e"), "user.overlay.opaque"), None);
     let link = fs.join("link").symlink_metadata()?;
     assert_eq!((link.uid(), link.mtime()), (9, 42));
-    // Files that came later did not change the directory's time.
+    // The creation of files in the directory must not change the directory's time.
     let directory = std::fs::metadata(fs.join("d"))?;
     assert_eq!(
         (directory.mtime(), directory.mode() & 0o7777),
@@ -392,7 +413,7 @@ async fn names() -> Result<(), Failure> {
     Ok(())
 }
 
-/// A tree as GNU tar makes it, in each of the dialects that it knows.
+/// Unpacks archives that GNU tar wrote from the same tree, one archive in each of its formats.
 async fn dialects() -> Result<(), Failure> {
     let dir = Dir::new()?;
     let tree = dir.0.join("tree");
@@ -458,7 +479,8 @@ async fn sparse() -> Result<(), Failure> {
     Ok(())
 }
 
-/// What a container would see over these layers, lowest first.
+/// Runs a script in an overlay mount of `layers` (lowest first), and returns the script's output.
+/// The script sees the layers as a container would.
 fn overlay(dir: &Path, layers: &[&Path], script: &str) -> Result<String, Failure> {
     let lowers: Vec<_> = layers
         .iter()
@@ -519,13 +541,14 @@ async fn replacements() -> Result<(), Failure> {
     )?;
     let (dir, upper) = unpacked(
         Archive::new()
-            // First the whiteout, then the directory: listed, or implied.
+            // The whiteouts `.wh.a` and `.wh.b` precede the directories `a` and `b`. The archive
+            // lists the directory `a`, but uses the directory `b` without listing it.
             .file(".wh.a", "")
             .dir("a/", 0o755)
             .file("a/new", "2")
             .file(".wh.b", "")
             .file("b/new", "2")
-            // First the directory.
+            // The directory `c` precedes the whiteout `.wh.c`.
             .dir("c/", 0o755)
             .file("c/new", "2")
             .file(".wh.c", "")
@@ -537,7 +560,8 @@ async fn replacements() -> Result<(), Failure> {
     let script = "find . -type f | LC_ALL=C sort | tr '\\n' ' '; cat d e";
     let found = overlay(&dir.0, &[&lower, &upper], script)?;
     assert_eq!(found, "./a/new ./b/new ./c/new ./d ./e 22");
-    // At a layer's root only whoever mounts can honour it.
+    // `unpack` reports an opaque whiteout at the layer's root to its caller. The caller must then
+    // omit the layers below from the overlay mount.
     let root = Dir::new()?;
     let archive = Archive::new().file("x", "").file(".wh..wh..opq", "").end();
     assert!(unpack(&archive, &root.0.join("fs"))?.opaque_root);
@@ -576,7 +600,7 @@ async fn bounds() -> Result<(), Failure> {
         &tight,
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
-    // Directories that are only implied count as well.
+    // Directories that the archive uses but does not list count towards the limit of entries, too.
     let deep = Archive::new().file(&"d/".repeat(40), "").end();
     let result = layer::unpack(
         deep.as_slice(),
@@ -599,7 +623,10 @@ async fn broken() -> Result<(), Failure> {
     for length in [100, 512, 1000, 3000] {
         let dir = Dir::new()?;
         let result = unpack(&whole[..length], &dir.0.join("fs"));
-        assert!(result.is_err() || length == 0, "{length}");
+        assert!(
+            result.is_err() || length == 0,
+            "an archive that was cut after {length} bytes was unpacked"
+        );
     }
     for garbage in [vec![b'x'; 4096], vec![0xff; 700]] {
         let dir = Dir::new()?;
@@ -626,7 +653,7 @@ async fn broken() -> Result<(), Failure> {
     refused(Archive::new().pax(&overlapping).file("x", "12345678"))?;
     let outside: [(&str, &[u8]); 2] = [("GNU.sparse.size", b"4"), ("GNU.sparse.map", b"2,8")];
     refused(Archive::new().pax(&outside).file("x", "12345678"))?;
-    // Nothing at all is a layer without files.
+    // An empty archive is a layer without files.
     let dir = Dir::new()?;
     unpack(b"", &dir.0.join("fs"))?;
     Ok(())
@@ -640,7 +667,10 @@ async fn promised() -> Result<(), Failure> {
         let dir = Dir::new()?;
         match layer::unpack(blob, &dir.0.join("fs"), descriptor, &BOUNDS) {
             Err(LayerError::Digest(what)) => Ok(what),
-            other => Err(format!("{other:?}").into()),
+            other => Err(format!(
+                "the layer must be refused for its digest; the result: {other:?}"
+            )
+            .into()),
         }
     };
     let wrong = digest(b"else");
@@ -672,7 +702,7 @@ async fn promised() -> Result<(), Failure> {
             ..good.clone()
         },
     )?;
-    // A bit that fell over on the way shows as what it is.
+    // A bit that flipped during the transfer is reported as a wrong digest.
     let mut damaged = blob.clone();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 0x40;

@@ -1,4 +1,5 @@
-//! Images made by hand: archives with what no builder would write, and OCI layouts around them.
+//! Builds images without an image builder. The archives can then have content that no image builder
+//! would write.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -16,7 +17,7 @@ pub(crate) fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
-/// An archive under construction; every header field can be what it should not be.
+/// A tar archive that a test creates. Tests can set every header field to an invalid value.
 pub(crate) struct Archive(tar::Builder<Vec<u8>>);
 
 pub(crate) struct Item<'a> {
@@ -64,11 +65,17 @@ impl Archive {
         header.set_mtime(item.mtime);
         header.set_size(item.content.len() as u64);
         if matches!(item.kind, b'3' | b'4') {
-            header.set_device_major(item.device.0).expect("GNU header");
-            header.set_device_minor(item.device.1).expect("GNU header");
+            header
+                .set_device_major(item.device.0)
+                .expect("a GNU header contains device numbers");
+            header
+                .set_device_minor(item.device.1)
+                .expect("a GNU header contains device numbers");
         }
         header.set_cksum();
-        self.0.append(&header, item.content).expect("memory");
+        self.0
+            .append(&header, item.content)
+            .expect("writing to memory does not fail");
         self
     }
 
@@ -107,7 +114,7 @@ impl Archive {
         })
     }
 
-    /// A pax header for the next item.
+    /// Adds a pax header that applies to the next item.
     pub(crate) fn pax(self, records: &[(&str, &[u8])]) -> Self {
         let mut content = Vec::new();
         for (key, value) in records {
@@ -128,7 +135,8 @@ impl Archive {
         })
     }
 
-    /// GNU tar's long name (`L`) or long link (`K`) for the next item.
+    /// Adds a header with the next item's long name (`L`) or long link target (`K`) in GNU tar's
+    /// format.
     pub(crate) fn gnu_long(self, kind: u8, name: &[u8]) -> Self {
         let mut content = name.to_vec();
         content.push(0);
@@ -141,7 +149,9 @@ impl Archive {
     }
 
     pub(crate) fn end(self) -> Vec<u8> {
-        self.0.into_inner().expect("memory")
+        self.0
+            .into_inner()
+            .expect("writing to memory does not fail")
     }
 }
 
@@ -159,10 +169,13 @@ impl Compression {
             Compression::Gzip => {
                 let mut gzip =
                     flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-                gzip.write_all(archive).expect("memory");
-                gzip.finish().expect("memory")
+                gzip.write_all(archive)
+                    .expect("writing to memory does not fail");
+                gzip.finish().expect("writing to memory does not fail")
             }
-            Compression::Zstd => zstd::encode_all(archive, 3).expect("memory"),
+            Compression::Zstd => {
+                zstd::encode_all(archive, 3).expect("writing to memory does not fail")
+            }
         }
     }
 
@@ -175,7 +188,7 @@ impl Compression {
     }
 }
 
-/// All the blobs of an image; the last is its manifest.
+/// An image that a test creates. The last blob is the image's manifest.
 pub(crate) struct Image {
     pub blobs: Vec<Vec<u8>>,
     pub id: String,
@@ -226,7 +239,8 @@ pub(crate) fn image(layers: &[(Vec<u8>, Compression)], config: Value) -> Image {
 }
 
 impl Image {
-    /// Writes an OCI image layout that skopeo can push, under the tag `latest`.
+    /// Writes the image as an OCI image layout that skopeo can push. The image has the tag
+    /// `latest`.
     pub(crate) fn write_layout(&self, dir: &Path) -> Result<(), Failure> {
         let blobs = dir.join("blobs/sha256");
         std::fs::create_dir_all(&blobs)?;

@@ -1,4 +1,4 @@
-//! Where credentials go, and where not.
+//! Tests that only the permitted servers receive credentials.
 
 use libtest_mimic::Trial;
 use rrun_images::{Auth, Kind};
@@ -11,9 +11,15 @@ use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
-        trial("redirections_carry_no_credentials_elsewhere", redirected),
-        trial("an_identity_token_goes_to_the_token_server_only", identity),
-        trial("credentials_for_another_server_stay_here", for_another),
+        trial(
+            "a_redirected_request_sends_no_credentials_to_another_host",
+            redirected,
+        ),
+        trial(
+            "an_identity_token_is_sent_only_to_the_token_server",
+            identity,
+        ),
+        trial("credentials_for_another_server_are_not_sent", for_another),
     ]
 }
 
@@ -47,10 +53,11 @@ async fn redirected() -> Result<(), Failure> {
     assert_eq!(store.count("/blobs/"), 3);
     for request in store.seen() {
         assert_eq!(request.authorization, None);
-        let told = request.headers.iter().any(|(name, _)| name == "x-secret");
-        assert!(!told, "{:?}", request.headers);
+        let leaked = request.headers.iter().any(|(name, _)| name == "x-secret");
+        assert!(!leaked, "{:?}", request.headers);
     }
-    // In circles, and to where nothing of ours should go.
+    // The registry redirects the request to itself again and again, or to an address that must be
+    // refused.
     for to in ["/v2/app/manifests/1", "file:///etc/passwd", "http://[", ""] {
         let server = Server::start(&[], move |_| {
             Some(Answer::new(302, "").header("Location", to))
@@ -58,7 +65,12 @@ async fn redirected() -> Result<(), Failure> {
         let node = Node::new()?;
         let error = failure(&node, &format!("{}/app:1", server.host())).await?;
         assert_eq!(error.kind(), Kind::Unavailable, "{error}");
-        assert!(error.to_string().contains("sends us"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("the server redirects the request"),
+            "{error}"
+        );
     }
     Ok(())
 }

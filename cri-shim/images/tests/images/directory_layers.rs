@@ -1,5 +1,6 @@
-//! Directories that a layer uses without listing them. In each image they have the owner and mode
-//! that the layers below give them, whatever other images share the layer.
+//! Tests of directories that a layer uses without listing them. In each image, such a directory
+//! must have the same owner and mode as in the image's lower layers. The owner and mode must also
+//! be right if images with different lower layers share the layer.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,25 +20,34 @@ use crate::trial;
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "a_directory_looks_as_the_layers_below_say_in_each_image",
+            "an_unlisted_directory_has_the_metadata_from_the_lower_layers_of_each_image",
             each_image,
         ),
-        trial("images_that_share_a_layer_come_at_once", at_once),
+        trial("images_that_share_a_layer_are_pulled_in_parallel", at_once),
         trial(
             "a_layer_of_an_aborted_pull_is_used_by_another_image",
             aborted,
         ),
-        trial("a_removed_directory_gives_no_looks", removed),
-        trial("looks_have_depth_attributes_and_times", attributes),
         trial(
-            "a_layer_of_looks_is_counted_and_goes_with_its_image",
+            "a_directory_that_a_layer_hides_does_not_determine_metadata",
+            removed,
+        ),
+        trial(
+            "nested_directories_have_the_metadata_from_the_layers_below",
+            attributes,
+        ),
+        trial(
+            "a_directory_layer_counts_as_disk_usage_and_is_removed_with_its_image",
             counted,
         ),
         trial(
-            "a_layer_that_an_older_version_unpacked_is_not_shared_on",
+            "a_layer_that_an_older_version_unpacked_is_not_shared_with_other_images",
             older,
         ),
-        trial("an_image_of_many_layers_has_its_looks", many),
+        trial(
+            "an_image_of_two_hundred_layers_gets_a_directory_layer",
+            many,
+        ),
     ]
 }
 
@@ -61,9 +71,14 @@ fn built(layers: Vec<Archive>) -> Image {
     image(&layers, json!({}))
 }
 
-/// The output of `stat` for files of an image, as a container sees them.
+/// Returns the output of `stat` for files of an image, as a container sees them.
 async fn stat(node: &Node, image: &str, format: &str, paths: &str) -> Result<String, Failure> {
-    let id = node.images.find(image).ok_or("no such image")?.id.clone();
+    let id = node
+        .images
+        .find(image)
+        .ok_or("the image is not on the node")?
+        .id
+        .clone();
     let lowers = node.images.lease("test", &id).await?;
     let found = seen(&node.dir.0, &lowers, &format!("stat -c '{format}' {paths}"));
     node.images.release("test").await?;
@@ -71,7 +86,8 @@ async fn stat(node: &Node, image: &str, format: &str, paths: &str) -> Result<Str
 }
 
 fn seen(dir: &Path, lowers: &[impl AsRef<Path>], script: &str) -> Result<String, Failure> {
-    // An overlay that is read-only needs at least two layers.
+    // A read-only overlay needs at least two lower directories, so the empty directory `nothing` is
+    // added.
     let (nothing, merged) = (dir.join("nothing"), dir.join("merged"));
     std::fs::create_dir_all(&nothing)?;
     std::fs::create_dir_all(&merged)?;
@@ -94,9 +110,9 @@ fn seen(dir: &Path, lowers: &[impl AsRef<Path>], script: &str) -> Result<String,
     Ok(String::from_utf8(out.stdout)?.replace('\n', " "))
 }
 
-const LOOKS: &str = "%n %a %u:%g %Y";
+const METADATA: &str = "%n %a %u:%g %Y";
 
-/// A layer that lists no directory.
+/// Returns a layer that uses the directories `etc` and `tmp` without listing them.
 fn shared() -> Archive {
     Archive::new()
         .file("etc/app.conf", "x")
@@ -118,7 +134,7 @@ fn evil() -> Image {
     built(vec![below, shared()])
 }
 
-/// No layer below lists the directories.
+/// Returns an image in which no layer lists the directories `etc` and `tmp`.
 fn alone() -> Image {
     built(vec![Archive::new().file("bin/x", ""), shared()])
 }
@@ -128,12 +144,12 @@ const OF_EVIL: &str = ". 777 9:9 etc 777 65534:65534 tmp 6777 1234:1234 ";
 const OF_ALONE: &str = ". 755 0:0 etc 755 0:0 tmp 755 0:0 ";
 
 async fn expected(node: &Node, server: &Server) -> Result<(), Failure> {
-    for (name, looks) in [("good", OF_GOOD), ("evil", OF_EVIL), ("alone", OF_ALONE)] {
+    for (name, metadata) in [("good", OF_GOOD), ("evil", OF_EVIL), ("alone", OF_ALONE)] {
         let image = format!("{}/{name}:1", server.host());
         let found = stat(node, &image, "%n %a %u:%g", ". etc tmp").await?;
-        assert_eq!(found, looks, "{name}");
+        assert_eq!(found, metadata, "metadata in the image {name}");
         let files = stat(node, &image, "%n", "etc/app.conf tmp/seed").await?;
-        assert_eq!(files, "etc/app.conf tmp/seed ", "{name}");
+        assert_eq!(files, "etc/app.conf tmp/seed ", "files in the image {name}");
     }
     Ok(())
 }
@@ -155,11 +171,15 @@ async fn each_image() -> Result<(), Failure> {
             node.images.pull(&name, None).await?;
         }
         expected(&node, &server).await?;
-        assert_eq!(server.count(&layer), 1, "the layer is fetched once");
+        assert_eq!(
+            server.count(&layer),
+            1,
+            "the shared layer was not fetched exactly once"
+        );
         let node = node.restart()?;
         expected(&node, &server).await?;
         for name in order {
-            // Another pull changes nothing.
+            // Pulling an image again changes nothing.
             let name = format!("{}/{name}:1", server.host());
             node.images.pull(&name, None).await?;
         }
@@ -192,7 +212,8 @@ async fn at_once() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The pull of the first image fails at another layer, after the shared one has arrived.
+/// In this test, the pull of the image `evil` fails at its lower layer after the shared layer has
+/// arrived. The concurrent pull of the image `good`, which also uses the shared layer, succeeds.
 async fn aborted() -> Result<(), Failure> {
     let (good, evil, alone) = (good(), evil(), alone());
     let images = [("good", &good), ("evil", &evil), ("alone", &alone)];
@@ -225,7 +246,9 @@ async fn aborted() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Each case has a name, layers, lowest first, and the expected mode and owner of two directories.
+/// Tests the directories `a` and `a/b` in several images. The images' layers list, remove or
+/// replace these directories, or only use them. Each case has a description, the image's layers
+/// (lowest first), and the expected mode and owner of the two directories.
 async fn removed() -> Result<(), Failure> {
     let below = || {
         Archive::new()
@@ -237,14 +260,18 @@ async fn removed() -> Result<(), Failure> {
     let fresh = "a 755 0:0 a/b 755 0:0 ";
     let kept = "a 700 5:5 a/b 711 6:6 ";
     let cases: Vec<(&str, Vec<Archive>, &str)> = vec![
-        ("as it is", vec![below(), use_it()], kept),
         (
-            "through a layer between that does not list it either",
+            "the lower layer lists the directories",
+            vec![below(), use_it()],
+            kept,
+        ),
+        (
+            "neither the middle layer nor the uppermost layer lists the directories",
             vec![below(), Archive::new().file("a/b/more", ""), use_it()],
             kept,
         ),
         (
-            "the uppermost that lists it",
+            "the uppermost layer that lists a directory determines its metadata",
             vec![
                 below(),
                 Archive::new().item(&dir("a/", 0o750, 7)),
@@ -254,27 +281,27 @@ async fn removed() -> Result<(), Failure> {
             "a 750 7:7 a/b 711 6:6 ",
         ),
         (
-            "removed between",
+            "a middle layer removes the outer directory",
             vec![below(), Archive::new().file(".wh.a", ""), use_it()],
             fresh,
         ),
         (
-            "the inner one removed between",
+            "a middle layer removes the inner directory",
             vec![below(), Archive::new().file("a/.wh.b", ""), use_it()],
             "a 700 5:5 a/b 755 0:0 ",
         ),
         (
-            "emptied between",
+            "a middle layer makes the outer directory opaque",
             vec![below(), Archive::new().file("a/.wh..wh..opq", ""), use_it()],
             "a 700 5:5 a/b 755 0:0 ",
         ),
         (
-            "emptied in the same layer",
+            "the layer that uses the directories makes the outer directory opaque",
             vec![below(), use_it().file("a/.wh..wh..opq", "")],
             "a 700 5:5 a/b 755 0:0 ",
         ),
         (
-            "removed in the same layer, before its use",
+            "a layer removes the outer directory and then uses the outer directory",
             vec![
                 below(),
                 Archive::new().file(".wh.a", "").file("a/b/new", ""),
@@ -282,17 +309,17 @@ async fn removed() -> Result<(), Failure> {
             fresh,
         ),
         (
-            "removed in the same layer, after its use",
+            "a layer uses the outer directory and then removes the outer directory",
             vec![below(), use_it().file(".wh.a", "")],
             fresh,
         ),
         (
-            "everything emptied between",
+            "a middle layer makes the root opaque",
             vec![below(), Archive::new().file(".wh..wh..opq", ""), use_it()],
             fresh,
         ),
         (
-            "a link between",
+            "a middle layer replaces the outer directory with a symbolic link",
             vec![
                 below(),
                 Archive::new().file(".wh.a", "").symlink("a", "c"),
@@ -301,7 +328,7 @@ async fn removed() -> Result<(), Failure> {
             fresh,
         ),
         (
-            "a link at the bottom, to a directory of the name",
+            "in the lowest layer, the outer directory is a symbolic link to a directory with the same contents",
             vec![
                 Archive::new()
                     .item(&dir("c/", 0o700, 5))
@@ -312,17 +339,17 @@ async fn removed() -> Result<(), Failure> {
             fresh,
         ),
         (
-            "a file at the bottom",
+            "in the lowest layer, a file has the name of the outer directory",
             vec![Archive::new().file("a", ""), use_it()],
             fresh,
         ),
         (
-            "listed after its use",
+            "a layer uses the inner directory and then lists the inner directory",
             vec![below(), use_it().item(&dir("a/b/", 0o500, 8))],
             "a 700 5:5 a/b 500 8:8 ",
         ),
         (
-            "made in a directory that passes its group on",
+            "the parent directory has the set-group-ID bit",
             vec![
                 Archive::new()
                     .item(&dir("a/", 0o2777, 9))
@@ -331,7 +358,7 @@ async fn removed() -> Result<(), Failure> {
             "a 2777 9:9 a/b 755 0:0 ",
         ),
         (
-            "used by a hard link",
+            "a layer uses the directories only for a hard link",
             vec![
                 below(),
                 Archive::new()
@@ -341,19 +368,19 @@ async fn removed() -> Result<(), Failure> {
             kept,
         ),
         (
-            "the same layer twice",
+            "the image contains the same layer twice",
             vec![use_it(), below(), use_it()],
             kept,
         ),
     ];
     let node = Node::new()?;
-    for (what, layers, looks) in cases {
+    for (what, layers, metadata) in cases {
         let built = built(layers);
         let server = Server::start(&[("app", &built)], |_| None)?;
         let name = format!("{}/app:1", server.host());
         node.images.pull(&name, None).await?;
         let found = stat(&node, &name, "%n %a %u:%g", "a a/b").await?;
-        assert_eq!(found, looks, "{what}");
+        assert_eq!(found, metadata, "{what}");
     }
     Ok(())
 }
@@ -373,7 +400,7 @@ async fn attributes() -> Result<(), Failure> {
     let name = format!("{}/app:1", server.host());
     let node = Node::new()?;
     node.images.pull(&name, None).await?;
-    let found = stat(&node, &name, LOOKS, "a a/b a/b/c").await?;
+    let found = stat(&node, &name, METADATA, "a a/b a/b/c").await?;
     assert_eq!(found, "a 1711 5:5 77 a/b 755 0:0 77 a/b/c 2750 6:6 77 ");
     let found = stat(&node, &name, "%a %u:%g", "a/b/c/d a/b/c/d/e").await?;
     assert_eq!(found, "755 0:0 755 0:0 ");
@@ -396,13 +423,14 @@ async fn counted() -> Result<(), Failure> {
     assert_eq!(node.leavings()?.len(), 2);
     let before = node.images.fs_usage();
     let image = node.images.pull(&name("good"), None).await?;
-    // The lower layer and the layer of looks are new; the shared layer was there before.
+    // The lower layer and the directory layer of the image `good` are new. The shared layer was
+    // already unpacked for the image `alone`.
     assert_eq!(node.leavings()?.len(), 4);
     assert_eq!(image.layers.len(), 2);
     let after = node.images.fs_usage();
     assert_eq!(after.inodes - before.inodes, 3 + 3);
     assert!(node.images.bytes_of(&image) >= 2 * 3 * 4096);
-    // A container keeps the layers over the image's removal and a restart.
+    // A container's lease keeps the layers when the image is removed and the server restarts.
     let lowers = node.images.lease("c", &good.id).await?;
     assert_eq!(lowers.len(), 3);
     node.images.remove(&name("good")).await?;
@@ -414,7 +442,9 @@ async fn counted() -> Result<(), Failure> {
     node.becomes_clean().await
 }
 
-/// A store as commit 27ab645 wrote it: layers under their diff IDs, with the looks of one image.
+/// Tests that the server can use a store in the format of an older version (commit `27ab645`). The
+/// older version stored each layer under its diff ID. The owner and mode of the layer's directories
+/// were correct for only one of the images.
 async fn older() -> Result<(), Failure> {
     let evil = evil();
     let diff_ids: Vec<String> = [
@@ -479,7 +509,8 @@ async fn older() -> Result<(), Failure> {
     node.images.pull(&name("good"), None).await?;
     let found = stat(&node, &name("good"), "%n %a %u:%g", ". etc tmp").await?;
     assert_eq!(found, OF_GOOD);
-    // Another pull makes the old image again, and its containers keep the old layers.
+    // Pulling the image `evil` again unpacks its layers again, while its containers keep the old
+    // layers.
     node.images.pull(&name("evil"), None).await?;
     let found = stat(&node, &name("evil"), "%n %a %u:%g", ". etc tmp").await?;
     assert_eq!(found, OF_EVIL);
@@ -501,7 +532,8 @@ async fn many() -> Result<(), Failure> {
     node.images.pull(&name, None).await?;
     let lowers = node.images.lease("c", &built.id).await?;
     assert_eq!(lowers.len(), 202);
-    // All paths do not fit into the one page of options of mount(2); those that matter do.
+    // mount(2) accepts only one page of options, and the paths of all layers do not fit into this
+    // page. The test therefore mounts only the layers that it needs.
     let found = seen(
         &node.dir.0,
         &[&lowers[0], &lowers[1], &lowers[201]],

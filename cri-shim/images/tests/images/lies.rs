@@ -1,4 +1,5 @@
-//! Registries that break off, lie, refuse, or are not there.
+//! Tests with registries that break off connections, send wrong data, refuse requests, or are
+//! unreachable.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -17,35 +18,60 @@ use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
-        trial("a_blob_that_breaks_off_goes_on_where_it_broke", breaks_off),
-        trial("a_registry_without_ranges_begins_anew", no_ranges),
-        trial("a_blob_that_never_ends_well_fails_the_pull", never_whole),
+        trial("a_fetch_continues_where_the_connection_broke", breaks_off),
         trial(
-            "wrong_digests_fail_the_pull_and_leave_nothing",
+            "a_blob_from_a_registry_without_range_requests_is_fetched",
+            no_ranges,
+        ),
+        trial("a_blob_that_is_never_complete_fails_the_pull", never_whole),
+        trial(
+            "wrong_digests_fail_the_pull_and_leave_no_files",
             wrong_digests,
         ),
-        trial("refusals_have_their_kinds_and_sentences", refusals),
-        trial("a_dead_registry_is_unavailable", dead),
-        trial("a_busy_registry_is_asked_again", busy),
-        trial("documents_have_bounds", documents),
-        trial("bearer_tokens_are_fetched_and_bad_ones_refused", bearer),
-        trial("passwords_are_sent_when_asked_for_and_never_shown", basic),
-        trial("mirrors_are_asked_in_order", mirrors),
+        trial(
+            "each_http_error_status_has_its_error_kind_and_message",
+            refusals,
+        ),
+        trial("an_unreachable_registry_is_reported_as_unavailable", dead),
+        trial("requests_to_a_busy_registry_are_repeated", busy),
+        trial("too_large_documents_are_refused", documents),
+        trial(
+            "bearer_tokens_are_fetched_and_invalid_tokens_are_refused",
+            bearer,
+        ),
+        trial(
+            "a_password_is_sent_when_the_registry_requests_it_and_is_never_in_an_error",
+            basic,
+        ),
+        trial("mirrors_are_tried_in_order", mirrors),
         trial("a_shared_layer_is_fetched_once", shared),
-        trial("a_pull_goes_on_when_its_caller_has_gone", abandoned),
-        trial("other_credentials_are_another_pull", other_credentials),
-        trial("an_index_yields_the_image_of_this_machine", index),
-        trial("a_bomb_is_stopped_at_the_bound", bomb),
-        trial("a_directory_that_is_not_listed_looks_as_below", implied),
-        trial("a_head_that_drips_is_not_waited_for_long", dripping_head),
-        trial("layers_count_for_the_host_that_they_come_from", sent_on),
-        trial("killed_in_a_pull_nothing_is_left_after_the_restart", killed),
-        trial("a_large_blob_goes_on_after_a_restart", resumed),
-        trial("a_spoilt_beginning_is_fetched_again", spoilt),
+        trial("a_pull_continues_after_its_caller_disconnects", abandoned),
+        trial(
+            "a_call_with_other_credentials_starts_its_own_pull",
+            other_credentials,
+        ),
+        trial("an_index_yields_the_image_for_this_machine", index),
+        trial("a_decompression_bomb_is_stopped_at_the_limit", bomb),
+        trial(
+            "an_unlisted_directory_has_the_metadata_of_the_layer_below",
+            implied,
+        ),
+        trial("a_slow_response_head_times_out", dripping_head),
+        trial(
+            "redirected_layers_count_towards_the_limit_of_their_new_host",
+            sent_on,
+        ),
+        trial("a_restart_removes_the_remains_of_a_killed_pull", killed),
+        trial(
+            "the_fetch_of_a_large_blob_continues_after_a_restart",
+            resumed,
+        ),
+        trial("a_corrupt_partial_blob_is_fetched_again", spoilt),
     ]
 }
 
-/// Something that does not compress, so that there is a middle to break off in.
+/// Returns bytes that can't be compressed. A blob with these bytes is large, so a test can break
+/// off its transfer in the middle.
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     (0..length)
@@ -73,7 +99,7 @@ pub(crate) fn simple() -> Image {
 
 pub(crate) async fn failure(node: &Node, reference: &str) -> Result<ImageError, Failure> {
     let Err(error) = node.images.pull(reference, None).await else {
-        return Err("the pull should have failed".into());
+        return Err("the pull succeeded, although it must fail".into());
     };
     node.becomes_clean().await?;
     assert!(node.images.list().is_empty());
@@ -134,7 +160,8 @@ async fn never_whole() -> Result<(), Failure> {
         if !request.path.ends_with(&layer) {
             return None;
         }
-        // Always the beginning only, whatever is asked for.
+        // The server always sends only the beginning of the blob, even if the client requests
+        // another range.
         let mut answer = Answer::new(200, whole.clone());
         answer.cut = Some(100_000);
         Some(answer)
@@ -147,7 +174,7 @@ async fn never_whole() -> Result<(), Failure> {
 
 async fn wrong_digests() -> Result<(), Failure> {
     let node = Node::new()?;
-    // The blob is another.
+    // The registry sends the second layer with one changed bit.
     let built = simple();
     let layer = built.layers[1].clone();
     let mut other = built.blobs[1].clone();
@@ -160,7 +187,7 @@ async fn wrong_digests() -> Result<(), Failure> {
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::DataLoss, "{error}");
     assert!(error.to_string().contains("digest"), "{error}");
-    // The configuration promises another archive.
+    // The image's configuration contains a wrong diff ID.
     let mut lying = simple();
     let config = lying.blobs.len() - 2;
     let text = String::from_utf8(lying.blobs[config].clone())?;
@@ -173,7 +200,7 @@ async fn wrong_digests() -> Result<(), Failure> {
     let server = Server::start(&[("app", &lying)], |_| None)?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::DataLoss, "{error}");
-    // The manifest is not the one that the reference names.
+    // The reference names the manifest's digest, but the registry sends another manifest.
     let server = Server::start(&[("app", &built)], |request| {
         let hit = request.path.contains("manifests");
         hit.then(|| Answer::new(200, "{}"))
@@ -245,7 +272,7 @@ async fn busy() -> Result<(), Failure> {
     node.images
         .pull(&format!("{}/app:1", server.host()), None)
         .await?;
-    // One that stays so.
+    // This server answers every request with an error status.
     let server = Server::start(&[], |_| Some(Answer::new(500, "")))?;
     let node = Node::new()?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
@@ -259,7 +286,7 @@ async fn documents() -> Result<(), Failure> {
     let server = Server::start(&[], |_| Some(Answer::new(200, vec![b' '; 9 << 20])))?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert!(error.to_string().contains("longer than"), "{error}");
-    // A configuration larger than its descriptor says.
+    // The configuration that the registry sends is larger than its descriptor allows.
     let built = simple();
     let id = built.id.clone();
     let server = Server::start(&[("app", &built)], move |request| {
@@ -298,14 +325,14 @@ async fn bearer() -> Result<(), Failure> {
         Some(Answer::new(401, "").header("WWW-Authenticate", challenge))
     })?;
     let node = Node::new()?;
-    // A token that no header can carry must be an error, not the end of the process.
+    // A token that is not a valid header value must cause an error and not a panic.
     let error = failure(&node, &format!("{}/evil:1", server.host())).await?;
     assert!(error.to_string().contains("token"), "{error}");
     node.images
         .pull(&format!("{}/app:1", server.host()), None)
         .await?;
     assert_eq!(token_server.seen().len(), 2);
-    // One that goes there as it is.
+    // A bearer token from the caller is sent to the registry unchanged.
     let node = Node::new()?;
     let auth = Some(Auth::bearer("good"));
     node.images
@@ -318,7 +345,7 @@ async fn basic() -> Result<(), Failure> {
     let built = simple();
     let server = Server::start(&[("app", &built)], |request| {
         match request.authorization.as_deref() {
-            // me:sesame
+            // `bWU6c2VzYW1l` is the base64 form of `me:sesame`.
             Some("Basic bWU6c2VzYW1l") => None,
             _ => Some(Answer::new(401, "").header("WWW-Authenticate", "Basic realm=\"r\"")),
         }
@@ -329,7 +356,7 @@ async fn basic() -> Result<(), Failure> {
     let error = failure(&node, &reference).await?;
     assert_eq!(error.kind(), Kind::Unauthenticated, "{error}");
     let Err(error) = node.images.pull(&reference, with("wrong-word")?).await else {
-        return Err("let in".into());
+        return Err("the registry accepted a wrong password".into());
     };
     assert_eq!(error.kind(), Kind::Unauthenticated, "{error}");
     assert!(!error.to_string().contains("wrong-word"));
@@ -363,10 +390,13 @@ async fn mirrors() -> Result<(), Failure> {
     assert!(!empty.seen().is_empty());
     node.hosts("bad.example", "server = 7")?;
     let error = node.images.pull("bad.example/app", None).await;
-    let told = error.err().ok_or("a bad hosts.toml was taken")?.to_string();
+    let message = error
+        .err()
+        .ok_or("an invalid hosts.toml was accepted")?
+        .to_string();
     assert!(
-        told.contains("bad.example/hosts.toml") && told.contains("line 1, server"),
-        "{told}"
+        message.contains("bad.example/hosts.toml") && message.contains("line 1, server"),
+        "{message}"
     );
     Ok(())
 }
@@ -567,12 +597,13 @@ async fn implied() -> Result<(), Failure> {
     Ok(())
 }
 
-/// An image with one layer that is worth keeping the beginning of.
+/// Returns an image with one layer. The layer is larger than 4 MiB, so its received bytes are kept
+/// for a later pull.
 fn large() -> Image {
     image(&[noisy("large", 9 << 20)], json!({}))
 }
 
-/// The name of what is kept of a blob.
+/// Returns the path of the file that keeps the beginning of the blob with the digest `digest`.
 fn partial(dir: &Dir, digest: &str) -> PathBuf {
     let hex = digest.trim_start_matches("sha256:");
     dir.0.join("ingest").join(format!("{hex}.partial"))
@@ -587,8 +618,9 @@ async fn resumed() -> Result<(), Failure> {
         if !request.path.ends_with(&layer) {
             return None;
         }
-        // The first connection breaks off, and so does each that tries to go on, until the server
-        // has been started again.
+        // The first answer breaks off after 5 MiB. The client then requests the rest of the layer.
+        // The second answer contains no byte, so the first pull fails. All later answers are
+        // complete.
         let mut answer = Answer::new(200, whole.clone()).ranged(request);
         match counted.fetch_add(1, Ordering::Relaxed) {
             0 => answer.cut = Some(5 << 20),
@@ -628,13 +660,17 @@ async fn spoilt() -> Result<(), Failure> {
 
 const CHILD: &str = "RRUN_TEST_PULL";
 
-/// The process that is killed: pulls `RRUN_TEST_PULL` into the directory named first.
+/// Pulls an image and exits, if this process is the child of the test. The test kills this child
+/// during the pull. In the child, the variable `RRUN_TEST_PULL` contains the directory and the
+/// reference for the pull.
 pub(crate) fn be_the_child() {
     let Ok(what) = std::env::var(CHILD) else {
         return;
     };
     let pull = || -> Result<(), Failure> {
-        let (dir, reference) = what.split_once(' ').ok_or("arguments")?;
+        let (dir, reference) = what
+            .split_once(' ')
+            .ok_or("RRUN_TEST_PULL contains no reference")?;
         let runtime = tokio::runtime::Runtime::new()?;
         runtime.block_on(async {
             let images = open(dir.as_ref(), ImageSettings::default())?;
@@ -659,10 +695,10 @@ async fn killed() -> Result<(), Failure> {
     let mut child = Command::new(std::env::current_exe()?)
         .env(CHILD, format!("{} {reference}", dir.0.display()))
         .spawn()?;
-    // One layer is whole, the other under way.
+    // Wait until one layer is complete while the other layer is still being fetched.
     while !(dir.0.join("layers/1").exists() || dir.0.join("layers/2").exists()) {
         if child.try_wait()?.is_some() {
-            return Err("the child ended too soon".into());
+            return Err("the child process exited before its first layer was complete".into());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

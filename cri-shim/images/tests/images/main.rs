@@ -1,4 +1,4 @@
-//! Images from a real registry, and from registries that lie.
+//! Tests of pulls from a real registry and from test servers that send wrong data.
 
 mod archives;
 mod build;
@@ -15,7 +15,7 @@ use libtest_mimic::{Arguments, Trial};
 
 use build::Failure;
 
-/// A test that runs on a small runtime of its own.
+/// Creates a test that runs on its own small tokio runtime.
 fn trial<F>(name: &'static str, test: fn() -> F) -> Trial
 where
     F: Future<Output = Result<(), Failure>> + 'static,
@@ -31,7 +31,8 @@ where
     })
 }
 
-/// The same test, left out aloud when something is missing.
+/// If `missing` contains a reason, reports the test as skipped with this reason. If `missing` is
+/// `None`, returns the test unchanged.
 fn unless(missing: Option<&str>, trial: Trial) -> Trial {
     match missing {
         Some(reason) => {
@@ -46,7 +47,8 @@ fn main() {
     lies::be_the_child();
     let arguments = Arguments::from_args();
     let root = rustix::process::geteuid().is_root();
-    let not_root = (!root).then_some("needs root, for owners, devices and mounts");
+    let not_root = (!root)
+        .then_some("this test needs root to set owners, create devices and mount file systems");
     let no_registry = node::missing(&["docker-registry", "skopeo"]);
     let no_registry = not_root.or(no_registry.as_deref());
     let no_openssl = node::missing(&["openssl"]);

@@ -1,4 +1,5 @@
-//! What a node has: a root directory, a store, images; and a real registry beside it.
+//! Helpers that set up a node for tests (a root directory, a store and images). Other helpers start
+//! a real registry.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -14,7 +15,7 @@ use crate::build::{Failure, Image};
 
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// A directory of one test, gone at its end.
+/// The directory of one test. Dropping this value removes the directory.
 pub(crate) struct Dir(pub PathBuf);
 
 impl Dir {
@@ -39,7 +40,7 @@ pub(crate) struct Node {
 }
 
 pub(crate) fn open(dir: &Path, limits: ImageSettings) -> Result<Images, Failure> {
-    // The writer of a store that has just been dropped may hold the file for a moment.
+    // The writer thread of a store that was just dropped can keep the file open for a moment.
     let mut tries = 0;
     let store = loop {
         match Store::open(&dir.join("meta.redb")) {
@@ -68,7 +69,7 @@ impl Node {
         Ok(Node { images, dir })
     }
 
-    /// The same node after rrun-cri has been started again.
+    /// Closes the node's images and opens them again, as a restart of rrun-cri does.
     pub(crate) fn restart(self) -> Result<Self, Failure> {
         let Node { images, dir } = self;
         drop(images);
@@ -80,7 +81,8 @@ impl Node {
         &self.dir.0
     }
 
-    /// What lies in `layers/` beside the empty layer, and in `ingest/`.
+    /// Returns the paths of the files and directories in `layers/` (except the empty layer) and in
+    /// `ingest/`.
     pub(crate) fn leavings(&self) -> Result<Vec<PathBuf>, Failure> {
         let mut found = Vec::new();
         for dir in ["layers", "ingest"] {
@@ -94,13 +96,15 @@ impl Node {
         Ok(found)
     }
 
-    /// Waits until nothing is left: other layers of a failed pull end in threads of their own, and
-    /// what is removed goes with nobody waiting.
+    /// Waits until all layers and downloads are removed. The wait is necessary for two reasons.
+    /// After a pull has failed, its other fetches can still run in their own threads. The server
+    /// also removes layers in the background.
     pub(crate) async fn becomes_clean(&self) -> Result<(), Failure> {
         self.comes_down_to(0).await
     }
 
-    /// Waits until this much is left.
+    /// Waits until `layers/` (without the empty layer) and `ingest/` together contain `count` files
+    /// or directories.
     pub(crate) async fn comes_down_to(&self, count: usize) -> Result<(), Failure> {
         for _ in 0..1000 {
             if self.leavings()?.len() == count {
@@ -108,7 +112,11 @@ impl Node {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        Err(format!("left: {:?}", self.leavings()?).into())
+        Err(format!(
+            "layers/ and ingest/ must contain {count} files, but they contain {:?}",
+            self.leavings()?
+        )
+        .into())
     }
 
     pub(crate) fn hosts(&self, registry: &str, text: &str) -> Result<(), Failure> {
@@ -119,24 +127,25 @@ impl Node {
     }
 }
 
-/// Debian's docker-registry on a loopback port.
+/// A process of Debian's docker-registry that listens on a loopback port.
 pub(crate) struct Registry {
     child: Child,
     pub port: u16,
     _dir: Dir,
 }
 
-/// What a test needs and this machine lacks.
+/// Returns a message if a program in `programs` is not installed.
 pub(crate) fn missing(programs: &[&str]) -> Option<String> {
     let found = |program: &&str| {
         std::env::var_os("PATH")
             .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
     };
-    let lacking = programs.iter().find(|program| !found(program))?;
-    Some(format!("{lacking} is not installed"))
+    let missing = programs.iter().find(|program| !found(program))?;
+    Some(format!("the program {missing} is not installed"))
 }
 
-/// Busybox's tar writes one dialect, and no sparse files.
+/// Returns a message if tar is not GNU tar. Busybox's tar can't create the archives of the tests,
+/// because it supports only one archive format and no sparse files.
 pub(crate) fn no_gnu_tar() -> Option<String> {
     let version = Command::new("tar").arg("--version").output();
     let is_gnu = version.is_ok_and(|out| out.stdout.starts_with(b"tar (GNU tar)"));
@@ -148,7 +157,8 @@ pub(crate) fn free_port() -> Result<u16, Failure> {
 }
 
 impl Registry {
-    /// `http` is added to the section of that name.
+    /// Starts the registry. The parameter `http` is a text that is added to the section `http` of
+    /// the registry's configuration.
     pub(crate) fn start(http: &str) -> Result<Self, Failure> {
         let dir = Dir::new()?;
         let port = free_port()?;
@@ -199,7 +209,7 @@ impl Registry {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// Pushes with skopeo; returns the reference.
+    /// Pushes an image with skopeo and returns its reference.
     pub(crate) fn push(
         &self,
         image: &Image,

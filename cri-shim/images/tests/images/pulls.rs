@@ -1,4 +1,4 @@
-//! Pulls from docker-registry.
+//! Tests of pulls from docker-registry.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
@@ -14,21 +14,27 @@ use crate::trial;
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "an_image_is_found_by_tag_digest_and_id_and_gone_after_removal",
+            "an_image_is_found_by_its_tag_its_digest_and_its_id_until_it_is_removed",
             found_and_removed,
         ),
-        trial("layers_may_be_gzip_zstd_or_plain", compressions),
-        trial("docker_schema_2_is_pulled", schema_2),
-        trial("an_image_is_there_after_a_restart", restart),
-        trial("a_leased_layer_outlives_its_image", leased),
-        trial("pulls_of_one_reference_are_one", joined),
+        trial("layers_can_be_gzip_zstd_or_uncompressed", compressions),
+        trial("an_image_of_dockers_schema_2_is_pulled", schema_2),
+        trial("an_image_is_kept_over_a_restart", restart),
+        trial("a_leased_layer_is_kept_when_its_image_is_removed", leased),
+        trial(
+            "simultaneous_calls_for_one_reference_share_one_pull",
+            joined,
+        ),
         trial("an_image_of_a_hundred_layers_is_pulled", hundred),
     ]
 }
 
-/// Those that have openssl make certificates.
+/// Returns the tests that need openssl to create certificates.
 pub(crate) fn trials_of_tls() -> Vec<Trial> {
-    vec![trial("tls_is_verified_by_the_authority_of_hosts_toml", tls)]
+    vec![trial(
+        "tls_certificates_are_verified_with_the_authority_in_hosts_toml",
+        tls,
+    )]
 }
 
 fn three_layers() -> Image {
@@ -75,7 +81,10 @@ async fn found_and_removed() -> Result<(), Failure> {
     assert_eq!(image.size, size as u64);
     let short = &image.id["sha256:".len()..][..12];
     for name in [reference.as_str(), &by_digest, &image.id, short] {
-        assert!(node.images.find(name).is_some(), "{name}");
+        assert!(
+            node.images.find(name).is_some(),
+            "the image was not found under the name {name}"
+        );
     }
     let again = node.images.pull(&by_digest, None).await?;
     assert_eq!(again.repo_tags, image.repo_tags);
@@ -100,7 +109,7 @@ async fn compressions() -> Result<(), Failure> {
     assert_eq!(image.layers.len(), 3);
     let lowers = node.images.lease("c", &image.id).await?;
     let [top, middle, bottom] = lowers.as_slice() else {
-        return Err(format!("{lowers:?}").into());
+        return Err(format!("the image must have three layers, not {lowers:?}").into());
     };
     assert_eq!(std::fs::read_to_string(bottom.join("etc/one"))?, "1");
     assert_eq!(std::fs::read_to_string(middle.join("etc/one"))?, "uno");
@@ -129,7 +138,10 @@ async fn restart() -> Result<(), Failure> {
     let before = node.images.pull(&reference, None).await?;
     let lowers = node.images.lease("c", &before.id).await?;
     let node = node.restart()?;
-    let after = node.images.find(&reference).ok_or("gone")?;
+    let after = node
+        .images
+        .find(&reference)
+        .ok_or("the image no longer exists")?;
     assert_eq!(after, before);
     assert_eq!(node.images.lease("c", &before.id).await?, lowers);
     assert_eq!(node.images.leases(), ["c"]);
@@ -170,7 +182,7 @@ async fn joined() -> Result<(), Failure> {
     Ok(())
 }
 
-/// An authority and a certificate for 127.0.0.1, by openssl.
+/// Creates an authority and a certificate for 127.0.0.1 with openssl.
 fn certificates(dir: &Dir) -> Result<(), Failure> {
     let script = r#"
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
@@ -202,7 +214,7 @@ async fn tls() -> Result<(), Failure> {
     let server = format!("server = \"https://{}\"\n", registry.host());
     node.hosts(&registry.host(), &server)?;
     let Err(error) = node.images.pull(&reference, None).await else {
-        return Err("an unknown authority was trusted".into());
+        return Err("the certificate of an unknown authority was accepted".into());
     };
     assert_eq!(error.kind(), Kind::Unavailable);
     assert!(error.to_string().contains("certificate"), "{error}");
@@ -231,7 +243,8 @@ async fn hundred() -> Result<(), Failure> {
     let lowers = node.images.lease("c", &image.id).await?;
     assert_eq!(lowers.len(), 100);
     assert!(lowers[0].join("file-99").is_file() && lowers[99].join("file-0").is_file());
-    // mount(2) takes a page of options; from the layers' directory the names are short.
+    // mount(2) accepts only one page of options. The paths of the layers relative to `layers/` must
+    // therefore fit into one page.
     let short: usize = lowers
         .iter()
         .filter_map(|lower| lower.strip_prefix(node.root().join("layers")).ok())

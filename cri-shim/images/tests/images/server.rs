@@ -1,4 +1,5 @@
-//! A registry that does what a test wants: breaks off, lies, refuses.
+//! A registry whose behaviour a test controls. The registry can break off connections, send wrong
+//! data, or refuse requests.
 
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -8,13 +9,13 @@ use std::time::Duration;
 
 use super::build::{Failure, Image, digest};
 
-/// One request as it came.
+/// One received request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Request {
     pub path: String,
     pub range: Option<u64>,
     pub authorization: Option<String>,
-    /// All header lines, names in lower case.
+    /// All header lines, with names in lower case.
     pub headers: Vec<(String, String)>,
     pub body: String,
 }
@@ -23,13 +24,14 @@ pub(crate) struct Answer {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
-    /// Bytes after which the connection breaks off, although more was announced.
+    /// The number of bytes after which the connection breaks off. The response head announces more
+    /// bytes.
     pub cut: Option<usize>,
-    /// A pause between pieces.
+    /// The pause after each piece of the answer.
     pub slow: Duration,
-    /// Bytes of a piece.
+    /// The number of bytes in each piece of the answer.
     pub piece: usize,
-    /// Whether the head comes in such pieces, too.
+    /// True if the response head is also sent in pieces.
     pub slow_head: bool,
 }
 
@@ -51,7 +53,7 @@ impl Answer {
         self
     }
 
-    /// Sends one byte at a time, with a pause after each.
+    /// Makes the server send one byte at a time, with a pause after each byte.
     pub(crate) fn dripping(mut self, pause: Duration) -> Self {
         (self.slow, self.piece) = (pause, 1);
         self
@@ -74,8 +76,9 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves until the test's process ends. `answer` is asked first; what it leaves is served
-    /// from the images, each under its name with the tag 1.
+    /// Starts a server. The server runs until the test's process ends. For each request, the server
+    /// calls `answer`. If `answer` returns `None`, the server sends the requested manifest or blob
+    /// of `images`. The server provides each image under its name in `images` with the tag 1.
     pub(crate) fn start(
         images: &[(&str, &Image)],
         answer: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
@@ -87,7 +90,7 @@ impl Server {
             for blob in &image.blobs {
                 content.insert(format!("/v2/{name}/blobs/{}", digest(blob)), blob.clone());
             }
-            let manifest = image.blobs.last().ok_or("no manifest")?;
+            let manifest = image.blobs.last().ok_or("the image has no manifest")?;
             for target in ["1", image.manifest.as_str()] {
                 content.insert(format!("/v2/{name}/manifests/{target}"), manifest.clone());
             }

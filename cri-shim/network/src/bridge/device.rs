@@ -1,4 +1,5 @@
-//! The bridge as a network device: found or made, with its addresses and its MTU.
+//! The bridge as a network device. The functions in this module create the bridge, and set its
+//! addresses and its MTU.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -12,36 +13,38 @@ use crate::forwarding;
 use crate::link::{self, Link};
 use crate::netlink::{Batch, Socket};
 
-/// Addresses that nobody has, of RFC 5737 and RFC 3849: the way to them is the default route.
+/// Addresses from RFC 5737 and RFC 3849, which are not assigned to any machine. For this reason,
+/// the kernel's route lookup for one of these addresses returns the default route.
 const UNASSIGNED: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
 ];
 
-/// Ethernet's, for a node without a default route.
+/// The MTU of new pods on a node that has no default route. The value is the MTU of Ethernet.
 const DEFAULT_MTU: u32 = 1500;
 
-/// The smallest MTU with which an interface has IPv6.
+/// The smallest MTU with which an interface supports IPv6.
 const IPV6_MIN_MTU: u32 = 1280;
 
-/// The bridge, as configured.
+/// The bridge's settings from the configuration.
 pub(super) struct BridgeDevice<'a> {
     pub name: &'a str,
-    /// What new pods get addresses of.
+    /// The ranges from which new pods get their addresses.
     pub ranges: &'a [Range],
-    /// `None`: the uplink's.
+    /// The MTU. `None` means the MTU of the uplink.
     pub mtu: Option<u32>,
 }
 
-/// A bridge that is there and has all its addresses.
+/// The bridge's interface index, MTU and ranges after the bridge was repaired.
 pub(super) struct Repaired {
     pub index: u32,
     pub mtu: u32,
-    /// The ranges that there are pods of.
+    /// The ranges in which pods can have addresses.
     pub ranges: Vec<Range>,
 }
 
-/// Whether an interface gets IPv6 by this change of its MTU.
+/// Returns whether the kernel enables IPv6 on an interface when the interface's MTU changes from
+/// `from` to `to`.
 pub(super) fn gets_ipv6(from: u32, to: u32) -> bool {
     from < IPV6_MIN_MTU && to >= IPV6_MIN_MTU
 }
@@ -51,8 +54,9 @@ impl BridgeDevice<'_> {
         link.name == self.name && link.kind.as_deref() == Some("bridge")
     }
 
-    /// Finds or makes the bridge, and gives it what it lacks. A bridge that had to be made gets
-    /// `pods` as its ports again. `addresses` are those of pods.
+    /// Creates the bridge if it does not exist, and adds missing addresses to it. If the bridge is
+    /// created, the interfaces of `pods` become its ports. `addresses` are the assigned addresses
+    /// of all pods.
     pub(super) fn repair(
         &self,
         socket: &mut Socket,
@@ -67,7 +71,8 @@ impl BridgeDevice<'_> {
         };
         let is_missing = |range: &&Range| !has.contains(&(range.gateway(), range.prefix()));
         let missing: Vec<Range> = self.ranges.iter().filter(is_missing).copied().collect();
-        // Before anything is made: a bridge that can't have its address is of no use.
+        // The check for overlapping routes is made before any change. If a pod range overlaps a
+        // route, the bridge cannot get its address and must not be created.
         for range in &missing {
             refuse_overlap(socket, index, *range)?;
         }
@@ -93,8 +98,8 @@ impl BridgeDevice<'_> {
         })
     }
 
-    /// Takes the bridge that is there, which an earlier version of rrun, or another program, may
-    /// have made. `has` are its addresses.
+    /// Checks and configures an existing bridge, which an earlier version of rrun or another
+    /// program may have created. `has` contains the bridge's addresses.
     fn adopt(
         &self,
         socket: &mut Socket,
@@ -120,7 +125,8 @@ impl BridgeDevice<'_> {
         link::create_bridge(socket, self.name, link::mac_of(&gateways), mtu)?;
         let made = link::find(socket, self.name)?
             .ok_or_else(|| NetworkError::kernel(self.name, Errno::ENODEV))?;
-        // The bridge is not up and has no ports yet.
+        // The bridge is still down and has no ports. It therefore receives no router advertisement
+        // before `refuse_routers` returns.
         forwarding::refuse_routers(self.name)?;
         pair::rejoin(socket, self.name, made.index, pods);
         Ok(made)
@@ -132,7 +138,8 @@ impl BridgeDevice<'_> {
             let broadcast = range.broadcast();
             link::add_address(batch, link.index, self.name, gateway, prefix, broadcast);
         }
-        // Without one the kernel does not look for the neighbours that it passes packets on to.
+        // The bridge needs a link-local address. Without it, the kernel cannot forward IPv6 packets
+        // to pods, because it does not resolve the pods' link-layer addresses.
         if let Some(mac) = link.mac
             && self.ranges.iter().any(|range| range.is_ipv6())
         {
@@ -141,8 +148,9 @@ impl BridgeDevice<'_> {
         }
     }
 
-    /// Deletes the addresses of earlier configurations that no pod needs any more. Returns the
-    /// ranges of the others, and those of this configuration.
+    /// Deletes the bridge's addresses from earlier configurations. An address is not deleted if a
+    /// pod still needs it as its gateway. Returns the configured ranges and the ranges of the
+    /// bridge's remaining addresses.
     fn drop_old_addresses(
         &self,
         batch: &mut Batch,
@@ -161,9 +169,11 @@ impl BridgeDevice<'_> {
         ranges
     }
 
-    /// Sets the bridge's MTU. Below IPv6's minimum the bridge has no IPv6. When the MTU rises above
-    /// it, IPv6 begins with the node's default sysctls. So the bridge is down until it refuses
-    /// router advertisements.
+    /// Sets the bridge's MTU. The bridge has no IPv6 while its MTU is below the minimum for IPv6.
+    /// When the MTU rises to this minimum, the kernel enables IPv6 on the bridge with the node's
+    /// default sysctls. With these sysctls, the bridge may accept router advertisements. If the MTU
+    /// rises to the minimum, this function therefore first sets the bridge down. It sets the bridge
+    /// up again after the bridge refuses router advertisements.
     pub(super) fn set_mtu(
         &self,
         socket: &mut Socket,
@@ -187,8 +197,8 @@ impl BridgeDevice<'_> {
         Ok(())
     }
 
-    /// The MTU of new pods: the configured one, or that of the uplink. `bridge` is the bridge's
-    /// index, if it is there.
+    /// Returns the MTU of new pods, which is the configured MTU or the MTU of the uplink. `bridge`
+    /// is the index of the bridge, if the bridge exists.
     pub(super) fn mtu_of_pods(
         &self,
         socket: &mut Socket,
@@ -198,11 +208,12 @@ impl BridgeDevice<'_> {
             return Ok(mtu);
         }
         for address in UNASSIGNED {
-            let uplink = link::way_to(socket, address)?;
+            let uplink = link::outgoing_link(socket, address)?;
             if let Some(index) = uplink.filter(|index| Some(*index) != bridge)
                 && let Some(link) = link::at(socket, index)?
             {
-                // The loopback's is higher than any veth's.
+                // The result is limited to the largest MTU of a veth interface. The uplink can be
+                // the loopback, and the loopback's MTU is larger.
                 return Ok(link.mtu.min(*NetworkConfig::MTU.end()));
             }
         }
@@ -210,8 +221,8 @@ impl BridgeDevice<'_> {
     }
 }
 
-/// Refuses a range that this node has a route into, other than by the bridge, whose index is
-/// `bridge` if it is there.
+/// Refuses a pod range that overlaps the destination of a route of this node. Routes through the
+/// bridge are ignored. `bridge` is the index of the bridge, if the bridge exists.
 fn refuse_overlap(
     socket: &mut Socket,
     bridge: Option<u32>,
@@ -232,9 +243,11 @@ fn refuse_overlap(
     }
 }
 
-/// Deletes the routes that pods may have advertised while the bridge accepted advertisements. The
-/// kernel would keep them for as long as the pods chose. `index` is the bridge and `has` are its
-/// addresses. The routes of these addresses stay: deleting an address deletes its route.
+/// Deletes the routes from router advertisements. Pods may have advertised these routes while the
+/// bridge accepted router advertisements. Without this deletion, the kernel would keep the routes
+/// for the lifetime that the pods chose. `index` is the index of the bridge, and `has` contains the
+/// bridge's addresses. The kernel created a route for each of these addresses. This function does
+/// not delete those routes, because the kernel deletes each of them together with its address.
 fn forget_advertisements(
     socket: &mut Socket,
     index: u32,

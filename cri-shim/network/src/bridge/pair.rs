@@ -1,4 +1,5 @@
-//! A pod's pair of interfaces: one end on the bridge, the other in the pod's network namespace.
+//! The veth pair of a pod. One end is a port of the bridge, and the other end is in the pod's
+//! network namespace.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,13 +14,14 @@ use crate::link::{self, POD_INTERFACE, VethPair};
 use crate::netlink::{Batch, Socket};
 use crate::{forwarding, namespace};
 
-/// IFALIASZ, with its NUL.
+/// The maximum length of an interface's alias, which is IFALIASZ without the terminating NUL.
 const ALIAS_BYTES: usize = 255;
 
 const HOST_PREFIX: &str = "rr";
 const HOST_HASH_BYTES: usize = 6;
 
-/// The name of the node's end of a pod's pair: 14 of the 15 bytes that a name may have.
+/// Returns the name of the node's end of a pod's veth pair. The name has 14 bytes. The kernel's
+/// maximum is 15.
 pub(crate) fn host_interface(pod: &str) -> String {
     let hash = Sha256::digest(pod.as_bytes());
     let mut name = HOST_PREFIX.to_owned();
@@ -35,7 +37,7 @@ pub(super) fn is_host_interface(name: &str) -> bool {
     })
 }
 
-/// What `ip link` shows beside a pod's interface.
+/// Returns the alias of the node's end of a pod's veth pair. The command `ip link` shows the alias.
 pub(super) fn alias(bridge: &str, pod: &str) -> String {
     let mut alias = format!("{bridge} pod {pod}");
     let end = alias.floor_char_boundary(ALIAS_BYTES);
@@ -46,7 +48,7 @@ pub(super) fn alias(bridge: &str, pod: &str) -> String {
 /// The network namespace of a pod.
 pub(crate) struct PodNamespace {
     namespace: OwnedFd,
-    /// Where it is pinned, for errors.
+    /// The path at which the namespace is pinned. The path is used only in error messages.
     path: PathBuf,
 }
 
@@ -58,20 +60,21 @@ impl PodNamespace {
         })
     }
 
-    /// Asks the kernel from inside the namespace.
+    /// Calls `request` with a netlink socket in the pod's network namespace.
     fn inside<T: Send>(
         &self,
-        ask: impl FnOnce(&mut Socket) -> Result<T, NetworkError> + Send,
+        request: impl FnOnce(&mut Socket) -> Result<T, NetworkError> + Send,
     ) -> Result<T, NetworkError> {
         namespace::on_own_thread(|| {
             namespace::enter(self.namespace.as_fd(), &self.path)?;
-            ask(&mut Socket::route()?)
+            request(&mut Socket::route()?)
         })
     }
 }
 
-/// Makes the pair, or finds it. The pod's end has no address yet.
-pub(super) fn make(
+/// Creates the veth pair, unless it already exists. [`configure`] adds the addresses to the pod's
+/// end.
+pub(super) fn ensure(
     socket: &mut Socket,
     pair: &VethPair,
     namespace: &PodNamespace,
@@ -91,30 +94,35 @@ pub(super) fn make(
         forwarding::refuse_routers(pair.host)?;
         return link::join_bridge(socket, pair.host, pair.alias, pair.bridge);
     }
-    // The pair leads elsewhere: to a namespace that was lost.
+    // The pod's end of the existing veth pair is in the pod's previous network namespace, not in
+    // `namespace`. For this reason, the pair is created again.
     link::delete(socket, pair.host)?;
     create(socket, pair, inside)
 }
 
-/// Makes a pair of interfaces. The node's end refuses router advertisements, too: if somebody
-/// deletes the bridge, packets that arrive at that end are for the node itself.
+/// Creates a veth pair. The pair's end on the node is configured to refuse router advertisements.
+/// Without this setting, the node itself would process router advertisements after another program
+/// deleted the bridge.
 fn create(socket: &mut Socket, pair: &VethPair, namespace: BorrowedFd) -> Result<(), NetworkError> {
     link::create_veth(socket, pair, namespace)?;
     forwarding::refuse_routers(pair.host)?;
     link::set_up_port(socket, pair.host, pair.alias)
 }
 
-/// Puts the pods that lost their bridge on the new one, whose index is `index`.
+/// Adds the interfaces of `pods` to the new bridge as ports, after the previous bridge was deleted.
+/// `index` is the interface index of the new bridge.
 pub(super) fn rejoin(socket: &mut Socket, bridge: &str, index: u32, pods: &[String]) {
     for pod in pods {
         let host = host_interface(pod);
-        // A pod whose pair is not there is attached or detached right now, or after this.
+        // Errors are ignored, because a pod may have no veth pair at this time. Another call is
+        // then attaching or detaching the pod, or will do so soon.
         let _ = forwarding::refuse_routers(&host)
             .and_then(|()| link::join_bridge(socket, &host, &alias(bridge, pod), index));
     }
 }
 
-/// Gives the pod's end its addresses and the pod its default routes. Done again it changes nothing.
+/// Adds the addresses to the pod's end of the veth pair, and adds the pod's default routes. If this
+/// function is called again, it changes nothing.
 pub(super) fn configure(
     namespace: &PodNamespace,
     addresses: &[IpAddr],
@@ -124,7 +132,7 @@ pub(super) fn configure(
     namespace.inside(|socket| {
         let index = rustix::net::netdevice::name_to_index(socket.fd(), POD_INTERFACE);
         let index = index.map_err(|errno| {
-            let action = format!("look for {POD_INTERFACE} in a pod's network namespace");
+            let action = format!("look up {POD_INTERFACE} in a pod's network namespace");
             NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
         })?;
         let v6 = addresses.iter().any(IpAddr::is_ipv6);
@@ -136,7 +144,8 @@ pub(super) fn configure(
             link::add_address(&mut batch, index, POD_INTERFACE, own, 64, None);
         }
         for address in addresses {
-            // Only a pod of a configuration before this one has an address of no range.
+            // An address whose family (IPv4 or IPv6) matches no pod range was assigned under an
+            // earlier configuration. This loop skips such an address.
             let mut ranges = ranges.iter();
             let Some(range) = ranges.find(|range| range.is_ipv6() == address.is_ipv6()) else {
                 continue;
@@ -161,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_interface_has_a_name_that_the_kernel_takes_and_we_know_again() {
+    fn the_name_of_a_host_interface_has_a_valid_length_and_is_recognised() {
         let name = host_interface("5d4f8c9a");
         assert_eq!(name.len(), 14);
         assert!(is_host_interface(&name));

@@ -1,4 +1,5 @@
-//! What a pod's plugins were called with, in memory and in the store.
+//! The records of pods that CNI plugins connected to networks. A record contains the parameters
+//! with which the plugins were run.
 
 use std::sync::Arc;
 
@@ -9,22 +10,28 @@ use tokio::time::Instant;
 use super::chain::Target;
 use super::configuration::ConfigurationList;
 
-/// A pod that plugins know, or are about to. What is large of it is in the store.
+/// The in-memory data about a pod that CNI plugins have connected to networks or are going to
+/// connect. The pod's [`AttachmentRecord`] in the store contains further data.
 pub(super) struct AttachedPod {
-    /// The name of each network, and of its interface in the pod.
+    /// The networks of the pod. Each entry is a network name and the name of the pod's interface in
+    /// this network.
     pub networks: Vec<(String, String)>,
-    /// Until its ADD has ended.
+    /// The pod's record while the pod's ADD has not succeeded yet. After that, the record is only
+    /// in the store.
     pub record: Option<Arc<AttachmentRecord>>,
-    /// Plugins of a pod never run side by side but for different networks.
+    /// The lock that is held while CNI plugins run for the pod. The lock prevents an ADD, a DEL and
+    /// a CHECK for the same pod from running in parallel.
     pub plugin_lock: Arc<tokio::sync::Mutex<()>>,
-    /// Of an earlier life of the server, whose plugins may still run.
+    /// True if an earlier server process attached the pod. Plugins that the earlier process started
+    /// may still be running.
     pub inherited: bool,
-    /// A task of its own sees to its DEL.
+    /// True if a background task retries the pod's DEL.
     pub orphan: bool,
+    /// The time at which the pod's DEL first failed. `None` if no DEL has failed.
     pub failing_since: Option<Instant>,
 }
 
-/// An entry of [`rrun_store::Table::ATTACHMENTS`]; the key is the pod's id.
+/// An entry of [`rrun_store::Table::ATTACHMENTS`]. The entry's key is the pod's id.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct AttachmentRecord {
     pub arguments: String,
@@ -35,9 +42,9 @@ pub(super) struct AttachmentRecord {
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct NetworkRecord {
     pub interface: String,
-    /// As it was when the pod was made.
+    /// The configuration of the network at the time when the pod was created.
     pub list: ConfigurationList,
-    /// What ADD gave; `None`: it has not ended well, as far as is known.
+    /// The result of ADD. `None` if the store contains no result of a successful ADD.
     pub result: Option<Value>,
 }
 

@@ -1,22 +1,25 @@
-//! The operations of a network: its plugins one after another; CNI specification, section 4.
+//! The CNI operations of a network. Each operation runs the plugins of the network one after
+//! another. See the CNI specification, section 4.
 
 use serde_json::{Map, Value, json};
 use tokio::time::{Duration, Instant};
 
-use super::configuration::{ConfigurationList, Version, kind, takes};
+use super::configuration::{ConfigurationList, Version, kind, requests};
 use super::plugin::{PluginCall, PluginDirs, PluginError, parse};
 use super::result;
 
-/// What the plugins of a network get to know of a pod.
+/// The data that the plugins of a network receive about a pod.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'a> {
     pub pod: &'a str,
-    /// The namespace's path; empty: it is gone.
+    /// The path of the pod's network namespace, or an empty string if the namespace no longer
+    /// exists.
     pub netns: &'a str,
     pub interface: &'a str,
-    /// CNI_ARGS.
+    /// The value of CNI_ARGS.
     pub arguments: &'a str,
-    /// What plugins get of it by the capabilities that they ask for.
+    /// The capability arguments of the pod. Each plugin gets only the arguments that its
+    /// configuration requests.
     pub capabilities: &'a Map<String, Value>,
 }
 
@@ -31,7 +34,7 @@ impl Target<'_> {
     }
 }
 
-/// One plugin's input, by the specification's section 3.
+/// Returns the JSON input of one plugin. See the CNI specification, section 3.
 fn input(
     list: &ConfigurationList,
     plugin: &Map<String, Value>,
@@ -43,13 +46,13 @@ fn input(
     input.remove("cniVersions");
     input.insert("name".to_owned(), list.name.as_str().into());
     input.insert("cniVersion".to_owned(), list.version.as_str().into());
-    let wanted = capabilities.into_iter().flatten();
-    let wanted: Map<String, Value> = wanted
-        .filter(|(name, _)| takes(plugin, name))
+    let requested = capabilities.into_iter().flatten();
+    let requested: Map<String, Value> = requested
+        .filter(|(name, _)| requests(plugin, name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
-    if !wanted.is_empty() {
-        input.insert("runtimeConfig".to_owned(), Value::Object(wanted));
+    if !requested.is_empty() {
+        input.insert("runtimeConfig".to_owned(), Value::Object(requested));
     }
     if let Some(previous) = previous {
         input.insert("prevResult".to_owned(), previous.clone());
@@ -57,7 +60,7 @@ fn input(
     input
 }
 
-/// ADD by all plugins: the last one's result.
+/// Runs ADD of all plugins, and returns the result of the last plugin.
 pub(super) async fn add(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -68,7 +71,7 @@ pub(super) async fn add(
     let mut previous = None;
     for plugin in &list.plugins {
         let input = input(list, plugin, Some(target.capabilities), previous.as_ref());
-        let answer = directories
+        let output = directories
             .run(PluginCall {
                 command: "ADD",
                 plugin: kind(plugin),
@@ -78,14 +81,15 @@ pub(super) async fn add(
                 deadline,
             })
             .await?;
-        let answer = parse("ADD", kind(plugin), &answer)?;
-        previous = Some(result::in_version(answer, list.version));
+        let result = parse("ADD", kind(plugin), &output)?;
+        previous = Some(result::in_version(result, list.version));
     }
     Ok(previous.unwrap_or_default())
 }
 
-/// DEL by all plugins, the last one first. One that fails keeps none of the others from theirs;
-/// the first error is returned. One that hangs gets no more than its share of the time.
+/// Runs DEL of all plugins in reverse order. If a plugin fails, this function still runs the other
+/// plugins, and returns the first error. Each plugin gets an equal share of the remaining time. A
+/// hanging plugin therefore can't use up the time of the other plugins.
 pub(super) async fn del(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -117,7 +121,7 @@ pub(super) async fn del(
     first
 }
 
-/// CHECK by all plugins, unless the list forbids it.
+/// Runs CHECK of all plugins, unless the configuration list disables CHECK.
 pub(super) async fn check(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -145,11 +149,11 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// CNI_COMMAND is none that the plugin knows.
+/// The error code of a plugin for an unsupported command in CNI_COMMAND.
 const UNKNOWN_COMMAND: u64 = 4;
 
-/// What a plugin answers to a command that is about no single pod.
-async fn of_no_pod(
+/// Runs a plugin with a command that is not for a specific pod, and returns the plugin's output.
+async fn run_without_pod(
     directories: &PluginDirs,
     command: &'static str,
     plugin: &Map<String, Value>,
@@ -168,7 +172,7 @@ async fn of_no_pod(
         .await
 }
 
-/// STATUS by all plugins: whether ADD would do.
+/// Runs STATUS of all plugins. Returns an error if a plugin reports that it cannot run ADD.
 pub(super) async fn status(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -179,9 +183,10 @@ pub(super) async fn status(
     }
     for plugin in &list.plugins {
         let input = input(list, plugin, None, None);
-        let answer = of_no_pod(directories, "STATUS", plugin, input, timeout).await;
+        let answer = run_without_pod(directories, "STATUS", plugin, input, timeout).await;
         match answer {
-            // Written before 1.1.0, though the list says otherwise: no word against it.
+            // A plugin without support for STATUS counts as ready. A configuration list with the
+            // version 1.1.0 can contain plugins for an earlier version of the CNI specification.
             Err(PluginError::Failed {
                 code: UNKNOWN_COMMAND,
                 ..
@@ -192,8 +197,9 @@ pub(super) async fn status(
     Ok(())
 }
 
-/// GC by all plugins: what is of none of the attachments, pod and interface, is removed. Every
-/// plugin is run; the first error is returned.
+/// Runs the GC command of all plugins. The plugins remove the resources of all attachments that are
+/// not in `valid`. An attachment is identified by a pod id and an interface name. If a plugin
+/// fails, this function still runs the other plugins, and returns the first error.
 pub(super) async fn gc(
     directories: &PluginDirs,
     list: &ConfigurationList,
@@ -211,9 +217,10 @@ pub(super) async fn gc(
     for plugin in &list.plugins {
         let mut input = input(list, plugin, None, None);
         input.insert("cni.dev/valid-attachments".to_owned(), valid.clone());
-        // What the specification of 1.1.0 called it first.
+        // The first published text of the CNI specification 1.1.0 called this key
+        // `cni.dev/attachments`. Some plugins may expect the old name, so the input contains both.
         input.insert("cni.dev/attachments".to_owned(), valid.clone());
-        let done = of_no_pod(directories, "GC", plugin, input, timeout).await;
+        let done = run_without_pod(directories, "GC", plugin, input, timeout).await;
         first = first.and(done.map(drop));
     }
     first
@@ -230,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plugin_is_told_what_it_asks_for_and_nothing_else() {
+    fn a_plugin_gets_only_the_capability_arguments_that_it_requests() {
         let plugin = object(json!({
             "type": "portmap", "snat": true,
             "capabilities": {"portMappings": true, "dns": false},

@@ -1,4 +1,5 @@
-//! Network configurations: the files of `--cni-conf-dir`, CNI specification, section 1.
+//! The network configurations, which are files in the directory `--cni-conf-dir`. See the CNI
+//! specification, section 1.
 
 use std::fmt;
 use std::fs::File;
@@ -11,10 +12,10 @@ use serde_json::{Map, Value, json};
 
 use rrun_kernel::errno::describe;
 
-/// The most that a configuration file may have, in bytes.
+/// The maximum size of a configuration file in bytes.
 const FILE_BYTES: u64 = 1 << 20;
 
-/// Versions of the specification that plugins are talked to in.
+/// The versions of the CNI specification that rrun-cri supports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) enum Version {
     #[serde(rename = "0.3.0")]
@@ -61,34 +62,39 @@ impl fmt::Display for Version {
     }
 }
 
-/// A network: plugins that run one after another.
+/// The configuration of a network. It is a list of plugins that run one after another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct ConfigurationList {
     pub file: PathBuf,
     pub name: String,
-    /// As negotiated: the highest that both sides know.
+    /// The version of the CNI specification that is used with the plugins. If the configuration
+    /// supports several versions, the field contains the highest version that rrun-cri also
+    /// supports.
     pub version: Version,
     #[serde(default)]
     pub disable_check: bool,
     #[serde(default)]
     pub disable_gc: bool,
-    /// Each plugin's own configuration, as the file has it.
+    /// The JSON object of each plugin from the configuration file, without changes.
     pub plugins: Vec<Map<String, Value>>,
 }
 
-/// The name of a plugin's binary.
+/// Returns the name of a plugin's binary, which is in the key `type`.
 pub(super) fn kind(plugin: &Map<String, Value>) -> &str {
     plugin.get("type").and_then(Value::as_str).unwrap_or("")
 }
 
 impl ConfigurationList {
-    /// Whether a plugin of the list takes this capability.
-    pub(super) fn takes(&self, capability: &str) -> bool {
-        self.plugins.iter().any(|plugin| takes(plugin, capability))
+    /// Returns whether a plugin of the list requests `capability`.
+    pub(super) fn requests(&self, capability: &str) -> bool {
+        self.plugins
+            .iter()
+            .any(|plugin| requests(plugin, capability))
     }
 
-    /// As containerd shows it in the verbose Status.
-    pub(super) fn shown(&self, interface: &str) -> Value {
+    /// Returns the description of the network for the response to a verbose Status request, in the
+    /// format of containerd.
+    pub(super) fn status_info(&self, interface: &str) -> Value {
         let plugins = self.plugins.iter().map(|plugin| {
             let source = Value::Object(plugin.clone()).to_string();
             json!({ "Network": plugin, "Source": source })
@@ -106,27 +112,30 @@ impl ConfigurationList {
     }
 }
 
-/// Whether the plugin's configuration asks for this capability.
-pub(super) fn takes(plugin: &Map<String, Value>, capability: &str) -> bool {
-    let wanted = plugin.get("capabilities");
-    wanted.and_then(|wanted| wanted.get(capability)) == Some(&Value::Bool(true))
+/// Returns whether the plugin's configuration requests `capability`.
+pub(super) fn requests(plugin: &Map<String, Value>, capability: &str) -> bool {
+    let requested = plugin.get("capabilities");
+    requested.and_then(|requested| requested.get(capability)) == Some(&Value::Bool(true))
 }
 
-/// What says that a directory's configurations have changed: name, inode, size and time of each.
+/// The path, inode, size and modification time of each configuration file in a directory. When a
+/// configuration file changes, the fingerprint of its directory changes, too.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Fingerprint(Vec<(PathBuf, u64, u64, i64, i64)>);
 
-/// The configuration files in the order of their names, and their state. A directory that is not
-/// there has none.
-pub(super) fn look(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
+/// Returns the configuration files in `dir`, sorted by their names, and a fingerprint of all
+/// configurations. The fingerprint also covers the plugin files in subdirectories. A directory that
+/// does not exist counts as empty.
+pub(super) fn scan(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
     let mut files = named(dir, &["conf", "conflist", "json"])?;
     files.sort();
     let mut marks = Vec::new();
     marks.extend(files.iter().map(|file| mark(file)));
-    // The directories of plugins of their own that lists can have.
-    for beside in subdirectories(dir) {
-        marks.push(mark(&beside));
-        let mut own = named(&beside, &["conf"])?;
+    // The subdirectory of a configuration list can contain the configurations of further plugins of
+    // the list.
+    for subdirectory in subdirectories(dir) {
+        marks.push(mark(&subdirectory));
+        let mut own = named(&subdirectory, &["conf"])?;
         own.sort();
         marks.extend(own.iter().map(|file| mark(file)));
     }
@@ -156,7 +165,7 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
     dirs
 }
 
-/// The files in a directory with one of these endings.
+/// Returns the files in `dir` that have a file name extension in `endings`.
 fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
     let failed = |error: &std::io::Error| {
         format!(
@@ -181,13 +190,14 @@ fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
     Ok(files)
 }
 
-/// Reads the first `most` files (0: all). One that is broken is an error, as it is to containerd:
-/// a later file must not take its place unnoticed.
-pub(super) fn load(files: &[PathBuf], most: usize) -> Result<Vec<ConfigurationList>, String> {
-    let most = if most == 0 { files.len() } else { most };
+/// Reads the first `limit` files, or all files if `limit` is 0. As in containerd, an invalid file
+/// is an error. If the server ignored the invalid file, pods would get the network of a later file
+/// instead.
+pub(super) fn load(files: &[PathBuf], limit: usize) -> Result<Vec<ConfigurationList>, String> {
+    let limit = if limit == 0 { files.len() } else { limit };
     let lists: Vec<ConfigurationList> = files
         .iter()
-        .take(most)
+        .take(limit)
         .map(|file| read(file))
         .collect::<Result<_, _>>()?;
     for (at, list) in lists.iter().enumerate() {
@@ -208,7 +218,7 @@ fn read(file: &Path) -> Result<ConfigurationList, String> {
     let text = text(file)?;
     if file.extension().is_some_and(|ending| ending == "conflist") {
         let list = parse_list(file, &text)?;
-        return with_own_plugins(list, file, &text);
+        return with_plugin_files(list, file, &text);
     }
     parse_single(file, &text)
 }
@@ -223,16 +233,19 @@ fn text(file: &Path) -> Result<String, String> {
         .read_to_string(&mut text)
         .map_err(|error| failed(&describe(&error)))?;
     if text.len() as u64 > FILE_BYTES {
-        return Err(failed(&format!("it has over {FILE_BYTES} bytes")));
+        return Err(failed(&format!(
+            "the file has more than {FILE_BYTES} bytes"
+        )));
     }
     Ok(text)
 }
 
 fn object(file: &Path, text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|error| {
-        // serde_json says the place at the end of its sentence.
-        let said = error.to_string();
-        let what = said.split(" at line ").next().unwrap_or(&said);
+        // The display text of a serde_json error ends with the position of the error. In the
+        // returned message, the position is at the beginning, directly after the file's name.
+        let sentence = error.to_string();
+        let what = sentence.split(" at line ").next().unwrap_or(&sentence);
         format!(
             "{}, line {}, column {}: {what}",
             file.display(),
@@ -242,12 +255,13 @@ fn object(file: &Path, text: &str) -> Result<Map<String, Value>, String> {
     })
 }
 
-/// A file with the configuration of a single plugin: a list of one.
+/// Parses a file with the configuration of a single plugin. Returns a configuration list that
+/// contains only this plugin.
 fn parse_single(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let plugin = object(file, text)?;
     if plugin.contains_key("plugins") {
         return Err(format!(
-            "{}: it has \"plugins\", a list: such a file's name ends in .conflist",
+            "{}: the file has a list \"plugins\", so its name must end in .conflist",
             file.display()
         ));
     }
@@ -266,7 +280,8 @@ fn parse_list(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let mut all = object(file, text)?;
     let plugins = match all.remove("plugins") {
         Some(Value::Array(plugins)) => plugins,
-        // Its plugins may all be in a directory of their own.
+        // The key `plugins` may be missing, because all plugins of a list can be in the list's
+        // subdirectory.
         None => Vec::new(),
         Some(_) => {
             return Err(format!("{}: \"plugins\" is not a list", file.display()));
@@ -294,8 +309,9 @@ fn parse_list(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     })
 }
 
-/// Adds the plugins of `DIR/NAME/*.conf`, unless the list says `loadOnlyInlinedPlugins`.
-fn with_own_plugins(
+/// Adds the plugins in the files `DIR/NAME/*.conf`, unless the list sets `loadOnlyInlinedPlugins`.
+/// `DIR` is the directory of the list, and `NAME` is the name of the network.
+fn with_plugin_files(
     mut list: ConfigurationList,
     file: &Path,
     text: &str,
@@ -311,7 +327,8 @@ fn with_own_plugins(
     checked(list)
 }
 
-/// What every plugin needs.
+/// Returns the list if it contains at least one plugin and the configuration of every plugin is
+/// valid.
 fn checked(list: ConfigurationList) -> Result<ConfigurationList, String> {
     let file = list.file.display();
     if list.plugins.is_empty() {
@@ -321,7 +338,7 @@ fn checked(list: ConfigurationList) -> Result<ConfigurationList, String> {
         let kind = kind(plugin);
         if kind.is_empty() || kind.contains(['/', '\0']) || kind == "." || kind == ".." {
             return Err(format!(
-                "{file}: \"type\" of plugins[{at}] is {}, it has to be the name of a plugin's binary",
+                "{file}: \"type\" of plugins[{at}] is {}; it has to be the name of a plugin's binary",
                 plugin.get("type").unwrap_or(&Value::Null)
             ));
         }
@@ -339,10 +356,11 @@ fn boolean(file: &Path, all: &Map<String, Value>, key: &str) -> Result<bool, Str
     match all.get(key) {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(value)) => Ok(*value),
-        // As libcni, which has met such files.
+        // As in libcni, a boolean can also be a string, because some existing configuration files
+        // contain `"true"` or `"false"`.
         Some(Value::String(text)) if text == "true" || text == "false" => Ok(text == "true"),
         Some(other) => Err(format!(
-            "{}: {key:?} is {other}, it can be true or false",
+            "{}: {key:?} is {other}; it has to be true or false",
             file.display()
         )),
     }
@@ -356,14 +374,14 @@ fn name(file: &Path, all: &Map<String, Value>) -> Result<String, String> {
             .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
     if !is_name {
         return Err(format!(
-            "{}: \"name\" is {name:?}, a network's name is letters, digits, _ . and -",
+            "{}: \"name\" is {name:?}; it has to consist of letters, digits, _ . and -, and to begin with a letter or digit",
             file.display()
         ));
     }
     Ok(name.to_owned())
 }
 
-/// The highest version among `cniVersions`, or else `cniVersion`, that is known here.
+/// Returns the highest CNI version in `cniVersions` and `cniVersion` that rrun-cri supports.
 fn version(file: &Path, all: &Map<String, Value>) -> Result<Version, String> {
     let several = all.get("cniVersions").and_then(Value::as_array);
     let several = several.into_iter().flatten().filter_map(Value::as_str);
@@ -377,7 +395,7 @@ fn version(file: &Path, all: &Map<String, Value>) -> Result<Version, String> {
             offered.join(", ")
         };
         format!(
-            "{}: \"cniVersion\" is {offered}; rrun-cri speaks 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0",
+            "{}: \"cniVersion\" is {offered}; rrun-cri supports 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0",
             file.display()
         )
     })
@@ -393,19 +411,19 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_read_in_the_highest_version_of_both() -> Result<(), String> {
+    fn a_list_uses_the_highest_version_that_the_file_and_rrun_cri_support() -> Result<(), String> {
         let text = r#"{"cniVersion": "0.4.0", "cniVersions": ["0.4.0", "1.1.0", "9.0.0"],
             "name": "n", "disableCheck": "true",
             "plugins": [{"type": "bridge", "capabilities": {"portMappings": true, "dns": false}}]}"#;
         let list = list(text)?;
         assert_eq!(list.version, Version::V1_1_0);
         assert!(list.disable_check && !list.disable_gc);
-        assert!(list.takes("portMappings") && !list.takes("dns"));
+        assert!(list.requests("portMappings") && !list.requests("dns"));
         Ok(())
     }
 
     #[test]
-    fn what_is_broken_is_told_with_its_file_and_place() {
+    fn an_invalid_configuration_is_reported_with_its_file_and_position() {
         let broken = [
             ("{\n \"name\": \"n\",\n oops }", "10-x.conflist, line 3"),
             (
@@ -445,19 +463,25 @@ mod tests {
                 "disableGC",
             ),
         ];
-        for (text, wanted) in broken {
+        for (text, expected) in broken {
             let refused = list(text);
-            let said = refused.as_ref().err().map_or("", String::as_str);
-            assert!(said.contains(wanted), "{text}: {refused:?}");
-            assert!(said.starts_with("/etc/cni/net.d/10-x.conflist"), "{said}");
+            let sentence = refused.as_ref().err().map_or("", String::as_str);
+            assert!(
+                sentence.contains(expected),
+                "wrong result for the list {text}: {refused:?}"
+            );
+            assert!(
+                sentence.starts_with("/etc/cni/net.d/10-x.conflist"),
+                "{sentence}"
+            );
         }
         let file = Path::new("/etc/cni/net.d/10-x.conf");
         let refused = parse_single(file, r#"{"name": "n", "plugins": []}"#);
-        assert!(refused.is_err_and(|said| said.contains(".conflist")));
+        assert!(refused.is_err_and(|sentence| sentence.contains(".conflist")));
     }
 
     #[test]
-    fn files_count_in_the_order_of_their_names_with_plugins_of_their_own()
+    fn files_are_read_in_the_order_of_their_names_with_their_subdirectories()
     -> Result<(), Box<dyn std::error::Error>> {
         let dir = std::env::temp_dir().join(format!("rrun-cni-{}", std::process::id()));
         std::fs::create_dir_all(dir.join("a"))?;
@@ -471,18 +495,18 @@ mod tests {
             dir.join("30-b.json"),
             r#"{"cniVersion": "1.0.0", "name": "b", "type": "y"}"#,
         )?;
-        std::fs::write(dir.join("00-other.txt"), "not looked at")?;
-        let (files, before) = look(&dir)?;
-        let kinds = |most| -> Result<Vec<String>, String> {
-            let lists = load(&files, most)?;
+        std::fs::write(dir.join("00-other.txt"), "this file is not read")?;
+        let (files, before) = scan(&dir)?;
+        let kinds = |limit| -> Result<Vec<String>, String> {
+            let lists = load(&files, limit)?;
             let plugins = lists.iter().flat_map(|list| &list.plugins);
             Ok(plugins.map(|plugin| kind(plugin).to_owned()).collect())
         };
         assert_eq!(kinds(1)?, ["x", "own"]);
         assert_eq!(kinds(0)?, ["x", "own", "y"]);
-        // A change there is one of the whole.
+        // A new file in the list's subdirectory changes the fingerprint.
         std::fs::write(dir.join("a/20.conf"), r#"{"type": "later"}"#)?;
-        let (files, after) = look(&dir)?;
+        let (files, after) = scan(&dir)?;
         assert_ne!(before, after);
         let only = list.replace(
             "\"plugins\"",
@@ -491,18 +515,18 @@ mod tests {
         std::fs::write(dir.join("20-a.conflist"), only)?;
         let lists = load(&files, 1)?;
         assert_eq!(lists.first().map(|list| list.plugins.len()), Some(1));
-        // Two networks of one name would be mistaken for each other.
+        // Two configuration files with the same network name are refused.
         std::fs::write(
             dir.join("30-b.json"),
             r#"{"cniVersion": "1.0.0", "name": "a", "type": "y"}"#,
         )?;
-        assert!(load(&files, 0).is_err_and(|said| said.contains("30-b.json")));
+        assert!(load(&files, 0).is_err_and(|sentence| sentence.contains("30-b.json")));
         std::fs::remove_dir_all(&dir)?;
         Ok(())
     }
 
     #[test]
-    fn a_single_plugin_is_a_list_of_one() -> Result<(), String> {
+    fn a_single_plugin_becomes_a_list_with_one_plugin() -> Result<(), String> {
         let file = Path::new("/etc/cni/net.d/10-x.conf");
         let list = parse_single(
             file,

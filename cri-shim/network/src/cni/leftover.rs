@@ -1,7 +1,10 @@
-//! Plugins that outlived the server that ran them, or their deadline.
+//! Kills the remaining processes of CNI plugins. Processes can remain if a plugin exceeded its
+//! deadline, or if an earlier server process started the plugin.
 //!
-//! A plugin runs others (IPAM, iptables); a kill of one is not the end of all. What they have in
-//! common is the environment: each has the pod's id in CNI_CONTAINERID.
+//! A plugin runs other programs, such as IPAM plugins and iptables. If only the plugin were killed,
+//! these programs would continue to run. This module finds these programs by their environment
+//! variable CNI_CONTAINERID. The variable contains the pod's id, and a plugin's programs inherit
+//! the variable.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -10,26 +13,30 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use rrun_calls::wait::blocking;
 
-/// How long killed processes may take to be gone.
+/// The time for which this module waits for the exit of killed processes.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most of an environment that is looked at, in bytes.
+/// The maximum number of bytes of a process's environment that are searched for CNI_CONTAINERID.
 const ENVIRONMENT_BYTES: u64 = 256 << 10;
 
-/// Kills every process that a plugin for this pod has left, and waits until they are gone.
+/// Kills the remaining processes of the CNI plugins of the pod `container`. Then waits until these
+/// processes have exited.
 pub(super) async fn end(container: &str) {
     let variable = format!("CNI_CONTAINERID={container}");
-    let what = format!("pod {container}: end what is left of its CNI plugins");
+    let what = format!("pod {container}: kill the remaining processes of its CNI plugins");
     blocking(what, move || {
         let begin = Instant::now();
-        // Again and again: one that is killed may just have started another.
+        // The search for processes is repeated, because a killed process may have started another
+        // process just before the kill.
         let mut logged = HashSet::new();
         while let Some(pid) = kill_all(&variable) {
             if logged.insert(pid) {
-                log::info!("killed the process {pid}, left of a CNI plugin ({variable})");
+                log::info!("the server killed the remaining process {pid} of a CNI plugin ({variable})");
             }
             if begin.elapsed() > KILL_TIMEOUT {
-                log::warn!("the process {pid} of a CNI plugin ({variable}) does not end");
+                log::warn!(
+                    "the remaining process {pid} of a CNI plugin ({variable}) does not exit after SIGKILL"
+                );
                 return;
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -38,7 +45,8 @@ pub(super) async fn end(container: &str) {
     .await;
 }
 
-/// One of those that were killed.
+/// Kills all processes whose environment contains `variable`. Returns the id of one of the killed
+/// processes, or `None` if no process was killed.
 fn kill_all(variable: &str) -> Option<i32> {
     let mut found = None;
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -46,7 +54,9 @@ fn kill_all(variable: &str) -> Option<i32> {
         let Some(process) = rustix::process::Pid::from_raw(pid) else {
             continue;
         };
-        // The pidfd first: what is read of the number after it is read of what it holds.
+        // The pidfd is opened before the environment is read. The process may exit, and the kernel
+        // may give its id to another process. The pidfd still refers to the exited process, so the
+        // other process does not get the signal.
         let Ok(pidfd) = pidfd_open(process, PidfdFlags::empty()) else {
             continue;
         };
@@ -57,7 +67,8 @@ fn kill_all(variable: &str) -> Option<i32> {
     found
 }
 
-/// A zombie's environment is empty.
+/// Returns whether the environment of the process contains `variable`. Returns false for a zombie,
+/// because a zombie's environment is empty.
 fn has(pid: i32, variable: &str) -> bool {
     use std::io::Read;
     let Ok(file) = std::fs::File::open(format!("/proc/{pid}/environ")) else {

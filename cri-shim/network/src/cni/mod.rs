@@ -1,13 +1,16 @@
-//! Pods' networks by plugins, as the Container Network Interface specification, 1.1.0, has it.
+//! Pod networks that CNI plugins create, according to the Container Network Interface specification
+//! 1.1.0.
 //!
-//! [`configuration`] reads the directory of configurations, [`plugin`] runs one plugin, [`chain`]
-//! those of a network in their order, [`runtime_config`] says what plugins get to know of a pod,
-//! [`attachment`] is what they were called with, [`result`] reads what they answer, [`readiness`]
-//! asks them for their STATUS, [`teardown`] sees to it that each ADD meets its DEL, [`watch`]
-//! notices new configurations.
+//! [`configuration`] reads the CNI configurations from their directory. [`plugin`] runs one plugin,
+//! and [`chain`] runs the plugins of a network in their order. [`runtime_config`] collects the data
+//! that plugins receive about a pod. [`attachment`] records the parameters with which plugins are
+//! run. [`result`] parses the results of plugins. [`readiness`] runs the STATUS command of plugins.
+//! [`teardown`] ensures that each ADD is followed by a DEL. [`watch`] detects changed
+//! configurations.
 //!
-//! Before a pod's first ADD the store has what it is ADDed with, and after it the results: DEL gets
-//! the same configuration, whatever has become of the files, after a crash, after a reboot.
+//! Before a pod's ADD, the server writes the parameters of the ADD to the store. After the ADD, the
+//! server writes the results to the store. DEL therefore gets the same configuration as ADD, even
+//! if the files have changed. The same applies after a crash or a reboot.
 
 mod attachment;
 mod chain;
@@ -47,16 +50,19 @@ use rrun_calls::lock::lock;
 use rrun_calls::wait::{blocking, slow};
 use rrun_store::{Change, Store, StoreError, Table};
 
-/// How long a plugin may take for GC.
+/// The timeout of the GC command of a plugin.
 const GC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A file that is just being written is read again after this long.
+/// The delay after which invalid configurations are read again. A configuration can be invalid
+/// because its file was read while a program was writing it. The background task for GC also uses
+/// this constant, as the interval between its attempts to lock `gc_lock`.
 const REREAD_DELAY: Duration = Duration::from_millis(100);
 
-/// Where the node's ranges for pods are in [`Table::NETWORK`].
+/// The key in [`Table::NETWORK`] under which the node's pod ranges are stored.
 const RANGES_KEY: &str = "ranges";
 
-/// The networks of the configuration directory; clones share one state.
+/// The networks that the CNI configurations in the configuration directory define. Clones share one
+/// state.
 #[derive(Clone)]
 pub struct Cni {
     inner: Arc<CniState>,
@@ -64,39 +70,47 @@ pub struct Cni {
 
 struct CniState {
     settings: CniSettings,
-    /// Where configurations are.
+    /// The directory that contains the CNI configurations.
     conf_dir: PathBuf,
-    /// Where pods' namespaces are.
+    /// The pods' network namespaces.
     namespaces: Namespaces,
     directories: PluginDirs,
     store: Store,
     configured: Mutex<LoadedConfigurations>,
     attachments: Mutex<HashMap<String, AttachedPod>>,
-    /// The node's ranges for pods, as kubelet tells them.
+    /// The node's pod ranges, which kubelet sends with UpdateRuntimeConfig.
     ranges: Mutex<Vec<String>>,
-    /// ADD and DEL share it, GC has it alone: the specification wants them apart.
-    at_work: RwLock<()>,
-    /// A new configuration is in use: it wants GC, and what failed may work now.
+    /// The lock that keeps GC apart from ADD and DEL. ADD and DEL lock it for reading, and GC locks
+    /// it for writing. The CNI specification requires that GC never runs in parallel with ADD or
+    /// DEL.
+    gc_lock: RwLock<()>,
+    /// The notification that the configurations have changed. The background tasks for failed DELs
+    /// wait for this notification, because a DEL may succeed with the new configurations.
     changed: Notify,
+    /// The notification that wakes the background task for GC.
     collect: Notify,
     readiness: Readiness,
-    /// Set by `start`: half-made pods are known, so plugins may run.
+    /// True after [`Cni::start`] was called. Before `start`, DEL runs no plugins, because the
+    /// server has not yet found all partly created pods.
     started: AtomicBool,
 }
 
-/// The configurations in use.
+/// The CNI configurations that the server uses, as it last read them from the files.
 struct LoadedConfigurations {
-    /// `None`: never looked.
+    /// The fingerprint of the configuration files at the time when they were last read. `None`
+    /// means that the files have never been read.
     seen: Option<Fingerprint>,
     lists: std::result::Result<Arc<Vec<ConfigurationList>>, String>,
-    /// How often they have changed.
+    /// The number of times that the CNI configurations have changed since the server's start.
     generation: u64,
 }
 
 impl Cni {
-    /// Reads which pods plugins know. None is run until [`Cni::start`].
+    /// Loads from the store the records of all pods that CNI plugins have connected. No plugin is
+    /// run before [`Cni::start`].
     ///
-    /// `plugin_dirs`: the first directory that has a plugin wins.
+    /// `plugin_dirs` are the directories that contain plugins. If several directories contain the
+    /// same plugin, the first of these directories takes precedence.
     pub fn open(
         store: Store,
         settings: CniSettings,
@@ -127,7 +141,7 @@ impl Cni {
                 }),
                 attachments: Mutex::new(attachments),
                 ranges: Mutex::new(ranges),
-                at_work: RwLock::default(),
+                gc_lock: RwLock::default(),
                 changed: Notify::new(),
                 collect: Notify::new(),
                 readiness: Readiness::default(),
@@ -136,24 +150,26 @@ impl Cni {
         })
     }
 
-    /// Whether there is a configuration, be it broken.
+    /// Returns whether a CNI configuration exists, even if the configuration is invalid.
     pub(crate) async fn is_configured(&self) -> bool {
         let lists = self.lists().await;
         !lists.is_ok_and(|lists| lists.is_empty())
     }
 
-    /// Whether plugins know the pod, or are about to.
+    /// Returns whether plugins have connected the pod or are going to connect it.
     pub(crate) fn has(&self, pod: &str) -> bool {
         lock(&self.inner.attachments).contains_key(pod)
     }
 
-    /// Refuses what could not be passed on to plugins.
+    /// Returns an error if CNI_ARGS or the capability arguments cannot represent the pod
+    /// configuration.
     pub(crate) fn check(&self, config: &PodSandboxConfig) -> Result<()> {
         runtime_config::arguments("", config)?;
         runtime_config::capabilities(config, &[]).map(drop)
     }
 
-    /// Writes down what the pod is to be ADDed with, ahead of [`Cni::attach`].
+    /// Writes the parameters of the pod's ADD to the store. The caller must call this function
+    /// before [`Cni::attach`].
     pub(crate) async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
         let mut lists = self.lists().await;
         if lists.is_err() {
@@ -162,18 +178,20 @@ impl Cni {
         }
         let lists = lists.map_err(Error::internal)?;
         if lists.is_empty() {
-            return Err(Error::internal(self.inner.none()));
+            return Err(Error::internal(self.inner.no_configuration()));
         }
-        // Before any is run: one that is not there could not DEL either.
-        self.inner.all_there(&lists).map_err(Error::internal)?;
+        // The binaries of all plugins are checked before the first plugin is run. Without this
+        // check, ADD would fail at a missing binary. A DEL must follow each ADD, and this DEL would
+        // fail for the same reason.
+        self.inner.check_binaries(&lists).map_err(Error::internal)?;
         let ranges = lock(&self.inner.ranges).clone();
         let capabilities = runtime_config::capabilities(config, &ranges)?;
         if capabilities.contains_key("portMappings")
-            && !lists.iter().any(|list| list.takes("portMappings"))
+            && !lists.iter().any(|list| list.requests("portMappings"))
         {
             log::warn!(
-                "pod {pod} maps host ports (port_mappings), and no CNI plugin takes them \
-                 (capabilities.portMappings): they will not be open"
+                "pod {pod} maps host ports (port_mappings), but no CNI plugin has the capability \
+                 portMappings: the ports will not be open"
             );
         }
         let networks = lists.iter().enumerate().map(|(at, list)| NetworkRecord {
@@ -199,8 +217,8 @@ impl Cni {
         written
     }
 
-    /// ADDs the pod, whose namespace is pinned at `netns`, to every network: its addresses. If it
-    /// fails, [`Cni::detach`] has to follow.
+    /// Runs ADD for the pod in every network, and returns the pod's addresses. The pod's network
+    /// namespace is pinned at `netns`. If this call fails, the caller must call [`Cni::detach`].
     pub(crate) async fn attach(&self, pod: &str, netns: &Path) -> Result<Vec<IpAddr>> {
         let inner = &self.inner;
         let (plugin_lock, record) = {
@@ -213,12 +231,14 @@ impl Cni {
                         Arc::clone(one.record.as_ref()?),
                     ))
                 })
-                .ok_or_else(|| Error::internal(format!("pod {pod} has no network to be made")))?
+                .ok_or_else(|| {
+                    Error::internal(format!("pod {pod}: no CNI network was reserved for it"))
+                })?
         };
         let _plugins = plugin_lock.lock().await;
-        let _at_work = slow(
-            format!("pod {pod}: the end of CNI's GC"),
-            inner.at_work.read(),
+        let _gc_lock = slow(
+            format!("pod {pod}: wait until CNI's GC ends"),
+            inner.gc_lock.read(),
         )
         .await;
         let netns = netns.to_string_lossy();
@@ -233,19 +253,19 @@ impl Cni {
         for (network, result) in record.networks.iter_mut().zip(results) {
             let name = &network.list.name;
             let failed = |why: &dyn std::fmt::Display| {
-                Error::internal(format!("add it to the CNI network {name}: {why}"))
+                Error::internal(format!("add the pod to the CNI network {name}: {why}"))
             };
             let result = result.map_err(|error| failed(&error))?;
             let found = result::addresses(&result, &network.interface);
             let found = found.map_err(|why| failed(&why))?;
-            // The status shows those of the first.
+            // The pod's status shows only the addresses that the pod has in the first network.
             addresses.get_or_insert(found);
             network.result = Some(result);
         }
         let addresses = addresses.unwrap_or_default();
         if addresses.is_empty() {
             return Err(Error::internal(format!(
-                "the CNI network {} gave it no address",
+                "the CNI network {} assigned no address to the pod",
                 record.networks.first().map_or("", |one| &one.list.name)
             )));
         }
@@ -256,8 +276,8 @@ impl Cni {
         Ok(addresses)
     }
 
-    /// Sees to pods that are gone, whatever kept their DEL, watches the directory, and collects
-    /// what belongs to nobody. `live` are the pods that are there.
+    /// Starts the background tasks, which run DEL for deleted pods, watch the configuration
+    /// directory, and run GC and CHECK. `live` contains the ids of the pods that still exist.
     pub(crate) fn start(&self, live: &HashSet<String>) {
         self.inner.started.store(true, Ordering::Release);
         let dead: Vec<String> = {
@@ -266,7 +286,9 @@ impl Cni {
             pods.filter(|pod| !live.contains(*pod)).cloned().collect()
         };
         for pod in dead {
-            log::info!("pod {pod}: is not there, its CNI networks are taken away");
+            log::info!(
+                "pod {pod}: the pod no longer exists, so the server removes its CNI networks"
+            );
             self.adopt(&pod);
         }
         tokio::spawn(self.clone().watch());
@@ -275,21 +297,22 @@ impl Cni {
         self.inner.collect.notify_one();
     }
 
-    /// Looks at the directory again.
+    /// Reads the configuration directory again, and wakes the tasks that retry failed DELs.
     pub(crate) async fn reload(&self) {
-        // What is wrong has been logged.
+        // An error is ignored here, because `lists` has already logged it.
         let _ = self.lists().await;
         self.inner.changed.notify_waiters();
     }
 
-    /// Looks at the directory again whenever it changes, until the server ends.
+    /// Reads the configuration directory again whenever it changes, until the server exits.
     async fn watch(self) {
         let dir = &self.inner.conf_dir;
         loop {
             self.reload().await;
             if let Err(error) = watch::changed(dir).await {
                 log::warn!(
-                    "watch {}: {error}; new configurations are found when pods are made",
+                    "watch {}: {error}; the server detects changed CNI configurations only when it \
+                     creates pods",
                     dir.display()
                 );
                 return;
@@ -297,23 +320,26 @@ impl Cni {
         }
     }
 
-    /// The node's ranges for pods, comma-separated, for plugins that take `ipRanges`.
+    /// Sets the node's pod ranges, for plugins with the capability `ipRanges`. `cidrs` is a
+    /// comma-separated list of the ranges.
     pub(crate) async fn set_ranges(&self, cidrs: &str) -> Result<()> {
         let ranges: Vec<String> = cidrs.split(',').map(|one| one.trim().to_owned()).collect();
         let is_range = |text: &String| {
             let parts = text.split_once('/');
             parts.is_some_and(|(address, prefix)| {
-                let most = match address.parse() {
+                let max_prefix = match address.parse() {
                     Ok(IpAddr::V4(_)) => 32,
                     Ok(IpAddr::V6(_)) => 128,
                     Err(_) => return false,
                 };
-                prefix.parse::<u8>().is_ok_and(|prefix| prefix <= most)
+                prefix
+                    .parse::<u8>()
+                    .is_ok_and(|prefix| prefix <= max_prefix)
             })
         };
         if let Some(wrong) = ranges.iter().find(|range| !is_range(range)) {
             return Err(Error::invalid(format!(
-                "pod_cidr has {wrong:?}, which is no range of addresses"
+                "pod_cidr contains {wrong:?}, which is not an address range such as 10.1.0.0/24"
             )));
         }
         let change = Change::put(Table::NETWORK, RANGES_KEY, &ranges).map_err(Error::from)?;
@@ -325,17 +351,18 @@ impl Cni {
         written.await.map_err(Error::from)
     }
 
-    /// What the verbose Status shows, by containerd's names.
-    pub(crate) async fn shown(&self) -> [(&'static str, String); 2] {
+    /// Returns the entries about CNI for the response to a verbose Status request, under the names
+    /// that containerd uses.
+    pub(crate) async fn status_info(&self) -> [(&'static str, String); 2] {
         let lists = self.lists().await;
         let loaded = match &lists {
-            Ok(lists) if lists.is_empty() => self.inner.none(),
+            Ok(lists) if lists.is_empty() => self.inner.no_configuration(),
             Ok(_) => "OK".to_owned(),
             Err(error) => error.clone(),
         };
         let lists = lists.unwrap_or_default();
         let networks = lists.iter().enumerate();
-        let networks = networks.map(|(at, list)| list.shown(&format!("eth{at}")));
+        let networks = networks.map(|(at, list)| list.status_info(&format!("eth{at}")));
         let networks: Vec<Value> = networks.collect();
         let config = json!({
             "PluginDirs": self.inner.directories.all(),
@@ -350,7 +377,8 @@ impl Cni {
         ]
     }
 
-    /// What ADD gave the pod, by network, for the verbose PodSandboxStatus.
+    /// Returns the result of the pod's ADD for each network, for the response to a verbose
+    /// PodSandboxStatus request.
     pub(crate) async fn results(&self, pod: &str) -> Option<Value> {
         if !self.has(pod) {
             return None;
@@ -370,16 +398,19 @@ impl Cni {
         blocking(what, move || inner.refresh()).await
     }
 
-    /// GC at the start and after each change, while no ADD or DEL is under way.
+    /// Runs GC after the server's start and after each change of the configurations. GC waits until
+    /// no ADD or DEL is in progress.
     async fn collect_garbage(self) {
         loop {
             self.inner.collect.notified().await;
             let Ok(lists) = self.lists().await else {
                 continue;
             };
-            // A writer that waits would hold up every ADD behind one that hangs.
+            // This loop repeatedly tries to lock `gc_lock` and never waits for the lock. If GC
+            // waited for the lock with `write`, one hanging ADD would delay GC. GC would then delay
+            // all later ADDs.
             let _alone = loop {
-                match self.inner.at_work.try_write() {
+                match self.inner.gc_lock.try_write() {
                     Ok(alone) => break alone,
                     Err(_) => tokio::time::sleep(REREAD_DELAY).await,
                 }
@@ -394,8 +425,8 @@ impl Cni {
         }
     }
 
-    /// CHECKs the pods that an earlier life of the server has left, one after another. The log has
-    /// what is wrong: it is not for the runtime to mend.
+    /// Runs CHECK for the pods that an earlier server process attached, one pod after another. A
+    /// failed CHECK is only logged, because a runtime must not repair a pod's network.
     async fn check_all(self, live: HashSet<String>) {
         for pod in live {
             let plugin_lock = lock(&self.inner.attachments)
@@ -419,7 +450,7 @@ impl Cni {
                 let checked = chain::check(directories, list, target, result, deadline).await;
                 if let Err(error) = checked {
                     let name = &list.name;
-                    log::warn!("pod {pod}: its CNI network {name} is not as it was made: {error}");
+                    log::warn!("pod {pod}: CHECK of its CNI network {name} failed: {error}");
                 }
             }
         }
@@ -427,9 +458,10 @@ impl Cni {
 }
 
 impl CniState {
-    /// The configurations as they are now; unchanged ones are not read again. Blocks.
+    /// Returns the current CNI configurations. The configuration files are read again only if they
+    /// have changed. This function blocks on disk I/O.
     fn refresh(&self) -> std::result::Result<Arc<Vec<ConfigurationList>>, String> {
-        let (files, seen) = configuration::look(&self.conf_dir)?;
+        let (files, seen) = configuration::scan(&self.conf_dir)?;
         {
             let configured = lock(&self.configured);
             if configured.seen.as_ref() == Some(&seen) {
@@ -445,7 +477,7 @@ impl CniState {
         }
         match &lists {
             Ok(lists) if lists.is_empty() && first => {}
-            Ok(lists) if lists.is_empty() => log::info!("{}", self.none()),
+            Ok(lists) if lists.is_empty() => log::info!("{}", self.no_configuration()),
             Ok(lists) => {
                 for list in lists.iter() {
                     log::info!(
@@ -455,8 +487,8 @@ impl CniState {
                         list.version
                     );
                 }
-                if let Err(missing) = self.all_there(lists) {
-                    log::warn!("no pod can be given a network: {missing}");
+                if let Err(missing) = self.check_binaries(lists) {
+                    log::warn!("no pod can be connected to a network: {missing}");
                 }
             }
             Err(error) => log::error!("no CNI network can be used: {error}"),
@@ -469,8 +501,8 @@ impl CniState {
         lists
     }
 
-    /// A sentence if a plugin's binary is missing.
-    fn all_there(&self, lists: &[ConfigurationList]) -> std::result::Result<(), String> {
+    /// Fails if the binary of a plugin is missing. The error is a sentence.
+    fn check_binaries(&self, lists: &[ConfigurationList]) -> std::result::Result<(), String> {
         for list in lists {
             for plugin in &list.plugins {
                 let found = self.directories.find(configuration::kind(plugin));
@@ -480,14 +512,15 @@ impl CniState {
         Ok(())
     }
 
-    fn none(&self) -> String {
+    fn no_configuration(&self) -> String {
         format!(
             "there is no CNI configuration in {}",
             self.conf_dir.display()
         )
     }
 
-    /// Queues the record to be written; the future ends when it is on the disk.
+    /// Queues a write of the pod's attachment record to the store. The returned future completes
+    /// when the record is on the disk.
     fn write(
         &self,
         pod: &str,
@@ -505,7 +538,8 @@ impl CniState {
             .map_err(Error::from)
     }
 
-    /// The path of the pod's namespace; empty if it is gone.
+    /// Returns the path of the pod's pinned network namespace. The path is empty if the namespace
+    /// no longer exists.
     fn pinned(&self, pod: &str) -> String {
         let path = self.namespaces.of(pod);
         if namespace::is_pinned(&path) {
@@ -515,7 +549,8 @@ impl CniState {
         }
     }
 
-    /// The attachments of a network, pod and interface.
+    /// Returns the attachments of a network. Each attachment is a pair of a pod id and an interface
+    /// name.
     fn valid(&self, network: &str) -> Vec<(String, String)> {
         let attachments = lock(&self.attachments);
         let mut valid = Vec::new();

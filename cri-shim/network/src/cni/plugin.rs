@@ -1,5 +1,5 @@
-//! Running one plugin: its environment, its input, its answer, its end; CNI specification,
-//! section 2.
+//! Functions that run one plugin. The functions set the plugin's environment, write its input, read
+//! its output and wait for its exit. See the CNI specification, section 2.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -18,33 +18,37 @@ use super::leftover;
 use rrun_calls::wait::slow;
 use rrun_kernel::errno::describe;
 
-/// The most that a plugin may answer, in bytes.
+/// The maximum size of a plugin's output in bytes.
 const ANSWER_BYTES: usize = 1 << 20;
 
-/// How much of what a plugin writes to its standard error is kept, in bytes.
-const COMPLAINT_BYTES: usize = 4 << 10;
+/// The maximum number of bytes that rrun-cri keeps of a plugin's standard error output.
+const STDERR_BYTES: usize = 4 << 10;
 
-/// How much of it, or of an answer that is none, an error shows, in characters.
+/// The maximum number of characters in a quotation in an error message. The quotation is a plugin's
+/// standard error output or an invalid result.
 const SHOWN_CHARACTERS: usize = 400;
 
-/// How long a plugin that has exited may have descendants hold its output open.
+/// The time for which rrun-cri continues to read the output of an exited plugin. Descendants of the
+/// plugin can keep the output open.
 const OUTPUT_GRACE: Duration = Duration::from_secs(1);
 
-/// How long a killed plugin may take to end; one in a system call that hangs does not.
+/// The time for which rrun-cri waits for the exit of a killed plugin. The time is limited, because
+/// a plugin does not exit during a hanging system call.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where iptables and the like are, should rrun-cri have been started without a PATH.
+/// The default value of PATH for plugins. It is used if rrun-cri itself was started without PATH.
+/// Plugins need PATH to run programs such as iptables.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What is wrong, in sentences; the first word is the plugin's.
+/// The reason why a command of a plugin failed. The display text is a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum PluginError {
-    #[error("the CNI plugin {plugin} is in none of {dirs}")]
+    #[error("the CNI plugin {plugin} is not in any of {dirs}")]
     Missing { plugin: String, dirs: String },
     #[error("run the CNI plugin {path}: {reason}")]
     Start { path: String, reason: String },
     #[error(
-        "the CNI plugin {plugin} did not end {command} within {seconds} s and was killed{complaint}"
+        "the CNI plugin {plugin} did not finish {command} within {seconds} s, so rrun-cri killed it{complaint}"
     )]
     Hung {
         plugin: String,
@@ -52,7 +56,7 @@ pub(super) enum PluginError {
         seconds: u64,
         complaint: String,
     },
-    /// It said what is wrong, as the specification has it.
+    /// The plugin reported an error in the format of the CNI specification.
     #[error("the CNI plugin {plugin} failed {command}: {message} (code {code}){complaint}")]
     Failed {
         plugin: String,
@@ -68,7 +72,7 @@ pub(super) enum PluginError {
         how: String,
         complaint: String,
     },
-    #[error("the CNI plugin {plugin} answered {command} with no CNI result: {why}{complaint}")]
+    #[error("the CNI plugin {plugin} returned no valid CNI result for {command}: {why}{complaint}")]
     Garbage {
         plugin: String,
         command: &'static str,
@@ -77,28 +81,29 @@ pub(super) enum PluginError {
     },
 }
 
-/// CNI_COMMAND and what goes with it.
+/// A command for a plugin (CNI_COMMAND) and its parameters.
 pub(super) struct PluginCall<'a> {
     pub command: &'static str,
-    /// The binary's name.
+    /// The name of the plugin's binary.
     pub plugin: &'a str,
-    /// The environment beside CNI_COMMAND and CNI_PATH.
+    /// Environment variables of the plugin in addition to CNI_COMMAND and CNI_PATH.
     pub environment: &'a [(&'static str, String)],
-    /// The pod, for what is left of a plugin that is killed.
+    /// The pod's id. If the plugin is killed, this id is used to find the plugin's child processes.
+    /// `None` if the command is not for a specific pod.
     pub container: Option<&'a str>,
     pub input: Vec<u8>,
     pub deadline: Instant,
 }
 
-/// Where plugins are.
+/// The directories that contain the binaries of plugins.
 #[derive(Clone, Debug)]
 pub(super) struct PluginDirs {
     dirs: Vec<PathBuf>,
-    /// As CNI_PATH has it.
+    /// The same directories as one text in the format of CNI_PATH.
     joined: String,
 }
 
-/// What a plugin that failed prints; CNI specification, section 5, "Error".
+/// The error object that a failed plugin prints. See "Error" in the CNI specification, section 5.
 #[derive(Deserialize)]
 struct ErrorResult {
     #[serde(default)]
@@ -120,7 +125,7 @@ impl PluginDirs {
         &self.dirs
     }
 
-    /// The plugin's binary: the first by its name.
+    /// Returns the path of the plugin's binary in the first directory that contains it.
     pub(super) fn find(&self, plugin: &str) -> Result<PathBuf, PluginError> {
         let mut paths = self.dirs.iter().map(|dir| dir.join(plugin));
         paths
@@ -131,8 +136,9 @@ impl PluginDirs {
             })
     }
 
-    /// Runs a plugin to its end and gives what it printed. At the deadline it is killed, and all
-    /// that it has started. Whoever drops the future leaves it running.
+    /// Runs a plugin until it exits, and returns its output. If the plugin has not exited at the
+    /// deadline, this function kills the plugin and all processes of the plugin. If the caller
+    /// drops the future, the plugin continues to run.
     pub(super) async fn run(&self, call: PluginCall<'_>) -> Result<Vec<u8>, PluginError> {
         let path = self.find(call.plugin)?;
         let begin = Instant::now();
@@ -143,8 +149,8 @@ impl PluginDirs {
                 reason: describe(&error),
             })?;
         let (mut answer, mut complaint) = (Vec::new(), Vec::new());
-        let of = call.container.unwrap_or("of no pod");
-        let what = format!("{of}: the CNI plugin {}, {}", call.plugin, call.command);
+        let pod = call.container.unwrap_or("no pod");
+        let what = format!("{pod}: the CNI plugin {}, {}", call.plugin, call.command);
         let talk = converse(&mut child, &call.input, &mut answer, &mut complaint);
         let ended = timeout_at(call.deadline, slow(what, talk)).await;
         let plugin = call.plugin.to_owned();
@@ -153,7 +159,7 @@ impl PluginDirs {
         let status = match ended {
             Ok(Ok(status)) => status,
             Ok(Err(error)) => {
-                let how = format!("wait for its end: {}", describe(&error));
+                let how = format!("cannot wait for its exit: {}", describe(&error));
                 return Err(PluginError::Died {
                     plugin,
                     command,
@@ -188,7 +194,8 @@ impl PluginDirs {
             .env("CNI_COMMAND", call.command)
             .env("CNI_PATH", &self.joined)
             .envs(call.environment.iter().map(|(key, value)| (key, value)))
-            // Ours alone.
+            // The plugin must not inherit NOTIFY_SOCKET, because only rrun-cri itself sends
+            // notifications to systemd.
             .env_remove("NOTIFY_SOCKET")
             .current_dir("/")
             .stdin(Stdio::piped())
@@ -202,7 +209,8 @@ impl PluginDirs {
     }
 }
 
-/// The answer of a plugin that has ended, or its error. `complaint` is for the end of a sentence.
+/// Returns the output of a plugin that has exited, or the plugin's error. `complaint` is text from
+/// the plugin's standard error output, and is appended to the error message.
 fn accept(
     plugin: String,
     command: &'static str,
@@ -214,7 +222,7 @@ fn accept(
         return Ok(answer);
     }
     if status.success() {
-        let why = format!("over {ANSWER_BYTES} bytes");
+        let why = format!("its output has more than {ANSWER_BYTES} bytes");
         return Err(PluginError::Garbage {
             plugin,
             command,
@@ -233,7 +241,7 @@ fn accept(
                 plugin,
                 command,
                 code: error.code,
-                message: shown(message.as_bytes()),
+                message: one_line(message.as_bytes()),
                 complaint,
             })
         }
@@ -243,14 +251,14 @@ fn accept(
             how: if answer.is_empty() {
                 how(status)
             } else {
-                format!("{}, it printed {:?}", how(status), shown(&answer))
+                format!("{}, its output is {:?}", how(status), one_line(&answer))
             },
             complaint,
         }),
     }
 }
 
-/// The answer as JSON.
+/// Parses the plugin's output as a JSON object.
 pub(super) fn parse(call: &'static str, plugin: &str, answer: &[u8]) -> Result<Value, PluginError> {
     serde_json::from_slice::<Value>(answer)
         .ok()
@@ -259,16 +267,17 @@ pub(super) fn parse(call: &'static str, plugin: &str, answer: &[u8]) -> Result<V
             plugin: plugin.to_owned(),
             command: call,
             why: if answer.is_empty() {
-                "nothing".to_owned()
+                "its output is empty".to_owned()
             } else {
-                format!("{:?}", shown(answer))
+                format!("its output is {:?}", one_line(answer))
             },
             complaint: String::new(),
         })
 }
 
-/// Feeds the plugin, takes what it writes, and waits for its end. Its descendants may keep its
-/// output open for longer than it lives.
+/// Writes the plugin's input, reads its output, and waits for its exit. After the exit, descendants
+/// of the plugin can keep the output open. For this reason, the function then reads only for a
+/// limited time.
 async fn converse(
     child: &mut Child,
     input: &[u8],
@@ -279,45 +288,48 @@ async fn converse(
     let talk = async {
         let feed = async {
             if let Some(mut stdin) = stdin {
-                // A plugin need not read it: EPIPE is its own affair.
+                // The error EPIPE is ignored, because a plugin need not read its input.
                 let _ = stdin.write_all(input).await;
             }
         };
         tokio::join!(
             feed,
-            // One more than it may, which tells that it was too much.
+            // `drain` keeps one byte more than the limit. From this byte, `accept` detects that the
+            // output exceeds the limit.
             drain(stdout, answer, ANSWER_BYTES + 1),
-            drain(stderr, complaint, COMPLAINT_BYTES)
+            drain(stderr, complaint, STDERR_BYTES)
         );
     };
     let mut talk = std::pin::pin!(talk);
-    let mut said_all = false;
+    let mut output_ended = false;
     let status = loop {
         tokio::select! {
             status = child.wait() => break status,
-            () = &mut talk, if !said_all => said_all = true,
+            () = &mut talk, if !output_ended => output_ended = true,
         }
     };
-    if !said_all {
+    if !output_ended {
         let _ = timeout(OUTPUT_GRACE, talk).await;
     }
     status
 }
 
-/// Reads to the end and keeps the first `most` bytes.
-async fn drain(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>, most: usize) {
+/// Reads `from` until its end, and appends at most `limit` bytes to `kept`.
+async fn drain(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>, limit: usize) {
     let Some(mut from) = from else { return };
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        let room = most.saturating_sub(kept.len()).min(count);
+        let room = limit.saturating_sub(kept.len()).min(count);
         kept.extend_from_slice(buffer.get(..room).unwrap_or_default());
     }
 }
 
-/// Kills the plugin's process group, and what has left it for a session of its own.
+/// Kills the plugin's process group, and also the plugin's descendants that have left this process
+/// group.
 async fn kill(child: &mut Child, container: Option<&str>) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-        // Not reaped yet, so the number is still its.
+        // The plugin's process id can't belong to another process yet, because rrun-cri has not
+        // reaped the plugin.
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
     }
     let _ = timeout(KILL_TIMEOUT, child.wait()).await;
@@ -330,22 +342,22 @@ fn how(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit status {code}"),
         (None, Some(signal)) => format!("killed by signal {signal}"),
-        (None, None) => "it ended in an unknown way".to_owned(),
+        (None, None) => "its exit status is unknown".to_owned(),
     }
 }
 
-/// For the end of a sentence.
+/// Returns a plugin's standard error output in a form that can be appended to an error message.
 fn complained(complaint: &[u8]) -> String {
-    let text = shown(complaint);
+    let text = one_line(complaint);
     if text.is_empty() {
         String::new()
     } else {
-        format!("; it wrote: {text}")
+        format!("; the plugin's standard error: {text}")
     }
 }
 
-/// Text on one line, cut where it gets long.
-fn shown(text: &[u8]) -> String {
+/// Returns `text` as a single line of at most [`SHOWN_CHARACTERS`] characters.
+fn one_line(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut short: String = line
@@ -364,15 +376,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_plugin_prints_is_shown_on_one_short_line() {
-        assert_eq!(shown(b" two\n lines\x1b[0m\n"), "two lines\u{fffd}[0m");
-        let long = shown("ä".repeat(5000).as_bytes());
+    fn an_error_contains_the_output_of_a_plugin_on_one_short_line() {
+        assert_eq!(one_line(b" two\n lines\x1b[0m\n"), "two lines\u{fffd}[0m");
+        let long = one_line("ä".repeat(5000).as_bytes());
         assert_eq!(long.chars().count(), SHOWN_CHARACTERS + 1);
         assert_eq!(complained(b"\n"), "");
         assert!(parse("ADD", "x", b"[]").is_err());
-        assert!(
-            parse("ADD", "x", b"")
-                .is_err_and(|e| e.to_string().ends_with("no CNI result: nothing"))
-        );
+        assert!(parse("ADD", "x", b"").is_err_and(|e| {
+            e.to_string()
+                .ends_with("returned no valid CNI result for ADD: its output is empty")
+        }));
     }
 }

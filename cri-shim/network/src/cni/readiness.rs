@@ -1,7 +1,9 @@
-//! NetworkReady: there is a configuration, its plugins are there, and their STATUS is good.
+//! The condition NetworkReady for CNI. NetworkReady is true if three conditions are met: a CNI
+//! configuration exists, its plugins' binaries exist, and the plugins' STATUS commands succeed.
 //!
-//! Kubelet asks every few seconds; plugins are asked less often, and one that hangs holds up no
-//! answer.
+//! Kubelet requests this condition every few seconds. The server does not run STATUS for each of
+//! these requests. If the last result is recent, the server returns that result. A plugin that
+//! hangs delays the response to kubelet by two seconds at most.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,16 +15,18 @@ use super::configuration::{ConfigurationList, Version};
 use super::{Cni, chain};
 use rrun_calls::lock::lock;
 
-/// How long a plugin may take for STATUS.
+/// The timeout of the STATUS command of a plugin.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long an answer counts.
+/// The time for which the server uses a STATUS result. After this time, the server runs STATUS
+/// again.
 const FRESH_AGE: Duration = Duration::from_secs(5);
 
-/// How long an old answer stands while plugins are asked again.
+/// The maximum age of a STATUS result that the server still returns. The server returns such an
+/// older result if a new STATUS command does not finish within [`CALLER_TIMEOUT`].
 const STALE_AGE: Duration = Duration::from_secs(30);
 
-/// How long a caller waits for the plugins.
+/// The maximum time for which [`Cni::ready`] waits for the result of STATUS.
 const CALLER_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
@@ -33,14 +37,15 @@ pub(super) struct Readiness {
 
 #[derive(Default)]
 struct LastStatus {
-    /// The configuration that this is of.
+    /// The generation of the CNI configurations with which STATUS was last run.
     generation: u64,
     verdict: Option<(Instant, Result<(), String>)>,
-    asking_since: Option<Instant>,
+    running_since: Option<Instant>,
 }
 
 impl LastStatus {
-    /// The verdict, if it is no older than that.
+    /// Returns the last STATUS result. Returns `None` if the result is older than `age`, or belongs
+    /// to another generation of the configurations than `generation`.
     fn verdict(&self, generation: u64, age: Duration) -> Option<Result<(), String>> {
         let (at, verdict) = self.verdict.as_ref()?;
         let counts = self.generation == generation && at.elapsed() <= age;
@@ -49,13 +54,13 @@ impl LastStatus {
 }
 
 impl Cni {
-    /// A sentence if pods can't be given a network.
+    /// Fails if CNI plugins can't connect pods to a network. The error is a sentence.
     pub(crate) async fn ready(&self) -> Result<(), String> {
         let lists = self.lists().await?;
         if lists.is_empty() {
-            return Err(self.inner.none());
+            return Err(self.inner.no_configuration());
         }
-        self.inner.all_there(&lists)?;
+        self.inner.check_binaries(&lists)?;
         if lists.iter().all(|list| list.version < Version::V1_1_0) {
             return Ok(());
         }
@@ -66,15 +71,17 @@ impl Cni {
             if let Some(verdict) = last.verdict(generation, FRESH_AGE) {
                 return verdict;
             }
-            if last.asking_since.is_none() || last.generation != generation {
+            if last.running_since.is_none() || last.generation != generation {
                 last.generation = generation;
-                last.asking_since = Some(Instant::now());
-                tokio::spawn(self.clone().ask(generation, lists));
+                last.running_since = Some(Instant::now());
+                tokio::spawn(self.clone().run_status(generation, lists));
             }
         }
         let answered = async {
             loop {
-                // Made before looking, so that an answer in between is noticed.
+                // The waiter is created before `last` is checked. A result can arrive directly
+                // after the check. A waiter that is created after the check would miss this
+                // result's notification.
                 let changed = readiness.answered.notified();
                 if let Some(verdict) = lock(&readiness.last).verdict(generation, FRESH_AGE) {
                     return verdict;
@@ -88,15 +95,15 @@ impl Cni {
         let last = lock(&readiness.last);
         last.verdict(generation, STALE_AGE).unwrap_or_else(|| {
             let since = last
-                .asking_since
+                .running_since
                 .map_or(0, |since| since.elapsed().as_secs());
             Err(format!(
-                "CNI plugins were asked for their STATUS {since} s ago and have not answered"
+                "the CNI plugins have not finished STATUS after {since} s"
             ))
         })
     }
 
-    async fn ask(self, generation: u64, lists: Arc<Vec<ConfigurationList>>) {
+    async fn run_status(self, generation: u64, lists: Arc<Vec<ConfigurationList>>) {
         let mut verdict = Ok(());
         for list in lists.iter() {
             if let Err(error) = chain::status(&self.inner.directories, list, STATUS_TIMEOUT).await {
@@ -109,7 +116,7 @@ impl Cni {
             let mut last = lock(&readiness.last);
             if last.generation == generation {
                 last.verdict = Some((Instant::now(), verdict));
-                last.asking_since = None;
+                last.running_since = None;
             }
         }
         readiness.answered.notify_waiters();

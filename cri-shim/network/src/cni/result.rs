@@ -1,4 +1,5 @@
-//! What plugins answer to ADD; CNI specification, section 5. It is kept as it came.
+//! The results of ADD. See the CNI specification, section 5. For each network, the server stores
+//! the result of the last plugin.
 
 use std::net::IpAddr;
 
@@ -6,8 +7,10 @@ use serde_json::{Map, Value};
 
 use super::configuration::Version;
 
-/// The answer in the network's version, to be the prevResult of the next plugin and of DEL. What
-/// the versions differ in is `ips[].version`, which 1.0.0 did away with.
+/// Converts a plugin's result to the format of the network's CNI version. The server passes the
+/// converted result as prevResult to the next plugin, and to CHECK and DEL. The formats of the
+/// supported CNI versions differ only in `ips[].version`, which version 1.0.0 of the specification
+/// removed.
 pub(super) fn in_version(mut result: Value, version: Version) -> Value {
     let Some(all) = result.as_object_mut() else {
         return result;
@@ -34,15 +37,19 @@ fn address(ip: &Map<String, Value>) -> Option<IpAddr> {
     address.parse().ok()
 }
 
-/// The addresses of the pod's `interface`, the primary one first: as containerd has it by default,
-/// that is the first of IPv4 if there is one. An address that names no interface is its too.
+/// Returns the addresses of the pod's `interface`, beginning with the primary address. The primary
+/// address is the first IPv4 address, or the first address if there is no IPv4 address. By default,
+/// containerd chooses the same primary address. If the result does not specify the interface of an
+/// address, the address counts as an address of `interface`.
 pub(super) fn addresses(result: &Value, interface: &str) -> Result<Vec<IpAddr>, String> {
     let none = Vec::new();
     let ips = result.get("ips").and_then(Value::as_array).unwrap_or(&none);
     let mut addresses = Vec::new();
     for ip in ips {
         let read = ip.as_object().and_then(address);
-        let read = read.ok_or_else(|| format!("{ip} among its ips is no address"))?;
+        let read = read.ok_or_else(|| {
+            format!("the field ips of the result contains {ip}, which is not an address")
+        })?;
         if is_of(result, ip, interface)? {
             addresses.push(read);
         }
@@ -58,7 +65,8 @@ fn is_of(result: &Value, ip: &Value, interface: &str) -> Result<bool, String> {
     let Some(index) = ip.get("interface").filter(|index| !index.is_null()) else {
         return Ok(true);
     };
-    // A plugin that has no interfaces to tell of counts none.
+    // A plugin that reports no interfaces can set the field `interface` of an address to a negative
+    // index. An address with a negative index counts as an address without an interface.
     if index.as_i64().is_some_and(|index| index < 0) {
         return Ok(true);
     }
@@ -67,7 +75,7 @@ fn is_of(result: &Value, ip: &Value, interface: &str) -> Result<bool, String> {
     match named {
         Some(name) => Ok(name == interface),
         None => Err(format!(
-            "{ip} names the interface {index}, which is not there"
+            "{ip} refers to the interface {index}, which the result does not contain"
         )),
     }
 }
@@ -97,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn an_invalid_address_is_refused() {
         for ips in [
             json!([{"address": "10.0.0.2"}]),
             json!([3]),
@@ -109,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_result_is_put_into_the_networks_version() {
+    fn a_result_is_converted_to_the_networks_version() {
         let result = json!({"cniVersion": "1.0.0", "ips": [{"address": "fd00::2/64"}]});
         let old = in_version(result, Version::V0_4_0);
         assert_eq!(

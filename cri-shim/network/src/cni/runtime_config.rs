@@ -1,5 +1,6 @@
-//! What a pod tells plugins: CNI_ARGS, and the capability arguments (`runtimeConfig`) in the
-//! conventions of the CNI project's CONVENTIONS.md, with the names that containerd uses.
+//! The data that CNI plugins receive about a pod. The data consists of CNI_ARGS and the capability
+//! arguments (`runtimeConfig`). The format of the data follows CONVENTIONS.md of the CNI project.
+//! The names of the capabilities are the names that containerd uses.
 
 use std::collections::BTreeMap;
 
@@ -8,21 +9,21 @@ use serde_json::{Map, Value, json};
 
 use rrun_calls::error::{Error, Result};
 
-/// Annotations for bandwidths, in bits a second.
+/// The annotations for the bandwidth limits of a pod, in bits per second.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 
-/// What kubelet takes for reasonable, in bits a second.
+/// The range of bandwidth limits that kubelet accepts, in bits per second.
 const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
-/// The annotation for the address of the pod's interface, and that for its IP addresses.
+/// The annotations for the hardware address and for the IP addresses of the pod's interface.
 pub(super) const MAC: &str = "io.rrun/mac";
 pub(super) const IPS: &str = "io.rrun/ips";
 
-/// All annotations, for plugins that look for their own.
+/// The name of the capability argument with all annotations of the pod.
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 
-/// CNI_ARGS of a pod.
+/// Returns the value of CNI_ARGS for a pod.
 pub(super) fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> {
     let metadata = config.metadata.clone().unwrap_or_default();
     let pairs = [
@@ -36,7 +37,7 @@ pub(super) fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> 
     for (key, value) in pairs {
         if value.contains([';', '=', '\0']) {
             return Err(Error::invalid(format!(
-                "the pod's metadata has {value:?}, which CNI_ARGS ({key}) has no way to write"
+                "the pod's metadata contains {value:?}, which CNI_ARGS ({key}) cannot represent"
             )));
         }
         all.push(format!("{key}={value}"));
@@ -44,7 +45,7 @@ pub(super) fn arguments(pod: &str, config: &PodSandboxConfig) -> Result<String> 
     Ok(all.join(";"))
 }
 
-/// The capability arguments of a pod; `ranges` are those that the node was given for its pods.
+/// Returns the capability arguments of a pod. `ranges` are the node's pod ranges.
 pub(super) fn capabilities(
     config: &PodSandboxConfig,
     ranges: &[String],
@@ -75,7 +76,7 @@ pub(super) fn capabilities(
             return Err(annotation(
                 MAC,
                 mac,
-                "a hardware address, 02:00:00:00:00:01",
+                "a hardware address such as 02:00:00:00:00:01",
             ));
         }
         all.insert("mac".to_owned(), mac.as_str().into());
@@ -83,12 +84,16 @@ pub(super) fn capabilities(
     if let Some(text) = config.annotations.get(IPS) {
         let ips: Vec<&str> = text.split(',').map(str::trim).collect();
         if !ips.iter().all(|ip| is_ip(ip)) {
-            return Err(annotation(IPS, text, "IP addresses with commas between"));
+            return Err(annotation(
+                IPS,
+                text,
+                "a comma-separated list of IP addresses",
+            ));
         }
         all.insert("ips".to_owned(), json!(ips));
     }
     if !ranges.is_empty() {
-        // A set for each family: of each, one address.
+        // Each range is a separate set, because a plugin assigns one address from each set.
         let sets: Vec<Value> = ranges
             .iter()
             .map(|range| json!([{ "subnet": range }]))
@@ -115,9 +120,9 @@ fn port(mapping: &PortMapping) -> Option<Value> {
     }))
 }
 
-fn annotation(name: &str, value: &str, wanted: &str) -> Error {
+fn annotation(name: &str, value: &str, expected: &str) -> Error {
     Error::invalid(format!(
-        "the pod's annotation {name} is {value:?}, it has to be {wanted}"
+        "the pod's annotation {name} is {value:?}; it has to be {expected}"
     ))
 }
 
@@ -143,17 +148,19 @@ fn bandwidth(annotations: &BTreeMap<String, String>) -> Result<Option<Value>> {
         let Some(text) = annotations.get(name) else {
             continue;
         };
-        let wanted = "bits a second from 1k to 1P, as in 10M";
+        let expected = "bits per second from 1k to 1P, such as 10M";
         let bits = quantity(text).filter(|bits| BANDWIDTH.contains(bits));
-        let bits = bits.ok_or_else(|| annotation(name, text, wanted))?;
+        let bits = bits.ok_or_else(|| annotation(name, text, expected))?;
         all.insert(rate.to_owned(), bits.into());
-        // As containerd and kubelet: no bound but that of the plugin.
+        // The burst is the largest possible number, as in containerd and kubelet. Only the plugin
+        // then limits the burst.
         all.insert(burst.to_owned(), u32::MAX.into());
     }
     Ok((!all.is_empty()).then_some(Value::Object(all)))
 }
 
-/// A quantity of Kubernetes (`1.5Gi`, `100k`, `1e6`), rounded up. `None`: it is none.
+/// Parses a Kubernetes quantity, such as `1.5Gi`, `100k` or `1e6`, and rounds it up to an integer.
+/// Returns `None` if the text is not a valid quantity.
 fn quantity(text: &str) -> Option<u64> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
     let (number, suffix) = text.split_at(end.unwrap_or(text.len()));
@@ -204,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantities_are_read_as_kubernetes_writes_them() {
+    fn quantities_are_parsed_in_the_notation_of_kubernetes() {
         let right = [
             ("10M", 10_000_000),
             ("1.5k", 1500),
@@ -235,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_told_as_containerd_tells_it() -> Result<()> {
+    fn plugins_get_the_same_data_about_a_pod_as_with_containerd() -> Result<()> {
         let annotations = BTreeMap::from([(INGRESS.to_owned(), "1M".to_owned())]);
         let config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
@@ -289,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_annotations_are_refused_by_name() {
+    fn invalid_annotations_are_refused_with_their_names() {
         for (name, value) in [
             (INGRESS, "fast"),
             (EGRESS, "10"),
@@ -303,7 +310,7 @@ mod tests {
             let refused = capabilities(&config, &[]);
             assert!(
                 refused.is_err_and(|error| error.sentence().contains(name)),
-                "{name} = {value}"
+                "the annotation {name} with the invalid value {value:?} was accepted"
             );
         }
         let mut config = PodSandboxConfig::default();

@@ -1,18 +1,20 @@
-//! The `[cni]` table of the configuration: how plugins are run.
+//! The `[cni]` table of the configuration, which contains the settings for running CNI plugins.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What the `[cni]` table of the configuration sets.
+/// The settings in the `[cni]` table of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CniSettings {
-    /// How many configurations are used, a network each; 0 is all.
+    /// The maximum number of CNI configurations that are used. Each configuration is one network.
+    /// The value 0 means that all configurations are used.
     pub max_conf_num: usize,
-    /// How long all plugins of a network may take for one ADD or DEL.
+    /// The timeout in seconds for one ADD or DEL of a network, including all its plugins.
     pub timeout_seconds: u64,
-    /// How long a DEL that fails keeps a pod from being stopped.
+    /// The time in seconds for which a failing DEL prevents a pod from being stopped. After this
+    /// time, the pod is stopped without the DEL.
     pub teardown_patience_seconds: u64,
 }
 
@@ -20,7 +22,8 @@ impl Default for CniSettings {
     fn default() -> Self {
         CniSettings {
             max_conf_num: 1,
-            // Kubelet waits 120 s for StopPodSandbox, and twice as long for RunPodSandbox.
+            // This timeout is shorter than kubelet's timeouts of 120 s for StopPodSandbox and 240 s
+            // for RunPodSandbox.
             timeout_seconds: 100,
             teardown_patience_seconds: 300,
         }
@@ -28,7 +31,8 @@ impl Default for CniSettings {
 }
 
 impl CniSettings {
-    /// The key of the configuration whose value can't be used, and what is wrong with it.
+    /// Refuses an invalid value. The error consists of the configuration key and a description of
+    /// the problem with the key's value.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         let timeout = self.timeout_seconds;
         if (1..=3600).contains(&timeout) {

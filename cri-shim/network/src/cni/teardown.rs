@@ -1,10 +1,12 @@
-//! Each ADD meets its DEL.
+//! Ensures that each ADD is followed by a DEL when the pod ends.
 //!
-//! A DEL that fails is kubelet's to repeat: StopPodSandbox fails and comes again. But a plugin that
-//! is never coming back must not hold a pod, and with it a node's draining, for ever: after a
-//! while, or at once where the binary is gone, the pod is let go, its namespace and the interfaces
-//! in it end, and a task of its own goes on with the DEL, since addresses and rules outside may
-//! depend on it. The store keeps it until it has succeeded, over restarts too.
+//! If a DEL fails, StopPodSandbox also fails, and kubelet retries StopPodSandbox. However, a
+//! permanently failing plugin must not prevent the stop of a pod or the drain of a node. For this
+//! reason, StopPodSandbox ignores a failed DEL after a timeout, or if the plugin's binary is
+//! missing. The server then removes the pod's network namespace and the interfaces in this
+//! namespace. A background task retries the DEL, because only the DEL releases the addresses and
+//! rules outside the pod. The store keeps the pod's record until the DEL has succeeded, also across
+//! restarts of the server.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,34 +22,40 @@ use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_store::{Change, Table};
 
-/// How long the task of an orphan waits after a failure, and at most.
+/// The delay before the background task first retries a failed DEL, and the maximum delay between
+/// two retries.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(300);
 
-/// Who repeats a DEL that has failed.
+/// Specifies whether the caller or the server retries a failed DEL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetryBy {
-    /// The caller, who gets the error and calls again.
+    /// The caller of `detach` gets the error and calls `detach` again.
     Caller,
-    /// The server, in a task of its own: the caller will not call again.
+    /// The server retries the DEL in a background task, because the caller does not call `detach`
+    /// again.
     Server,
 }
 
-/// What has become of a pod's networks.
+/// The state of a pod's networks after a detach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DetachOutcome {
-    /// Nothing of them needs the namespace any more.
+    /// The pod's network namespace can be removed, because plugins do not need it any more.
     Done,
-    /// Their DEL is still to come, and the namespace's end with it.
+    /// The DEL has not succeeded yet. A background task retries the DEL, and removes the network
+    /// namespace after the DEL has succeeded.
     Pending,
 }
 
 impl Cni {
-    /// DELs the pod from the networks that it was ADDed to, as they were then. Right also when it
-    /// was ADDed to none, when ADD failed half-way, and when its namespace is lost.
+    /// Runs DEL for the pod in all networks in which ADD was run. DEL gets the same configuration
+    /// as ADD. The call succeeds without a DEL if the pod has no network. DEL also runs if ADD
+    /// failed for some plugins, or if the pod's network namespace no longer exists.
     pub(crate) async fn detach(&self, pod: &str, retry_by: RetryBy) -> Result<DetachOutcome> {
         if retry_by == RetryBy::Server && !self.inner.started.load(Ordering::Acquire) {
-            // Of an earlier life: no plugin that hangs may keep the server from its start.
+            // This server process has not called [`Cni::start`] yet. The pod was therefore attached
+            // by an earlier server process. [`Cni::start`] retries the DEL. No plugin is run now,
+            // because a hanging plugin must not delay the server's start.
             return Ok(if self.has(pod) {
                 DetachOutcome::Pending
             } else {
@@ -60,12 +68,12 @@ impl Cni {
         {
             return Ok(DetachOutcome::Pending);
         }
-        let Err(error) = self.take_away(pod).await else {
+        let Err(error) = self.del_all(pod).await else {
             return Ok(DetachOutcome::Done);
         };
         let sentence = error.to_string();
         if retry_by == RetryBy::Server {
-            log::warn!("pod {pod}: {sentence}; it is tried again");
+            log::warn!("pod {pod}: {sentence}; the server retries the DEL");
             self.adopt(pod);
             return Ok(DetachOutcome::Pending);
         }
@@ -75,8 +83,8 @@ impl Cni {
         };
         if error.is_missing() || failing >= self.inner.settings.teardown_timeout() {
             log::error!(
-                "pod {pod}: {sentence}; it is let go without, and what its network has outside of \
-                 the pod stays until the DEL succeeds, which is tried again"
+                "pod {pod}: {sentence}; the server stops the pod without the DEL and retries the DEL. \
+                 Until the DEL succeeds, addresses and rules of the pod's network remain on the node"
             );
             self.adopt(pod);
             return Ok(DetachOutcome::Done);
@@ -84,39 +92,41 @@ impl Cni {
         Err(Error::new(error.code(), sentence))
     }
 
-    /// Gives the pod's DEL to a task of its own.
+    /// Starts a background task that retries the pod's DEL.
     pub(super) fn adopt(&self, pod: &str) {
         let mut attachments = lock(&self.inner.attachments);
         let Some(attachment) = attachments.get_mut(pod) else {
             return;
         };
         if !std::mem::replace(&mut attachment.orphan, true) {
-            tokio::spawn(self.clone().see_to(pod.to_owned()));
+            tokio::spawn(self.clone().retry_del(pod.to_owned()));
         }
     }
 
-    async fn see_to(self, pod: String) {
+    async fn retry_del(self, pod: String) {
         let path = self.inner.namespaces.of(&pod);
         let begin = Instant::now();
         let mut delay = RETRY_DELAY;
         let mut logged = String::new();
         loop {
-            // Made before trying, so that a change meanwhile is noticed.
+            // The waiter is created before the DEL. It therefore also gets the notification of a
+            // configuration change during the DEL.
             let changed = self.inner.changed.notified();
-            match self.take_away(&pod).await {
+            match self.del_all(&pod).await {
                 Ok(()) => break,
                 Err(error) => {
                     if error.is_missing()
                         || begin.elapsed() >= self.inner.settings.teardown_timeout()
                     {
-                        // It is not kept for a plugin that may never come.
+                        // The network namespace is removed without the DEL, because the DEL may
+                        // never succeed.
                         if let Err(error) = namespace::remove(&path) {
                             log::error!("pod {pod}: {error}");
                         }
                     }
                     let error = error.to_string();
                     if error != logged {
-                        log::warn!("pod {pod}: {error}; it is tried again");
+                        log::warn!("pod {pod}: {error}; the server retries the DEL");
                         logged = error;
                     }
                 }
@@ -125,25 +135,31 @@ impl Cni {
             delay = (delay * 2).min(MAX_RETRY_DELAY);
         }
         match namespace::remove(&path) {
-            Ok(()) => log::info!("pod {pod}: its CNI networks are taken away"),
+            Ok(()) => log::info!("pod {pod}: the server has removed its CNI networks"),
             Err(error) => log::error!("pod {pod}: {error}"),
         }
     }
 
-    async fn take_away(&self, pod: &str) -> std::result::Result<(), DelFailure> {
+    async fn del_all(&self, pod: &str) -> std::result::Result<(), DelFailure> {
         let inner = &self.inner;
         let plugin_lock = match lock(&inner.attachments).get(pod) {
             Some(attachment) => Arc::clone(&attachment.plugin_lock),
             None => return Ok(()),
         };
-        let _plugins = slow(format!("pod {pod}: its CNI plugins"), plugin_lock.lock()).await;
+        let _plugins = slow(
+            format!("pod {pod}: wait until its CNI plugins end"),
+            plugin_lock.lock(),
+        )
+        .await;
         let inherited = match lock(&inner.attachments).get(pod) {
             Some(attachment) => attachment.inherited,
-            // Whoever had the lock before has done it.
+            // While this call waited for the lock, another call completed the DEL.
             None => return Ok(()),
         };
         if inherited {
-            // An ADD that still runs would make anew what DEL takes away.
+            // The earlier server process started a plugin for ADD, and this plugin may still be
+            // running. The server kills the plugin before the DEL, because the plugin could
+            // otherwise create objects after the DEL.
             leftover::end(pod).await;
             if let Some(attachment) = lock(&inner.attachments).get_mut(pod) {
                 attachment.inherited = false;
@@ -152,7 +168,7 @@ impl Cni {
         let record = inner.record(pod).await.map_err(DelFailure::Store)?;
         let mut first = Ok(());
         if let Some(record) = record {
-            let _at_work = inner.at_work.read().await;
+            let _gc_lock = inner.gc_lock.read().await;
             let netns = inner.pinned(pod);
             let deadline = Instant::now() + inner.settings.timeout();
             for network in record.networks.iter().rev() {
@@ -164,22 +180,24 @@ impl Cni {
             }
         }
         first?;
-        let gone = inner
+        let deleted = inner
             .store
             .commit(vec![Change::delete(Table::ATTACHMENTS, pod)]);
-        let gone = gone.await.map_err(|error| DelFailure::Store(error.into()));
-        gone?;
+        let deleted = deleted
+            .await
+            .map_err(|error| DelFailure::Store(error.into()));
+        deleted?;
         lock(&inner.attachments).remove(pod);
         Ok(())
     }
 }
 
-/// Why a DEL has not succeeded.
+/// The reason why a DEL has not succeeded.
 #[derive(Debug, thiserror::Error)]
 enum DelFailure {
-    #[error("take it out of the CNI network {0}: {1}")]
+    #[error("remove the pod from the CNI network {0}: {1}")]
     Plugin(String, PluginError),
-    #[error("take away its CNI networks: {0}")]
+    #[error("remove the pod's CNI networks: {0}")]
     Store(Error),
 }
 
@@ -191,7 +209,7 @@ impl DelFailure {
         }
     }
 
-    /// Whether a plugin's binary is not there.
+    /// Returns whether the DEL failed because a plugin's binary is missing.
     fn is_missing(&self) -> bool {
         matches!(self, DelFailure::Plugin(_, PluginError::Missing { .. }))
     }

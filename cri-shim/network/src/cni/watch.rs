@@ -1,5 +1,6 @@
-//! Notices new configurations, inotify(7). Each use looks for itself; this is for what has to
-//! happen when nobody asks: the log, GC, the DELs that a missing plugin held up.
+//! Detects changed CNI configurations with inotify(7). The server also checks the directory for
+//! changes whenever it uses the configurations. With inotify(7), the server also reacts immediately
+//! to each change. It logs the change, runs GC and retries failed DELs.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -8,19 +9,21 @@ use std::time::Duration;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 
-/// How long the directory has to be quiet: writers make several changes.
+/// The time for which the server waits after each change of the configuration directory. Programs
+/// often make several changes in a row. The server reads the directory after the last of these
+/// changes.
 const QUIET_TIME: Duration = Duration::from_millis(200);
 
-/// Waits for a change in the directory, or for its coming.
+/// Waits for a change in the directory, or for the creation of the directory.
 pub(super) async fn changed(dir: &Path) -> std::io::Result<()> {
     let flags = CreateFlags::NONBLOCK | CreateFlags::CLOEXEC;
-    // SAFETY: the descriptor is owned by the AsyncFd, which alone closes it, after it has
-    // unregistered it; nobody else knows its number.
+    // SAFETY: the AsyncFd owns the descriptor. Only the AsyncFd closes the descriptor, and it
+    // unregisters the descriptor before the close. No other code uses the descriptor's number.
     let watch = unsafe { AsyncFd::register(inotify::init(flags)?)? };
-    let there = existing(dir);
+    let watched = existing(dir);
     inotify::add_watch(
         watch.get_ref(),
-        &there,
+        &watched,
         WatchFlags::CREATE
             | WatchFlags::CLOSE_WRITE
             | WatchFlags::MOVED_FROM
@@ -29,8 +32,10 @@ pub(super) async fn changed(dir: &Path) -> std::io::Result<()> {
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF,
     )?;
-    if there != dir && dir.exists() {
-        // It came in between.
+    if watched != dir && dir.exists() {
+        // `dir` did not exist during the call of `existing`. The watch is therefore on a parent
+        // directory. Another program created `dir` before the watch was added, so the watch does
+        // not report the creation. The caller must read `dir` now.
         return Ok(());
     }
     wait(&watch).await?;
@@ -40,7 +45,7 @@ pub(super) async fn changed(dir: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Waits for events and takes them out.
+/// Waits for inotify events and removes them from the queue.
 async fn wait(watch: &AsyncFd<OwnedFd>) -> std::io::Result<()> {
     loop {
         let mut ready = watch.readable().await?;
@@ -55,9 +60,9 @@ async fn wait(watch: &AsyncFd<OwnedFd>) -> std::io::Result<()> {
     }
 }
 
-/// The directory, or the nearest above that is there.
+/// Returns `dir`, or the nearest parent directory of `dir` that exists.
 fn existing(dir: &Path) -> PathBuf {
     let mut above = dir.ancestors();
-    let there = above.find(|dir| dir.is_dir());
-    there.unwrap_or(Path::new("/")).to_owned()
+    let watched = above.find(|dir| dir.is_dir());
+    watched.unwrap_or(Path::new("/")).to_owned()
 }

@@ -1,5 +1,5 @@
-//! What pods have of the embedded network: addresses and host ports, in memory and in the store,
-//! and the bridge that is made from them.
+//! The state of the embedded network. The state consists of the bridge and of the pods' addresses
+//! and host ports. The addresses and host ports are in memory and in the server's store.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
 use rrun_store::{Change, Store, Table};
 
-/// An entry of [`Table::ADDRESSES`]. The key of a `Given` is the address.
+/// An entry of [`Table::ADDRESSES`]. The key of a `Given` entry is the assigned address.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum AddressRecord {
@@ -36,7 +36,8 @@ enum AddressRecord {
     },
 }
 
-/// The key of the address that was given last.
+/// Returns the key of the entry in [`Table::ADDRESSES`] that contains the most recently assigned
+/// address. There is one such entry for IPv4 addresses, and another for IPv6 addresses.
 fn last_key(address: IpAddr) -> &'static str {
     match address {
         IpAddr::V4(_) => "last",
@@ -44,7 +45,7 @@ fn last_key(address: IpAddr) -> &'static str {
     }
 }
 
-/// The key of a pod's host ports.
+/// Returns the key of the entry in [`Table::ADDRESSES`] that contains the host ports of `pod`.
 fn ports_key(pod: &str) -> String {
     format!("ports/{pod}")
 }
@@ -52,17 +53,21 @@ fn ports_key(pod: &str) -> String {
 pub(super) struct EmbeddedState {
     store: Store,
     bridge: Bridge,
-    /// One for each family, the primary one first.
+    /// The assigned addresses. The vector has one element for each address family, beginning with
+    /// the primary family.
     addresses: Mutex<Vec<Addresses>>,
-    /// Never locked together with the addresses.
+    /// The reserved host ports. A thread never locks this mutex and `addresses` at the same time,
+    /// so the two mutexes can't cause a deadlock.
     ports: Mutex<PortReservations>,
-    /// Pods that the store knew when it was opened and nobody asked for since.
+    /// The ids of the pods that an earlier server process stored. An id is removed from this set
+    /// when a call of this server process locks the pod. `reconcile` removes the networks of the
+    /// remaining pods if the pods no longer exist.
     inherited: Mutex<HashSet<String>>,
     locks: Arc<PodLocks>,
 }
 
 impl EmbeddedState {
-    /// Reads the store.
+    /// Loads the pods' addresses and host ports from the store.
     pub(super) fn load(store: Store, config: NetworkConfig) -> Result<Self, NetworkError> {
         config.validate()?;
         let mut given = Vec::new();
@@ -101,20 +106,20 @@ impl EmbeddedState {
         &self.bridge
     }
 
-    /// Waits for the right to work on the pod. From then on the pod is not inherited any more.
+    /// Waits for the pod's lock, and removes the pod from `inherited`. `reconcile` then does not
+    /// remove the pod's network.
     pub(super) async fn lock(&self, pod: &str) -> PodLock {
         let locked = self.locks.lock(pod).await;
         lock(&self.inherited).remove(pod);
         locked
     }
 
-    /// Whether a call waits for the pod's lock.
+    /// Returns whether a call waits for the pod's lock.
     pub(super) fn is_awaited(&self, pod: &str) -> bool {
         self.locks.is_awaited(pod)
     }
 
-    /// Takes the inherited pods out that are not among `live`; the others are not inherited any
-    /// more.
+    /// Returns the ids in `inherited` that are not in `live`, and removes all ids from `inherited`.
     pub(super) fn take_inherited_except(&self, live: &HashSet<String>) -> Vec<String> {
         lock(&self.inherited)
             .drain()
@@ -122,21 +127,21 @@ impl EmbeddedState {
             .collect()
     }
 
-    /// How many pods have addresses, and how many host ports.
-    pub(super) fn given(&self) -> (usize, usize) {
+    /// Returns two numbers, namely how many pods have addresses, and how many pods have host ports.
+    pub(super) fn pod_counts(&self) -> (usize, usize) {
         let addresses = lock(&self.addresses)
             .first()
             .map_or(0, |family| family.all().count());
         (addresses, lock(&self.ports).pods().count())
     }
 
-    /// The gateway of the primary family.
+    /// Returns the gateway's address in the pod range of the primary address family.
     pub(super) fn primary_gateway(&self) -> Option<IpAddr> {
         let families = lock(&self.addresses);
         families.first().map(|family| family.range().gateway())
     }
 
-    /// What should be in the kernel.
+    /// Returns the kernel objects that should exist for the pods.
     pub(super) fn desired(&self) -> Desired {
         let mut desired = Desired {
             pods: Vec::new(),
@@ -161,7 +166,7 @@ impl EmbeddedState {
         desired
     }
 
-    /// Whether the pod has addresses or host ports.
+    /// Returns whether the pod has addresses or host ports.
     pub(super) fn has_reserved(&self, pod: &str) -> bool {
         !self.addresses_of(pod).is_empty() || lock(&self.ports).of(pod).is_some()
     }
@@ -185,7 +190,10 @@ impl EmbeddedState {
         })
     }
 
-    /// `mapped`: the ports lead to the pod's addresses, which have to be of their families.
+    /// Reserves host ports for the pod. `mapped` is true if packets for the host ports are
+    /// forwarded to the pod's own addresses. The kernel can forward packets only to a pod address
+    /// of the same address family. If `mapped` is true and pods have no addresses of a host port's
+    /// address family, this function therefore refuses the host port.
     pub(super) fn take_ports(
         &self,
         pod: &str,
@@ -210,18 +218,19 @@ impl EmbeddedState {
         })
     }
 
-    /// Gives the pod's addresses back.
+    /// Frees the pod's addresses in memory. Other pods can then get these addresses.
     pub(super) fn free_addresses(&self, pod: &str) {
         let mut families = lock(&self.addresses);
         families.iter_mut().for_each(|family| family.free(pod));
     }
 
-    /// Gives the pod's host ports back.
+    /// Frees the pod's host ports in memory. Other pods can then reserve these ports.
     pub(super) fn free_ports(&self, pod: &str) {
         lock(&self.ports).free(pod);
     }
 
-    /// Closes the pod's host ports and gives them back.
+    /// Closes the pod's host ports. The node then no longer forwards packets for these ports, and
+    /// other pods can reserve the ports.
     pub(super) async fn close_ports(self: &Arc<Self>, pod: &str) -> Result<(), NetworkError> {
         let mappings = self.mappings(pod);
         if mappings.is_empty() {
@@ -236,7 +245,7 @@ impl EmbeddedState {
         .await
     }
 
-    /// The host ports that lead to the pod.
+    /// Returns the nftables map entries for the pod's host ports.
     fn mappings(&self, pod: &str) -> Vec<Mapping> {
         let addresses = self.addresses_of(pod);
         let ports = lock(&self.ports);
@@ -245,7 +254,8 @@ impl EmbeddedState {
         })
     }
 
-    /// Returns when the store knows of the pod's addresses and host ports.
+    /// Writes the pod's addresses and host ports to the store, and returns when they are on the
+    /// disk.
     pub(super) async fn commit(&self, pod: &str) -> Result<(), NetworkError> {
         let mut changes = Vec::new();
         for address in self.addresses_of(pod) {
@@ -273,24 +283,27 @@ impl EmbeddedState {
         Ok(self.store.commit(changes).await?)
     }
 
-    /// Forgets the addresses and host ports of pods whose interfaces are gone, first in the store.
+    /// Deletes the entries of `pods` from the store, and then frees the addresses of these pods.
+    /// The interfaces of these pods must already be deleted.
     pub(super) async fn forget(&self, pods: &[String]) -> Result<(), NetworkError> {
-        let mut gone = Vec::new();
+        let mut deletions = Vec::new();
         for pod in pods {
             for address in self.addresses_of(pod) {
-                gone.push(Change::delete(Table::ADDRESSES, &address.to_string()));
+                deletions.push(Change::delete(Table::ADDRESSES, &address.to_string()));
             }
-            gone.push(Change::delete(Table::ADDRESSES, &ports_key(pod)));
+            deletions.push(Change::delete(Table::ADDRESSES, &ports_key(pod)));
         }
-        self.store.commit(gone).await?;
+        self.store.commit(deletions).await?;
         for pod in pods {
             self.free_addresses(pod);
         }
         Ok(())
     }
 
-    /// Makes the pod's interface, with its addresses and host ports. The pair is made while the
-    /// store writes the addresses, unless it is `committed`; they are not used before it has.
+    /// Creates the pod's interface with its addresses and host ports. If `committed` is false, the
+    /// store does not contain the addresses yet. This function then commits the addresses to the
+    /// store while it creates the veth pair. The interface gets the addresses after the commit, so
+    /// no interface has an address without a store entry.
     pub(super) async fn connect(
         self: &Arc<Self>,
         pod: &str,
@@ -300,12 +313,12 @@ impl EmbeddedState {
     ) -> Result<link::Mac, NetworkError> {
         let mac = link::mac_of(addresses);
         let (state, name) = (Arc::clone(self), pod.to_owned());
-        let making = blocking(format!("pod {pod}: make its interface"), move || {
+        let created = blocking(format!("pod {pod}: create its interface"), move || {
             state
                 .bridge
                 .connect(&name, mac, &netns, &|| state.desired())
         });
-        let (made, committed) = tokio::join!(making, async {
+        let (created, committed) = tokio::join!(created, async {
             if committed {
                 Ok(())
             } else {
@@ -313,10 +326,10 @@ impl EmbeddedState {
             }
         });
         committed?;
-        let (state, made, addresses) = (Arc::clone(self), made?, addresses.to_vec());
+        let (state, namespace, addresses) = (Arc::clone(self), created?, addresses.to_vec());
         let mappings = self.mappings(pod);
         blocking(format!("pod {pod}: configure its interface"), move || {
-            state.bridge.configure(&made, &addresses, mac)?;
+            state.bridge.configure(&namespace, &addresses, mac)?;
             if mappings.is_empty() {
                 Ok(())
             } else {

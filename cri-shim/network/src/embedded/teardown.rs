@@ -1,8 +1,10 @@
-//! Takes pods' interfaces away after the call that asked for it has returned.
+//! Removes the interfaces and addresses of detached pods in the background.
 //!
-//! Deleting a network device ends with the kernel waiting for RCU, 10 to 20 ms, most of it once
-//! for however many devices are deleted together. So the pods that are detached meanwhile wait
-//! for each other and go together, and their addresses in one transaction.
+//! When the kernel deletes a network device, it waits 10 to 20 ms for RCU. If several devices are
+//! deleted together, the kernel waits hardly longer than for one device. For this reason, the
+//! background task works in rounds. A pod that is detached during a round waits for the next round.
+//! A round deletes the interfaces of all waiting pods together. It then deletes the addresses of
+//! these pods from the store in one transaction.
 
 use std::sync::{Arc, Mutex};
 
@@ -22,11 +24,11 @@ pub(super) struct Teardown {
 
 #[derive(Default)]
 struct TeardownQueue {
-    /// The next to go.
+    /// The pods whose networks the background task removes next.
     waiting: Vec<PodLock>,
-    /// The pods that the task takes away right now.
-    going: Vec<String>,
-    /// Whether there is a task.
+    /// The pods whose networks the background task is removing now.
+    removing: Vec<String>,
+    /// True while the background task runs.
     running: bool,
 }
 
@@ -39,14 +41,15 @@ impl Teardown {
         }
     }
 
-    /// Whether the pod is about to go.
+    /// Returns whether the pod's network is being removed or is going to be removed.
     pub(super) fn has(&self, pod: &str) -> bool {
         let queue = lock(&self.queue);
-        queue.going.iter().any(|going| going == pod)
+        queue.removing.iter().any(|removing| removing == pod)
             || queue.waiting.iter().any(|locked| locked.pod() == pod)
     }
 
-    /// Takes the pod of `locked` away, soon. The lock ends with that.
+    /// Adds the locked pod to the queue of the background task. The task removes the pod's network
+    /// and then unlocks the pod.
     pub(super) fn add(self: &Arc<Self>, locked: PodLock) {
         let mut queue = lock(&self.queue);
         queue.waiting.push(locked);
@@ -56,9 +59,12 @@ impl Teardown {
         }
     }
 
+    /// Waits until the background task has removed the networks of all detached pods.
     pub(super) async fn settled(&self) {
         loop {
-            // Made before looking, so that an end in between is noticed.
+            // The waiter is created before `running` is checked. The background task can end
+            // directly after the check. A waiter that is created after the check would miss the
+            // task's notification.
             let idle = self.idle.notified();
             if !lock(&self.queue).running {
                 return;
@@ -67,11 +73,11 @@ impl Teardown {
         }
     }
 
-    /// What waits, or the end.
+    /// Returns the pods of the next round, or `None` if no pod is waiting.
     fn next(&self) -> Option<Vec<PodLock>> {
         let mut queue = lock(&self.queue);
         let locks = std::mem::take(&mut queue.waiting);
-        queue.going = locks.iter().map(|locked| locked.pod().to_owned()).collect();
+        queue.removing = locks.iter().map(|locked| locked.pod().to_owned()).collect();
         queue.running = !locks.is_empty();
         queue.running.then_some(locks)
     }
@@ -80,22 +86,25 @@ impl Teardown {
 async fn run(teardown: Arc<Teardown>) {
     while let Some(locks) = teardown.next() {
         let pods: Vec<String> = locks.iter().map(|locked| locked.pod().to_owned()).collect();
-        if let Err(error) = take_away(&teardown.state, pods.clone()).await {
+        if let Err(error) = remove(&teardown.state, pods.clone()).await {
             log::warn!(
-                "take away the network of the pods {}: {error}; it is tried again when they are \
-                 removed again, or after a restart",
+                "remove the networks of the pods {}: {error}; the server retries the removal when \
+                 the pods are removed again, or after a restart of the server",
                 pods.join(", ")
             );
         }
-        // Before the locks end: what is attached from then on is not going.
-        lock(&teardown.queue).going.clear();
+        // `removing` must be cleared before the pods are unlocked. A pod can be attached and
+        // detached again after the unlock. If this pod were still in `removing`, the detach would
+        // do nothing.
+        lock(&teardown.queue).removing.clear();
         drop(locks);
     }
     teardown.idle.notify_waiters();
 }
 
-/// First the interfaces, then the addresses: none is given again while it is in use.
-async fn take_away(state: &Arc<EmbeddedState>, pods: Vec<String>) -> Result<(), NetworkError> {
+/// Deletes the interfaces first and then frees the addresses. With this order, no address is
+/// assigned again while an interface still has it.
+async fn remove(state: &Arc<EmbeddedState>, pods: Vec<String>) -> Result<(), NetworkError> {
     let (on_thread, doomed) = (Arc::clone(state), pods.clone());
     let what = format!("delete the interfaces of the pods {}", pods.join(", "));
     blocking(what, move || on_thread.bridge().disconnect(&doomed)).await?;

@@ -1,5 +1,6 @@
-//! The rules of the table, as the expressions that nf_tables runs: each loads something into
-//! registers, compares one, or acts. `nft --debug=netlink list ruleset` shows them.
+//! The rules of the nftables table, as sequences of the expressions that nf_tables executes. An
+//! expression loads a value into registers, compares the value of a register, or acts on the
+//! packet. `nft --debug=netlink list ruleset` shows the expressions of all rules.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -67,8 +68,9 @@ const NFT_CT_STATUS: u32 = 2;
 const NFT_CT_MARK: u32 = 3;
 const IPS_DST_NAT: u32 = 1 << 5;
 
-/// The bit of a connection's mark by which one from a pod to a host port is known. Kubernetes uses
-/// marks of packets, 0x2000 to 0x8000, and none of connections.
+/// The bit of a connection's mark that identifies a connection from a pod to a host port. This bit
+/// does not conflict with Kubernetes. Kubernetes uses the bits 0x2000 to 0x8000 of packet marks,
+/// but no bits of connection marks.
 const HAIRPIN_MARK: u32 = 0x1000;
 
 const NFTA_NAT_TYPE: u16 = 1;
@@ -81,24 +83,27 @@ const NFTA_MASQ_FLAGS: u16 = 1;
 const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 1 << 4;
 
 const NFT_REG_VERDICT: u32 = 0;
-/// The first of the sixteen registers of four bytes.
+/// The number of the first 4-byte register. nf_tables has sixteen such registers.
 const NFT_REG32_00: u32 = 8;
-/// Where a lookup leaves what it found.
+/// The register into which a lookup writes its result.
 const LOOKUP_RESULT: u32 = NFT_REG32_00 + 8;
 
-/// The address and the mask of all its bits.
+/// The address ::1 and a mask with all bits set.
 const LOOPBACK6: (Ipv6Addr, Ipv6Addr) = (Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX));
 
-/// IFNAMSIZ: interface names are compared with their padding.
+/// The length of an interface name in an expression, IFNAMSIZ. Shorter names are padded with zero
+/// bytes, because nf_tables also compares the padding.
 const INTERFACE_NAME_BYTES: usize = 16;
 
-/// The numbers by which nft(8) knows the types of a map's parts, six bits each.
+/// The numbers that identify data types in nft(8). The type of a concatenated key contains one of
+/// these 6-bit numbers for each part of the key.
 const IPV4_ADDR: u32 = 7;
 const IPV6_ADDR: u32 = 8;
 const INET_PROTO: u32 = 12;
 const INET_SERVICE: u32 = 13;
 
-/// What a map's keys or data are: for the kernel their length, for nft(8) also a number.
+/// The type of a map's keys or data. The kernel uses only the type's length in bytes. The program
+/// nft(8) also uses the type's number.
 pub(super) struct NftType {
     pub number: u32,
     pub bytes: u32,
@@ -122,7 +127,7 @@ impl IpFamily {
         self == IpFamily::of(mapping.address)
     }
 
-    /// The name of the map with its host ports.
+    /// Returns the name of the map that contains the host ports of this address family.
     pub(super) fn map(self) -> &'static str {
         match self {
             IpFamily::V4 => "host_ports4",
@@ -130,7 +135,8 @@ impl IpFamily {
         }
     }
 
-    /// The number of that map in the transaction that makes it.
+    /// Returns a number for the map of this address family. The transaction that creates the map
+    /// refers to the map by this number.
     pub(super) fn id(self) -> u32 {
         match self {
             IpFamily::V4 => 1,
@@ -152,7 +158,7 @@ impl IpFamily {
         }
     }
 
-    /// Where the header has the source and the destination.
+    /// Returns the offsets of the source address and the destination address in the IP header.
     fn offsets(self) -> (u32, u32) {
         match self {
             IpFamily::V4 => (12, 16),
@@ -160,7 +166,8 @@ impl IpFamily {
         }
     }
 
-    /// Of the map's keys and data. Every part is padded to four bytes.
+    /// Returns the types of the keys and of the data in the map of this address family. Each part
+    /// of a key or of the data is padded to a multiple of four bytes.
     pub(super) fn types(self) -> (NftType, NftType) {
         let address = match self {
             IpFamily::V4 => IPV4_ADDR,
@@ -178,7 +185,7 @@ impl IpFamily {
     }
 }
 
-/// Key and data of a map's element.
+/// Returns the key and the data of the map element for `mapping`.
 pub(super) fn element(mapping: &Mapping) -> (Vec<u8>, Vec<u8>) {
     let mut key = vec![mapping.protocol.number(), 0, 0, 0];
     key.extend(octets(mapping.address));
@@ -197,14 +204,14 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// A value inside an attribute of this kind.
+/// Appends an attribute of the type `kind` that contains `bytes` as a value.
 pub(super) fn value(body: &mut Body, kind: u16, bytes: &[u8]) {
     body.nest(kind, |inside| inside.bytes(NFTA_DATA_VALUE, bytes));
 }
 
 type Expression = Box<dyn Fn(&mut Body)>;
 
-/// A rule: its expressions, in their order.
+/// A rule, as a list of its expressions in the order of their execution.
 #[derive(Default)]
 pub(super) struct Rule(Vec<(&'static str, Expression)>);
 
@@ -218,7 +225,7 @@ impl Rule {
         }
     }
 
-    /// Drops what comes from a pod for the node's 127.0.0.1.
+    /// Creates a rule that drops packets from pods to 127.0.0.0/8 of the node.
     pub(super) fn guard(bridge: &str) -> Rule {
         let bridge = interface(bridge);
         Rule::default()
@@ -228,8 +235,8 @@ impl Rule {
             .verdict(NF_DROP, None)
     }
 
-    /// Sends what is meant for an address of the node to another chain.
-    pub(super) fn local_goes_to(chain: &'static str) -> Rule {
+    /// Creates a rule that passes packets for any address of the node to the chain `chain`.
+    pub(super) fn jump_if_local(chain: &'static str) -> Rule {
         Rule::default()
             .add("fib", |data| {
                 data.be32(NFTA_FIB_DREG, NFT_REG32_00);
@@ -240,7 +247,8 @@ impl Rule {
             .verdict(NFT_JUMP, Some(chain))
     }
 
-    /// Leaves ::1 alone.
+    /// Creates a rule that ends the chain for packets to ::1. The addresses of these packets are
+    /// then not translated.
     pub(super) fn not_for_loopback6() -> Rule {
         let (one, mask) = LOOPBACK6;
         Rule::default()
@@ -249,7 +257,9 @@ impl Rule {
             .verdict(NFT_RETURN, None)
     }
 
-    /// Sends what is meant for a host port of this address, or of any, to its pod.
+    /// Creates a rule that sends packets for a host port to the port's pod. If `of_any` is true,
+    /// the rule applies to the host ports that are open at every address. If `of_any` is false, the
+    /// rule applies to the host ports that are open only at the packet's destination address.
     pub(super) fn host_port(family: IpFamily, of_any: bool) -> Rule {
         let bytes = family.address_bytes();
         Rule::default()
@@ -263,7 +273,9 @@ impl Rule {
             })
     }
 
-    /// Marks the connection of a pod to a host port of this address, or of any.
+    /// Creates a rule that marks the connections from pods to host ports. If `of_any` is true, the
+    /// rule applies to host ports that are open at every address. If `of_any` is false, the rule
+    /// applies to host ports that are open only at the packet's destination address.
     pub(super) fn mark_hairpin(range: Range, of_any: bool) -> Rule {
         let family = IpFamily::of(range.network());
         Rule::default()
@@ -281,10 +293,12 @@ impl Rule {
             })
     }
 
-    /// Gives what leaves the pods' range the node's address.
+    /// Creates a rule that masquerades packets from pods to destinations outside the pod range. The
+    /// source address of these packets becomes the node's address.
     pub(super) fn masquerade(bridge: &str, range: Range) -> Rule {
         let family = IpFamily::of(range.network());
-        // Multicast has no answers that would need the way back.
+        // The rule does not masquerade multicast packets. Masquerading ensures that replies are
+        // sent to the node's address, but multicast packets get no replies.
         let (multicast, mask) = match family {
             IpFamily::V4 => (IpAddr::from([224, 0, 0, 0]), IpAddr::from([240, 0, 0, 0])),
             IpFamily::V6 => {
@@ -301,7 +315,8 @@ impl Rule {
             .masquerade_now()
     }
 
-    /// Gives what comes to a pod from the node's 127.0.0.1 or ::1 an address that it can answer to.
+    /// Creates a rule that masquerades packets from the node's 127.0.0.0/8 or ::1 to a pod. The pod
+    /// can then reply to these packets.
     pub(super) fn masquerade_loopback(bridge: &str, family: IpFamily) -> Rule {
         let (network, mask): (IpAddr, IpAddr) = match family {
             IpFamily::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
@@ -314,7 +329,7 @@ impl Rule {
             .masquerade_now()
     }
 
-    /// Gives what comes from a pod, and by a host port to a pod of this node, the node's address.
+    /// Creates a rule that masquerades the packets from a pod to a host port of a pod on this node.
     pub(super) fn hairpin(bridge: &str, range: Range) -> Rule {
         Rule::default()
             .interface(NFT_META_OIFNAME, NFT_CMP_EQ, interface(bridge))
@@ -329,8 +344,10 @@ impl Rule {
             .masquerade_now()
     }
 
-    /// Looks protocol, destination, or any, and port up in the family's map; without an entry the
-    /// rule ends.
+    /// Adds expressions that look up the packet's protocol, destination address and destination
+    /// port in the map of `family`. If `of_any` is true, the expressions look up the unspecified
+    /// address instead of the destination address. If the map has no entry for the packet, the
+    /// kernel continues with the next rule.
     fn look_up_host_port(self, family: IpFamily, of_any: bool) -> Rule {
         let bytes = family.address_bytes();
         let port = NFT_REG32_00 + 1 + bytes / 4;
@@ -342,7 +359,7 @@ impl Rule {
         } else {
             rule.payload(network, destination, bytes, NFT_REG32_00 + 1)
         };
-        // Ports are at the same place in TCP, UDP and SCTP.
+        // The destination port is at the same offset in the headers of TCP, UDP and SCTP.
         rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)
             .look_up(family)
     }
@@ -368,7 +385,8 @@ impl Rule {
         })
     }
 
-    /// What connection tracking knows.
+    /// Adds an expression that loads a property of the packet's connection, such as its mark, into
+    /// the first register.
     fn ct(self, key: u32) -> Rule {
         self.add("ct", move |data| {
             data.be32(NFTA_CT_DREG, NFT_REG32_00);
@@ -376,7 +394,8 @@ impl Rule {
         })
     }
 
-    /// Compares what is in the first register.
+    /// Adds an expression that compares the first register with the value `with`. If the comparison
+    /// is false, the kernel continues with the next rule.
     fn compare(self, operator: u32, with: impl Into<Vec<u8>>) -> Rule {
         let with = with.into();
         self.add("cmp", move |data| {
@@ -386,20 +405,21 @@ impl Rule {
         })
     }
 
-    /// Masks what is in the first register.
+    /// Adds an expression that computes the bitwise AND of the first register and `mask`.
     fn mask(self, mask: Vec<u8>) -> Rule {
         let nothing = vec![0; mask.len()];
         self.bitwise(mask, nothing)
     }
 
-    /// Masks what is in the first register, and then turns these bits round.
-    fn bitwise(self, mask: Vec<u8>, turned: Vec<u8>) -> Rule {
+    /// Adds an expression that changes the first register. The expression first computes the
+    /// bitwise AND of the register and `mask`. It then inverts the bits that are set in `inverted`.
+    fn bitwise(self, mask: Vec<u8>, inverted: Vec<u8>) -> Rule {
         self.add("bitwise", move |data| {
             data.be32(NFTA_BITWISE_SREG, NFT_REG32_00);
             data.be32(NFTA_BITWISE_DREG, NFT_REG32_00);
             data.be32(NFTA_BITWISE_LEN, u32::try_from(mask.len()).unwrap_or(0));
             value(data, NFTA_BITWISE_MASK, &mask);
-            value(data, NFTA_BITWISE_XOR, &turned);
+            value(data, NFTA_BITWISE_XOR, &inverted);
         })
     }
 
@@ -432,7 +452,8 @@ impl Rule {
             .mask(octets(mask))
     }
 
-    /// The unspecified address, which stands for any in the maps' keys.
+    /// Adds an expression that loads the unspecified address (0.0.0.0 or ::). In the keys of the
+    /// maps, this address means every address of the node.
     fn any_address(self, family: IpFamily) -> Rule {
         let zeros = vec![0; if family == IpFamily::V4 { 4 } else { 16 }];
         self.add("immediate", move |data| {
@@ -441,7 +462,8 @@ impl Rule {
         })
     }
 
-    /// Looks the key in the first registers up in the family's map; without it the rule ends.
+    /// Adds an expression that reads a key from the first registers and looks it up in the map of
+    /// `family`. If the map does not contain the key, the kernel continues with the next rule.
     fn look_up(self, family: IpFamily) -> Rule {
         self.add("lookup", move |data| {
             data.string(NFTA_LOOKUP_SET, family.map());
@@ -465,8 +487,9 @@ impl Rule {
     }
 
     fn masquerade_now(self) -> Rule {
-        // Two connections that begin at once from the same port of two pods would otherwise race
-        // for the same port of the node.
+        // Two pods can open connections at the same time from the same source port. Without the
+        // flag `fully-random`, the kernel could assign the same port of the node to both
+        // connections.
         self.add("masq", |data| {
             data.be32(NFTA_MASQ_FLAGS, NF_NAT_RANGE_PROTO_RANDOM_FULLY);
         })

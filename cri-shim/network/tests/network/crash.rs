@@ -1,5 +1,6 @@
-//! kill -9 at random moments: a child process attaches and detaches pods until it is killed, and
-//! what it leaves is reconciled.
+//! A test with a child process that attaches and detaches pods. The test kills the child process at
+//! different times. After each kill, `reconcile` must remove all network objects that the child
+//! process created.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,12 +12,13 @@ use rrun_network::{EmbeddedNetwork, NetworkConfig, namespace};
 
 use crate::node::{Node, TRAFFIC_TIMEOUT, open_store};
 
-/// Tells the child what directory it works in.
+/// The environment variable that passes the path of the node's directory to the child process.
 const CHILD: &str = "RRUN_NETWORK_TEST_CHILD";
 const PODS: usize = 4;
 const ROUNDS: u32 = 40;
-/// How long to go on for all rounds, on a machine that is slow to start a process.
-const ENOUGH: Duration = Duration::from_secs(60);
+/// The time after which the test starts no further round. This limit keeps the test short on slow
+/// machines.
+const ROUNDS_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
@@ -26,13 +28,16 @@ fn pods() -> Vec<String> {
     (0..PODS).map(|pod| format!("pod{pod}")).collect()
 }
 
-/// Attaches and detaches pods for ever.
+/// Attaches and detaches pods until the test kills this child process.
 pub(crate) fn child() -> ! {
-    // A test that is killed takes the child along.
+    // If the test process exits, the kernel kills this child process, too.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let dir = PathBuf::from(std::env::var_os(CHILD).unwrap_or_default());
     if let Err(error) = churn(&dir) {
-        eprintln!("the child failed: {}", error.message().unwrap_or_default());
+        eprintln!(
+            "the child process could not attach or detach pods: {}",
+            error.message().unwrap_or_default()
+        );
     }
     std::process::exit(1);
 }
@@ -43,7 +48,7 @@ fn churn(dir: &std::path::Path) -> Result<(), Failed> {
         .build()?;
     let network = EmbeddedNetwork::open(open_store(dir)?, NetworkConfig::default())?;
     loop {
-        let lives = pods().into_iter().map(|pod| {
+        let life_cycles = pods().into_iter().map(|pod| {
             let (network, netns) = (network.clone(), dir.join("netns").join(&pod));
             async move {
                 namespace::create(&netns)?;
@@ -52,13 +57,15 @@ fn churn(dir: &std::path::Path) -> Result<(), Failed> {
                 namespace::remove(&netns)
             }
         });
-        for life in runtime.block_on(futures_util::future::join_all(lives)) {
-            life?;
+        for result in runtime.block_on(futures_util::future::join_all(life_cycles)) {
+            result?;
         }
     }
 }
 
-pub(crate) fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Failed> {
+pub(crate) fn reconcile_removes_everything_after_a_crash_at_any_time(
+    node: &Node,
+) -> Result<(), Failed> {
     let begun = Instant::now();
     crash(node, || -> Result<(), Failed> {
         while node.pod_interfaces()?.is_empty() && begun.elapsed() < TRAFFIC_TIMEOUT {}
@@ -67,11 +74,12 @@ pub(crate) fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Fa
     let first_pod = begun.elapsed();
     let mut caught = 0;
     for round in 0..ROUNDS {
-        if caught > 0 && begun.elapsed() > ENOUGH {
+        if caught > 0 && begun.elapsed() > ROUNDS_TIMEOUT {
             break;
         }
-        // Spread over the start, the bridge's making, and several lives, on a fast machine and on
-        // an emulated one.
+        // The child is killed during its start, during the creation of the bridge, or during an
+        // attach or a detach. The time of the kill is proportional to the time until the first pod
+        // was attached. The test therefore suits both fast machines and slow, emulated machines.
         let moment = first_pod * (round * 37 % ROUNDS) * 3 / ROUNDS;
         caught += crash(node, || {
             std::thread::sleep(moment);
@@ -80,13 +88,14 @@ pub(crate) fn a_crash_at_any_moment_leaves_nothing(node: &Node) -> Result<(), Fa
     }
     if caught == 0 {
         return Err(Failed::from(
-            "no crash left an interface: this tests nothing",
+            "no killed child left an interface, so reconcile was not tested",
         ));
     }
     Ok(())
 }
 
-/// Starts a child, kills it after `wait`, and returns how many interfaces it left for reconcile.
+/// Starts a child process, kills it when `wait` returns, and runs `reconcile`. Returns the number
+/// of pod interfaces between the kill and `reconcile`.
 fn crash(node: &Node, wait: impl FnOnce() -> Result<(), Failed>) -> Result<usize, Failed> {
     let mut child = Command::new("/proc/self/exe")
         .env(CHILD, &node.dir)
@@ -98,7 +107,9 @@ fn crash(node: &Node, wait: impl FnOnce() -> Result<(), Failed>) -> Result<usize
     child.wait()?;
     waited?;
     if let Some(status) = ended {
-        return Err(Failed::from(format!("the child ended with {status}")));
+        return Err(Failed::from(format!(
+            "the child process exited before the test killed it: {status}"
+        )));
     }
     let left = node.pod_interfaces()?.len();
     let network = node.network()?;

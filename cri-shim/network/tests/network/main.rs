@@ -1,5 +1,6 @@
-//! The embedded network against the real kernel. Each test has a node of its own: a network
-//! namespace with an uplink. The host's network is never touched.
+//! Tests of the embedded network with the real kernel. Each test has its own node. The node is a
+//! network namespace with an uplink, which leads to a second network namespace. The tests do not
+//! change the host's network.
 
 mod crash;
 mod node;
@@ -21,7 +22,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let obstacle = node::leave_the_host().err();
     if let Some(obstacle) = &obstacle {
-        eprintln!("SKIPPED, all tests of the network: {obstacle}");
+        eprintln!("SKIPPED all tests of the embedded network: {obstacle}");
     }
     let mut trials: Vec<Trial> = TESTS
         .iter()
@@ -30,12 +31,13 @@ fn main() {
         .collect();
     let has_nft = program("nft", &["--version"]).is_ok();
     if !has_nft {
-        eprintln!("SKIPPED, what nft(8) shows of our rules: it is not installed");
+        eprintln!("SKIPPED the test of the nftables rules: nft(8) is not installed");
     }
     trials.push(
-        Trial::test("rules_read_as_meant_and_others_are_not_touched", || {
-            Node::run(rules_read_as_meant_and_others_are_not_touched)
-        })
+        Trial::test(
+            "nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed",
+            || Node::run(nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed),
+        )
         .with_ignored_flag(obstacle.is_some() || !has_nft),
     );
     libtest_mimic::run(&arguments, trials).exit();
@@ -49,91 +51,124 @@ const TESTS: &[(&str, Test)] = &[
         a_new_namespace_has_its_loopback_up,
     ),
     (
-        "a_namespace_is_never_made_over_another",
-        a_namespace_is_never_made_over_another,
+        "a_namespace_is_never_pinned_over_another",
+        a_namespace_is_never_pinned_over_another,
     ),
-    ("two_pods_ping_and_fetch", two_pods_ping_and_fetch),
+    ("two_pods_reach_each_other", two_pods_reach_each_other),
     (
         "pod_and_node_reach_each_other",
         pod_and_node_reach_each_other,
     ),
     (
-        "what_leaves_the_range_has_the_nodes_address",
-        what_leaves_the_range_has_the_nodes_address,
+        "packets_that_leave_the_pod_range_have_the_nodes_address",
+        packets_that_leave_the_pod_range_have_the_nodes_address,
     ),
     (
-        "without_masquerade_it_has_the_pods",
-        without_masquerade_it_has_the_pods,
-    ),
-    ("the_mtu_is_the_uplinks", the_mtu_is_the_uplinks),
-    ("attach_again_gives_the_same", attach_again_gives_the_same),
-    (
-        "attach_again_completes_what_is_half_made",
-        attach_again_completes_what_is_half_made,
-    ),
-    ("detach_leaves_nothing", detach_leaves_nothing),
-    (
-        "detach_ends_without_a_namespace",
-        detach_ends_without_a_namespace,
+        "without_masquerade_packets_have_the_pods_address",
+        without_masquerade_packets_have_the_pods_address,
     ),
     (
-        "attach_right_after_detach_wins",
-        attach_right_after_detach_wins,
+        "pods_and_the_bridge_get_the_mtu_of_the_uplink",
+        pods_and_the_bridge_get_the_mtu_of_the_uplink,
     ),
     (
-        "a_reserved_address_is_the_pods",
-        a_reserved_address_is_the_pods,
+        "a_second_attach_returns_the_same_result",
+        a_second_attach_returns_the_same_result,
     ),
     (
-        "a_failed_attach_leaves_nothing",
-        a_failed_attach_leaves_nothing,
-    ),
-    ("addresses_outlive_the_server", addresses_outlive_the_server),
-    ("an_exhausted_range_is_named", an_exhausted_range_is_named),
-    ("fifty_pods_ten_at_a_time", fifty_pods_ten_at_a_time),
-    (
-        "what_somebody_removed_comes_back",
-        what_somebody_removed_comes_back,
-    ),
-    ("a_range_in_use_is_refused", a_range_in_use_is_refused),
-    (
-        "a_bridge_name_in_use_is_refused",
-        a_bridge_name_in_use_is_refused,
+        "a_second_attach_repairs_a_partial_attachment",
+        a_second_attach_repairs_a_partial_attachment,
     ),
     (
-        "reconcile_removes_ours_and_only_ours",
-        reconcile_removes_ours_and_only_ours,
+        "a_detach_removes_the_pods_interface_and_address",
+        a_detach_removes_the_pods_interface_and_address,
     ),
     (
-        "a_crash_at_any_moment_leaves_nothing",
-        crash::a_crash_at_any_moment_leaves_nothing,
+        "a_detach_succeeds_without_a_namespace",
+        a_detach_succeeds_without_a_namespace,
+    ),
+    (
+        "an_attach_directly_after_a_detach_connects_the_pod",
+        an_attach_directly_after_a_detach_connects_the_pod,
+    ),
+    (
+        "a_pod_gets_its_reserved_address",
+        a_pod_gets_its_reserved_address,
+    ),
+    (
+        "a_failed_attach_leaves_no_objects_behind",
+        a_failed_attach_leaves_no_objects_behind,
+    ),
+    (
+        "addresses_survive_a_restart_of_the_server",
+        addresses_survive_a_restart_of_the_server,
+    ),
+    (
+        "the_error_for_an_exhausted_range_contains_the_range",
+        the_error_for_an_exhausted_range_contains_the_range,
+    ),
+    (
+        "fifty_pods_are_attached_ten_at_a_time",
+        fifty_pods_are_attached_ten_at_a_time,
+    ),
+    (
+        "a_deleted_bridge_and_disabled_forwarding_are_restored",
+        a_deleted_bridge_and_disabled_forwarding_are_restored,
+    ),
+    (
+        "a_pod_range_that_overlaps_a_route_is_refused",
+        a_pod_range_that_overlaps_a_route_is_refused,
+    ),
+    (
+        "the_name_of_an_interface_that_is_not_a_bridge_is_refused",
+        the_name_of_an_interface_that_is_not_a_bridge_is_refused,
+    ),
+    (
+        "reconcile_removes_only_rruns_interfaces",
+        reconcile_removes_only_rruns_interfaces,
+    ),
+    (
+        "reconcile_removes_everything_after_a_crash_at_any_time",
+        crash::reconcile_removes_everything_after_a_crash_at_any_time,
     ),
 ];
 
 fn a_new_namespace_has_its_loopback_up(node: &Node) -> Result<(), Failed> {
     let path = node.netns("pod");
     namespace::create(&path)?;
-    expect(namespace::is_pinned(&path), "it is pinned")?;
+    expect(
+        namespace::is_pinned(&path),
+        "the new namespace is not pinned",
+    )?;
     fetch(Some(&path), Some(&path), Ipv4Addr::LOCALHOST)?;
     namespace::remove(&path)?;
-    expect(!path.exists(), "its file is gone")?;
+    expect(
+        !path.exists(),
+        "the pin of the removed namespace still exists",
+    )?;
     Ok(namespace::remove(&path)?)
 }
 
-fn a_namespace_is_never_made_over_another(node: &Node) -> Result<(), Failed> {
+fn a_namespace_is_never_pinned_over_another(node: &Node) -> Result<(), Failed> {
     let path = node.netns("pod");
     namespace::create(&path)?;
     let error = namespace::create(&path)
-        .expect_err("a second one")
+        .expect_err("a second namespace was created at the same path")
         .to_string();
     expect(error.contains("netns/pod: File exists"), &error)?;
-    expect(namespace::is_pinned(&path), "the first one stays")?;
+    expect(
+        namespace::is_pinned(&path),
+        "the refused second `create` has unpinned the first namespace",
+    )?;
     namespace::remove(&path)?;
     let nowhere = node.dir.join("nowhere/pod");
-    expect(namespace::create(&nowhere).is_err(), "no directory for it")
+    expect(
+        namespace::create(&nowhere).is_err(),
+        "a namespace was created in a directory that does not exist",
+    )
 }
 
-fn two_pods_ping_and_fetch(node: &Node) -> Result<(), Failed> {
+fn two_pods_reach_each_other(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let a = node.pod(&network, "a")?;
     let b = node.pod(&network, "b")?;
@@ -151,7 +186,7 @@ fn pod_and_node_reach_each_other(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let pod = node.pod(&network, "pod")?;
     let Some(std::net::IpAddr::V4(gateway)) = pod.gateway else {
-        return Err("no gateway".into());
+        return Err("the pod has no IPv4 gateway".into());
     };
     let netns = node.netns("pod");
     ping(&netns, gateway)?;
@@ -163,7 +198,7 @@ fn pod_and_node_reach_each_other(node: &Node) -> Result<(), Failed> {
     expect_eq(from, IpAddr::from(gateway))
 }
 
-fn what_leaves_the_range_has_the_nodes_address(node: &Node) -> Result<(), Failed> {
+fn packets_that_leave_the_pod_range_have_the_nodes_address(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.pod(&network, "pod")?;
     ping(&node.netns("pod"), OUTSIDE)?;
@@ -171,7 +206,7 @@ fn what_leaves_the_range_has_the_nodes_address(node: &Node) -> Result<(), Failed
     expect_eq(from, IpAddr::from(NODE))
 }
 
-fn without_masquerade_it_has_the_pods(node: &Node) -> Result<(), Failed> {
+fn without_masquerade_packets_have_the_pods_address(node: &Node) -> Result<(), Failed> {
     let network = node.network_with(NetworkConfig {
         masquerade: false,
         ..NetworkConfig::default()
@@ -190,7 +225,7 @@ fn without_masquerade_it_has_the_pods(node: &Node) -> Result<(), Failed> {
     expect_eq(from, IpAddr::from(OUTSIDE))
 }
 
-fn the_mtu_is_the_uplinks(node: &Node) -> Result<(), Failed> {
+fn pods_and_the_bridge_get_the_mtu_of_the_uplink(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.pod(&network, "pod")?;
     let eth0 = inside(&node.netns("pod"), || ip("link show eth0"))?;
@@ -199,7 +234,7 @@ fn the_mtu_is_the_uplinks(node: &Node) -> Result<(), Failed> {
     expect(bridge.contains(&format!("mtu {UPLINK_MTU} ")), &bridge)
 }
 
-fn attach_again_gives_the_same(node: &Node) -> Result<(), Failed> {
+fn a_second_attach_returns_the_same_result(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let first = node.pod(&network, "pod")?;
     let links = inside(&node.netns("pod"), || ip("-oneline address"))?;
@@ -209,7 +244,7 @@ fn attach_again_gives_the_same(node: &Node) -> Result<(), Failed> {
     });
     expect_eq(again?, first.clone())?;
     expect_eq(and_again?, first.clone())?;
-    // The interface itself is the same one.
+    // After the second attach, ip(8) must still list the same interfaces and addresses.
     expect_eq(
         inside(&node.netns("pod"), || ip("-oneline address"))?,
         links,
@@ -220,7 +255,7 @@ fn attach_again_gives_the_same(node: &Node) -> Result<(), Failed> {
     expect_eq(again, first)
 }
 
-fn attach_again_completes_what_is_half_made(node: &Node) -> Result<(), Failed> {
+fn a_second_attach_repairs_a_partial_attachment(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let pod = node.pod(&network, "pod")?;
     let netns = node.netns("pod");
@@ -230,26 +265,26 @@ fn attach_again_completes_what_is_half_made(node: &Node) -> Result<(), Failed> {
     })?;
     node.wait(network.attach("pod", &netns))?;
     ping(&netns, OUTSIDE)?;
-    // The namespace was lost and made anew under the same name.
+    // The test removes the pod's network namespace, and creates a new namespace at the same path.
     namespace::remove(&netns)?;
     namespace::create(&netns)?;
     expect_eq(node.wait(network.attach("pod", &netns))?, pod)?;
     ping(&netns, OUTSIDE)
 }
 
-fn detach_leaves_nothing(node: &Node) -> Result<(), Failed> {
+fn a_detach_removes_the_pods_interface_and_address(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.pod(&network, "pod")?;
     expect_eq(node.pod_interfaces()?.len(), 1)?;
     node.remove(&network, "pod")?;
     node.remove(&network, "pod")?;
-    node.wait(network.detach("never seen", None))?;
+    node.wait(network.detach("unknown", None))?;
     node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }
 
-fn detach_ends_without_a_namespace(node: &Node) -> Result<(), Failed> {
+fn a_detach_succeeds_without_a_namespace(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.pod(&network, "pod")?;
     namespace::remove(&node.netns("pod"))?;
@@ -259,7 +294,7 @@ fn detach_ends_without_a_namespace(node: &Node) -> Result<(), Failed> {
     node.nothing_of_pods_is_left()
 }
 
-fn attach_right_after_detach_wins(node: &Node) -> Result<(), Failed> {
+fn an_attach_directly_after_a_detach_connects_the_pod(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let netns = node.netns("pod");
     node.pod(&network, "pod")?;
@@ -272,7 +307,8 @@ fn attach_right_after_detach_wins(node: &Node) -> Result<(), Failed> {
         node.wait(network.settled());
         ping(&netns, OUTSIDE)?;
     }
-    // A caller that gives up on its attach and detaches: nothing comes of it afterwards.
+    // A caller cancels its attach and then detaches the pod. The detach must remove everything that
+    // the attach has created.
     node.wait(async {
         network.detach("pod", None).await?;
         let attach = network.attach("pod", &netns);
@@ -285,7 +321,7 @@ fn attach_right_after_detach_wins(node: &Node) -> Result<(), Failed> {
     node.nothing_of_pods_is_left()
 }
 
-fn a_reserved_address_is_the_pods(node: &Node) -> Result<(), Failed> {
+fn a_pod_gets_its_reserved_address(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.wait(network.reserve("pod", "pod", Vec::new(), true))?;
     node.wait(network.reserve("pod", "pod", Vec::new(), true))?;
@@ -298,9 +334,9 @@ fn a_reserved_address_is_the_pods(node: &Node) -> Result<(), Failed> {
     node.nothing_of_pods_is_left()
 }
 
-fn a_failed_attach_leaves_nothing(node: &Node) -> Result<(), Failed> {
+fn a_failed_attach_leaves_no_objects_behind(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
-    // The pin of a namespace from before a reboot.
+    // After a reboot, the file at which a namespace was pinned is an ordinary file.
     let stale = node.netns("stale");
     std::fs::write(&stale, "")?;
     let error = failure(node.wait(network.attach("stale", &stale)))?;
@@ -311,20 +347,27 @@ fn a_failed_attach_leaves_nothing(node: &Node) -> Result<(), Failed> {
     namespace::remove(&stale)?;
     let error = failure(node.wait(network.attach("missing", &node.netns("missing"))))?;
     expect(error.contains("netns/missing: No such file"), &error)?;
-    // Somebody else was there before us.
+    // The next pod's network namespace already contains an interface eth0 that another program has
+    // created.
     namespace::create(&node.netns("taken"))?;
     inside(&node.netns("taken"), || ip("link add eth0 type bridge"))?;
     let error = failure(node.wait(network.attach("taken", &node.netns("taken"))))?;
-    expect(error.contains("has an interface eth0 that is not"), &error)?;
+    expect(
+        error.contains("has an interface eth0 that rrun did not create"),
+        &error,
+    )?;
     let links = inside(&node.netns("taken"), || ip("link show eth0"))?;
-    expect(links.contains("eth0"), "the other's interface stays")?;
+    expect(
+        links.contains("eth0"),
+        "a failed attach removed the interface eth0 that another program had created",
+    )?;
     namespace::remove(&node.netns("taken"))?;
     node.wait(network.settled());
     drop(network);
     node.nothing_of_pods_is_left()
 }
 
-fn addresses_outlive_the_server(node: &Node) -> Result<(), Failed> {
+fn addresses_survive_a_restart_of_the_server(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let a = node.pod(&network, "a")?;
     node.pod(&network, "b")?;
@@ -332,12 +375,13 @@ fn addresses_outlive_the_server(node: &Node) -> Result<(), Failed> {
     drop(network);
     let network = node.network()?;
     expect_eq(node.wait(network.attach("a", &node.netns("a")))?, a)?;
-    // It is not the turn of b's address.
+    // The pod c does not get the freed address of the pod b. A freed address is assigned again as
+    // late as possible.
     let c = node.pod(&network, "c")?;
     expect_eq(address(&c)?, Ipv4Addr::new(10, 88, 0, 4))
 }
 
-fn an_exhausted_range_is_named(node: &Node) -> Result<(), Failed> {
+fn the_error_for_an_exhausted_range_contains_the_range(node: &Node) -> Result<(), Failed> {
     let network = node.network_with(NetworkConfig {
         range: OptionalRange::Of("10.9.8.0/29".parse()?),
         ..NetworkConfig::default()
@@ -347,7 +391,7 @@ fn an_exhausted_range_is_named(node: &Node) -> Result<(), Failed> {
     }
     let error = failure(node.pod(&network, "f"))?;
     expect(
-        error.contains("every address of the pods' range 10.9.8.0/29 is taken"),
+        error.contains("every address of the pod range 10.9.8.0/29 is in use"),
         &error,
     )?;
     expect_eq(node.pod_interfaces()?.len(), 5)?;
@@ -356,7 +400,7 @@ fn an_exhausted_range_is_named(node: &Node) -> Result<(), Failed> {
     expect_eq(address(&f)?, Ipv4Addr::new(10, 9, 8, 4))
 }
 
-fn fifty_pods_ten_at_a_time(node: &Node) -> Result<(), Failed> {
+fn fifty_pods_are_attached_ten_at_a_time(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let pods: Vec<String> = (0..50).map(|pod| format!("pod{pod}")).collect();
     let mut seen = HashSet::new();
@@ -389,7 +433,7 @@ fn fifty_pods_ten_at_a_time(node: &Node) -> Result<(), Failed> {
     node.nothing_of_pods_is_left()
 }
 
-fn what_somebody_removed_comes_back(node: &Node) -> Result<(), Failed> {
+fn a_deleted_bridge_and_disabled_forwarding_are_restored(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     node.pod(&network, "a")?;
     let b = node.pod(&network, "b")?;
@@ -398,7 +442,7 @@ fn what_somebody_removed_comes_back(node: &Node) -> Result<(), Failed> {
     node.wait(network.ready())?;
     fetch(Some(node.outside()), Some(&node.netns("a")), OUTSIDE)?;
     ping(&node.netns("a"), address(&b)?)?;
-    // The next pod notices as well.
+    // The attach of the next pod must create the bridge again.
     ip("link delete rrun0")?;
     node.pod(&network, "c")?;
     ping(&node.netns("c"), address(&b)?)?;
@@ -409,7 +453,7 @@ fn what_somebody_removed_comes_back(node: &Node) -> Result<(), Failed> {
     ping(&node.netns("c"), OUTSIDE)
 }
 
-fn a_range_in_use_is_refused(node: &Node) -> Result<(), Failed> {
+fn a_pod_range_that_overlaps_a_route_is_refused(node: &Node) -> Result<(), Failed> {
     ip("route add 10.88.7.0/24 dev up0")?;
     let network = node.network()?;
     let error = failure(node.pod(&network, "pod"))?;
@@ -417,20 +461,26 @@ fn a_range_in_use_is_refused(node: &Node) -> Result<(), Failed> {
         error.contains("10.88.0.0/16 overlaps the route to 10.88.7.0/24"),
         &error,
     )?;
-    let ready = node.wait(network.ready()).err().ok_or("it is ready")?;
+    let ready = node
+        .wait(network.ready())
+        .err()
+        .ok_or("the network is ready although its pod range overlaps a route")?;
     expect(ready.contains("set network.range"), &ready)?;
-    expect(ip("link show rrun0").is_err(), "no bridge was made")?;
+    expect(
+        ip("link show rrun0").is_err(),
+        "a bridge was created although the pod range was refused",
+    )?;
     ip("route delete 10.88.7.0/24 dev up0")?;
     node.wait(network.attach("pod", &node.netns("pod")))?;
     Ok(node.wait(network.ready())?)
 }
 
-fn a_bridge_name_in_use_is_refused(node: &Node) -> Result<(), Failed> {
+fn the_name_of_an_interface_that_is_not_a_bridge_is_refused(node: &Node) -> Result<(), Failed> {
     ip("link add rrun0 type veth peer name other")?;
     let network = node.network()?;
     let error = failure(node.pod(&network, "pod"))?;
     expect(
-        error.contains("rrun0 is there already and is no bridge but veth"),
+        error.contains("rrun0 already exists, but its type is veth instead of bridge"),
         &error,
     )?;
     ip("link delete rrun0")?;
@@ -440,11 +490,14 @@ fn a_bridge_name_in_use_is_refused(node: &Node) -> Result<(), Failed> {
     node.nothing_of_pods_is_left()
 }
 
-fn reconcile_removes_ours_and_only_ours(node: &Node) -> Result<(), Failed> {
+fn reconcile_removes_only_rruns_interfaces(node: &Node) -> Result<(), Failed> {
     let network = node.network()?;
     let alive = node.pod(&network, "alive")?;
     node.pod(&network, "dead")?;
-    // A port of our bridge and a name like ours, but not both.
+    // `reconcile` must not remove the interfaces other0 and rr0123456789ab. The interface other0 is
+    // a port of rrun's bridge, but its name differs from the names of rrun's interfaces. The
+    // interface rr0123456789ab has a name like rrun's interfaces, but it is not a port of the
+    // bridge.
     ip("link add other0 type veth peer name other1")?;
     ip("link set other0 master rrun0")?;
     ip("link add rr0123456789ab type veth peer name other2")?;
@@ -465,7 +518,7 @@ fn reconcile_removes_ours_and_only_ours(node: &Node) -> Result<(), Failed> {
     expect_eq(node.pod_interfaces()?.len(), 5)
 }
 
-fn rules_read_as_meant_and_others_are_not_touched(node: &Node) -> Result<(), Failed> {
+fn nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed(node: &Node) -> Result<(), Failed> {
     let nft = |arguments: &[&str]| program("nft", arguments);
     nft(&["add table inet other"])?;
     nft(&["add chain inet other input { type filter hook input priority 0; policy accept; }"])?;
@@ -474,17 +527,17 @@ fn rules_read_as_meant_and_others_are_not_touched(node: &Node) -> Result<(), Fai
     let network = node.network()?;
     node.pod(&network, "pod")?;
     let ours = nft(&["list table inet rrun0"])?;
-    for words in [
+    for rule in [
         "type nat hook postrouting priority srcnat; policy accept;",
         "ip saddr 10.88.0.0/16 ip daddr != 10.88.0.0/16 oifname != \"rrun0\" \
          ip daddr != 224.0.0.0/4 masquerade fully-random",
     ] {
-        expect(ours.contains(words), &ours)?;
+        expect(ours.contains(rule), &ours)?;
     }
     nft(&["flush table inet rrun0"])?;
     node.wait(network.ready())?;
     expect_eq(nft(&["list table inet rrun0"])?, ours.clone())?;
-    // The next pod notices as well that somebody emptied it.
+    // The attach of the next pod must create the table again.
     nft(&["delete table inet rrun0"])?;
     node.pod(&network, "next")?;
     expect_eq(nft(&["list table inet rrun0"])?, ours)?;
@@ -494,27 +547,33 @@ fn rules_read_as_meant_and_others_are_not_touched(node: &Node) -> Result<(), Fai
 fn address(attachment: &Attachment) -> Result<Ipv4Addr, Failed> {
     match attachment.addresses.as_slice() {
         [IpAddr::V4(address), ..] => Ok(*address),
-        other => Err(Failed::from(format!("addresses {other:?}"))),
+        other => Err(Failed::from(format!(
+            "the pod's first address is not an IPv4 address; the pod's addresses: {other:?}"
+        ))),
     }
 }
 
 fn failure<T, E: ToString>(result: Result<T, E>) -> Result<String, Failed> {
     match result {
-        Ok(_) => Err(Failed::from("it did not fail")),
+        Ok(_) => Err(Failed::from(
+            "the pod was attached, but the test expected the attach to fail",
+        )),
         Err(error) => Ok(error.to_string()),
     }
 }
 
-fn expect(condition: bool, what: &str) -> Result<(), Failed> {
+fn expect(condition: bool, failure: &str) -> Result<(), Failed> {
     if condition {
         return Ok(());
     }
-    Err(Failed::from(format!("not so: {what}")))
+    Err(Failed::from(format!("a check failed: {failure}")))
 }
 
-fn expect_eq<T: PartialEq + std::fmt::Debug>(found: T, wanted: T) -> Result<(), Failed> {
-    if found == wanted {
+fn expect_eq<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Result<(), Failed> {
+    if found == expected {
         return Ok(());
     }
-    Err(Failed::from(format!("found {found:?}, wanted {wanted:?}")))
+    Err(Failed::from(format!(
+        "found: {found:?}, expected: {expected:?}"
+    )))
 }

@@ -1,4 +1,5 @@
-//! A node to test on: a network namespace with an uplink to another one, `outside`.
+//! A node for the tests. The node is a network namespace with an uplink to another network
+//! namespace, `outside`.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -14,35 +15,38 @@ use rrun_store::{Store, Table};
 
 /// The node's address on its uplink.
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
-/// The address of what is beyond the uplink, which has no route to the pods.
+/// The address of the machine at the other end of the uplink. This machine has no route to the
+/// pods. Its replies reach a pod only if the node masquerades the pod's packets.
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-/// Unlike the default, so that it is seen to be taken over.
+/// The MTU of the uplink. The value differs from the default MTU. A test can therefore check
+/// whether pods get the MTU of the uplink.
 pub(crate) const UPLINK_MTU: &str = "1400";
 
-/// Long enough for a busy machine; what waits for it has failed.
+/// The timeout for network traffic. It is long enough for a busy machine.
 pub(crate) const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Takes the process, which has one thread yet, away from the host: to a mount namespace with a
-/// /run of its own, where ip(8) looks for network namespaces, and an empty network.
+/// Moves the process into a new network namespace and a new mount namespace. The mount namespace
+/// has its own /run, because ip(8) expects network namespaces in /run/netns. The process must have
+/// only one thread, because unshare(2) moves only the calling thread.
 pub(crate) fn leave_the_host() -> Result<(), String> {
     let failed = |what: &str| {
         let what = what.to_owned();
-        move |errno: nix::Error| format!("{what}: {} ({errno:?})", errno.desc())
+        move |errno: nix::Error| format!("cannot {what}: {} ({errno:?})", errno.desc())
     };
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
         .map_err(failed("leave the host's mount and network namespaces"))?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(failed("make / private"))?;
+        .map_err(failed("make the mount / private"))?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)
         .map_err(failed("mount a tmpfs on /run"))?;
     std::fs::create_dir("/run/netns").map_err(|error| error.to_string())?;
     ip("link set lo up")
         .map(drop)
-        .map_err(|_| "ip(8) of iproute2 does not work here".to_owned())
+        .map_err(|_| "ip(8) of iproute2 cannot set the loopback interface up".to_owned())
 }
 
-/// What a whole test may take.
+/// The timeout for a whole test.
 const DEADLINE: Duration = Duration::from_secs(300);
 
 pub(crate) struct Node {
@@ -52,8 +56,8 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Runs `test` on a thread that has moved to a new node. Threads and processes that it starts
-    /// are on that node too.
+    /// Runs `test` on a thread that has moved into the network namespace of a new node. Threads and
+    /// processes that the test starts are in the same network namespace.
     pub(crate) fn run(test: fn(&Node) -> Result<(), Failed>) -> Result<(), Failed> {
         let (done, result) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -65,7 +69,10 @@ impl Node {
         });
         match result.recv_timeout(DEADLINE) {
             Ok(result) => result,
-            Err(error) => Err(format!("it hangs or panicked: {error}").into()),
+            Err(error) => Err(format!(
+                "the test panicked or did not finish within {DEADLINE:?}: {error}"
+            )
+            .into()),
         }
     }
 
@@ -122,7 +129,7 @@ impl Node {
         self.dir.join("netns").join(pod)
     }
 
-    /// A pod with a namespace of its own, connected.
+    /// Creates a network namespace for the pod `pod`, and attaches the pod.
     pub(crate) fn pod(
         &self,
         network: &EmbeddedNetwork,
@@ -132,14 +139,14 @@ impl Node {
         self.wait(network.attach(pod, &self.netns(pod)))
     }
 
-    /// The pod's end.
+    /// Detaches a pod and removes its network namespace.
     pub(crate) fn remove(&self, network: &EmbeddedNetwork, pod: &str) -> Result<(), NetworkError> {
         self.wait(network.detach(pod, Some(&self.netns(pod))))?;
         self.wait(network.settled());
         namespace::remove(&self.netns(pod))
     }
 
-    /// The node's interfaces of pods, of any sort but what belongs to the node.
+    /// Returns the names of the node's veth interfaces except the uplink.
     pub(crate) fn pod_interfaces(&self) -> Result<Vec<String>, Failed> {
         let links = ip("-oneline link show type veth")?;
         Ok(links
@@ -150,7 +157,8 @@ impl Node {
             .collect())
     }
 
-    /// The addresses that the store has for pods. No network may be open.
+    /// Returns the pods' addresses in the store. The caller must first drop the `EmbeddedNetwork`,
+    /// which locks the store.
     pub(crate) fn stored_addresses(&self) -> Result<Vec<String>, Failed> {
         let entries = self
             .store()?
@@ -166,18 +174,20 @@ impl Node {
         let namespaces = std::fs::read_dir(self.dir.join("netns"))?.count();
         if !interfaces.is_empty() || !addresses.is_empty() || namespaces != 0 {
             return Err(Failed::from(format!(
-                "left: interfaces {interfaces:?}, addresses {addresses:?}, {namespaces} namespaces"
+                "all pods were removed, but the interfaces {interfaces:?}, the addresses \
+                 {addresses:?} and {namespaces} network namespaces still exist"
             )));
         }
         Ok(())
     }
 }
 
-/// Opens the store of the node whose directory is `dir`.
+/// Opens the store of a node. `dir` is the node's directory.
 pub(crate) fn open_store(dir: &Path) -> Result<Store, Failed> {
     let end = Instant::now() + TRAFFIC_TIMEOUT;
     loop {
-        // The last handle's writer may still be letting go of the file.
+        // The loop retries the open, because the writer thread of the previous `Store` may not have
+        // closed the file yet.
         match Store::open(&dir.join("meta.redb")) {
             Ok(store) => return Ok(store),
             Err(error) if Instant::now() > end => return Err(error.into()),
@@ -186,7 +196,7 @@ pub(crate) fn open_store(dir: &Path) -> Result<Store, Failed> {
     }
 }
 
-/// Runs ip(8) on the calling thread's node, and returns what it printed.
+/// Runs ip(8) in the network namespace of the calling thread, and returns the output.
 pub(crate) fn ip(arguments: &str) -> Result<String, Failed> {
     program("ip", &arguments.split(' ').collect::<Vec<_>>())
 }
@@ -200,7 +210,7 @@ pub(crate) fn program(program: &str, arguments: &[&str]) -> Result<String, Faile
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs `work` in the namespace pinned at `path`.
+/// Runs `work` in the network namespace that is pinned at `path`.
 pub(crate) fn inside<T: Send>(
     path: &Path,
     work: impl FnOnce() -> Result<T, Failed> + Send,
@@ -211,6 +221,8 @@ pub(crate) fn inside<T: Send>(
             setns(namespace, CloneFlags::CLONE_NEWNET)?;
             work()
         });
-        thread.join().map_err(|_| Failed::from("it panicked"))?
+        thread
+            .join()
+            .map_err(|_| Failed::from("the thread in the network namespace panicked"))?
     })
 }

@@ -1,4 +1,4 @@
-//! What pods do: TCP and pings, over plain sockets.
+//! Functions that generate network traffic, such as TCP connections and pings.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -15,8 +15,9 @@ use crate::node::{TRAFFIC_TIMEOUT, inside};
 
 pub(crate) const PORT: u16 = 5000;
 
-/// Until it executes its program, a child of another test's has a copy of every listener here: also
-/// of the last one at this port.
+/// Opens a listener at [`PORT`]. [`PORT`] can remain in use for a short time after the previous
+/// listener was closed. If another test has forked a child process, the child has a copy of the
+/// previous listener until its execve(2).
 fn listen() -> io::Result<TcpListener> {
     let until = Instant::now() + TRAFFIC_TIMEOUT;
     loop {
@@ -29,8 +30,9 @@ fn listen() -> io::Result<TcpListener> {
     }
 }
 
-/// Listens in `server`'s namespace, or on the node, and fetches from `client`'s by `address`.
-/// Returns where the server saw the client come from.
+/// Starts a server in the network namespace `server`, and fetches a page from `address` in the
+/// network namespace `client`. If `server` or `client` is `None`, the server or the client runs in
+/// the node's network namespace. Returns the client's address as the server sees it.
 pub(crate) fn fetch(
     server: Option<&Path>,
     client: Option<&Path>,
@@ -43,7 +45,7 @@ pub(crate) fn fetch(
             stream.set_read_timeout(Some(TRAFFIC_TIMEOUT))?;
             let mut request = [0; 5];
             stream.read_exact(&mut request)?;
-            // More than a packet, so that an MTU that does not fit is noticed.
+            // The page is larger than a packet, so the test fails if the MTU is wrong.
             stream.write_all(&[b'x'; PAGE])?;
             Ok(from.ip())
         });
@@ -57,24 +59,29 @@ pub(crate) fn fetch(
             Ok(page.len())
         });
         if fetched.is_err() {
-            // Let the server go.
+            // The server thread may still wait in `accept`. It returns from `accept` when this
+            // connection arrives.
             let _ = within(server, || {
                 let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))?;
                 Ok(stream.write_all(b"leave")?)
             });
         }
-        let served = serving.join().map_err(|_| Failed::from("it panicked"))?;
+        let served = serving
+            .join()
+            .map_err(|_| Failed::from("the server thread panicked"))?;
         match fetched? {
             PAGE => served,
-            length => Err(Failed::from(format!("fetched {length} bytes of {PAGE}"))),
+            length => Err(Failed::from(format!(
+                "number of bytes that the client received: {length}, expected: {PAGE}"
+            ))),
         }
     })
 }
 
-/// What a fetch transfers, in bytes.
+/// The size of the page that [`fetch`] transfers, in bytes.
 pub(crate) const PAGE: usize = 100_000;
 
-/// One ICMP echo and its answer, from the namespace `from`.
+/// Sends an ICMP echo request from the namespace `from` and waits for the reply.
 pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
     inside(from, || {
         let socket = socket_with(
@@ -84,7 +91,8 @@ pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
             Some(ipproto::ICMP),
         )?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(TRAFFIC_TIMEOUT))?;
-        // Echo request, code 0, a checksum, an identifier, sequence 1: see RFC 792.
+        // The packet consists of four 16-bit words, see RFC 792. The words are the type 8 (echo
+        // request) with the code 0, the checksum, the identifier and the sequence number.
         let (kind, identifier) = (8 << 8, 0x7272);
         let checksum: u16 = !(kind + identifier + 1);
         let mut request = Vec::new();
@@ -100,7 +108,8 @@ pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
         loop {
             let mut packet = [0; 128];
             let (length, _) = recv(&socket, &mut packet[..], RecvFlags::empty())?;
-            // 20 bytes of IP header, then type 0, an echo reply.
+            // The packet begins with an IP header of 20 bytes. The next byte is the ICMP type,
+            // which is 0 for an echo reply.
             let reply = packet.get(20..length).unwrap_or_default();
             if reply.first() == Some(&0) && reply.get(4..8) == request.get(4..8) {
                 return Ok(());

@@ -1,6 +1,6 @@
-//! Pods' cgroups where systemd keeps the tree: a pod is a slice, a container a scope in it,
-//! systemd.slice(5) and systemd.scope(5). The runtime asks systemd for the scope; a slice that is
-//! not there comes with the first scope in it.
+//! The cgroups of pods if systemd manages the cgroup tree. A pod is a slice, systemd.slice(5). A
+//! container is a scope in the pod's slice, systemd.scope(5). The runtime requests the scope from
+//! systemd. systemd creates a missing slice together with the first scope in it.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,37 +9,38 @@ use tokio::process::Command;
 
 use rrun_calls::error::{During, Error, Result};
 
-/// What the names of containers' scopes begin with: `cri-rrun-ID.scope`.
+/// The prefix of the names of containers' scopes, which have the form `cri-rrun-ID.scope`.
 const PREFIX: &str = "cri-rrun";
 
-/// How long systemd may take to stop an empty slice.
+/// The time limit for systemd to stop an empty slice.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whether systemd is PID 1, sd_booted(3).
+/// Returns whether systemd is PID 1, sd_booted(3).
 pub(crate) fn is_systemd_booted() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-/// Whether this is the name or the cgroup path of a slice.
+/// Returns whether `name` is the name or the cgroup path of a slice.
 pub(crate) fn is_slice(name: &str) -> bool {
     name.ends_with(".slice")
 }
 
-/// The cgroup path of a slice: `a-b.slice` is `/a.slice/a-b.slice`, systemd.slice(5).
+/// Returns the cgroup path of a slice, for example `/a.slice/a-b.slice` for `a-b.slice`,
+/// systemd.slice(5).
 pub(crate) fn path(slice: &str) -> Result<String> {
     let refuse = |why: &str| {
         Err(Error::invalid(format!(
-            "the cgroup parent {slice:?} {why}; with the cgroup driver systemd it is a slice, such as kubepods-burstable-pod1.slice"
+            "the cgroup parent {slice:?} is invalid: {why}; the cgroup driver systemd requires the name of a slice, such as kubepods-burstable-pod1.slice"
         )))
     };
     let Some(name) = slice.strip_suffix(".slice") else {
-        return refuse("is not the name of a slice");
+        return refuse("the name does not end in .slice");
     };
     if name == "-" {
-        return refuse("is the root of all");
+        return refuse("the root slice is not allowed");
     }
     if slice.contains(['/', '\0', '\n']) || name.split('-').any(str::is_empty) {
-        return refuse("is not a well-formed name");
+        return refuse("the name contains an invalid character or an empty part");
     }
     let mut path = String::new();
     for (at, _) in name.match_indices('-').chain([(name.len(), "")]) {
@@ -50,22 +51,25 @@ pub(crate) fn path(slice: &str) -> Result<String> {
     Ok(path)
 }
 
-/// A slice's name, the last part of its cgroup path.
+/// Returns the name of a slice, which is the last component of its cgroup path.
 fn name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// The cgroup path of a container in a pod's slice.
+/// Returns the cgroup path of a container in a pod's slice.
 pub(crate) fn scope(slice: &str, container: &str) -> String {
     format!("{slice}/{PREFIX}-{container}.scope")
 }
 
-/// The same as runtimes are told with `--systemd-cgroup`: `SLICE:PREFIX:NAME`.
+/// Returns a container's scope in the form `SLICE:PREFIX:NAME`, which runtimes expect with
+/// `--systemd-cgroup`.
 pub(crate) fn for_runtime(slice: &str, container: &str) -> String {
     format!("{}:{PREFIX}:{container}", name(slice))
 }
 
-/// Stops a slice that nobody else looks after, with what is left in it. Done if it is not there.
+/// Stops a slice, together with the units that remain in it. Only rrun-cri may create units in the
+/// slice, because this function also stops the units of other programs. A missing slice is not an
+/// error.
 pub(crate) async fn stop(slice: &str) -> Result<()> {
     let name = name(slice);
     let what = || format!("run systemctl stop {name}");
@@ -77,14 +81,14 @@ pub(crate) async fn stop(slice: &str) -> Result<()> {
     match tokio::time::timeout(STOP_TIMEOUT, stopping).await {
         Ok(output) => {
             let output = output.during(what)?;
-            let said = String::from_utf8_lossy(&output.stderr);
+            let stderr = String::from_utf8_lossy(&output.stderr);
             if !output.status.success() && super::directory(slice).exists() {
-                return Err(Error::internal(format!("{}: {}", what(), said.trim())));
+                return Err(Error::internal(format!("{}: {}", what(), stderr.trim())));
             }
             Ok(())
         }
         Err(_) => Err(Error::internal(format!(
-            "{}: it did not end within {} s",
+            "{}: the command did not exit within {} s",
             what(),
             STOP_TIMEOUT.as_secs()
         ))),
@@ -113,13 +117,16 @@ mod tests {
             "/kubepods/pod1",
             "a.scope",
         ] {
-            assert!(path(wrong).is_err(), "{wrong} was taken");
+            assert!(
+                path(wrong).is_err(),
+                "the invalid slice name {wrong:?} was accepted"
+            );
         }
         Ok(())
     }
 
     #[test]
-    fn a_scope_has_a_path_and_a_name_for_the_runtime() {
+    fn a_scope_has_a_cgroup_path_and_a_form_for_the_runtime() {
         let slice = "/a.slice/a-b.slice";
         assert_eq!(scope(slice, "1"), "/a.slice/a-b.slice/cri-rrun-1.scope");
         assert_eq!(for_runtime(slice, "1"), "a-b.slice:cri-rrun:1");

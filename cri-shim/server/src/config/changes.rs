@@ -1,4 +1,4 @@
-//! What differs between two configurations.
+//! The comparison of two configurations.
 
 use std::collections::BTreeSet;
 
@@ -6,11 +6,13 @@ use serde_json::Value;
 
 use super::table::Config;
 
-/// The keys whose values differ, each with the tables that it is in: `network.range`. A
-/// `[runtime.NAME]` that only one of them has is `runtime.NAME`.
+/// Returns the keys whose values differ between `old` and `new`. The names of a key's tables
+/// precede the key, as in `network.range`. If only one of the two configurations has a section
+/// `[runtime.NAME]`, the returned key is `runtime.NAME`.
 pub(crate) fn changed_keys(old: &Config, new: &Config) -> Vec<String> {
-    // Only a path that is not UTF-8 has no JSON. Files can't have one, only the directory of a
-    // program that was looked up.
+    // The conversion to JSON fails only for a path that is not UTF-8. The paths in configuration
+    // files are UTF-8. But if the server finds a program by its name, the program's directory may
+    // have a path that is not UTF-8.
     let value = |config| serde_json::to_value(config).unwrap_or_default();
     let mut changed = Vec::new();
     compare(
@@ -43,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_changed_is_named_by_its_key() {
+    fn changed_values_are_listed_by_their_keys() {
         let old = Config::default();
         assert_eq!(changed_keys(&old, &old), Vec::<String>::new());
         let mut new = old.clone();

@@ -1,5 +1,5 @@
-//! What a configuration must be so that it can be served, as far as that shows without touching
-//! the node. The first mistake is the one that is reported, so the order counts.
+//! Checks a configuration without changing the node. If a configuration has several mistakes, the
+//! error describes only the first one in the order of the checks.
 
 use std::path::{Path, PathBuf};
 
@@ -10,8 +10,8 @@ use crate::cgroup;
 use crate::container::seccomp::SeccompProfile;
 use crate::streaming::tls;
 
-/// The configuration with what depends on other keys or on the node filled in, and every value in
-/// the form in which it is used. Blocks on the disk.
+/// Returns the configuration in the form that the server uses. Defaults that depend on other keys
+/// or on the node are filled in, and values are normalised. This call blocks on disk I/O.
 pub(super) fn checked(mut config: Config) -> Result<Config, ConfigError> {
     look_up_programs(&mut config);
     listen(&config)?;
@@ -36,7 +36,8 @@ fn refused((key, reason): (&'static str, String)) -> ConfigError {
     ConfigError::Value { key, reason }
 }
 
-/// Adds rrun itself to the runtimes, and finds the binaries of all of them and of the monitor.
+/// Adds the built-in rrun handler to the runtimes, and looks up the binaries of all runtimes and of
+/// the monitor.
 pub(super) fn look_up_programs(config: &mut Config) {
     let name = RuntimeHandler::BUILT_IN.to_owned();
     let built_in = config.runtimes.entry(name);
@@ -47,8 +48,9 @@ pub(super) fn look_up_programs(config: &mut Config) {
     config.monitor = look_up(&config.monitor);
 }
 
-/// A bare program name is looked for beside this program, then in PATH; if it is in neither it
-/// stays bare, and running it says so.
+/// If the name `program` contains no slash, looks up the program in the directory of rrun-cri, then
+/// in PATH. If the program is not found, returns the name unchanged. The server then reports the
+/// error when it runs the program.
 fn look_up(program: &Path) -> PathBuf {
     if program.components().count() != 1 || program.is_absolute() {
         return program.to_owned();
@@ -70,7 +72,7 @@ fn listen(config: &Config) -> Result<(), ConfigError> {
     match listen.strip_prefix("unix://") {
         Some(path) if path.starts_with('/') => Ok(()),
         _ => {
-            let reason = format!("{listen:?} is not unix:// and an absolute path");
+            let reason = format!("{listen:?} must be unix:// followed by an absolute path");
             Err(refused(("listen", reason)))
         }
     }
@@ -83,11 +85,12 @@ fn streams(config: &Config) -> Result<(), ConfigError> {
         _ => None,
     };
     if let Some((key, missing)) = lonely {
-        let reason = format!("a certificate and its key go together: {missing} is missing");
+        let reason =
+            format!("a certificate and its key must be set together: {missing} is missing");
         return Err(refused((key, reason)));
     }
     if config.stream_idle_timeout == 0 {
-        let reason = "0 s would close every stream at once".to_owned();
+        let reason = "a timeout of 0 s would close every stream immediately".to_owned();
         return Err(refused(("stream_idle_timeout", reason)));
     }
     Ok(())
@@ -98,11 +101,12 @@ fn default_runtime(config: &Config) -> Result<(), ConfigError> {
     if config.runtimes.contains_key(name) {
         return Ok(());
     }
-    let reason = format!("there is no [runtime.{name}]");
+    let reason = format!("the section [runtime.{name}] does not exist");
     Err(refused(("default_runtime", reason)))
 }
 
-/// Normalises default_cgroup_parent: the driver decides its default and its form.
+/// Normalises default_cgroup_parent. The default and the required form of this key's value depend
+/// on the cgroup driver.
 fn cgroup_parent(config: &mut Config) -> Result<(), ConfigError> {
     let parent = cgroup::of_pod(config.cgroup_driver, config.default_cgroup_parent());
     let parent = parent.map_err(|error| refused(("default_cgroup_parent", error.to_string())))?;
@@ -123,7 +127,7 @@ fn selinux_categories(config: &Config) -> Result<(), ConfigError> {
     if (2..=1024).contains(&categories) {
         return Ok(());
     }
-    let reason = format!("{categories} is not between 2 and 1024");
+    let reason = format!("{categories} is outside the range 2 to 1024");
     Err(refused(("selinux_category_range", reason)))
 }
 

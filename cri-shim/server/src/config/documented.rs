@@ -1,4 +1,4 @@
-//! Every key stands in the printed default and in the manual page, and nothing else does.
+//! Tests that the printed defaults and the manual page document every key and no other key.
 
 use std::collections::BTreeSet;
 
@@ -10,10 +10,13 @@ use super::table::Config;
 
 const MANUAL: &str = include_str!("../../../../contrib/man/rrun-cri.toml.5");
 
-/// Words that the manual sets like keys: those of SELinux's files of contexts.
+/// Words that the manual page prints in italics, but that are not keys of the server's
+/// configuration. They are keys of SELinux's contexts files. The check of the documented keys
+/// ignores these words.
 const NOT_KEYS: [&str; 2] = ["process", "file"];
 
-/// With the tables that they are in; `[runtime.rrun]` stands for every handler.
+/// The full names of keys, such as `network.range`. The table `[runtime.rrun]` represents the
+/// tables of all handlers.
 type Keys = BTreeSet<String>;
 
 fn full(table: &str, key: &str) -> String {
@@ -28,28 +31,29 @@ fn is_name(word: &str) -> bool {
     !word.is_empty() && bytes.all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
-fn of_value(table: &str, value: &Value, keys: &mut Keys) {
+fn keys_of_value(table: &str, value: &Value, keys: &mut Keys) {
     match value {
         Value::Object(inner) => {
             for (name, value) in inner {
-                of_value(&full(table, name), value, keys);
+                keys_of_value(&full(table, name), value, keys);
             }
         }
         _ => drop(keys.insert(table.to_owned())),
     }
 }
 
-fn of_the_configuration() -> Keys {
+fn keys_of_the_configuration() -> Keys {
     let mut config = Config::default();
     look_up_programs(&mut config);
     let mut keys = Keys::new();
     let value = serde_json::to_value(&config).unwrap_or_default();
-    of_value("", &value, &mut keys);
+    keys_of_value("", &value, &mut keys);
     keys
 }
 
-/// Lines such as `# key = value`, after `# [table]`.
-fn of_the_printed_default() -> Keys {
+/// Collects the keys of lines such as `# key = value`. A key belongs to the table in the nearest
+/// line `# [table]` above the key.
+fn keys_of_the_printed_default() -> Keys {
     let mut keys = Keys::new();
     let mut table = "";
     for line in DEFAULT_TEXT.lines() {
@@ -68,8 +72,9 @@ fn of_the_printed_default() -> Keys {
     keys
 }
 
-/// Words in italics in the section KEYS, each in the table of its paragraph.
-fn of_the_manual() -> Keys {
+/// Returns the words in italics in the manual page's section KEYS. If a word's paragraph describes
+/// a table, the table's name precedes the word, as in `network.range`.
+fn keys_of_the_manual() -> Keys {
     let mut keys = Keys::new();
     let mut table = String::new();
     let sections = MANUAL.split("\n.SH ");
@@ -97,16 +102,22 @@ fn of_the_manual() -> Keys {
 }
 
 #[test]
-fn every_key_is_documented_and_every_documented_key_is_one() {
-    let keys = of_the_configuration();
+fn every_key_is_documented_and_every_documented_key_exists() {
+    let keys = keys_of_the_configuration();
     assert!(keys.contains("network.range") && keys.contains("runtime.rrun.path"));
     for (place, documented) in [
-        ("config_default.toml", of_the_printed_default()),
-        ("the manual", of_the_manual()),
+        ("config_default.toml", keys_of_the_printed_default()),
+        ("the manual", keys_of_the_manual()),
     ] {
         let missing: Vec<_> = keys.difference(&documented).collect();
-        assert!(missing.is_empty(), "{place} lacks {missing:?}");
+        assert!(
+            missing.is_empty(),
+            "{place} does not document the keys {missing:?}"
+        );
         let unknown: Vec<_> = documented.difference(&keys).collect();
-        assert!(unknown.is_empty(), "{place} has {unknown:?}");
+        assert!(
+            unknown.is_empty(),
+            "{place} documents keys that do not exist: {unknown:?}"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration.
+//! Errors in a configuration.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 pub(crate) enum ConfigError {
     #[error("read the configuration {file}: {reason}")]
     Read { file: PathBuf, reason: String },
-    /// A mistake that stands in a file.
+    /// A mistake in a line of a configuration file.
     #[error("{file}, line {line}, {key}: {reason}")]
     Parse {
         file: PathBuf,
@@ -14,7 +14,8 @@ pub(crate) enum ConfigError {
         key: String,
         reason: String,
     },
-    /// A value that can't be served, wherever it comes from; dots join the key to its tables.
+    /// An invalid value in a file or on the command line. `key` is a full name such as
+    /// `network.range`.
     #[error("{key}: {reason}")]
     Value { key: &'static str, reason: String },
 }

@@ -1,5 +1,5 @@
-//! From files and flags to a [`Config`]: what each of them sets is laid over what came before, and
-//! a mistake is reported with the file and line that it stands in.
+//! Builds a [`Config`] from layers: the configuration files and the command line flags. The values
+//! of a layer replace the values of earlier layers. A mistake is reported with its file and line.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,11 @@ use super::table::Config;
 use rrun_images::position;
 use rrun_kernel::errno::describe;
 
-/// Read unless `--config` names another; need not be there.
+/// The default value of `--config`, the path of the configuration file. The default file does not
+/// need to exist.
 const DEFAULT_FILE: &str = "/etc/rrun/config.toml";
 
-/// Where a configuration comes from, to read it again.
+/// The source of a configuration, from which a reload reads the configuration again.
 #[derive(Clone, Debug)]
 pub(crate) struct ConfigSource {
     pub file: Option<PathBuf>,
@@ -26,15 +27,16 @@ pub(crate) struct ConfigSource {
 }
 
 impl ConfigSource {
-    /// Reads the file (or the default one, if it is there) and the drop-ins in `config.d` beside
-    /// it, lays the command line over them, and refuses what can't be served. Blocks on the disk.
+    /// Reads the configuration file and the drop-ins in `config.d` next to it, and merges them with
+    /// the command line. Unusable values are rejected. A missing default configuration file is not
+    /// an error. This call blocks on disk I/O.
     pub(crate) fn load(&self) -> Result<Config, ConfigError> {
         let mut layers = self.files()?;
         layers.push(Layer::from_flags(&self.flags)?);
         merge(&layers)
     }
 
-    /// The files, in the order in which they are laid over each other.
+    /// Returns the main file and the drop-ins, in the order in which they are merged.
     fn files(&self) -> Result<Vec<Layer>, ConfigError> {
         let main = self.file.as_deref().unwrap_or(Path::new(DEFAULT_FILE));
         let main_layer = Layer::read(main)?;
@@ -53,15 +55,15 @@ impl ConfigSource {
     }
 }
 
-/// What one file sets, or the command line.
+/// The settings of one file, or of the command line.
 pub(super) struct Layer {
-    /// `None`: the command line.
+    /// The path of the file, or `None` for the command line.
     file: Option<PathBuf>,
     text: String,
 }
 
 impl Layer {
-    /// `None`: there is no such file.
+    /// Reads a configuration file. Returns `None` if the file does not exist.
     fn read(file: &Path) -> Result<Option<Self>, ConfigError> {
         match std::fs::read_to_string(file) {
             Ok(text) => Ok(Some(Layer {
@@ -79,7 +81,7 @@ impl Layer {
     fn from_flags(flags: &Flags) -> Result<Self, ConfigError> {
         match toml::to_string(flags) {
             Ok(text) => Ok(Layer { file: None, text }),
-            // A path that is not UTF-8.
+            // Serialisation fails only for a path that is not UTF-8.
             Err(error) => Err(ConfigError::Value {
                 key: "the command line",
                 reason: error.to_string(),
@@ -87,8 +89,8 @@ impl Layer {
         }
     }
 
-    /// Parses the layer and checks its keys and types. Done for each layer, because after the merge
-    /// a later file would hide an earlier one's mistake.
+    /// Parses the layer and checks its keys and types. The server checks each layer before the
+    /// merge. In the merged configuration, a later file can hide a mistake in an earlier file.
     fn table(&self) -> Result<DeTable<'_>, ConfigError> {
         let parsed = DeTable::parse(&self.text).and_then(|table| {
             Config::deserialize(Deserializer::from(table.clone()))?;
@@ -106,7 +108,8 @@ impl Layer {
         })
     }
 
-    /// The line of a key, with dots between the tables that it is in.
+    /// Returns the number of the line that sets a key. `key` is a full name such as
+    /// `network.range`.
     fn line_of(&self, key: &str) -> Option<usize> {
         let all = DeTable::parse(&self.text).ok()?;
         let (tables, last) = match key.rsplit_once('.') {
@@ -125,14 +128,15 @@ impl Layer {
     }
 }
 
-/// The configuration that the layers give, later ones over earlier ones.
+/// Merges the layers into a configuration; later layers override earlier ones.
 pub(super) fn merge(layers: &[Layer]) -> Result<Config, ConfigError> {
     let mut merged = DeTable::new();
     for layer in layers {
         lay_over(&mut merged, layer.table()?);
     }
     let merged = Deserializer::from(Spanned::new(0..0, merged));
-    // Each value has been deserialised with its own layer before.
+    // No error is expected: each layer has already been deserialised, so every value has the right
+    // type.
     let config = Config::deserialize(merged).map_err(|error| ConfigError::Value {
         key: "the configuration",
         reason: error.message().to_owned(),
@@ -140,8 +144,9 @@ pub(super) fn merge(layers: &[Layer]) -> Result<Config, ConfigError> {
     check::checked(config).map_err(|error| located(error, layers))
 }
 
-/// Merges `over` into `under`; `over` wins. Tables such as `[network]` and `[runtime]` are joined;
-/// what is in them, one `[runtime.NAME]` for example, is replaced whole.
+/// Merges `over` into `under`. Top-level tables such as `[network]` and `[runtime]` are merged key
+/// by key. Every other value in `over` replaces the whole value of the same key in `under`. This
+/// rule also applies to tables in tables, such as `[runtime.NAME]`.
 fn lay_over<'i>(under: &mut DeTable<'i>, over: DeTable<'i>) {
     for (key, value) in over {
         if let DeValue::Table(over) = value.get_ref()
@@ -155,8 +160,9 @@ fn lay_over<'i>(under: &mut DeTable<'i>, over: DeTable<'i>) {
     }
 }
 
-/// The same mistake with the place of its key: in the last file that has it, which is the one that
-/// counts. What the command line gets wrong stands in no file.
+/// Adds the file and the line of the key to the error. If several layers set the key, the last of
+/// these layers contains the mistake, because its value is used. If a flag sets the key, the error
+/// is not changed.
 fn located(error: ConfigError, layers: &[Layer]) -> ConfigError {
     let ConfigError::Value { key, reason } = &error else {
         return error;
@@ -214,18 +220,22 @@ mod tests {
         }
     }
 
-    /// What one file gives.
+    /// Builds the configuration from the text of one file.
     fn load(text: &str) -> Result<Config, ConfigError> {
         merge(&[layer("/etc/rrun/config.toml", text)])
     }
 
     fn sentence(result: Result<Config, ConfigError>) -> String {
-        result.map_or_else(|error| error.to_string(), |_| "nothing wrong".to_owned())
+        result.map_or_else(
+            |error| error.to_string(),
+            |_| "the configuration contains no mistake".to_owned(),
+        )
     }
 
     #[test]
-    fn the_printed_default_is_the_default() -> Result<(), ConfigError> {
-        // Commented lines `# key = value` are the defaults: parsed, they must change nothing.
+    fn the_printed_defaults_equal_the_built_in_defaults() -> Result<(), ConfigError> {
+        // The printed configuration contains the defaults as comments such as `# key = value`. If
+        // these lines are uncommented, the configuration must not change.
         let uncommented: String = DEFAULT_TEXT
             .lines()
             .map(|line| match line.strip_prefix("# ") {
@@ -237,7 +247,7 @@ mod tests {
             .join("\n");
         let mut from_text = load(&uncommented)?;
         let default = load(DEFAULT_TEXT)?;
-        // These depend on the machine.
+        // The defaults of cgroup_driver and default_cgroup_parent depend on the machine.
         from_text.cgroup_driver = default.cgroup_driver;
         from_text
             .default_cgroup_parent
@@ -248,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_named_with_file_and_line() {
+    fn an_unknown_key_is_reported_with_its_file_and_its_line() {
         let error = sentence(load("root = \"/r\"\n\nrooot = 1\n"));
         let begin = "/etc/rrun/config.toml, line 3, rooot: unknown field `rooot`, expected one of \
                      `root`, `state`, `listen`, ";
@@ -256,13 +266,13 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_is_named_with_file_line_and_key() {
+    fn an_invalid_value_is_reported_with_its_file_its_line_and_its_key() {
         let error = load("debug = true\ncgroup_driver = \"none\"\n");
         assert!(
             matches!(error, Err(ConfigError::Parse { line: 2, ref key, .. }) if key == "cgroup_driver"),
             "{error:?}"
         );
-        // A later file does not hide it.
+        // A later file does not hide the invalid value of an earlier file.
         let early = layer("/c/a", "[network]\nmtu = \"x\"\n");
         let error = sentence(merge(&[early, layer("/c/b", "network.mtu = 1500\n")]));
         assert!(
@@ -279,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_layer_wins_and_handlers_add_up() -> Result<(), ConfigError> {
+    fn a_later_layer_overrides_an_earlier_one_and_handlers_are_merged() -> Result<(), ConfigError> {
         let config = merge(&[
             layer(
                 "/c/a",
@@ -305,7 +315,8 @@ mod tests {
             config.runtimes.keys().collect::<Vec<_>>(),
             ["crun", "kata", "rrun", "runc"]
         );
-        // One of the same name is replaced whole.
+        // A handler section in a later file replaces the whole section with the same name in an
+        // earlier file.
         let kata = config.runtime("kata");
         assert!(kata.is_some_and(|kata| kata.native && kata.path == Path::new("/opt/kata")));
         assert_eq!(
@@ -326,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_set_the_keys_of_their_names() -> Result<(), ConfigError> {
+    fn each_flag_sets_the_key_with_the_same_name() -> Result<(), ConfigError> {
         let given = Flags {
             root: Some("/r".into()),
             listen: Some("unix:///s".to_owned()),
@@ -343,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_found_in_its_table() {
+    fn line_of_returns_the_line_of_a_key_in_its_table() {
         let layer =
             flags("root = \"/r\"\n[network]\nmtu = 1\nrange = \"\"\n[cni]\ntimeout_seconds = 0\n");
         for (key, line) in [
@@ -359,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_in_the_last_layer_that_has_its_key() {
+    fn a_mistake_is_reported_for_the_last_layer_that_sets_the_key() {
         let layers = |last| {
             [
                 layer("/c/a", "default_runtime = \"x\"\n"),
@@ -370,11 +381,11 @@ mod tests {
         };
         assert_eq!(
             sentence(merge(&layers(""))),
-            "/c/b, line 2, default_runtime: there is no [runtime.y]"
+            "/c/b, line 2, default_runtime: the section [runtime.y] does not exist"
         );
         assert_eq!(
             sentence(merge(&layers("default_runtime = \"z\"\n"))),
-            "default_runtime: there is no [runtime.z]"
+            "default_runtime: the section [runtime.z] does not exist"
         );
         assert_eq!(
             sentence(merge(&layers("default_runtime = \"rrun\"\nroot = \"r\""))),

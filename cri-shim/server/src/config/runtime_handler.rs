@@ -4,23 +4,26 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// One `[runtime.NAME]`: an OCI runtime that a pod's RuntimeClass can choose.
+/// One section `[runtime.NAME]`: an OCI runtime that a pod's RuntimeClass can choose.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(crate) struct RuntimeHandler {
-    /// The binary; a bare name is looked up beside rrun-cri and in PATH.
+    /// The runtime's binary. If the path contains no slash, the server searches for the binary in
+    /// its own directory and in PATH.
     pub path: PathBuf,
-    /// Global options, before the subcommand.
+    /// The runtime's global options, which precede the subcommand.
     #[serde(default)]
     pub options: Vec<String>,
-    /// Its containers' processes are processes of the node's kernel: a signal to them needs no
-    /// help from the runtime. False for runtimes with a kernel of their own (runsc, kata).
+    /// True if the container's processes run on the node's kernel. rrun-cri can then send signals
+    /// to them directly. False for runtimes that run containers under a separate kernel (runsc,
+    /// kata).
     #[serde(default = "yes")]
     pub native: bool,
-    /// Which annotations of a pod, and of a container, its runtime is told; `*` and `?` stand for
-    /// any characters.
+    /// Patterns of the pod annotations that are passed to the runtime. In a pattern, `*` and `?`
+    /// are wildcards.
     #[serde(default)]
     pub pod_annotations: Vec<String>,
+    /// Patterns of the container annotations that are passed to the runtime.
     #[serde(default)]
     pub container_annotations: Vec<String>,
 }
@@ -30,7 +33,8 @@ fn yes() -> bool {
 }
 
 impl RuntimeHandler {
-    /// The name of the handler that is there without a section, and its binary's name.
+    /// The name of the built-in handler and of its binary. The built-in handler needs no section in
+    /// the configuration.
     pub(super) const BUILT_IN: &str = "rrun";
 
     pub(super) fn built_in() -> Self {
@@ -43,9 +47,9 @@ impl RuntimeHandler {
         }
     }
 
-    /// A sentence if the binary is not there.
+    /// Returns an error text if the binary does not exist.
     pub(crate) fn missing(&self) -> Option<String> {
         let path = self.path.display();
-        (!self.path.is_file()).then(|| format!("there is no runtime at {path}"))
+        (!self.path.is_file()).then(|| format!("the runtime {path} does not exist"))
     }
 }

@@ -19,16 +19,18 @@ use rrun_network::CniSettings;
 use rrun_network::NetworkConfig;
 use rrun_network::namespace::Namespaces;
 
-/// What the server runs with. Each field is a key of the files, its type what the files may say;
-/// whether a value can be served is checked when all files are merged.
+/// The server's settings. Each field is a key of the configuration files. The field's type
+/// restricts the key's values. [`super::check`] checks the values further after all files are
+/// merged.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Config {
-    /// What outlives a reboot: images, layers, writable layers, the store.
+    /// The directory for persistent data: images, layers, writable layers and the store.
     pub root: PathBuf,
-    /// What a reboot may take: sockets, bundles.
+    /// The directory for data that a reboot can delete: sockets and bundles.
     pub state: PathBuf,
-    /// `unix://` and the path of [`Config::socket`].
+    /// The address of the CRI socket: `unix://` followed by the path that [`Config::socket`]
+    /// returns.
     pub(super) listen: String,
     pub cni_conf_dir: PathBuf,
     /// See [`Config::cni_bin_dirs`].
@@ -36,10 +38,11 @@ pub(crate) struct Config {
     pub registry_config_path: PathBuf,
     pub cgroup_driver: CgroupDriver,
     pub stream_listen: SocketAddr,
-    /// `None`: no metrics are served.
+    /// The address on which metrics are served. If the value is `None`, no metrics are served.
     pub metrics_listen: Option<SocketAddr>,
     pub debug: bool,
-    /// PEM files; with them, streams are served over TLS.
+    /// The PEM file with the streaming server's certificate. With a certificate and a key, streams
+    /// are served over TLS.
     pub stream_tls_cert: Option<PathBuf>,
     pub stream_tls_key: Option<PathBuf>,
     /// See [`Config::stream_idle_timeout`].
@@ -49,16 +52,17 @@ pub(crate) struct Config {
     pub(super) netns_dir: PathBuf,
     pub default_runtime: String,
     pub restrict_oom_score_adj: bool,
-    /// What containers get that request no seccomp profile.
+    /// The seccomp profile of containers that request no profile.
     pub unset_seccomp_profile: String,
-    /// Whether pods get SELinux labels, and of how many categories their levels are made.
+    /// True if pods get SELinux labels.
     pub enable_selinux: bool,
+    /// The number of SELinux categories. Each pod's SELinux level contains two of these categories.
     pub selinux_category_range: u16,
     /// See [`Config::default_cgroup_parent`].
     pub(super) default_cgroup_parent: Option<String>,
-    /// Where the Container Device Interface's files are, highest priority last.
+    /// The directories of Container Device Interface files, in ascending order of priority.
     pub cdi_spec_dirs: Vec<PathBuf>,
-    /// What every container's first process gets.
+    /// The process limits of every container's first process.
     pub rlimits: Vec<Rlimit>,
     #[serde(rename = "runtime")]
     pub runtimes: BTreeMap<String, RuntimeHandler>,
@@ -70,7 +74,8 @@ pub(crate) struct Config {
     pub image: ImageSettings,
 }
 
-/// Accepts only a TOML table; serde would also take an array of the values in field order.
+/// Deserialises a section, which must be a TOML table. Without this check, serde would also accept
+/// an array that contains the section's values in the order of the fields.
 fn section<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     struct Table<T>(PhantomData<T>);
 
@@ -108,7 +113,7 @@ impl Default for Config {
             debug: false,
             stream_tls_cert: None,
             stream_tls_key: None,
-            // As kubelet has it.
+            // The default of kubelet's streamingConnectionIdleTimeout is also four hours.
             stream_idle_timeout: 4 * 60 * 60,
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
@@ -129,28 +134,32 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The path of the CRI's unix socket.
+    /// Returns the path of the CRI socket.
     pub(crate) fn socket(&self) -> &Path {
         Path::new(self.listen.strip_prefix("unix://").unwrap_or(&self.listen))
     }
 
-    /// Where CNI plugins are; the first directory that has one wins.
+    /// Returns the directories of CNI plugins. A plugin is executed from the first directory that
+    /// contains it.
     pub(crate) fn cni_bin_dirs(&self) -> Vec<PathBuf> {
         std::env::split_paths(&self.cni_bin_dir).collect()
     }
 
-    /// Where pods' network namespaces are pinned.
+    /// Returns the paths at which pods' network namespaces are pinned.
     pub(crate) fn namespaces(&self) -> Namespaces {
         Namespaces::new(self.netns_dir.clone(), &self.state)
     }
 
-    /// How long nothing may move on a stream before it is closed.
+    /// Returns how long a stream can be idle before it is closed.
     pub(crate) fn stream_idle_timeout(&self) -> Duration {
-        // A larger number would overflow the clock, and this one is as good as no limit.
+        // The configured timeout is reduced to at most u32::MAX seconds, because a longer timeout
+        // could overflow an `Instant`. u32::MAX seconds are about 136 years, so such a timeout
+        // never expires in practice.
         Duration::from_secs(self.stream_idle_timeout.min(u32::MAX.into()))
     }
 
-    /// The cgroup under which pods without a cgroup parent get theirs: `/rrun`, or `/rrun.slice`.
+    /// Returns the parent cgroup of pods that specify no parent cgroup: by default `/rrun`, or
+    /// `/rrun.slice` with the systemd driver.
     pub(crate) fn default_cgroup_parent(&self) -> &str {
         match (&self.default_cgroup_parent, self.cgroup_driver) {
             (Some(parent), _) => parent,
@@ -159,8 +168,9 @@ impl Config {
         }
     }
 
-    /// The handler's command for the containers of a pod with this cgroup: binary, `--root` and
-    /// options. `None`: no such handler.
+    /// Returns the first part of the command line of the handler's runtime: binary, `--root` and
+    /// global options. `pod_cgroup` is the cgroup of the pod whose containers the runtime manages.
+    /// Returns `None` if the handler does not exist.
     pub(crate) fn runtime_command(&self, handler: &str, pod_cgroup: &str) -> Option<Vec<String>> {
         let name = self.handler_name(handler);
         let runtime = self.runtimes.get(name)?;
@@ -170,7 +180,8 @@ impl Config {
             "--root".to_owned(),
             root.to_string_lossy().into_owned(),
         ];
-        // The driver that the pod was made with, whatever it is now.
+        // If the pod's cgroup is a slice, the pod was created with the cgroup driver systemd. The
+        // pod keeps this driver, even if another driver is configured now.
         if slice::is_slice(pod_cgroup) {
             command.push("--systemd-cgroup".to_owned());
         }
@@ -178,25 +189,27 @@ impl Config {
         Some(command)
     }
 
-    /// A sentence if the monitor's binary is not there.
+    /// Returns an error text if the monitor's binary does not exist.
     pub(crate) fn monitor_missing(&self) -> Option<String> {
         let path = self.monitor.display();
         let missing = !self.monitor.is_file();
-        missing.then(|| format!("there is no monitor at {path}: no pod can be made"))
+        missing.then(|| format!("the monitor {path} does not exist: pods cannot be created"))
     }
 
-    /// The handler of this name; empty is the default one.
+    /// Returns the runtime handler with the name `handler`. An empty name selects the default
+    /// handler.
     pub(crate) fn runtime(&self, handler: &str) -> Option<&RuntimeHandler> {
         self.runtimes.get(self.handler_name(handler))
     }
 
-    /// Whether the handler's containers are processes of the node's kernel.
+    /// Returns whether the handler's containers run on the node's kernel.
     pub(crate) fn is_native(&self, handler: &str) -> bool {
         let handler = self.runtimes.get(self.handler_name(handler));
         handler.is_none_or(|handler| handler.native)
     }
 
-    /// The name of the handler that a pod asks for; empty is the default one.
+    /// Returns the name of the handler that a pod requests. An empty name selects the default
+    /// handler.
     pub(crate) fn handler_name<'a>(&'a self, handler: &'a str) -> &'a str {
         if handler.is_empty() {
             &self.default_runtime

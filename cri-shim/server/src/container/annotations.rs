@@ -1,10 +1,12 @@
-//! Annotations that a runtime handler is told, chosen by patterns of its configuration.
+//! Selects the annotations that are passed to a runtime handler, according to the patterns in the
+//! handler's configuration.
 
 use std::collections::BTreeMap;
 
 use crate::config::RuntimeHandler;
 
-/// The pod's and the container's that the handler's patterns let through; the container's win.
+/// Returns the annotations of the pod and the container that match the handler's patterns. If the
+/// pod and the container set the same annotation, the container's value is used.
 pub(crate) fn chosen(
     handler: &RuntimeHandler,
     pod: &BTreeMap<String, String>,
@@ -21,11 +23,14 @@ pub(crate) fn chosen(
     chosen
 }
 
-/// `*` is any characters, none too; `?` is one; everything else itself.
+/// Returns whether a pattern matches the whole text. The character `*` matches any number of
+/// characters, `?` matches one character, and any other character matches itself.
 fn matches(pattern: &str, text: &str) -> bool {
     let (pattern, text): (Vec<char>, Vec<char>) =
         (pattern.chars().collect(), text.chars().collect());
-    // How far each is, and where the last star was with what it had then swallowed.
+    // `p` is an index into the pattern, and `t` is an index into the text. `star` contains two
+    // indices: the index of the last `*` in the pattern, and the index of the end of its match in
+    // the text.
     let (mut p, mut t) = (0, 0);
     let mut star = None;
     while t < text.len() {
@@ -56,8 +61,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stars_and_question_marks_stand_for_others() {
-        for (pattern, text, fits) in [
+    fn stars_and_question_marks_match_other_characters() {
+        for (pattern, text, expected) in [
             ("io.katacontainers.*", "io.katacontainers.config", true),
             ("io.katacontainers.*", "io.kata", false),
             ("*.devices/*", "a.b.devices/x", true),
@@ -66,12 +71,16 @@ mod tests {
             ("*", "", true),
             ("exact", "exactly", false),
         ] {
-            assert_eq!(matches(pattern, text), fits, "{pattern} {text}");
+            assert_eq!(
+                matches(pattern, text),
+                expected,
+                "whether the pattern {pattern:?} matches {text:?}"
+            );
         }
     }
 
     #[test]
-    fn only_what_a_pattern_names_passes() {
+    fn only_annotations_that_match_a_pattern_are_passed_on() {
         let handler = RuntimeHandler {
             path: "r".into(),
             options: Vec::new(),

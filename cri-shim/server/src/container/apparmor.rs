@@ -1,7 +1,9 @@
-//! AppArmor profiles of containers: the one that every container gets, and those of the node's own.
+//! AppArmor profiles of containers: rrun's default profile, and profiles that the node's
+//! administrator has loaded.
 //!
-//! Where AppArmor is off, the default profile is nothing at all, and a named one an error, as with
-//! containerd: a pod that counts on being confined must not run unconfined.
+//! If AppArmor is disabled, containers run without the default profile. But the server refuses a
+//! container that requests a profile by name, as containerd does. Such a container relies on its
+//! profile and must not run unconfined.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -15,17 +17,18 @@ use rrun_calls::error::{During, Error, Result};
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 const LOADED: &str = "/sys/kernel/security/apparmor/profiles";
 const PARSER: &str = "apparmor_parser";
-/// The prefix of the names of profiles that the node's administrator has loaded.
+/// The prefix in the name of a requested profile that the node's administrator has loaded.
 const LOCALHOST: &str = "localhost/";
-/// The profile of containers that ask for none or for the runtime's.
+/// The name of the default profile. Containers get it if they request RuntimeDefault or no profile.
 const DEFAULT: &str = "rrun-default";
 
-/// Which profile is requested; `None` if none.
+/// Returns the requested profile. A request that does not specify a profile means RuntimeDefault.
 fn requested(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile> {
     if let Some(profile) = &context.apparmor {
         return Ok(profile.clone());
     }
-    // Before SecurityProfile. Nothing requested means the default: kubernetes#51746.
+    // The text field `apparmor_profile` is older than the message SecurityProfile, which replaced
+    // it. If the text is empty, the default profile is used, see kubernetes#51746.
     #[allow(deprecated)]
     let text = context.apparmor_profile.as_str();
     let (kind, reference) = match text {
@@ -45,22 +48,24 @@ fn requested(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile>
 }
 
 fn enabled() -> bool {
-    // The kernel's: a file of sysfs.
+    // The kernel's sysfs provides this file, so opening it by its path is safe.
     std::fs::read(ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
         && Path::new(LOADED).exists()
 }
 
-/// The profile for `process.apparmorProfile`, which is in the kernel when this returns. Blocks.
+/// Returns the name of the container's AppArmor profile, for `process.apparmorProfile` in
+/// config.json. The profile is loaded in the kernel when this function returns. This call blocks.
 ///
 /// # Errors
-/// A profile that is not loaded, or one by name where AppArmor is off.
+/// Returns an error if the requested profile is not loaded. If AppArmor is disabled, every request
+/// of a profile by name is an error.
 pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
     let requested = requested(context)?;
     let reference = requested.localhost_ref.as_str();
     let kind = requested.profile_type();
     if kind != ProfileType::Localhost && !reference.is_empty() {
         return Err(Error::invalid(format!(
-            "the AppArmor profile {reference:?} (linux.security_context.apparmor.localhost_ref) goes only with the type Localhost"
+            "the AppArmor profile {reference:?} (linux.security_context.apparmor.localhost_ref) is only allowed with the profile type Localhost"
         )));
     }
     match kind {
@@ -74,7 +79,7 @@ pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<
             let name = reference.strip_prefix(LOCALHOST).unwrap_or(reference);
             if !enabled() {
                 return Err(Error::invalid(format!(
-                    "the AppArmor profile {name:?} (linux.security_context.apparmor) can't be had: AppArmor is not enabled on this node"
+                    "the AppArmor profile {name:?} (linux.security_context.apparmor) can't be used: AppArmor is not enabled on this node"
                 )));
             }
             if !is_loaded(name)? {
@@ -87,9 +92,10 @@ pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<
     }
 }
 
-/// Lines are `NAME (MODE)`.
+/// Returns whether a profile is loaded in the kernel. The lines of the file `LOADED` have the form
+/// `NAME (MODE)`.
 fn is_loaded(name: &str) -> Result<bool> {
-    // The kernel's: a file of securityfs.
+    // The kernel's securityfs provides this file, so opening it by its path is safe.
     let loaded = std::fs::read_to_string(LOADED).during(|| format!("read {LOADED}"))?;
     Ok(loaded.lines().any(|line| {
         let mode = line.strip_prefix(name);
@@ -97,7 +103,7 @@ fn is_loaded(name: &str) -> Result<bool> {
     }))
 }
 
-/// Puts the default profile into the kernel, unless it is there.
+/// Loads the default AppArmor profile into the kernel, unless it is loaded already.
 fn load_default() -> Result<()> {
     if is_loaded(DEFAULT)? {
         return Ok(());
@@ -111,24 +117,25 @@ fn load_default() -> Result<()> {
         .spawn()
         .during(doing)?;
     if let Some(mut stdin) = parser.stdin.take() {
-        // What it makes of half a profile it says itself.
+        // A write error is ignored, because the parser itself reports an incomplete profile.
         let _ = stdin.write_all(default_profile(Path::new("/etc/apparmor.d")).as_bytes());
     }
     let output = parser.wait_with_output().during(doing)?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         return Err(Error::internal(format!(
             "{}: {}",
             doing(),
-            said.split_whitespace().collect::<Vec<_>>().join(" ")
+            stderr.split_whitespace().collect::<Vec<_>>().join(" ")
         )));
     }
     log::info!("loaded the AppArmor profile {DEFAULT}");
     Ok(())
 }
 
-/// The default profile's text: what a container has no business with in /proc and /sys, and no
-/// mounts. What capabilities, seccomp and mounts say comes on top.
+/// Returns the text of the default AppArmor profile. The profile denies mounts, and access to the
+/// files in /proc and /sys that a container does not need. The container's capabilities, seccomp
+/// profile and mounts restrict the container further.
 fn default_profile(tree: &Path) -> String {
     let has = |name: &str| tree.join(name).exists();
     let before = if has("tunables/global") {
@@ -151,7 +158,7 @@ profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   umount,
   deny mount,
 
-  # Ends are brought by those outside, which mostly are not confined.
+  # Signals from outside the container, mostly from unconfined processes.
   signal (receive) peer=unconfined,
   signal (receive) peer=runc,
   signal (receive) peer=crun,
@@ -159,7 +166,7 @@ profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   signal (send, receive) peer={DEFAULT},
   ptrace (trace, tracedby, read, readby) peer={DEFAULT},
 
-  # Of the kernel's switches, a container may write those of its processes and namespaces.
+  # A container may write only kernel parameters of its own processes and namespaces.
   deny @{{PROC}}/* w,
   deny @{{PROC}}/{{acpi,asound,bus,driver,dynamic_debug,fs,irq,pressure,scsi,tty}}/** w,
   deny @{{PROC}}/sys/{{abi,debug,dev,fs,user,vm}}/** w,
@@ -194,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newer_field_wins_over_the_text() -> Result<()> {
+    fn the_apparmor_field_wins_over_the_deprecated_text_field() -> Result<()> {
         #[allow(deprecated)]
         let with = |text: &str, kind| LinuxContainerSecurityContext {
             apparmor_profile: text.to_owned(),
@@ -222,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reference_goes_with_localhost_only() {
+    fn a_profile_name_is_allowed_only_with_the_type_localhost() {
         assert!(profile(&context(Some(ProfileType::Unconfined), "a")).is_err());
         assert_eq!(
             profile(&context(Some(ProfileType::Unconfined), "")).ok(),

@@ -1,5 +1,5 @@
-//! A container's bundle, as the runtime's `create` needs it: the root filesystem is mounted, the
-//! volumes are there, and config.json describes the rest. All of this blocks.
+//! Creates a container's bundle for the runtime's `create`: mounts the root filesystem, creates the
+//! volumes and writes config.json. All functions in this module block.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,41 +22,41 @@ use crate::selinux::{self, Labels, relabel};
 use rrun_calls::error::{During, Result};
 use rrun_images::Image;
 
-/// What a bundle is made from.
+/// The inputs from which the server creates a container's bundle.
 pub(super) struct Inputs<'a> {
     pub node: &'a Node,
     pub sandbox: &'a Sandbox,
     pub record: &'a ContainerRecord,
-    /// Its directory.
+    /// The bundle's directory.
     pub dir: &'a Path,
     pub image: Arc<Image>,
-    /// The image's layers, uppermost first.
+    /// The directories of the image's layers, uppermost layer first.
     pub layers: Vec<PathBuf>,
-    /// The images among the mounts.
+    /// The images that the container's mounts request.
     pub image_volumes: Vec<image_volume::ResolvedImage>,
     pub pid: PidNamespace,
-    /// What the runtime can do.
+    /// The features of the pod's runtime handler.
     pub features: Features,
 }
 
-/// What the container may do.
+/// The security settings of the container.
 struct Security {
     context: LinuxContainerSecurityContext,
     capabilities: capabilities::CapabilitySets,
-    /// `linux.seccomp`.
+    /// The value of `linux.seccomp`.
     seccomp: Option<SeccompFilter>,
     selinux: Option<Labels>,
 }
 
-/// The pod's user namespace, if it has one of its own.
+/// The pod's user namespace, if the pod has a separate one.
 struct UserNamespace {
     mappings: Option<users::Mappings>,
     users: Option<idmap::Users>,
-    /// The ids on the node of the namespace's root.
+    /// The user id and the group id that the root of the user namespace has on the node.
     root: (u32, u32),
 }
 
-/// Fills the bundle, and returns the user that the container runs as.
+/// Creates the bundle's contents, and returns the user that the container runs as.
 pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<User> {
     let security = security(&inputs)?;
     make_log_directory(&inputs)?;
@@ -100,7 +100,7 @@ fn security(inputs: &Inputs<'_>) -> Result<Security> {
 }
 
 impl Security {
-    /// The label of the container's files.
+    /// Returns the SELinux label of the container's files.
     fn file_label(&self) -> Option<&selinux::label::Label> {
         self.selinux.as_ref().map(|labels| &labels.files)
     }
@@ -111,7 +111,7 @@ fn make_log_directory(inputs: &Inputs<'_>) -> Result<()> {
     let log = super::log_path(directory, &inputs.record.config.log_path);
     match log.as_deref().and_then(Path::parent) {
         Some(dir) => std::fs::create_dir_all(dir)
-            .during(|| format!("make the log directory {}", dir.display())),
+            .during(|| format!("create the log directory {}", dir.display())),
         None => Ok(()),
     }
 }
@@ -133,7 +133,7 @@ fn user_namespace(inputs: &Inputs<'_>) -> Result<UserNamespace> {
     })
 }
 
-/// Mounts the writable layer over the image's layers, and returns the mount's path.
+/// Mounts the writable layer over the image's layers, and returns the path of the mount.
 fn mount_rootfs(
     inputs: &Inputs<'_>,
     layers: Vec<PathBuf>,
@@ -156,8 +156,8 @@ fn mount_rootfs(
     Ok(target)
 }
 
-/// Makes the sources of the container's mounts, and returns the mounts: those of the request, with
-/// images mounted, and the volumes that the image declares.
+/// Creates the sources of the container's mounts and mounts the image volumes. Returns the
+/// requested mounts, and a mount for each volume that the container's image declares.
 fn prepare_mounts(
     inputs: &Inputs<'_>,
     security: &Security,
@@ -240,7 +240,7 @@ fn hostname(sandbox: &Sandbox, own_uts: bool) -> String {
     of_node("/proc/sys/kernel/hostname").trim().to_owned()
 }
 
-/// `linux.cgroupsPath`, in the form of the cgroup driver.
+/// Returns `linux.cgroupsPath` in the form that the cgroup driver requires.
 fn cgroups_path(sandbox: &Sandbox, id: &str) -> String {
     if slice::is_slice(&sandbox.cgroup) {
         slice::for_runtime(&sandbox.cgroup, id)
@@ -267,8 +267,9 @@ fn namespaces_to_join(
     }
 }
 
-/// The requested value. With restrict_oom_score_adj, none below the server's own: the server may
-/// lack the right to lower it.
+/// Returns the container's oom_score_adj. If `restrict` is not set, the result is the requested
+/// value. If `restrict` is set, the result is the requested value or the server's own value,
+/// whichever is higher. A server without CAP_SYS_RESOURCE can't set a value lower than its own.
 fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
     if !restrict {
         return requested;

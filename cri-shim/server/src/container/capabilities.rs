@@ -1,4 +1,4 @@
-//! Which capabilities a container's process has.
+//! The capabilities of a container's process.
 
 use std::sync::OnceLock;
 
@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 
 use rrun_calls::error::{Error, Result};
 
-/// What Docker, containerd and CRI-O's Kubernetes users build on.
+/// The default capabilities of a container, the same set as in Docker and containerd.
 const DEFAULT: [Capability; 14] = [
     CAP_AUDIT_WRITE,
     CAP_CHOWN,
@@ -26,17 +26,19 @@ const DEFAULT: [Capability; 14] = [
     CAP_SYS_CHROOT,
 ];
 
-/// The sets of a container's process as masks: bit n is capability n.
+/// The capability sets of a container's process as masks: bit n is capability n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CapabilitySets {
-    /// Bounding, permitted and effective.
+    /// The bounding, permitted and effective sets.
     pub held: u64,
-    /// Inheritable and ambient.
+    /// The inheritable and ambient sets.
     pub ambient: u64,
 }
 
-/// The default set with what the container adds and drops; `bounding` is what this process has,
-/// which is all that it can give for ALL and to the privileged.
+/// Returns the container's capabilities: the default set, plus the added capabilities, minus the
+/// dropped capabilities. `bounding` is the server's own bounding set. Privileged containers start
+/// with `bounding` instead of the default set, and so do containers that add ALL. The server can't
+/// grant more capabilities than `bounding` contains.
 pub(crate) fn sets(
     request: Option<&RequestedCapabilities>,
     privileged: bool,
@@ -67,18 +69,18 @@ pub(crate) fn sets(
     Ok(CapabilitySets { held, ambient })
 }
 
-/// The mask of these capabilities.
+/// Returns the mask of these capabilities.
 pub(super) fn mask(capabilities: &[Capability]) -> u64 {
     capabilities
         .iter()
         .fold(0, |mask, capability| mask | capability.bitmask())
 }
 
-/// A list of names in a request: kubelet passes on what people write.
+/// A list of capability names in a request. Kubelet sends the names as users wrote them.
 #[derive(Default)]
 struct NameList {
     all: bool,
-    /// Those that are named beside ALL.
+    /// The capabilities in the list, apart from ALL.
     mask: u64,
 }
 
@@ -91,20 +93,23 @@ impl NameList {
             } else if let Some(capability) = capability::parse(name) {
                 list.mask |= capability.bitmask();
             } else {
-                return Err(Error::invalid(format!("there is no capability {name:?}")));
+                return Err(Error::invalid(format!(
+                    "the capability {name:?} does not exist"
+                )));
             }
         }
         Ok(list)
     }
 }
 
-/// What this process may give away: its bounding set, capabilities(7), which nobody changes.
+/// Returns the capabilities that the server can grant to containers: the server's own bounding set,
+/// capabilities(7). The server never changes its bounding set.
 pub(crate) fn bounding_set() -> u64 {
     static BOUNDING: OnceLock<u64> = OnceLock::new();
     *BOUNDING.get_or_init(capability::bounding_set)
 }
 
-/// As the runtime specification's `process.capabilities`, by number.
+/// Serializes the sets as the runtime specification's `process.capabilities`, sorted by number.
 impl Serialize for CapabilitySets {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let names = |mask: u64| -> Vec<String> { capability::names(mask).collect() };
@@ -125,7 +130,7 @@ impl Serialize for CapabilitySets {
 mod tests {
     use super::*;
 
-    /// Every capability that has a name.
+    /// The mask of all 41 capabilities of Linux.
     const ALL: u64 = (1 << 41) - 1;
 
     fn request(add: &[&str], drop: &[&str]) -> RequestedCapabilities {
@@ -142,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn drop_all_and_add_one_leaves_one() -> Result<()> {
+    fn dropping_all_and_adding_one_leaves_one() -> Result<()> {
         let one = mask(&[CAP_NET_ADMIN]);
         assert_eq!(held(&["CAP_NET_ADMIN"], &["ALL"])?, one);
         assert_eq!(held(&["net_admin"], &["cap_all"])?, one);
@@ -151,14 +156,14 @@ mod tests {
     }
 
     #[test]
-    fn add_all_and_drop_one_lacks_one() -> Result<()> {
+    fn adding_all_and_dropping_one_lacks_one() -> Result<()> {
         let held = held(&["ALL"], &["sys_admin"])?;
         assert_eq!(held, ALL & !CAP_SYS_ADMIN.bitmask());
         Ok(())
     }
 
     #[test]
-    fn the_default_has_no_inheritable_and_no_net_admin() -> Result<()> {
+    fn the_default_set_has_no_ambient_capabilities_and_no_net_admin() -> Result<()> {
         let sets = sets(None, false, ALL)?;
         assert_eq!(sets.ambient, 0);
         assert_eq!(sets.held, mask(&DEFAULT));
@@ -167,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn ambient_capabilities_are_held_unless_dropped() -> Result<()> {
+    fn ambient_capabilities_are_granted_unless_dropped() -> Result<()> {
         let mut request = request(&[], &["KILL"]);
         request.add_ambient_capabilities = vec!["SYS_TIME".into(), "KILL".into()];
         let sets = sets(Some(&request), false, ALL)?;
@@ -180,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn the_privileged_get_what_we_have() -> Result<()> {
+    fn a_privileged_container_gets_the_servers_bounding_set() -> Result<()> {
         let bounding = mask(&[CAP_CHOWN, CAP_SYS_ADMIN]);
         assert_eq!(sets(None, true, bounding)?.held, bounding);
         Ok(())
     }
 
     #[test]
-    fn an_unknown_name_is_named() {
+    fn an_unknown_capability_is_named_in_the_error() {
         assert!(held(&["NET_FUN"], &[]).is_err_and(|e| e.sentence().contains("NET_FUN")));
     }
 }

@@ -1,4 +1,5 @@
-//! CreateContainer: the container as the runtime's `create` leaves it, or nothing.
+//! CreateContainer: prepares a container's bundle, runs the runtime's `create`, and cleans up after
+//! a failure.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -25,16 +26,18 @@ use rrun_calls::wait::{blocking, slow};
 use rrun_images::Image;
 use rrun_protocol::Create;
 
-/// What two calls for the same container have in common.
+/// Returns the key that identifies the requested container. A retry of a CreateContainer call has
+/// the same key.
 pub(crate) fn key(sandbox: &str, config: &ContainerConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     let (name, attempt) = (metadata.name, metadata.attempt);
     format!("create container {name:?} attempt {attempt} in pod {sandbox}")
 }
 
-/// Makes the container and returns its id; of one that was made for the same metadata and has not
-/// ended, that one's. (kubelet counts `attempt` up before it asks for another one; peers answer
-/// that the name is reserved.)
+/// Creates the container and returns its id. If a container with the same metadata exists and has
+/// not exited, that container's id is returned instead. A call with the same metadata is a retry:
+/// kubelet increments the metadata's field `attempt` before it requests another container. (Other
+/// CRI servers return the error that the name is reserved.)
 pub(crate) async fn create(
     node: Arc<Node>,
     sandbox: Arc<Sandbox>,
@@ -43,18 +46,19 @@ pub(crate) async fn create(
     let same = |container: &Arc<Container>| {
         container.config.metadata == config.metadata && container.phase() != Phase::Exited
     };
-    if let Some(there) = node.containers_of(&sandbox.id).into_iter().find(same) {
-        if there.config != config {
+    if let Some(existing) = node.containers_of(&sandbox.id).into_iter().find(same) {
+        if existing.config != config {
             log::warn!(
                 "{}: {}",
-                there.name(),
+                existing.name(),
                 crate::sandbox::run::EXISTS_WITH_OTHER_CONFIG
             );
         }
-        return Ok(there.id.clone());
+        return Ok(existing.id.clone());
     }
     check(&config, &sandbox)?;
-    // Counted first: who finds the pod ready afterwards is waited for by its removal.
+    // Count this call before the pod's state is checked. A removal of the pod can then wait for
+    // every CreateContainer call that found the pod ready.
     let _creating = sandbox.begin_create();
     must_be_ready(&sandbox)?;
     let name = config.image.as_ref().map(|image| image.image.as_str());
@@ -83,7 +87,7 @@ pub(crate) async fn create(
     }
 }
 
-/// The record of a container that is about to be made.
+/// Returns the record of a container that is about to be created.
 fn new_record(
     sandbox: &Sandbox,
     image: &Image,
@@ -118,7 +122,7 @@ fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
     }
     if config.log_path.split('/').any(|part| part == "..") {
         return Err(Error::invalid(format!(
-            "the log path {:?} leaves the pod's log directory",
+            "the log path {:?} points outside the pod's log directory",
             config.log_path
         )));
     }
@@ -130,14 +134,15 @@ fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
         .and_then(|linux| linux.security_context.as_ref());
     if context.privileged && !pod.is_some_and(|pod| pod.privileged) {
         return Err(Error::invalid(
-            "the container is privileged (linux.security_context.privileged), and its pod is not",
+            "the container is privileged (linux.security_context.privileged), but its pod is not",
         ));
     }
     check_namespaces(&context, sandbox)?;
     spec::check(config)
 }
 
-/// What the container says of namespaces that are the pod's must be what the pod has.
+/// Checks that the container requests its pod's user namespace. If the pod has its own user
+/// namespace, also checks that the container does not request the node's PID namespace.
 fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) -> Result<()> {
     let Some(options) = &context.namespace_options else {
         return Ok(());
@@ -147,12 +152,12 @@ fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) 
         && users::read(requested)? != users
     {
         return Err(Error::invalid(
-            "the container's user namespace (userns_options) is not that of its pod",
+            "the container's user namespace (userns_options) differs from its pod's user namespace",
         ));
     }
     if users.is_some() && options.pid() == NamespaceMode::Node {
         return Err(Error::invalid(
-            "the container is in its pod's user namespace and in the node's PID namespace, which do not go together",
+            "the container would be in its pod's user namespace and in the node's PID namespace, which is not supported",
         ));
     }
     Ok(())
@@ -163,7 +168,7 @@ fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
         return Ok(());
     }
     Err(Error::wrong_state(format!(
-        "{} is not ready: no container can be made in it",
+        "{} is not ready: cannot create a container in it",
         sandbox.name()
     )))
 }
@@ -175,14 +180,15 @@ async fn make(
     image: &Arc<Image>,
 ) -> Result<Arc<Container>> {
     let bundle = node.bundle(&sandbox.id, &record.id);
-    // A kill at any later instruction finds the container by its bundle, and what it owns in
-    // there.
+    // If the server is killed after this point, it finds the container's bundle at its next start.
+    // From the bundle's record, the server then learns which resources belong to the container, and
+    // removes them.
     private_dir(&bundle)?;
     write_record(&bundle.join(RECORD), &record)?;
 
     let container = assemble(node, sandbox, record, image, bundle).await?;
     must_be_ready(sandbox)?;
-    container.write_down(node)?;
+    container.write_container_json(node)?;
     Ok(container)
 }
 
@@ -198,8 +204,10 @@ async fn assemble(
     let image_volumes = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
     let pid = pid_namespace(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
-    // The runtime starts early and waits until the bundle is there. It does not if volumes are
-    // relabelled: that takes as long as it takes, and would use up the runtime's deadline.
+    // To save time, the server starts the runtime before the bundle is complete, and the runtime
+    // waits for the bundle. If volumes must be relabelled, the server first completes the bundle
+    // and then starts the runtime. Relabelling has no time limit and would use up the runtime's
+    // deadline.
     let relabels = record.config.mounts.iter().any(|it| it.selinux_relabel);
     let early = features.after && sandbox.state().passes_after && !relabels;
     let (after, written) = if early { start_pipe()? } else { (None, None) };
@@ -220,17 +228,18 @@ async fn assemble(
                 features,
             })?;
             if let Some(written) = written {
-                // If nobody reads there any more, the runtime's answer says why.
+                // The write fails if the runtime no longer reads from the pipe. This error is
+                // ignored, because the result of the runtime's `create` contains the reason.
                 let _ = rustix::io::write(written, b"1");
             }
             Ok::<User, Error>(user)
         }
     };
-    let what = format!("{pod}: mount the root filesystem and look at the volumes of a container");
+    let what = format!("{pod}: mount a container's root filesystem and prepare its volumes");
     let filled = blocking(what, job);
     let created = async {
         let created = sandbox.monitor.create(request, after);
-        let created = slow(format!("{pod}: the runtime's create"), created);
+        let created = slow(format!("{pod}: wait for the runtime's `create`"), created);
         created.await.map_err(Error::from)
     };
     let (user, pid) = if early {
@@ -244,19 +253,21 @@ async fn assemble(
     Ok(Arc::new(container))
 }
 
-/// The pipe whose first byte tells the runtime that the bundle is there. Returns the runtime's read
-/// end and our write end.
+/// Creates the pipe for the server's notification to the runtime that the bundle is complete.
+/// Returns the runtime's read end and the server's write end.
 fn start_pipe() -> Result<(Option<OwnedFd>, Option<OwnedFd>)> {
-    let (after, written) = pipe_with(PipeFlags::CLOEXEC).during(|| "make a pipe".to_owned())?;
+    let (after, written) = pipe_with(PipeFlags::CLOEXEC).during(|| "create a pipe".to_owned())?;
     Ok((Some(after), Some(written)))
 }
 
-/// What the monitor is to create.
+/// Returns the `Create` request that the server sends to the pod's monitor.
 fn request(node: &Node, container: &Container, bundle: PathBuf) -> Result<Create> {
     let handler = &container.sandbox.handler;
-    let runtime = container
-        .runtime_command(node)
-        .ok_or_else(|| Error::internal(format!("no runtime handler {handler:?}")))?;
+    let runtime = container.runtime_command(node).ok_or_else(|| {
+        Error::internal(format!(
+            "the configuration has no runtime handler {handler:?}"
+        ))
+    })?;
     let config = &container.config;
     Ok(Create {
         id: container.id.clone(),
@@ -284,7 +295,7 @@ fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Re
             let target = node.container(&target)?;
             if target.sandbox.id != sandbox.id {
                 return Err(Error::invalid(format!(
-                    "the container's PID namespace target {} is in another pod",
+                    "the container {}, whose PID namespace is requested, is in another pod",
                     target.id
                 )));
             }
@@ -292,7 +303,7 @@ fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Re
             match state.phase {
                 Phase::Running => Ok(of(state.pid)),
                 _ => Err(Error::wrong_state(format!(
-                    "the container's PID namespace target {} is not running",
+                    "the container {}, whose PID namespace is requested, is not running",
                     target.id
                 ))),
             }

@@ -1,4 +1,4 @@
-//! Devices of the node in a container.
+//! Determines which of the node's devices a container gets.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -8,10 +8,11 @@ use rrun_proto::v1::Device;
 
 use rrun_calls::error::{During, Error, Result};
 
-/// How deep a directory of devices is followed.
+/// The maximum depth at which a directory of devices is searched.
 const MAX_DEPTH: u32 = 8;
 
-/// Below /dev, but of one terminal, one mount namespace or one process.
+/// Entries of /dev that a container can't share with the node. Each entry belongs to one terminal,
+/// one mount namespace or one process.
 const NOT_SHARED: [&str; 7] = [
     "pts",
     "shm",
@@ -22,14 +23,15 @@ const NOT_SHARED: [&str; 7] = [
     "console",
 ];
 
-/// The specification's `linux.devices` and `linux.resources.devices`.
+/// The values of `linux.devices` and `linux.resources.devices` in the runtime specification.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Devices {
     pub nodes: Vec<LinuxDevice>,
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// The devices requested, everything else denied; for the privileged every device. Blocks.
+/// Returns the requested devices, with cgroup rules that deny all other devices. A privileged
+/// container gets all devices of the node. This call blocks.
 pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices> {
     let mut devices = Devices::default();
     devices.rules.push(all(privileged));
@@ -39,7 +41,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
     for device in requested {
         if device.permissions.chars().any(|c| !"rwm".contains(c)) {
             return Err(Error::invalid(format!(
-                "the permissions {:?} of the device {} are not of r, w and m",
+                "the permissions {:?} of the device {} contain other letters than r, w and m",
                 device.permissions, device.host_path
             )));
         }
@@ -60,7 +62,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
 }
 
 impl Devices {
-    /// A device, or every device in a directory.
+    /// Adds the device `host`, or every device in the directory `host`.
     fn add(
         &mut self,
         host: &Path,
@@ -69,7 +71,7 @@ impl Devices {
         rule: bool,
         depth: u32,
     ) -> Result<()> {
-        let what = || format!("look at the device {}", host.display());
+        let what = || format!("read the attributes of the device {}", host.display());
         let metadata = std::fs::metadata(host).during(what)?;
         if metadata.is_dir() && depth > 0 {
             for entry in std::fs::read_dir(host).during(what)? {
@@ -84,7 +86,7 @@ impl Devices {
         }
         let Some(kind) = kind(&metadata) else {
             return Err(Error::invalid(format!(
-                "{} is no device of the node",
+                "{} is not a device",
                 host.display()
             )));
         };
@@ -97,7 +99,7 @@ impl Devices {
         Ok(())
     }
 
-    /// Every device below a directory that two mount namespaces can share.
+    /// Adds every device below `dir`, except the entries in [`NOT_SHARED`].
     fn add_all(&mut self, dir: &Path, depth: u32) {
         let Ok(entries) = std::fs::read_dir(dir) else {
             return;
@@ -108,7 +110,7 @@ impl Devices {
             if NOT_SHARED.iter().any(|not| name == *not) {
                 continue;
             }
-            // Not followed: a link's target is there under its own name.
+            // Symbolic links are skipped, because the search finds their targets in /dev anyway.
             let Ok(metadata) = std::fs::symlink_metadata(&path) else {
                 continue;
             };
@@ -121,14 +123,15 @@ impl Devices {
     }
 }
 
-/// The specification's entry for a device of the node, under another path.
+/// Returns the `linux.devices` entry that provides the node's device `host` at the path
+/// `container`.
 pub(crate) fn node_of(host: &Path, container: &Path) -> Result<LinuxDevice> {
-    let metadata =
-        std::fs::metadata(host).during(|| format!("look at the device {}", host.display()))?;
+    let metadata = std::fs::metadata(host)
+        .during(|| format!("read the attributes of the device {}", host.display()))?;
     match kind(&metadata) {
         Some(kind) => Ok(node(container, kind, &metadata)),
         None => Err(Error::invalid(format!(
-            "{} is no device of the node",
+            "{} is not a device",
             host.display()
         ))),
     }
@@ -158,14 +161,14 @@ fn node(path: &Path, kind: LinuxDeviceType, metadata: &std::fs::Metadata) -> Lin
     node
 }
 
-/// The rule for every device.
+/// Returns the cgroup rule that allows or denies access to all devices.
 fn all(allow: bool) -> LinuxDeviceCgroup {
     let mut rule = LinuxDeviceCgroup::default();
     rule.set_allow(allow).set_access(Some("rwm".to_owned()));
     rule
 }
 
-/// The rule that allows a device.
+/// Returns the cgroup rule that allows access to a device.
 pub(crate) fn allow(node: &LinuxDevice, access: &str) -> LinuxDeviceCgroup {
     let mut rule = LinuxDeviceCgroup::from(node);
     rule.set_access(Some(access.to_owned()));
@@ -203,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_privileged_get_all_but_terminals() -> Result<()> {
+    fn a_privileged_container_gets_all_devices_except_terminals() -> Result<()> {
         let devices = devices(&[], true)?;
         let has = |path: &str| {
             let mut nodes = devices.nodes.iter();
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_no_device() {
+    fn a_regular_file_and_a_wrong_permission_are_refused() {
         assert!(devices(&[device("/etc/passwd", "/x", "r")], false).is_err());
         assert!(devices(&[device("/dev/null", "/x", "z")], false).is_err());
     }

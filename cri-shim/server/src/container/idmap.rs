@@ -1,6 +1,9 @@
-//! Overlays for pods with a user namespace of their own: layers and writable layer are mounted
-//! with that namespace's ids, so that the files of every image belong to the right users and
-//! nothing is copied or chowned. Overlayfs takes such layers since Linux 5.19.
+//! Overlays for pods that have their own user namespace.
+//!
+//! The image's layers and the writable layer become id-mapped mounts, mount_setattr(2), with the id
+//! mappings of the pod's user namespace. In the pod, the files of every image therefore belong to
+//! the right users. No file is copied or changed. Overlayfs supports id-mapped mounts as layers
+//! since Linux 5.19.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,13 +19,15 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::clone3::{Cloned, clone3};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// An overlay, attached nowhere. `lower` is uppermost first; `writable` has `upper` and `work`,
-/// without it the overlay is read-only and wants two layers; `users` is the user namespace, if the
-/// ids are to be mapped; `label` the SELinux label of its files.
-/// `scratch` is any directory. Blocks.
+/// Returns a detached overlay mount. `lower` lists the layers, uppermost first. `writable` is the
+/// directory of `upper` and `work`. If `writable` is `None`, the overlay is read-only and needs at
+/// least two layers. `users` is the user namespace with the id mappings for the layers. `label` is
+/// the SELinux label of the overlay's files. `scratch` can be any existing directory: it is only a
+/// mount point in a private mount namespace. This call blocks.
 ///
-/// It is put together in a mount namespace of a thread's own, which takes the layers' mounts along
-/// when it ends: there is nothing to unmount, also after a kill.
+/// A temporary thread assembles the overlay in its own mount namespace. When the thread exits, the
+/// kernel removes this namespace together with the layers' mounts. So none of the layers' mounts
+/// remains, even if the server is killed.
 pub(crate) fn overlay(
     lower: &[PathBuf],
     writable: Option<&Path>,
@@ -63,9 +68,11 @@ fn assemble(
     if let Some(label) = label {
         data += &label.as_mount_option();
     }
-    std::fs::create_dir("overlay").during(|| "make a directory in a tmpfs".to_owned())?;
+    std::fs::create_dir("overlay").during(|| "create the overlay's mount point".to_owned())?;
     if let Some(users) = users {
-        // What overlayfs makes, it makes as who mounted it.
+        // Overlayfs creates its internal files with the file system ids of the thread that mounts
+        // it. On an id-mapped mount, only ids with a mapping can own files. This thread therefore
+        // needs the ids of the user namespace's root.
         become_owner(users.root)?;
     }
     mount(
@@ -76,21 +83,24 @@ fn assemble(
         Some(data.as_str()),
     )
     .map_err(io::Error::from)
-    .during(|| format!("overlay of {} layers with mapped ids", lower.len()))?;
+    .during(|| format!("mount an overlay of {} layers with mapped ids", lower.len()))?;
     if writable.is_some() {
         check_writable()?;
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    rustix::mount::open_tree(CWD, "overlay", flags).during(|| "take the overlay along".to_owned())
+    rustix::mount::open_tree(CWD, "overlay", flags)
+        .during(|| "clone the overlay's mount".to_owned())
 }
 
-/// Takes this thread into a mount namespace of its own, and there into a tmpfs on `scratch`.
+/// Moves this thread into a new mount namespace, and mounts a tmpfs on `scratch` there. The tmpfs
+/// becomes the working directory.
 fn enter_scratch(scratch: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)
         .map_err(io::Error::from)
-        .during(|| "make a mount namespace".to_owned())?;
+        .during(|| "create a mount namespace".to_owned())?;
     let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
-    rustix::mount::mount_change("/", private).during(|| "keep its mounts in it".to_owned())?;
+    rustix::mount::mount_change("/", private)
+        .during(|| "make all mounts of the new mount namespace private".to_owned())?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(
         Some("layers"),
@@ -101,28 +111,32 @@ fn enter_scratch(scratch: &Path) -> Result<()> {
     )
     .map_err(io::Error::from)
     .during(|| format!("mount a tmpfs on {}", scratch.display()))?;
-    // O_PATH calls no driver.
+    // O_PATH prevents the kernel from calling a driver, even if the path leads to a device.
     let here = rustix::fs::open(scratch, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .during(|| format!("open {}", scratch.display()))?;
-    // This thread's working directory only: CLONE_NEWNS implies CLONE_FS, unshare(2).
-    rustix::process::fchdir(&here).during(|| format!("go to {}", scratch.display()))
+    // fchdir changes only the working directory of this thread, because CLONE_NEWNS implies
+    // CLONE_FS, unshare(2).
+    rustix::process::fchdir(&here)
+        .during(|| format!("change the working directory to {}", scratch.display()))
 }
 
-/// Fails if overlayfs fell back to read-only, which it does when it can't use the writable layer.
+/// Returns an error if the overlay is mounted read-only. Overlayfs mounts itself read-only if it
+/// can't use the writable layer.
 fn check_writable() -> Result<()> {
     let is_readonly = rustix::fs::statvfs("overlay")
-        .during(|| "look at the overlay".to_owned())?
+        .during(|| "query the overlay's mount flags".to_owned())?
         .f_flag
         .contains(rustix::fs::StatVfsMountFlags::RDONLY);
     if is_readonly {
         return Err(Error::internal(
-            "overlayfs does not take the writable layer with mapped ids, the kernel's log may say why",
+            "overlayfs refused to use the id-mapped mount of the writable layer; see the kernel's log",
         ));
     }
     Ok(())
 }
 
-/// Mounts a directory, its files' ids mapped, on a new one here.
+/// Creates the directory `name` in the working directory, and mounts `dir` on it. If `users` is
+/// set, the mount is id-mapped with the mappings of that user namespace.
 fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
     let what = || {
         format!(
@@ -141,33 +155,34 @@ fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
     attach(tree.as_fd(), Path::new(name)).during(what)
 }
 
-/// Puts a detached mount on a path.
+/// Attaches a detached mount to a path.
 pub(crate) fn attach(tree: BorrowedFd<'_>, target: &Path) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(tree, "", CWD, target, flags)
-        .during(|| format!("mount it on {}", target.display()))
+        .during(|| format!("attach the mount to {}", target.display()))
 }
 
 /// A pod's user namespace.
 pub(crate) struct Users {
     pub namespace: OwnedFd,
-    /// The node's ids of its root.
+    /// The user id and the group id that the root of the user namespace has on the node.
     pub root: (u32, u32),
 }
 
 impl Users {
-    /// Of a process in it.
+    /// Opens the user namespace of the process `pid`.
     pub(crate) fn of(pid: i32, root: (u32, u32)) -> Result<Self> {
         let path = format!("/proc/{pid}/ns/user");
-        // The kernel's: a file of /proc.
+        // The kernel's procfs provides this file, so opening it by its path is safe.
         let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .during(|| format!("open the pod's user namespace {path}"))?;
         Ok(Users { namespace, root })
     }
 }
 
-/// Runs `work` with what it makes belonging to this user and group of the node: on a mount with
-/// mapped ids the node's root is nobody, who can own nothing.
+/// Runs `work` with the file system ids `owner`, which are ids on the node. The files that `work`
+/// creates then belong to `owner`. On an id-mapped mount, the node's root has no mapping, so `work`
+/// can't create files as root.
 pub(crate) fn as_owner<T>(owner: (u32, u32), work: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = become_owner(owner);
     let done = before.and_then(|before| {
@@ -175,23 +190,31 @@ pub(crate) fn as_owner<T>(owner: (u32, u32), work: impl FnOnce() -> Result<T>) -
         become_owner(before)?;
         done
     });
-    done.during(|| format!("as the owner {}:{}", owner.0, owner.1))
+    done.during(|| {
+        format!(
+            "create files with the file system ids {}:{}",
+            owner.0, owner.1
+        )
+    })
 }
 
-/// Changes whose the files are that the calling thread makes, setfsuid(2), and nothing else;
-/// returns whose they were.
+/// Sets the file system user and group id of the calling thread, setfsuid(2). The thread's new
+/// files belong to these ids. Returns the thread's previous file system user and group id.
 fn become_owner((uid, gid): (u32, u32)) -> Result<(u32, u32)> {
     let gid = nix::unistd::setfsgid(nix::unistd::Gid::from_raw(gid));
     let uid = nix::unistd::setfsuid(nix::unistd::Uid::from_raw(uid));
-    // Whoever is not root loses the capabilities that are about files; not us.
+    // When the fsuid changes from 0 to another id, the kernel reduces the effective capabilities,
+    // capabilities(7). For example, it removes CAP_DAC_OVERRIDE. This function restores the
+    // effective capabilities.
     let mut sets = rustix::thread::capabilities(None).during(|| "read capabilities".to_owned())?;
     sets.effective = sets.permitted;
     rustix::thread::set_capabilities(None, sets).during(|| "keep capabilities".to_owned())?;
     Ok((uid.as_raw(), gid.as_raw()))
 }
 
-/// Whether this kernel and the file system under `root` can do that; tried, with a user namespace
-/// of a process that does nothing else. `empty` is an empty layer. Blocks.
+/// Checks that this kernel and the file system under `root` support overlays on id-mapped mounts.
+/// The check mounts an overlay with a temporary user namespace. `empty` is the directory of an
+/// empty layer. This call blocks.
 pub(crate) fn probe(root: &Path, empty: &Path) -> Result<()> {
     let dir = root.join("idmap-probe");
     let made = (|| {
@@ -199,7 +222,7 @@ pub(crate) fn probe(root: &Path, empty: &Path) -> Result<()> {
             crate::sandbox::files::private_dir(&dir.join(part))?;
         }
         let users = Users {
-            namespace: throw_away_users().during(|| "make a user namespace".to_owned())?,
+            namespace: throw_away_users().during(|| "create a user namespace".to_owned())?,
             root: (65536, 65536),
         };
         let lower = [empty.to_owned()];
@@ -210,11 +233,11 @@ pub(crate) fn probe(root: &Path, empty: &Path) -> Result<()> {
     made
 }
 
-/// A user namespace that lives as long as its descriptor.
+/// Creates a user namespace that exists as long as its descriptor is open.
 fn throw_away_users() -> io::Result<OwnedFd> {
     let flags = u64::try_from(libc::CLONE_NEWUSER).unwrap_or_default();
-    // SAFETY: the child makes no calls but prctl(2), pause(2) and _exit(2), which are safe in the
-    // copy of a process with several threads.
+    // SAFETY: the child is a copy of a process with several threads. The child calls only
+    // prctl(2), pause(2) and _exit(2), which are safe in such a copy.
     match unsafe { clone3(flags, None) }? {
         Cloned::Child => {
             // SAFETY: as above.

@@ -1,5 +1,5 @@
-//! Volumes that are images: the layers of an image, or a directory in it, read-only. The image's
-//! layers are kept for as long as the container is there.
+//! Image volumes: read-only mounts of an image, or of a directory in an image. A lease protects the
+//! image's layers from deletion as long as the container exists.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
@@ -16,15 +16,16 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
-/// Where they are mounted, in the bundle.
+/// The directory in the bundle in which image volumes are mounted.
 const DIR: &str = "images";
 
-/// Whose lease on the image's layers that of a container's mount is.
+/// Returns the name that owns the lease on an image volume's layers. `number` is the index of the
+/// volume in the list of the container's mounts.
 fn owner(container: &str, number: usize) -> String {
     format!("{container}:{number}")
 }
 
-/// All of a container's.
+/// Returns the owners of the leases for all image volumes of a container.
 pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     let images = mounts
         .iter()
@@ -33,16 +34,16 @@ pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     images.map(|(number, _)| owner(container, number)).collect()
 }
 
-/// An image that a mount asks for, and that is here.
+/// The image for an image volume, found on this node.
 pub(crate) struct ResolvedImage {
-    /// Which of the container's mounts.
+    /// The index of the mount in the container's list of mounts.
     number: usize,
-    /// Its layers, uppermost first.
+    /// The image's layers, uppermost first.
     lower: Vec<PathBuf>,
     sub_path: PathBuf,
 }
 
-/// Whether a mount is of an image.
+/// Returns whether the source of a mount is an image.
 pub(crate) fn is_image(mount: &Mount) -> bool {
     mount
         .image
@@ -50,31 +51,33 @@ pub(crate) fn is_image(mount: &Mount) -> bool {
         .is_some_and(|image| !image.image.is_empty())
 }
 
-/// Refuses mounts of images that contradict themselves.
+/// Refuses a mount if its fields `image` and `image_sub_path` are invalid or contradict its other
+/// fields.
 pub(crate) fn check(mount: &Mount) -> Result<()> {
     let path = &mount.container_path;
-    let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?} {why}")));
+    let refuse = |why: &str| Err(Error::invalid(format!("the mount at {path:?}: {why}")));
     if !is_image(mount) {
         return if mount.image_sub_path.is_empty() {
             Ok(())
         } else {
-            refuse("has an image_sub_path and no image")
+            refuse("image_sub_path is set without an image")
         };
     }
     if !mount.host_path.is_empty() {
-        return refuse("has both an image and a host_path");
+        return refuse("image and host_path are both set");
     }
     if mount.propagation != 0 {
-        return refuse("is of an image and has a propagation that is not private");
+        return refuse("a mount of an image must have private propagation");
     }
     let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
     if !Path::new(&mount.image_sub_path).components().all(inside) {
-        return refuse("has an image_sub_path that is not a relative path without ..");
+        return refuse("image_sub_path must be a relative path without ..");
     }
     Ok(())
 }
 
-/// Finds the images of the mounts and keeps their layers; the mounts' `image_ref` is filled.
+/// Finds the images that the mounts request, acquires leases on their layers, and sets the mounts'
+/// `image_ref`.
 pub(crate) async fn lease(
     node: &Node,
     container: &str,
@@ -98,7 +101,11 @@ pub(crate) async fn lease(
         requested.image_ref = image.repo_digests.first().unwrap_or(&image.id).clone();
         let owner = owner(container, number);
         let leased = node.images.lease(&owner, &image.id);
-        let lower = slow(format!("keep the image {name} for a mount"), leased).await?;
+        let lower = slow(
+            format!("acquire a lease on the image {name} for a mount"),
+            leased,
+        )
+        .await?;
         found.push(ResolvedImage {
             number,
             lower,
@@ -108,8 +115,9 @@ pub(crate) async fn lease(
     Ok(found)
 }
 
-/// Mounts them in the bundle and makes the mounts binds of that. `users` is the pod's user
-/// namespace, `label` the SELinux label of the images' files. Blocks.
+/// Mounts the images in the bundle, and changes each requested image volume into a bind mount of
+/// its mounted image. `users` is the pod's user namespace, and `label` is the SELinux label of the
+/// images' files. This call blocks.
 pub(crate) fn mount(
     node: &Node,
     bundle: &Path,
@@ -124,7 +132,7 @@ pub(crate) fn mount(
         };
         let target = bundle.join(DIR).join(image.number.to_string());
         private_dir(&target)?;
-        let what = || format!("mount an image for {:?}", mount.container_path);
+        let what = || format!("mount the image volume at {:?}", mount.container_path);
         mount_one(node, image, users, label, &target).during(what)?;
         mount.host_path = target.to_string_lossy().into_owned();
         mount.readonly = true;
@@ -143,15 +151,15 @@ fn mount_one(
     label: Option<&Label>,
     target: &Path,
 ) -> Result<()> {
-    // Read-only, an overlay wants two layers.
+    // A read-only overlay needs at least two layers, so an empty layer is added to a single layer.
     let mut lower = image.lower.clone();
     let empty = rrun_images::empty_layer(&node.config.root);
     if lower.len() < 2 && !lower.contains(&empty) {
         lower.push(empty.clone());
     }
     let tree = if lower.len() < 2 {
-        // The image has no layers.
-        // Ours: the server made this directory.
+        // The image has no layers, so its volume is an empty directory.
+        // Ours: the server created this directory, so opening it by its path is safe.
         clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
     } else {
         idmap::overlay(&lower, None, users, label, target)?
@@ -164,7 +172,8 @@ fn mount_one(
     {
         return idmap::attach(tree.as_fd(), target);
     }
-    // Only what is attached can be cloned from, before Linux 6.15.
+    // Before Linux 6.15, open_tree(2) can clone a directory only if the directory's mount is
+    // attached. So the server first attaches the image's mount to `target`.
     idmap::attach(tree.as_fd(), target)?;
     let part = resolve(target, &image.sub_path);
     let unmounted = crate::sandbox::files::unmount(target);
@@ -173,17 +182,19 @@ fn mount_one(
     idmap::attach(part.as_fd(), target)
 }
 
-/// A directory of an image, whatever links are in it.
+/// Returns a detached, read-only mount of the directory `sub_path` of an image. Symbolic links in
+/// `sub_path` can't lead outside the image.
 fn resolve(mounted: &Path, sub_path: &Path) -> Result<OwnedFd> {
     let failed = |error: pathrs::error::Error| {
         Error::invalid(format!(
-            "the image_sub_path {:?} in the image: {error}",
+            "resolve the image_sub_path {:?} in the image: {error}",
             sub_path.display()
         ))
     };
     let root = Root::open(mounted).map_err(failed)?;
     let inside = root.resolve(sub_path).map_err(failed)?;
-    let stat = rustix::fs::fstat(&inside).during(|| "look at it".to_owned())?;
+    let stat = rustix::fs::fstat(&inside)
+        .during(|| "read the attributes of the directory in the image".to_owned())?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Directory {
         return Err(Error::invalid(format!(
             "the image_sub_path {:?} is not a directory in the image",
@@ -199,10 +210,11 @@ fn clone(dir: &impl AsFd) -> Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
-    rustix::mount::open_tree(dir, "", flags).during(|| "clone its mount".to_owned())
+    rustix::mount::open_tree(dir, "", flags).during(|| "clone the image's mount".to_owned())
 }
 
-/// Data, says Kubernetes, and nothing to run.
+/// Makes the mount read-only, and disables devices, set-user-ID and execution on it. Kubernetes
+/// defines that image volumes contain only data.
 fn protect(tree: &OwnedFd) -> Result<()> {
     let attr_set = libc::MOUNT_ATTR_RDONLY
         | libc::MOUNT_ATTR_NOSUID
@@ -212,10 +224,12 @@ fn protect(tree: &OwnedFd) -> Result<()> {
         attr_set,
         ..MountAttr::default()
     };
-    mount_setattr(tree.as_fd(), false, &attr).during(|| "make it read-only".to_owned())
+    mount_setattr(tree.as_fd(), false, &attr)
+        .during(|| "make the image volume read-only".to_owned())
 }
 
-/// Unmounts what [`mount`] mounted. Right also when nothing is. Blocks.
+/// Unmounts the volumes that [`mount`] mounted. A container without image volumes is not an error.
+/// This call blocks.
 pub(crate) fn unmount(bundle: &Path) -> Result<()> {
     let Ok(entries) = std::fs::read_dir(bundle.join(DIR)) else {
         return Ok(());
@@ -233,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mount_of_an_image_has_no_other_source_and_no_way_out() {
+    fn an_image_mount_has_no_host_path_and_no_sub_path_outside_the_image() {
         let mount = |sub_path: &str, host_path: &str| Mount {
             container_path: "/data".into(),
             host_path: host_path.into(),
@@ -250,7 +264,7 @@ mod tests {
             let refused = check(&mount(sub_path, host_path));
             assert!(
                 refused.is_err_and(|e| e.sentence().contains("/data")),
-                "{sub_path} {host_path}"
+                "a mount with image_sub_path {sub_path:?} and host_path {host_path:?} was accepted"
             );
         }
         let mut no_image = mount("a", "/etc");

@@ -1,11 +1,14 @@
-//! A container's life.
+//! The life cycle of a container.
 //!
-//! [`create`] makes it: the [`bundle`] (its writable layer mounted over the image's layers,
-//! [`rootfs`], and its OCI configuration, [`spec`], of [`mounts`], [`capabilities`], [`devices`],
-//! [`resources`], [`seccomp`] and the [`user`] it runs as), and the runtime's `create` through the
-//! pod's monitor.
-//! [`start`], [`stop`] and [`remove`] (by way of [`trash`]) are the rest; [`status`] is the CRI's
-//! view.
+//! [`create`] creates a container in two steps. The first step creates the [`bundle`], which
+//! contains the root filesystem ([`rootfs`]) and the OCI configuration ([`spec`]). The root
+//! filesystem is the writable layer mounted over the image's layers. The OCI configuration is built
+//! from [`mounts`], [`capabilities`], [`devices`], [`resources`], [`seccomp`] and the [`user`] that
+//! the container runs as. The second step is the runtime's `create`, which runs through the pod's
+//! monitor.
+//!
+//! [`start`], [`stop`] and [`remove`] (which uses [`trash`]) are the later steps of the life cycle.
+//! [`status`] reports the containers to CRI clients.
 
 pub(crate) mod annotations;
 pub(crate) mod apparmor;
@@ -50,27 +53,29 @@ use rrun_protocol::ExitRecord;
 use rrun_store::{Entry, Table};
 use user::User;
 
-/// One container. What can change is in `state`.
+/// A container. The field `state` contains all data about the container that can change.
 pub(crate) struct Container {
     pub id: String,
     pub sandbox: Arc<Sandbox>,
     pub config: ContainerConfig,
     /// The image's id, `sha256:…`.
     pub image_id: String,
-    /// The image with its digest.
+    /// The first repository digest of the image, or the image's id if it has no repository digest.
     pub image_ref: String,
-    /// The image by the name that a user knows it by; empty if it has none.
+    /// The name of the image for display to users. The text is empty if the image has no name.
     pub image_name: String,
-    /// Nanoseconds since the epoch.
+    /// The time of the container's creation, in nanoseconds since the epoch.
     pub created_at: i64,
     pub user: User,
-    /// What StopContainer sends first.
+    /// The signal that StopContainer sends first.
     pub stop_signal: i32,
-    /// A start is under way, which will tell of the container's end after it has told of its
-    /// start. Written, and read by [`Container::ended`], while the state is held.
+    /// True while a StartContainer call is in progress. If the container exits during this time,
+    /// the StartContainer call publishes the exit event after the start event. The lock on the
+    /// state also protects this flag: [`Container::record_end`] reads the flag, and the
+    /// StartContainer call clears it.
     starting: AtomicBool,
     state: watch::Sender<ContainerState>,
-    /// The record in the store.
+    /// The container's entry in the store.
     record: Entry,
 }
 
@@ -82,25 +87,26 @@ pub(crate) enum Phase {
     Exited,
 }
 
-/// What changes in a container's life. Times are nanoseconds since the epoch, 0 for not yet.
+/// The fields of a container that can change. Times are nanoseconds since the epoch; 0 means that
+/// the event has not happened yet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ContainerState {
     pub phase: Phase,
-    /// The first process, while it lives.
+    /// The process id of the container's first process, or 0 if that process does not exist.
     pub pid: i32,
     pub started_at: i64,
     pub finished_at: i64,
     pub exit_code: i32,
     pub reason: String,
     pub message: String,
-    /// The monitor and the runtime may know it still.
+    /// True until the container is deleted from the monitor and from the runtime.
     pub in_runtime: bool,
     #[serde(with = "rrun_store::record")]
     pub resources: LinuxContainerResources,
 }
 
 impl ContainerState {
-    /// A container that is about to be made.
+    /// Returns the state of a container that is about to be created.
     pub(crate) fn new(resources: LinuxContainerResources) -> Self {
         ContainerState {
             phase: Phase::Created,
@@ -116,7 +122,8 @@ impl ContainerState {
     }
 }
 
-/// The container in the store, and in its bundle while it is being made.
+/// The container's record in the store. While the container is being created, only its bundle
+/// contains the record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct ContainerRecord {
     pub id: String,
@@ -125,18 +132,21 @@ pub(crate) struct ContainerRecord {
     pub config: ContainerConfig,
     pub image_id: String,
     pub image_ref: String,
-    /// Not in the records of older servers.
+    /// Records that older versions of the server wrote do not contain this field.
     #[serde(default)]
     pub image_name: String,
     pub created_at: i64,
     pub user: User,
     pub stop_signal: i32,
     pub state: ContainerState,
-    /// The runtime's create has succeeded: what is in the bundle is a container.
+    /// True if the runtime's `create` has succeeded. The bundle then contains a complete container.
     pub made: bool,
 }
 
-/// The name of the record in a container's bundle.
+/// The status message of a container if the pod's monitor has no record of the container.
+pub(crate) const UNKNOWN_TO_MONITOR: &str = "the pod's monitor has no record of the container";
+
+/// The name of the file with the container's record, in the container's bundle.
 pub(crate) const RECORD: &str = "container.json";
 
 impl Container {
@@ -181,21 +191,23 @@ impl Container {
         self.state.borrow().phase
     }
 
-    /// Changes the state; waiting calls look at it again.
+    /// Changes the state and wakes the tasks that wait for a change of the state.
     pub(crate) fn change(&self, change: impl FnOnce(&mut ContainerState)) {
         self.state.send_modify(change);
     }
 
-    /// Waits for the container's end.
+    /// Waits until the container has exited.
     pub(crate) async fn wait_exited(&self) {
         let mut state = self.state.subscribe();
-        // The sender is in `self`: it can't close.
+        // An error would mean that the channel is closed. This error is impossible, because `self`
+        // contains the channel's sender.
         let _ = state.wait_for(|state| state.phase == Phase::Exited).await;
     }
 
-    /// `BUNDLE/container.json`: the container as it is being made and, once made and once started,
-    /// as it is, until the store has it; as with [`Sandbox::write_down`].
-    pub(crate) fn write_down(&self, node: &Node) -> Result<()> {
+    /// Writes the container's current record to `BUNDLE/container.json`. The server writes the file
+    /// after the container's creation, and again after its start. The server needs the file until
+    /// the store contains the record; see [`Sandbox::write_pod_json`].
+    pub(crate) fn write_container_json(&self, node: &Node) -> Result<()> {
         let bundle = node.bundle(&self.sandbox.id, &self.id);
         files::write_record(&bundle.join(RECORD), &self.to_record())
     }
@@ -203,34 +215,47 @@ impl Container {
     /// Writes the container's state to the store.
     pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
-        let written = slow(format!("{}: write its record", self.name()), saved).await;
+        let written = slow(
+            format!("{}: write the container's record", self.name()),
+            saved,
+        )
+        .await;
         written.map_err(Error::from)
     }
 
-    /// Takes the container out of the store, for good.
+    /// Deletes the container's record from the store permanently.
     pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
-        let written = slow(format!("{}: write its record", self.name()), deleted).await;
+        let written = slow(
+            format!("{}: delete the container's record", self.name()),
+            deleted,
+        )
+        .await;
         written.map_err(Error::from)
     }
 
-    /// Saves without anyone waiting: what is lost by a kill before that has been written down, or
-    /// is known to the monitor.
+    /// Saves the state in the background. If the server is killed before the state is saved, no
+    /// information is lost. At its next start, the server gets the state from the bundle's record
+    /// or from the monitor.
     pub(crate) fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (container, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
             let saved = container
                 .record
                 .save_soon(&node.store, || container.to_record());
-            if let Err(error) = slow(format!("{}: write its record", container.name()), saved).await
+            if let Err(error) = slow(
+                format!("{}: write the container's record", container.name()),
+                saved,
+            )
+            .await
             {
                 log::error!("{}: {error}", container.name());
             }
         });
     }
 
-    /// The monitor says that it runs.
-    pub(crate) fn is_running(self: &Arc<Self>, node: &Arc<Node>, pid: i32) {
+    /// Records that the monitor reported the container as running.
+    pub(crate) fn record_running(self: &Arc<Self>, node: &Arc<Node>, pid: i32) {
         let mut changed = false;
         self.change(|state| {
             changed = state.phase == Phase::Created;
@@ -247,8 +272,8 @@ impl Container {
         }
     }
 
-    /// The monitor says how it ended.
-    pub(crate) fn has_exited(self: &Arc<Self>, node: &Arc<Node>, exit: &ExitRecord) {
+    /// Records the exit that the monitor reported.
+    pub(crate) fn record_exit(self: &Arc<Self>, node: &Arc<Node>, exit: &ExitRecord) {
         let reason = if exit.oom_killed {
             "OOMKilled"
         } else if exit.code == 0 {
@@ -256,11 +281,11 @@ impl Container {
         } else {
             "Error"
         };
-        self.ended(node, exit.code, exit.finished_at, reason, "");
+        self.record_end(node, exit.code, exit.finished_at, reason, "");
     }
 
-    /// Records an end, unless there is one already.
-    pub(crate) fn ended(
+    /// Records the container's exit, unless an exit is already recorded.
+    pub(crate) fn record_end(
         self: &Arc<Self>,
         node: &Arc<Node>,
         code: i32,
@@ -278,14 +303,16 @@ impl Container {
                 state.pid = 0;
                 state.exit_code = code;
                 state.finished_at = at;
-                // The monitor tells of a start when it has happened; the end may have by then.
+                // `started_at` is the time at which the server received the monitor's report of the
+                // start. The monitor measured `at`, the time of the exit. `started_at` can
+                // therefore be later than `at`.
                 state.started_at = state.started_at.min(at);
                 reason.clone_into(&mut state.reason);
                 message.clone_into(&mut state.message);
             }
         });
         if changed {
-            log::info!("{}: ended with code {code}, {reason}", self.name());
+            log::info!("{}: exited with code {code}, {reason}", self.name());
             self.save_soon(node);
             if !starting {
                 status::publish(node, self, ContainerEventType::ContainerStoppedEvent);
@@ -303,18 +330,20 @@ impl Container {
         cgroup::directory(&path)
     }
 
-    /// The command of the pod's runtime handler, without a subcommand.
+    /// Returns the program and the global options of the pod's runtime handler. The caller appends
+    /// a subcommand such as `delete`.
     pub(crate) fn runtime_command(&self, node: &Node) -> Option<Vec<String>> {
         let (handler, cgroup) = (&self.sandbox.handler, &self.sandbox.cgroup);
         node.config.runtime_command(handler, cgroup)
     }
 
-    /// Where its log goes; `None` without a log directory or path.
+    /// Returns the path of the container's log, or `None` if the log directory or the log path is
+    /// empty.
     pub(crate) fn log_path(&self) -> Option<PathBuf> {
         log_path(&self.sandbox.config.log_directory, &self.config.log_path)
     }
 
-    /// `container NAME (ID) of pod …`, for the log and for errors.
+    /// Returns `container NAME (ID) of pod …`, for logs and errors.
     pub(crate) fn name(&self) -> String {
         let name = self.config.metadata.as_ref().map(|m| m.name.as_str());
         let short = crate::id::short(&self.id);

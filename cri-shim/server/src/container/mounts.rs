@@ -1,5 +1,5 @@
-//! What is mounted in a container: what every container has, what the pod shares, what the
-//! request asks for.
+//! The mounts of a container. There are three kinds: the default mounts of every container, the
+//! shared files of the pod's containers, and the requested mounts.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -9,25 +9,25 @@ use rrun_proto::v1::{IdMapping, Mount, MountPropagation};
 use crate::handlers::Features;
 use rrun_calls::error::{During, Error, Result};
 
-/// What the mounts depend on beside the request's own.
+/// The inputs of [`mounts`] apart from the requested mounts.
 pub(crate) struct MountInputs<'a> {
-    /// `STATE/pods/POD`, with hostname, hosts, resolv.conf and shm.
+    /// The directory `STATE/pods/POD`, which contains hostname, hosts, resolv.conf and shm.
     pub pod: &'a Path,
     pub privileged: bool,
     pub readonly_rootfs: bool,
-    /// The pod has an IPC namespace, and so a /dev/shm, of its own.
+    /// True if the pod has its own IPC namespace, and therefore its own /dev/shm.
     pub own_ipc: bool,
-    /// Of the pod's runtime handler.
+    /// The features of the pod's runtime handler.
     pub features: Features,
 }
 
-/// The specification's `mounts`, in the order in which to mount them.
+/// Returns the runtime specification's `mounts`, in the order in which they are mounted.
 pub(crate) fn mounts(requested: &[Mount], inputs: &MountInputs<'_>) -> Result<Vec<oci::Mount>> {
     let mut all = kernel_file_systems(inputs.privileged);
     all.extend(pod_files(inputs));
     for mount in requested {
         let mount = bind_mount(mount, inputs)?;
-        // The request's mount takes the place of ours.
+        // A requested mount replaces a default mount at the same path.
         all.retain(|other| other.destination() != mount.destination());
         all.push(mount);
     }
@@ -35,12 +35,13 @@ pub(crate) fn mounts(requested: &[Mount], inputs: &MountInputs<'_>) -> Result<Ve
     Ok(all)
 }
 
-/// Puts a parent before what is mounted in it; else the order is kept.
+/// Sorts the mounts by the depth of their paths. A mount then precedes the mounts inside it. Mounts
+/// at the same depth keep their order.
 pub(crate) fn sort(mounts: &mut [oci::Mount]) {
     mounts.sort_by_key(|mount| mount.destination().components().count());
 }
 
-/// An entry of the specification's `mounts`.
+/// Returns an entry of the runtime specification's `mounts`.
 pub(crate) fn entry(
     destination: impl Into<PathBuf>,
     kind: &str,
@@ -81,7 +82,7 @@ fn kernel_file_systems(privileged: bool) -> Vec<oci::Mount> {
     ]
 }
 
-/// The files that the pod's containers share, and its /dev/shm.
+/// Returns the mounts of the files that the pod's containers share, and of the pod's /dev/shm.
 fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
     let bind = |destination: String, source: PathBuf, access: &str| {
         entry(destination, "bind", source, &["rbind", "rprivate", access])
@@ -99,12 +100,12 @@ fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
     all
 }
 
-/// A mount of the request.
+/// Returns the bind mount for a requested mount.
 fn bind_mount(mount: &Mount, inputs: &MountInputs<'_>) -> Result<oci::Mount> {
     check(mount, inputs.features)?;
     let destination = cleaned(&mount.container_path);
     if destination == Path::new("/") {
-        return refuse(mount, "would cover the whole root filesystem");
+        return refuse(mount, "the mount would cover the whole root filesystem");
     }
     let access = match (mount.readonly, mount.recursive_read_only) {
         (true, true) => "rro",
@@ -132,48 +133,46 @@ fn is_mapped(mount: &Mount) -> bool {
 
 fn refuse<T>(mount: &Mount, why: &str) -> Result<T> {
     Err(Error::invalid(format!(
-        "the mount at {:?} {why}",
+        "the mount at {:?}: {why}",
         mount.container_path
     )))
 }
 
-/// Refuses what contradicts itself, and what the pod's runtime handler can't do.
+/// Refuses a mount whose fields contradict each other, and a mount that the pod's runtime handler
+/// does not support.
 fn check(mount: &Mount, features: Features) -> Result<()> {
     if is_mapped(mount) {
         if mount.uid_mappings.is_empty() || mount.gid_mappings.is_empty() {
-            return refuse(mount, "has only one of uidMappings and gidMappings");
+            return refuse(mount, "uidMappings and gidMappings must be set together");
         }
         if !features.mapped_mounts {
             return refuse(
                 mount,
-                "maps ids (uidMappings, gidMappings), which the pod's runtime handler does not do by what its features say",
+                "the pod's runtime handler does not support mapped ids (uidMappings, gidMappings)",
             );
         }
     }
     if mount.recursive_read_only && !features.recursive_read_only {
         return refuse(
             mount,
-            "is recursive_read_only, which the pod's runtime handler does not do by what its features say",
+            "the pod's runtime handler does not support recursive_read_only",
         );
     }
     if !mount.host_path.starts_with('/') {
-        return refuse(mount, "has no absolute host_path");
+        return refuse(mount, "host_path is not an absolute path");
     }
     if mount.recursive_read_only {
         if !mount.readonly {
-            return refuse(mount, "is recursive_read_only without readonly");
+            return refuse(mount, "recursive_read_only requires readonly");
         }
         if mount.propagation() != MountPropagation::PropagationPrivate {
-            return refuse(
-                mount,
-                "is recursive_read_only with a propagation that is not private",
-            );
+            return refuse(mount, "recursive_read_only requires private propagation");
         }
     }
     Ok(())
 }
 
-/// The specification's form of ranges of ids.
+/// Converts the id ranges of a CRI request to the form of the runtime specification.
 pub(crate) fn id_mappings(ranges: &[IdMapping]) -> Result<Vec<oci::LinuxIdMapping>> {
     let one = |range: &IdMapping| {
         oci::LinuxIdMappingBuilder::default()
@@ -186,8 +185,8 @@ pub(crate) fn id_mappings(ranges: &[IdMapping]) -> Result<Vec<oci::LinuxIdMappin
     ranges.iter().map(one).collect()
 }
 
-/// An absolute path without `.`, `..` and doubled slashes, as text: the runtime resolves it in
-/// the root filesystem.
+/// Returns `path` as an absolute path without `.`, `..` and doubled slashes. The function does not
+/// access the file system; the runtime later resolves the path in the container's root filesystem.
 pub(crate) fn cleaned(path: &str) -> PathBuf {
     let mut clean = PathBuf::from("/");
     for part in Path::new(path).components() {
@@ -202,31 +201,34 @@ pub(crate) fn cleaned(path: &str) -> PathBuf {
     clean
 }
 
-/// The propagation that the root of the container's mounts needs for theirs to work; `None` is
-/// private.
+/// Returns the mount propagation of the container's root mount. A requested mount can have its
+/// propagation only if the root mount has a suitable propagation. The result `None` means private
+/// propagation.
 pub(crate) fn root_propagation(requested: &[Mount]) -> Option<&'static str> {
-    let mut wanted = None;
+    let mut needed = None;
     for mount in requested {
         match mount.propagation() {
             MountPropagation::PropagationBidirectional => return Some("rshared"),
-            MountPropagation::PropagationHostToContainer => wanted = Some("rslave"),
+            MountPropagation::PropagationHostToContainer => needed = Some("rslave"),
             MountPropagation::PropagationPrivate => {}
         }
     }
-    wanted
+    needed
 }
 
-/// Makes missing sources, as directories, as containerd does. Blocks, on a hung volume for ever.
+/// Creates missing mount sources as directories, as containerd does. Blocks as long as the file
+/// system of a mount source does not respond.
 pub(crate) fn make_sources(requested: &[Mount]) -> Result<()> {
     for mount in requested {
         let path = Path::new(&mount.host_path);
-        // Not followed: a dangling link is the runtime's to complain about.
+        // The server does not create the target of a dangling symbolic link, so the runtime reports
+        // the dangling link.
         if mount.host_path.starts_with('/')
             && let Err(error) = std::fs::symlink_metadata(path)
             && error.kind() == std::io::ErrorKind::NotFound
         {
             std::fs::create_dir_all(path)
-                .during(|| format!("make the missing mount source {}", path.display()))?;
+                .during(|| format!("create the missing mount source {}", path.display()))?;
         }
     }
     Ok(())
@@ -272,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_requests_mount_takes_the_place_of_ours() -> Result<()> {
+    fn a_requested_mount_replaces_a_default_mount() -> Result<()> {
         let all = mounts(
             &[bind("//etc/./hosts", "/var/lib/kubelet/hosts")],
             &inputs(),
@@ -298,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn options_say_access_and_propagation() -> Result<()> {
+    fn options_contain_access_and_propagation() -> Result<()> {
         let mut mount = bind("/m", "/x");
         mount.readonly = true;
         mount.recursive_read_only = true;
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_privileged_write_to_sys() -> Result<()> {
+    fn only_a_privileged_container_can_write_to_sys() -> Result<()> {
         let all = mounts(&[], &inputs())?;
         assert!(options(find(&all, "/sys")[0]).ends_with(",ro"));
         let privileged = MountInputs {

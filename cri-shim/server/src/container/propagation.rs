@@ -1,4 +1,4 @@
-//! Whether a mount's source can give what a mount propagation promises, mount_namespaces(7).
+//! Checks whether a mount's source supports the requested mount propagation, mount_namespaces(7).
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -10,16 +10,17 @@ use rrun_calls::error::{During, Error, Result};
 /// One line of proc_pid_mountinfo(5).
 struct MountInfoLine<'a> {
     point: PathBuf,
-    /// `shared:N`, `master:N` and others.
+    /// The optional fields of the line, such as `shared:N` and `master:N`.
     fields: Vec<&'a str>,
 }
 
-/// Refuses propagation that the kernel would silently not give: what is mounted on the node shows
-/// in the container only if the source lies on a mount that is shared or a slave, and the other
-/// way only if it is shared. Blocks.
+/// Refuses a propagation that would silently have no effect. Propagation from the node to the
+/// container has an effect only if the mount's source is on a shared or slave mount. Propagation
+/// from the container to the node has an effect only if the mount's source is on a shared mount.
+/// This call blocks.
 pub(crate) fn check(requested: &[Mount]) -> Result<()> {
-    let wants = |mount: &&Mount| mount.propagation() != MountPropagation::PropagationPrivate;
-    let mut requested = requested.iter().filter(wants).peekable();
+    let propagates = |mount: &&Mount| mount.propagation() != MountPropagation::PropagationPrivate;
+    let mut requested = requested.iter().filter(propagates).peekable();
     if requested.peek().is_none() {
         return Ok(());
     }
@@ -29,18 +30,21 @@ pub(crate) fn check(requested: &[Mount]) -> Result<()> {
     let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
     for mount in requested {
         let source = std::fs::canonicalize(&mount.host_path)
-            .during(|| format!("look at the mount source {}", mount.host_path))?;
-        let Some(line) = holding(&lines, &source) else {
+            .during(|| format!("resolve the mount source {}", mount.host_path))?;
+        let Some(line) = mount_of(&lines, &source) else {
             continue;
         };
         let has = |kind: &str| line.fields.iter().any(|field| field.starts_with(kind));
         let (word, fits) = match mount.propagation() {
-            MountPropagation::PropagationBidirectional => ("shared", has("shared:")),
-            _ => ("shared or a slave", has("shared:") || has("master:")),
+            MountPropagation::PropagationBidirectional => ("not shared", has("shared:")),
+            _ => (
+                "neither shared nor a slave",
+                has("shared:") || has("master:"),
+            ),
         };
         if !fits {
             return Err(Error::invalid(format!(
-                "the mount at {:?} has the propagation {}, but its source {} is on the mount {}, which is not {word}",
+                "the mount at {:?} requests the propagation {}, but its source {} is on the mount {}, which is {word}",
                 mount.container_path,
                 mount.propagation().as_str_name(),
                 mount.host_path,
@@ -61,7 +65,8 @@ fn parse(line: &str) -> Option<MountInfoLine<'_>> {
     })
 }
 
-/// Blanks and the like are three octal digits.
+/// Decodes a path from mountinfo. In mountinfo, a backslash and three octal digits replace a blank
+/// or a special character.
 fn unescaped(word: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(word.len());
     let mut rest = word.as_bytes();
@@ -84,9 +89,11 @@ fn unescaped(word: &str) -> PathBuf {
     PathBuf::from(std::ffi::OsStr::from_bytes(&bytes))
 }
 
-/// The mount that a path lies on: the longest mount point above it, and of those on the same
-/// point the last.
-fn holding<'a, 'b>(lines: &'a [MountInfoLine<'b>], path: &Path) -> Option<&'a MountInfoLine<'b>> {
+/// Returns the mount that contains `path`. A mount contains `path` if its mount point is `path` or
+/// a parent of `path`. If several mounts contain `path`, the mount with the longest mount point is
+/// returned. If several mounts have the same mount point, the last mount is returned, because it
+/// covers the others.
+fn mount_of<'a, 'b>(lines: &'a [MountInfoLine<'b>], path: &Path) -> Option<&'a MountInfoLine<'b>> {
     let above = lines.iter().filter(|line| path.starts_with(&line.point));
     above.max_by_key(|line| line.point.as_os_str().len())
 }
@@ -96,13 +103,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_lies_on_the_deepest_and_last_mount() {
+    fn a_path_is_on_the_deepest_and_last_mount() {
         let table = "\
             1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n\
             2 1 8:1 / /mnt/a\\040b rw - tmpfs t rw\n\
             3 1 8:1 / /mnt/a\\040b rw,nodev master:4 propagate_from:2 - tmpfs t rw\n";
         let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
-        let fields = |path: &str| holding(&lines, Path::new(path)).map(|line| line.fields.clone());
+        let fields = |path: &str| mount_of(&lines, Path::new(path)).map(|line| line.fields.clone());
         assert_eq!(
             fields("/mnt/a b/c"),
             Some(vec!["master:4", "propagate_from:2"])

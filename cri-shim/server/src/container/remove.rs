@@ -1,5 +1,5 @@
-//! RemoveContainer, and the end of containers whose monitor is gone. Each step is right also when
-//! it has been done before.
+//! RemoveContainer, and the cleanup of containers whose monitor has died. Callers can repeat both
+//! operations: a step that an earlier call has already completed succeeds again.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -18,15 +18,17 @@ use rrun_calls::wait::{blocking, slow};
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::ExitRecord;
 
-/// How long a runtime's `delete` may take when no monitor waits for it.
+/// The time limit for the runtime's `delete` if the server itself runs the command. The server runs
+/// it only if the container's monitor has died.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Kills the container if it lives, and removes all that there is of it. Its log stays: that is
-/// kubelet's.
+/// Kills the container if it is running, and removes its files, its record and its resources. The
+/// log is not removed, because kubelet owns it.
 pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     stop::stop(node, container, 0).await?;
     remove_files(node, container).await?;
-    // One transaction, most likely.
+    // `release` and `delete_record` run in parallel. The store can then commit the changes of both
+    // in one transaction.
     let (released, deleted) = tokio::join!(release(node, container), container.delete_record(node));
     released.and(deleted)?;
     node.forget_container(&container.id);
@@ -36,7 +38,7 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     Ok(())
 }
 
-/// Removes everything that was ever made for the container but its record.
+/// Removes everything that was created for the container except its record.
 pub(crate) async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     remove_files(node, container).await?;
     release(node, container).await
@@ -47,7 +49,7 @@ async fn release(node: &Node, container: &Container) -> Result<()> {
     let images = image_volume::owners(&container.id, &container.config.mounts);
     for owner in std::iter::once(container.id.clone()).chain(images) {
         let released = node.images.release(&owner);
-        slow(format!("{name}: let go of its image"), released).await?;
+        slow(format!("{name}: release a lease on an image"), released).await?;
     }
     Ok(())
 }
@@ -58,7 +60,7 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     let writable = node.writable_layer(&container.id);
     let (trash, id) = (Arc::clone(&node.trash), container.id.clone());
-    blocking(format!("{name}: remove its files"), move || {
+    blocking(format!("{name}: remove the container's files"), move || {
         unmount(&bundle.join("rootfs"))?;
         image_volume::unmount(&bundle)?;
         remove_tree(&bundle)?;
@@ -67,7 +69,7 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     .await
 }
 
-/// Lets the monitor and the runtime forget the container, killing what is left of it.
+/// Deletes the container from the monitor and the runtime, and kills its remaining processes.
 pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> Result<()> {
     if !container.state().in_runtime {
         return Ok(());
@@ -75,24 +77,30 @@ pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> R
     let name = container.name();
     let monitor = &container.sandbox.monitor;
     let deleted = slow(
-        format!("{name}: the runtime's delete"),
+        format!("{name}: wait for the runtime's `delete`"),
         monitor.delete(&container.id),
     );
     match deleted.await {
         Ok(()) => {}
         Err(MonitorError::Gone { .. }) => delete_without_monitor(node, container).await?,
-        // Internal whatever the monitor says: kubelet would take NotFound for a success.
+        // Every failure that the monitor reports becomes an Internal error. Kubelet would treat
+        // NotFound as success.
         Err(error) => return Err(Error::internal(format!("delete {name}: {error}"))),
     }
     container.change(|state| state.in_runtime = false);
     Ok(())
 }
 
-/// What the monitor would have done.
+/// Deletes the container without its monitor: kills the container's cgroup and runs the runtime's
+/// `delete`.
 async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()> {
     let dir = container.cgroup_dir();
     let name = container.name();
-    slow(format!("{name}: kill its cgroup"), cgroup::destroy(&dir)).await?;
+    slow(
+        format!("{name}: kill the container's cgroup"),
+        cgroup::destroy(&dir),
+    )
+    .await?;
     let Some(runtime) = container.runtime_command(node) else {
         return Ok(());
     };
@@ -118,28 +126,29 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
         Ok(output) => {
             let output = output.during(what)?;
             if !output.status.success() {
-                // With --force a container that is not there is no error: this is another one.
-                let said = String::from_utf8_lossy(&output.stderr);
-                log::warn!("{}: {}: {}", what(), output.status, said.trim());
+                // With --force, `delete` also succeeds if the container does not exist. So this
+                // failure has another cause, and the server logs it.
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                log::warn!("{}: {}: {}", what(), output.status, stderr.trim());
             }
             Ok(())
         }
         Err(_) => Err(Error::internal(format!(
-            "{}: it did not end within {} s",
+            "{}: the command did not exit within {} s",
             what(),
             DELETE_TIMEOUT.as_secs()
         ))),
     }
 }
 
-/// Ends a container whose monitor died: kills what is left of it and records how it had ended,
-/// if the monitor had come to write that down.
+/// Kills the remaining processes of a container whose monitor died, and records the container's
+/// exit. The exit status is known only if the monitor wrote it to the disk before its death.
 pub(crate) async fn end_without_monitor(
     node: &Arc<Node>,
     container: &Arc<Container>,
 ) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
-    // Ours: the monitor writes this file.
+    // Ours: the monitor wrote this file, so opening it by its path is safe.
     let exit = std::fs::read(bundle.join("exit.json"))
         .ok()
         .and_then(|json| serde_json::from_slice::<ExitRecord>(&json).ok());
@@ -149,13 +158,13 @@ pub(crate) async fn end_without_monitor(
         return Ok(());
     }
     match exit {
-        Some(exit) => container.has_exited(node, &exit),
-        None => container.ended(
+        Some(exit) => container.record_exit(node, &exit),
+        None => container.record_end(
             node,
             137,
             now(),
             "Unknown",
-            "its monitor died, and it was killed",
+            "the container was killed because its monitor died",
         ),
     }
     Ok(())

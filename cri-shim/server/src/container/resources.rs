@@ -1,4 +1,5 @@
-//! The CRI's resources as the runtime specification's, for create and for update.
+//! Converts the resources in CRI requests to the form of the runtime specification, for the
+//! runtime's `create` and `update`.
 
 use std::path::Path;
 
@@ -8,8 +9,10 @@ use rrun_proto::v1::LinuxContainerResources;
 use crate::cgroup;
 use rrun_calls::error::{Error, Result};
 
-/// What the pod's cgroup can limit at all: kubelet names limits for every huge page size of the
-/// node whether or not a controller is there, and swap accounting can be off.
+/// The optional limits that the pod's cgroup supports. The server ignores requested limits that the
+/// cgroup does not support. Kubelet sends limits for every huge page size of the node even if the
+/// hugetlb controller is not available. A cgroup does not support swap limits if the kernel's swap
+/// accounting is disabled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Controllers {
     pub hugetlb: bool,
@@ -17,12 +20,18 @@ pub(crate) struct Controllers {
 }
 
 impl Controllers {
-    /// Those of a pod's cgroup, or of the nearest above it that systemd has made.
+    /// Returns the optional limits that a pod's cgroup supports. If systemd has not created the
+    /// cgroup yet, this function checks the nearest existing ancestor.
     pub(crate) fn of(dir: &Path) -> Self {
         let dir = cgroup::nearest(dir);
-        let there = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
-        let has = |wanted: &str| there.split_ascii_whitespace().any(|name| name == wanted);
-        // The root has no such files; a slice of systemd's does.
+        let enabled = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
+        let has = |controller: &str| {
+            enabled
+                .split_ascii_whitespace()
+                .any(|name| name == controller)
+        };
+        // `dir` can be the root cgroup. The root cgroup has no file memory.swap.max, even with swap
+        // accounting. So this function also looks for the file in systemd's system.slice.
         let below = dir.join("system.slice");
         let swap = [dir, &below].map(|dir| dir.join("memory.swap.max").exists());
         Controllers {
@@ -32,7 +41,8 @@ impl Controllers {
     }
 }
 
-/// The specification's `linux.resources`, without devices. Zero and empty are "not specified".
+/// Returns the runtime specification's `linux.resources`, without devices. In the request, zero and
+/// empty values mean "not specified".
 pub(crate) fn limits(
     requested: &LinuxContainerResources,
     controllers: Controllers,
@@ -42,7 +52,7 @@ pub(crate) fn limits(
     limits.set_memory(memory(requested, controllers)?);
     if !(-1000..=1000).contains(&requested.oom_score_adj) {
         return Err(Error::invalid(format!(
-            "oom_score_adj is {}, it can be from -1000 to 1000",
+            "oom_score_adj is {}, but it must be from -1000 to 1000",
             requested.oom_score_adj
         )));
     }
@@ -56,13 +66,13 @@ pub(crate) fn limits(
     Ok(limits)
 }
 
-/// [`limits`] as the runtime's `update` reads them.
+/// Returns the result of [`limits`] as JSON for the runtime's `update`.
 pub(crate) fn update_json(
     requested: &LinuxContainerResources,
     controllers: Controllers,
 ) -> Result<String> {
     serde_json::to_string(&limits(requested, controllers)?)
-        .map_err(|error| Error::internal(format!("write the new limits: {error}")))
+        .map_err(|error| Error::internal(format!("serialize the new limits: {error}")))
 }
 
 fn cpu(requested: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
@@ -70,7 +80,7 @@ fn cpu(requested: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(requested.cpu_shares, "cpu_shares")?)
         .set_period(positive(requested.cpu_period, "cpu_period")?)
-        // -1 is no limit.
+        // The quota -1 means no limit.
         .set_quota((requested.cpu_quota != 0).then_some(requested.cpu_quota))
         .set_cpus(text(&requested.cpuset_cpus))
         .set_mems(text(&requested.cpuset_mems));
@@ -85,7 +95,7 @@ fn memory(
     let swap = requested.memory_swap_limit_in_bytes;
     if swap > 0 && (limit <= 0 || swap < limit) {
         return Err(Error::invalid(format!(
-            "memory_swap_limit_in_bytes is {swap}, memory and swap together, and memory_limit_in_bytes {limit}: it can't be less"
+            "memory_swap_limit_in_bytes, {swap}, limits memory and swap together, so it must not be less than memory_limit_in_bytes, {limit}"
         )));
     }
     if limit == 0 {
@@ -94,7 +104,7 @@ fn memory(
     let mut memory = LinuxMemory::default();
     memory.set_limit(Some(limit));
     if controllers.swap {
-        // Unless it says otherwise a container with a memory limit does not swap beyond it.
+        // Without a requested swap limit, a container with a memory limit gets no swap.
         memory.set_swap(Some(if swap == 0 { limit } else { swap }));
     }
     Ok(Some(memory))
@@ -107,25 +117,27 @@ fn hugepage_limits(requested: &LinuxContainerResources) -> Vec<LinuxHugepageLimi
             let mut limit = LinuxHugepageLimit::default();
             limit
                 .set_page_size(page.page_size.clone())
-                // Beyond 8 EiB, which the type can't hold, it limits nothing.
+                // An i64 can't represent a limit of 8 EiB or more. Such a limit becomes i64::MAX,
+                // which has the same effect as no limit.
                 .set_limit(page.limit.try_into().unwrap_or(i64::MAX));
             limit
         })
         .collect()
 }
 
-/// A number that is specified.
+/// Returns the value of a field. The value 0 means that the field is not specified, and the result
+/// is then `None`.
 fn positive(value: i64, field: &str) -> Result<Option<u64>> {
     match u64::try_from(value) {
         Ok(0) => Ok(None),
         Ok(value) => Ok(Some(value)),
         Err(_) => Err(Error::invalid(format!(
-            "{field} is {value}, it can't be negative"
+            "{field} is {value}, but it must not be negative"
         ))),
     }
 }
 
-/// What holds after an update: what it specifies, over what there was.
+/// Returns the resources after an update. If `new` specifies a value, it replaces the old value.
 pub(crate) fn updated(
     old: &LinuxContainerResources,
     new: &LinuxContainerResources,
@@ -155,8 +167,9 @@ pub(crate) fn updated(
     }
 }
 
-/// Refuses a memory limit that the container is above already: the kernel would reclaim and then
-/// kill, and kubelet expects an error instead.
+/// Refuses a memory limit below the container's current memory usage. With such a limit, the kernel
+/// would reclaim memory and then kill the container. Kubelet expects the server to reject the
+/// update instead.
 pub(crate) fn check_use(dir: &Path, new: &LinuxContainerResources) -> Result<()> {
     let limit = match u64::try_from(new.memory_limit_in_bytes) {
         Ok(limit) if limit > 0 => limit,
@@ -183,14 +196,14 @@ mod tests {
     };
 
     #[test]
-    fn what_is_not_specified_is_not_there() -> Result<()> {
+    fn unspecified_limits_are_not_written() -> Result<()> {
         let nothing = LinuxContainerResources::default();
         assert_eq!(update_json(&nothing, ALL)?, "{}");
         Ok(())
     }
 
     #[test]
-    fn kubelets_resources_for_a_web_server() -> Result<()> {
+    fn kubelets_resources_are_converted() -> Result<()> {
         let requested = LinuxContainerResources {
             cpu_period: 100_000,
             cpu_quota: 50_000,
@@ -220,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_keeps_what_it_does_not_name() {
+    fn an_update_keeps_unspecified_limits() {
         let old = LinuxContainerResources {
             cpu_shares: 2,
             memory_limit_in_bytes: 5,

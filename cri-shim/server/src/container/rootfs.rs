@@ -1,4 +1,4 @@
-//! A container's root filesystem: an overlay of the image's layers and a writable one.
+//! A container's root filesystem: an overlay of the image's layers and a writable layer.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,19 +21,20 @@ use crate::selinux::relabel;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
 
-/// What every container has mounted, and many an image lacks.
+/// The mount points that every container needs and many images lack.
 const DIRECTORIES: [&str; 4] = ["dev", "etc", "proc", "sys"];
 const FILES: [&str; 3] = ["etc/hostname", "etc/hosts", "etc/resolv.conf"];
 
-/// A layer with nothing in it but places to mount on.
+/// Returns the path of the layer that contains only mount points.
 fn mount_points(root: &Path) -> PathBuf {
     root.join("mountpoints")
 }
 
-/// Makes the layer of mount points under `root` (rrun-cri's `--root`), or what is missing of it.
+/// Creates the layer of mount points under `root` (rrun-cri's `--root`). Existing directories and
+/// files of the layer are not changed.
 pub(crate) fn make_mount_points(root: &Path) -> Result<()> {
     let layer = mount_points(root);
-    let what = |path: &Path| format!("make the mount point {}", path.display());
+    let what = |path: &Path| format!("create the mount point {}", path.display());
     let mode = |path: &Path, mode: u32| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).during(|| what(path))
     };
@@ -43,7 +44,7 @@ pub(crate) fn make_mount_points(root: &Path) -> Result<()> {
         mode(&path, 0o755)?;
     }
     for path in FILES.map(|name| layer.join(name)) {
-        // Ours: this layer is below those of every container, and none can write to it.
+        // Ours: this layer is below every container's layers, so no container can write to it.
         let mut options = std::fs::OpenOptions::new();
         let opened = options.create(true).append(true).open(&path);
         opened.map(drop).during(|| what(&path))?;
@@ -52,11 +53,12 @@ pub(crate) fn make_mount_points(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The layers of an image, uppermost first, over the layer of mount points: whatever the image
-/// says of a path hides what is there, and what it lacks need not be made in each container's
-/// writable layer, for which overlayfs would copy /etc up first.
+/// Returns the image's layers, uppermost first, and below them the layer that contains only mount
+/// points. A path in the image hides the mount point with the same path. Without this layer, the
+/// runtime would have to create missing mount points in each container's writable layer. To create
+/// a mount point in /etc, overlayfs would first copy up /etc.
 pub(crate) fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<PathBuf> {
-    // An image of nothing is mounted without an overlay.
+    // An image without layers is mounted without an overlay, so it gets no layer of mount points.
     if !image.is_empty() {
         image.push(mount_points(root));
     }
@@ -65,32 +67,36 @@ pub(crate) fn over_mount_points(mut image: Vec<PathBuf>, root: &Path) -> Vec<Pat
 
 /// The directories of one overlay.
 pub(crate) struct Overlay<'a> {
-    /// The image's layers, uppermost first.
+    /// The directories of the image's layers, uppermost layer first.
     pub lower: &'a [PathBuf],
-    /// `ROOT/containers/CID`: gets `upper` and `work`.
+    /// The directory `ROOT/containers/CID`, in which `upper` and `work` are created.
     pub writable: &'a Path,
-    /// Where it is mounted; made if it is not there.
+    /// The mount point of the overlay. A missing mount point is created.
     pub target: &'a Path,
-    /// A directory that all the others are in, for kernels where paths must be short.
+    /// A directory that contains all the other directories in this struct. Before Linux 6.8, the
+    /// paths in the mount options are relative to this directory. Absolute paths could be too long
+    /// for mount(2).
     pub base: &'a Path,
-    /// The user namespace of the pod, if it has one of its own.
+    /// The pod's user namespace, if the pod has a separate one.
     pub users: Option<&'a idmap::Users>,
-    /// The SELinux label of its files.
+    /// The SELinux label of the overlay's files.
     pub label: Option<&'a Label>,
 }
 
 impl Overlay<'_> {
-    /// Mounts it. Blocks.
+    /// Mounts the overlay. This call blocks.
     pub(crate) fn mount(&self) -> Result<()> {
         let (upper, work) = (self.writable.join("upper"), self.writable.join("work"));
         private_dir(&upper)?;
         private_dir(&work)?;
-        // Containers see the owner and mode of the upper directory as those of their root.
+        // Overlayfs shows the owner and the mode of the upper directory as those of the container's
+        // root directory. The server therefore copies the owner and the mode from the image's
+        // uppermost layer.
         let (owner, group, mode) = match self.lower.first() {
             Some(top) => {
-                let looks = std::fs::metadata(top)
-                    .during(|| format!("look at the layer {}", top.display()))?;
-                (looks.uid(), looks.gid(), looks.permissions())
+                let metadata = std::fs::metadata(top)
+                    .during(|| format!("read the attributes of the layer {}", top.display()))?;
+                (metadata.uid(), metadata.gid(), metadata.permissions())
             }
             None => (0, 0, std::fs::Permissions::from_mode(0o755)),
         };
@@ -134,7 +140,8 @@ impl Overlay<'_> {
         .during(what)
     }
 
-    /// By the mount API that takes one layer at a time, Linux 6.8. False: this kernel lacks it.
+    /// Mounts the overlay with fsopen(2), and adds each layer with a separate option `lowerdir+`.
+    /// Returns false if this kernel lacks fsopen(2) or the option. Linux 6.8 introduced the option.
     fn by_descriptor(&self, upper: &Path, work: &Path) -> Result<bool> {
         let context = match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
             Ok(context) => context,
@@ -162,15 +169,17 @@ impl Overlay<'_> {
         };
         set("upperdir", upper)?;
         set("workdir", work)?;
-        // A container does not outlive the machine, its writable layer need not either: without
-        // this the unmounting of each container syncs the whole file system.
+        // With the option `volatile`, unmounting a container's overlay does not sync the whole file
+        // system. The writable layer can then be lost in a crash of the node. The loss is
+        // acceptable: a container never survives a reboot.
         fsconfig_set_flag(context, "volatile")
             .map_err(|errno| overlay_error(context, errno, "volatile"))?;
         if let Some(label) = self.label {
             fsconfig_set_string(context, "context", label.to_string())
                 .map_err(|errno| overlay_error(context, errno, &format!("context={label}")))?;
         }
-        fsconfig_create(context).map_err(|errno| overlay_error(context, errno, "create it"))?;
+        fsconfig_create(context)
+            .map_err(|errno| overlay_error(context, errno, "create the overlay"))?;
         let mounted = fsmount(
             context,
             FsMountFlags::FSMOUNT_CLOEXEC,
@@ -184,16 +193,16 @@ impl Overlay<'_> {
             self.target,
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
         )
-        .during(|| "attach it".to_owned())?;
+        .during(|| "attach the overlay to its mount point".to_owned())?;
         Ok(true)
     }
 
-    /// By mount(2), whose options must fit into a page: from a thread whose working directory is
-    /// `base`, by paths relative to that.
+    /// Mounts the overlay with mount(2), whose options must fit into one page. To shorten the
+    /// options, a thread changes its working directory to `base` and uses relative paths.
     fn by_relative_paths(&self, base: &Path) -> Result<()> {
         let relative = |path: &Path| {
             let short = path.strip_prefix(base).unwrap_or(path);
-            // Separators inside a path are escaped, overlayfs.rst.
+            // The kernel's overlayfs.rst requires that these characters are escaped inside a path.
             short
                 .to_string_lossy()
                 .replace('\\', "\\\\")
@@ -218,7 +227,7 @@ impl Overlay<'_> {
                         .map_err(io::Error::from)
                         .during(|| "give a thread its own working directory".to_owned())?;
                     std::env::set_current_dir(base)
-                        .during(|| format!("go to {}", base.display()))?;
+                        .during(|| format!("change the working directory to {}", base.display()))?;
                     mount(
                         Some("overlay"),
                         self.target,
@@ -227,7 +236,7 @@ impl Overlay<'_> {
                         Some(data.as_str()),
                     )
                     .map_err(io::Error::from)
-                    .during(|| format!("overlay of {} layers", self.lower.len()))
+                    .during(|| format!("mount an overlay of {} layers", self.lower.len()))
                 })
                 .during(|| "start a thread".to_owned())?;
             thread
@@ -237,7 +246,8 @@ impl Overlay<'_> {
     }
 }
 
-/// What overlayfs wrote into the context's log says more than its errno, fsopen(2).
+/// Returns an error with the message that overlayfs wrote to the log of the file system context,
+/// fsopen(2). This message is more precise than the errno.
 fn overlay_error(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) -> Error {
     let mut log = [0_u8; 512];
     let line = match rustix::io::read(context, &mut log) {
@@ -253,8 +263,9 @@ fn overlay_error(context: BorrowedFd<'_>, errno: rustix::io::Errno, what: &str) 
     }
 }
 
-/// Makes the working directory inside the root filesystem, where an image may lack it, for the
-/// root of the container (ids of the node). Blocks.
+/// Creates the container's working directory in the root filesystem if the image lacks it. The
+/// directory belongs to `owner`: the user id and the group id of the container's root on the node.
+/// This call blocks.
 pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> Result<()> {
     let inside = dir.trim_start_matches('/');
     if inside.is_empty() {
@@ -262,7 +273,7 @@ pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> R
     }
     let failed = |error: pathrs::error::Error| {
         Error::invalid(format!(
-            "the working directory {dir:?} in the image: {error}"
+            "create the working directory {dir:?} in the image: {error}"
         ))
     };
     let root = Root::open(rootfs).map_err(failed)?;
@@ -281,9 +292,11 @@ pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> R
 mod tests {
     use super::*;
 
-    /// Mounts two layers both ways and looks at what wins.
+    /// Mounts two layers, once with fsopen(2) and once with mount(2), and checks which layer's file
+    /// is visible.
     #[test]
-    fn the_uppermost_layer_wins_by_either_interface() -> Result<(), Box<dyn std::error::Error>> {
+    fn the_uppermost_layers_file_is_visible_with_fsopen_and_with_mount()
+    -> Result<(), Box<dyn std::error::Error>> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
             return Ok(());
@@ -320,7 +333,8 @@ mod tests {
             let read = |name: &str| std::fs::read_to_string(target.join(name));
             let (file, other) = (read("file"), read("other"));
             crate::sandbox::files::unmount(&target)?;
-            // A volatile layer is not mounted again: that is what its mark is for.
+            // Delete the writable layer, because overlayfs refuses to mount a volatile layer a
+            // second time.
             std::fs::remove_dir_all(&writable)?;
             for dir in ["upper", "work"] {
                 std::fs::create_dir_all(writable.join(dir))?;
@@ -331,11 +345,10 @@ mod tests {
         failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// Where the image has something, that counts; where it has nothing, there is a place to
-    /// mount on, and nothing of it in the writable layer.
+    /// A path that exists in the image is not changed. If a path is missing in the image, the mount
+    /// point is visible instead. The writable layer remains empty.
     #[test]
-    fn mount_points_are_below_everything_that_the_image_has()
-    -> Result<(), Box<dyn std::error::Error>> {
+    fn mount_points_are_below_all_layers_of_the_image() -> Result<(), Box<dyn std::error::Error>> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
             return Ok(());
@@ -350,7 +363,7 @@ mod tests {
         std::fs::set_permissions(own.join("etc"), std::fs::Permissions::from_mode(0o750))?;
         std::fs::write(own.join("etc/hosts"), "own")?;
         std::os::unix::fs::symlink("../run/resolv.conf", own.join("etc/resolv.conf"))?;
-        // Twice, as at every start of the server.
+        // The server calls this function at every start, so a second call must succeed.
         make_mount_points(&base)?;
         make_mount_points(&base)?;
         assert!(over_mount_points(Vec::new(), &base).is_empty());

@@ -1,4 +1,4 @@
-//! Which seccomp profile a container gets.
+//! Selects the seccomp profile of a container.
 
 use std::path::{Path, PathBuf};
 
@@ -14,16 +14,18 @@ use super::seccomp_default;
 use rrun_calls::error::{Error, Result};
 use rrun_kernel::regular_file;
 
-/// The most of a profile that is read; large ones have some 50 kB.
+/// The maximum size in bytes of a seccomp profile that the server reads; large profiles have about
+/// 50 kB.
 const SIZE_LIMIT: u64 = 1 << 20;
 
-/// A profile as the CRI, the configuration and old kubelets name it.
+/// The seccomp profile that a CRI request or the configuration selects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum SeccompProfile {
     #[default]
     Unconfined,
     RuntimeDefault,
-    /// A file on the node with `linux.seccomp` of the OCI specification as JSON.
+    /// A file on the node that contains a JSON object in the format of `linux.seccomp` in the OCI
+    /// runtime specification.
     Localhost(PathBuf),
 }
 
@@ -37,22 +39,23 @@ impl std::fmt::Display for SeccompProfile {
     }
 }
 
-/// `linux.seccomp` of config.json.
+/// The value of `linux.seccomp` in config.json.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub(crate) enum SeccompFilter {
     Default(LinuxSeccomp),
-    /// What the file has, whatever that is: the runtime may know more of it than this program.
+    /// The contents of a profile file. The server passes the contents to the runtime unchanged. The
+    /// runtime can therefore support fields that the server does not support.
     File(Value),
 }
 
 impl SeccompProfile {
-    /// `runtime/default`, `unconfined` or `localhost/PATH`; empty means not confined.
+    /// Parses `runtime/default`, `unconfined` or `localhost/PATH`. An empty text means unconfined.
     ///
     /// # Errors
-    /// What is wrong with the text.
+    /// Returns an error if the text does not have one of these forms.
     pub(crate) fn parse(text: &str) -> std::result::Result<SeccompProfile, String> {
-        // As `Display` writes it.
+        // This function accepts every text that `Display` writes.
         match text {
             "" | "unconfined" => Ok(SeccompProfile::Unconfined),
             "runtime/default" | "docker/default" => Ok(SeccompProfile::RuntimeDefault),
@@ -77,21 +80,24 @@ impl SeccompProfile {
             Ok(ProfileType::RuntimeDefault) => Ok(SeccompProfile::RuntimeDefault),
             Ok(ProfileType::Unconfined) => Ok(SeccompProfile::Unconfined),
             Ok(ProfileType::Localhost) => SeccompProfile::localhost(&profile.localhost_ref),
-            Err(_) => Err(format!("{} is no profile type", profile.profile_type)),
+            Err(_) => Err(format!(
+                "the seccomp profile type {} is unknown",
+                profile.profile_type
+            )),
         }
     }
 
-    /// The profile that a container requests; `unset` names the one for a container that requests
-    /// none.
+    /// Returns the container's profile. If the container requests no profile, the result is the
+    /// profile named by `unset`.
     pub(crate) fn of(
         context: &LinuxContainerSecurityContext,
         unset: &str,
     ) -> Result<SeccompProfile> {
-        // No profile applies to the privileged.
+        // A privileged container runs without a seccomp profile.
         if context.privileged {
             return Ok(SeccompProfile::Unconfined);
         }
-        #[allow(deprecated)] // old kubelets have nothing else
+        #[allow(deprecated)] // Old kubelets set only this field.
         let old = context.seccomp_profile_path.as_str();
         let (field, profile) = match &context.seccomp {
             Some(profile) => ("seccomp", SeccompProfile::from_profile(profile)),
@@ -105,7 +111,7 @@ impl SeccompProfile {
         })
     }
 
-    /// `linux.seccomp` of config.json. Blocks if it has to read a file.
+    /// Returns the value of `linux.seccomp` in config.json. Blocks if the profile is in a file.
     pub(crate) fn profile(&self, capabilities: CapabilitySets) -> Result<Option<SeccompFilter>> {
         match self {
             SeccompProfile::Unconfined => Ok(None),
@@ -153,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_is_what_is_given() -> Result<()> {
+    fn a_container_gets_the_requested_profile() -> Result<()> {
         let unset = "runtime/default";
         let nothing = LinuxContainerSecurityContext::default();
         assert_eq!(
@@ -187,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_that_can_not_be_had_is_told_with_its_path() {
+    fn an_error_about_a_profile_names_its_path() {
         let relative = SeccompProfile::of(&localhost("p.json"), "unconfined").unwrap_err();
         assert!(relative.sentence().contains("security_context.seccomp"));
         for text in ["default", "localhost/p.json", "runtime/other"] {
@@ -196,7 +202,7 @@ mod tests {
         let directory = std::env::temp_dir().join(format!("rrun-seccomp-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let file = directory.join("profile.json");
-        let told = |path: &Path| {
+        let failure = |path: &Path| {
             let read =
                 SeccompProfile::Localhost(path.to_owned()).profile(CapabilitySets::default());
             read.err().map(|error| error.sentence().to_owned())
@@ -207,20 +213,20 @@ mod tests {
             ("[]", "defaultAction"),
         ] {
             std::fs::write(&file, text).unwrap();
-            let told = told(&file).unwrap_or_default();
+            let failure = failure(&file).unwrap_or_default();
             assert!(
-                told.contains(word) && told.contains("profile.json"),
-                "{told}"
+                failure.contains(word) && failure.contains("profile.json"),
+                "{failure}"
             );
         }
         std::fs::write(&file, r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#).unwrap();
-        assert_eq!(told(&file), None);
+        assert_eq!(failure(&file), None);
         assert!(
-            told(&directory)
+            failure(&directory)
                 .unwrap_or_default()
                 .contains("is a directory, not a regular file")
         );
         std::fs::remove_dir_all(&directory).unwrap();
-        assert!(told(&file).unwrap_or_default().contains("No such file"));
+        assert!(failure(&file).unwrap_or_default().contains("No such file"));
     }
 }

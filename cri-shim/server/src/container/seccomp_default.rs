@@ -1,16 +1,20 @@
-//! The seccomp profile of containers that ask for RuntimeDefault.
+//! The seccomp profile of containers that request RuntimeDefault.
 //!
-//! What a program needs that minds its own files, memory, processes and connections is
-//! allowed; so is what the kernel itself guards by a capability that the container has. The
-//! rest fails with EPERM: it is of no use in a container, reaches what no namespace divides,
-//! or was the way into the kernel too often. In substance this is what Docker's and
-//! containerd's users know; where it differs, the reason stands beside it.
+//! The profile allows the system calls that a program needs for its own files, memory, processes
+//! and connections. If the container has a capability, the profile also allows the system calls
+//! that require this capability. All other system calls fail with EPERM. They are useless in a
+//! container, act outside the container's namespaces, or were often exploited to attack the kernel.
+//! The default profile of Docker and containerd is nearly the same; a comment next to each
+//! difference gives the reason.
 //!
-//! Left out on purpose, whatever the capabilities: io_uring_* (went around other checks, and
-//! had more holes than any other interface), userfaultfd (holds the kernel still while it is
-//! deceived), keyctl, add_key, request_key (keyrings have no namespace), kexec_*, swapon,
-//! swapoff, pivot_root, nfsservctl, uselib, ustat, sysfs, _sysctl, vm86 (nobody's business in
-//! a container, or long gone), lookup_dcookie (profiling the host).
+//! Some system calls are denied on purpose, even if the container has all capabilities. The profile
+//! denies io_uring_*, because io_uring bypassed security checks, and had more vulnerabilities than
+//! any other interface of the kernel. The profile denies userfaultfd, because userfaultfd lets an
+//! attacker pause the kernel in the middle of an operation. The profile denies keyctl, add_key and
+//! request_key, because keyrings have no namespace. The profile denies lookup_dcookie, because
+//! profilers use this system call to observe the whole host. The profile denies kexec_*, swapon,
+//! swapoff, pivot_root, nfsservctl, uselib, ustat, sysfs, _sysctl and vm86. These system calls have
+//! no use in a container, or were removed from the kernel long ago.
 
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder, LinuxSeccompOperator,
@@ -21,11 +25,13 @@ use rrun_kernel::capability::{Capability, Capability::*};
 
 use super::capabilities::{CapabilitySets, mask};
 
-/// Calls that are allowed together, for one reason.
+/// A group of system calls that are allowed for the same reason.
 struct Group {
     names: &'static [&'static str],
-    /// The kernel refuses the calls without one of these, or they let a program do what is meant
-    /// for these. An empty list means: allowed for everyone.
+    /// The system calls are allowed if the container has one of these capabilities. Either the
+    /// kernel itself requires such a capability for the system calls, or the system calls give a
+    /// process the capability's privileges. If the list is empty, the system calls are allowed in
+    /// every container.
     capabilities: &'static [Capability],
 }
 
@@ -44,8 +50,8 @@ const fn with(capabilities: &'static [Capability], names: &'static [&'static str
 }
 
 const GROUPS: &[Group] = &[
-    // Files: opened, read, written, and what directories say of them. The kernel checks each
-    // against owner, mode and mount.
+    // System calls that open, read, write and list files. The system calls are safe, because the
+    // kernel checks the file's owner and mode, and the flags of its mount.
     everyone(&[
         "access",
         "chdir",
@@ -150,8 +156,8 @@ const GROUPS: &[Group] = &[
         "write",
         "writev",
     ]),
-    // Extended attributes: the kernel asks for CAP_SYS_ADMIN and its like where they bestow
-    // something.
+    // System calls that read and change extended attributes. The kernel requires CAP_SYS_ADMIN or a
+    // similar capability to change attributes that grant privileges.
     everyone(&[
         "fgetxattr",
         "flistxattr",
@@ -170,10 +176,10 @@ const GROUPS: &[Group] = &[
         "setxattr",
         "setxattrat",
     ]),
-    // What is mounted in the own namespace, and handles of files (opening by one is another
-    // matter, below).
+    // System calls that query the mounts of the caller's mount namespace, or create file handles.
+    // (The use of a file handle requires CAP_DAC_READ_SEARCH, see open_by_handle_at below.)
     everyone(&["listmount", "name_to_handle_at", "statmount"]),
-    // Waiting for descriptors, and being told of changes.
+    // System calls that wait for events on file descriptors, or report changes of files.
     everyone(&[
         "epoll_create",
         "epoll_create1",
@@ -198,7 +204,7 @@ const GROUPS: &[Group] = &[
         "pselect6_time64",
         "select",
     ]),
-    // The old asynchronous I/O, which databases use.
+    // System calls of the older asynchronous I/O interface, which databases use.
     everyone(&[
         "io_cancel",
         "io_destroy",
@@ -208,7 +214,7 @@ const GROUPS: &[Group] = &[
         "io_setup",
         "io_submit",
     ]),
-    // Memory of one's own.
+    // System calls that manage the process's own memory.
     everyone(&[
         "brk",
         "cachestat",
@@ -235,7 +241,8 @@ const GROUPS: &[Group] = &[
         "pkey_mprotect",
         "remap_file_pages",
     ]),
-    // Processes: making them (clone has a rule of its own), executing, waiting, ending.
+    // System calls that create, execute and end processes, or wait for processes. A separate rule
+    // covers the system call clone.
     everyone(&[
         "execve",
         "execveat",
@@ -260,10 +267,12 @@ const GROUPS: &[Group] = &[
         "waitid",
         "waitpid",
     ]),
-    // Looking into processes with the same rights. Safe to allow since Linux 4.8 filters a
-    // call again after a tracer has changed it; debuggers in containers count on it.
+    // System calls that inspect other processes. The kernel refuses access to a process that has
+    // more privileges than the caller. A tracer can change a system call of the traced process.
+    // Since Linux 4.8, the kernel filters the changed system call again, so ptrace can't bypass the
+    // filter. Debuggers in containers need these system calls.
     everyone(&["process_vm_readv", "process_vm_writev", "ptrace"]),
-    // Threads and their locks.
+    // System calls that manage threads and their locks.
     everyone(&[
         "futex",
         "futex_requeue",
@@ -277,7 +286,8 @@ const GROUPS: &[Group] = &[
         "set_robust_list",
         "set_thread_area",
     ]),
-    // Scheduling and limits; raising them wants CAP_SYS_NICE or CAP_SYS_RESOURCE.
+    // System calls for scheduling and resource limits. The kernel requires CAP_SYS_NICE or
+    // CAP_SYS_RESOURCE to raise a priority or a limit.
     everyone(&[
         "getcpu",
         "getpriority",
@@ -324,7 +334,8 @@ const GROUPS: &[Group] = &[
         "tgkill",
         "tkill",
     ]),
-    // Who one is. Becoming someone else wants CAP_SETUID and CAP_SETGID.
+    // System calls that read and change the process's user and group ids. The kernel requires
+    // CAP_SETUID or CAP_SETGID for a change to an arbitrary id.
     everyone(&[
         "capget",
         "capset",
@@ -361,7 +372,8 @@ const GROUPS: &[Group] = &[
         "setuid",
         "setuid32",
     ]),
-    // Clocks and timers. adjtimex and its like also read; setting wants CAP_SYS_TIME.
+    // System calls for clocks and timers. The system call adjtimex and similar system calls can
+    // read the clock without changing it. The kernel requires CAP_SYS_TIME to set the clock.
     everyone(&[
         "adjtimex",
         "alarm",
@@ -392,8 +404,10 @@ const GROUPS: &[Group] = &[
         "timerfd_settime64",
         "times",
     ]),
-    // Sockets once they are made (socket has rules of its own). socketcall carries all of
-    // them for 32-bit x86; what it makes no filter can see.
+    // System calls on existing sockets. Separate rules cover the system call socket. On 32-bit x86,
+    // socketcall can perform every socket operation, including socket. A filter can't see the
+    // operation that a program requests from socketcall. The rules for socket therefore do not
+    // restrict socketcall.
     everyone(&[
         "accept",
         "accept4",
@@ -417,7 +431,8 @@ const GROUPS: &[Group] = &[
         "socketcall",
         "socketpair",
     ]),
-    // System V and POSIX IPC, which have a namespace.
+    // System calls for System V and POSIX IPC, which are restricted to the container's IPC
+    // namespace.
     everyone(&[
         "ipc",
         "mq_getsetattr",
@@ -442,20 +457,21 @@ const GROUPS: &[Group] = &[
         "shmdt",
         "shmget",
     ]),
-    // The process's own settings, the system's name and load, randomness.
+    // System calls for the process's own settings, the system's name and load, and random numbers.
     everyone(&["getrandom", "prctl", "sysinfo", "uname"]),
-    // Confining oneself further.
+    // System calls with which a process restricts itself further.
     everyone(&[
         "landlock_add_rule",
         "landlock_create_ruleset",
         "landlock_restrict_self",
         "seccomp",
     ]),
-    // Made by the kernel's own trampolines where the host traces a program with probes;
-    // without them, tracing a container would kill it.
+    // If the host traces a program with uprobes, the kernel inserts code into the program. This
+    // code makes the system calls uprobe and uretprobe. If the profile denied these system calls,
+    // tracing a container would kill it.
     everyone(&["uprobe", "uretprobe"]),
     with(&[CAP_DAC_READ_SEARCH], &["open_by_handle_at"]),
-    // Mounts, namespaces, host and domain name, quotas.
+    // System calls for mounts, namespaces, host name, domain name and quotas.
     with(
         &[CAP_SYS_ADMIN],
         &[
@@ -484,7 +500,8 @@ const GROUPS: &[Group] = &[
             "unshare",
         ],
     ),
-    // The kernel takes CAP_SYS_ADMIN for all of these, as it did before they had their own.
+    // The kernel also accepts CAP_SYS_ADMIN for bpf, perf_event_open and syslog, as it did before
+    // CAP_BPF, CAP_PERFMON and CAP_SYSLOG existed.
     with(&[CAP_SYS_ADMIN, CAP_BPF], &["bpf"]),
     with(&[CAP_SYS_ADMIN, CAP_PERFMON], &["perf_event_open"]),
     with(&[CAP_SYS_ADMIN, CAP_SYSLOG], &["syslog"]),
@@ -495,7 +512,8 @@ const GROUPS: &[Group] = &[
         &["delete_module", "finit_module", "init_module"],
     ),
     with(&[CAP_SYS_PACCT], &["acct"]),
-    // Processes whatever their rights.
+    // System calls that access other processes. With CAP_SYS_PTRACE, a process may access even
+    // processes that have more privileges than itself.
     with(
         &[CAP_SYS_PTRACE],
         &["kcmp", "pidfd_getfd", "process_madvise"],
@@ -506,7 +524,9 @@ const GROUPS: &[Group] = &[
         &["clock_settime", "clock_settime64", "settimeofday", "stime"],
     ),
     with(&[CAP_SYS_TTY_CONFIG], &["vhangup"]),
-    // Where memory is: on a node with several, a container's placement is its neighbours'.
+    // System calls that place memory on NUMA nodes. On a machine with several NUMA nodes, one
+    // container's memory placement affects other containers. The profile therefore requires a
+    // capability.
     with(
         &[CAP_SYS_NICE],
         &[
@@ -518,7 +538,7 @@ const GROUPS: &[Group] = &[
     ),
 ];
 
-/// Of the architecture itself: thread pointers, descriptor tables, caches.
+/// The system calls that exist only on the architecture of this build.
 #[cfg(target_arch = "x86_64")]
 const OF_ARCHITECTURE: &[&str] = &["arch_prctl", "modify_ldt"];
 #[cfg(target_arch = "aarch64")]
@@ -531,30 +551,34 @@ const OF_ARCHITECTURE: &[&str] = &[
     "sync_file_range2",
 ];
 
-/// Whose programs the kernel runs.
+/// The architectures of the programs that the node's kernel can execute: the native architecture
+/// and its 32-bit variants.
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32];
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURES: &[Arch] = &[Arch::ScmpArchAarch64, Arch::ScmpArchArm];
 
-/// `CLONE_NEW*` but for CLONE_NEWTIME, which is no flag of clone(2)'s: new namespaces, above
-/// all a new user namespace, open much of the kernel to a program without any rights.
+/// The `CLONE_NEW*` flags except CLONE_NEWTIME, which clone(2) does not support. New namespaces,
+/// above all a new user namespace, expose much of the kernel to a program without privileges.
 const CLONE_NAMESPACES: u32 = 0x7e02_0000;
 
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 
-/// AF_ALG lets a program feed the kernel's cryptography, for which it has libraries; it was
-/// a way to root as late as 2026. AF_VSOCK reaches the hypervisor and other virtual machines
-/// past the network namespace. They are numbers 38 and 40.
+/// The address families that are allowed for socket(2): all except AF_ALG (38) and AF_VSOCK (40).
+/// AF_ALG gives access to the kernel's cryptography, for which programs can use libraries instead.
+/// In 2026, programs could still use AF_ALG to become root. AF_VSOCK reaches the hypervisor and
+/// other virtual machines, and the network namespace does not restrict it.
 const SOCKET_FAMILIES: [(LinuxSeccompOperator, u32); 3] = [
     (LinuxSeccompOperator::ScmpCmpLt, 38),
     (LinuxSeccompOperator::ScmpCmpEq, 39),
     (LinuxSeccompOperator::ScmpCmpGt, 40),
 ];
 
-/// Linux's personality; 32-bit's; each with the kernel calling itself 2.6; asking which it is.
-/// Others switch address space randomisation off, or read for execute on.
+/// The allowed arguments of personality(2). The personalities PER_LINUX (0) and PER_LINUX32 (8) are
+/// allowed, with and without the flag UNAME26 (0x20000). The argument 0xffffffff queries the
+/// current value. Other values disable address space randomisation, or make readable memory
+/// executable.
 const PERSONALITIES: [u32; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
 fn rule(names: &[&str], action: LinuxSeccompAction) -> LinuxSyscall {
@@ -568,7 +592,8 @@ fn allow(names: &[&str]) -> LinuxSyscall {
     rule(names, LinuxSeccompAction::ScmpActAllow)
 }
 
-/// Allows a call if its first argument compares so.
+/// Returns a rule that allows a system call under one condition: its first argument and `value`
+/// satisfy the comparison `operator`.
 fn allow_if(name: &str, operator: LinuxSeccompOperator, value: u32) -> Result<LinuxSyscall> {
     let argument = LinuxSeccompArgBuilder::default()
         .index(0_usize)
@@ -582,7 +607,7 @@ fn allow_if(name: &str, operator: LinuxSeccompOperator, value: u32) -> Result<Li
     Ok(rule)
 }
 
-/// `linux.seccomp` for a container with these capabilities.
+/// Returns the value of `linux.seccomp` for a container with these capabilities.
 pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
     let has_any = |of: &[Capability]| capabilities.held & mask(of) != 0;
     let mut rules: Vec<LinuxSyscall> = GROUPS
@@ -601,8 +626,9 @@ pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
     if !has_any(&[CAP_SYS_ADMIN]) {
         let masked = LinuxSeccompOperator::ScmpCmpMaskedEq;
         rules.push(allow_if("clone", masked, CLONE_NAMESPACES)?);
-        // Its flags are behind a pointer, where no filter sees them. C libraries take clone
-        // if the kernel answers that it has no clone3.
+        // A program passes the flags of clone3 in memory, and a seccomp filter can't read memory.
+        // The profile therefore makes clone3 fail with ENOSYS, and C libraries then use clone
+        // instead.
         let mut clone3 = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno);
         clone3.set_errno_ret(Some(ENOSYS));
         rules.push(clone3);
@@ -632,7 +658,7 @@ mod tests {
         json!(profile(sets).expect("the profile can't be built"))
     }
 
-    /// The calls that are allowed whatever their arguments.
+    /// Returns the names of the system calls that are allowed with any arguments.
     fn allowed(profile: &Value) -> Vec<&str> {
         let rules = profile["syscalls"].as_array().into_iter().flatten();
         rules
@@ -643,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn no_call_is_named_twice_and_none_is_misspelt() {
+    fn every_listed_call_exists_and_is_listed_once() {
         let table = include_str!("../../../../runtime/src/seccomp/syscalls.tbl");
         let known: BTreeSet<&str> = table
             .lines()
@@ -655,28 +681,36 @@ mod tests {
             .flat_map(|group| group.names)
             .chain(OF_ARCHITECTURE)
         {
-            assert!(known.contains(name), "{name} is no system call");
-            assert!(seen.insert(name), "{name} is named twice");
+            assert!(
+                known.contains(name),
+                "the profile lists {name}, which is not a system call"
+            );
+            assert!(
+                seen.insert(name),
+                "the profile lists the system call {name} twice"
+            );
         }
     }
 
-    /// What tests and benchmarks of rrun take for it.
+    /// The end-to-end tests and the benchmarks of rrun use a copy of the default profile.
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn the_profile_beside_the_tests_is_this_one() -> Result<(), Box<dyn std::error::Error>> {
-        // Of the default capabilities, only this one brings calls.
+    fn the_copy_of_the_profile_in_the_tests_is_up_to_date() -> Result<(), Box<dyn std::error::Error>>
+    {
+        // CAP_SYS_CHROOT is the only default capability that makes the profile allow additional
+        // system calls.
         let default = with_capabilities(&[CAP_SYS_CHROOT]);
-        let beside: Value =
+        let copy: Value =
             serde_json::from_str(include_str!("../../../../tests/seccomp/default.json"))?;
         assert!(
-            default == beside,
-            "tests/seccomp/default.json should be:\n{default}"
+            default == copy,
+            "tests/seccomp/default.json must have this content:\n{default}"
         );
         Ok(())
     }
 
     #[test]
-    fn capabilities_bring_their_calls() {
+    fn a_capability_allows_its_calls() {
         let none = with_capabilities(&[]);
         let none = allowed(&none);
         for name in [
@@ -708,7 +742,10 @@ mod tests {
             (CAP_SYS_NICE, "mbind"),
         ] {
             let profile = with_capabilities(&[capability]);
-            assert!(allowed(&profile).contains(&name), "{capability} {name}");
+            assert!(
+                allowed(&profile).contains(&name),
+                "{capability} does not allow the system call {name}"
+            );
         }
         let admin = with_capabilities(&[CAP_SYS_ADMIN]).to_string();
         assert!(!admin.contains("MASKED_EQ") && !admin.contains("errnoRet"));

@@ -1,4 +1,5 @@
-//! A container's OCI configuration, config.json of the runtime specification, from the CRI's.
+//! Builds a container's config.json from the CRI request. The OCI runtime specification defines the
+//! format of config.json.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use rrun_images::ImageConfig;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What Docker and containerd hide from containers.
+/// The paths that are hidden from containers, as in Docker and containerd.
 const MASKED: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
@@ -40,6 +41,7 @@ const MASKED: [&str; 12] = [
     "/sys/firmware",
 ];
 
+/// The paths that are read-only in containers.
 const READONLY: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
@@ -48,14 +50,16 @@ const READONLY: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// The namespaces to join; where there is no path, whether a new one.
+/// The namespaces that a container joins. `None` instead of a path means that the container uses
+/// the node's namespace.
 #[derive(Debug, Default)]
 pub(crate) struct Namespaces {
     pub network: Option<PathBuf>,
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
     pub pid: PidNamespace,
-    /// The pod's own user namespace, and whose its ids are.
+    /// The path and the id mappings of the pod's user namespace, or `None` if the pod uses the
+    /// node's user namespace.
     pub users: Option<(PathBuf, Mappings)>,
 }
 
@@ -67,7 +71,7 @@ pub(crate) enum PidNamespace {
     Join(PathBuf),
 }
 
-/// Everything that the configuration is made of.
+/// The inputs from which [`spec`] builds config.json.
 pub(crate) struct SpecInputs<'a> {
     pub config: &'a ContainerConfig,
     pub image: &'a ImageConfig,
@@ -80,19 +84,21 @@ pub(crate) struct SpecInputs<'a> {
     pub devices: Devices,
     pub mounts: Vec<Mount>,
     pub root_propagation: Option<&'static str>,
-    /// `linux.resources` without devices.
+    /// The value of `linux.resources` without devices.
     pub resources: LinuxResources,
     pub oom_score_adj: i64,
     pub seccomp: Option<SeccompFilter>,
     pub rlimits: &'a [Rlimit],
-    /// What the handler's patterns let through.
+    /// The annotations that match the handler's patterns.
     pub annotations: BTreeMap<String, String>,
     pub apparmor: Option<String>,
     pub selinux: Option<Labels>,
 }
 
-/// config.json by `oci_spec`'s types, except fields that those would lose (seccomp, intelRdt) or
-/// write in random order (capabilities, annotations).
+/// The contents of config.json. Most fields have the types of the crate `oci_spec`. The fields
+/// `seccomp` and `intelRdt` have other types, because the types of `oci_spec` would change their
+/// values. The capabilities and annotations have other types, because the types of `oci_spec` would
+/// write their entries in random order.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(Default))]
 #[serde(rename_all = "camelCase")]
@@ -108,40 +114,43 @@ pub(crate) struct ConfigJson {
     annotations: BTreeMap<String, String>,
 }
 
-/// `process`.
+/// The section `process`.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(Default))]
 pub(crate) struct ProcessSection {
     #[serde(flatten)]
     pub typed: Process,
-    /// `Process` has hash sets, which would be in another order each time.
+    /// Replaces the field `capabilities` of `Process`, whose hash sets would be written in a
+    /// different order each time.
     capabilities: CapabilitySets,
 }
 
-/// `linux`.
+/// The section `linux`.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(Default))]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct LinuxSection {
     #[serde(flatten)]
     pub typed: Linux,
-    /// `Linux` would lose what it does not know of a file's profile.
+    /// Replaces the field `seccomp` of `Linux`. The type of `Linux.seccomp` would drop the
+    /// fields of a profile file that this type does not support.
     #[serde(skip_serializing_if = "Option::is_none")]
     seccomp: Option<SeccompFilter>,
-    /// `Linux` misspells two names, enableCMT and enableMBM.
+    /// Replaces the field `intel_rdt` of `Linux`, whose type misspells the names enableCMT and
+    /// enableMBM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub intel_rdt: Option<IntelRdt>,
 }
 
 impl ConfigJson {
-    /// The file's text.
+    /// Returns the text of config.json.
     pub(crate) fn text(&self) -> Result<String> {
         serde_json::to_string(self)
-            .map_err(|error| Error::internal(format!("write config.json: {error}")))
+            .map_err(|error| Error::internal(format!("serialize config.json: {error}")))
     }
 }
 
-/// Refuses what this server can't do yet, by the field's name.
+/// Refuses a configuration that this server does not support; the error names the field.
 pub(crate) fn check(config: &ContainerConfig) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid(
@@ -152,7 +161,7 @@ pub(crate) fn check(config: &ContainerConfig) -> Result<()> {
         let key = &env.key;
         if key.is_empty() || key.contains(['=', '\0']) || env.value.contains(&0) {
             return Err(Error::invalid(format!(
-                "the environment variable {key:?} has a name or a value that can't be"
+                "the environment variable {key:?} has an empty name, a \"=\" in its name or a zero byte"
             )));
         }
     }
@@ -163,7 +172,8 @@ pub(crate) fn check(config: &ContainerConfig) -> Result<()> {
     Ok(())
 }
 
-/// The container's security context; an absent one is the default.
+/// Returns the container's security context, or the default if the request contains no security
+/// context.
 pub(crate) fn context(config: &ContainerConfig) -> LinuxContainerSecurityContext {
     let linux = config.linux.as_ref();
     linux
@@ -171,13 +181,14 @@ pub(crate) fn context(config: &ContainerConfig) -> LinuxContainerSecurityContext
         .unwrap_or_default()
 }
 
-/// The container's PID namespace mode.
+/// Returns the container's PID namespace mode and the id of the target container.
 pub(crate) fn pid_mode(config: &ContainerConfig) -> (NamespaceMode, String) {
     let options = context(config).namespace_options.unwrap_or_default();
     (options.pid(), options.target_id)
 }
 
-/// What to run: the request's command and arguments over the image's.
+/// Returns the arguments of the container's process: the command and the arguments in the request
+/// replace those of the image.
 fn arguments(config: &ContainerConfig, image: &ImageConfig) -> Result<Vec<String>> {
     let mut all = config.command.clone();
     if all.is_empty() {
@@ -189,20 +200,21 @@ fn arguments(config: &ContainerConfig, image: &ImageConfig) -> Result<Vec<String
     all.extend_from_slice(&config.args);
     if all.is_empty() {
         return Err(Error::invalid(
-            "there is nothing to run: neither the request nor the image names a command",
+            "neither the request nor the image specifies a command",
         ));
     }
     Ok(all)
 }
 
-/// `NAME=value` each; the request's win over the image's.
+/// Returns the environment, each entry as `NAME=value`. A variable in the request replaces the
+/// image's variable with the same name.
 fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
     let mut all: Vec<String> = vec![DEFAULT_PATH.to_owned()];
     let mut set = |pair: String| {
         let name = pair.split('=').next().unwrap_or_default();
-        let same = |there: &&mut String| there.split('=').next() == Some(name);
+        let same = |existing: &&mut String| existing.split('=').next() == Some(name);
         match all.iter_mut().find(same) {
-            Some(there) => *there = pair,
+            Some(existing) => *existing = pair,
             None => all.push(pair),
         }
     };
@@ -215,7 +227,7 @@ fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
         let value = std::str::from_utf8(&pair.value).map_err(|_| {
             let key = &pair.key;
             Error::invalid(format!(
-                "the value of the environment variable {key} is not UTF-8, which config.json can't hold"
+                "the value of the environment variable {key} is not UTF-8, so config.json can't contain it"
             ))
         })?;
         set(format!("{}={value}", pair.key));
@@ -223,7 +235,7 @@ fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// The working directory, absolute.
+/// Returns the working directory of the container's process, which is an absolute path.
 pub(crate) fn working_dir<'a>(
     config: &'a ContainerConfig,
     image: &'a ImageConfig,
@@ -240,7 +252,7 @@ pub(crate) fn working_dir<'a>(
     }
 }
 
-/// config.json.
+/// Returns the contents of config.json.
 pub(crate) fn spec(inputs: SpecInputs<'_>) -> Result<ConfigJson> {
     let context = context(inputs.config);
     let mut root = Root::default();
@@ -264,8 +276,9 @@ pub(crate) fn spec(inputs: SpecInputs<'_>) -> Result<ConfigJson> {
     })
 }
 
-/// `Process::default()` is not empty (args `sh`, a nofile limit, …): every field that it fills is
-/// set here.
+/// Returns the section `process` of config.json. `Process::default()` contains unwanted values such
+/// as the argument `sh` and a nofile limit. This function therefore overwrites every field that the
+/// default fills.
 fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Process> {
     let mut user = ProcessUser::default();
     user.set_uid(inputs.user.uid)
@@ -274,7 +287,9 @@ fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> 
     let oom_score_adj = i32::try_from(inputs.oom_score_adj)
         .map_err(|error| Error::invalid(format!("oom_score_adj: {error}")))?;
     let rlimits = inputs.rlimits.iter().map(|limit| limit.0).collect();
-    // The privileged run as whoever starts them, or as the policy has it (spc_t).
+    // A privileged container gets no SELinux label from the server. The container keeps the
+    // runtime's label. The policy can change the label's type to spc_t when the container's program
+    // is executed.
     let labels = inputs.selinux.as_ref().filter(|_| !context.privileged);
     let mut process = Process::default();
     process
@@ -292,8 +307,9 @@ fn process(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> 
     Ok(process)
 }
 
-/// `Linux::default()` is not empty (namespaces, masked paths, …): every field that it fills is
-/// set here.
+/// Returns the section `linux` of config.json. `Linux::default()` contains unwanted values such as
+/// namespaces and masked paths. This function therefore overwrites every field that the default
+/// fills.
 fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Result<Linux> {
     let mut resources = inputs.resources.clone();
     resources.set_devices(Some(inputs.devices.rules.clone()));
@@ -314,8 +330,9 @@ fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Re
             .set_uid_mappings(Some(mounts::id_mappings(&users.uids)?))
             .set_gid_mappings(Some(mounts::id_mappings(&users.gids)?));
     }
-    // Kubelet names these paths; none are what a pod's `procMount: Unmasked` comes to, which it
-    // takes only with a user namespace.
+    // Kubelet sends the lists of masked and read-only paths. If the pod's procMount is Unmasked,
+    // kubelet sends empty lists. Kubernetes allows Unmasked only in pods with a user namespace. In
+    // pods without a user namespace, the default paths therefore replace an empty list.
     let paths = |requested: &[String], default: &[&str]| {
         if context.privileged {
             None
@@ -338,8 +355,9 @@ fn namespaces(namespaces: &Namespaces, privileged: bool) -> Vec<LinuxNamespace> 
         entry
     };
     let mut all = vec![entry(LinuxNamespaceType::Mount, None)];
-    // The privileged see the node's cgroups, as with containerd; but the root of a user namespace
-    // can only mount those of a cgroup namespace of its own.
+    // Without a user namespace, a privileged container gets no cgroup namespace and sees the node's
+    // cgroups, as in containerd. In a user namespace, a privileged container gets its own cgroup
+    // namespace. Otherwise, the container's root user could not mount cgroup2.
     if !privileged || namespaces.users.is_some() {
         all.push(entry(LinuxNamespaceType::Cgroup, None));
     }
@@ -422,9 +440,10 @@ mod tests {
         Ok(json!(made))
     }
 
-    /// What the specification's own types don't know vanishes on the way through them.
+    /// The test converts the configuration to the types of `oci_spec` and back. The conversion
+    /// loses every field that is missing in these types.
     #[test]
-    fn every_field_is_one_of_the_specification() -> Result<(), Box<dyn std::error::Error>> {
+    fn every_written_field_exists_in_the_specification() -> Result<(), Box<dyn std::error::Error>> {
         let value = made(&ContainerConfig::default(), &image())?;
         let typed: oci_spec::runtime::Spec = serde_json::from_value(value.clone())?;
         let back = serde_json::to_value(typed)?;
@@ -437,7 +456,7 @@ mod tests {
             (Value::Object(back), Value::Object(value)) => {
                 for (name, inner) in value {
                     let Some(found) = back.get(name) else {
-                        panic!("{at}.{name} is not in the specification");
+                        panic!("the field {at}.{name} is missing from the specification");
                     };
                     contains(found, inner, &format!("{at}.{name}"));
                 }
@@ -450,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn command_and_args_over_the_images() -> Result<()> {
+    fn the_requests_command_and_args_replace_the_images() -> Result<()> {
         let with = |command: &[&str], args: &[&str]| {
             let owned = |all: &[&str]| all.iter().map(|one| (*one).to_owned()).collect();
             let config = ContainerConfig {
@@ -469,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn the_requests_environment_wins() -> Result<()> {
+    fn the_requests_environment_replaces_the_images() -> Result<()> {
         let config = ContainerConfig {
             envs: vec![KeyValue {
                 key: "A".into(),
@@ -487,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn a_privileged_container_has_nothing_masked() -> Result<()> {
+    fn a_privileged_container_has_no_masked_paths() -> Result<()> {
         let config = ContainerConfig {
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {

@@ -15,13 +15,14 @@ use rrun_calls::wait::slow;
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::{FailureKind, Phase};
 
-/// The exit code of what could not be started, as containerd's users know it.
+/// The exit code of a container that could not be started; containerd reports the same code.
 const START_FAILED_EXIT_CODE: i32 = 128;
 
-/// How often the monitor is asked whether a start that another call requested has ended.
+/// The interval at which the server checks whether the start requested by an earlier server process
+/// has completed.
 const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Starts the container's process. One that runs already is as it should be.
+/// Starts the container's process. If the container is already running, the call succeeds.
 pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<()> {
     let name = container.name();
     match container.phase() {
@@ -36,24 +37,29 @@ pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<
         return Err(Error::wrong_state(format!("{pod} is not ready")));
     }
     container.starting.store(true, Ordering::Relaxed);
-    let starting = ask(&node, &container);
-    let started = slow(format!("{name}: the runtime's start"), starting).await;
+    let starting = request_start(&node, &container);
+    let started = slow(format!("{name}: wait for the runtime's `start`"), starting).await;
     match started {
-        Ok(()) => has_started(&node, &container),
+        Ok(()) => record_start(&node, &container),
         Err(error) => {
-            has_not_started(&node, &container, &error.to_string()).await?;
+            record_failed_start(&node, &container, &error.to_string()).await?;
             Err(Error::from(error)).during(|| format!("start {name}"))
         }
     }
 }
 
-/// Records the failed start as the container's end.
-async fn has_not_started(node: &Arc<Node>, container: &Arc<Container>, reason: &str) -> Result<()> {
-    // The created process must not be left waiting for its start.
+/// Records the failed start as the container's exit.
+async fn record_failed_start(
+    node: &Arc<Node>,
+    container: &Arc<Container>,
+    reason: &str,
+) -> Result<()> {
+    // Kill the process that the runtime created. That process would otherwise wait forever for the
+    // start.
     let monitor = &container.sandbox.monitor;
     if let Err(error) = monitor.kill(&container.id, libc::SIGKILL, true).await {
         log::warn!(
-            "{}: kill it after a failed start: {error}",
+            "{}: kill the container's process after a failed start: {error}",
             container.name()
         );
     }
@@ -72,14 +78,15 @@ async fn has_not_started(node: &Arc<Node>, container: &Arc<Container>, reason: &
     Ok(())
 }
 
-fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+fn record_start(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     container.change(|state| {
         if state.started_at == 0 {
-            // Its end may have been reported first.
+            // If the container's exit is already recorded, the recorded start must not be later
+            // than the exit.
             let ended = Some(state.finished_at).filter(|ended| *ended != 0);
             state.started_at = ended.map_or(now(), |ended| ended.min(now()));
         }
-        // It can have ended by now.
+        // The phase is already `Exited` if the monitor has reported the container's exit.
         if state.phase == super::Phase::Created {
             state.phase = super::Phase::Running;
         }
@@ -94,14 +101,16 @@ fn has_started(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     if ended {
         status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
     }
-    container.write_down(node)?;
+    container.write_container_json(node)?;
     container.save_soon(node);
     Ok(())
 }
 
-/// Calls the monitor. A server that was killed may have called it before: then what came of that is
-/// the answer.
-async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), MonitorError> {
+/// Requests the container's start from the pod's monitor. A server process may have requested the
+/// start and then been killed. The monitor then refuses the next server's request. In that case,
+/// this function waits for the completion of the earlier start. It then records the state in the
+/// monitor's report.
+async fn request_start(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), MonitorError> {
     let monitor = &container.sandbox.monitor;
     loop {
         match monitor.start(&container.id).await {
@@ -109,7 +118,7 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
                 let (hello, _) = monitor.subscribe().await?;
                 let reported = hello.containers.iter().find(|one| one.id == container.id);
                 match reported.map(|one| &one.phase) {
-                    // The other start is under way.
+                    // The start that the earlier server process requested is still in progress.
                     Some(Phase::Created) => tokio::time::sleep(START_POLL_INTERVAL).await,
                     Some(_) => {
                         watch::apply(node, &container.sandbox, hello);
@@ -123,7 +132,7 @@ async fn ask(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), Monitor
     }
 }
 
-/// Changes the limits of a container that lives.
+/// Changes the limits of a container that is created or running.
 pub(crate) async fn update(
     node: Arc<Node>,
     container: Arc<Container>,
@@ -137,14 +146,15 @@ pub(crate) async fn update(
     let controllers = resources::Controllers::of(&dir);
     let all = resources::updated(&container.state().resources, &requested);
     let mut changed = requested;
-    // Memory and swap are one number to the specification: one can't change without the other.
+    // In the runtime specification, the swap limit applies to memory and swap together. A new swap
+    // limit is therefore sent together with the memory limit.
     if changed.memory_limit_in_bytes == 0 && changed.memory_swap_limit_in_bytes != 0 {
         changed.memory_limit_in_bytes = all.memory_limit_in_bytes;
     }
     resources::check_use(&dir, &changed).during(|| format!("update {name}"))?;
     let json = resources::update_json(&changed, controllers)?;
     slow(
-        format!("{name}: the runtime's update"),
+        format!("{name}: wait for the runtime's `update`"),
         container.sandbox.monitor.update(&container.id, json),
     )
     .await

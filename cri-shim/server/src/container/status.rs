@@ -1,4 +1,4 @@
-//! The CRI's view of a container, and the events about it.
+//! Builds the CRI's messages about a container: its status, list entry and events.
 
 use rrun_proto::v1::{
     self as cri, ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerResources,
@@ -38,13 +38,14 @@ pub(crate) fn list_entry(container: &Container) -> cri::Container {
     }
 }
 
-/// The name that a container's status has for its image. Kubelet asks for containers by the image's
-/// id and shows users what the status says: so the name that they wrote, in full, or a tag.
-pub(crate) fn image_name(asked: Option<&ImageSpec>, image: &Image) -> String {
-    let asked = asked.cloned().unwrap_or_default();
+/// Returns the image name for a container's status. Kubelet requests containers with the image's
+/// id, but displays this name to users. The name is the full form of the name that the user
+/// specified, or a tag of the image.
+pub(crate) fn image_name(requested: Option<&ImageSpec>, image: &Image) -> String {
+    let requested = requested.cloned().unwrap_or_default();
     let mut known = image.repo_tags.iter().chain(&image.repo_digests);
     let is_of_image = |name: &String| known.any(|known| known == name);
-    [asked.user_specified_image, asked.image]
+    [requested.user_specified_image, requested.image]
         .iter()
         .filter_map(|name| Some(Name::parse(name).ok()?.canonical()))
         .find(is_of_image)
@@ -62,7 +63,7 @@ pub(crate) fn status(container: &Container) -> ContainerStatus {
     let user = &container.user;
     let stop_signal = match config.stop_signal() {
         Signal::RuntimeDefault => signal_name(container.stop_signal),
-        asked => asked,
+        requested => requested,
     };
     ContainerStatus {
         id: container.id.clone(),
@@ -99,7 +100,8 @@ pub(crate) fn status(container: &Container) -> ContainerStatus {
     }
 }
 
-/// The CRI's own number of a signal; the real-time ones count from both ends.
+/// Returns the CRI's signal for a signal number. The CRI names real-time signals by their distance
+/// from SIGRTMIN or from SIGRTMAX.
 fn signal_name(number: i32) -> Signal {
     let (first, last) = (libc::SIGRTMIN(), libc::SIGRTMAX());
     let name = if number == first {
@@ -119,24 +121,24 @@ fn signal_name(number: i32) -> Signal {
     Signal::from_str_name(&name).unwrap_or(Signal::RuntimeDefault)
 }
 
-/// Whether the filter lets the container through; everything set must match, ids by their
-/// beginnings.
+/// Returns whether a container matches the filter. Every field that is set in the filter must
+/// match. An id matches if it begins with the filter's text.
 pub(crate) fn matches(filter: Option<&ContainerFilter>, container: &Container) -> bool {
     let Some(filter) = filter else { return true };
     let state = filter.state.as_ref();
     container.id.starts_with(&filter.id)
         && container.sandbox.id.starts_with(&filter.pod_sandbox_id)
-        && state.is_none_or(|wanted| wanted.state() == container.phase().cri())
+        && state.is_none_or(|filter| filter.state() == container.phase().cri())
         && has_labels(&filter.label_selector, &container.config.labels)
 }
 
-/// Tells whoever listens what happened to a container.
+/// Publishes an event about a container to the event subscribers.
 pub(crate) fn publish(node: &Node, container: &Container, kind: ContainerEventType) {
     event(node, &container.sandbox, &container.id, kind);
 }
 
-/// Tells whoever listens what happened to a pod: as an event of its sandbox, which other servers
-/// have as a container.
+/// Publishes an event about a pod to the event subscribers. The event's container id is the
+/// sandbox's id, because in other CRI servers a sandbox is a container.
 pub(crate) fn publish_sandbox(node: &Node, sandbox: &Sandbox, kind: ContainerEventType) {
     event(node, sandbox, &sandbox.id, kind);
 }
@@ -155,10 +157,11 @@ fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
     });
 }
 
-/// What `crictl inspect` shows below the status. Blocks on the disk for one small file.
+/// Returns the fields that `crictl inspect` shows in addition to the status. Blocks while it reads
+/// the container's config.json.
 pub(crate) fn info(node: &Node, container: &Container) -> Value {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
-    // Ours: the bundle is the server's own directory.
+    // Ours: the server created the bundle, so opening its files by path is safe.
     let spec = std::fs::read(bundle.join("config.json"))
         .ok()
         .and_then(|text| serde_json::from_slice::<Value>(&text).ok());
@@ -175,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_image_is_told_by_the_name_that_a_user_knows() {
+    fn a_status_shows_the_image_name_that_the_user_wrote() {
         let mut image = Image {
             id: "sha256:00".into(),
             repo_tags: vec![
@@ -190,29 +193,30 @@ mod tests {
             created: None,
             pinned: false,
         };
-        let told = |asked: &str, user: &str, image: &Image| {
+        let shown = |requested: &str, user: &str, image: &Image| {
             let spec = ImageSpec {
-                image: asked.into(),
+                image: requested.into(),
                 user_specified_image: user.into(),
                 ..ImageSpec::default()
             };
             image_name(Some(&spec), image)
         };
         let id = format!("sha256:{}", "1".repeat(64));
-        assert_eq!(told(&id, "a:2", &image), "docker.io/library/a:2");
-        assert_eq!(told("a:2", "", &image), "docker.io/library/a:2");
-        // The tag has moved on; nothing was said.
-        assert_eq!(told(&id, "a:3", &image), "docker.io/library/a:1");
-        assert_eq!(told(&id, "", &image), "docker.io/library/a:1");
+        assert_eq!(shown(&id, "a:2", &image), "docker.io/library/a:2");
+        assert_eq!(shown("a:2", "", &image), "docker.io/library/a:2");
+        // The image's first tag is shown if the requested tag now belongs to another image. The
+        // first tag is also shown if no name was requested.
+        assert_eq!(shown(&id, "a:3", &image), "docker.io/library/a:1");
+        assert_eq!(shown(&id, "", &image), "docker.io/library/a:1");
         let digest = image.repo_digests[0].clone();
-        assert_eq!(told(&id, &digest, &image), digest);
+        assert_eq!(shown(&id, &digest, &image), digest);
         image.repo_tags.clear();
-        assert_eq!(told(&id, &digest, &image), digest);
-        assert_eq!(told(&id, "a:2", &image), "");
+        assert_eq!(shown(&id, &digest, &image), digest);
+        assert_eq!(shown(&id, "a:2", &image), "");
     }
 
     #[test]
-    fn signals_go_back_to_the_cris_names() {
+    fn signal_numbers_are_converted_to_the_cris_names() {
         assert_eq!(signal_name(libc::SIGTERM), Signal::Sigterm);
         assert_eq!(signal_name(libc::SIGRTMIN() + 3), Signal::Sigrtminplus3);
         assert_eq!(signal_name(libc::SIGRTMAX() - 2), Signal::Sigrtmaxminus2);

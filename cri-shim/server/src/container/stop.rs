@@ -1,9 +1,9 @@
-//! StopContainer: the stop signal, the grace period, then the kill of the whole cgroup.
+//! StopContainer: sends the stop signal, waits for the grace period, then kills the whole cgroup.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Container, Phase};
+use super::{Container, Phase, UNKNOWN_TO_MONITOR};
 use crate::clock::now;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -11,17 +11,19 @@ use rrun_calls::wait::slow;
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::FailureKind;
 
-/// How long a killed container may take to end: longer only if the kernel can't end a process.
+/// The time limit for a container's exit after SIGKILL. An exit takes longer only if the kernel
+/// can't end a process.
 const KILL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Stops the container and returns when it has ended. `grace` in seconds.
+/// Stops the container and returns when it has exited. `grace` is the grace period in seconds.
 pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i64) -> Result<()> {
     let name = container.name();
     let phase = container.phase();
     if phase == Phase::Exited {
         return Ok(());
     }
-    // Before its start there is only the runtime's own process, which obeys no stop signal.
+    // A container that was not started is killed without a grace period. It contains only the
+    // runtime's own process, and this process ignores stop signals.
     if phase == Phase::Running
         && let Ok(grace) = u64::try_from(grace)
         && grace > 0
@@ -32,11 +34,11 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
         if ended.is_ok() {
             return Ok(());
         }
-        log::info!("{name}: did not stop within {grace} s and is killed");
+        log::info!("{name}: did not stop within {grace} s, so the server kills it");
     }
     send(node, container, libc::SIGKILL, true).await?;
     let ended = slow(
-        format!("{name}: its end after SIGKILL"),
+        format!("{name}: wait for the container's exit after SIGKILL"),
         tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()),
     )
     .await;
@@ -44,7 +46,7 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
         Error::new(
             tonic::Code::DeadlineExceeded,
             format!(
-                "{name} did not end within {} s of SIGKILL",
+                "{name} did not exit within {} s of SIGKILL",
                 KILL_TIMEOUT.as_secs()
             ),
         )
@@ -54,16 +56,17 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
 async fn send(node: &Arc<Node>, container: &Arc<Container>, signal: i32, all: bool) -> Result<()> {
     let name = container.name();
     let sent = slow(
-        format!("{name}: send it signal {signal}"),
+        format!("{name}: send signal {signal} to the container"),
         container.sandbox.monitor.kill(&container.id, signal, all),
     )
     .await;
     match sent {
         Ok(()) => Ok(()),
-        // Whoever watches the monitor finds it gone, too, and ends what it left.
+        // The lost connection is ignored here. Another task watches the monitor, notices its death,
+        // and cleans up the pod's containers.
         Err(MonitorError::Gone { .. }) => Ok(()),
         Err(MonitorError::Failed(failure)) if failure.kind == FailureKind::NotFound => {
-            container.ended(node, 137, now(), "Unknown", "its monitor does not know it");
+            container.record_end(node, 137, now(), "Unknown", UNKNOWN_TO_MONITOR);
             Ok(())
         }
         Err(error) => Err(Error::from(error)).during(|| format!("stop {name}")),

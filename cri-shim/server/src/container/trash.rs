@@ -1,5 +1,9 @@
-//! Writable layers on their way out: RemoveContainer does not wait until a million files are
-//! unlinked. They are moved aside in one step, and a thread removes them, over restarts.
+//! Deletion of writable layers in the background.
+//!
+//! RemoveContainer does not wait until all files of a writable layer are deleted. RemoveContainer
+//! renames the layer into the trash directory, and a thread deletes the entries of this directory.
+//! If the server stops before the deletion is complete, the next start of the server continues the
+//! deletion.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,12 +18,13 @@ use rrun_calls::lock::lock;
 use rrun_images::layer;
 use rrun_kernel::errno::describe;
 
-/// `ROOT/trash`, on the file system of the writable layers.
+/// The directory `ROOT/trash`. The directory and the writable layers are on the same file system,
+/// because rename(2) can't move a layer to another file system.
 pub(crate) struct Trash {
     dir: PathBuf,
-    /// Something came since the thread that empties looked last.
+    /// True if an entry was added since the deleting thread last read the directory.
     more: Mutex<bool>,
-    /// There is such a thread; changed with `more` locked.
+    /// True while a deleting thread runs. The value changes only while `more` is locked.
     emptying: watch::Sender<bool>,
 }
 
@@ -32,13 +37,14 @@ impl Trash {
         }
     }
 
-    /// Moves a directory here, under a name that nothing else has, and has it removed. Right also
-    /// when it is not there. Blocks for a rename.
+    /// Moves a directory into the trash, under a unique name, and starts its deletion. A missing
+    /// directory is not an error. The call blocks for the duration of one rename(2).
     pub(crate) fn put(self: &Arc<Self>, path: &Path, name: &str) -> Result<()> {
         let what = || format!("move {} to {}", path.display(), self.dir.display());
         let target = self.dir.join(name);
         let moved = match std::fs::rename(path, &target) {
-            // The trash is not there yet, or the directory is gone: the second try tells.
+            // Either the trash directory or `path` does not exist. The next line creates the trash
+            // directory. If the second rename(2) fails with ENOENT too, `path` does not exist.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 private_dir(&self.dir)?;
                 std::fs::rename(path, &target)
@@ -53,7 +59,7 @@ impl Trash {
         Ok(())
     }
 
-    /// Removes what is here, in a thread of its own.
+    /// Starts the deletion of all entries of the trash in a separate thread.
     pub(crate) fn empty_soon(self: &Arc<Self>) {
         {
             let mut more = lock(&self.more);
@@ -66,7 +72,7 @@ impl Trash {
         tokio::task::spawn_blocking(move || trash.empty());
     }
 
-    /// Waits, for so long at most, until all that was put here is gone from the disk.
+    /// Waits until all entries of the trash are deleted from the disk, but not longer than `limit`.
     pub(crate) async fn emptied(&self, limit: Duration) {
         let mut emptying = self.emptying.subscribe();
         let _ = tokio::time::timeout(limit, emptying.wait_for(|emptying| !emptying)).await;
@@ -83,7 +89,8 @@ impl Trash {
             }
             let entries = std::fs::read_dir(&self.dir);
             for path in entries.into_iter().flatten().flatten().map(|e| e.path()) {
-                // What can't be removed now is tried again with the next removal.
+                // If an entry can't be deleted, the deletion is retried after the next removal of a
+                // container.
                 if let Err(errno) = layer::remove_path(&path) {
                     log::warn!("remove {}: {}", path.display(), describe(&errno.into()));
                 }

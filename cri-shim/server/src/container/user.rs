@@ -1,5 +1,6 @@
-//! Who a container's process is, from the request, the image, and the image's passwd(5) and
-//! group(5), which are hostile input.
+//! Resolves the user that a container's process runs as. The request or the image specifies the
+//! user, and the image's passwd(5) and group(5) define the ids. An attacker can control the
+//! contents of the image's files.
 
 use std::path::Path;
 
@@ -12,19 +13,19 @@ use serde::{Deserialize, Serialize};
 use rrun_calls::error::{Error, Result};
 use rrun_kernel::regular_file::{self, Unfit};
 
-/// The most bytes that either file may have. A larger one is refused: a truncated file could give
-/// a user the ids of another.
+/// The maximum size in bytes of the files passwd and group. A larger file is refused, because a
+/// truncated file could give one user the ids of another user.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct User {
     pub uid: u32,
     pub gid: u32,
-    /// Without duplicates, in the order of appearance.
+    /// The group ids of the process without duplicates, beginning with `gid`.
     pub groups: Vec<u32>,
 }
 
-/// The two files of an image that name users; empty where missing.
+/// The contents of an image's passwd and group files. A field is empty if its file does not exist.
 #[derive(Default)]
 pub(crate) struct Accounts {
     passwd: String,
@@ -32,7 +33,8 @@ pub(crate) struct Accounts {
 }
 
 impl Accounts {
-    /// Reads them inside `rootfs`, whatever symlinks are there. Blocks.
+    /// Reads etc/passwd and etc/group in `rootfs`. Symbolic links can't lead outside `rootfs`.
+    /// This call blocks.
     pub(crate) fn read(rootfs: &Path) -> Result<Self> {
         let root = Root::open(rootfs).map_err(|error| {
             Error::internal(format!("open the image's root file system: {error}"))
@@ -48,7 +50,7 @@ impl Accounts {
                     }
                     _ => {
                         return Err(Error::internal(format!(
-                            "look for {path} in the image: {error}"
+                            "resolve {path} in the image: {error}"
                         )));
                     }
                 },
@@ -65,7 +67,7 @@ impl Accounts {
         })
     }
 
-    /// (name, uid, gid) of each well-formed line.
+    /// Returns (name, uid, gid) for each well-formed line of the image's passwd file.
     fn users(&self) -> impl Iterator<Item = (&str, u32, u32)> {
         self.passwd.lines().filter_map(|line| {
             let mut fields = line.split(':');
@@ -76,7 +78,7 @@ impl Accounts {
         })
     }
 
-    /// (name, gid, members) of each well-formed line.
+    /// Returns (name, gid, members) for each well-formed line of the image's group file.
     fn groups(&self) -> impl Iterator<Item = (&str, u32, &str)> {
         self.group.lines().filter_map(|line| {
             let mut fields = line.split(':');
@@ -97,7 +99,8 @@ impl Accounts {
             .ok_or_else(|| Error::invalid(format!("the image's /etc/group has no group {name:?}")))
     }
 
-    /// The user that the request, or else the image (`user[:group]`), asks for.
+    /// Resolves the user that the request specifies. If the request does not specify a user,
+    /// resolves the image's user (`user[:group]`).
     pub(crate) fn resolve(
         &self,
         context: Option<&LinuxContainerSecurityContext>,
@@ -111,7 +114,7 @@ impl Accounts {
             Some((name, group)) => (name, Some(group)),
             None => (image_user, None),
         };
-        // The image's group belongs to the image's user.
+        // The image's group is used only if the image's user is used.
         let image_group = image_group.filter(|group| requested.is_none() && !group.is_empty());
         let name = requested.as_deref().unwrap_or(image_name);
         let account = self.account(if name.is_empty() { "0" } else { name })?;
@@ -138,7 +141,8 @@ impl Accounts {
         })
     }
 
-    /// The account of a name or number. A number needs none in the image.
+    /// Returns the account for a user name or a user id. A user id is valid even without an entry
+    /// in the image's passwd.
     fn account(&self, name: &str) -> Result<Account<'_>> {
         let by_number = name.parse::<u32>().ok();
         let entry = self.users().find(|(known, uid, _)| match by_number {
@@ -162,7 +166,7 @@ impl Accounts {
         }
     }
 
-    /// The groups that have this user among their members.
+    /// Returns the ids of the groups that list the user `login` as a member.
     fn groups_of<'a>(&'a self, login: &'a str) -> impl Iterator<Item = u32> + 'a {
         self.groups()
             .filter(move |(_, _, members)| members.split(',').any(|member| member == login))
@@ -170,14 +174,14 @@ impl Accounts {
     }
 }
 
-/// What /etc/passwd has of a user.
+/// A user's account. `login` is `None` if the image's passwd does not contain the user.
 struct Account<'a> {
     login: Option<&'a str>,
     uid: u32,
     gid: u32,
 }
 
-/// The user that the request names, if it names one.
+/// Returns the user in the request, or `None` if the request does not specify a user.
 fn requested_user(context: &LinuxContainerSecurityContext) -> Result<Option<String>> {
     match (&context.run_as_user, context.run_as_username.as_str()) {
         (Some(_), name) if !name.is_empty() => Err(Error::invalid(
@@ -203,11 +207,11 @@ fn requested_group(
 }
 
 fn number(value: i64, field: &str) -> Result<u32> {
-    // (uid_t) -1 means "no change" to the kernel.
+    // The id u32::MAX is refused, because the kernel interprets (uid_t) -1 as "no change".
     u32::try_from(value)
         .ok()
         .filter(|value| *value != u32::MAX)
-        .ok_or_else(|| Error::invalid(format!("{field} is {value}, which is no id")))
+        .ok_or_else(|| Error::invalid(format!("{field} is {value}, which is not a valid id")))
 }
 
 #[cfg(test)]
@@ -241,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_images_user_by_name_number_and_group() -> Result<()> {
+    fn the_images_user_is_resolved_by_name_number_and_group() -> Result<()> {
         let all = accounts();
         assert_eq!(all.resolve(None, "")?, user(0, 0, &[0, 24]));
         assert_eq!(all.resolve(None, "www")?, user(33, 34, &[34, 24, 29]));
@@ -255,26 +259,29 @@ mod tests {
     }
 
     #[test]
-    fn the_request_wins_over_the_image() -> Result<()> {
+    fn the_requested_user_wins_over_the_images_user() -> Result<()> {
         let all = accounts();
-        let asked = context(Some(33), None);
+        let requested = context(Some(33), None);
         assert_eq!(
-            all.resolve(Some(&asked), "5:6")?,
+            all.resolve(Some(&requested), "5:6")?,
             user(33, 34, &[34, 24, 29])
         );
-        let mut asked = context(Some(33), Some(7));
-        asked.supplemental_groups = vec![24, 99];
+        let mut requested = context(Some(33), Some(7));
+        requested.supplemental_groups = vec![24, 99];
         assert_eq!(
-            all.resolve(Some(&asked), "")?,
+            all.resolve(Some(&requested), "")?,
             user(33, 7, &[7, 24, 29, 99])
         );
-        asked.set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
-        assert_eq!(all.resolve(Some(&asked), "")?, user(33, 7, &[7, 24, 99]));
+        requested.set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
+        assert_eq!(
+            all.resolve(Some(&requested), "")?,
+            user(33, 7, &[7, 24, 99])
+        );
         Ok(())
     }
 
     #[test]
-    fn what_can_not_be_is_refused() {
+    fn unknown_and_contradictory_users_are_refused() {
         let all = accounts();
         let mut refused = vec![
             all.resolve(None, "nobody"),
@@ -289,7 +296,7 @@ mod tests {
         for result in refused {
             assert!(
                 result.is_err_and(|error| error.code() == tonic::Code::InvalidArgument),
-                "taken"
+                "an invalid user was accepted"
             );
         }
     }

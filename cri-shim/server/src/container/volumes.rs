@@ -1,5 +1,6 @@
-//! Volumes that an image declares: a directory of the container's own for each, outside its
-//! writable layer, that begins with what the image has in its place.
+//! Volumes that an image declares. The container gets a separate directory for each volume, outside
+//! the overlay of its root filesystem. The directory starts as a copy of the image's directory at
+//! the same path.
 
 use std::fs::File;
 use std::io;
@@ -20,14 +21,17 @@ use crate::sandbox::files::private_dir;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::regular_file;
 
-/// How deep directories may lie in each other: each costs two descriptors while it is copied.
+/// The maximum nesting depth of copied directories. The depth is limited, because each level
+/// requires two open file descriptors during the copy.
 const MAX_DEPTH: usize = 64;
 
-/// The most bytes of the names, or of the value, of extended attributes.
+/// A size limit in bytes for extended attributes. It applies to the list of a file's attributes,
+/// and to the value of each attribute.
 const XATTR: usize = 64 << 10;
 
-/// Makes the volumes in `dir` and returns a mount for each; what the request mounts at the same
-/// place is in no need of one. `owner` has those of which the image has nothing. Blocks.
+/// Creates the volumes in `dir` and returns a mount for each volume. A volume is skipped if the
+/// request has a mount at the same path. A volume belongs to `owner` if its path does not exist in
+/// the image. This call blocks.
 pub(crate) fn make(
     declared: &[String],
     requested: &[Mount],
@@ -37,17 +41,17 @@ pub(crate) fn make(
 ) -> Result<Vec<Mount>> {
     let mut made: Vec<Mount> = Vec::new();
     for volume in declared {
-        let place = cleaned(volume);
-        let taken = |mount: &Mount| cleaned(&mount.container_path) == place;
-        if place == Path::new("/") || requested.iter().chain(&made).any(taken) {
+        let destination = cleaned(volume);
+        let is_same = |mount: &Mount| cleaned(&mount.container_path) == destination;
+        if destination == Path::new("/") || requested.iter().chain(&made).any(is_same) {
             continue;
         }
         let host = dir.join(made.len().to_string());
         private_dir(&host)?;
-        let what = || format!("make the volume {volume:?} of the image");
-        fill(rootfs, &place, &host, owner).during(what)?;
+        let what = || format!("create the volume {volume:?} of the image");
+        fill(rootfs, &destination, &host, owner).during(what)?;
         made.push(Mount {
-            container_path: place.to_string_lossy().into_owned(),
+            container_path: destination.to_string_lossy().into_owned(),
             host_path: host.to_string_lossy().into_owned(),
             selinux_relabel: true,
             ..Mount::default()
@@ -58,31 +62,33 @@ pub(crate) fn make(
 
 fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Result<()> {
     let failed = |error: pathrs::error::Error| {
-        Error::invalid(format!("open it in the image, as a directory: {error}"))
+        Error::invalid(format!("open the volume's directory in the image: {error}"))
     };
     let root = Root::open(rootfs).map_err(failed)?;
-    // Ours: the server has just made this directory.
+    // Ours: the server has just created this directory, so opening it by its path is safe.
     let into: OwnedFd = File::open(host)
         .during(|| format!("open {}", host.display()))?
         .into();
     let inside = place.strip_prefix("/").unwrap_or(place);
     let from: OwnedFd = match root.resolve(inside) {
         Ok(found) => found
-            // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
+            // O_DIRECTORY makes this call fail for a device before its driver is called.
             .reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY)
             .map_err(failed)?
             .into(),
         Err(error) if matches!(error.kind(), ErrorKind::OsError(Some(libc::ENOENT))) => {
-            fchmod(&into, Mode::from_raw_mode(0o755)).during(|| "set its mode".to_owned())?;
+            fchmod(&into, Mode::from_raw_mode(0o755))
+                .during(|| "set the volume's mode".to_owned())?;
             return std::os::unix::fs::fchown(&into, Some(uid), Some(gid))
-                .during(|| "give it to its owner".to_owned());
+                .during(|| "set the volume's owner".to_owned());
         }
         Err(error) => return Err(failed(error)),
     };
-    copy_directory(&from, &into, MAX_DEPTH).during(|| "copy what the image has there".to_owned())
+    copy_directory(&from, &into, MAX_DEPTH).during(|| "copy the image's directory".to_owned())
 }
 
-/// Copies what is in a directory, and then the directory's own attributes. No link is followed.
+/// Copies the entries of a directory, and then the directory's own attributes. Symbolic links are
+/// copied, not followed.
 fn copy_directory(from: &OwnedFd, into: &OwnedFd, depth: usize) -> Result<()> {
     for entry in Dir::read_from(from).during(|| "read a directory".to_owned())? {
         let entry = entry.during(|| "read a directory".to_owned())?;
@@ -94,8 +100,9 @@ fn copy_directory(from: &OwnedFd, into: &OwnedFd, depth: usize) -> Result<()> {
         let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).during(shown)?;
         copy_entry(from, into, name, &stat, depth).during(shown)?;
     }
-    let stat = rustix::fs::fstat(from).during(|| "look at it".to_owned())?;
-    finish(Some((from, into)), into, c"", &stat).during(|| "set its attributes".to_owned())
+    let stat = rustix::fs::fstat(from).during(|| "read the directory's attributes".to_owned())?;
+    finish(Some((from, into)), into, c"", &stat)
+        .during(|| "set the attributes of the copied directory".to_owned())
 }
 
 fn copy_entry(
@@ -111,14 +118,14 @@ fn copy_entry(
         FileType::Directory => {
             let Some(depth) = depth.checked_sub(1) else {
                 return Err(Error::invalid(format!(
-                    "its directories lie more than {MAX_DEPTH} deep in each other"
+                    "the volume's directories are nested more than {MAX_DEPTH} levels deep"
                 )));
             };
-            mkdirat(into, name, Mode::RWXU).during(|| "make it".to_owned())?;
+            mkdirat(into, name, Mode::RWXU).during(|| "create a copy".to_owned())?;
             let open = |dir: &OwnedFd| {
                 let flags = plain | OFlags::RDONLY | OFlags::DIRECTORY;
-                // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
-                openat(dir, name, flags, Mode::empty()).during(|| "open it".to_owned())
+                // O_DIRECTORY makes this call fail for a device before its driver is called.
+                openat(dir, name, flags, Mode::empty()).during(|| "open the directory".to_owned())
             };
             copy_directory(&open(from)?, &open(into)?, depth)
         }
@@ -126,28 +133,32 @@ fn copy_entry(
             let mut source = regular_file::open_at(from, name, OFlags::RDONLY, false)
                 .map_err(|unfit| Error::invalid(unfit.to_string()))?;
             let flags = plain | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-            // Ours: O_EXCL opens only a file that this call makes.
-            let target = openat(into, name, flags, private).during(|| "make it".to_owned())?;
-            let mut target = File::from(target);
-            io::copy(&mut source, &mut target).during(|| "copy it".to_owned())?;
+            // Ours: with O_EXCL, the kernel opens only a file that this call creates.
+            let target = openat(into, name, flags, private);
+            let mut target = File::from(target.during(|| "create a copy".to_owned())?);
+            io::copy(&mut source, &mut target).during(|| "copy the contents".to_owned())?;
             let (source, target) = (OwnedFd::from(source), OwnedFd::from(target));
             finish(Some((&source, &target)), into, name, stat)
-                .during(|| "set its attributes".to_owned())
+                .during(|| "set the attributes of the copied file".to_owned())
         }
         FileType::Symlink => {
-            let target = readlinkat(from, name, Vec::new()).during(|| "read it".to_owned())?;
-            symlinkat(target, into, name).during(|| "make it".to_owned())?;
-            finish(None, into, name, stat).during(|| "set its attributes".to_owned())
+            let target = readlinkat(from, name, Vec::new())
+                .during(|| "read the symbolic link".to_owned())?;
+            symlinkat(target, into, name).during(|| "create a copy".to_owned())?;
+            finish(None, into, name, stat)
+                .during(|| "set the attributes of the copied file".to_owned())
         }
         kind => {
-            mknodat(into, name, kind, private, stat.st_rdev).during(|| "make it".to_owned())?;
-            finish(None, into, name, stat).during(|| "set its attributes".to_owned())
+            mknodat(into, name, kind, private, stat.st_rdev)
+                .during(|| "create a copy".to_owned())?;
+            finish(None, into, name, stat)
+                .during(|| "set the attributes of the copied file".to_owned())
         }
     }
 }
 
-/// Owner, mode, extended attributes and times, in the order in which none undoes another. An
-/// empty name is the directory itself.
+/// Sets the owner, mode, extended attributes and times of a copied file. The order matters: no step
+/// may change the result of an earlier step. An empty `name` means the directory `into` itself.
 fn finish(
     open: Option<(&OwnedFd, &OwnedFd)>,
     into: &OwnedFd,
@@ -214,14 +225,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_volume_begins_with_what_the_image_has() -> Result<(), Box<dyn std::error::Error>> {
+    fn a_volume_starts_as_a_copy_of_the_images_directory() -> Result<(), Box<dyn std::error::Error>>
+    {
         let base = std::env::temp_dir().join(format!("rrun-volumes-{}", std::process::id()));
         let (rootfs, dir) = (base.join("rootfs"), base.join("volumes"));
         std::fs::create_dir_all(rootfs.join("real/sub"))?;
         std::fs::write(rootfs.join("real/sub/file"), "text")?;
         std::fs::set_permissions(rootfs.join("real/sub"), PermissionsExt::from_mode(0o1751))?;
         symlink("/etc/passwd", rootfs.join("real/link"))?;
-        // Inside the image, this is /real.
+        // If the link `data` is resolved inside the image, it leads to the image's directory /real.
         symlink("/real", rootfs.join("data"))?;
         symlink("../../../..", rootfs.join("out"))?;
         let declared =

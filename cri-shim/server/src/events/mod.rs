@@ -1,12 +1,13 @@
-//! What GetContainerEvents sends.
+//! Distribution of container events to the subscribers of GetContainerEvents.
 
 use rrun_proto::v1::ContainerEventResponse;
 use tokio::sync::broadcast;
 
-/// Events that a subscriber may lag behind before it loses some; kubelet then lists anew.
+/// The number of events that a subscriber can lag behind before it loses events. If kubelet loses
+/// events, it lists all containers again.
 const MAX_BACKLOG: usize = 256;
 
-/// Everyone who listens to container events.
+/// The channel to all subscribers of container events.
 pub(crate) struct Bus {
     sender: broadcast::Sender<ContainerEventResponse>,
 }
@@ -20,7 +21,7 @@ impl Default for Bus {
 }
 
 impl Bus {
-    /// Sends what `event` makes, which nobody pays for while nobody listens.
+    /// Sends the event that `event` returns. If there are no subscribers, `event` is not called.
     pub(crate) fn publish(&self, event: impl FnOnce() -> ContainerEventResponse) {
         if self.sender.receiver_count() > 0 {
             let _ = self.sender.send(event());

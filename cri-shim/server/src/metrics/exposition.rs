@@ -1,4 +1,4 @@
-//! Prometheus's text format, version 0.0.4.
+//! Export of the metrics in Prometheus's text format, version 0.0.4.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,7 @@ fn value(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
-/// Microseconds as seconds.
+/// Formats a number of microseconds as seconds.
 fn seconds(microseconds: u64) -> String {
     let text = format!(
         "{}.{:06}",
@@ -22,7 +22,8 @@ fn seconds(microseconds: u64) -> String {
     text.trim_end_matches('.').to_owned()
 }
 
-/// A text under construction. Writing to a string can't fail.
+/// The text of the metrics, to which the methods append lines. The methods of this type ignore
+/// errors, because writing to a string can't fail.
 #[derive(Default)]
 struct Text(String);
 
@@ -31,7 +32,7 @@ impl Text {
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    /// `labels` with their braces, or empty.
+    /// Appends a sample. `labels` includes the braces, or is empty.
     fn sample(&mut self, name: &str, labels: &str, value: impl std::fmt::Display) {
         let _ = writeln!(self.0, "{name}{labels} {value}");
     }
@@ -41,7 +42,7 @@ impl Text {
         self.sample(name, "", value);
     }
 
-    /// `label` as `method="Version"`, or empty.
+    /// Appends a histogram. `label` has the form `method="Version"`, or is empty.
     fn histogram(&mut self, name: &str, label: &str, histogram: &Histogram) {
         let comma = if label.is_empty() { "" } else { "," };
         let mut below = 0;
@@ -64,7 +65,7 @@ impl Text {
     }
 }
 
-/// All there is to tell.
+/// Returns all metrics as text.
 pub(super) fn text(node: &Node) -> String {
     let mut text = Text::default();
     operations(&mut text);
@@ -82,13 +83,21 @@ fn operations(text: &mut Text) {
             .filter(|(_, operation)| value(&operation.took.count) > 0)
     };
     let name = "rrun_cri_operations_total";
-    text.family(name, "counter", "CRI calls answered, failed ones too.");
+    text.family(
+        name,
+        "counter",
+        "Number of CRI calls that the server answered, including failed calls.",
+    );
     for (method, operation) in called() {
         let count = value(&operation.took.count);
         text.sample(name, &format!("{{method=\"{method}\"}}"), count);
     }
     let name = "rrun_cri_operations_errors_total";
-    text.family(name, "counter", "CRI calls that failed, by gRPC code.");
+    text.family(
+        name,
+        "counter",
+        "Number of CRI calls that failed, by gRPC code.",
+    );
     for (method, operation) in called() {
         for (number, count) in (0..).zip(&operation.codes).skip(1) {
             let count = value(count);
@@ -100,7 +109,7 @@ fn operations(text: &mut Text) {
         }
     }
     let name = "rrun_cri_operations_duration_seconds";
-    text.family(name, "histogram", "How long CRI calls took, by method.");
+    text.family(name, "histogram", "Duration of CRI calls, by method.");
     for (method, operation) in called() {
         text.histogram(name, &format!("method=\"{method}\""), &operation.took);
     }
@@ -108,18 +117,18 @@ fn operations(text: &mut Text) {
 
 fn pulls(text: &mut Text) {
     let name = "rrun_cri_image_pull_seconds";
-    text.family(name, "histogram", "How long successful image pulls took.");
+    text.family(name, "histogram", "Duration of successful image pulls.");
     text.histogram(name, "", &METRICS.pulled);
     text.single(
         "rrun_cri_image_pull_bytes_total",
         "counter",
-        "Compressed bytes of the images pulled.",
+        "Compressed size of the pulled images, in bytes.",
         value(&METRICS.pulled_bytes),
     );
     text.single(
         "rrun_cri_image_pull_failures_total",
         "counter",
-        "Image pulls that failed.",
+        "Number of image pulls that failed.",
         value(&METRICS.pulls_failed),
     );
 }
@@ -138,16 +147,20 @@ fn pods(text: &mut Text, node: &Node) {
     text.single(
         "rrun_cri_monitors",
         "gauge",
-        "Pods whose rrun-monitor is alive.",
+        "Number of pods whose rrun-monitor process is running.",
         monitors,
     );
-    text.family("rrun_cri_pods", "gauge", "Pods known.");
+    text.family("rrun_cri_pods", "gauge", "Number of pods, by state.");
     for (state, count) in [("ready", ready), ("notready", not_ready)] {
         text.sample("rrun_cri_pods", &format!("{{state=\"{state}\"}}"), count);
     }
     let containers = node.containers();
     let of = |phase| containers.iter().filter(|one| one.phase() == phase).count();
-    text.family("rrun_cri_containers", "gauge", "Containers known.");
+    text.family(
+        "rrun_cri_containers",
+        "gauge",
+        "Number of containers, by state.",
+    );
     for (state, phase) in [
         ("created", Phase::Created),
         ("running", Phase::Running),
@@ -158,9 +171,13 @@ fn pods(text: &mut Text, node: &Node) {
     }
 }
 
-/// Of this process, under the names that Prometheus's own clients use.
+/// Appends the metrics of this process, under the names that Prometheus's client libraries use.
 fn process(text: &mut Text) {
-    text.family("rrun_cri_build_info", "gauge", "The version that runs.");
+    text.family(
+        "rrun_cri_build_info",
+        "gauge",
+        "The running version of rrun-cri.",
+    );
     let labels = format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
     text.sample("rrun_cri_build_info", &labels, 1);
     let Ok(process) = procfs() else { return };
@@ -174,34 +191,39 @@ fn process(text: &mut Text) {
         (
             "process_start_time_seconds",
             "gauge",
-            "When it started, since the epoch.",
+            "Start time of the process, in seconds since the epoch.",
             process.started,
         ),
         (
             "process_virtual_memory_bytes",
             "gauge",
-            "Virtual memory.",
+            "Virtual memory of the server process, in bytes.",
             process.virtual_bytes,
         ),
         (
             "process_resident_memory_bytes",
             "gauge",
-            "Resident memory.",
+            "Resident memory of the server process, in bytes.",
             process.resident_bytes,
         ),
         (
             "process_open_fds",
             "gauge",
-            "Open descriptors.",
+            "Number of open file descriptors.",
             process.fds,
         ),
         (
             "process_max_fds",
             "gauge",
-            "The most descriptors that may be open.",
+            "The server process's limit on open file descriptors.",
             process.max_fds,
         ),
-        ("process_threads", "gauge", "Threads.", process.threads),
+        (
+            "process_threads",
+            "gauge",
+            "Number of threads.",
+            process.threads,
+        ),
     ] {
         text.single(name, kind, help, value);
     }
@@ -217,7 +239,9 @@ struct Process {
     threads: f64,
 }
 
-/// proc_pid_stat(5): what stands behind the name, from the third field on.
+/// Reads /proc/self/stat (proc_pid_stat(5)). The second field, the program name in parentheses, can
+/// contain spaces. The fields are therefore counted from the third field, after the closing
+/// parenthesis.
 fn procfs() -> std::io::Result<Process> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     let fields: Vec<&str> = stat
@@ -243,7 +267,7 @@ fn procfs() -> std::io::Result<Process> {
         virtual_bytes: field(23),
         resident_bytes: field(24) * rustix::param::page_size() as f64,
         fds: std::fs::read_dir("/proc/self/fd")?.count() as f64,
-        max_fds: limit.current.map_or(f64::INFINITY, |most| most as f64),
+        max_fds: limit.current.map_or(f64::INFINITY, |limit| limit as f64),
         threads: field(20),
     })
 }
@@ -255,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_histogram_adds_up() {
+    fn a_histogram_counts_each_duration_in_all_higher_buckets() {
         let histogram = Histogram::new();
         for milliseconds in [0, 1, 3, 200_000] {
             histogram.add(Duration::from_millis(milliseconds));
@@ -272,7 +296,10 @@ mod tests {
             "h_sum{method=\"Version\"} 200.004",
             "h_count{method=\"Version\"} 4",
         ] {
-            assert!(all.lines().any(|told| told == line), "no {line} in\n{all}");
+            assert!(
+                all.lines().any(|printed| printed == line),
+                "the metrics lack the line {line}:\n{all}"
+            );
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The socket of `metrics_listen`: HTTP/1, as much of it as a scraper needs.
+//! A minimal HTTP/1 server for metrics scrapers, which listens on the address `metrics_listen`.
 //!
-//! One request a connection, a bounded number of bytes and of connections, each with a deadline:
-//! whatever comes from there costs no more than that.
+//! To restrict the resources that clients can use, the server accepts one request per connection.
+//! It also limits the request size, the number of connections and the duration of a connection.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,20 +16,20 @@ use crate::node::Node;
 use rrun_calls::error::{During, Result};
 use rrun_kernel::errno::describe;
 
-/// Connections at once; the rest wait in the backlog.
+/// The limit on concurrent connections. Further connections wait in the socket's backlog.
 const MAX_CONNECTIONS: usize = 8;
 
-/// A request's line and headers.
+/// The size limit of a request's first line and headers.
 const MAX_REQUEST_BYTES: usize = 8 << 10;
 
-/// For the request, and for the answer.
+/// The time limit of a connection, until the end of the response.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Serves until the task is ended.
+/// Serves the metrics over HTTP until the calling task is aborted.
 pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
         };
         match listener.accept().await {
@@ -37,7 +37,7 @@ pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
                 let node = Arc::clone(&node);
                 tokio::spawn(async move {
                     let _ = tokio::time::timeout(REQUEST_TIMEOUT, answer(&node, stream)).await;
-                    drop(place);
+                    drop(permit);
                 });
             }
             Err(error) => {
@@ -48,7 +48,7 @@ pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
     }
 }
 
-/// Binds the socket.
+/// Binds the socket on which metrics are served.
 pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener> {
     let what = || format!("listen on {address} for metrics");
     TcpListener::bind(address).await.during(what)
@@ -75,10 +75,18 @@ async fn answer(node: &Node, mut stream: TcpStream) -> std::io::Result<()> {
     let path = path.map(|path| path.split('?').next().unwrap_or_default());
     let is_http = version.is_some_and(|version| version.starts_with("HTTP/1."));
     let (status, body) = match (method, path) {
-        _ if !is_http || !is_whole(&request) => ("400 Bad Request", "no HTTP/1 request\n".into()),
+        _ if !is_http || !is_whole(&request) => {
+            ("400 Bad Request", "this is not an HTTP/1 request\n".into())
+        }
         (Some("GET" | "HEAD"), Some("/metrics")) => ("200 OK", exposition::text(node)),
-        (Some("GET" | "HEAD"), _) => ("404 Not Found", "metrics are at /metrics\n".into()),
-        _ => ("405 Method Not Allowed", "only GET\n".into()),
+        (Some("GET" | "HEAD"), _) => (
+            "404 Not Found",
+            "metrics are served at the path /metrics\n".into(),
+        ),
+        _ => (
+            "405 Method Not Allowed",
+            "only GET and HEAD are allowed\n".into(),
+        ),
     };
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\

@@ -1,7 +1,7 @@
-//! What the server counts of itself, for Prometheus.
+//! The server's metrics for Prometheus.
 //!
-//! Counters are atomics, a fixed number of them: no caller can make another one. [`exposition`]
-//! writes them as text, [`listener`] serves that.
+//! The counters are a fixed set of atomics, so clients can't make the server create more counters.
+//! [`exposition`] formats the metrics as text, and [`listener`] serves the text over HTTP.
 
 mod exposition;
 pub(crate) mod listener;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use rrun_images::PullEnd;
 use tonic::{Code, Status};
 
-/// The methods of both services; whatever else is called counts as the last.
+/// The methods of RuntimeService and ImageService. Calls of any other method are counted as
+/// "other".
 const METHODS: [&str; 42] = [
     "Attach",
     "CheckpointContainer",
@@ -58,10 +59,10 @@ const METHODS: [&str; 42] = [
     "other",
 ];
 
-/// gRPC's codes, 0 to 16.
+/// The number of gRPC status codes. The codes are 0 to 16.
 const CODES: usize = 17;
 
-/// Upper bounds of the histograms' buckets, in microseconds.
+/// The upper limits of the histograms' buckets, in microseconds.
 const BOUNDS: [u64; 16] = [
     500,
     1_000,
@@ -83,7 +84,8 @@ const BOUNDS: [u64; 16] = [
 
 /// A histogram of durations.
 struct Histogram {
-    /// How many took at most as long as the bound of the same place, and longer than those before.
+    /// The counts of durations. Each bucket has its upper limit in `BOUNDS`. A duration is counted
+    /// only in the first bucket whose limit the duration does not exceed.
     buckets: [AtomicU64; BOUNDS.len()],
     count: AtomicU64,
     microseconds: AtomicU64,
@@ -121,7 +123,7 @@ struct Counters {
     pulls_failed: AtomicU64,
 }
 
-/// Of the whole process.
+/// The metrics of this server process.
 static METRICS: Counters = Counters {
     operations: [const {
         Operation {
@@ -134,17 +136,19 @@ static METRICS: Counters = Counters {
     pulls_failed: AtomicU64::new(0),
 };
 
-/// A call under way. One that is dropped before its answer was cancelled by its client.
+/// A CRI call in progress. If this value is dropped before [`Call::answered`] is called, the client
+/// has cancelled the call.
 pub(crate) struct Call {
     method: usize,
-    /// As the client names it, if it is none of the methods.
+    /// The name of the called method if the server does not have the method, otherwise `None`.
     unknown: Option<String>,
     begun: Instant,
     code: usize,
 }
 
 impl Call {
-    /// `path` is the request's: `/runtime.v1.RuntimeService/Version`.
+    /// Starts the measurement of a CRI call. `path` is the path of the request, such as
+    /// `/runtime.v1.RuntimeService/Version`.
     pub(crate) fn begin(path: &str) -> Self {
         let name = path.rsplit('/').next().unwrap_or_default();
         let method = METHODS.iter().position(|method| *method == name);
@@ -156,8 +160,9 @@ impl Call {
         }
     }
 
-    /// The answer has begun. `status` stands in its header if the call failed; it is logged, since
-    /// kubelet's own log is often elsewhere.
+    /// Records that the response has begun. If the call failed, `status` is the gRPC status in the
+    /// response's headers. This function also logs the failure. An operator can then find the
+    /// failure without kubelet's log.
     pub(crate) fn answered(mut self, status: Option<Status>) {
         self.code = status.as_ref().map_or(Code::Ok, Status::code) as usize;
         if let Some(failure) = status.filter(|status| status.code() != Code::Ok) {
@@ -169,11 +174,12 @@ impl Call {
         let known = METHODS.get(self.method).copied().unwrap_or_default();
         let (method, sentence) = (self.unknown.as_deref().unwrap_or(known), failure.message());
         match (method, failure.code()) {
-            // A pull logs its own failure, once for all callers that wait for it.
+            // A failure of PullImage is not logged here. The pull itself logs its failure, once for
+            // all its callers.
             ("PullImage", _) => {}
-            // A client tried a method that does not exist here.
+            // A client called a method that this server does not have.
             (_, Code::Unimplemented) if sentence.is_empty() => {
-                log::debug!("{method}: there is no such method");
+                log::debug!("{method}: the method does not exist");
             }
             (_, Code::NotFound) => log::debug!("{method}: {sentence}"),
             _ => log::warn!("{method}: {sentence}"),
@@ -192,7 +198,7 @@ impl Drop for Call {
     }
 }
 
-/// Counts a pull.
+/// Counts a pull that ended.
 pub(crate) fn pull_ended(end: PullEnd) {
     match end {
         PullEnd::Pulled { bytes, took } => {

@@ -1,4 +1,4 @@
-//! The files of a pod: its directory, what its containers see in /etc, and /dev/shm.
+//! The files of a pod: its directory, the files that its containers see in /etc, and /dev/shm.
 
 use std::fmt::Write as _;
 use std::io;
@@ -13,26 +13,27 @@ use crate::selinux::label::Label;
 use crate::selinux::relabel;
 use rrun_calls::error::{During, Error, Result};
 
-/// Bytes; what Docker and containerd give.
+/// The size of /dev/shm (64 MiB), the same as with Docker and containerd.
 const SHM_SIZE: &str = "64m";
 
-/// The most that is copied of a file of the node's /etc.
+/// The maximum number of bytes that are copied from a file in the node's /etc.
 const MAX_COPY_BYTES: u64 = 1 << 20;
 
-/// Makes a directory that only root reads; parents too.
+/// Creates a directory and its missing parents, with access for root only.
 pub(crate) fn private_dir(path: &Path) -> Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .during(|| format!("make the directory {}", path.display()))
+        .during(|| format!("create the directory {}", path.display()))
 }
 
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).during(|| format!("write {}", path.display()))
 }
 
-/// Writes a record that a kill at any instruction leaves whole, in its old or its new form.
+/// Writes a record atomically: if the server is killed, the file contains either the old or the new
+/// record.
 pub(crate) fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Result<()> {
     let what = || format!("write the record {}", path.display());
     let json = serde_json::to_vec(record)
@@ -43,15 +44,16 @@ pub(crate) fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Resu
     std::fs::rename(&new, path).during(what)
 }
 
-/// A record as [`write_record`] left it; `None` if there is none.
+/// Reads a record that [`write_record`] wrote. Returns `None` if the record does not exist or can't
+/// be parsed.
 pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
-/// What containers see of a pod's files.
+/// The pod's files that containers see in /etc.
 const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
-/// Gives them, as far as they are there, an SELinux label.
+/// Sets the SELinux label of the files in `POD_FILES` that exist.
 pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
     for path in POD_FILES.map(|name| dir.join(name)) {
         if path.exists() {
@@ -61,13 +63,14 @@ pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
     Ok(())
 }
 
-/// Gives what containers see of the pod's files to the root of its user namespace.
-pub(crate) fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
+/// Makes the root user of the pod's user namespace the owner of the files in `POD_FILES`.
+pub(crate) fn set_owner(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
     for name in POD_FILES {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).during(|| format!("give {} to {uid}:{gid}", path.display()));
+                return Err(error)
+                    .during(|| format!("change the owner of {} to {uid}:{gid}", path.display()));
             }
             _ => {}
         }
@@ -75,9 +78,10 @@ pub(crate) fn give_to(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// Lets the runtime, once it is in the pod's user namespace, come to the bundles: anybody who knows
-/// what to ask for can pass through the directories that all pods are in, the group of the pod's
-/// root through the pod's own.
+/// Sets permissions for the runtime's access to the bundles from inside the pod's user namespace.
+/// The directories in `all` are shared by all pods. Any user can traverse these directories, but
+/// only root can list them. The directories in `own` belong to one pod, and only the group of the
+/// pod's root user can traverse them.
 pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
     let set = |path: &Path, mode: u32| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
@@ -88,20 +92,20 @@ pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> 
     }
     for path in own {
         std::os::unix::fs::lchown(path, None, Some(gid))
-            .during(|| format!("give {} to the group {gid}", path.display()))?;
+            .during(|| format!("change the group of {} to {gid}", path.display()))?;
         set(path, 0o710)?;
     }
     Ok(())
 }
 
-/// Mounts the /dev/shm that the containers of the pod share, for this user and group, with this
-/// SELinux label.
+/// Mounts the /dev/shm that the pod's containers share. `root` contains the uid and the gid of the
+/// owner of /dev/shm, and `label` is the SELinux label of /dev/shm.
 pub(crate) fn mount_shm(
     path: &Path,
     root: Option<(u32, u32)>,
     label: Option<&Label>,
 ) -> Result<()> {
-    std::fs::create_dir_all(path).during(|| format!("make the directory {}", path.display()))?;
+    std::fs::create_dir_all(path).during(|| format!("create the directory {}", path.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let (uid, gid) = root.unwrap_or_default();
     let mut data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
@@ -113,7 +117,7 @@ pub(crate) fn mount_shm(
         .during(|| format!("mount a tmpfs on {}", path.display()))
 }
 
-/// Unmounts whatever is mounted on `path`, every layer of it. Right also when nothing is.
+/// Unmounts all mounts that are stacked on `path`. A path without mounts is not an error.
 pub(crate) fn unmount(path: &Path) -> Result<()> {
     loop {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -127,7 +131,7 @@ pub(crate) fn unmount(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory and what is in it. Right also when nothing is there.
+/// Removes a directory and its contents. A missing directory is not an error.
 pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -137,7 +141,7 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     }
 }
 
-/// Refuses what would be another line, or another word, of resolv.conf(5).
+/// Rejects values that would add a line or a word to resolv.conf(5).
 pub(crate) fn check_dns(dns: &DnsConfig) -> Result<()> {
     let fields = [
         ("servers", &dns.servers),
@@ -150,14 +154,15 @@ pub(crate) fn check_dns(dns: &DnsConfig) -> Result<()> {
         };
         if let Some(word) = words.iter().find(odd) {
             return Err(Error::invalid(format!(
-                "the pod's dns_config.{field} has {word:?}, which is not one word"
+                "the pod's dns_config.{field} contains {word:?}, which is not a single word"
             )));
         }
     }
     Ok(())
 }
 
-/// resolv.conf(5) of the pod's DNS configuration; without one, the node's.
+/// Returns the contents of resolv.conf(5) for the pod's DNS configuration. If the pod has no DNS
+/// configuration, returns a copy of the node's resolv.conf.
 pub(crate) fn resolv_conf(dns: Option<&DnsConfig>) -> String {
     let Some(dns) = dns.filter(|dns| **dns != DnsConfig::default()) else {
         return of_node("/etc/resolv.conf");
@@ -175,7 +180,8 @@ pub(crate) fn resolv_conf(dns: Option<&DnsConfig>) -> String {
     text
 }
 
-/// hosts(5) of a pod with a network of its own. Kubelet mounts its own over it.
+/// Returns the contents of hosts(5) for a pod with its own network. Kubelet's containers do not see
+/// this file, because kubelet mounts its own hosts file over it.
 pub(crate) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     let mut text = String::from(
         "127.0.0.1\tlocalhost\n\
@@ -190,7 +196,8 @@ pub(crate) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     text
 }
 
-/// A file of the node for pods in the node's network; empty if there is none.
+/// Reads a file of the node for a pod that uses the node's network, host name or DNS configuration.
+/// Returns an empty string if the file does not exist.
 pub(crate) fn of_node(path: &str) -> String {
     let mut text = String::new();
     if let Ok(file) = std::fs::File::open(path) {
@@ -204,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resolv_conf_has_a_line_per_server() {
+    fn resolv_conf_has_one_line_for_each_server() {
         let dns = DnsConfig {
             servers: vec!["10.0.0.10".into(), "fd00::a".into()],
             searches: vec!["a.svc".into(), "svc".into()],
@@ -217,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pods_name_has_the_pods_address() {
+    fn hosts_maps_the_pods_name_to_its_addresses() {
         let addresses = [
             IpAddr::from([10, 88, 0, 5]),
             IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 5]),

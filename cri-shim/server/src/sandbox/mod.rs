@@ -1,8 +1,10 @@
-//! A pod's life.
+//! The life cycle of a pod.
 //!
-//! [`run`] makes everything that the containers of a pod share; [`stop`] gives it back, and ends
-//! in removal. [`files`] are what containers see in /etc and /dev/shm, [`namespaces`] says who
-//! shares what, [`users`] whose ids the pod's are, [`watch`] follows the pod's monitor, [`status`] is the CRI's view.
+//! [`run`] creates the resources that the containers of a pod share, and [`stop`] releases and
+//! removes these resources. [`files`] mounts /dev/shm, and writes the files that containers see in
+//! /etc. [`namespaces`] decides which namespaces the pod shares with the node, and [`users`] maps
+//! the pod's user ids. [`watch`] handles the events of the pod's monitor, and [`status`] builds the
+//! CRI messages.
 
 pub(crate) mod files;
 pub(crate) mod namespaces;
@@ -30,55 +32,62 @@ use rrun_monitor_client::MonitorClient;
 use rrun_protocol::SOCKET_NAME;
 use rrun_store::{Entry, Table};
 
-/// The name of the record in a pod's directory.
+/// The name of the file with the pod's record, in the pod's directory.
 pub(crate) const RECORD: &str = "pod.json";
 
-/// One pod. What can change is in `state`, which is never locked across I/O.
+/// A pod. The field `state` contains everything that can change. The lock on `state` is never held
+/// during I/O.
 pub(crate) struct Sandbox {
     pub id: String,
     pub config: PodSandboxConfig,
-    /// As the pod asked; empty is the default handler.
+    /// The name of the pod's runtime handler. An empty name selects the default handler.
     pub handler: String,
-    /// Nanoseconds since the epoch.
+    /// The time of the pod's creation, in nanoseconds since the epoch.
     pub created_at: i64,
-    /// The pod's cgroup, under which its containers' are: `/kubepods/pod1`.
+    /// The pod's cgroup, which is the parent of its containers' cgroups, such as `/kubepods/pod1`.
     pub cgroup: String,
-    /// The directories of it that this server made, outermost first.
+    /// The cgroup directories that this server created for the pod, outermost first.
     pub cgroups_made: Vec<PathBuf>,
-    /// `None` where pods have no labels.
+    /// The pod's SELinux labels, or `None` if SELinux is not used.
     pub selinux: Option<Labels>,
-    /// No other pod is given its level.
+    /// The reservation of the pod's SELinux level. While it exists, no other pod gets the same
+    /// level.
     _level: Option<LevelHold>,
     pub monitor: MonitorClient,
     state: Mutex<SandboxState>,
-    /// Containers being made; the pod's removal waits for them.
+    /// The number of unfinished CreateContainer calls in this pod. The pod's removal waits until
+    /// this number is 0.
     pub creating: tokio::sync::watch::Sender<usize>,
-    /// The record in the store.
+    /// The pod's record in the store.
     record: Entry,
 }
 
-/// What changes in a pod's life.
+/// The part of a pod's data that can change.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct SandboxState {
     pub ready: bool,
-    /// The primary address first; none in the node's network.
+    /// The pod's addresses, the primary address first. If the pod is in the node's network, the
+    /// list is empty.
     pub addresses: Vec<IpAddr>,
-    /// The monitor's process, 0 once it is gone.
+    /// The process id of the monitor, or 0 after the monitor's exit.
     pub monitor: i32,
-    /// The first process of the pod's PID namespace.
+    /// The process id of the first process in the pod's PID namespace.
     pub pid1: Option<i32>,
-    /// The process whose namespaces are the pod's, if that is not the monitor.
+    /// The id of the process whose namespaces the pod uses, or `None` if this process is the
+    /// monitor.
     pub holder: Option<i32>,
     /// See [`rrun_protocol::Hello::passes_after`].
     pub passes_after: bool,
-    /// The monitor was told to end: its silence is no accident.
+    /// True after the monitor was instructed to exit. If this field is true, a lost connection to
+    /// the monitor is not an error.
     pub retired: bool,
-    /// As last told by RunPodSandbox or UpdatePodSandboxResources.
+    /// The resources in the last RunPodSandbox or UpdatePodSandboxResources call.
     pub resources: Option<LinuxContainerResources>,
     pub overhead: Option<LinuxContainerResources>,
 }
 
-/// The pod in the store, and in its directory while it is being made.
+/// The pod's record in the store. During the pod's creation, the record is only in the file
+/// `pod.json` in the pod's directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SandboxRecord {
     pub id: String,
@@ -147,15 +156,19 @@ impl Sandbox {
         }
     }
 
-    /// `STATE/pods/POD/pod.json`: the pod as it is being made, and, once it says `ready`, as it is,
-    /// until the store has it. It is what a kill of the server leaves; a reboot, after which there
-    /// is no pod, takes it along.
-    pub(crate) fn write_down(&self, node: &Node) -> Result<()> {
+    /// Writes the record `STATE/pods/POD/pod.json`. If the server is killed, it reads this file
+    /// when it starts again. If `ready` is false, the file describes a partially created pod, which
+    /// the server removes. If `ready` is true, the file describes a complete pod. The server adds
+    /// this pod to the store if the store has no record of it. A reboot ends the pod and also
+    /// deletes the file.
+    pub(crate) fn write_pod_json(&self, node: &Node) -> Result<()> {
         files::write_record(&node.sandbox_dir(&self.id).join(RECORD), &self.to_record())
     }
 
-    /// Writes the pod to the store without anyone waiting for the disk; it has been written down.
-    /// At once all the same: what CNI plugins hold for a pod, a reboot does not take along.
+    /// Writes the pod to the store in the background. RunPodSandbox does not wait for the disk,
+    /// because `pod.json` already contains the record. But the write begins immediately, because a
+    /// reboot deletes `pod.json`. The resources that CNI plugins have reserved for the pod survive
+    /// a reboot, and the server needs the record to release these resources.
     pub(crate) fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
@@ -165,46 +178,46 @@ impl Sandbox {
         });
     }
 
-    /// Writes the pod's state to the store.
+    /// Writes the pod's state to the store and waits until the state is on the disk.
     pub(crate) async fn save(&self, node: &Node) -> Result<()> {
         let saved = self.record.save(&node.store, || self.to_record());
-        let written = slow(format!("{}: write its record", self.name()), saved).await;
+        let written = slow(format!("{}: write the pod's record", self.name()), saved).await;
         written.map_err(Error::from)
     }
 
-    /// Takes the pod out of the store, for good.
+    /// Deletes the pod's record from the store.
     pub(crate) async fn delete_record(&self, node: &Node) -> Result<()> {
         let deleted = self.record.delete(&node.store);
-        let written = slow(format!("{}: write its record", self.name()), deleted).await;
+        let written = slow(format!("{}: delete the pod's record", self.name()), deleted).await;
         written.map_err(Error::from)
     }
 
-    /// The process whose `/proc/PID/ns/…` are the pod's.
+    /// Returns the id of the process whose namespaces (`/proc/PID/ns/…`) are the pod's namespaces.
     pub(crate) fn namespaces(&self) -> i32 {
         let state = self.state();
         state.holder.unwrap_or(state.monitor)
     }
 
-    /// Counts a container as being made until the guard goes.
+    /// Counts one more container in `creating` until the returned guard is dropped.
     pub(crate) fn begin_create(&self) -> Creating<'_> {
         self.creating.send_modify(|count| *count += 1);
         Creating(self)
     }
 
-    /// `pod NAMESPACE/NAME (ID)`, for the log and for errors.
+    /// Returns `pod NAMESPACE/NAME (ID)`, for log messages and errors.
     pub(crate) fn name(&self) -> String {
         name(&self.id, &self.config)
     }
 }
 
-/// See [`Sandbox::name`].
+/// Returns the same name as [`Sandbox::name`] for the pod with this id and this configuration.
 pub(crate) fn name(id: &str, config: &PodSandboxConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     let short = crate::id::short(id);
     format!("pod {}/{} ({short})", metadata.namespace, metadata.name)
 }
 
-/// See [`Sandbox::begin_create`].
+/// The guard that [`Sandbox::begin_create`] returns.
 pub(crate) struct Creating<'a>(&'a Sandbox);
 
 impl Drop for Creating<'_> {

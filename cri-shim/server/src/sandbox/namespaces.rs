@@ -1,25 +1,28 @@
-//! Which namespaces a pod has of its own.
+//! Decides which namespaces a pod shares with the node.
 
 use rrun_proto::v1::{NamespaceMode, NamespaceOption, PodSandboxConfig};
 
 use super::users;
 use rrun_calls::error::{Error, Result};
 
-/// What a pod's namespace options come to.
+/// The namespaces that a pod's options select.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sharing {
-    /// A network namespace of the pod's own.
+    /// True if the pod has its own network namespace.
     pub own_network: bool,
     pub own_ipc: bool,
-    /// A host name of its own; the node's network goes with the node's name.
+    /// True if the pod has its own host name. A pod in the node's network always has the node's
+    /// host name.
     pub own_uts: bool,
-    /// One PID namespace for all containers that want the pod's.
+    /// True if the pod's containers share one PID namespace. A container that requests another PID
+    /// namespace does not use the shared one.
     pub shared_pid: bool,
-    /// A user namespace, which then owns the others.
+    /// True if the pod has its own user namespace, which owns the pod's other namespaces.
     pub own_users: bool,
 }
 
-/// The pod's options; absent ones are the message's defaults.
+/// Returns the pod's namespace options. An option that the request does not set has the default of
+/// its protobuf field.
 pub(crate) fn options(config: &PodSandboxConfig) -> NamespaceOption {
     let context = config
         .linux
@@ -30,7 +33,7 @@ pub(crate) fn options(config: &PodSandboxConfig) -> NamespaceOption {
         .unwrap_or_default()
 }
 
-/// Reads a pod's options; what makes no sense for a pod is refused.
+/// Reads a pod's namespace options, and rejects combinations that are invalid for a pod.
 pub(crate) fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
     let options = options(config);
     if options.pid() == NamespaceMode::Target {
@@ -42,7 +45,7 @@ pub(crate) fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
         NamespaceMode::Pod => Ok(true),
         NamespaceMode::Node => Ok(false),
         other => Err(Error::invalid(format!(
-            "the pod's {field} namespace mode is {}, it can be POD or NODE",
+            "the pod's {field} namespace mode is {}, but it must be POD or NODE",
             other.as_str_name()
         ))),
     };
@@ -53,8 +56,9 @@ pub(crate) fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
         shared_pid: options.pid() == NamespaceMode::Pod,
         own_users: users::mappings(config)?.is_some(),
     };
-    // The root of a user namespace has no say over namespaces that are not its own: no /sys, no
-    // /dev/mqueue and no /proc could be mounted.
+    // The root of a user namespace has no privileges over namespaces that other user namespaces
+    // own. The pod's containers must mount /sys, /dev/mqueue and /proc. If the pod used the node's
+    // network, IPC or PID namespace, the kernel would refuse one of these mounts.
     let nodes = [
         ("network", !sharing.own_network),
         ("IPC", !sharing.own_ipc),
@@ -64,7 +68,7 @@ pub(crate) fn sharing(config: &PodSandboxConfig) -> Result<Sharing> {
         && let Some((field, _)) = nodes.iter().find(|(_, node)| *node)
     {
         return Err(Error::invalid(format!(
-            "the pod has a user namespace of its own (userns_options) and the node's {field} namespace, which do not go together"
+            "a pod with its own user namespace (userns_options) cannot use the node's {field} namespace"
         )));
     }
     Ok(sharing)
@@ -75,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_without_options_has_everything_of_its_own() -> Result<()> {
+    fn a_pod_without_options_has_its_own_namespaces() -> Result<()> {
         let own = Sharing {
             own_network: true,
             own_ipc: true,
@@ -88,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_namespace_and_the_nodes_network_do_not_go_together() {
+    fn a_user_namespace_together_with_the_nodes_network_is_refused() {
         let config = |network: NamespaceMode| {
             let ids = rrun_proto::v1::IdMapping {
                 host_id: 65536,

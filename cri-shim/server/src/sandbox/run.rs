@@ -1,4 +1,5 @@
-//! RunPodSandbox: everything that the containers of a pod share, or nothing.
+//! RunPodSandbox: creates the resources that the containers of a pod share. If a step fails, the
+//! resources that were already created are removed.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,13 +20,14 @@ use rrun_calls::wait::{blocking, slow};
 use rrun_network::namespace as netns;
 use rrun_protocol::{Hello, Pod};
 
-/// The host name's limit, sethostname(2).
+/// The maximum length of a host name in bytes, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
 
-/// How long a monitor may take to come up.
+/// The time limit for the monitor's first response after its start.
 const MONITOR_START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What two calls for the same pod have in common.
+/// Returns the key that identifies the requested pod. A retry of a RunPodSandbox call has the same
+/// key, so the retry joins the call in progress.
 pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
     let PodSandboxMetadata {
         name,
@@ -36,41 +38,46 @@ pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
     format!("run pod {namespace:?}/{name:?} uid {uid:?} attempt {attempt}")
 }
 
-/// Logged when a retry differs from the object that exists. It is no error, because kubelet would
-/// retry forever.
-pub(crate) const EXISTS_WITH_OTHER_CONFIG: &str = "asked for again with another configuration, which has no effect: \
-    it is there already; remove it first, or ask for another attempt";
+/// The warning for a retry whose configuration differs from that of the existing pod or container.
+/// RunPodSandbox and CreateContainer only log this warning. After an error, kubelet would retry
+/// forever.
+pub(crate) const EXISTS_WITH_OTHER_CONFIG: &str = "it already exists with another configuration, and the new configuration has no effect; \
+   remove it first, or create it with another attempt number";
 
-/// Runs a pod and returns its id; of one that is ready already for the same metadata, that one's.
+/// Runs a pod and returns its id. If a ready pod with the same metadata exists, returns that pod's
+/// id.
 pub(crate) async fn run(
     node: Arc<Node>,
     config: PodSandboxConfig,
     handler: String,
 ) -> Result<String> {
-    if let Some(there) = existing(&node, &config) {
-        return Ok(there);
+    if let Some(id) = existing(&node, &config) {
+        return Ok(id);
     }
     let sharing = check(&node, &config, &handler)?;
     check_network(&node, &config, sharing).await?;
-    // Held until the pod itself holds its SELinux level.
+    // The guard `_level` reserves the pod's SELinux level until the `Sandbox` reserves the level
+    // itself.
     let (record, _level) = new_record(&node, config, handler)?;
-    let sandbox = match make(&node, &record, sharing).await {
+    let sandbox = match create(&node, &record, sharing).await {
         Ok(sandbox) => Arc::new(sandbox),
         Err(error) => {
-            let rest = Sandbox::from_record(&node, left_behind(&node, record));
-            unmake(&node, &rest).await;
+            let rest = Sandbox::from_record(&node, last_record(&node, record));
+            roll_back(&node, &rest).await;
             return Err(error).during(|| format!("run {}", rest.name()));
         }
     };
     sandbox.state().ready = true;
-    if let Err(error) = sandbox.write_down(&node) {
-        unmake(&node, &sandbox).await;
+    if let Err(error) = sandbox.write_pod_json(&node) {
+        roll_back(&node, &sandbox).await;
         return Err(error);
     }
     node.add_sandbox(Arc::clone(&sandbox));
     sandbox.save_soon(&node);
     watch::begin(&node, &sandbox);
-    // Others make a container for a pod and start it: clients wait for both.
+    // In other CRI servers, each pod has an additional container, whose creation and start cause
+    // two events. Clients wait for these two events of each pod, so this server publishes the
+    // events, too.
     for kind in [
         ContainerEventType::ContainerCreatedEvent,
         ContainerEventType::ContainerStartedEvent,
@@ -81,17 +88,17 @@ pub(crate) async fn run(
     Ok(sandbox.id.clone())
 }
 
-/// The id of the pod that is ready for the same metadata.
+/// Returns the id of the ready pod with the same metadata, if such a pod exists.
 fn existing(node: &Node, config: &PodSandboxConfig) -> Option<String> {
     let metadata = config.metadata.clone().unwrap_or_default();
-    let there = node.sandbox_named(&metadata)?;
-    if !there.state().ready {
+    let sandbox = node.sandbox_named(&metadata)?;
+    if !sandbox.state().ready {
         return None;
     }
-    if there.config != *config {
-        log::warn!("{}: {}", there.name(), EXISTS_WITH_OTHER_CONFIG);
+    if sandbox.config != *config {
+        log::warn!("{}: {}", sandbox.name(), EXISTS_WITH_OTHER_CONFIG);
     }
-    Some(there.id.clone())
+    Some(sandbox.id.clone())
 }
 
 async fn check_network(node: &Node, config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
@@ -99,10 +106,11 @@ async fn check_network(node: &Node, config: &PodSandboxConfig, sharing: Sharing)
         return node.network.check(config).await;
     }
     if !config.hostname.is_empty() {
-        // CRI-O takes it so, too; containerd refuses it.
+        // Like CRI-O, the server ignores the requested host name of a pod in the node's network.
+        // containerd rejects the request.
         let metadata = config.metadata.clone().unwrap_or_default();
         log::warn!(
-            "pod {}/{}: its hostname, {:?}, has no effect: it is on the node's network, which goes with the node's name",
+            "pod {}/{}: the hostname {:?} has no effect: a pod in the node's network has the node's host name",
             metadata.namespace,
             metadata.name,
             config.hostname
@@ -111,7 +119,7 @@ async fn check_network(node: &Node, config: &PodSandboxConfig, sharing: Sharing)
     Ok(())
 }
 
-/// The record of a pod that is about to be made, and the hold on its SELinux level.
+/// Returns the record for a new pod, and the reservation of its SELinux level.
 fn new_record(
     node: &Node,
     config: PodSandboxConfig,
@@ -137,13 +145,14 @@ fn new_record(
     Ok((record, level))
 }
 
-/// Makes the pod: its files, and beside them its addresses, which are written to the disk; then its
-/// monitor and network.
-async fn make(node: &Arc<Node>, record: &SandboxRecord, sharing: Sharing) -> Result<Sandbox> {
+/// Creates the pod. The creation of the pod's files runs in parallel with the reservation of the
+/// pod's addresses on the disk. Afterwards, the pod's monitor is started and the pod's network is
+/// connected.
+async fn create(node: &Arc<Node>, record: &SandboxRecord, sharing: Sharing) -> Result<Sandbox> {
     let name = format!("pod {}", record.id);
     let files = {
         let (node, record) = (Arc::clone(node), record.clone());
-        blocking(format!("{name}: make its files"), move || {
+        blocking(format!("{name}: create the pod's files"), move || {
             prepare(&node, record, sharing)
         })
     };
@@ -158,17 +167,23 @@ async fn make(node: &Arc<Node>, record: &SandboxRecord, sharing: Sharing) -> Res
             .await
             .map(drop)
     };
-    let (files, address) = tokio::join!(files, slow(format!("{name}: its address"), address));
+    let (files, address) = tokio::join!(
+        files,
+        slow(format!("{name}: reserve the pod's addresses"), address)
+    );
     let sandbox = files?;
     address?;
     connect(node, &sandbox, sharing).await?;
     Ok(sandbox)
 }
 
-/// Undoes what was made of a pod that failed.
-async fn unmake(node: &Arc<Node>, sandbox: &Sandbox) {
-    if let Err(more) = stop::unmake(node, sandbox).await {
-        log::error!("{}: clean up after a failure: {more}", sandbox.name());
+/// Removes what was created for a pod before its creation failed.
+async fn roll_back(node: &Arc<Node>, sandbox: &Sandbox) {
+    if let Err(more) = stop::roll_back(node, sandbox).await {
+        log::error!(
+            "{}: remove the partially created pod: {more}",
+            sandbox.name()
+        );
     }
 }
 
@@ -183,13 +198,13 @@ fn selinux_options(config: &PodSandboxConfig) -> SeLinuxOption {
 fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharing> {
     let Some(runtime) = node.config.runtime(handler) else {
         return Err(Error::invalid(format!(
-            "there is no runtime handler {handler:?} in the configuration"
+            "the configuration has no runtime handler {handler:?}"
         )));
     };
     if let Some(missing) = runtime.missing() {
         let name = node.config.handler_name(handler);
         return Err(Error::wrong_state(format!(
-            "the runtime handler {name:?} can't run pods: {missing}"
+            "the runtime handler {name:?} cannot run pods: {missing}"
         )));
     }
     let metadata = config.metadata.as_ref();
@@ -207,18 +222,18 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
     if config.hostname.len() > HOST_NAME_MAX || config.hostname.contains(['\0', '\n', '/']) {
         let name = &metadata.name;
         return Err(Error::invalid(format!(
-            "the hostname {:?} of pod {name} is no host name of at most {HOST_NAME_MAX} bytes",
+            "the hostname {:?} of pod {name} is invalid or longer than {HOST_NAME_MAX} bytes",
             config.hostname
         )));
     }
     Ok(sharing)
 }
 
-/// Refuses what is contradictory, or can't be done, by the field's name.
+/// Rejects contradictory or unsupported fields; the error names the field.
 fn check_fields(config: &PodSandboxConfig) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid(
-            "the pod has a configuration for Windows (windows)",
+            "the pod contains a configuration for Windows (windows)",
         ));
     }
     if !config.log_directory.is_empty() && !config.log_directory.starts_with('/') {
@@ -238,22 +253,24 @@ fn check_fields(config: &PodSandboxConfig) -> Result<()> {
         .is_some_and(|context| context.run_as_group.is_some() && context.run_as_user.is_none())
     {
         return Err(Error::invalid(
-            "the pod's security context has run_as_group without run_as_user",
+            "the pod's security context sets run_as_group without run_as_user",
         ));
     }
     label::check(context.and_then(|context| context.selinux_options.as_ref()))
 }
 
-/// The record as far as making the pod had come.
-fn left_behind(node: &Node, record: SandboxRecord) -> SandboxRecord {
+/// Returns the pod's record from the file `pod.json`. If the file can't be read, the result is
+/// `record`.
+fn last_record(node: &Node, record: SandboxRecord) -> SandboxRecord {
     files::read_record(&node.sandbox_dir(&record.id).join(RECORD)).unwrap_or(record)
 }
 
-/// Directory, files, cgroup and network namespace. Blocks.
+/// Creates the pod's directory, files, cgroup and network namespace. This call blocks on disk I/O.
 fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<Sandbox> {
     let dir = node.sandbox_dir(&record.id);
     files::private_dir(&dir.join("containers"))?;
-    // A kill at any later instruction finds the pod by its directory, and what it owns in there.
+    // If the server is killed later, it finds the pod's directory at its next start. It then
+    // removes the resources that the record lists.
     let intent = dir.join(RECORD);
     files::write_record(&intent, &record)?;
     if !cgroup::slice::is_slice(&record.cgroup) {
@@ -264,7 +281,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     let config = &record.config;
     if !config.log_directory.is_empty() {
         std::fs::create_dir_all(&config.log_directory)
-            .during(|| format!("make the pod's log directory {}", config.log_directory))?;
+            .during(|| format!("create the pod's log directory {}", config.log_directory))?;
     }
     let hostname = if config.hostname.is_empty() || !sharing.own_network {
         files::of_node("/etc/hostname")
@@ -281,7 +298,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     }
     let root = users::mappings(config)?.map(|users| users.root());
     if let Some(root) = root {
-        files::give_to(&dir, root)?;
+        files::set_owner(&dir, root)?;
         let state = &node.config.state;
         let (all, own) = (
             [state, &state.join("pods")],
@@ -302,7 +319,8 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     Ok(Sandbox::from_record(node, record))
 }
 
-/// Starts the monitor and connects the network, side by side, and applies what needs both.
+/// Starts the monitor and connects the network in parallel. Then applies the settings that need
+/// both.
 async fn connect(node: &Arc<Node>, sandbox: &Sandbox, sharing: Sharing) -> Result<()> {
     let (hello, addresses) = start_monitor_and_network(node, sandbox, sharing).await?;
     if sharing.own_network {
@@ -325,25 +343,27 @@ async fn start_monitor_and_network(
 ) -> Result<(Hello, Vec<IpAddr>)> {
     let name = sandbox.name();
     let monitor = slow(
-        format!("{name}: start its monitor"),
+        format!("{name}: start the pod's monitor"),
         start_monitor(node, sandbox, sharing),
     );
     let network = slow(
-        format!("{name}: connect its network"),
+        format!("{name}: connect the pod's network"),
         attach(node, sandbox, sharing),
     );
     if !sharing.own_users {
         let (monitor, network) = tokio::join!(monitor, network);
         return Ok((monitor?, network?));
     }
-    // The user namespace owns the network namespace, so it must be there first.
+    // The pod's user namespace must own the pod's network namespace. The monitor therefore creates
+    // both namespaces before the network is connected.
     let hello = monitor.await?;
     if let Some(holder) = hello.holder {
         let netns = node.netns(&sandbox.id);
         let of_holder = format!("/proc/{holder}/ns/net");
-        blocking(format!("{name}: keep its network namespace"), move || {
-            netns::pin(of_holder.as_ref(), &netns)
-        })
+        blocking(
+            format!("{name}: pin the pod's network namespace"),
+            move || netns::pin(of_holder.as_ref(), &netns),
+        )
         .await?;
     }
     Ok((hello, network.await?))
@@ -354,7 +374,7 @@ fn write_hosts(node: &Node, sandbox: &Sandbox, addresses: &[IpAddr]) -> Result<(
     let dir = node.sandbox_dir(&sandbox.id);
     files::write(&dir.join("hosts"), &hosts)?;
     if let Some(users) = users::mappings(&sandbox.config)? {
-        files::give_to(&dir, users.root())?;
+        files::set_owner(&dir, users.root())?;
     }
     if let Some(labels) = &sandbox.selinux {
         files::label(&dir, &labels.files)?;
@@ -364,14 +384,15 @@ fn write_hosts(node: &Node, sandbox: &Sandbox, addresses: &[IpAddr]) -> Result<(
 
 async fn set_sysctls(node: &Node, sandbox: &Sandbox, sharing: Sharing, holder: i32) -> Result<()> {
     let (config, netns) = (sandbox.config.clone(), node.netns(&sandbox.id));
-    blocking(format!("{}: set its sysctls", sandbox.name()), move || {
-        sysctl::write_sysctls(&config, sharing, &netns, holder)
-    })
+    blocking(
+        format!("{}: set the pod's sysctls", sandbox.name()),
+        move || sysctl::write_sysctls(&config, sharing, &netns, holder),
+    )
     .await?;
     let config = &sandbox.config;
     if sharing.own_network
         && sysctl::switches_forwarding(config)
-        && !sysctl::chooses_routers(config)
+        && !sysctl::sets_router_acceptance(config)
     {
         let pods = std::slice::from_ref(&sandbox.id);
         node.network.refuse_routers(pods).await?;
@@ -392,12 +413,12 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     };
     let dir = node.sandbox_dir(&sandbox.id);
     rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor).await?;
-    // Its answer means that the namespaces are there.
+    // The monitor responds after it has created the pod's namespaces.
     match tokio::time::timeout(MONITOR_START_TIMEOUT, sandbox.monitor.subscribe()).await {
         Ok(Ok((hello, _events))) => Ok(hello),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(Error::internal(format!(
-            "the monitor {} did not come up within {} s",
+            "the monitor {} did not answer within {} s after its start",
             node.config.monitor.display(),
             MONITOR_START_TIMEOUT.as_secs()
         ))),

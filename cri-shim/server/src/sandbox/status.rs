@@ -1,4 +1,4 @@
-//! The CRI's view of a pod.
+//! The CRI's messages about a pod.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -62,9 +62,10 @@ pub(crate) fn status(sandbox: &Sandbox) -> PodSandboxStatus {
     }
 }
 
-/// What PodSandboxStatus tells beside the status, where clients look for it in containerd's:
-/// `pid` is of a process in the pod's namespaces, 0 while there is none, `runtimeSpec` has where
-/// the namespaces are. The monitor's process is in the node's network.
+/// Returns the verbose part of PodSandboxStatus, with the same keys as in containerd. `pid` is the
+/// id of a process in the pod's namespaces, or 0 if no such process exists. `pid` is never the
+/// monitor's process id, because the monitor is in the node's network namespace. `runtimeSpec`
+/// contains the paths of the pod's namespaces.
 pub(crate) async fn info(node: &Node, sandbox: &Sandbox) -> Value {
     let state = sandbox.state().clone();
     let netns = node.netns(&sandbox.id);
@@ -95,14 +96,15 @@ pub(crate) async fn info(node: &Node, sandbox: &Sandbox) -> Value {
     })
 }
 
-/// The pod's own namespaces, as a runtime's configuration has them (OCI runtime-spec,
+/// Returns the pod's own namespaces in the format of config.json (OCI runtime-spec,
 /// config-linux.md).
 fn shown_namespaces(node: &Node, sandbox: &Sandbox) -> Vec<Value> {
     let Ok(sharing) = namespaces::sharing(&sandbox.config) else {
         return Vec::new();
     };
     let state = sandbox.state().clone();
-    // Without a monitor these are numbers that others may have by now.
+    // After the monitor's exit, the kernel may have assigned the process ids to other processes.
+    // The status then contains no paths with these ids.
     let holder = state.holder.unwrap_or(state.monitor);
     let of =
         |pid: i32, kind: &str| (state.monitor > 0).then(|| format!("/proc/{pid}/ns/{kind}").into());
@@ -119,21 +121,22 @@ fn shown_namespaces(node: &Node, sandbox: &Sandbox) -> Vec<Value> {
     .collect()
 }
 
-/// Whether the filter lets the pod through; everything set must match, an id by its beginning.
+/// Returns whether the pod matches the filter. Every field that is set in the filter must match.
+/// The pod's id matches if it begins with the id in the filter.
 pub(crate) fn matches(filter: Option<&PodSandboxFilter>, sandbox: &Sandbox) -> bool {
     let Some(filter) = filter else { return true };
     let state = filter.state.as_ref();
     sandbox.id.starts_with(&filter.id)
-        && state.is_none_or(|wanted| wanted.state() == sandbox.state().cri())
+        && state.is_none_or(|required| required.state() == sandbox.state().cri())
         && has_labels(&filter.label_selector, &sandbox.config.labels)
 }
 
-/// Whether every wanted pair is among the labels.
+/// Returns whether the labels contain every required name with its value.
 pub(crate) fn has_labels(
-    wanted: &BTreeMap<String, String>,
+    required: &BTreeMap<String, String>,
     labels: &BTreeMap<String, String>,
 ) -> bool {
-    wanted
+    required
         .iter()
         .all(|(name, value)| labels.get(name) == Some(value))
 }
@@ -143,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_wanted_label_must_be_there() {
+    fn a_selector_matches_only_if_all_its_labels_match() {
         let labels = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
             let owned = pairs.iter();
             owned.map(|(k, v)| ((*k).into(), (*v).into())).collect()

@@ -1,4 +1,5 @@
-//! StopPodSandbox and RemovePodSandbox. Each step is right also when it has been done before.
+//! StopPodSandbox and RemovePodSandbox. Callers can repeat both operations: a step that an earlier
+//! call has already completed succeeds again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,12 +18,13 @@ use rrun_network::namespace as netns;
 use rrun_network::{DetachOutcome, RetryBy};
 use rrun_protocol::FailureKind;
 
-/// How long a pod's removal waits for containers being made in it.
+/// The maximum time that a pod's removal waits for unfinished CreateContainer calls in the pod.
 const CREATIONS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Stops what runs in the pod and gives its network back.
+/// Stops the pod's processes, and disconnects the pod from its network.
 pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
-    // From here on no container begins; one under way finds out at its end.
+    // After `ready` is set to false, no new container is accepted. A CreateContainer call in
+    // progress checks `ready` again at its end, and fails if `ready` is false.
     let was_ready = std::mem::replace(&mut sandbox.state().ready, false);
     let containers = node.containers_of(&sandbox.id);
     let stops = containers
@@ -44,16 +46,16 @@ pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
-/// Stops the pod, removes its containers, and then all that is left of it.
+/// Stops the pod, removes its containers, and then removes its other resources.
 pub(crate) async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     stop(Arc::clone(&node), Arc::clone(&sandbox)).await?;
-    creations_ended(&sandbox).await?;
+    wait_for_creations(&sandbox).await?;
     let containers = node.containers_of(&sandbox.id);
     let removals = containers
         .iter()
         .map(|container| container::remove::remove(&node, container));
     first_error(join_all(removals).await)?;
-    unmake(&node, &sandbox).await?;
+    roll_back(&node, &sandbox).await?;
     sandbox.delete_record(&node).await?;
     node.forget_sandbox(&sandbox.id);
     container::status::publish_sandbox(&node, &sandbox, ContainerEventType::ContainerDeletedEvent);
@@ -61,20 +63,20 @@ pub(crate) async fn remove(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()>
     Ok(())
 }
 
-/// Waits for containers that were begun before the pod was stopped; each finds out and unmakes
-/// itself.
-async fn creations_ended(sandbox: &Sandbox) -> Result<()> {
+/// Waits for CreateContainer calls that began before the pod was stopped. When such a call detects
+/// that the pod is stopped, the call removes its container.
+async fn wait_for_creations(sandbox: &Sandbox) -> Result<()> {
     let name = sandbox.name();
     let mut creating = sandbox.creating.subscribe();
     let ended = creating.wait_for(|count| *count == 0);
     let ended = slow(
-        format!("{name}: the end of a CreateContainer in it"),
+        format!("{name}: wait until the CreateContainer calls for this pod have ended"),
         tokio::time::timeout(CREATIONS_TIMEOUT, ended),
     );
     match ended.await {
         Ok(_) => Ok(()),
         Err(_) => Err(Error::wrong_state(format!(
-            "remove {name}: a container is still being made in it, most likely by a volume that hangs"
+            "remove {name}: a container of this pod is still being created, probably because a volume hangs"
         ))),
     }
 }
@@ -83,8 +85,8 @@ fn first_error(results: Vec<Result<()>>) -> Result<()> {
     results.into_iter().find(Result::is_err).unwrap_or(Ok(()))
 }
 
-/// Lets go of all that costs something while a pod only waits for its removal: the runtime's
-/// records of its containers, its monitor, its network.
+/// Releases resources that a stopped pod does not need: the runtime's state of the pod's
+/// containers, the pod's monitor, and the pod's network.
 async fn release(
     node: &Node,
     sandbox: &Sandbox,
@@ -97,30 +99,35 @@ async fn release(
         .map(|container| container::remove::delete_from_runtime(node, container));
     first_error(join_all(deletions).await)?;
     sandbox.state().retired = true;
-    slow(format!("{name}: end its monitor"), end_monitor(sandbox)).await?;
+    slow(
+        format!("{name}: stop the pod's monitor"),
+        end_monitor(sandbox),
+    )
+    .await?;
     if namespaces::sharing(&sandbox.config).is_ok_and(|sharing| !sharing.own_network) {
         if sandbox.config.port_mappings.is_empty() {
             return Ok(());
         }
-        // Its host ports are other pods' from here on.
+        // Release the pod's host ports for use by other pods.
         let path = node.netns(&sandbox.id);
         let freed = node.network.detach(&sandbox.id, &path, retry_by);
         return freed.await.map(drop);
     }
     let path = node.netns(&sandbox.id);
     let detached = node.network.detach(&sandbox.id, &path, retry_by);
-    let detached = slow(format!("{name}: disconnect its network"), detached).await?;
+    let detached = slow(format!("{name}: disconnect the pod's network"), detached).await?;
     if detached == DetachOutcome::Pending {
         return Ok(());
     }
-    blocking(format!("{name}: remove its network namespace"), move || {
-        netns::remove(&path)
-    })
+    blocking(
+        format!("{name}: remove the pod's network namespace"),
+        move || netns::remove(&path),
+    )
     .await
     .map_err(Error::from)
 }
 
-/// Ends the monitor; what it still runs ends first.
+/// Stops the pod's monitor. Containers that the monitor still manages are deleted first.
 async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
     let monitor = &sandbox.monitor;
     let mut ended = monitor.shutdown().await;
@@ -128,7 +135,8 @@ async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
         && failure.kind == FailureKind::WrongState
         && let Ok((hello, _)) = monitor.subscribe().await
     {
-        // Containers that the server no longer knows, of a call that a kill cut short.
+        // Delete the containers that the monitor still manages. The server has no records of these
+        // containers. It was killed while it created or removed them.
         for container in hello.containers {
             if let Err(error) = monitor.delete(&container.id).await {
                 log::warn!("{}: {error}", sandbox.name());
@@ -139,7 +147,7 @@ async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
     match ended {
         Ok(()) | Err(MonitorError::Gone { .. }) => {}
         Err(error) => {
-            log::error!("{}: {error}; the monitor is killed", sandbox.name());
+            log::error!("{}: {error}; the server kills the monitor", sandbox.name());
             kill_monitor(sandbox);
         }
     }
@@ -147,7 +155,8 @@ async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-/// Kills a monitor that does not answer, if its pid is still its own.
+/// Kills an unresponsive monitor. If the recorded process id now belongs to another process, that
+/// process is not killed.
 fn kill_monitor(sandbox: &Sandbox) {
     let pid = sandbox.state().monitor;
     let Some(process) = rustix::process::Pid::from_raw(pid) else {
@@ -157,21 +166,23 @@ fn kill_monitor(sandbox: &Sandbox) {
     let Ok(pidfd) = rustix::process::pidfd_open(process, flags) else {
         return;
     };
-    // The pidfd holds the process; what its command line says now, it said before.
+    // The pidfd always refers to the same process. The signal therefore can't reach a later process
+    // with the same process id. If the process's command line contains the pod's id, the process is
+    // the pod's monitor.
     let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     if String::from_utf8_lossy(&arguments).contains(&sandbox.id) {
         let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
     }
 }
 
-/// Removes everything that was ever made for the pod, its containers excepted.
-pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
+/// Removes everything that was created for the pod, except its containers.
+pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
     release(node, sandbox, &[], RetryBy::Server).await?;
     let name = sandbox.name();
     let parent = node.config.default_cgroup_parent();
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {
         let dir = cgroup::directory(&sandbox.cgroup);
-        slow(format!("{name}: remove its cgroup"), async {
+        slow(format!("{name}: remove the pod's cgroup"), async {
             if !dir.exists() {
                 return Ok(());
             }
@@ -184,13 +195,14 @@ pub(crate) async fn unmake(node: &Node, sandbox: &Sandbox) -> Result<()> {
         })
         .await?;
         if !cgroup::slice::is_slice(parent) {
-            // The last one out; with pods in it the kernel refuses.
+            // The removal of the last pod also removes the parent cgroup. The kernel refuses to
+            // remove the parent cgroup while it contains the cgroups of other pods.
             cgroup::remove_dirs(&[cgroup::directory(parent)]);
         }
     }
     let made = sandbox.cgroups_made.clone();
     let dir = node.sandbox_dir(&sandbox.id);
-    blocking(format!("{name}: remove its files"), move || {
+    blocking(format!("{name}: remove the pod's files"), move || {
         cgroup::remove_dirs(&made);
         files::unmount(&dir.join("shm"))?;
         files::remove_tree(&dir)

@@ -1,4 +1,5 @@
-//! A pod's sysctls, written into the namespaces that they belong to.
+//! Sets a pod's sysctls. Each sysctl belongs to a namespace, and only a thread in this namespace
+//! can set it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +12,10 @@ use super::namespaces::Sharing;
 use super::users;
 use rrun_calls::error::{During, Error, Result};
 
-/// Which namespace a sysctl belongs to, in the order in which they are entered.
+/// The namespace to which a sysctl belongs. A thread enters the namespaces in the order of this
+/// type's variants. The IPC namespace is last. If the pod has its own user namespace, the thread
+/// must change its user id to write IPC sysctls. After this change, the thread lacks the privileges
+/// to enter another namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Owner {
     Network,
@@ -19,8 +23,10 @@ enum Owner {
     Ipc,
 }
 
-/// The sysctls to write: the pod's own, over the defaults that containers expect of a network
-/// namespace (ports below 1024 and ping without capabilities, as Docker and containerd have it).
+/// Returns the sysctls to write. They are the values in the pod's configuration. If the pod has its
+/// own network namespace, the defaults that containers expect are added. As in Docker and
+/// containerd, the defaults allow processes without capabilities to listen on ports below 1024 and
+/// to run ping.
 fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, String, String)>> {
     let mut all = BTreeMap::new();
     if sharing.own_network {
@@ -34,7 +40,7 @@ fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, St
     }
     let mut owned = Vec::new();
     for (name, value) in all {
-        // sysctl(8) takes dots and slashes for each other.
+        // sysctl(8) accepts both dots and slashes as separators.
         let dotted = name.replace('/', ".");
         let ipc = ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue."];
         let owner = if dotted.starts_with("net.") && sharing.own_network {
@@ -45,11 +51,13 @@ fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, St
             Owner::Uts
         } else {
             return Err(Error::invalid(format!(
-                "the sysctl {name} does not belong to a namespace that the pod has of its own"
+                "the sysctl {name} does not belong to one of the pod's own namespaces"
             )));
         };
         if dotted.split('.').any(|part| part.is_empty()) || dotted.contains('\0') {
-            return Err(Error::invalid(format!("{name:?} is no sysctl's name")));
+            return Err(Error::invalid(format!(
+                "{name:?} is not a valid sysctl name"
+            )));
         }
         owned.push((owner, name.to_owned(), value.to_owned()));
     }
@@ -57,32 +65,32 @@ fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, St
     Ok(owned)
 }
 
-/// Refuses what [`write_sysctls`] would refuse.
+/// Rejects the sysctls that [`write_sysctls`] would reject.
 pub(crate) fn check_sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
     sysctls(config, sharing).map(drop)
 }
 
-/// Whether the pod's own sysctls set which router advertisements or redirects its interfaces
-/// accept.
-pub(crate) fn chooses_routers(config: &PodSandboxConfig) -> bool {
+/// Returns whether the pod's sysctls set `accept_ra` or `accept_redirects` of an interface.
+pub(crate) fn sets_router_acceptance(config: &PodSandboxConfig) -> bool {
     names(config).any(|name| name.ends_with(".accept_ra") || name.ends_with(".accept_redirects"))
 }
 
-/// Whether the pod's sysctls switch the forwarding of IPv4 on or off. The kernel then changes which
-/// redirects all interfaces accept.
+/// Returns whether the pod's sysctls enable or disable IPv4 forwarding. If a sysctl switches IPv4
+/// forwarding on or off, the kernel also changes `accept_redirects` of all interfaces. The server
+/// must then set `accept_redirects` again.
 pub(crate) fn switches_forwarding(config: &PodSandboxConfig) -> bool {
     names(config)
         .any(|name| name == "net.ipv4.ip_forward" || name == "net.ipv4.conf.all.forwarding")
 }
 
-/// The names of the pod's sysctls, with dots.
+/// Returns the names of the pod's sysctls, with dots as separators.
 fn names(config: &PodSandboxConfig) -> impl Iterator<Item = String> {
     let sysctls = config.linux.iter().flat_map(|linux| linux.sysctls.keys());
     sysctls.map(|name| name.replace('/', "."))
 }
 
-/// Writes the pod's sysctls from a thread inside its namespaces, which are those of the process
-/// `holder`. Blocks.
+/// Writes the pod's sysctls from a thread that enters the namespaces of the process `holder`. This
+/// call blocks until the sysctls are written.
 pub(crate) fn write_sysctls(
     config: &PodSandboxConfig,
     sharing: Sharing,
@@ -125,11 +133,16 @@ pub(crate) fn write_sysctls(
             .during(|| "start a thread for the pod's sysctls".to_owned())
             .map(std::thread::ScopedJoinHandle::join)
     });
-    written?.unwrap_or_else(|_| Err(Error::internal("the thread for the sysctls panicked")))
+    written?.unwrap_or_else(|_| {
+        Err(Error::internal(
+            "the thread that sets the pod's sysctls panicked",
+        ))
+    })
 }
 
-/// `net.ipv4.conf.eth0/1.forwarding` is `net/ipv4/conf/eth0.1/forwarding`: whichever separator
-/// comes first is the separator, sysctl(8).
+/// Converts a sysctl name to a path: `net.ipv4.conf.eth0/1.forwarding` becomes
+/// `net/ipv4/conf/eth0.1/forwarding`. As in sysctl(8), the first dot or slash determines which
+/// character is the separator.
 fn slashes(name: &str) -> String {
     match name.find(['.', '/']) {
         Some(at) if name.as_bytes().get(at) == Some(&b'.') => name
@@ -144,12 +157,14 @@ fn slashes(name: &str) -> String {
     }
 }
 
-/// Only the root of the namespace's owner may write its IPC sysctls, not the node's. For the
-/// calling thread, for good: the C library's call would change every thread.
+/// Sets the user ids of the calling thread permanently. A user namespace owns the pod's IPC
+/// namespace. Only the root user of this user namespace can write the IPC namespace's sysctls. The
+/// node's root can't write them. This function makes the system call directly, because the C
+/// library's function would change the ids of every thread.
 fn become_thread_user(uid: u32) -> Result<()> {
     let uid = rustix::thread::Uid::from_raw(uid);
     rustix::thread::set_thread_res_uid(uid, uid, uid)
-        .during(|| format!("become the pod's root user {uid:?}"))
+        .during(|| format!("switch to the user id {uid:?} of the pod's root"))
 }
 
 fn enter(path: &Path, kind: CloneFlags) -> Result<()> {
@@ -201,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn both_spellings_of_a_sysctl_name_the_same_file() {
+    fn both_spellings_of_a_sysctl_refer_to_the_same_file() {
         assert_eq!(slashes("net.ipv4.ip_forward"), "net/ipv4/ip_forward");
         assert_eq!(
             slashes("net/ipv4/conf/eth0.1/mtu"),

@@ -1,4 +1,4 @@
-//! The pod's user namespace: which ids of the node its ids are.
+//! The pod's user namespace: the mapping of user and group ids in the pod to ids on the node.
 
 use rrun_proto::v1::{IdMapping, NamespaceMode, PodSandboxConfig, UserNamespace};
 
@@ -6,17 +6,17 @@ use super::namespaces;
 use rrun_calls::error::{Error, Result};
 use rrun_protocol::IdMaps;
 
-/// The most ranges that the kernel takes in a map, user_namespaces(7).
+/// The kernel's limit on the number of ranges in an id mapping, user_namespaces(7).
 const MAX_RANGES: usize = 340;
 
-/// The ranges of a pod with a user namespace of its own.
+/// The id mappings of a pod with its own user namespace.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Mappings {
     pub uids: Vec<IdMapping>,
     pub gids: Vec<IdMapping>,
 }
 
-/// The pod's ranges; `None`: its ids are the node's.
+/// Returns the pod's id mappings, or `None` if the pod uses the ids of the node.
 pub(crate) fn mappings(config: &PodSandboxConfig) -> Result<Option<Mappings>> {
     match namespaces::options(config).userns_options {
         Some(options) => read(&options),
@@ -24,12 +24,13 @@ pub(crate) fn mappings(config: &PodSandboxConfig) -> Result<Option<Mappings>> {
     }
 }
 
-/// What the options ask for.
+/// Returns the id mappings in the options, or `None` if the options select the node's user
+/// namespace.
 pub(crate) fn read(options: &UserNamespace) -> Result<Option<Mappings>> {
     match options.mode() {
         NamespaceMode::Node if options.uids.is_empty() && options.gids.is_empty() => Ok(None),
         NamespaceMode::Node => Err(Error::invalid(
-            "userns_options has the mode NODE and ids to map, which contradict each other",
+            "userns_options has the mode NODE, but also contains id mappings",
         )),
         NamespaceMode::Pod => {
             check("uids", &options.uids)?;
@@ -40,31 +41,33 @@ pub(crate) fn read(options: &UserNamespace) -> Result<Option<Mappings>> {
             }))
         }
         other => Err(Error::invalid(format!(
-            "userns_options has the mode {}, it can be POD or NODE",
+            "userns_options has the mode {}, but it must be POD or NODE",
             other.as_str_name()
         ))),
     }
 }
 
-/// Refuses ranges that the kernel would, and a namespace without a root. `field` is for the error.
+/// Rejects mappings that the kernel would reject, and mappings without the id 0. `field` is the
+/// name of the mappings' field in the request, for the error text.
 pub(crate) fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
     let refuse = |why: &str| {
-        let shown: Vec<String> = ranges.iter().map(line).collect();
-        let shown = shown.concat().replace('\n', ", ");
+        let shown: String = ranges.iter().map(line).collect();
+        let shown = shown.trim_end().replace('\n', ", ");
         Err(Error::invalid(format!(
-            "the {field} of a user namespace ({shown}inside, outside, length) {why}"
+            "the {field} of a user namespace: {why}; \
+             the ranges (container id, host id, length) are [{shown}]"
         )))
     };
     if ranges.is_empty() || ranges.len() > MAX_RANGES {
-        return refuse("are no ranges, or too many");
+        return refuse("the mapping is empty or has too many ranges");
     }
     if outside(ranges, 0).is_none() {
-        return refuse("lack the id 0");
+        return refuse("the container id 0 is not mapped");
     }
     for (at, one) in ranges.iter().enumerate() {
         let fits = |first: u32| one.length > 0 && first.checked_add(one.length - 1).is_some();
         if !fits(one.host_id) || !fits(one.container_id) {
-            return refuse("have a range that is empty or too long");
+            return refuse("a range is empty or too long");
         }
         let overlap = |a: u32, b: u32, other: &IdMapping| {
             u64::from(a) < u64::from(b) + u64::from(other.length)
@@ -75,7 +78,7 @@ pub(crate) fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
                 || overlap(one.container_id, other.container_id, other)
         });
         if clash {
-            return refuse("have ranges that overlap");
+            return refuse("two ranges overlap");
         }
     }
     Ok(())
@@ -88,7 +91,7 @@ fn line(range: &IdMapping) -> String {
     )
 }
 
-/// The node's id of an id inside.
+/// Returns the id on the node that corresponds to the id `id` in the user namespace.
 pub(crate) fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
     ranges.iter().find_map(|range| {
         let offset = id.checked_sub(range.container_id)?;
@@ -97,7 +100,7 @@ pub(crate) fn outside(ranges: &[IdMapping], id: u32) -> Option<u32> {
 }
 
 impl Mappings {
-    /// For the monitor, which makes the namespace.
+    /// Returns the mappings as text for the monitor, which creates the user namespace.
     pub(crate) fn for_monitor(&self) -> IdMaps {
         IdMaps {
             uid_map: self.uids.iter().map(line).collect(),
@@ -105,7 +108,7 @@ impl Mappings {
         }
     }
 
-    /// The node's ids of the pod's root user and group.
+    /// Returns the user id and the group id that the pod's root has on the node.
     pub(crate) fn root(&self) -> (u32, u32) {
         let id = |ranges: &[IdMapping]| outside(ranges, 0).unwrap_or_default();
         (id(&self.uids), id(&self.gids))
@@ -125,14 +128,14 @@ mod tests {
     }
 
     #[test]
-    fn ranges_say_whose_ids_the_pods_are() -> Result<()> {
+    fn ranges_map_the_pods_ids_to_the_nodes_ids() -> Result<()> {
         let options = UserNamespace {
             mode: NamespaceMode::Pod.into(),
             uids: vec![range(0, 65536, 65536)],
             gids: vec![range(5, 7, 1), range(0, 131_072, 5)],
         };
         let Some(mappings) = read(&options)? else {
-            panic!("no user namespace");
+            panic!("no mappings were returned although the options select a user namespace");
         };
         assert_eq!(mappings.root(), (65536, 131_072));
         assert_eq!(outside(&mappings.gids, 5), Some(7));
@@ -142,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_would_refuse_is_refused_by_name() {
+    fn mappings_that_the_kernel_would_refuse_are_refused_and_the_error_names_the_field() {
         let wrong = [
             vec![],
             vec![range(1, 1000, 10)],
@@ -155,7 +158,7 @@ mod tests {
             let refused = check("uids", &ranges);
             assert!(
                 refused.is_err_and(|error| error.sentence().contains("the uids")),
-                "{ranges:?} were taken"
+                "the invalid uid ranges {ranges:?} were accepted, or the error does not name uids"
             );
         }
         let node = UserNamespace {

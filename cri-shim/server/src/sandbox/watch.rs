@@ -1,4 +1,5 @@
-//! Follows a pod's monitor: exits, lack of memory, the monitor's own end.
+//! Observation of a pod's monitor: exits of containers, out-of-memory events, and the monitor's own
+//! exit.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,11 +11,12 @@ use rrun_calls::error::Result;
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::{Event, Hello, Phase};
 
-/// How often a monitor that closed its connection is asked again before it is held for dead. The
-/// kernel refuses a connection at once when there is no process behind the socket.
+/// The limit on failed attempts to connect to a monitor again. After this number of failures, the
+/// server considers the monitor dead. The attempts need little time: if no process owns the
+/// monitor's socket, the kernel refuses the connection immediately.
 const SUBSCRIBE_ATTEMPTS: u32 = 5;
 
-/// Begins a task that lives as long as the monitor.
+/// Starts a task that handles the monitor's events until the monitor's exit.
 pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let weak_node = Arc::downgrade(node);
     let weak_sandbox = Arc::downgrade(sandbox);
@@ -25,7 +27,7 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             let error = match monitor.subscribe().await {
                 Ok((hello, mut events)) => {
                     failures = 0;
-                    let Some((node, sandbox)) = alive(&weak_node, &weak_sandbox) else {
+                    let Some((node, sandbox)) = upgrade(&weak_node, &weak_sandbox) else {
                         return;
                     };
                     apply(&node, &sandbox, hello);
@@ -33,7 +35,8 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                     loop {
                         match events.next().await {
                             Ok(event) => {
-                                let Some((node, sandbox)) = alive(&weak_node, &weak_sandbox) else {
+                                let Some((node, sandbox)) = upgrade(&weak_node, &weak_sandbox)
+                                else {
                                     return;
                                 };
                                 handle(&node, &sandbox, event);
@@ -47,7 +50,7 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                     error
                 }
             };
-            let Some((node, sandbox)) = alive(&weak_node, &weak_sandbox) else {
+            let Some((node, sandbox)) = upgrade(&weak_node, &weak_sandbox) else {
                 return;
             };
             if sandbox.state().retired {
@@ -65,16 +68,17 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     });
 }
 
-fn alive(node: &Weak<Node>, sandbox: &Weak<Sandbox>) -> Option<(Arc<Node>, Arc<Sandbox>)> {
+fn upgrade(node: &Weak<Node>, sandbox: &Weak<Sandbox>) -> Option<(Arc<Node>, Arc<Sandbox>)> {
     Some((node.upgrade()?, sandbox.upgrade()?))
 }
 
-/// Whether a second refusal in a row says for certain that no process is behind the socket.
+/// Returns whether the monitor is certainly dead: two attempts in a row failed, and no process owns
+/// its socket.
 fn is_dead(error: &MonitorError, failures: u32) -> bool {
     failures >= 2 && matches!(error, MonitorError::Gone { .. })
 }
 
-/// Brings the containers' states to what the monitor says.
+/// Updates the states of the pod and its containers with the states that the monitor reports.
 pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
     {
         let mut state = sandbox.state();
@@ -89,8 +93,8 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
         };
         match reported.phase {
             Phase::Created => {}
-            Phase::Running => container.is_running(node, reported.pid),
-            Phase::Exited(exit) => container.has_exited(node, &exit),
+            Phase::Running => container.record_running(node, reported.pid),
+            Phase::Exited(exit) => container.record_exit(node, &exit),
         }
     }
 }
@@ -98,23 +102,24 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
 fn handle(node: &Arc<Node>, sandbox: &Sandbox, event: Event) {
     match event {
         Event::Exited { id, exit } => {
-            // One that is not in the index is still being made, or is being removed.
+            // The node's index does not contain a container during its creation and after its
+            // removal. The exit of such a container is ignored.
             if let Ok(container) = node.container(&id) {
-                container.has_exited(node, &exit);
+                container.record_exit(node, &exit);
             }
         }
         Event::OutOfMemory { id } => {
             let id = crate::id::short(&id);
             log::warn!(
-                "{}: container {id}: the kernel killed a process, it had reached its memory limit",
+                "{}: container {id}: the kernel killed a process because the container reached its memory limit",
                 sandbox.name()
             );
         }
     }
 }
 
-/// The monitor is gone and was not told to go: its containers can't be looked after any more.
-/// They end, as they would have if their runtime's shim had died elsewhere.
+/// Handles the unexpected exit of a monitor. Without a monitor, the server can't manage the pod's
+/// containers, so the server stops them. Other runtimes also stop a container when its shim dies.
 pub(crate) async fn lost(
     node: &Arc<Node>,
     sandbox: &Arc<Sandbox>,
@@ -122,13 +127,14 @@ pub(crate) async fn lost(
 ) -> Result<()> {
     if node.sandbox_dir(&sandbox.id).is_dir() {
         log::error!(
-            "{}: {why}; its containers are stopped, the pod is not ready",
+            "{}: {why}; the server stops the pod's containers, and the pod is not ready any more",
             sandbox.name()
         );
     } else {
-        // After a reboot, or after a kill in the middle of its removal.
+        // The pod's directory can be missing for two reasons: the host was rebooted, or the server
+        // was killed during the pod's removal.
         log::info!(
-            "{}: nothing of it is there, it is not ready",
+            "{}: the pod's directory does not exist, so the pod is not ready",
             sandbox.name()
         );
     }

@@ -1,4 +1,4 @@
-//! Which levels pods have: a pair of categories for each, that no other pod has.
+//! The SELinux levels of pods: each pod gets a pair of categories that no other pod has.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -7,14 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use rrun_calls::error::{Error, Result};
 use rrun_calls::lock::lock;
 
-/// The levels that pods have, and how many of them.
+/// The SELinux levels in use, and the number of reservations of each level.
 pub(crate) struct Categories {
-    /// Pairs are of c0 up to, and without, this one.
+    /// The number of categories from which pairs are built. The first category is c0.
     range: u16,
     held: Mutex<HashMap<String, usize>>,
 }
 
-/// A level that no new pod is given until this is dropped.
+/// A reservation of an SELinux level. No new pod gets the level until all reservations of the level
+/// are dropped.
 pub(crate) struct LevelHold {
     categories: Arc<Categories>,
     level: String,
@@ -32,14 +33,15 @@ impl Categories {
         lock(&self.held)
     }
 
-    /// This level, whoever has it besides.
+    /// Reserves the level `level`, even if other pods have also reserved it.
     pub(crate) fn hold(self: &Arc<Self>, level: &str) -> LevelHold {
         *self.held().entry(level.to_owned()).or_default() += 1;
         self.of(level)
     }
 
-    /// One that nobody holds. The search begins where the pod's id, a random number, says: what a
-    /// pod has left behind is not the next one's.
+    /// Reserves an SELinux level that no pod uses. The search starts with a pair of categories that
+    /// depends on the pod's random id. A new pod therefore rarely gets the level of a removed pod.
+    /// With that level, the new pod could read the removed pod's remaining files.
     pub(crate) fn unique(self: &Arc<Self>, id: &str) -> Result<LevelHold> {
         let range = u64::from(self.range);
         let all = range * range.saturating_sub(1) / 2;
@@ -55,7 +57,7 @@ impl Categories {
             }
         }
         Err(Error::wrong_state(format!(
-            "all {all} pairs of {range} SELinux categories (selinux_category_range) belong to pods"
+            "pods already use all {all} pairs of the {range} SELinux categories (selinux_category_range)"
         )))
     }
 
@@ -85,8 +87,10 @@ impl Drop for LevelHold {
     }
 }
 
-/// The pair of this number among those of `range` categories, the lower one first: a category
-/// twice would be another pod's pair to a kernel that leaves the second one out.
+/// Returns the pair with the index `number` in the list of all pairs of two different categories
+/// below `range`. The lower category of the pair is first. The two categories of a pair must
+/// differ. The kernel would shorten a pair of equal categories to one category. Other pods' pairs
+/// can contain this category too, so those pods would have access to the pod's files.
 fn pair(range: u64, mut number: u64) -> (u64, u64) {
     let mut first = 0;
     while number >= range - 1 - first {
@@ -103,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pairs_are_all_there_are() {
+    fn every_pair_of_categories_has_a_number() {
         let pairs: BTreeSet<_> = (0..6).map(|number| pair(4, number)).collect();
         let all = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)];
         assert_eq!(pairs, BTreeSet::from(all));
@@ -111,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_have_the_same_and_what_is_let_go_is_given_again() -> Result<()> {
+    fn unique_levels_differ_and_a_released_level_is_used_again() -> Result<()> {
         let categories = Arc::new(Categories::new(4));
         let explicit = categories.hold("s0:c1,c2");
         let twice = categories.hold("s0:c1,c2");

@@ -1,4 +1,4 @@
-//! Labels, selinux(8): `user:role:type`, and where the policy has levels, `:level`.
+//! SELinux labels, selinux(8): `user:role:type`, followed by `:level` if the policy has levels.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,19 +8,20 @@ use serde::{Deserialize, Serialize};
 
 use rrun_calls::error::{Error, Result};
 
-/// In records as its text.
+/// An SELinux label, which is stored as text in records.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct Label {
     pub user: String,
     pub role: String,
     pub kind: String,
-    /// Empty: none.
+    /// The label's level, or an empty string if the policy has no levels.
     pub level: String,
 }
 
 impl Label {
-    /// For the files of a file system, after its other options in mount(2).
+    /// Returns the mount(2) option that labels the files of a file system. The option begins with a
+    /// comma and can therefore be appended to other options.
     pub(crate) fn as_mount_option(&self) -> String {
         format!(",context=\"{self}\"")
     }
@@ -41,7 +42,7 @@ impl FromStr for Label {
         let all = [&label.user, &label.role, &label.kind];
         if all.iter().any(|part| part.is_empty()) {
             return Err(Error::invalid(format!(
-                "{text:?} is no SELinux label: that is user:role:type:level"
+                "{text:?} is not an SELinux label, which has the form user:role:type:level"
             )));
         }
         Ok(label)
@@ -73,14 +74,15 @@ impl From<Label> for String {
     }
 }
 
-/// Refuses what can't be part of a label, by the field's name; also where SELinux is off.
+/// Refuses values that can't be part of a label; the error names the field. The values are checked
+/// even if SELinux is disabled.
 pub(crate) fn check(requested: Option<&SeLinuxOption>) -> Result<()> {
     let Some(requested) = requested else {
         return Ok(());
     };
     let refuse = |field: &str, value: &str| {
         Err(Error::invalid(format!(
-            "the SELinux {field} {value:?} (linux.security_context.selinux_options.{field}) can't be"
+            "the SELinux {field} {value:?} (linux.security_context.selinux_options.{field}) contains characters that are not allowed"
         )))
     };
     let fields = [
@@ -101,7 +103,8 @@ pub(crate) fn check(requested: Option<&SeLinuxOption>) -> Result<()> {
     }
 }
 
-/// `s0`, `s0:c1,c3.c5`, or two of them with a hyphen between.
+/// Returns whether the text is a level such as `s0` or `s0:c1,c3.c5`, or two levels separated by a
+/// hyphen.
 fn is_level(text: &str) -> bool {
     let numbered = |text: &str, letter: char| {
         let digits = text.strip_prefix(letter).unwrap_or_default();
@@ -128,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_label_is_read_as_it_is_written() -> Result<()> {
+    fn a_label_is_parsed_and_printed_unchanged() -> Result<()> {
         for text in ["u:r:t", "u:r:t:s0", "u:r:t:s0-s0:c0.c1023"] {
             assert_eq!(text.parse::<Label>()?.to_string(), text);
         }
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_sensitivities_with_categories() {
+    fn a_level_is_a_sensitivity_with_categories() {
         for level in [
             "s0",
             "s15",
@@ -172,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_be_another_part_is_refused_by_its_field() {
+    fn a_value_that_would_change_another_field_is_refused() {
         let refused = |requested: SeLinuxOption, field: &str| {
             let checked = check(Some(&requested));
             assert!(

@@ -1,9 +1,10 @@
-//! SELinux labels of pods: of their processes, and of the files that are theirs.
+//! SELinux labels of pods: the labels of their processes and of their files.
 //!
-//! Off unless `enable_selinux` is set and the kernel has SELinux; then nothing is looked at. A pod
-//! has the policy's label for containers, with categories that no other pod has; what a pod or a
-//! container asks for is laid over that. The labels are in the pod's record: what a pod was made
-//! with it keeps, whatever the configuration says later.
+//! Labels are used only if `enable_selinux` is set and the kernel has SELinux enabled. A pod gets
+//! the policy's label for containers, with categories that no other pod has. A pod or a container
+//! can request a user, role, type or level. The requested value then replaces the value in the
+//! policy's label. The pod's record contains the labels. A pod therefore keeps its labels when the
+//! configuration changes.
 
 pub(crate) mod categories;
 pub(crate) mod label;
@@ -20,7 +21,7 @@ use self::label::Label;
 use self::policy::Policy;
 use rrun_calls::error::{Error, Result};
 
-/// The labels of a pod or of a container.
+/// The SELinux labels of a pod or of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Labels {
     pub process: Label,
@@ -28,8 +29,9 @@ pub(crate) struct Labels {
 }
 
 impl Labels {
-    /// What is asked for in the place of what is there. Files have the policy's type, whatever
-    /// that of the processes.
+    /// Replaces those fields of the labels that the request sets, and returns the new labels. The
+    /// label of the pod's files keeps the policy's type, because a requested type applies only to
+    /// processes.
     fn overlaid(mut self, requested: &SeLinuxOption) -> Labels {
         for (given, fields) in [
             (
@@ -52,9 +54,9 @@ impl Labels {
 
     fn check_with_kernel(&self) -> Result<()> {
         for label in [&self.process, &self.files] {
-            policy::check(label).map_err(|said| {
+            policy::check(label).map_err(|reason| {
                 Error::invalid(format!(
-                    "the SELinux label {label} (linux.security_context.selinux_options) is none of this node's policy: {said}"
+                    "the SELinux label {label} (linux.security_context.selinux_options) is not valid in this node's policy: {reason}"
                 ))
             })?;
         }
@@ -62,25 +64,26 @@ impl Labels {
     }
 }
 
-/// What the node knows of SELinux.
+/// The SELinux state of this node.
 pub(crate) struct Selinux {
-    /// `None`: off.
+    /// The policy's labels, or `None` if SELinux is not used.
     policy: Option<Policy>,
     categories: Arc<Categories>,
 }
 
 impl Selinux {
-    /// By `enable_selinux` and `selinux_category_range`.
+    /// Reads the SELinux policy if SELinux is used. `enable` is the value of the key
+    /// `enable_selinux`, and `range` is the value of `selinux_category_range`.
     ///
     /// # Errors
-    /// A policy that has no labels for containers.
+    /// Returns an error if the policy can't be read or has no labels for containers.
     pub(crate) fn open(enable: bool, range: u16) -> Result<Self> {
         let mut policy = None;
         if enable && policy::is_in_kernel() {
             policy = Some(Policy::read()?);
         } else if enable {
             log::warn!(
-                "enable_selinux is set, and this kernel has SELinux off: pods get no labels"
+                "enable_selinux is set, but SELinux is disabled in this kernel: pods get no labels"
             );
         }
         Ok(Selinux {
@@ -89,8 +92,8 @@ impl Selinux {
         })
     }
 
-    /// The labels of a new pod, and a hold on their level. `None` where SELinux is off; what the
-    /// pod asks for has no effect there.
+    /// Returns the labels of a new pod, and the reservation of their level. If SELinux is not used,
+    /// returns `None` and ignores the label that the pod requests.
     pub(crate) fn of_pod(
         &self,
         id: &str,
@@ -99,14 +102,15 @@ impl Selinux {
         let Some(policy) = &self.policy else {
             if *requested != SeLinuxOption::default() && policy::is_in_kernel() {
                 log::warn!(
-                    "pod {}: asks for an SELinux label (linux.security_context.selinux_options), which has no effect: enable_selinux is not set",
+                    "pod {}: the requested SELinux label (linux.security_context.selinux_options) has no effect, because enable_selinux is not set",
                     crate::id::short(id)
                 );
             }
             return Ok(None);
         };
         let mut labels = policy.labels.clone();
-        // A policy without levels has none to tell pods apart by.
+        // A policy without levels can't separate pods by level, so all pods reserve the same empty
+        // level.
         let held = if requested.level.is_empty() && !labels.process.level.is_empty() {
             self.categories.unique(id)?
         } else {
@@ -121,13 +125,14 @@ impl Selinux {
         Ok(Some((labels, held)))
     }
 
-    /// Keeps new pods off the level of one that is there.
+    /// Reserves the level of an existing pod. New pods then get other levels.
     pub(crate) fn hold(&self, labels: &Labels) -> LevelHold {
         self.categories.hold(&labels.process.level)
     }
 }
 
-/// The labels of a container of a pod: the pod's, where it asks for no others.
+/// Returns the labels of a container. The fields that the container requests replace the fields of
+/// the pod's labels.
 pub(crate) fn of_container(pod: &Labels, requested: &SeLinuxOption) -> Result<Labels> {
     let labels = pod.clone().overlaid(requested);
     if labels != *pod {
@@ -148,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_takes_the_place_of_what_is_there() -> Result<()> {
+    fn requested_fields_replace_the_pods_fields() -> Result<()> {
         let pod = labels(
             "system_u:system_r:container_t:s0:c1,c2",
             "system_u:object_r:container_file_t:s0:c1,c2",
@@ -183,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn where_it_is_off_nothing_is_made() -> Result<()> {
+    fn without_enable_selinux_a_pod_gets_no_labels() -> Result<()> {
         let off = Selinux::open(false, 1024)?;
         assert!(off.of_pod("p", &SeLinuxOption::default())?.is_none());
         Ok(())

@@ -1,4 +1,5 @@
-//! What the node's policy says of containers, and what its kernel takes for a label.
+//! Reads the labels for containers from the node's SELinux policy, and checks labels against the
+//! loaded policy.
 
 use std::io::{Read as _, Write as _};
 use std::path::Path;
@@ -8,27 +9,30 @@ use super::label::Label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::errno::describe;
 
-/// linux/magic.h
+/// The file system type of selinuxfs, linux/magic.h.
 const SELINUX_MAGIC: u64 = 0xf97c_ff8c;
 const SELINUXFS: &str = "/sys/fs/selinux";
 const CONFIG: &str = "/etc/selinux/config";
-/// Comes before the policy's own, as for podman, CRI-O and containerd.
+/// The file with the labels for containers. If this file exists, it is read instead of the policy's
+/// own file, as in podman, CRI-O and containerd.
 const CONTEXTS: &str = "/usr/share/containers/selinux/contexts";
-/// Of a file of the node's.
+/// The maximum size in bytes of an SELinux configuration file that the server reads.
 const FILE_BYTES: u64 = 1 << 20;
 
 pub(super) struct Policy {
-    /// Of a container, before it is told apart from the others.
+    /// The policy's labels for containers. In a pod's labels, the pod's own level replaces the
+    /// policy's level.
     pub labels: Labels,
 }
 
-/// Whether the kernel has SELinux on and a policy loaded.
+/// Returns whether SELinux is enabled in the kernel and a policy is loaded.
 pub(super) fn is_in_kernel() -> bool {
     rustix::fs::statfs(SELINUXFS).is_ok_and(|fs| fs.f_type as u64 == SELINUX_MAGIC)
         && std::fs::read_to_string("/proc/self/attr/current").is_ok_and(|label| label.contains(':'))
 }
 
-/// Whether the loaded policy knows the label; else what the kernel says.
+/// Checks whether a label is valid in the loaded policy. The error text describes the kernel's
+/// errno.
 pub(super) fn check(label: &Label) -> std::result::Result<(), String> {
     let path = Path::new(SELINUXFS).join("context");
     std::fs::OpenOptions::new()
@@ -39,7 +43,7 @@ pub(super) fn check(label: &Label) -> std::result::Result<(), String> {
 }
 
 impl Policy {
-    /// Reads the labels of containers from where other runtimes have them.
+    /// Reads the labels for containers from the same files as other container runtimes.
     pub(super) fn read() -> Result<Policy> {
         let mut file = Path::new(CONTEXTS).to_owned();
         if !file.exists() {
@@ -52,7 +56,7 @@ impl Policy {
         let label = |key: &str| -> Result<Label> {
             let found = value(&text, key).ok_or_else(|| {
                 Error::internal(format!(
-                    "enable_selinux is set, and {} has no label for containers ({key})",
+                    "enable_selinux is set, but {} contains no label for containers ({key})",
                     file.display()
                 ))
             })?;
@@ -74,14 +78,15 @@ fn text(path: &Path) -> Result<String> {
         .and_then(|file| file.take(FILE_BYTES).read_to_string(&mut text))
         .during(|| {
             format!(
-                "read the SELinux policy's {} (enable_selinux)",
+                "read the SELinux policy's file {} (enable_selinux)",
                 path.display()
             )
         })?;
     Ok(text)
 }
 
-/// Of `key = "value"`, with or without blanks and quotes; comments begin with # or ;.
+/// Returns the value of the line `key = "value"`. The blanks and the quotes are optional. Lines
+/// that begin with # or ; are comments.
 fn value(text: &str, key: &str) -> Option<String> {
     let lines = text.lines().map(str::trim);
     lines
@@ -97,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_read_as_policies_write_them() {
+    fn values_are_read_in_all_forms_that_policies_use() {
         let text = "# process = \"a\"\n;process=b\n\nprocess = \"u:r:t:s0\"\nfile=u:o:f:s0\nro_file = \"\"\nSELINUXTYPE=targeted \n";
         let is = |key: &str, expected: Option<&str>| {
             assert_eq!(value(text, key).as_deref(), expected, "{key}");

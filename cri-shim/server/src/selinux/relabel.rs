@@ -1,5 +1,6 @@
-//! Labels on files of the node that a container is given: `selinux_relabel` of mounts, and what
-//! of a pod's is no file system of its own.
+//! Sets SELinux labels on files of the node for a container. The files are the sources of mounts
+//! with `selinux_relabel`, and the server's own files such as a pod's resolv.conf. The container
+//! sees these files through bind mounts, and no mount option can label the files of a bind mount.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,10 +14,12 @@ use rrun_calls::error::{During, Error, Result};
 
 const NAME: &str = "security.selinux";
 
-/// How deep directories may lie in each other: each costs two descriptors.
+/// The maximum nesting depth of relabelled directories. The depth is limited, because each level
+/// requires two open file descriptors.
 const MAX_DEPTH: usize = 256;
 
-/// With another label on these the node would be no use; those that go-selinux refuses.
+/// Paths that the server never relabels. The node would not work with other labels on these paths.
+/// The Go library go-selinux refuses the same paths.
 const NEVER_RELABELLED: [&str; 24] = [
     "/",
     "/bin",
@@ -44,12 +47,13 @@ const NEVER_RELABELLED: [&str; 24] = [
     "/var/log",
 ];
 
-/// Labels a file, or a directory with all that is in it, itself last: no link is followed but in
-/// `path`, as by the mount. File systems that have no labels of their own keep what they have.
-/// Blocks.
+/// Sets the SELinux label of a file or of a directory tree. The contents of a directory are
+/// labelled before the directory itself. Symbolic links in `path` are followed, because mounting
+/// `path` follows them too. Symbolic links below `path` are not followed. Files on file systems
+/// that do not support labels are not changed. This call blocks.
 ///
 /// # Errors
-/// A directory without which the node is no use.
+/// Returns an error if `NEVER_RELABELLED` contains `path`.
 pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
     let what = || {
         format!(
@@ -57,7 +61,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
             path.display()
         )
     };
-    // O_PATH calls no driver.
+    // O_PATH prevents the kernel from calling a driver, even if the path leads to a device.
     let open = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(what)?;
     let by_descriptor = of_descriptor(&open);
     let real = std::fs::read_link(&by_descriptor).during(what)?;
@@ -66,7 +70,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
         .any(|refused| real.as_path() == Path::new(refused))
     {
         return Err(Error::invalid(format!(
-            "{}: the node needs {} as it is",
+            "{}: the node needs the current SELinux label of {}",
             what(),
             real.display()
         )));
@@ -75,7 +79,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
     let stat = rustix::fs::fstat(&open).during(what)?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
+        // O_DIRECTORY makes this call fail for a device before its driver is called.
         let dir = openat(CWD, &by_descriptor, flags, Mode::empty()).during(what)?;
         entries(&dir, text.as_bytes(), MAX_DEPTH).during(what)?;
     }
@@ -88,7 +92,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
     .during(what)
 }
 
-/// Labels one file of ours.
+/// Sets the SELinux label of one file that the server owns.
 pub(crate) fn one(path: &Path, label: &Label) -> Result<()> {
     let text = label.to_string();
     rustix::fs::lsetxattr(path, NAME, text.as_bytes(), XattrFlags::empty())
@@ -109,17 +113,17 @@ fn entries(dir: &OwnedFd, label: &[u8], depth: usize) -> Result<()> {
                 | OFlags::NOFOLLOW
                 | OFlags::NONBLOCK
                 | OFlags::CLOEXEC;
-            // O_DIRECTORY lets the kernel refuse a device before it calls the driver.
+            // O_DIRECTORY makes this call fail for a device before its driver is called.
             match openat(dir, name, flags, Mode::empty()) {
                 Ok(below) => {
                     let Some(depth) = depth.checked_sub(1) else {
                         return Err(Error::invalid(format!(
-                            "its directories lie more than {MAX_DEPTH} deep in each other"
+                            "the directories are nested more than {MAX_DEPTH} levels deep"
                         )));
                     };
                     entries(&below, label, depth).during(shown)?;
                 }
-                // Another one by now, or none.
+                // The directory was replaced or removed after its entry was read.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
                 Err(errno) => return Err(errno).during(shown),
             }
@@ -140,7 +144,8 @@ fn of_descriptor(open: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", open.as_raw_fd())
 }
 
-/// A path to what has this name in an open directory, and in no other.
+/// Returns a path to the entry `name` in an open directory. If the directory is moved, this path
+/// remains valid.
 fn in_directory(dir: &OwnedFd, name: &CStr) -> std::io::Result<CString> {
     let mut path = of_descriptor(dir).into_bytes();
     path.push(b'/');
@@ -148,7 +153,8 @@ fn in_directory(dir: &OwnedFd, name: &CStr) -> std::io::Result<CString> {
     Ok(CString::new(path)?)
 }
 
-/// What is gone needs no label, and not every file system has them.
+/// Ignores two errors of setxattr(2): the file no longer exists (ENOENT), or its file system does
+/// not support labels (EOPNOTSUPP).
 fn set(done: rustix::io::Result<()>) -> rustix::io::Result<()> {
     match done {
         Err(Errno::NOENT | Errno::OPNOTSUPP) => Ok(()),
@@ -169,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_below_is_labelled_and_no_link_is_followed()
+    fn a_whole_tree_is_labelled_and_no_link_in_it_is_followed()
     -> Result<(), Box<dyn std::error::Error>> {
         let base = std::env::temp_dir().join(format!("rrun-relabel-{}", std::process::id()));
         let volume = base.join("volume");
@@ -180,21 +186,21 @@ mod tests {
         }
         symlink(base.join("other"), volume.join("dir"))?;
         symlink(base.join("other/file"), volume.join("a/link"))?;
-        symlink(&volume, base.join("way"))?;
+        symlink(&volume, base.join("link"))?;
         let label: Label = "u:object_r:t:s0:c1,c2".parse()?;
         if one(&base, &label).is_err() {
             eprintln!(
-                "skipped: {} takes no labels, or not from us",
+                "skipped: {} does not support SELinux labels, or this process can't set SELinux labels",
                 base.display()
             );
             std::fs::remove_dir_all(&base)?;
             return Ok(());
         }
-        relabel(&base.join("way"), &label)?;
+        relabel(&base.join("link"), &label)?;
         for path in ["volume", "volume/a", "volume/a/b", "volume/a/b/file"] {
             assert_eq!(label_of(&base.join(path)), label.to_string(), "{path}");
         }
-        for path in ["other", "other/file", "way"] {
+        for path in ["other", "other/file", "link"] {
             assert_eq!(label_of(&base.join(path)), "", "{path}");
         }
         std::fs::remove_dir_all(&base)?;
@@ -202,16 +208,20 @@ mod tests {
     }
 
     #[test]
-    fn the_node_keeps_its_own() -> Result<(), Box<dyn std::error::Error>> {
+    fn directories_of_the_node_are_not_relabelled() -> Result<(), Box<dyn std::error::Error>> {
         let label: Label = "u:object_r:t:s0".parse()?;
-        let way = std::env::temp_dir().join(format!("rrun-relabel-etc-{}", std::process::id()));
-        symlink("/etc", &way)?;
+        let link = std::env::temp_dir().join(format!("rrun-relabel-etc-{}", std::process::id()));
+        symlink("/etc", &link)?;
         for path in ["/", "/etc", "/etc/", "/usr/../etc", "/var/lib"].map(Path::new) {
             assert!(relabel(path, &label).is_err(), "{}", path.display());
         }
-        let refused = relabel(&way, &label);
-        std::fs::remove_file(&way)?;
-        assert!(refused.is_err_and(|error| error.sentence().contains("/etc as it is")));
+        let refused = relabel(&link, &label);
+        std::fs::remove_file(&link)?;
+        assert!(refused.is_err_and(|error| {
+            error
+                .sentence()
+                .contains("the current SELinux label of /etc")
+        }));
         Ok(())
     }
 }

@@ -1,17 +1,17 @@
-//! Answers of server-streaming methods.
+//! Response streams of server-streaming methods.
 
 use std::pin::Pin;
 
 use futures_util::stream::{self, Stream};
 use tonic::Status;
 
-/// What a server-streaming method answers with.
+/// The response stream of a server-streaming method.
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Items in one message of a streamed list.
+/// The number of items in one message of a streamed list.
 const ITEMS_PER_MESSAGE: usize = 256;
 
-/// A list in messages of some items each.
+/// Splits a list into messages with up to [`ITEMS_PER_MESSAGE`] items each.
 pub(super) fn in_chunks<T, M>(
     items: Vec<T>,
     message: impl Fn(Vec<T>) -> M + Send + 'static,

@@ -1,10 +1,12 @@
-//! Clients that call the server by the path of its socket.
+//! Support for clients that send the path of the server's socket as `:authority`.
 //!
-//! gRPC in C++, Python and Java, and Go's where a dialer of the caller's own is in use, send the
-//! socket's path as `:authority`, with or without `%2F` for its slashes. No URI has such an
-//! authority, so h2 refuses the stream with PROTOCOL_ERROR before anyone is asked. Nobody here
-//! looks at the authority: on its way in it is replaced by letters, each as long in its code as
-//! what was there, so that no length of a frame and no size in HPACK's table (RFC 7541, 4.1) changes.
+//! gRPC in C++, Python and Java sends the socket's path as `:authority`. The path is unchanged, or
+//! its slashes are encoded as `%2F`. gRPC in Go with a custom dialer does the same. A path is not a
+//! valid authority in a URI. The crate h2 therefore refuses the request with PROTOCOL_ERROR before
+//! the request reaches the service. The server does not use the authority, so this module replaces
+//! each character of the authority with a letter. In a Huffman-coded authority, the codes of the
+//! character and of its letter have the same length. The replacement therefore changes neither the
+//! length of a frame nor the size of an entry in HPACK's table (RFC 7541, 4.1).
 
 use std::io;
 use std::pin::Pin;
@@ -12,30 +14,33 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", RFC 9113, 3.4.
+/// The length of the connection preface "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" (RFC 9113, 3.4).
 const PREFACE: usize = 24;
 const FRAME_HEADER: usize = 9;
-/// The largest frame that a client may send unasked, RFC 9113, 4.2.
+/// The maximum length of a frame's payload. The server's settings do not allow larger frames (RFC
+/// 9113, 4.2).
 const MAX_FRAME: usize = 16 << 10;
 
-/// RFC 9113, 6.2.
+/// The type and the flags of a HEADERS frame (RFC 9113, 6.2).
 const HEADERS: u8 = 1;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 
-/// The name's place in HPACK's static table, and the name as clients write it out, plain and in
-/// Huffman's code.
+/// The index of the name `:authority` in HPACK's static table. Clients can also send the name
+/// itself, as plain text or Huffman-coded.
 const AUTHORITY: usize = 1;
 const NAME: &[u8] = b":authority";
 const NAME_CODED: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
-/// A client's connection, with an authority that a URI can have.
+/// A client's connection. A reader of the connection receives each request with an authority that
+/// is valid in a URI.
 pub(crate) struct Connection<S> {
     stream: S,
     frames: Frames,
-    /// Read, and to be given on from `given`.
+    /// Bytes that were read from the client and processed. The bytes from index `delivered` on have
+    /// not been returned to the reader yet.
     ready: Vec<u8>,
-    given: usize,
+    delivered: usize,
 }
 
 impl<S> Connection<S> {
@@ -44,7 +49,7 @@ impl<S> Connection<S> {
             stream,
             frames: Frames::default(),
             ready: Vec::new(),
-            given: 0,
+            delivered: 0,
         }
     }
 }
@@ -57,21 +62,21 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
-            let rest = this.ready.get(this.given..).unwrap_or_default();
+            let rest = this.ready.get(this.delivered..).unwrap_or_default();
             if !rest.is_empty() {
                 let (now, _) = rest.split_at(rest.len().min(buffer.remaining()));
                 buffer.put_slice(now);
-                this.given += now.len();
+                this.delivered += now.len();
                 return Poll::Ready(Ok(()));
             }
             this.ready.clear();
-            this.given = 0;
+            this.delivered = 0;
             let mut room = [0_u8; 4096];
             let mut read = ReadBuf::new(&mut room);
             ready!(Pin::new(&mut this.stream).poll_read(context, &mut read))?;
             match read.filled() {
                 [] if this.frames.held.is_empty() => {
-                    // An idle connection needs no memory.
+                    // After the end of the stream, the buffer `ready` is not needed.
                     this.ready = Vec::new();
                     return Poll::Ready(Ok(()));
                 }
@@ -112,58 +117,59 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     }
 }
 
-/// What a client sends, cut into frames. Bytes are held back while they are the beginning of a
-/// frame's header, or a frame of HEADERS that is not whole.
+/// The parser that splits the client's byte stream into HTTP/2 frames. While a frame header or a
+/// HEADERS frame is incomplete, `held` contains its bytes.
 struct Frames {
     held: Vec<u8>,
-    /// How much comes until the next frame begins.
-    until: usize,
+    /// The number of remaining bytes of the connection preface or of the current frame.
+    remaining: usize,
 }
 
 impl Default for Frames {
     fn default() -> Self {
         Frames {
             held: Vec::new(),
-            until: PREFACE,
+            remaining: PREFACE,
         }
     }
 }
 
 impl Frames {
-    /// Takes what was read, and adds to `ready` what may be given on.
+    /// Processes bytes from the client, and appends bytes for h2 to `ready`.
     fn pass(&mut self, mut bytes: &[u8], ready: &mut Vec<u8>) {
         while !bytes.is_empty() {
-            if self.held.is_empty() && self.until > 0 {
-                let (now, rest) = bytes.split_at(self.until.min(bytes.len()));
+            if self.held.is_empty() && self.remaining > 0 {
+                let (now, rest) = bytes.split_at(self.remaining.min(bytes.len()));
                 ready.extend_from_slice(now);
-                self.until -= now.len();
+                self.remaining -= now.len();
                 bytes = rest;
                 continue;
             }
-            let wanted = match self.held.len() {
+            let needed = match self.held.len() {
                 ..FRAME_HEADER => FRAME_HEADER,
-                _ => FRAME_HEADER + self.until,
+                _ => FRAME_HEADER + self.remaining,
             };
-            let missing = wanted - self.held.len();
+            let missing = needed - self.held.len();
             let (now, rest) = bytes.split_at(missing.min(bytes.len()));
             self.held.extend_from_slice(now);
             bytes = rest;
-            if self.held.len() < wanted {
+            if self.held.len() < needed {
                 return;
             }
-            if wanted == FRAME_HEADER {
-                self.until = payload(&self.held);
+            if needed == FRAME_HEADER {
+                self.remaining = payload(&self.held);
                 let is_headers = self.held.get(3) == Some(&HEADERS);
-                // A longer one is an error, which h2 tells the client of.
-                if is_headers && (1..=MAX_FRAME).contains(&self.until) {
+                // A HEADERS frame longer than `MAX_FRAME` is passed on unchanged. h2 then reports
+                // an error to the client.
+                if is_headers && (1..=MAX_FRAME).contains(&self.remaining) {
                     continue;
                 }
             } else {
-                self.until = 0;
+                self.remaining = 0;
                 let flags = self.held.get(4).copied().unwrap_or_default();
                 if let Some(block) = self.held.get_mut(FRAME_HEADER..) {
-                    // Anything that makes no sense is h2's to complain about.
-                    let _ = rename(block, flags);
+                    // Malformed headers are passed on, because h2 reports them to the client.
+                    let _ = replace_authority(block, flags);
                 }
             }
             ready.append(&mut self.held);
@@ -171,21 +177,22 @@ impl Frames {
     }
 }
 
-/// A frame's length by its header.
+/// Returns the payload length from a frame's header.
 fn payload(header: &[u8]) -> usize {
     let length = header.iter().take(3);
     length.fold(0, |length, byte| length << 8 | usize::from(*byte))
 }
 
-/// Puts letters in the place of the authority in the payload of a frame of HEADERS. `None` if that
-/// ends in the middle of something: pseudo-headers come first, none is beyond it.
-fn rename(payload: &mut [u8], flags: u8) -> Option<()> {
+/// Replaces the authority in the payload of a HEADERS frame with letters. Returns `None` if the
+/// payload ends in the middle of a field. CONTINUATION frames are not searched, because
+/// pseudo-headers precede all other fields.
+fn replace_authority(payload: &mut [u8], flags: u8) -> Option<()> {
     let mut at = usize::from(flags & PADDED != 0);
     if flags & PRIORITY != 0 {
         at += 5;
     }
     while let Some(&first) = payload.get(at) {
-        // The representations of RFC 7541, 6, by their first bits.
+        // The leading bits identify the representation of the field (RFC 7541, 6).
         let index_bits = match first {
             0x80.. => 7,
             0x40.. => 6,
@@ -213,7 +220,8 @@ fn rename(payload: &mut [u8], flags: u8) -> Option<()> {
     Some(())
 }
 
-/// RFC 7541, 5.1: an integer that begins in the last `bits` of a byte.
+/// Decodes the integer that begins in the last `bits` bits of the byte at index `at` (RFC 7541,
+/// 5.1). Sets `at` to the index after the integer.
 fn integer(bytes: &[u8], at: &mut usize, bits: u32) -> Option<usize> {
     let limit = (1_usize << bits) - 1;
     let mut value = usize::from(*bytes.get(*at)?) & limit;
@@ -232,7 +240,8 @@ fn integer(bytes: &[u8], at: &mut usize, bits: u32) -> Option<usize> {
     None
 }
 
-/// RFC 7541, 5.2: a string, and whether it is in Huffman's code.
+/// Returns the bytes of the string at index `at`, and whether they are Huffman-coded (RFC 7541,
+/// 5.2). Sets `at` to the index after the string.
 fn string<'a>(bytes: &'a mut [u8], at: &mut usize) -> Option<(bool, &'a mut [u8])> {
     let coded = *bytes.get(*at)? >= 0x80;
     let length = integer(bytes, at, 7)?;
@@ -241,8 +250,10 @@ fn string<'a>(bytes: &'a mut [u8], at: &mut usize) -> Option<(bool, &'a mut [u8]
     Some((coded, bytes.get_mut(begin..*at)?))
 }
 
-/// The codes of up to 8 bits (RFC 7541, appendix B): their length, the last code of that length, and
-/// the code of a letter. Longer ones begin with ones, and nothing of a path is among them but `~`.
+/// The Huffman codes of 5 to 8 bits (RFC 7541, appendix B). Each entry describes the codes of one
+/// length: the length in bits, the greatest code, and the code of a letter. A longer code begins
+/// with 8 bits that are greater than 0xfd. Longer codes are rare: invalid authorities are usually
+/// paths, and of the common characters in paths, only `~` has a longer code.
 const CODES: [(usize, u32, u32); 4] = [
     (5, 0x9, 0x3),   // a
     (6, 0x2d, 0x23), // b
@@ -250,8 +261,8 @@ const CODES: [(usize, u32, u32); 4] = [
     (8, 0xfd, 0xfc), // X
 ];
 
-/// Replaces each symbol of a coded string by a letter with a code of the same length. What has
-/// longer codes stays as it is.
+/// Replaces each symbol of a Huffman-coded string with a letter whose code has the same length. A
+/// string that contains a code of more than 8 bits is not changed.
 fn letters_coded(string: &mut [u8]) {
     let bits = string.len() * 8;
     let bit = |string: &[u8], at: usize| {
@@ -267,7 +278,8 @@ fn letters_coded(string: &mut [u8]) {
             .into_iter()
             .find(|(length, last, _)| code(*length) <= *last)
         else {
-            // The end is filled with ones, less than a byte of them.
+            // Fewer than eight remaining bits are padding: the encoder fills the string's last byte
+            // with 1 bits.
             if bits - at < 8 {
                 break;
             }
@@ -290,7 +302,8 @@ fn letters_coded(string: &mut [u8]) {
 mod tests {
     use super::*;
 
-    /// The preface, a SETTINGS frame, HEADERS with this block, a DATA frame.
+    /// Returns a byte stream of four parts: the preface, a SETTINGS frame, a HEADERS frame with
+    /// `flags` and `block`, and a DATA frame.
     fn stream(flags: u8, block: &[u8]) -> Vec<u8> {
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         bytes.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]);
@@ -302,7 +315,7 @@ mod tests {
         bytes
     }
 
-    /// What comes out of what goes in, in pieces of `piece` bytes.
+    /// Passes `bytes` through [`Frames`] in pieces of `piece` bytes and returns the output.
     fn passed(bytes: &[u8], piece: usize) -> Vec<u8> {
         let (mut frames, mut ready) = (Frames::default(), Vec::new());
         for piece in bytes.chunks(piece) {
@@ -312,23 +325,28 @@ mod tests {
         ready
     }
 
-    /// `:method: POST`, then the authority as `field` has it, then `te: x`.
+    /// Returns a header block of three parts: the method POST, the authority as encoded in `field`,
+    /// and the field `te`.
     fn block(field: &[u8]) -> Vec<u8> {
         [&[0x83], field, &[0x40, 2, b't', b'e', 1, b'x']].concat()
     }
 
     #[test]
-    fn letters_take_the_place_of_a_path_wherever_a_read_ends() {
+    fn letters_replace_a_path_for_every_read_size() {
         let plain = block(b"\x41\x0b/run/a.sock");
         let letters = block(b"\x41\x0baaaaaaaaaaa");
         for piece in 1..40 {
             let out = passed(&stream(0, &plain), piece);
-            assert_eq!(out, stream(0, &letters), "in pieces of {piece}");
+            assert_eq!(
+                out,
+                stream(0, &letters),
+                "the stream after the replacement of the path, if each read returns {piece} bytes"
+            );
         }
     }
 
     #[test]
-    fn the_name_may_be_written_out_and_the_frame_padded() {
+    fn the_authority_is_replaced_if_its_name_is_literal_or_the_frame_is_padded() {
         let written = block(b"\x40\x0a:authority\x02/a");
         let letters = block(b"\x40\x0a:authority\x02aa");
         assert_eq!(passed(&stream(0, &written), 7), stream(0, &letters));
@@ -343,8 +361,9 @@ mod tests {
     }
 
     #[test]
-    fn a_coded_string_keeps_the_length_of_its_codes() {
-        // "%2Frun%2Fa.sock" and "aX", with the ones that fill the last byte.
+    fn each_symbol_of_a_coded_string_is_replaced_with_a_code_of_the_same_length() {
+        // Concatenates codes, given as pairs of code and length, and fills the last byte with bits
+        // that are 1.
         let codes = |symbols: &[(u32, usize)]| {
             let bits: Vec<u32> = symbols
                 .iter()
@@ -358,7 +377,7 @@ mod tests {
                 })
                 .collect::<Vec<u8>>()
         };
-        // '%', '2', 'F', 'r', '&', '/'
+        // The Huffman codes of '%', '2', 'F', 'r', '&' and '/'.
         let mut path = codes(&[
             (0x15, 6),
             (0x2, 5),
@@ -377,7 +396,8 @@ mod tests {
             (0x23, 6),
         ]);
         assert_eq!(path, same);
-        // '~' has 13 bits: nothing to put there.
+        // The Huffman code of '~' has 13 bits, and `CODES` contains no letter with a code of this
+        // length.
         let mut tilde = codes(&[(0x3, 5), (0x1ffd, 13)]);
         let before = tilde.clone();
         letters_coded(&mut tilde);
@@ -385,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_passed_on() {
+    fn malformed_headers_are_passed_on_unchanged() {
         for block in [
             &b"\x41"[..],
             b"\x41\x7f\xff\xff\xff\xff",

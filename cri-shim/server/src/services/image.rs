@@ -1,4 +1,4 @@
-//! ImageService.
+//! The image service of the CRI.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,14 +21,14 @@ use rrun_calls::wait::{blocking, slow};
 use rrun_images::Auth;
 use rrun_kernel::heap;
 
-/// How long ImageFsInfo waits for removed images and containers to be gone from the disk.
+/// The maximum time that ImageFsInfo waits for the deletion of removed images and containers.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Image {
     pub(super) node: Arc<Node>,
 }
 
-/// The CRI's view of an image.
+/// Returns the CRI message that describes an image.
 fn message(node: &Node, image: &rrun_images::Image) -> cri::Image {
     let user = image.config.user.split(':').next().unwrap_or_default();
     let uid = user.parse::<i64>().ok();
@@ -51,22 +51,22 @@ fn message(node: &Node, image: &rrun_images::Image) -> cri::Image {
 fn name(spec: Option<ImageSpec>) -> Result<String> {
     let name = spec.unwrap_or_default().image;
     if name.is_empty() {
-        return Err(Error::invalid("the request names no image"));
+        return Err(Error::invalid("the request specifies no image"));
     }
     Ok(name)
 }
 
 impl Image {
     fn list(&self, filter: Option<ImageFilter>) -> Vec<cri::Image> {
-        let wanted = filter
+        let requested = filter
             .and_then(|filter| filter.image)
             .unwrap_or_default()
             .image;
-        if wanted.is_empty() {
+        if requested.is_empty() {
             let all = self.node.images.list();
             return all.iter().map(|image| message(&self.node, image)).collect();
         }
-        let found = self.node.images.find(&wanted);
+        let found = self.node.images.find(&requested);
         let message = |image: &Arc<rrun_images::Image>| message(&self.node, image);
         found.iter().map(message).collect()
     }
@@ -118,7 +118,8 @@ impl Image {
         Ok(response)
     }
 
-    /// What `crictl inspecti` shows below the status; `imageSpec` is where containerd has it.
+    /// Returns the details that `crictl inspecti` shows below the image's status. The key
+    /// `imageSpec` has the same name as in containerd.
     async fn info(&self, image: &rrun_images::Image) -> Result<String> {
         let (images, id) = (self.node.images.clone(), image.id.clone());
         let what = format!("read the configuration of the image {id}");
@@ -141,8 +142,9 @@ impl Image {
             used_bytes: Some(UInt64Value { value: bytes }),
             inodes_used: Some(UInt64Value { value: inodes }),
         };
-        // Both are under --root, on one file system: told apart they would make kubelet count
-        // the same bytes for two.
+        // Images and containers are on the same file system, below --root. The same usage is
+        // therefore reported for both. If their usage were reported separately, kubelet would count
+        // the same bytes twice.
         let images = filesystem(&usage.path, usage.bytes, usage.inodes);
         ImageFsInfoResponse {
             container_filesystems: vec![images.clone()],
@@ -197,8 +199,10 @@ impl ImageService for Image {
         &self,
         _request: Request<ImageFsInfoRequest>,
     ) -> Result<Response<ImageFsInfoResponse>, Status> {
-        // kubelet looks at the disk after this call, and evicts pods if what it has just removed,
-        // images and the containers of pods that it has evicted, is still there.
+        // Wait for the deletions of images and writable layers that are in progress in the
+        // background. Kubelet removes images and pods, and then calls this method to check the disk
+        // usage. If the removed images and pods still occupied the disk, kubelet would evict more
+        // pods.
         tokio::join!(
             self.node.images.removed(REMOVAL_TIMEOUT),
             self.node.trash.emptied(REMOVAL_TIMEOUT),

@@ -1,4 +1,5 @@
-//! The two gRPC services: translate, call, translate back.
+//! The two gRPC services of the CRI: RuntimeService and ImageService. A method converts its
+//! request, calls another module, and converts the result.
 
 mod answers;
 mod authority;
@@ -14,11 +15,12 @@ use crate::node::Node;
 
 pub(crate) use authority::Connection;
 
-/// The most bytes of a request: a pod's annotations are the largest part, and bounded by the API
-/// server to less.
+/// The size limit of a request. The largest part of a request is a pod's annotations, for which the
+/// Kubernetes API server has a lower limit.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
 
-/// The most bytes of an answer: an ExecSync's two outputs.
+/// The size limit of a response. The largest response contains the stdout and the stderr of an
+/// ExecSync call.
 const MAX_ANSWER_BYTES: usize = 40 << 20;
 
 pub(crate) fn runtime(node: Arc<Node>) -> RuntimeServiceServer<runtime::Runtime> {

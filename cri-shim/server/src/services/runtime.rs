@@ -1,7 +1,8 @@
-//! RuntimeService: each method takes its request apart, calls, and puts the answer together.
+//! The runtime service of the CRI. A method reads its request, calls another module, and builds the
+//! response.
 //!
-//! Making, starting, stopping and removing pods and containers runs in a task of its own, which
-//! outlives an impatient client, and which a retry joins.
+//! Pods and containers are created, started, stopped and removed in separate tasks. A task
+//! continues if its client disconnects, and a retry of the client's request joins the running task.
 
 mod statistics;
 mod status;
@@ -23,10 +24,10 @@ use crate::{container, sandbox, stats, streaming};
 use rrun_calls::error::{During, Error};
 use rrun_calls::wait::slow;
 
-/// The CRI's version, which clients compare with theirs.
+/// The version of the CRI, which clients compare with their own version.
 const API_VERSION: &str = "v1";
 
-/// What this server calls itself; kubelet shows `NAME://VERSION` on the node.
+/// The server's name. Kubelet displays `NAME://VERSION` as the container runtime of the node.
 const NAME: &str = "rrun";
 
 pub(crate) struct Runtime {
@@ -58,7 +59,8 @@ impl RuntimeService for Runtime {
         _request: Request<VersionRequest>,
     ) -> Result<Response<VersionResponse>, Status> {
         Ok(Response::new(VersionResponse {
-            // The version of kubelet's runtime API, which has never been another one.
+            // The version of kubelet's runtime API. Kubernetes never defined another version of
+            // this API.
             version: "0.1.0".to_owned(),
             runtime_name: NAME.to_owned(),
             runtime_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -121,7 +123,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<StopPodSandboxRequest>,
     ) -> Result<Response<StopPodSandboxResponse>, Status> {
-        // A pod that does not exist is stopped.
+        // A pod that does not exist counts as stopped.
         if let Ok(sandbox) = self.node.sandbox(&request.get_ref().pod_sandbox_id) {
             let node = Arc::clone(&self.node);
             let key = format!("stop pod {}", sandbox.id);
@@ -192,7 +194,8 @@ impl RuntimeService for Runtime {
         request: Request<UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<UpdatePodSandboxResourcesResponse>, Status> {
         let request = request.into_inner();
-        // Kubelet has changed the pod's cgroup itself. Only the record has to follow.
+        // Kubelet has already changed the pod's cgroup itself, so the server only updates the pod's
+        // record.
         let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
         {
             let mut state = sandbox.state();
@@ -243,8 +246,8 @@ impl RuntimeService for Runtime {
         if let Ok(container) = self.node.container(&request.container_id) {
             let node = Arc::clone(&self.node);
             let grace = request.timeout;
-            // The key holds the timeout, so that a second call with a shorter one need not wait for
-            // the first.
+            // The key includes the timeout. A second call with a shorter timeout therefore does not
+            // join the first call.
             let key = format!("stop container {} within {grace} s", container.id);
             let stop = || async move { container::stop::stop(&node, &container, grace).await };
             self.node.changes.join(&key, stop).await?;
@@ -308,13 +311,14 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         let container = self.node.container(&request.container_id)?;
         if request.windows.is_some() {
-            let sentence = "the update has resources for Windows (windows)";
+            let sentence = "the update contains resources for Windows (windows)";
             return Err(Error::invalid(sentence).into());
         }
         if let Some(resources) = request.linux {
             let (node, name) = (Arc::clone(&self.node), container.name());
-            // A task outlives an impatient client. Updates are not joined, because the next one may
-            // request something else.
+            // The update runs in a separate task and therefore continues when the client
+            // disconnects. Two updates of a container are not joined, because they can request
+            // different values.
             let update = tokio::spawn(container::start::update(node, container, resources));
             let ended = update.await;
             ended.map_err(|error| Error::internal(format!("update {name}: {error}")))??;
@@ -342,7 +346,7 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<CheckpointContainerRequest>,
     ) -> Result<Response<CheckpointContainerResponse>, Status> {
-        Err(Error::unimplemented("rrun-cri does not checkpoint containers yet").into())
+        Err(Error::unimplemented("rrun-cri does not support checkpoints of containers").into())
     }
 
     async fn exec_sync(
@@ -474,7 +478,7 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        // A subscriber that lagged loses events rather than memory.
+        // To limit the server's memory use, a slow subscriber loses events.
         let events = BroadcastStream::new(self.node.events.subscribe())
             .filter_map(|event| async move { event.ok().map(Ok) });
         Ok(Response::new(Box::pin(events)))

@@ -1,6 +1,7 @@
-//! What kubelet shows at /metrics/cadvisor with PodAndContainerStatsFromCRI: the names and labels
-//! are cAdvisor's, so that dashboards go on working. Values are whole numbers, seconds too: the
-//! CRI has no others.
+//! The metrics that kubelet shows at /metrics/cadvisor if its feature gate
+//! PodAndContainerStatsFromCRI is enabled. The names and labels are the same as in cAdvisor, and
+//! dashboards for cAdvisor therefore work unchanged. All values, including times in seconds, are
+//! integers, because the CRI supports only integers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,12 +18,12 @@ use crate::node::Node;
 use crate::sandbox::Sandbox;
 use rrun_network::Counters;
 
-/// The labels that all have, in this order.
+/// The labels of every metric, in the order of the report.
 const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod"];
 
 use MetricType::{Counter, Gauge};
 
-/// A metric's name, kind, further labels and help.
+/// A metric's name, type, additional labels and help text.
 struct Descriptor {
     name: &'static str,
     kind: MetricType,
@@ -43,73 +44,73 @@ macro_rules! descriptors {
 
 descriptors! {
     container_blkio_device_usage_total: Counter, ["device", "major", "minor", "operation"], "Bytes read from and written to a device.";
-    container_cpu_cfs_periods_total: Counter, [], "Periods in which the CPU quota was in force.";
-    container_cpu_cfs_throttled_periods_total: Counter, [], "Periods in which the CPU quota was used up.";
+    container_cpu_cfs_periods_total: Counter, [], "Number of periods in which the CPU quota was enforced.";
+    container_cpu_cfs_throttled_periods_total: Counter, [], "Number of periods in which the CPU quota was used up.";
     container_cpu_cfs_throttled_seconds_total: Counter, [], "Seconds spent waiting for the next period of the CPU quota.";
     container_cpu_system_seconds_total: Counter, [], "CPU seconds spent in the kernel.";
-    container_cpu_usage_seconds_total: Counter, ["cpu"], "CPU seconds.";
-    container_cpu_user_seconds_total: Counter, [], "CPU seconds spent in programs.";
-    container_file_descriptors: Gauge, [], "Open file descriptors.";
-    container_fs_inodes_free: Gauge, ["device"], "Free inodes of the file system of the writable layer.";
-    container_fs_inodes_total: Gauge, ["device"], "Inodes of the file system of the writable layer.";
-    container_fs_limit_bytes: Gauge, ["device"], "Size of the file system of the writable layer.";
+    container_cpu_usage_seconds_total: Counter, ["cpu"], "CPU seconds used.";
+    container_cpu_user_seconds_total: Counter, [], "CPU seconds spent in user space.";
+    container_file_descriptors: Gauge, [], "Number of open file descriptors.";
+    container_fs_inodes_free: Gauge, ["device"], "Number of free inodes in the writable layer's file system.";
+    container_fs_inodes_total: Gauge, ["device"], "Number of inodes in the writable layer's file system.";
+    container_fs_limit_bytes: Gauge, ["device"], "Size of the writable layer's file system in bytes.";
     container_fs_reads_bytes_total: Counter, ["device"], "Bytes read from a device.";
-    container_fs_reads_total: Counter, ["device"], "Reads from a device.";
+    container_fs_reads_total: Counter, ["device"], "Number of read operations on a device.";
     container_fs_usage_bytes: Gauge, ["device"], "Bytes in the writable layer.";
     container_fs_writes_bytes_total: Counter, ["device"], "Bytes written to a device.";
-    container_fs_writes_total: Counter, ["device"], "Writes to a device.";
+    container_fs_writes_total: Counter, ["device"], "Number of write operations on a device.";
     container_hugetlb_usage_bytes: Gauge, ["pagesize"], "Bytes of huge pages in use.";
-    container_last_seen: Gauge, [], "When the container was last looked at, in seconds since the epoch.";
-    container_memory_active_anon_bytes: Gauge, [], "Anonymous memory on the active list.";
-    container_memory_anon_thp_bytes: Gauge, [], "Anonymous memory in transparent huge pages.";
+    container_last_seen: Gauge, [], "Time at which the container's metrics were last read, in seconds since the epoch.";
+    container_memory_active_anon_bytes: Gauge, [], "Bytes of anonymous memory on the active list.";
+    container_memory_anon_thp_bytes: Gauge, [], "Bytes of anonymous memory in transparent huge pages.";
     container_memory_cache: Gauge, [], "Bytes of page cache.";
-    container_memory_failcnt: Counter, [], "How often the memory limit was reached.";
-    container_memory_failures_total: Counter, ["failure_type", "scope"], "Page faults, by kind.";
-    container_memory_file_thp_bytes: Gauge, [], "Page cache in transparent huge pages.";
-    container_memory_inactive_anon_bytes: Gauge, [], "Anonymous memory on the inactive list.";
-    container_memory_kernel_usage: Gauge, [], "Bytes of the kernel's own memory.";
-    container_memory_mapped_file: Gauge, [], "Bytes of mapped files.";
-    container_memory_max_usage_bytes: Gauge, [], "The most bytes of memory that were ever in use.";
+    container_memory_failcnt: Counter, [], "Number of times that the memory limit was reached.";
+    container_memory_failures_total: Counter, ["failure_type", "scope"], "Number of page faults, by kind.";
+    container_memory_file_thp_bytes: Gauge, [], "Bytes of page cache in transparent huge pages.";
+    container_memory_inactive_anon_bytes: Gauge, [], "Bytes of anonymous memory on the inactive list.";
+    container_memory_kernel_usage: Gauge, [], "Bytes of memory that the kernel uses for itself.";
+    container_memory_mapped_file: Gauge, [], "Bytes of files that are mapped into memory.";
+    container_memory_max_usage_bytes: Gauge, [], "Highest memory usage so far, in bytes.";
     container_memory_rss: Gauge, [], "Bytes of anonymous memory.";
-    container_memory_shmem_thp_bytes: Gauge, [], "Shared memory in transparent huge pages.";
+    container_memory_shmem_thp_bytes: Gauge, [], "Bytes of shared memory in transparent huge pages.";
     container_memory_swap: Gauge, [], "Bytes of swap in use.";
-    container_memory_total_active_file_bytes: Gauge, [], "Page cache on the active list.";
-    container_memory_total_inactive_file_bytes: Gauge, [], "Page cache on the inactive list.";
-    container_memory_usage_bytes: Gauge, [], "Bytes of memory in use, page cache among them.";
+    container_memory_total_active_file_bytes: Gauge, [], "Bytes of page cache on the active list.";
+    container_memory_total_inactive_file_bytes: Gauge, [], "Bytes of page cache on the inactive list.";
+    container_memory_usage_bytes: Gauge, [], "Bytes of memory in use, including the page cache.";
     container_memory_working_set_bytes: Gauge, [], "Bytes of memory in use, without the page cache's inactive list.";
     container_network_receive_bytes_total: Counter, ["interface"], "Bytes received.";
-    container_network_receive_errors_total: Counter, ["interface"], "Errors while receiving.";
-    container_network_receive_packets_dropped_total: Counter, ["interface"], "Packets dropped while receiving.";
-    container_network_receive_packets_total: Counter, ["interface"], "Packets received.";
+    container_network_receive_errors_total: Counter, ["interface"], "Number of errors while receiving.";
+    container_network_receive_packets_dropped_total: Counter, ["interface"], "Number of packets dropped while receiving.";
+    container_network_receive_packets_total: Counter, ["interface"], "Number of packets received.";
     container_network_transmit_bytes_total: Counter, ["interface"], "Bytes sent.";
-    container_network_transmit_errors_total: Counter, ["interface"], "Errors while sending.";
-    container_network_transmit_packets_dropped_total: Counter, ["interface"], "Packets dropped while sending.";
-    container_network_transmit_packets_total: Counter, ["interface"], "Packets sent.";
-    container_oom_events_total: Counter, [], "Processes that the kernel killed for want of memory.";
+    container_network_transmit_errors_total: Counter, ["interface"], "Number of errors while sending.";
+    container_network_transmit_packets_dropped_total: Counter, ["interface"], "Number of packets dropped while sending.";
+    container_network_transmit_packets_total: Counter, ["interface"], "Number of packets sent.";
+    container_oom_events_total: Counter, [], "Number of processes that the kernel killed for lack of memory.";
     container_pressure_cpu_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for a CPU.";
-    container_pressure_cpu_waiting_seconds_total: Counter, [], "Seconds in which some process waited for a CPU.";
+    container_pressure_cpu_waiting_seconds_total: Counter, [], "Seconds in which at least one process waited for a CPU.";
     container_pressure_io_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for I/O.";
-    container_pressure_io_waiting_seconds_total: Counter, [], "Seconds in which some process waited for I/O.";
+    container_pressure_io_waiting_seconds_total: Counter, [], "Seconds in which at least one process waited for I/O.";
     container_pressure_memory_stalled_seconds_total: Counter, [], "Seconds in which all processes waited for memory.";
-    container_pressure_memory_waiting_seconds_total: Counter, [], "Seconds in which some process waited for memory.";
-    container_processes: Gauge, [], "Processes.";
-    container_sockets: Gauge, [], "Open sockets.";
+    container_pressure_memory_waiting_seconds_total: Counter, [], "Seconds in which at least one process waited for memory.";
+    container_processes: Gauge, [], "Number of processes.";
+    container_sockets: Gauge, [], "Number of open sockets.";
     container_spec_cpu_period: Gauge, [], "The CPU quota's period in microseconds.";
     container_spec_cpu_quota: Gauge, [], "The CPU quota in microseconds.";
     container_spec_cpu_shares: Gauge, [], "CPU shares.";
-    container_spec_memory_limit_bytes: Gauge, [], "The memory limit, 0 for none.";
-    container_spec_memory_reservation_limit_bytes: Gauge, [], "The memory reserved, 0 for none.";
-    container_spec_memory_swap_limit_bytes: Gauge, [], "The limit of memory and swap, 0 for none.";
-    container_start_time_seconds: Gauge, [], "When the container was started, in seconds since the epoch.";
-    container_threads: Gauge, [], "Threads.";
-    container_threads_max: Gauge, [], "The most threads there may be, 0 for any number.";
-    container_ulimits_soft: Gauge, ["ulimit"], "Soft limits of the first process.";
+    container_spec_memory_limit_bytes: Gauge, [], "The memory limit, 0 if there is no limit.";
+    container_spec_memory_reservation_limit_bytes: Gauge, [], "The memory reservation, 0 if there is no reservation.";
+    container_spec_memory_swap_limit_bytes: Gauge, [], "The limit of memory and swap together, 0 if there is no limit.";
+    container_start_time_seconds: Gauge, [], "Start time of the container, in seconds since the epoch.";
+    container_threads: Gauge, [], "Number of threads.";
+    container_threads_max: Gauge, [], "Maximum number of threads, 0 if there is no limit.";
+    container_ulimits_soft: Gauge, ["ulimit"], "Soft resource limits of the container's first process.";
 }
 
-/// The most processes of a container whose descriptors are counted.
+/// The maximum number of processes per container whose open file descriptors are counted.
 const MAX_PROCESSES: usize = 256;
 
-/// Every metric that [`sandbox`] can give.
+/// Returns the descriptors of all metrics that [`sandbox`] can return.
 pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     let labels = |more: &[&str]| {
         let all = LABELS.iter().chain(more);
@@ -123,7 +124,7 @@ pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     all.collect()
 }
 
-/// The metrics of one object, while they are collected.
+/// The metrics of one pod or container, while they are collected.
 struct LabelledMetrics {
     labels: Vec<String>,
     all: Vec<Metric>,
@@ -151,8 +152,8 @@ impl LabelledMetrics {
     }
 }
 
-/// A pod's metrics, its running containers' among them. Reads some dozens of the kernel's files
-/// for each. Blocks on nothing else.
+/// Returns a pod's metrics, including the metrics of its running containers. Blocks only while it
+/// reads several dozen kernel files for the pod and for each container.
 pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
     let metadata = sandbox.config.metadata.clone().unwrap_or_default();
     let dir = directory(&sandbox.cgroup);
@@ -222,7 +223,7 @@ fn container(node: &Node, container: &Container) -> ContainerMetrics {
     }
 }
 
-/// The labels that each of a container's metrics has.
+/// Returns the labels that all metrics of a container have.
 fn labels(container: &Container, dir: &Path) -> Vec<String> {
     let config = &container.config;
     let pod = container
@@ -233,7 +234,7 @@ fn labels(container: &Container, dir: &Path) -> Vec<String> {
         .unwrap_or_default();
     let name = config.metadata.as_ref().map(|data| data.name.as_str());
     let image = config.image.as_ref().map(|image| {
-        // What the pod names; `image` itself can be an id.
+        // Prefer the user's name for the image, because `image.image` can be an id.
         match image.user_specified_image.as_str() {
             "" => image.image.as_str(),
             name => name,
@@ -272,18 +273,19 @@ fn of_specification(metrics: &mut LabelledMetrics, container: &Container) {
     ] {
         metrics.add(name, &[], value);
     }
-    // Only if there is a quota, as in cAdvisor.
+    // As in cAdvisor, the CPU quota is reported only if the container has a quota.
     let quota = positive(requested.cpu_quota).filter(|quota| *quota != 0);
     metrics.add("container_spec_cpu_quota", &[], quota);
 }
 
-/// A cgroup's path, `/kubepods/pod1`.
+/// Returns a cgroup's path, such as `/kubepods/pod1`.
 fn path_of(dir: &Path) -> String {
     let below = dir.strip_prefix(MOUNT_POINT).unwrap_or(dir);
     format!("/{}", below.display())
 }
 
-/// What the controllers count, cgroup-v2.rst; nothing of those that are not there.
+/// Adds the metrics of a cgroup's controllers, which the kernel's cgroup-v2.rst describes. If a
+/// controller is not enabled, its metrics are omitted.
 fn of_cgroup(metrics: &mut LabelledMetrics, dir: &Path) {
     if let Some(stat) = read(dir, "cpu.stat") {
         let seconds = |name| keyed(&stat, name).map(|microseconds| microseconds / 1_000_000);
@@ -364,7 +366,8 @@ fn of_memory(metrics: &mut LabelledMetrics, dir: &Path) {
     ] {
         metrics.add(name, &[], keyed(&stat, of));
     }
-    // The hierarchy's count is in the cgroup's own file: both scopes are one on cgroup v2.
+    // In cgroup v2, memory.stat includes the cgroup's descendants. The metric therefore has the
+    // same value for the scopes `container` and `hierarchy`.
     for (kind, of) in [("pgfault", "pgfault"), ("pgmajfault", "pgmajfault")] {
         for scope in ["container", "hierarchy"] {
             let value = keyed(&stat, of);
@@ -386,7 +389,8 @@ fn of_memory(metrics: &mut LabelledMetrics, dir: &Path) {
     metrics.add("container_memory_swap", &[], swap);
 }
 
-/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`
+/// Adds the metrics of io.stat, whose lines look like `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0
+/// dios=0`.
 fn of_devices(metrics: &mut LabelledMetrics, stat: &str) {
     for line in stat.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -415,7 +419,8 @@ fn of_devices(metrics: &mut LabelledMetrics, stat: &str) {
     }
 }
 
-/// `/dev/vda` of `254:0`; the number if there is no name.
+/// Returns the name of the block device with the device number `number`, such as `/dev/vda` for
+/// `254:0`. If the device has no name, returns `number`.
 fn device_name(number: &str) -> String {
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{number}/uevent"));
     let uevent = uevent.unwrap_or_default();
@@ -431,8 +436,8 @@ fn of_processes(metrics: &mut LabelledMetrics, dir: &Path) {
     metrics.add("container_processes", &[], count);
     let threads = number(dir, "pids.current");
     metrics.add("container_threads", &[], threads);
-    let most = read(dir, "pids.max").map(|text| text.trim().parse().unwrap_or(0));
-    metrics.add("container_threads_max", &[], most);
+    let max_threads = read(dir, "pids.max").map(|text| text.trim().parse().unwrap_or(0));
+    metrics.add("container_threads_max", &[], max_threads);
     let (mut descriptors, mut sockets) = (0, 0);
     for pid in processes.iter().take(MAX_PROCESSES) {
         let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
@@ -487,7 +492,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_told_by_number_where_they_have_no_name() {
+    fn a_device_without_a_name_is_labelled_by_its_number() {
         let mut metrics = LabelledMetrics {
             labels: vec![String::new(); LABELS.len()],
             all: Vec::new(),
@@ -505,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_in_order_and_each_name_is_there_once() {
+    fn descriptors_are_sorted_and_their_names_are_unique() {
         let names: Vec<&str> = DESCRIPTORS.iter().map(|one| one.name).collect();
         assert!(names.is_sorted_by(|one, next| one < next), "{names:?}");
     }

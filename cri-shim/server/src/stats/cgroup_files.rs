@@ -1,4 +1,4 @@
-//! The files of a cgroup v2 directory as messages of the CRI, cgroup-v2.rst.
+//! Converts the files of a cgroup v2 directory, which cgroup-v2.rst describes, to CRI messages.
 
 use std::path::Path;
 
@@ -8,7 +8,8 @@ use super::value;
 use crate::cgroup::{keyed, number, read};
 use crate::clock::now;
 
-/// `cpu.stat` has the usage even without the controller.
+/// Returns the CPU usage of a cgroup. The file cpu.stat contains the usage even without the CPU
+/// controller.
 pub(super) fn cpu(dir: &Path) -> Option<CpuUsage> {
     let stat = read(dir, "cpu.stat")?;
     let used = keyed(&stat, "usage_usec")?;
@@ -20,7 +21,8 @@ pub(super) fn cpu(dir: &Path) -> Option<CpuUsage> {
     })
 }
 
-/// Without the controller nothing is counted, but a reader of ours wants to know when.
+/// Returns the memory usage of a cgroup. If the memory controller is not enabled, the result
+/// contains only the timestamp, because clients expect a timestamp.
 pub(super) fn memory(dir: &Path) -> MemoryUsage {
     let Some(usage) = number(dir, "memory.current") else {
         return MemoryUsage {
@@ -30,7 +32,8 @@ pub(super) fn memory(dir: &Path) -> MemoryUsage {
     };
     let stat = read(dir, "memory.stat").unwrap_or_default();
     let counted = |name| keyed(&stat, name).unwrap_or_default();
-    // As cAdvisor has it: what the kernel could not get back without writing or swapping.
+    // The working set is an estimate of the memory that the kernel can't reclaim without disk
+    // writes or swapping. cAdvisor defines the working set in the same way.
     let working_set = usage.saturating_sub(counted("inactive_file"));
     let major = counted("pgmajfault");
     MemoryUsage {
@@ -63,11 +66,12 @@ pub(super) fn io(dir: &Path) -> Option<IoUsage> {
     })
 }
 
-/// How deep below a container's cgroup processes are looked for, and how many are listed.
+/// The maximum depth below a container's cgroup at which processes are listed.
 const MAX_DEPTH: u32 = 4;
+/// The maximum number of processes that are listed for one container.
 const MAX_PROCESSES: usize = 1 << 16;
 
-/// The processes in the cgroup and below.
+/// Returns the ids of the processes in the cgroup and in its descendants.
 pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
     let mut all = Vec::new();
     list_processes(dir, 0, &mut all);
@@ -75,7 +79,7 @@ pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
 }
 
 fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
-    // Longer than other files of a cgroup's.
+    // The function `read` has a buffer of 16 KiB, and cgroup.procs can be longer.
     let processes = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     let room = MAX_PROCESSES.saturating_sub(all.len());
     let listed = processes
@@ -92,7 +96,8 @@ fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
     }
 }
 
-/// A pressure file, psi.rst; none if the kernel does not keep it.
+/// Parses a pressure file, which the kernel's psi.rst describes. Returns `None` if the kernel does
+/// not provide the file.
 pub(super) fn pressure(dir: &Path, file: &str) -> Option<PsiStats> {
     parse_pressure(&read(dir, file)?)
 }
@@ -107,7 +112,8 @@ fn parse_pressure(text: &str) -> Option<PsiStats> {
                 "avg10" => data.avg10 = number.parse().ok()?,
                 "avg60" => data.avg60 = number.parse().ok()?,
                 "avg300" => data.avg300 = number.parse().ok()?,
-                // Microseconds in the file.
+                // The pressure file contains microseconds, and the CRI message contains
+                // nanoseconds.
                 "total" => data.total = number.parse::<u64>().ok()?.saturating_mul(1000),
                 _ => {}
             }
@@ -126,11 +132,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pressure_is_told_in_nanoseconds() {
+    fn pressure_is_reported_in_nanoseconds() {
         let text = "some avg10=1.50 avg60=0.25 avg300=0.00 total=12\n\
                     full avg10=0.00 avg60=0.00 avg300=0.00 total=3\n";
         let Some(psi) = parse_pressure(text) else {
-            panic!("not parsed");
+            panic!("the pressure file was not parsed");
         };
         assert_eq!(
             psi.some.map(|data| (data.avg10, data.total)),

@@ -1,5 +1,5 @@
-//! What cgroups count, as the CRI reports it. A controller that is not there leaves its field
-//! out.
+//! Reads statistics from cgroup files and returns them as CRI messages. If a cgroup controller is
+//! not available, the message's fields for that controller are empty.
 
 pub(crate) mod cadvisor;
 mod cgroup_files;
@@ -26,17 +26,19 @@ use rrun_network::{Counters, InterfaceCounters};
 
 pub(crate) use writable::Usage;
 
-/// The least time between two readings from which a rate is told, in nanoseconds.
+/// The minimum time in nanoseconds between two readings from which a CPU rate is computed.
 const RATE_WINDOW_NANOSECONDS: i64 = 1_000_000_000;
 
-/// What is remembered from one call to the next, by id.
+/// The data that the server keeps between two requests for statistics. The keys of the maps are the
+/// ids of pods and containers.
 #[derive(Default)]
 pub(crate) struct StatsCache {
     cpu: Mutex<HashMap<String, Reading>>,
     writable: writable::UsageCache,
 }
 
-/// CPU time at a moment, and the rate that was told last.
+/// A measurement of a pod's or a container's CPU time. `used` is the CPU time in nanoseconds until
+/// the time `at`. `rate` is the last computed CPU rate.
 #[derive(Clone, Copy, Debug)]
 struct Reading {
     at: i64,
@@ -51,14 +53,16 @@ impl StatsCache {
         self.writable.forget(id);
     }
 
-    /// Has figures of these containers that take a walk through a disk made anew, if that is soon done.
+    /// Counts the disk usage of `containers` again. If the count takes too long, the previous disk
+    /// usage is reported.
     pub(crate) async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
         let ids = containers.iter().map(|container| container.id.as_str());
         self.writable.refresh(node, ids).await;
     }
 
-    /// Nanoseconds of CPU time a second since the last reading; of readings that follow closely
-    /// the older one counts.
+    /// Returns the average CPU usage since the stored reading, in nanoseconds of CPU time per
+    /// second. If the stored reading is too recent, returns the rate of that reading again and does
+    /// not replace the reading.
     fn rate(&self, id: &str, at: i64, used: u64) -> Option<u64> {
         let mut cpu = lock(&self.cpu);
         let Some(last) = cpu.get_mut(id) else {
@@ -90,8 +94,7 @@ fn cpu(cache: &StatsCache, id: &str, dir: &Path) -> Option<CpuUsage> {
     Some(usage)
 }
 
-/// One container's statistics. Reads a handful of the kernel's files, and blocks no longer than
-/// that.
+/// Returns a container's statistics. Blocks only while it reads a few kernel files.
 pub(crate) fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats {
     let config = &container.config;
     let attributes = ContainerAttributes {
@@ -131,7 +134,7 @@ fn writable_layer(node: &Node, container: &Container, usage: Usage) -> Filesyste
     }
 }
 
-/// One pod's statistics, its containers' among them.
+/// Returns a pod's statistics, including the statistics of its running containers.
 pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
     let config = &sandbox.config;
     let attributes = PodSandboxAttributes {
@@ -181,7 +184,7 @@ fn usage(counted: InterfaceCounters) -> NetworkInterfaceUsage {
     }
 }
 
-/// Whether the filter lets the container through.
+/// Returns whether the container matches the filter.
 pub(crate) fn matches_container(
     filter: Option<&ContainerStatsFilter>,
     container: &Container,
@@ -192,7 +195,7 @@ pub(crate) fn matches_container(
         && has_labels(&filter.label_selector, &container.config.labels)
 }
 
-/// Whether the filter lets the pod through.
+/// Returns whether the pod matches the filter.
 pub(crate) fn matches_sandbox(filter: Option<&PodSandboxStatsFilter>, sandbox: &Sandbox) -> bool {
     let Some(filter) = filter else { return true };
     sandbox.id.starts_with(&filter.id) && has_labels(&filter.label_selector, &sandbox.config.labels)
@@ -203,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_needs_two_readings_and_a_second_between() {
+    fn a_rate_needs_two_readings_a_second_apart() {
         let cache = StatsCache::default();
         let second = 1_000_000_000;
         assert_eq!(cache.rate("c", second, 100), None);
@@ -212,7 +215,7 @@ mod tests {
             cache.rate("c", 3 * second, 1_000_000_100),
             Some(500_000_000)
         );
-        // Too soon: the last one told.
+        // The stored reading is too recent, so its rate is reported again.
         assert_eq!(cache.rate("c", 3 * second + 5, 9), Some(500_000_000));
         cache.forget("c");
         assert_eq!(cache.rate("c", 9 * second, 9), None);

@@ -1,5 +1,6 @@
-//! How much is in a container's writable layer: counted by a walk when somebody asks, and told as it
-//! was last where the walk takes long.
+//! The disk usage of containers' writable layers. A request for statistics starts a walk through
+//! each layer, which counts the layer's files and bytes. If the walk takes too long, the server
+//! reports the result of the previous walk.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -11,21 +12,24 @@ use crate::clock::now;
 use crate::node::Node;
 use rrun_calls::lock::lock;
 
-/// A layer is counted again after so many times what the last walk took: at most a hundredth of one
-/// CPU's time goes there. kubelet evicts who uses most by these figures, so that they must not lag
-/// behind what the disk itself says.
+/// The factor between the duration of a layer's count and the pause before the next count. The
+/// counts of a layer therefore use at most a hundredth of one CPU's time, unless `MAX_AGE` shortens
+/// the pause.
 const WALK_SHARE: u32 = 100;
 
-/// How old a count may be before the next one begins in any case.
+/// The maximum age of a layer's last count. An older count is repeated even if counting takes a
+/// long time. Kubelet needs recent counts to evict the pods that use the most disk space.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// How long an answer waits for walks.
+/// The maximum time that a request for statistics waits for walks through layers.
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The most entries that one walk looks at; a layer with more is told as so large.
+/// The maximum number of entries that one walk counts. If a layer has more entries, only the
+/// counted entries and their bytes are reported.
 const MAX_ENTRIES: u64 = 1 << 20;
 
-/// A count, and when it was made (nanoseconds since the epoch, 0: not yet).
+/// The number of bytes and inodes in a container's writable layer. `at` is the time at which they
+/// were counted, in nanoseconds since the epoch. Before the first count, `at` is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub at: i64,
@@ -43,14 +47,14 @@ type Counts = Arc<Mutex<HashMap<String, CountedUsage>>>;
 #[derive(Clone, Copy, Default)]
 struct CountedUsage {
     usage: Usage,
-    took: Duration,
+    duration: Duration,
     counting: bool,
 }
 
 impl CountedUsage {
     fn is_due(&self, now: i64) -> bool {
         let age = u128::from(now.saturating_sub(self.usage.at).unsigned_abs());
-        let rest = self.took.saturating_mul(WALK_SHARE).min(MAX_AGE);
+        let rest = self.duration.saturating_mul(WALK_SHARE).min(MAX_AGE);
         !self.counting && age > rest.as_nanos()
     }
 }
@@ -60,13 +64,15 @@ impl UsageCache {
         lock(&self.counts).remove(id);
     }
 
-    /// The last count.
+    /// Returns the bytes and inodes that the last count found in the writable layer of the
+    /// container `id`.
     pub(super) fn of(&self, id: &str) -> Usage {
         let counts = lock(&self.counts);
         counts.get(id).map(|entry| entry.usage).unwrap_or_default()
     }
 
-    /// Counts again what is due of these containers; waits a moment for it, and no longer.
+    /// Counts each writable layer of the containers `ids` again, if the layer's last count is old
+    /// enough. Waits at most `REFRESH_TIMEOUT` for the results.
     pub(super) async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
         let mut due = Vec::new();
         {
@@ -76,7 +82,7 @@ impl UsageCache {
                 if entry.is_due(now) {
                     entry.counting = true;
                     due.push((
-                        entry.took,
+                        entry.duration,
                         id.to_owned(),
                         node.writable_layer(id).join("upper"),
                     ));
@@ -86,18 +92,20 @@ impl UsageCache {
         if due.is_empty() {
             return;
         }
-        // Nobody waits for a large one before a small one.
+        // The layers with the shortest walks are counted first. They then do not wait for large
+        // layers.
         due.sort_unstable();
         let counts = Arc::clone(&self.counts);
         let walks = tokio::task::spawn_blocking(move || {
             for (_, id, dir) in due {
                 let began = Instant::now();
                 let usage = count(&dir);
-                // Gone meanwhile: not again.
+                // A container without an entry in `counts` was removed during the walk, so it gets
+                // no new entry.
                 if let Some(entry) = lock(&counts).get_mut(&id) {
                     *entry = CountedUsage {
                         usage,
-                        took: began.elapsed(),
+                        duration: began.elapsed(),
                         counting: false,
                     };
                 }
@@ -107,7 +115,8 @@ impl UsageCache {
     }
 }
 
-/// Walks without following links.
+/// Counts the entries below a directory and the bytes of these entries, without following symbolic
+/// links.
 fn count(dir: &Path) -> Usage {
     let mut usage = Usage {
         at: now(),
@@ -124,8 +133,9 @@ fn count(dir: &Path) -> Usage {
                 continue;
             };
             usage.inodes += 1;
-            // Each name of a file with several has its share; a directory's links are its
-            // children.
+            // The bytes of a file with several hard links are divided equally among its names. A
+            // directory's bytes are not divided, because its link count depends on its
+            // subdirectories.
             let names = if metadata.is_dir() {
                 1
             } else {
@@ -149,18 +159,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_took_long_is_counted_seldom() {
-        let entry = |took, at| CountedUsage {
+    fn a_layer_with_a_long_walk_is_counted_less_often() {
+        let entry = |duration, at| CountedUsage {
             usage: Usage {
                 at,
                 ..Usage::default()
             },
-            took,
+            duration,
             counting: false,
         };
         let second = 1_000_000_000;
         let now = 1000 * second;
-        assert!(CountedUsage::default().is_due(now), "never counted");
+        assert!(
+            CountedUsage::default().is_due(now),
+            "a layer that was never counted is not due for a count"
+        );
         let short = Duration::from_micros(50);
         assert!(entry(short, now - second).is_due(now));
         assert!(!entry(short, now - 1000).is_due(now));

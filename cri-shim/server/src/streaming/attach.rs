@@ -1,7 +1,9 @@
-//! Attach: a client at a container's own stdio, one of many.
+//! Attach: connects a client to the stdio of a container's first process. Several clients can be
+//! attached at the same time.
 //!
-//! The monitor copies the container's output into pipes of the client's, whose size is all that a
-//! slow client costs, and hands over the container's stdin, or its terminal, to write to.
+//! The monitor copies the container's output into the client's pipes. The output for a slow client
+//! therefore occupies at most the memory of the client's pipes. The monitor also passes a
+//! descriptor of the container's stdin or terminal to the server.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,20 +24,20 @@ use rrun_streams::remotecommand::{
 };
 use rrun_streams::{Descriptor, PIPE_BYTES};
 
-/// A client's end of a container's stdio.
+/// The server's descriptors for a client that is attached to a container.
 struct Attached {
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// The container's stdin or terminal.
+    /// The container's stdin or terminal, for writing.
     stdin: Option<Descriptor>,
-    /// Dropping it detaches.
+    /// The connection to the monitor. Dropping the handle detaches the client.
     handle: AttachHandle,
 }
 
-/// What a client reads when the server is stopped.
-const STOPPED: &str = "the CRI server is being stopped; the container runs on";
+/// The message to the client when the server is stopped.
+const STOPPED: &str = "the CRI server is stopping; the container continues to run";
 
-/// Serves the client until it goes, or the container or the server ends.
+/// Serves the client until the client disconnects, the container exits or the server stops.
 pub(super) async fn attach(
     node: &Node,
     request: &AttachRequest,
@@ -54,8 +56,8 @@ pub(super) async fn attach(
                 () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
                 detached = input(&container, request.stdin, &mut receiver, stdin, sender) => {
                     match detached? {
-                        Detached::Gone => return Ok(()),
-                        Detached::Stdin => Outcome::Exit(0),
+                        Detached::ClientGone => return Ok(()),
+                        Detached::StdinClosed => Outcome::Exit(0),
                     }
                 }
             }
@@ -74,7 +76,8 @@ async fn begin(node: &Node, request: &AttachRequest) -> Result<(Arc<Container>, 
     Ok((container, attached))
 }
 
-/// Copies the container's output until the container ends, and then notes how much was left out.
+/// Copies the container's output until the container exits, and then reports how much output the
+/// client missed.
 async fn outputs(
     container: &Container,
     mut attached: Attached,
@@ -84,7 +87,7 @@ async fn outputs(
         copy_output(attached.stdout.as_ref(), Channel::Stdout, sender),
         copy_output(attached.stderr.as_ref(), Channel::Stderr, sender),
     )?;
-    // Without any output there is still the container's end to wait for.
+    // A client without output streams also waits here until the container exits.
     let (stdout, stderr) = attached.handle.ended().await;
     let newline = if container.config.tty { "\r\n" } else { "\n" };
     for (channel, lost) in [(Channel::Stdout, stdout), (Channel::Stderr, stderr)] {
@@ -96,16 +99,17 @@ async fn outputs(
     Ok(())
 }
 
-/// Makes pipes for what was requested, and attaches them to the container.
+/// Creates pipes for the requested streams, and attaches them to the container.
 async fn connect(container: &Container, request: &AttachRequest) -> Result<Attached> {
-    let what = || "make pipes for a container's output".to_owned();
+    let what = || "create pipes for a container's output".to_owned();
     let mut theirs: Vec<OwnedFd> = Vec::new();
-    let mut pipe = |wanted: bool| {
-        if !wanted {
+    let mut pipe = |requested: bool| {
+        if !requested {
             return Ok(None);
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-        // Holds output for a client that is slow for a moment. Without that it is 64 KiB.
+        // The pipe is larger than the default of 64 KiB. It can therefore buffer the output while a
+        // client is briefly slow.
         let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
         theirs.push(write);
         Descriptor::new(read).during(what).map(Some)
@@ -131,15 +135,15 @@ async fn connect(container: &Container, request: &AttachRequest) -> Result<Attac
 }
 
 enum Detached {
-    /// The client has gone.
-    Gone,
-    /// Its stdin has ended, and with it the session: so do all CRI servers.
-    Stdin,
+    /// The client disconnected.
+    ClientGone,
+    /// The client closed its stdin. The end of stdin ends the session, as in all CRI servers.
+    StdinClosed,
 }
 
 async fn input(
     container: &Container,
-    wanted: bool,
+    requested: bool,
     receiver: &mut ClientReceiver,
     mut stdin: Option<Descriptor>,
     sender: &ClientSender,
@@ -148,25 +152,27 @@ async fn input(
     while let Some(input) = receiver.next().await? {
         match input {
             ClientInput::Stdin(bytes) => {
-                // A terminal is there for its size, too.
-                let Some(to) = stdin.as_ref().filter(|_| wanted) else {
+                // If the container has a terminal, `stdin` is always the terminal, because the
+                // client can resize it. If the client requested no stdin, its input is ignored.
+                let Some(to) = stdin.as_ref().filter(|_| requested) else {
                     continue;
                 };
                 let terminal = config.tty.then_some(to);
                 match receiver.feed(to, &bytes, terminal, sender.watch()).await {
                     StdinWrite::Complete => {}
                     StdinWrite::Closed => stdin = None,
-                    StdinWrite::ClientGone => return Ok(Detached::Gone),
+                    StdinWrite::ClientGone => return Ok(Detached::ClientGone),
                 }
             }
             ClientInput::StdinEnd if stdin.is_none() => {}
             ClientInput::StdinEnd if config.stdin_once && !config.tty => {
-                // The container reads to its end, and the client what comes of that.
+                // With `stdin_once`, the end of the client's stdin closes the container's stdin,
+                // and the client continues to receive output.
                 stdin = None;
                 let closed = container.sandbox.monitor.close_stdin(&container.id).await;
                 closed.map_err(io::Error::other)?;
             }
-            ClientInput::StdinEnd => return Ok(Detached::Stdin),
+            ClientInput::StdinEnd => return Ok(Detached::StdinClosed),
             ClientInput::Resize(size) => {
                 if let Some(terminal) = stdin.as_ref().filter(|_| config.tty) {
                     resize(terminal, size);
@@ -174,5 +180,5 @@ async fn input(
             }
         }
     }
-    Ok(Detached::Gone)
+    Ok(Detached::ClientGone)
 }

@@ -1,4 +1,4 @@
-//! The process that an exec runs.
+//! The description of the process that Exec or ExecSync starts in a container.
 
 use std::os::fd::OwnedFd;
 
@@ -9,7 +9,9 @@ use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
 
-/// The container's own process with another command: same user, environment and confinement.
+/// Returns a copy of the `process` section of the container's config.json in which `command`
+/// replaces the container's command. The user, the environment and the security settings are those
+/// of the container.
 pub(super) fn process(
     node: &Node,
     container: &Container,
@@ -23,19 +25,23 @@ pub(super) fn process(
     let mut spec: Value = serde_json::from_slice(&text)
         .map_err(|error| Error::internal(format!("parse {}: {error}", path.display())))?;
     let process = spec.get_mut("process").filter(|it| it.is_object());
-    let mut process = process
-        .map(Value::take)
-        .ok_or_else(|| Error::internal(format!("{}: has no process", path.display())))?;
+    let mut process = process.map(Value::take).ok_or_else(|| {
+        Error::internal(format!(
+            "{}: the field \"process\" is missing",
+            path.display()
+        ))
+    })?;
     process["args"] = json!(command);
     process["terminal"] = json!(terminal);
     if terminal {
-        know_the_terminal(&mut process);
+        set_default_term(&mut process);
     }
     Ok(process)
 }
 
-/// Programs look at `TERM` for what the terminal can do; what the container says itself stands.
-fn know_the_terminal(process: &mut Value) {
+/// Sets `TERM` to xterm unless the container sets it. Programs use this variable to look up the
+/// terminal's features.
+fn set_default_term(process: &mut Value) {
     let Some(environment) = process["env"].as_array_mut() else {
         process["env"] = json!(["TERM=xterm"]);
         return;
@@ -50,7 +56,7 @@ fn know_the_terminal(process: &mut Value) {
     }
 }
 
-/// What is read and written where nobody wants to read or write.
+/// Opens /dev/null as the replacement for streams that the client does not request.
 pub(super) fn null() -> Result<OwnedFd> {
     rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .during(|| "open /dev/null".to_owned())
@@ -61,14 +67,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_is_known_unless_the_container_knows_better() {
+    fn term_is_set_unless_the_container_sets_it() {
         for (before, after) in [
             (json!({}), json!(["TERM=xterm"])),
             (json!({ "env": ["A=b"] }), json!(["A=b", "TERM=xterm"])),
             (json!({ "env": ["TERM=vt100"] }), json!(["TERM=vt100"])),
         ] {
             let mut process = before;
-            know_the_terminal(&mut process);
+            set_default_term(&mut process);
             assert_eq!(process["env"], after);
         }
     }

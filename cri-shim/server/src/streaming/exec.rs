@@ -1,4 +1,4 @@
-//! Exec: a command in a container with its stdio at a client.
+//! Exec: runs a command in a container, with its stdio connected to a client.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,21 +20,21 @@ use rrun_streams::remotecommand::{
 };
 use rrun_streams::{Descriptor, PIPE_BYTES};
 
-/// What a client reads when the server is stopped: a command's stdio goes with it.
-const STOPPED: &str = "the CRI server is being stopped, and the command was ended with it";
+/// The message to the client if the server stops while the command runs.
+const STOPPED: &str = "the CRI server is stopping, and it killed the command";
 
-/// Our ends of a command's stdio.
+/// The server's ends of the pipes for a command's stdio, or the command's terminal.
 #[derive(Default)]
 struct Stdio {
     stdin: Option<Descriptor>,
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// Stdin and stdout both.
+    /// The command's terminal, which replaces all three pipes.
     terminal: Option<Descriptor>,
 }
 
-/// Runs the command until it ends, and sends the client how. If the client goes or the server is
-/// stopped before that, the command is killed.
+/// Runs the command until it exits, and sends its exit status to the client. The command is killed
+/// if the client disconnects or the server is stopped.
 pub(super) async fn exec(
     node: &Node,
     request: &ExecRequest,
@@ -45,7 +45,7 @@ pub(super) async fn exec(
     let outcome = match begin(node, request).await {
         Ok((process, stdio)) => {
             tokio::select! {
-                // Dropping the process kills it.
+                // Dropping `process` kills the command.
                 ended = run(process, stdio, sender, &mut receiver) => match ended? {
                     Some(outcome) => outcome,
                     None => return Ok(()),
@@ -61,7 +61,8 @@ pub(super) async fn exec(
     sender.finish(&outcome, &mut receiver).await
 }
 
-/// Waits for the command's end and copies its stdio meanwhile; `None` if the client goes before that.
+/// Copies data between the client and the command's stdio until the command exits. If the client
+/// disconnects first, the result is `None`.
 async fn run(
     mut process: ExecHandle,
     mut stdio: Stdio,
@@ -73,8 +74,8 @@ async fn run(
     let exiting = async {
         let outcome = match process.wait().await {
             Ok(code) => Outcome::Exit(code),
-            // Clients take a connection that just ends for a success.
-            Err(error) => Outcome::Failed(format!("the command's exit code is lost: {error}")),
+            // Without an error message, clients treat a closed connection as a success.
+            Err(error) => Outcome::Failed(format!("the command's exit code is unknown: {error}")),
         };
         let _ = exit.send(true);
         Ok(outcome)
@@ -115,7 +116,8 @@ async fn start(
         process: process.to_string(),
         terminal: request.tty,
     };
-    // A terminal is made by the runtime, and comes back from the monitor.
+    // If the command needs a terminal, no pipes are created. The runtime creates the terminal, and
+    // the monitor passes it to the server.
     let (mut stdio, theirs) = if request.tty {
         (Stdio::default(), Vec::new())
     } else {
@@ -129,15 +131,15 @@ async fn start(
         let terminal = process
             .terminal
             .take()
-            .ok_or_else(|| Error::internal("the monitor passed no terminal"))?;
+            .ok_or_else(|| Error::internal("the monitor did not pass the command's terminal"))?;
         stdio.terminal = Some(Descriptor::new(terminal).during(making_stdio)?);
     }
     Ok((process, stdio))
 }
 
 impl Stdio {
-    /// Makes pipes for what was requested. Returns our ends, and the command's stdin, stdout and
-    /// stderr.
+    /// Creates pipes for the requested streams. Returns the server's ends of the pipes, and the
+    /// descriptors of the command's stdin, stdout and stderr.
     fn pipes(request: &ExecRequest) -> Result<(Self, Vec<OwnedFd>)> {
         let mut ours = Stdio::default();
         let mut theirs = Vec::new();
@@ -148,13 +150,14 @@ impl Stdio {
         } else {
             command::null()?
         });
-        for (wanted, output) in [
+        for (requested, output) in [
             (request.stdout, &mut ours.stdout),
             (request.stderr, &mut ours.stderr),
         ] {
-            theirs.push(if wanted {
+            theirs.push(if requested {
                 let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
-                // Without that it holds 64 KiB, and a command that writes much wakes us as often.
+                // The pipe is enlarged for commands with much output. With the default size of 64
+                // KiB, such a command would wake the server more often.
                 let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
                 *output = Some(Descriptor::new(read).during(making_stdio)?);
                 write
@@ -167,5 +170,5 @@ impl Stdio {
 }
 
 fn making_stdio() -> String {
-    "make the stdio of a command".to_owned()
+    "create the pipes for a command's stdio".to_owned()
 }

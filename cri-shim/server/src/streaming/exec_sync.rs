@@ -1,7 +1,7 @@
-//! ExecSync: a command's output as one answer.
+//! ExecSync: runs a command and returns its output in the response.
 //!
-//! The monitor starts the process, its stdio are pipes that this server reads: nothing is written
-//! to a disk on the way.
+//! The monitor starts the process, and the server reads its output from pipes. The output is not
+//! written to a disk.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,15 +18,16 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_protocol::Exec;
 
-/// The most bytes kept of each of stdout and stderr; more is read and dropped, so that the
-/// process is not stopped by a full pipe (CVE-2022-1708).
+/// The maximum number of bytes of stdout, and of stderr, that are returned. Further output is read
+/// and dropped. The process therefore never blocks on a full pipe, and the server's memory use is
+/// limited (CVE-2022-1708).
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
-/// Ends an output of which more has been dropped.
+/// The text that the server appends to truncated output.
 const TRUNCATION_NOTE: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
 
-/// Runs a command in a container and returns what it wrote and its exit code. `timeout` in
-/// seconds, 0 for none; after it the command is killed.
+/// Runs a command in a container and returns its output and its exit code. The command is killed
+/// after `timeout` seconds; 0 means no timeout.
 pub(crate) async fn exec_sync(
     node: &Node,
     container: &Container,
@@ -35,7 +36,7 @@ pub(crate) async fn exec_sync(
 ) -> Result<ExecSyncResponse> {
     let name = container.name();
     if command.is_empty() {
-        return Err(Error::invalid("there is no command to execute"));
+        return Err(Error::invalid("the request contains no command"));
     }
     if container.phase() != Phase::Running {
         return Err(Error::wrong_state(format!("{name} is not running")));
@@ -45,7 +46,8 @@ pub(crate) async fn exec_sync(
         Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
         _ => return running.await.during(|| format!("execute in {name}")),
     };
-    // Dropping it closes the connection to the monitor, which kills the command.
+    // When the timeout drops `running`, the connection to the monitor closes, and the monitor kills
+    // the command.
     match tokio::time::timeout(limit, running).await {
         Ok(result) => result.during(|| format!("execute in {name}")),
         Err(_) => Err(Error::new(
@@ -80,8 +82,9 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
         }
     };
     let exit_code = exit_code?;
-    // What the process wrote is in the pipes by now. A child that it left behind may hold them
-    // open for ever and is not waited for.
+    // The command has exited, so the pipes contain all its output. The command may have left a
+    // child process running, which can keep the pipes open forever. The server therefore does not
+    // wait until the pipes are closed.
     out.drain()?;
     err.drain()?;
     Ok(ExecSyncResponse {
@@ -92,13 +95,13 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
 }
 
 fn pipe() -> Result<(Receiver, OwnedFd)> {
-    let what = || "make a pipe for a command's output".to_owned();
+    let what = || "create a pipe for a command's output".to_owned();
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
     let receiver = Receiver::from_owned_fd(read).during(what)?;
     Ok((receiver, write))
 }
 
-/// One stream of a command, read as it comes.
+/// One output stream of a command, which the server reads continuously.
 struct CapturedOutput {
     pipe: Receiver,
     kept: Vec<u8>,
@@ -116,7 +119,7 @@ impl CapturedOutput {
         }
     }
 
-    /// Waits for something to read, and reads it. Cancel-safe.
+    /// Waits for output and reads it. A caller can cancel this function without a loss of output.
     async fn read(&mut self) -> Result<()> {
         self.pipe
             .readable()
@@ -125,13 +128,14 @@ impl CapturedOutput {
         self.take(Receiver::try_read)
     }
 
-    /// Reads what is there, asking the kernel: `try_read` asks the reactor, which need not have
-    /// heard yet of what was written a moment before the process ended.
+    /// Reads the available output directly from the kernel. `try_read` is not used, because it
+    /// depends on tokio's reactor. The process can write output immediately before its exit, and
+    /// the reactor may not have noticed this output yet.
     fn drain(&mut self) -> Result<()> {
         self.take(|pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
     }
 
-    /// Reads until there is no more.
+    /// Reads until no more output is available.
     fn take(&mut self, read: impl Fn(&Receiver, &mut [u8]) -> io::Result<usize>) -> Result<()> {
         let mut buffer = [0_u8; 16 << 10];
         while self.open {
@@ -167,14 +171,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn output_is_read_to_its_end_and_no_further() -> Result<()> {
+    async fn reads_stop_at_the_end_of_the_available_output() -> Result<()> {
         let (receiver, write) = pipe()?;
         let mut file = std::fs::File::from(write);
         let mut output = CapturedOutput::new(receiver);
         let written = file.write_all(b"one\n");
         written.during(|| "write".to_owned())?;
         output.read().await?;
-        // Still open, nothing in it: no waiting.
+        // The pipe is open and empty, so `drain` must return without waiting.
         output.drain()?;
         assert!(output.open);
         drop(file);
@@ -185,12 +189,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_written_is_read_before_the_reactor_tells_of_it() -> Result<()> {
+    async fn output_is_read_before_the_reactor_reports_it() -> Result<()> {
         let (receiver, write) = pipe()?;
         let mut output = CapturedOutput::new(receiver);
         let written = std::fs::File::from(write).write_all(b"late\n");
         written.during(|| "write".to_owned())?;
-        // Nothing was awaited since: the reactor has not looked.
+        // The test has not awaited anything since the write, so the reactor has not noticed the
+        // write.
         output.drain()?;
         assert!(!output.open);
         assert_eq!(output.bytes(), b"late\n");
@@ -198,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_dropped_is_said() -> Result<()> {
+    async fn dropped_output_is_replaced_by_a_note() -> Result<()> {
         let (receiver, _write) = pipe()?;
         let mut output = CapturedOutput::new(receiver);
         output.kept = vec![b'x'; MAX_OUTPUT_BYTES];

@@ -1,9 +1,10 @@
-//! Streams between clients and containers.
+//! Data streams between clients and containers.
 //!
-//! [`exec_sync`] answers with what a command wrote. Exec, Attach and PortForward answer with a [`url`]
-//! of the streaming [`server`], whose token stands for a ticket ([`tickets`]); the client that comes
-//! there chooses what to speak ([`rrun_streams::upgrade`]). Its [`session`] is then one of [`exec`],
-//! [`attach`] and [`port_forward`], until the server's [`shutdown`].
+//! [`exec_sync()`] returns a command's output in its response. The responses of Exec, Attach and
+//! PortForward contain a [`url`] of the streaming [`server`]. The URL contains a token that
+//! identifies a ticket ([`tickets`]). The client connects to the URL and selects a protocol
+//! ([`rrun_streams::upgrade`]). The client's [`session`] then runs [`exec`], [`attach`] or
+//! [`port_forward`]. A server's [`shutdown`] ends the session early.
 
 mod attach;
 mod command;

@@ -1,7 +1,8 @@
-//! Port-forward: connections to ports of a pod.
+//! Port-forward: connects clients to ports of a pod.
 //!
-//! The socket to the port is made inside the pod's network namespace and then belongs to it, whoever
-//! uses it: nothing runs in the pod.
+//! The socket that connects to a port is created inside the pod's network namespace. A socket
+//! remains in the network namespace of its creation. The server therefore needs no process inside
+//! the pod.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -17,10 +18,10 @@ use rrun_calls::error::{Error, Result};
 use rrun_kernel::errno::describe;
 use rrun_streams::port_forward::PodPorts;
 
-/// How long a port may take to answer.
+/// The timeout for a connection to a port of a pod.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The ports of a pod of this node.
+/// The ports of one pod on this node.
 pub(super) struct SandboxPorts {
     pub node: Arc<Node>,
     pub sandbox: String,
@@ -37,7 +38,8 @@ impl PodPorts for SandboxPorts {
     }
 }
 
-/// Connects to a port of a pod, by its IPv4 loopback and then by its IPv6 one.
+/// Connects to a port of a pod on the pod's IPv4 loopback address. If this connection fails,
+/// connects to the port on the IPv6 loopback address.
 async fn connect(node: &Node, sandbox: &str, port: u16) -> Result<TcpStream> {
     let sandbox = node.sandbox(sandbox)?;
     if !sandbox.state().ready {
@@ -60,7 +62,11 @@ async fn connect(node: &Node, sandbox: &str, port: u16) -> Result<TcpStream> {
         });
         let socket = match made.await {
             Ok(made) => made?,
-            Err(error) => return Err(Error::internal(format!("make a socket: {error}"))),
+            Err(error) => {
+                return Err(Error::internal(format!(
+                    "create a socket in the pod: {error}"
+                )));
+            }
         };
         let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
         let address = SocketAddr::new(address, port);

@@ -1,8 +1,8 @@
-//! The streaming server: HTTP that is upgraded.
+//! The streaming server: an HTTP server whose connections are upgraded to streams.
 //!
-//! A connection is good for one upgrade. The request for it must come within [`REQUEST_TIMEOUT`] and
-//! its head fit into [`MAX_HEAD_BYTES`], else the connection is closed. At most [`MAX_CONNECTIONS`]
-//! are open at once.
+//! The server handles one upgrade request on each connection. The upgrade request must arrive
+//! within [`REQUEST_TIMEOUT`], and its head must fit into [`MAX_HEAD_BYTES`]; otherwise the server
+//! closes the connection. At most [`MAX_CONNECTIONS`] connections are open at the same time.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -27,23 +27,24 @@ use rrun_kernel::errno::describe;
 use rrun_streams::Transport;
 use rrun_streams::upgrade::{negotiate, refuse};
 
-/// How long a client may take for the TLS handshake and the head of its request.
+/// The time limit for the TLS handshake and the head of a client's request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest head of a request, in bytes.
+/// The size limit of a request's head, in bytes.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// The most connections at once; more are closed.
+/// The limit on concurrent connections. The server immediately closes further connections.
 const MAX_CONNECTIONS: usize = 1024;
 
-/// The server before it serves.
+/// The streaming server, which listens on its address but does not accept connections yet.
 pub(crate) struct Server {
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
 }
 
 impl Server {
-    /// Listens where the configuration says, and lets the node's URLs begin with that.
+    /// Listens on the configured address, and stores the base URL of the streaming server in the
+    /// node.
     pub(crate) async fn listen(node: &Node) -> Result<Self> {
         let config = &node.config;
         let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
@@ -53,7 +54,9 @@ impl Server {
         let listener = TcpListener::bind(config.stream_listen).await.during(what)?;
         let mut address = listener.local_addr().during(what)?;
         if address.ip().is_unspecified() {
-            // Nobody can connect to that; kubelet is on this node.
+            // Clients can't connect to an unspecified address such as 0.0.0.0. The URLs contain the
+            // loopback address instead. This address is sufficient, because kubelet runs on this
+            // node.
             address.set_ip(match address {
                 SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
                 SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
@@ -64,7 +67,8 @@ impl Server {
         Ok(Server { listener, tls })
     }
 
-    /// Serves until `shutdown` comes; open sessions then end, and their clients are informed.
+    /// Serves clients until the shutdown begins. At the shutdown, the open sessions end, and each
+    /// session informs its client.
     pub(crate) async fn serve(self, node: Arc<Node>, mut shutdown: Shutdown) {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
@@ -75,14 +79,18 @@ impl Server {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of descriptors, most likely: some will be closed.
-                    log::error!("accept a stream's connection: {}", describe(&error));
+                    // The most likely cause is a lack of file descriptors. Other connections free
+                    // descriptors when they are closed. The server therefore pauses, and then
+                    // accepts the next connection.
+                    log::error!("accept a connection for a stream: {}", describe(&error));
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             };
             let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-                log::warn!("a stream's connection was closed: there are {MAX_CONNECTIONS} already");
+                log::warn!(
+                    "closed a new streaming connection: the limit of {MAX_CONNECTIONS} connections is reached"
+                );
                 continue;
             };
             let (node, tls) = (Arc::clone(&node), self.tls.clone());
@@ -95,15 +103,17 @@ impl Server {
                 };
                 match served {
                     Ok(Ok(())) => {}
-                    Ok(Err(error)) => log::debug!("a stream's connection ended: {error}"),
-                    Err(_) => log::debug!("a stream's connection was closed: it asks too slowly"),
+                    Ok(Err(error)) => log::debug!("a streaming connection failed: {error}"),
+                    Err(_) => log::debug!(
+                        "closed a streaming connection: its request did not arrive in time"
+                    ),
                 }
             });
         }
     }
 }
 
-/// Serves a connection as far as the response to its request.
+/// Serves a connection until the response to the upgrade request is sent.
 async fn serve_request(
     node: Arc<Node>,
     stream: TcpStream,
@@ -127,7 +137,7 @@ async fn serve_request(
     Ok(())
 }
 
-/// Responds to a request; what follows an upgrade runs in a task of its own.
+/// Responds to an upgrade request. After the upgrade, the stream's session runs in a separate task.
 fn respond(
     node: &Arc<Node>,
     mut request: Request<Incoming>,
@@ -135,15 +145,19 @@ fn respond(
     shutdown: &Shutdown,
 ) -> Response<String> {
     if !matches!(*request.method(), Method::GET | Method::POST) {
-        return *refuse(StatusCode::METHOD_NOT_ALLOWED, "GET and POST are served");
+        return *refuse(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "only GET and POST are allowed",
+        );
     }
     let path = request.uri().path().trim_start_matches('/');
     let (method, token) = path.split_once('/').unwrap_or_default();
-    let unknown = || *refuse(StatusCode::NOT_FOUND, "this URL is not, or no longer, good");
+    let unknown = || *refuse(StatusCode::NOT_FOUND, "this URL is invalid or has expired");
     let Some(ticket) = node.streams.tickets.find(method, token) else {
         return unknown();
     };
-    // A client may try again with another protocol.
+    // If the negotiation fails, the ticket remains valid. The client can then retry with another
+    // protocol.
     let (subprotocol, response) = match negotiate(ticket.purpose(), request.headers()) {
         Ok(agreed) => agreed,
         Err(refusal) => return *refusal,

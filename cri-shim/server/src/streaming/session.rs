@@ -1,4 +1,4 @@
-//! A client's session: from the upgraded connection to the verb that was requested.
+//! The session of a client on an upgraded connection.
 
 use std::io;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use rrun_streams::remotecommand;
 use rrun_streams::upgrade::Subprotocol;
 use rrun_streams::{Transport, is_disconnect, port_forward};
 
-/// What a client may do on its connection, and what it speaks there.
+/// A client's connection with its ticket and its protocol.
 pub(super) struct Session {
     pub node: Arc<Node>,
     pub ticket: StreamTicket,
@@ -25,7 +25,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Serves the client once the connection is upgraded, until either side ends the session.
+    /// Serves the client from the upgrade to the end of the session. Either the client or the
+    /// server ends the session.
     pub(super) async fn run(mut self, upgrade: OnUpgrade) {
         let served = match upgrade.await {
             Ok(upgraded) => self.serve_upgraded(upgraded).await,
@@ -33,7 +34,10 @@ impl Session {
         };
         match served {
             Err(error) if !is_disconnect(&error) => {
-                log::info!("a client's {} ended: {error}", self.ticket.method());
+                log::info!(
+                    "a client's {} session failed: {error}",
+                    self.ticket.method()
+                );
             }
             _ => {}
         }
@@ -50,10 +54,11 @@ impl Session {
             served = self.serve(transport, parts.read_buf) => served,
             () = watch.idle(idle) => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("nothing moved for {} s", idle.as_secs()),
+                format!("no data was transferred for {} s", idle.as_secs()),
             )),
         };
-        // Whoever still holds a half of it is not to wait for its client.
+        // Shut down the connection. A task may still be reading from the connection or writing to
+        // it, and would otherwise wait for the client.
         watch.shut_down();
         served
     }
@@ -81,7 +86,7 @@ impl Session {
                 let served = port_forward::serve(protocol, transport, read, pod, ports);
                 shutdown.cut(served).await
             }
-            // What was agreed is for the ticket's purpose.
+            // This case is impossible: the negotiation selects a protocol that fits the ticket.
             _ => Ok(()),
         }
     }

@@ -1,20 +1,23 @@
-//! The server's shutdown, which the sessions of clients wait for.
+//! The notification that the server is shutting down. The sessions of clients wait for this
+//! notification.
 
 use std::io;
 
 use tokio::sync::watch;
 
-/// The server's shutdown. Whoever sends it can wait until all receivers are gone.
+/// A receiver of the shutdown notification. A session keeps its receiver until the session ends.
+/// The sender can therefore wait for all sessions.
 #[derive(Clone)]
 pub(crate) struct Shutdown(pub watch::Receiver<bool>);
 
 impl Shutdown {
-    /// Waits until it comes, or nobody is left to send it.
+    /// Waits until the shutdown begins or the sender is dropped.
     pub(super) async fn begun(&mut self) {
         let _ = self.0.wait_for(|begun| *begun).await;
     }
 
-    /// Serves until then: for a client that cannot be sent a reason.
+    /// Runs the future `served` until it ends or the shutdown begins. This function is for
+    /// protocols in which the server can't send a reason for the session's end.
     pub(super) async fn cut(
         &mut self,
         served: impl Future<Output = io::Result<()>>,

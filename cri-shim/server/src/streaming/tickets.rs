@@ -1,4 +1,5 @@
-//! What a URL of the streaming server stands for: its token is good for one session.
+//! The tickets to which the URLs of the streaming server refer. Each ticket's token is valid for
+//! one session.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, OnceLock};
@@ -12,22 +13,22 @@ use rrun_calls::lock::lock;
 use rrun_streams::remotecommand::StreamOptions;
 use rrun_streams::upgrade::Purpose;
 
-/// How long a ticket is good for.
+/// The lifetime of a ticket.
 const TICKET_LIFETIME: Duration = Duration::from_secs(60);
 
-/// The most tickets that wait for their clients.
+/// The limit on tickets that are not redeemed yet.
 const MAX_TICKETS: usize = 1000;
 
-/// What the gRPC service and the streaming server share.
+/// The shared state of the gRPC service and the streaming server.
 #[derive(Default)]
 pub(crate) struct Streams {
     pub(super) tickets: Tickets,
-    /// `http://ADDRESS:PORT`, once the server listens.
+    /// The base URL `http://ADDRESS:PORT`. It is set when the streaming server begins to listen.
     pub(super) base: OnceLock<String>,
 }
 
 impl Streams {
-    /// A URL that ends with `token`, for one use of the ticket.
+    /// Issues a ticket, and returns a URL that contains `token`. A client can use the URL once.
     pub(super) fn url(&self, token: &str, ticket: StreamTicket) -> Result<String> {
         let base = self
             .base
@@ -39,7 +40,7 @@ impl Streams {
     }
 }
 
-/// What a client may do, once.
+/// The request that a client is allowed to make once.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum StreamTicket {
     Exec(ExecRequest),
@@ -48,7 +49,7 @@ pub(super) enum StreamTicket {
 }
 
 impl StreamTicket {
-    /// The first part of its URL's path.
+    /// Returns the method's name, which is the first component of the path in the ticket's URL.
     pub(super) fn method(&self) -> &'static str {
         match self {
             StreamTicket::Exec(_) => "exec",
@@ -64,7 +65,8 @@ impl StreamTicket {
         }
     }
 
-    /// The streams that the caller requested; PortForward has none of these.
+    /// Returns the stdio streams that the caller requested. A PortForward request has no stdio
+    /// streams.
     pub(super) fn stream_options(&self) -> StreamOptions {
         match *self {
             StreamTicket::Exec(ExecRequest {
@@ -91,7 +93,7 @@ impl StreamTicket {
     }
 }
 
-/// The tickets that wait for their clients, by their tokens.
+/// The tickets that are not redeemed yet, keyed by their tokens.
 #[derive(Default)]
 pub(super) struct Tickets(Mutex<BTreeMap<String, (Instant, StreamTicket)>>);
 
@@ -100,7 +102,7 @@ impl Tickets {
         lock(&self.0)
     }
 
-    /// Keeps a ticket for the client that comes with its token.
+    /// Stores a ticket until a client redeems it with its token.
     fn issue(&self, token: &str, ticket: StreamTicket) -> Result<()> {
         let now = Instant::now();
         let mut all = self.all();
@@ -117,7 +119,8 @@ impl Tickets {
         Ok(())
     }
 
-    /// The ticket of a token, if it is still good and for this method.
+    /// Returns the ticket of a token. If the ticket has expired or is not for `method`, the result
+    /// is `None`.
     pub(super) fn find(&self, method: &str, token: &str) -> Option<StreamTicket> {
         let all = self.all();
         let (until, ticket) = all.get(token)?;
@@ -125,7 +128,7 @@ impl Tickets {
         good.then(|| ticket.clone())
     }
 
-    /// Uses a ticket up; false if another client was quicker.
+    /// Removes a ticket. Returns false if another client redeemed the ticket first.
     pub(super) fn redeem(&self, token: &str) -> bool {
         self.all().remove(token).is_some()
     }
@@ -136,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ticket_is_good_once_and_for_its_method() -> Result<()> {
+    fn a_ticket_is_valid_once_and_only_for_its_method() -> Result<()> {
         let tickets = Tickets::default();
         tickets.issue("a", StreamTicket::Attach(AttachRequest::default()))?;
         assert_eq!(tickets.find("exec", "a"), None);
@@ -148,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn tickets_are_counted() -> Result<()> {
+    fn the_number_of_tickets_is_limited() -> Result<()> {
         let tickets = Tickets::default();
         let issue = |token: &str| {
             let ticket = StreamTicket::Attach(AttachRequest::default());
@@ -161,7 +164,7 @@ mod tests {
             issue("more").err().map(|e| e.code()),
             Some(Code::ResourceExhausted)
         );
-        // An old one makes room.
+        // After one ticket has expired, it is removed, so the next ticket is accepted.
         if let Some((until, _)) = tickets.all().values_mut().next() {
             *until = Instant::now();
         }

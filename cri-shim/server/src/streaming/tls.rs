@@ -1,4 +1,4 @@
-//! The streaming server's certificate.
+//! TLS for the streaming server.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::TlsAcceptor;
 
-/// The certificate and key of the configuration, if it has them. The error is the key of the
-/// configuration that is wrong, and why.
+/// Loads the configured certificate and key, if they are set. An error consists of the
+/// configuration key with the invalid value, and the reason.
 pub(crate) fn acceptor(
     cert: Option<&PathBuf>,
     key: Option<&PathBuf>,

@@ -1,4 +1,4 @@
-//! What Exec, Attach and PortForward answer: a URL of the streaming server.
+//! The URLs of the streaming server that Exec, Attach and PortForward return.
 
 use std::sync::Arc;
 
@@ -10,30 +10,30 @@ use crate::id::new_id;
 use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 
-/// The URL for an exec.
+/// Returns a URL that the client can use once, to run the command of the request.
 pub(crate) fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> {
     let container = running(node, &request.container_id)?;
     if request.cmd.is_empty() {
-        return Err(Error::invalid("cmd: there is no command to execute"));
+        return Err(Error::invalid("cmd: the request contains no command"));
     }
     check(request.tty, request.stdin, request.stdout, request.stderr)?;
     request.container_id.clone_from(&container.id);
     node.streams.url(&new_id()?, StreamTicket::Exec(request))
 }
 
-/// The URL for an attach.
+/// Returns a URL that the client can use once, to attach to the container.
 pub(crate) fn attach_url(node: &Node, mut request: AttachRequest) -> Result<String> {
     let container = running(node, &request.container_id)?;
     check(request.tty, request.stdin, request.stdout, request.stderr)?;
     request.container_id.clone_from(&container.id);
-    // What the container has is what there is: one stream, or two.
+    // If the container has a terminal, its stdout and stderr are one stream.
     if container.config.tty {
         request.stderr = false;
     }
     node.streams.url(&new_id()?, StreamTicket::Attach(request))
 }
 
-/// The URL for a port-forward.
+/// Returns a URL that the client can use once, to connect to the pod's ports.
 pub(crate) fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> Result<String> {
     let sandbox = node.sandbox(&request.pod_sandbox_id)?;
     if !sandbox.state().ready {
@@ -42,7 +42,9 @@ pub(crate) fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> 
     }
     for port in &request.port {
         if u16::try_from(*port).is_err() || *port == 0 {
-            return Err(Error::invalid(format!("port: {port} is not in 1 to 65535")));
+            return Err(Error::invalid(format!(
+                "port: {port} is outside the range 1 to 65535"
+            )));
         }
     }
     request.pod_sandbox_id.clone_from(&sandbox.id);
@@ -62,12 +64,12 @@ fn running(node: &Node, id: &str) -> Result<Arc<Container>> {
 fn check(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<()> {
     if tty && stderr {
         return Err(Error::invalid(
-            "stderr: a terminal has one stream for all output: tty and stderr exclude each other",
+            "stderr: it cannot be combined with tty, because a terminal has one stream for all output",
         ));
     }
     if !stdin && !stdout && !stderr {
         return Err(Error::invalid(
-            "stdin, stdout, stderr: at least one of them must be asked for",
+            "stdin, stdout, stderr: at least one of them must be requested",
         ));
     }
     Ok(())

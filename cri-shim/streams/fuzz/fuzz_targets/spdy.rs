@@ -1,4 +1,4 @@
-//! What a client may send on a SPDY connection. See ../README.md.
+//! The fuzz target for a client's data on a SPDY connection. See ../README.md.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

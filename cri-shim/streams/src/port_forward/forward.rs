@@ -1,4 +1,4 @@
-//! One forwarded connection: between a client's two channels and a port of the pod.
+//! One forwarded connection between a client's two channels and a port of the pod.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,17 +16,19 @@ use crate::channels::Channels;
 use crate::disconnect::is_disconnect;
 use crate::pipe::Pipe;
 
-/// One read from the pod's side takes at most this.
+/// The maximum number of bytes that one read from the pod's port returns.
 const READ_BYTES: usize = 128 << 10;
 
-/// How often a program that does not read is checked for whether the kernel holds less for it.
+/// The interval at which the server checks whether a slow program in the pod still reads data. The
+/// program has read data if the number of bytes in the socket's send queue has changed.
 const UNSENT_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a client that sends nothing is waited for when the program in the pod has ended its side:
-/// as long as other CRI servers do. Clients that do not reset the streams then wait for us.
+/// The time for which the server waits for a silent client. The wait begins when the program in the
+/// pod closes its side of the connection. Other CRI servers also wait for one second. If the client
+/// does not reset the streams, the forwarded connection ends only after this time.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The two channels of a connection.
+/// The two channels of a forwarded connection.
 pub(super) struct ForwardChannels {
     pub channels: Channels,
     pub data: u32,
@@ -34,8 +36,9 @@ pub(super) struct ForwardChannels {
 }
 
 impl ForwardChannels {
-    /// Whether data is spliced to the client. Over a WebSocket it is not: a message is to be no
-    /// longer than [`READ_BYTES`].
+    /// Returns whether the server sends data to the client with splice(2). Over a WebSocket, the
+    /// server does not use splice(2). With splice(2), one message could contain up to 1 MiB, but a
+    /// message must not be longer than [`READ_BYTES`].
     fn splices(&self) -> bool {
         matches!(self.channels, Channels::Spdy(_)) && self.channels.splices()
     }
@@ -44,24 +47,25 @@ impl ForwardChannels {
         self.channels.send(self.data, data).await
     }
 
-    /// The program in the pod sends no more.
+    /// Closes the data channel after the program in the pod has sent all its data.
     async fn close(&self) -> io::Result<()> {
         self.channels.close(self.data).await
     }
 
-    /// Sends the client a sentence, which makes it end all its connections.
+    /// Sends the client an error text. The client then closes all its forwarded connections.
     async fn fail(&self, sentence: &str) -> io::Result<()> {
         self.channels.send(self.error, sentence.as_bytes()).await
     }
 
-    /// Ends the connection. The client waits for the end of the error stream, and then forgets both.
+    /// Ends the forwarded connection. The client waits until the error stream is closed, and then
+    /// forgets both streams.
     async fn end(&self) {
         let _ = self.channels.close(self.error).await;
         self.channels.reset(self.data);
     }
 }
 
-/// Serves one connection.
+/// Serves one forwarded connection until it ends.
 pub(super) async fn forward(
     pod: &impl PodPorts,
     port: u16,
@@ -85,8 +89,10 @@ pub(super) async fn forward(
     client.end().await;
 }
 
-/// Copies both ways. The directions close independently. After the pod closes, wait only
-/// [`LINGER_TIMEOUT`]: some clients never close theirs before all is over.
+/// Copies data between the client and the program in the pod. The two directions of the connection
+/// close independently of each other. When the program closes its side, the server waits until the
+/// client also closes its side. If the client is silent, the server waits at most
+/// [`LINGER_TIMEOUT`]. Some clients close their side only after the whole connection has ended.
 async fn copy(stream: TcpStream, input: QueueReceiver, client: &ForwardChannels) -> io::Result<()> {
     let (read, write) = stream.into_split();
     let (end, ended) = watch::channel(None);
@@ -105,8 +111,9 @@ async fn copy(stream: TcpStream, input: QueueReceiver, client: &ForwardChannels)
     received.and(sent)
 }
 
-/// Passes on what the client sends, to its end or until the program in the pod reads no more; or,
-/// when that has `ended` its own side, until the client has sent nothing for the time in `ended`.
+/// Passes on the client's data to the program in the pod. Returns when the client closes its side
+/// or the program stops reading. When the program closes its side, `ended` receives a timeout. The
+/// function then also returns if the client sends no data until the timeout expires.
 async fn to_pod(
     mut to: OwnedWriteHalf,
     mut input: QueueReceiver,
@@ -134,8 +141,9 @@ async fn to_pod(
                     left = left.get(written?..).unwrap_or_default();
                     input.progressed();
                 }
-                // There is room for more only when the kernel holds much less; a program that
-                // reads slowly shows earlier.
+                // The program may be reading slowly. The kernel reports a full socket as writable
+                // only after much of its data has been sent. The number of bytes in the socket's
+                // send queue shows earlier that the program is reading.
                 Err(_) => {
                     let now = Some(unsent(to.as_ref())?);
                     if unread.is_some() && now != unread {
@@ -153,7 +161,8 @@ async fn to_pod(
     to.shutdown().await
 }
 
-/// How many bytes the kernel holds that the other side has not taken (tcp(7), SIOCOUTQ).
+/// Returns the number of bytes in the socket's send queue that the peer has not acknowledged
+/// (tcp(7), SIOCOUTQ).
 fn unsent(socket: &TcpStream) -> io::Result<libc::c_int> {
     let mut count = 0;
     // SAFETY: the descriptor is open, and TIOCOUTQ (the same as SIOCOUTQ) writes one int.
@@ -163,7 +172,8 @@ fn unsent(socket: &TcpStream) -> io::Result<libc::c_int> {
     }
 }
 
-/// Passes on what the program in the pod sends, to its end.
+/// Passes on data from the program in the pod to the client. Returns when the program closes its
+/// side of the connection.
 async fn from_pod(from: OwnedReadHalf, client: &ForwardChannels) -> io::Result<()> {
     if client.splices() {
         splice(from.as_ref(), client).await
@@ -189,7 +199,8 @@ async fn splice(from: &TcpStream, client: &ForwardChannels) -> io::Result<()> {
     }
 }
 
-/// There is no buffer while there is nothing to read.
+/// Copies data from the program in the pod to the client through a buffer. The buffer is allocated
+/// only while data is available.
 async fn read(from: &TcpStream, client: &ForwardChannels) -> io::Result<()> {
     let mut buffer = Vec::new();
     loop {

@@ -1,9 +1,10 @@
 //! Port-forward: a client's connections to ports of a pod.
 //!
-//! Over SPDY a connection is a pair of streams, one for data and one that carries an error, with
-//! the same `requestID` ([`pairs`]); over WebSocket a pair of channels for each port that was
-//! requested ([`ports`]). [`forward`] serves one connection; how a port of the pod is reached is the
-//! caller's part ([`PodPorts`]).
+//! Over SPDY, a forwarded connection is a pair of streams with the same `requestID` ([`pairs`]).
+//! One stream is for data, and the other stream is for an error text. Over WebSocket, each
+//! requested port has one forwarded connection, which is a pair of channels ([`ports`]).
+//! [`forward`] serves one forwarded connection. The caller provides the connections to the pod's
+//! ports ([`PodPorts`]).
 
 mod forward;
 mod pairs;
@@ -23,8 +24,9 @@ use crate::websocket;
 
 pub use target::PodPorts;
 
-/// Serves a client on `transport`, of which `read` has come already, for as long as it is there.
-/// `ports` are those of the request; over SPDY the client names them later.
+/// Serves the client on `transport` until the client disconnects. `read` is the data that has
+/// already been read from the client. `ports` are the ports in the CRI request. A SPDY client
+/// specifies its ports later, in the headers of its streams.
 pub async fn serve(
     protocol: PortForwardProtocol,
     transport: Transport,

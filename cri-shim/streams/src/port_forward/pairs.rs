@@ -1,4 +1,5 @@
-//! Connections over SPDY: pairs of streams that the client opens.
+//! Forwarded connections over SPDY. For each forwarded connection, the client opens a pair of
+//! streams: one for data and one for errors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,17 +18,18 @@ use crate::spdy::{Event, Headers};
 use crate::spdy_connection::{SpdyReader, SpdyWriter};
 use crate::watch::Watch;
 
-/// How long a client's connection waits for a program in the pod that does not read, while the
-/// program's buffer is full. Then that one forwarded connection is closed, so that the others go on.
+/// The timeout for a program in the pod that does not read while the backlog or a queue is full.
+/// After this timeout, the server closes the forwarded connection to the program. The client's
+/// other forwarded connections can then continue.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a client may leave one stream of a pair without the other.
+/// The time limit for a client to open the second stream of a pair.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The most connections at once through one connection of a client.
+/// The maximum number of simultaneous forwarded connections of one client.
 const MAX_PAIRS: usize = 500;
 
-/// Serves a client's streams for as long as it is there.
+/// Serves a client's streams until the client disconnects.
 pub(super) async fn serve(
     pod: Arc<impl PodPorts>,
     reader: SpdyReader,
@@ -46,28 +48,29 @@ pub(super) async fn serve(
     pairs.serve(reader, watch).await
 }
 
-/// The connections of a client.
+/// The forwarded connections of a client.
 struct Pairs<P> {
     pod: Arc<P>,
     channels: Channels,
-    /// Pairs of which one stream is open, by their ids.
+    /// The pairs of which only one stream is open, with the pair's id as the key.
     half_open: BTreeMap<String, HalfOpen>,
     served: Vec<ServedPair>,
-    /// What serves the pairs. Dropping it ends all of them.
+    /// The tasks that serve the pairs. Dropping the set ends all tasks.
     tasks: JoinSet<()>,
     backlog: Arc<Backlog>,
-    /// True while a buffer is full: the client is not read from until there is room.
+    /// True while the backlog or the queue of a pair is full. The server must then not read from
+    /// the client.
     full: bool,
 }
 
-/// A pair whose streams come one by one.
+/// A pair of streams of which the client has opened only one.
 struct HalfOpen {
     data: Option<u32>,
     error: Option<u32>,
     since: Instant,
 }
 
-/// A pair that is served.
+/// A pair of streams that a task serves.
 struct ServedPair {
     data: u32,
     error: u32,
@@ -108,15 +111,18 @@ impl<P: PodPorts> Pairs<P> {
             } => self.opened(stream, &headers, fin),
             Event::Data { stream, bytes, fin } => self.data(stream, bytes, fin),
             Event::Reset { stream } => self.reset(stream),
-            // No new streams come; those that are open go on.
+            // The client will not open any more streams, but the open streams continue.
             Event::GoAway => {}
         }
     }
 
-    /// The client has opened a stream. The second one of a pair begins the connection.
+    /// Handles a stream that the client has opened. The second stream of a pair starts the
+    /// forwarded connection.
     fn opened(&mut self, stream: u32, headers: &Headers, fin: bool) {
         let Some(described) = DescribedStream::parse(stream, headers) else {
-            log::info!("a port-forward stream was reset: its headers {headers:?} make no sense");
+            log::info!(
+                "the server reset a port-forward stream, because the headers of the stream are invalid: {headers:?}"
+            );
             self.channels.reset(stream);
             return;
         };
@@ -134,23 +140,23 @@ impl<P: PodPorts> Pairs<P> {
                 error: None,
                 since: Instant::now(),
             });
-        let place = if is_data {
+        let slot = if is_data {
             &mut half.data
         } else {
             &mut half.error
         };
-        if place.is_some() {
+        if slot.is_some() {
             self.channels.reset(stream);
             return;
         }
-        *place = Some(stream);
+        *slot = Some(stream);
         if let (Some(data), Some(error)) = (half.data, half.error) {
             self.half_open.remove(&id);
             self.begin(port, data, error, fin && is_data);
         }
     }
 
-    /// Begins to serve a pair; the client sends nothing if `input_ended`.
+    /// Starts to serve a pair of streams. If `input_ended` is true, the client sends no data.
     fn begin(&mut self, port: u16, data: u32, error: u32, input_ended: bool) {
         let (input, output) = self.backlog.queue();
         if input_ended {
@@ -182,7 +188,8 @@ impl<P: PodPorts> Pairs<P> {
         if !bytes.is_empty() {
             let length = bytes.len();
             if !pair.input.push(bytes) {
-                // The program in the pod reads no more.
+                // The program in the pod has stopped reading, so the server drops the data and
+                // counts it as processed.
                 self.channels.consumed(stream, length);
             }
             self.full = pair.input.is_full() || self.backlog.is_full();
@@ -192,7 +199,7 @@ impl<P: PodPorts> Pairs<P> {
         }
     }
 
-    /// The client has reset a stream.
+    /// Handles a stream that the client has reset.
     fn reset(&mut self, stream: u32) {
         self.half_open
             .retain(|_, half| half.data != Some(stream) && half.error != Some(stream));
@@ -201,16 +208,16 @@ impl<P: PodPorts> Pairs<P> {
         }
     }
 
-    /// Ends a connection whose data stream is gone, silently: clients treat any error text as fatal
-    /// for all their connections.
+    /// Ends a forwarded connection whose data stream was reset. The server sends no error text,
+    /// because clients treat any error text as fatal for all their forwarded connections.
     fn abandon(&self, pair: &ServedPair) {
         pair.task.abort();
         let (error, channels) = (pair.error, self.channels.clone());
-        // The client waits for the end of the error stream.
+        // The client waits until the error stream is closed, so the server closes this stream.
         tokio::spawn(async move { channels.close(error).await });
     }
 
-    /// When the oldest pair without its second stream is given up.
+    /// Returns the time at which the oldest incomplete pair is reset.
     fn pair_deadline(&self) -> Option<Instant> {
         let halves = self.half_open.values();
         halves.map(|half| half.since + PAIR_TIMEOUT).min()
@@ -232,21 +239,23 @@ impl<P: PodPorts> Pairs<P> {
         self.backlog.is_full() || self.served.iter().any(|pair| pair.input.is_full())
     }
 
-    /// While there is no room: the pair with the longest queue, which is the one to close.
+    /// Returns the pair with the longest queue. If the backlog or a queue remains full, the server
+    /// must close this pair. Returns `None` if neither the backlog nor a queue is full.
     fn stalled(&self) -> Option<&ServedPair> {
         let served = self.served.iter().filter(|_| self.full);
         served.max_by_key(|pair| pair.input.waiting())
     }
 
-    /// Closes the connection that the client has waited for too long.
+    /// Closes the forwarded connection with the longest queue, if the backlog or a queue is full.
+    /// The connection remains open if its program has read data within [`STALL_TIMEOUT`].
     fn close_stalled(&mut self) {
         let stalled = self.stalled();
         let Some(pair) = stalled.filter(|pair| pair.input.stalled_for() >= STALL_TIMEOUT) else {
             return;
         };
         log::info!(
-            "{}: a connection to port {} was closed: the program there has read nothing for {} s, \
-             and the client sends more",
+            "pod {}: the server closed the forwarded connection to port {}, because the program in the \
+             pod has not read for {} s while the client was sending data",
             self.pod.id(),
             pair.port,
             STALL_TIMEOUT.as_secs()
@@ -257,7 +266,7 @@ impl<P: PodPorts> Pairs<P> {
     }
 }
 
-/// When a connection has stalled for too long.
+/// Returns the time at which the server closes this pair if the program reads no data until then.
 fn stall_deadline(pair: &ServedPair) -> Instant {
     Instant::now() + STALL_TIMEOUT.saturating_sub(pair.input.stalled_for())
 }
@@ -269,10 +278,10 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-/// What a stream's headers say about it.
+/// The properties that the headers of a stream specify.
 #[derive(Debug, PartialEq, Eq)]
 struct DescribedStream {
-    /// Of the pair that it belongs to.
+    /// The id of the pair to which the stream belongs.
     id: String,
     is_data: bool,
     port: u16,
@@ -286,7 +295,8 @@ impl DescribedStream {
             "error" => false,
             _ => return None,
         };
-        // The first clients gave no id, but opened the streams of a pair one after the other.
+        // The oldest clients send no id, but open the data stream of a pair directly after its
+        // error stream. For these clients, the id contains the number of the error stream.
         let id = match headers.get("requestid").filter(|id| !id.is_empty()) {
             Some(id) => id.to_owned(),
             None if is_data => format!("stream {}", stream.saturating_sub(2)),
@@ -301,7 +311,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_tells_its_pair_or_follows_it() {
+    fn a_stream_belongs_to_the_pair_with_its_id_or_to_the_pair_of_the_previous_stream() {
         let headers = |pairs: &[(&str, &str)]| {
             let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
             Headers(pairs.iter().map(owned).collect())

@@ -1,4 +1,4 @@
-//! Connections over WebSocket: a pair of channels for each port that was requested.
+//! Forwarded connections over WebSocket: a pair of channels for each requested port.
 
 use std::io;
 use std::sync::Arc;
@@ -12,10 +12,11 @@ use crate::channels::Channels;
 use crate::watch::Watch;
 use crate::websocket::{ChannelMessage, WebSocketReader, WebSocketWriter};
 
-/// The most ports of one WebSocket: its channels are numbered by a byte.
+/// The maximum number of ports on one WebSocket. The limit exists because each port has two
+/// channels, and a channel's number is only one byte.
 const MAX_PORTS: usize = 100;
 
-/// Serves a pair of channels for each port that was requested.
+/// Serves a pair of channels for each requested port.
 pub(super) async fn serve(
     pod: Arc<impl PodPorts>,
     ports: &[i32],
@@ -31,7 +32,7 @@ pub(super) async fn serve(
             message = reader.next() => message?,
             ended = tasks.join_next() => match ended {
                 Some(_) => continue,
-                // All ports have had their connection.
+                // The connections to all ports have ended.
                 None => {
                     let reading = async { while let Ok(Some(_)) = reader.next().await {} };
                     return channels.finish(reading).await;
@@ -45,7 +46,9 @@ pub(super) async fn serve(
                     continue;
                 };
                 let _ = input.push(bytes);
-                // Over WebSocket one connection cannot be closed for the others.
+                // Over WebSocket, the server can't close a single forwarded connection that has
+                // stalled. For this reason, the server stops reading from the client while the
+                // backlog or a queue is full.
                 while input.is_full() || backlog.is_full() {
                     tokio::select! {
                         () = backlog.shrunk() => {}
@@ -58,7 +61,8 @@ pub(super) async fn serve(
     }
 }
 
-/// Begins each pair of channels with the number of its port, and connects to that.
+/// Sends each port's number as the first message on both channels of the port, and starts the
+/// forwarded connections.
 async fn connect(
     pod: &Arc<impl PodPorts>,
     ports: &[i32],

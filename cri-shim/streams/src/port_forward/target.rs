@@ -1,12 +1,12 @@
-//! The pod whose ports are forwarded.
+//! The interface to the pod whose ports the server forwards.
 
 use tokio::net::TcpStream;
 
-/// Connects to the ports of one pod.
+/// The interface for connecting to the ports of one pod.
 pub trait PodPorts: Send + Sync + 'static {
-    /// The pod's id, for the log.
+    /// Returns the pod's id, for the log.
     fn id(&self) -> &str;
 
-    /// Connects to a port; the error is a sentence.
+    /// Connects to a port of the pod. The error is a sentence for the client.
     fn connect(&self, port: u16) -> impl Future<Output = Result<TcpStream, String>> + Send;
 }

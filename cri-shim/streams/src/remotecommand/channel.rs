@@ -1,6 +1,6 @@
-//! The channels of a command, and their numbers in the client's protocol.
+//! The channels of exec and attach, and their numbers in the client's protocol.
 
-/// Channels by their numbers on a WebSocket.
+/// A channel of exec or attach. The values are the channels' numbers on a WebSocket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Channel {
     Stdin = 0,
@@ -19,7 +19,7 @@ const CHANNELS: [Channel; 5] = [
 ];
 
 impl Channel {
-    /// The channel that a SPDY stream's header `streamType` names.
+    /// Returns the channel of a SPDY stream whose header `streamType` is `kind`.
     pub(super) fn of_stream(kind: &str) -> Option<Self> {
         Some(match kind {
             "stdin" => Channel::Stdin,
@@ -32,8 +32,8 @@ impl Channel {
     }
 }
 
-/// What each channel is called in the client's protocol: the number of its SPDY stream, if the
-/// client has opened one, or its number on the WebSocket.
+/// The id of each channel in the client's protocol. Over SPDY, the id is the number of the stream
+/// that the client has opened for the channel. Over WebSocket, the id is the channel's number.
 #[derive(Clone, Copy, Default)]
 pub(super) struct ChannelIds([Option<u32>; CHANNELS.len()]);
 
@@ -50,13 +50,13 @@ impl ChannelIds {
         self.0[channel as usize] = Some(id);
     }
 
-    /// The channel of this number.
+    /// Returns the channel with this id.
     pub(super) fn find(&self, id: u32) -> Option<Channel> {
         let mut channels = CHANNELS.into_iter();
         channels.find(|channel| self.get(*channel) == Some(id))
     }
 
-    /// The numbers of all channels that there are.
+    /// Returns the ids of all open channels.
     pub(super) fn iter(&self) -> impl Iterator<Item = u32> {
         self.0.into_iter().flatten()
     }

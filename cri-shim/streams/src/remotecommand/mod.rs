@@ -1,11 +1,12 @@
-//! The remotecommand protocol of exec and attach: five channels to a client, of either protocol
-//! family.
+//! The remotecommand protocol of exec and attach: five channels between the server and a client,
+//! over SPDY or WebSocket.
 //!
-//! Over SPDY each channel is a stream that the client opens, whose header `streamType` names it;
-//! over WebSocket each is a number. [`open`] waits for the client's channels, then there is a
-//! [`ClientReceiver`] for what the client does and a [`ClientSender`] for what it is sent; the
-//! `copy_` functions connect them to a process's stdio. Source: k8s.io/cri-streaming, whose clients
-//! these are.
+//! Over SPDY, each channel is a stream that the client opens, and the stream's header `streamType`
+//! names the channel. Over WebSocket, each message begins with the number of its channel.
+//! [`open()`] waits for the client's channels. [`open()`] returns a [`ClientReceiver`] for the
+//! client's input and a [`ClientSender`] for the output. The `copy_` functions connect the receiver
+//! and the sender to a process's stdio. Source: k8s.io/cri-streaming, which contains the clients of
+//! this protocol.
 
 mod channel;
 mod open;

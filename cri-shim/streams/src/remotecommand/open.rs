@@ -1,4 +1,5 @@
-//! Opening the channels of a command: SPDY clients open a stream for each, WebSockets have them all.
+//! Opens the channels of exec and attach. A SPDY client opens a stream for each channel; on a
+//! WebSocket, all channels exist from the start.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,13 +19,13 @@ use crate::upgrade::{CommandProtocol, Version};
 use crate::watch::Watch;
 use crate::websocket::{self, WebSocketReader, WebSocketWriter};
 
-/// How long a client may take to open its streams.
+/// The time limit for a client to open its streams.
 const STREAM_OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much a client may send before it has opened all its streams.
+/// The maximum number of bytes that a client can send before it has opened all its streams.
 const MAX_EARLY_BYTES: usize = 64 << 10;
 
-/// The streams that the caller of Exec or Attach requested.
+/// The streams that the CRI request Exec or Attach specifies.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StreamOptions {
     pub stdin: bool,
@@ -33,7 +34,8 @@ pub struct StreamOptions {
     pub tty: bool,
 }
 
-/// Waits for a client's channels on `transport`, of which `read` has come already.
+/// Waits until the client on `transport` has opened its channels. `read` is the data that has
+/// already been read from the client.
 pub async fn open(
     protocol: CommandProtocol,
     transport: Transport,
@@ -63,13 +65,19 @@ async fn over_spdy(
     let opened = wait_for_streams(&mut reader, needed(options, version));
     let (ids, early) = tokio::time::timeout(STREAM_OPEN_TIMEOUT, opened)
         .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client opened no streams"))??;
+        .map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the client did not open its streams in time",
+            )
+        })??;
     reader.expect_no_headers();
     let channels = Channels::Spdy(writer);
     if version == Version::V1
         && let Some(stdin) = ids.get(Channel::Stdin).filter(|_| options.stdin)
     {
-        // The first clients wait for that.
+        // Clients that use version 1 of the remotecommand protocol wait until the server closes its
+        // half of the stdin stream.
         channels.close(stdin).await?;
     }
     let source = Source::Spdy(Box::new(reader));
@@ -79,7 +87,7 @@ async fn over_spdy(
     ))
 }
 
-/// The channels that a client must open a stream for.
+/// Returns the channels for which a client must open a stream.
 fn needed(options: StreamOptions, version: Version) -> Vec<Channel> {
     let resizes = options.tty && version >= Version::V3;
     let channels = [
@@ -95,8 +103,8 @@ fn needed(options: StreamOptions, version: Version) -> Vec<Channel> {
         .collect()
 }
 
-/// Waits until the client has opened a stream for each of `needed`. Returns the streams, and what
-/// came on them meanwhile.
+/// Waits until the client has opened a stream for each channel in `needed`. Returns the streams,
+/// and the data that arrived on these streams during the wait.
 async fn wait_for_streams(
     reader: &mut SpdyReader,
     needed: Vec<Channel>,
@@ -114,7 +122,11 @@ async fn wait_for_streams(
                 let kind = headers.get("streamtype").unwrap_or_default();
                 let channel = Channel::of_stream(kind)
                     .filter(|channel| ids.get(*channel).is_none())
-                    .ok_or_else(|| invalid(format!("a stream of type {kind:?} is not expected")))?;
+                    .ok_or_else(|| {
+                        invalid(format!(
+                            "the client opened an unexpected stream of type {kind:?}"
+                        ))
+                    })?;
                 ids.set(channel, stream);
                 early.extend(fin.then_some((channel, None)));
             }
@@ -122,13 +134,16 @@ async fn wait_for_streams(
             event => length += queue_event(&ids, event, &mut early),
         }
         if length > MAX_EARLY_BYTES {
-            return Err(invalid("data before all streams are open".to_owned()));
+            return Err(invalid(
+                "the client sent too much data before it opened all streams".to_owned(),
+            ));
         }
     }
     Ok((ids, early))
 }
 
-/// A WebSocket client has all channels from the start, but waits for a first message.
+/// Opens the channels of a WebSocket client. The channels exist from the start, but the client
+/// waits for a first message from the server. For this reason, the server sends an empty message.
 async fn over_websocket(
     reader: WebSocketReader,
     writer: Arc<WebSocketWriter>,

@@ -1,18 +1,18 @@
-//! How a command ended, in the words that clients understand.
+//! A command's outcome, in the forms that clients parse.
 
 use serde_json::json;
 
-/// How a command ended, as the client is informed.
+/// A command's outcome, as the server reports it to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The exit status as a shell would give it.
+    /// The exit status as a shell reports it: 128 + N if the process was killed by signal N.
     Exit(i32),
-    /// Why there is none.
+    /// The reason why the command has no exit status.
     Failed(String),
 }
 
 impl Outcome {
-    /// The `Status` object of v4, as JSON.
+    /// Returns the `Status` object of version 4 of the remotecommand protocol, as JSON.
     pub(super) fn status(&self) -> String {
         match self {
             Outcome::Exit(0) => json!({ "metadata": {}, "status": "Success" }),
@@ -35,7 +35,8 @@ impl Outcome {
         .to_string()
     }
 
-    /// What older clients get: nothing after a success, else a sentence.
+    /// Returns the outcome as text, for clients with an older version of the remotecommand
+    /// protocol. The text is empty after a success, and a sentence after a failure.
     pub(super) fn sentence(&self) -> String {
         match self {
             Outcome::Exit(0) => String::new(),
@@ -52,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outcome_is_told_as_kubernetes_clients_read_it() {
+    fn an_outcome_has_the_form_that_kubernetes_clients_parse() {
         assert_eq!(
             Outcome::Exit(0).status(),
             r#"{"metadata":{},"status":"Success"}"#

@@ -1,4 +1,4 @@
-//! The receiving side of a client.
+//! The receiving side of exec and attach, which returns the client's input.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,14 +15,17 @@ use crate::spdy_connection::SpdyReader;
 use crate::watch::Watch;
 use crate::websocket::{ChannelMessage, WebSocketReader};
 
-/// How much stdin may be queued while looking for a resize message behind it, when the program does
-/// not read.
+/// The maximum number of queued bytes of stdin. While the program does not read its stdin, the
+/// server still reads from the client, because the client can send resize messages. The server
+/// queues the data for stdin that arrives during this time.
 const MAX_QUEUED_BYTES: usize = 1 << 20;
 
-/// What a message costs beside its bytes: one may have none.
+/// The number of bytes that each queued message counts towards [`MAX_QUEUED_BYTES`], in addition to
+/// its length. Without these bytes, an empty message would count as 0 bytes. A client could then
+/// make the server queue any number of empty messages.
 const MESSAGE_OVERHEAD_BYTES: usize = 64;
 
-/// What a client does.
+/// An input from the client: data for stdin, the end of stdin, or a new terminal size.
 #[derive(Debug)]
 pub enum ClientInput {
     Stdin(Bytes),
@@ -30,35 +33,38 @@ pub enum ClientInput {
     Resize(Winsize),
 }
 
-/// What became of a piece of stdin.
+/// The result of writing data to the program's stdin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdinWrite {
     Complete,
-    /// The program reads no more.
+    /// The program has closed its stdin.
     Closed,
     ClientGone,
 }
 
-/// Data on a channel; `None` is the channel's end.
+/// A channel with a piece of its data. `None` marks the end of the channel's data.
 pub(super) type Received = (Channel, Option<Bytes>);
 
-/// What a client is read from.
+/// The reader of the client's data, over SPDY or WebSocket.
 pub(super) enum Source {
     Spdy(Box<SpdyReader>),
     WebSocket(Box<WebSocketReader>),
 }
 
-/// The receiving side of a client.
+/// The receiver of the client's input for one exec or attach.
 pub struct ClientReceiver {
     source: Source,
     channels: Channels,
     ids: ChannelIds,
-    /// What has come and [`Self::next`] has not returned yet.
+    /// The data that has arrived but that [`Self::next`] has not returned yet.
     queue: VecDeque<Received>,
     resizes: ResizeParser,
-    /// Bytes of stdin that [`Self::next`] has returned and that have not been passed on yet.
+    /// The number of bytes of stdin that [`Self::next`] has returned but that the program has not
+    /// read yet.
     unconsumed: usize,
-    /// Set when the client disconnects; queued input is still delivered first.
+    /// The reason why the connection ended: `Ok` if the client disconnected, or the error of the
+    /// last read. `None` while the client is connected. [`Self::next`] returns the queued input
+    /// before this result.
     gone: Option<io::Result<()>>,
 }
 
@@ -80,8 +86,9 @@ impl ClientReceiver {
         }
     }
 
-    /// What the client does next; `None` when it has gone. Cancel-safe. Data that it returned has
-    /// been passed on when it is called again.
+    /// Returns the client's next input, or `None` if the client has disconnected. The call is
+    /// cancel-safe. Before the caller calls this function again, it must write the returned data to
+    /// the program. The next call counts this data as consumed, and allows the client to send more.
     pub async fn next(&mut self) -> io::Result<Option<ClientInput>> {
         if self.unconsumed > 0
             && let Some(stdin) = self.ids.get(Channel::Stdin)
@@ -113,8 +120,8 @@ impl ClientReceiver {
         }
     }
 
-    /// Writes what is meant for stdin, waiting while the program does not read. A new size of its
-    /// terminal does not wait for that.
+    /// Writes data to the program's stdin, and waits while the program does not read. If the client
+    /// sends a new terminal size during this wait, this function resizes the terminal immediately.
     pub async fn feed(
         &mut self,
         to: &Descriptor,
@@ -126,7 +133,8 @@ impl ClientReceiver {
         tokio::pin!(written);
         loop {
             tokio::select! {
-                // Check whether the client is still there only if the write blocks.
+                // With `biased`, `select!` first polls the write, and checks whether the client is
+                // still connected only if the write blocks.
                 biased;
                 written = &mut written => return match written {
                     Ok(()) => StdinWrite::Complete,
@@ -142,7 +150,9 @@ impl ClientReceiver {
         }
     }
 
-    /// The next size that the client sends. Whatever it sends before is queued. Cancel-safe.
+    /// Returns the client's next terminal size, and queues all input that arrives before this size.
+    /// Waits for ever if the client has disconnected, or if more than [`MAX_QUEUED_BYTES`] bytes
+    /// are queued. The call is cancel-safe.
     async fn next_size(&mut self) -> Winsize {
         let (mut searched, mut queued) = (0, 0);
         loop {
@@ -169,7 +179,8 @@ impl ClientReceiver {
         }
     }
 
-    /// Waits for more; false when the client has gone. Cancel-safe.
+    /// Waits for more data from the client. Returns false if the client has disconnected. The call
+    /// is cancel-safe.
     async fn receive(&mut self) -> io::Result<bool> {
         match &mut self.source {
             Source::Spdy(reader) => match reader.next().await? {
@@ -194,7 +205,7 @@ impl ClientReceiver {
     }
 }
 
-/// Queues what an event brings on a channel. Returns about how much that was.
+/// Queues the data of an event. Returns the approximate length of the data.
 pub(super) fn queue_event(ids: &ChannelIds, event: Event, queue: &mut VecDeque<Received>) -> usize {
     let (stream, bytes, fin) = match event {
         Event::Data { stream, bytes, fin } => (stream, bytes, fin),
@@ -223,7 +234,7 @@ mod tests {
     use crate::transport::Transport;
     use crate::websocket::{self, Codec};
 
-    /// A receiver, and its client's end of a WebSocket.
+    /// Returns a receiver, and the client's end of the WebSocket from which the receiver reads.
     async fn received() -> io::Result<(ClientReceiver, TcpStream)> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let client = TcpStream::connect(listener.local_addr()?).await?;
@@ -237,7 +248,8 @@ mod tests {
         Ok((receiver, client))
     }
 
-    /// A client's message, masked with zeros.
+    /// Returns a WebSocket message as a client sends it. The message's mask consists of zeros, so
+    /// that masking does not change the data.
     fn message(channel: Channel, data: &str) -> Vec<u8> {
         let length = u8::try_from(data.len() + 1).unwrap_or(0);
         let mut message = vec![0x82, 0x80 | length, 0, 0, 0, 0, channel as u8];
@@ -246,7 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_size_is_found_behind_what_is_typed() -> io::Result<()> {
+    async fn a_resize_message_behind_unread_input_is_found() -> io::Result<()> {
         let (mut receiver, mut client) = received().await?;
         client.write_all(&message(Channel::Stdin, "typed")).await?;
         let size = message(Channel::Resize, r#"{"Width":101,"Height":31}"#);
@@ -259,7 +271,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn messages_without_bytes_are_not_kept_without_end() -> io::Result<()> {
+    async fn the_number_of_queued_empty_messages_is_limited() -> io::Result<()> {
         let (mut receiver, mut client) = received().await?;
         let sending = tokio::spawn(async move {
             let empty =
@@ -269,7 +281,8 @@ mod tests {
             client.write_all(&size).await?;
             Ok::<_, io::Error>(client)
         });
-        // What is behind all that is not looked at.
+        // The client sends more input than the receiver can queue, and then the resize message. The
+        // receiver therefore does not find the resize message.
         let found = tokio::time::timeout(Duration::from_secs(2), receiver.next_size()).await;
         assert!(found.is_err());
         assert!(receiver.queue.len() <= MAX_QUEUED_BYTES / MESSAGE_OVERHEAD_BYTES + 1);

@@ -1,4 +1,4 @@
-//! New sizes of the client's terminal.
+//! Resizes a terminal at the client's request.
 
 use rustix::termios::Winsize;
 use serde::Deserialize;
@@ -6,7 +6,7 @@ use serde::Deserialize;
 use crate::descriptor::Descriptor;
 use rrun_kernel::errno::describe;
 
-/// The longest resize message.
+/// The maximum size in bytes of a resize message.
 const MAX_RESIZE_BYTES: usize = 1 << 10;
 
 /// A resize message: `{"Width":80,"Height":25}`.
@@ -17,14 +17,15 @@ struct TerminalSize {
     height: u16,
 }
 
-/// Takes sizes out of what comes on the resize channel, which need not come message by message.
+/// Parses the data of the resize channel, in which a message can arrive in several parts.
 #[derive(Default)]
 pub(super) struct ResizeParser {
     unparsed: Vec<u8>,
 }
 
 impl ResizeParser {
-    /// The last size in JSON objects that stand one after the other.
+    /// Parses the next bytes of the channel's data, which is a sequence of JSON objects. If these
+    /// bytes complete one or more resize messages, returns the size in the last of these messages.
     pub(super) fn parse(&mut self, bytes: &[u8]) -> Option<Winsize> {
         self.unparsed.extend_from_slice(bytes);
         let mut sizes =
@@ -35,7 +36,7 @@ impl ResizeParser {
             match size {
                 Ok(size) => (last, parsed) = (Some(size), sizes.byte_offset()),
                 Err(error) if error.is_eof() => break,
-                // Not a size: dropped.
+                // The parser drops data that is not a resize message.
                 Err(_) => parsed = bytes.len().max(MAX_RESIZE_BYTES),
             }
         }
@@ -52,7 +53,8 @@ impl ResizeParser {
     }
 }
 
-/// Sets a terminal's size; the kernel signals the processes on it.
+/// Sets a terminal's size. The kernel then sends SIGWINCH to the processes in the foreground of the
+/// terminal.
 pub fn resize(terminal: &Descriptor, size: Winsize) {
     if let Err(errno) = rustix::termios::tcsetwinsize(terminal, size) {
         log::debug!("resize a terminal: {}", describe(&errno.into()));

@@ -1,4 +1,4 @@
-//! The sending side of a client.
+//! The sending side of exec and attach, which sends output to the client.
 
 use std::io;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::pipe::Pipe;
 use crate::upgrade::Version;
 use crate::watch::Watch;
 
-/// The sending side of a client.
+/// The sender of the output and the outcome of one exec or attach.
 pub struct ClientSender {
     channels: Channels,
     ids: ChannelIds,
@@ -39,8 +39,8 @@ impl ClientSender {
         &self.watch
     }
 
-    /// Sends, waiting while the client takes nothing. What is for a channel that the client has not
-    /// opened is dropped.
+    /// Sends data, and waits while the client does not read. Data for a channel that the client has
+    /// not opened is dropped.
     pub async fn send(&self, channel: Channel, data: &[u8]) -> io::Result<()> {
         match self.ids.get(channel) {
             Some(id) => self.channels.send(id, data).await,
@@ -48,8 +48,10 @@ impl ClientSender {
         }
     }
 
-    /// Sends what can be read now, at most `most` bytes of it: `Some(0)` at the end, `None` if there
-    /// is nothing. `buffer` has memory only while there is something to put in it.
+    /// Sends the data that can be read from `from` now, at most `most` bytes. Returns the number of
+    /// sent bytes, which is 0 at the end of the data. Returns `None` if no data is available now.
+    /// The caller passes the same `buffer` to each call. When no data is available, `pass` frees
+    /// the memory of `buffer`.
     pub(super) async fn pass(
         &self,
         channel: Channel,
@@ -83,8 +85,8 @@ impl ClientSender {
         Ok(count)
     }
 
-    /// Sends how the command ended and closes the channels, then gives the client some time to read
-    /// that.
+    /// Sends the command's outcome and closes the channels. Then waits until the client has read
+    /// all data and disconnected, but only for a limited time.
     pub async fn finish(&self, outcome: &Outcome, receiver: &mut ClientReceiver) -> io::Result<()> {
         let text = if self.version >= Version::V4 {
             outcome.status()
@@ -92,7 +94,7 @@ impl ClientSender {
             outcome.sentence()
         };
         if !text.is_empty() {
-            // A client may have reset its error stream.
+            // A failure is ignored, because the client is allowed to reset its error stream.
             let _ = self.send(Channel::Error, text.as_bytes()).await;
         }
         for id in self.ids.iter() {

@@ -1,4 +1,4 @@
-//! Copying between a client and a process's stdio.
+//! Copies data between a client and a process's stdio.
 
 use std::io;
 use std::time::Duration;
@@ -11,14 +11,18 @@ use super::resize::resize;
 use super::sender::ClientSender;
 use crate::descriptor::Descriptor;
 
-/// How long a terminal is read after its process has ended while others hold it open: the kernel
-/// passes on what was written there a moment later.
+/// The time for which the server waits for the last output from a terminal. The wait begins when
+/// the command's first process exits. The server waits only if other processes still have the
+/// terminal open. The kernel delivers the last output to the terminal's master with a short delay.
 const TERMINAL_DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The most that is read then: more than a terminal holds.
+/// The maximum number of bytes that the server reads from a terminal after the command's first
+/// process has exited. The kernel's buffer for a terminal is smaller than this limit. The server
+/// therefore reads all output that the buffer contained at the exit.
 const MAX_TERMINAL_DRAIN_BYTES: usize = 256 << 10;
 
-/// Copies what the client sends to stdin, or else to the terminal. Returns when the client is gone.
+/// Copies the client's input to `stdin` or, if `stdin` is `None`, to the terminal. Returns when the
+/// client has disconnected.
 pub async fn copy_input(
     receiver: &mut ClientReceiver,
     mut stdin: Option<Descriptor>,
@@ -37,7 +41,8 @@ pub async fn copy_input(
                     StdinWrite::ClientGone => return Ok(()),
                 }
             }
-            // A terminal stays: its end would be that of the output, too.
+            // The terminal remains open at the end of stdin, because closing it would also end the
+            // output.
             ClientInput::StdinEnd => stdin = None,
             ClientInput::Resize(size) => {
                 if let Some(terminal) = terminal {
@@ -49,7 +54,7 @@ pub async fn copy_input(
     Ok(())
 }
 
-/// Copies one stream of output to its end.
+/// Copies the output stream `from` to the client until the stream ends.
 pub async fn copy_output(
     from: Option<&Descriptor>,
     channel: Channel,
@@ -62,8 +67,10 @@ pub async fn copy_output(
     Ok(())
 }
 
-/// Copies one stream of output to its end, or to what had been written when the process `exited`:
-/// not what processes that it left behind go on to write.
+/// Copies the output stream `from` to the client until the stream ends or the process exits.
+/// `exited` reports the exit. The function copies all output from before the exit. If other
+/// processes are still running after the exit, the function does not copy the output that they
+/// write after the exit.
 pub async fn copy_output_until_exit(
     from: Option<&Descriptor>,
     channel: Channel,
@@ -95,7 +102,8 @@ async fn copy_until(
     buffer: &mut Vec<u8>,
 ) -> io::Result<Copied> {
     let mut exited = std::pin::pin!(exited);
-    // Nothing that was read may be lost: only the waiting is given up.
+    // The exit of the process cancels only the wait for more data. Data that has already been read
+    // is not lost.
     loop {
         let mut ready = tokio::select! {
             ready = from.readable() => ready?,
@@ -109,7 +117,8 @@ async fn copy_until(
     }
 }
 
-/// Copies what is there, without waiting for more; only a terminal is given a moment.
+/// Copies the data that is available now. For a terminal, the function also waits for more data,
+/// for at most [`TERMINAL_DRAIN_TIMEOUT`] each time.
 async fn copy_rest(
     from: &Descriptor,
     channel: Channel,

@@ -1,4 +1,4 @@
-//! A client's side of the compression, for the tests.
+//! The client's side of SPDY's header compression, which only the tests need.
 
 use flate2::{Compress, Compression, FlushCompress};
 

@@ -1,11 +1,13 @@
-//! The dictionary that SPDY/3's header compression begins with.
+//! The initial dictionary of SPDY/3's header compression.
 //!
-//! Source: the SPDY protocol, draft 3.1, section 2.6.10.1: names that headers have, each with its
-//! length before it, then codes, phrases and values in one string.
+//! Source: the SPDY protocol, draft 3.1, section 2.6.10.1. The dictionary contains names of
+//! headers, each preceded by the name's length. After the names, the dictionary contains status
+//! codes, phrases and values in one string.
 
 use std::sync::LazyLock;
 
-/// Its Adler-32 checksum, by which a zlib stream names its dictionary (RFC 1950, section 2.2).
+/// The dictionary's Adler-32 checksum, which identifies the dictionary in a zlib stream (RFC 1950,
+/// section 2.2).
 pub(super) const CHECKSUM: u32 = 0xe3c6a7c2;
 
 pub(super) static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -101,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_dictionary_is_the_specification_s() {
+    fn the_dictionary_is_that_of_the_specification() {
         assert_eq!(DICTIONARY.len(), 1423);
         let (mut low, mut high) = (1_u32, 0_u32);
         for byte in DICTIONARY.iter() {

@@ -1,28 +1,31 @@
-//! What a client can do wrong.
+//! The protocol errors that a client can cause.
 
 use super::limits::{MAX_CONTROL_BYTES, MAX_HEADER_BLOCK_BYTES};
 
-/// Why a session ends: after such an error nothing that the client sends can be interpreted.
+/// A protocol error, which ends the session. After such an error, the server cannot interpret any
+/// further data from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpdyError {
-    #[error("a frame of SPDY version {0}, not 3")]
+    #[error("the client sent a frame of SPDY version {0}, but only version 3 is supported")]
     Version(u16),
-    #[error("a control frame of {0} bytes, more than the {max} allowed", max = MAX_CONTROL_BYTES)]
+    #[error("the client sent a control frame of {0} bytes; at most {max} are allowed", max = MAX_CONTROL_BYTES)]
     TooLong(usize),
-    #[error("a frame of type {0} with the wrong length")]
+    #[error("the client sent a frame of type {0} with a wrong length")]
     Length(u16),
-    #[error("a header block that can't be decompressed")]
+    #[error("the client sent a header block that can't be decompressed")]
     Compression,
-    #[error("a header block with more than the {max} bytes allowed", max = MAX_HEADER_BLOCK_BYTES)]
+    #[error("the client sent a header block of more than the allowed {max} bytes", max = MAX_HEADER_BLOCK_BYTES)]
     HeadersTooLong,
-    #[error("a header block that contradicts itself")]
+    #[error("the client sent a malformed header block")]
     Headers,
-    #[error("headers when no more streams are expected")]
+    #[error("the client sent headers after it had opened all streams")]
     HeadersTooLate,
-    #[error("stream {0}, which is not the client's to open now")]
+    #[error(
+        "the client opened stream {0}, whose number is even or not greater than the previous stream's"
+    )]
     StreamId(u32),
-    #[error("a window beyond 2 GiB")]
+    #[error("the client increased a flow control window beyond 2 GiB")]
     Window,
-    #[error("more control frames than the client reads answers to")]
+    #[error("the client sends control frames without reading the answers")]
     Flood,
 }

@@ -1,4 +1,4 @@
-//! Frames: bytes to frames and back (draft 3.1, sections 2.2 and 2.6).
+//! Parsing and serialization of frames (SPDY draft 3.1, sections 2.2 and 2.6).
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -6,10 +6,10 @@ use super::error::SpdyError;
 use super::headers::{Deflater, Headers, Inflater};
 use super::limits::{MAX_CONTROL_BYTES, MAX_PIECE_BYTES};
 
-/// The most bytes that we put into one data frame.
+/// The maximum number of bytes of data that the server sends in one data frame.
 pub(crate) const MAX_DATA_BYTES: usize = (1 << 24) - 1;
 
-/// The length of a data frame's beginning.
+/// The length of a data frame's header in bytes.
 pub(crate) const DATA_HEADER_BYTES: usize = 8;
 
 const VERSION: u16 = 3;
@@ -28,7 +28,7 @@ const FLAG_UNIDIRECTIONAL: u8 = 2;
 
 const SETTINGS_INITIAL_WINDOW_SIZE: u32 = 7;
 
-/// Why we reset a stream (section 2.6.3).
+/// The status codes with which the server resets a stream (SPDY draft 3.1, section 2.6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum ResetStatus {
@@ -39,13 +39,13 @@ pub(super) enum ResetStatus {
     StreamAlreadyClosed = 9,
 }
 
-/// What came in.
+/// A frame that the client sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
     SynStream {
         stream: u32,
         fin: bool,
-        /// We may not send on it.
+        /// True if the server must not send data on the stream.
         unidirectional: bool,
         headers: Headers,
     },
@@ -56,7 +56,9 @@ pub enum Frame {
         stream: u32,
         status: u32,
     },
-    /// The client's initial window for data that we send, if that was among its settings.
+    /// The client's settings. The server uses only the initial flow control window, in bytes. This
+    /// window limits the data that the server sends on a stream. `initial_window` is `None` if the
+    /// frame does not contain this window.
     Settings {
         initial_window: Option<u32>,
     },
@@ -68,29 +70,29 @@ pub enum Frame {
         stream: u32,
         fin: bool,
     },
-    /// Stream 0 is the session.
+    /// An increase of a stream's flow control window, or of the session's window if `stream` is 0.
     WindowUpdate {
         stream: u32,
         delta: u32,
     },
-    /// A data frame or a part of one; `fin` with the last part only.
+    /// A data frame or a part of a data frame. `fin` is true only in the last part.
     Data {
         stream: u32,
         fin: bool,
         bytes: Bytes,
     },
-    /// One that the specification lets us pass over.
+    /// A frame that the specification allows a server to ignore.
     Unknown,
 }
 
-/// A data frame of which `left` bytes have not come yet.
+/// A data frame of which [`Decoder::decode`] has not returned the last `left` bytes yet.
 struct PartialData {
     stream: u32,
     fin: bool,
     left: usize,
 }
 
-/// Takes frames out of what a client sends.
+/// The parser for the client's frames.
 pub struct Decoder {
     inflater: Option<Inflater>,
     partial: Option<PartialData>,
@@ -106,13 +108,16 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Gives back the memory of the decompression: from now on headers are an error.
+    /// Releases the memory of the decompressor. After this call, [`Decoder::decode`] returns an
+    /// error for a frame with headers.
     pub fn expect_no_headers(&mut self) {
         self.inflater = None;
     }
 
-    /// Takes the first frame, or a piece of a data frame, off `input`; `None` until there is one.
-    /// Never needs more than [`MAX_CONTROL_BYTES`] and eight bytes at once.
+    /// Removes the first frame from `input` and returns the frame. For a data frame, one call
+    /// can return only a part of the frame. Returns `None` if more bytes must arrive first. To return
+    /// the next frame, the decoder never needs more than [`MAX_CONTROL_BYTES`] plus eight bytes in
+    /// `input`.
     pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, SpdyError> {
         if self.partial.is_none() {
             let Some(&[a, b, c, d, flags, e, f, g]) = input.first_chunk::<8>() else {
@@ -171,7 +176,7 @@ impl Decoder {
         self.parse(kind, flags, body).map(Some)
     }
 
-    /// The frame of this type with this body.
+    /// Parses the body of a control frame of the type `kind`.
     fn parse(&mut self, kind: u16, flags: u8, mut body: Bytes) -> Result<Frame, SpdyError> {
         let fin = flags & FLAG_FIN != 0;
         if body.len() < min_length(kind) {
@@ -180,7 +185,8 @@ impl Decoder {
         Ok(match kind {
             SYN_STREAM => {
                 let stream = number(&mut body);
-                // The associated stream, the priority and the slot mean nothing to us.
+                // Skip the fields for the associated stream, the priority and the credential slot,
+                // which the server does not use.
                 body.advance(6);
                 Frame::SynStream {
                     stream,
@@ -224,7 +230,7 @@ impl Decoder {
     }
 }
 
-/// The fewest bytes that the body of a control frame of this type has.
+/// Returns the minimum length of the body of a control frame of the type `kind`.
 fn min_length(kind: u16) -> usize {
     match kind {
         SYN_STREAM => 10,
@@ -234,7 +240,7 @@ fn min_length(kind: u16) -> usize {
     }
 }
 
-/// The initial window among the settings, if it is there.
+/// Returns the initial flow control window, or `None` if the settings do not contain it.
 fn initial_window(mut settings: Bytes) -> Result<Option<u32>, SpdyError> {
     let count = settings.get_u32() as usize;
     if settings.len() != count.saturating_mul(8) {
@@ -250,12 +256,12 @@ fn initial_window(mut settings: Bytes) -> Result<Option<u32>, SpdyError> {
     Ok(initial_window)
 }
 
-/// 31 bits.
+/// Reads a number of 31 bits, such as a stream's number, and ignores the highest bit.
 fn number(body: &mut Bytes) -> u32 {
     body.get_u32() & 0x7fff_ffff
 }
 
-/// The eight bytes before `length` bytes of data, which are at most [`MAX_DATA_BYTES`].
+/// Returns the header of a data frame of `length` bytes, which must be at most [`MAX_DATA_BYTES`].
 pub(crate) fn data_header(stream: u32, length: usize, fin: bool) -> [u8; DATA_HEADER_BYTES] {
     let [a, b, c, d] = stream.to_be_bytes();
     let [_, e, f, g] = u32::try_from(length).unwrap_or(0).to_be_bytes();
@@ -277,7 +283,7 @@ fn two_numbers(output: &mut Vec<u8>, kind: u16, first: u32, second: u32) {
     control(output, kind, &body);
 }
 
-/// Accepts a stream, with no headers.
+/// Appends a SYN_REPLY frame without headers, which accepts a stream.
 pub(super) fn syn_reply(output: &mut Vec<u8>, stream: u32, deflater: &mut Deflater) {
     let mut body = stream.to_be_bytes().to_vec();
     deflater.empty_block(&mut body);
@@ -320,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_opened_by_bytes_that_come_one_by_one() {
+    fn a_frame_that_arrives_byte_by_byte_opens_a_stream() {
         let bytes = syn_stream(&mut Compressor::begin(), 1, &[("streamtype", "error")]);
         let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::new());
         for byte in &bytes[..bytes.len() - 1] {
@@ -335,13 +341,15 @@ mod tests {
             headers,
         })) = decoder.decode(&mut buffer)
         else {
-            panic!("no stream");
+            panic!(
+                "the decoder did not return a SYN_STREAM frame for stream 1 from the complete frame"
+            );
         };
         assert_eq!(headers.get("streamtype"), Some("error"));
     }
 
     #[test]
-    fn data_comes_in_pieces_and_ends_with_the_last() {
+    fn a_data_frame_is_returned_in_parts_and_the_last_part_has_fin() {
         let mut bytes = data_header(5, 6, true).to_vec();
         bytes.extend_from_slice(b"abc");
         let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::from(&bytes[..]));
@@ -363,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn what_we_write_we_can_read() {
+    fn frames_that_the_server_writes_can_be_parsed() {
         let mut output = Vec::new();
         reset(&mut output, 3, ResetStatus::Cancel);
         ping(&mut output, 9);
@@ -387,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_frame_of_spdy_3_is_refused() {
+    fn a_control_frame_with_a_wrong_version_or_length_is_refused() {
         assert_eq!(
             frames(&[0x80, 2, 0, 1, 0, 0, 0, 0]),
             Err(SpdyError::Version(2))
@@ -405,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_are_not_expected_are_refused() {
+    fn unexpected_headers_are_refused() {
         let bytes = syn_stream(&mut Compressor::begin(), 1, &[]);
         let mut decoder = Decoder::default();
         decoder.expect_no_headers();

@@ -1,4 +1,4 @@
-//! Header blocks: names and values, compressed by one zlib stream for the whole session.
+//! Header blocks: names and values, compressed in one zlib stream for the whole session.
 
 use flate2::{Decompress, FlushDecompress, Status};
 
@@ -6,12 +6,13 @@ use super::dictionary::{CHECKSUM, DICTIONARY};
 use super::error::SpdyError;
 use super::limits::{MAX_HEADER_BLOCK_BYTES, MAX_HEADERS};
 
-/// Names, in lower case, and values; several values of one name are separated by a zero byte.
+/// The headers of a block, as pairs of a name in lower case and a value. If a name has several
+/// values, they are separated by zero bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Headers(pub(crate) Vec<(String, String)>);
 
 impl Headers {
-    /// The value of a header; `name` in lower case.
+    /// Returns the value of a header. `name` must be in lower case.
     pub fn get(&self, name: &str) -> Option<&str> {
         let mut pairs = self.0.iter();
         pairs
@@ -20,7 +21,7 @@ impl Headers {
     }
 }
 
-/// The client's zlib stream. About 40 KiB of memory.
+/// The decompressor for the client's zlib stream. A decompressor uses about 40 KiB of memory.
 pub(super) struct Inflater(Decompress);
 
 impl Default for Inflater {
@@ -30,7 +31,7 @@ impl Default for Inflater {
 }
 
 impl Inflater {
-    /// Decompresses and parses one block.
+    /// Decompresses and parses one header block.
     pub(super) fn block(&mut self, mut input: &[u8]) -> Result<Headers, SpdyError> {
         let mut block = Vec::with_capacity(512);
         loop {
@@ -43,7 +44,7 @@ impl Inflater {
             let status = match status {
                 Ok(status) => status,
                 Err(error) => {
-                    // Only the dictionary that we know may be asked for.
+                    // Only the dictionary of the SPDY specification is accepted.
                     if error.needs_dictionary() != Some(CHECKSUM) {
                         return Err(SpdyError::Compression);
                     }
@@ -57,7 +58,8 @@ impl Inflater {
                 return Err(SpdyError::HeadersTooLong);
             }
             if status == Status::StreamEnd {
-                // There is one stream for all blocks: it has no end.
+                // All header blocks share one zlib stream, so this zlib stream must not end when
+                // one block ends.
                 return Err(SpdyError::Compression);
             }
             if block.len() == block.capacity() {
@@ -107,25 +109,29 @@ fn text(block: &mut &[u8]) -> Result<String, SpdyError> {
     String::from_utf8(text.to_vec()).map_err(|_| SpdyError::Headers)
 }
 
-/// Our zlib stream, of stored blocks only: what we have to say in headers is nothing, and a
-/// compressor would be a quarter of a megabyte.
+/// The server's zlib stream, which contains only stored blocks, without compression. The server
+/// sends no headers, so it does not need a compressor. A compressor would use a quarter of a
+/// megabyte of memory.
 #[derive(Default)]
 pub(super) struct Deflater {
     begun: bool,
 }
 
 impl Deflater {
-    /// Appends a block of no headers.
+    /// Appends a header block without headers to `output`.
     pub(super) fn empty_block(&mut self, output: &mut Vec<u8>) {
         if !self.begun {
             self.begun = true;
-            // Deflate with a window of 32 KiB, and a preset dictionary (RFC 1950, section 2.2).
+            // Append the zlib header: deflate with a window of 32 KiB and a preset dictionary (RFC
+            // 1950, section 2.2).
             output.extend_from_slice(&[0x78, 0x20]);
             output.extend_from_slice(&CHECKSUM.to_be_bytes());
         }
-        // A stored block, not the last, of four bytes (RFC 1951, section 3.2.4): the count 0.
+        // Append a stored block that is not the last block (RFC 1951, section 3.2.4). The block's
+        // four bytes of data are the number of headers, which is 0.
         output.extend_from_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
-        // And an empty one: Go's decompressor gives nothing out before it has seen that.
+        // Append an empty stored block, because Go's decompressor returns no data until it has read
+        // an empty block.
         output.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
     }
 }
@@ -136,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_of_one_session_share_a_compression() {
+    fn blocks_of_one_session_share_one_zlib_stream() {
         let (mut ours, mut theirs) = (Inflater::default(), Compressor::begin());
         for id in ["1", "2", "3"] {
             let pairs = [("streamtype", "error"), ("port", "80"), ("requestid", id)];
@@ -154,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_blocks_can_be_read() {
+    fn blocks_that_the_server_writes_can_be_read() {
         let (mut reader, mut writer) = (Inflater::default(), Deflater::default());
         for _ in 0..3 {
             let mut bytes = Vec::new();
@@ -164,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_grows_beyond_its_bound_is_refused() {
+    fn a_block_that_decompresses_beyond_the_limit_is_refused() {
         let mut theirs = Compressor::begin();
         let bomb = theirs.raw(&vec![0; 8 << 20]);
         assert!(bomb.len() < 16 << 10);
@@ -173,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn contradictions_are_refused() {
+    fn malformed_blocks_are_refused() {
         for plain in [
             &b""[..],
             &[0, 0, 0, 1],

@@ -1,9 +1,10 @@
-//! SPDY/3.1, as much of it as a server for Kubernetes' streams needs: the clients open streams
-//! with headers, both sides send data and close their half.
+//! The part of SPDY/3.1 that a server for Kubernetes' streams needs. The clients open streams with
+//! headers, and both sides send data and close their halves of the streams.
 //!
-//! No I/O: [`frame`] takes frames out of bytes and makes bytes of them, [`headers`] is the
-//! compression of their header blocks, [`session`] the streams and their windows, [`limits`] what
-//! bounds them all. Source: the SPDY protocol, draft 3.1.
+//! The SPDY modules do no I/O. [`frame`] parses and serializes frames, and [`headers`] decompresses
+//! the header blocks in frames. [`session`] tracks the open streams and their flow control windows.
+//! [`limits`] contains the limits on the memory that a client can use. Source: the SPDY protocol,
+//! draft 3.1.
 
 #[cfg(test)]
 mod compressor;

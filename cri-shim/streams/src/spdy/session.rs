@@ -1,9 +1,10 @@
-//! A session's streams: which are open, which half of each, and how much may be sent.
-//!
-//! Kubernetes' clients (spdystream) know no flow control: they never send a WINDOW_UPDATE, and a
-//! server that waited for one would stop after 64 KiB. So the windows for what we send count only
-//! once the client has shown that it keeps some. What we receive is bounded by whoever reads: see
-//! `backlog`.
+//! The streams of a SPDY session. A session stores the open streams. For each stream, the session
+//! stores which half is closed, and how much data may be sent. Kubernetes' clients (spdystream) do
+//! not implement flow control, and never send a WINDOW_UPDATE. A server that waited for a
+//! WINDOW_UPDATE would stop after 64 KiB. For this reason, the session at first ignores the flow
+//! control windows for the server's data. The session respects these windows after the client has
+//! sent a WINDOW_UPDATE or an initial window. The session does not limit the data that the client
+//! sends. The modules that read from the session must limit this data, see `backlog`.
 
 use std::collections::BTreeMap;
 
@@ -14,53 +15,57 @@ use super::frame::{self, Frame, ResetStatus};
 use super::headers::{Deflater, Headers};
 use super::limits::MAX_STREAMS;
 
-/// The window that both sides begin with (section 2.6.8).
+/// The initial flow control window of both sides in bytes (SPDY draft 3.1, section 2.6.8).
 const DEFAULT_WINDOW: i64 = 64 << 10;
 
-/// The windows that we give instead: a stream's, and the session's.
+/// The flow control window in bytes that the server grants to the client for each stream, in place
+/// of [`DEFAULT_WINDOW`].
 const STREAM_WINDOW: u32 = 1 << 20;
+/// The flow control window for the client's data in the whole session, in bytes. This window
+/// replaces [`DEFAULT_WINDOW`].
 const SESSION_WINDOW: u32 = 16 << 20;
 
 const MAX_WINDOW: i64 = (1 << 31) - 1;
 
-/// What a frame means to who uses the session.
+/// The event that [`Session::receive`] returns for a frame from the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The client opened a stream; it has been accepted.
+    /// The client opened a stream, and the server has accepted this stream.
     Opened {
         stream: u32,
         headers: Headers,
-        /// It sends nothing on it.
+        /// True if the client sends no data on the stream.
         fin: bool,
     },
-    /// Data, the end of the client's half of a stream, or both.
+    /// A stream's data, the end of the client's half of the stream, or both.
     Data {
         stream: u32,
         bytes: Bytes,
         fin: bool,
     },
-    /// The stream is gone, both halves.
+    /// The stream was reset, so both halves of the stream are closed.
     Reset { stream: u32 },
-    /// The client opens no more streams.
+    /// The client will not open any more streams.
     GoAway,
 }
 
 struct OpenStream {
-    /// The client's half is closed.
+    /// True once the client has closed its half of the stream.
     received_fin: bool,
-    /// Our half is closed.
+    /// True once the server has closed its half of the stream.
     sent_fin: bool,
     send_window: i64,
-    /// Bytes that were passed on and that no WINDOW_UPDATE has reported yet.
+    /// The number of bytes that the server has processed, but has not reported to the client yet.
+    /// The server reports processed bytes in a WINDOW_UPDATE.
     unreported: u32,
 }
 
-/// The server's side of a session.
+/// The server's side of a SPDY session.
 pub struct Session {
     streams: BTreeMap<u32, OpenStream>,
     last_stream: u32,
     deflater: Deflater,
-    /// The client keeps windows.
+    /// True if the client implements flow control.
     flow_control: bool,
     initial_window: i64,
     send_window: i64,
@@ -83,18 +88,18 @@ impl Default for Session {
     }
 }
 
-/// How much may be sent on a stream.
+/// The amount of data that the server may send on a stream now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allowance {
     Bytes(usize),
-    /// Nothing, until the client gives more.
+    /// The server must not send data until the client increases a flow control window.
     Wait,
-    /// Nothing any more: the stream is closed.
+    /// The stream is closed, so the server must not send more data.
     Closed,
 }
 
 impl Session {
-    /// Takes a frame. What is to be answered is appended to `output`.
+    /// Processes a client's frame, and appends the server's answers to `output`.
     pub fn receive(
         &mut self,
         frame: Frame,
@@ -120,7 +125,8 @@ impl Session {
                 Ok(None)
             }
             Frame::Ping { id } => {
-                // Even ones are answers to ours, and we send none.
+                // The server answers only PINGs with odd numbers. A PING with an even number would
+                // answer a PING from the server, but the server sends no PINGs.
                 if id % 2 == 1 {
                     frame::ping(output, id);
                 }
@@ -140,7 +146,7 @@ impl Session {
         headers: Headers,
         output: &mut Vec<u8>,
     ) -> Result<Option<Event>, SpdyError> {
-        // The client's streams are odd and go up (section 2.3.2).
+        // The client's streams must have odd, increasing numbers (SPDY draft 3.1, section 2.3.2).
         if stream.is_multiple_of(2) || stream <= self.last_stream {
             return Err(SpdyError::StreamId(stream));
         }
@@ -178,9 +184,12 @@ impl Session {
         bytes: Bytes,
         output: &mut Vec<u8>,
     ) -> Result<Option<Event>, SpdyError> {
-        // Dropped data is data taken in, as far as the session goes.
+        // The server drops data for a closed stream. For the session's flow control window, the
+        // dropped data counts as processed.
         let Some(open) = self.streams.get_mut(&stream) else {
-            // On its way while the stream was closed here; or to one that never was.
+            // If the stream was never opened, its number is greater than the number of the last
+            // opened stream. Otherwise, the server has already closed the stream. The client sent
+            // the data before it received the frame with which the server closed the stream.
             if stream > self.last_stream {
                 frame::reset(output, stream, ResetStatus::InvalidStream);
             }
@@ -244,14 +253,17 @@ impl Session {
         Ok(None)
     }
 
-    /// How much of `wanted` may be sent on a stream now. It is taken from the windows, so it must
-    /// be sent.
+    /// Returns how many bytes may be sent on a stream now, at most `wanted`. Reduces the flow
+    /// control windows by this number. If the caller sends fewer bytes, it must call
+    /// [`Session::give_back`] for the rest.
     pub fn take_allowance(&mut self, stream: u32, wanted: usize) -> Allowance {
         let Some(open) = self.streams.get_mut(&stream).filter(|open| !open.sent_fin) else {
             return Allowance::Closed;
         };
         if !self.flow_control {
-            // Counted all the same: a client that begins to give windows has counted, too.
+            // The client has not used flow control yet, but can begin to use flow control later.
+            // Both sides must then have the same windows. For this reason, the server already
+            // subtracts the bytes from the windows.
             let sent = i64::try_from(wanted).unwrap_or(MAX_WINDOW);
             open.send_window = (open.send_window - sent).max(-MAX_WINDOW);
             self.send_window = (self.send_window - sent).max(-MAX_WINDOW);
@@ -262,13 +274,14 @@ impl Session {
         if allowed == 0 && wanted > 0 {
             return Allowance::Wait;
         }
-        let taken = i64::try_from(allowed).unwrap_or(0);
-        open.send_window -= taken;
-        self.send_window -= taken;
+        let allowance = i64::try_from(allowed).unwrap_or(0);
+        open.send_window -= allowance;
+        self.send_window -= allowance;
         Allowance::Bytes(allowed)
     }
 
-    /// Of what was taken, `count` bytes were not sent.
+    /// Increases the flow control windows by `count` bytes. [`Session::take_allowance`] allowed
+    /// these bytes, but the caller did not send them.
     pub(crate) fn give_back(&mut self, stream: u32, count: usize) {
         let count = i64::try_from(count).unwrap_or(0);
         if let Some(open) = self.streams.get_mut(&stream) {
@@ -277,7 +290,7 @@ impl Session {
         self.send_window = (self.send_window + count).min(MAX_WINDOW);
     }
 
-    /// Our half of the stream ends; false if it has.
+    /// Closes the server's half of the stream. Returns false if this half was already closed.
     pub fn close(&mut self, stream: u32) -> bool {
         let Some(open) = self.streams.get_mut(&stream).filter(|open| !open.sent_fin) else {
             return false;
@@ -289,14 +302,15 @@ impl Session {
         true
     }
 
-    /// Resets the stream, if it is open still.
+    /// Resets the stream if it is still open.
     pub fn reset(&mut self, stream: u32, output: &mut Vec<u8>) {
         if self.streams.remove(&stream).is_some() {
             frame::reset(output, stream, ResetStatus::Cancel);
         }
     }
 
-    /// `count` bytes of a stream's data have been passed on: the client may send as many more.
+    /// Records that the server has processed `count` bytes of a stream's data. The client may then
+    /// send `count` more bytes.
     pub fn consumed(&mut self, stream: u32, count: usize, output: &mut Vec<u8>) {
         if let Some(open) = self.streams.get_mut(&stream) {
             open.unreported = open
@@ -343,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn each_half_of_a_stream_closes_by_itself() {
+    fn each_half_of_a_stream_closes_independently() {
         let (mut session, mut output) = (Session::default(), Vec::new());
         open(&mut session, 1).unwrap();
         session.receive(data(1, true), &mut output).unwrap();
@@ -352,17 +366,18 @@ mod tests {
         assert!(!session.close(1));
         assert_eq!(session.take_allowance(1, 9), Allowance::Closed);
         assert!(session.streams.is_empty());
-        // Late data to a stream that was: no answer.
+        // The server sends no answer to late data for a stream that has been closed.
         output.clear();
         assert_eq!(session.receive(data(1, false), &mut output), Ok(None));
         assert!(output.is_empty());
-        // To one that never was: a reset.
+        // If the client sends data for a stream that was never opened, the server resets this
+        // stream.
         session.receive(data(9, false), &mut output).unwrap();
         assert!(!output.is_empty());
     }
 
     #[test]
-    fn streams_are_odd_and_go_up() {
+    fn stream_numbers_are_odd_and_increase() {
         let mut session = Session::default();
         assert_eq!(open(&mut session, 2), Err(SpdyError::StreamId(2)));
         open(&mut session, 3).unwrap();
@@ -371,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn data_after_its_end_resets_a_stream() {
+    fn data_after_the_end_of_a_stream_resets_the_stream() {
         let mut session = Session::default();
         open(&mut session, 1).unwrap();
         let mut output = Vec::new();
@@ -381,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn more_streams_than_the_bound_are_refused() {
+    fn more_streams_than_the_limit_are_refused() {
         let mut session = Session::default();
         for number in 0..MAX_STREAMS as u32 {
             assert!(open(&mut session, number * 2 + 1).unwrap().is_some());
@@ -391,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_count_only_for_a_client_that_keeps_some() {
+    fn windows_apply_only_to_a_client_with_flow_control() {
         let (mut session, mut output) = (Session::default(), Vec::new());
         open(&mut session, 1).unwrap();
         assert_eq!(
@@ -420,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_beyond_its_bound_ends_the_stream_or_the_session() {
+    fn a_window_beyond_the_maximum_ends_the_stream_or_the_session() {
         let mut session = Session::default();
         open(&mut session, 1).unwrap();
         let update = |stream| Frame::WindowUpdate {
@@ -435,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_in_is_told_in_time() {
+    fn consumed_data_is_reported_to_the_client_after_half_a_window() {
         let mut session = Session::default();
         open(&mut session, 1).unwrap();
         let mut output = Vec::new();

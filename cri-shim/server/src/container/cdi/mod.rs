@@ -1,5 +1,5 @@
-//! Devices by the Container Device Interface (the CNCF's SPEC.md): files on the node say what a
-//! container that is given a device gets with it.
+//! Devices of the Container Device Interface (CDI), which the CNCF's SPEC.md defines. Files on the
+//! node define how a container's configuration changes when the container gets a device.
 
 mod registry;
 mod spec_file;
@@ -19,14 +19,14 @@ use rrun_calls::error::{Error, Result};
 pub(crate) use spec_file::IntelRdt;
 use spec_file::{ContainerEdits, DeviceNode, Hook, Mount, NetDevice};
 
-/// What an annotation that names devices begins with.
+/// The prefix of the annotations that request devices.
 const ANNOTATION: &str = "cdi.k8s.io/";
 
-/// The edits for a container, in the order in which to make them.
+/// The CDI edits for a container, in the order in which they are applied.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceEdits(Vec<Arc<ContainerEdits>>);
 
-/// The names in the request and in its annotations, each once.
+/// Returns the device names in the request and in its annotations, without duplicates.
 fn requested(config: &ContainerConfig) -> Vec<&str> {
     let fields = config.cdi_devices.iter().map(|device| device.name.as_str());
     let annotations = config.annotations.iter();
@@ -43,7 +43,7 @@ fn requested(config: &ContainerConfig) -> Vec<&str> {
     names
 }
 
-/// Looks up the devices that the container asks for. Blocks.
+/// Returns the edits of the devices that the container requests. This call blocks.
 pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceEdits> {
     let names = requested(config);
     if names.is_empty() {
@@ -54,7 +54,7 @@ pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceE
     let mut files = Vec::new();
     for name in names {
         let device = registry.device(name)?;
-        // The edits of a file for all its devices are made once.
+        // The edits that a file defines for all its devices are applied once per container.
         if !files.contains(&device.file) {
             files.push(device.file);
             edits.push(Arc::clone(&device.shared_edits));
@@ -65,7 +65,7 @@ pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceE
 }
 
 impl DeviceEdits {
-    /// Makes the edits in config.json. Looks at the devices, which blocks.
+    /// Applies the edits to config.json. Blocks while it reads the devices' attributes.
     pub(crate) fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
         for edits in &self.0 {
             edits.apply(config, privileged)?;
@@ -128,7 +128,8 @@ impl DeviceNode {
         Ok(())
     }
 
-    /// The device, from the file and, for what it leaves out, from the node.
+    /// Returns the device as the CDI file defines it. If the type, the major number or the minor
+    /// number is missing, the server reads these values from the node's device.
     fn node(&self, user: &User) -> Result<LinuxDevice> {
         let mut node = LinuxDevice::default();
         node.set_path(self.path.clone());
@@ -139,7 +140,7 @@ impl DeviceNode {
             (Some(kind), Some(major), Some(minor)) => {
                 let kind = kind
                     .parse()
-                    .map_err(|_| Error::invalid(format!("{kind:?} is no type of a device")))?;
+                    .map_err(|_| Error::invalid(format!("{kind:?} is not a device type")))?;
                 node.set_typ(kind)
                     .set_major(major.into())
                     .set_minor(minor.into());
@@ -152,7 +153,8 @@ impl DeviceNode {
         if let Some(mode) = self.file_mode {
             node.set_file_mode(Some(mode & 0o7777));
         }
-        // As the Go implementation has it, a device belongs to who the container runs as.
+        // If the CDI file does not set the device's owner, the device belongs to the container's
+        // user. The CDI library for Go has the same rule.
         let not_root = |id: u32| (id > 0).then_some(id);
         if let Some(uid) = self.uid.or(not_root(user.uid())) {
             node.set_uid(Some(uid));
@@ -200,7 +202,11 @@ impl Hook {
             "startContainer" => hooks.start_container_mut(),
             "poststart" => hooks.poststart_mut(),
             "poststop" => hooks.poststop_mut(),
-            other => return Err(Error::invalid(format!("{other:?} is no hook"))),
+            other => {
+                return Err(Error::invalid(format!(
+                    "{other:?} is not the name of a hook"
+                )));
+            }
         };
         list.get_or_insert_default().push(entry);
         Ok(())
@@ -220,7 +226,7 @@ mod tests {
         dir
     }
 
-    fn asks(names: &[&str]) -> ContainerConfig {
+    fn config_with(names: &[&str]) -> ContainerConfig {
         let device = |name: &&str| CdiDevice {
             name: (*name).into(),
         };
@@ -231,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_brings_what_its_file_says() -> Result<(), Box<dyn std::error::Error>> {
+    fn a_device_applies_the_edits_of_its_file() -> Result<(), Box<dyn std::error::Error>> {
         let dir = directory("edits");
         std::fs::create_dir_all(&dir)?;
         std::fs::write(
@@ -243,7 +249,7 @@ mod tests {
              - {hookName: createContainer, path: /bin/true}\n    additionalGids: [7]\n    \
              netDevices: [{hostInterfaceName: eth7, name: net1}]\n- name: two\n  containerEdits: {env: [TWO=2]}\n",
         )?;
-        let mut config = asks(&["example.com/net=one"]);
+        let mut config = config_with(&["example.com/net=one"]);
         config.annotations = [(
             "cdi.k8s.io/x".to_owned(),
             "example.com/net=one,example.com/net=two".to_owned(),
@@ -281,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_directory_wins_and_two_files_of_one_contradict()
+    fn a_later_directory_wins_and_two_files_of_one_directory_conflict()
     -> Result<(), Box<dyn std::error::Error>> {
         let (low, high) = (directory("low"), directory("high"));
         let write = |path: PathBuf, value: &str| {
@@ -297,7 +303,7 @@ mod tests {
         write(low.join("1.json"), "FROM=low")?;
         write(high.join("1.json"), "FROM=high")?;
         let dirs = [low.clone(), high.clone()];
-        let config = asks(&["example.com/x=a"]);
+        let config = config_with(&["example.com/x=a"]);
         let mut written = ConfigJson::default();
         find(&dirs, &config)?.apply(&mut written, false)?;
         let env = written.process.typed.env().clone().unwrap_or_default();
@@ -305,20 +311,25 @@ mod tests {
         assert!(!env.contains(&"FROM=low".to_owned()), "{env:?}");
 
         write(high.join("2.json"), "FROM=other")?;
-        let said = find(&dirs, &config)
-            .expect_err("a conflict was taken")
+        let message = find(&dirs, &config)
+            .expect_err("a conflict between two files was accepted")
             .to_string();
-        assert!(said.contains("1.json") && said.contains("2.json"), "{said}");
+        assert!(
+            message.contains("1.json") && message.contains("2.json"),
+            "{message}"
+        );
 
         std::fs::write(high.join("3.yaml"), "kind: [\n")?;
         for wrong in ["example.com/x=none", "no name"] {
-            let said = find(&dirs, &asks(&[wrong])).expect_err(wrong).to_string();
-            assert!(said.contains(wrong), "{said}");
+            let message = find(&dirs, &config_with(&[wrong]))
+                .expect_err(wrong)
+                .to_string();
+            assert!(message.contains(wrong), "{message}");
         }
-        let said = find(&dirs, &asks(&["example.com/x=none"]))
-            .expect_err("none")
+        let message = find(&dirs, &config_with(&["example.com/x=none"]))
+            .expect_err("a device that does not exist was found")
             .to_string();
-        assert!(said.contains("3.yaml"), "{said}");
+        assert!(message.contains("3.yaml"), "{message}");
         for dir in [low, high] {
             std::fs::remove_dir_all(dir)?;
         }

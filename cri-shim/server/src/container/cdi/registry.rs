@@ -1,5 +1,5 @@
-//! The files that define devices, read anew whenever a container asks for one: vendors' services
-//! write them as devices come and go.
+//! The files that define CDI devices. The server reads the files again for every container that
+//! requests a device. Vendors' services rewrite the files when devices appear or disappear.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,20 +11,23 @@ use super::spec_file::{ContainerEdits, FILE_BYTES, SpecFile, is_qualified};
 use rrun_calls::error::{Error, Result};
 use rrun_kernel::regular_file;
 
-/// The most files of one directory that are read.
+/// The maximum number of CDI files that the server reads in one directory.
 const MAX_FILES: usize = 1000;
 
-/// A device that a file defines.
+/// A device that a CDI file defines.
 pub(super) struct RegisteredDevice {
-    /// A number for the file.
+    /// The number of the device's CDI file. All devices of a file have the same number.
     pub file: usize,
     pub path: PathBuf,
-    /// The edits for every device of the file, and those for this one.
+    /// The edits that the CDI file defines for all its devices.
     pub shared_edits: Arc<ContainerEdits>,
+    /// The edits that the CDI file defines for this device only.
     pub own_edits: Arc<ContainerEdits>,
-    /// The directory's place in the configuration: the higher wins.
+    /// The index of the file's directory in the configured list of CDI directories. If several
+    /// directories define the same device, the definition with the highest index is used.
     weight: usize,
-    /// Another file of the same directory that defines the device, too.
+    /// Another CDI file in the same directory that defines the same device. If such a file exists,
+    /// a request for the device fails.
     conflict: Option<PathBuf>,
 }
 
@@ -32,13 +35,13 @@ pub(super) struct RegisteredDevice {
 pub(super) struct Registry {
     dirs: Vec<PathBuf>,
     devices: BTreeMap<String, RegisteredDevice>,
-    /// Files that could not be read or understood, and why.
+    /// The error messages for unreadable and invalid CDI files.
     broken: Vec<String>,
 }
 
 impl Registry {
-    /// Reads the directories, highest priority last. What is wrong with a file concerns those who
-    /// ask for a device that is not there.
+    /// Reads the CDI directories, in order of increasing priority. Unreadable and invalid CDI files
+    /// are reported only if a requested device is not found.
     pub(super) fn read(dirs: &[PathBuf]) -> Self {
         let mut registry = Registry {
             dirs: dirs.to_vec(),
@@ -62,8 +65,8 @@ impl Registry {
         for device in spec.devices {
             let name = format!("{}={}", spec.kind, device.name);
             match self.devices.get_mut(&name) {
-                Some(there) if there.weight == weight => {
-                    there.conflict = Some(path.to_owned());
+                Some(existing) if existing.weight == weight => {
+                    existing.conflict = Some(path.to_owned());
                     continue;
                 }
                 _ => {}
@@ -80,11 +83,11 @@ impl Registry {
         }
     }
 
-    /// The device of this name, `vendor/class=name`.
+    /// Returns the device `name`, a text of the form `vendor/class=name`.
     pub(super) fn device(&self, name: &str) -> Result<&RegisteredDevice> {
         if !is_qualified(name) {
             return Err(Error::invalid(format!(
-                "the CDI device {name:?} is not named VENDOR/CLASS=NAME"
+                "the CDI device name {name:?} does not have the form VENDOR/CLASS=NAME"
             )));
         }
         match self.devices.get(name) {
@@ -117,7 +120,8 @@ impl Registry {
     }
 }
 
-/// The files of a directory in the order of their names; a missing one has none.
+/// Returns the specification files of a directory in the order of their names. If the directory
+/// does not exist, the list is empty.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return Vec::new();

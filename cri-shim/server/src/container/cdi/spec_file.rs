@@ -1,9 +1,11 @@
-//! A file of the Container Device Interface: its form (the CNCF's SPEC.md), read from YAML or JSON.
+//! Parses the files of the Container Device Interface (CDI), whose format the CNCF's SPEC.md
+//! defines. A file contains YAML or JSON.
 //!
-//! The reference is the Go library, tags.cncf.io/container-device-interface 1.1, which reads both by
-//! `yaml.UnmarshalStrict` of go.yaml.in/yaml/v2 into typed fields. So a string field has the text as
-//! it is written (`yes`, `0755`), a number may be octal as in YAML 1.1, unknown and repeated keys are
-//! errors, and what follows the first document is not read.
+//! The reference implementation is the Go library, tags.cncf.io/container-device-interface 1.1. The
+//! Go library reads both formats with `yaml.UnmarshalStrict` of go.yaml.in/yaml/v2 into typed
+//! fields. A string field therefore contains the text as written, such as `yes` or `0755`. A number
+//! can be octal as in YAML 1.1. Unknown and repeated keys are errors, and the text after the first
+//! document is ignored.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -14,19 +16,20 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_saphyr::budget::BudgetBreach;
 use serde_saphyr::{MessageFormatter, UserMessageFormatter};
 
-/// The most bytes of a file that are read.
+/// The maximum size in bytes of a CDI file that the server reads.
 pub(super) const FILE_BYTES: usize = 4 << 20;
 
-/// How deep collections may be nested in YAML.
+/// The maximum nesting depth of collections in YAML.
 const MAX_DEPTH: usize = 32;
 
-/// How many values and how many bytes of text YAML may hold once its aliases are expanded, and how
-/// many values may come from aliases.
+/// The maximum number of YAML values after the aliases are expanded.
 const MAX_NODES: usize = 250_000;
+/// The maximum size in bytes of all YAML text after the aliases are expanded.
 const MAX_TEXT_BYTES: usize = 2 * FILE_BYTES;
+/// The maximum number of values that the expansion of aliases can add.
 const MAX_ALIASED_NODES: usize = 100_000;
 
-/// The hooks of the runtime specification.
+/// The names of the hooks in the runtime specification.
 const HOOKS: [&str; 6] = [
     "prestart",
     "createRuntime",
@@ -36,7 +39,7 @@ const HOOKS: [&str; 6] = [
     "poststop",
 ];
 
-/// A file, checked.
+/// The contents of a CDI file, which [`SpecFile::parse`] has checked.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct SpecFile {
@@ -60,7 +63,7 @@ pub(super) struct FileDevice {
     pub container_edits: ContainerEdits,
 }
 
-/// The changes to a container's configuration, in the specification's own terms.
+/// The changes to a container's configuration, with the field names of the CDI specification.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct ContainerEdits {
@@ -126,8 +129,8 @@ pub(super) struct Mount {
     pub r#type: Option<String>,
 }
 
-/// `linux.intelRdt` of the runtime specification. Versions 0.7 and 1.0 have the two booleans that
-/// `enableMonitoring` replaced.
+/// The object `linux.intelRdt` of the runtime specification. The fields `enableCMT` and `enableMBM`
+/// are from CDI 0.7 and 1.0, and the field `enableMonitoring` has replaced them.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(crate) struct IntelRdt {
@@ -147,7 +150,7 @@ pub(crate) struct IntelRdt {
     pub enable_mbm: Option<bool>,
 }
 
-/// `null` stands for an empty list or no edits, as in Go.
+/// Deserializes a field in which `null` means an empty list or no edits, as in Go.
 fn null_is_default<'de, D, T>(from: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -157,7 +160,8 @@ where
 }
 
 impl SpecFile {
-    /// Reads and checks a file's text. The error has the line, if the mistake has one.
+    /// Parses and checks the text of a CDI file. If the parser reports a line number, the error
+    /// contains the number.
     pub(super) fn parse(text: &str, is_json: bool) -> Result<Self, String> {
         let file: SpecFile = if is_json {
             serde_json::from_str(text).map_err(|error| error.to_string())?
@@ -171,10 +175,13 @@ impl SpecFile {
     fn check(&self) -> Result<(), String> {
         let version = self.cdi_version.trim_start_matches('v');
         if !version.starts_with("0.") && !version.starts_with("1.") {
-            return Err(format!("cdiVersion {version:?} is not known"));
+            return Err(format!("cdiVersion {version:?} is not supported"));
         }
         if !is_kind(&self.kind) {
-            return Err(format!("kind {:?} is not VENDOR/CLASS", self.kind));
+            return Err(format!(
+                "the kind {:?} does not have the form VENDOR/CLASS",
+                self.kind
+            ));
         }
         self.container_edits.check()?;
         let mut names = BTreeSet::new();
@@ -185,10 +192,10 @@ impl SpecFile {
         } in &self.devices
         {
             if !is_name(name) {
-                return Err(format!("{name:?} is no name of a device"));
+                return Err(format!("{name:?} is not a valid device name"));
             }
             if !names.insert(name) {
-                return Err(format!("the device {name:?} is there twice"));
+                return Err(format!("the device {name:?} is defined twice"));
             }
             container_edits
                 .check()
@@ -198,7 +205,7 @@ impl SpecFile {
     }
 }
 
-/// Reads the first document.
+/// Reads the first YAML document of the text.
 fn from_yaml(text: &str) -> Result<SpecFile, String> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
@@ -206,7 +213,8 @@ fn from_yaml(text: &str) -> Result<SpecFile, String> {
             flow_nesting_limit: MAX_DEPTH,
             max_nodes: MAX_NODES,
             max_total_scalar_bytes: MAX_TEXT_BYTES,
-            // A vendor's file may well use one anchor for all its devices.
+            // The parser must not limit the ratio of aliases to anchors. A valid file can use one
+            // anchor for many devices.
             enforce_alias_anchor_ratio: false,
         },
         alias_limits: serde_saphyr::alias_limits! {
@@ -221,14 +229,16 @@ fn from_yaml(text: &str) -> Result<SpecFile, String> {
         Ok(())
     });
     match (first, whole) {
-        // An error after the first document is about the next, which nobody reads.
+        // If the first document is valid, the error is in a later document. Later documents are
+        // ignored.
         (Some(file), _) => Ok(file),
         (None, Err(error)) => Err(error.render_with_formatter(&Sentences)),
-        (None, Ok(())) => Err("the file holds no document".to_owned()),
+        (None, Ok(())) => Err("the file contains no YAML document".to_owned()),
     }
 }
 
-/// The parser's errors, without its names for this program's limits.
+/// Formats the YAML parser's errors. If a file exceeds a limit that this module sets, a simpler
+/// message replaces the parser's message.
 struct Sentences;
 
 impl MessageFormatter for Sentences {
@@ -239,11 +249,11 @@ impl MessageFormatter for Sentences {
             Error::Budget {
                 breach: BudgetBreach::Depth { .. },
                 ..
-            } => format!("nested deeper than {MAX_DEPTH} levels").into(),
+            } => format!("the values are nested deeper than {MAX_DEPTH} levels").into(),
             Error::AliasReplayLimitExceeded { .. } => {
                 format!("the aliases expand to more than {MAX_ALIASED_NODES} values").into()
             }
-            Error::Budget { .. } => "too much for one file".into(),
+            Error::Budget { .. } => "the file contains too many or too large values".into(),
             other => UserMessageFormatter.format_message(other),
         }
     }
@@ -266,7 +276,9 @@ impl ContainerEdits {
             .iter()
             .find(|pair| !pair.contains('=') || pair.starts_with('='))
         {
-            return Err(format!("env {pair:?} is not NAME=value"));
+            return Err(format!(
+                "the env entry {pair:?} does not have the form NAME=value"
+            ));
         }
         for node in &self.device_nodes {
             absolute("deviceNodes.path", &node.path)?;
@@ -277,7 +289,7 @@ impl ContainerEdits {
             let permissions = node.permissions.as_deref().unwrap_or_default();
             if permissions.chars().any(|c| !"rwm".contains(c)) {
                 return Err(format!(
-                    "deviceNodes.permissions {permissions:?} are not of r, w and m"
+                    "deviceNodes.permissions {permissions:?} contain other letters than r, w and m"
                 ));
             }
         }
@@ -287,14 +299,17 @@ impl ContainerEdits {
         for hook in &self.hooks {
             absolute("hooks.path", &hook.path)?;
             if !HOOKS.contains(&hook.hook_name.as_str()) {
-                return Err(format!("hooks.hookName {:?} is no hook", hook.hook_name));
+                return Err(format!(
+                    "hooks.hookName {:?} is not the name of a hook",
+                    hook.hook_name
+                ));
             }
         }
         Ok(())
     }
 }
 
-/// Whether this is `vendor/class=name`.
+/// Returns whether a name has the form `vendor/class=name`.
 pub(super) fn is_qualified(name: &str) -> bool {
     let parts = name.split_once('=');
     parts.is_some_and(|(kind, name)| is_kind(kind) && is_name(name))
@@ -332,7 +347,9 @@ mod tests {
         SpecFile::parse(&format!("{HEAD}{body}"), false)
     }
 
-    /// Two devices; `shared` is `containerEdits` of the file, `second` that of its second device.
+    /// Parses a file with two devices and returns the edits of the second device. `shared` contains
+    /// the file's `containerEdits`, and `second` contains the `containerEdits` of the second
+    /// device.
     fn second_device(shared: &str, second: &str) -> Result<ContainerEdits, String> {
         let file = yaml(&format!(
             "containerEdits: {shared}\ndevices:\n- name: one\n  containerEdits: {{}}\n\
@@ -341,7 +358,7 @@ mod tests {
         let device = file.devices.into_iter().nth(1);
         device
             .map(|device| device.container_edits)
-            .ok_or_else(|| "there is one device".to_owned())
+            .ok_or_else(|| "the file has no second device".to_owned())
     }
 
     #[test]
@@ -366,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_as_vendors_write_it() -> Result<(), String> {
+    fn a_typical_vendor_file_is_parsed() -> Result<(), String> {
         let text = r##"---
 # made by a tool
 cdiVersion: "0.6.0"
@@ -427,10 +444,10 @@ devices:
         Ok(())
     }
 
-    /// As the Go library has it; with sigs.k8s.io/yaml, which its versions before 1.0 used, the
-    /// first would be `true`, the second 493.
+    /// The CDI library for Go also keeps a string field's text as written. Versions before 1.0 used
+    /// another parser, sigs.k8s.io/yaml. That parser reads `yes` as `true` and `0755` as 493.
     #[test]
-    fn a_string_is_the_text_as_written() -> Result<(), String> {
+    fn a_string_field_keeps_its_text_as_written() -> Result<(), String> {
         let edits = second_device(
             "{}",
             "{env: [A=yes, B=0755], hooks: [{hookName: poststop, path: /x, args: [yes, 0755, 1.50, 2001-01-01, !!str 1]}]}",
@@ -443,7 +460,7 @@ devices:
     }
 
     #[test]
-    fn numbers_are_those_of_yaml_1_1() -> Result<(), String> {
+    fn numbers_are_read_as_in_yaml_1_1() -> Result<(), String> {
         for (text, mode) in [
             ("0660", 0o660),
             ("0o660", 0o660),
@@ -458,7 +475,7 @@ devices:
     }
 
     #[test]
-    fn an_alias_stands_for_what_its_anchor_has() -> Result<(), String> {
+    fn an_alias_has_the_value_of_its_anchor() -> Result<(), String> {
         let edits = second_device("&common {env: [A=1, &b B=2]}", "*common")?;
         assert_eq!(edits.env, ["A=1", "B=2"]);
         let edits = second_device("{env: [&b B=2]}", "{env: [A=1, *b]}")?;
@@ -470,7 +487,7 @@ devices:
     }
 
     #[test]
-    fn a_merge_key_brings_what_is_not_there() -> Result<(), String> {
+    fn a_merge_key_adds_only_missing_keys() -> Result<(), String> {
         let common = "&common {env: [A=1], additionalGids: [5]}";
         for merge in [
             "{<<: *common, env: [B=2]}",
@@ -493,7 +510,7 @@ devices:
     }
 
     #[test]
-    fn the_first_document_is_the_file() -> Result<(), String> {
+    fn only_the_first_document_is_read() -> Result<(), String> {
         for more in ["---\nkind: other\n", "---\nkind: [\n", "...\nfoo\n"] {
             let file = yaml(&format!("devices: []\n{more}"))?;
             assert_eq!(file.kind, "vendor.com/device", "{more}");
@@ -506,9 +523,9 @@ devices:
         Ok(())
     }
 
-    /// Lines are counted from the head's, which are two.
+    /// The expected line numbers include the two lines of HEAD, which precede each `body`.
     #[test]
-    fn an_error_has_its_line() {
+    fn an_error_contains_its_line_number() {
         for (body, line, part) in [
             ("devices: []\nkind: x\n", 4, "duplicate mapping key `kind`"),
             ("devices: []\nKind: x\n", 4, "unknown field `Kind`"),
@@ -532,12 +549,18 @@ devices:
             ),
         ] {
             let error = yaml(body).expect_err(body);
-            assert!(error.contains(part), "{body:?}: {error}");
+            assert!(
+                error.contains(part),
+                "wrong error for the file {body:?}: {error}"
+            );
             assert!(
                 error.contains(&format!("line {line},")),
-                "{body:?}: {error}"
+                "wrong error for the file {body:?}: {error}"
             );
-            assert!(!error.contains('\n'), "{body:?}: {error}");
+            assert!(
+                !error.contains('\n'),
+                "wrong error for the file {body:?}: {error}"
+            );
         }
         let json = "{\"cdiVersion\": \"0.5.0\",\n\"kind\": \"a/b\", \"kind\": \"c/d\"}";
         let error = SpecFile::parse(json, true).expect_err(json);
@@ -548,7 +571,7 @@ devices:
     }
 
     #[test]
-    fn what_would_fill_memory_or_stack_is_an_error() {
+    fn a_file_that_would_exhaust_memory_or_stack_is_refused() {
         let mut laughs = "devices: []\nannotations:\n  a0: &a0 [x,x,x,x,x,x,x,x,x]\n".to_owned();
         for level in 1..12 {
             let list = vec![format!("*a{}", level - 1); 9].join(",");
@@ -565,8 +588,16 @@ devices:
         let many = format!("annotations: [{}]\n", "a,".repeat(300_000));
         for (name, body, part) in [
             ("laughs", laughs, "the aliases expand to more than"),
-            ("long", long, "too much for one file"),
-            ("many", many, "too much for one file"),
+            (
+                "long",
+                long,
+                "the file contains too many or too large values",
+            ),
+            (
+                "many",
+                many,
+                "the file contains too many or too large values",
+            ),
             (
                 "flow",
                 format!("annotations: {}", "[".repeat(100_000)),
@@ -575,18 +606,27 @@ devices:
             (
                 "block",
                 format!("annotations:\n {}", block.replace('\n', "\n ")),
-                "nested deeper than 32",
+                "the values are nested deeper than 32 levels",
             ),
             (
                 "dashes",
                 format!("annotations:\n {}\n", "- ".repeat(100_000)),
-                "nested deeper than 32",
+                "the values are nested deeper than 32 levels",
             ),
         ] {
             let error = yaml(&body).err().unwrap_or_default();
-            assert!(error.contains(part), "{name}: {error:?}");
-            assert!(error.contains("line "), "{name}: {error}");
-            assert!(error.len() < 200, "{name}: {error}");
+            assert!(
+                error.contains(part),
+                "wrong error for the case {name}: {error:?}"
+            );
+            assert!(
+                error.contains("line "),
+                "wrong error for the case {name}: {error}"
+            );
+            assert!(
+                error.len() < 200,
+                "wrong error for the case {name}: {error}"
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What pods and containers use.
+//! The statistics of pods and containers.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub(super) async fn container(node: &Arc<Node>, container: &Arc<Container>) -> C
     stats::container(node, container)
 }
 
-/// The containers that run and match the filter.
+/// Returns the statistics of the running containers that match the filter.
 pub(super) async fn containers(
     node: &Arc<Node>,
     filter: Option<&ContainerStatsFilter>,
@@ -39,7 +39,7 @@ pub(super) async fn sandbox(node: &Arc<Node>, sandbox: &Sandbox) -> PodSandboxSt
     stats::sandbox(node, sandbox, &node.network.counters())
 }
 
-/// The pods that are ready and match the filter.
+/// Returns the statistics of the ready pods that match the filter.
 pub(super) async fn sandboxes(
     node: &Arc<Node>,
     filter: Option<&PodSandboxStatsFilter>,
@@ -53,7 +53,7 @@ pub(super) async fn sandboxes(
         .collect()
 }
 
-/// The metrics of the pods that are ready. Pods that have ended use nothing.
+/// Returns the metrics of the ready pods. Stopped pods are omitted, because they use no resources.
 pub(super) async fn metrics(node: &Arc<Node>) -> Vec<PodSandboxMetrics> {
     refresh_running(node).await;
     let node = Arc::clone(node);

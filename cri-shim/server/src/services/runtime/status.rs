@@ -1,4 +1,5 @@
-//! What the server says of itself and its node: whether pods can be made, and what handlers can do.
+//! The method Status, which reports whether pods can be created, and the features of the runtime
+//! handlers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +14,7 @@ use crate::config::Config;
 use crate::node::Node;
 use rrun_calls::wait::slow;
 
-/// The answer of Status.
+/// Returns the response of the method Status.
 pub(super) async fn status(node: &Node, verbose: bool) -> StatusResponse {
     let condition = |kind: &str, trouble: Option<(&str, String)>| {
         let (reason, message) = trouble.clone().unwrap_or_default();
@@ -24,7 +25,7 @@ pub(super) async fn status(node: &Node, verbose: bool) -> StatusResponse {
             message,
         }
     };
-    let network = slow("look at the pods' network", node.network.ready()).await;
+    let network = slow("check the state of the pods' network", node.network.ready()).await;
     let network = network.err().map(|why| ("NetworkPluginNotReady", why));
     let mut response = StatusResponse {
         status: Some(RuntimeStatus {
@@ -44,18 +45,19 @@ pub(super) async fn status(node: &Node, verbose: bool) -> StatusResponse {
     if verbose {
         let shown = shown_config(node).to_string();
         response.info.insert("config".to_owned(), shown);
-        response.info.extend(node.network.shown().await);
+        response.info.extend(node.network.status_info().await);
     }
     response
 }
 
-/// What `crictl info` shows under `config`.
+/// Returns the values that `crictl info` shows under `config`.
 fn shown_config(node: &Node) -> Value {
     let config = &node.config;
     json!({
         "root": config.root,
         "state": config.state,
-        // containerd's name for it: clients look there for what the file system can.
+        // Clients read the key `stateDir` to find this directory and to check the features of its
+        // file system. containerd has the same key.
         "stateDir": config.state,
         "monitor": config.monitor,
         "defaultRuntime": config.default_runtime,
@@ -65,14 +67,15 @@ fn shown_config(node: &Node) -> Value {
         "restrictOomScoreAdj": config.restrict_oom_score_adj,
         "enableSelinux": config.enable_selinux,
         "unsetSeccompProfile": config.unset_seccomp_profile,
-        // seccomp(2), "/proc interfaces": not there in kernels without it.
+        // Kernels without seccomp do not have this file (seccomp(2), section "/proc interfaces").
         "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         "pods": node.sandboxes().len(),
         "containers": node.containers().len(),
     })
 }
 
-/// Without these no pod can be made.
+/// Returns an error if the default runtime or the monitor is missing. Pods cannot be created
+/// without the default runtime and the monitor.
 fn essentials_missing(config: &Config) -> Option<(&'static str, String)> {
     let runtime = config.runtime("").and_then(|runtime| runtime.missing());
     Some((
@@ -81,7 +84,8 @@ fn essentials_missing(config: &Config) -> Option<(&'static str, String)> {
     ))
 }
 
-/// Pods can do without a handler that is not the default one: those that choose it can't.
+/// Returns an error that lists the runtimes that do not exist, or `None` if all runtimes exist.
+/// Pods that choose an existing runtime can still be created.
 fn other_runtimes_missing(config: &Config) -> Option<(&'static str, String)> {
     let runtimes = config.runtimes.iter();
     let missing: Vec<String> = runtimes
@@ -90,7 +94,7 @@ fn other_runtimes_missing(config: &Config) -> Option<(&'static str, String)> {
     (!missing.is_empty()).then(|| ("RuntimeMissing", missing.join("; ")))
 }
 
-/// Every handler; the default one a second time, without a name.
+/// Lists every handler. The default handler is also listed with an empty name.
 async fn handlers(node: &Node) -> Vec<RuntimeHandler> {
     let config = &node.config;
     let users = node.handlers.users(config).await;
